@@ -1,0 +1,35 @@
+"""Spend the update only where it counts: layer and sample selection for adapter fine-tuning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from siftune.errors import SiftuneError
+    from siftune.models.adapters import attach_adapter
+    from siftune.models.layers import find_layers
+    from siftune.train.callback import IST, RST
+
+__version__ = "0.1.0"
+
+# name -> module; imported on first use, because torch and transformers take seconds
+_LAZY = {
+    "IST": "siftune.train.callback",
+    "RST": "siftune.train.callback",
+    "SiftuneError": "siftune.errors",
+    "attach_adapter": "siftune.models.adapters",
+    "find_layers": "siftune.models.layers",
+}
+
+__all__ = ["IST", "RST", "SiftuneError", "attach_adapter", "find_layers"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'siftune' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return [*__all__, "__version__"]

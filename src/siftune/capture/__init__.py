@@ -1,0 +1,1 @@
+"""Gates on the decoder layers: who trains in this step."""

@@ -1,0 +1,141 @@
+"""Gates on the decoder layers: which layers' adapters take part in backward.
+
+A layer that is not active runs with its trainable parameters *detached*: autograd saves nothing for them and they
+receive no gradient, while `requires_grad` stays as it is, so that optimizers and DDP never see a parameter come or
+go. Up to and including the lowest active layer the hidden states enter detached, so that backward ends there; this
+holds too where a model makes its embeddings require gradients for activation checkpointing.
+
+DDP waits for a gradient of every parameter. On request the lowest active layer's gate delivers zeros for the
+inactive ones; the caller drops them before the optimizer step.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from siftune.models.adapters import ForwardSubstitution, LayerGroup, outside
+
+Deliver = Callable[[], Sequence[Tensor | None]]
+
+
+class Gate(torch.autograd.Function):
+    """Identity on a layer's input that hands out the gradients of parameters when backward gets there.
+
+    Everything in the layer depends on its input, so this backward runs after all others of the layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, deliver: Deliver, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        """Pass `hidden` on; `deliver()` will return one gradient for each of `parameters`."""
+        ctx.deliver = deliver
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass the gradient on, and deliver those of the parameters."""
+        grad_hidden = grads[0] if ctx.needs_input_grad[1] else None
+        return None, grad_hidden, *ctx.deliver()
+
+
+def nothing_trains_before(model: nn.Module, groups: Sequence[LayerGroup]) -> bool:
+    """Whether no trainable parameter stands before the layers, as far as the model's structure tells.
+
+    Trainable parameters outside the layers are taken to be upstream unless they belong to the output head alone.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    after = {id(p) for p in head.parameters()} if head is not None else set()
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    after -= {id(p) for p in embeddings.parameters()} if embeddings is not None else set()
+    return all(id(p) in after for p in outside(model, groups).values())
+
+
+class LayerGates:
+    """Hooks on the layers of one model; all layers are active until `set_active` says otherwise.
+
+    Args:
+        model: The model that holds the layers.
+        groups: The layers and their trainable parameters.
+        deliver_zeros: Give inactive layers' parameters gradients of zero, as DDP needs.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[LayerGroup], deliver_zeros: bool = False) -> None:
+        self._groups = list(groups)
+        self._deliver_zeros = deliver_zeros
+        self._stop_at_lowest = nothing_trains_before(model, groups)
+        self._active = frozenset(group.index for group in self._groups)
+        self._lowest = min(self._active)
+        self._substitution = ForwardSubstitution(self._groups, self._detach_inactive)
+        self._handles: list[RemovableHandle] = [
+            group.module.register_forward_pre_hook(partial(self._enter, group.index), with_kwargs=True)
+            for group in self._groups
+        ]
+
+    def set_active(self, layers: Collection[int]) -> None:
+        """Choose the layers that train, by `LayerGroup.index`, from the next forward on.
+
+        Call it between optimizer steps only: activation checkpointing runs a layer again in backward.
+        """
+        self._active = frozenset(layers)
+        self._lowest = min(self._active)
+
+    def inactive_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the layers that do not train."""
+        return [p for group in self._groups if group.index not in self._active for p in group.parameters.values()]
+
+    def drop_inactive_grads(self) -> None:
+        """Set the gradients of inactive layers to None, so that the optimizer skips them."""
+        for parameter in self.inactive_parameters():
+            parameter.grad = None
+
+    def remove(self) -> None:
+        """Take all hooks off; calling it twice does no harm."""
+        self._substitution.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> "LayerGates":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _detach_inactive(self, group: LayerGroup, current: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Stand in for a parameter: itself in an active layer, detached in others."""
+        return current if group.index in self._active else current.detach()
+
+    def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run before a layer: cut the graph at and below the lowest active layer."""
+        all_active = len(self._active) == len(self._groups)
+        if all_active or index > self._lowest or not self._stop_at_lowest or not torch.is_grad_enabled():
+            return None
+        return _with_hidden(args, kwargs, partial(self._end_backward, index, module))
+
+    def _end_backward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Detach a layer's input; in the lowest active layer, deliver the zeros that DDP waits for."""
+        hidden = hidden.detach()
+        if index != self._lowest:
+            return hidden
+        if getattr(module, "gradient_checkpointing", False):
+            hidden.requires_grad_()  # reentrant checkpointing skips a layer whose input needs no gradient
+        if not self._deliver_zeros:
+            return hidden
+        idle = self.inactive_parameters()
+        gated: Tensor = Gate.apply(lambda: [torch.zeros_like(p) for p in idle], hidden, *idle)  # type: ignore[no-untyped-call]
+        return gated
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply `change` to the hidden states among a decoder layer's arguments."""
+    if args and isinstance(args[0], Tensor):
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}

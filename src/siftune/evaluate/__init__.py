@@ -1,0 +1,1 @@
+"""Multiple choice, exact match, perplexity, and their intervals."""

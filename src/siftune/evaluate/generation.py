@@ -1,0 +1,142 @@
+"""Exact match by greedy generation: does the model write the answer itself?"""
+
+import string
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from siftune.errors import AdapterError, DataError
+from siftune.evaluate.perplexity import by_length, evaluating, model_device
+
+
+def greedy(
+    model: nn.Module,
+    prompts_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    pad_id: int = 0,
+    eos_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """Continue each prompt with the likeliest token at each step.
+
+    The model's own generation settings (sampling, penalties, beams) are put aside meanwhile, so the result is
+    the arg-max of the logits and nothing else.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
+        prompts_ids: Token ids of each prompt, at least one token each.
+        max_new_tokens: Where to stop at the latest.
+        batch_size: Prompts per pass, taken from prompts of similar length; they're padded on the left.
+        pad_id: Token id for the padding; any valid id does, since it's masked.
+        eos_ids: Token ids that end a continuation; without any, all are `max_new_tokens` long.
+
+    Returns:
+        The new tokens per prompt, in the order of `prompts_ids`, without the one that ended it.
+
+    Raises:
+        DataError: A prompt is empty, or doesn't leave room for the new tokens in the model's window.
+        AdapterError: The adapter adds virtual tokens.
+    """
+    inner = _generator(model)
+    _check_prompts(prompts_ids, max_new_tokens, _window(inner))
+    outputs: list[list[int]] = [[] for _ in prompts_ids]
+    with evaluating(model), _plain_settings(inner, max_new_tokens, pad_id, eos_ids):
+        for batch in by_length([len(ids) for ids in prompts_ids], batch_size):
+            texts = _continue(inner, [prompts_ids[i] for i in batch], pad_id)
+            for i, ids in zip(batch, texts, strict=True):
+                outputs[i] = _until_end(ids, eos_ids)
+    return outputs
+
+
+def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> NDArray[np.bool_]:
+    """Compare texts after `normalise`.
+
+    Returns:
+        (R,) bool.
+
+    Raises:
+        ValueError: There are not as many predictions as answers.
+    """
+    pairs = zip(predictions, answers, strict=True)
+    return np.array([normalise(found) == normalise(wanted) for found, wanted in pairs], dtype=np.bool_)
+
+
+def normalise(text: str) -> str:
+    """Strip white space at both ends, fold case, and drop one full stop at the end.
+
+    Everything else counts: inner spaces, other punctuation, "7" against "seven", "1,000" against "1000".
+    """
+    return text.strip().casefold().removesuffix(".").rstrip(string.whitespace)
+
+
+def _generator(model: nn.Module) -> Any:
+    """Return the transformers model itself: PEFT puts LoRA layers inside it and only passes `generate` on."""
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        raise AdapterError(
+            f"a {config.peft_type} adapter adds virtual tokens, which generation here doesn't support. "
+            "Use LoRA or DoRA."
+        )
+    get_base: Any = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+def _window(model: Any) -> int | None:
+    """Return the number of positions that the model was built for, if its config says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_prompts(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, window: int | None) -> None:
+    """Refuse prompts that can't be continued."""
+    for index, ids in enumerate(prompts_ids):
+        if not ids:
+            raise DataError(f"prompt {index} has no tokens. Begin it with the tokenizer's first-token mark.")
+        if window is not None and len(ids) + max_new_tokens > window:
+            raise DataError(
+                f"prompt {index}: {len(ids)} tokens and {max_new_tokens} new ones don't fit the model's "
+                f"window of {window}. Shorten the prompt or ask for fewer new tokens."
+            )
+
+
+@contextmanager
+def _plain_settings(model: Any, max_new_tokens: int, pad_id: int, eos_ids: Sequence[int]) -> Iterator[None]:
+    """Replace the model's generation settings, which `generate` would merge into any that we pass."""
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=list(eos_ids) or None,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def _continue(model: Any, prompts_ids: Sequence[Sequence[int]], pad_id: int) -> list[list[int]]:
+    """Continue one batch: the new tokens per prompt, with whatever follows their end."""
+    longest = max(len(ids) for ids in prompts_ids)
+    gaps = [longest - len(ids) for ids in prompts_ids]
+    device = model_device(model)
+    padded = [[*[pad_id] * gap, *ids] for gap, ids in zip(gaps, prompts_ids, strict=True)]
+    seen = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+    output = model.generate(
+        input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(seen, device=device)
+    )
+    new: list[list[int]] = output[:, longest:].tolist()
+    return new
+
+
+def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """Cut before the first end token."""
+    ends = [position for position, token in enumerate(ids) if token in eos_ids]
+    return ids[: ends[0]] if ends else ids

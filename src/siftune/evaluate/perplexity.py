@@ -1,0 +1,155 @@
+"""Perplexity of completions, and the log-likelihood per row on which it and multiple choice rest.
+
+A row is a pair (input_ids, labels) of equally long lists. `labels` repeats the token ids that count and holds
+-100 elsewhere, as in training; position t is predicted from the positions before t, so a label at position 0
+can't be predicted and doesn't count.
+
+    nll_i = −Σ_{t: label} ln p(x_t | x_<t)        ppl = exp(Σ_i nll_i / Σ_i tokens_i)
+
+Shapes: B rows of a batch, T positions, N predicted positions of a batch, V vocabulary size, R all rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from siftune.errors import DataError
+from siftune.models.heads import logits_at
+
+IGNORE = -100  # label of a position that doesn't count, as everywhere in transformers
+_CHUNK = 512  # positions whose logits are widened to float32 at a time: bounds the extra memory
+
+TokenRow = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Negative log-likelihood per row, in nats.
+
+    Attributes:
+        nll: (R,) float64, summed over the row's labelled tokens.
+        tokens: (R,) int64, how many labelled tokens the row has.
+    """
+
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity over all tokens: exp of the mean negative log-likelihood per token."""
+        return float(np.exp(self.nll.sum() / self.tokens.sum()))
+
+
+def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
+    """Measure how well the model predicts the labelled tokens.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
+        rows: Pairs (input_ids, labels) of equally long lists of token ids, -100 where nothing counts.
+        batch_size: Rows per forward pass; it changes speed and memory, not the result.
+
+    Returns:
+        The negative log-likelihood and number of tokens per row, in the order of `rows`.
+
+    Raises:
+        DataError: A row's lists differ in length, or no row has a label that can be predicted.
+    """
+    result = row_nll(model, rows, batch_size)
+    if not result.tokens.sum():
+        raise DataError(
+            f"none of the {len(rows)} rows has a labelled token after its first, so there is no perplexity. "
+            "Give rows with a completion."
+        )
+    return result
+
+
+def row_nll(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
+    """Compute the negative log-likelihood of each row's labelled tokens; rows without any give 0.
+
+    Arguments and errors are those of `perplexity`, but nothing has to be labelled.
+    """
+    tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
+    nll = np.zeros(len(rows), dtype=np.float64)
+    labelled = np.flatnonzero(tokens).tolist()
+    with evaluating(model):
+        for batch in by_length([len(rows[i][0]) for i in labelled], batch_size):
+            chosen = [labelled[i] for i in batch]
+            nll[chosen] = _batch_nll(model, [rows[i] for i in chosen])
+    return PerplexityResult(nll, tokens)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode and without gradients; each module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Not inference_mode: what a model caches inside it (rotary tables) would be of no use in training.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of indices of similar length, the longest first so that a lack of memory shows at once.
+
+    Raises:
+        ValueError: `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device that the model's input ids belong on."""
+    return next(model.parameters()).device
+
+
+def _count_labels(index: int, ids: Sequence[int], labels: Sequence[int]) -> int:
+    """Count the labels that can be predicted: all but the one at position 0."""
+    if len(ids) != len(labels):
+        raise DataError(f"row {index}: {len(ids)} input ids but {len(labels)} labels; give lists of one length")
+    return sum(label != IGNORE for label in labels[1:])
+
+
+def _batch_nll(model: nn.Module, rows: Sequence[TokenRow]) -> NDArray[np.float64]:
+    """Negative log-likelihood per row of one batch: (B,) float64."""
+    device = model_device(model)
+    # Position t predicts token t + 1: drop the last input and the first label instead of shifting logits.
+    ids_BT = _pad([ids[:-1] for ids, _ in rows], 0).to(device)
+    labels_BT = _pad([labels[1:] for _, labels in rows], IGNORE).to(device)
+    seen_BT = _pad([[1] * (len(ids) - 1) for ids, _ in rows], 0).to(device)
+    mask_BT = labels_BT != IGNORE
+    with logits_at(model, mask_BT):
+        logits_NV = model(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False).logits[0]
+    nll_N = _token_nll(logits_NV, labels_BT[mask_BT])
+    row_N = mask_BT.nonzero()[:, 0].cpu()
+    sums_B = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_N, nll_N)
+    return np.asarray(sums_B.numpy())
+
+
+def _token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """−ln softmax(logits)[target] per position: (N,) float64 on the CPU."""
+    wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    targets_N = targets_N.to(logits_NV.device)
+    parts = [
+        nn.functional.cross_entropy(logits_NV[part].to(wide), targets_N[part], reduction="none")
+        for part in (slice(at, at + _CHUNK) for at in range(0, len(targets_N), _CHUNK))
+    ]
+    return torch.cat(parts).cpu().double()
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Right-pad lists of ids to one length: (B, T) int64."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Find a model's decoder layers, attach adapters, load models."""

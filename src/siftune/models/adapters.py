@@ -1,0 +1,153 @@
+"""Attach adapters and damp their response.
+
+Also gathers the other rooms of this house: grouping by layer (`groups`) and substitution (`substitution`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from siftune.errors import AdapterError
+from siftune.models.groups import LayerGroup, group_by_layer, outside
+from siftune.models.substitution import ForwardSubstitution, Substitution, parameter_owners, use_base_dtype
+from siftune.models.targets import layer_linears, named_modules, short_names
+
+__all__ = [
+    "KINDS",
+    "ForwardSubstitution",
+    "LayerGroup",
+    "Substitution",
+    "attach_adapter",
+    "group_by_layer",
+    "outside",
+    "parameter_owners",
+    "suppress",
+    "use_base_dtype",
+]
+
+KINDS = ("lora", "rslora", "dora")
+
+
+def attach_adapter(
+    model: nn.Module,
+    kind: str = "lora",
+    rank: int = 32,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+) -> PeftModel:
+    """Attach a LoRA, rsLoRA or DoRA adapter to a causal language model, in place.
+
+    Adapter weights are float32 whatever the dtype of the base; see `use_base_dtype` to compute in the base's.
+
+    Args:
+        model: A transformers model without adapters.
+        kind: "lora", "rslora" (response scaled by alpha/√rank) or "dora" (direction and magnitude apart).
+        rank: Rank of the matrices A (rank, in) and B (out, rank).
+        alpha: Numerator of the response's scale. None stands for 2·rank, a scale of 2 (LoRA and DoRA), or for
+            16 whatever the rank (rsLoRA, whose point is that the scale falls with √rank only).
+        dropout: Probability of zeroing an input of A, in [0, 1).
+        targets: Names, or ends of dotted names, of the modules to adapt. None stands for every linear module of
+            the decoder layers, attention and MLP; experts and routers of a mixture are left out.
+
+    Raises:
+        AdapterError: A setting is out of range, the model has adapters already, or a target names no module.
+        LayerError: `targets` is None and the decoder layers cannot be found.
+    """
+    if kind not in KINDS:
+        raise AdapterError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
+    if rank < 1 or not 0 <= dropout < 1:
+        raise AdapterError(f"rank must be ≥ 1 and dropout in [0, 1); found rank={rank}, dropout={dropout}")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError(
+            f"{type(model).__name__} has adapters already; merge them or take them off "
+            "(PEFT: merge_and_unload(), unload()), or go on with the ones that it has"
+        )
+    chosen = layer_linears(model) if targets is None else named_modules(model, targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha if alpha is not None else 16 if kind == "rslora" else 2 * rank,
+        lora_dropout=dropout,
+        target_modules=short_names(model, chosen),
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+    )
+    return get_peft_model(model, config)
+
+
+@contextmanager
+def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float) -> Iterator[None]:
+    """Multiply the adapters' response in some layers by `factor`.
+
+    The response of an adapted module is its output minus the output of its base layer for the same input. For
+    plain LoRA its scale is changed; for DoRA and every other PEFT adapter a hook computes
+    base + factor·(output − base). What was changed is put back bit for bit when the block ends, also after an
+    error.
+
+    Args:
+        groups: Layers, as `group_by_layer` returns them.
+        indices: Positions in `groups` of the layers to damp.
+        factor: 1 changes nothing, 0 is the base model.
+
+    Raises:
+        AdapterError: A layer has no PEFT adapter, or its adapters are merged into the base.
+    """
+    chosen = [module for index in dict.fromkeys(indices) for module in _adapted_modules(groups[index])]
+    with ExitStack() as undo:
+        for module in chosen:
+            if _is_plain_lora(module):
+                saved = {name: module.scaling[name] for name in module.active_adapters if name in module.scaling}
+                undo.callback(module.scaling.update, saved)
+                module.scaling.update({name: scale * factor for name, scale in saved.items()})
+            else:
+                undo.callback(module.register_forward_hook(partial(_damp, factor), with_kwargs=True).remove)
+        yield
+
+
+def _adapted_modules(group: LayerGroup) -> list[Any]:
+    """Return a layer's outermost PEFT modules, and check that they compute a response."""
+    found: dict[str, Any] = {}
+    for name, module in group.module.named_modules():
+        if isinstance(module, BaseTunerLayer) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
+            if module.merged:
+                raise AdapterError(
+                    f"{group.name}.{name}: adapter {', '.join(module.merged_adapters)} is merged into the "
+                    "base, so it has no response of its own; call unmerge_adapter() first"
+                )
+            if not hasattr(module, "base_layer"):
+                raise AdapterError(
+                    f"{group.name}.{name}: {type(module).__name__} keeps no base layer, so its response is "
+                    "unknown; use LoRA, rsLoRA or DoRA, or a method that does not damp responses, such as RST"
+                )
+    if not found:
+        raise AdapterError(
+            f"{group.name} has no PEFT adapter whose response could be damped; attach one, or use RST, which needs none"
+        )
+    return list(found.values())
+
+
+def _is_plain_lora(module: Any) -> bool:
+    """Whether the response of a PEFT module is proportional to its scale and nothing else."""
+    return (
+        isinstance(module, LoraLayer)
+        # these put the product of the matrices into a weight, on which the output depends in other ways
+        and not isinstance(module, ParamWrapper | MultiheadAttention)
+        and not isinstance(module.base_layer, BaseTunerLayer)
+        and not any(name in module.lora_variant for name in module.active_adapters)
+    )
+
+
+def _damp(factor: float, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Forward hook: base + factor·(output − base), exact for factors 0 and 1."""
+    return torch.lerp(module.get_base_layer()(*args, **kwargs), output, factor)

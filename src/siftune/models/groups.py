@@ -1,0 +1,89 @@
+"""Group a model's trainable parameters by decoder layer."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from peft import PeftModel
+from torch import nn
+
+from siftune.errors import AdapterError, UnsupportedError
+from siftune.models.layers import find_layers
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """A decoder layer and its trainable parameters.
+
+    Attributes:
+        index: Number of the layer, from the embeddings, from 0.
+        name: Full path of the layer in the model.
+        module: The layer.
+        parameters: Its trainable parameters, by name relative to the layer.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+
+
+def group_by_layer(model: nn.Module, path: str | None = None) -> list[LayerGroup]:
+    """Group the trainable parameters (`requires_grad`) by decoder layer.
+
+    Args:
+        model: Causal language model, adapted or not, wrapped or not.
+        path: Path of the decoder layers where structure does not tell; see `find_layers`.
+
+    Returns:
+        One group per layer that has trainable parameters, in the order of the layers.
+
+    Raises:
+        AdapterError: No layer has a trainable parameter.
+        UnsupportedError: A parameter belongs to several layers, or the adapter keeps its parameters outside of
+            the layers (prompt and prefix tuning).
+        LayerError: The layers cannot be found.
+    """
+    _refuse_prompts(model)
+    found = find_layers(model, path)
+    names = {module: name for name, module in model.named_modules()}
+    groups = []
+    for index, layer in enumerate(found.layers):
+        trainable = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        if trainable:
+            groups.append(LayerGroup(index, names[layer], layer, trainable))
+    if not groups:
+        raise AdapterError(
+            f"none of the {len(found.layers)} layers at {found.path} has a trainable parameter; attach an "
+            "adapter, e.g. with siftune.attach_adapter(model), and load saved adapters with is_trainable=True"
+        )
+    _refuse_sharing(groups)
+    return groups
+
+
+def outside(model: nn.Module, groups: Iterable[LayerGroup]) -> dict[str, nn.Parameter]:
+    """Return the model's trainable parameters that belong to no group, by full name."""
+    inside = {id(p) for group in groups for p in group.parameters.values()}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+
+
+def _refuse_prompts(model: nn.Module) -> None:
+    for module in model.modules():
+        for config in module.peft_config.values() if isinstance(module, PeftModel) else ():
+            if config.is_prompt_learning:
+                raise UnsupportedError(
+                    f"{config.peft_type} has no parameters of its own in each layer; use LoRA, rsLoRA, DoRA "
+                    "or another adapter that sits inside the decoder layers"
+                )
+
+
+def _refuse_sharing(groups: Sequence[LayerGroup]) -> None:
+    first: dict[int, str] = {}
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            full = f"{group.name}.{name}"
+            if id(parameter) in first:
+                raise UnsupportedError(
+                    f"layers share a trainable parameter: {first[id(parameter)]} is {full}; layers can only "
+                    "be chosen one by one if each has parameters of its own"
+                )
+            first[id(parameter)] = full

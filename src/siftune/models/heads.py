@@ -1,0 +1,97 @@
+"""Compute logits only at the positions that need them.
+
+A vocabulary is large and completions are short: most rows of the logits matrix are never looked at.
+`logits_at` lets the model's own forward pass run unchanged up to its output embedding, and hands that module
+only the hidden states under a mask. What a model does to its logits afterwards (soft-capping, scaling)
+then happens to those positions alone, without this project having to know about it.
+
+Shapes: B rows, T positions, H hidden size, N positions under the mask, V vocabulary size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siftune.errors import AdapterError, LayerError
+
+
+def find_output_embeddings(model: nn.Module) -> nn.Module:
+    """Return the module that turns hidden states into logits.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not, or a wrapper that keeps it as `.module`.
+
+    Returns:
+        The head as the model calls it, so a PEFT wrapper around it where there is one.
+
+    Raises:
+        LayerError: The model has no output embeddings.
+    """
+    inner = model if hasattr(model, "get_output_embeddings") else getattr(model, "module", model)
+    getter = getattr(inner, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if not isinstance(head, nn.Module):
+        raise LayerError(
+            f"{type(model).__name__} has no output embeddings (found {type(head).__name__}). "
+            "Load a model with a language-modelling head, e.g. with AutoModelForCausalLM."
+        )
+    return head
+
+
+@contextmanager
+def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Make the next forward pass compute logits only where `mask` is true.
+
+    Inside the block `model(input_ids=…).logits` has shape (1, N, V) instead of (B, T, V): the positions under
+    the mask in row-major order, the order of `labels[mask]`. Gradients flow as usual. Pass no labels to the
+    model inside the block: its own loss expects (B, T, V). One forward pass per block.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not.
+        mask: (B, T) bool; row b, position t is true where the logits that follow token t are wanted.
+
+    Yields:
+        Nothing; the hook is removed when the block ends, also after an error.
+
+    Raises:
+        LayerError: The model has no output embeddings, or never called them, or called them more than once.
+        AdapterError: The hidden states don't have the mask's (B, T), as when an adapter adds virtual tokens.
+        ValueError: The mask isn't a (B, T) tensor of bool.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"mask must be bool with shape (B, T); found {mask.dtype} with shape {tuple(mask.shape)}")
+    head = find_output_embeddings(model)
+    calls = 0
+
+    def keep_masked(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal calls
+        calls += 1
+        return (_select(args, mask), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep_masked)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if calls != 1:
+        raise LayerError(
+            f"the head of {type(model).__name__} ({type(head).__name__}) was called {calls} times in one "
+            "block, once is supported. Run one forward pass per block, on a model whose forward calls "
+            "get_output_embeddings() as a module, or compute all logits."
+        )
+
+
+def _select(args: tuple[Any, ...], mask: Tensor) -> Tensor:
+    """Pick the hidden states under the mask: (B, T, H) → (1, N, H)."""
+    hidden = args[0] if args else None
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != mask.shape:
+        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise AdapterError(
+            f"the head got hidden states {found}, expected (B, T, H) with (B, T) = {tuple(mask.shape)}. "
+            "Adapters that add virtual tokens (prompt or prefix tuning) are not supported: use LoRA or DoRA."
+        )
+    where = mask.to(hidden.device).flatten().nonzero().squeeze(1)
+    return hidden.reshape(-1, hidden.shape[2]).index_select(0, where).unsqueeze(0)

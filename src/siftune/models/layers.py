@@ -1,0 +1,174 @@
+"""Find the decoder layers of a causal language model by its structure, not by its class.
+
+The decoder layers are the longest `nn.ModuleList` of like blocks next to the input embeddings:
+
+* *Blocks* have modules of their own, so lists of projections or norms do not count.
+* *Like* blocks have one class, or classes of one source file (models that alternate attention with state-space
+  or cross-attention blocks), or forward methods with the same parameter names.
+* *Outermost*: a list inside a layer, such as the experts of a mixture, never counts, however long it is.
+* *Next to the embeddings*: in the innermost module that holds both the input embeddings and such a list. So a
+  vision-language model yields its language model's layers, not those of the vision tower.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+from torch import nn
+
+from siftune.errors import LayerError
+
+# names under which wrappers (DDP, torch.compile, PEFT, FSDP, activation checkpointing) keep what they wrap
+_WRAPPED = (
+    "module",
+    "_orig_mod",
+    "base_model",
+    "model",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
+_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True)
+class DecoderLayers:
+    """The decoder layers of a model.
+
+    Attributes:
+        path: Full dotted path of their list in the model that was searched, wrappers included.
+        layers: The layers, from the embeddings to the head.
+    """
+
+    path: str
+    layers: list[nn.Module]
+
+
+def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
+    """Find the decoder layers of a causal language model.
+
+    Args:
+        model: Any causal language model, also inside PEFT, DDP, `torch.compile` or FSDP.
+        path: Dotted path of the list of layers, for models whose structure does not tell. Prefixes that
+            wrappers add may be left out: "model.layers" also finds "base_model.model.model.layers".
+
+    Returns:
+        The layers and the full path of their list.
+
+    Raises:
+        LayerError: No list of like blocks was found, or several of the same length, or the model has an
+            encoder as well, or there is no list under `path`. The message names the lists that were found.
+    """
+    if path is not None:
+        return _at_path(model, path)
+    owner, embeddings = _input_embeddings(model)
+    candidates = _nearest(_outermost_lists(model, embeddings), embeddings)
+    if not candidates:
+        raise LayerError(f"{type(model).__name__} has no list of like decoder layers. {_advice(model)}")
+    length = max(len(blocks) for blocks in candidates.values())
+    longest = {name: blocks for name, blocks in candidates.items() if len(blocks) == length}
+    if len(longest) > 1 or _has_encoder(owner):
+        raise LayerError(
+            f"{type(model).__name__} has several lists that may be its decoder layers: "
+            f"{_listing(longest if len(longest) > 1 else candidates)}. {_advice(model)}"
+        )
+    ((name, blocks),) = longest.items()
+    return DecoderLayers(name, list(blocks))
+
+
+def _at_path(model: nn.Module, path: str) -> DecoderLayers:
+    """Resolve a path given by hand; among several matches the one under the fewest wrappers."""
+    matches = {name: m for name, m in model.named_modules() if name == path or _is_wrapped(name, path)}
+    for name in sorted(matches, key=len):
+        blocks = matches[name]
+        if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks):
+            return DecoderLayers(name, list(blocks))
+    found = ", ".join(f"a {type(m).__name__}" for m in matches.values()) or "nothing"
+    raise LayerError(f"{type(model).__name__} has no list of layers at {path!r}: found {found} there. {_advice(model)}")
+
+
+def _is_wrapped(name: str, path: str) -> bool:
+    """Whether `name` is `path` behind wrappers only."""
+    prefix = name.removesuffix("." + path)
+    return prefix != name and all(part in _WRAPPED for part in prefix.split("."))
+
+
+def _input_embeddings(model: nn.Module) -> tuple[nn.Module, str | None]:
+    """Return the outermost module that knows its input embeddings, and their path in `model`."""
+    for module in model.modules():
+        getter = getattr(module, "get_input_embeddings", None)
+        try:
+            embeddings = getter() if callable(getter) else None
+        except (NotImplementedError, AttributeError):
+            continue
+        paths = [name for name, m in model.named_modules() if m is embeddings]
+        if paths:
+            return module, paths[0]
+    # a model outside transformers: its first embedding is the one of the tokens
+    first = (name for name, m in model.named_modules() if isinstance(m, nn.Embedding))
+    return model, next(first, None)
+
+
+def _outermost_lists(model: nn.Module, embeddings: str | None) -> dict[str, nn.ModuleList]:
+    """Collect the lists of like blocks that are in no other such list and do not hold the embeddings."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(outer + ".") for outer in found)
+        holds_embeddings = embeddings is not None and embeddings.startswith(name + ".")
+        if isinstance(module, nn.ModuleList) and not nested and not holds_embeddings and _is_alike(module):
+            found[name] = module
+    return found
+
+
+def _is_alike(blocks: nn.ModuleList) -> bool:
+    """Whether a list is made of like blocks, each with modules of its own."""
+    inner = [_unwrap(block) for block in blocks]
+    if not inner or any(next(block.children(), None) is None for block in inner):
+        return False
+    classes = {type(block) for block in inner}
+    files = {cls.__module__ for cls in classes}
+    signatures = {tuple(inspect.signature(cls.forward).parameters) for cls in classes}
+    return min(len(classes), len(files), len(signatures)) == 1
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """Look through `torch.compile`, FSDP and checkpoint wrappers around one layer."""
+    for name in _TRANSPARENT:
+        inner = module._modules.get(name)
+        if inner is not None:
+            return _unwrap(inner)
+    return module
+
+
+def _nearest(lists: dict[str, nn.ModuleList], embeddings: str | None) -> dict[str, nn.ModuleList]:
+    """Keep the lists of the innermost module that holds both the embeddings and a list."""
+    scope = embeddings or ""
+    while scope:
+        scope = scope.rpartition(".")[0]
+        inside = {name: m for name, m in lists.items() if not scope or name.startswith(scope + ".")}
+        if inside:
+            return inside
+    return lists
+
+
+def _has_encoder(owner: nn.Module) -> bool:
+    return bool(getattr(getattr(owner, "config", None), "is_encoder_decoder", False))
+
+
+def _listing(lists: dict[str, nn.ModuleList]) -> str:
+    """Name lists with their lengths and the classes of their blocks."""
+
+    def classes(blocks: nn.ModuleList) -> str:
+        return "/".join(sorted({type(_unwrap(block)).__name__ for block in blocks}))
+
+    return ", ".join(f"{name} ({len(blocks)} × {classes(blocks)})" for name, blocks in lists.items())
+
+
+def _advice(model: nn.Module) -> str:
+    """Name every list of modules in the model, and say how to give the right one by hand."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    shown = dict(list(lists.items())[:12])
+    more = f" and {len(lists) - len(shown)} more" if len(lists) > len(shown) else ""
+    example = next(iter(lists), "model.layers")
+    return (
+        f"Lists of modules in it: {_listing(shown) or 'none'}{more}. "
+        f'Give the path of the decoder layers by hand, e.g. find_layers(model, "{example}").'
+    )

@@ -1,0 +1,127 @@
+"""Where models come from: a local folder, a hub id, or the packaged small model `smollm2`."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from siftune.config import nearest
+from siftune.errors import ModelError
+from siftune.models.smollm2 import NAME as SMOLLM2
+from siftune.models.smollm2 import pull_smollm2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_model", "pull_smollm2", "resolve"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(source: str, dtype: str = "auto") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a causal language model and its tokenizer; code that a repository brings along is never run.
+
+    Args:
+        source: A folder with `config.json`, a hub id, or `smollm2`, which is fetched on first use.
+        dtype: Number format of the weights: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's.
+
+    Returns:
+        The model, on the CPU and in eval mode, and the tokenizer, which has a padding token.
+
+    Raises:
+        ModelError: The source does not exist, cannot be reached, is no causal language model, or needs
+            code of its own. The message says what was tried and what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    name = resolve(source)
+    try:
+        with _quiet_bars():
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(_reason(name, error)) from error
+    _set_padding(tokenizer, source)
+    return model, tokenizer
+
+
+def resolve(source: str) -> str | Path:
+    """Turn a model source into a folder, or leave a hub id as it is; `smollm2` is fetched if need be.
+
+    Raises:
+        ModelError: `source` is a path that does not exist, a file, a folder that holds no model, or a name
+            that cannot be a hub id.
+    """
+    if source == SMOLLM2:
+        return pull_smollm2()
+    if not source:
+        raise ModelError(f"no model given: name a folder, a hub id or {SMOLLM2}")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _model_folder(path)
+    if path.is_file():
+        raise ModelError(f"{source} is a file: give the folder that holds it and a config.json")
+    if source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or "\\" in source:
+        raise ModelError(f"model folder {path} does not exist (working directory: {Path.cwd()})")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise ModelError(f"{source!r} is neither a folder nor a hub id such as owner/name, nor {SMOLLM2}")
+    return source
+
+
+def _model_folder(path: Path) -> Path:
+    """Return `path` if it holds a model; the commonest mistake is the folder of an adapter."""
+    if (path / "config.json").is_file():
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path} holds an adapter, not a model: give the adapter's base model")
+    raise ModelError(f"{path} holds no model: there is no config.json in it")
+
+
+def _reason(name: str | Path, error: Exception) -> str:
+    """Say in one sentence why a model could not be loaded, and what to do."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"model {name} needs code of its own repository, which siftune never runs: use another model"
+    first = re.split(r"[.!] ", text, maxsplit=1)[0].rstrip(".")
+    if isinstance(name, Path):
+        return f"cannot load a causal language model from the folder {name}: {first}"
+    close = nearest(name.lower(), [SMOLLM2])
+    guess = f"did you mean {SMOLLM2}? If not, " if close else ""
+    cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return (
+        f"cannot load the model {name!r}: no such folder, and neither the hub nor its cache in {cache} "
+        f"gave a causal language model ({first}); {guess}give a folder, point HF_HOME at a filled cache, or "
+        f"use {SMOLLM2}, which needs no hub (`siftune pull {SMOLLM2}`)"
+    )
+
+
+def _set_padding(tokenizer: Any, source: str) -> None:
+    """Pad with the end token where there is no padding token: a new one would change the vocabulary."""
+    if tokenizer.pad_token_id is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"the tokenizer of {source} has neither a padding nor an end token: set pad_token in its "
+            "tokenizer_config.json"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+@contextlib.contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off the terminal; the setting is put back as it was."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()

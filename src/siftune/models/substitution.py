@@ -1,0 +1,185 @@
+"""Stand in for trainable parameters during a forward pass.
+
+Trainable parameters stay where the optimizer, DDP and checkpoints expect them. Where a method needs other tensors
+in their place (detached, in another dtype) they are *substituted*: while a module runs, it holds a tensor made
+from the parameter, and autograd carries the gradient back through whatever made it.
+"""
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from siftune.models.groups import LayerGroup, outside
+
+# modules that hold others but are never called
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+def parameter_owners(group: LayerGroup) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return for every trainable parameter of a layer the module that holds it, and its name there.
+
+    A parameter that several modules of the layer hold comes once for each.
+    """
+    wanted = {id(p) for p in group.parameters.values()}
+    return [
+        (module, name, parameter)
+        for module in group.module.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in wanted
+    ]
+
+
+class Substitution:
+    """Puts other tensors in the place of a layer's trainable parameters, and the parameters back.
+
+    Swaps nest, also between several substitutions of one layer, as long as they end in the reverse order: an
+    inner swap is given the tensors that the outer one put in place.
+
+    Args:
+        group: The layer; its owners are looked up once, here.
+    """
+
+    def __init__(self, group: LayerGroup) -> None:
+        self._slots: list[tuple[dict[str, Any], str, nn.Parameter]] = [
+            (module._parameters, name, parameter) for module, name, parameter in parameter_owners(group)
+        ]
+        self._saved: list[list[Tensor]] = []
+
+    def swap(self, replace: Callable[[Tensor], Tensor]) -> None:
+        """Put `replace(current)` in the place of every parameter."""
+        saved: list[Tensor] = []
+        self._saved.append(saved)  # before the loop: restore() then also cleans up after a `replace` that raises
+        for held, name, _ in self._slots:
+            current = held[name]
+            held[name] = replace(current)
+            saved.append(current)
+
+    def restore(self) -> None:
+        """Undo the last swap; without one, do nothing."""
+        if self._saved:
+            for (held, name, _), previous in zip(self._slots, self._saved.pop(), strict=False):
+                held[name] = previous
+
+    def restore_all(self) -> None:
+        """Put the parameters themselves back, whatever swaps are left open; without one, do nothing.
+
+        This cleans up after a forward pass that ended without its hooks, as on Ctrl-C. Then it does not matter
+        which of several open substitutions is cleaned up first.
+        """
+        if self._saved:
+            self._saved.clear()
+            for held, name, parameter in self._slots:
+                held[name] = parameter
+
+
+class ForwardSubstitution:
+    """Substitutes parameters whenever the modules that use them run, until `remove()`.
+
+    The hooks sit on the adapted modules (for parameters outside of adapters: on the modules that hold them), not
+    on the layer: activation checkpointing in transformers recomputes a layer's `forward` without the layer's own
+    hooks, while those inside it run again. Recomputing stops early by an exception, so the hooks restore after an
+    exception too.
+
+    Args:
+        groups: The layers.
+        replace: Called with the layer, the current tensor (a parameter, or what an outer substitution put there)
+            and the dtype of the module's first floating-point input (None without one); returns the tensor to
+            use.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[LayerGroup],
+        replace: Callable[[LayerGroup, Tensor, torch.dtype | None], Tensor],
+    ) -> None:
+        self._handles: list[Any] = []
+        self._substitutions: list[Substitution] = []
+        for group in groups:
+            for unit in _units(group):
+                self._hook(group, unit, replace)
+
+    def _hook(self, group: LayerGroup, unit: LayerGroup, replace: Callable[..., Tensor]) -> None:
+        substitution = Substitution(unit)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            substitution.restore_all()  # left open where Ctrl-C ended a forward
+            dtype = _input_dtype((*args, *kwargs.values()))
+            substitution.swap(lambda current: replace(group, current, dtype))
+
+        def after(*_: Any) -> None:
+            substitution.restore()
+
+        self._substitutions.append(substitution)
+        self._handles += [
+            unit.module.register_forward_pre_hook(before, with_kwargs=True),
+            unit.module.register_forward_hook(after, prepend=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off and put all parameters back; calling it twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        for substitution in self._substitutions:
+            substitution.restore_all()
+        self._handles.clear()
+        self._substitutions.clear()
+
+    def __enter__(self) -> "ForwardSubstitution":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSubstitution:
+    """Use trainable parameters in the dtype of the hidden states while they are kept in their own.
+
+    float32 adapters on a bfloat16 base then compute in bfloat16, as the base does, instead of casting every
+    input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype.
+
+    Args:
+        model: The model; what it trains outside of the layers is cast as well.
+        groups: Its layers, as `group_by_layer` returns them.
+
+    Returns:
+        A handle, also usable as a context manager; `remove()` takes the hooks off.
+    """
+
+    def cast(_: LayerGroup, current: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return current.to(dtype) if dtype is not None and current.is_floating_point() else current
+
+    layers = list(groups)
+    rest = LayerGroup(-1, "", model, outside(model, layers))
+    return ForwardSubstitution([*layers, rest], cast)
+
+
+def _units(group: LayerGroup) -> list[LayerGroup]:
+    """Split a layer's parameters by the module whose call uses them.
+
+    That is the outermost PEFT module around them (DoRA reads its matrices without calling them), else the module
+    that holds them.
+    """
+    wanted = {id(p) for p in group.parameters.values()}
+    units: dict[nn.Module, LayerGroup] = {}
+    for key, parameter in group.module.named_parameters(remove_duplicate=False):
+        if id(parameter) in wanted:
+            parts = key.split(".")
+            chain = [group.module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+            tuners = [depth for depth, module in enumerate(chain) if isinstance(module, BaseTunerLayer)]
+            callables = [depth for depth, module in enumerate(chain) if not isinstance(module, _CONTAINERS)]
+            depth = tuners[0] if tuners else callables[-1]
+            name = ".".join([group.name, *parts[:depth]]).strip(".")
+            unit = units.setdefault(chain[depth], LayerGroup(group.index, name, chain[depth], {}))
+            unit.parameters[".".join(parts[depth:])] = parameter
+    return list(units.values())
+
+
+def _input_dtype(values: Iterable[Any]) -> torch.dtype | None:
+    """Return the dtype of the first floating-point tensor among a call's arguments."""
+    return next((v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)

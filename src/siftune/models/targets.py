@@ -1,0 +1,99 @@
+"""Which modules an adapter goes on: every linear map of the decoder layers that sees every token."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from siftune.errors import AdapterError
+from siftune.models.layers import find_layers
+
+
+def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Collect the linear modules of the decoder layers, by full name; experts and routers are left out.
+
+    Raises:
+        LayerError: The layers cannot be found.
+        AdapterError: They have no linear module.
+    """
+    found = find_layers(model)
+    names = {module: name for name, module in model.named_modules()}
+    linears = {names[m]: m for layer in found.layers for m in layer.modules() if _is_linear(m)}
+    experts = {name for layer in found.layers for name in _expert_parts(layer, names)}
+    chosen = {n: m for n, m in linears.items() if not any(_is_within(n, part) for part in experts)}
+    if not chosen:
+        raise AdapterError(
+            f"the layers at {found.path} have no linear module to adapt; name modules with `targets`, "
+            f"out of: {_leaf_names(model)}"
+        )
+    return chosen
+
+
+def named_modules(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """Collect the linear modules and embeddings whose names are, or end in, one of `targets`.
+
+    Raises:
+        AdapterError: A target matches nothing.
+    """
+    modules = {n: m for n, m in model.named_modules() if _is_linear(m) or isinstance(m, nn.Embedding)}
+    found = {target: {n: m for n, m in modules.items() if _ends_in(n, target)} for target in targets}
+    missing = [target for target, matches in found.items() if not matches]
+    if missing or not found:
+        raise AdapterError(
+            f"no linear module of {type(model).__name__} is called {' or '.join(missing) or '(targets is empty)'}; "
+            f"available: {_leaf_names(model)}"
+        )
+    return {n: m for matches in found.values() for n, m in matches.items()}
+
+
+def short_names(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
+    """Return the shortest ends of names that match the chosen modules and nothing else in the model."""
+    everything = [name for name, _ in model.named_modules()]
+    for parts in (1, 2, 3):
+        ends = {".".join(name.split(".")[-parts:]) for name in chosen}
+        if {name for name in everything if any(_ends_in(name, end) for end in ends)} == set(chosen):
+            return sorted(ends)
+    return sorted(chosen)
+
+
+def _expert_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str]:
+    """Name the experts and routers in a layer.
+
+    Experts are a ModuleList, or one module with weights of (experts, out, in). Routers are the linear modules
+    beside them with one output per expert, or with a single one (gates of shared experts).
+    """
+    for block in layer.modules():
+        for count, bank in ((_expert_count(child), child) for child in block.children()):
+            if count:
+                yield names[bank]
+                linears = (m for m in block.modules() if _is_linear(m))
+                yield from (names[m] for m in linears if getattr(m, "out_features", None) in (1, count))
+
+
+def _expert_count(module: nn.Module) -> int:
+    """Return how many experts a module holds; 0 for anything but a bank of experts."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    if isinstance(module, nn.modules.conv._ConvNd):  # three dimensions as well
+        return 0
+    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3), 0)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: torch's, GPT-2's transposed one, or a quantised one."""
+    quantised = hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
+    return isinstance(module, nn.Linear | Conv1D) or quantised
+
+
+def _is_within(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+def _ends_in(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _leaf_names(model: nn.Module) -> str:
+    """List the last parts of the names of all linear modules."""
+    leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
+    return ", ".join(sorted(leaves)) or "none"

@@ -1,0 +1,1 @@
+"""The papers' selection rules: pure maths and small state."""

@@ -1,0 +1,1 @@
+"""Trainer callbacks, data, and siftune's own training path."""

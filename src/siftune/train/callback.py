@@ -1,0 +1,266 @@
+"""IST and RST for any transformers Trainer, and for plain training loops.
+
+Example:
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[IST(active=0.25)])
+
+    with IST(active=0.25).attach(model, batches=score_loader, optimizer=optimizer):
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from siftune.errors import RecipeError, UnsupportedError
+from siftune.sparse.ist import ISTSettings
+from siftune.train.draws import Batch, RowDraws
+from siftune.train.selection import GivenBatches, LayerSelection, Loss, Selection, model_loss
+
+
+class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """What IST and RST share: a `LayerSelection` that lives as long as a training run."""
+
+    _scored: bool
+
+    def __init__(self, settings: ISTSettings, layers: str | None) -> None:
+        self.settings = settings
+        self.layers = layers
+        self.on_select: Callable[[Selection], None] | None = None
+        self._selection: LayerSelection | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    @property
+    def last(self) -> Selection | None:
+        """The choice of the current step; None before training."""
+        return self._selection.last if self._selection else None
+
+    @property
+    def importance(self) -> Tensor | None:
+        """(L,) float64 importance logits, high = important; None before training."""
+        return self._selection.importance if self._selection else None
+
+    def remove(self) -> None:
+        """Take the gates off the model: needed only where training ended in an exception."""
+        if self._selection is not None:
+            self._selection.remove()
+
+    def state(self) -> dict[str, Any]:
+        """State for the Trainer's checkpoints: the constructor's arguments and the selection's state."""
+        selection = self._selection.state_dict() if self._selection else None
+        return {"args": self._arguments(), "attributes": {"_resumed": selection}}
+
+    def _arguments(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the layers, set the gates, and continue from a checkpoint's state."""
+        self.remove()
+        _refuse_sharding(args)
+        model = kwargs["model"]
+        self._selection = LayerSelection(
+            model,
+            self.settings,
+            scored=self._scored,
+            loss=_trainer_loss(self),
+            layers=self.layers,
+            chunk=args.per_device_train_batch_size,
+        )
+        loader = kwargs.get("train_dataloader")
+        if loader is not None:
+            self._selection.draws = RowDraws(loader.dataset, loader.collate_fn, self._selection.generator)
+        saved = self._resumed or _saved_state(state, type(self).__name__)
+        if state.global_step and saved:
+            self._selection.load_state_dict(saved)
+        self._resumed = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose the layers of this optimizer step."""
+        assert self._selection is not None
+        self._selection.steps = state.global_step
+        chosen = self._selection.begin()
+        if self.on_select is not None:
+            self.on_select(chosen)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that the optimizer skips inactive layers."""
+        assert self._selection is not None
+        self._selection.drop_inactive_grads()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was, but for the adapter's values."""
+        self.remove()
+
+
+class IST(_LayerCallback):
+    """Importance-aware Sparse Tuning: train the layers that matter (arXiv 2410.11772).
+
+    Args:
+        active: Share of the layers that train in a step.
+        interval: Optimizer steps between two updates of the importance; None or infinity never updates it.
+        score_batch_size: Training rows on which the candidate sets are compared.
+        candidates: Candidate sets per update.
+        suppressed: Share of the layers in a candidate set.
+        factor: What the adapter response of a suppressed layer is multiplied by.
+        score_lr: Learning rate of the importance logits.
+        seed: Seed of IST's own generator.
+        layers: Path of the decoder layers, where they are not found by structure.
+
+    Raises:
+        RecipeError: When a setting is out of its range.
+    """
+
+    _scored = True
+
+    def __init__(
+        self,
+        active: float = 0.25,
+        interval: float | None = 10,
+        score_batch_size: int = 16,
+        candidates: int = 3,
+        suppressed: float = 0.5,
+        factor: float = 0.25,
+        score_lr: float = 10.0,
+        seed: int = 0,
+        layers: str | None = None,
+    ) -> None:
+        every = None if interval is None or interval == float("inf") else int(interval)
+        if every is not None and every != interval:
+            raise RecipeError(f"interval is {interval}; give a whole number of optimizer steps, or None.")
+        settings = ISTSettings(active, every, score_batch_size, candidates, suppressed, factor, score_lr, seed)
+        super().__init__(settings, layers)
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        batches: Iterable[Batch] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: Loss = model_loss,
+    ) -> LayerSelection:
+        """Select layers in a plain training loop.
+
+        Args:
+            model: Causal LM with adapters.
+            batches: Batches on which the candidate sets are compared, one each time; started again at the end.
+            optimizer: Where given, its steps drive the selection; else call `step()` after each.
+            loss: Loss of a batch, a scalar.
+
+        Returns:
+            A context manager; `last.layers` are the layers that train now.
+
+        Raises:
+            RecipeError: When there are no `batches` although `interval` asks for updates.
+        """
+        if batches is None and self.settings.interval is not None:
+            raise RecipeError("IST compares layers on rows: give attach(..., batches=...), or set interval=None.")
+        draws = GivenBatches(batches) if batches is not None else None
+        return _started(LayerSelection(model, self.settings, draws=draws, loss=loss, layers=self.layers), optimizer)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {**vars(self.settings), "layers": self.layers}
+
+
+class RST(_LayerCallback):
+    """Random sparse tuning, IST's ablation: as many layers, drawn uniformly.
+
+    Args:
+        active: Share of the layers that train in a step.
+        seed: Seed of RST's own generator.
+        layers: Path of the decoder layers, where they are not found by structure.
+    """
+
+    _scored = False
+
+    def __init__(self, active: float = 0.25, seed: int = 0, layers: str | None = None) -> None:
+        super().__init__(ISTSettings(active=active, interval=None, seed=seed), layers)
+
+    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
+        """Select layers in a plain training loop; see `IST.attach`."""
+        return _started(LayerSelection(model, self.settings, scored=False, layers=self.layers), optimizer)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"active": self.settings.active, "seed": self.settings.seed, "layers": self.layers}
+
+
+def _started(selection: LayerSelection, optimizer: torch.optim.Optimizer | None) -> LayerSelection:
+    """Draw the first step's layers."""
+    selection.begin()
+    if optimizer is not None:
+        selection.follow(optimizer)
+    return selection
+
+
+def _refuse_sharding(args: TrainingArguments) -> None:
+    """Refuse wrappers that hold the parameters elsewhere while a layer runs."""
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name, None):
+            raise UnsupportedError(
+                f"The Trainer uses {name}, which shards the adapters that layer selection gates. "
+                "Use one device or DDP: adapters are small enough to be replicated."
+            )
+
+
+def _saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:
+    """A callback's state in the checkpoint that the Trainer resumed from."""
+    saved = getattr(state, "stateful_callbacks", None) or {}
+    entry = saved.get(name) if isinstance(saved, Mapping) else None
+    if isinstance(entry, list):
+        entry = entry[0]
+    return entry["attributes"].get("_resumed") if entry else None
+
+
+def _trainer_loss(callback: TrainerCallback) -> Loss:
+    """The loss of the Trainer that calls this callback, so that DPO and the like are scored by their own.
+
+    Trainers do not hand themselves to callbacks; the one at work is found among the callers.
+    """
+    trainer = _calling_trainer(callback)
+    if trainer is None:
+        return model_loss
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with _metrics_kept(trainer), trainer.compute_loss_context_manager():
+            value: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+        return value
+
+    return loss
+
+
+def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+@contextmanager
+def _metrics_kept(trainer: Trainer) -> Iterator[None]:
+    """Keep scoring out of the metrics that TRL's trainers collect in `compute_loss`."""
+    metrics: dict[str, dict[str, list[float]]] = getattr(trainer, "_metrics", None) or {}
+    kept = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
+    try:
+        yield
+    finally:
+        for mode, values in kept.items():
+            metrics[mode].clear()
+            metrics[mode].update(values)

@@ -1,0 +1,190 @@
+"""Read rows from JSONL, JSON, CSV and Parquet files and from the hub.
+
+JSONL, JSON and CSV are read by our own strict readers, so that every complaint names the file and the line.
+`Row`, `tokenize_rows`, `Collator` and their kin are at home in `rows.py`, `encoder.py` and `tokenize.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from siftune.errors import DataError
+from siftune.train.encoder import Encoder, encode_completion, encode_prompt
+from siftune.train.rows import Message, Row, parse_rows, rows_from
+from siftune.train.tokenize import Collator, tokenize_rows
+
+__all__ = [
+    "Collator",
+    "Encoder",
+    "Message",
+    "Row",
+    "encode_completion",
+    "encode_prompt",
+    "load_rows",
+    "rows_from",
+    "tokenize_rows",
+]
+
+logger = logging.getLogger(__name__)
+
+Records = Iterator[tuple[str, Any]]  # where it stands, what stands there
+
+
+def load_rows(source: str, split: str = "train", limit: int | None = None, format: str = "auto") -> list[Row]:
+    """Read the rows of a file or a hub data set.
+
+    Args:
+        source: path of a `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file; otherwise a hub id or a
+            local data set folder, optionally with a configuration: `openai/gsm8k:main`.
+        split: split of a hub data set; a file is one split, whatever this says.
+        limit: read at most so many rows; None reads all.
+        format: `prompt`, `messages`, `alpaca`, `text`, or `auto` to go by the columns of the first row.
+
+    Returns:
+        The rows in the order of the source, at least one.
+
+    Raises:
+        DataError: the source cannot be found or read, holds no rows, or a row is wrong.
+        RecipeError: no such format.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"the limit on rows is {limit}; give at least 1, or leave it out to read all rows.")
+    rows = parse_rows(islice(_open(source, split), limit), format)
+    if not rows:
+        raise DataError(f"{source} is empty: no rows found; give a file with at least one row.")
+    logger.info("%s: %d rows", source, len(rows))
+    return rows
+
+
+def _open(source: str, split: str) -> Records:
+    """Choose the reader by the name's ending and what lies there."""
+    path = Path(source).expanduser()
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            raise DataError(f"{source}: the ending {path.suffix!r} is unknown; supported: {', '.join(_READERS)}.")
+        return _reporting(reader(path, source), source)
+    if reader is not None:
+        state = "is a folder, not a file" if path.exists() else "does not exist"
+        raise DataError(f"{source} {state}; give the path of a data file.")
+    return _read_hub(source, split)
+
+
+def _reporting(records: Records, source: str) -> Records:
+    """Pass records on, and turn a failing disk or a missing permission into one sentence."""
+    try:
+        yield from records
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{source} cannot be read: {reason}; check the path and its permissions.") from error
+
+
+def _read_jsonl(path: Path, source: str) -> Records:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = _decode(line, source, number)
+            if text.strip():
+                yield f"{source}:{number}", _parse_json(text, source, number)
+
+
+def _read_json(path: Path, source: str) -> Records:
+    text = _decode(path.read_bytes(), source)
+    content = _parse_json(text, source) if text.strip() else []
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, list):
+        raise DataError(
+            f"{source}: found {type(content).__name__}, but a .json file must hold a list of objects or "
+            '{"data": [...]}; name a file with one object per line .jsonl.'
+        )
+    yield from ((f"{source} row {number}", record) for number, record in enumerate(content, 1))
+
+
+def _read_csv(path: Path, source: str) -> Records:
+    text = _decode(path.read_bytes(), source)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    end = 0  # a quoted field may span lines: name the line where the row starts
+    try:
+        header = next(reader, [])
+        end = reader.line_num
+        for fields in reader:
+            origin, end = f"{source}:{end + 1}", reader.line_num
+            if fields and len(fields) != len(header):
+                raise DataError(
+                    f"{origin}: the row has {len(fields)} fields, but the header has {len(header)}; "
+                    "put fields that hold commas or line breaks in double quotes."
+                )
+            if fields:
+                yield origin, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{source}:{end + 1}: invalid CSV ({error}); mend the row or save as JSONL.") from error
+
+
+def _read_parquet(path: Path, source: str) -> Records:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            records = (record for batch in file.iter_batches() for record in batch.to_pylist())
+            for number, record in enumerate(records, 1):
+                yield f"{source} row {number}", record
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{source}: invalid Parquet ({error}); write the file again.") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Records]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(source: str, split: str) -> Records:
+    """Load a hub data set; since version 4, `datasets` runs no code from the hub."""
+    import datasets
+
+    name, _, configuration = source.partition(":")
+    try:
+        data = datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{source} is no data file, and no data set of that name (split {split!r}) could be loaded: "
+            f"{reason.rstrip('.')}; check the name, the split and the network, or give a file ending in "
+            f"{', '.join(_READERS)}."
+        ) from error
+    return ((f"{source} {split} row {number}", record) for number, record in enumerate(data, 1))
+
+
+def _decode(data: bytes, source: str, line: int | None = None) -> str:
+    """Decode UTF-8, with or without a byte order mark; `line` is given where `data` is one line."""
+    try:
+        return data.decode("utf-8-sig" if line in (None, 1) else "utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        at = line or before.count(b"\n") + 1
+        column = len(before) - (before.rfind(b"\n") + 1) + 1
+        raise DataError(
+            f"{source}:{at}: invalid UTF-8, byte 0x{data[error.start]:02x} at position {column} of the line; "
+            "save the file as UTF-8."
+        ) from error
+
+
+def _parse_json(text: str, source: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at, reason = line or error.lineno, f"{error.msg}, character {error.colno}"
+        raise DataError(f"{source}:{at}: invalid JSON ({reason}); mend the line.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+        raise DataError(f"{source}:{line or 1}: invalid JSON ({error}); mend the line.") from error

@@ -1,0 +1,27 @@
+"""What siftune needs of torch.distributed; the only file that touches it."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world_size() -> int:
+    """Number of ranks; 1 where no process group is set up."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Mean of `values` over the ranks, the same bits on each of them.
+
+    Args:
+        values: Any shape, float64.
+        device: Device of the model: NCCL reduces there only.
+
+    Returns:
+        The mean, on the CPU, float64.
+    """
+    if world_size() == 1:
+        return values
+    total = values.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    dist.all_reduce(total)
+    return (total / world_size()).to(device="cpu", dtype=torch.float64)

@@ -1,0 +1,78 @@
+"""Rows of the training set drawn by a method's own generator, beside the Trainer's data order."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siftune.errors import DataError
+
+Batch = Mapping[str, Any]
+
+
+class RowDraws:
+    """Draws batches from a dataset without touching the global generators or the Trainer's sampler.
+
+    Args:
+        dataset: Indexed by row, or an iterable that can be started again; it is read by a walker of its own then.
+        collate: Makes a batch of a list of rows.
+        generator: Source of randomness, on the CPU.
+        taken: Rows that an iterable's walker has handed out before, after a resume.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Batch],
+        generator: torch.Generator,
+        taken: int = 0,
+    ) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._generator = generator
+        self._indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        self._walker: Iterator[Any] | None = None
+        self.taken = taken
+
+    def draw(self, count: int, chunk: int) -> list[Batch]:
+        """Draw `count` rows, or all where there are fewer, as batches of at most `chunk` rows."""
+        rows = self._pick(count) if self._indexed else self._walk(count)
+        if not rows:
+            raise DataError("The training set yields no rows, so there is nothing to score layers on.")
+        with torch.random.fork_rng(devices=[]):
+            return [self._collate(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
+
+    def _pick(self, count: int) -> list[Any]:
+        order = torch.randperm(len(self._dataset), generator=self._generator)[:count]
+        return [self._dataset[index] for index in order.tolist()]
+
+    def _walk(self, count: int) -> list[Any]:
+        if self._walker is None:
+            self._walker = itertools.islice(self._rows_forever(), self.taken, None)
+        rows = list(itertools.islice(self._walker, count))
+        self.taken += len(rows)
+        return rows
+
+    def _rows_forever(self) -> Iterator[Any]:
+        while True:
+            empty = True
+            for row in self._dataset:
+                empty = False
+                yield row
+            if empty:
+                return
+
+
+def label_weight(batch: Batch) -> float:
+    """What a batch counts for in a mean over tokens: its predicted labels; its rows where it has no labels."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        return float((labels[:, 1:] != -100).sum())
+    return float(_rows(batch))
+
+
+def _rows(batch: Batch) -> int:
+    sized: Sequence[Any] = [value for value in batch.values() if hasattr(value, "__len__")]
+    return len(sized[0]) if sized else 1

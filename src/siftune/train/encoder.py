@@ -1,0 +1,218 @@
+"""Turn rows into text and text into token ids.
+
+How the parts of a row join:
+
+- With a chat template, the prompt is the template's text up to where the assistant starts to speak, and the
+  completion is the rest of the template's text, with its end-of-turn token and without the white space after
+  it. A template that adds nothing to the completion gets the end-of-sequence token.
+- Without one, prompt and completion join exactly as given: no space is put between them. A
+  beginning-of-sequence token comes first if the tokenizer adds one by itself, and the end-of-sequence token
+  comes last.
+
+Prompt and completion are tokenised apart and then joined, because at generation time the prompt is tokenised
+alone. `encode_prompt` and `encode_completion` give evaluation the same tokens as training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from siftune.errors import DataError, ModelError, RecipeError
+from siftune.train.rows import Message, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Encoder", "encode_completion", "encode_prompt"]
+
+_REOPENED = (
+    "the chat template writes the prompt otherwise once it is answered; the completion is put right after the "
+    "prompt of generation time"
+)
+_REWRITTEN = "the chat template rewrites earlier turns; only the last turn is learned"
+
+
+class _Part(NamedTuple):
+    """A piece of a row's text and whether it is learned."""
+
+    text: str
+    learned: bool
+
+
+class _Rendered(NamedTuple):
+    """The text of a row in parts that are tokenised apart; the last part is the completion."""
+
+    parts: list[_Part]
+    starts: list[int]  # token ids before the first part
+    ends: list[int]  # token ids after the last part
+
+
+class Encoder:
+    """Renders and tokenises rows with one tokenizer and one way to use its chat template.
+
+    Attributes:
+        chat: whether the chat template is used.
+        notes: how many rows were rendered in a way that the user should know of, by reason.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
+        """Settle whether the chat template is used.
+
+        Args:
+            tokenizer: any Hugging Face tokenizer with an end-of-sequence token.
+            template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
+
+        Raises:
+            RecipeError: unknown `template`, or `chat` without a chat template.
+            ModelError: the tokenizer has no end-of-sequence token.
+        """
+        if template not in ("auto", "chat", "none"):
+            raise RecipeError(f"unknown template {template!r}; use auto, chat or none.")
+        self.tokenizer = tokenizer
+        self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+        self.notes: Counter[str] = Counter()
+        if self.chat and not tokenizer.chat_template:
+            raise RecipeError(
+                "template is 'chat', but this tokenizer has no chat template; use template 'none', or an "
+                "instruction-tuned model."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-sequence token; set one in its tokenizer_config.json.")
+        self._eos: list[int] = [tokenizer.eos_token_id]
+        self._bos = self._leading_ids()
+
+    def prompt(self, row: Row) -> list[int]:
+        """Token ids of everything before the completion."""
+        *before, _, _ = self._ids(self.render(row))
+        return [i for piece in before for i in piece]
+
+    def completion(self, row: Row, text: str | None = None) -> list[int]:
+        """Token ids of the completion with its end, or of `text` in its place."""
+        *_, completion, ends = self._ids(self.render(row, text))
+        return completion + ends
+
+    def encode(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[bool]]]:
+        """Yield each row's token ids and which of them are learned, in one call of the tokenizer."""
+        rendered = [self.render(row) for row in rows]
+        ids = iter(self._tokenize([part.text for one in rendered for part in one.parts]))
+        for one in rendered:
+            pieces = [
+                (one.starts, False),
+                *((next(ids), part.learned) for part in one.parts),
+                (one.ends, True),
+            ]
+            yield [i for piece, _ in pieces for i in piece], [on for piece, on in pieces for _ in piece]
+
+    def render(self, row: Row, completion: str | None = None) -> _Rendered:
+        """Write a row as text, cut where learned and other parts meet.
+
+        Raises:
+            DataError: the chat template refuses the row, or a conversation of several turns has no template.
+        """
+        answer = row.completion if completion is None else completion
+        if not row.prompt:
+            return _Rendered([_Part(answer, True)], self._bos, self._eos)
+        if self.chat:
+            return self._render_chat(row, answer)
+        if len(row.prompt) > 1 or row.prompt[0].role != "user":
+            roles = ", ".join(message.role for message in row.prompt)
+            raise DataError(
+                f"{row.origin}: a conversation (turns before the completion: {roles}) needs a chat template, "
+                "but none is in use; take an instruction-tuned model with template 'auto', or plain prompts."
+            )
+        return _Rendered([_Part(row.prompt[0].content, False), _Part(answer, True)], self._bos, self._eos)
+
+    def _render_chat(self, row: Row, answer: str) -> _Rendered:
+        turns = [*row.prompt, Message("assistant", answer, learned=True)]
+        full = self._apply(turns, row.origin)
+        prompt = self._apply(turns[:-1], row.origin, open_turn=True)
+        if not full.startswith(prompt):
+            self.notes[_REOPENED] += 1
+            return _Rendered([_Part(prompt, False), _Part(answer, True)], [], self._eos)
+        end = len(full.rstrip())
+        spans = [*self._earlier_spans(turns, full, row.origin), (len(prompt), end)]
+        # without a marker after the completion, the model would never learn to stop
+        unmarked = full[len(prompt) : end].strip() == answer.strip()
+        return _Rendered(_cut(full, spans), [], self._eos if unmarked else [])
+
+    def _earlier_spans(self, turns: list[Message], full: str, origin: str) -> list[tuple[int, int]]:
+        """Where the learned turns before the last stand in the full text.
+
+        Empty if the template writes earlier turns otherwise than the last one, dropping their reasoning, say:
+        then the model would be trained on texts that it never has to write. A first turn of the assistant
+        answers nothing and is not learned.
+        """
+        spans = []
+        for i, turn in enumerate(turns[:-1]):
+            if turn.learned and i:
+                before = self._apply(turns[:i], origin, open_turn=True)
+                after = self._apply(turns[: i + 1], origin).rstrip()
+                if not (full.startswith(after) and after.startswith(before)):
+                    self.notes[_REWRITTEN] += 1
+                    return []
+                spans.append((len(before), len(after)))
+        return spans
+
+    def _apply(self, turns: Sequence[Message], origin: str, open_turn: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False)
+        except Exception as error:  # templates raise errors of jinja and of their own
+            raise DataError(
+                f"{origin}: the chat template refuses the conversation ({error}); its roles are "
+                f"{', '.join(turn.role for turn in turns)}; change the row or use template 'none'."
+            ) from error
+        return str(text)
+
+    def _ids(self, rendered: _Rendered) -> list[list[int]]:
+        return [rendered.starts, *self._tokenize([part.text for part in rendered.parts]), rendered.ends]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _leading_ids(self) -> list[int]:
+        """The ids that the tokenizer puts before a text by itself, such as a beginning-of-sequence token."""
+        bare = self._tokenize(["a"])[0]
+        dressed = list(self.tokenizer("a")["input_ids"])
+        starts = (i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
+        return dressed[: next(starts, 0)]
+
+
+def _cut(text: str, spans: list[tuple[int, int]]) -> list[_Part]:
+    """Cut a text at the learned spans; what follows the last span is left out."""
+    parts, position = [], 0
+    for start, end in spans:
+        parts += [_Part(text[position:start], False), _Part(text[start:end], True)]
+        position = end
+    return parts
+
+
+def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> list[int]:
+    """Token ids of a row's prompt, the same as in training.
+
+    Raises:
+        DataError, RecipeError, ModelError: as `Encoder`.
+    """
+    return Encoder(tokenizer, template).prompt(row)
+
+
+def encode_completion(
+    row: Row, tokenizer: PreTrainedTokenizerBase, template: str = "auto", text: str | None = None
+) -> list[int]:
+    """Token ids of a row's completion with its end, the same as in training.
+
+    Args:
+        row: the row.
+        tokenizer: its tokenizer.
+        template: `auto`, `chat` or `none`.
+        text: another completion in the place of the row's own, for example one of several choices.
+
+    Raises:
+        DataError, RecipeError, ModelError: as `Encoder`.
+    """
+    return Encoder(tokenizer, template).completion(row, text)

@@ -1,0 +1,239 @@
+"""Rows of training and evaluation data, and the four formats that they are read from.
+
+| format     | columns                          | what is learned                                    |
+|------------|----------------------------------|----------------------------------------------------|
+| `prompt`   | `prompt`, `completion`           | the completion; both are strings, or conversations |
+| `messages` | `messages`                       | every turn of the assistant                        |
+| `alpaca`   | `instruction`, `input`, `output` | the output, after instruction, blank line, input   |
+| `text`     | `text`                           | all of it                                          |
+
+A conversation is a list of `{role, content}`. All other columns are kept in `Row.extra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from siftune.errors import DataError, RecipeError
+
+__all__ = ["Format", "Message", "Row", "detect_format", "parse_row", "parse_rows", "rows_from"]
+
+Format = Literal["prompt", "messages", "alpaca", "text"]
+Record = dict[str, Any]
+
+# a row that has the columns of several formats is read as the first of them
+_REQUIRED: dict[Format, tuple[str, ...]] = {
+    "prompt": ("prompt", "completion"),
+    "messages": ("messages",),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_SUPPORTED = "prompt + completion; messages; instruction (+ input) + output; text"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: who speaks, as the chat template names it: system, user, assistant, tool.
+        content: what is said.
+        learned: whether the turn is trained on; the last turn of a row always is.
+    """
+
+    role: str
+    content: str
+    learned: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: the turns before the completion, and the completion, which is learned.
+
+    Attributes:
+        prompt: the turns before the completion; one user turn where the data gave a plain string; empty for
+            plain text, which no chat template touches.
+        completion: what the model should answer; for plain text, the text.
+        origin: where the row stands, for messages: `data/rows.jsonl:17`.
+        extra: the columns that the format does not use, such as `answer` and `choices`.
+    """
+
+    prompt: tuple[Message, ...]
+    completion: str
+    origin: str
+    extra: Record = field(default_factory=dict)
+
+
+def rows_from(records: Iterable[Record], name: str = "row", format: str = "auto") -> list[Row]:
+    """Turn dictionaries that are already in memory into rows.
+
+    Args:
+        records: one dictionary per row, in any supported format.
+        name: what messages call the data; rows are counted from 1.
+        format: `prompt`, `messages`, `alpaca`, `text`, or `auto` to go by the columns of the first row.
+
+    Raises:
+        DataError: a row does not fit the format.
+        RecipeError: no such format.
+    """
+    return parse_rows(((f"{name} {number}", record) for number, record in enumerate(records, 1)), format)
+
+
+def parse_rows(records: Iterable[tuple[str, Any]], format: str = "auto") -> list[Row]:
+    """Turn pairs of a place and what was found there into rows.
+
+    Raises:
+        DataError, RecipeError: as `rows_from`.
+    """
+    chosen: Format | None = None
+    rows: list[Row] = []
+    for origin, record in records:
+        if not isinstance(record, dict):
+            raise DataError(f"{origin}: the row is {_kind(record)}; every row must be an object of columns.")
+        chosen = chosen or detect_format(record, origin, format)
+        rows.append(parse_row(record, origin, chosen))
+    return rows
+
+
+def detect_format(record: Record, origin: str, format: str = "auto") -> Format:
+    """Tell the format from the columns of one row, or check the name of the format that was given.
+
+    Raises:
+        DataError: the columns belong to no format.
+        RecipeError: no such format.
+    """
+    for known in get_args(Format):
+        if format == known:
+            return known  # type: ignore[no-any-return]
+    if format != "auto":
+        raise RecipeError(f"unknown data format {format!r}; use one of auto, {', '.join(get_args(Format))}.")
+    for known, columns in _REQUIRED.items():
+        if all(column in record for column in columns):
+            return known
+    for known, columns in _REQUIRED.items():
+        if columns[0] in record:  # an incomplete row: reading it names the column that is missing
+            return known
+    found = ", ".join(map(str, record)) or "none"
+    raise DataError(f"{origin}: the columns found ({found}) are no known format; rename them to one of: {_SUPPORTED}.")
+
+
+def parse_row(record: Record, origin: str, format: Format) -> Row:
+    """Read one dictionary as one row.
+
+    Raises:
+        DataError: a column is missing, empty or of the wrong type; the message names `origin`.
+    """
+    return _PARSERS[format](record, origin)
+
+
+def _parse_prompt(record: Record, origin: str) -> Row:
+    prompt, completion = record.get("prompt"), record.get("completion")
+    extra = _without(record, "prompt", "completion")
+    if not isinstance(prompt, list):
+        turn = Message("user", _text(record, "prompt", origin))
+        return Row((turn,), _text(record, "completion", origin), origin, extra)
+    before = tuple(replace(m, learned=False) for m in _turns(prompt, "prompt", origin))
+    if not isinstance(completion, list):
+        return Row(before, _text(record, "completion", origin), origin, extra)
+    return _conversation(before + _turns(completion, "completion", origin), "completion", origin, extra)
+
+
+def _parse_messages(record: Record, origin: str) -> Row:
+    turns = _turns(record.get("messages"), "messages", origin)
+    return _conversation(turns, "messages", origin, _without(record, "messages"))
+
+
+def _parse_alpaca(record: Record, origin: str) -> Row:
+    parts = [_text(record, "instruction", origin)]
+    if record.get("input") not in (None, ""):
+        parts.append(_text(record, "input", origin))
+    turn = Message("user", "\n\n".join(parts))
+    extra = _without(record, "instruction", "input", "output")
+    return Row((turn,), _text(record, "output", origin), origin, extra)
+
+
+def _parse_text(record: Record, origin: str) -> Row:
+    return Row((), _text(record, "text", origin), origin, _without(record, "text"))
+
+
+_PARSERS: dict[Format, Callable[[Record, str], Row]] = {
+    "prompt": _parse_prompt,
+    "messages": _parse_messages,
+    "alpaca": _parse_alpaca,
+    "text": _parse_text,
+}
+
+
+def _conversation(turns: tuple[Message, ...], column: str, origin: str, extra: Record) -> Row:
+    """Make a row of a conversation that must end with the assistant's turn."""
+    *before, last = turns
+    if last.role != "assistant":
+        raise DataError(
+            f"{origin}: {column!r} ends with a turn of the role {last.role!r}, so the row has no completion; "
+            "end it with the assistant's turn, or remove the row."
+        )
+    if not before:
+        raise DataError(
+            f"{origin}: {column!r} has only the assistant's turn and nothing before it; add the user's turn, "
+            "or give the row as 'text'."
+        )
+    return Row(tuple(before), last.content, origin, extra)
+
+
+def _turns(value: Any, column: str, origin: str) -> tuple[Message, ...]:
+    """Read a list of `{role, content}`; the assistant's turns are marked as learned."""
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else _kind(value)
+        raise DataError(f"{origin}: {column!r} is {found}; give a list of {{role, content}} objects.")
+    return tuple(_turn(turn, f"{origin}: turn {i} of {column!r}") for i, turn in enumerate(value, 1))
+
+
+def _turn(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where} is {_kind(turn)}; give an object with 'role' and 'content'.")
+    role = turn.get("role")
+    if not isinstance(role, str) or not role:
+        raise DataError(f"{where} has no role (found {_kind(role)}); use system, user, assistant or tool.")
+    if turn.get("tool_calls"):
+        raise DataError(f"{where} has tool_calls, which are not supported; write them into 'content'.")
+    learned = role == "assistant"
+    content = _string(turn.get("content"), f"{where}: 'content'", may_be_empty=not learned)
+    return Message(role, content, learned)
+
+
+def _text(record: Record, column: str, origin: str) -> str:
+    """Read a column that must hold a string with something in it."""
+    if column not in record:
+        found = ", ".join(map(str, record)) or "none"
+        raise DataError(f"{origin}: the column {column!r} is missing (found: {found}); add it or remove the row.")
+    return _string(record[column], f"{origin}: {column!r}", may_be_empty=False)
+
+
+def _string(value: Any, where: str, may_be_empty: bool) -> str:
+    if value is None and not may_be_empty:
+        raise DataError(f"{where} is empty (null); fill it in or remove the row.")
+    if not isinstance(value, str):
+        raise DataError(f"{where} is {_kind(value)}; give a string.")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"{where} is empty; fill it in or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # no tokenizer takes half of a surrogate pair
+        raise DataError(
+            f"{where} holds an unpaired surrogate ({value[error.start]!r}) at character {error.start}; "
+            "write the whole character or remove it."
+        ) from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    """Name the JSON type of a value, with its article."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object", type(None): "missing or null"}
+    return names.get(type(value), f"of the type {type(value).__name__}")
+
+
+def _without(record: Record, *columns: str) -> Record:
+    return {column: value for column, value in record.items() if column not in columns}

@@ -1,0 +1,272 @@
+"""siftune's own training path: a recipe in, a run folder out."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+
+from siftune.config import Recipe, check, recipe_to_yaml, resolve_recipe
+from siftune.errors import RecipeError, TrainingError
+from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
+from siftune.models.source import load_model
+from siftune.train.callback import IST, RST
+from siftune.train.card import model_card
+from siftune.train.data import Collator, load_rows, tokenize_rows
+from siftune.train.memory import peak_memory_mb
+from siftune.train.progress import Metrics, ProgressView
+from siftune.train.run_folder import RunFolder, is_complete, newest_checkpoint
+from siftune.train.trainer import SiftTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A finished training run.
+
+    Attributes:
+        folder: Its folder.
+        model: The tuned model, adapters attached.
+        tokenizer: Its tokenizer.
+        summary: Steps, losses, seconds, tokens per second, peak memory in MB.
+    """
+
+    folder: RunFolder
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    summary: dict[str, Any]
+
+
+def train(recipe: Recipe, console: Console | None = None) -> Run:
+    """Fine-tune as `recipe` says.
+
+    Args:
+        recipe: Settings; checked and resolved here.
+        console: Where progress goes; stderr by default.
+
+    Raises:
+        InputError: On anything in the recipe, the data or the model that cannot be used. Where training had
+            begun, the adapter as it stood after the last whole step is in the run folder.
+    """
+    console = console or Console(stderr=True)
+    recipe = resolve_recipe(recipe)
+    check(recipe)
+    folder = RunFolder(str(recipe.out))
+    checkpoint = _checkpoint(recipe, folder)
+    _refuse_overwriting(recipe, folder)
+    model, tokenizer = load_model(recipe.model, recipe.dtype)
+    data = _datasets(recipe, tokenizer)
+    console.print(f"{recipe.model}: {len(data['train'])} rows to train on, run folder {folder.path}")
+    model = attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, _targets(recipe))
+    groups = group_by_layer(model)
+    folder.write("recipe.yaml", recipe_to_yaml(recipe))
+    method = _method(recipe)
+    metrics = Metrics(folder, lambda: len(method.last.layers) if method and method.last else len(groups))
+    view = ProgressView(console)
+    trainer = _trainer(recipe, folder, model, tokenizer, data, [metrics, view, *([method] if method else [])])
+    if method is not None and trainer.is_world_process_zero():
+        method.on_select = lambda selection: folder.append("selection.jsonl", selection.record())
+    base_dtype = use_base_dtype(model, groups)
+
+    def release() -> None:
+        view.close()
+        if method is not None:  # before the cast, which was there first
+            method.remove()
+        base_dtype.remove()
+
+    summary = _fit(trainer, folder, recipe, checkpoint, release)
+    return Run(folder, model, tokenizer, summary)
+
+
+def _fit(
+    trainer: SiftTrainer, folder: RunFolder, recipe: Recipe, checkpoint: Path | None, release: Callable[[], None]
+) -> dict[str, Any]:
+    """Train, take everything off the model, and leave adapter, card and summary behind however training ends."""
+    if checkpoint is not None:
+        folder.cut_records(trainer_step(checkpoint))
+    started = time.monotonic()
+    status = "interrupted"
+    try:
+        with _disk_faults(folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        status = "finished"
+    except TrainingError as error:
+        status = "stopped"
+        raise TrainingError(f"{error} What was trained so far is in {folder.adapter}.") from error
+    finally:
+        release()
+        summary = _summary(trainer, time.monotonic() - started)
+        if trainer.is_world_process_zero() and (status == "finished" or trainer.state.global_step > 0):
+            _leave_behind(trainer, folder, recipe, status, summary)
+    return summary
+
+
+def _leave_behind(
+    trainer: SiftTrainer, folder: RunFolder, recipe: Recipe, status: str, summary: dict[str, Any]
+) -> None:
+    """Write adapter, run.json and model card."""
+
+    def save(path: Path) -> None:
+        trainer.model.save_pretrained(path)
+        trainer.processing_class.save_pretrained(path)
+        (path / "README.md").write_text(model_card(recipe, summary), encoding="utf-8")
+
+    with _disk_faults(folder):
+        folder.replace_adapter(save)
+        folder.write_run(status=status, summary=summary)
+        folder.write("README.md", model_card(recipe, summary))
+
+
+@contextmanager
+def _disk_faults(folder: RunFolder) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"Writing to {folder.path} failed: {error.strerror or error}. Free some space or choose another disk with "
+            "--out; complete checkpoints there are intact, and --resume continues from the newest."
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise TrainingError(
+            f"Writing weights to {folder.path} failed: {error}. Free some space or choose another disk with --out; "
+            "complete checkpoints there are intact, and --resume continues from the newest."
+        ) from error
+
+
+def _summary(trainer: SiftTrainer, seconds: float) -> dict[str, Any]:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "eval_loss": evals[-1] if evals else None,
+        "seconds": round(seconds, 2),
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+    }
+
+
+def _datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Read and tokenise the training rows, and the held-out rows where there are any."""
+    wanted = {"train": (recipe.train, recipe.train_split, recipe.limit)}
+    if recipe.eval:
+        wanted["eval"] = (recipe.eval, recipe.eval_split, recipe.eval_limit)
+    return {
+        name: tokenize_rows(
+            load_rows(source, split, limit, recipe.format),
+            tokenizer,
+            recipe.max_length,
+            recipe.template,
+            recipe.completion_only,
+        )
+        for name, (source, split, limit) in wanted.items()
+    }
+
+
+def _targets(recipe: Recipe) -> list[str] | None:
+    return list(recipe.targets) if recipe.targets else None
+
+
+def _method(recipe: Recipe) -> IST | RST | None:
+    if recipe.method == "ist":
+        return IST(
+            recipe.active, recipe.interval, recipe.score_batch_size, recipe.candidates, recipe.suppressed,
+            recipe.factor, recipe.score_lr, recipe.seed,
+        )  # fmt: skip
+    return RST(recipe.active, recipe.seed) if recipe.method == "rst" else None
+
+
+def _trainer(
+    recipe: Recipe,
+    folder: RunFolder,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: dict[str, Any],
+    callbacks: list[Any],
+) -> SiftTrainer:
+    set_seed(recipe.seed)
+    trainer = SiftTrainer(
+        model=model,
+        args=_arguments(recipe, folder, fp16=next(model.parameters()).dtype == torch.float16),
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _arguments(recipe: Recipe, folder: RunFolder, fp16: bool) -> TrainingArguments:
+    """A recipe in the Trainer's words."""
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.steps or -1,
+        learning_rate=recipe.lr,
+        lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        **_checkpointing(recipe.checkpointing),
+        fp16=fp16 and torch.cuda.is_available(),
+        seed=recipe.seed,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        eval_strategy="no" if not recipe.eval else "steps" if recipe.eval_every else "epoch",
+        eval_steps=recipe.eval_every,
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        report_to=recipe.report_to,
+    )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Activation checkpointing, under the name that this version of transformers has for it."""
+    known = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def _checkpoint(recipe: Recipe, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from, if any."""
+    if not recipe.resume:
+        return None
+    if recipe.resume is True:
+        return newest_checkpoint(folder.checkpoints)
+    given = Path(recipe.resume)
+    if not is_complete(given):
+        raise RecipeError(f"{given} is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N.")
+    return given
+
+
+def trainer_step(checkpoint: Path) -> int:
+    """Optimizer steps done at a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _refuse_overwriting(recipe: Recipe, folder: RunFolder) -> None:
+    if not recipe.resume and not folder.is_fresh():
+        raise RecipeError(f"{folder.path} holds a run already; give another folder with --out, or go on with --resume.")

@@ -1,0 +1,100 @@
+"""The Trainer of siftune's own training path: transformers' Trainer with a cheaper loss and a guard.
+
+The loss computes logits only where labels are. At the first step it is compared with the model's own; where the two
+differ, as with an auxiliary loss of a mixture of experts, the model's own is used from then on, and one warning says
+so. A loss or gradient that is not finite stops training before it reaches the weights.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from siftune.errors import InputError, TrainingError
+from siftune.models.heads import logits_at
+from siftune.train.loss import difference_from_model, label_positions, token_loss
+from siftune.train.selection import evaluating
+
+logger = logging.getLogger(__name__)
+
+
+class SiftTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer, with logits only at label positions.
+
+    It takes the Trainer's arguments, but for `compute_loss_func`, which it sets.
+    """
+
+    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=[FiniteGradients(), *(callbacks or [])], **kwargs)
+        self._label_logits_only: bool | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
+        if self._label_logits_only is None:
+            self._label_logits_only = self._agrees(model, inputs)
+            self.compute_loss_func = _label_loss if self._label_logits_only else None
+        if not self._label_logits_only:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with logits_at(model, label_positions(inputs["labels"])):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward; raises TrainingError on a loss that is not finite."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}; nothing of this step reached the "
+                "adapter. Lower --lr, or look for broken rows in the data."
+            )
+        return loss
+
+    def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether the label-only loss is the model's own, up to rounding."""
+        try:
+            with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
+                ours, theirs = difference_from_model(model, self._prepare_inputs(inputs))
+        except InputError as error:
+            logger.warning("logits are computed at all positions, which costs time and memory: %s", error)
+            return False
+        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        agrees = math.isclose(ours, theirs, rel_tol=1e-2 if half else 1e-4, abs_tol=1e-4)
+        if not agrees:
+            logger.warning(
+                "logits are computed at all positions, which costs time and memory: the model's own loss is %.5g "
+                "where the loss over label positions is %.5g; it adds or changes something in between",
+                theirs,
+                ours,
+            )
+        return agrees
+
+
+def _label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    return token_loss(outputs.logits, labels, num_items_in_batch)
+
+
+class FiniteGradients(TrainerCallback):  # type: ignore[misc]
+    """Stops training before a gradient that is not finite reaches the weights."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check every gradient; under fp16 the GradScaler does it, by skipping the step."""
+        if args.fp16:
+            return
+        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if grads and not bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all()):
+            raise TrainingError(
+                f"A gradient is not finite at step {state.global_step + 1}; nothing of this step reached the adapter. "
+                "Lower --lr, or train in --dtype float32."
+            )

@@ -1,0 +1,12 @@
+"""Settings of the whole suite."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+# two cores are shared by the test workers, so a single example can take long; examples are the same in every run
+settings.register_profile("siftune", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("siftune")
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from siftune.errors import DataError
+from siftune.evaluate.choices import ChoiceItem, ChoiceResult, score_choices
+
+ITEMS = [
+    ChoiceItem([5, 6, 7], [[8], [9, 10], [11, 12, 13]], 1),
+    ChoiceItem([20], [[21, 22], [23]], 0),
+    ChoiceItem([30, 31, 32, 33, 34, 35, 36], [[37], [38], [39], [40]], 3),
+]
+
+
+def loop(model, item):
+    """Feed one token more at a time and read off its probability."""
+    sums = []
+    for choice in item.choices_ids:
+        total = 0.0
+        for t, token in enumerate(choice):
+            ids = torch.tensor([[*item.prompt_ids, *choice[:t]]])
+            with torch.no_grad():
+                total += torch.log_softmax(model.eval()(input_ids=ids).logits[0, -1], 0)[token].item()
+        sums.append(total)
+    return np.array(sums)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
+def test_equals_a_loop_over_tokens_at_any_batch_size(model, batch_size):
+    result = score_choices(model, ITEMS, batch_size)
+    for found, item in zip(result.loglik, ITEMS, strict=True):
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, loop(model, item), rtol=0, atol=1e-10)
+    assert [lengths.tolist() for lengths in result.lengths] == [[1, 2, 3], [2, 1], [1, 1, 1, 1]]
+    assert result.answers.tolist() == [1, 0, 3]
+
+
+def test_an_adapter_counts_and_can_be_switched_off(model):
+    plain = score_choices(model, ITEMS)
+    targets = ["q_proj"] if hasattr(model.config, "hidden_act") else ["c_attn"]
+    tuned = get_peft_model(
+        model,
+        LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=targets),
+    )
+    changed = score_choices(tuned, ITEMS)
+    assert not np.allclose(np.concatenate(plain.loglik), np.concatenate(changed.loglik))
+    with tuned.disable_adapter():
+        again = score_choices(tuned, ITEMS)
+    np.testing.assert_allclose(np.concatenate(plain.loglik), np.concatenate(again.loglik), atol=1e-12)
+
+
+def test_predictions_by_sum_and_by_mean():
+    result = ChoiceResult(
+        loglik=[np.array([-3.0, -4.0]), np.array([-1.0, -1.0, -5.0])],
+        lengths=[np.array([1, 2]), np.array([1, 1, 10])],
+        answers=np.array([1, 0]),
+    )
+    assert result.by_sum.tolist() == [0, 0]  # the first of equals
+    assert result.by_mean.tolist() == [1, 2]
+    assert result.correct().tolist() == [False, True]
+    assert result.correct(normalised=True).tolist() == [True, False]
+
+
+def test_no_items(model):
+    result = score_choices(model, [])
+    assert result.loglik == []
+    assert result.correct().shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (ChoiceItem([], [[1]], 0), "item 1: the prompt has no tokens"),
+        (ChoiceItem([1], [], 0), "item 1: choices"),
+        (ChoiceItem([1], [[2], []], 0), "item 1: choices"),
+        (ChoiceItem([1], [[2], [3]], 2), "item 1: answer 2, but the 2 choices"),
+        (ChoiceItem([1], [[2], [3]], -1), "item 1: answer -1"),
+    ],
+)
+def test_items_that_cannot_be_scored(model, item, message):
+    with pytest.raises(DataError, match=message):
+        score_choices(model, [ITEMS[0], item])

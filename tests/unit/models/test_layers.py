@@ -1,0 +1,209 @@
+"""Decoder layers are found by structure, in every family and behind every wrapper."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+from siftune.errors import LayerError
+from siftune.models.adapters import attach_adapter
+from siftune.models.layers import find_layers
+from tiny import FAMILIES, tiny
+
+
+class DDPLike(nn.Module):
+    """Keeps the model under `module`, as DistributedDataParallel does, and passes no attributes on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class Block(nn.Module):
+    def __init__(self, experts: int = 0) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(experts))
+
+    def forward(self, hidden, mask=None):
+        return self.up(hidden)
+
+
+class OtherBlock(Block):
+    """Another class of the same file."""
+
+
+class Stranger(nn.Module):
+    """A block with another signature, which the tests place in another file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(4, 4)
+
+    def forward(self, states):
+        return self.down(states)
+
+
+class Bare(nn.Module):
+    """A model outside transformers: no config, no get_input_embeddings."""
+
+    def __init__(self, **lists: nn.ModuleList) -> None:
+        super().__init__()
+        self.token = nn.Embedding(8, 4)
+        for name, blocks in lists.items():
+            self.add_module(name, blocks)
+
+
+def blocks(count: int, experts: int = 0) -> nn.ModuleList:
+    return nn.ModuleList(Block(experts) for _ in range(count))
+
+
+WRAPPERS = {
+    "": lambda model: model,
+    "module.": DDPLike,
+    "_orig_mod.": torch.compile,
+    "module._orig_mod.": lambda model: DDPLike(torch.compile(model)),
+}
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_every_wrapper(family, prefix):
+    model = tiny(family)
+    bare = find_layers(model)
+    assert len(bare.layers) == 4
+    assert len({type(layer) for layer in bare.layers}) == 1
+    assert "Block" in type(bare.layers[0]).__name__ or "Layer" in type(bare.layers[0]).__name__
+    assert find_layers(WRAPPERS[prefix](model)).path == prefix + bare.path
+    adapted = find_layers(WRAPPERS[prefix](attach_adapter(model, rank=2)))
+    assert adapted.path == prefix + "base_model.model." + bare.path
+    assert adapted.layers == bare.layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_few_layers(family, layers):
+    assert len(find_layers(tiny(family, layers=layers)).layers) == layers
+
+
+@given(layers=st.integers(1, 4), experts=st.integers(0, 9))
+def test_experts_never_win(layers, experts):
+    model = Bare(tower=blocks(layers, experts))
+    assert find_layers(model).path == "tower"
+    assert find_layers(model).layers == list(model.tower)
+
+
+def test_expert_lists_of_a_real_mixture():
+    model = tiny("mixtral", layers=2)
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32)) for _ in range(8))
+    assert find_layers(model).path == "model.layers"
+
+
+def test_lists_of_plain_modules_do_not_count():
+    model = Bare(norms=nn.ModuleList(nn.LayerNorm(4) for _ in range(9)), tower=blocks(2))
+    assert find_layers(model).path == "tower"
+
+
+def test_alternating_blocks_of_one_file():
+    model = Bare(tower=nn.ModuleList([Block(), OtherBlock(), Block()]))
+    assert len(find_layers(model).layers) == 3
+
+
+def test_blocks_of_two_files_count_if_their_forwards_agree(monkeypatch):
+    monkeypatch.setattr(OtherBlock, "__module__", "elsewhere")
+    monkeypatch.setattr(Stranger, "__module__", "elsewhere")
+    assert len(find_layers(Bare(tower=nn.ModuleList([Block(), OtherBlock()]))).layers) == 2
+    with pytest.raises(LayerError, match=r"no list of like.*tower \(2 × Block/Stranger\)"):
+        find_layers(Bare(tower=nn.ModuleList([Block(), Stranger()])))
+
+
+def test_layers_compiled_one_by_one():
+    model = tiny("llama")
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    assert find_layers(model).layers == list(model.model.layers)
+
+
+def test_hybrid_of_transformers():
+    config = AutoConfig.for_model(
+        "jamba",
+        hidden_size=32, intermediate_size=32, vocab_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=8,
+        mamba_d_state=4, mamba_dt_rank=4, pad_token_id=0, use_mamba_kernels=False,
+    )  # fmt: skip
+    found = find_layers(AutoModelForCausalLM.from_config(config))
+    assert (found.path, len(found.layers)) == ("model.layers", 4)
+    assert len({type(layer) for layer in found.layers}) == 2
+
+
+def test_vision_language_model_yields_the_language_layers():
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "vocab_size": 96,
+        },
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "image_size": 8, "patch_size": 4, "projection_dim": 16,
+        },
+    )  # fmt: skip
+    found = find_layers(AutoModelForImageTextToText.from_config(config))
+    assert (found.path, len(found.layers)) == ("model.language_model.layers", 2)
+
+
+def encoder_decoder(decoder_layers: int) -> nn.Module:
+    config = AutoConfig.for_model(
+        "t5",
+        d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=decoder_layers, num_heads=4, vocab_size=96,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+@pytest.mark.parametrize("decoder_layers", [3, 2])
+def test_encoder_and_decoder_are_ambiguous(decoder_layers):
+    model = encoder_decoder(decoder_layers)
+    listed = rf"encoder\.block \(3 × T5Block\), decoder\.block \({decoder_layers} × T5Block\).*by hand"
+    with pytest.raises(LayerError, match=listed):
+        find_layers(model)
+    assert find_layers(model, "decoder.block").layers == list(model.decoder.block)
+
+
+def test_two_lists_of_one_length_are_ambiguous():
+    with pytest.raises(LayerError, match=r"several.*left \(2 × Block\), right \(2 × Block\).*by hand"):
+        find_layers(Bare(left=blocks(2), right=blocks(2)))
+    assert find_layers(Bare(left=blocks(2), right=blocks(3))).path == "right"
+
+
+def test_nothing_that_looks_like_layers():
+    with pytest.raises(LayerError, match=r"Linear has no list of like decoder layers\. Lists.*: none\."):
+        find_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize("path", ["model.layers", "layers"])
+def test_path_by_hand_looks_through_wrappers(path, prefix):
+    model = tiny("llama")
+    layers = list(model.model.layers)
+    for wrapped in (WRAPPERS[prefix](model), WRAPPERS[prefix](attach_adapter(model, rank=2))):
+        found = find_layers(wrapped, path)
+        assert found.layers == layers
+        assert found.path.startswith(prefix)
+        assert wrapped.get_submodule(found.path) is model.model.layers
+        assert find_layers(wrapped, found.path) == found
+
+
+def test_path_by_hand_accepts_what_structure_refuses():
+    assert find_layers(Bare(tower=nn.ModuleList([Block(), Stranger()])), "tower").path == "tower"
+    assert len(find_layers(Bare(tower=nn.Sequential(Block(), Block())), "tower").layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "found"), [("model.layer", "nothing"), ("model.norm", "a LlamaRMSNorm"), ("self_attn", "nothing")]
+)
+def test_wrong_path_by_hand(path, found):
+    with pytest.raises(LayerError, match=rf"at '{path}': found {found} there.*model\.layers \(4 × LlamaDecoder"):
+        find_layers(tiny("llama"), path)

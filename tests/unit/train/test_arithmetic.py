@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from siftune.errors import DataError
+from siftune.train.arithmetic import KINDS, arithmetic_rows, split
+
+
+def solve(prompt: str) -> int:
+    """Answer a question from its words alone."""
+    x, y = map(int, re.findall(r"\d+", prompt))
+    words = prompt.lower()
+    if re.search(r"larger|maximum", words):
+        return max(x, y)
+    if re.search(r"smaller|minimum", words):
+        return min(x, y)
+    if re.search(r"\+|add|sum", words):
+        return x + y
+    assert re.search(r"-|subtract|difference", words)
+    return y - x if "subtract" in words else abs(x - y)
+
+
+def problem(row):
+    return row["kind"], frozenset((row["a"], row["b"]))
+
+
+def test_every_answer_is_true_and_among_four_different_choices():
+    rows = arithmetic_rows(2000, seed=3)
+    for row in rows:
+        assert row["answer"] == row["completion"] == str(solve(row["prompt"]))
+        assert not row["wrong"]
+        assert {int(n) for n in re.findall(r"\d+", row["prompt"])} == {row["a"], row["b"]}
+        assert 10 <= min(row["a"], row["b"]) < max(row["a"], row["b"]) <= 99
+        assert len(set(row["choices"])) == len(row["choices"]) == 4
+        assert row["answer"] in row["choices"]
+    places = Counter(row["choices"].index(row["answer"]) for row in rows)
+    assert min(places.values()) > 400  # the right choice stands in every place about equally often
+
+
+def test_each_kind_has_several_wordings_and_both_orders():
+    rows = arithmetic_rows(800, seed=0)
+    for kind in KINDS:
+        own = [row for row in rows if row["kind"] == kind]
+        assert len({re.sub(r"\d+", "N", row["prompt"]) for row in own}) == 3
+        assert 0.3 < sum(row["a"] < row["b"] for row in own) / len(own) < 0.7
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 203])
+def test_kinds_are_balanced_and_problems_differ(n):
+    rows = arithmetic_rows(n, seed=1)
+    counts = Counter(row["kind"] for row in rows)
+    assert len(rows) == n == len({problem(row) for row in rows})
+    assert max(counts.values(), default=0) - min((counts[kind] for kind in KINDS), default=0) <= 1
+
+
+def test_the_seed_decides_everything():
+    assert arithmetic_rows(50, 7, noise=0.2) == arithmetic_rows(50, 7, noise=0.2)
+    assert arithmetic_rows(50, 7) != arithmetic_rows(50, 8)
+
+
+@pytest.mark.parametrize(("n", "noise", "expected"), [(200, 0.3, 60), (10, 1.0, 10), (10, 0.0, 0), (7, 0.5, 4)])
+def test_noise_plants_exactly_its_share_of_wrong_completions(n, noise, expected):
+    rows = arithmetic_rows(n, seed=5, noise=noise)
+    wrong = [row for row in rows if row["completion"] != str(solve(row["prompt"]))]
+    assert len(wrong) == expected
+    assert [row for row in rows if row["wrong"]] == wrong
+    for row in rows:
+        assert row["answer"] == str(solve(row["prompt"]))
+        assert row["completion"] in row["choices"]
+
+
+def test_split_shares_no_problem_even_when_the_pool_is_nearly_used_up():
+    train, test = split(12_000, 3_900, seed=2, noise=0.1)
+    assert not {problem(row) for row in train} & {problem(row) for row in test}
+    assert not any(row["wrong"] for row in test)
+    assert sum(row["wrong"] for row in train) == 1200
+
+
+def test_held_out_rows_do_not_depend_on_the_training_rows():
+    assert split(10, 40, seed=4)[1] == split(400, 40, seed=4, noise=0.5)[1]
+
+
+def test_too_many_rows_and_impossible_noise_are_refused():
+    with pytest.raises(DataError, match=r"5000 arithmetic rows of the kind 'sum'.*only 4005.*at most 16020"):
+        arithmetic_rows(20_000, seed=0)
+    with pytest.raises(DataError, match=r"noise is 1\.5.*from 0 to 1"):
+        arithmetic_rows(10, seed=0, noise=1.5)
