@@ -159,7 +159,7 @@ def wanted(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(part) for part in arguments)
     if origin is tuple:
-        return "a list of names"
+        return "a list of names" if arguments[0] is str else f"a list, each {wanted(arguments[0])}"
     words = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
     return "nothing" if hint is type(None) else words.get(hint, getattr(hint, "__name__", str(hint)))
 
@@ -214,16 +214,8 @@ def _hint(key: str, names: Iterable[str]) -> str:
 
 def _read(path: Path) -> dict[str, tuple[Any, int]]:
     """Read one YAML file as key -> (value, line)."""
-    loader = None
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise RecipeError(f"{path}:{node.start_mark.line + 1}: a recipe is made of lines `key: value`")
-        lines = _lines(path, node)
-        return {str(key): (value, lines[str(key)]) for key, value in loader.construct_document(node).items()}
+        return _entries(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist (looked in {Path.cwd()})") from None
     except OSError as error:
@@ -232,20 +224,25 @@ def _read(path: Path) -> dict[str, tuple[Any, int]]:
         raise RecipeError(f"recipe {path} is not UTF-8 text: byte {error.start} is invalid") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}{_where(error)}: not valid YAML: {_problem(error)}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
-def _lines(path: Path, node: yaml.MappingNode) -> dict[str, int]:
-    """Map each key to its line; YAML itself would let a second key win in silence."""
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
+def _entries(path: Path, text: str) -> dict[str, tuple[Any, int]]:
+    """Walk the lines of a recipe; YAML itself would let the second of two like keys win in silence."""
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    entries: dict[str, tuple[Any, int]] = {}
+    if node is None:
+        return entries
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}:{node.start_mark.line + 1}: a recipe is made of lines `key: value`")
+    for key, value in node.value:
         line = key.start_mark.line + 1
-        if key.value in lines:
-            raise RecipeError(f"{path}:{line}: {key.value} is given twice, first in line {lines[key.value]}")
-        lines[str(key.value)] = line
-    return lines
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"{path}:{line}: a recipe is made of lines `key: value`")
+        if key.value in entries:
+            raise RecipeError(f"{path}:{line}: {key.value} is given twice, first in line {entries[key.value][1]}")
+        entries[key.value] = (loader.construct_object(value, deep=True), line)
+    return entries
 
 
 def _where(error: yaml.YAMLError) -> str:
@@ -292,7 +289,9 @@ def check(recipe: Recipe) -> None:
     for keys, valid, words in _RANGES:
         for key in keys.split():
             value = getattr(recipe, key)
-            if value is not None and not (math.isfinite(value) and valid(value)):
+            if value is not None and not math.isfinite(value):
+                raise RecipeError(f"{key} is {value}, but must be a finite number")
+            if value is not None and not valid(value):
                 raise RecipeError(f"{key} is {value}, but must be {words}")
     for fault, sentence in _faults(recipe):
         if fault:

@@ -116,15 +116,13 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
 
 
 def _unbox(box: str) -> str:
-    """Return the first paragraph of an error box without its frame; the last line if there is no box."""
-    rows = [line.strip("│ ").strip() for line in box.splitlines()]
-    title = next((i for i, row in enumerate(rows) if row.startswith("╭")), -1)
-    text = []
-    for row in rows[title + 1 :]:
-        if row.startswith(("─", "╰")):
-            break
-        text.append(row)
-    return " ".join(" ".join(text).split()).rstrip(" .").replace(". ", ", ")
+    """Return the message in an error box, whose frame is drawn with lines, or where they fail with hyphens."""
+    rows = [line.strip("│ ") for line in box.splitlines()]
+    # lines: frame, message, rule; hyphens: title, rule, message, rule
+    rules = [i for i, row in enumerate(rows) if re.match("[╭╰]|[─-]{5,}$", row)]
+    message = rows[rules[0] + 1 : rules[1]] if len(rules) > 1 else rows
+    text = " ".join(" ".join(message).split()).rstrip(" .")
+    return re.sub(r"\. (\w)", lambda start: f": {start[1].lower()}", text)
 
 
 def _given(flag: str, arguments: Sequence[str]) -> str:

@@ -39,6 +39,8 @@ _MACHINE = {
     errno.EACCES: "choose a folder or file that you may use",
     errno.EPERM: "choose a folder or file that you may use",
 }
+# safetensors and torch.save say in their own words that a write failed
+_FULL = ("os error 28", "inline_container.cc")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,8 +110,8 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return _explain_missing(error.name or "")
-    if "StorageFull" in str(error):  # safetensors has its own words and class for a full disk
-        return f"the disk is full: {_MACHINE[errno.ENOSPC]}"
+    if any(words in str(error) for words in _FULL):
+        return f"the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; {_MACHINE[error.errno]}"

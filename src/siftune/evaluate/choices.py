@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from siftune.errors import DataError
-from siftune.evaluate.perplexity import IGNORE, TokenRow, row_nll
+from siftune.evaluate.perplexity import TokenRow, row_nll
+from siftune.train.tokenize import IGNORED
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def score_choices(model: nn.Module, items: Sequence[ChoiceItem], batch_size: int
 
 def _as_row(item: ChoiceItem, choice: Sequence[int]) -> TokenRow:
     """Join prompt and choice; only the choice counts."""
-    return [*item.prompt_ids, *choice], [*[IGNORE] * len(item.prompt_ids), *choice]
+    return [*item.prompt_ids, *choice], [*[IGNORED] * len(item.prompt_ids), *choice]
 
 
 def _check(index: int, item: ChoiceItem) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from siftune.errors import AdapterError, DataError
-from siftune.evaluate.perplexity import by_length, evaluating, model_device
+from siftune.evaluate.forward import by_length, evaluating, model_device, model_window
 
 
 def greedy(
@@ -43,7 +43,7 @@ def greedy(
         AdapterError: The adapter adds virtual tokens.
     """
     inner = _generator(model)
-    _check_prompts(prompts_ids, max_new_tokens, _window(inner))
+    _check_prompts(prompts_ids, max_new_tokens, model_window(inner))
     outputs: list[list[int]] = [[] for _ in prompts_ids]
     with evaluating(model), _plain_settings(inner, max_new_tokens, pad_id, eos_ids):
         for batch in by_length([len(ids) for ids in prompts_ids], batch_size):
@@ -84,11 +84,6 @@ def _generator(model: nn.Module) -> Any:
         )
     get_base: Any = getattr(model, "get_base_model", None)
     return get_base() if callable(get_base) else model
-
-
-def _window(model: Any) -> int | None:
-    """Return the number of positions that the model was built for, if its config says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_prompts(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, window: int | None) -> None:

@@ -9,8 +9,7 @@ can't be predicted and doesn't count.
 Shapes: B rows of a batch, T positions, N predicted positions of a batch, V vocabulary size, R all rows.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siftune.errors import DataError
+from siftune.evaluate.forward import by_length, evaluating, model_device
 from siftune.models.heads import logits_at
+from siftune.train.tokenize import IGNORED
 
-IGNORE = -100  # label of a position that doesn't count, as everywhere in transformers
 _CHUNK = 512  # positions whose logits are widened to float32 at a time: bounds the extra memory
 
 TokenRow = tuple[Sequence[int], Sequence[int]]
@@ -83,43 +83,11 @@ def row_nll(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) ->
     return PerplexityResult(nll, tokens)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode and without gradients; each module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference_mode: what a model caches inside it (rotary tables) would be of no use in training.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of indices of similar length, the longest first so that a lack of memory shows at once.
-
-    Raises:
-        ValueError: `batch_size` is less than 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return the device that the model's input ids belong on."""
-    return next(model.parameters()).device
-
-
 def _count_labels(index: int, ids: Sequence[int], labels: Sequence[int]) -> int:
     """Count the labels that can be predicted: all but the one at position 0."""
     if len(ids) != len(labels):
         raise DataError(f"row {index}: {len(ids)} input ids but {len(labels)} labels; give lists of one length")
-    return sum(label != IGNORE for label in labels[1:])
+    return sum(label != IGNORED for label in labels[1:])
 
 
 def _batch_nll(model: nn.Module, rows: Sequence[TokenRow]) -> NDArray[np.float64]:
@@ -127,9 +95,9 @@ def _batch_nll(model: nn.Module, rows: Sequence[TokenRow]) -> NDArray[np.float64
     device = model_device(model)
     # Position t predicts token t + 1: drop the last input and the first label instead of shifting logits.
     ids_BT = _pad([ids[:-1] for ids, _ in rows], 0).to(device)
-    labels_BT = _pad([labels[1:] for _, labels in rows], IGNORE).to(device)
+    labels_BT = _pad([labels[1:] for _, labels in rows], IGNORED).to(device)
     seen_BT = _pad([[1] * (len(ids) - 1) for ids, _ in rows], 0).to(device)
-    mask_BT = labels_BT != IGNORE
+    mask_BT = labels_BT != IGNORED
     with logits_at(model, mask_BT):
         logits_NV = model(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False).logits[0]
     nll_N = _token_nll(logits_NV, labels_BT[mask_BT])

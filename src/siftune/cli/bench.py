@@ -1,0 +1,209 @@
+"""`siftune bench`: time and memory of the methods, side by side on this machine."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from siftune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from siftune.evaluate.cost import Cost, Measurement, Workload
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Options:
+    """Measure what a training step costs with each method on this machine: wall time and peak memory.
+
+    Every method runs in a fresh process; the methods take turns over the rounds, on the same random tokens. Leave the
+    machine alone meanwhile. Ratios carry over to similar machines, seconds do not.
+    """
+
+    methods: str = "dense,rst,ist"
+    """What to measure, with commas between: dense, rst, ist, trl, trl-no-checkpointing."""
+    against: str | None = None
+    """A further method that all are compared with, such as trl: TRL's SFTTrainer with its own defaults."""
+    model: str = "smollm2"
+    """Model to train: a folder, a hub id, or smollm2 (packaged, no hub needed)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights; auto keeps that of the checkpoint."""
+    batch_size: int = 16
+    """Rows in a step."""
+    length: int = 128
+    """Tokens in a row."""
+    label_share: float = 0.25
+    """Fraction of a row, at its end, that is learned; the rest stands for the prompt."""
+    rank: int = 32
+    """Rank of the LoRA matrices."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    """Names of the modules that get adapters."""
+    active: float = 0.25
+    """rst, ist: fraction of the layers that train in a step."""
+    interval: int = 10
+    """ist: optimizer steps between two updates of the importance."""
+    steps: int = 20
+    """Timed optimizer steps in a round; a multiple of interval, so that ist's scoring counts for its share."""
+    warmup: int = 2
+    """Optimizer steps before these, not timed."""
+    rounds: int = 3
+    """Times that each method is measured."""
+    threads: int | None = None
+    """Processor threads of each process; as in the environment if not given."""
+    floor: bool = True
+    """Also measure how fast this machine multiplies matrices, and what a dense step would take at that rate."""
+    seed: int = 0
+    """Seed of the tokens, the adapters and the draws."""
+    out: Path | None = None
+    """JSON file for the result, every step's time included."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure, show the table, and return the figures."""
+    from siftune.evaluate.cost import FLOOR, measure, references, run_worker, schedule, summarise
+
+    methods = _methods(options)
+    work = _workload(options, methods)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    measurements: list[Measurement] = []
+    with console.status("") as status:
+        status.update("measuring the matmul floor")
+        floor = run_worker(FLOOR, work, options.threads) if options.floor else None
+        for number, method in schedule(methods, options.rounds):
+            status.update(f"round {number + 1} of {options.rounds}: measuring {method}")
+            measurements.append(measure(method, number, work, options.threads))
+            console.print(_line(measurements[-1], options.rounds), markup=False)
+    compared = references(methods, options.against)
+    costs = summarise(measurements, compared)
+    result = _result(work, options, costs, floor, measurements)
+    _show(costs, compared, result)
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return {key: value for key, value in result.items() if key != "measurements"}
+
+
+def _methods(options: Options) -> list[str]:
+    """The methods to measure, the yardstick last."""
+    from siftune.evaluate.cost import parse_methods
+
+    wanted = parse_methods(options.methods)
+    if options.against is None:
+        return wanted
+    yardstick = parse_methods(options.against)
+    if len(yardstick) > 1:
+        raise RecipeError(f"--against takes one method, not {options.against!r}; list the others in --methods")
+    return list(dict.fromkeys([*wanted, *yardstick]))
+
+
+def _workload(options: Options, methods: Sequence[str]) -> "Workload":
+    """Check what can be checked before hours of measuring, and fetch the packaged model if it is wanted."""
+    from dataclasses import fields, replace
+
+    from siftune.evaluate.cost import Workload, check_workload
+    from siftune.models.source import resolve
+
+    work = Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
+    check_workload(work, options.rounds, options.threads)
+    if options.out is not None and not os.access(options.out.parent, os.W_OK):
+        raise RecipeError(f"--out {options.out} cannot be written: there is no folder {options.out.parent} to write to")
+    if "ist" in methods and work.steps % work.interval:
+        logger.warning(
+            "--steps %d is no multiple of --interval %d: ist's scoring counts for more or less than its share",
+            work.steps,
+            work.interval,
+        )
+    return replace(work, model=str(resolve(work.model)))
+
+
+def _line(measurement: "Measurement", rounds: int) -> str:
+    return (
+        f"round {measurement.round + 1} of {rounds}: {measurement.method} {measurement.seconds_per_step:.3g} s/step, "
+        f"peak {measurement.peak_memory_mb:,.0f} MB"
+    )
+
+
+def _result(
+    work: "Workload",
+    options: Options,
+    costs: Mapping[str, "Cost"],
+    floor: Mapping[str, Any] | None,
+    measurements: Sequence["Measurement"],
+) -> dict[str, Any]:
+    """Everything that the figures depend on, beside the figures."""
+    versions: dict[str, str] = {}
+    for measurement in measurements:
+        versions |= measurement.facts["versions"]
+    facts = measurements[0].facts
+    return {
+        "workload": {**asdict(work), "model": options.model, "dtype": facts["dtype"]},
+        "rounds": options.rounds,
+        "hardware": facts["hardware"],
+        "versions": versions,
+        "methods": {method: asdict(cost) for method, cost in costs.items()},
+        "floor": floor and {key: floor[key] for key in ("flops", "flops_per_second", "seconds")},
+        "measurements": [
+            {"method": m.method, "round": m.round, "seconds": m.seconds, "peak_memory_mb": m.peak_memory_mb}
+            for m in measurements
+        ],
+    }
+
+
+def _show(costs: Mapping[str, "Cost"], compared: Sequence[str], result: Mapping[str, Any]) -> None:
+    """Print the table and what it was measured on."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)  # a file has no width that the table would have to fit
+    console.print(_table(costs, compared))
+    for line in _notes(costs, result):
+        console.print(line, markup=False)
+
+
+def _table(costs: Mapping[str, "Cost"], compared: Sequence[str]) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    ratios = [f"× {name}" for name in compared]
+    table = Table("method", box=SIMPLE_HEAD)
+    for title in ("s/step", "rounds", *ratios, "peak MB", *ratios):
+        table.add_column(title, justify="right", no_wrap=True)
+    for method, cost in costs.items():
+        table.add_row(
+            method,
+            f"{cost.seconds_per_step:.3g}",
+            f"{cost.fastest:.3g}–{cost.slowest:.3g}",
+            *(f"{cost.seconds_ratio[name]:.2f}" for name in compared),
+            f"{cost.peak_memory_mb:,.0f}",
+            *(f"{cost.memory_ratio[name]:.2f}" for name in compared),
+        )
+    return table
+
+
+def _notes(costs: Mapping[str, "Cost"], result: Mapping[str, Any]) -> list[str]:
+    """What was measured, on what, and the floor."""
+    work, floor = result["workload"], result["floor"]
+    packages = ("torch", "transformers", "peft", "trl")
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])
+    lines = [
+        f"medians of {result['rounds']} rounds of {work['steps']} steps; {work['model']} in {work['dtype']}, "
+        f"{work['batch_size']} rows of {work['length']} tokens, LoRA of rank {work['rank']}",
+        f"{result['hardware']}; {versions}",
+    ]
+    if floor:
+        times = "".join(
+            f"; {method} = {costs[method].seconds_per_step / floor['seconds']:.1f} × the floor"
+            for method in ("dense",)
+            if method in costs
+        )
+        lines.append(
+            f"matmul floor {floor['seconds']:.3g} s: a dense step's {floor['flops'] / 1e12:.3g} TFLOP at "
+            f"{floor['flops_per_second'] / 1e12:.3g} TFLOP/s{times}"
+        )
+    return lines

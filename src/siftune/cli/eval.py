@@ -1,0 +1,154 @@
+"""`siftune eval`: measure runs, adapters and models on held-out rows, base against tuned."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from siftune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from siftune.evaluate.prepare import Prepared
+    from siftune.evaluate.run import Metrics
+    from siftune.evaluate.subject import Subject
+
+
+@dataclass
+class Options:
+    """Measure base models and tuned ones on held-out rows: multiple choice, exact match and perplexity."""
+
+    runs: Positional[tuple[str, ...]]
+    """What to measure: run folders, PEFT adapter folders, or models (folder, hub id, smollm2)."""
+    data: str | None = None
+    """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id; a run's own if not given."""
+    split: str = "test"
+    """Split of --data, where it has splits."""
+    limit: int | None = None
+    """Use only the first so many rows."""
+    metrics: tuple[Literal["auto", "choices", "exact_match", "perplexity"], ...] = ("auto",)
+    """What to measure; auto goes by the columns: choices, or exact match for short answers, and perplexity."""
+    format: Literal["auto", "prompt", "messages", "alpaca", "text"] | None = None
+    """Columns of the rows; as in a run's recipe, or auto, if not given."""
+    template: Literal["auto", "chat", "none"] | None = None
+    """Chat template: as in a run's recipe, or auto, if not given."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Number format of the weights: as in a run's recipe, or auto, if not given."""
+    batch_size: int = 16
+    """Rows in a forward pass."""
+    max_new_tokens: int | None = None
+    """exact_match: longest text to generate; a little over the longest right one if not given."""
+    level: float = 0.95
+    """Coverage of the intervals."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All that decides the base model's result, so that runs which share it measure it once."""
+
+    base: str
+    dtype: str
+    template: str
+    data: str
+    split: str
+    limit: int | None
+    format: str
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure each run and show a table for each; return the tables and settings."""
+    from siftune.evaluate.subject import find_subject
+
+    _check(options)
+    # everything that can be refused without loading a model comes first
+    subjects = [find_subject(name) for name in options.runs]
+    tasks = [_task(subject, options) for subject in subjects]
+    known: dict[_Task, Metrics] = {}
+    return {"runs": [_evaluate(subject, task, options, known) for subject, task in zip(subjects, tasks, strict=True)]}
+
+
+def _check(options: Options) -> None:
+    """Check the ranges of the options."""
+    if not options.runs:
+        raise RecipeError("nothing to measure: give a run folder, an adapter folder or a model")
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise RecipeError(f"--{name.replace('_', '-')} is {value}, but must be 1 or more")
+    if not options.metrics:
+        raise RecipeError("--metrics is empty: name at least one, or leave it out")
+    if not 0 < options.level < 1:
+        raise RecipeError(f"--level is {options.level}, but must be above 0 and below 1")
+    if options.seed < 0:
+        raise RecipeError(f"--seed is {options.seed}, but must be 0 or more")
+
+
+def _task(subject: "Subject", options: Options) -> _Task:
+    """Settle data and settings: flags first, then the run's recipe, then defaults."""
+    recipe = subject.recipe
+    data, split, limit = options.data, options.split, options.limit
+    if data is None:
+        if recipe is None or not recipe.eval:
+            raise RecipeError(f"{subject.name} names no held-out rows: give --data FILE")
+        data, split, limit = recipe.eval, recipe.eval_split, options.limit or recipe.eval_limit
+    return _Task(
+        base=subject.base,
+        dtype=options.dtype or (recipe.dtype if recipe else "auto"),
+        template=options.template or (recipe.template if recipe else "auto"),
+        data=data,
+        split=split,
+        limit=limit,
+        format=options.format or (recipe.format if recipe else "auto"),
+    )
+
+
+def _evaluate(subject: "Subject", task: _Task, options: Options, known: "dict[_Task, Metrics]") -> dict[str, Any]:
+    """Measure one subject and show its table."""
+    from rich.console import Console
+
+    from siftune.evaluate.run import compare
+    from siftune.evaluate.table import ResultTable, plain_table, rich_table
+
+    base, tuned = _measure(subject, task, options, known)
+    table = ResultTable(
+        f"{subject.name} on {task.data}", compare(base, tuned, options.level, options.seed), options.level
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        console.print(rich_table(table))
+    else:
+        console.print(plain_table(table), markup=False)
+    settings = {"run": subject.name, "model": task.base, "data": task.data, "level": table.level}
+    return {**settings, "metrics": table.to_dict()["rows"]}
+
+
+def _measure(
+    subject: "Subject", task: _Task, options: Options, known: "dict[_Task, Metrics]"
+) -> "tuple[Metrics, Metrics | None]":
+    """Measure the base, unless it's known, and the tuned model, if there's an adapter."""
+    from rich.console import Console
+
+    from siftune.evaluate.run import measure, measure_base
+    from siftune.evaluate.subject import load_subject
+
+    with Console(stderr=True).status(f"loading {subject.name}") as status:
+        model, tokenizer = load_subject(subject, task.dtype)
+        prepared = _prepare(task, tokenizer, options)
+        if task not in known:
+            status.update(f"measuring {task.base}")
+            whole = measure if subject.adapter is None else measure_base
+            known[task] = whole(model, prepared, options.batch_size)
+        if subject.adapter is None:
+            return known[task], None
+        status.update(f"measuring {subject.name}")
+        return known[task], measure(model, prepared, options.batch_size)
+
+
+def _prepare(task: _Task, tokenizer: Any, options: Options) -> "Prepared":
+    """Read and tokenise the rows."""
+    from siftune.evaluate.prepare import prepare_rows
+    from siftune.train.data import load_rows
+
+    rows = load_rows(task.data, task.split, task.limit, task.format)
+    return prepare_rows(rows, tokenizer, options.metrics, task.template, options.max_new_tokens)

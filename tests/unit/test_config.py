@@ -1,0 +1,171 @@
+"""Recipes: what YAML and flags may say, and how each mistake is told."""
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from siftune import config
+from siftune.config import Recipe, check, load_recipe, nearest, recipe_to_yaml, resolve_recipe
+from siftune.errors import RecipeError
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text, name="r.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_an_empty_file_is_a_recipe_of_defaults(recipe_file):
+    assert load_recipe(recipe_file("")) == Recipe()
+    assert load_recipe(recipe_file("# only a comment\n")) == Recipe()
+    assert load_recipe() == Recipe()
+
+
+def test_values_get_the_types_of_their_fields(recipe_file):
+    recipe = load_recipe(
+        recipe_file("method: rst\nepochs: 2\nlr: 5e-4\ntargets: [q_proj, v_proj]\nsteps: null\nresume: runs/a/c\n")
+    )
+    assert recipe.method == "rst"
+    assert (recipe.epochs, type(recipe.epochs)) == (2.0, float)
+    assert recipe.lr == 5e-4  # YAML 1.1 reads this as text
+    assert recipe.targets == ("q_proj", "v_proj")
+    assert recipe.steps is None
+    assert recipe.resume == "runs/a/c"
+    assert load_recipe(recipe_file("resume: true")).resume is True
+
+
+def test_a_later_file_overrides_an_earlier_one(recipe_file):
+    base = recipe_file("rank: 8\nlr: 0.1\n", "base.yaml")
+    assert load_recipe(base, recipe_file("rank: 4\n")) == Recipe(rank=4, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\n\nmethd: ist\n", "r.yaml:3: unknown key 'methd'; did you mean 'method'?"),
+        ("learning_rate: 1\n", "r.yaml:1: unknown key 'learning_rate'; did you mean 'lr'?"),
+        ("zzzz: 1\n", "r.yaml:1: unknown key 'zzzz'; `siftune train --help` lists the keys"),
+        ("# c\nrank: eight\n", "r.yaml:2: rank must be a whole number, not 'eight' (str)"),
+        ("rank: 8.0\n", "r.yaml:1: rank must be a whole number, not 8.0 (float)"),
+        ("rank: true\n", "r.yaml:1: rank must be a whole number, not True (bool)"),
+        ("lr: fast\n", "r.yaml:1: lr must be a number, not 'fast' (str)"),
+        ("lr: true\n", "r.yaml:1: lr must be a number, not True (bool)"),
+        ("steps: many\n", "r.yaml:1: steps must be a whole number or nothing, not 'many' (str)"),
+        ("method: gast\n", "r.yaml:1: method must be one of dense, rst, ist, not 'gast' (str)"),
+        ("targets: q_proj\n", "r.yaml:1: targets must be a list of names or nothing, not 'q_proj' (str)"),
+        ("targets: [1]\n", "r.yaml:1: targets must be a list of names or nothing, not [1] (list)"),
+        ("checkpointing: 1\n", "r.yaml:1: checkpointing must be true or false, not 1 (int)"),
+        ("train: 7\n", "r.yaml:1: train must be text, not 7 (int)"),
+        ("model:\n  name: x\n", "r.yaml:1: model must be text, not {'name': 'x'} (dict)"),
+        ("- model\n", "r.yaml:1: a recipe is made of lines `key: value`"),
+        ("lr: 1\nrank: 2\nlr: 3\n", "r.yaml:3: lr is given twice, first in line 1"),
+        ("lr: 1\nrank: [2\n", "r.yaml:3: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("lr: 1\n? [a]\n: 2\n", "r.yaml:2: a recipe is made of lines `key: value`"),
+        ("yes: 1\n", "r.yaml:1: unknown key 'yes'"),
+        (b"model: \xff\n", "r.yaml is not UTF-8 text: byte 7 is invalid"),
+        ("model: \x00\n", "r.yaml: not valid YAML:"),
+    ],
+)
+def test_a_mistake_is_told_with_file_line_and_remedy(recipe_file, text, message):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_cannot_be_opened(tmp_path):
+    with pytest.raises(RecipeError, match=r"recipe .*no\.yaml does not exist \(looked in "):
+        load_recipe(tmp_path / "no.yaml")
+    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_a_written_recipe_reads_back_as_it_was(recipe_file):
+    recipe = resolve_recipe(Recipe(train="ü: #.jsonl", targets=("a", "b"), lr=1e-5, resume=True, eval=None))
+    assert load_recipe(recipe_file(recipe_to_yaml(recipe))) == recipe
+
+
+def test_resolving_fills_in_what_depends_on_other_fields():
+    now = datetime(2025, 3, 4, 5, 6, 7)
+    recipe = resolve_recipe(Recipe(rank=8, method="rst"), now)
+    assert (recipe.alpha, recipe.out) == (16, "runs/20250304-050607-rst")
+    given = Recipe(alpha=3, out="here")
+    assert resolve_recipe(given, now) == given
+
+
+def test_a_plain_recipe_passes_the_check():
+    check(Recipe(train="rows.jsonl"))
+    check(resolve_recipe(Recipe(train="rows.jsonl", active=1.0, clip=0, warmup=0, seed=0, dropout=0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": ""}, "no training data: give --train FILE"),
+        ({"lr": 0.0}, "lr is 0.0, but must be above 0"),
+        ({"lr": float("nan")}, "lr is nan, but must be a finite number"),
+        ({"epochs": float("inf")}, "epochs is inf, but must be a finite number"),
+        ({"active": 0.0}, "active is 0.0, but must be above 0 and at most 1"),
+        ({"active": 1.1}, "active is 1.1, but must be above 0 and at most 1"),
+        ({"suppressed": 1.0}, "suppressed is 1.0, but must be above 0 and below 1"),
+        ({"factor": 1.0}, "factor is 1.0, but must be from 0 to below 1"),
+        ({"candidates": 1}, "candidates is 1, but must be 2 or more"),
+        ({"rank": 0}, "rank is 0, but must be 1 or more"),
+        ({"alpha": 0}, "alpha is 0, but must be above 0"),
+        ({"dropout": 1.0}, "dropout is 1.0, but must be from 0 to below 1"),
+        ({"warmup": -0.1}, "warmup is -0.1, but must be from 0 to below 1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, but must be 0 or more"),
+        ({"clip": -1.0}, "clip is -1.0, but must be 0 or more"),
+        ({"max_length": 1}, "max_length is 1, but must be 2 or more"),
+        ({"seed": 2**32}, "seed is 4294967296, but must be from 0 to 4294967295"),
+        ({"save_every": 0}, "save_every is 0, but must be 1 or more"),
+        ({"limit": 0}, "limit is 0, but must be 1 or more"),
+        ({"eval_every": 5}, "eval_every needs held-out rows"),
+        ({"resume": True}, "resume needs the run folder"),
+        ({"targets": ()}, "targets is empty"),
+    ],
+)
+def test_check_refuses(change, message):
+    with pytest.raises(RecipeError) as caught:
+        check(replace(Recipe(train="rows.jsonl"), **change))
+    assert str(caught.value).startswith(message)
+
+
+def test_every_number_has_a_range():
+    numbers = {f.name for f in fields(Recipe) if {int, float} & {f.type, *get_args(f.type)}}
+    ranged = [key for keys, _, _ in config._RANGES for key in keys.split()]
+    assert sorted(ranged) == sorted(numbers)
+
+
+def test_nearest_knows_the_names_of_other_trainers():
+    names = [f.name for f in fields(Recipe)]
+    assert nearest("per-device-train-batch-size", names) == "batch_size"
+    assert nearest("Epoch", names) == "epochs"
+    assert nearest("qqqqq", names) is None
+    assert set(config._ELSEWHERE.values()) <= set(names)
+
+
+def test_recipes_do_not_import_torch():
+    code = "import sys, siftune.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_valid_and_named_after_its_method(path):
+    recipe = load_recipe(path)
+    check(recipe)
+    assert recipe.method == path.stem
+    # a recipe shows the defaults, so that they can be learned from it
+    assert replace(recipe, train="", save_every=None) == Recipe(method=recipe.method)
