@@ -34,7 +34,9 @@ def recorded(method):
     return method
 
 
-@pytest.mark.parametrize("method", [IST(active=1.0, interval=float("inf")), IST(active=1.0, interval=2), RST(active=1.0)])
+@pytest.mark.parametrize(
+    "method", [IST(active=1.0, interval=float("inf")), IST(active=1.0, interval=2), RST(active=1.0)]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_everything_active_is_plain_training_bit_for_bit(tmp_path, method, dropout):
     runs = [
@@ -54,7 +56,9 @@ def test_selection_equals_a_loop_that_trains_the_drawn_layers(tmp_path):
     optimizer = torch.optim.AdamW([p for p in oracle.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for choice, inputs in zip(method.all, seen.all, strict=True):
         oracle(**inputs).loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in groups if g.index in choice.layers for p in g.parameters.values()], 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            [p for g in groups if g.index in choice.layers for p in g.parameters.values()], 1.0
+        )
         for group in groups:
             if group.index not in choice.layers:
                 for parameter in group.parameters.values():

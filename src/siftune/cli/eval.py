@@ -8,9 +8,9 @@ from tyro.conf import Positional
 from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from siftune.evaluate.prepare import Prepared
     from siftune.evaluate.run import Metrics
     from siftune.evaluate.subject import Subject
+    from siftune.train.rows import Row
 
 
 @dataclass
@@ -56,16 +56,28 @@ class _Task:
     format: str
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One subject, its settings and its rows."""
+
+    subject: "Subject"
+    task: _Task
+    rows: "list[Row]"
+
+
 def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
     from siftune.evaluate.subject import find_subject
+    from siftune.train.data import load_rows
 
     _check(options)
     # everything that can be refused without loading a model comes first
     subjects = [find_subject(name) for name in options.runs]
     tasks = [_task(subject, options) for subject in subjects]
+    rows = {task: load_rows(task.data, task.split, task.limit, task.format) for task in dict.fromkeys(tasks)}
     known: dict[_Task, Metrics] = {}
-    return {"runs": [_evaluate(subject, task, options, known) for subject, task in zip(subjects, tasks, strict=True)]}
+    pairs = zip(subjects, tasks, strict=True)
+    return {"runs": [_evaluate(_Job(subject, task, rows[task]), options, known) for subject, task in pairs]}
 
 
 def _check(options: Options) -> None:
@@ -103,38 +115,37 @@ def _task(subject: "Subject", options: Options) -> _Task:
     )
 
 
-def _evaluate(subject: "Subject", task: _Task, options: Options, known: "dict[_Task, Metrics]") -> dict[str, Any]:
+def _evaluate(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> dict[str, Any]:
     """Measure one subject and show its table."""
     from rich.console import Console
 
     from siftune.evaluate.run import compare
     from siftune.evaluate.table import ResultTable, plain_table, rich_table
 
-    base, tuned = _measure(subject, task, options, known)
-    table = ResultTable(
-        f"{subject.name} on {task.data}", compare(base, tuned, options.level, options.seed), options.level
-    )
+    base, tuned = _measure(job, options, known)
+    compared = compare(base, tuned, options.level, options.seed)
+    table = ResultTable(f"{job.subject.name} on {job.task.data}", compared, options.level)
     console = Console(highlight=False, soft_wrap=True)
     if console.is_terminal:
         console.print(rich_table(table))
     else:
         console.print(plain_table(table), markup=False)
-    settings = {"run": subject.name, "model": task.base, "data": task.data, "level": table.level}
-    return {**settings, "metrics": table.to_dict()["rows"]}
+    settings = {"run": job.subject.name, "model": job.task.base, "data": job.task.data}
+    return {**settings, "level": table.level, "metrics": table.to_dict()["rows"]}
 
 
-def _measure(
-    subject: "Subject", task: _Task, options: Options, known: "dict[_Task, Metrics]"
-) -> "tuple[Metrics, Metrics | None]":
+def _measure(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> "tuple[Metrics, Metrics | None]":
     """Measure the base, unless it's known, and the tuned model, if there's an adapter."""
     from rich.console import Console
 
+    from siftune.evaluate.prepare import prepare_rows
     from siftune.evaluate.run import measure, measure_base
     from siftune.evaluate.subject import load_subject
 
+    subject, task = job.subject, job.task
     with Console(stderr=True).status(f"loading {subject.name}") as status:
         model, tokenizer = load_subject(subject, task.dtype)
-        prepared = _prepare(task, tokenizer, options)
+        prepared = prepare_rows(job.rows, tokenizer, options.metrics, task.template, options.max_new_tokens)
         if task not in known:
             status.update(f"measuring {task.base}")
             whole = measure if subject.adapter is None else measure_base
@@ -143,12 +154,3 @@ def _measure(
             return known[task], None
         status.update(f"measuring {subject.name}")
         return known[task], measure(model, prepared, options.batch_size)
-
-
-def _prepare(task: _Task, tokenizer: Any, options: Options) -> "Prepared":
-    """Read and tokenise the rows."""
-    from siftune.evaluate.prepare import prepare_rows
-    from siftune.train.data import load_rows
-
-    rows = load_rows(task.data, task.split, task.limit, task.format)
-    return prepare_rows(rows, tokenizer, options.metrics, task.template, options.max_new_tokens)

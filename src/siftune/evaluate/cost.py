@@ -208,7 +208,9 @@ def _failure(task: str, code: int, log: str) -> SiftuneError:
         )
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it left no message")
     kind = InputError if code == InputError.exit_code else SiftuneError
-    return kind(f"measuring {task} failed: {last}")
+    error = kind(f"measuring {task} failed: {last}")
+    error.add_note(log)  # all of it, for who looks at the traceback
+    return error
 
 
 def references(methods: Sequence[str], against: str | None = None) -> list[str]:

@@ -1,25 +1,10 @@
-"""What every metric needs around its forward passes: eval mode, batches of like length, device and window."""
+"""What every metric needs around its forward passes: batches of like length, device and window."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode and without gradients; each module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # Not inference_mode: what a model caches inside it (rotary tables) would be of no use in training.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from siftune.errors import AdapterError, DataError
-from siftune.evaluate.forward import by_length, evaluating, model_device, model_window
+from siftune.evaluate.forward import by_length, model_device, model_window
+from siftune.models.modes import evaluating
 
 
 def greedy(

@@ -51,8 +51,13 @@ def find_subject(source: str) -> Subject:
     return Subject(source, source)
 
 
-def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any]:
+def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> tuple[Any, Any]:
     """Load model and tokenizer, and put the adapter on.
+
+    Args:
+        subject: What to load.
+        dtype: Number format of the base, for `load_model`.
+        exact: Keep the adapter in float32 whatever the base's dtype, as for merging; slower on many machines.
 
     Returns:
         The model in eval mode on the accelerator if there is one, PEFT-wrapped if there is an adapter; and the
@@ -66,7 +71,7 @@ def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any]:
 
     model, tokenizer = load_model(subject.base, dtype)
     if subject.adapter is not None:
-        model = _with_adapter(model, subject.adapter, subject.base)
+        model = _with_adapter(model, subject.adapter, subject.base, exact)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
@@ -84,7 +89,7 @@ def _base_of(adapter: Path) -> str:
     return base
 
 
-def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
+def _with_adapter(model: Any, adapter: Path, base: str, exact: bool) -> Any:
     """Put an adapter on its base model."""
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -95,8 +100,9 @@ def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
         with warnings.catch_warnings():
             # PEFT goes on with random or zero weights where some are missing, and only warns
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
             # in the base's dtype, as in training: float32 products are slow on many machines
-            return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+            return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=exact)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
         reason = " ".join(str(error).split())[:200]
         raise AdapterError(

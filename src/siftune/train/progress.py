@@ -107,7 +107,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
     def _seconds_left(self, state: TrainerState) -> float:
         done = max(1, state.global_step - self._first_step)
         left: int = state.max_steps - state.global_step
-        return (time.monotonic() - self._started) / done * left
+        return float((time.monotonic() - self._started) / done * left)
 
 
 def describe(logs: dict[str, Any]) -> str:

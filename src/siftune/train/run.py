@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
@@ -19,7 +20,7 @@ from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dty
 from siftune.models.source import load_model
 from siftune.train.callback import IST, RST
 from siftune.train.card import model_card
-from siftune.train.data import Collator, load_rows, tokenize_rows
+from siftune.train.data import Collator, Row, load_rows, tokenize_rows
 from siftune.train.memory import peak_memory_mb
 from siftune.train.progress import Metrics, ProgressView
 from siftune.train.run_folder import RunFolder, is_complete, newest_checkpoint
@@ -57,13 +58,14 @@ def train(recipe: Recipe, console: Console | None = None) -> Run:
             begun, the adapter as it stood after the last whole step is in the run folder.
     """
     console = console or Console(stderr=True)
-    recipe = resolve_recipe(recipe)
     check(recipe)
+    recipe = resolve_recipe(recipe)
     folder = RunFolder(str(recipe.out))
     checkpoint = _checkpoint(recipe, folder)
     _refuse_overwriting(recipe, folder)
+    rows = _rows(recipe)  # before the model, which may have to be fetched
     model, tokenizer = load_model(recipe.model, recipe.dtype)
-    data = _datasets(recipe, tokenizer)
+    data = {name: _tokenized(recipe, tokenizer, part) for name, part in rows.items()}
     console.print(f"{recipe.model}: {len(data['train'])} rows to train on, run folder {folder.path}")
     model = attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, _targets(recipe))
     groups = group_by_layer(model)
@@ -98,6 +100,9 @@ def _fit(
         with _disk_faults(folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         status = "finished"
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"what was trained so far is in {folder.adapter}")
+        raise
     except TrainingError as error:
         status = "stopped"
         raise TrainingError(f"{error} What was trained so far is in {folder.adapter}.") from error
@@ -158,21 +163,16 @@ def _summary(trainer: SiftTrainer, seconds: float) -> dict[str, Any]:
     }
 
 
-def _datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Read and tokenise the training rows, and the held-out rows where there are any."""
-    wanted = {"train": (recipe.train, recipe.train_split, recipe.limit)}
+def _rows(recipe: Recipe) -> dict[str, list[Row]]:
+    """Read the training rows, and the held-out rows where there are any."""
+    rows = {"train": load_rows(recipe.train, recipe.train_split, recipe.limit, recipe.format)}
     if recipe.eval:
-        wanted["eval"] = (recipe.eval, recipe.eval_split, recipe.eval_limit)
-    return {
-        name: tokenize_rows(
-            load_rows(source, split, limit, recipe.format),
-            tokenizer,
-            recipe.max_length,
-            recipe.template,
-            recipe.completion_only,
-        )
-        for name, (source, split, limit) in wanted.items()
-    }
+        rows["eval"] = load_rows(recipe.eval, recipe.eval_split, recipe.eval_limit, recipe.format)
+    return rows
+
+
+def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Dataset:
+    return tokenize_rows(rows, tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
 
 
 def _targets(recipe: Recipe) -> list[str] | None:
@@ -193,7 +193,7 @@ def _trainer(
     folder: RunFolder,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    data: dict[str, Any],
+    data: dict[str, Dataset],
     callbacks: list[Any],
 ) -> SiftTrainer:
     set_seed(recipe.seed)
@@ -238,6 +238,7 @@ def _arguments(recipe: Recipe, folder: RunFolder, fp16: bool) -> TrainingArgumen
         eval_strategy="no" if not recipe.eval else "steps" if recipe.eval_every else "epoch",
         eval_steps=recipe.eval_every,
         prediction_loss_only=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
         report_to=recipe.report_to,
     )

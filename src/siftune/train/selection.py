@@ -6,7 +6,6 @@
 import base64
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from siftune.capture.gate import LayerGates
 from siftune.models.adapters import group_by_layer, suppress
+from siftune.models.modes import evaluating
 from siftune.sparse import ist
 from siftune.sparse.baselines import draw_uniform
 from siftune.train.distributed import mean_over_ranks, world_size
@@ -204,7 +204,7 @@ class LayerSelection:
         assert self.draws is not None
         sets_KN = ist.draw_candidates(self.importance, self.settings, self.generator)
         batches = self.draws.draw(self.settings.score_batch_size, self._chunk)
-        with torch.no_grad(), evaluating(self.model):
+        with evaluating(self.model):
             losses_K = torch.tensor([self._suppressed_loss(s, batches) for s in sets_KN.tolist()], dtype=torch.float64)
         losses_K = mean_over_ranks(losses_K, next(self.model.parameters()).device)
         if not bool(torch.isfinite(losses_K).all()):
@@ -231,15 +231,3 @@ class LayerSelection:
             losses = [float(self.loss(self.model, batch)) for batch in batches]
         weighted = [w * loss for w, loss in zip(weights, losses, strict=True) if w > 0]
         return sum(weighted) / sum(weights) if weighted else float("nan")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and every module back into its own mode after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from siftune.errors import InputError, TrainingError
 from siftune.models.heads import logits_at
+from siftune.models.modes import evaluating
 from siftune.train.loss import difference_from_model, label_positions, token_loss
-from siftune.train.selection import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether the label-only loss is the model's own, up to rounding."""
         try:
-            with torch.no_grad(), evaluating(model), self.compute_loss_context_manager():
+            with evaluating(model), self.compute_loss_context_manager():
                 ours, theirs = difference_from_model(model, self._prepare_inputs(inputs))
         except InputError as error:
             logger.warning("logits are computed at all positions, which costs time and memory: %s", error)

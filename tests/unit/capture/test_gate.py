@@ -160,7 +160,8 @@ def test_zeros_are_delivered_where_a_reducer_waits():
 
 def test_trainable_embeddings_keep_their_gradient():
     model = get_peft_model(
-        tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+        tiny("llama"),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM"),
     )
     groups = group_by_layer(model)
     assert not nothing_trains_before(model, groups)

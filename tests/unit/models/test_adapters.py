@@ -9,18 +9,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given
+from adapted import ADAPTED, adapted, two_active_adapters
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny import FAMILIES, batch, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapted import ADAPTED, adapted, two_active_adapters
 from siftune.errors import AdapterError, UnsupportedError
 from siftune.models.adapters import KINDS, attach_adapter, group_by_layer, outside, suppress
 from siftune.models.layers import find_layers
-from tiny import FAMILIES, batch, tiny
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -218,6 +218,7 @@ def snapshot(model: nn.Module) -> dict:
 
 
 @pytest.mark.parametrize("name", ADAPTED)
+@settings(max_examples=15)
 @given(indices=st.sets(st.integers(0, 3)), factor=st.sampled_from([0.0, 0.25, 0.7, 1.0, 2.0]))
 def test_suppress_equals_the_oracle(models, name, indices, factor):
     model = models(name)

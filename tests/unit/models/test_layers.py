@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import FAMILIES, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from siftune.errors import LayerError
 from siftune.models.adapters import attach_adapter
 from siftune.models.layers import find_layers
-from tiny import FAMILIES, tiny
 
 
 class DDPLike(nn.Module):

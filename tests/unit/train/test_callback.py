@@ -70,7 +70,9 @@ def test_scores_are_losses_with_damped_adapters(tmp_path):
             if state.global_step == 3:
                 by_hand["weights"] = weights(self.model)
 
-    worker = Trainer(model, arguments(tmp_path, max_steps=4), train_dataset=dataset, callbacks=[AtScoring(model), method])
+    worker = Trainer(
+        model, arguments(tmp_path, max_steps=4), train_dataset=dataset, callbacks=[AtScoring(model), method]
+    )
     worker.train()
     model.load_state_dict(by_hand["weights"], strict=False)
     model.eval()

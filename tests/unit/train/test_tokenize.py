@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer import byte_tokenizer
 
 from siftune.errors import DataError, ModelError, RecipeError
 from siftune.train.data import Collator, Encoder, encode_completion, encode_prompt, rows_from, tokenize_rows
-from tokenizer import byte_tokenizer
 
 CHAT = byte_tokenizer()
 PLAIN = byte_tokenizer(chat_template=None)

@@ -1,0 +1,135 @@
+"""`siftune bench`: what is measured, in which order, and what is said about it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from siftune.cli.main import main
+from siftune.errors import InputError
+from siftune.evaluate import cost
+from siftune.evaluate.cost import FLOOR
+
+# method -> (seconds of its two steps, peak memory)
+_COSTS = {
+    "dense": ((2.0, 2.0), 3000.0),
+    "rst": ((1.4, 1.6), 2400.0),
+    "ist": ((1.0, 2.6), 2400.0),
+    "trl": ((5.0, 3.0), 6000.0),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that passes for a model."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def worked(monkeypatch):
+    """Put figures made up in the place of the processes; the tasks that they were asked for."""
+    asked = []
+
+    def worker(task, work, threads):
+        asked.append((task, work, threads))
+        facts = {"dtype": "bfloat16", "hardware": "an abacus", "versions": {"torch": "2.9", "trl": "1.5"}}
+        if task == FLOOR:
+            return {**facts, "flops": 2e12, "flops_per_second": 4e12, "seconds": 0.5}
+        round_ = [name for name, *_ in asked].count(task)
+        seconds, memory = _COSTS[task]
+        return {**facts, "seconds": [round_ * s for s in seconds], "peak_memory_mb": memory}
+
+    monkeypatch.setattr(cost, "run_worker", worker)
+    return asked
+
+
+def bench(folder, *arguments):
+    return main(["bench", "--model", str(folder), "--steps", "2", "--interval", "2", *arguments])
+
+
+def test_methods_take_turns_and_are_compared(folder, worked, capsys):
+    assert bench(folder, "--against", "trl", "--rounds", "2", "--threads", "3", "--json") == 0
+    assert [task for task, *_ in worked] == [FLOOR, "dense", "rst", "ist", "trl", "rst", "ist", "trl", "dense"]
+    assert {threads for *_, threads in worked} == {3}
+    result = json.loads(capsys.readouterr().out)
+    ist = result["methods"]["ist"]
+    assert (ist["seconds_per_step"], ist["fastest"], ist["slowest"]) == pytest.approx((2.7, 1.8, 3.6))
+    assert ist["seconds_ratio"] == pytest.approx({"dense": 0.9, "trl": 0.45})
+    assert ist["memory_ratio"] == pytest.approx({"dense": 0.8, "trl": 0.4})
+    assert result["floor"] == {"flops": 2e12, "flops_per_second": 4e12, "seconds": 0.5}
+    assert result["workload"]["dtype"] == "bfloat16"
+    assert (result["hardware"], result["versions"]["trl"]) == ("an abacus", "1.5")
+    assert "measurements" not in result
+
+
+def test_the_table_shows_medians_ratios_and_the_floor(folder, worked, capsys):
+    assert bench(folder, "--methods", "dense,ist", "--against", "trl", "--rounds", "1") == 0
+    said = capsys.readouterr()
+    rows = {line.split()[0]: line.split()[1:] for line in said.out.splitlines() if line.strip()}
+    assert rows["ist"] == ["1.8", "1.8–1.8", "0.90", "0.45", "2,400", "0.80", "0.40"]
+    assert rows["trl"] == ["4", "4–4", "2.00", "1.00", "6,000", "2.00", "1.00"]
+    assert "one round of 2 steps" in said.out
+    assert "2 TFLOP in a dense step, at 4 TFLOP/s; dense = 4.0 × the floor" in said.out
+    assert "an abacus; torch 2.9, trl 1.5" in said.out
+    assert "round 1 of 1: ist 1.8 s/step, peak 2,400 MB" in said.err
+
+
+def test_the_file_holds_every_step(folder, worked, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert bench(folder, "--rounds", "2", "--no-floor", "--out", str(out)) == 0
+    saved = json.loads(out.read_text())
+    assert len(saved["measurements"]) == 6
+    assert saved["measurements"][-1] == {"method": "dense", "round": 1, "seconds": [4.0, 4.0], "peak_memory_mb": 3000.0}
+    assert saved["floor"] is None
+    assert FLOOR not in [task for task, *_ in worked]
+    assert "floor" not in capsys.readouterr().out
+
+
+def test_options_reach_the_workload(folder, worked):
+    bench(folder, "--batch-size", "3", "--targets", "q_proj", "o_proj", "--label-share", "0.5", "--rank", "7")
+    work = worked[-1][1]
+    assert (work.batch_size, work.targets, work.label_share, work.rank) == (3, ("q_proj", "o_proj"), 0.5, 7)
+    assert work.model == str(folder)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [("4", False), ("3", True)])
+def test_a_window_with_more_or_less_scoring_than_its_share_is_warned_of(folder, worked, capsys, steps, warned):
+    assert main(["bench", "--model", str(folder), "--steps", steps, "--interval", "2", "--rounds", "1"]) == 0
+    assert ("no multiple of --interval" in capsys.readouterr().err) is warned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "dense,its"], "unknown method 'its'; did you mean ist"),
+        (["--against", "tlr"], "did you mean trl"),
+        (["--against", "trl,dense"], "--against takes one method"),
+        (["--steps", "0"], "steps is 0"),
+        (["--rounds", "0"], "rounds is 0"),
+        (["--active", "2"], "active is 2.0"),
+        (["--out", "/nowhere/bench.json"], "/nowhere"),
+        (["--model", "/nowhere/model"], "/nowhere/model does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_measuring(folder, worked, capsys, arguments, words):
+    assert bench(folder, *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not worked
+
+
+def test_a_process_that_dies_ends_the_bench_with_its_words(folder, monkeypatch, capsys):
+    def dies(*_):
+        raise InputError("measuring ist failed: MemoryError")
+
+    monkeypatch.setattr(cost, "run_worker", dies)
+    assert bench(folder) == 2
+    assert "measuring ist failed: MemoryError" in capsys.readouterr().err
+
+
+def test_the_waiting_process_stays_small():
+    code = "import siftune.cli.bench, siftune.evaluate.cost, siftune.models.source, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

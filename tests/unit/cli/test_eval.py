@@ -1,0 +1,112 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny
+from tokenizer import byte_tokenizer
+
+from siftune.cli.eval import Options, run
+from siftune.cli.main import main
+from siftune.config import Recipe, recipe_to_yaml
+from siftune.errors import DataError, RecipeError
+from siftune.evaluate import run as evaluation
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a tiny model, two runs on it, and held-out rows."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer()
+    for seed, name in enumerate(("one", "two")):
+        model = tiny("llama", layers=2, vocab_size=len(tokenizer))
+        if seed == 0:
+            model.save_pretrained("base")
+            tokenizer.save_pretrained("base")
+        torch.manual_seed(seed)
+        tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+        tuned.save_pretrained(f"{name}/adapter")
+        recipe = Recipe(model="base", eval="rows.jsonl", eval_limit=5, template="none")
+        (tmp_path / name / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_a_run_on_its_own_rows(place, capsys):
+    [found] = run(Options(("one",)))["runs"]
+    assert (found["run"], found["model"], found["data"]) == ("one", "base", "rows.jsonl")
+    match, perplexity = found["metrics"]
+    assert (match["metric"], match["rows"]) == ("exact_match", 5)
+    assert perplexity["low"] <= perplexity["difference"] <= perplexity["high"]
+    assert perplexity["tuned"] == pytest.approx(perplexity["base"] + perplexity["difference"])
+    assert perplexity["tuned"] != pytest.approx(perplexity["base"], rel=1e-3)
+    shown = capsys.readouterr().out
+    assert "one on rows.jsonl" in shown
+    assert f"{perplexity['tuned']:.4g}" in shown
+
+
+def test_flags_override_the_recipe(place):
+    [plain] = run(Options(("one",), metrics=("perplexity",)))["runs"]
+    [chat] = run(Options(("one",), metrics=("perplexity",), template="chat", limit=3, level=0.5))["runs"]
+    assert plain["metrics"][0]["rows"] == 5
+    assert chat["metrics"][0]["rows"] == 3
+    assert chat["level"] == 0.5
+    [whole] = run(Options(("one",), data="rows.jsonl", metrics=("perplexity",)))["runs"]
+    assert whole["metrics"][0]["rows"] == 8  # the recipe's limit belongs to the recipe's data
+
+
+def test_runs_on_one_base_measure_it_once(place, monkeypatch):
+    calls = []
+    real = evaluation.measure_base
+    monkeypatch.setattr(evaluation, "measure_base", lambda *args: calls.append(1) or real(*args))
+    options = Options(("one", "two", "base"), data="rows.jsonl", template="none", metrics=("perplexity",))
+    one, two, base = run(options)["runs"]
+    assert len(calls) == 1
+    assert one["metrics"][0]["base"] == two["metrics"][0]["base"] == base["metrics"][0]["base"]
+    assert one["metrics"][0]["tuned"] != two["metrics"][0]["tuned"]
+    assert base["metrics"][0]["tuned"] is None
+    [alone] = run(replace(options, runs=("base",)))["runs"]
+    assert alone["metrics"][0]["base"] == pytest.approx(base["metrics"][0]["base"], rel=1e-6)
+    run(replace(options, runs=("one", "two"), template="chat"))
+    run(replace(options, runs=("one",), template="none"))
+    assert len(calls) == 3
+
+
+def test_an_adapter_folder_by_itself(place):
+    path = place / "one/adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
+    [found] = run(Options(("one/adapter",), data="rows.jsonl", metrics=("perplexity",)))["runs"]
+    assert found["model"] == "base"
+    assert found["metrics"][0]["tuned"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runs": ()}, "nothing to measure"),
+        ({"limit": 0}, "--limit is 0"),
+        ({"batch_size": -1}, "--batch-size is -1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
+        ({"metrics": ()}, "--metrics is empty"),
+        ({"level": 1.0}, "--level is 1.0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"runs": ("base",)}, "base names no held-out rows: give --data"),
+    ],
+)
+def test_options_that_cannot_be_used(place, options, message):
+    with pytest.raises(RecipeError, match=message):
+        run(Options(**{"runs": ("one",), **options}))
+
+
+def test_rows_are_checked_before_a_model_is_loaded(place):
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        run(Options(("one", "no/such/model"), data="none.jsonl"))
+
+
+def test_the_command(place, capsys):
+    assert main(["eval", "one", "--metrics", "perplexity", "--limit", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["metrics"][0]["rows"] == 2
+    assert main(["eval", "nowhere/at/all", "--data", "rows.jsonl"]) == 2
+    assert "does not exist" in capsys.readouterr().err

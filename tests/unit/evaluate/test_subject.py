@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny
+from tokenizer import byte_tokenizer
+
+from siftune.config import Recipe, recipe_to_yaml
+from siftune.errors import AdapterError, ModelError
+from siftune.evaluate.subject import find_subject, load_subject
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    tokenizer = byte_tokenizer()
+    tiny("llama", layers=2, vocab_size=len(tokenizer)).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A run folder's adapter, with weights that change the model."""
+    model, _ = load_subject(find_subject(str(base)))
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    folder = tmp_path / "run" / "adapter"
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_a_model(base):
+    subject = find_subject(str(base))
+    assert (subject.base, subject.adapter, subject.recipe) == (str(base), None, None)
+    model, tokenizer = load_subject(subject)
+    assert not model.training
+    assert tokenizer.eos_token == "<|end|>"
+
+
+def test_an_adapter_names_its_base(base, adapter):
+    subject = find_subject(str(adapter))
+    assert (subject.base, subject.adapter, subject.recipe) == (str(base), adapter, None)
+    tuned, _ = load_subject(subject)
+    ids = torch.arange(5)[None]
+    with torch.no_grad(), tuned.disable_adapter():
+        plain = tuned(ids).logits
+    assert not torch.allclose(tuned(ids).logits, plain, atol=1e-3)
+    assert {parameter.dtype for parameter in tuned.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_has_recipe_and_adapter(base, adapter):
+    run = adapter.parent
+    (run / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model=str(base), eval="rows.jsonl")))
+    subject = find_subject(str(run))
+    assert (subject.name, subject.base, subject.adapter) == (str(run), str(base), adapter)
+    assert subject.recipe.eval == "rows.jsonl"
+
+
+def test_a_run_that_is_not_finished(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: smollm2")
+    with pytest.raises(ModelError, match="has no adapter yet"):
+        find_subject(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"), [("{", "can't be read"), ("[]", "can't be read"), ("{}", "names no base model")]
+)
+def test_an_adapter_without_a_base(tmp_path, config, message):
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(AdapterError, match=message):
+        find_subject(str(tmp_path))
+
+
+def test_an_adapter_without_weights(adapter):
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="has no weights"):
+        load_subject(find_subject(str(adapter)))
+
+
+def test_an_adapter_with_half_its_weights(adapter):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file(dict(list(weights.items())[:1]), path)
+    with pytest.raises(AdapterError, match=r"doesn't fit .* missing adapter keys"):
+        load_subject(find_subject(str(adapter)))
+
+
+@pytest.mark.parametrize("change", [{"target_modules": ["nothing"]}, {"r": 3}, {"peft_type": "SPELL"}])
+def test_an_adapter_of_another_model(adapter, change):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match="doesn't fit the model"):
+        load_subject(find_subject(str(adapter)))
+
+
+def test_weights_that_are_cut_off(adapter):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(AdapterError, match="doesn't fit the model"):
+        load_subject(find_subject(str(adapter)))
