@@ -73,7 +73,7 @@ class Recipe:
     rank: int = 32
     """Rank of the adapter matrices."""
     alpha: int | None = None
-    """Scale of the adapter response; twice the rank if not given."""
+    """Scale of the adapter response; twice the rank if not given, 16 for rslora."""
     dropout: float = 0.0
     """Dropout on the adapter input."""
     targets: tuple[str, ...] | None = None
@@ -197,12 +197,21 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def default_alpha(kind: str, rank: int) -> int:
+    """Numerator of the adapter response's scale where none is given (ours).
+
+    2·rank, a scale of 2, for LoRA and DoRA; 16 whatever the rank for rsLoRA, whose point is that the scale falls with
+    √rank only.
+    """
+    return 16 if kind == "rslora" else 2 * rank
+
+
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     """Fill in what depends on other fields: `alpha` from `rank`, `out` from the time and `method`."""
     now = now or datetime.now()
     return replace(
         recipe,
-        alpha=2 * recipe.rank if recipe.alpha is None else recipe.alpha,
+        alpha=default_alpha(recipe.adapter, recipe.rank) if recipe.alpha is None else recipe.alpha,
         out=recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}",
     )
 

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from siftune.config import default_alpha
 from siftune.errors import AdapterError
 from siftune.models.groups import LayerGroup, group_by_layer, outside
 from siftune.models.substitution import ForwardSubstitution, Substitution, parameter_owners, use_base_dtype
@@ -75,7 +76,7 @@ def attach_adapter(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha if alpha is not None else 16 if kind == "rslora" else 2 * rank,
+        lora_alpha=default_alpha(kind, rank) if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=short_names(model, chosen),
         use_rslora=kind == "rslora",

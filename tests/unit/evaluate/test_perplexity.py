@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from siftune.errors import DataError
 from siftune.evaluate import perplexity as module
-from siftune.evaluate.forward import by_length, evaluating
+from siftune.evaluate.forward import by_length
 from siftune.evaluate.perplexity import perplexity, row_nll
+from siftune.models.modes import evaluating
 
 # lengths 1 to 9; labels at the end, in the middle, at position 0 (not predictable), everywhere, nowhere
 ROWS = [
