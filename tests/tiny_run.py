@@ -13,7 +13,7 @@ from siftune.config import Recipe
 def save_base(folder: Path) -> Path:
     """Save a tiny llama with a byte-level tokenizer, as `siftune train --model` takes it."""
     tokenizer = byte_tokenizer()
-    tiny("llama", vocab_size=300).save_pretrained(folder)
+    tiny("llama", vocab_size=300, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -83,6 +83,8 @@ class Recipe:
     """Peak learning rate."""
     batch_size: int = 16
     """Rows in a forward pass."""
+    group_by_length: bool = False
+    """Batch rows of like length: less padding, so faster, but rows of one kind then come together."""
     accumulate: int = 1
     """Forward passes in an optimizer step."""
     epochs: float = 1.0

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from siftune.evaluate.table import ResultTable
     from siftune.train.run_folder import RunFolder
 
+_MODEL = "smollm2"
+
 
 @dataclass
 class Options:
@@ -85,7 +87,7 @@ def _recipe(options: Options) -> Recipe:
     for name, rows in (("train.jsonl", train_rows), ("test.jsonl", test_rows)):
         folder.write(name, "".join(json.dumps(row) + "\n" for row in rows))
     return Recipe(
-        model="smollm2",
+        model=_MODEL,
         train=str(folder.path / "train.jsonl"),
         eval=str(folder.path / "test.jsonl"),
         template="none",

@@ -28,11 +28,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from siftune.errors import RecipeError, SiftuneError
 from siftune.evaluate.cost import FLOOR, Workload
-from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
 from siftune.models.source import load_model
 from siftune.train.memory import peak_memory_mb
-from siftune.train.progress import Metrics, ProgressView
-from siftune.train.run import _method, _targets, _trainer
+from siftune.train.run import set_up
 from siftune.train.run_folder import RunFolder, hardware, versions
 
 _SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes
@@ -145,17 +143,8 @@ def _siftune_trainer(
 ) -> Trainer:
     """Assemble what `siftune train` would."""
     recipe = work.recipe(method, str(folder / "run"))
-    model = attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, _targets(recipe))
-    groups = group_by_layer(model)
     run = RunFolder(str(recipe.out))
-    chosen = _method(recipe)
-    metrics = Metrics(run, lambda: len(chosen.last.layers) if chosen and chosen.last else len(groups))
-    view = ProgressView(Console(stderr=True))
-    trainer = _trainer(recipe, run, model, tokenizer, {"train": rows}, [metrics, view, *([chosen] if chosen else [])])
-    if chosen is not None:
-        chosen.on_select = lambda selection: run.append("selection.jsonl", selection.record())
-    use_base_dtype(model, groups)
-    return trainer
+    return set_up(recipe, run, model, tokenizer, {"train": rows}, Console(stderr=True))[0]
 
 
 def _trl_trainer(

@@ -2,15 +2,18 @@
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
@@ -23,7 +26,8 @@ from siftune.train.card import model_card
 from siftune.train.data import Collator, Row, load_rows, tokenize_rows
 from siftune.train.memory import peak_memory_mb
 from siftune.train.progress import Metrics, ProgressView
-from siftune.train.run_folder import RunFolder, is_complete, newest_checkpoint
+from siftune.train.resume import check_adapter, find_checkpoint, step_of
+from siftune.train.run_folder import RunFolder
 from siftune.train.trainer import SiftTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,35 +61,64 @@ def train(recipe: Recipe, console: Console | None = None) -> Run:
         InputError: On anything in the recipe, the data or the model that cannot be used. Where training had
             begun, the adapter as it stood after the last whole step is in the run folder.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     check(recipe)
     recipe = resolve_recipe(recipe)
     folder = RunFolder(str(recipe.out))
-    checkpoint = _checkpoint(recipe, folder)
+    checkpoint = find_checkpoint(recipe, folder)
     _refuse_overwriting(recipe, folder)
     rows = _rows(recipe)  # before the model, which may have to be fetched
     model, tokenizer = load_model(recipe.model, recipe.dtype)
     data = {name: _tokenized(recipe, tokenizer, part) for name, part in rows.items()}
     console.print(f"{recipe.model}: {len(data['train'])} rows to train on, run folder {folder.path}")
-    model = attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, _targets(recipe))
-    groups = group_by_layer(model)
-    folder.write("recipe.yaml", recipe_to_yaml(recipe))
+    trainer, release = set_up(recipe, folder, model, tokenizer, data, console)
+    if checkpoint is not None:
+        check_adapter(checkpoint, trainer.model.peft_config["default"])
+    folder.write("recipe.yaml", recipe_to_yaml(replace(recipe, resume=False)))
+    summary = _fit(trainer, folder, recipe, checkpoint, release)
+    return Run(folder, trainer.model, tokenizer, summary)
+
+
+def set_up(
+    recipe: Recipe,
+    folder: RunFolder,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: dict[str, Dataset],
+    console: Console,
+) -> tuple[SiftTrainer, Callable[[], None]]:
+    """Attach adapter and method, and assemble the Trainer.
+
+    Args:
+        recipe: Resolved settings.
+        folder: Where metrics and selections go.
+        model: The base model; it gets the adapter in place.
+        tokenizer: Its tokenizer.
+        data: Tokenised rows: `train`, and `eval` where there are any.
+        console: Where progress goes.
+
+    Returns:
+        The Trainer, and what takes method and casts off the model when training has ended, however it did.
+    """
+    set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
+    tuned = _adapted(recipe, model)
+    groups = group_by_layer(tuned)
     method = _method(recipe)
     metrics = Metrics(folder, lambda: len(method.last.layers) if method and method.last else len(groups))
     view = ProgressView(console)
-    trainer = _trainer(recipe, folder, model, tokenizer, data, [metrics, view, *([method] if method else [])])
+    trainer = _trainer(recipe, folder, tuned, tokenizer, data, [metrics, view, *([method] if method else [])])
     if method is not None and trainer.is_world_process_zero():
         method.on_select = lambda selection: folder.append("selection.jsonl", selection.record())
-    base_dtype = use_base_dtype(model, groups)
+    base_dtype = use_base_dtype(tuned, groups)
 
     def release() -> None:
         view.close()
         if method is not None:  # before the cast, which was there first
             method.remove()
         base_dtype.remove()
+        _end_checkpointing(tuned.get_base_model())
 
-    summary = _fit(trainer, folder, recipe, checkpoint, release)
-    return Run(folder, model, tokenizer, summary)
+    return trainer, release
 
 
 def _fit(
@@ -93,7 +126,7 @@ def _fit(
 ) -> dict[str, Any]:
     """Train, take everything off the model, and leave adapter, card and summary behind however training ends."""
     if checkpoint is not None:
-        folder.cut_records(trainer_step(checkpoint))
+        folder.cut_records(step_of(checkpoint))
     started = time.monotonic()
     status = "interrupted"
     try:
@@ -101,17 +134,23 @@ def _fit(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         status = "finished"
     except KeyboardInterrupt as stop:
-        stop.add_note(f"what was trained so far is in {folder.adapter}")
+        stop.add_note(_what_is_left(trainer, folder))
         raise
     except TrainingError as error:
         status = "stopped"
-        raise TrainingError(f"{error} What was trained so far is in {folder.adapter}.") from error
+        raise TrainingError(f"{error} So far, {_what_is_left(trainer, folder)}.") from error
     finally:
         release()
         summary = _summary(trainer, time.monotonic() - started)
         if trainer.is_world_process_zero() and (status == "finished" or trainer.state.global_step > 0):
+            folder.drop_half_written()
             _leave_behind(trainer, folder, recipe, status, summary)
     return summary
+
+
+def _what_is_left(trainer: SiftTrainer, folder: RunFolder) -> str:
+    step = trainer.state.global_step
+    return f"the adapter after step {step} is in {folder.adapter}" if step else "no step was finished"
 
 
 def _leave_behind(
@@ -135,18 +174,25 @@ def _disk_faults(folder: RunFolder) -> Iterator[None]:
     """Turn a full or read-only disk into one sentence."""
     try:
         yield
-    except OSError as error:
-        raise TrainingError(
-            f"Writing to {folder.path} failed: {error.strerror or error}. Free some space or choose another disk with "
-            "--out; complete checkpoints there are intact, and --resume continues from the newest."
-        ) from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":
+        reason = _disk_reason(error)
+        if reason is None:
             raise
         raise TrainingError(
-            f"Writing weights to {folder.path} failed: {error}. Free some space or choose another disk with --out; "
-            "complete checkpoints there are intact, and --resume continues from the newest."
+            f"Writing to {folder.path} failed: {reason}. Free some space or choose another disk with --out; complete "
+            "checkpoints there are intact, and --resume continues from the newest."
         ) from error
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """Why writing failed, or None where the error is of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # torch.save names its own code, not the cause
+    torch_words = ("inline_container.cc", "iostream error")
+    return "a file could not be written to its end" if any(words in str(error) for words in torch_words) else None
 
 
 def _summary(trainer: SiftTrainer, seconds: float) -> dict[str, Any]:
@@ -175,8 +221,11 @@ def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Ro
     return tokenize_rows(rows, tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
 
 
-def _targets(recipe: Recipe) -> list[str] | None:
-    return list(recipe.targets) if recipe.targets else None
+def _adapted(recipe: Recipe, model: nn.Module) -> PeftModel:
+    targets = list(recipe.targets) if recipe.targets else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
+        return attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, targets)
 
 
 def _method(recipe: Recipe) -> IST | RST | None:
@@ -196,7 +245,6 @@ def _trainer(
     data: dict[str, Dataset],
     callbacks: list[Any],
 ) -> SiftTrainer:
-    set_seed(recipe.seed)
     trainer = SiftTrainer(
         model=model,
         args=_arguments(recipe, folder, fp16=next(model.parameters()).dtype == torch.float16),
@@ -228,7 +276,7 @@ def _arguments(recipe: Recipe, folder: RunFolder, fp16: bool) -> TrainingArgumen
         **_checkpointing(recipe.checkpointing),
         fp16=fp16 and torch.cuda.is_available(),
         seed=recipe.seed,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         length_column_name="length",
         include_num_input_tokens_seen="non_padding",
         logging_steps=recipe.log_every,
@@ -251,21 +299,12 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
-def _checkpoint(recipe: Recipe, folder: RunFolder) -> Path | None:
-    """The checkpoint to go on from, if any."""
-    if not recipe.resume:
-        return None
-    if recipe.resume is True:
-        return newest_checkpoint(folder.checkpoints)
-    given = Path(recipe.resume)
-    if not is_complete(given):
-        raise RecipeError(f"{given} is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N.")
-    return given
-
-
-def trainer_step(checkpoint: Path) -> int:
-    """Optimizer steps done at a checkpoint."""
-    return int(checkpoint.name.rpartition("-")[2])
+def _end_checkpointing(model: Any) -> None:
+    """Take off what the Trainer put on the model for activation checkpointing, if anything."""
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    if getattr(model, "supports_gradient_checkpointing", False):
+        disable()
+    model.disable_input_require_grads()
 
 
 def _refuse_overwriting(recipe: Recipe, folder: RunFolder) -> None:

@@ -13,6 +13,7 @@ Single files are written beside their place and moved into it, so that a full di
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -83,7 +84,11 @@ class RunFolder:
         """Have `save` write the adapter beside its place, then move it there."""
         beside = self.path / ".adapter.partial"
         shutil.rmtree(beside, ignore_errors=True)
-        save(beside)
+        try:
+            save(beside)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)  # half an adapter, on what may be a full disk
+            raise
         if self.adapter.exists():
             shutil.rmtree(self.adapter)
         os.replace(beside, self.adapter)
@@ -94,8 +99,14 @@ class RunFolder:
             path = self.path / name
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if json.loads(line)["step"] < first_dropped]
+                kept = [line for line in lines if _step(line) < first_dropped]
                 self.write(name, "".join(line + "\n" for line in kept))
+
+    def drop_half_written(self) -> None:
+        """Remove checkpoints that are not complete: on a full disk the adapter needs their place."""
+        for path in _checkpoints(self.checkpoints):
+            if not is_complete(path):
+                shutil.rmtree(path, ignore_errors=True)
 
     def is_fresh(self) -> bool:
         """Whether no run has left anything here."""
@@ -108,11 +119,24 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         InputError: When there is none.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
+    for path in reversed(_checkpoints(folder)):
         if is_complete(path):
             return path
     raise InputError(f"No complete checkpoint in {folder}; train without --resume, and with --save-every.")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders of checkpoints in the order of their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _step(line: str) -> float:
+    """Step of a record; infinite for a line that a crash has cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -141,4 +165,12 @@ def hardware() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{platform.machine()} CPU"

@@ -28,6 +28,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        # from the start: the Trainer counts the labels of a step before it asks for the first loss
+        kwargs["compute_loss_func"] = _label_loss
         super().__init__(*args, callbacks=[FiniteGradients(), *(callbacks or [])], **kwargs)
         self._label_logits_only: bool | None = None
 
@@ -39,10 +41,10 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
-        if self._label_logits_only is None:
+        if self._label_logits_only is None and label_positions(inputs["labels"]).any():
             self._label_logits_only = self._agrees(model, inputs)
             self.compute_loss_func = _label_loss if self._label_logits_only else None
-        if not self._label_logits_only:
+        if self._label_logits_only is False:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with logits_at(model, label_positions(inputs["labels"])):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -1,0 +1,67 @@
+"""Going on from a checkpoint: which one, from which step, and whether it is of this run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from siftune.config import Recipe
+from siftune.errors import RecipeError
+from siftune.train.run_folder import RunFolder, is_complete, newest_checkpoint
+
+# what makes an adapter another one -> how a recipe calls it
+_SAME = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "use_dora": "adapter",
+    "use_rslora": "adapter",
+    "target_modules": "targets",
+}
+
+
+def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        InputError: There is no complete one where the recipe says.
+    """
+    if not recipe.resume:
+        return None
+    if recipe.resume is True:
+        return newest_checkpoint(folder.checkpoints)
+    given = Path(recipe.resume).expanduser()
+    if not is_complete(given):
+        raise RecipeError(f"{given} is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N.")
+    return given
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done at a complete checkpoint."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def check_adapter(checkpoint: Path, config: Any) -> None:
+    """Refuse a checkpoint whose adapter is not the one that the recipe asks for.
+
+    Args:
+        checkpoint: A complete checkpoint.
+        config: PEFT's config of the adapter on the model.
+
+    Raises:
+        RecipeError: They differ; the message names the setting.
+    """
+    path = checkpoint / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
+    for key, name in _SAME.items():
+        found, wanted = _plain(saved.get(key)), _plain(getattr(config, key))
+        if found != wanted:
+            raise RecipeError(
+                f"{checkpoint} is of another run: its adapter has {key} = {found}, this recipe asks for {wanted}; "
+                f"set {name} as that run did, or train in another folder with --out."
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set) else value

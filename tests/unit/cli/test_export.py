@@ -1,0 +1,119 @@
+"""`siftune export`: an ordinary model that gives the logits of base and adapter."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from siftune.cli.main import main
+from siftune.train.run import train
+from tiny_run import recipe
+
+IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
+
+
+@pytest.fixture(scope="module", params=["lora", "rslora", "dora"])
+def finished(request, base, tmp_path_factory):
+    """A run's folder, and the logits of its model."""
+    from rich.console import Console
+
+    from tiny_run import save_rows
+
+    place = tmp_path_factory.mktemp("finished")
+    settings = {"adapter": request.param, "method": "dense", "lr": 0.05}
+    done = train(recipe(base, save_rows(place / "rows.jsonl"), place / "run", **settings), Console(quiet=True))
+    with torch.no_grad():
+        return done.folder.path, done.model.eval()(IDS).logits
+
+
+def error_of(capsys, *arguments):
+    assert main(["export", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("siftune: error: ")
+    return last.removeprefix("siftune: error: ")
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+
+
+def test_the_merged_model_gives_the_logits_of_the_tuned_one(finished, base, tmp_path, capsys):
+    run, tuned = finished
+    assert main(["export", str(run), "--out", str(tmp_path / "merged"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == {"model": f"{tmp_path}/merged", "adapter": f"{run}/adapter"}
+    torch.testing.assert_close(logits(tmp_path / "merged"), tuned, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        apart = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")(IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "merged"), apart, rtol=1e-4, atol=1e-4)
+    assert float((logits(base) - tuned).abs().max()) > 0.01
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not any("adapter" in name for name in names)
+    assert not any("lora" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
+    text = "12 and 3?"
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text).input_ids == (
+        AutoTokenizer.from_pretrained(base)(text).input_ids
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.fixture
+def run(base, rows, tmp_path):
+    from rich.console import Console
+
+    return train(recipe(base, rows, tmp_path / "run", steps=2), Console(quiet=True)).folder
+
+
+def test_places(run, tmp_path, capsys):
+    assert main(["export", str(run.path)]) == 0
+    assert (run.path / "merged" / "config.json").is_file()
+    (tmp_path / "empty").mkdir()
+    assert main(["export", str(run.adapter), "--out", str(tmp_path / "empty")]) == 0  # an adapter without a run
+    capsys.readouterr()
+    before = (run.path / "merged" / "model.safetensors").read_bytes()
+    assert error_of(capsys, run.path) == f"{run.path}/merged is not empty; give another folder with --out."
+    assert (run.path / "merged" / "model.safetensors").read_bytes() == before
+    found = error_of(capsys, run.path, "--out", tmp_path / "rows.jsonl")
+    assert found == f"{tmp_path}/rows.jsonl cannot be written to (Not a directory); give another folder with --out."
+    found = error_of(capsys, run.path, "--out", tmp_path / "rows.jsonl" / "merged")
+    assert found.startswith(f"{tmp_path}/rows.jsonl/merged cannot be written to (")
+
+
+def test_the_number_format_can_be_chosen(run, tmp_path):
+    assert main(["export", str(run.path), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_what_cannot_be_merged(run, base, tmp_path, capsys):
+    assert error_of(capsys, base) == f"{base} holds no adapter; give a run folder, or a folder in PEFT's format."
+    found = error_of(capsys, run.path, "--out", tmp_path / "x", "--base", tmp_path / "none")
+    assert found.startswith(f"model folder {tmp_path}/none does not exist")
+    assert "nowhere holds no adapter" in error_of(capsys, tmp_path / "nowhere")
+    path = run.adapter / "adapter_model.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
+    found = error_of(capsys, run.path, "--out", tmp_path / "x")
+    assert found.startswith(f"the adapter in {run.adapter} cannot be merged: NaNs detected")
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / ".x.partial").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(run, tmp_path, capsys, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def full(self, folder, **_):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert "No space left on device" in error_of(capsys, run.path, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / ".x.partial").exists()

@@ -1,0 +1,273 @@
+"""`siftune train` from the command line: a whole run, and every way in which input can be wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from siftune.cli.main import main
+from siftune.train import run as module
+from tiny_run import lines
+
+SETTINGS = """\
+template: none
+max_length: 64
+rank: 2
+batch_size: 4
+steps: 6
+interval: 2
+score_batch_size: 4
+active: 0.5
+lr: 0.01
+log_every: 1
+"""
+
+
+@pytest.fixture
+def words(base, rows, tmp_path):
+    """The arguments of a run that works."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SETTINGS)
+    return ["train", str(path), "--model", str(base), "--train", str(rows), "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail where the model is loaded although the input could be refused before."""
+    monkeypatch.setattr(module, "load_model", None)
+
+
+def error_of(capsys, arguments, code=2):
+    """Run a failing command; return its error, which is the last line and holds no traceback."""
+    assert main(list(map(str, arguments))) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.count("siftune: error: ") == 1
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("siftune: error: "), captured.err
+    return last.removeprefix("siftune: error: ")
+
+
+def loads(base, folder):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.tensor([[5, 80, 91]])).logits).all()
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def test_a_run(words, base, tmp_path, capsys):
+    assert main([*words, "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["run"], result["adapter"]) == (f"{tmp_path}/run", f"{tmp_path}/run/adapter")
+    assert result["steps"] == 6
+    assert f"next: `siftune eval {tmp_path}/run --data FILE`, `siftune export {tmp_path}/run`" in captured.err
+    assert len(re.findall(r"^step \d/6  loss ", captured.err, re.MULTILINE)) == 6
+    assert loads(base, result["adapter"])
+
+
+def test_the_recipe_of_a_run_gives_the_run_again(words, base, tmp_path):
+    assert main(words) == 0
+    recipe = str(tmp_path / "run" / "recipe.yaml")
+    assert main(["train", recipe, "--out", str(tmp_path / "again")]) == 0
+    first, again = (loads(base, tmp_path / name / "adapter") for name in ("run", "again"))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"", r"x\.jsonl is empty: no rows found"),
+        ("x.jsonl", b"\n  \n", r"x\.jsonl is empty: no rows found"),
+        ("x.jsonl", GOOD.encode() + b'{"prompt": "a"}\n', r"x\.jsonl:2: .*completion"),
+        ("x.jsonl", GOOD.encode() + b'{"prompt": "a", "completion": ""}\n', r"x\.jsonl:2: .*completion"),
+        ("x.jsonl", GOOD.encode() + b'{"prompt": "a", "completion": 5}\n', r"x\.jsonl:2: .*completion"),
+        (
+            "x.jsonl",
+            GOOD.encode() * 2 + b'{"prompt": "\xff"}\n',
+            r"x\.jsonl:3: invalid UTF-8, byte 0xff at position 13",
+        ),
+        ("x.jsonl", GOOD.encode() + b'{"prompt": \n', r"x\.jsonl:2: invalid JSON"),
+        ("x.jsonl", b"[1, 2]\n", r"x\.jsonl:1: "),
+        ("x.csv", b"prompt,completion\na,b\nc\n", r"x\.csv:3: the row has 1 fields"),
+        ("x.csv", b"question,reply\na,b\n", r"x\.csv:2: .*question"),
+        ("x.json", b"{}", r"x\.json: found dict"),
+        ("x.parquet", b"PAR1", r"x\.parquet: invalid Parquet"),
+        ("x.txt", b"text", r"x\.txt: the ending '\.txt' is unknown; supported: \.jsonl"),
+    ],
+)
+def test_data_that_cannot_be_used(words, tmp_path, capsys, no_model, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert re.search(message, error_of(capsys, [*words, "--train", tmp_path / name]))
+    assert re.search(message, error_of(capsys, [*words, "--eval", tmp_path / name]))
+
+
+def test_a_data_file_that_is_not_there(words, tmp_path, capsys, no_model):
+    found = error_of(capsys, [*words, "--train", tmp_path / "none.jsonl"])
+    assert found == f"{tmp_path}/none.jsonl does not exist; give the path of a data file."
+
+
+def test_no_data(capsys, no_model):
+    assert error_of(capsys, ["train"]) == "no training data: give --train FILE, or `train: FILE` in the recipe"
+
+
+def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    path.write_text(GOOD + json.dumps({"prompt": "x" * 90, "completion": "yes"}) + "\n")
+    found = error_of(capsys, [*words, "--train", path])
+    assert re.match(rf"{path}:2: the prompt takes 90 of 9\d tokens, but the limit is 64, so nothing is left", found)
+    assert "--max-length" in found
+    assert main([*words, "--train", str(path), "--max-length", "100"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
+        (["--active", "0"], "active is 0.0, but must be above 0 and at most 1"),
+        (["--lr", "nan"], "lr is nan, but must be a finite number"),
+        (["--rank", "0"], "rank is 0, but must be 1 or more"),
+        (["--resume"], "No complete checkpoint in {run}/checkpoints; train without --resume, and with --save-every."),
+        (["--resume", "nowhere"], "nowhere is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N."),
+    ],
+)
+def test_flags_that_cannot_be_used(words, tmp_path, capsys, no_model, flags, message):
+    assert error_of(capsys, [*words, *flags]) == message.format(run=tmp_path / "run")
+
+
+def test_a_recipe_with_an_unknown_key(words, tmp_path, capsys, no_model):
+    (tmp_path / "recipe.yaml").write_text("rank: 2\nlearning_rate: 1\n")
+    assert error_of(capsys, words) == f"{tmp_path}/recipe.yaml:2: unknown key 'learning_rate'; did you mean 'lr'?"
+
+
+def test_a_model_that_is_not_there(words, tmp_path, capsys):
+    found = error_of(capsys, [*words, "--model", tmp_path / "none"])
+    assert found.startswith(f"model folder {tmp_path}/none does not exist")
+    (tmp_path / "empty").mkdir()
+    assert error_of(capsys, [*words, "--model", tmp_path / "empty"]).endswith("there is no config.json in it")
+
+
+def test_weights_that_are_cut_off(words, base, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    found = error_of(capsys, [*words, "--model", tmp_path / "cut"])
+    assert found.startswith(f"cannot load a causal language model from the folder {tmp_path}/cut: ")
+
+
+def test_a_learning_rate_that_breaks_the_loss(words, base, tmp_path, capsys):
+    found = error_of(capsys, [*words, "--lr", "1e30", "--method", "dense"])
+    step = re.search(r"^(?:The loss is|A gradient is not finite).* at step (\d); nothing of this step reached", found)
+    assert step, found
+    assert f"the adapter after step {int(step[1]) - 1} is in {tmp_path}/run/adapter" in found
+    left = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(value).all() for value in left.values())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_run_folder_that_cannot_be_written(words, tmp_path, capsys, no_model, place):
+    (tmp_path / "file").write_text("not a folder")
+    found = error_of(capsys, [*words, "--out", tmp_path / place])
+    assert re.match(rf"The run folder {tmp_path}/{place} cannot be written to \(.+\); give another with --out\.", found)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no file system here that refuses everyone")
+def test_a_read_only_place(words, capsys, no_model):
+    found = error_of(capsys, [*words, "--out", "/proc/run"])
+    assert found.startswith("The run folder /proc/run cannot be written to (")
+
+
+def test_a_second_run_in_the_same_folder(words, tmp_path, capsys):
+    assert main(words) == 0
+    capsys.readouterr()
+    found = error_of(capsys, words)
+    assert found == f"{tmp_path}/run holds a run already; give another folder with --out, or go on with --resume."
+
+
+# --- a disk that is full ---
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, where this user may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place, left):
+    """Fill the file system up to `left` bytes."""
+    state = os.statvfs(place)
+    (place / "filler").write_bytes(b"x" * (state.f_bavail * state.f_frsize - left))
+
+
+@pytest.mark.parametrize("left", [4096 * n for n in (0, 5, 14, 20)])
+def test_a_full_disk_leaves_checkpoints_and_adapter_whole(words, base, tmp_path, small_disk, capsys, left):
+    out = small_disk / "run"
+    assert main([*words, "--out", str(out), "--save-every", "2", "--schedule", "constant", "--steps", "2"]) == 0
+    before = loads(base, out / "adapter")
+    checkpoint = {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()}
+    capsys.readouterr()
+    fill(small_disk, left)
+    found = error_of(capsys, [*words, "--out", out, "--save-every", "2", "--schedule", "constant", "--resume"])
+    assert re.search("Writing to .*/disk/run failed: |cannot be written to |the disk is full|No space left", found)
+    assert "\n" not in found
+    assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()} == checkpoint
+    after = loads(base, out / "adapter")
+    assert set(after) == set(before)
+    (small_disk / "filler").unlink()
+    assert main([*words, "--out", str(out), "--save-every", "2", "--schedule", "constant", "--resume"]) == 0
+    assert main([*words, "--out", str(tmp_path / "whole"), "--schedule", "constant"]) == 0
+    whole = loads(base, tmp_path / "whole" / "adapter")
+    assert all(torch.equal(value, whole[name]) for name, value in loads(base, out / "adapter").items())
+    assert [line["step"] for line in lines(out / "selection.jsonl")] == list(range(6))
+
+
+# --- Ctrl-C ---
+
+
+def test_ctrl_c(words, base, tmp_path):
+    code = "import sys; from siftune.cli.main import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words, "--steps", "100000"], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    last = re.fullmatch(
+        rf"siftune: interrupted; the adapter after step (\d+) is in {tmp_path}/run/adapter", err.splitlines()[-1]
+    )
+    assert last, err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["summary"]["steps"]) == ("interrupted", int(last[1]))
+    assert any(value.any() for name, value in loads(base, tmp_path / "run" / "adapter").items() if "lora_B" in name)
