@@ -3,8 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
@@ -24,6 +22,7 @@ from siftune.models.source import load_model
 from siftune.train.callback import IST, RST
 from siftune.train.card import model_card
 from siftune.train.data import Collator, Row, load_rows, tokenize_rows
+from siftune.train.disk import disk_faults
 from siftune.train.memory import peak_memory_mb
 from siftune.train.progress import Metrics, ProgressView
 from siftune.train.resume import check_adapter, find_checkpoint, step_of
@@ -125,12 +124,11 @@ def _fit(
     trainer: SiftTrainer, folder: RunFolder, recipe: Recipe, checkpoint: Path | None, release: Callable[[], None]
 ) -> dict[str, Any]:
     """Train, take everything off the model, and leave adapter, card and summary behind however training ends."""
-    if checkpoint is not None:
-        folder.cut_records(step_of(checkpoint))
+    folder.cut_records(step_of(checkpoint) if checkpoint is not None else 0)  # of a run that got no further
     started = time.monotonic()
     status = "interrupted"
     try:
-        with _disk_faults(folder):
+        with disk_faults(folder.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         status = "finished"
     except KeyboardInterrupt as stop:
@@ -163,36 +161,10 @@ def _leave_behind(
         trainer.processing_class.save_pretrained(path)
         (path / "README.md").write_text(model_card(recipe, summary), encoding="utf-8")
 
-    with _disk_faults(folder):
+    with disk_faults(folder.path):
         folder.replace_adapter(save)
         folder.write_run(status=status, summary=summary)
         folder.write("README.md", model_card(recipe, summary))
-
-
-@contextmanager
-def _disk_faults(folder: RunFolder) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        reason = _disk_reason(error)
-        if reason is None:
-            raise
-        raise TrainingError(
-            f"Writing to {folder.path} failed: {reason}. Free some space or choose another disk with --out; complete "
-            "checkpoints there are intact, and --resume continues from the newest."
-        ) from error
-
-
-def _disk_reason(error: Exception) -> str | None:
-    """Why writing failed, or None where the error is of another kind."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, SafetensorError):
-        return str(error)
-    # torch.save names its own code, not the cause
-    torch_words = ("inline_container.cc", "iostream error")
-    return "a file could not be written to its end" if any(words in str(error) for words in torch_words) else None
 
 
 def _summary(trainer: SiftTrainer, seconds: float) -> dict[str, Any]:

@@ -109,8 +109,8 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def is_fresh(self) -> bool:
-        """Whether no run has left anything here."""
-        return not any((self.path / name).exists() for name in ("recipe.yaml", "adapter", "checkpoints"))
+        """Whether no run has left anything here that was trained."""
+        return not self.adapter.exists() and not any(self.checkpoints.glob("checkpoint-*"))
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -31,11 +31,11 @@ def test_it_is_made_and_left_empty(folder):
     assert folder.is_fresh()
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "adapter", "checkpoints"])
+@pytest.mark.parametrize("name", ["adapter", "checkpoints/checkpoint-10"])
 def test_what_a_run_leaves_makes_it_used(folder, name):
     (folder.path / "train.jsonl").write_text("")
     assert folder.is_fresh()
-    (folder.path / name).mkdir()
+    (folder.path / name).mkdir(parents=True)
     assert not folder.is_fresh()
 
 
