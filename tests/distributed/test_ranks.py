@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 def run(folder, ranks, **settings):
     """Train in `ranks` processes; returns what each of them ended with."""
     folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(HERE / "worker.py"), str(folder), json.dumps(settings)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

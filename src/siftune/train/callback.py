@@ -31,9 +31,10 @@ class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     _scored: bool
 
-    def __init__(self, settings: ISTSettings, layers: str | None) -> None:
+    def __init__(self, settings: ISTSettings, layers: str | None, arguments: dict[str, Any]) -> None:
         self.settings = settings
         self.layers = layers
+        self._arguments = arguments
         self.on_select: Callable[[Selection], None] | None = None
         self._selection: LayerSelection | None = None
         self._resumed: Mapping[str, Any] | None = None
@@ -56,10 +57,7 @@ class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoints: the constructor's arguments and the selection's state."""
         selection = self._selection.state_dict() if self._selection else None
-        return {"args": self._arguments(), "attributes": {"_resumed": selection}}
-
-    def _arguments(self) -> dict[str, Any]:
-        raise NotImplementedError
+        return {"args": self._arguments, "attributes": {"_resumed": selection}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,7 +142,7 @@ class IST(_LayerCallback):
         if every is not None and every != interval:
             raise RecipeError(f"interval is {interval}; give a whole number of optimizer steps, or None.")
         settings = ISTSettings(active, every, score_batch_size, candidates, suppressed, factor, score_lr, seed)
-        super().__init__(settings, layers)
+        super().__init__(settings, layers, {**vars(settings), "layers": layers})
 
     def attach(
         self,
@@ -173,9 +171,6 @@ class IST(_LayerCallback):
         draws = GivenBatches(batches) if batches is not None else None
         return _started(LayerSelection(model, self.settings, draws=draws, loss=loss, layers=self.layers), optimizer)
 
-    def _arguments(self) -> dict[str, Any]:
-        return {**vars(self.settings), "layers": self.layers}
-
 
 class RST(_LayerCallback):
     """Random sparse tuning, IST's ablation: as many layers, drawn uniformly.
@@ -189,14 +184,12 @@ class RST(_LayerCallback):
     _scored = False
 
     def __init__(self, active: float = 0.25, seed: int = 0, layers: str | None = None) -> None:
-        super().__init__(ISTSettings(active=active, interval=None, seed=seed), layers)
+        settings = ISTSettings(active=active, interval=None, seed=seed)
+        super().__init__(settings, layers, {"active": active, "seed": seed, "layers": layers})
 
     def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
         """Select layers in a plain training loop; see `IST.attach`."""
         return _started(LayerSelection(model, self.settings, scored=False, layers=self.layers), optimizer)
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"active": self.settings.active, "seed": self.settings.seed, "layers": self.layers}
 
 
 def _started(selection: LayerSelection, optimizer: torch.optim.Optimizer | None) -> LayerSelection:

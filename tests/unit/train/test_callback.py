@@ -1,6 +1,8 @@
 """IST and RST in Trainers of transformers and TRL, and in plain loops."""
 
 import itertools
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from siftune import IST, RST
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.models.adapters import group_by_layer
+from siftune.train.callback import _metrics_kept
 
 
 def layers_of(names):
@@ -166,6 +169,16 @@ def test_sft_trainer(tmp_path):
         assert layers_of(grads) == set(choice.layers)
     assert sum(bool(c.losses) for c in chosen) == 2
     assert not trainer._metrics["eval"]  # scoring runs in evaluation mode, and leaves no metrics of it
+
+
+def test_scoring_keeps_the_metrics_that_were_there():
+    trainer = SimpleNamespace(
+        _metrics={"train": defaultdict(list, loss=[1.0]), "eval": defaultdict(list, entropy=[2.0])}
+    )
+    with _metrics_kept(trainer):
+        trainer._metrics["eval"]["entropy"].append(9.0)
+        trainer._metrics["eval"]["new"].append(9.0)
+    assert trainer._metrics == {"train": {"loss": [1.0]}, "eval": {"entropy": [2.0]}}
 
 
 def test_dpo_trainer_scores_with_its_own_loss(tmp_path):
