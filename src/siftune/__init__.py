@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from siftune.models.adapters import attach_adapter
     from siftune.models.layers import find_layers
     from siftune.train.callback import IST, RST
+    from siftune.train.sample_callback import GAST
 
 __version__ = "0.1.0"
 
 # name -> module; imported on first use, because torch and transformers take seconds
 _LAZY = {
+    "GAST": "siftune.train.sample_callback",
     "IST": "siftune.train.callback",
     "RST": "siftune.train.callback",
     "SiftuneError": "siftune.errors",
@@ -20,7 +22,7 @@ _LAZY = {
     "find_layers": "siftune.models.layers",
 }
 
-__all__ = ["IST", "RST", "SiftuneError", "attach_adapter", "find_layers"]
+__all__ = ["GAST", "IST", "RST", "SiftuneError", "attach_adapter", "find_layers"]
 
 
 def __getattr__(name: str) -> Any:

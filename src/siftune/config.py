@@ -28,7 +28,7 @@ class Recipe:
     model: str = "smollm2"
     """Model to tune: a folder, a hub id, or smollm2 (packaged, no hub needed)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights; auto keeps that of the checkpoint."""
+    """Number format of the frozen weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
 
     train: str = ""
     """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id."""

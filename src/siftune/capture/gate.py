@@ -13,12 +13,17 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from siftune.models.adapters import ForwardSubstitution, LayerGroup, outside
+from siftune.errors import RecipeError
+from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, outside
+
+taped: WeakSet[nn.Module] = WeakSet()  # layers in which a tape records
+_gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()
 
 Deliver = Callable[[], Sequence[Tensor | None]]
 
@@ -54,6 +59,12 @@ def nothing_trains_before(model: nn.Module, groups: Sequence[LayerGroup]) -> boo
     return all(id(p) in after for p in outside(model, groups).values())
 
 
+def is_active(group: LayerGroup) -> bool:
+    """Whether a layer trains now; without gates on it, it does."""
+    gates = _gates.get(group.module)
+    return gates is None or group.index in gates.active
+
+
 class LayerGates:
     """Hooks on the layers of one model; all layers are active until `set_active` says otherwise.
 
@@ -61,10 +72,18 @@ class LayerGates:
         model: The model that holds the layers.
         groups: The layers and their trainable parameters.
         deliver_zeros: Give inactive layers' parameters gradients of zero, as DDP needs.
+
+    Raises:
+        RecipeError: A tape records in the layers already; gates go first.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[LayerGroup], deliver_zeros: bool = False) -> None:
         self._groups = list(groups)
+        if any(group.module in taped for group in self._groups):
+            raise RecipeError(
+                "samples are selected in these layers already, and layers must be chosen first: list IST before GAST "
+                "among the callbacks, and in a plain loop attach it first"
+            )
         self._deliver_zeros = deliver_zeros
         self._stop_at_lowest = nothing_trains_before(model, groups)
         self._active = frozenset(group.index for group in self._groups)
@@ -74,6 +93,12 @@ class LayerGates:
             group.module.register_forward_pre_hook(partial(self._enter, group.index), with_kwargs=True)
             for group in self._groups
         ]
+        _gates.update({group.module: self for group in self._groups})
+
+    @property
+    def active(self) -> frozenset[int]:
+        """Numbers of the layers that train."""
+        return self._active
 
     def set_active(self, layers: Collection[int]) -> None:
         """Choose the layers that train, by `LayerGroup.index`, from the next forward on.
@@ -98,6 +123,8 @@ class LayerGates:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for group in self._groups:
+            _gates.pop(group.module, None)
 
     def __enter__(self) -> "LayerGates":
         return self
@@ -107,16 +134,16 @@ class LayerGates:
     ) -> None:
         self.remove()
 
-    def _detach_inactive(self, group: LayerGroup, current: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _detach_inactive(self, slot: Slot, current: Tensor, _: Tensor | None) -> Tensor:
         """Stand in for a parameter: itself in an active layer, detached in others."""
-        return current if group.index in self._active else current.detach()
+        return current if slot.layer in self._active else current.detach()
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run before a layer: cut the graph at and below the lowest active layer."""
         all_active = len(self._active) == len(self._groups)
         if all_active or index > self._lowest or not self._stop_at_lowest or not torch.is_grad_enabled():
             return None
-        return _with_hidden(args, kwargs, partial(self._end_backward, index, module))
+        return with_hidden(args, kwargs, partial(self._end_backward, index, module))
 
     def _end_backward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """Detach a layer's input; in the lowest active layer, deliver the zeros that DDP waits for."""
@@ -133,7 +160,13 @@ class LayerGates:
         return gated
 
 
-def _with_hidden(
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among a decoder layer's arguments; (B, T, H)."""
+    found: Tensor = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
+    return found
+
+
+def with_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Apply `change` to the hidden states among a decoder layer's arguments."""

@@ -18,19 +18,21 @@ from transformers.pytorch_utils import Conv1D
 from siftune.config import default_alpha
 from siftune.errors import AdapterError
 from siftune.models.groups import LayerGroup, group_by_layer, outside
-from siftune.models.substitution import ForwardSubstitution, Substitution, parameter_owners, use_base_dtype
+from siftune.models.substitution import ForwardSubstitution, Slot, Substitution, parameter_owners, units, use_base_dtype
 from siftune.models.targets import layer_linears, named_modules, short_names
 
 __all__ = [
     "KINDS",
     "ForwardSubstitution",
     "LayerGroup",
+    "Slot",
     "Substitution",
     "attach_adapter",
     "group_by_layer",
     "outside",
     "parameter_owners",
     "suppress",
+    "units",
     "use_base_dtype",
 ]
 

@@ -1,6 +1,7 @@
 """Where models come from: a local folder, a hub id, or the packaged small model `smollm2`."""
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_model", "pull_smollm2", "resolve"]
 
+logger = logging.getLogger(__name__)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -27,7 +30,8 @@ def load_model(source: str, dtype: str = "auto") -> tuple["PreTrainedModel", "Pr
 
     Args:
         source: A folder with `config.json`, a hub id, or `smollm2`, which is fetched on first use.
-        dtype: Number format of the weights: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's.
+        dtype: Number format of the weights: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's, but
+            float32 where only a processor is there that cannot multiply in the checkpoint's.
 
     Returns:
         The model, on the CPU and in eval mode, and the tokenizer, which has a padding token.
@@ -45,10 +49,32 @@ def load_model(source: str, dtype: str = "auto") -> tuple["PreTrainedModel", "Pr
         with _quiet_bars():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if dtype == "auto":
+            model = _fit_for_this_machine(model)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_reason(name, error)) from error
     _set_padding(tokenizer, source)
     return model, tokenizer
+
+
+def _fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Use float32 on a processor without half-precision products, where these are a hundred times slower."""
+    import torch
+
+    if torch.accelerator.is_available() or _multiplies(model.dtype):
+        return model
+    logger.info("this processor cannot multiply in %s; the model is used in float32", model.dtype)
+    return model.float()
+
+
+def _multiplies(dtype: Any) -> bool:
+    """Whether torch has fast products in a dtype on this processor, as far as it tells."""
+    import torch
+
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    ask = getattr(torch.ops.mkldnn, name, None) if name and built_in else None
+    return ask is None or bool(ask())
 
 
 def resolve(source: str) -> str | Path:

@@ -7,9 +7,8 @@ from the parameter, and autograd carries the gradient back through whatever made
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -19,14 +18,30 @@ from siftune.models.groups import LayerGroup, outside
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-def parameter_owners(group: LayerGroup) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Return for every trainable parameter of a layer the module that holds it, and its name there.
+class Slot(NamedTuple):
+    """The place of a trainable parameter.
+
+    Attributes:
+        layer: Number of the layer, as `LayerGroup.index`.
+        owner: The module that holds the parameter.
+        name: The parameter's name in that module.
+        parameter: The parameter.
+    """
+
+    layer: int
+    owner: nn.Module
+    name: str
+    parameter: nn.Parameter
+
+
+def parameter_owners(group: LayerGroup) -> list[Slot]:
+    """Return for every trainable parameter of a layer the place where a module holds it.
 
     A parameter that several modules of the layer hold comes once for each.
     """
     wanted = {id(p) for p in group.parameters.values()}
     return [
-        (module, name, parameter)
+        Slot(group.index, module, name, parameter)
         for module in group.module.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and id(parameter) in wanted
@@ -44,25 +59,23 @@ class Substitution:
     """
 
     def __init__(self, group: LayerGroup) -> None:
-        self._slots: list[tuple[dict[str, Any], str, nn.Parameter]] = [
-            (module._parameters, name, parameter) for module, name, parameter in parameter_owners(group)
-        ]
+        self._slots: list[tuple[dict[str, Any], Slot]] = [(s.owner._parameters, s) for s in parameter_owners(group)]
         self._saved: list[list[Tensor]] = []
 
-    def swap(self, replace: Callable[[Tensor], Tensor]) -> None:
-        """Put `replace(current)` in the place of every parameter."""
+    def swap(self, replace: Callable[[Slot, Tensor], Tensor]) -> None:
+        """Put `replace(slot, current)` in the place of every parameter."""
         saved: list[Tensor] = []
         self._saved.append(saved)  # before the loop: restore() then also cleans up after a `replace` that raises
-        for held, name, _ in self._slots:
-            current = held[name]
-            held[name] = replace(current)
+        for held, slot in self._slots:
+            current = held[slot.name]
+            held[slot.name] = replace(slot, current)
             saved.append(current)
 
     def restore(self) -> None:
         """Undo the last swap; without one, do nothing."""
         if self._saved:
-            for (held, name, _), previous in zip(self._slots, self._saved.pop(), strict=False):
-                held[name] = previous
+            for (held, slot), previous in zip(self._slots, self._saved.pop(), strict=False):
+                held[slot.name] = previous
 
     def restore_all(self) -> None:
         """Put the parameters themselves back, whatever swaps are left open; without one, do nothing.
@@ -72,8 +85,8 @@ class Substitution:
         """
         if self._saved:
             self._saved.clear()
-            for held, name, parameter in self._slots:
-                held[name] = parameter
+            for held, slot in self._slots:
+                held[slot.name] = slot.parameter
 
 
 class ForwardSubstitution:
@@ -86,29 +99,29 @@ class ForwardSubstitution:
 
     Args:
         groups: The layers.
-        replace: Called with the layer, the current tensor (a parameter, or what an outer substitution put there)
-            and the dtype of the module's first floating-point input (None without one); returns the tensor to
-            use.
+        replace: Called with the parameter's place, the current tensor (the parameter, or what an outer
+            substitution put there) and the module's first floating-point input (None without one); returns the
+            tensor to use.
     """
 
     def __init__(
         self,
         groups: Iterable[LayerGroup],
-        replace: Callable[[LayerGroup, Tensor, torch.dtype | None], Tensor],
+        replace: Callable[[Slot, Tensor, Tensor | None], Tensor],
     ) -> None:
         self._handles: list[Any] = []
         self._substitutions: list[Substitution] = []
         for group in groups:
-            for unit in _units(group):
-                self._hook(group, unit, replace)
+            for unit in units(group):
+                self._hook(unit, replace)
 
-    def _hook(self, group: LayerGroup, unit: LayerGroup, replace: Callable[..., Tensor]) -> None:
+    def _hook(self, unit: LayerGroup, replace: Callable[..., Tensor]) -> None:
         substitution = Substitution(unit)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             substitution.restore_all()  # left open where Ctrl-C ended a forward
-            dtype = _input_dtype((*args, *kwargs.values()))
-            substitution.swap(lambda current: replace(group, current, dtype))
+            given = _first_input((*args, *kwargs.values()))
+            substitution.swap(lambda slot, current: replace(slot, current, given))
 
         def after(*_: Any) -> None:
             substitution.restore()
@@ -151,16 +164,16 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
         A handle, also usable as a context manager; `remove()` takes the hooks off.
     """
 
-    def cast(_: LayerGroup, current: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return current.to(dtype) if dtype is not None and current.is_floating_point() else current
+    def cast(_: Slot, current: Tensor, given: Tensor | None) -> Tensor:
+        return current.to(given.dtype) if given is not None and current.is_floating_point() else current
 
     layers = list(groups)
     rest = LayerGroup(-1, "", model, outside(model, layers))
     return ForwardSubstitution([*layers, rest], cast)
 
 
-def _units(group: LayerGroup) -> list[LayerGroup]:
-    """Split a layer's parameters by the module whose call uses them.
+def units(group: LayerGroup) -> list[LayerGroup]:
+    """Split a layer's parameters by the module whose call uses them: one group per such module.
 
     That is the outermost PEFT module around them (DoRA reads its matrices without calling them), else the module
     that holds them.
@@ -180,6 +193,6 @@ def _units(group: LayerGroup) -> list[LayerGroup]:
     return list(units.values())
 
 
-def _input_dtype(values: Iterable[Any]) -> torch.dtype | None:
-    """Return the dtype of the first floating-point tensor among a call's arguments."""
-    return next((v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+def _first_input(values: Iterable[Any]) -> Tensor | None:
+    """Return the first floating-point tensor among a call's arguments."""
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)

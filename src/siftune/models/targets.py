@@ -18,7 +18,7 @@ def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
     """
     found = find_layers(model)
     names = {module: name for name, module in model.named_modules()}
-    linears = {names[m]: m for layer in found.layers for m in layer.modules() if _is_linear(m)}
+    linears = {names[m]: m for layer in found.layers for m in layer.modules() if is_linear(m)}
     experts = {name for layer in found.layers for name in _expert_parts(layer, names)}
     chosen = {n: m for n, m in linears.items() if not any(_is_within(n, part) for part in experts)}
     if not chosen:
@@ -35,7 +35,7 @@ def named_modules(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Modu
     Raises:
         AdapterError: A target matches nothing.
     """
-    modules = {n: m for n, m in model.named_modules() if _is_linear(m) or isinstance(m, nn.Embedding)}
+    modules = {n: m for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding)}
     found = {target: {n: m for n, m in modules.items() if _ends_in(n, target)} for target in targets}
     missing = [target for target, matches in found.items() if not matches]
     if missing or not found:
@@ -66,7 +66,7 @@ def _expert_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str
         for count, bank in ((_expert_count(child), child) for child in block.children()):
             if count:
                 yield names[bank]
-                linears = (m for m in block.modules() if _is_linear(m))
+                linears = (m for m in block.modules() if is_linear(m))
                 yield from (names[m] for m in linears if getattr(m, "out_features", None) in (1, count))
 
 
@@ -79,7 +79,12 @@ def _expert_count(module: nn.Module) -> int:
     return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3), 0)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def expert_banks(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules in a layer that hold its experts."""
+    return [child for block in layer.modules() for child in block.children() if _expert_count(child)]
+
+
+def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear map: torch's, GPT-2's transposed one, or a quantised one."""
     quantised = hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
     return isinstance(module, nn.Linear | Conv1D) or quantised
@@ -95,5 +100,5 @@ def _ends_in(name: str, suffix: str) -> bool:
 
 def _leaf_names(model: nn.Module) -> str:
     """List the last parts of the names of all linear modules."""
-    leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
+    leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)}
     return ", ".join(sorted(leaves)) or "none"

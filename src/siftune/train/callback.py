@@ -10,20 +10,19 @@ Example:
             optimizer.zero_grad()
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from siftune.errors import RecipeError, UnsupportedError
+from siftune.errors import RecipeError
 from siftune.sparse.ist import ISTSettings
 from siftune.train.draws import Batch, RowDraws
 from siftune.train.selection import GivenBatches, LayerSelection, Loss, Selection, model_loss
+from siftune.train.trainer_access import refuse_sharding, saved_state, trainer_loss
 
 
 class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -64,20 +63,20 @@ class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Find the layers, set the gates, and continue from a checkpoint's state."""
         self.remove()
-        _refuse_sharding(args)
+        refuse_sharding(args)
         model = kwargs["model"]
         self._selection = LayerSelection(
             model,
             self.settings,
             scored=self._scored,
-            loss=_trainer_loss(self),
+            loss=trainer_loss(self),
             layers=self.layers,
             chunk=args.per_device_train_batch_size,
         )
         loader = kwargs.get("train_dataloader")
         if loader is not None:
             self._selection.draws = RowDraws(loader.dataset, loader.collate_fn, self._selection.generator)
-        saved = self._resumed or _saved_state(state, type(self).__name__)
+        saved = self._resumed or saved_state(state, type(self).__name__)
         if state.global_step and saved:
             self._selection.load_state_dict(saved)
         self._resumed = None
@@ -198,62 +197,3 @@ def _started(selection: LayerSelection, optimizer: torch.optim.Optimizer | None)
     if optimizer is not None:
         selection.follow(optimizer)
     return selection
-
-
-def _refuse_sharding(args: TrainingArguments) -> None:
-    """Refuse wrappers that hold the parameters elsewhere while a layer runs."""
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name, None):
-            raise UnsupportedError(
-                f"The Trainer uses {name}, which shards the adapters that layer selection gates. "
-                "Use one device or DDP: adapters are small enough to be replicated."
-            )
-
-
-def _saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:
-    """A callback's state in the checkpoint that the Trainer resumed from."""
-    saved = getattr(state, "stateful_callbacks", None) or {}
-    entry = saved.get(name) if isinstance(saved, Mapping) else None
-    if isinstance(entry, list):
-        entry = entry[0]
-    return entry["attributes"].get("_resumed") if entry else None
-
-
-def _trainer_loss(callback: TrainerCallback) -> Loss:
-    """The loss of the Trainer that calls this callback, so that DPO and the like are scored by their own.
-
-    Trainers do not hand themselves to callbacks; the one at work is found among the callers.
-    """
-    trainer = _calling_trainer(callback)
-    if trainer is None:
-        return model_loss
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        with _metrics_kept(trainer), trainer.compute_loss_context_manager():
-            value: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
-        return value
-
-    return loss
-
-
-def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
-            return owner
-        frame = frame.f_back
-    return None
-
-
-@contextmanager
-def _metrics_kept(trainer: Trainer) -> Iterator[None]:
-    """Keep scoring out of the metrics that TRL's trainers collect in `compute_loss`."""
-    metrics: dict[str, dict[str, list[float]]] = getattr(trainer, "_metrics", None) or {}
-    kept = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
-    try:
-        yield
-    finally:
-        for mode, values in kept.items():
-            metrics[mode].clear()
-            metrics[mode].update(values)

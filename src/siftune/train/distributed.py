@@ -1,5 +1,7 @@
 """What siftune needs of torch.distributed; the only file that touches it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -8,6 +10,21 @@ from torch import distributed as dist
 def world_size() -> int:
     """Number of ranks; 1 where no process group is set up."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this rank; 0 where no process group is set up."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sum each of `tensors` over the ranks, in one exchange; they must have the same shapes on each of them."""
+    if world_size() == 1 or not tensors:
+        return list(tensors)
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
 def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:

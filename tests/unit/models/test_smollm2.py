@@ -241,7 +241,7 @@ def test_the_real_model(tmp_path, capfd):
 
     model, tokenizer = load_model(str(folder))
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert str(model.dtype) == "torch.bfloat16"
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=10, do_sample=False, pad_token_id=tokenizer.pad_token_id)

@@ -36,11 +36,28 @@ def folder_with(path, **config):
     ("dtype", "wanted"),
     [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
 )
-def test_a_folder_loads_in_the_wanted_dtype(saved, dtype, wanted):
+def test_a_folder_loads_in_the_wanted_dtype(saved, dtype, wanted, monkeypatch):
+    monkeypatch.setattr(source, "_multiplies", lambda dtype: True)
     model, tokenizer = load_model(str(saved), dtype)
     assert {p.dtype for p in model.parameters()} == {wanted}
     assert not model.training
     assert tokenizer.pad_token == "<|pad|>"
+
+
+def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkeypatch, caplog):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(source, "_multiplies", lambda dtype: dtype == torch.float32)
+    with caplog.at_level("INFO"):
+        assert load_model(str(saved))[0].dtype == torch.float32
+    assert "the model is used in float32" in caplog.text
+    assert load_model(str(saved), "bfloat16")[0].dtype == torch.bfloat16  # asked for by name
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert load_model(str(saved))[0].dtype == torch.bfloat16
+
+
+def test_what_multiplies_here_is_what_torch_says():
+    assert source._multiplies(torch.float32)
+    assert source._multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_a_missing_padding_token_becomes_the_end_token(saved, tmp_path):

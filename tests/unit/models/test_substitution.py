@@ -48,9 +48,9 @@ def test_owners_hold_every_parameter_of_the_group(name):
     model = ADAPTED[name]()
     for group in group_by_layer(model):
         owners = parameter_owners(group)
-        assert {id(p) for _, _, p in owners} == {id(p) for p in group.parameters.values()}
+        assert {id(slot.parameter) for slot in owners} == {id(p) for p in group.parameters.values()}
         assert len(owners) == len(group.parameters)
-        assert all(module._parameters[name] is p for module, name, p in owners)
+        assert all(s.owner._parameters[s.name] is s.parameter and s.layer == group.index for s in owners)
 
 
 def test_owners_of_a_parameter_that_two_modules_of_a_layer_hold():
@@ -60,7 +60,7 @@ def test_owners_of_a_parameter_that_two_modules_of_a_layer_hold():
     group = group_by_layer(model)[0]
     assert len(parameter_owners(group)) == len(group.parameters) + 1
     substitution = Substitution(group)
-    substitution.swap(torch.Tensor.detach)
+    substitution.swap(lambda _, p: p.detach())
     assert not any(p.requires_grad for m in layer.modules() for p in m._parameters.values() if p is not None)
     substitution.restore()
     assert parameter_owners(group)
@@ -72,7 +72,7 @@ def test_detached_layer_gets_no_gradient_and_computes_the_same(name):
     groups = group_by_layer(model)
     before, state = step(model)[0], held(model)
     substitution = Substitution(groups[2])
-    substitution.swap(torch.Tensor.detach)
+    substitution.swap(lambda _, p: p.detach())
     after, grads = step(model)
     assert torch.equal(before, after)
     assert not any(n.startswith(groups[2].name + ".") for n in grads)
@@ -85,12 +85,12 @@ def test_detached_layer_gets_no_gradient_and_computes_the_same(name):
 def test_nested_swaps_compose_and_unwind():
     group = group_by_layer(adapted())[0]
     state = held(group.module)
-    module, name, parameter = parameter_owners(group)[0]
+    _, module, name, parameter = parameter_owners(group)[0]
     outer, inner = Substitution(group), Substitution(group)
-    outer.swap(lambda p: p.detach() + 1)
+    outer.swap(lambda _, p: p.detach() + 1)
     shifted = held(group.module)
-    inner.swap(lambda p: p * 3)
-    inner.swap(torch.Tensor.double)
+    inner.swap(lambda _, p: p * 3)
+    inner.swap(lambda _, p: p.double())
     assert torch.equal(module._parameters[name], ((parameter.detach() + 1) * 3).double())
     inner.restore()
     inner.restore()
@@ -107,7 +107,7 @@ def test_restore_after_a_replacement_that_raises():
     substitution = Substitution(group)
     third = list(group.parameters.values())[2]
 
-    def fail_at_third(current):
+    def fail_at_third(_, current):
         if current is third:
             raise MemoryError
         return current.detach()
@@ -124,8 +124,8 @@ def test_restore_all_in_any_order(inner_first):
     group = group_by_layer(adapted())[0]
     state = held(group.module)
     outer, inner = Substitution(group), Substitution(group)
-    outer.swap(torch.Tensor.detach)
-    inner.swap(torch.Tensor.double)
+    outer.swap(lambda _, p: p.detach())
+    inner.swap(lambda _, p: p.double())
     for substitution in (inner, outer) if inner_first else (outer, inner):
         substitution.restore_all()
     assert held(group.module) == state
@@ -137,7 +137,7 @@ def test_restore_all_in_any_order(inner_first):
 def test_replace_is_told_the_layer_and_the_input_dtype():
     model = bf16()
     seen = set()
-    with ForwardSubstitution(group_by_layer(model), lambda g, p, dtype: seen.add((g.index, dtype)) or p):
+    with ForwardSubstitution(group_by_layer(model), lambda slot, p, x: seen.add((slot.layer, x.dtype)) or p):
         step(model)
     assert seen == {(index, torch.bfloat16) for index in range(4)}
 
@@ -145,7 +145,7 @@ def test_replace_is_told_the_layer_and_the_input_dtype():
 def test_adapter_modules_are_hooked_once_each():
     model = bf16(kind="dora")
     tuners = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    with ForwardSubstitution(group_by_layer(model), lambda g, p, dtype: p):
+    with ForwardSubstitution(group_by_layer(model), lambda slot, p, x: p):
         assert all(len(m._forward_hooks) == len(m._forward_pre_hooks) == 1 for m in tuners)
         assert hooks(model) == 2 * len(tuners)
 
@@ -302,7 +302,7 @@ def test_substitutions_nest_in_forward_passes():
     model = bf16()
     groups = group_by_layer(model)
     plain = held(model)
-    detached = ForwardSubstitution(groups, lambda g, p, _: p.detach() if g.index < 2 else p)
+    detached = ForwardSubstitution(groups, lambda slot, p, _: p.detach() if slot.layer < 2 else p)
     cast = use_base_dtype(model, groups)
     _, grads = step(model)
     trained = {n.split(".layers.")[1][0] for n in grads}

@@ -1,0 +1,126 @@
+"""Which trainable parameters can be recorded by row, and how; everything else is refused by name."""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+from peft.tuners.ia3.layer import Linear as IA3Linear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from siftune.capture import ghost
+from siftune.errors import UnsupportedError
+from siftune.models.adapters import LayerGroup, Slot, parameter_owners, units
+from siftune.models.targets import expert_banks, is_linear
+
+
+class Kind(Enum):
+    """How a parameter is used, and so how a row's gradient is formed."""
+
+    LINEAR = "weight of a linear map"
+    TRANSPOSED = "weight of a Conv1D"
+    BIAS = "added to the output"
+    NORM = "weight of a LayerNorm"
+    SCALE = "scales activations as it is"
+    FLATTENED = "scales activations, flattened by PEFT"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the parameter is expanded to one copy per row."""
+        return self in (Kind.SCALE, Kind.FLATTENED)
+
+    def gradient(self, owner: nn.Module, grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
+        """Gradient of every row from the owner's output gradient and its input; (B, …)."""
+        if self is Kind.LINEAR:
+            return ghost.linear_weight(grad_BTO, input_BTI)
+        if self is Kind.TRANSPOSED:
+            return ghost.transposed_weight(grad_BTO, input_BTI)
+        if self is Kind.NORM:
+            return ghost.norm_weight(grad_BTO, input_BTI, float(owner.eps))  # type: ignore[arg-type]
+        return ghost.added_bias(grad_BTO)
+
+
+def kinds_of(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[Slot, Kind]:
+    """Say how each trainable parameter of the layers is used.
+
+    Raises:
+        UnsupportedError: The model is compiled, or a parameter is used in a way that does not tell rows apart. The
+            message names it and says what to do.
+    """
+    _refuse_compiled(model)
+    kinds: dict[Slot, Kind] = {}
+    for group in groups:
+        _refuse_experts(group)
+        for unit in units(group):
+            _refuse_tuner(unit)
+            slots = parameter_owners(unit)
+            kinds |= {slot: _kind(unit, slot) for slot in slots}
+            _refuse_bias_with_dora(unit, kinds, slots)
+    return kinds
+
+
+def _kind(unit: LayerGroup, slot: Slot) -> Kind:
+    owner = slot.owner
+    if isinstance(owner, Conv1D) and slot.name == "weight":
+        return Kind.TRANSPOSED
+    if is_linear(owner) and slot.name in ("weight", "bias"):
+        return Kind.LINEAR if slot.name == "weight" else Kind.BIAS
+    if isinstance(owner, nn.LayerNorm):
+        return Kind.NORM if slot.name == "weight" else Kind.BIAS
+    if type(owner) is DoraLinearLayer or isinstance(unit.module, IA3Linear):
+        return Kind.FLATTENED
+    if type(owner).__name__.endswith("RMSNorm") and slot.name == "weight":
+        return Kind.SCALE
+    raise UnsupportedError(
+        f"{unit.name}: the gradient of {slot.name} in {type(owner).__name__} cannot be told apart by row; supported "
+        "are LoRA, rsLoRA, DoRA, IA3, and the weights and biases of linear and norm modules"
+    )
+
+
+def _refuse_tuner(unit: LayerGroup) -> None:
+    """Refuse PEFT modules that use their parameters otherwise than by calling modules with the rows."""
+    module = unit.module
+    if not isinstance(module, BaseTunerLayer):
+        return
+    variants: Mapping[str, object] = getattr(module, "lora_variant", {})
+    other = [type(v).__name__ for v in variants.values() if not isinstance(v, DoraLinearVariant)]
+    plain = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper | MultiheadAttention) and not other
+    if not plain and not isinstance(module, IA3Linear):
+        raise UnsupportedError(
+            f"{unit.name} is a {type(module).__module__}.{type(module).__name__}"
+            f"{' with ' + ', '.join(other) if other else ''}, whose gradients cannot be told apart by row; use LoRA, "
+            "rsLoRA, DoRA or IA3 on linear modules"
+        )
+
+
+def _refuse_bias_with_dora(unit: LayerGroup, kinds: Mapping[Slot, Kind], slots: Sequence[Slot]) -> None:
+    """PEFT's DoRA takes the base's bias off again, so that it is used twice."""
+    base = getattr(unit.module, "base_layer", None)
+    dora = any(type(slot.owner) is DoraLinearLayer for slot in slots)
+    if dora and any(slot.owner is base and kinds[slot] is Kind.BIAS for slot in slots):
+        raise UnsupportedError(
+            f"{unit.name}: DoRA with trained biases of the base model is not supported; set bias='none', or use LoRA"
+        )
+
+
+def _refuse_experts(group: LayerGroup) -> None:
+    for bank in expert_banks(group.module):
+        if any(p.requires_grad for p in bank.parameters()):
+            names = [name for name, module in group.module.named_modules() if module is bank]
+            raise UnsupportedError(
+                f"{group.name}.{names[0]}: experts see tokens of all rows mixed together, so samples cannot be "
+                "told apart in them; put adapters on attention and on what every token passes"
+            )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        if compiled:
+            raise UnsupportedError(
+                f"{name or 'the model'} is compiled by torch.compile, which does not trace the selection of samples; "
+                "train without it (transformers: torch_compile=False)"
+            )

@@ -1,0 +1,87 @@
+"""What a callback needs of the Trainer that calls it, and is not handed."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from siftune.errors import UnsupportedError
+from siftune.train.draws import Batch
+from siftune.train.selection import Loss, model_loss
+
+
+def refuse_sharding(args: TrainingArguments) -> None:
+    """Refuse wrappers that hold the parameters elsewhere while a layer runs."""
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name, None):
+            raise UnsupportedError(
+                f"The Trainer uses {name}, which shards the adapters that selection works on. "
+                "Use one device or DDP: adapters are small enough to be replicated."
+            )
+
+
+def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:
+    """A callback's state in the checkpoint that the Trainer resumed from."""
+    saved = getattr(state, "stateful_callbacks", None) or {}
+    entry = saved.get(name) if isinstance(saved, Mapping) else None
+    if isinstance(entry, list):
+        entry = entry[0]
+    return entry["attributes"].get("_resumed") if entry else None
+
+
+def trainer_loss(callback: TrainerCallback) -> Loss:
+    """The loss of the Trainer that calls this callback, so that DPO and the like are scored by their own.
+
+    Trainers do not hand themselves to callbacks; the one at work is found among the callers.
+    """
+    trainer = calling_trainer(callback)
+    if trainer is None:
+        return model_loss
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with _metrics_kept(trainer), trainer.compute_loss_context_manager():
+            value: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+        return value
+
+    return loss
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer that has called a callback; None where something else did."""
+    return next((owner for owner, _ in _calls(callback)), None)
+
+
+def resumed_from(callback: TrainerCallback) -> Path | None:
+    """The checkpoint folder that the calling Trainer was told to resume from."""
+    for _, values in _calls(callback):
+        folder = values.get("resume_from_checkpoint")
+        if isinstance(folder, str | Path):
+            return Path(folder)
+    return None
+
+
+def _calls(callback: TrainerCallback) -> Iterator[tuple[Trainer, Mapping[str, Any]]]:
+    """The running methods of the Trainer that has the callback, innermost first, with their local values."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            yield owner, frame.f_locals
+        frame = frame.f_back
+
+
+@contextmanager
+def _metrics_kept(trainer: Trainer) -> Iterator[None]:
+    """Keep scoring out of the metrics that TRL's trainers collect in `compute_loss`."""
+    metrics: dict[str, dict[str, list[float]]] = getattr(trainer, "_metrics", None) or {}
+    kept = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
+    try:
+        yield
+    finally:
+        for mode, values in kept.items():
+            metrics[mode].clear()
+            metrics[mode].update(values)
