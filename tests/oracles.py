@@ -2,8 +2,6 @@
 
 import torch
 
-from siftune.models.adapters import group_by_layer
-
 
 def summed_loss(model, inputs, divisor=None):
     """Cross entropy over the labels, summed and divided by a number that no row's absence changes."""
@@ -42,8 +40,6 @@ def rest_scores(grads, parameters):
     """⟨g_i, Σ_{j≠i} g_j⟩ by a double loop."""
     rows = flat(grads, parameters)
     count = rows.shape[0]
-    return torch.stack([sum((rows[i] @ rows[j] for j in range(count) if j != i), torch.zeros(())) for i in range(count)])
-
-
-def groups_of(model):
-    return group_by_layer(model)
+    return torch.stack(
+        [sum((rows[i] @ rows[j] for j in range(count) if j != i), torch.zeros(())) for i in range(count)]
+    )

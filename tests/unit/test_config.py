@@ -10,8 +10,10 @@ from typing import get_args
 import pytest
 
 from siftune import config
-from siftune.config import Recipe, check, load_recipe, nearest, recipe_to_yaml, resolve_recipe
+from siftune import recipe_file as files
+from siftune.config import Recipe, check, resolve_recipe
 from siftune.errors import RecipeError
+from siftune.recipe_file import load_recipe, nearest, recipe_to_yaml
 
 
 @pytest.fixture
@@ -151,7 +153,7 @@ def test_nearest_knows_the_names_of_other_trainers():
     assert nearest("per-device-train-batch-size", names) == "batch_size"
     assert nearest("Epoch", names) == "epochs"
     assert nearest("qqqqq", names) is None
-    assert set(config._ELSEWHERE.values()) <= set(names)
+    assert set(files._ELSEWHERE.values()) <= set(names)
 
 
 def test_recipes_do_not_import_torch():

@@ -58,8 +58,8 @@ def products(grads_BD: Tensor, other_D: Tensor) -> Tensor:
 
 def squares(grads_BD: Tensor) -> Tensor:
     """Squared length of every row's gradient; (B,)."""
-    wide_BD = grads_BD.flatten(1).to(_wide(grads_BD))
-    return wide_BD.square().sum(1)
+    lengths_B: Tensor = torch.linalg.vector_norm(grads_BD.flatten(1), dim=1, dtype=_wide(grads_BD))
+    return lengths_B.square()
 
 
 def sum_of(grads_BD: Tensor, rows_K: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ class Options:
     machine alone meanwhile. Ratios carry over to similar machines, seconds do not.
     """
 
-    methods: str = "dense,rst,ist"
-    """What to measure, with commas between: dense, rst, ist, trl, trl-no-checkpointing."""
+    methods: str = "dense,rst,ist,gast-rest"
+    """What to measure, with commas between: dense, rst, ist, gast-sample, gast-rest, gast-momentum, ist+gast, trl,
+    trl-no-checkpointing."""
     against: str | None = None
     """A further method that all are compared with, such as trl: TRL's SFTTrainer with its own defaults."""
     model: str = "smollm2"

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from siftune.config import Recipe, load_recipe, nearest, wanted
+from siftune.config import Recipe
 from siftune.errors import RecipeError
+from siftune.recipe_file import load_recipe, nearest, wanted
 
 T = TypeVar("T")
 

@@ -24,8 +24,8 @@ class Options:
     Fetches the model on first use. Leaves a run folder behind, like `siftune train`.
     """
 
-    method: Literal["dense", "rst", "ist"] = "ist"
-    """Layers that train in a step: all (dense), drawn at random (rst), drawn by importance (ist)."""
+    method: Literal["dense", "rst", "ist", "gast", "ist+gast"] = "ist"
+    """dense: all layers and rows; rst, ist: layers drawn at random, by importance; gast: rows drawn for every layer."""
     steps: int = 150
     """Optimizer steps of 16 rows."""
     lr: float = 2e-3

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from siftune.cli.common import parse, plain, stdout_to_stderr
-from siftune.config import nearest
 from siftune.errors import InputError, SiftuneError
+from siftune.recipe_file import nearest
 
 # command -> (module, what it does)
 COMMANDS = {

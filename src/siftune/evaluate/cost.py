@@ -20,20 +20,30 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from siftune.config import Recipe, check, nearest, resolve_recipe
+from siftune.config import Recipe, check, resolve_recipe
 from siftune.errors import InputError, RecipeError, SiftuneError
+from siftune.recipe_file import nearest
 
-# method -> what it is; siftune's own go by the names that `siftune train --method` has for them
+# method -> what it is
 METHODS = {
     "dense": "siftune, all layers",
     "rst": "siftune, layers drawn at random",
     "ist": "siftune, layers drawn by importance",
+    "gast-sample": "siftune, rows drawn for every layer by their alignment with 4 further rows in each step",
+    "gast-rest": "siftune, rows drawn for every layer by their alignment with the rest of the batch",
+    "gast-momentum": "siftune, rows drawn for every layer by their alignment with earlier gradients",
+    "ist+gast": "siftune, layers drawn by importance, in them rows by their alignment with the rest of the batch",
     "trl": "TRL's SFTTrainer with a PEFT LoRA, TRL's defaults",
     "trl-no-checkpointing": "the same with activation checkpointing off, which TRL turns on by default",
 }
+# siftune's methods whose name is not that of `siftune train --method`
+_SETTINGS: dict[str, dict[str, Any]] = {
+    **{f"gast-{support}": {"method": "gast", "support": support} for support in ("sample", "rest", "momentum")},
+    "ist+gast": {"support": "rest"},
+}
 FLOOR = "floor"  # what a worker is asked for the matmul floor
 
-_WORKER = (sys.executable, "-m", "siftune.evaluate.cost_worker")
+WORKER = (sys.executable, "-m", "siftune.evaluate.cost_worker")
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,8 @@ class Workload:
         shared = ("model", "dtype", "batch_size", "rank", "targets", "active", "interval", "seed")
         settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
         settings |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
-        return resolve_recipe(Recipe(method=method, out=out, **settings))  # type: ignore[arg-type]
+        settings |= {"method": method, "out": out, **_SETTINGS.get(method, {})}
+        return resolve_recipe(Recipe(**settings))
 
     def labels(self) -> int:
         """Learned tokens in a row."""
@@ -168,7 +179,9 @@ def schedule(methods: Sequence[str], rounds: int) -> list[tuple[int, str]]:
     return [(number, methods[(number + place) % count]) for number in range(rounds) for place in range(count)]
 
 
-def measure(method: str, number: int, work: Workload, threads: int | None = None) -> Measurement:
+def measure(
+    method: str, number: int, work: Workload, threads: int | None = None, worker: Sequence[str] = WORKER
+) -> Measurement:
     """Measure a method in a fresh process.
 
     Args:
@@ -176,22 +189,23 @@ def measure(method: str, number: int, work: Workload, threads: int | None = None
         number: The round, for the record.
         work: What is trained.
         threads: Threads of the process (OMP_NUM_THREADS); as in this process's environment if None.
+        worker: Command of the process; a folder is added to it, see `cost_worker`.
 
     Raises:
         InputError: The process refused the workload, or was killed.
         SiftuneError: It failed in another way; its last words are in the message.
     """
-    result = run_worker(method, work, threads)
+    result = run_worker(method, work, threads, worker)
     return Measurement(method, number, tuple(result.pop("seconds")), result.pop("peak_memory_mb"), result)
 
 
-def run_worker(task: str, work: Workload, threads: int | None = None) -> dict[str, Any]:
+def run_worker(task: str, work: Workload, threads: int | None = None, worker: Sequence[str] = WORKER) -> dict[str, Any]:
     """Have a fresh process do a task, a method or `FLOOR`, and return what it found; raises as `measure`."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with tempfile.TemporaryDirectory(prefix="siftune-bench-") as folder:
         Path(folder, "job.json").write_text(json.dumps({"task": task, "workload": asdict(work)}), encoding="utf-8")
         done = subprocess.run(
-            [*_WORKER, folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [*worker, folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         if done.returncode:
             raise _failure(task, done.returncode, done.stderr)

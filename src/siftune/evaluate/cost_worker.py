@@ -82,8 +82,8 @@ class StepFlops(TrainerCallback):  # type: ignore[misc]
             self.total = self._counter.get_total_flops()
 
 
-def work_off(task: str, work: Workload, folder: Path) -> dict[str, Any]:
-    """Do a task: a method's name, or `FLOOR`.
+def work_off(task: str, work: Workload, folder: Path, build: Callable[..., Trainer] | None = None) -> dict[str, Any]:
+    """Do a task: a method's name, or `FLOOR`. See `main` for `build`.
 
     Returns:
         For a method, `seconds` of each timed step and `peak_memory_mb`; for the floor, `flops` of a dense step,
@@ -93,7 +93,7 @@ def work_off(task: str, work: Workload, folder: Path) -> dict[str, Any]:
         found, model = _floor(work, folder)
     else:
         clock = Clock()
-        trainer = build_trainer(task, work, folder, clock)
+        trainer = (build or build_trainer)(task, work, folder, clock)
         trainer.train()
         model = trainer.model
         found = {"seconds": clock.seconds(work.warmup), "peak_memory_mb": peak_memory_mb()}
@@ -241,13 +241,18 @@ _CPU_ATTENTION = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Work off the job in the folder that the only argument names; return the exit code."""
+def main(argv: list[str], build: Callable[..., Trainer] = build_trainer) -> int:
+    """Work off the job in the folder that the only argument names; return the exit code.
+
+    Args:
+        argv: The folder.
+        build: Assembles the Trainer of a method, as `build_trainer` does; other benchmarks bring methods of their own.
+    """
     folder = Path(argv[0])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     work = Workload(**{**job["workload"], "targets": tuple(job["workload"]["targets"])})
     try:
-        result = work_off(job["task"], work, folder)
+        result = work_off(job["task"], work, folder, build)
     except SiftuneError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

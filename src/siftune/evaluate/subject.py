@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siftune.config import Recipe, load_recipe
+from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
 from siftune.models.source import load_model
+from siftune.recipe_file import load_recipe
 
 
 @dataclass(frozen=True)

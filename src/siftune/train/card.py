@@ -2,13 +2,16 @@
 
 from typing import Any
 
-from siftune.config import Recipe, recipe_to_yaml
+from siftune.config import Recipe
+from siftune.recipe_file import recipe_to_yaml
 from siftune.train.run_folder import hardware, versions
 
 _METHODS = {
     "dense": "every layer's adapter trains in every step",
     "rst": "random sparse tuning: layers drawn uniformly in every step",
     "ist": "importance-aware sparse tuning, arXiv 2410.11772: layers drawn by their importance in every step",
+    "gast": "gradient-aligned sparse tuning, arXiv 2603.09865: every layer follows the rows that point its way",
+    "ist+gast": "layers drawn by importance (arXiv 2410.11772), and in them rows by gradient alignment (2603.09865)",
 }
 
 

@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from siftune.config import Recipe, check, recipe_to_yaml, resolve_recipe
+from siftune.config import Recipe, check, resolve_recipe
 from siftune.errors import RecipeError, TrainingError
 from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
 from siftune.models.source import load_model
+from siftune.recipe_file import recipe_to_yaml
 from siftune.train.callback import IST, RST
 from siftune.train.card import model_card
 from siftune.train.data import Collator, Row, load_rows, tokenize_rows
@@ -27,6 +28,7 @@ from siftune.train.memory import peak_memory_mb
 from siftune.train.progress import Metrics, ProgressView
 from siftune.train.resume import check_adapter, find_checkpoint, step_of
 from siftune.train.run_folder import RunFolder
+from siftune.train.sample_callback import GAST
 from siftune.train.trainer import SiftTrainer
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def set_up(
         folder: Where metrics and selections go.
         model: The base model; it gets the adapter in place.
         tokenizer: Its tokenizer.
-        data: Tokenised rows: `train`, and `eval` where there are any.
+        data: Tokenised rows: `train`, and `eval` and `support` where there are any.
         console: Where progress goes.
 
     Returns:
@@ -102,17 +104,18 @@ def set_up(
     set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
     tuned = _adapted(recipe, model)
     groups = group_by_layer(tuned)
-    method = _method(recipe)
-    metrics = Metrics(folder, lambda: len(method.last.layers) if method and method.last else len(groups))
+    layers, samples = _layer_method(recipe), _sample_method(recipe, data.get("support"))
+    methods = [method for method in (layers, samples) if method is not None]
+    metrics = Metrics(folder, lambda: len(layers.last.layers) if layers and layers.last else len(groups))
     view = ProgressView(console)
-    trainer = _trainer(recipe, folder, tuned, tokenizer, data, [metrics, view, *([method] if method else [])])
-    if method is not None and trainer.is_world_process_zero():
-        method.on_select = lambda selection: folder.append("selection.jsonl", selection.record())
+    trainer = _trainer(recipe, folder, tuned, tokenizer, data, [metrics, view, *methods])
+    if trainer.is_world_process_zero():
+        _record(methods, folder, recipe.keep_scores)
     base_dtype = use_base_dtype(tuned, groups)
 
     def release() -> None:
         view.close()
-        if method is not None:  # before the cast, which was there first
+        for method in reversed(methods):  # before the cast, which was there first
             method.remove()
         base_dtype.remove()
         _end_checkpointing(tuned.get_base_model())
@@ -182,10 +185,12 @@ def _summary(trainer: SiftTrainer, seconds: float) -> dict[str, Any]:
 
 
 def _rows(recipe: Recipe) -> dict[str, list[Row]]:
-    """Read the training rows, and the held-out rows where there are any."""
+    """Read the training rows, and held-out and support rows where there are any."""
     rows = {"train": load_rows(recipe.train, recipe.train_split, recipe.limit, recipe.format)}
     if recipe.eval:
         rows["eval"] = load_rows(recipe.eval, recipe.eval_split, recipe.eval_limit, recipe.format)
+    if recipe.support_rows and "gast" in recipe.method:
+        rows["support"] = load_rows(recipe.support_rows, recipe.train_split, None, recipe.format)
     return rows
 
 
@@ -200,13 +205,31 @@ def _adapted(recipe: Recipe, model: nn.Module) -> PeftModel:
         return attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, targets)
 
 
-def _method(recipe: Recipe) -> IST | RST | None:
-    if recipe.method == "ist":
+def _layer_method(recipe: Recipe) -> IST | RST | None:
+    if recipe.method.startswith("ist"):
         return IST(
             recipe.active, recipe.interval, recipe.score_batch_size, recipe.candidates, recipe.suppressed,
             recipe.factor, recipe.score_lr, recipe.seed,
         )  # fmt: skip
     return RST(recipe.active, recipe.seed) if recipe.method == "rst" else None
+
+
+def _sample_method(recipe: Recipe, support_set: Dataset | None) -> GAST | None:
+    if "gast" not in recipe.method:
+        return None
+    return GAST(
+        recipe.select, recipe.support, recipe.support_size, support_set, recipe.choice, recipe.score, recipe.pool,
+        recipe.scale, recipe.replacement, recipe.temperature, recipe.decay, recipe.seed,
+    )  # fmt: skip
+
+
+def _record(methods: Sequence[IST | RST | GAST], folder: RunFolder, scores: bool) -> None:
+    """Have every choice written to the run folder."""
+    for method in methods:
+        if isinstance(method, GAST):
+            method.on_select = lambda samples: folder.append("selection.jsonl", samples.record(scores))
+        else:
+            method.on_select = lambda selection: folder.append("selection.jsonl", selection.record())
 
 
 def _trainer(

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from siftune.cli import demo
 from siftune.cli.main import main
-from siftune.config import load_recipe
+from siftune.recipe_file import load_recipe
 from tiny_run import lines
 
 

@@ -9,9 +9,10 @@ from tokenizer import byte_tokenizer
 
 from siftune.cli.eval import Options, run
 from siftune.cli.main import main
-from siftune.config import Recipe, recipe_to_yaml
+from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError
 from siftune.evaluate import run as evaluation
+from siftune.recipe_file import recipe_to_yaml
 
 
 @pytest.fixture

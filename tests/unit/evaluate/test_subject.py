@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 from tokenizer import byte_tokenizer
 
-from siftune.config import Recipe, recipe_to_yaml
+from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
 from siftune.evaluate.subject import find_subject, load_subject
+from siftune.recipe_file import recipe_to_yaml
 
 
 @pytest.fixture

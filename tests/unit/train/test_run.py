@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from trainers import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from siftune.config import load_recipe, resolve_recipe
+from siftune.config import resolve_recipe
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
+from siftune.recipe_file import load_recipe
 from siftune.train import run as module
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
