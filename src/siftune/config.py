@@ -189,12 +189,8 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
         ),
         (
-            isinstance(recipe.select, float) and not 0 < recipe.select <= 1,
-            f"select is {recipe.select}, but must be a whole number of rows, or a share above 0 and at most 1",
-        ),
-        (
-            isinstance(recipe.select, int) and recipe.select < 1,
-            f"select is {recipe.select}, but must be 1 row or more, or a share such as 0.5",
+            isinstance(recipe.select, float) and recipe.select > 1,
+            f"select is {recipe.select}, but must be a whole number of rows, or a share of at most 1.0",
         ),
         (
             (recipe.support == "dataset") != (recipe.support_rows is not None),
@@ -220,7 +216,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("active", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("suppressed", lambda v: 0 < v < 1, "above 0 and below 1"),
     ("factor dropout warmup decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("lr score_lr alpha epochs temperature", lambda v: v > 0, "above 0"),
+    ("lr score_lr alpha epochs select temperature", lambda v: v > 0, "above 0"),
     ("weight_decay clip", lambda v: v >= 0, "0 or more"),
     ("seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
 )

@@ -62,7 +62,7 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("lr: fast\n", "r.yaml:1: lr must be a number, not 'fast' (str)"),
         ("lr: true\n", "r.yaml:1: lr must be a number, not True (bool)"),
         ("steps: many\n", "r.yaml:1: steps must be a whole number or nothing, not 'many' (str)"),
-        ("method: gast\n", "r.yaml:1: method must be one of dense, rst, ist, not 'gast' (str)"),
+        ("method: lisa\n", "r.yaml:1: method must be one of dense, rst, ist, gast, ist+gast, not 'lisa' (str)"),
         ("targets: q_proj\n", "r.yaml:1: targets must be a list of names or nothing, not 'q_proj' (str)"),
         ("targets: [1]\n", "r.yaml:1: targets must be a list of names or nothing, not [1] (list)"),
         ("checkpointing: 1\n", "r.yaml:1: checkpointing must be true or false, not 1 (int)"),

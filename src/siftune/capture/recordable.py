@@ -43,16 +43,33 @@ class Kind(Enum):
         return ghost.added_bias(grad_BTO)
 
 
-def kinds_of(model: nn.Module, groups: Sequence[LayerGroup]) -> dict[Slot, Kind]:
+def refuse_compiled(groups: Sequence[LayerGroup], compiled: str) -> None:
+    """Refuse DoRA and IA3 under torch.compile, which cannot trace one copy of a vector per row.
+
+    Args:
+        groups: The layers.
+        compiled: What is compiled, for the message.
+    """
+    for group in groups:
+        for unit in units(group):
+            if any(_kind(unit, slot) is Kind.FLATTENED for slot in parameter_owners(unit)):
+                raise UnsupportedError(
+                    f"{compiled} is compiled by torch.compile, and {unit.name} has DoRA or IA3, for which samples can "
+                    "only be selected without it; turn torch_compile off, or use LoRA"
+                )
+
+
+def kinds_of(groups: Sequence[LayerGroup]) -> dict[Slot, Kind]:
     """Say how each trainable parameter of the layers is used.
 
     Raises:
-        UnsupportedError: The model is compiled, or a parameter is used in a way that does not tell rows apart. The
-            message names it and says what to do.
+        UnsupportedError: A parameter is used in a way that does not tell rows apart. The message names it and says
+            what to do.
     """
-    _refuse_compiled(model)
     kinds: dict[Slot, Kind] = {}
     for group in groups:
+        if any(getattr(module, "_compiled_call_impl", None) for module in group.module.modules()):
+            refuse_compiled([group], group.name)
         _refuse_experts(group)
         for unit in units(group):
             _refuse_tuner(unit)
@@ -113,14 +130,4 @@ def _refuse_experts(group: LayerGroup) -> None:
             raise UnsupportedError(
                 f"{group.name}.{names[0]}: experts see tokens of all rows mixed together, so samples cannot be "
                 "told apart in them; put adapters on attention and on what every token passes"
-            )
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        if compiled:
-            raise UnsupportedError(
-                f"{name or 'the model'} is compiled by torch.compile, which does not trace the selection of samples; "
-                "train without it (transformers: torch_compile=False)"
             )

@@ -25,7 +25,7 @@ from siftune.capture import ghost
 from siftune.capture.gate import Gate, hidden_states, is_active, taped, with_hidden
 from siftune.capture.recordable import Kind, kinds_of
 from siftune.errors import UnsupportedError
-from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot
+from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, untraced
 
 Gradients = Mapping[nn.Parameter, Tensor]
 
@@ -125,8 +125,7 @@ class Tape(Generic[P]):
     """Records in the layers of one model until `remove()`.
 
     Args:
-        model: The model that holds the layers.
-        groups: The layers and their trainable parameters.
+        groups: The layers of a model and their trainable parameters.
         begin: Called with the number of samples when a forward pass with gradients enters its first layer. Returns
             what stands for the pass, or None: then it is as if there were no tape.
         reduce: Called in backward for each layer, from the last to the first, with what stands for the pass, and with
@@ -135,12 +134,11 @@ class Tape(Generic[P]):
         pairs: Row i and row i + B/2 are one sample, as in preference training.
 
     Raises:
-        UnsupportedError: A parameter's gradients cannot be told apart by row, or the model is compiled.
+        UnsupportedError: A parameter's gradients cannot be told apart by row.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         groups: Sequence[LayerGroup],
         begin: Callable[[int], P | None],
         reduce: Callable[[P, LayerGroup, dict[nn.Parameter, Tensor]], Gradients],
@@ -155,15 +153,15 @@ class Tape(Generic[P]):
         self._pass: P | None = None
         self._paused = False
         self._checked = False
-        kinds = kinds_of(model, self._groups)
+        kinds = kinds_of(self._groups)
         self._vectors = {slot.parameter: kind for slot, kind in kinds.items() if kind.is_vector}
         self._substitution = ForwardSubstitution(self._groups, self._stand_in)
         self._handles: list[RemovableHandle] = [
-            group.module.register_forward_pre_hook(partial(self._enter, group), with_kwargs=True)
+            group.module.register_forward_pre_hook(untraced(partial(self._enter, group)), with_kwargs=True)
             for group in self._groups
         ]
         for owner, uses in _by_owner(kinds).items():
-            self._handles.append(owner.register_forward_hook(partial(self._tap, uses)))
+            self._handles.append(owner.register_forward_hook(untraced(partial(self._tap, uses))))
         taped.update(group.module for group in self._groups)
 
     @contextmanager

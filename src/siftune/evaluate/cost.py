@@ -180,7 +180,7 @@ def schedule(methods: Sequence[str], rounds: int) -> list[tuple[int, str]]:
 
 
 def measure(
-    method: str, number: int, work: Workload, threads: int | None = None, worker: Sequence[str] = WORKER
+    method: str, number: int, work: Workload, threads: int | None = None, worker: Sequence[str] | None = None
 ) -> Measurement:
     """Measure a method in a fresh process.
 
@@ -189,7 +189,7 @@ def measure(
         number: The round, for the record.
         work: What is trained.
         threads: Threads of the process (OMP_NUM_THREADS); as in this process's environment if None.
-        worker: Command of the process; a folder is added to it, see `cost_worker`.
+        worker: Command of the process, to which a folder is added; `cost_worker` if None.
 
     Raises:
         InputError: The process refused the workload, or was killed.
@@ -199,13 +199,13 @@ def measure(
     return Measurement(method, number, tuple(result.pop("seconds")), result.pop("peak_memory_mb"), result)
 
 
-def run_worker(task: str, work: Workload, threads: int | None = None, worker: Sequence[str] = WORKER) -> dict[str, Any]:
+def run_worker(task: str, work: Workload, threads: int | None = None, worker: Sequence[str] | None = None) -> dict[str, Any]:
     """Have a fresh process do a task, a method or `FLOOR`, and return what it found; raises as `measure`."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with tempfile.TemporaryDirectory(prefix="siftune-bench-") as folder:
         Path(folder, "job.json").write_text(json.dumps({"task": task, "workload": asdict(work)}), encoding="utf-8")
         done = subprocess.run(
-            [*worker, folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [*(worker or WORKER), folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         if done.returncode:
             raise _failure(task, done.returncode, done.stderr)

@@ -18,7 +18,15 @@ from transformers.pytorch_utils import Conv1D
 from siftune.config import default_alpha
 from siftune.errors import AdapterError
 from siftune.models.groups import LayerGroup, group_by_layer, outside
-from siftune.models.substitution import ForwardSubstitution, Slot, Substitution, parameter_owners, units, use_base_dtype
+from siftune.models.substitution import (
+    ForwardSubstitution,
+    Slot,
+    Substitution,
+    parameter_owners,
+    units,
+    untraced,
+    use_base_dtype,
+)
 from siftune.models.targets import layer_linears, named_modules, short_names
 
 __all__ = [
@@ -33,6 +41,7 @@ __all__ = [
     "parameter_owners",
     "suppress",
     "units",
+    "untraced",
     "use_base_dtype",
 ]
 

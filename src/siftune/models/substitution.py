@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -128,8 +129,8 @@ class ForwardSubstitution:
 
         self._substitutions.append(substitution)
         self._handles += [
-            unit.module.register_forward_pre_hook(before, with_kwargs=True),
-            unit.module.register_forward_hook(after, prepend=True, always_call=True),
+            unit.module.register_forward_pre_hook(untraced(before), with_kwargs=True),
+            unit.module.register_forward_hook(untraced(after), prepend=True, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -148,6 +149,12 @@ class ForwardSubstitution:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a hook out of what torch.compile traces: it works on this very call, with the tensors of now."""
+    wrapped: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return wrapped
 
 
 def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSubstitution:

@@ -170,6 +170,7 @@ class GAST(TrainerCallback, ExportableState):  # type: ignore[misc]
             layers=self.layers,
             chunk=args.per_device_train_batch_size,
             pairs=_are_pairs(trainer, collate) if self.pairs is None else self.pairs,
+            compiled=bool(args.torch_compile),
         )
         if self.settings.needs_rows:
             rows = self._support_rows(loader)

@@ -38,7 +38,8 @@ class Samples:
         batch: Number of the batch within the step, over all ranks.
         units: (U,) names of the layers, or of the modules with `pool="module"`, from the embeddings.
         layers: (U,) numbers of the layers.
-        scores: (U, S) float32 scores; NaN where none were needed: all samples are followed, or a random choice.
+        scores: (U, S) scores, float32, or float64 where the gradients are; NaN where none were needed: all samples
+            are followed, or a random choice.
         selected: (U, K) int64 numbers of the samples in the batch, ascending.
     """
 
@@ -92,7 +93,7 @@ class Choosing:
             self._number,
             tuple(unit.name for unit in chosen),
             tuple(unit.layer for unit in chosen),
-            torch.stack([self._choices[unit][0].to("cpu", torch.float32) for unit in chosen]),
+            torch.stack([self._choices[unit][0].cpu() for unit in chosen]),
             torch.stack([self._choices[unit][1].cpu() for unit in chosen]),
         )
 

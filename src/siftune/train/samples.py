@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from siftune.capture import ghost
 from siftune.capture.gate import is_active
+from siftune.capture.recordable import refuse_compiled
 from siftune.capture.tape import Tape
 from siftune.models.adapters import LayerGroup, group_by_layer
 from siftune.sparse import gast
@@ -43,6 +44,7 @@ class SampleSelection:
         layers: Path of the decoder layers in `model`, where they are not found by structure.
         chunk: Rows per forward pass over the support set.
         pairs: Row i and row i + B/2 of a batch are one sample.
+        compiled: The model will be called compiled.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SampleSelection:
         layers: str | None = None,
         chunk: int = 16,
         pairs: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -75,7 +78,9 @@ class SampleSelection:
         self._next_batch = 0
         self._told_of_few = False
         self._handles: list[Any] = []
-        self._tape = Tape(model, self.groups, self._begin_pass, self._reduce, pairs)
+        if compiled or hasattr(model, "_orig_mod"):
+            refuse_compiled(self.groups, "the model")
+        self._tape = Tape(self.groups, self._begin_pass, self._reduce, pairs)
 
     @property
     def last(self) -> Samples | None:

@@ -16,6 +16,7 @@ _COSTS = {
     "dense": ((2.0, 2.0), 3000.0),
     "rst": ((1.4, 1.6), 2400.0),
     "ist": ((1.0, 2.6), 2400.0),
+    "gast-rest": ((2.0, 2.2), 3050.0),
     "trl": ((5.0, 3.0), 6000.0),
 }
 
@@ -33,7 +34,7 @@ def worked(monkeypatch):
     """Put figures made up in the place of the processes; the tasks that they were asked for."""
     asked = []
 
-    def worker(task, work, threads):
+    def worker(task, work, threads, program=None):
         asked.append((task, work, threads))
         facts = {"dtype": "bfloat16", "hardware": "an abacus", "versions": {"torch": "2.9", "trl": "1.5"}}
         if task == FLOOR:
@@ -52,7 +53,8 @@ def bench(folder, *arguments):
 
 def test_methods_take_turns_and_are_compared(folder, worked, capsys):
     assert bench(folder, "--against", "trl", "--rounds", "2", "--threads", "3", "--json") == 0
-    assert [task for task, *_ in worked] == [FLOOR, "dense", "rst", "ist", "trl", "rst", "ist", "trl", "dense"]
+    ours = ["dense", "rst", "ist", "gast-rest"]
+    assert [task for task, *_ in worked] == [FLOOR, *ours, "trl", *ours[1:], "trl", "dense"]
     assert {threads for *_, threads in worked} == {3}
     result = json.loads(capsys.readouterr().out)
     ist = result["methods"]["ist"]

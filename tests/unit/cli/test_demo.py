@@ -67,7 +67,7 @@ def test_its_run_can_be_evaluated(tmp_path, capsys):
         (["--rows", "0"], "--steps and --rows must be at least 1, and --lr above 0"),
         (["--lr", "-1"], "--steps and --rows must be at least 1, and --lr above 0"),
         (["--steps", "5000"], "80000 arithmetic rows"),
-        (["--method", "gast"], "--method must be one of dense, rst, ist, not 'gast'"),
+        (["--method", "lisa"], "--method must be one of dense, rst, ist, gast, ist+gast, not 'lisa'"),
     ],
 )
 def test_what_it_refuses(tmp_path, capsys, flags, message):

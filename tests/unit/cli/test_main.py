@@ -123,7 +123,7 @@ def test_resume_stands_alone_or_takes_a_folder(ran, recipe):
         (["--steps=many"], "--steps must be a whole number or nothing, not 'many'"),
         (["--lr", "fast"], "--lr must be a number, not 'fast'"),
         (["--score-lr", "fast"], "--score-lr must be a number, not 'fast'"),
-        (["--method", "gast"], "--method must be one of dense, rst, ist, not 'gast'"),
+        (["--method", "lisa"], "--method must be one of dense, rst, ist, gast, ist+gast, not 'lisa'"),
         (["rows.jsonl"], "Unrecognized options: rows.jsonl; see `siftune train --help`"),
         (["none.yaml"], f"recipe none.yaml does not exist (looked in {Path.cwd()})"),
     ],

@@ -138,7 +138,7 @@ def test_a_fresh_process_measures_a_method(work):
 
 def ending(monkeypatch, code):
     """Put a process that runs `code` in the worker's place."""
-    monkeypatch.setattr(cost, "_WORKER", (sys.executable, "-c", f"import os, sys\n{code}"))
+    monkeypatch.setattr(cost, "WORKER", (sys.executable, "-c", f"import os, sys\n{code}"))
 
 
 def test_the_last_words_of_a_process_that_fails_are_shown(work, monkeypatch):

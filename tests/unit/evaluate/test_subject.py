@@ -49,7 +49,7 @@ def test_an_adapter_names_its_base(base, adapter):
     with torch.no_grad(), tuned.disable_adapter():
         plain = tuned(ids).logits
     assert not torch.allclose(tuned(ids).logits, plain, atol=1e-3)
-    assert {parameter.dtype for parameter in tuned.parameters()} == {torch.bfloat16}
+    assert len({parameter.dtype for parameter in tuned.parameters()}) == 1
 
 
 def test_a_run_has_recipe_and_adapter(base, adapter):

@@ -1,0 +1,256 @@
+"""The tasks of `quality.py`, and one run on one of them: train, watch what is drawn, measure on held-out rows."""
+
+import json
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from numpy.typing import NDArray
+from rich.console import Console
+from siftune.config import Recipe, check, resolve_recipe
+from siftune.errors import DataError
+from siftune.evaluate.choices import score_choices
+from siftune.evaluate.cost_worker import Clock
+from siftune.evaluate.prepare import prepare_rows
+from siftune.evaluate.run import measure
+from siftune.models.source import load_model
+from siftune.recipe_file import load_recipe
+from siftune.sparse.gast import zscores
+from siftune.train.arithmetic import arithmetic_rows, split
+from siftune.train.data import load_rows, tokenize_rows
+from siftune.train.run import set_up
+from siftune.train.run_folder import RunFolder, hardware, versions
+from siftune.train.sample_callback import GAST
+from siftune.train.sample_choice import Samples
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+Record = dict[str, Any]
+Job = dict[str, Any]
+
+SUPPORT_ROWS = 100  # clean rows of the task, in neither training nor test, for support dataset
+_SUITE = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")
+_BATCH = 64  # rows per forward pass when measuring
+_QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of one seed: `prompt`, `completion`, `choices`, `answer`, `kind`, `wrong`."""
+
+    train: list[Record]
+    test: list[Record]
+    support: list[Record]
+
+
+def make_task(job: Job) -> Task:
+    """Draw the rows of a job's task with its seed; only the training rows carry noise."""
+    rows, questions, noise, seed = job["rows"], job["questions"], job["noise"], job["seed"]
+    if job["task"] == "options":
+        return _options(Path(job["data"]), rows, questions, noise, seed)
+    train, test = split(rows, questions, seed, noise)
+    return Task(train, test, arithmetic_rows(SUPPORT_ROWS, seed + 1000, exclude=[*train, *test]))
+
+
+def _options(folder: Path, rows: int, questions: int, noise: float, seed: int) -> Task:
+    """Draw equal numbers of rows from the four sets of the suite."""
+    train: list[Record] = []
+    test: list[Record] = []
+    support: list[Record] = []
+    for place, name in enumerate(_SUITE):
+        rng = random.Random(f"{name} {seed}")
+        pool, held_out = (_read_options(folder / f"{name}.{part}.json", name) for part in ("train", "test"))
+        count, kept, asked = (_share(n, place) for n in (rows, SUPPORT_ROWS, questions))
+        if count + kept > len(pool) or asked > len(held_out):
+            raise DataError(f"{name} has {len(pool)} + {len(held_out)} rows, too few for {count + kept} + {asked}")
+        drawn = rng.sample(pool, count + kept)
+        train, support, test = train + drawn[kept:], support + drawn[:kept], test + rng.sample(held_out, asked)
+    rng = random.Random(seed)
+    for row in rng.sample(train, round(noise * len(train))):
+        others = [choice for choice in row["choices"] if choice != row["completion"]]
+        row |= {"completion": rng.choice(others), "wrong": True}
+    return Task(train, test, support)
+
+
+def _share(n: int, place: int) -> int:
+    return (n + len(_SUITE) - 1 - place) // len(_SUITE)
+
+
+def _read_options(path: Path, kind: str) -> list[Record]:
+    """Turn the suite's rows into questions whose completions are the texts of the options."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; the task options needs the commonsense suite: give its folder with --data")
+    rows = []
+    for record in json.loads(path.read_text(encoding="utf-8")):
+        found = _QUESTION.match(record["instruction"])
+        if found is None:
+            raise DataError(f"{path}: no question in {record['instruction']!r}")
+        listed = re.split(r"Answer\d+:", found["options"] or "")[1:]
+        texts = [f" {option.strip()}" for option in listed or ("true", "false")]
+        answer = int(record["answer"].removeprefix("answer")) - 1 if listed else ("true", "false").index(record["answer"])
+        if len(set(texts)) == len(texts):
+            question = f"Question: {found['text'].strip()}\nAnswer:"
+            row = {"prompt": question, "completion": texts[answer], "choices": texts, "answer": texts[answer]}
+            rows.append({**row, "kind": kind, "wrong": False})
+    return rows
+
+
+class LabelWatch:
+    """Notes how often GAST draws rows with a wrong label, and how it scores them.
+
+    The rows of a batch are known by their tokens, which a hook on the model sees; the choice comes from GAST.
+
+    Args:
+        data: The tokenised training rows.
+        wrong: Whether each carries a wrong label.
+    """
+
+    def __init__(self, data: Dataset, wrong: Sequence[bool]) -> None:
+        self._wrong = dict(zip(map(tuple, data["input_ids"]), wrong, strict=True))
+        self._batch: Mapping[str, Any] = {}
+        self._notes: list[list[float]] = []  # per batch and unit, see `summary`
+
+    def attach(self, model: nn.Module, method: GAST) -> None:
+        """Listen to the model's training passes and to the choices of `method`, beside whoever listens already."""
+        model.register_forward_pre_hook(self._see, with_kwargs=True)
+        inner = method.on_select
+
+        def both(samples: Samples) -> None:
+            if inner is not None:
+                inner(samples)
+            self._note(samples)
+
+        method.on_select = both
+
+    def _see(self, model: nn.Module, _: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        if model.training:  # support passes come before the pass of the batch, which thus is the last one
+            self._batch = inputs
+
+    def _note(self, samples: Samples) -> None:
+        pairs = zip(self._batch["input_ids"], self._batch["attention_mask"].bool(), strict=True)
+        wrong_S = torch.tensor([self._wrong[tuple(ids[seen].tolist())] for ids, seen in pairs])
+        for layer, drawn_K, scores_S in zip(samples.layers, samples.selected, samples.scores, strict=True):
+            z_S = zscores(scores_S.double(), torch.ones_like(wrong_S))
+            drawn = [len(drawn_K), int(wrong_S[drawn_K].sum()), len(wrong_S), int(wrong_S.sum())]
+            self._notes.append([samples.step, layer, *drawn, float(z_S[wrong_S].sum()), float(z_S[~wrong_S].sum())])
+
+    def summary(self) -> Record:
+        """Shares of wrong rows among the draws, in all and by thirds, and mean z-scores by layer."""
+        notes = np.array(self._notes)
+        layers, thirds = notes[:, 1], [_thirds(notes[:, column]) for column in (1, 0)]
+        by_layer = [_sums(notes[layers == layer]) for layer in np.unique(layers)]
+        return {
+            "wrong_in_batches": _ratio(notes, 5, 4),
+            "wrong_in_draws": _ratio(notes, 3, 2),
+            "wrong_by_layers": [_ratio(notes[thirds[0] == third], 3, 2) for third in range(3)],
+            "wrong_by_time": [_ratio(notes[thirds[1] == third], 3, 2) for third in range(3)],
+            "z_wrong": [_number(total[6] / total[5]) for total in by_layer if total[5]],
+            "z_right": [_number(total[7] / (total[4] - total[5])) for total in by_layer],
+        }
+
+
+def _thirds(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Number the thirds of a range of whole numbers that begins at 0: 0, 1, 2."""
+    return (values * 3 // (values.max() + 1)).astype(np.int64)
+
+
+def _sums(notes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(notes.sum(axis=0))
+
+
+def _ratio(notes: NDArray[np.float64], over: int, under: int) -> float | None:
+    return _number(notes[:, over].sum() / notes[:, under].sum()) if len(notes) else None
+
+
+def _number(value: float) -> float | None:
+    """Four digits; None where there are no scores."""
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def recipe_of(job: Job, folder: Path) -> Recipe:
+    """Make a job's recipe, checked, for rows in `folder`."""
+    values = {**job["settings"], **job["overrides"], "seed": job["seed"]}
+    values.pop("add_support", None)
+    values |= {"template": "none", "train": str(folder / "train.jsonl"), "out": str(folder), "log_every": 50}
+    if values.get("support") == "dataset":
+        values["support_rows"] = str(folder / "support.jsonl")
+    file = folder / "quality.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    recipe = resolve_recipe(load_recipe(file))
+    check(recipe)
+    return recipe
+
+
+def run_job(job: Job, folder: Path) -> Record:
+    """Train and measure one job in this process; `folder` holds rows and logs meanwhile."""
+    task = make_task(job)
+    if job["overrides"].get("add_support"):
+        task.train.extend(task.support)
+    for name in ("train", "test", "support"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in getattr(task, name)))
+    recipe = recipe_of(job, folder)
+    model, tokenizer = load_model(recipe.model, recipe.dtype)
+    files = {"train": recipe.train, "support": recipe.support_rows}
+    data = {
+        name: tokenize_rows(load_rows(file), tokenizer, recipe.max_length, recipe.template)
+        for name, file in files.items()
+        if file is not None
+    }
+    trainer, release = set_up(recipe, RunFolder(folder), model, tokenizer, data, Console(stderr=True, soft_wrap=True))
+    watch, clock = LabelWatch(data["train"], [row["wrong"] for row in task.train]), Clock()
+    trainer.add_callback(clock)
+    methods = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GAST)]
+    for method in methods:
+        watch.attach(trainer.model, method)
+    try:
+        trainer.train()
+    finally:
+        release()
+    started = time.perf_counter()
+    measured = _measure(trainer.model, tokenizer, folder / "test.jsonl", task.test, job["task"] == "arithmetic")
+    return {
+        **measured,
+        "steps": trainer.state.global_step,
+        "seconds_per_step": round(float(np.mean(clock.seconds(1))), 4),
+        "seconds_measuring": round(time.perf_counter() - started, 1),
+        **(watch.summary() if methods else {}),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def _measure(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, file: Path, rows: Sequence[Record], generate: bool
+) -> Record:
+    """Measure a model on held-out rows.
+
+    Returns:
+        `correct`, per metric 0 or 1 for each question; `nll`, of each right answer with its end, in nats; `accuracy`,
+        the means of `correct`; `by_kind`, for the first metric the same by kind of question.
+    """
+    prepared = prepare_rows(load_rows(str(file)), tokenizer, ("choices", *(["exact_match"] * generate)), "none")
+    assert prepared.items is not None
+    correct: dict[str, list[int]] = {}
+    if generate:
+        written = measure(model, replace(prepared, items=None), _BATCH)["exact_match"]
+        correct["exact_match"] = written.values.astype(int).tolist()
+    scores = score_choices(model, prepared.items, _BATCH)
+    correct["choices_per_token"] = scores.correct(normalised=True).astype(int).tolist()
+    correct["choices"] = scores.correct().astype(int).tolist()
+    pairs = zip(scores.loglik, scores.answers, strict=True)
+    first = np.array(next(iter(correct.values())))
+    kinds = np.array([row["kind"] for row in rows])
+    return {
+        "accuracy": {name: round(float(np.mean(values)), 4) for name, values in correct.items()},
+        "by_kind": {str(kind): round(float(first[kinds == kind].mean()), 4) for kind in dict.fromkeys(kinds.tolist())},
+        "correct": correct,
+        "nll": [round(float(-loglik[answer]), 5) for loglik, answer in pairs],
+    }
