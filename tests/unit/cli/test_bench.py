@@ -83,7 +83,7 @@ def test_the_file_holds_every_step(folder, worked, tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert bench(folder, "--rounds", "2", "--no-floor", "--out", str(out)) == 0
     saved = json.loads(out.read_text())
-    assert len(saved["measurements"]) == 6
+    assert len(saved["measurements"]) == 8
     assert saved["measurements"][-1] == {"method": "dense", "round": 1, "seconds": [4.0, 4.0], "peak_memory_mb": 3000.0}
     assert saved["floor"] is None
     assert FLOOR not in [task for task, *_ in worked]
