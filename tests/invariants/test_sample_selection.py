@@ -1,0 +1,202 @@
+"""What must not change the result of sample selection: its limits, checkpointing, accumulation, resuming."""
+
+import json
+
+import pytest
+import torch
+from test_layer_selection import Seen, assert_same
+from trainers import adapted, rows, train, weights
+
+from siftune import GAST, IST
+from siftune.models.adapters import group_by_layer
+from siftune.sparse import gast
+
+CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+def method(support="rest", select=2, **settings):
+    return GAST(select, support, keep=True, support_set=rows(9, seed=4) if support == "dataset" else None, **settings)
+
+
+def assert_same_choices(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert (one.step, one.batch, one.layers) == (other.step, other.batch, other.layers)
+        assert torch.equal(one.selected, other.selected)
+        torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory):
+    """What twenty steps of plain training lead to, with dropout in the adapters."""
+    return weights(train(tmp_path_factory.mktemp("plain"), model=adapted(dropout=0.2), max_steps=20)[0])
+
+
+@pytest.mark.parametrize("support", ["sample", "rest", "momentum", "dataset"])
+@pytest.mark.parametrize("select", [1.0, 4, 100])
+def test_everything_selected_is_plain_training_bit_for_bit(tmp_path, plain_weights, support, select):
+    ours, _ = train(tmp_path, method(support, select), model=adapted(dropout=0.2), max_steps=20)
+    assert_same(plain_weights, weights(ours))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_everything_selected_by_the_tape_is_plain_training(tmp_path, monkeypatch, kind):
+    """The tape at work, though all rows are followed: as many as there are, each of them once."""
+    monkeypatch.setattr(gast, "choose", lambda scores, *_: torch.arange(scores.numel()))
+    plain, _ = train(tmp_path, model=adapted(kind=kind), max_steps=20)
+    ours, _ = train(tmp_path, method(), model=adapted(kind=kind), max_steps=20)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(ours)[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_fixed_choice_is_training_on_those_rows(tmp_path, monkeypatch, accumulate):
+    monkeypatch.setattr(gast, "choose", lambda *_: torch.tensor([1, 3]))
+    ours, model = adapted(), adapted()
+    seen = Seen(ours)
+    train(
+        tmp_path, method(), model=ours, max_steps=8, lr_scheduler_type="constant", weight_decay=0.1,
+        gradient_accumulation_steps=accumulate,
+    )  # fmt: skip
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for step in range(8):
+        batches = seen.all[step * accumulate : (step + 1) * accumulate]
+        labels = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in batches)
+        for inputs in batches:
+            chosen = {name: value[[1, 3]] for name, value in inputs.items()}
+            logits = model(chosen["input_ids"], attention_mask=chosen["attention_mask"]).logits[:, :-1]
+            targets = chosen["labels"][:, 1:]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            (2 * loss / labels).backward()  # B/K = 4/2
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in weights(ours).items():
+        torch.testing.assert_close(value, weights(model)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("support", "accumulate"), [("rest", 1), ("rest", 2), ("rest", 4), ("sample", 2), ("momentum", 4), ("dataset", 1)]
+)
+def test_checkpointing_changes_nothing(tmp_path, support, accumulate):
+    runs = []
+    for settings in ({}, CHECKPOINTING):
+        ours = method(support)
+        model, _ = train(tmp_path, ours, gradient_accumulation_steps=accumulate, **settings)
+        runs.append((weights(model), ours.history))
+    assert_same_choices(runs[0][1], runs[1][1])
+    for name, value in runs[0][0].items():
+        torch.testing.assert_close(value, runs[1][0][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("support", ["sample", "momentum", "dataset"])
+def test_rows_scores_do_not_depend_on_accumulation(tmp_path, support, accumulate):
+    """A row's score against support of its own is the same whatever batch it stands in; weights are kept equal."""
+    runs = []
+    for parts in (1, accumulate):
+        ours = method(support, 0.5)
+        train(
+            tmp_path, ours, per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts,
+            learning_rate=1e-12,
+        )  # fmt: skip
+        runs.append([torch.cat([s.scores for s in ours.history if s.step == step], 1) for step in range(6)])
+    for whole, parts in zip(*runs, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_scores_under_accumulation_are_those_of_a_loop(tmp_path, accumulate):
+    """Choices and weights against a loop that knows the micro-batches, and draws the same numbers."""
+    ours, model = method(), adapted()
+    seen = Seen(model)
+    train(
+        tmp_path, ours, model=model, dataset=rows(48), gradient_accumulation_steps=accumulate,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    loop = adapted()
+    loop.train()
+    groups = group_by_layer(loop)
+    optimizer = torch.optim.AdamW([p for p in loop.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        seed = int(torch.randint(2**62, (), generator=generator))
+        batches = seen.all[step * accumulate : (step + 1) * accumulate]
+        labels = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in batches)
+        sums = {p: torch.zeros_like(p) for g in groups for p in g.parameters.values()}
+        for number, inputs in enumerate(batches):
+            choice = next(s for s in ours.history if (s.step, s.batch) == (step, number))
+            uniform = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed + number), dtype=torch.float64)
+            single = _single(loop, inputs, labels)
+            for layer, group in enumerate(groups):
+                own = list(group.parameters.values())
+                flat = torch.cat([single[p].flatten(1).double() for p in own], 1)
+                scores = flat @ flat.sum(0) - flat.square().sum(1)
+                z = (scores - scores.mean()) / scores.std(correction=0)
+                gumbel = -(-uniform[layer].log()).log()
+                chosen = (z + gumbel).topk(2).indices.sort().values
+                torch.testing.assert_close(choice.scores[layer].double(), scores, rtol=1e-2, atol=1e-7)
+                assert torch.equal(choice.selected[layer], chosen)
+                for parameter in own:
+                    sums[parameter] += single[parameter][chosen].sum(0) * 2
+        for parameter, total in sums.items():
+            parameter.grad = total
+        torch.nn.utils.clip_grad_norm_(sums, 1.0)
+        optimizer.step()
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, weights(loop)[name], rtol=1e-2, atol=1e-3)
+
+
+def _single(model, inputs, labels):
+    rows_ = []
+    for i in range(4):
+        logits = model(inputs["input_ids"][[i]], attention_mask=inputs["attention_mask"][[i]]).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"][i, 1:], reduction="sum") / labels
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        rows_.append(dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True)))
+    return {p: torch.stack([grads[p] for grads in rows_]) for p in rows_[0]}
+
+
+@pytest.mark.parametrize("support", ["sample", "rest", "momentum", "dataset"])
+@pytest.mark.parametrize("stop", [3, 8])  # within an epoch, in the second epoch
+@pytest.mark.parametrize("with_ist", [False, True])
+def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
+    settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": stop, "gradient_accumulation_steps": 2}
+
+    def methods():
+        before = [IST(active=0.5, interval=2, score_batch_size=6)] if with_ist else []
+        return [*before, method(support, replacement=support == "rest")]
+
+    whole, broken, again = methods(), methods(), methods()
+    unbroken, _ = train(tmp_path / "whole", *whole, **settings)
+    train(tmp_path / "broken", *broken, **settings)
+    checkpoint = tmp_path / "broken" / f"checkpoint-{stop}"
+    assert (checkpoint / "gast_mean.safetensors").exists() == (support == "momentum")
+    model, _ = train(tmp_path / "broken", *again, resume=str(checkpoint), **settings)
+    assert_same(weights(unbroken), weights(model))
+    rest = [s for s in whole[-1].history if s.step >= stop]
+    assert_same_choices(rest, again[-1].history)
+    assert all(torch.equal(a.scores, b.scores) for a, b in zip(rest, again[-1].history, strict=True))
+
+
+def test_resume_by_the_trainers_own_restoring(tmp_path):
+    settings = {
+        "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": True,
+    }  # fmt: skip
+    unbroken, _ = train(tmp_path / "whole", method("momentum"), **settings)
+    train(tmp_path / "broken", method("momentum"), **settings)
+    checkpoint = tmp_path / "broken" / "checkpoint-3"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["GAST"]["args"]["support"] == "momentum"
+    model, _ = train(tmp_path / "broken", method("momentum"), resume=str(checkpoint), **settings)
+    assert_same(weights(unbroken), weights(model))
+
+
+def test_a_checkpoint_without_the_running_mean_is_refused(tmp_path):
+    from siftune.errors import RecipeError
+
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, method("momentum"), **settings)
+    (tmp_path / "checkpoint-3" / "gast_mean.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"has no gast_mean\.safetensors"):
+        train(tmp_path, method("momentum"), resume=str(tmp_path / "checkpoint-3"), **settings)
