@@ -1,4 +1,4 @@
-"""Two ranks under DDP draw the same layers and reach the weights of one rank with their batches together."""
+"""Two ranks under DDP choose what one rank chooses in their batches together, and reach its weights."""
 
 import json
 import os
@@ -52,3 +52,44 @@ def test_two_ranks_are_one(tmp_path, alone, settings):
     for name, value in alone["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-5)
+
+
+CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+@pytest.mark.parametrize(
+    ("support", "accumulate", "settings"),
+    [
+        ("rest", 1, {"ddp_find_unused_parameters": False}),
+        ("rest", 2, CHECKPOINTING),
+        ("sample", 1, {"ddp_find_unused_parameters": True}),
+        ("momentum", 2, {}),
+        ("dataset", 1, CHECKPOINTING),
+        ("rest", 1, {"with_ist": True}),
+    ],
+)
+def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, settings):
+    """Two ranks with A batches each against one rank with 2A: the same batches, in the same order."""
+    settings = {"gast": {"support": support, "select": 2}, "lr_scheduler_type": "constant", **settings}
+    (alone,) = run(tmp_path / "one", 1, gradient_accumulation_steps=2 * accumulate, **settings)
+    ranks = run(tmp_path / "two", 2, gradient_accumulation_steps=accumulate, **settings)
+    found = {(s["step"], s["batch"]): s for one in ranks for s in one["samples"]}
+    assert len(found) == len(alone["samples"]) == 6 * 2 * accumulate
+    lifted = (2.0 if support in ("sample", "dataset") else 4.0) ** (support != "momentum")
+    for wanted in alone["samples"]:
+        got = found[wanted["step"], wanted["batch"]]
+        assert got["layers"] == wanted["layers"]
+        assert torch.equal(got["selected"], wanted["selected"])
+        # DDP averages over ranks, so that each rank's loss is lifted by their number
+        assert_proportional(got["scores"], wanted["scores"], lifted if support != "momentum" else None)
+    for name, value in alone["weights"].items():
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def assert_proportional(got, wanted, factor):
+    """Equal up to a factor; None: any, the same for all rows."""
+    scale = wanted.abs().max()
+    if factor is None:
+        factor = float(got.abs().max() / scale) if scale > 0 else 1.0
+    torch.testing.assert_close(got, wanted * factor, rtol=1e-2, atol=float(scale) * factor * 1e-3 + 1e-12)

@@ -5,21 +5,37 @@ import sys
 from pathlib import Path
 
 import torch
-from trainers import adapted, train, weights
+from trainers import adapted, rows, train, weights
 
-from siftune import IST
+from siftune import GAST, IST
 
-if __name__ == "__main__":
-    out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+def layer_method():
+    """IST with what it chose."""
     method = IST(active=0.5, interval=2, score_batch_size=6)
     chosen = []
     method.on_select = chosen.append
-    model, trainer = train(out, method, model=adapted(), **settings)
+    return method, chosen
+
+
+if __name__ == "__main__":
+    out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    samples = settings.pop("gast", None)
+    with_ist = settings.pop("with_ist", samples is None)
+    methods, chosen = [], []
+    if with_ist:
+        method, chosen = layer_method()
+        methods.append(method)
+    if samples is not None:
+        given = rows(9, seed=4) if samples["support"] == "dataset" else None
+        methods.append(GAST(keep=True, support_set=given, **samples))
+    model, trainer = train(out, *methods, model=adapted(), dataset=rows(48) if samples else None, **settings)
     torch.save(
         {
             "weights": weights(model),
             "layers": [c.layers for c in chosen],
-            "importance": method.importance,
+            "importance": methods[0].importance if with_ist else None,
+            "samples": [vars(s) for s in methods[-1].history] if samples is not None else [],
             "find_unused": getattr(trainer.model_wrapped, "find_unused_parameters", None),
         },
         out / f"rank{trainer.args.process_index}.pt",
