@@ -31,8 +31,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 Job = dict[str, Any]
 Line = dict[str, Any]
 
@@ -44,7 +42,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {**_GAST, "choice": "random", "support": "rest"},
     "topk": {**_GAST, "choice": "topk", "support": "rest"},
     **{support: {**_GAST, "support": support} for support in ("rest", "sample", "momentum", "dataset")},
-    **{f"{support}-cosine": {**_GAST, "support": support, "score": "cosine"} for support in ("rest", "sample", "dataset")},
+    **{
+        f"{support}-cosine": {**_GAST, "support": support, "score": "cosine"}
+        for support in ("rest", "sample", "dataset")
+    },
     "preconditioned": {**_GAST, "support": "rest", "score": "preconditioned"},
     "ist": {"method": "ist"},
     "rst": {"method": "rst"},
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         from quality_report import report
 
+        if not args.report.is_file():
+            raise SystemExit(f"{args.report} does not exist; give the --out of earlier runs")
         print(report(read(args.report), args.metric))
         return 0
     jobs = list(_jobs(args))
@@ -90,7 +93,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=_REPOSITORY.parent / "shared" / "data", help="folder of the task options")
     add("--out", type=Path, default=_REPOSITORY / "benchmarks" / "results" / "quality.jsonl")
     add("--report", type=Path, metavar="FILE", help="print the tables of these results, and run nothing")
-    add("--metric", choices=("exact_match", "choices", "choices_per_token"), help="of the report; by the task if absent")
+    add(
+        "--metric", choices=("exact_match", "choices", "choices_per_token"), help="of the report; by the task if absent"
+    )
     return parser.parse_args(argv)
 
 
@@ -127,7 +132,10 @@ def _methods(words: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _value(text: str) -> Any:
-    return yaml.safe_load(text)
+    try:
+        return json.loads(text)
+    except ValueError:  # a word
+        return text
 
 
 def _check(jobs: list[Job]) -> None:

@@ -15,6 +15,9 @@ import yaml
 from datasets import Dataset
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from siftune.config import Recipe, check, resolve_recipe
 from siftune.errors import DataError
 from siftune.evaluate.choices import score_choices
@@ -30,8 +33,6 @@ from siftune.train.run import set_up
 from siftune.train.run_folder import RunFolder, hardware, versions
 from siftune.train.sample_callback import GAST
 from siftune.train.sample_choice import Samples
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 Record = dict[str, Any]
 Job = dict[str, Any]
@@ -39,6 +40,7 @@ Job = dict[str, Any]
 SUPPORT_ROWS = 100  # clean rows of the task, in neither training nor test, for support dataset
 _SUITE = ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq")
 _BATCH = 64  # rows per forward pass when measuring
+_GENERATED_CHOICES = 100  # questions that are also asked as multiple choice where answers are generated: it takes long
 _QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
 
 
@@ -61,22 +63,26 @@ def make_task(job: Job) -> Task:
 
 
 def _options(folder: Path, rows: int, questions: int, noise: float, seed: int) -> Task:
-    """Draw equal numbers of rows from the four sets of the suite."""
+    """Draw equal numbers of rows from the four sets of the suite; no question comes twice."""
     train: list[Record] = []
     test: list[Record] = []
     support: list[Record] = []
-    for place, name in enumerate(_SUITE):
+    parts = ("train", "test")
+    files = {name: [_read_options(folder / f"{name}.{part}.json", name) for part in parts] for name in _SUITE}
+    seen = {row["prompt"] for _, held_out in files.values() for row in held_out}
+    for place, (name, (pool, held_out)) in enumerate(files.items()):
         rng = random.Random(f"{name} {seed}")
-        pool, held_out = (_read_options(folder / f"{name}.{part}.json", name) for part in ("train", "test"))
+        pool = list({row["prompt"]: row for row in pool if row["prompt"] not in seen}.values())
+        seen |= {row["prompt"] for row in pool}
         count, kept, asked = (_share(n, place) for n in (rows, SUPPORT_ROWS, questions))
         if count + kept > len(pool) or asked > len(held_out):
-            raise DataError(f"{name} has {len(pool)} + {len(held_out)} rows, too few for {count + kept} + {asked}")
+            raise DataError(f"{name} has {len(pool)} + {len(held_out)} rows, too few for {count + kept} + {asked}.")
         drawn = rng.sample(pool, count + kept)
         train, support, test = train + drawn[kept:], support + drawn[:kept], test + rng.sample(held_out, asked)
     rng = random.Random(seed)
+    rng.shuffle(train)
     for row in rng.sample(train, round(noise * len(train))):
-        others = [choice for choice in row["choices"] if choice != row["completion"]]
-        row |= {"completion": rng.choice(others), "wrong": True}
+        row |= {"completion": rng.choice([c for c in row["choices"] if c != row["answer"]]), "wrong": True}
     return Task(train, test, support)
 
 
@@ -95,10 +101,11 @@ def _read_options(path: Path, kind: str) -> list[Record]:
             raise DataError(f"{path}: no question in {record['instruction']!r}")
         listed = re.split(r"Answer\d+:", found["options"] or "")[1:]
         texts = [f" {option.strip()}" for option in listed or ("true", "false")]
-        answer = int(record["answer"].removeprefix("answer")) - 1 if listed else ("true", "false").index(record["answer"])
+        names = [f"answer{number}" for number in range(1, len(listed) + 1)] or ["true", "false"]
+        answer = texts[names.index(record["answer"])]
         if len(set(texts)) == len(texts):
             question = f"Question: {found['text'].strip()}\nAnswer:"
-            row = {"prompt": question, "completion": texts[answer], "choices": texts, "answer": texts[answer]}
+            row = {"prompt": question, "completion": answer, "choices": texts, "answer": answer}
             rows.append({**row, "kind": kind, "wrong": False})
     return rows
 
@@ -159,7 +166,7 @@ class LabelWatch:
 
 def _thirds(values: NDArray[np.float64]) -> NDArray[np.int64]:
     """Number the thirds of a range of whole numbers that begins at 0: 0, 1, 2."""
-    return (values * 3 // (values.max() + 1)).astype(np.int64)
+    return np.asarray(values * 3 // (values.max() + 1), dtype=np.int64)
 
 
 def _sums(notes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -184,7 +191,7 @@ def recipe_of(job: Job, folder: Path) -> Recipe:
         values["support_rows"] = str(folder / "support.jsonl")
     file = folder / "quality.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    recipe = resolve_recipe(load_recipe(file))
+    recipe: Recipe = resolve_recipe(load_recipe(file))
     check(recipe)
     return recipe
 
@@ -193,7 +200,7 @@ def run_job(job: Job, folder: Path) -> Record:
     """Train and measure one job in this process; `folder` holds rows and logs meanwhile."""
     task = make_task(job)
     if job["overrides"].get("add_support"):
-        task.train.extend(task.support)
+        task.train[-len(task.support) :] = task.support  # in the place of others: as many rows, as many steps
     for name in ("train", "test", "support"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in getattr(task, name)))
     recipe = recipe_of(job, folder)
@@ -233,8 +240,8 @@ def _measure(
     """Measure a model on held-out rows.
 
     Returns:
-        `correct`, per metric 0 or 1 for each question; `nll`, of each right answer with its end, in nats; `accuracy`,
-        the means of `correct`; `by_kind`, for the first metric the same by kind of question.
+        `correct`, per metric 0 or 1 for each question that was asked; `nll`, of each right answer with its end, in
+        nats; `accuracy`, the means of `correct`; `by_kind`, for the first metric the same by kind of question.
     """
     prepared = prepare_rows(load_rows(str(file)), tokenizer, ("choices", *(["exact_match"] * generate)), "none")
     assert prepared.items is not None
@@ -242,9 +249,11 @@ def _measure(
     if generate:
         written = measure(model, replace(prepared, items=None), _BATCH)["exact_match"]
         correct["exact_match"] = written.values.astype(int).tolist()
-    scores = score_choices(model, prepared.items, _BATCH)
-    correct["choices_per_token"] = scores.correct(normalised=True).astype(int).tolist()
-    correct["choices"] = scores.correct().astype(int).tolist()
+    asked = _GENERATED_CHOICES if generate else len(rows)
+    alone = [replace(item, choices_ids=[item.choices_ids[item.answer]], answer=0) for item in prepared.items[asked:]]
+    scores = score_choices(model, [*prepared.items[:asked], *alone], _BATCH)
+    correct["choices_per_token"] = scores.correct(normalised=True)[:asked].astype(int).tolist()
+    correct["choices"] = scores.correct()[:asked].astype(int).tolist()
     pairs = zip(scores.loglik, scores.answers, strict=True)
     first = np.array(next(iter(correct.values())))
     kinds = np.array([row["kind"] for row in rows])

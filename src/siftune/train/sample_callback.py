@@ -186,6 +186,7 @@ class GAST(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Draw the support set of this optimizer step."""
         assert self._selection is not None
+        kwargs["model"].train()  # as the Trainer does before each batch: after an evaluation, or at first, it is not
         self._selection.steps = state.global_step
         self._selection.begin()
 

@@ -8,10 +8,10 @@ import torch
 from adapted import adapted, from_config, lora_and_dora, lora_with_patterns, shake, two_active_adapters
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import gradients, sample_gradients, summed_loss
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import FAMILIES, batch, tiny
 
-from oracles import gradients, sample_gradients, summed_loss
 from siftune.capture import ghost
 from siftune.capture.tape import Tape
 from siftune.models.adapters import group_by_layer, use_base_dtype

@@ -89,6 +89,9 @@ def hooks(model):
         ("ist", "lora", False),
         ("ist", "rslora", False),
         ("ist", "dora", True),
+        ("gast", "lora", False),
+        ("gast", "dora", True),
+        ("ist+gast", "rslora", False),
     ],
 )
 def test_the_adapter_gives_the_logits_of_the_tuned_model(base, rows, tmp_path, method, kind, checkpointing):
@@ -119,6 +122,29 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     assert tokenizer("a?").input_ids == AutoTokenizer.from_pretrained(base)("a?").input_ids
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
+    few = save_rows(tmp_path / "few.jsonl", 3)
+    given = recipe(
+        base, rows, tmp_path / "run", method="gast", support="dataset", support_rows=str(few), select=1, accumulate=2,
+        keep_scores=True,
+    )  # fmt: skip
+    train(given, QUIET)
+    records = lines(tmp_path / "run" / "selection.jsonl")
+    assert [(record["step"], record["batch"]) for record in records] == [(s, b) for s in range(6) for b in range(2)]
+    for record in records:
+        assert record["layers"] == [0, 1, 2, 3]
+        assert [len(chosen) for chosen in record["selected"]] == [1] * 4
+        assert [len(scores) for scores in record["scores"]] == [4] * 4
+    assert "every layer follows the rows that point its way" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_gast_without_scores_records_choices_alone(base, rows, tmp_path):
+    train(recipe(base, rows, tmp_path / "run", method="gast", support="rest"), QUIET)
+    records = lines(tmp_path / "run" / "selection.jsonl")
+    assert len(records) == 6
+    assert all(set(record) == {"step", "batch", "layers", "selected"} for record in records)
 
 
 def test_the_records_have_a_line_per_step(base, rows, tmp_path):
@@ -197,7 +223,16 @@ def figures(folder):
     ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "rst", "accumulate": 2}, {"method": "dense", "adapter": "dora"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "rst", "accumulate": 2},
+        {"method": "dense", "adapter": "dora"},
+        {"method": "gast", "accumulate": 2, "keep_scores": True},
+        {"method": "ist+gast", "support": "momentum"},
+    ],
+)
 def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, settings):
     settings = {"save_every": 2, "dropout": 0.1, "steps": 8, "eval": str(rows), "eval_every": 2, **settings}
     train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from oracles import flat, rest_scores
 from peft import LoraConfig, get_peft_model
 from tiny import batch
 from tokenizer import byte_tokenizer
@@ -10,7 +11,6 @@ from trainers import Watch, adapted, arguments, rows, train, weights
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForSequenceClassification, Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from oracles import flat, rest_scores
 from siftune import GAST, IST
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.models.adapters import group_by_layer

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from adapted import adapted
+from oracles import flat, gradients, rest_scores, sample_gradients, summed_loss
 from tiny import batch
 
-from oracles import flat, gradients, rest_scores, sample_gradients, summed_loss
 from siftune import GAST, IST
 from siftune.errors import RecipeError
 from siftune.models.adapters import group_by_layer

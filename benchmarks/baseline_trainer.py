@@ -1,0 +1,50 @@
+"""The baselines in siftune's Trainer, so that their steps are measured as those of siftune's own methods are."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from baselines import Baseline
+from siftune.sparse.gast import GASTSettings
+from siftune.train.draws import Batch, RowDraws, label_weight
+from siftune.train.trainer import SiftTrainer
+
+
+class BaselineTrainer(SiftTrainer):
+    """siftune's Trainer with the passes of a baseline in the place of a training step."""
+
+    baseline: Baseline
+    _begun = -1  # the step for which the baseline has drawn
+
+    @classmethod
+    def take_over(cls, trainer: SiftTrainer, kind: type[Baseline], settings: GASTSettings) -> "BaselineTrainer":
+        """Turn a Trainer that is set up for dense training into one that selects; all else stays as it is."""
+        trainer.__class__ = cls
+        chunk = trainer.args.per_device_train_batch_size
+        trainer.baseline = kind(trainer.model, settings, loss=trainer.support_loss, chunk=chunk)
+        trainer.baseline.draws = RowDraws(trainer.train_dataset, trainer.data_collator, trainer.baseline.generator)
+        return trainer
+
+    def support_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of support rows, as the Trainer computes that of its own."""
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, self._prepare_inputs(dict(batch)))
+        return loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Select, with as many forward and backward passes as the baseline makes."""
+        labels = label_weight(inputs)
+
+        def run(batch: Batch) -> Tensor:
+            items = num_items_in_batch
+            if items is not None and batch is not inputs:  # fewer rows: as many labels fewer to divide by
+                items = items * (label_weight(batch) / max(labels, 1))
+            loss: Tensor = super(BaselineTrainer, self).training_step(model, dict(batch), items)
+            return loss
+
+        if self._begun != self.state.global_step:
+            self._begun = self.state.global_step
+            self.baseline.begin(self._get_learning_rate())
+        return self.baseline.step(inputs, run)

@@ -1,0 +1,25 @@
+"""GAST in a plain transformers Trainer: SmolLM2 on arithmetic, with a look at what the layers followed."""
+
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from siftune import GAST
+from siftune.models.source import load_model
+from siftune.train.arithmetic import arithmetic_rows
+from siftune.train.data import Collator, rows_from, tokenize_rows
+
+model, tokenizer = load_model("smollm2")
+model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+rows = tokenize_rows(rows_from(arithmetic_rows(400, seed=0)), tokenizer, max_length=64, template="none")
+
+method = GAST(select=4, support="rest", keep=True)
+trainer = Trainer(
+    model,
+    TrainingArguments("runs/example", per_device_train_batch_size=8, max_steps=20, learning_rate=5e-4, logging_steps=5),
+    train_dataset=rows,
+    data_collator=Collator(tokenizer.pad_token_id),
+    callbacks=[method],
+)
+trainer.train()
+for choice in method.history[-3:]:
+    print(f"step {choice.step}: layer 0 followed rows {choice.selected[0].tolist()}, its scores {choice.scores[0]}")
