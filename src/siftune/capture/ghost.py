@@ -52,8 +52,7 @@ def total(grads_BD: Tensor) -> Tensor:
 
 def products(grads_BD: Tensor, other_D: Tensor) -> Tensor:
     """Inner product of every row's gradient with one vector; (B,)."""
-    wide = _wide(grads_BD)
-    return grads_BD.flatten(1).to(wide) @ other_D.flatten().to(wide)
+    return widened(grads_BD).flatten(1) @ other_D.flatten().to(_wide(grads_BD))
 
 
 def squares(grads_BD: Tensor) -> Tensor:
@@ -70,6 +69,11 @@ def sum_of(grads_BD: Tensor, rows_K: Tensor) -> Tensor:
 def added(parts: Sequence[Tensor]) -> Tensor:
     """Add up what the parameters of a unit contribute; (B,)."""
     return torch.stack(list(parts)).sum(0)
+
+
+def widened(values: Tensor) -> Tensor:
+    """The same values in the dtype that sums run in."""
+    return values.to(_wide(values))
 
 
 def _wide(values: Tensor) -> torch.dtype:

@@ -199,7 +199,9 @@ def measure(
     return Measurement(method, number, tuple(result.pop("seconds")), result.pop("peak_memory_mb"), result)
 
 
-def run_worker(task: str, work: Workload, threads: int | None = None, worker: Sequence[str] | None = None) -> dict[str, Any]:
+def run_worker(
+    task: str, work: Workload, threads: int | None = None, worker: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Have a fresh process do a task, a method or `FLOOR`, and return what it found; raises as `measure`."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with tempfile.TemporaryDirectory(prefix="siftune-bench-") as folder:

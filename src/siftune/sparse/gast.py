@@ -78,14 +78,12 @@ class GASTSettings:
         for name, kinds in known.items():
             if getattr(self, name) not in get_args(kinds):
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(get_args(kinds))}.")
-        if isinstance(self.select, bool) or not (
-            self.select >= 1 if isinstance(self.select, int) else 0 < self.select <= 1
-        ):
+        if not _is_count(self.select) and not (isinstance(self.select, float) and 0 < self.select <= 1):
             raise RecipeError(
                 f"select is {self.select!r}; give a count of samples (a whole number, 1 or more), or a share of the "
                 "batch (a number with a point, above 0 and at most 1)."
             )
-        if self.support_size < 1 or self.support_size != int(self.support_size):
+        if not _is_count(self.support_size):
             raise RecipeError(f"support_size is {self.support_size}; give a whole number of at least 1.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise RecipeError(f"temperature is {self.temperature}; give a number above 0.")
@@ -103,6 +101,10 @@ class GASTSettings:
     def needs_rows(self) -> bool:
         """Whether the support gradient takes rows of its own."""
         return self.needs_scores and self.support in ("sample", "dataset")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def how_many(select: int | float, samples: int) -> int:
@@ -140,8 +142,9 @@ def zscores(scores_B: Tensor, live_B: Tensor) -> Tensor:
 
 def log_probabilities(zscores_B: Tensor, live_B: Tensor, temperature: float) -> Tensor:
     """Log softmax(z/τ) over the samples that have a gradient; the others stand far behind them."""
-    logits_B = (zscores_B / temperature).where(live_B, -1e9)
-    return torch.log_softmax(logits_B, 0)
+    logits_B = zscores_B / temperature
+    behind = logits_B.min() - 1e9
+    return torch.log_softmax(logits_B.where(live_B, behind), 0)
 
 
 def draw(log_p_B: Tensor, uniform_B: Tensor, count: int, replacement: bool) -> Tensor:

@@ -1,6 +1,7 @@
 """What sample selection chose: its units, and the choice in one batch."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +52,18 @@ class Samples:
     selected: Tensor
 
     def record(self, scores: bool = False) -> dict[str, Any]:
-        """JSON-ready form, for a run's selection records; scores with four digits, null where there are none."""
+        """JSON-ready form, for a run's selection records; scores with four digits, null where they are not finite."""
         record: dict[str, Any] = {"step": self.step, "batch": self.batch, "layers": list(self.layers)}
         record["selected"] = self.selected.tolist()
         if scores:
-            record["scores"] = [[float(f"{s:.4g}") if s == s else None for s in row] for row in self.scores.tolist()]
+            record["scores"] = [
+                [float(f"{s:.4g}") if math.isfinite(s) else None for s in row] for row in self.scores.tolist()
+            ]
         return record
+
+
+def _short(score: float) -> float | None:
+    return float(f"{score:.4g}") if math.isfinite(score) else None
 
 
 class Choosing:

@@ -69,12 +69,12 @@ def adam_metric(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Te
     state = optimizer.state.get(parameter, {})
     if not state:
         return torch.ones_like(parameter)
-    if "exp_avg_sq" not in state:
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if "exp_avg_sq" not in state or "betas" not in group:
         raise RecipeError(
             f'score="preconditioned" takes the metric of Adam or AdamW, but {type(optimizer).__name__} keeps no '
             'exp_avg_sq; use torch\'s AdamW (transformers: optim="adamw_torch"), or score="inner"'
         )
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     correction = 1 - group["betas"][1] ** float(state["step"])
     metric: Tensor = 1 / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
     return metric
