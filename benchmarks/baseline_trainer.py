@@ -46,5 +46,6 @@ class BaselineTrainer(SiftTrainer):
 
         if self._begun != self.state.global_step:
             self._begun = self.state.global_step
+            model.train()  # an evaluation leaves it in eval mode
             self.baseline.begin(self._get_learning_rate())
         return self.baseline.step(inputs, run)

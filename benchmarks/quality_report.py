@@ -65,14 +65,19 @@ def _quality(methods: dict[str, Runs], metric: str, seeds: Sequence[int]) -> str
             name, _mean(runs, right, ".1f"), " ".join(each),
             _against(methods, name, "dense", right, "+.1f"), _against(methods, name, "random", right, "+.1f"),
             _mean(runs, nll, ".3f"), _against(methods, name, "dense", nll, "+.3f"),
-            f"{np.mean([line['seconds_per_step'] for line in runs.values()]):.2f}",
+            *(_seconds(runs, key) for key in ("seconds_per_step", "processor_seconds_per_step")),
         ])  # fmt: skip
-    titles = ["method", "right", "each seed", "− dense", "− random", "NLL", "NLL − dense", "s/step"]
+    titles = ["method", "right", "each seed", "− dense", "− random", "NLL", "NLL − dense", "s/step", "of the processor"]
     return _markdown(titles, rows)
 
 
 def _mean(runs: Runs, values: Callable[[Line], list[float]], form: str) -> str:
     return f"{np.mean([np.mean(values(line)) for line in runs.values()]):{form}}"
+
+
+def _seconds(runs: Runs, key: str) -> str:
+    found = [line[key] for line in runs.values() if key in line]
+    return f"{np.mean(found):.2f}" if found else _NONE
 
 
 def _against(methods: dict[str, Runs], name: str, base: str, values: Callable[[Line], list[float]], form: str) -> str:

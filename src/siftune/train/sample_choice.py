@@ -80,10 +80,16 @@ class Choosing:
     def __init__(self, step: int, number: int, samples: int, count: int, uniform: Tensor) -> None:
         self.samples = samples
         self.count = count
-        self.uniform = uniform
+        self._uniform = uniform
         self._step = step
         self._number = number
         self._choices: dict[Unit, tuple[Tensor, Tensor]] = {}
+
+    def uniform_on(self, device: torch.device) -> Tensor:
+        """The uniform numbers on a device, brought there once; (U, S) float64, or float32 where it has no other."""
+        if self._uniform.device != device:
+            self._uniform = self._uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        return self._uniform
 
     def note(self, unit: Unit, scores_S: Tensor | None, chosen_K: Tensor) -> None:
         """Keep a unit's choice; None where it needed no scores."""

@@ -205,7 +205,7 @@ class SampleSelection:
         return reduced
 
     def _choose(self, choosing: Choosing, unit: Unit, scored: Scored) -> Tensor:
-        uniform_S = choosing.uniform[unit.place].to(scored.scores.device)
+        uniform_S = choosing.uniform_on(scored.scores.device)[unit.place]
         chosen_K = gast.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen_K)
         return chosen_K
@@ -234,12 +234,15 @@ class SampleSelection:
             self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
 
     def _move_mean(self) -> None:
-        """Take this step's gradients of all samples, on all ranks, into the running mean."""
-        parameters = list(self._sums) if world_size() == 1 else list(self._names())
+        """Take this step's gradients of all samples, on all ranks, into the running mean of the active layers."""
+        parameters = [p for group in self.groups if is_active(group) for p in group.parameters.values()]
         totals = [self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        recorded = torch.full((1,), float(bool(self._sums)), device=totals[0].device)
         self._sums = {}
-        totals = sum_over_ranks(totals)
-        if totals and bool(torch.isfinite(torch.stack(torch._foreach_norm(totals))).all()):
+        *totals, recorded = sum_over_ranks([*totals, recorded])
+        if not bool(recorded):  # every sample was followed, so that no gradients of samples were formed
+            return
+        if bool(torch.isfinite(torch.stack(torch._foreach_norm(totals))).all()):
             for parameter, total in zip(parameters, totals, strict=True):
                 before = self.mean[parameter] if parameter in self.mean else torch.zeros_like(total)
                 self.mean[parameter] = before.lerp(total, 1 - self.settings.decay)

@@ -302,7 +302,7 @@ def test_greats_chooses_as_a_plain_greedy_loop_does(count, size, share, step, se
     assert found.tolist() == plain_greedy(vectors, support, wanted, step)
 
 
-@pytest.mark.parametrize("lr", [0.0, 0.4])
+@pytest.mark.parametrize("lr", [0.0, 1.0])
 def test_greats_trains_on_its_choice_alone(lr):
     model = double()
     inputs, support = batch(model, 6, seed=1), batch(model, 3, seed=2)
@@ -310,6 +310,7 @@ def test_greats_trains_on_its_choice_alone(lr):
     single = flat(sample_gradients(model, inputs), parameters)
     h = torch.cat([grad.flatten() for grad in gradients(model, support).values()])
     wanted = plain_greedy(single, h, 2, lr * 6 / 2)
+    assert (wanted == plain_greedy(single, h, 2, lr)) is (lr == 0)  # the step's length matters
     baseline = Greats(model, GASTSettings(select=2), GivenBatches([support]), loss=summed_loss)
     baseline.begin(lr)
     loss = baseline.step(inputs, runner(model))
@@ -352,6 +353,7 @@ def trained(folder, support, kind=None, **settings):
         def watched(*args):
             loss = step(*args)
             choices.append(trainer.baseline.last)
+            assert trainer.baseline.lr == pytest.approx(0.1 * (1 - trainer.state.global_step / settings["max_steps"]))
             return loss
 
         trainer.baseline.step = watched
@@ -413,6 +415,9 @@ OTHERS = {
     "biases": lambda: get_peft_model(tiny("qwen2"), LoraConfig(r=2, target_modules=["q_proj"], bias="all")),
     "LoRA's biases": lambda: get_peft_model(
         tiny("opt"), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+    ),
+    "aLoRA": lambda: get_peft_model(
+        tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
     ),
     "the head": with_head,
     "all weights": lambda: tiny("llama"),

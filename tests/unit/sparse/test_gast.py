@@ -45,11 +45,9 @@ def test_a_count_is_an_int_and_a_share_a_float(select):
     assert GASTSettings(select=select).select == select
 
 
-@pytest.mark.parametrize("select", [0, -1, True, False, 0.0, -0.5, 1.5, 2.0, 8.0, math.nan, math.inf])
+@pytest.mark.parametrize("select", [0, -1, True, False, 0.0, -0.5, 1.5, 8.0, math.nan, math.inf, "0.5", None])
 def test_other_selects_are_refused(select):
-    with pytest.raises(
-        RecipeError, match=rf"select is {select!r}; give a count of samples \(a whole number, 1 or more"
-    ):
+    with pytest.raises(RecipeError, match=rf"select is {select!r}; give a count of samples \(a whole number, 1 or"):
         GASTSettings(select=select)
 
 
@@ -74,7 +72,7 @@ def test_names(name):
 @pytest.mark.parametrize(
     ("name", "good", "bad", "advice"),
     [
-        ("support_size", [1, 4, 1000], [0, -3, 2.5], "give a whole number of at least 1"),
+        ("support_size", [1, 4, 1000], [0, -3, 2.5, 2.0, True, math.nan], "give a whole number of at least 1"),
         ("temperature", [1e-3, 1, 50.0], [0, -1.0, math.nan, math.inf], "give a number above 0"),
         ("decay", [0, 0.0, 0.5, 0.999], [1, 1.0, -0.1, math.nan], "give a number from 0 to below 1"),
     ],
@@ -235,12 +233,12 @@ def test_choices_follow_the_softmax_of_the_zscores(choice, replacement):
     assert_follows(lambda source: gast.choose(scores, live, uniform(5, source), 2, settings), chances)
 
 
-@pytest.mark.parametrize("settings", [GASTSettings(), GASTSettings(choice="topk"), GASTSettings(choice="random")])
+@pytest.mark.parametrize("settings", [{}, {"choice": "topk"}, {"choice": "random"}, {"temperature": 1e-12}])
 @given(given_scores=scores_and_live(), data=st.data(), seed=st.integers(0, 999))
 def test_a_choice_is_of_different_samples_and_first_of_those_with_a_gradient(settings, given_scores, data, seed):
     scores, live = given_scores
     count = data.draw(st.integers(1, len(scores)))
-    chosen = gast.choose(scores, live, uniform(len(scores), seed), count, settings)
+    chosen = gast.choose(scores, live, uniform(len(scores), seed), count, GASTSettings(**settings))
     assert chosen.dtype == torch.int64
     assert sorted(set(chosen.tolist())) == chosen.tolist()
     assert len(chosen) == count

@@ -139,6 +139,39 @@ def test_large_halves_do_not_overflow():
     assert score_samples(grads, None).scores.tolist() == pytest.approx([large**2] * 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("rest", [False, True])
+def test_a_metric_beyond_float16(rest):
+    """Adam's metric goes up to 1/ε: 1e8, where float16 ends at 65504."""
+    grads, support = small_case()
+    got = score_samples(grads, None if rest else support, [torch.full((8,), 1e7)])
+    expected = score_samples([g.double() for g in grads], None if rest else [h.double() for h in support])
+    assert_close(got.scores.double(), 1e7 * expected.scores, rtol=1e-4, atol=0)
+
+
+def test_the_length_of_a_support_gradient_in_float16():
+    """The squares of 1e-5 and of 3e4 are no float16 numbers."""
+    grads, support = small_case()
+    expected = oracle([g.double() for g in grads], [support[0].double()], None, True)
+    assert_close(score_samples(grads, support, cosine=True).scores.double(), expected, rtol=1e-4, atol=1e-5)
+    large = score_samples(grads, [torch.full((8,), 3e4, dtype=torch.float16)], cosine=True).scores
+    assert_close(large.double(), oracle([g.double() for g in grads], [torch.ones(8)], None, True), rtol=1e-4, atol=1e-5)
+
+
+def small_case():
+    source = torch.Generator().manual_seed(0)
+    grads, support = torch.randn(4, 8, generator=source) * 1e-3, torch.randn(8, generator=source) * 1e-5
+    return [grads.half()], [support.half()]
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_cosine_of_a_row_much_longer_than_the_rest(ratio):
+    grads = [torch.randn(4, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for grad in grads:
+        grad[0] *= ratio
+    got = score_samples(grads, None, cosine=True).scores
+    assert_close(got.double(), oracle([g.double() for g in grads], None, None, True), rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_that_are_no_number_are_seen():
     grads = [torch.tensor([[1.0], [math.nan], [2.0]])]
     assert not torch.isfinite(score_samples(grads, None).scores).all()

@@ -164,11 +164,13 @@ def test_a_choice_without_scores():
 
 
 def test_record():
-    scores = torch.tensor([[1.23456789, -0.000123456, 98765.4], [math.nan, 0.0, 1e-30]])
-    done = Samples(3, 1, ("first", "second"), (0, 2), scores, torch.tensor([[0, 2], [1, 2]]))
-    expected = {"step": 3, "batch": 1, "layers": [0, 2], "selected": [[0, 2], [1, 2]]}
+    scores = torch.tensor([[1.23456789, -0.000123456, 98765.4], [math.nan, 0.0, 1e-30], [math.inf, -math.inf, 1.0]])
+    selected = torch.tensor([[0, 2], [1, 2], [0, 1]])
+    done = Samples(3, 1, ("first", "second", "third"), (0, 2, 3), scores, selected)
+    expected = {"step": 3, "batch": 1, "layers": [0, 2, 3], "selected": [[0, 2], [1, 2], [0, 1]]}
     assert done.record() == done.record(scores=False) == expected
     record = done.record(scores=True)
-    assert record == {**expected, "scores": [[1.235, -0.0001235, 98770.0], [None, 0.0, 1e-30]]}
+    rounded = [[1.235, -0.0001235, 98770.0], [None, 0.0, 1e-30], [None, None, 1.0]]
+    assert record == {**expected, "scores": rounded}
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert "units" not in record

@@ -8,6 +8,7 @@ from oracles import summed_loss
 from tiny import batch
 from torch import nn
 from trainers import adapted
+from transformers import Adafactor
 
 from siftune.errors import RecipeError
 from siftune.train.selection import model_loss
@@ -81,17 +82,16 @@ def test_a_batch_without_tensor_labels_counts_for_its_rows():
     assert got[weight].tolist() == [2 * 1.0 / 4, 2 * 2.0 * 3 / 4]
 
 
-def test_small_gradients_of_a_half_model_do_not_vanish_on_the_way():
-    """2^-26 is no float16 number, but 2^10 times it is; what comes out is 2^-24 again."""
+def test_half_precision_gradients_do_not_vanish_on_the_way():
+    """2^-20 is a float16 number, but on its way there the gradient is 2^-30, which is none."""
     weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float16))
 
     def loss(_, inputs):
-        small = (weight * 2.0**-13).float() * 2.0**-13  # backward through a float16 gradient of 2^-13
-        return (small * inputs["x"]).sum()
+        return ((weight * 2.0**10).float() * 2.0**-30 * inputs["x"]).sum()
 
-    got = support_gradient(nn.Identity(), [{"x": torch.full((1,), 4.0)}], loss, [weight], 0)
+    got = support_gradient(nn.Identity(), [{"x": torch.ones(1)}], loss, [weight], 0)
     assert got[weight].dtype == torch.float16
-    assert got[weight].item() == 2.0**-24
+    assert got[weight].item() == 2.0**-20
 
 
 def test_what_stays_as_it_was():
@@ -135,7 +135,8 @@ def test_dropout_is_drawn_from_the_seed_alone():
     first, same, other = once(3, 0), once(3, 1), once(4, 0)
     assert all(torch.equal(first[p], same[p]) for p in first)
     assert not all(torch.equal(first[p], other[p]) for p in first)
-    assert once(2**63 + 3, 0)  # seeds of sums may be beyond 63 bits
+    beyond = once(2**65 + 3, 0)  # more bits than torch takes
+    assert all(torch.equal(first[p], beyond[p]) for p in first)
     model.eval()
     assert_same(once(3, 0), once(4, 0))
 
@@ -228,8 +229,11 @@ def test_ones_before_the_first_step(kind):
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.RMSprop, {}), (torch.optim.Adagrad, {})],
-)
+    [
+        (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.RMSprop, {}), (torch.optim.Adagrad, {}),
+        (torch.optim.Adamax, {}), (Adafactor, {"relative_step": False}),
+    ],
+)  # fmt: skip
 def test_optimizers_without_the_mean_are_refused(kind, settings):
     optimizer, (parameter, *_), _ = stepped(kind, 1, **settings)
     with pytest.raises(RecipeError) as caught:
@@ -238,3 +242,14 @@ def test_optimizers_without_the_mean_are_refused(kind, settings):
         f'score="preconditioned" takes the metric of Adam or AdamW, but {kind.__name__} keeps no exp_avg_sq; '
         'use torch\'s AdamW (transformers: optim="adamw_torch"), or score="inner"'
     )
+
+
+def test_a_vector_of_adafactor_is_refused():
+    """Its mean has the same name there, and is another."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = Adafactor([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert "exp_avg_sq" in optimizer.state[parameter]
+    with pytest.raises(RecipeError, match="Adafactor keeps no exp_avg_sq"):
+        adam_metric(optimizer, parameter)
