@@ -1,35 +1,24 @@
-"""The reference ways of selecting rows: GAST's give what siftune's engine gives, GREATS what a plain loop gives."""
+"""The reference ways to run GAST give what siftune's engine gives; passes, and what is left behind."""
 
 import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
-from adapted import adapted, from_config, shake
+from adapted import adapted, shake
+from by_row import GASTS, PASSES, assert_same, by_baseline, by_engine, double, runner, taken, trained
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import flat, gradients, rest_scores, sample_gradients, summed_loss
-from peft import IA3Config, LoraConfig, get_peft_model
+from oracles import rest_scores, sample_gradients, summed_loss
+from peft import LoraConfig, get_peft_model
 from tiny import batch, tiny
-from torch.nn.functional import cosine_similarity
-from trainers import adapted as trainable
-from trainers import arguments, rows, weights
+from trainers import weights
 
-from baseline_trainer import BaselineTrainer
-from baselines import Greats, StoreAll, TwoPass, greedy
+from baselines import Greats, TwoPass
 from siftune import GAST
 from siftune.capture import ghost
-from siftune.errors import RecipeError, UnsupportedError
-from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
+from siftune.models.adapters import group_by_layer, use_base_dtype
 from siftune.sparse.gast import GASTSettings
-from siftune.train.selection import GivenBatches
-from siftune.train.trainer import SiftTrainer
-
-GASTS = (TwoPass, StoreAll)
-
-
-def double(family="llama", **settings):
-    return adapted(family, **settings).double()
 
 
 def with_ranks():
@@ -37,57 +26,6 @@ def with_ranks():
     targets = ["q_proj", "v_proj", "layers.1.mlp.up_proj"]
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, rank_pattern={"v_proj": 2})
     return shake(get_peft_model(tiny("llama"), config)).eval().double()
-
-
-def runner(model, seen=None):
-    """Forward and backward on a batch, noting its size."""
-
-    def run(part):
-        if seen is not None:
-            seen.append(len(part["input_ids"]))
-        loss = summed_loss(model, part)
-        loss.backward()
-        return loss.detach()
-
-    return run
-
-
-def taken(model):
-    """Gradients, which are cleared."""
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
-
-
-def by_engine(model, settings, batches, support=None):
-    """Choices and gradients of siftune's engine, one optimizer step per batch."""
-    found = []
-    with GAST(**settings).attach(model, batches=support, loss=summed_loss) as sift:
-        for inputs in batches:
-            summed_loss(model, inputs).backward()
-            found.append((sift.last, taken(model)))
-            sift.step()
-    return found
-
-
-def by_baseline(kind, model, settings, batches, support=None, run=None):
-    draws = GivenBatches(support) if support is not None else None
-    baseline, found = kind(model, GASTSettings(**settings), draws, loss=summed_loss), []
-    for inputs in batches:
-        baseline.begin()
-        baseline.step(inputs, run or runner(model))
-        found.append((baseline.last, taken(model)))
-    return found
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for (choice, grads), (wanted, wanted_grads) in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(choice.scores, wanted.scores, rtol=1e-10, atol=1e-10)
-        assert torch.equal(choice.selected, wanted.selected)
-        assert grads.keys() == wanted_grads.keys()
-        for name, grad in wanted_grads.items():
-            torch.testing.assert_close(grads[name], grad, rtol=1e-10, atol=1e-10)
 
 
 SETTINGS = {
@@ -227,9 +165,6 @@ def test_two_passes_keep_no_rows_gradient_and_one_pass_keeps_all(monkeypatch):
         assert alive == ([0] * count if kind is TwoPass else list(range(count)))
 
 
-PASSES = {TwoPass: [6, 6], StoreAll: [6], Greats: [6, 3]}
-
-
 @pytest.mark.parametrize("kind", PASSES)
 def test_passes_over_the_model(kind):
     model, seen = double(), []
@@ -275,92 +210,6 @@ def test_the_model_is_left_as_it_was(kind, fails):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def plain_greedy(vectors, support, count, step):
-    """Add the row with which Σ⟨h, g⟩ less half the step times the overlap of all different pairs is highest."""
-
-    def utility(rows):
-        pairs = sum(float(vectors[i] @ vectors[j]) for i in rows for j in rows if i != j)
-        return sum(float(support @ vectors[i]) for i in rows) - step / 2 * pairs
-
-    chosen = []
-    for _ in range(count):
-        others = [i for i in range(len(vectors)) if i not in chosen]
-        chosen.append(max(others, key=lambda i: utility([*chosen, i])))
-    return chosen
-
-
-@given(
-    count=st.integers(1, 7), size=st.integers(1, 5), share=st.floats(0, 1), step=st.floats(0, 4),
-    seed=st.integers(0, 999),
-)  # fmt: skip
-def test_greats_chooses_as_a_plain_greedy_loop_does(count, size, share, step, seed):
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(count, size, generator=generator, dtype=torch.float64)
-    support = torch.randn(size, generator=generator, dtype=torch.float64)
-    wanted = max(1, round(share * count))
-    found = greedy(vectors @ support, vectors @ vectors.T, wanted, step)
-    assert found.tolist() == plain_greedy(vectors, support, wanted, step)
-
-
-@pytest.mark.parametrize("lr", [0.0, 1.0])
-def test_greats_trains_on_its_choice_alone(lr):
-    model = double()
-    inputs, support = batch(model, 6, seed=1), batch(model, 3, seed=2)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    single = flat(sample_gradients(model, inputs), parameters)
-    h = torch.cat([grad.flatten() for grad in gradients(model, support).values()])
-    wanted = plain_greedy(single, h, 2, lr * 6 / 2)
-    assert (wanted == plain_greedy(single, h, 2, lr)) is (lr == 0)  # the step's length matters
-    baseline = Greats(model, GASTSettings(select=2), GivenBatches([support]), loss=summed_loss)
-    baseline.begin(lr)
-    loss = baseline.step(inputs, runner(model))
-    assert baseline.last.selected.tolist() == [wanted]
-    torch.testing.assert_close(baseline.last.scores[0], single @ h, rtol=1e-10, atol=1e-12)
-    chosen = {name: value[wanted] for name, value in inputs.items()}
-    torch.testing.assert_close(loss, summed_loss(model, chosen).detach(), rtol=1e-12, atol=0)
-    for parameter, grad in gradients(model, chosen).items():
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-12)
-
-
-def test_a_longer_step_makes_greats_choose_rows_that_differ():
-    model = double()
-    inputs = batch(model, 4, length=9, seed=1)
-    inputs = {name: value[[0, 0, 0, 1, 2, 3]] for name, value in inputs.items()}  # one row three times
-    support = {name: value[:1] for name, value in inputs.items()}
-    single = flat(sample_gradients(model, inputs), [p for p in model.parameters() if p.requires_grad])
-    assert cosine_similarity(single[0], single[1], 0) > 0.999
-    chosen = {}
-    for lr in (0.0, 1e3):
-        baseline = Greats(model, GASTSettings(select=3), GivenBatches([support]), loss=summed_loss)
-        baseline.begin(lr)
-        baseline.step(inputs, runner(model))
-        chosen[lr] = sorted(baseline.last.selected[0].tolist())
-    assert chosen[0.0] == [0, 1, 2]
-    assert len({0, 1, 2} & set(chosen[1e3])) == 1
-
-
-def trained(folder, support, kind=None, **settings):
-    """Weights after a few steps, and the choices, with GAST as a callback or with a baseline in its place."""
-    settings = {"learning_rate": 0.1, "optim": "sgd", "max_steps": 3, "gradient_accumulation_steps": 2, **settings}
-    model, choices = trainable(), []
-    gast = GAST(support=support, seed=2, keep=True)
-    callbacks = [] if kind else [gast]
-    trainer = SiftTrainer(model, arguments(folder, **settings), train_dataset=rows(), callbacks=callbacks)
-    if kind:
-        trainer = BaselineTrainer.take_over(trainer, kind, gast.settings)
-        step = trainer.baseline.step
-
-        def watched(*args):
-            loss = step(*args)
-            choices.append(trainer.baseline.last)
-            assert trainer.baseline.lr == pytest.approx(0.1 * (1 - trainer.state.global_step / settings["max_steps"]))
-            return loss
-
-        trainer.baseline.step = watched
-    trainer.train()
-    return weights(model), choices if kind else gast.history
-
-
 @pytest.mark.parametrize("kind", GASTS)
 @pytest.mark.parametrize("support", ["rest", "sample"])
 def test_in_the_trainer_it_is_the_callback(kind, support, tmp_path):
@@ -370,97 +219,6 @@ def test_in_the_trainer_it_is_the_callback(kind, support, tmp_path):
     assert len(choices) == 6
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-
-
-def test_greats_in_the_trainer_follows_the_mean_loss_of_its_rows(tmp_path):
-    settings = {"max_steps": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
-    found, [choice] = trained(tmp_path, "sample", Greats, **settings)
-    model = trainable()
-    trainer = SiftTrainer(model, arguments(tmp_path, **settings), train_dataset=rows())
-    first = next(iter(trainer.get_train_dataloader()))
-    part = {name: value[choice.selected[0]] for name, value in first.items()}
-    assert len(part["input_ids"]) == 2
-    grads = gradients(model, part)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            wanted = parameter.detach() - 0.1 * grads[parameter]
-            torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", PASSES)
-@pytest.mark.parametrize(
-    "settings",
-    [{"support": "momentum"}, {"choice": "random"}, {"score": "cosine"}, {"pool": "module"}, {"support": "dataset"}],
-)
-def test_other_settings_are_refused(kind, settings):
-    with pytest.raises(RecipeError, match=f"{next(iter(settings))} .*not {next(iter(settings.values()))}"):
-        kind(double(), GASTSettings(**settings))
-
-
-def test_greats_compares_with_rows_of_its_own():
-    with pytest.raises(RecipeError, match="support sample, not rest"):
-        Greats(double(), GASTSettings(support="rest"))
-    with pytest.raises(RecipeError, match=r"give draws=\.\.\."):
-        Greats(double(), GASTSettings()).begin()
-
-
-def with_head():
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    return get_peft_model(tiny("llama"), config)
-
-
-OTHERS = {
-    "dora": lambda: attach_adapter(tiny("llama"), "dora", rank=2),
-    "ia3": lambda: from_config(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
-    "biases": lambda: get_peft_model(tiny("qwen2"), LoraConfig(r=2, target_modules=["q_proj"], bias="all")),
-    "LoRA's biases": lambda: get_peft_model(
-        tiny("opt"), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
-    ),
-    "aLoRA": lambda: get_peft_model(
-        tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
-    ),
-    "the head": with_head,
-    "all weights": lambda: tiny("llama"),
-    "experts": lambda: from_config(
-        LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]), "mixtral"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_only_lora_matrices_of_linear_modules_may_train(name):
-    with pytest.raises(UnsupportedError, match="plain LoRA on linear modules"):
-        TwoPass(OTHERS[name](), GASTSettings(support="rest"))
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("baselines.world_size", lambda: 2)
-    with pytest.raises(UnsupportedError, match="one process; 2 are at work"):
-        StoreAll(double(), GASTSettings(support="rest"))
-
-
-@pytest.mark.parametrize("kind", GASTS)
-def test_modules_that_do_not_see_rows_are_refused(kind):
-    model = double()
-    matrix = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("lora_A.default")))
-    matrix.register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1),))
-    with pytest.raises(UnsupportedError, match="cannot be told apart"):
-        kind(model, GASTSettings(support="rest")).step(batch(model, 4), runner(model))
-
-
-@pytest.mark.parametrize(("count", "uses"), [(0, 0), (2, 2)])
-def test_matrices_are_used_once(count, uses):
-    model = double(targets=["q_proj"])
-    run = runner(model)
-
-    def often(part):
-        for _ in range(count):
-            run(part)
-        return torch.zeros(())
-
-    matrices = sum(p.requires_grad for p in model.parameters())
-    with pytest.raises(UnsupportedError, match=f"{uses * matrices} uses of {matrices}"):
-        StoreAll(model, GASTSettings(support="rest")).step(batch(model, 4), often)
 
 
 @pytest.mark.parametrize("kind", GASTS)
