@@ -216,7 +216,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("active", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("suppressed", lambda v: 0 < v < 1, "above 0 and below 1"),
     ("factor dropout warmup decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("lr score_lr alpha epochs select temperature", lambda v: v > 0, "above 0"),
+    ("lr score_lr alpha epochs select", lambda v: v > 0, "above 0"),
+    ("temperature", lambda v: v >= 1e-6, "0.000001 or more"),
     ("weight_decay clip", lambda v: v >= 0, "0 or more"),
     ("seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
 )

@@ -137,7 +137,7 @@ def test_a_plain_recipe_passes_the_check():
         ({"select": 0}, "select is 0, but must be above 0"),
         ({"select": 1.5}, "select is 1.5, but must be a whole number of rows, or a share of at most 1.0"),
         ({"support_size": 0}, "support_size is 0, but must be 1 or more"),
-        ({"temperature": 0.0}, "temperature is 0.0, but must be above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0, but must be 0.000001 or more"),
         ({"decay": 1.0}, "decay is 1.0, but must be from 0 to below 1"),
         ({"support": "dataset"}, "support dataset and support_rows go together"),
         ({"support_rows": "few.jsonl"}, "support dataset and support_rows go together"),

@@ -85,8 +85,8 @@ class GASTSettings:
             )
         if not _is_count(self.support_size):
             raise RecipeError(f"support_size is {self.support_size}; give a whole number of at least 1.")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise RecipeError(f"temperature is {self.temperature}; give a number above 0.")
+        if not 1e-6 <= self.temperature < math.inf:
+            raise RecipeError(f"temperature is {self.temperature}; give a number from 1e-6; topk is the limit of 0.")
         if not 0 <= self.decay < 1:
             raise RecipeError(f"decay is {self.decay}; give a number from 0 to below 1.")
         if self.replacement and self.choice == "topk":
@@ -122,7 +122,7 @@ def cosines(products_B: Tensor, squares_B: Tensor, other_squares: Tensor) -> Ten
         other_squares: Squared length of the support gradient, a scalar or (B,).
     """
     lengths_B = (squares_B.clamp_min(0).sqrt() * other_squares.clamp_min(0).sqrt()).expand_as(products_B)
-    return torch.where(lengths_B > 0, products_B / lengths_B, 0.0)
+    return torch.where(lengths_B == 0, 0.0, products_B / lengths_B)  # NaN stays NaN
 
 
 def zscores(scores_B: Tensor, live_B: Tensor) -> Tensor:

@@ -56,9 +56,7 @@ class Samples:
         record: dict[str, Any] = {"step": self.step, "batch": self.batch, "layers": list(self.layers)}
         record["selected"] = self.selected.tolist()
         if scores:
-            record["scores"] = [
-                [float(f"{s:.4g}") if math.isfinite(s) else None for s in row] for row in self.scores.tolist()
-            ]
+            record["scores"] = [[_short(score) for score in row] for row in self.scores.tolist()]
         return record
 
 

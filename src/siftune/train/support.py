@@ -48,7 +48,9 @@ def support_gradient(
 @contextmanager
 def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global generators for the time of a block, and put them back as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    on_accelerator = device.type not in ("cpu", "mps")  # torch cannot fork the generator of the latter
+    devices = range(torch.accelerator.device_count()) if on_accelerator else []
+    with torch.random.fork_rng(devices=devices, device_type=device.type if on_accelerator else "cuda"):
         torch.manual_seed(seed % 2**63)
         yield
 

@@ -176,3 +176,13 @@ def test_gradients_that_are_no_number_are_seen():
     grads = [torch.tensor([[1.0], [math.nan], [2.0]])]
     assert not torch.isfinite(score_samples(grads, None).scores).all()
     assert not torch.isfinite(score_samples(grads, [torch.ones(1)]).scores).all()
+
+
+@pytest.mark.parametrize("support", [None, "ones", "bad"])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_what_is_not_finite_shows_in_the_scores(support, cosine):
+    grads = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    towards = {None: None, "ones": [torch.ones(2)], "bad": [torch.tensor([1.0, math.nan])]}[support]
+    if support != "bad":
+        grads[1, 0] = math.nan
+    assert not torch.isfinite(score_samples([grads], towards, cosine=cosine).scores).all()
