@@ -62,10 +62,8 @@ CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwa
     [
         ("rest", 1, {"ddp_find_unused_parameters": False}),
         ("rest", 2, CHECKPOINTING),
-        ("sample", 1, {"ddp_find_unused_parameters": True}),
-        ("momentum", 2, {}),
-        ("dataset", 1, CHECKPOINTING),
-        ("rest", 1, {"with_ist": True}),
+        ("momentum", 2, {"ddp_find_unused_parameters": True}),
+        ("sample", 1, {"with_ist": True}),
     ],
 )
 def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, settings):
