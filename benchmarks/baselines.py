@@ -23,6 +23,7 @@ All three take PEFT's plain LoRA on linear modules in the decoder layers, in one
 Shapes: B rows, T positions, I inputs, O outputs, K chosen rows, L layers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,7 @@ class Choice:
     selected: Tensor
 
 
-class Baseline:
+class Baseline(ABC):
     """What the three have in common. Call `begin()` before every optimizer step, and `step()` for every batch.
 
     Args:
@@ -134,8 +135,9 @@ class Baseline:
             return run(batch)
         return self._select(batch, run, count, uniform_LB)
 
+    @abstractmethod
     def _select(self, batch: Batch, run: Run, count: int, uniform_LB: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Choose `count` rows with these uniform numbers, and form the gradients of those; see `step`."""
 
     def _uniform(self, rows: int) -> Tensor:
         """The numbers that GAST would draw for this batch, (L, B)."""

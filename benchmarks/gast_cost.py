@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     except SiftuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print("\n".join(table(results, methods[0])))
+    lines = table(results, methods[0])
+    print("\n".join([*lines, "", *pooled(results, methods[0])] if args.pooled else lines))
     return 0
 
 
@@ -159,6 +160,23 @@ def table(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> 
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *_notes(results)]
+
+
+def pooled(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> list[str]:
+    """Lines of a Markdown table of medians over the single steps of all rounds, and of the ratios of these medians.
+
+    Where bursts of other work slow a few steps many times over, a round's mean says little and these say more.
+    """
+    lines = [f"| case | method | median s/step | × {reference} |", "|---|---|---:|---:|"]
+    for case, measurements in results:
+        steps: dict[str, list[float]] = {}
+        for measurement in measurements:
+            steps.setdefault(measurement.method, []).extend(measurement.seconds)
+        middle = {method: median(seconds) for method, seconds in steps.items()}
+        lines += [
+            f"| {case.name} | {m} | {value:.3g} | {value / middle[reference]:.2f} |" for m, value in middle.items()
+        ]
+    return lines
 
 
 def _ratio(measurements: Sequence[Measurement], method: str, reference: str, of: Callable[[Measurement], float]) -> str:
@@ -236,6 +254,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the frozen weights")
     add("--threads", type=int, help="processor threads of each process; as in the environment if absent")
     add("--out", type=Path, help="file that finished measurements are added to, one line of JSON each")
+    add("--pooled", action="store_true", help="add medians over the single steps of all rounds, for restless machines")
     add("--sweep", action="store_true", help="random llamas; vary rows, length and layers one at a time")
     return parser.parse_args(argv)
 

@@ -58,7 +58,7 @@ def load_model(source: str, dtype: str = "auto") -> tuple["PreTrainedModel", "Pr
 
 
 def _fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Use float32 on a processor without half-precision products, where these are a hundred times slower."""
+    """Use float32 on a processor without half-precision products, on which torch is far slower."""
     import torch
 
     if torch.accelerator.is_available() or _multiplies(model.dtype):

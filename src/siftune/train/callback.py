@@ -10,22 +10,22 @@ Example:
             optimizer.zero_grad()
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import RecipeError
 from siftune.sparse.ist import ISTSettings
 from siftune.train.draws import Batch, RowDraws
 from siftune.train.selection import GivenBatches, LayerSelection, Loss, Selection, model_loss
-from siftune.train.trainer_access import refuse_sharding, saved_state, trainer_loss
+from siftune.train.selection_callback import SelectionCallback
+from siftune.train.trainer_access import refuse_sharding, trainer_loss
 
 
-class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class _LayerCallback(SelectionCallback):
     """What IST and RST share: a `LayerSelection` that lives as long as a training run."""
 
     _scored: bool
@@ -36,7 +36,7 @@ class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._arguments = arguments
         self.on_select: Callable[[Selection], None] | None = None
         self._selection: LayerSelection | None = None
-        self._resumed: Mapping[str, Any] | None = None
+        self._resumed = None
 
     @property
     def last(self) -> Selection | None:
@@ -47,11 +47,6 @@ class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def importance(self) -> Tensor | None:
         """(L,) float64 importance logits, high = important; None before training."""
         return self._selection.importance if self._selection else None
-
-    def remove(self) -> None:
-        """Take the gates off the model: needed only where training ended in an exception."""
-        if self._selection is not None:
-            self._selection.remove()
 
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoints: the constructor's arguments and the selection's state."""
@@ -76,10 +71,7 @@ class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         loader = kwargs.get("train_dataloader")
         if loader is not None:
             self._selection.draws = RowDraws(loader.dataset, loader.collate_fn, self._selection.generator)
-        saved = self._resumed or saved_state(state, type(self).__name__)
-        if state.global_step and saved:
-            self._selection.load_state_dict(saved)
-        self._resumed = None
+        self._resume(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,12 +89,6 @@ class _LayerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Make sure that the optimizer skips inactive layers."""
         assert self._selection is not None
         self._selection.drop_inactive_grads()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the model as it was, but for the adapter's values."""
-        self.remove()
 
 
 class IST(_LayerCallback):

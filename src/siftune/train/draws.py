@@ -1,5 +1,6 @@
 """Rows of the training set drawn by a method's own generator, beside the Trainer's data order."""
 
+import base64
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -63,6 +64,20 @@ class RowDraws:
                 yield row
             if empty:
                 return
+
+
+def draws_state(generator: torch.Generator, draws: Any) -> dict[str, Any]:
+    """JSON-ready state of a generator and of the rows that `draws` has taken from an iterable."""
+    state = generator.get_state().numpy().tobytes()
+    return {"generator": base64.b64encode(state).decode("ascii"), "taken": getattr(draws, "taken", 0)}
+
+
+def load_draws_state(state: Mapping[str, Any], generator: torch.Generator, draws: Any) -> None:
+    """Continue from a `draws_state()`."""
+    raw = bytearray(base64.b64decode(state["generator"]))
+    generator.set_state(torch.frombuffer(raw, dtype=torch.uint8))
+    if hasattr(draws, "taken"):
+        draws.taken = int(state["taken"])
 
 
 def label_weight(batch: Batch) -> float:

@@ -10,15 +10,14 @@ Example:
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.sparse.gast import Choice, GASTSettings, Pool, Scale, Score, Support
@@ -26,14 +25,15 @@ from siftune.train.draws import Batch, RowDraws
 from siftune.train.sample_choice import Samples
 from siftune.train.samples import SampleSelection
 from siftune.train.selection import GivenBatches, Loss, model_loss
-from siftune.train.trainer_access import calling_trainer, refuse_sharding, resumed_from, saved_state, trainer_loss
+from siftune.train.selection_callback import SelectionCallback
+from siftune.train.trainer_access import calling_trainer, refuse_sharding, resumed_from, trainer_loss
 
 logger = logging.getLogger(__name__)
 
 _MEAN = "gast_mean.safetensors"  # in a checkpoint: the running mean of support="momentum"
 
 
-class GAST(TrainerCallback, ExportableState):  # type: ignore[misc]
+class GAST(SelectionCallback):
     """Gradient-aligned Sparse Tuning: every layer follows the samples that point its way (arXiv 2603.09865).
 
     Scores and choices are made per forward pass: with gradient accumulation in each micro-batch, with several ranks in
@@ -95,17 +95,12 @@ class GAST(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.history: list[Samples] = []
         self.on_select: Callable[[Samples], None] | None = None
         self._selection: SampleSelection | None = None
-        self._resumed: Mapping[str, Any] | None = None
+        self._resumed = None
 
     @property
     def last(self) -> Samples | None:
         """The choice in the last batch; None before training."""
         return self._selection.last if self._selection else None
-
-    def remove(self) -> None:
-        """Take the tape off the model: needed only where training ended in an exception."""
-        if self._selection is not None:
-            self._selection.remove()
 
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoints: the constructor's arguments, but for rows, and the selection's state."""
@@ -175,11 +170,8 @@ class GAST(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.settings.needs_rows:
             rows = self._support_rows(loader)
             self._selection.draws = RowDraws(rows, collate, self._selection.generator)  # type: ignore[arg-type]
-        saved = self._resumed or saved_state(state, type(self).__name__)
-        if state.global_step and saved:
-            self._selection.load_state_dict(saved)
+        if self._resume(state):
             self._load_mean()
-        self._resumed = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,12 +203,6 @@ class GAST(TrainerCallback, ExportableState):  # type: ignore[misc]
         tensors = self._selection.mean_tensors()
         if tensors and state.is_world_process_zero and folder.is_dir():
             save_file({name: mean.contiguous() for name, mean in tensors.items()}, folder / _MEAN)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the model as it was, but for the adapter's values."""
-        self.remove()
 
     def _tell(self) -> None:
         choice = self.last

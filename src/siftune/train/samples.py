@@ -3,7 +3,6 @@
 `SampleSelection` is what the callback `GAST` drives, and what its `attach` returns for a plain training loop.
 """
 
-import base64
 import logging
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -20,6 +19,7 @@ from siftune.models.adapters import LayerGroup, group_by_layer
 from siftune.sparse import gast
 from siftune.sparse.scores import Scored, live_samples, score_samples
 from siftune.train.distributed import rank, sum_over_ranks, world_size
+from siftune.train.draws import draws_state, load_draws_state
 from siftune.train.sample_choice import Choosing, Samples, Unit, units_of
 from siftune.train.selection import Draws, Loss, model_loss
 from siftune.train.support import adam_metric, support_gradient
@@ -125,20 +125,12 @@ class SampleSelection:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state: generator and steps. The running mean is in `mean_tensors`."""
-        state = self.generator.get_state().numpy().tobytes()
-        return {
-            "steps": self.steps,
-            "generator": base64.b64encode(state).decode("ascii"),
-            "taken": getattr(self.draws, "taken", 0),
-        }
+        return {"steps": self.steps, **draws_state(self.generator, self.draws)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`, as if never interrupted."""
         self.steps = int(state["steps"])
-        raw = bytearray(base64.b64decode(state["generator"]))
-        self.generator.set_state(torch.frombuffer(raw, dtype=torch.uint8))
-        if hasattr(self.draws, "taken"):
-            self.draws.taken = int(state["taken"])  # type: ignore[union-attr]
+        load_draws_state(state, self.generator, self.draws)
 
     def mean_tensors(self) -> dict[str, Tensor]:
         """The running mean of "momentum", by name of the parameter; empty for other support modes."""

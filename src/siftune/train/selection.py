@@ -3,7 +3,6 @@
 `LayerSelection` is what the Trainer callbacks drive, and what `attach` returns for a plain training loop.
 """
 
-import base64
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from siftune.models.modes import evaluating
 from siftune.sparse import ist
 from siftune.sparse.baselines import draw_uniform
 from siftune.train.distributed import mean_over_ranks, world_size
-from siftune.train.draws import Batch, label_weight
+from siftune.train.draws import Batch, draws_state, label_weight, load_draws_state
 
 logger = logging.getLogger(__name__)
 
@@ -170,22 +169,13 @@ class LayerSelection:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state: importance, generator, steps."""
-        state = self.generator.get_state().numpy().tobytes()
-        return {
-            "steps": self.steps,
-            "importance": self.importance.tolist(),
-            "generator": base64.b64encode(state).decode("ascii"),
-            "taken": getattr(self.draws, "taken", 0),
-        }
+        return {"steps": self.steps, "importance": self.importance.tolist(), **draws_state(self.generator, self.draws)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`, as if never interrupted."""
         self.steps = int(state["steps"])
         self.importance = torch.tensor(state["importance"], dtype=torch.float64)
-        raw = bytearray(base64.b64decode(state["generator"]))
-        self.generator.set_state(torch.frombuffer(raw, dtype=torch.uint8))
-        if hasattr(self.draws, "taken"):
-            self.draws.taken = int(state["taken"])  # type: ignore[union-attr]
+        load_draws_state(state, self.generator, self.draws)
 
     def __enter__(self) -> "LayerSelection":
         return self

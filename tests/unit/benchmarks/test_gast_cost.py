@@ -112,6 +112,13 @@ def test_the_table_has_medians_and_the_range_of_the_ratios():
     assert len({line.count("|") for line in lines[:5]}) == 1
 
 
+def test_pooled_steps_are_not_swayed_by_a_burst():
+    steps = {("dense", 0): (2.0, 2.0), ("dense", 1): (60.0, 2.0), ("greats", 0): (3.0, 3.0), ("greats", 1): (3.0, 99.0)}
+    found = [Measurement(method, number, seconds, 1.0, {}) for (method, number), seconds in steps.items()]
+    lines = gast_cost.pooled([(Case("one", None, ""), found)], "dense")
+    assert lines[2:] == ["| one | dense | 2 | 1.00 |", "| one | greats | 3 | 1.50 |"]
+
+
 def test_the_table_of_several_cases_names_them():
     cases = [CASE, Case("b", WORK, "/b")]
     lines = table(collect(cases, ["dense"], 1, 1, None, Machine()), "dense")

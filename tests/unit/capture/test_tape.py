@@ -244,8 +244,9 @@ def test_an_adapter_that_is_not_in_use_gets_no_gradient():
         assert_close(parameter.grad, grad, 1e-12)
 
 
-def test_float32_adapters_on_a_bfloat16_base():
-    model = adapted().to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapters_on_a_half_precision_base(dtype):
+    model = adapted().to(dtype)
     for parameter in in_layers(model):
         parameter.data = parameter.data.float()
     inputs = batch(model, 4)
@@ -254,7 +255,7 @@ def test_float32_adapters_on_a_bfloat16_base():
         with Recorder(model) as recorder:
             summed_loss(model, inputs).backward()
     for parameter, rows in recorder.grads.items():
-        assert rows.dtype == torch.bfloat16
+        assert rows.dtype == dtype
         assert parameter.grad.dtype == torch.float32
         assert_close(parameter.grad, plain[parameter], 0.03)
 

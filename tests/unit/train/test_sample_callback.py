@@ -5,7 +5,6 @@ import torch
 from datasets import Dataset
 from oracles import flat, rest_scores
 from peft import LoraConfig, get_peft_model
-from tiny import batch
 from tokenizer import byte_tokenizer
 from trainers import Watch, adapted, arguments, rows, train, weights
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForSequenceClassification, Trainer
@@ -17,10 +16,10 @@ from siftune.models.adapters import group_by_layer
 
 
 class Batches:
-    """What went into the model in training, and the gradients that came out of each optimizer step."""
+    """What went into the model in training."""
 
     def __init__(self, model):
-        self.inputs, self.random = [], []
+        self.inputs = []
         model.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, model, args, kwargs):
@@ -303,6 +302,3 @@ def test_evaluation_during_training_is_not_a_batch(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert [(s.step, s.batch) for s in method.history] == [(step, 0) for step in range(6)]
-    inputs = batch(model)
-    with torch.no_grad():
-        model(**inputs)

@@ -294,6 +294,33 @@ def test_gradients_that_are_not_finite_arrive_as_such(model, inputs, bad):
     assert sift.last.selected.shape == (4, 2)
 
 
+@pytest.mark.parametrize("support", ["rest", "sample"])
+def test_grad_scaler(model, inputs, support):
+    """A loss scale changes neither choice nor step, and a step whose gradients overflow is skipped."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with GAST(2, support).attach(model, batches=[inputs], loss=loss_of) as sift:
+        backward(model, inputs)
+        plain, choice = [p.grad.clone() for p in parameters], sift.last.selected
+    with GAST(2, support).attach(model, batches=[inputs], loss=loss_of) as sift:
+        model.zero_grad()
+        scaler.scale(summed_loss(model, inputs)).backward()
+        scaler.unscale_(optimizer)
+        assert torch.equal(sift.last.selected, choice)
+        for parameter, grad in zip(parameters, plain, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+        scaler.step(optimizer)
+        scaler.update()
+        before = [p.detach().clone() for p in parameters]
+        model.zero_grad()
+        scaler.scale(summed_loss(model, inputs) * math.inf).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(p, value) for p, value in zip(parameters, before, strict=True))
+    assert scaler.get_scale() == 2.0**11
+
+
 def test_a_step_that_is_not_finite_leaves_the_running_mean(model, inputs):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     with GAST(2, "momentum").attach(model, optimizer=optimizer) as sift:
