@@ -7,6 +7,7 @@
         ├── ModelError          a model folder, hub id or download
         ├── LayerError          a model whose decoder layers cannot be found
         ├── AdapterError        adapters that are missing or of a kind that a method cannot use
+        ├── KitError            a kit or a return that is damaged, forged, or does not fit
         ├── UnsupportedError    a combination that a method refuses
         └── TrainingError       training that cannot go on: a loss of NaN, a full disk
 
@@ -44,6 +45,10 @@ class LayerError(InputError):
 
 class AdapterError(InputError):
     """Adapters are missing, or of a kind that the method cannot use."""
+
+
+class KitError(InputError):
+    """A kit or a return is damaged, forged, or does not fit; the message names file and field."""
 
 
 class UnsupportedError(InputError):

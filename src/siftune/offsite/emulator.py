@@ -1,0 +1,143 @@
+"""Emulators: models whose middle layers are smaller than their base's.
+
+An emulator is an ordinary transformers model in which, in the middle layers, attention matrices are replaced by
+products of two thinner ones, MLPs have fewer channels, or layers are missing or take the weights of others. Shapes
+alone describe it, so that it can be built before any weight is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from siftune.models.families import Family, family_of
+from siftune.models.layers import find_layers
+from siftune.offsite.split import Split
+
+
+class FactoredLinear(nn.Module):
+    """A linear map through a bottleneck: y = up(down(x)), in place of a Linear of the same in and out features.
+
+    Args:
+        in_features: Features of x.
+        rank: Rows of `down`, columns of `up`.
+        out_features: Features of y.
+        bias: Whether `up` has a bias.
+    """
+
+    def __init__(self, in_features: int, rank: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.rank, self.out_features = in_features, rank, out_features
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in) to (…, out)."""
+        y: Tensor = self.up(self.down(x))
+        return y
+
+    def extra_repr(self) -> str:
+        """Show the shape."""
+        return f"in_features={self.in_features}, rank={self.rank}, out_features={self.out_features}"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a middle layer of an emulator looks like.
+
+    Attributes:
+        base: Number of the base's layer whose kind it is (models may alternate kinds of attention).
+        ranks: Rank of every factored attention matrix, by its path in the layer; others are whole.
+        channels: Channels of the MLP; None for all.
+        biased: Paths of matrices that have a bias though the base's have none.
+        same_as: Place in the middle of an earlier layer whose weights it has; None for weights of its own.
+    """
+
+    base: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    channels: int | None = None
+    biased: tuple[str, ...] = ()
+    same_as: int | None = None
+
+
+def build(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape], meta: bool = True) -> PreTrainedModel:
+    """Build an emulator without weights.
+
+    Args:
+        config: The emulator's config, from `emulator_config`.
+        split: Layers of the adapter at either end.
+        middle: Shapes of the layers between.
+        meta: Buffers on the meta device too; False gives buffers their values.
+
+    Returns:
+        The model, its parameters on the meta device.
+    """
+    place: AbstractContextManager[Any] = torch.device("meta")
+    if not meta:
+        from accelerate import init_empty_weights
+
+        place = init_empty_weights(include_buffers=False)
+    with place:
+        model = AutoModelForCausalLM.from_config(config)
+        family = family_of(config)
+        layers = find_layers(model).layers
+        for number, shape in zip(split.middle(len(layers)), middle, strict=True):
+            reshape(layers[number], family, shape)
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def emulator_config(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape]) -> PreTrainedConfig:
+    """Derive an emulator's config from its base's: depth, and the kind of every layer where kinds alternate."""
+    settings = config.to_dict()
+    depth = config.num_hidden_layers
+    bases = [*range(split.first), *(shape.base for shape in middle), *range(depth - split.last, depth)]
+    new = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    new.num_hidden_layers = len(bases)
+    if getattr(config, "layer_types", None):
+        new.layer_types = [config.layer_types[base] for base in bases]
+    return new
+
+
+def reshape(layer: nn.Module, family: Family, shape: LayerShape) -> None:
+    """Replace a decoder layer's matrices by smaller ones, uninitialised, in place."""
+    for path, rank in shape.ranks.items():
+        inputs, outputs, bias = features(layer.get_submodule(path))
+        layer.set_submodule(path, FactoredLinear(inputs, rank, outputs, bias or path in shape.biased))
+    for path in (*family.reads, family.writes):
+        inputs, outputs, bias = features(layer.get_submodule(path))
+        bias = bias or path in shape.biased
+        if shape.channels is not None:
+            writes = path == family.writes
+            inputs, outputs = (shape.channels, outputs) if writes else (inputs, shape.channels)
+            layer.set_submodule(path, nn.Linear(inputs, outputs, bias))
+
+
+def features(module: nn.Module) -> tuple[int, int, bool]:
+    """In features, out features and whether there is a bias, of a Linear or a Conv1D."""
+    weight: Any = module.weight
+    outputs, inputs = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+    return inputs, outputs, module.bias is not None
+
+
+def weight_OI(module: nn.Module) -> Tensor:  # noqa: N802
+    """The weight of a Linear or a Conv1D as (out, in)."""
+    weight: Any = module.weight
+    return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]
+
+
+def frozen_names(model: nn.Module, split: Split, middle: Sequence[LayerShape]) -> list[str]:
+    """Names in the state dict of what an emulator ships besides the adapter, each stored tensor once.
+
+    Left out are a head tied to the embeddings, and layers that have another's weights.
+    """
+    found = find_layers(model)
+    numbers = split.middle(len(found.layers))
+    outer = tuple(f"{found.path}.{number}." for number in split.outer(len(found.layers)))
+    copies = tuple(f"{found.path}.{n}." for n, s in zip(numbers, middle, strict=True) if s.same_as is not None)
+    tied = tuple(getattr(model, "all_tied_weights_keys", None) or ())
+    return [name for name in model.state_dict() if not name.startswith((*outer, *copies)) and name not in tied]
