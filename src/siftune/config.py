@@ -21,7 +21,7 @@ class Recipe:
     """
 
     model: str = "smollm2"
-    """Model to tune: a folder, a hub id, or smollm2 (packaged, no hub needed)."""
+    """Model to tune: a folder, a hub id, smollm2 (packaged, no hub needed), or a kit of siftune emulate."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
 
@@ -87,8 +87,11 @@ class Recipe:
     keep_scores: bool = False
     """gast: record every row's score in every layer, not the choices alone."""
 
-    adapter: Literal["lora", "rslora", "dora"] = "lora"
-    """Kind of adapter."""
+    adapter: Literal["lora", "rslora", "dora", "full"] = "lora"
+    """Kind of adapter; full: none, the weights of the chosen layers themselves train."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's adapter layers
+    for kits."""
     rank: int = 32
     """Rank of the adapter matrices."""
     alpha: int | None = None
@@ -154,9 +157,15 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     now = now or datetime.now()
     return replace(
         recipe,
-        alpha=default_alpha(recipe.adapter, recipe.rank) if recipe.alpha is None else recipe.alpha,
+        alpha=_alpha(recipe),
         out=recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}",
     )
+
+
+def _alpha(recipe: Recipe) -> int | None:
+    if recipe.alpha is not None or recipe.adapter == "full":
+        return recipe.alpha
+    return default_alpha(recipe.adapter, recipe.rank)
 
 
 def check(recipe: Recipe) -> None:
@@ -201,6 +210,7 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "replacement goes with choice stochastic or random: topk draws nothing",
         ),
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
+        (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
     ]
 
 

@@ -88,9 +88,16 @@ def _field(flag: str) -> str:
     return flag.partition("=")[0].replace("-", "_").removeprefix("__").removeprefix("no_")
 
 
+def _hints(kind: type) -> dict[str, Any]:
+    """Return the types of a command's options, by the names that the user sees: tyro's `arg(name=…)` renames."""
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    renamed = {name: mark.name for name, found in marks.items() for mark in found if getattr(mark, "name", None)}
+    return {renamed.get(name, name): hint for name, hint in get_type_hints(kind).items()}
+
+
 def _spell_out(kind: type, arguments: Sequence[str]) -> list[str]:
     """Add the `True` to a flag that takes true or text but stands alone, such as `--resume`."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     words: list[str] = []
     for word, after in zip(arguments, [*arguments[1:], "--"], strict=False):
         words.append(word)
@@ -101,7 +108,7 @@ def _spell_out(kind: type, arguments: Sequence[str]) -> list[str]:
 
 def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> str:
     """Turn the parser's refusal into one sentence: what was found, what is wanted, where to look."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     flags = [word for word in arguments if re.match("--[a-zA-Z]", word)]
     for flag in flags:
         if _field(flag) not in hints:
@@ -109,6 +116,9 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
             guess = f"did you mean --{close.replace('_', '-')}?" if close else f"see `{program} --help`"
             return f"unknown option {flag.partition('=')[0]} of `{program}`; {guess}"
     refusal = _unbox(box)
+    missing = re.findall(r"(--[a-z-]+) .*?\(required\)", refusal) if refusal.startswith("Missing") else []
+    if missing:
+        return f"{' and '.join(missing)} must be given; see `{program} --help`"
     for flag in flags:
         name = flag.partition("=")[0]
         if re.search(rf"{name}(?![\w-])", refusal):

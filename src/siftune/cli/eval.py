@@ -18,7 +18,7 @@ class Options:
     """Measure base models and tuned ones on held-out rows: multiple choice, exact match and perplexity."""
 
     runs: Positional[tuple[str, ...]]
-    """What to measure: run folders, PEFT adapter folders, or models (folder, hub id, smollm2)."""
+    """What to measure: run folders, PEFT adapter folders, kits, or models (folder, hub id, smollm2)."""
     data: str | None = None
     """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id; a run's own if not given."""
     split: str = "test"
@@ -135,22 +135,21 @@ def _evaluate(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> dic
 
 
 def _measure(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> "tuple[Metrics, Metrics | None]":
-    """Measure the base, unless it's known, and the tuned model, if there's an adapter."""
+    """Measure the base, unless it's known, and the tuned model, if something was trained."""
     from rich.console import Console
 
     from siftune.evaluate.prepare import prepare_rows
-    from siftune.evaluate.run import measure, measure_base
-    from siftune.evaluate.subject import load_subject
+    from siftune.evaluate.run import measure
+    from siftune.evaluate.subject import load_base, put_on
 
     subject, task = job.subject, job.task
     with Console(stderr=True).status(f"loading {subject.name}") as status:
-        model, tokenizer = load_subject(subject, task.dtype)
+        model, tokenizer = load_base(subject, task.dtype)
         prepared = prepare_rows(job.rows, tokenizer, options.metrics, task.template, options.max_new_tokens)
         if task not in known:
             status.update(f"measuring {task.base}")
-            whole = measure if subject.adapter is None else measure_base
-            known[task] = whole(model, prepared, options.batch_size)
+            known[task] = measure(model, prepared, options.batch_size)
         if subject.adapter is None:
             return known[task], None
         status.update(f"measuring {subject.name}")
-        return known[task], measure(model, prepared, options.batch_size)
+        return known[task], measure(put_on(model, subject), prepared, options.batch_size)

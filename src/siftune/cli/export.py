@@ -1,7 +1,5 @@
-"""`siftune export`: merge an adapter into its base model."""
+"""`siftune export`: put what was trained into its base model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +11,10 @@ from siftune.errors import AdapterError, ModelError
 
 @dataclass
 class Options:
-    """Merge a run's adapter into its base model, and save an ordinary model that needs neither PEFT nor siftune."""
+    """Merge what a run has trained into its base model. The result is an ordinary model."""
 
     run: Positional[str]
-    """Run folder, or a folder with an adapter in PEFT's format."""
+    """Run folder, or a folder with an adapter in PEFT's format or with tuned layers."""
     out: str | None = None
     """Folder of the merged model; RUN/merged if not given."""
     base: str | None = None
@@ -29,46 +27,27 @@ def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     import logging
 
-    from siftune.evaluate.subject import find_subject, load_subject
+    from siftune.evaluate.subject import find_subject, is_of_kit, load_subject
+    from siftune.models.saving import new_folder
 
     subject = find_subject(options.run)
+    if is_of_kit(subject):
+        raise ModelError(
+            f"{options.run} is of a kit, an emulator that only stands in for a model: send the folder `return` of the "
+            "run to the model's owner, whose `siftune plug` makes the tuned model."
+        )
     if subject.adapter is None:
         raise ModelError(f"{options.run} holds no adapter; give a run folder, or a folder in PEFT's format.")
     out = Path(options.out or Path(options.run) / "merged").expanduser()
     subject = replace(subject, base=options.base or subject.base)
-    with _beside(out) as partial:
+    with new_folder(out) as partial:
         model, tokenizer = load_subject(subject, options.dtype, exact=True)
         try:
-            merged = model.merge_and_unload(safe_merge=True)
+            # layers that were tuned themselves are in place already
+            merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
         except ValueError as error:  # PEFT looks for NaN and infinity
             raise AdapterError(f"the adapter in {subject.adapter} cannot be merged: {error}") from error
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}
-
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """Give a folder to write to beside `out`; it becomes `out` at the end, or is removed after an error.
-
-    Raises:
-        ModelError: `out` is in use, or cannot be made; before anything is loaded.
-    """
-    import shutil
-
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        if out.exists() and any(out.iterdir()):
-            raise ModelError(f"{out} is not empty; give another folder with --out.")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ModelError(f"{out} cannot be written to ({error.strerror}); give another folder with --out.") from error
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,14 +1,17 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from siftune.config import Recipe
+
+if TYPE_CHECKING:
+    from siftune.train.run import Run
 
 
 @dataclass
 class Options(Recipe):
-    """Fine-tune a language model with adapters, updating only the layers that count.
+    """Fine-tune a language model, or a kit of one, updating only the layers that count.
 
     Give recipe files (.yaml), flags, or both: flags override recipes, a later recipe an earlier one.
     """
@@ -21,13 +24,28 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.train.run import train
 
     finished = train(options)
-    summary = finished.summary
-    path = finished.folder.path
-    Console(stderr=True).print(
+    summary, path = finished.summary, finished.folder.path
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(
         f"done: {summary['steps']} steps in {summary['seconds']:.0f} s, peak {summary['peak_memory_mb']:,.0f} MB\n"
-        f"adapter in {finished.folder.adapter}\n"
-        f"next: `siftune eval {path} --data FILE`, `siftune export {path}`",
-        highlight=False,
-        soft_wrap=True,
+        f"{_whereabouts(finished)}",
+        markup=False,
     )
-    return {"run": path, "adapter": finished.folder.adapter, **summary}
+    left = {"adapter": finished.folder.adapter, "return": finished.folder.returned}
+    return {"run": path, **{name: folder for name, folder in left.items() if folder.exists()}, **summary}
+
+
+def _whereabouts(finished: "Run") -> str:
+    """Say what is where, and what to do next."""
+    path, adapter, returned = finished.folder.path, finished.folder.adapter, finished.folder.returned
+    lines = [f"adapter in {adapter}"] if adapter.exists() else []
+    if not returned.exists():
+        return "\n".join([*lines, f"next: `siftune eval {path} --data FILE`, `siftune export {path}`"])
+    return "\n".join(
+        [
+            *lines,
+            f"return in {returned}: send it to the model's owner, who runs "
+            "`siftune plug --model BASE --kit KIT --return RETURN --out TUNED`",
+            f"next: `siftune eval {path} --data FILE`",
+        ]
+    )

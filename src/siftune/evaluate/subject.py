@@ -1,4 +1,4 @@
-"""What the user names to be measured: a run folder, an adapter folder, or a model."""
+"""What the user names to be measured: a run folder, an adapter folder, a kit, or a model."""
 
 import json
 import warnings
@@ -6,20 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
 from siftune.models.source import load_model
+from siftune.offsite.kit import is_kit
 from siftune.recipe_file import load_recipe
+from siftune.train.kits import kit_of, load_tunable, put_in_return
+from siftune.train.tuned_layers import holds_tuned, put_in, read_about, read_tuned
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and the adapter on it if there is one.
+    """A model, and what was trained on it if anything.
 
     Attributes:
         name: As the user named it.
-        base: Source of the base model, for `load_model`.
-        adapter: Folder of the adapter in PEFT's format; None for a model by itself.
+        base: Source of the base model, for `load_model`, or the folder of a kit.
+        adapter: Folder of what was trained: an adapter in PEFT's format, tuned layers, or the return of a run on a
+            kit. None for a model by itself.
         recipe: The recipe of a run folder; None otherwise.
     """
 
@@ -33,8 +39,9 @@ def find_subject(source: str) -> Subject:
     """Tell what a name stands for.
 
     Args:
-        source: A run folder (`recipe.yaml` and `adapter/`), a PEFT adapter folder (`adapter_config.json`), or
-            anything that `load_model` takes.
+        source: A run folder (`recipe.yaml`, and `adapter/` or `return/`), a PEFT adapter folder
+            (`adapter_config.json`), a folder of tuned layers (`tuned_layers.json`), a kit, or anything that
+            `load_model` takes.
 
     Raises:
         ModelError: A run folder has no adapter in it.
@@ -43,17 +50,17 @@ def find_subject(source: str) -> Subject:
     """
     path = Path(source).expanduser()
     if (path / "recipe.yaml").is_file():
-        if not (path / "adapter" / "adapter_config.json").is_file():
-            raise ModelError(f"the run folder {path} has no adapter yet; finish the run with siftune train --resume.")
         recipe: Recipe = load_recipe(path / "recipe.yaml")
-        return Subject(source, recipe.model, path / "adapter", recipe)
+        return Subject(source, recipe.model, _trained_in(path), recipe)
     if (path / "adapter_config.json").is_file():
         return Subject(source, _base_of(path), path)
+    if holds_tuned(path):
+        return Subject(source, read_about(path).base, path)
     return Subject(source, source)
 
 
 def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> tuple[Any, Any]:
-    """Load model and tokenizer, and put the adapter on.
+    """Load model and tokenizer, and put on what was trained.
 
     Args:
         subject: What to load.
@@ -61,21 +68,63 @@ def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> 
         exact: Keep the adapter in float32 whatever the base's dtype, as for merging; slower on many machines.
 
     Returns:
-        The model in eval mode on the accelerator if there is one, PEFT-wrapped if there is an adapter; and the
-        tokenizer.
+        The model in eval mode on the accelerator if there is one, PEFT-wrapped if there is an adapter in PEFT's
+        format; and the tokenizer.
 
     Raises:
         ModelError: As `load_model`.
         AdapterError: The adapter can't be read or doesn't fit the model.
+        KitError: A kit or a return is damaged, or they don't belong together.
     """
-    import torch
+    model, tokenizer = load_base(subject, dtype)
+    return put_on(model, subject, exact), tokenizer
 
-    model, tokenizer = load_model(subject.base, dtype)
-    if subject.adapter is not None:
-        model = _with_adapter(model, subject.adapter, subject.base, exact)
+
+def load_base(subject: Subject, dtype: str = "auto") -> tuple[Any, Any]:
+    """Load model and tokenizer as they were before training; see `load_subject`."""
+    kit = kit_of(subject.base)
+    model, tokenizer = load_model(subject.base, dtype) if kit is None else load_tunable(kit, dtype)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
+
+
+def put_on(model: Any, subject: Subject, exact: bool = False) -> Any:
+    """Put on a base model, in place, what was trained on it; see `load_subject`.
+
+    Returns:
+        The tuned model in eval mode.
+    """
+    folder = subject.adapter
+    if folder is None:
+        return model
+    if holds_tuned(folder):
+        put_in(model, read_tuned(folder), folder)
+    elif _is_return(folder):
+        put_in_return(model, folder, subject.base)
+    else:
+        model = _with_adapter(model, folder, subject.base, exact)
+    return model.eval()
+
+
+def is_of_kit(subject: Subject) -> bool:
+    """Whether the subject is a kit, or was trained on one."""
+    run = Path(subject.name).expanduser()
+    return _is_return(run / "return") or is_kit(Path(subject.base).expanduser())
+
+
+def _trained_in(run: Path) -> Path:
+    """Find what a run has trained."""
+    adapter, returned = run / "adapter", run / "return"
+    if (adapter / "adapter_config.json").is_file() or holds_tuned(adapter):
+        return adapter
+    if _is_return(returned):
+        return returned
+    raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume.")
+
+
+def _is_return(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
 
 
 def _base_of(adapter: Path) -> str:

@@ -17,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from siftune.config import default_alpha
 from siftune.errors import AdapterError
+from siftune.models.full import layer_numbers, original_weights, refuse_adapters
 from siftune.models.groups import LayerGroup, group_by_layer, outside
+from siftune.models.layers import find_layers
 from siftune.models.substitution import (
     ForwardSubstitution,
     Slot,
@@ -55,6 +57,7 @@ def attach_adapter(
     alpha: int | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> PeftModel:
     """Attach a LoRA, rsLoRA or DoRA adapter to a causal language model, in place.
 
@@ -69,21 +72,22 @@ def attach_adapter(
         dropout: Probability of zeroing an input of A, in [0, 1).
         targets: Names, or ends of dotted names, of the modules to adapt. None stands for every linear module of
             the decoder layers, attention and MLP; experts and routers of a mixture are left out.
+        layers: Numbers of the decoder layers that get adapters, from 0, negative ones from the end. None stands for
+            all of them.
 
     Raises:
         AdapterError: A setting is out of range, the model has adapters already, or a target names no module.
-        LayerError: `targets` is None and the decoder layers cannot be found.
+        LayerError: There is no such layer; or the decoder layers cannot be found, and `targets` is None or `layers`
+            is not.
     """
     if kind not in KINDS:
         raise AdapterError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
     if rank < 1 or not 0 <= dropout < 1:
         raise AdapterError(f"rank must be ≥ 1 and dropout in [0, 1); found rank={rank}, dropout={dropout}")
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise AdapterError(
-            f"{type(model).__name__} has adapters already; merge them or take them off "
-            "(PEFT: merge_and_unload(), unload()), or go on with the ones that it has"
-        )
+    refuse_adapters(model)
     chosen = layer_linears(model) if targets is None else named_modules(model, targets)
+    if layers is not None:
+        chosen = _inside(model, chosen, layers)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -97,14 +101,29 @@ def attach_adapter(
     return get_peft_model(model, config)
 
 
+def _inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int]) -> dict[str, nn.Module]:
+    """Keep the modules that are in some layers."""
+    found = find_layers(model)
+    places = tuple(f"{found.path}.{number}." for number in layer_numbers(len(found.layers), layers))
+    kept = {name: module for name, module in modules.items() if name.startswith(places)}
+    if not kept:
+        raise AdapterError(
+            f"none of the modules that `targets` names is in the layers {', '.join(map(str, layers))}; give other "
+            "targets or layers"
+        )
+    return kept
+
+
 @contextmanager
 def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float) -> Iterator[None]:
     """Multiply the adapters' response in some layers by `factor`.
 
     The response of an adapted module is its output minus the output of its base layer for the same input. For
     plain LoRA its scale is changed; for DoRA and every other PEFT adapter a hook computes
-    base + factor·(output − base). What was changed is put back bit for bit when the block ends, also after an
-    error.
+    base + factor·(output − base). Layers whose own weights train (`full.OpenLayers`) run with
+    W₀ + factor·(W − W₀) in the place of W (ours): linear and norm modules are linear in W, so that this damps their
+    response alike.
+    What was changed is put back bit for bit when the block ends, also after an error.
 
     Args:
         groups: Layers, as `group_by_layer` returns them.
@@ -112,11 +131,15 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
         factor: 1 changes nothing, 0 is the base model.
 
     Raises:
-        AdapterError: A layer has no PEFT adapter, or its adapters are merged into the base.
+        AdapterError: A layer has no PEFT adapter and its original weights are not known, or its adapters are merged
+            into the base.
     """
-    chosen = [module for index in dict.fromkeys(indices) for module in _adapted_modules(groups[index])]
+    chosen = [groups[index] for index in dict.fromkeys(indices)]
+    modules = [m for group in chosen if original_weights(group.module) is None for m in _adapted_modules(group)]
     with ExitStack() as undo:
-        for module in chosen:
+        for group in chosen:
+            _damp_weights(group, factor, undo)
+        for module in modules:
             if _is_plain_lora(module):
                 saved = {name: module.scaling[name] for name in module.active_adapters if name in module.scaling}
                 undo.callback(module.scaling.update, saved)
@@ -124,6 +147,17 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
             else:
                 undo.callback(module.register_forward_hook(partial(_damp, factor), with_kwargs=True).remove)
         yield
+
+
+def _damp_weights(group: LayerGroup, factor: float, undo: ExitStack) -> None:
+    """Put W₀ + factor·(W − W₀) in the place of an open layer's weights; leave other layers alone."""
+    originals = original_weights(group.module)
+    if originals is None:
+        return
+    substitution = Substitution(group)
+    undo.callback(substitution.restore)
+    # lerp is exact for factors 0 and 1
+    substitution.swap(lambda slot, now: torch.lerp(originals[slot.parameter].to(now), now, factor))
 
 
 def _adapted_modules(group: LayerGroup) -> list[Any]:
@@ -144,7 +178,8 @@ def _adapted_modules(group: LayerGroup) -> list[Any]:
                 )
     if not found:
         raise AdapterError(
-            f"{group.name} has no PEFT adapter whose response could be damped; attach one, or use RST, which needs none"
+            f"{group.name} has no PEFT adapter whose response could be damped; attach one, open the layer with "
+            "siftune.models.full.OpenLayers before training, or use RST, which needs none"
         )
     return list(found.values())
 

@@ -50,14 +50,14 @@ def load_model(source: str, dtype: str = "auto") -> tuple["PreTrainedModel", "Pr
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if dtype == "auto":
-            model = _fit_for_this_machine(model)
+            model = fit_for_this_machine(model)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_reason(name, error)) from error
-    _set_padding(tokenizer, source)
+    set_padding(tokenizer, source)
     return model, tokenizer
 
 
-def _fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
+def fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
     """Use float32 on a processor without half-precision products, on which torch is far slower."""
     import torch
 
@@ -127,7 +127,7 @@ def _reason(name: str | Path, error: Exception) -> str:
     )
 
 
-def _set_padding(tokenizer: Any, source: str) -> None:
+def set_padding(tokenizer: Any, source: str) -> None:
     """Pad with the end token where there is no padding token: a new one would change the vocabulary."""
     if tokenizer.pad_token_id is not None:
         return

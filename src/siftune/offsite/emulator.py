@@ -54,7 +54,7 @@ class LayerShape:
         ranks: Rank of every factored attention matrix, by its path in the layer; others are whole.
         channels: Channels of the MLP; None for all.
         biased: Paths of matrices that have a bias though the base's have none.
-        same_as: Place in the middle of an earlier layer whose weights it has; None for weights of its own.
+        same_as: Place in the middle of the layer whose weights it has; None for weights of its own.
     """
 
     base: int
@@ -124,7 +124,7 @@ def features(module: nn.Module) -> tuple[int, int, bool]:
     return inputs, outputs, module.bias is not None
 
 
-def weight_OI(module: nn.Module) -> Tensor:  # noqa: N802
+def weight_OI(module: nn.Module) -> Tensor:
     """The weight of a Linear or a Conv1D as (out, in)."""
     weight: Any = module.weight
     return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from siftune.recipe_file import recipe_to_yaml
 from siftune.train.run_folder import hardware, versions
 
 _METHODS = {
-    "dense": "every layer's adapter trains in every step",
+    "dense": "everything of it trains in every step",
     "rst": "random sparse tuning: layers drawn uniformly in every step",
     "ist": "importance-aware sparse tuning, arXiv 2410.11772: layers drawn by their importance in every step",
     "gast": "gradient-aligned sparse tuning, arXiv 2603.09865: every layer follows the rows that point its way",
@@ -15,19 +15,60 @@ _METHODS = {
 }
 
 
-def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """A card in the hub's format: what was tuned, how, on what, with which result."""
+_USE_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "RUN/adapter")
+```
+
+BASE is the model above: for `smollm2`, the folder that `siftune pull smollm2` prints.
+"""
+
+_USE_LAYERS = """```python
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("BASE")
+model.load_state_dict(load_file("RUN/adapter/tuned_layers.safetensors"), strict=False)
+```
+
+BASE is the model above: for `smollm2`, the folder that `siftune pull smollm2` prints. `siftune export RUN` saves the
+tuned model as an ordinary one.
+"""
+
+_USE_RETURN = """\
+The model above is a kit: it stands in for a model that its owner keeps. Send the folder RUN/return, and nothing else,
+to the owner, who makes the tuned model of it:
+
+```sh
+siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
+```
+
+`siftune eval RUN --data FILE` measures the kit's emulator before and after.
+"""
+
+
+def model_card(recipe: Recipe, summary: dict[str, Any], is_kit: bool = False) -> str:
+    """A card in the hub's format: what was tuned, how, on what, with which result.
+
+    Args:
+        recipe: Resolved settings.
+        summary: The run's summary.
+        is_kit: What was tuned is a kit.
+    """
     loss = summary["loss_last"]
     tokens = ", ".join(f"{name} {number}" for name, number in versions().items())
+    full = recipe.adapter == "full"
     return f"""---
 base_model: {recipe.model}
-library_name: peft
+library_name: {"transformers" if full else "peft"}
 tags: [siftune, {recipe.method}, {recipe.adapter}]
 ---
 
 # {recipe.model}, tuned with siftune
 
-Adapter: {recipe.adapter}, rank {recipe.rank}, alpha {recipe.alpha}.
+{_what(recipe)}
 Method: {recipe.method} — {_METHODS[recipe.method]}.
 Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 
@@ -41,15 +82,7 @@ Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 
 ## Use
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "RUN/adapter")
-```
-
-BASE is the model above: for `smollm2`, the folder that `siftune pull smollm2` prints.
-
+{_USE_RETURN if is_kit else _USE_LAYERS if full else _USE_ADAPTER}
 ## Recipe
 
 ```yaml
@@ -57,3 +90,12 @@ BASE is the model above: for `smollm2`, the folder that `siftune pull smollm2` p
 
 Versions: {tokens}.
 """
+
+
+def _what(recipe: Recipe) -> str:
+    """Say what trained."""
+    layers = None if recipe.layers is None else ", ".join(map(str, recipe.layers))
+    if recipe.adapter == "full":
+        return f"Trained: all weights of the layers {layers}."
+    where = "" if layers is None else f", in the layers {layers}"
+    return f"Adapter: {recipe.adapter}, rank {recipe.rank}, alpha {recipe.alpha}{where}."

@@ -1,12 +1,14 @@
 """Going on from a checkpoint: which one, from which step, and whether it is of this run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.train.run_folder import RunFolder, is_complete, newest_checkpoint
+from siftune.train.tuned_layers import holds_tuned, read_about
 
 # what makes an adapter another one -> how a recipe calls it
 _SAME = {
@@ -14,7 +16,7 @@ _SAME = {
     "lora_alpha": "alpha",
     "use_dora": "adapter",
     "use_rslora": "adapter",
-    "target_modules": "targets",
+    "target_modules": "targets and layers",
 }
 
 
@@ -39,6 +41,23 @@ def step_of(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
+def check_layers(checkpoint: Path, layers: Sequence[int]) -> None:
+    """Refuse a checkpoint that is not of the layers that the recipe asks for.
+
+    Args:
+        checkpoint: A complete checkpoint.
+        layers: Numbers of the layers whose own weights train, from 0, ascending.
+
+    Raises:
+        RecipeError: They differ, or the checkpoint is of a run with an adapter.
+    """
+    if not holds_tuned(checkpoint):
+        raise _other_run(checkpoint, "it holds an adapter", "adapter full", "adapter")
+    found = read_about(checkpoint).layers
+    if list(found) != list(layers):
+        raise _other_run(checkpoint, f"it holds the layers {list(found)}", str(list(layers)), "layers")
+
+
 def check_adapter(checkpoint: Path, config: Any) -> None:
     """Refuse a checkpoint whose adapter is not the one that the recipe asks for.
 
@@ -49,6 +68,8 @@ def check_adapter(checkpoint: Path, config: Any) -> None:
     Raises:
         RecipeError: They differ; the message names the setting.
     """
+    if holds_tuned(checkpoint):
+        raise _other_run(checkpoint, "it holds layers that were tuned themselves", "an adapter in them", "adapter")
     path = checkpoint / "adapter_config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -57,10 +78,23 @@ def check_adapter(checkpoint: Path, config: Any) -> None:
     for key, name in _SAME.items():
         found, wanted = _plain(saved.get(key)), _plain(getattr(config, key))
         if found != wanted:
-            raise RecipeError(
-                f"{checkpoint} is of another run: its adapter has {key} = {found}, this recipe asks for {wanted}; "
-                f"set {name} as that run did, or train in another folder with --out."
-            )
+            found, wanted = _difference(found, wanted)
+            raise _other_run(checkpoint, f"its adapter has {key} = {found}", str(wanted), name)
+
+
+def _other_run(checkpoint: Path, found: str, wanted: str, name: str) -> RecipeError:
+    return RecipeError(
+        f"{checkpoint} is of another run: {found}, this recipe asks for {wanted}; set {name} as that run did, or train "
+        "in another folder with --out."
+    )
+
+
+def _difference(found: Any, wanted: Any) -> tuple[Any, Any]:
+    """Leave out of two lists, which may be long, what they share."""
+    if not isinstance(found, list) or not isinstance(wanted, list):
+        return found, wanted
+    only_found, only_wanted = [x for x in found if x not in wanted], [x for x in wanted if x not in found]
+    return only_found or "nothing", f"{only_wanted or 'nothing'} in their place"
 
 
 def _plain(value: Any) -> Any:

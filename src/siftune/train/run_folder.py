@@ -5,7 +5,8 @@
       run.json          status, versions, hardware, summary
       metrics.jsonl     one line per log: step, loss, learning rate, tokens per second, peak memory
       selection.jsonl   one line per step: the layers that trained; scores where they were taken
-      adapter/          the adapter in PEFT's format, and the tokenizer
+      adapter/          the adapter in PEFT's format, or the layers that were tuned themselves; and the tokenizer
+      return/           of a run on a kit: what goes back to the model's owner
       checkpoints/      the Trainer's checkpoints, for --resume
       README.md         model card
 
@@ -55,6 +56,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def returned(self) -> Path:
+        """Folder of what goes back to the owner of a kit."""
+        return self.path / "return"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the Trainer's checkpoints."""
         return self.path / "checkpoints"
@@ -80,18 +86,26 @@ class RunFolder:
         record = {**values, "versions": versions(), "hardware": hardware()}
         self.write("run.json", json.dumps(record, indent=2) + "\n")
 
-    def replace_adapter(self, save: Callable[[Path], None]) -> None:
-        """Have `save` write the adapter beside its place, then move it there."""
-        beside = self.path / ".adapter.partial"
-        shutil.rmtree(beside, ignore_errors=True)
+    def replace(self, parts: Mapping[str, Callable[[Path], None]]) -> None:
+        """Have subfolders written anew: all of them beside their places, and only then are they moved there.
+
+        Args:
+            parts: Name of a subfolder -> what writes it to the path that it is given.
+        """
+        beside = {name: self.path / f".{name}.partial" for name in parts}
+        for path in beside.values():
+            shutil.rmtree(path, ignore_errors=True)
         try:
-            save(beside)
+            for name, save in parts.items():
+                save(beside[name])
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)  # half an adapter, on what may be a full disk
+            for path in beside.values():
+                shutil.rmtree(path, ignore_errors=True)  # half an adapter, on what may be a full disk
             raise
-        if self.adapter.exists():
-            shutil.rmtree(self.adapter)
-        os.replace(beside, self.adapter)
+        for name, path in beside.items():
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+            os.replace(path, self.path / name)
 
     def cut_records(self, step: int) -> None:
         """Drop metrics and selections after `step`, which a resumed run will write again."""
@@ -110,7 +124,8 @@ class RunFolder:
 
     def is_fresh(self) -> bool:
         """Whether no run has left anything here that was trained."""
-        return not self.adapter.exists() and not any(self.checkpoints.glob("checkpoint-*"))
+        left = self.adapter.exists() or self.returned.exists()
+        return not left and not any(self.checkpoints.glob("checkpoint-*"))
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -7,6 +7,7 @@ so. A loss or gradient that is not finite stops training before it reaches the w
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import InputError, TrainingError
+from siftune.models.full import OpenLayers
 from siftune.models.heads import logits_at
 from siftune.models.modes import evaluating
 from siftune.train.loss import difference_from_model, label_positions, token_loss
+from siftune.train.tuned_layers import About, put_in, read_tuned, save_tuned
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,38 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
 
 def _label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     return token_loss(outputs.logits, labels, num_items_in_batch)
+
+
+class LayerTrainer(SiftTrainer):
+    """SiftTrainer for layers whose own weights train: its checkpoints hold these layers alone.
+
+    Args:
+        opened: The layers.
+        base: Source of the base model, for the checkpoints.
+    """
+
+    def __init__(self, *args: Any, opened: OpenLayers, base: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._opened = opened
+        self._about = About(base, opened.numbers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers, from 0, ascending."""
+        return self._opened.numbers
+
+    def save_layers(self, folder: Path) -> None:
+        """Write the open layers' weights, in the dtype that they have now."""
+        save_tuned(folder, self._about, self._opened.parameters)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the open layers' weights in the place of the whole model's."""
+        if self.args.should_save:
+            self.save_layers(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read them back."""
+        put_in(self.model, read_tuned(Path(resume_from_checkpoint)), resume_from_checkpoint)
 
 
 class FiniteGradients(TrainerCallback):  # type: ignore[misc]

@@ -69,11 +69,11 @@ def test_the_adapter_is_replaced_whole_or_not_at_all(folder):
         good("half")(place)
         raise KeyboardInterrupt
 
-    folder.replace_adapter(good("first"))
-    folder.replace_adapter(good("second"))
+    folder.replace({"adapter": good("first")})
+    folder.replace({"adapter": good("second")})
     assert [path.name for path in folder.adapter.iterdir()] == ["second"]
     with pytest.raises(KeyboardInterrupt):
-        folder.replace_adapter(bad)
+        folder.replace({"adapter": bad})
     assert [path.name for path in folder.adapter.iterdir()] == ["second"]
     assert [path.name for path in folder.path.iterdir()] == ["adapter"]
 

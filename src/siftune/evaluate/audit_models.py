@@ -1,0 +1,154 @@
+"""The models of an audit: what is read from them, and what is put into them for a while.
+
+Both models are in memory once. Adapter tensors are swapped in and out in place, and what was there before comes back
+bit for bit.
+"""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from siftune.errors import KitError
+from siftune.models.layers import find_layers
+from siftune.offsite.split import Split, adapter_names
+
+_ROUNDING = 2**-7  # a little more than bfloat16 loses
+
+
+@dataclass(frozen=True)
+class OffsiteModels:
+    """A base model and an emulator of it.
+
+    Attributes:
+        base: The base model, without PEFT around it.
+        emulator: The emulator; it may share tensors with the base.
+        split: The split of both.
+        tokenizer: The tokenizer of both.
+    """
+
+    base: PreTrainedModel
+    emulator: PreTrainedModel
+    split: Split
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of the base's parameters an emulator has, as fractions; shared ones are counted once.
+
+    Attributes:
+        middle: Of the layers between the adapter's.
+        whole: Of the whole model.
+    """
+
+    middle: float
+    whole: float
+
+
+def check_models(models: OffsiteModels) -> None:
+    """Check that base and emulator belong together.
+
+    Their adapters must be equal up to the rounding of half precision, in which a kit may be stored.
+
+    Raises:
+        KitError: The emulator's adapter is not the base's.
+        LayerError: The split does not fit.
+    """
+    for model in (models.base, models.emulator):
+        models.split.middle(len(find_layers(model).layers))  # refuses a split that leaves no middle
+    base, emulator = (read_adapter(model, models.split) for model in (models.base, models.emulator))
+    check_adapter(emulator, base, "the emulator's adapter")
+    for name, tensor in base.items():
+        other = emulator[name].to(tensor.device)
+        if not torch.allclose(other.float(), tensor.float(), rtol=_ROUNDING, atol=1e-6):
+            raise KitError(f"the emulator's tensor {name} is not the base model's: give the base that it was made of")
+
+
+def check_adapter(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Check names and shapes of an adapter's tensors.
+
+    Raises:
+        KitError: They are not those of the base's adapter.
+    """
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        state = "lacks" if name in wanted else "has a tensor too many,"
+        raise KitError(f"{what} {state} {name}: give one of this base model, with the same split")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            found, right = tuple(tensors[name].shape), tuple(tensor.shape)
+            raise KitError(f"{what}: {name} has the shape {found}, but the base model's has {right}")
+
+
+def read_adapter(model: nn.Module, split: Split) -> dict[str, Tensor]:
+    """Copies of the adapter's tensors by neutral name (see `offsite.split`)."""
+    state = model.state_dict()
+    return {neutral: state[name].detach().clone() for neutral, name in adapter_names(model, split).items()}
+
+
+@contextmanager
+def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
+    """Put a model's tensors back afterwards, bit for bit and in place.
+
+    Args:
+        model: The model.
+        names: Names in its state dict; None for all of them.
+    """
+    kept = {name: t.detach().clone() for name, t in model.state_dict().items() if names is None or name in names}
+    try:
+        yield
+    finally:
+        _write(model, kept)
+
+
+@contextmanager
+def plugged(model: nn.Module, split: Split, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put an adapter into a model for a while.
+
+    Args:
+        model: A base model or an emulator.
+        split: Its split.
+        tensors: The adapter's tensors by neutral name; cast to the model's dtype.
+    """
+    names = adapter_names(model, split)
+    with restored(model, names.values()):
+        _write(model, {names[neutral]: tensor for neutral, tensor in tensors.items()})
+        yield
+
+
+def random_floor(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same architecture with random weights, as its config initialises them.
+
+    Args:
+        model: The model, which is left alone.
+        seed: Seed of the weights; the global generator is as before afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        floor = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return floor.to(model.device).eval()  # type: ignore[no-any-return]
+
+
+def kept_fraction(models: OffsiteModels) -> Kept:
+    """Count parameters."""
+    middle, whole = zip(*(_counts(model, models.split) for model in (models.base, models.emulator)), strict=True)
+    return Kept(middle[1] / middle[0], whole[1] / whole[0])
+
+
+def _counts(model: nn.Module, split: Split) -> tuple[int, int]:
+    """Parameters of the middle and of the whole, each once."""
+    layers = find_layers(model).layers
+    middle = nn.ModuleList(layers[number] for number in split.middle(len(layers)))
+    counts = [sum(p.numel() for p in module.parameters()) for module in (middle, model)]
+    return counts[0], counts[1]
+
+
+def _write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)

@@ -1,0 +1,164 @@
+"""Write an audit down: audit.json, audit.md and audit.png."""
+
+import json
+import os
+from pathlib import Path
+
+from siftune.errors import RecipeError
+from siftune.evaluate.audit_picture import picture
+from siftune.evaluate.audit_result import LABELS, Audit
+from siftune.evaluate.gradients import GradientCosine
+from siftune.evaluate.intervals import Estimate
+
+_MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
+_NOT_DEFINED = "not defined"
+
+_MEANINGS = """\
+ZS: nothing tuned. FT: the adapter's layers tuned on the same rows in the same order. Plug-in: the base with the
+adapter's layers that were tuned on the emulator. Recovered: the emulator with all its decoder layers tuned.
+Random weights: the base's architecture, untrained.
+
+Log-likelihood is per label token, the NLL with the other sign, so that more is better in either column.
+Δ = Plug-in − Emulator FT. Gain share = (Plug-in − Full ZS) / (Full FT − Full ZS).
+CPL = (Emulator ZS − random) / (Full ZS − random). Recovery = (Recovered − Emulator ZS) / (Full FT − Emulator ZS).
+A share is not defined where the whole of which it is one is not above 0, and has no interval where the whole's own
+interval is not above 0. Intervals are bootstrap percentiles over held-out rows, the same draws for all conditions;
+those of an accuracy are Wilson's. They say nothing of how another seed would have tuned."""
+
+_CAVEATS = """\
+Δ above 0 says that the data owner does better with the owner's help than without; it proves no privacy. An AUC near 0.5
+says that these two simple attacks fail on these rows; stronger ones exist."""
+
+
+def write_audit(audit: Audit, out: str | Path) -> Path:
+    """Write an audit to a folder; its files are complete, or not there.
+
+    Args:
+        audit: The audit.
+        out: The folder; made if it is missing. An audit that is there is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RecipeError: It cannot be written to.
+    """
+    folder = Path(out)
+    record = json.dumps(audit.to_dict(rows=True), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    contents = {"audit.json": record.encode(), "audit.md": markdown(audit).encode(), "audit.png": picture(audit)}
+    prepare_folder(folder)
+    try:
+        for name, content in contents.items():
+            _beside(folder, name).write_bytes(content)
+        for name in contents:
+            os.replace(_beside(folder, name), folder / name)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    finally:
+        for name in contents:
+            _beside(folder, name).unlink(missing_ok=True)
+    return folder
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder, and see whether it can be written to.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _beside(folder, "probe").write_bytes(b"")
+        _beside(folder, "probe").unlink()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def markdown(audit: Audit) -> str:
+    """The audit as a Markdown page."""
+    parts = ["# Audit of an offsite-tuning set-up", _facts(audit), _conditions(audit), _comparisons(audit), _MEANINGS]
+    parts += ["## What the adapter's gradients have in common", _cosine(audit.cosine)]
+    parts += ["## What is given away", _given_away(audit), _CAVEATS]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(audit: Audit) -> str:
+    facts, settings = audit.facts, audit.settings
+    named = "".join(f"{label} `{facts[key]}`, " for key, label in (("model", "base"), ("kit", "kit")) if key in facts)
+    source = "the emulator's adapter is a return" if facts["returned"] else "all adapters tuned here"
+    return (
+        f"{named}{facts['tuned_rows']} rows to tune on, {facts['held_out_rows']} held-out rows; {settings.steps} steps "
+        f"of {settings.batch_size} rows at a learning rate of {settings.lr:g}, seed {settings.seed}; {source}. "
+        f"Intervals: {100 * settings.level:g} %."
+    )
+
+
+def _conditions(audit: Audit) -> str:
+    accuracy = audit.accuracy and audit.accuracy.replace("_", " ")
+    rows = [["condition", "NLL per token", *([accuracy] if accuracy else [])]]
+    for name, label in LABELS.items():
+        if name in audit.conditions:
+            one = audit.conditions[name]
+            rows.append([label, _shown(one.nll), *([_shown(one.accuracy, percent=True)] if one.accuracy else [])])
+    return _table(rows)
+
+
+def _comparisons(audit: Audit) -> str:
+    measures = [name for name in _MEASURES if name in audit.comparisons]
+    rows = [["", *(_MEASURES[name] for name in measures)]]
+    rows.append(["Δ", *(_shown(audit.comparisons[name].delta, name == "accuracy", signed=True) for name in measures)])
+    for field, label in (("gain_share", "gain share"), ("cpl", "CPL"), ("recovery", "recovery")):
+        found = [getattr(audit.comparisons[name], field) for name in measures]
+        if None not in found:  # recovery was not tried
+            rows.append([label, *map(_shown, found)])
+    return _table(rows)
+
+
+def _cosine(cosine: GradientCosine) -> str:
+    rows = [["adapter layer", "cosine"]]
+    rows += [[layer, f"{value:.3f}"] for layer, value in zip(cosine.layers, cosine.per_layer, strict=True)]
+    losses = f"Loss per label token there: base {cosine.loss_full:.3f}, emulator {cosine.loss_emulator:.3f}."
+    return f"{_table([*rows, ['all', f'{cosine.overall:.3f}']])}\n\n{losses}"
+
+
+def _given_away(audit: Audit) -> str:
+    rows = [["", "figure"]]
+    rows += [["kept of the middle's parameters", f"{audit.kept.middle:.3f}"]]
+    rows += [["kept of all parameters", f"{audit.kept.whole:.3f}"]]
+    found = audit.membership
+    if found is not None:
+        rows += [["membership AUC, by loss", _shown(found.loss)]]
+        rows += [["membership AUC, by loss against the base's", _shown(found.reference)]]
+        rows += [["rows in that", f"{found.members} members, {found.others} others, {found.left_out} left out as both"]]
+    return _table(rows)
+
+
+def _shown(estimate: Estimate, percent: bool = False, signed: bool = False) -> str:
+    """A figure with its interval in brackets."""
+    if estimate.value is None:
+        return _NOT_DEFINED
+    spec = ("+" if signed else "") + (".1f" if percent else ".3f")
+    value, *bounds = (
+        None if number is None else format(100 * number if percent else number, spec)
+        for number in (estimate.value, estimate.low, estimate.high)
+    )
+    unit = "" if not percent else " points" if signed else " %"
+    interval = f" [{bounds[0]}, {bounds[1]}]" if None not in bounds else " [no interval]"
+    return f"{value}{unit}{interval}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    header, *body = (f"| {' | '.join(cells)} |" for cells in rows)
+    rule = "|" + "|".join(["---", *["---:"] * (len(rows[0]) - 1)]) + "|"
+    return "\n".join([header, rule, *body])
+
+
+def _beside(folder: Path, name: str) -> Path:
+    return folder / f".{name}.partial"
+
+
+def _cannot_write(folder: Path, error: OSError) -> RecipeError:
+    reason = error.strerror or error
+    return RecipeError(
+        f"the folder {folder} cannot be written to ({reason}); free some space or give another with --out"
+    )

@@ -1,0 +1,132 @@
+"""Write a sweep down: sweep.json, sweep.md and sweep.png."""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from siftune.evaluate.sweep import SweepPoint, front
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MEANINGS = """\
+kept: parameters of the middle that the emulator has, of the base's. cosine: between the adapter's gradients on the base
+and on the emulator; 1 is tuning as on the base. gap: the emulator's loss − the base's, in nats per label token on
+held-out rows; the wider, the less the emulator is worth by itself. *: no other emulator here has both a higher cosine
+and a wider gap."""
+
+_CAVEAT = "A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover."
+
+# apart for colour-blind readers too (Okabe & Ito)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS = {"layerdrop": "s", "crash": "D", "svd+flap": "^"}
+
+
+def write_sweep(points: Sequence[SweepPoint], folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write table, figures and picture.
+
+    Args:
+        points: From `sweep`, at least one.
+        folder: An empty folder.
+        facts: What the figures depend on besides the grid, as JSON can hold it.
+    """
+    record = json.dumps(to_dict(points, facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    page = f"# Emulators to choose from\n\n{table(points)}\n\n{_MEANINGS}\n\n{_CAVEAT}\n\n![](sweep.png)\n"
+    image = picture(points)
+    (folder / "sweep.json").write_text(record, encoding="utf-8")
+    (folder / "sweep.md").write_text(page, encoding="utf-8")
+    (folder / "sweep.png").write_bytes(image)
+
+
+def to_dict(points: Sequence[SweepPoint], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The sweep in plain types; a cosine that is not defined is None."""
+    best = front(points)
+    entries = [
+        {**asdict(p), "cosine": None if math.isnan(p.cosine) else p.cosine, "gap": p.gap, "front": p in best}
+        for p in ordered(points)
+    ]
+    return {**facts, "points": entries}
+
+
+def ordered(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """Large emulators first, those of one kept fraction by their cosine."""
+    return sorted(points, key=lambda p: (-p.keep, math.isnan(p.cosine), -p.cosine))
+
+
+def table(points: Sequence[SweepPoint]) -> str:
+    """The sweep as a Markdown table."""
+    best = front(points)
+    rows = [
+        ["method", "basis", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap", ""],
+        ["---", "---", *["---:"] * 8, "---"],
+    ]
+    for p in ordered(points):
+        has_lambda = p.basis is not None
+        cells = [p.method, p.basis or "", f"{p.keep:g}", f"{p.kept:.3f}"]
+        cells += [f"{p.lambda_attn:g}" if has_lambda else "", f"{p.lambda_mlp:g}" if has_lambda else ""]
+        cells += [f"{p.parameters / 1e6:.1f} M", f"{p.cosine:.3f}", f"{p.loss:.3f}", f"{p.gap:+.3f}"]
+        rows.append([*cells, "*" if p in best else ""])
+    base = f"The base's loss is {points[0].loss_full:.3f}."
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", base])
+
+
+def picture(points: Sequence[SweepPoint]) -> bytes:
+    """Draw cosine over loss gap; needs no display and leaves no state behind.
+
+    Returns:
+        A PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    axes = figure.subplots()
+    points = [p for p in points if not math.isnan(p.cosine)]
+    keeps = sorted({p.keep for p in points})
+    for number, kind in enumerate(dict.fromkeys((p.method, p.basis) for p in points)):
+        drawn = [p for p in points if (p.method, p.basis) == kind]
+        axes.scatter(
+            [p.gap for p in drawn],
+            [p.cosine for p in drawn],
+            s=[40 + 140 * keeps.index(p.keep) / max(1, len(keeps) - 1) for p in drawn],
+            color=_COLOURS[number % len(_COLOURS)],
+            marker=_MARKERS.get(kind[0], "o"),
+            alpha=0.75,
+            linewidths=0,
+            label=" ".join(filter(None, kind)),
+        )
+    _annotate(axes, points)
+    _draw_front(axes, points)
+    axes.set_xlabel("loss gap: emulator − base, nats per label token (wide: worth little without the base)")
+    axes.set_ylabel("cosine of the adapter's gradients (high: tuning transfers)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _annotate(axes: "Axes", points: Sequence[SweepPoint]) -> None:
+    """Say kept fraction and λ beside every point."""
+    for p in points:
+        axes.annotate(
+            _label(p), (p.gap, p.cosine), xytext=(6, 4), textcoords="offset points", fontsize=7, color="#444444"
+        )
+
+
+def _label(p: SweepPoint) -> str:
+    share = f"{100 * p.keep:g} %"
+    if p.lambda_attn == p.lambda_mlp:
+        return f"{share}, λ {p.lambda_attn:g}" if p.lambda_attn else share
+    values = {"attn": p.lambda_attn, "MLP": p.lambda_mlp}
+    return ", ".join([share, *(f"λ {part} {value:g}" for part, value in values.items() if value)])
+
+
+def _draw_front(axes: "Axes", points: Sequence[SweepPoint]) -> None:
+    best = front(points)
+    gaps, cosines = [p.gap for p in best], [p.cosine for p in best]
+    axes.plot(gaps, cosines, color="black", linewidth=0.9, linestyle="--", zorder=0, label="not beaten in both")

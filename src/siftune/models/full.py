@@ -1,0 +1,117 @@
+"""Train the weights of some decoder layers themselves, without adapters.
+
+The weights W of these layers train in float32 whatever the base's dtype; see `substitution.use_base_dtype` to compute
+in the base's. What they were at first, W₀, can be kept: the *response* of such a layer's modules is then their output
+minus what it would be with W₀, and can be damped as an adapter's is (ours; see `adapters.suppress`).
+"""
+
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from siftune.errors import AdapterError, LayerError
+from siftune.models.layers import find_layers
+
+_originals: WeakKeyDictionary[nn.Module, dict[nn.Parameter, Tensor]] = WeakKeyDictionary()
+
+
+class OpenLayers:
+    """Layers whose own weights train, until `close()`; everything else in the model is frozen.
+
+    Weights in half precision become float32 in place, so that small updates are not lost.
+
+    Args:
+        model: Causal language model without adapters.
+        layers: Numbers of the layers, from 0; negative ones count from the end.
+        originals: Keep the weights as they are now, in their dtype, which damping (IST) needs: one more copy of them.
+
+    Attributes:
+        numbers: The layers, from 0, ascending.
+        parameters: What trains, by name in the model's state dict.
+
+    Raises:
+        LayerError: There is no such layer, or the layers cannot be found.
+        AdapterError: The model has adapters, or a layer is quantised.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], originals: bool = True) -> None:
+        refuse_adapters(model)
+        found = find_layers(model)
+        self.numbers = layer_numbers(len(found.layers), layers)
+        self._layers = [found.layers[number] for number in self.numbers]
+        names = [f"{found.path}.{number}" for number in self.numbers]
+        self.parameters = {
+            f"{name}.{key}": parameter
+            for name, layer in zip(names, self._layers, strict=True)
+            for key, parameter in layer.named_parameters()
+        }
+        _refuse_quantised(self.parameters)
+        self._dtypes = {name: parameter.dtype for name, parameter in self.parameters.items()}
+        if originals:
+            for layer in self._layers:
+                _originals[layer] = {p: p.detach().clone() for p in layer.parameters()}
+        model.requires_grad_(False)
+        for parameter in self.parameters.values():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_()
+
+    def close(self) -> None:
+        """Round the weights to the dtype that they had, and forget the originals; calling it twice does no harm."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None if parameter.dtype != self._dtypes[name] else parameter.grad
+            parameter.data = parameter.data.to(self._dtypes[name])
+        for layer in self._layers:
+            _originals.pop(layer, None)
+
+
+def layer_numbers(depth: int, layers: Sequence[int]) -> tuple[int, ...]:
+    """Resolve numbers of layers, some of which may count from the end.
+
+    Args:
+        depth: Layers of the model.
+        layers: Numbers from -depth to depth − 1.
+
+    Returns:
+        Numbers from 0, ascending, each once.
+
+    Raises:
+        LayerError: There is no such layer, or none at all.
+    """
+    wrong = [number for number in layers if not -depth <= number < depth]
+    if wrong or not layers:
+        raise LayerError(
+            f"the model has {depth} layers, so `layers` takes numbers from 0 to {depth - 1}, or from -{depth} to -1 "
+            f"counted from the end; found {wrong[0] if wrong else 'none'}"
+        )
+    return tuple(sorted({number % depth for number in layers}))
+
+
+def original_weights(layer: nn.Module) -> Mapping[nn.Parameter, Tensor] | None:
+    """What the weights of an open layer were at first, each in the shape of its parameter; None where not kept."""
+    return _originals.get(layer)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model that has PEFT adapters.
+
+    Raises:
+        AdapterError: It has.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError(
+            f"{type(model).__name__} has adapters already; merge them or take them off "
+            "(PEFT: merge_and_unload(), unload()), or go on with the ones that it has"
+        )
+
+
+def _refuse_quantised(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise AdapterError(
+                f"{name} is kept as {str(parameter.dtype).removeprefix('torch.')}, which cannot train; load the model "
+                "unquantised, or train adapters (lora)"
+            )

@@ -1,0 +1,122 @@
+"""Put compressed layers and the rest of a base model together to an emulator, in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from siftune.models.layers import find_layers
+from siftune.offsite.compress import CompressedLayer
+from siftune.offsite.emulator import LayerShape, build, emulator_config, frozen_names
+from siftune.offsite.split import Split, adapter_names
+
+
+@dataclass(frozen=True)
+class EmulatorParts:
+    """All of an emulator.
+
+    Attributes:
+        config: Its config.
+        split: Layers of the adapter at either end.
+        middle: Shapes of the layers between.
+        frozen: Tensors of everything but the adapter, by name in the emulator's state dict.
+        adapter: Tensors of the adapter, by the names of `split.adapter_names`.
+    """
+
+    config: PreTrainedConfig
+    split: Split
+    middle: tuple[LayerShape, ...]
+    frozen: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+
+
+def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLayer]) -> EmulatorParts:
+    """Collect an emulator's tensors; those that were not compressed are the base's own, not copies.
+
+    Args:
+        model: The base model.
+        split: Layers of the adapter at either end.
+        layers: The compressed middle, from the embeddings to the head.
+    """
+    middle = tuple(layer.shape for layer in layers)
+    config = emulator_config(model.config, split, middle)
+    skeleton = build(config, split, middle)
+    base = state_of(model)
+    path = find_layers(skeleton).path
+    depth = len(find_layers(skeleton).layers)
+    made = {
+        f"{path}.{number}.{name}": tensor
+        for number, layer in zip(split.middle(depth), layers, strict=True)
+        for name, tensor in layer.tensors.items()
+    }
+    frozen = {name: made[name] if name in made else base[name] for name in frozen_names(skeleton, split, middle)}
+    adapter = {neutral: base[name] for neutral, name in adapter_names(model, split).items()}
+    return EmulatorParts(config, split, middle, frozen, adapter)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict, also where accelerate keeps weights elsewhere."""
+    if not any(p.device.type == "meta" for p in model.parameters()):
+        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    from accelerate.utils import get_state_dict_offloaded_model
+
+    return dict(get_state_dict_offloaded_model(model))
+
+
+def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make a model of an emulator's parts.
+
+    The adapter's tensors are copied, so that training it leaves the base alone; frozen ones are shared with `parts`.
+    Only the adapter's parameters require gradients.
+
+    Args:
+        parts: The emulator.
+        dtype: Dtype of the frozen part; None leaves it.
+    """
+    model = build(parts.config, parts.split, parts.middle, meta=False)
+    names = adapter_names(model, parts.split)
+    state = {name: _cast(tensor, dtype) for name, tensor in parts.frozen.items()}
+    state |= {names[neutral]: _cast(tensor, dtype).clone() for neutral, tensor in parts.adapter.items()}
+    return filled(model, parts.split, parts.middle, state)
+
+
+def filled(
+    model: PreTrainedModel, split: Split, middle: Sequence[LayerShape], state: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """Give a model from `build` its weights, and tie what is tied.
+
+    Args:
+        model: Parameters on the meta device, buffers with values.
+        split: Layers of the adapter at either end.
+        middle: Shapes of the layers between.
+        state: Tensors by name in the model's state dict; used as they are, not copied.
+    """
+    model.load_state_dict(dict(state), strict=False, assign=True)
+    layers = find_layers(model).layers
+    places = split.middle(len(layers))
+    for number, shape in zip(places, middle, strict=True):
+        if shape.same_as is not None:
+            _share(layers[places[shape.same_as]], layers[number])
+    model.tie_weights()
+    empty = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    assert not empty, f"no weights for {empty[:3]}"
+    adapter = set(adapter_names(model, split).values())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in adapter)
+    model.config.dtype = next(model.parameters()).dtype
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """Have a layer use another's parameters and buffers; it keeps a number of its own for the cache."""
+    for name, module in source.named_modules():
+        twin: Any = target.get_submodule(name) if name else target
+        twin._parameters.update(module._parameters)
+        twin._buffers.update(module._buffers)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -1,0 +1,185 @@
+"""Compress one decoder layer: which directions of its attention matrices and which channels of its MLP stay.
+
+Methods:
+* `gradot`: GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), SCP on the MLP (`scp.py`).
+* `svd+flap`: truncated SVD on attention; on the MLP FLAP's channels with its bias (`baselines.py`).
+
+Whole layers are dropped or shared elsewhere (`plan.py`); such layers come through here unchanged.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from siftune.models.families import Family
+from siftune.offsite.baselines import flap_bias, flap_scores, svd_factor
+from siftune.offsite.drd import Basis, Components, canonical, component_scores, components, keep_components, rank_of
+from siftune.offsite.emulator import LayerShape, features, weight_OI
+from siftune.offsite.kfac import DAMPING, Curvature, Moments, moments
+from siftune.offsite.record import Captured
+from siftune.offsite.scp import channel_scores, keep_channels
+
+Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a layer is compressed.
+
+    Attributes:
+        method: gradot, or svd+flap.
+        keep: Fraction of the parameters of its matrices that stays, in (0, 1]; at 1 nothing changes.
+        lambda_attn: λ of DRD: weight of a large loss gap against a small change of gradients; 0 or more.
+        lambda_mlp: λ of SCP.
+        basis: Directions among which DRD chooses: singular vectors of the weight (the paper's), or *(ours)* of the
+            weight between the roots of its curvature.
+        protect: Share of the largest singular values that always stay.
+        damping: *(ours)* Relative damping of those roots.
+    """
+
+    method: Method = "gradot"
+    keep: float = 0.7
+    lambda_attn: float = 0.0
+    lambda_mlp: float = 0.0
+    basis: Basis = "whitened"
+    protect: float = 0.05
+    damping: float = DAMPING
+
+
+@dataclass
+class LayerCurvature:
+    """Curvature of a layer's matrices, and what was computed from it already.
+
+    Attributes:
+        captured: What the matrices saw, by path.
+        curvature: Their curvature, by path.
+        known: Components by path and basis, so that several λ and ranks cost one decomposition.
+    """
+
+    captured: Mapping[str, Captured]
+    curvature: Mapping[str, Curvature]
+    known: dict[tuple[str, str, float], Components] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """A layer of an emulator.
+
+    Attributes:
+        shape: What it looks like.
+        tensors: All its parameters and buffers, by name in the layer; matrices as (out, in).
+    """
+
+    shape: LayerShape
+    tensors: dict[str, Tensor]
+
+
+def layer_curvature(captured: Mapping[str, Captured]) -> LayerCurvature:
+    """Curvature of the matrices of a layer; those that read the same tensor share their input moments."""
+    inputs: dict[int, Moments] = {}
+    found = {}
+    for path, seen in captured.items():
+        if id(seen.x_NI) not in inputs:
+            inputs[id(seen.x_NI)] = moments(seen.x_NI)
+        found[path] = Curvature(inputs[id(seen.x_NI)], moments(seen.g_NO), seen.g_NO.T @ seen.x_NI)
+    return LayerCurvature(captured, found)
+
+
+def whole(layer: nn.Module, number: int, same_as: int | None = None) -> CompressedLayer:
+    """A layer as it is, or one that takes the weights of another."""
+    tensors = {} if same_as is not None else {name: t.detach() for name, t in layer.state_dict().items()}
+    return CompressedLayer(LayerShape(number, same_as=same_as), tensors)
+
+
+def compress_layer(
+    layer: nn.Module, number: int, family: Family, seen: LayerCurvature, how: Compression
+) -> CompressedLayer:
+    """Compress a layer; the layer itself stays as it is.
+
+    Args:
+        layer: A decoder layer of the base model.
+        number: Its number.
+        family: Where its matrices are.
+        seen: Their curvature.
+        how: Settings.
+
+    Returns:
+        The layer's shape and tensors, in the dtype of the layer's.
+    """
+    result = whole(layer, number)
+    if how.keep >= 1:
+        return result
+    tensors, ranks = dict(result.tensors), {}
+    for path in family.attention:
+        matrix = layer.get_submodule(path)
+        inputs, outputs, _ = features(matrix)
+        rank = rank_of(how.keep, outputs, inputs)
+        up_OR, down_RI = _factors(path, weight_OI(matrix), seen, rank, how)
+        weight = tensors.pop(f"{path}.weight")
+        tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(weight.dtype), up_OR.to(weight.dtype)
+        if f"{path}.bias" in tensors:
+            tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
+        ranks[path] = rank
+    channels, biased = _narrow(tensors, layer, family, seen, how)
+    return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
+
+
+def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression) -> tuple[Tensor, Tensor]:
+    """An attention matrix as a product of two thinner ones."""
+    weight = weight.detach().float()
+    if how.method == "svd+flap":
+        return svd_factor(weight, rank)
+    curvature = seen.curvature[path]
+    key = (path, how.basis, how.damping)
+    if key not in seen.known:
+        seen.known[key] = components(weight, curvature, how.basis, how.damping)
+    parts = seen.known[key]
+    scores = component_scores(parts, curvature, how.lambda_attn)
+    kept = keep_components(scores, parts.size_K, rank, how.protect)
+    return canonical(parts.left_OK[:, kept], parts.right_KI[kept])
+
+
+def _narrow(
+    tensors: dict[str, Tensor], layer: nn.Module, family: Family, seen: LayerCurvature, how: Compression
+) -> tuple[int, tuple[str, ...]]:
+    """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
+    matrices = {path: layer.get_submodule(path) for path in (*family.reads, family.writes)}
+    weights = {path: weight_OI(matrix).detach() for path, matrix in matrices.items()}
+    count = max(1, int(how.keep * weights[family.writes].shape[1]))
+    kept = _channels(weights, family, seen, count, how)
+    biased: tuple[str, ...] = ()
+    if how.method == "svd+flap":
+        dropped = _others(kept, weights[family.writes].shape[1])
+        extra = flap_bias(seen.captured[family.writes].x_NI, weights[family.writes].float(), dropped)
+        name = f"{family.writes}.bias"
+        biased = () if name in tensors else (family.writes,)
+        dtype = weights[family.writes].dtype
+        tensors[name] = (tensors[name].float() + extra if name in tensors else extra).to(dtype)
+    for path in family.reads:
+        tensors[f"{path}.weight"] = weights[path][kept].contiguous()
+        if f"{path}.bias" in tensors:
+            tensors[f"{path}.bias"] = tensors[f"{path}.bias"][kept].contiguous()
+    tensors[f"{family.writes}.weight"] = weights[family.writes][:, kept].contiguous()
+    return count, biased
+
+
+def _channels(
+    weights: Mapping[str, Tensor], family: Family, seen: LayerCurvature, count: int, how: Compression
+) -> Tensor:
+    """Channels that stay, ascending."""
+    writes = weights[family.writes].float()
+    if how.method == "svd+flap":
+        scores = flap_scores(seen.captured[family.writes].x_NI, writes)
+    else:
+        reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
+        scores = channel_scores(reads, (writes, seen.curvature[family.writes]), how.lambda_mlp)
+    return keep_channels(scores, count)
+
+
+def _others(kept: Tensor, count: int) -> Tensor:
+    """The numbers from 0 to `count` that are not in `kept`."""
+    mask = kept.new_ones(count, dtype=kept.dtype)
+    mask[kept] = 0
+    return mask.nonzero().squeeze(1)

@@ -1,0 +1,300 @@
+"""Kits on disk: what the owner of a model hands out, written in one move and read with suspicion.
+
+    KIT/
+      manifest.json            what is in the folder: see manifest.py
+      config.json              the emulator's, see kit_config.py
+      tokenizer.json, tokenizer_config.json, chat_template.jinja     see kit_tokenizer.py
+      emulator.safetensors     everything frozen
+      adapter.safetensors      the layers to tune, under names that do not depend on the depth
+      kit.sig                  optional, see signing.py
+
+`read_kit` checks all that can be checked without allocating a tensor. What it cannot see is whether weights are
+sensible numbers: a kit without a checked signature is as good as the way it came.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from siftune.errors import KitError
+from siftune.offsite import kit_config, kit_tokenizer
+from siftune.offsite.emulator import LayerShape
+from siftune.offsite.manifest import (
+    ADAPTER,
+    EMULATOR,
+    LIMITS,
+    MANIFEST,
+    PROTOCOL,
+    SIGNATURE,
+    FileSpec,
+    Manifest,
+    canonical,
+    dump_manifest,
+    parse_manifest,
+)
+from siftune.offsite.safe_files import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
+from siftune.offsite.signing import load_signer, sign, verify
+from siftune.offsite.split import Split
+from siftune.offsite.tensor_file import TensorSpec, check_specs, spec_of, tensor_specs, write_tensors
+
+__all__ = [
+    "PROTOCOL",
+    "FileSpec",
+    "Kit",
+    "KitContents",
+    "Manifest",
+    "TensorSpec",
+    "fingerprint",
+    "is_kit",
+    "load_config",
+    "load_tokenizer",
+    "read_kit",
+    "tensor_specs",
+    "write_kit",
+]
+
+_CHUNK = 1 << 22  # values that are hashed at a time
+
+
+@dataclass(frozen=True)
+class KitContents:
+    """What goes into a kit; nothing else does.
+
+    Attributes:
+        config: The emulator's config; only what `kit_config.scrub` lets through is written.
+        tokenizer: The base's tokenizer.
+        split: Layers of the adapter at either end.
+        middle: Shapes of the emulator's layers between.
+        depth: Decoder layers of the base.
+        fingerprint: Of the base's weights.
+        frozen: Name in the emulator's state dict -> tensor, of `frozen_names`.
+        adapter: Neutral name -> tensor, of `adapter_names`.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    split: Split
+    middle: Sequence[LayerShape]
+    depth: int
+    fingerprint: str
+    frozen: Mapping[str, Tensor]
+    adapter: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit that has passed every check.
+
+    Attributes:
+        path: Its folder.
+        manifest: Its manifest.
+        digest: SHA-256 of the bytes of manifest.json, in hexadecimal: the kit's name in returns.
+        config: Its config.json.
+        signed: Whether it carries a signature. That says nothing: see `verified`.
+        verified: Whether the signature was checked against a public key, and is right.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+    config: dict[str, Any]
+    signed: bool
+    verified: bool = False
+
+
+def is_kit(path: str | Path) -> bool:
+    """Whether a path looks like a kit: a folder with a manifest.json that says so, be it sound or not."""
+    try:
+        return b'"siftune_kit"' in read_bytes(Path(path) / MANIFEST, LIMITS[MANIFEST])
+    except KitError:
+        return False
+
+
+def write_kit(out: str | Path, contents: KitContents, signing_key: Path | None = None) -> Kit:
+    """Write a kit, beside its place and then in one move, and read it again as a data owner would.
+
+    Args:
+        out: Its folder; missing or empty.
+        contents: What goes into it.
+        signing_key: PEM file of the private key to sign it with; see signing.py.
+
+    Returns:
+        The kit as read.
+
+    Raises:
+        ModelError: `out` is in use.
+        KitError: It cannot be written to, the contents do not fit together or hold NaN, or the key cannot be used.
+            Nothing is left behind.
+    """
+    if signing_key is not None:
+        load_signer(signing_key)
+    with fresh_folder(out) as folder:
+        _fill(folder, contents)
+        if signing_key is not None:
+            sign(folder, signing_key)
+        kit = read_kit(folder)
+    return dataclasses.replace(kit, path=Path(out))
+
+
+def _fill(folder: Path, contents: KitContents) -> None:
+    """Write every file but the signature; the manifest last, since it has the others' hashes."""
+    write_tensors(folder / EMULATOR, contents.frozen)
+    write_tensors(folder / ADAPTER, contents.adapter)
+    settings = kit_config.scrub(contents.config, _one_dtype(contents.frozen.values()))
+    small = {kit_config.CONFIG: canonical(settings), **kit_tokenizer.tokenizer_files(contents.tokenizer)}
+    for name, data in small.items():
+        (folder / name).write_bytes(data)
+    names = sorted(path.name for path in folder.iterdir())
+    manifest = Manifest(
+        model_type=contents.config.model_type,
+        depth=contents.depth,
+        fingerprint=contents.fingerprint,
+        split=contents.split,
+        middle=tuple(contents.middle),
+        adapter={name: spec_of(tensor) for name, tensor in contents.adapter.items()},
+        files={name: FileSpec((folder / name).stat().st_size, sha256_of(folder / name)) for name in names},
+    )
+    (folder / MANIFEST).write_bytes(dump_manifest(manifest))
+
+
+def _one_dtype(tensors: Iterable[Tensor]) -> str:
+    found = {spec_of(tensor).dtype for tensor in tensors}
+    if len(found) != 1:
+        raise KitError(f"the frozen tensors have the dtypes {', '.join(sorted(found))}; bring them to one")
+    return found.pop()
+
+
+def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
+    """Check a kit, completely, and allocate none of its tensors.
+
+    In this order: which files there are; the signature, if a key is given; every field of the manifest; sizes and
+    hashes of the small files; config and tokenizer; headers of the tensor files, against the manifest and against the
+    model that config and manifest describe; hashes of the tensor files.
+
+    Args:
+        path: Its folder, which may be reached by a link. Others must not be able to write to it meanwhile.
+        public_key: PEM file of the owner's public key; then the kit must be signed with its private key. Without one,
+            a signature is neither demanded nor checked.
+
+    Raises:
+        KitError: Anything is out of order. The message names file and field.
+    """
+    folder = Path(path)
+    with naming(f"kit {folder}"):
+        sizes = list_files(folder, LIMITS)
+        if public_key is not None:
+            verify(folder, public_key)
+        data = read_bytes(folder / MANIFEST, LIMITS[MANIFEST]) if MANIFEST in sizes else b""
+        if not data:
+            raise KitError(f"it has no {MANIFEST}, or an empty one")
+        manifest = parse_manifest(data)
+        _check_sizes(sizes, manifest)
+        settings = _check_small(folder, manifest)
+        _check_tensors(folder, manifest, settings)
+        for name in (EMULATOR, ADAPTER):
+            _check_hash(name, sha256_of(folder / name), manifest)
+    digest = hashlib.sha256(data).hexdigest()
+    return Kit(folder, manifest, digest, settings, SIGNATURE in sizes, verified=public_key is not None)
+
+
+def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
+    """Compare the folder with the manifest's table of files."""
+    for name, spec in manifest.files.items():
+        if name not in sizes:
+            raise KitError(f"{name} is missing, which stands in {MANIFEST}: files")
+        if sizes[name] != spec.bytes:
+            raise KitError(f"{name} has {sizes[name]} bytes, but {MANIFEST}: files.{name}.bytes is {spec.bytes}")
+    for name in sizes:
+        if name not in (*manifest.files, MANIFEST, SIGNATURE):
+            raise KitError(f"{name} is in it, but not in {MANIFEST}: files")
+
+
+def _check_hash(name: str, found: str, manifest: Manifest) -> None:
+    if found != manifest.files[name].sha256:
+        raise KitError(
+            f"{name} has the SHA-256 {found}, but {MANIFEST}: files.{name}.sha256 is {manifest.files[name].sha256}"
+        )
+
+
+def _read_part(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """Read a small file once, and check what was read."""
+    data = read_bytes(folder / name, LIMITS[name])
+    _check_hash(name, hashlib.sha256(data).hexdigest(), manifest)
+    return data
+
+
+def _check_small(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Check config and tokenizer; return the config."""
+    text = _read_part(folder, kit_config.CONFIG, manifest)
+    settings = kit_config.check_settings(parse_json(text, kit_config.CONFIG))
+    _make_tokenizer(folder, manifest, settings)
+    return settings
+
+
+def _make_tokenizer(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    names = [name for name in kit_tokenizer.FILES if name in manifest.files]
+    files = {name: _read_part(folder, name, manifest) for name in names}
+    return kit_tokenizer.make_tokenizer(files, kit_config.make_config(settings).vocab_size)
+
+
+def _check_tensors(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> None:
+    """Compare the headers of the tensor files with the manifest and with the model that it describes."""
+    frozen, adapter = tensor_specs(folder / EMULATOR), tensor_specs(folder / ADAPTER)
+    check_specs(adapter, manifest.adapter, ADAPTER, f"{MANIFEST}: adapter")
+    dtypes = next(iter(frozen.values())).dtype, next(iter(adapter.values())).dtype
+    frozen_model, adapter_model = kit_config.expected_specs(settings, manifest, dtypes)
+    model = f"the model of {kit_config.CONFIG} and {MANIFEST}"
+    check_specs(frozen, frozen_model, EMULATOR, model)
+    check_specs(adapter, adapter_model, ADAPTER, model)
+
+
+def load_config(kit: Kit) -> PreTrainedConfig:
+    """Build the emulator's config of a kit that was read."""
+    return kit_config.make_config(kit.config)
+
+
+def load_tokenizer(kit: Kit) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a kit that was read; the files are checked against the manifest once more.
+
+    Unlike `AutoTokenizer` this never asks the hub.
+    """
+    with naming(f"kit {kit.path}"):
+        return _make_tokenizer(kit.path, kit.manifest, kit.config)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 that names a base model's weights, whether they are held in float32 or in the checkpoint's bfloat16.
+
+    Hashed are, in the order of the names, every tensor's name, shape, and values in float32; a tensor that is tied to
+    another counts once. One piece of a tensor is converted at a time.
+
+    Args:
+        model: The base model, without PEFT or other wrappers.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        KitError: A weight has no values: it is on the meta device, and accelerate does not know it either.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    digest = hashlib.sha256()
+    for name in sorted(model.state_dict().keys() - set(tied)):
+        owner, _, leaf = name.rpartition(".")
+        with align_module_device(model.get_submodule(owner)):  # fetches what accelerate keeps elsewhere
+            tensor = getattr(model.get_submodule(owner), leaf).detach()
+            if tensor.is_meta:
+                raise KitError(f"{name} of the model has no values; load the model with its weights")
+            digest.update(json.dumps([name, list(tensor.shape)]).encode())
+            for piece in tensor.reshape(-1).split(_CHUNK):
+                digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""Load a kit as an ordinary transformers model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from siftune.errors import KitError
+from siftune.models.source import DTYPES, fit_for_this_machine, set_padding
+from siftune.offsite.assemble import EmulatorParts, materialise
+from siftune.offsite.kit import Kit, read_kit
+
+
+def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None = None) -> PreTrainedModel:
+    """Load a kit's emulator: it runs, generates and trains as any transformers model.
+
+    Only the adapter's parameters require gradients.
+
+    Args:
+        path: The kit's folder.
+        dtype: float32, bfloat16, float16, or auto: the kit's, but float32 where only a processor is there that cannot
+            multiply in it. The adapter has this dtype too.
+        public_key: PEM file of the owner's public key, to check the signature.
+
+    Returns:
+        The model, on the CPU and in eval mode.
+
+    Raises:
+        KitError: The kit is damaged, or not what it says.
+    """
+    return _load(read_kit(path, public_key), dtype)
+
+
+def load_kit(
+    path: str | Path, dtype: str = "auto", public_key: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a kit's emulator and tokenizer; as `load_emulator`, the tokenizer with a padding token."""
+    kit = read_kit(path, public_key)
+    return _load(kit, dtype), _tokenizer(kit)
+
+
+def _load(kit: Kit, dtype: str) -> PreTrainedModel:
+    if dtype not in DTYPES:
+        raise KitError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    settings = dict(kit.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    frozen = load_file(kit.path / "emulator.safetensors")
+    adapter = load_file(kit.path / "adapter.safetensors")
+    floats = next(t.dtype for t in frozen.values() if t.is_floating_point())
+    wanted = floats if dtype == "auto" else getattr(torch, dtype)
+    model = materialise(EmulatorParts(config, kit.manifest.split, kit.manifest.middle, frozen, adapter), wanted)
+    return fit_for_this_machine(model) if dtype == "auto" else model
+
+
+def _tokenizer(kit: Kit) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(kit.path, trust_remote_code=False)
+    set_padding(tokenizer, str(kit.path))
+    return tokenizer

@@ -1,0 +1,229 @@
+"""The manifest of a kit, protocol 1: what is in the folder, and the shapes from which the emulator is built.
+
+    {"siftune_kit": 1,
+     "base": {"model_type": "llama", "layers": 30, "fingerprint": "<sha256>"},
+     "split": {"first": 2, "last": 2},
+     "middle": [{"base": 2, "ranks": {"self_attn.q_proj": 201}, "channels": 1075, "biased": [], "same_as": null}],
+     "adapter": {"first.0.self_attn.q_proj.weight": {"shape": [576, 576], "dtype": "F32"}},
+     "files": {"config.json": {"bytes": 123, "sha256": "<sha256>"}}}
+
+Keys are sorted, the indent is 2, and nothing else may stand in it: a manifest has one form only, so that the hash
+of its bytes names the kit.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from siftune.errors import KitError
+from siftune.models.families import FAMILIES, Family
+from siftune.offsite.emulator import LayerShape
+from siftune.offsite.safe_files import as_int, as_list, as_map, as_object, as_text, parse_json, shown
+from siftune.offsite.split import Split
+from siftune.offsite.tensor_file import MAX_SIZE, MAX_TENSORS, NAME, TensorSpec, parse_spec
+
+PROTOCOL = 1
+MANIFEST = "manifest.json"
+SIGNATURE = "kit.sig"
+EMULATOR = "emulator.safetensors"
+ADAPTER = "adapter.safetensors"
+
+REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json", EMULATOR, ADAPTER)
+OPTIONAL = ("chat_template.jinja",)
+
+# bytes that a file of a kit may have at most
+LIMITS = {
+    MANIFEST: 16 << 20,
+    "config.json": 1 << 20,
+    "tokenizer.json": 128 << 20,
+    "tokenizer_config.json": 1 << 20,
+    "chat_template.jinja": 1 << 20,
+    EMULATOR: 1 << 40,
+    ADAPTER: 1 << 40,
+    SIGNATURE: 1 << 20,
+}
+MAX_LAYERS = 512
+HASH = r"[0-9a-f]{64}"
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size and hash of a file.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Its SHA-256 in hexadecimal.
+    """
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a kit's manifest.json says.
+
+    Attributes:
+        model_type: Family of the base, in transformers' words.
+        depth: Decoder layers of the base.
+        fingerprint: Of the base's weights, from `fingerprint`.
+        split: Layers of the adapter at either end.
+        middle: Shapes of the emulator's layers between.
+        adapter: Neutral name -> shape and dtype, of the adapter's tensors: what a return must hold.
+        files: Name -> size and hash, of every file but the manifest and the signature.
+    """
+
+    model_type: str
+    depth: int
+    fingerprint: str
+    split: Split
+    middle: tuple[LayerShape, ...]
+    adapter: dict[str, TensorSpec]
+    files: dict[str, FileSpec]
+
+    @property
+    def emulator_depth(self) -> int:
+        """Decoder layers of the emulator."""
+        return self.split.first + len(self.middle) + self.split.last
+
+
+def canonical(value: Any) -> bytes:
+    """JSON in the one form of manifests."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("ascii")
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """Write down a manifest."""
+    return canonical(
+        {
+            "siftune_kit": PROTOCOL,
+            "base": {
+                "model_type": manifest.model_type,
+                "layers": manifest.depth,
+                "fingerprint": manifest.fingerprint,
+            },
+            "split": dataclasses.asdict(manifest.split),
+            "middle": [{**dataclasses.asdict(shape), "ranks": dict(shape.ranks)} for shape in manifest.middle],
+            "adapter": {name: dataclasses.asdict(spec) for name, spec in manifest.adapter.items()},
+            "files": {name: dataclasses.asdict(spec) for name, spec in manifest.files.items()},
+        }
+    )
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read a manifest and check every field of it.
+
+    Raises:
+        KitError: A field is missing, unknown, of another type, or out of range; or its form is not the canonical one.
+    """
+    whole = parse_protocol(data, "siftune_kit", ("base", "split", "middle", "adapter", "files"))
+    base = as_object(whole["base"], f"{MANIFEST}: base", ("model_type", "layers", "fingerprint"))
+    model_type = base["model_type"]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise KitError(f"{MANIFEST}: base.model_type is {shown(model_type)}; known are {', '.join(FAMILIES)}")
+    depth = as_int(base["layers"], f"{MANIFEST}: base.layers", 2, MAX_LAYERS)
+    split = _split(whole["split"], depth)
+    return Manifest(
+        model_type=model_type,
+        depth=depth,
+        fingerprint=as_text(base["fingerprint"], f"{MANIFEST}: base.fingerprint", HASH),
+        split=split,
+        middle=_middle(whole["middle"], split.middle(depth), FAMILIES[model_type]),
+        adapter=_adapter(whole["adapter"]),
+        files=parse_files(whole["files"], REQUIRED, OPTIONAL),
+    )
+
+
+def parse_protocol(data: bytes, key: str, others: tuple[str, ...]) -> dict[str, Any]:
+    """Parse a manifest as far as its keys: first its protocol, since another one may have other keys."""
+    whole = parse_json(data, MANIFEST)
+    if not isinstance(whole, dict) or key not in whole:
+        raise KitError(f"{MANIFEST} has no {key}")
+    if isinstance(whole[key], bool) or whole[key] != PROTOCOL:
+        raise KitError(
+            f"{MANIFEST}: {key} is {shown(whole[key])}, a protocol that this siftune does not know; it knows {PROTOCOL}"
+        )
+    as_object(whole, MANIFEST, (key, *others))
+    if data != canonical(whole):
+        raise KitError(f"{MANIFEST} is not in the form that siftune writes: keys sorted, indent 2")
+    return whole
+
+
+def parse_files(value: Any, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, FileSpec]:
+    """Check the table of files: names from the list only, so that none can lead elsewhere."""
+    table = as_object(value, f"{MANIFEST}: files", required, optional)
+    specs = {}
+    for name, entry in table.items():
+        where = f"{MANIFEST}: files.{name}"
+        as_object(entry, where, ("bytes", "sha256"))
+        size = as_int(entry["bytes"], f"{where}.bytes", 1, LIMITS[name])
+        specs[name] = FileSpec(size, as_text(entry["sha256"], f"{where}.sha256", HASH))
+    return specs
+
+
+def _split(value: Any, depth: int) -> Split:
+    where = f"{MANIFEST}: split"
+    as_object(value, where, ("first", "last"))
+    first, last = (as_int(value[name], f"{where}.{name}", 0, depth) for name in ("first", "last"))
+    if not 1 <= first + last < depth:
+        raise KitError(f"{where} has {first} first and {last} last of {depth} layers; some must be, and not all")
+    return Split(first, last)
+
+
+def _middle(value: Any, numbers: range, family: Family) -> tuple[LayerShape, ...]:
+    where = f"{MANIFEST}: middle"
+    if not as_list(value, where, len(numbers)):
+        raise KitError(f"{where} has no layer")
+    shapes = tuple(_layer(entry, f"{where}.{place}", numbers, family) for place, entry in enumerate(value))
+    for place in range(len(shapes)):
+        _check_copy(shapes, place, f"{where}.{place}.same_as")
+    return shapes
+
+
+def _layer(value: Any, where: str, numbers: range, family: Family) -> LayerShape:
+    as_object(value, where, ("base", "ranks", "channels", "biased", "same_as"))
+    ranks = as_object(value["ranks"], f"{where}.ranks", (), family.attention)
+    channels, same_as, mlp = value["channels"], value["same_as"], (*family.reads, family.writes)
+    if channels is not None:
+        as_int(channels, f"{where}.channels", 1, MAX_SIZE)
+    if same_as is not None:
+        as_int(same_as, f"{where}.same_as", 0, len(numbers))
+    return LayerShape(
+        base=as_int(value["base"], f"{where}.base", numbers.start, numbers.stop - 1),
+        ranks={path: as_int(rank, f"{where}.ranks.{path}", 1, MAX_SIZE) for path, rank in ranks.items()},
+        channels=channels,
+        biased=_biased(value["biased"], f"{where}.biased", (*ranks, *(() if channels is None else mlp))),
+        same_as=same_as,
+    )
+
+
+def _biased(value: Any, where: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    paths = as_list(value, where, len(known))
+    for path in paths:
+        if not isinstance(path, str) or path not in known or paths.count(path) > 1:
+            raise KitError(f"{where} names {shown(path)}, which is no changed matrix, or stands twice")
+    return tuple(paths)
+
+
+def _check_copy(shapes: Sequence[LayerShape], place: int, where: str) -> None:
+    """A layer may have the weights of another of its shape, which has weights of its own."""
+    same_as = shapes[place].same_as
+    if same_as is None:
+        return
+    if same_as >= len(shapes) or shapes[same_as].same_as is not None:
+        raise KitError(f"{where} is {same_as}, which is no layer of the middle with weights of its own")
+    if dataclasses.replace(shapes[same_as], base=shapes[place].base, same_as=same_as) != shapes[place]:
+        raise KitError(f"{where} is {same_as}, a layer of another shape")
+
+
+def _adapter(value: Any) -> dict[str, TensorSpec]:
+    where = f"{MANIFEST}: adapter"
+    specs = {}
+    for name, entry in as_map(value, where, MAX_TENSORS).items():
+        as_text(name, f"{where}, the name of a tensor", rf"(first|last)\.{NAME}")
+        specs[name] = parse_spec(entry, f"{where}.{name}")
+    if len({spec.dtype for spec in specs.values()}) > 1:
+        raise KitError(f"{where} has tensors of several dtypes; it must be one")
+    return specs

@@ -1,0 +1,162 @@
+"""Plan an emulator's middle: which layers it has, and how much of each stays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from siftune.errors import RecipeError, UnsupportedError
+from siftune.models.families import Family, family_of
+from siftune.models.layers import find_layers
+from siftune.offsite.baselines import crash_sources, neighbour_similarities, uniform_layers
+from siftune.offsite.compress import Compression
+from siftune.offsite.emulator import features
+from siftune.offsite.record import Recording
+from siftune.offsite.split import Split
+
+Allotment = Literal["uniform", "score"]
+
+_LEAST = 0.5  # (ours) no layer keeps less than this part of the average share
+
+
+@dataclass(frozen=True)
+class EmulatorSettings(Compression):
+    """How a model's middle is compressed.
+
+    Attributes:
+        split: Layers of the adapter at either end.
+        allot: Whether all layers keep the same share, or *(ours)* more where skipping a layer would move the loss more.
+    """
+
+    split: Split = field(default_factory=Split)
+    allot: Allotment = "uniform"
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+        """
+        if not 0 < self.keep <= 1:
+            raise RecipeError(f"keep is {self.keep}, but must be above 0 and at most 1")
+        for name in ("lambda_attn", "lambda_mlp"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise RecipeError(f"{name} is {getattr(self, name)}, but must be a finite number of 0 or more")
+        if not 0 <= self.protect <= 1:
+            raise RecipeError(f"protect is {self.protect}, but must be from 0 to 1")
+        if not self.damping > 0:
+            raise RecipeError(f"damping is {self.damping}, but must be above 0")
+        whole_layers = self.method in ("layerdrop", "crash")
+        if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
+            raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot by score")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of an emulator's middle.
+
+    Attributes:
+        number: Number of the base's layer that it comes from.
+        keep: Fraction of its matrices' parameters that stays.
+        same_as: Place in the middle of the layer whose weights it has; None for its own.
+    """
+
+    number: int
+    keep: float = 1.0
+    same_as: int | None = None
+
+
+def plan(model: nn.Module, recording: Recording, settings: EmulatorSettings) -> list[Step]:
+    """Plan the middle.
+
+    Args:
+        model: The base model.
+        recording: What its middle layers saw.
+        settings: Checked settings.
+
+    Raises:
+        UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
+    """
+    numbers = sorted(recording.visits)
+    kept = max(1, round(settings.keep * len(numbers)))
+    if settings.method in ("layerdrop", "crash"):
+        _refuse_numbered(getattr(model, "config", None), settings.method)
+    if settings.method == "layerdrop":
+        return [Step(numbers[place]) for place in uniform_layers(len(numbers), kept)]
+    if settings.method == "crash":
+        sources = crash_sources(neighbour_similarities(recording.outputs(number) for number in numbers), kept)
+        return [Step(numbers[s], same_as=None if s == place else s) for place, s in enumerate(sources)]
+    if settings.allot == "score" and settings.keep < 1:
+        shares = allot([recording.effect[number] ** 0.5 for number in numbers], settings.keep)
+        return [Step(number, share) for number, share in zip(numbers, shares, strict=True)]
+    return [Step(number, settings.keep) for number in numbers]
+
+
+def allot(scores: Sequence[float], keep: float) -> list[float]:
+    """Share out what is kept among layers of one size *(ours)*.
+
+    In proportion to the root of the scores, between half of `keep` and 1, so that the mean is `keep`.
+
+    Args:
+        scores: One number of 0 or more per layer; high where a layer matters.
+        keep: Mean share, in (0, 1].
+    """
+    roots = [max(score, 0.0) ** 0.5 for score in scores]
+    largest = max(roots)
+    if not all(0 <= root < float("inf") for root in roots) or largest == 0:
+        return [keep] * len(roots)
+    weights = [max(root / largest, 1e-6) for root in roots]
+    low, high = 0.0, 1e6
+    for _ in range(100):  # the mean grows with the factor: bisect
+        factor = (low + high) / 2
+        mean = sum(_clipped(factor * w, keep) for w in weights) / len(weights)
+        low, high = (factor, high) if mean < keep else (low, factor)
+    return [_clipped(high * w, keep) for w in weights]
+
+
+def keep_for_size(model: nn.Module, split: Split, target_bytes: float, element_bytes: int) -> float:
+    """The kept fraction at which the frozen part of an emulator has a size.
+
+    Args:
+        model: The base model.
+        split: Layers of the adapter at either end.
+        target_bytes: Size of emulator.safetensors, in bytes.
+        element_bytes: Bytes of a number in it.
+
+    Raises:
+        RecipeError: It cannot be that small or large; the message names the range.
+    """
+    found = find_layers(model)
+    middle = [found.layers[number] for number in split.middle(len(found.layers))]
+    adapter = sum(p.numel() for n in split.outer(len(found.layers)) for p in found.layers[n].parameters())
+    family = family_of(getattr(model, "config", None))
+    matrices = sum(_matrix_parameters(layer, family) for layer in middle)
+    total = sum(p.numel() for p in model.parameters())
+    fixed = total - adapter - matrices
+    keep = (target_bytes / element_bytes - fixed) / matrices
+    if not 0 < keep <= 1:
+        low, high = (size * element_bytes / 1e6 for size in (fixed, fixed + matrices))
+        raise RecipeError(
+            f"an emulator of {target_bytes / 1e6:.1f} MB cannot be made: without its middle it has {low:.1f} MB, "
+            f"whole {high:.1f} MB; give a size between"
+        )
+    return keep
+
+
+def _matrix_parameters(layer: nn.Module, family: Family) -> int:
+    shapes = [features(layer.get_submodule(path)) for path in family.matrices]
+    return sum(inputs * outputs for inputs, outputs, _ in shapes)
+
+
+def _clipped(share: float, keep: float) -> float:
+    return min(1.0, max(_LEAST * keep, share))
+
+
+def _refuse_numbered(config: Any, method: str) -> None:
+    """GPT-2 can scale attention by the layer's number, which dropping layers would change."""
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UnsupportedError(
+            f"method {method} drops layers, but this model scales attention by the number of the layer "
+            "(scale_attn_by_inverse_layer_idx); use method gradot"
+        )

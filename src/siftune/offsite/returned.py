@@ -1,0 +1,109 @@
+"""Returns on disk: what the data owner hands back, tuned adapter tensors and nothing else.
+
+RETURN/
+  manifest.json            {"siftune_return": 1, "kit": "<sha256 of the kit's manifest.json>", "files": {…}}
+  adapter.safetensors      exactly the names, shapes and dtypes of the kit's manifest
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from siftune.errors import KitError
+from siftune.offsite.kit import Kit
+from siftune.offsite.manifest import ADAPTER, HASH, LIMITS, MANIFEST, PROTOCOL, canonical, parse_files, parse_protocol
+from siftune.offsite.safe_files import as_text, fresh_folder, list_files, naming, read_bytes, sha256_of
+from siftune.offsite.tensor_file import MAX_HEADER, check_finite, check_specs, spec_of, tensor_specs, write_tensors
+
+__all__ = ["read_return", "write_return"]
+
+_KIT_MANIFEST = f"{MANIFEST} of the kit"
+
+
+def write_return(out: str | Path, tensors: Mapping[str, Tensor], kit: Kit) -> Path:
+    """Write a return, beside its place and then in one move.
+
+    Args:
+        out: Its folder; missing or empty.
+        tensors: Neutral name -> tuned tensor, on any device; names, shapes and dtypes as the kit's manifest has them.
+        kit: The kit that was tuned.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: `out` is in use.
+        KitError: A tensor is missing, superfluous, of another shape or dtype, or holds NaN or infinity; or `out`
+            cannot be written to. Nothing is left behind.
+    """
+    found = {name: spec_of(tensor) for name, tensor in tensors.items()}
+    check_specs(found, kit.manifest.adapter, "the tuned adapter", _KIT_MANIFEST)
+    with fresh_folder(out) as folder:
+        path = folder / ADAPTER
+        write_tensors(path, tensors)
+        entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        whole = {"siftune_return": PROTOCOL, "kit": kit.digest, "files": {ADAPTER: entry}}
+        (folder / MANIFEST).write_bytes(canonical(whole))
+    return Path(out)
+
+
+def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
+    """Check a return and load it.
+
+    Sizes, manifest and header are checked before memory is taken. The tensor file is read once: what is checked is
+    what is loaded.
+
+    Args:
+        path: Its folder, which may be reached by a link.
+        kit: The kit that it must be made for.
+
+    Returns:
+        Neutral name -> tensor on the CPU: exactly those of the kit's manifest, all values finite.
+
+    Raises:
+        KitError: Anything is out of order. The message names file and field.
+    """
+    folder = Path(path)
+    with naming(f"return {folder}"):
+        limit = MAX_HEADER + 8 + sum(spec.bytes for spec in kit.manifest.adapter.values())
+        sizes = list_files(folder, {MANIFEST: LIMITS[MANIFEST], ADAPTER: limit})
+        for name in (MANIFEST, ADAPTER):
+            if name not in sizes:
+                raise KitError(f"it has no {name}")
+        text = read_bytes(folder / MANIFEST, LIMITS[MANIFEST])
+        whole = parse_protocol(text, "siftune_return", ("kit", "files"))
+        _check_kit(as_text(whole["kit"], f"{MANIFEST}: kit", HASH), kit)
+        spec = parse_files(whole["files"], (ADAPTER,))[ADAPTER]
+        if sizes[ADAPTER] != spec.bytes:
+            raise KitError(
+                f"{ADAPTER} has {sizes[ADAPTER]} bytes, but {MANIFEST}: files.{ADAPTER}.bytes is {spec.bytes}"
+            )
+        check_specs(tensor_specs(folder / ADAPTER), kit.manifest.adapter, ADAPTER, _KIT_MANIFEST)
+        return _load(read_bytes(folder / ADAPTER, limit), spec.sha256, kit)
+
+
+def _check_kit(digest: str, kit: Kit) -> None:
+    if digest != kit.digest:
+        raise KitError(
+            f"{MANIFEST}: kit is {digest}, but the {MANIFEST} of {kit.path} has the SHA-256 {kit.digest}: "
+            "it was made for another kit"
+        )
+
+
+def _load(data: bytes, sha256: str, kit: Kit) -> dict[str, Tensor]:
+    """Load the tensors of bytes whose hash is right."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise KitError(f"{ADAPTER} has the SHA-256 {found}, but {MANIFEST}: files.{ADAPTER}.sha256 is {sha256}")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise KitError(f"{ADAPTER} cannot be loaded ({error})") from error
+    # once more, of the bytes that were loaded: the header was read from the file before
+    check_specs({name: spec_of(t) for name, t in tensors.items()}, kit.manifest.adapter, ADAPTER, _KIT_MANIFEST)
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"{ADAPTER}: {name}")
+    return tensors

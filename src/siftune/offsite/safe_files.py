@@ -1,0 +1,243 @@
+"""Read files that a stranger made, and write folders in one move.
+
+Nothing here trusts a file: it must be a regular file (no link, folder, pipe or device), its size is checked before it
+is read, and JSON must be strict: UTF-8, no key twice, no NaN or infinity, no deep nesting, no number of many digits.
+Limits are constants in capitals.
+
+What is checked is what is on disk during the check. A folder that others can write to while it is read is not safe:
+copy it first.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from siftune.errors import KitError
+from siftune.models.saving import new_folder
+
+MAX_NESTING = 32  # levels of objects and lists in JSON
+MAX_DIGITS = 40  # of a whole number in JSON; tokenizers write 10^30 for "no limit"
+
+_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """A stranger's value for a message: short, and without control characters."""
+    return _short.repr(value)
+
+
+def brief(error: BaseException) -> str:
+    """What an exception says, on one line, cut short, and without control characters."""
+    text = " ".join(str(error).split()).rstrip(".")
+    clean = "".join(c if c.isprintable() else "?" for c in text)
+    return clean if len(clean) <= 200 else clean[:197] + "..."
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put in front of a complaint which folder it is about, and behind it what to do."""
+    try:
+        yield
+    except KitError as error:
+        raise KitError(f"{what}: {error}; ask whoever made it for a sound copy") from error
+
+
+def list_files(folder: Path, limits: Mapping[str, int]) -> dict[str, int]:
+    """List a folder that may hold certain regular files only; the folder itself may be reached by a link.
+
+    Args:
+        folder: The folder.
+        limits: Name -> bytes that it may have at most, of every file that may be there.
+
+    Returns:
+        Name -> bytes, of those that are there.
+
+    Raises:
+        KitError: There is no such folder, or something else is in it, or a file is too large.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: _size(entry, limits) for entry in entries}
+    except OSError as error:
+        raise KitError(f"the folder cannot be read ({error.strerror})") from error
+
+
+def _size(entry: "os.DirEntry[str]", limits: Mapping[str, int]) -> int:
+    if entry.name not in limits:
+        raise KitError(f"{shown(entry.name)} is in it and does not belong there")
+    info = entry.stat(follow_symlinks=False)
+    if not stat.S_ISREG(info.st_mode):
+        raise KitError(f"{entry.name} is a link, a folder or a device, not a file")
+    if info.st_size > limits[entry.name]:
+        raise KitError(f"{entry.name} has {info.st_size} bytes, more than the {limits[entry.name]} that are allowed")
+    return info.st_size
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; links are not followed and a pipe is not waited for.
+
+    Raises:
+        KitError: It cannot be opened, is not a regular file, or cannot be read.
+    """
+    try:
+        with open(os.open(path, _OPEN), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise KitError(f"{path.name} is a folder or a device, not a file")
+            yield file
+    except OSError as error:
+        raise KitError(f"{path.name} cannot be read ({error.strerror})") from error
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise KitError(f"{path.name} has more than the {limit} bytes that are allowed")
+    return data
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a regular file in hexadecimal, read piece by piece."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """Parse strict JSON.
+
+    Args:
+        data: The bytes; how many is the caller's to limit.
+        name: What the bytes are, for messages.
+
+    Raises:
+        KitError: It is no JSON, has a key twice, NaN or infinity, a number of more than `MAX_DIGITS` digits, or more
+            than `MAX_NESTING` levels.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_float=_float,
+            parse_int=_integer,
+        )
+    except RecursionError as error:
+        raise KitError(f"{name} has more than {MAX_NESTING} levels of nesting") from error
+    except ValueError as error:
+        raise KitError(f"{name} is not proper JSON ({brief(error)})") from error
+    _check_nesting(value, name)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} stands twice")
+    return found
+
+
+def _constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{shown(text)} is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _check_nesting(value: Any, name: str) -> None:
+    """Go down level by level, without recursion."""
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        boxes = [item for item in level if isinstance(item, dict | list)]
+        level = [child for box in boxes for child in (box.values() if isinstance(box, dict) else box)]
+        if not boxes:
+            return
+    raise KitError(f"{name} has more than {MAX_NESTING} levels of nesting")
+
+
+def as_object(value: Any, where: str, required: Collection[str] = (), optional: Collection[str] = ()) -> dict[str, Any]:
+    """An object with exactly the keys that it must and may have.
+
+    Raises:
+        KitError: It is no object, or a key is missing or unknown. `where` is file and field, for the message.
+    """
+    if not isinstance(value, dict):
+        raise KitError(f"{where} is {shown(value)}, not an object")
+    for key in required:
+        if key not in value:
+            raise KitError(f"{where} has no {key}")
+    for key in value:
+        if key not in required and key not in optional:
+            raise KitError(f"{where} has the unknown key {shown(key)}")
+    return value
+
+
+def as_map(value: Any, where: str, most: int) -> dict[str, Any]:
+    """An object of one to `most` entries under any keys."""
+    if not isinstance(value, dict) or not 1 <= len(value) <= most:
+        found = f"has {len(value)} entries" if isinstance(value, dict) else f"is {shown(value)}"
+        raise KitError(f"{where} {found}; it must be an object with 1 to {most} entries")
+    return value
+
+
+def as_list(value: Any, where: str, most: int) -> list[Any]:
+    """A list of at most `most` items."""
+    if not isinstance(value, list) or len(value) > most:
+        found = f"has {len(value)} items" if isinstance(value, list) else f"is {shown(value)}"
+        raise KitError(f"{where} {found}; it must be a list of at most {most}")
+    return value
+
+
+def as_int(value: Any, where: str, low: int, high: int) -> int:
+    """A whole number from `low` to `high`; true and 1.0 are none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise KitError(f"{where} is {shown(value)}, not a whole number from {low} to {high}")
+    return value
+
+
+def as_text(value: Any, where: str, pattern: str) -> str:
+    """A string that matches a regular expression from end to end."""
+    if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+        raise KitError(f"{where} is {shown(value)}, which is not of the form {pattern}")
+    return value
+
+
+@contextlib.contextmanager
+def fresh_folder(out: str | Path) -> Iterator[Path]:
+    """Have a folder filled beside its place, then move it there; if anything goes wrong, nothing is left behind.
+
+    Args:
+        out: The place; missing or an empty folder. Missing parents are made.
+
+    Raises:
+        ModelError: `out` is in use.
+        KitError: It cannot be written, as on a full disk.
+    """
+    try:
+        with new_folder(out) as folder:
+            yield folder
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise KitError(f"{out} cannot be written ({reason}); free space, or give another place") from error

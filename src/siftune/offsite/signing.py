@@ -1,0 +1,119 @@
+"""Signatures on kits, by the package model-signing with a pair of keys (install siftune[sign]).
+
+A signature covers every other file of the folder: the data owner knows from whom the kit is and that nothing was
+changed, added or removed. Keys are PEM files on the curve P-256, P-384 or P-521, without a password:
+
+    openssl ecparam -name prime256v1 -genkey -noout -out owner.pem     # stays with the owner
+    openssl ec -in owner.pem -pubout -out owner.pub.pem                # for the data owner, by another way than the kit
+
+What the signature says is public: the names and hashes of the files and a hash of the public key. model-signing would
+also write down the folder's own name; that is replaced by "kit". This checks it as well:
+
+    model_signing verify key KIT --signature KIT/kit.sig --public-key owner.pub.pem
+"""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from siftune.errors import KitError
+from siftune.offsite.manifest import LIMITS, SIGNATURE
+from siftune.offsite.safe_files import brief, read_bytes
+
+
+def sign(folder: Path, private_key: Path) -> Path:
+    """Sign a folder; write `kit.sig` into it.
+
+    Args:
+        folder: A complete kit.
+        private_key: PEM file of the owner's private key.
+
+    Returns:
+        The signature's path.
+
+    Raises:
+        KitError: The package is not installed, or the key cannot be used.
+    """
+    config = load_signer(private_key).set_hashing_config(_hashing())
+    path = folder / SIGNATURE
+    try:
+        config.sign(folder, path)
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        raise KitError(
+            f"{folder} cannot be signed ({brief(error)}); check the key {private_key} and the disk"
+        ) from error
+    return path
+
+
+def verify(folder: Path, public_key: Path) -> None:
+    """Check that a folder is as the owner of a key has signed it.
+
+    Args:
+        folder: A kit; what is no regular file in it is refused.
+        public_key: PEM file of the owner's public key.
+
+    Raises:
+        KitError: The package is not installed, the key cannot be used, there is no signature, or it is not right.
+    """
+    config = _load(public_key, "verifier").set_hashing_config(_hashing())
+    path = folder / SIGNATURE
+    if not path.is_file():
+        raise KitError(f"it has no {SIGNATURE}, and a public key was given to check it")
+    read_bytes(path, LIMITS[SIGNATURE])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # model-signing prints about old signatures
+            config.verify(folder, path)
+    except Exception as error:
+        reason = brief(error) or type(error).__name__
+        raise KitError(f"{SIGNATURE} is no signature of this folder by the key {public_key} ({reason})") from error
+
+
+def load_signer(private_key: Path) -> Any:
+    """Load the private key, also to learn before long work that signing will be possible.
+
+    Returns:
+        model-signing's configuration for signing with it.
+
+    Raises:
+        KitError: The package is not installed, or the key cannot be used.
+    """
+    return _load(private_key, "signer")
+
+
+def _load(key: Path, part: str) -> Any:
+    try:
+        from model_signing import signing, verifying
+    except ImportError as error:
+        raise KitError(
+            "signatures need the package model-signing; install it with: pip install 'siftune[sign]'"
+        ) from error
+    try:
+        if part == "signer":
+            return signing.Config().use_elliptic_key_signer(private_key=key)
+        return verifying.Config().use_elliptic_key_verifier(public_key=key)
+    except Exception as error:
+        kind = "private" if part == "signer" else "public"
+        raise KitError(
+            f"{key} is no {kind} key that can be used ({brief(error)}); it must be a PEM file on the curve P-256, "
+            "P-384 or P-521, without a password"
+        ) from error
+
+
+def _hashing() -> Any:
+    """Hash every file but the signature; git's files too, which model-signing leaves out by default."""
+    from model_signing import hashing, manifest
+
+    class Nameless(hashing.Config):  # type: ignore[misc]
+        """As its base, but the folder is called "kit", wherever it is."""
+
+        def hash(self, model_path: Any, **options: Any) -> Any:
+            found = super().hash(model_path, **options)
+            items = [
+                manifest.FileManifestItem(path=d.identifier, digest=d.digest) for d in found.resource_descriptors()
+            ]
+            kind = manifest.SerializationType.from_args(found.serialization_type)
+            return manifest.Manifest("kit", items, kind)
+
+    return Nameless().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)

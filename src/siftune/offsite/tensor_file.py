@@ -1,0 +1,177 @@
+"""Safetensors files: a strict reader of their headers, which allocates no tensor, and a writer.
+
+The format (safetensors 0.x): 8 bytes little-endian length of the header, the header in JSON, the tensors' bytes. The
+header maps a name to {"dtype", "shape", "data_offsets"} and "__metadata__" to strings. Here the metadata is always
+{"format": "pt"}; the tensors follow each other without gaps and fill the file.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from siftune.errors import KitError
+from siftune.offsite.safe_files import (
+    as_int,
+    as_list,
+    as_map,
+    as_object,
+    as_text,
+    brief,
+    open_regular,
+    parse_json,
+    shown,
+)
+
+MAX_HEADER = 16 << 20  # bytes
+MAX_TENSORS = 100_000  # in a file
+MAX_DIMS = 4
+MAX_SIZE = 10**8  # of a dimension
+METADATA = {"format": "pt"}
+NAME = r"[A-Za-z0-9_.]{1,200}"  # of a tensor
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and number format of a tensor.
+
+    Attributes:
+        shape: Its sizes.
+        dtype: In safetensors' words: F32, BF16 or F16.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the values take."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Shape and number format of a tensor in memory.
+
+    Raises:
+        KitError: The format is not one of float32, bfloat16 and float16.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    if tensor.dtype not in names:
+        raise KitError(f"a tensor is {tensor.dtype}; kits and returns hold float32, bfloat16 and float16 only")
+    return TensorSpec(tuple(tensor.shape), names[tensor.dtype])
+
+
+def parse_spec(value: Any, where: str) -> TensorSpec:
+    """Check shape and dtype as they stand in JSON: {"shape": [576, 576], "dtype": "F32"}."""
+    entry = as_object(value, where, ("dtype", "shape"))
+    dtype = as_text(entry["dtype"], f"{where}.dtype", "|".join(DTYPES))
+    sizes = as_list(entry["shape"], f"{where}.shape", MAX_DIMS)
+    return TensorSpec(tuple(as_int(size, f"{where}.shape", 1, MAX_SIZE) for size in sizes), dtype)
+
+
+def tensor_specs(path: Path) -> dict[str, TensorSpec]:
+    """Read the header of a safetensors file, strictly, and allocate nothing for its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name -> shape and dtype, in the order of the header.
+
+    Raises:
+        KitError: Anything is out of order: length, JSON, metadata, names, dtypes, shapes, offsets, size of the file.
+    """
+    with open_regular(path) as file:
+        data_bytes = os.fstat(file.fileno()).st_size - 8
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER, data_bytes):
+            raise KitError(
+                f"{path.name}: the length of its header is {length}; with this file's size it may be 2 to "
+                f"{max(0, min(MAX_HEADER, data_bytes))}"
+            )
+        text = file.read(length)
+    if text[:1] != b"{":
+        raise KitError(f"{path.name}: its header does not begin with a brace")
+    where = f"{path.name}: header"
+    entries = as_map(parse_json(text, where), where, MAX_TENSORS)
+    if entries.pop("__metadata__", None) != METADATA:
+        raise KitError(f"{where}.__metadata__ is not {METADATA}")
+    return _check_offsets(entries, data_bytes - length, where)
+
+
+def _check_offsets(entries: dict[str, Any], data_bytes: int, where: str) -> dict[str, TensorSpec]:
+    """Check that the tensors follow each other and fill the file."""
+    specs, places = {}, []
+    for name, value in entries.items():
+        field = f"{where}.{as_text(name, f'{where}, the name of a tensor', NAME)}"
+        entry = as_object(value, field, ("data_offsets", "dtype", "shape"))
+        spec = parse_spec({"dtype": entry["dtype"], "shape": entry["shape"]}, field)
+        offsets = as_list(entry["data_offsets"], f"{field}.data_offsets", 2)
+        begin, end = (as_int(offset, f"{field}.data_offsets", 0, data_bytes) for offset in (*offsets, -1, -1)[:2])
+        if end - begin != spec.bytes:
+            raise KitError(f"{field}.data_offsets span {end - begin} bytes, but {spec} takes {spec.bytes}")
+        specs[name] = spec
+        places.append((begin, end))
+    ends = [0, *(end for _, end in sorted(places))]
+    if [begin for begin, _ in sorted(places)] != ends[:-1] or ends[-1] != data_bytes:
+        raise KitError(f"{where}: the data_offsets leave gaps, overlap, or do not end where the file does")
+    return specs
+
+
+def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str, by: str) -> None:
+    """Compare what a file holds with what it must hold.
+
+    Args:
+        found: Name -> spec, in the file.
+        expected: The same, as it must be.
+        where: The file, for the message.
+        by: What says so, for the message.
+
+    Raises:
+        KitError: A tensor is missing, superfluous, or of another shape or dtype.
+    """
+    for name in expected:
+        if name not in found:
+            raise KitError(f"{where} has no tensor {shown(name)}, which it must by {by}")
+    for name, spec in found.items():
+        if name not in expected:
+            raise KitError(f"{where} has a tensor {shown(name)}, which it must not by {by}")
+        if spec != expected[name]:
+            raise KitError(f"{where}: {name} is {spec}, but {by} says {expected[name]}")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: The file, in a folder that exists.
+        tensors: Name -> tensor, on any device.
+
+    Raises:
+        KitError: A value is NaN or infinite, two tensors share memory, or the file cannot be written.
+    """
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"{path.name}: {name}")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=METADATA)
+    except (SafetensorError, RuntimeError) as error:
+        raise KitError(f"{path.name} cannot be written ({brief(error)})") from error
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Refuse NaN and infinity."""
+    if not torch.isfinite(tensor).all():
+        raise KitError(f"{where} has values that are NaN or infinite")
