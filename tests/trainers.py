@@ -74,3 +74,20 @@ def train(folder, *callbacks, model=None, dataset=None, resume=None, trainer=Tra
     )
     worker.train(resume_from_checkpoint=resume)
     return model, worker
+
+
+class At(TrainerCallback):
+    """Does something at an event of a step, counted from 1."""
+
+    def __init__(self, event, step, act):
+        self.step, self.act = step, act
+        setattr(self, event, self._act)
+
+    def _act(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.act(kwargs["model"])
+
+
+def stop(_):
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt

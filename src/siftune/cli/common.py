@@ -90,7 +90,9 @@ def _field(flag: str) -> str:
 
 def _hints(kind: type) -> dict[str, Any]:
     """Return the types of a command's options, by the names that the user sees: tyro's `arg(name=…)` renames."""
-    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    marks = {
+        name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(kind, include_extras=True).items()
+    }
     renamed = {name: mark.name for name, found in marks.items() for mark in found if getattr(mark, "name", None)}
     return {renamed.get(name, name): hint for name, hint in get_type_hints(kind).items()}
 

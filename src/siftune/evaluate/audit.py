@@ -22,7 +22,6 @@ from torch import Tensor
 from siftune.errors import KitError
 from siftune.evaluate.audit_models import (
     OffsiteModels,
-    check_adapter,
     check_models,
     kept_fraction,
     plugged,
@@ -43,6 +42,10 @@ from siftune.evaluate.audit_stages import (
     untuned,
 )
 from siftune.models.source import load_model
+from siftune.offsite.kit import fingerprint, read_kit
+from siftune.offsite.load import load_emulator
+from siftune.offsite.plug import compare
+from siftune.offsite.returned import read_return
 from siftune.train.data import load_rows
 from siftune.train.run_folder import hardware, versions
 
@@ -91,7 +94,7 @@ def audit(
     check_models(models)
     adapter = read_adapter(models.base, models.split)
     if returned is not None:
-        check_adapter(returned, adapter, "the return")
+        compare(adapter, returned)
     used = choose_rows(rows, settings)
     trained = used if returned is None else range(len(rows.train))
     candidates = choose_candidates(rows, settings, trained) if settings.membership else None
@@ -120,10 +123,6 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
         ModelError: The base model cannot be loaded.
         DataError, RecipeError, TrainingError: As `audit`.
     """
-    from siftune.offsite.kit import fingerprint, read_kit
-    from siftune.offsite.load import load_emulator
-    from siftune.offsite.returned import read_return
-
     options.check()
     kit = read_kit(options.kit, options.public_key)
     returned = None if options.returned is None else read_return(options.returned, kit)
@@ -135,7 +134,7 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     if fingerprint(base) != kit.manifest.fingerprint:
         raise KitError(
             f"{options.kit}/manifest.json: base.fingerprint is not that of the model {options.model}; give the model "
-            "that the kit was made of, with dtype auto"
+            "that the kit was made of, with the --dtype that it was made with"
         )
     emulator = load_emulator(options.kit, options.dtype, options.public_key)
     models = _on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))

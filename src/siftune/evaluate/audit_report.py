@@ -1,6 +1,7 @@
 """Write an audit down: audit.json, audit.md and audit.png."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -116,9 +117,10 @@ def _comparisons(audit: Audit) -> str:
 
 def _cosine(cosine: GradientCosine) -> str:
     rows = [["adapter layer", "cosine"]]
-    rows += [[layer, f"{value:.3f}"] for layer, value in zip(cosine.layers, cosine.per_layer, strict=True)]
+    pairs = [*zip(cosine.layers, cosine.per_layer, strict=True), ("all", cosine.overall)]
+    rows += [[layer, _NOT_DEFINED if math.isnan(value) else f"{value:.3f}"] for layer, value in pairs]
     losses = f"Loss per label token there: base {cosine.loss_full:.3f}, emulator {cosine.loss_emulator:.3f}."
-    return f"{_table([*rows, ['all', f'{cosine.overall:.3f}']])}\n\n{losses}"
+    return f"{_table(rows)}\n\n{losses}"
 
 
 def _given_away(audit: Audit) -> str:

@@ -164,7 +164,9 @@ def _attack(
 
 def _measure(job: Job, condition: str, model: nn.Module) -> RowScores:
     job.tell(f"{LABELS[condition]}: measuring")
-    return score_rows(model, job.rows, job.settings.eval_batch_size)
+    scores = score_rows(model, job.rows, job.settings.eval_batch_size)
+    job.tell(f"{LABELS[condition]}: measuring", 1)
+    return scores
 
 
 def _tuning(job: Job) -> Tuning:

@@ -61,7 +61,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's state dict, also where accelerate keeps weights elsewhere."""
     if not any(p.device.type == "meta" for p in model.parameters()):
         return {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    from accelerate.utils import get_state_dict_offloaded_model
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
 
     return dict(get_state_dict_offloaded_model(model))
 

@@ -64,7 +64,8 @@ def linear_cka(x_NF: Tensor, y_NF: Tensor) -> Tensor:
     x_NF, y_NF = (rows - rows.mean(0) for rows in (widened(x_NF), widened(y_NF)))
     own_x, own_y, shared = (matrix.norm().double() for matrix in (x_NF.T @ x_NF, y_NF.T @ y_NF, x_NF.T @ y_NF))
     length = own_x * own_y
-    return shared.square() / torch.where(length == 0, 1.0, length)
+    alike: Tensor = shared.square() / torch.where(length == 0, 1.0, length)
+    return alike
 
 
 def neighbour_similarities(outputs: Iterable[Tensor]) -> Tensor:

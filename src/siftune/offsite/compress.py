@@ -76,14 +76,21 @@ class CompressedLayer:
     tensors: dict[str, Tensor]
 
 
-def layer_curvature(captured: Mapping[str, Captured]) -> LayerCurvature:
-    """Curvature of the matrices of a layer; those that read the same tensor share their input moments."""
+def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> LayerCurvature:
+    """Curvature of the matrices of a layer; those that read the same tensor share their input moments.
+
+    Args:
+        captured: What the matrices saw, by path.
+        slopes: Whether D is needed; zeros stand for it where every λ is 0.
+    """
     inputs: dict[int, Moments] = {}
     found = {}
     for path, seen in captured.items():
         if id(seen.x_NI) not in inputs:
             inputs[id(seen.x_NI)] = moments(seen.x_NI)
-        found[path] = Curvature(inputs[id(seen.x_NI)], moments(seen.g_NO), seen.g_NO.T @ seen.x_NI)
+        shape = seen.g_NO.shape[1], seen.x_NI.shape[1]
+        slope_OI = seen.g_NO.T @ seen.x_NI if slopes else seen.x_NI.new_zeros(()).expand(shape)
+        found[path] = Curvature(inputs[id(seen.x_NI)], moments(seen.g_NO), slope_OI)
     return LayerCurvature(captured, found)
 
 

@@ -89,13 +89,14 @@ class Moments:
         if mean == 0:  # nothing is known: every direction counts the same
             return one_FF.to(self.values.dtype)
         while True:
+            lower_FF: Tensor
             lower_FF, failed = torch.linalg.cholesky_ex(matrix_FF + damping * mean * one_FF)
             if not failed:
                 return lower_FF.to(self.values.dtype)
             damping = max(10 * damping, 1e-14)
 
     def _blocks(self) -> Iterator[Tensor]:
-        for columns in self.values.split(_BLOCK, 1):
+        for columns in torch.split(self.values, _BLOCK, 1):
             yield columns if self.formed else self.values.T @ columns
 
 

@@ -14,20 +14,19 @@ sensible numbers: a kit without a checked signature is as good as the way it cam
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import align_module_device
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.errors import KitError
 from siftune.offsite import kit_config, kit_tokenizer
 from siftune.offsite.emulator import LayerShape
+from siftune.offsite.fingerprint import fingerprint
+from siftune.offsite.kit_config import CONFIG
 from siftune.offsite.manifest import (
     ADAPTER,
     EMULATOR,
@@ -61,8 +60,6 @@ __all__ = [
     "tensor_specs",
     "write_kit",
 ]
-
-_CHUNK = 1 << 22  # values that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _fill(folder: Path, contents: KitContents) -> None:
     write_tensors(folder / EMULATOR, contents.frozen)
     write_tensors(folder / ADAPTER, contents.adapter)
     settings = kit_config.scrub(contents.config, _one_dtype(contents.frozen.values()))
-    small = {kit_config.CONFIG: canonical(settings), **kit_tokenizer.tokenizer_files(contents.tokenizer)}
+    small = {CONFIG: canonical(settings), **kit_tokenizer.tokenizer_files(contents.tokenizer)}
     for name, data in small.items():
         (folder / name).write_bytes(data)
     names = sorted(path.name for path in folder.iterdir())
@@ -176,9 +173,9 @@ def _one_dtype(tensors: Iterable[Tensor]) -> str:
 def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
     """Check a kit, completely, and allocate none of its tensors.
 
-    In this order: which files there are; the signature, if a key is given; every field of the manifest; sizes and
-    hashes of the small files; config and tokenizer; headers of the tensor files, against the manifest and against the
-    model that config and manifest describe; hashes of the tensor files.
+    In this order: which files there are; the signature, if a key is given; every field of the manifest; sizes; the
+    config; headers of the tensor files, against the manifest and against the model that config and manifest describe;
+    the tokenizer; hashes of the tensor files. Files other than these two are read once, with their hash.
 
     Args:
         path: Its folder, which may be reached by a link. Others must not be able to write to it meanwhile.
@@ -198,8 +195,9 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
             raise KitError(f"it has no {MANIFEST}, or an empty one")
         manifest = parse_manifest(data)
         _check_sizes(sizes, manifest)
-        settings = _check_small(folder, manifest)
+        settings = kit_config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
         _check_tensors(folder, manifest, settings)
+        _make_tokenizer(folder, manifest, settings)
         for name in (EMULATOR, ADAPTER):
             _check_hash(name, sha256_of(folder / name), manifest)
     digest = hashlib.sha256(data).hexdigest()
@@ -232,14 +230,6 @@ def _read_part(folder: Path, name: str, manifest: Manifest) -> bytes:
     return data
 
 
-def _check_small(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Check config and tokenizer; return the config."""
-    text = _read_part(folder, kit_config.CONFIG, manifest)
-    settings = kit_config.check_settings(parse_json(text, kit_config.CONFIG))
-    _make_tokenizer(folder, manifest, settings)
-    return settings
-
-
 def _make_tokenizer(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     names = [name for name in kit_tokenizer.FILES if name in manifest.files]
     files = {name: _read_part(folder, name, manifest) for name in names}
@@ -252,7 +242,7 @@ def _check_tensors(folder: Path, manifest: Manifest, settings: Mapping[str, Any]
     check_specs(adapter, manifest.adapter, ADAPTER, f"{MANIFEST}: adapter")
     dtypes = next(iter(frozen.values())).dtype, next(iter(adapter.values())).dtype
     frozen_model, adapter_model = kit_config.expected_specs(settings, manifest, dtypes)
-    model = f"the model of {kit_config.CONFIG} and {MANIFEST}"
+    model = f"the model of {CONFIG} and {MANIFEST}"
     check_specs(frozen, frozen_model, EMULATOR, model)
     check_specs(adapter, adapter_model, ADAPTER, model)
 
@@ -269,32 +259,3 @@ def load_tokenizer(kit: Kit) -> PreTrainedTokenizerFast:
     """
     with naming(f"kit {kit.path}"):
         return _make_tokenizer(kit.path, kit.manifest, kit.config)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 that names a base model's weights, whether they are held in float32 or in the checkpoint's bfloat16.
-
-    Hashed are, in the order of the names, every tensor's name, shape, and values in float32; a tensor that is tied to
-    another counts once. One piece of a tensor is converted at a time.
-
-    Args:
-        model: The base model, without PEFT or other wrappers.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        KitError: A weight has no values: it is on the meta device, and accelerate does not know it either.
-    """
-    tied = getattr(model, "all_tied_weights_keys", None) or ()
-    digest = hashlib.sha256()
-    for name in sorted(model.state_dict().keys() - set(tied)):
-        owner, _, leaf = name.rpartition(".")
-        with align_module_device(model.get_submodule(owner)):  # fetches what accelerate keeps elsewhere
-            tensor = getattr(model.get_submodule(owner), leaf).detach()
-            if tensor.is_meta:
-                raise KitError(f"{name} of the model has no values; load the model with its weights")
-            digest.update(json.dumps([name, list(tensor.shape)]).encode())
-            for piece in tensor.reshape(-1).split(_CHUNK):
-                digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ is not the architecture's stays out: paths and names (`_name_or_path`), versions
 and lists of them; the rotary settings are an object of known keys.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -140,11 +141,12 @@ def make_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
     Raises:
         KitError: The config's class refuses them.
     """
-    plain = {name: value for name, value in settings.items() if name != "model_type"}
+    plain = copy.deepcopy(dict(settings))  # the class fills in rotary settings in place
+    kind = plain.pop("model_type")
     try:
-        return AutoConfig.for_model(settings["model_type"], **plain)
+        return AutoConfig.for_model(kind, **plain)
     except Exception as error:  # the class runs on a stranger's values
-        raise KitError(f"{CONFIG} is no config of type {settings['model_type']} ({brief(error)})") from error
+        raise KitError(f"{CONFIG} is no config of type {kind} ({brief(error)})") from error
 
 
 def expected_specs(

@@ -1,16 +1,15 @@
 """Load a kit as an ordinary transformers model."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from siftune.errors import KitError
+from siftune.errors import ModelError
 from siftune.models.source import DTYPES, fit_for_this_machine, set_padding
 from siftune.offsite.assemble import EmulatorParts, materialise
-from siftune.offsite.kit import Kit, read_kit
+from siftune.offsite.kit import Kit, load_config, load_tokenizer, read_kit
 
 
 def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None = None) -> PreTrainedModel:
@@ -43,18 +42,17 @@ def load_kit(
 
 def _load(kit: Kit, dtype: str) -> PreTrainedModel:
     if dtype not in DTYPES:
-        raise KitError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    settings = dict(kit.config)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     frozen = load_file(kit.path / "emulator.safetensors")
     adapter = load_file(kit.path / "adapter.safetensors")
     floats = next(t.dtype for t in frozen.values() if t.is_floating_point())
     wanted = floats if dtype == "auto" else getattr(torch, dtype)
-    model = materialise(EmulatorParts(config, kit.manifest.split, kit.manifest.middle, frozen, adapter), wanted)
+    parts = EmulatorParts(load_config(kit), kit.manifest.split, kit.manifest.middle, frozen, adapter)
+    model = materialise(parts, wanted)
     return fit_for_this_machine(model) if dtype == "auto" else model
 
 
-def _tokenizer(kit: Kit) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(kit.path, trust_remote_code=False)
+def _tokenizer(kit: Kit) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(kit)
     set_padding(tokenizer, str(kit.path))
     return tokenizer

@@ -79,10 +79,11 @@ def compressed_layers(
     layers, family = find_layers(model).layers, family_of(model.config)
     wanted = [{step.number: step for step in steps if step.same_as is None} for _, steps in jobs]
     numbers = sorted(set().union(*wanted))
+    slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
     for done, number in enumerate(numbers, 1):
         layer = layers[number]
         needed = any(number in steps and steps[number].keep < 1 for steps in wanted)
-        seen = layer_curvature(replay(layer, recording, number, family.matrices)) if needed else None
+        seen = layer_curvature(replay(layer, recording, number, family.matrices), slopes) if needed else None
         found: list[CompressedLayer | None] = []
         with _here(layer):
             for (settings, _), steps in zip(jobs, wanted, strict=True):

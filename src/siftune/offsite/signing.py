@@ -66,8 +66,9 @@ def verify(folder: Path, public_key: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # model-signing prints about old signatures
             config.verify(folder, path)
     except Exception as error:
-        reason = brief(error) or type(error).__name__
-        raise KitError(f"{SIGNATURE} is no signature of this folder by the key {public_key} ({reason})") from error
+        raise KitError(
+            f"{SIGNATURE} is no signature of this folder by the key {public_key} ({_reason(error)})"
+        ) from error
 
 
 def load_signer(private_key: Path) -> Any:
@@ -99,6 +100,14 @@ def _load(key: Path, part: str) -> Any:
             f"{key} is no {kind} key that can be used ({brief(error)}); it must be a PEM file on the curve P-256, "
             "P-384 or P-521, without a password"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What model-signing says, without the digests in it."""
+    text = str(error).partition(": Expected")[0].replace("\\'", "'")
+    return (
+        brief(ValueError(text.replace("Signature mismatch: ", "").lstrip("[\"'").rstrip(']"'))) or type(error).__name__
+    )
 
 
 def _hashing() -> Any:

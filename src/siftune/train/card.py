@@ -7,7 +7,7 @@ from siftune.recipe_file import recipe_to_yaml
 from siftune.train.run_folder import hardware, versions
 
 _METHODS = {
-    "dense": "everything of it trains in every step",
+    "dense": "all that can train does so in every step",
     "rst": "random sparse tuning: layers drawn uniformly in every step",
     "ist": "importance-aware sparse tuning, arXiv 2410.11772: layers drawn by their importance in every step",
     "gast": "gradient-aligned sparse tuning, arXiv 2603.09865: every layer follows the rows that point its way",

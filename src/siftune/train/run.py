@@ -43,7 +43,7 @@ class Run:
 
     Attributes:
         folder: Its folder.
-        model: The tuned model, adapters attached.
+        model: The tuned model, adapters attached where it has any.
         tokenizer: Its tokenizer.
         summary: Steps, losses, seconds, tokens per second, peak memory in MB.
     """

@@ -96,7 +96,7 @@ def put_in(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> N
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
-            found = f"of shape {tuple(own[name].shape)}" if name in own else "nothing"
+            found = f"shape {tuple(own[name].shape)}" if name in own else "nothing"
             raise AdapterError(
                 f"the layers in {source} don't fit the model: {name} has shape {tuple(tensor.shape)}, the model has "
                 f"{found} there; give the model that they were trained on."

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny
 from tokenizer import byte_tokenizer
 
@@ -13,6 +13,7 @@ from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError
 from siftune.evaluate import run as evaluation
 from siftune.recipe_file import recipe_to_yaml
+from siftune.train.tuned_layers import About, save_tuned
 
 
 @pytest.fixture
@@ -59,9 +60,14 @@ def test_flags_override_the_recipe(place):
 
 
 def test_runs_on_one_base_measure_it_once(place, monkeypatch):
-    calls = []
-    real = evaluation.measure_base
-    monkeypatch.setattr(evaluation, "measure_base", lambda *args: calls.append(1) or real(*args))
+    calls, real = [], evaluation.measure
+
+    def measure(model, *args):
+        if not isinstance(model, PeftModel):
+            calls.append(1)
+        return real(model, *args)
+
+    monkeypatch.setattr(evaluation, "measure", measure)
     options = Options(("one", "two", "base"), data="rows.jsonl", template="none", metrics=("perplexity",))
     one, two, base = run(options)["runs"]
     assert len(calls) == 1
@@ -70,9 +76,10 @@ def test_runs_on_one_base_measure_it_once(place, monkeypatch):
     assert base["metrics"][0]["tuned"] is None
     [alone] = run(replace(options, runs=("base",)))["runs"]
     assert alone["metrics"][0]["base"] == pytest.approx(base["metrics"][0]["base"], rel=1e-6)
+    assert len(calls) == 2
     run(replace(options, runs=("one", "two"), template="chat"))
     run(replace(options, runs=("one",), template="none"))
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 def test_an_adapter_folder_by_itself(place):
@@ -81,6 +88,23 @@ def test_an_adapter_folder_by_itself(place):
     [found] = run(Options(("one/adapter",), data="rows.jsonl", metrics=("perplexity",)))["runs"]
     assert found["model"] == "base"
     assert found["metrics"][0]["tuned"] is not None
+
+
+@pytest.mark.parametrize("adapter", [("three",), ("three/adapter",)])
+def test_a_run_that_tuned_layers_themselves(place, adapter):
+    base, tuned = (tiny("llama", layers=2, vocab_size=len(byte_tokenizer())) for _ in range(2))
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_tuned(place / "three" / "adapter", About("base", (1,)), {name: tuned.state_dict()[name]})
+    (place / "three" / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model="base", adapter="full", layers=(1,))))
+    tuned.save_pretrained(place / "whole")
+    byte_tokenizer().save_pretrained(place / "whole")
+    options = Options((*adapter, "whole", "base"), data="rows.jsonl", template="none", metrics=("perplexity",))
+    found, whole, base = (entry["metrics"][0] for entry in run(options)["runs"])
+    assert found["base"] == pytest.approx(base["base"], rel=1e-6)
+    assert found["tuned"] == pytest.approx(whole["base"], rel=1e-6)
+    assert found["tuned"] != pytest.approx(found["base"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,27 @@ def test_the_merged_model_gives_the_logits_of_the_tuned_one(finished, base, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+@pytest.mark.parametrize("place", ["run", "run/adapter"])
+def test_layers_that_were_tuned_themselves(base, rows, tmp_path, capsys, place):
+    from rich.console import Console
+
+    settings = {"adapter": "full", "layers": (0, -1), "method": "dense", "steps": 2, "lr": 0.05}
+    done = train(recipe(base, rows, tmp_path / "run", **settings), Console(quiet=True))
+    assert main(["export", str(tmp_path / place), "--out", str(tmp_path / "merged"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "model": f"{tmp_path}/merged", "adapter": f"{tmp_path}/run/adapter",
+    }  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(logits(tmp_path / "merged"), done.model.eval()(IDS).logits)
+    assert not torch.equal(logits(tmp_path / "merged"), logits(base))
+    assert not any("tuned" in path.name for path in (tmp_path / "merged").iterdir())
+    assert main(["export", str(tmp_path / place), "--out", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(weights[name], done.model.state_dict()[name].bfloat16())
+
+
 @pytest.fixture
 def run(base, rows, tmp_path):
     from rich.console import Console

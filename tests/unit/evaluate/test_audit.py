@@ -1,6 +1,8 @@
 import copy
+import gc
+import json
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,30 +13,43 @@ from tokenizer import byte_tokenizer
 
 from siftune.config import Recipe, resolve_recipe
 from siftune.errors import DataError, KitError, LayerError, RecipeError, TrainingError
-from siftune.evaluate.audit import AuditSettings, OffsiteModels, audit, tokenize_audit
+from siftune.evaluate.audit import AuditOptions, AuditSettings, OffsiteModels, audit, audit_paths, tokenize_audit
 from siftune.evaluate.audit_models import plugged, random_floor, read_adapter, restored
 from siftune.evaluate.audit_result import LABELS
 from siftune.evaluate.audit_rows import drawn, not_among
 from siftune.evaluate.gradients import gradient_cosine
 from siftune.evaluate.membership import auc
 from siftune.offsite.emulator import LayerShape, build, emulator_config
+from siftune.offsite.kit import read_kit
+from siftune.offsite.load import load_emulator
+from siftune.offsite.returned import write_return
 from siftune.offsite.split import Split, adapter_names
 from siftune.train.rows import rows_from
 from siftune.train.run import set_up
 from siftune.train.run_folder import RunFolder
 from siftune.train.tokenize import Collator
 from siftune.train.trainer import SiftTrainer
+from tiny_kit import base_model, save_kit
 
 SPLIT = Split(1, 1)
 TOKENIZER = byte_tokenizer()
 SETTINGS = AuditSettings(
-    steps=6, lr=3e-3, batch_size=4, max_length=48, template="none", recovery_lr=1e-3, eval_batch_size=5, resamples=300
+    steps=6, lr=3e-3, batch_size=4, max_length=48, template="none", recovery_lr=1e-3, eval_batch_size=20, resamples=300
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collection():
+    """The Trainer collects garbage at its end; what is there before needs no look."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def records(start, stop, choices=True):
     found = [{"prompt": f"{i} and {i}?", "completion": str(2 * i)} for i in range(start, stop)]
-    return [{**row, **({"choices": [row["completion"], "no", "2"]} if choices else {})} for row in found]
+    return [{**row, **({"choices": [row["completion"], "no", "-1"]} if choices else {})} for row in found]
 
 
 def base():
@@ -44,6 +59,7 @@ def base():
         torch.manual_seed(7)
         for p in model.parameters():
             p.data += 0.02 * torch.randn(p.shape)  # off the initialisation, which the floor may draw again
+    model.config.initializer_range = 0.4  # random weights are then worse than these
     model.model.embed_tokens.requires_grad_(False)
     return model
 
@@ -71,9 +87,10 @@ def models(emulator=shorter):
     return OffsiteModels(model, emulator(model), SPLIT, TOKENIZER)
 
 
-def rows(settings=SETTINGS, train=20, held_out=12, choices=True):
-    parts = records(0, train, choices), records(100, 100 + held_out, choices)
-    return tokenize_audit(*map(rows_from, parts), TOKENIZER, settings)
+def rows(choices=True):
+    parts = records(0, 20, choices), records(100, 108, choices)
+    made = tokenize_audit(*map(rows_from, parts), TOKENIZER, SETTINGS)
+    return made if choices else replace(made, questions=None)
 
 
 def snapshot(model):
@@ -101,14 +118,14 @@ def audited():
 # --- the slow obvious way
 
 
-def tune(model, layers, lr, tmp_path, data=None):
+def tune(model, layers, lr, folder):
     """A fresh copy, tuned as `siftune train` would."""
     model = copy.deepcopy(model)
     recipe = Recipe(
-        method="dense", adapter="full", layers=layers, steps=6, lr=lr, batch_size=4, seed=0, out=str(tmp_path),
+        method="dense", adapter="full", layers=layers, steps=6, lr=lr, batch_size=4, seed=0, out=str(folder),
     )  # fmt: skip
-    used = {"train": data or rows().train}
-    trainer, release = set_up(resolve_recipe(recipe), RunFolder(tmp_path), model, TOKENIZER, used, Console(quiet=True))
+    data = {"train": rows().train}
+    trainer, release = set_up(resolve_recipe(recipe), RunFolder(folder), model, TOKENIZER, data, Console(quiet=True))
     trainer.train()
     release()
     return model.eval()
@@ -125,7 +142,6 @@ def moved(source, target):
 def losses(model, data):
     """Sum per row over label tokens, row by row."""
     found = []
-    model = copy.deepcopy(model).eval()
     for ids, labels in zip(data["input_ids"], data["labels"], strict=True):
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
@@ -136,7 +152,7 @@ def losses(model, data):
 def hits(model):
     """Right choices, each from a pass of its own."""
     found = []
-    for row in records(100, 112):
+    for row in records(100, 108):
         prompt = TOKENIZER(row["prompt"])["input_ids"]
         scores = []
         for choice in row["choices"]:
@@ -147,10 +163,16 @@ def hits(model):
     return np.array(found)
 
 
-def test_all_conditions_are_what_they_say(audited, tmp_path):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The emulator with its adapter tuned."""
+    return tune(models().emulator, (0, -1), 3e-3, tmp_path_factory.mktemp("small"))
+
+
+def test_all_conditions_are_what_they_say(audited, small, tmp_path):
     found, _, _, _ = audited
     both = models()
-    full, small = (tune(model, (0, -1), 3e-3, tmp_path) for model in (both.base, both.emulator))
+    full = tune(both.base, (0, -1), 3e-3, tmp_path)
     wanted = {
         "full_zs": both.base,
         "full_ft": full,
@@ -171,7 +193,7 @@ def test_all_conditions_are_what_they_say(audited, tmp_path):
         assert one.nll.low < one.nll.value < one.nll.high
         assert one.scores.correct.tolist() == hits(model).tolist(), name
         assert one.accuracy.low <= one.accuracy.value == one.scores.correct.mean() <= one.accuracy.high
-    assert found.conditions["full_zs"].scores.tokens.tolist() == [len(str(2 * i)) + 1 for i in range(100, 112)]
+    assert found.conditions["full_zs"].scores.tokens.tolist() == [len(str(2 * i)) + 1 for i in range(100, 108)]
 
 
 def test_the_figures_follow_from_the_conditions(audited):
@@ -197,10 +219,10 @@ def test_the_figures_follow_from_the_conditions(audited):
     assert learned.recovery.low < learned.recovery.value < learned.recovery.high
 
 
-def test_membership_is_that_of_the_plugged_model(audited, tmp_path):
+def test_membership_is_that_of_the_plugged_model(audited, small):
     found = audited[0].membership
     both, data = models(), rows()
-    plugged_in = moved(tune(both.emulator, (0, -1), 3e-3, tmp_path), both.base)
+    plugged_in = moved(small, both.base)
     sides = []
     for part in (data.train, data.held_out):
         tokens = np.array([sum(label != -100 for label in labels[1:]) for labels in part["labels"]])
@@ -208,7 +230,7 @@ def test_membership_is_that_of_the_plugged_model(audited, tmp_path):
     (base_in, tuned_in), (base_out, tuned_out) = sides
     assert found.loss.value == pytest.approx(auc(-tuned_in, -tuned_out))
     assert found.reference.value == pytest.approx(auc(base_in - tuned_in, base_out - tuned_out))
-    assert (found.members, found.others, found.left_out) == (20, 12, 0)
+    assert (found.members, found.others, found.left_out) == (20, 8, 0)
     assert found.loss.low <= found.loss.value <= found.loss.high
 
 
@@ -244,7 +266,8 @@ QUICK = replace(SETTINGS, steps=3, recovery=False, membership=False, resamples=5
 
 def test_an_emulator_that_is_the_base_loses_nothing():
     both = models(whole)
-    found = audit(both, rows(QUICK, choices=False, held_out=4), replace(QUICK, recovery=True, membership=True))
+    questions = tokenize_audit(*map(rows_from, (records(0, 9), records(100, 104, choices=False))), TOKENIZER, QUICK)
+    found = audit(both, questions, replace(QUICK, recovery=True, membership=True))
     scores = {name: one.scores for name, one in found.conditions.items()}
     for twin, other in (("emulator_zs", "full_zs"), ("plug_in", "full_ft"), ("emulator_ft", "full_ft")):
         assert scores[twin].nll.tolist() == scores[other].nll.tolist()
@@ -267,7 +290,7 @@ def test_all_tunings_see_the_same_rows_in_the_same_order(monkeypatch):
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(SiftTrainer, "training_step", recording)
-    audit(models(), rows(QUICK), replace(QUICK, recovery=True))
+    audit(models(), rows(False), replace(QUICK, recovery=True))
     first, second, third = seen.values()
     assert first == second == third
     assert len(first) == 3
@@ -277,19 +300,19 @@ def test_all_tunings_see_the_same_rows_in_the_same_order(monkeypatch):
 
 def test_the_same_seed_gives_the_same_audit_and_leaves_the_generators_alone():
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    first = audit(models(), rows(QUICK), QUICK).to_dict(rows=True)
+    first = audit(models(), rows(False), QUICK).to_dict(rows=True)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2])
     torch.rand(3)
-    assert audit(models(), rows(QUICK), QUICK).to_dict(rows=True) == first
-    other = audit(models(), rows(QUICK), replace(QUICK, seed=1)).to_dict(rows=True)
+    assert audit(models(), rows(False), QUICK).to_dict(rows=True) == first
+    other = audit(models(), rows(False), replace(QUICK, seed=1)).to_dict(rows=True)
     assert other["conditions"]["floor"]["nll"] != first["conditions"]["floor"]["nll"]
     assert other["conditions"]["full_ft"]["nll"] != first["conditions"]["full_ft"]["nll"]
     assert other["conditions"]["full_zs"]["rows"] == first["conditions"]["full_zs"]["rows"]
 
 
 def test_what_is_left_out_is_not_there(audited):
-    found = audit(models(), rows(QUICK), QUICK)
+    found = audit(models(), rows(False), QUICK)
     assert found.membership is None
     assert "recovered" not in found.conditions
     assert all(one.recovery is None for one in found.comparisons.values())
@@ -298,7 +321,7 @@ def test_what_is_left_out_is_not_there(audited):
 def test_a_return_takes_the_place_of_tuning():
     both = models()
     sent = {name: t + 0.01 for name, t in read_adapter(both.base, SPLIT).items()}
-    found = audit(both, rows(QUICK), replace(QUICK, membership=True), sent)
+    found = audit(both, rows(False), replace(QUICK, membership=True), sent)
     for model, name in ((both.emulator, "emulator_ft"), (both.base, "plug_in")):
         changed = copy.deepcopy(model)
         for number in (0, -1):
@@ -313,7 +336,7 @@ def test_a_rounded_emulator_starts_from_the_base_s_own_adapter():
     both = models(whole)
     both.emulator.bfloat16().float()
     before = snapshot(both.emulator)
-    found = audit(both, rows(QUICK), QUICK)
+    found = audit(both, rows(False), QUICK)
     assert same(both.emulator, before)
     exact = copy.deepcopy(both.emulator)
     wanted = losses(moved(both.base, exact), rows().held_out)
@@ -324,7 +347,7 @@ def test_half_precision_comes_back_bit_for_bit():
     model = base().bfloat16()
     both = OffsiteModels(model, shorter(model), SPLIT, TOKENIZER)
     before = [snapshot(one) for one in (both.base, both.emulator)]
-    audit(both, rows(QUICK), replace(QUICK, steps=1, recovery=True))
+    audit(both, rows(False), replace(QUICK, steps=1, recovery=True))
     assert same(both.base, before[0])
     assert same(both.emulator, before[1])
 
@@ -337,9 +360,9 @@ def test_models_that_share_their_tensors_come_back():
             emulator.model.layers[number].get_parameter(name).data = parameter.data
     both = OffsiteModels(model, emulator, SPLIT, TOKENIZER)
     before = snapshot(model)
-    found = audit(both, rows(QUICK), replace(QUICK, recovery=True))
+    found = audit(both, rows(False), replace(QUICK, recovery=True))
     assert same(model, before)
-    apart = audit(models(), rows(QUICK), replace(QUICK, recovery=True))
+    apart = audit(models(), rows(False), replace(QUICK, recovery=True))
     for name, one in apart.conditions.items():
         assert found.conditions[name].scores.nll.tolist() == one.scores.nll.tolist()
 
@@ -356,30 +379,30 @@ def test_models_come_back_after_an_interruption(break_at):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        audit(both, rows(QUICK), replace(QUICK, recovery=True), progress=stop)
+        audit(both, rows(False), replace(QUICK, recovery=True), progress=stop)
     assert same(both.base, before[0])
     assert same(both.emulator, before[1])
 
 
 def test_a_loss_of_nan_is_one_sentence():
     both = models()
-    with pytest.raises(TrainingError, match="not finite"):
-        audit(both, rows(QUICK), replace(QUICK, lr=1e30))
+    with pytest.raises(TrainingError, match="loss is nan"):
+        audit(both, rows(False), replace(QUICK, lr=1e30))
 
 
 def test_an_overfitted_adapter_gives_its_rows_away():
-    settings = replace(QUICK, steps=90, lr=5e-3, batch_size=8, membership=True)
-    generator = random.Random(0)
-    letters = [["".join(generator.choices("abcdefgh", k=5)) for _ in range(2)] for _ in range(28)]
+    settings = replace(QUICK, steps=30, lr=1e-2, batch_size=8, membership=True)
+    generator = random.Random(1)
+    letters = [["".join(generator.choices("abcdefgh", k=5)) for _ in range(2)] for _ in range(32)]
     made = rows_from([{"prompt": prompt, "completion": completion} for prompt, completion in letters])
     data = replace(tokenize_audit(made[:8], made[8:], TOKENIZER, settings), questions=None)
-    found = audit(models(whole), data, settings)
+    both = models(whole)
+    found = audit(both, data, settings)
     assert found.accuracy is None
     assert list(found.comparisons) == ["nll"]
     assert found.membership.loss.value > 0.95
     assert found.membership.reference.value > 0.95
-    both = models(whole)
-    untuned = audit(both, data, settings, read_adapter(both.base, SPLIT)).membership
+    untuned = audit(both, data, replace(settings, steps=1), read_adapter(both.base, SPLIT)).membership
     assert untuned.loss.low < 0.5 < untuned.loss.high
     assert untuned.reference.value == untuned.reference.low == untuned.reference.high == 0.5
 
@@ -390,7 +413,7 @@ def test_held_out_rows_that_are_training_rows_are_left_out():
     found = audit(models(), data, replace(QUICK, membership=True)).membership
     assert (found.members, found.others, found.left_out) == (8, 3, 2)
     both = models()
-    data = tokenize_audit(parts[0], parts[0][:2], TOKENIZER, QUICK)
+    data = tokenize_audit(parts[0], parts[0][2:4], TOKENIZER, QUICK)
     with pytest.raises(DataError, match="every held-out row is a training row"):
         audit(both, data, replace(QUICK, membership=True))
 
@@ -402,34 +425,40 @@ def test_draws_of_rows():
     assert (len(some), some[0] >= 10, some[-1] < 60) == (20, True, True)
     assert drawn(range(10, 60), 20, 0) == some != drawn(range(10, 60), 20, 1)
     data = rows()
-    assert not_among(data.held_out, data.train) == list(range(12))
+    assert not_among(data.held_out, data.train) == list(range(8))
     assert not_among(data.train, data.train.select([3, 5])) == [i for i in range(20) if i not in (3, 5)]
 
 
 def test_other_models_are_refused():
     both = models()
-    other = tiny("llama", 5, vocab_size=300, initializer_range=0.2)
-    with pytest.raises(KitError, match=r"tensor first\.0\.\S+ is not the base model's"):
-        audit(replace(both, base=other), rows(QUICK), QUICK)
-    wide = tiny("llama", 5, vocab_size=300, intermediate_size=64)
-    with pytest.raises(
-        KitError, match=r"the emulator's adapter: first\.0\.mlp\S+ has the shape \(48, 32\), .*\(64, 32\)"
-    ):
-        audit(replace(both, base=wide), rows(QUICK), QUICK)
+    other = base()
+    other.model.layers[-1].self_attn.q_proj.weight.data[0, 0] *= 1.05
+    with pytest.raises(KitError, match=r"tensor last\.0\.self_attn\.q_proj\.weight is not the base model's"):
+        audit(replace(both, base=other), rows(False), QUICK)
+    wide = base()
+    wide.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 64, bias=False)
+    with pytest.raises(KitError, match=r"tensor first\.0\.mlp\.up_proj\.weight is not the base model's"):
+        audit(replace(both, base=wide), rows(False), QUICK)
+    biased = base()
+    biased.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(48))
+    with pytest.raises(KitError, match=r"tensor first\.0\.mlp\.up_proj\.bias is not the base model's"):
+        audit(replace(both, base=biased), rows(False), QUICK)
     with pytest.raises(LayerError, match="no middle"):
-        audit(replace(both, split=Split(2, 2)), rows(QUICK), QUICK)
+        audit(replace(both, split=Split(2, 2)), rows(False), QUICK)
 
 
 def test_other_returns_are_refused():
     both = models()
     right = read_adapter(both.base, SPLIT)
     name = "last.0.mlp.up_proj.weight"
-    with pytest.raises(KitError, match=rf"the return lacks {name}"):
-        audit(both, rows(QUICK), QUICK, {key: t for key, t in right.items() if key != name})
-    with pytest.raises(KitError, match=r"the return has a tensor too many, last\.1\.x"):
-        audit(both, rows(QUICK), QUICK, {**right, "last.1.x": right[name]})
-    with pytest.raises(KitError, match=rf"the return: {name} has the shape \(32, 48\)"):
-        audit(both, rows(QUICK), QUICK, {**right, name: right[name].T})
+    with pytest.raises(KitError, match=f"tensor {name} is missing from the return"):
+        audit(both, rows(False), QUICK, {key: t for key, t in right.items() if key != name})
+    with pytest.raises(KitError, match=r"tensor last\.1\.x is not the adapter's"):
+        audit(both, rows(False), QUICK, {**right, "last.1.x": right[name]})
+    with pytest.raises(KitError, match=rf"tensor {name} .* shape \(32, 48\)"):
+        audit(both, rows(False), QUICK, {**right, name: right[name].T})
+    with pytest.raises(KitError, match=rf"tensor {name} .* not finite"):
+        audit(both, rows(False), QUICK, {**right, name: right[name] * float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -449,7 +478,7 @@ def test_ranges(field, value, words):
 
 
 def test_rows_without_labels_are_refused():
-    data = rows(QUICK)
+    data = rows(False)
     bare = data.held_out.map(
         lambda row, i: {"labels": [-100] * len(row["labels"])} if i == 3 else row, with_indices=True
     )
@@ -462,10 +491,14 @@ def test_swaps():
     tensors = {name: t + 1 for name, t in read_adapter(model, SPLIT).items()}
     before = snapshot(model)
     names = set(adapter_names(model, SPLIT).values())
-    with pytest.raises(RuntimeError, match="boom"), plugged(model, SPLIT, tensors):
-        inside = model.state_dict()
-        assert all(torch.equal(t, before[0][n] + (n in names)) for n, t in inside.items())
-        raise RuntimeError("boom")
+
+    def inside():
+        with plugged(model, SPLIT, tensors):
+            assert all(torch.equal(t, before[0][n] + (n in names)) for n, t in model.state_dict().items())
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        inside()
     assert same(model, before)
     with restored(model):
         for p in model.parameters():
@@ -490,3 +523,86 @@ def test_the_floor_is_random_weights_of_the_same_architecture():
     assert not torch.equal(weights[0], weights[3])
     assert weights[0].std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
     assert random_floor(model.bfloat16(), 0).dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """A base model, a kit of it, a return and rows."""
+    folder = tmp_path_factory.mktemp("kit")
+    kit = save_kit(folder / "kit")
+    base_model().save_pretrained(folder / "base")
+    TOKENIZER.save_pretrained(folder / "base")
+    names = adapter_names(base_model(), kit.manifest.split)
+    state = base_model().state_dict()
+    write_return(folder / "return", {neutral: state[name] + 0.01 for neutral, name in names.items()}, kit)
+    for name, part in (("train", records(0, 20, False)), ("eval", records(100, 108, False))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def options(folder, **changes):
+    paths = {name: str(folder / name) for name in ("kit", "train", "eval")}
+    paths = {**paths, "train": paths["train"] + ".jsonl", "eval": paths["eval"] + ".jsonl"}
+    quick = {field.name: getattr(QUICK, field.name) for field in fields(QUICK)}
+    return AuditOptions(**{**quick, "model": str(folder / "base"), **paths, **changes})
+
+
+def test_a_kit_on_disk(on_disk, tmp_path):
+    out = tmp_path / "out"
+    found = audit_paths(options(on_disk, out=out, limit=9, eval_limit=5))
+    assert {path.name for path in out.iterdir()} == {"audit.json", "audit.md", "audit.png"}
+    assert json.loads((out / "audit.json").read_text()) == found.to_dict(rows=True)
+    parts = [rows_from(records(*bounds, False)) for bounds in ((0, 9), (100, 105))]
+    kit = read_kit(on_disk / "kit")
+    both = OffsiteModels(base_model(), load_emulator(on_disk / "kit"), kit.manifest.split, TOKENIZER)
+    wanted = audit(both, tokenize_audit(*parts, TOKENIZER, QUICK), QUICK)
+    assert type(found.settings) is AuditSettings
+    assert found.conditions.keys() == wanted.conditions.keys()
+    for name, one in wanted.conditions.items():
+        assert found.conditions[name].scores.nll.tolist() == one.scores.nll.tolist()
+    assert found.accuracy == "exact_match"
+    assert found.facts["kit"] == kit.digest
+    assert (found.facts["train_rows"], found.facts["held_out_rows"]) == (9, 5)
+    assert found.kept.middle == pytest.approx(1 / 3)
+
+
+def test_a_return_on_disk(on_disk):
+    found = audit_paths(options(on_disk, returned=on_disk / "return", membership=True))
+    changed = base_model()
+    for number in (0, 1, -1):
+        for p in changed.model.layers[number].parameters():
+            p.data += 0.01
+    wanted = losses(changed, rows().held_out)
+    np.testing.assert_allclose(found.conditions["plug_in"].scores.nll, wanted, rtol=2e-5)
+    assert found.membership.members == 20
+
+
+def test_a_kit_of_another_base(on_disk, tmp_path):
+    other = base_model()
+    other.lm_head.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    TOKENIZER.save_pretrained(tmp_path / "other")
+    with pytest.raises(KitError, match=r"manifest\.json: base\.fingerprint is not that of the model"):
+        audit_paths(options(on_disk, model=str(tmp_path / "other"), out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"kit": ""}, RecipeError, "no kit given: name it with --kit"),
+        ({"eval": ""}, RecipeError, "no eval given"),
+        ({"limit": 0}, RecipeError, "limit is 0"),
+        ({"steps": 0}, RecipeError, "steps is 0"),
+        ({"kit": "/nowhere"}, KitError, "nowhere"),
+        ({"train": "/nowhere.jsonl"}, DataError, "does not exist"),
+    ],
+)
+def test_options_that_cannot_be_used(on_disk, changes, error, words):
+    with pytest.raises(error, match=words):
+        audit_paths(options(on_disk, **changes))
+
+
+def test_an_out_that_cannot_be_written_is_found_first(on_disk, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot be written to"):
+        audit_paths(options(on_disk, model="/nowhere", out=tmp_path / "file"))

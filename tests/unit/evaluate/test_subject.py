@@ -9,8 +9,9 @@ from tokenizer import byte_tokenizer
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
-from siftune.evaluate.subject import find_subject, load_subject
+from siftune.evaluate.subject import find_subject, is_of_kit, load_base, load_subject
 from siftune.recipe_file import recipe_to_yaml
+from siftune.train.tuned_layers import About, save_tuned
 
 
 @pytest.fixture
@@ -102,3 +103,40 @@ def test_weights_that_are_cut_off(adapter):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(AdapterError, match="doesn't fit the model"):
         load_subject(find_subject(str(adapter)))
+
+
+# --- layers that were tuned themselves
+
+
+@pytest.fixture
+def tuned(base, tmp_path):
+    """A run folder's layers, and the tensor that was tuned."""
+    weight = torch.full_like(load_file(base / "model.safetensors")[NAME], 0.5)
+    folder = tmp_path / "run" / "adapter"
+    save_tuned(folder, About(str(base), (1,)), {NAME: weight})
+    return folder
+
+
+NAME = "model.layers.1.self_attn.q_proj.weight"
+
+
+def test_layers_are_put_into_their_base(base, tuned):
+    run = tuned.parent
+    (run / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model=str(base))))
+    for source in (run, tuned):
+        subject = find_subject(str(source))
+        assert (subject.base, subject.adapter) == (str(base), tuned)
+        model, _ = load_subject(subject, "float32")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        before = load_base(subject, "float32")[0].state_dict()
+        changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+        assert changed == {NAME}
+        assert torch.equal(model.state_dict()[NAME], torch.full((32, 32), 0.5))
+    assert not is_of_kit(subject)
+
+
+def test_layers_of_another_model(tuned, tmp_path):
+    save_tuned(tuned, About(str(tmp_path / "base"), (1,)), {NAME: torch.zeros(3, 3)})
+    message = r"the layers in .*run/adapter don't fit the model: model\.layers\.1\.self_attn\.q_proj\.weight has shape"
+    with pytest.raises(AdapterError, match=message):
+        load_subject(find_subject(str(tuned)))

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from adapted import ADAPTED, adapted, two_active_adapters
+from adapted import ADAPTED, adapted, shake, two_active_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import FAMILIES, batch, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from siftune.errors import AdapterError, UnsupportedError
+from siftune.errors import AdapterError, LayerError, UnsupportedError
 from siftune.models.adapters import KINDS, attach_adapter, group_by_layer, outside, suppress
 from siftune.models.layers import find_layers
 
@@ -48,6 +48,43 @@ def test_attach_covers_the_linears_of_every_layer(family, kind, recwarn, caplog)
     assert torch.allclose(logits(peft), before, atol=1e-5)
     assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
     assert not [record for record in caplog.records if "loss_type" not in record.message]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attach_to_some_layers(family, tmp_path):
+    model = tiny(family, layers=12)  # so that layer 1 is the beginning of 10 and 11
+    found = find_layers(model)
+    modules = dict(model.named_modules())
+    linears = {name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    inside = (f"{found.path}.1.", f"{found.path}.10.")
+    peft = shake(attach_adapter(model, rank=2, layers=(-2, 1)))
+    names = {name.removeprefix("base_model.model."): m for name, m in peft.named_modules()}
+    assert {name for name, m in names.items() if isinstance(m, BaseTunerLayer)} == {
+        name for name in linears if name.startswith(inside)
+    }
+    assert [group.index for group in group_by_layer(peft)] == [1, 10]
+    peft.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(family, layers=12), tmp_path).eval()
+    assert torch.equal(logits(again), logits(peft))
+
+
+def test_attach_to_some_modules_of_some_layers():
+    model = attach_adapter(tiny("llama"), rank=2, targets=["q_proj", "lm_head"], layers=(0, -4, 2))
+    tuners = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert tuners == {f"base_model.model.model.layers.{n}.self_attn.q_proj" for n in (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"layers": (4,)}, LayerError, "the model has 4 layers, so `layers` takes numbers from 0 to 3"),
+        ({"layers": ()}, LayerError, "found none"),
+        ({"layers": (0, 1), "targets": ["lm_head"]}, AdapterError, "none of the modules .* is in the layers 0, 1"),
+    ],
+)
+def test_attach_refuses_layers(settings, error, message):
+    with pytest.raises(error, match=message):
+        attach_adapter(tiny("llama"), rank=2, **settings)
 
 
 def test_attach_leaves_experts_and_routers_alone():

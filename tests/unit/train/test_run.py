@@ -10,8 +10,8 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from trainers import weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trainers import At, stop, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.config import resolve_recipe
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
@@ -23,36 +23,6 @@ from tiny_run import lines, recipe, save_rows
 
 QUIET = Console(quiet=True)
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
-
-
-@pytest.fixture
-def interfere(monkeypatch):
-    """Return a function that adds a callback to the Trainer of the next runs."""
-
-    def add(callback):
-        def start(self, *args, callbacks=(), **kwargs):
-            original(self, *args, callbacks=[*callbacks, callback], **kwargs)
-
-        original = SiftTrainer.__init__
-        monkeypatch.setattr(SiftTrainer, "__init__", start)
-
-    return add
-
-
-class At(TrainerCallback):
-    """Does something at an event of a step, counted from 1."""
-
-    def __init__(self, event, step, act):
-        self.step, self.act = step, act
-        setattr(self, event, self._act)
-
-    def _act(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            self.act(kwargs["model"])
-
-
-def stop(_):
-    raise KeyboardInterrupt
 
 
 def adapter(folder):

@@ -1,0 +1,44 @@
+"""`siftune audit`: what a kit gives the data owner, what it gives away, and what comes back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from tyro.conf import arg
+
+from siftune.evaluate.audit_settings import AuditOptions
+
+
+@dataclass(frozen=True)
+class Options(AuditOptions):
+    """Audit a kit: what its emulator gives the data owner, what it gives away, and what comes back.
+
+    Base model and emulator are measured before and after their outer layers are tuned on the same rows; those tuned on
+    the emulator are plugged into the base; and it is tried out what a data owner could recover, and what a return tells
+    about the rows that it was tuned on.
+    """
+
+    returned: Annotated[Path | None, arg(name="return")] = None
+    """Return to audit in place of an adapter that is tuned here; train is then the rows that it was tuned on."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Audit, and print the page."""
+    from siftune.cli.stages import stages
+    from siftune.evaluate.audit import audit_paths
+    from siftune.evaluate.audit_report import markdown
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with stages(console) as progress:
+        found = audit_paths(options, progress)
+    page = Console(highlight=False, soft_wrap=True)
+    if page.is_terminal:
+        from rich.markdown import Markdown
+
+        page.print(Markdown(markdown(found)))
+    else:
+        page.print(markdown(found), markup=False)
+    if options.out is not None:
+        console.print(f"audit in {options.out}", markup=False)
+    return found.to_dict()

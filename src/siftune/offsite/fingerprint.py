@@ -1,0 +1,41 @@
+"""A name for a base model's weights, to tell whether a kit was made from this model."""
+
+import hashlib
+import json
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+from siftune.errors import KitError
+
+_CHUNK = 1 << 22  # values that are hashed at a time
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 that names a base model's weights, whether they are held in float32 or in the checkpoint's bfloat16.
+
+    Hashed are, in the order of the names, every tensor's name, shape, and values in float32; a tensor that is tied to
+    another counts once. One piece of a tensor is converted at a time.
+
+    Args:
+        model: The base model, without PEFT or other wrappers.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        KitError: A weight has no values: it is on the meta device, and accelerate does not know it either.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    digest = hashlib.sha256()
+    for name in sorted(model.state_dict().keys() - set(tied)):
+        owner, _, leaf = name.rpartition(".")
+        with align_module_device(model.get_submodule(owner)):  # fetches what accelerate keeps elsewhere
+            tensor = getattr(model.get_submodule(owner), leaf).detach()
+            if tensor.is_meta:
+                raise KitError(f"{name} of the model has no values; load the model with its weights")
+            digest.update(json.dumps([name, list(tensor.shape)]).encode())
+            for piece in tensor.reshape(-1).split(_CHUNK):
+                digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()

@@ -1,0 +1,389 @@
+"""`siftune emulate`, `verify`, `plug` and `audit`: the whole way of a kit, and what each says to what it cannot use."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from siftune.cli.main import main
+from siftune.offsite.kit import read_kit
+from siftune.offsite.tensor_file import tensor_specs
+from tiny_run import save_rows
+
+EMULATE = ("--first", "1", "--last", "1", "--rows", "6", "--batch-size", "3", "--template", "none")
+TRAIN = ("--steps", "2", "--batch-size", "2", "--adapter", "full", "--method", "dense", "--template", "none")
+
+
+def siftune(capsys, *arguments):
+    """Run a command that succeeds; return its JSON and what it said besides."""
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == 0
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def error_of(capsys, *arguments):
+    """Run a command that refuses; return its sentence."""
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("siftune: error: ")
+    return last.removeprefix("siftune: error: ")
+
+
+@pytest.fixture(scope="module")
+def half(base, tmp_path_factory):
+    """The tiny llama as a bfloat16 checkpoint."""
+    folder = tmp_path_factory.mktemp("half")
+    AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parties(half, tmp_path_factory):
+    """A folder with the owner's kit and what a data owner's training left behind: kit, run."""
+    place = tmp_path_factory.mktemp("parties")
+    rows = save_rows(place / "rows.jsonl")
+    assert main(["emulate", "--model", str(half), "--calibration", str(rows), "--out", f"{place}/kit", *EMULATE]) == 0
+    train = ["train", "--model", f"{place}/kit", "--train", str(rows), "--out", f"{place}/run", *TRAIN]
+    assert main(train) == 0
+    return place
+
+
+@pytest.fixture
+def damaged(parties, tmp_path):
+    """A copy of kit and return to spoil."""
+    shutil.copytree(parties / "kit", tmp_path / "kit")
+    shutil.copytree(parties / "run" / "return", tmp_path / "return")
+    return tmp_path
+
+
+# --- the whole way ---
+
+
+def test_from_the_model_to_the_tuned_model(half, rows, tmp_path, capsys):
+    kit, run, tuned = tmp_path / "kit", tmp_path / "run", tmp_path / "tuned"
+    made, said = siftune(capsys, "emulate", "--model", half, "--calibration", rows, "--out", kit, *EMULATE)
+    for words in ("calibration: 100 %", "compression: 100 %", f"kit in {kit}", "siftune verify KIT", "siftune plug"):
+        assert words in said
+    checked, said = siftune(capsys, "verify", kit)
+    assert "is sound" in said
+    assert checked == {key: value for key, value in made.items() if key != "seconds"}
+
+    siftune(capsys, "train", "--model", kit, "--train", rows, "--out", run, *TRAIN)
+    found, said = siftune(capsys, "verify", run / "return", "--kit", kit)
+    assert found["digest"] == made["digest"]
+    assert "first.0" in said
+
+    plugged, said = siftune(capsys, "plug", "--model", half, "--kit", kit, "--return", run / "return", "--out", tuned)
+    assert (plugged["model"], plugged["dtype"], plugged["verified"]) == (str(tuned), "bfloat16", False)
+    assert plugged["tensors"] == found["tensors"]
+    assert 0 < plugged["largest"]["update"] < plugged["limit"] == 1.0
+    assert {"first.0", "last.0"} == set(plugged["layers"])
+    assert "‖W' − W‖ / ‖W‖" in said
+
+    before = AutoModelForCausalLM.from_pretrained(half, dtype="auto").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tuned, dtype="auto").state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed
+    assert all(name.startswith(("model.layers.0.", "model.layers.3.")) for name in changed)
+    assert AutoTokenizer.from_pretrained(tuned)("1 and 2?").input_ids == (
+        AutoTokenizer.from_pretrained(half)("1 and 2?").input_ids
+    )
+    assert main(["eval", str(tuned), "--data", str(rows), "--limit", "4", "--metrics", "perplexity"]) == 0
+
+
+def test_audit_of_a_return(half, parties, tmp_path, capsys):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "5 less 3?", "completion": "2"}) + "\n")
+    found, said = siftune(
+        capsys, "audit", "--model", half, "--kit", parties / "kit", "--train", parties / "rows.jsonl",
+        "--eval", held_out, "--return", parties / "run" / "return", "--out", tmp_path / "audit", "--steps", "1",
+        "--batch-size", "2", "--resamples", "50", "--template", "none", "--no-recovery",
+    )  # fmt: skip
+    assert {"full_zs", "full_ft", "emulator_zs", "emulator_ft", "plug_in"} <= set(found["conditions"])
+    assert "Plug-in" in said
+    assert f"audit in {tmp_path}/audit" in said
+    names = {path.name for path in (tmp_path / "audit").iterdir()}
+    assert names == {"audit.json", "audit.md", "audit.png"}
+
+
+# --- emulate ---
+
+
+def test_what_a_kit_is_said_to_be(parties, capsys):
+    kit = read_kit(parties / "kit")
+    found, _ = siftune(capsys, "verify", kit.path)
+    frozen, adapter = (load_file(kit.path / f"{name}.safetensors") for name in ("emulator", "adapter"))
+    middle = sum(t.numel() for name, t in frozen.items() if name.startswith(("model.layers.1.", "model.layers.2.")))
+    layer = sum(t.numel() for name, t in adapter.items() if name.startswith("first.0."))
+    whole = sum(t.numel() for t in frozen.values()) - middle + 4 * layer
+    assert found["middle"] == {"layers": 2, "of": 2, "kept": middle / (2 * layer)}
+    assert found["base_mb"] == pytest.approx(2 * whole / 1e6)
+    assert found["emulator_mb"] == (kit.path / "emulator.safetensors").stat().st_size / 1e6
+    assert found["adapter_mb"] == (kit.path / "adapter.safetensors").stat().st_size / 1e6
+    assert (found["model_type"], found["layers"], found["split"]) == ("llama", 4, {"first": 1, "last": 1})
+    assert (found["dtype"], found["adapter"]) == ("bfloat16", {"tensors": len(adapter), "dtype": "float32"})
+    assert (found["signature"], found["digest"]) == ("none", kit.digest)
+
+
+@pytest.mark.parametrize(("method", "layers"), [("layerdrop", 1), ("crash", 2)])
+def test_dropped_and_shared_layers_count_once(half, rows, tmp_path, capsys, method, layers):
+    arguments = ("--model", half, "--calibration", rows, "--out", tmp_path / "kit", "--method", method, "--keep", "0.5")
+    found, _ = siftune(capsys, "emulate", *arguments, *EMULATE)
+    assert found["middle"] == {"layers": layers, "of": 2, "kept": 0.5}
+
+
+def test_options_reach_the_kit(half, rows, tmp_path, capsys):
+    arguments = ("--model", half, "--calibration", rows, "--rows", "6", "--template", "none")
+    sized, _ = siftune(
+        capsys, "emulate", *arguments, "--out", tmp_path / "sized", "--first", "1", "--last", "2", "--size-mb", "0.048"
+    )
+    assert sized["split"] == {"first": 1, "last": 2}
+    assert 0.042 < sized["emulator_mb"] < 0.052  # header included; ranks are rounded down
+    typed, _ = siftune(
+        capsys, "emulate", *arguments, "--out", tmp_path / "typed", "--first", "1", "--last", "1",
+        "--kit-dtype", "float32", "--adapter-dtype", "bfloat16", "--dtype", "float32",
+    )  # fmt: skip
+    assert (typed["dtype"], typed["adapter"]["dtype"]) == ("float32", "bfloat16")
+    computed, _ = siftune(
+        capsys,
+        "emulate",
+        *arguments,
+        "--out",
+        tmp_path / "computed",
+        "--first",
+        "1",
+        "--last",
+        "1",
+        "--dtype",
+        "float32",
+    )
+    assert computed["dtype"] == "bfloat16"  # the checkpoint's, though it was computed in float32
+    other = {name: (tmp_path / name / "emulator.safetensors").read_bytes() for name in ("typed", "computed")}
+    assert len(other["typed"]) > 1.8 * len(other["computed"])
+    assert {spec.dtype for spec in tensor_specs(tmp_path / "computed" / "emulator.safetensors").values()} == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "differs"),
+    [
+        ((), False),
+        (("--basis", "svd"), True),
+        (("--lambda-attn", "5"), True),
+        (("--lambda-mlp", "5"), True),
+        (("--method", "svd+flap"), True),
+        (("--allot", "score"), True),
+        (("--keep", "0.5"), True),
+        (("--max-length", "3"), True),
+        (("--rows", "3"), True),
+        (("--completion-only",), True),
+    ],
+)
+def test_every_setting_changes_the_kit(half, parties, rows, tmp_path, capsys, flags, differs):
+    arguments = ("--model", half, "--calibration", rows, "--out", tmp_path / "kit", *EMULATE)
+    found, _ = siftune(capsys, "emulate", *arguments, *flags)
+    assert (found["digest"] != read_kit(parties / "kit").digest) == differs
+
+
+def test_a_sweep_writes_table_figures_and_picture(half, rows, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    arguments = ("--model", half, "--calibration", rows, "--out", out, "--sweep", *EMULATE, "--held-out-rows", "4")
+    found, said = siftune(
+        capsys, "emulate", *arguments, "--keeps", "0.5", "--lambdas", "0", "2", "--lambda-on", "attn", "mlp",
+        "--bases", "svd",
+    )  # fmt: skip
+    points = found["points"]
+    assert {(p["method"], p["lambda_attn"], p["lambda_mlp"]) for p in points} == {
+        ("gradot", 0.0, 0.0), ("gradot", 2.0, 0.0), ("gradot", 0.0, 2.0), ("layerdrop", 0.0, 0.0)
+    }  # fmt: skip
+    assert (found["calibration_rows"], found["held_out_rows"]) == (6, 4)
+    assert {path.name for path in out.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
+    assert json.loads((out / "sweep.json").read_text())["points"] == points
+    assert "| gradot | svd | 0.5 |" in said
+    assert "measuring: 100 %" in said
+
+
+def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
+    few = save_rows(tmp_path / "few.jsonl", 6)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").write_text("")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    usual = {"--model": half, "--calibration": rows, "--out": tmp_path / "kit"}
+    for flags, words in [
+        ({"--model": tmp_path / "none"}, f"model folder {tmp_path}/none does not exist"),
+        ({"--model": parties / "kit"}, f"cannot load a causal language model from the folder {parties}/kit"),
+        ({"--calibration": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
+        ({"--out": tmp_path / "used"}, f"{tmp_path}/used is not empty; give another folder with --out."),
+        ({"--out": few}, "cannot be written to (Not a directory)"),
+        ({"--keep": 0}, "keep is 0.0, but must be above 0 and at most 1"),
+        ({"--keep": 0.5, "--size-mb": 1}, "--keep and --size-mb were both given: give one of them"),
+        ({"--size-mb": 100}, "an emulator of 100.0 MB cannot be made"),
+        ({"--lambda-mlp": -1}, "lambda_mlp is -1.0"),
+        ({"--method": "crash", "--allot": "score"}, "method crash drops whole layers"),
+        ({"--first": 3}, "the model has 4 layers"),
+        ({"--rows": 0}, "--rows is 0, but must be 1 or more"),
+        ({"--max-length": 1}, "--max-length is 1, but must be 2 or more"),
+        ({"--sign": rows}, f"{rows} is no private key" if _signs() else "needs the package model-signing"),
+        ({"--keeps": 0.5}, "--keeps would have no effect; it goes with --sweep"),
+        ({"--sweep": None, "--keep": 0.5}, "--keep would have no effect; --sweep writes no kit"),
+        ({"--sweep": None, "--keeps": 2}, "keep is 2.0"),
+        ({"--sweep": None, "--calibration": few, "--rows": 6}, "has 6 rows, all of which --rows 6 uses"),
+        ({"--lambda-atn": 1}, "unknown option --lambda-atn of `siftune emulate`; did you mean --lambda-attn?"),
+        ({"--keeps": "half"}, "--keeps must be a list, each a number, not 'half'"),
+        ({"--bases": "qr"}, "--bases must be a list, each one of whitened, svd, not 'qr'"),
+        ({"--method": "magic"}, "--method must be one of gradot, layerdrop, crash, svd+flap, not 'magic'"),
+    ]:
+        arguments = [str(word) for pair in {**usual, **flags}.items() for word in pair if word is not None]
+        assert words in error_of(capsys, "emulate", *arguments), flags
+        assert sorted(path.name for path in tmp_path.iterdir()) == before, flags
+    assert error_of(capsys, "emulate", "--model", half) == (
+        "--calibration and --out must be given; see `siftune emulate --help`"
+    )
+
+
+# --- verify ---
+
+
+def test_what_verify_refuses(damaged, parties, half, capsys):
+    kit, back = damaged / "kit", damaged / "return"
+    assert error_of(capsys, "verify", back) == f"{back} is no kit; if it is a return, name its kit with --kit"
+    assert error_of(capsys, "verify", damaged / "none").startswith(f"there is no folder {damaged}/none")
+    assert error_of(capsys, "verify", kit, "--kit", kit).startswith(f"{kit} is a kit itself")
+    assert error_of(capsys, "verify", half).startswith(f"{half} is no kit")
+    assert error_of(capsys, "verify").endswith("see `siftune verify --help`")
+    with (kit / "emulator.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    assert "emulator.safetensors has the SHA-256" in error_of(capsys, "verify", kit)
+    assert "emulator.safetensors has the SHA-256" in error_of(capsys, "verify", back, "--kit", kit)
+    (back / "notes.txt").write_text("")
+    assert "notes.txt" in error_of(capsys, "verify", back, "--kit", parties / "kit")
+
+
+def _signs():
+    return importlib.util.find_spec("model_signing") is not None
+
+
+@pytest.mark.skipif(not _signs(), reason="needs siftune[sign]")
+def test_a_signed_kit(half, rows, tmp_path, capsys):
+    private, public = make_keys(tmp_path, "owner")
+    _, other = make_keys(tmp_path, "other")
+    kit, run = tmp_path / "kit", tmp_path / "run"
+    arguments = (
+        "--model",
+        half,
+        "--calibration",
+        rows,
+        "--out",
+        kit,
+        "--method",
+        "layerdrop",
+        "--keep",
+        "0.5",
+        *EMULATE,
+    )
+    made, _ = siftune(capsys, "emulate", *arguments, "--sign", private)
+    assert made["signature"] == "not checked"
+    checked, said = siftune(capsys, "verify", kit)
+    assert checked["signature"] == "not checked"
+    assert "give --public-key" in said
+    checked, _ = siftune(capsys, "verify", kit, "--public-key", public)
+    assert checked["signature"] == "valid"
+    assert "kit.sig" in error_of(capsys, "verify", kit, "--public-key", other)
+    siftune(capsys, "train", "--model", kit, "--train", rows, "--out", run, *TRAIN)
+    way = ("plug", "--model", half, "--kit", kit, "--return", run / "return", "--out", tmp_path / "tuned")
+    assert "kit.sig" in error_of(capsys, *way, "--public-key", other)
+    plugged, _ = siftune(capsys, *way, "--public-key", public)
+    assert plugged["verified"] is True
+
+
+def make_keys(folder, name):
+    """A pair of keys in PEM files."""
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+    private.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+# --- plug ---
+
+
+def test_what_plug_refuses(damaged, parties, half, base, capsys):
+    usual = {"--model": half, "--kit": damaged / "kit", "--return": damaged / "return", "--out": damaged / "tuned"}
+    other = damaged / "other"
+    model = AutoModelForCausalLM.from_pretrained(half, dtype="auto")
+    model.lm_head.weight.data[0, 0] += 1
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(half).save_pretrained(other)
+    before = sorted(path.name for path in damaged.iterdir())
+    for flags, words in [
+        ({"--model": other}, "fingerprint"),
+        ({"--model": damaged / "none"}, "does not exist"),
+        ({"--kit": damaged / "return"}, f"kit {damaged}/return"),
+        ({"--return": damaged / "kit"}, f"return {damaged}/kit"),
+        ({"--max-update": 1e-9}, "--max-update"),
+        ({"--max-update": 0}, "the largest update is 0.0"),
+        ({"--out": damaged / "kit"}, "is not empty"),
+        ({"--retrun": "x"}, "unknown option --retrun of `siftune plug`; did you mean --return?"),
+        ({"--dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'"),
+    ]:
+        arguments = [word for pair in {**usual, **flags}.items() for word in pair]
+        assert words in error_of(capsys, "plug", *arguments), flags
+        assert sorted(path.name for path in damaged.iterdir()) == before, flags
+    arguments = [word for pair in list(usual.items())[:2] for word in pair]
+    assert error_of(capsys, "plug", *arguments) == "--return and --out must be given; see `siftune plug --help`"
+    tensors = load_file(damaged / "return" / "adapter.safetensors")
+    tensors.pop("first.0.mlp.up_proj.weight")
+    save_file(tensors, damaged / "return" / "adapter.safetensors", {"format": "pt"})
+    assert "adapter.safetensors" in error_of(capsys, "plug", *(word for pair in usual.items() for word in pair))
+
+
+# --- audit ---
+
+
+def test_what_audit_refuses(damaged, parties, half, capsys):
+    usual = {
+        "--model": half, "--kit": parties / "kit", "--train": parties / "rows.jsonl", "--eval": parties / "rows.jsonl"
+    }  # fmt: skip
+    for flags, words in [
+        ({"--kit": damaged / "none"}, f"{damaged}/none"),
+        ({"--return": parties / "kit"}, f"return {parties}/kit"),
+        ({"--train": damaged / "none.jsonl"}, "none.jsonl does not exist"),
+        ({"--steps": 0}, "steps is 0, but must be 1 or more"),
+        ({"--retrun": "x"}, "did you mean --return?"),
+    ]:
+        arguments = [word for pair in {**usual, **flags}.items() for word in pair]
+        assert words in error_of(capsys, "audit", *arguments), flags
+    assert "no kit given" in error_of(capsys, "audit", "--model", half)
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("command", ["emulate", "verify", "plug", "audit"])
+def test_help_shows_every_option_and_needs_no_torch(command):
+    code = (
+        f"import sys; from siftune.cli.main import main; code = main(['{command}', '--help']);"
+        "sys.exit(code or any(m in sys.modules for m in ('torch', 'transformers', 'matplotlib', 'numpy')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    options = re.findall(r"--[a-z-]+", done.stdout)
+    assert {"emulate": "--lambda-attn", "verify": "--kit", "plug": "--return", "audit": "--return"}[command] in options
+    assert "--returned" not in options
