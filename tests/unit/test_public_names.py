@@ -8,23 +8,35 @@ from importlib.resources import files
 import pytest
 
 import siftune
+import siftune.offsite
 
 
-def test_every_public_name_is_there_and_documented():
-    for name in siftune.__all__:
-        assert getattr(siftune, name).__doc__, name
+PACKAGES = [siftune, siftune.offsite]
 
 
-def test_names_are_few_and_sorted():
-    assert list(siftune.__all__) == sorted(siftune.__all__)
-    assert len(siftune.__all__) <= 15
-    assert set(siftune._LAZY) == set(siftune.__all__)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_there_and_documented(package):
+    for name in package.__all__:
+        assert getattr(package, name).__doc__, name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_are_sorted(package):
+    assert list(package.__all__) == sorted(package.__all__)
+    assert set(package._LAZY) == set(package.__all__)
+
+
+def test_names_are_few():
+    assert sum(len(package.__all__) for package in PACKAGES) <= 15
     assert dir(siftune) == sorted([*siftune.__all__, "__version__"])
+    assert dir(siftune.offsite) == sorted(siftune.offsite.__all__)
 
 
 def test_an_unknown_name_is_told_with_the_known_ones():
     with pytest.raises(AttributeError, match=r"no attribute 'GASD'; public names: .*IST"):
         siftune.GASD  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'emulat'; public names: .*emulate"):
+        siftune.offsite.emulat  # noqa: B018
 
 
 def test_the_version_is_that_of_the_package():
@@ -36,5 +48,5 @@ def test_the_package_is_typed():
 
 
 def test_import_is_light():
-    code = "import sys, siftune; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
+    code = "import sys, siftune, siftune.offsite; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

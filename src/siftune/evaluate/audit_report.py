@@ -119,7 +119,7 @@ def _cosine(cosine: GradientCosine) -> str:
     rows = [["adapter layer", "cosine"]]
     pairs = [*zip(cosine.layers, cosine.per_layer, strict=True), ("all", cosine.overall)]
     rows += [[layer, _NOT_DEFINED if math.isnan(value) else f"{value:.3f}"] for layer, value in pairs]
-    losses = f"Loss per label token there: base {cosine.loss_full:.3f}, emulator {cosine.loss_emulator:.3f}."
+    losses = f"Loss per label token on these rows: base {cosine.loss_full:.3f}, emulator {cosine.loss_emulator:.3f}."
     return f"{_table(rows)}\n\n{losses}"
 
 

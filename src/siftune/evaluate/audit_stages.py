@@ -108,7 +108,9 @@ def untuned(job: Job) -> tuple[Scores, GradientCosine]:
     del floor  # before gradients need its memory
     job.tell("adapter gradients")
     chosen = batches(job.rows.held_out, job.settings.batch_size, job.settings.gradient_rows, _padding(models))
-    return scores, gradient_cosine(models.base, models.emulator, chosen, models.split)
+    cosine = gradient_cosine(models.base, models.emulator, chosen, models.split)
+    job.tell("adapter gradients", 1)
+    return scores, cosine
 
 
 def tuned_adapters(
@@ -156,6 +158,7 @@ def _attack(
     before = score_losses(base, members, job.settings.eval_batch_size)
     with plug():
         after = score_losses(base, members, job.settings.eval_batch_size)
+    job.tell("membership inference", 1)
     others = [scores.per_token[candidates.others] for scores in (zero_shot, plug_in)]
     return infer_membership(
         RowLosses(before.per_token, after.per_token), RowLosses(*others), candidates.left_out, bootstrap(job.settings)

@@ -69,10 +69,10 @@ def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | 
         data = {"train": tuning.data}
         console = Console(quiet=True)
         trainer, release = set_up(recipe, RunFolder(folder), model, tuning.tokenizer, data, console)
-        if steps is not None:
-            steps(0, tuning.settings.steps)
-            trainer.add_callback(_Told(steps))
         try:
+            if steps is not None:
+                steps(0, tuning.settings.steps)
+                trainer.add_callback(_Told(steps))
             trainer.train()
         finally:
             release()

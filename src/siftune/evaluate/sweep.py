@@ -19,7 +19,8 @@ from siftune.errors import RecipeError
 from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.models.layers import find_layers
 from siftune.offsite.assemble import EmulatorParts, materialise
-from siftune.offsite.compress import Basis, Method
+from siftune.offsite.compress import Method
+from siftune.offsite.drd import Basis
 from siftune.offsite.middle import emulators
 from siftune.offsite.plan import Allotment, EmulatorSettings
 from siftune.offsite.record import Progress

@@ -1,1 +1,34 @@
 """Offsite-tuning: compress a model's middle into an emulator, hand it out as a kit, take back tuned adapter layers."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from siftune.evaluate.audit import audit
+    from siftune.offsite.gradot import emulate
+    from siftune.offsite.load import load_emulator
+    from siftune.offsite.plan import EmulatorSettings
+    from siftune.offsite.plug import plug_in
+
+# name -> module; imported on first use
+_LAZY = {
+    "EmulatorSettings": "siftune.offsite.plan",
+    "audit": "siftune.evaluate.audit",
+    "emulate": "siftune.offsite.gradot",
+    "load_emulator": "siftune.offsite.load",
+    "plug_in": "siftune.offsite.plug",
+}
+
+__all__ = ["EmulatorSettings", "audit", "emulate", "load_emulator", "plug_in"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'siftune.offsite' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return list(__all__)

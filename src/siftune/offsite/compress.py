@@ -154,7 +154,7 @@ def _narrow(
     """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
     matrices = {path: layer.get_submodule(path) for path in (*family.reads, family.writes)}
     weights = {path: weight_OI(matrix).detach() for path, matrix in matrices.items()}
-    count = max(1, int(how.keep * weights[family.writes].shape[1]))
+    count = max(1, int(how.keep * weights[family.writes].shape[1] + 1e-9))
     kept = _channels(weights, family, seen, count, how)
     biased: tuple[str, ...] = ()
     if how.method == "svd+flap":

@@ -5,7 +5,8 @@ tokenizer_config.json has the keys below and no others, so neither paths and nam
 in it. The class is always PreTrainedTokenizerFast. The chat template is Jinja, which transformers runs in a sandbox.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,6 +20,7 @@ TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_t
 FILES = (TOKENIZER, CONFIG, TEMPLATE)
 CLASS = "PreTrainedTokenizerFast"
 MAX_SPECIAL = 10_000  # further special tokens
+_TRIAL = "a b, Ü 東\n1"  # some defects show only in use
 
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SWITCHES = ("clean_up_tokenization_spaces", "split_special_tokens")
@@ -77,22 +79,43 @@ def make_tokenizer(files: Mapping[str, bytes], vocabulary: int) -> PreTrainedTok
         KitError: A file is damaged, has keys that it must not have, or a special token is none of the vocabulary.
     """
     settings = _check_config(parse_json(files[CONFIG], CONFIG))
-    backend = _make_backend(files[TOKENIZER])
-    special = {name: settings[name] for name in _NAMED if name in settings}
-    for name, token in special.items():
-        number = backend.token_to_id(token)
-        if number is None or number >= vocabulary:
-            found = "not in tokenizer.json" if number is None else f"number {number} of {vocabulary} embeddings"
-            raise KitError(f"{CONFIG}: {name} is {shown(token)}, which is {found}")
+    parts = as_object(parse_json(files[TOKENIZER], TOKENIZER), TOKENIZER, _PARTS)
+    for name in ("truncation", "padding"):
+        if parts[name] is not None:
+            raise KitError(f"{TOKENIZER}: {name} is {shown(parts[name])}, not null")
+    with _in_words():
+        backend = Tokenizer.from_str(files[TOKENIZER].decode())
+    _check_special(settings, backend, vocabulary)
+    with _in_words():
+        template = files[TEMPLATE].decode() if TEMPLATE in files else None
+        plain = {name: value for name, value in settings.items() if name != "tokenizer_class"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **plain)
+        tokenizer.decode(tokenizer.encode(_TRIAL))
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    """Turn what transformers and tokenizers throw at a stranger's values into a sentence."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise KitError(f"{TOKENIZER} is no tokenizer that can be used ({brief(error)})") from error
+
+
+def _check_special(settings: Mapping[str, Any], backend: Tokenizer, vocabulary: int) -> None:
+    """Special tokens must be in the vocabulary: transformers would add them, past the end of the embeddings."""
+    for name in _NAMED:
+        if name in settings:
+            number = backend.token_to_id(settings[name])
+            if number is None or number >= vocabulary:
+                found = "not in tokenizer.json" if number is None else f"number {number} of {vocabulary} embeddings"
+                raise KitError(f"{CONFIG}: {name} is {shown(settings[name])}, which is {found}")
     for token in settings["extra_special_tokens"]:
         if backend.token_to_id(token) is None:
             raise KitError(f"{CONFIG}: extra_special_tokens has {shown(token)}, which is not in tokenizer.json")
-    try:
-        template = files[TEMPLATE].decode() if TEMPLATE in files else None
-        plain = {name: value for name, value in settings.items() if name != "tokenizer_class"}
-        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **plain)
-    except Exception as error:  # transformers runs on a stranger's values
-        raise KitError(f"{TOKENIZER}: no tokenizer can be built of it ({brief(error)})") from error
 
 
 def _check_config(value: Any) -> dict[str, Any]:
@@ -112,16 +135,3 @@ def _check_config(value: Any) -> dict[str, Any]:
         if not isinstance(token, str) or not 1 <= len(token) <= 256:
             raise KitError(f"{CONFIG}: a special token is {shown(token)}, not a text of 1 to 256 characters")
     return value  # type: ignore[no-any-return]
-
-
-def _make_backend(data: bytes) -> Tokenizer:
-    parts = as_object(parse_json(data, TOKENIZER), TOKENIZER, _PARTS)
-    for name in ("truncation", "padding"):
-        if parts[name] is not None:
-            raise KitError(f"{TOKENIZER}: {name} is {shown(parts[name])}, not null")
-    try:
-        return Tokenizer.from_str(data.decode())
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in Rust is no Exception
-        raise KitError(f"{TOKENIZER} is no tokenizer ({brief(error)})") from error

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UPDATE = 1.0
 _SHORT = 12  # hex digits of a hash in messages
+_TELL = 0.1  # (ours) share of the update that a rounding error may have without a word
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Update:
     Attributes:
         change: ‖W' − W‖.
         norm: ‖W‖.
-        lost: ‖round(W') − W'‖: what storing W' in W's dtype rounds away.
+        lost: ‖round(W') − W'‖: the error of storing W' in W's dtype.
     """
 
     change: float
@@ -78,8 +79,8 @@ class UpdateReport:
         return max(self.matrices, key=lambda name: _size(self.tensors[name]))
 
     @property
-    def rounded_away(self) -> float:
-        """Norm of what rounding to the base's dtype takes, over that of the whole update; 0 without an update."""
+    def rounding(self) -> float:
+        """Norm of the error of rounding to the base's dtype, over that of the whole update; 0 without an update."""
         whole = _together(self.tensors.values())
         return whole.lost / whole.change if whole.change else 0.0
 
@@ -105,7 +106,7 @@ class UpdateReport:
             "layers": {name: update.relative for name, update in self.layers.items()},
             "largest": {"tensor": self.largest, "update": self.tensors[self.largest].relative},
             "limit": self.limit,
-            "rounded_away": self.rounded_away,
+            "rounding": self.rounding,
         }
 
 
@@ -192,11 +193,11 @@ def plug_in(
     with torch.no_grad():
         for neutral, tensor in returned.items():
             before[neutral].copy_(tensor)
-    if report.rounded_away > 0.1:
+    if report.rounding > _TELL:
         logger.warning(
-            "storing in %s rounds %.0f %% of the update away; --dtype float32 keeps all of it",
+            "rounding to %s adds an error of %.0f %% of the update's norm; --dtype float32 avoids it",
             str(model.dtype).removeprefix("torch."),
-            100 * report.rounded_away,
+            100 * report.rounding,
         )
     return report
 

@@ -17,8 +17,9 @@ import re
 import reprlib
 import stat
 from collections.abc import Collection, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from siftune.errors import KitError
 from siftune.models.saving import new_folder
@@ -85,7 +86,7 @@ def _size(entry: "os.DirEntry[str]", limits: Mapping[str, int]) -> int:
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file for reading; links are not followed and a pipe is not waited for.
 
     Raises:

@@ -14,7 +14,8 @@ also write down the folder's own name; that is replaced by "kit". This checks it
 
 import contextlib
 import io
-from pathlib import Path
+from importlib import import_module
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from siftune.errors import KitError
@@ -57,7 +58,7 @@ def verify(folder: Path, public_key: Path) -> None:
     Raises:
         KitError: The package is not installed, the key cannot be used, there is no signature, or it is not right.
     """
-    config = _load(public_key, "verifier").set_hashing_config(_hashing())
+    config = _load(public_key, "verifying").set_hashing_config(_hashing())
     path = folder / SIGNATURE
     if not path.is_file():
         raise KitError(f"it has no {SIGNATURE}, and a public key was given to check it")
@@ -80,25 +81,25 @@ def load_signer(private_key: Path) -> Any:
     Raises:
         KitError: The package is not installed, or the key cannot be used.
     """
-    return _load(private_key, "signer")
+    return _load(private_key, "signing")
 
 
 def _load(key: Path, part: str) -> Any:
     try:
-        from model_signing import signing, verifying
+        module = import_module(f"model_signing.{part}")
     except ImportError as error:
         raise KitError(
-            "signatures need the package model-signing; install it with: pip install 'siftune[sign]'"
+            "signatures need the packages model-signing and pyopenssl; install them with: pip install 'siftune[sign]'"
         ) from error
+    private = part == "signing"
     try:
-        if part == "signer":
-            return signing.Config().use_elliptic_key_signer(private_key=key)
-        return verifying.Config().use_elliptic_key_verifier(public_key=key)
+        if private:
+            return module.Config().use_elliptic_key_signer(private_key=key)
+        return module.Config().use_elliptic_key_verifier(public_key=key)
     except Exception as error:
-        kind = "private" if part == "signer" else "public"
         raise KitError(
-            f"{key} is no {kind} key that can be used ({brief(error)}); it must be a PEM file on the curve P-256, "
-            "P-384 or P-521, without a password"
+            f"{key} is no {'private' if private else 'public'} key that can be used ({brief(error)}); it must be a PEM "
+            "file on the curve P-256, P-384 or P-521, without a password"
         ) from error
 
 
@@ -112,15 +113,16 @@ def _reason(error: Exception) -> str:
 
 def _hashing() -> Any:
     """Hash every file but the signature; git's files too, which model-signing leaves out by default."""
-    from model_signing import hashing, manifest
+    hashing, manifest = import_module("model_signing.hashing"), import_module("model_signing.manifest")
 
-    class Nameless(hashing.Config):  # type: ignore[misc]
+    class Nameless(hashing.Config):  # type: ignore[misc, name-defined]
         """As its base, but the folder is called "kit", wherever it is."""
 
         def hash(self, model_path: Any, **options: Any) -> Any:
             found = super().hash(model_path, **options)
             items = [
-                manifest.FileManifestItem(path=d.identifier, digest=d.digest) for d in found.resource_descriptors()
+                manifest.FileManifestItem(path=PurePosixPath(d.identifier), digest=d.digest)
+                for d in found.resource_descriptors()
             ]
             kind = manifest.SerializationType.from_args(found.serialization_type)
             return manifest.Manifest("kit", items, kind)

@@ -12,10 +12,11 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
+from tyro.conf import arg
 
 from siftune.cli import main as cli
 from siftune.cli.common import parse, plain
@@ -158,6 +159,33 @@ def test_parse_without_recipes_does_not_take_their_files():
     assert parse(Plain, ["--rows", "2"], "siftune x") == Plain(2)
     with pytest.raises(RecipeError, match=r"Unrecognized options: r\.yaml"):
         parse(Plain, ["r.yaml"], "siftune x")
+
+
+@dataclass
+class Renamed:
+    """A command whose option is a word of Python."""
+
+    model: str
+    """Needed; not to be mistaken for --rows, which is not (required)."""
+    returned: Annotated[Path, arg(name="return")]
+    """Needed too."""
+    rows: tuple[float, ...] = (1.0,)
+    """Not needed."""
+
+
+def test_an_option_is_known_by_the_name_that_the_user_sees():
+    assert parse(Renamed, ["--model", "m", "--return", "r"], "siftune x") == Renamed("m", Path("r"))
+    for arguments, message in [
+        (["--model", "m", "--retrun", "r"], "unknown option --retrun of `siftune x`; did you mean --return?"),
+        (["--model", "m", "--returned", "r"], "unknown option --returned of `siftune x`; did you mean --return?"),
+        (["--model", "m", "--return", "r", "--rows", "a"], "--rows must be a list, each a number, not 'a'"),
+        (["--model", "m", "--return"], "--return must be a path, not left empty"),
+        (["--model", "m", "--rows", "1"], "--return must be given; see `siftune x --help`"),
+        (["--rows", "1"], "--model and --return must be given; see `siftune x --help`"),
+    ]:
+        with pytest.raises(RecipeError) as refused:
+            parse(Renamed, arguments, "siftune x")
+        assert str(refused.value) == message
 
 
 # --- help and version ---

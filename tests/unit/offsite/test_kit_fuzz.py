@@ -118,8 +118,9 @@ class Subject:
 
 
 def stamps(folder):
-    """Name -> size and times, of what is in a folder."""
-    return {entry.name: entry.stat(follow_symlinks=False)[6:] for entry in os.scandir(folder)}
+    """Name -> kind, size and time of change, of what is in a folder."""
+    found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+    return {name: (info.st_mode, info.st_size, info.st_mtime_ns) for name, info in found.items()}
 
 
 def dump(value):
@@ -211,7 +212,7 @@ def test_changed_bytes(request, which):
     subject = request.getfixturevalue(which)
     generator = random.Random(1)
     for name in subject.files:
-        for what, data in byte_mutations(subject.sound(name), generator, 12):
+        for what, data in byte_mutations(subject.sound(name), generator, 9):
             if data == subject.sound(name):
                 continue
             subject.put(name, data)
@@ -221,7 +222,7 @@ def test_changed_bytes(request, which):
                 subject.restore()
             else:
                 subject.refused(f"{name}: {what}")
-    assert subject.tried > 40
+    assert subject.tried > 30
 
 
 @pytest.mark.parametrize("which", ["kit", "returned"])
@@ -268,7 +269,7 @@ def test_changed_tokenizers(kit):
             except KitError:
                 continue
             accepted += 1
-            assert "more" not in what and "code" not in what  # noqa: PT018
+            assert what not in ("code", "() more"), name
             assert tokenizer.encode("a b") is not None
     assert accepted < 30
 

@@ -179,6 +179,14 @@ def test_a_panic_in_rust_is_an_error_in_words(monkeypatch):
         make_tokenizer(files, VOCAB)
 
 
+def test_what_fails_only_in_use_is_refused_before():
+    files = tokenizer_files(byte_tokenizer(add_bos=True))
+    whole = json.loads(files["tokenizer.json"])
+    whole["post_processor"]["special_tokens"].pop("<|bos|>")
+    with pytest.raises(KitError, match=r"tokenizer\.json is no tokenizer that can be used"):
+        make_tokenizer(files | {"tokenizer.json": json.dumps(whole).encode()}, VOCAB)
+
+
 def test_a_template_must_be_text():
-    with pytest.raises(KitError, match="no tokenizer can be built"):
+    with pytest.raises(KitError, match="no tokenizer that can be used"):
         make_tokenizer(tokenizer_files(byte_tokenizer()) | {"chat_template.jinja": b"\xff"}, VOCAB)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftune.errors import KitError, ModelError, RecipeError
+from siftune.errors import KitError, ModelError, RecipeError, UnsupportedError
 from siftune.offsite.gradot import KitOptions, emulate
 from siftune.offsite.plug import compare, plug, plug_in
 from siftune.offsite.returned import write_return
@@ -175,6 +175,15 @@ def test_another_base_model_is_refused(model, kit, where):
         plug_in(other, kit, moved(kit))
 
 
+def test_weights_that_accelerate_keeps_elsewhere_are_refused(model, kit):
+    """Copying into their placeholders would change nothing, and say nothing."""
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match="not in memory"):
+        plug_in(offloaded, kit, moved(kit))
+
+
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
 def test_a_limit_that_is_none_is_refused(model, kit, limit):
     with pytest.raises(RecipeError, match="must be a finite number above 0"):
@@ -190,14 +199,14 @@ def test_numbers_too_large_for_the_models_dtype_are_refused(kit):
 
 
 @pytest.mark.parametrize(("dtype", "by", "lost"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-6, False)])
-def test_an_update_that_rounding_takes_away_is_told(tmp_path, caplog, dtype, by, lost):
+def test_rounding_that_drowns_the_update_is_told(tmp_path, caplog, dtype, by, lost):
     model = base(layers=3, vocab_size=300).to(dtype)
     kit = make_kit(copy.deepcopy(model).float(), tmp_path / "kit")
     with caplog.at_level(logging.WARNING, logger="siftune"):
         report = plug_in(model, kit, moved(kit, by))
-    assert (report.rounded_away > 0.9) == lost
-    assert (report.rounded_away < 0.1) == (not lost)
-    assert ("--dtype float32 keeps all of it" in caplog.text) == lost
+    assert (report.rounding > 0.9) == lost
+    assert (report.rounding < 0.1) == (not lost)
+    assert ("--dtype float32 avoids it" in caplog.text) == lost
 
 
 def saved(model, folder):
@@ -214,7 +223,7 @@ def test_the_dtype_can_be_chosen(tmp_path):
     write_return(tmp_path / "return", tuned, kit)
     result = plug(source, kit.path, tmp_path / "return", tmp_path / "tuned", dtype="float32")
     assert result.dtype == "float32"
-    assert result.report.rounded_away == 0.0
+    assert result.report.rounding == 0.0
     found = load_file(tmp_path / "tuned" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert torch.equal(found["model.layers.2.mlp.up_proj.weight"], tuned["last.0.mlp.up_proj.weight"])

@@ -1,7 +1,7 @@
 import base64
-import builtins
 import json
 import os
+import sys
 
 import pytest
 from kits import contents, copied, edit, repair
@@ -177,15 +177,9 @@ def test_a_public_key_that_cannot_be_used(folder, keys):
 
 
 def test_without_the_package_the_sentence_says_what_to_install(folder, keys, monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **options):
-        if name.startswith("model_signing"):
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(KitError, match=r"install it with: pip install 'siftune\[sign\]'"):
+    for name in [name for name in sys.modules if name.startswith("model_signing")] + ["model_signing"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(KitError, match=r"install them with: pip install 'siftune\[sign\]'"):
         load_signer(keys[0])
     with pytest.raises(KitError, match=r"siftune\[sign\]"):
         read_kit(folder, keys[1])
