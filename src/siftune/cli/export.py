@@ -29,6 +29,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.evaluate.subject import find_subject, is_of_kit, load_subject
     from siftune.models.saving import new_folder
+    from siftune.models.source import quiet_bars
 
     subject = find_subject(options.run)
     if is_of_kit(subject):
@@ -47,7 +48,8 @@ def run(options: Options) -> dict[str, Any]:
             merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
         except ValueError as error:  # PEFT looks for NaN and infinity
             raise AdapterError(f"the adapter in {subject.adapter} cannot be merged: {error}") from error
-        merged.save_pretrained(partial)
+        with quiet_bars():
+            merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}

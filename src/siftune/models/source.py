@@ -46,7 +46,7 @@ def load_model(source: str, dtype: str = "auto") -> tuple["PreTrainedModel", "Pr
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     name = resolve(source)
     try:
-        with _quiet_bars():
+        with quiet_bars():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if dtype == "auto":
@@ -101,7 +101,9 @@ def resolve(source: str) -> str | Path:
 
 
 def _model_folder(path: Path) -> Path:
-    """Return `path` if it holds a model; the commonest mistake is the folder of an adapter."""
+    """Return `path` if it holds a model; the commonest mistakes are the folders of an adapter and of a kit."""
+    if (path / "emulator.safetensors").is_file():
+        raise ModelError(f"{path} holds a kit, not a whole model: give the model that it was made from")
     if (path / "config.json").is_file():
         return path
     if (path / "adapter_config.json").is_file():
@@ -140,7 +142,7 @@ def set_padding(tokenizer: Any, source: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_bars() -> Iterator[None]:
+def quiet_bars() -> Iterator[None]:
     """Keep transformers' progress bars off the terminal; the setting is put back as it was."""
     from transformers.utils import logging as library
 

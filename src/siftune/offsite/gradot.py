@@ -4,6 +4,7 @@ Peak memory is the model, the hidden states and gradients that the pass keeps (i
 Finished layers lie on disk, so that a run that was cut short goes on where it was.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,11 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.errors import ModelError
 from siftune.models.layers import find_layers
+from siftune.models.saving import refuse_full
 from siftune.offsite.assemble import assemble
 from siftune.offsite.compress import CompressedLayer
 from siftune.offsite.emulator import LayerShape
 from siftune.offsite.kit import Kit, KitContents, fingerprint, write_kit
-from siftune.offsite.middle import compressed_layers, in_places, record_middle
+from siftune.offsite.middle import compressed_layers, in_places, middle_of, record_middle
 from siftune.offsite.plan import EmulatorSettings, Step, plan
 from siftune.offsite.record import Progress
 
@@ -75,12 +77,16 @@ def emulate(
     Raises:
         InputError: On settings, rows or a model that cannot be used, or a folder that cannot be written to.
     """
-    settings, options, out = settings or EmulatorSettings(), options or KitOptions(), Path(out)
+    settings, options, out = settings or EmulatorSettings(), options or KitOptions(), Path(out).expanduser()
     settings.check()
-    _refuse_full(out)
+    middle_of(model, settings.split)
+    refuse_full(out)
     identity = fingerprint(model)
     work = _Work(out, _key(identity, settings, options, batches))
-    layers = _compressed(model, batches, settings, options, work, progress)
+    try:
+        layers = _compressed(model, batches, settings, options, work, progress)
+    finally:
+        work.tidy()
     parts = assemble(model, settings.split, layers)
     contents = KitContents(
         parts.config, tokenizer, parts.split, parts.middle, len(find_layers(model).layers), identity,
@@ -124,7 +130,8 @@ class _Work:
     """
 
     def __init__(self, out: Path, key: str) -> None:
-        self.path = out.with_name(f".{out.name}.work")
+        place = Path(os.path.abspath(out))  # "." has no name of its own
+        self.path = place.with_name(f".{place.name}.work")
         self._key = key
         self._plan = self.path / "plan.json"
         try:
@@ -166,6 +173,11 @@ class _Work:
         shape["biased"] = tuple(shape["biased"])
         return CompressedLayer(LayerShape(**shape), load_file(self._file(number)))
 
+    def tidy(self) -> None:
+        """Leave nothing where nothing was made."""
+        with contextlib.suppress(OSError):  # there is something
+            self.path.rmdir()
+
     def remove(self) -> None:
         """Throw it all away."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -193,8 +205,3 @@ def _key(identity: str, settings: EmulatorSettings, options: KitOptions, batches
 
 def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     return {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in tensors.items()}
-
-
-def _refuse_full(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} is not empty; give another folder with --out")

@@ -41,7 +41,7 @@ from siftune.offsite.manifest import (
     parse_manifest,
 )
 from siftune.offsite.safe_files import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
-from siftune.offsite.signing import load_signer, sign, verify
+from siftune.offsite.signing import load_signer, load_verifier, sign, verify
 from siftune.offsite.split import Split
 from siftune.offsite.tensor_file import TensorSpec, check_specs, spec_of, tensor_specs, write_tensors
 
@@ -143,13 +143,13 @@ def write_kit(out: str | Path, contents: KitContents, signing_key: Path | None =
 
 
 def _fill(folder: Path, contents: KitContents) -> None:
-    """Write every file but the signature; the manifest last, since it has the others' hashes."""
-    write_tensors(folder / EMULATOR, contents.frozen)
-    write_tensors(folder / ADAPTER, contents.adapter)
+    """Write every file but the signature: what may be refused first, the manifest last, since it has all hashes."""
     settings = kit_config.scrub(contents.config, _one_dtype(contents.frozen.values()))
     small = {CONFIG: canonical(settings), **kit_tokenizer.tokenizer_files(contents.tokenizer)}
     for name, data in small.items():
         (folder / name).write_bytes(data)
+    write_tensors(folder / EMULATOR, contents.frozen)
+    write_tensors(folder / ADAPTER, contents.adapter)
     names = sorted(path.name for path in folder.iterdir())
     manifest = Manifest(
         model_type=contents.config.model_type,
@@ -186,6 +186,8 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
         KitError: Anything is out of order. The message names file and field.
     """
     folder = Path(path)
+    if public_key is not None:
+        load_verifier(public_key)  # here a complaint is about the key, not about the kit
     with naming(f"kit {folder}"):
         sizes = list_files(folder, LIMITS)
         if public_key is not None:

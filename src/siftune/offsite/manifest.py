@@ -35,9 +35,9 @@ OPTIONAL = ("chat_template.jinja",)
 
 # bytes that a file of a kit may have at most
 LIMITS = {
-    MANIFEST: 16 << 20,
+    MANIFEST: 4 << 20,
     "config.json": 1 << 20,
-    "tokenizer.json": 128 << 20,
+    "tokenizer.json": 64 << 20,
     "tokenizer_config.json": 1 << 20,
     "chat_template.jinja": 1 << 20,
     EMULATOR: 1 << 40,

@@ -63,10 +63,19 @@ def record_middle(
     store: torch.dtype | None,
     progress: Progress | None,
 ) -> Recording:
-    """Run the calibration rows through the model, once; families that cannot be compressed are refused before."""
+    """Run the calibration rows through the model, once."""
+    return record(model, batches, middle_of(model, split), store, progress)
+
+
+def middle_of(model: PreTrainedModel, split: Split) -> range:
+    """Numbers of the layers to compress.
+
+    Raises:
+        UnsupportedError: The model's family cannot be compressed.
+        LayerError: The split leaves no middle.
+    """
     family_of(model.config)
-    numbers = split.middle(len(find_layers(model).layers))
-    return record(model, batches, numbers, store, progress)
+    return split.middle(len(find_layers(model).layers))
 
 
 def compressed_layers(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from siftune.errors import KitError, RecipeError, UnsupportedError
 from siftune.models.saving import new_folder
-from siftune.models.source import load_model
+from siftune.models.source import load_model, quiet_bars
 from siftune.offsite.kit import Kit, fingerprint, read_kit
 from siftune.offsite.returned import read_return
 from siftune.offsite.split import adapter_names
@@ -158,7 +158,8 @@ def plug(
         if dtype == "auto":
             model = model.to(model.config.dtype or model.dtype)  # back from float32 without a loss
         report = plug_in(model, kit, returned, max_update)
-        model.save_pretrained(partial)
+        with quiet_bars():
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     logger.info("plugged model in %s", out)
     return PlugResult(Path(out), str(model.dtype).removeprefix("torch."), kit, report)

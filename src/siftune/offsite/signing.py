@@ -58,7 +58,7 @@ def verify(folder: Path, public_key: Path) -> None:
     Raises:
         KitError: The package is not installed, the key cannot be used, there is no signature, or it is not right.
     """
-    config = _load(public_key, "verifying").set_hashing_config(_hashing())
+    config = load_verifier(public_key).set_hashing_config(_hashing())
     path = folder / SIGNATURE
     if not path.is_file():
         raise KitError(f"it has no {SIGNATURE}, and a public key was given to check it")
@@ -82,6 +82,18 @@ def load_signer(private_key: Path) -> Any:
         KitError: The package is not installed, or the key cannot be used.
     """
     return _load(private_key, "signing")
+
+
+def load_verifier(public_key: Path) -> Any:
+    """Load the public key.
+
+    Returns:
+        model-signing's configuration for verifying with it.
+
+    Raises:
+        KitError: The package is not installed, or the key cannot be used.
+    """
+    return _load(public_key, "verifying")
 
 
 def _load(key: Path, part: str) -> Any:

@@ -30,7 +30,7 @@ from siftune.offsite.safe_files import (
     shown,
 )
 
-MAX_HEADER = 16 << 20  # bytes
+MAX_HEADER = 4 << 20  # bytes
 MAX_TENSORS = 100_000  # in a file
 MAX_DIMS = 4
 MAX_SIZE = 10**8  # of a dimension

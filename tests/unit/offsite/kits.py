@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tiny import tiny
 from tokenizer import byte_tokenizer
 from torch import Tensor
 
-from siftune.models.families import FAMILIES, family_of
+from siftune.models.families import family_of
 from siftune.offsite.emulator import LayerShape, build, emulator_config, frozen_names
 from siftune.offsite.kit import Kit, KitContents, write_kit
 from siftune.offsite.manifest import canonical
@@ -114,6 +113,3 @@ def write_header(path: Path, header: Any, data: bytes) -> None:
     """Write a safetensors file with any header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-__all__ = ["DEPTH", "FAMILIES", "VOCAB", "replace"]

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from kits import FAMILIES, KINDS, contents
+from kits import KINDS, contents
 from tiny import tiny
 from transformers import AutoConfig
 
 from siftune.errors import KitError
+from siftune.models.families import FAMILIES
 from siftune.offsite import kit_config
 from siftune.offsite.emulator import LayerShape
 from siftune.offsite.kit_config import MAX_BUFFERS, check_settings, expected_specs, make_config, scrub

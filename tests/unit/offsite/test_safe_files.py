@@ -112,6 +112,7 @@ def test_json_comes_through_as_it_is():
         (b'{"a": 1} x', "not proper JSON"),
         (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' stands twice"),
         (b'[{"b": {"x": 1, "x": 2}}]', "the key 'x' stands twice"),
+        (b"{" + b"".join(b'"%d":0,' % i for i in range(200_000)) + b'"199999":0}', "the key '199999' stands twice"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b"[-Infinity]", "-Infinity is not a JSON number"),
         (b"1e999", "'1e999' is too large"),

@@ -172,8 +172,9 @@ def special_key(kind):
 
 
 def test_a_public_key_that_cannot_be_used(folder, keys):
-    with pytest.raises(KitError, match="is no public key that can be used"):
+    with pytest.raises(KitError, match="is no public key that can be used") as caught:
         read_kit(folder, keys[0])
+    assert "sound copy" not in str(caught.value), "that is about the key, not about the kit"
 
 
 def test_without_the_package_the_sentence_says_what_to_install(folder, keys, monkeypatch):
