@@ -113,7 +113,7 @@ def random_floor(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         floor = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    return floor.to(model.device).eval()  # type: ignore[no-any-return]
+    return floor.to(model.device).eval()
 
 
 def kept_fraction(models: OffsiteModels) -> Kept:

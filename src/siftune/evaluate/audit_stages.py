@@ -90,8 +90,8 @@ def choose_candidates(rows: AuditRows, settings: AuditSettings, trained: Sequenc
             "every held-out row is a training row too, so membership cannot be inferred; give held-out rows of their "
             "own, or leave membership out."
         )
-    chosen = [drawn(indices, settings.membership_rows, settings.seed) for indices in (trained, others)]
-    return Candidates(*chosen, left_out=len(rows.held_out) - len(others))
+    members, outsiders = (drawn(indices, settings.membership_rows, settings.seed) for indices in (trained, others))
+    return Candidates(members, outsiders, left_out=len(rows.held_out) - len(others))
 
 
 def bootstrap(settings: AuditSettings) -> Bootstrap:

@@ -107,7 +107,7 @@ def filled(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in adapter)
     model.config.dtype = next(model.parameters()).dtype
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:

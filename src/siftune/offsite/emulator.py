@@ -88,7 +88,7 @@ def build(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape], 
         for number, shape in zip(split.middle(len(layers)), middle, strict=True):
             reshape(layers[number], family, shape)
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def emulator_config(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape]) -> PreTrainedConfig:

@@ -194,7 +194,7 @@ def _leave(recording: Recording, number: int, _: nn.Module, args: tuple[Any, ...
         recording.effect[number] += float(((grad.float() * change).sum(-1) ** 2)[real].sum())
 
     out = _tensor(output)
-    out.register_hook(keep)
+    out.register_hook(keep)  # type: ignore[no-untyped-call]
 
 
 def _run(model: nn.Module, batch: dict[str, Tensor], recording: Recording) -> None:

@@ -166,8 +166,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         check_finite(tensor, f"{path.name}: {name}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        path.touch()
+        mode = path.stat().st_mode
         save_file(plain, path, metadata=METADATA)
-    except (SafetensorError, RuntimeError) as error:
+        path.chmod(mode)  # safetensors leaves files that no one else may read, and these are to be handed out
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise KitError(f"{path.name} cannot be written ({brief(error)})") from error
 
 

@@ -4,6 +4,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 from audits import QUICK, TOKENIZER, losses, records, rows
+from tiny_kit import base_model, save_kit
 
 from siftune.errors import DataError, KitError, RecipeError
 from siftune.evaluate.audit import AuditOptions, AuditSettings, OffsiteModels, audit, audit_paths, tokenize_audit
@@ -12,7 +13,6 @@ from siftune.offsite.load import load_emulator
 from siftune.offsite.returned import write_return
 from siftune.offsite.split import adapter_names
 from siftune.train.rows import rows_from
-from tiny_kit import base_model, save_kit
 
 
 @pytest.fixture(scope="module")

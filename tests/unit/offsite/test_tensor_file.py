@@ -173,6 +173,12 @@ def test_differences_are_named():
             check_specs(found, {"x": a, "y": b}, "f", "m")
 
 
+def test_others_can_read_what_is_to_be_handed_out(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_not_finite_is_not_written(tmp_path, value, dtype):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_kit import OUTER, SPLIT, base_model, save_kit
 from trainers import At, stop
 
 from siftune.cli.main import main
@@ -23,7 +24,6 @@ from siftune.train import run as module
 from siftune.train.kits import merged_layers, save_return
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
-from tiny_kit import OUTER, SPLIT, base_model, save_kit
 from tiny_run import lines, recipe, save_rows
 
 QUIET = Console(quiet=True)
