@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from siftune.errors import DataError
-from siftune.evaluate.audit_models import OffsiteModels, plugged, random_floor, read_adapter
+from siftune.evaluate.audit_models import OffsiteModels, plugged, random_floor, read_adapter, unshared
 from siftune.evaluate.audit_result import EMULATOR_FT, EMULATOR_ZS, FLOOR, FULL_FT, FULL_ZS, LABELS, PLUG_IN, RECOVERED
 from siftune.evaluate.audit_rows import AuditRows, RowScores, batches, drawn, not_among, score_losses, score_rows
 from siftune.evaluate.audit_settings import AuditSettings
@@ -142,7 +142,7 @@ def recovered(job: Job) -> RowScores:
     """Tune all decoder layers of the emulator, and measure it."""
     emulator, lr = job.models.emulator, job.settings.recovery_lr
     everything = range(len(find_layers(emulator).layers))
-    with tuned(emulator, everything, _tuning(job), lr, _steps(job, RECOVERED)):
+    with unshared(emulator), tuned(emulator, everything, _tuning(job), lr, _steps(job, RECOVERED)):
         return _measure(job, RECOVERED, emulator)
 
 

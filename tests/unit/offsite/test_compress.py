@@ -1,0 +1,109 @@
+"""One layer's compression: the formulas get the right matrices, and each λ acts where it says."""
+
+import pytest
+import torch
+from offsite import FAMILIES, base, calibration
+
+from siftune.models.families import family_of
+from siftune.models.layers import find_layers
+from siftune.offsite.compress import Compression, compress_layer, layer_curvature
+from siftune.offsite.drd import component_scores, components, keep_components, rank_of
+from siftune.offsite.emulator import weight_OI
+from siftune.offsite.kfac import curvature
+from siftune.offsite.record import record, replay
+from siftune.offsite.scp import channel_scores, keep_channels
+
+NUMBER = 2
+
+
+def seen(model, batches=None, slopes=True):
+    family = family_of(model.config)
+    recording = record(model, batches or calibration(model, count=4, rows=4), range(1, 4), store=None)
+    layer = find_layers(model).layers[NUMBER]
+    captured = replay(layer, recording, NUMBER, family.matrices)
+    return layer, family, captured, layer_curvature(captured, slopes)
+
+
+def compress(model, **values):
+    layer, family, captured, curvatures = seen(model)
+    return layer, family, captured, compress_layer(layer, NUMBER, family, curvatures, Compression(**values))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_the_sum_of_the_components_with_the_highest_scores(family):
+    layer, matrices, captured, found = compress(base(family), keep=0.5, basis="svd", lambda_attn=0.3, protect=0.0)
+    for path in matrices.attention:
+        weight = weight_OI(layer.get_submodule(path)).float()
+        known = curvature(captured[path].x_NI, captured[path].g_NO)
+        parts = components(weight, known, "svd")
+        rank = rank_of(0.5, *weight.shape)
+        kept = keep_components(component_scores(parts, known, 0.3), parts.size_K, rank, 0.0)
+        expected = sum(torch.outer(parts.left_OK[:, k], parts.right_KI[k]) for k in kept)
+        product = found.tensors[f"{path}.up.weight"] @ found.tensors[f"{path}.down.weight"]
+        torch.testing.assert_close(product.float(), expected, rtol=1e-4, atol=1e-5)
+        assert found.shape.ranks[path] == rank == found.tensors[f"{path}.down.weight"].shape[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mlp_has_the_channels_with_the_highest_scores(family):
+    layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3)
+    known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
+    weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
+    reads = [(weights[path].float(), known[path]) for path in matrices.reads]
+    scores = channel_scores(reads, (weights[matrices.writes].float(), known[matrices.writes]), 0.3)
+    kept = keep_channels(scores, found.shape.channels)
+    assert found.shape.channels == int(0.5 * weights[matrices.writes].shape[1])
+    assert torch.equal(found.tensors[f"{matrices.writes}.weight"], weights[matrices.writes][:, kept])
+    for path in matrices.reads:
+        assert torch.equal(found.tensors[f"{path}.weight"], weights[path][kept])
+        bias = layer.get_submodule(path).bias
+        assert bias is None or torch.equal(found.tensors[f"{path}.bias"], bias[kept])
+
+
+def test_each_lambda_acts_on_its_own_part():
+    model = base()
+    plain, attn, mlp = (
+        compress(model, keep=0.5, **values)[3].tensors for values in ({}, {"lambda_attn": 3.0}, {"lambda_mlp": 3.0})
+    )
+    for name in plain:
+        same_attn, same_mlp = torch.equal(plain[name], attn[name]), torch.equal(plain[name], mlp[name])
+        if name.startswith("self_attn"):
+            assert same_mlp
+            assert not same_attn
+        elif name.startswith("mlp"):
+            assert same_attn
+            assert not same_mlp
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flap_writes_the_same_on_average(family):
+    layer, matrices, captured, found = compress(base(family), method="svd+flap", keep=0.5)
+    x_NC = captured[matrices.writes].x_NI.double()
+    writes = layer.get_submodule(matrices.writes)
+    weight, narrow = weight_OI(writes).double(), found.tensors[f"{matrices.writes}.weight"].double()
+    kept = (weight.T[:, None] == narrow.T[None]).all(-1).any(1)
+    expected = (x_NC @ weight.T).mean(0) + (0 if writes.bias is None else writes.bias.double())
+    average = (x_NC[:, kept] @ narrow.T).mean(0) + found.tensors[f"{matrices.writes}.bias"].double()
+    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+    assert found.shape.biased == ((matrices.writes,) if writes.bias is None else ())
+
+
+def test_without_slopes_nothing_else_changes():
+    model = base()
+    layer, family, _, with_slopes = seen(model)
+    without = layer_curvature(with_slopes.captured, slopes=False)
+    results = [compress_layer(layer, NUMBER, family, known, Compression(keep=0.5)) for known in (with_slopes, without)]
+    assert all(torch.equal(a, b) for a, b in zip(*(r.tensors.values() for r in results), strict=True))
+
+
+def test_the_number_of_channels_does_not_suffer_from_binary_fractions():
+    model = base(intermediate_size=100)
+    assert compress(model, keep=0.29)[3].shape.channels == 29
+
+
+def test_the_layer_is_left_as_it_was():
+    model = base()
+    before = {name: t.clone() for name, t in find_layers(model).layers[NUMBER].state_dict().items()}
+    compress(model, keep=0.5)
+    for name, tensor in find_layers(model).layers[NUMBER].state_dict().items():
+        assert torch.equal(tensor, before[name])
