@@ -16,8 +16,14 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "gp
 
 
 def base(family: str = "llama", layers: int = 5, **overrides: Any) -> PreTrainedModel:
-    """A tiny base model in float64."""
-    return tiny(family, layers, **overrides).double()
+    """A tiny base model in float64, whose biases and norms are not the zeros and ones that they begin with."""
+    model = tiny(family, layers, **overrides).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def calibration(model: PreTrainedModel, count: int = 2, rows: int = 3, length: int = 9) -> list[dict[str, Tensor]]:

@@ -15,6 +15,8 @@ from siftune.offsite.assemble import materialise
 from siftune.offsite.emulator import FactoredLinear, weight_OI
 from siftune.offsite.gradot import KitOptions, emulate
 from siftune.offsite.middle import emulators
+from siftune.offsite.plan import allot
+from siftune.offsite.record import record
 from siftune.offsite.split import Split, adapter_names
 
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
@@ -101,8 +103,20 @@ def test_crash_keeps_the_depth_and_shares_weights():
 
 def test_kinds_of_attention_go_with_the_layers():
     model = base("gemma2", layers=6)
-    small = emulator(model, calibration(model), method="layerdrop", keep=0.5)
-    assert small.config.layer_types == [model.config.layer_types[i] for i in (0, 1, 4, 5)]
+    small = emulator(model, calibration(model), method="layerdrop", keep=0.75)
+    assert small.config.layer_types == [model.config.layer_types[i] for i in (0, 1, 3, 4, 5)]
+    assert small.config.layer_types != model.config.layer_types[:5]
+
+
+def test_what_is_allotted_by_score_goes_to_the_layers_that_matter():
+    model = base()
+    batches = calibration(model)
+    effect = record(model, batches, range(1, 4), store=None).effect
+    (parts,) = emulators(model, batches, [settings(keep=0.5, allot="score")], store=None)
+    channels = [shape.channels for shape in parts.middle]
+    shares = allot([effect[number] ** 0.5 for number in (1, 2, 3)], 0.5)
+    assert channels == [int(48 * share + 1e-9) for share in shares]
+    assert len(set(channels)) == 3
 
 
 @pytest.mark.parametrize("method", ["gradot", "svd+flap", "crash"])

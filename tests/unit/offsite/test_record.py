@@ -104,6 +104,20 @@ def test_outputs_of_a_layer_are_the_inputs_of_the_next_and_the_last_has_its_own(
     assert not torch.equal(short.outputs(1), short.outputs(2))
 
 
+def test_a_model_that_goes_on_in_place_does_not_change_what_was_kept():
+    model = base()
+    batches = calibration(model)
+    untouched = record(model, batches, range(1, 4), store=None)
+
+    def go_on(_, args, __):
+        args[0].data.zero_()
+
+    with find_layers(model).layers[2].register_forward_hook(go_on):
+        touched = record(model, batches, range(1, 4), store=None)
+    for before, after in zip(untouched.visits[2], touched.visits[2], strict=True):
+        assert torch.equal(before.hidden_BTH, after.hidden_BTH)
+
+
 def test_the_model_is_left_as_it_was():
     model = base().train()
     model.lm_head.weight.requires_grad_(False)
