@@ -165,14 +165,14 @@ def _scores(scores: RowScores) -> dict[str, Any]:
 
 def _setting(args: argparse.Namespace) -> Setting:
     model, tokenizer = load_model(args.model, args.dtype)
-    calibration = _text(args.calibration, args.rows, args.length, tokenizer)
-    text = _text(args.text, 16, args.length, tokenizer)
+    calibration = text_batches(args.calibration, args.rows, args.length, tokenizer)
+    text = text_batches(args.text, 16, args.length, tokenizer)
     gradient = adapter_gradient(model, text, EmulatorSettings().split)
     return Setting(model, tokenizer, calibration, text, gradient)
 
 
-def _text(path: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-    """The first rows of a file, every token a label, in batches of 4."""
+def text_batches(path: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """The first rows of a file, every token a label, in batches of 4 on which nothing is trained."""
     data = tokenize_rows(load_rows(path, "train", count), tokenizer, length, "none", completion_only=False)
     collate = Collator(tokenizer.pad_token_id)
     return [collate([data[i] for i in range(at, min(at + 4, len(data)))]) for at in range(0, len(data), 4)]
