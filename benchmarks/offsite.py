@@ -172,8 +172,8 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def text_batches(path: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-    """The first rows of a file, every token a label, in batches of 4 on which nothing is trained."""
-    data = tokenize_rows(load_rows(path, "train", count), tokenizer, length, "none", completion_only=False)
+    """The first rows of a file, in the chat template that tuning uses, every token a label; batches of 4."""
+    data = tokenize_rows(load_rows(path, "train", count), tokenizer, length, "auto", completion_only=False)
     collate = Collator(tokenizer.pad_token_id)
     return [collate([data[i] for i in range(at, min(at + 4, len(data)))]) for at in range(0, len(data), 4)]
 
