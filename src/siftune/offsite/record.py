@@ -31,7 +31,7 @@ _IGNORED = -100
 
 @dataclass
 class Visit:
-    """One batch's visit to one layer: the call, and the gradient that came back."""
+    """One batch's visit to one layer: the call, and the gradient that came back; hidden states wait on the CPU."""
 
     args: tuple[Any, ...]  # hidden states apart
     kwargs: dict[str, Any]
@@ -69,7 +69,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Captured:
-    """What one matrix saw: float32 on the CPU or where the layer is; padding is left out.
+    """What one matrix saw: float32, where the layer is; padding is left out.
 
     Attributes:
         x_NI: Its inputs.
@@ -172,7 +172,7 @@ def _arrive(
 ) -> Any:
     """Before a layer: keep the call; the first one cuts the graph, so that backward ends there."""
     hidden = hidden_states(args, kwargs)
-    kept = hidden.detach().to(store or hidden.dtype)
+    kept = hidden.detach().to("cpu", store or hidden.dtype)
     if kept.data_ptr() == hidden.data_ptr():
         kept = kept.clone()  # the model may go on in place
     rest = args[1:] if args and isinstance(args[0], Tensor) else args
@@ -185,10 +185,10 @@ def _leave(recording: Recording, number: int, _: nn.Module, args: tuple[Any, ...
     """After a layer: have the gradient of its output kept when backward gets there."""
     visit, place = recording.visits[number][-1], len(recording.real) - 1
     if number == max(recording.visits):
-        recording.last_BTH.append(_tensor(output).detach().to(visit.hidden_BTH.dtype, copy=True))
+        recording.last_BTH.append(_tensor(output).detach().to("cpu", visit.hidden_BTH.dtype, copy=True))
 
     def keep(grad: Tensor) -> None:
-        visit.grad_BTH = grad.detach().to(visit.hidden_BTH.dtype, copy=True)
+        visit.grad_BTH = grad.detach().to("cpu", visit.hidden_BTH.dtype, copy=True)
         change = (out.detach() - visit.hidden_BTH.to(out.device)).float()
         real = recording.real[place].to(out.device)
         recording.effect[number] += float(((grad.float() * change).sum(-1) ** 2)[real].sum())
