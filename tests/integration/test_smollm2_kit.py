@@ -4,8 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from siftune.errors import ModelError
-from siftune.models.source import load_model, pull_smollm2
+from siftune.models.source import load_model
 from siftune.offsite.gradot import KitOptions, emulate
 from siftune.offsite.load import load_kit
 from siftune.offsite.plan import EmulatorSettings
@@ -13,15 +12,6 @@ from siftune.offsite.plug import plug
 from siftune.offsite.returned import write_return
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """The model's folder; fetched on first use."""
-    try:
-        return pull_smollm2()
-    except ModelError as error:
-        pytest.skip(f"smollm2 cannot be fetched here: {error}")
 
 
 def test_a_kit_that_comes_back_untouched_gives_the_model(smollm2, tmp_path):

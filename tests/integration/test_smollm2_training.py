@@ -10,22 +10,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from siftune.config import Recipe
-from siftune.errors import ModelError
-from siftune.models.source import pull_smollm2
 from siftune.train.arithmetic import arithmetic_rows
 from siftune.train.run import train
 from tiny_run import lines
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """The model's folder; fetched on first use."""
-    try:
-        return pull_smollm2()
-    except ModelError as error:
-        pytest.skip(f"smollm2 cannot be fetched here: {error}")
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
