@@ -19,9 +19,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from offsite import text_batches
 from torch import Tensor
 
+from offsite import text_batches
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model

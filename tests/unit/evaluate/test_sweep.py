@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from emulators import base, calibration
 from hypothesis import given
 from hypothesis import strategies as st
-from offsite import base, calibration
 
 from siftune.errors import InputError, RecipeError
 from siftune.evaluate import sweep as module

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from offsite import FAMILIES, base, calibration
+from emulators import FAMILIES, base, calibration
 
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers

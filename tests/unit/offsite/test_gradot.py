@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from offsite import FAMILIES, base, calibration, emulator, logits, settings
+from emulators import FAMILIES, base, calibration, emulator, logits, settings
 from tokenizer import byte_tokenizer
 
 from siftune.errors import LayerError, ModelError, RecipeError, UnsupportedError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from offsite import FAMILIES, base, calibration, emulator, logits, settings
+from emulators import FAMILIES, base, calibration, emulator, logits, settings
 from tokenizer import byte_tokenizer
 from transformers import Trainer, TrainingArguments
 

@@ -3,9 +3,9 @@
 from itertools import pairwise
 
 import pytest
+from emulators import FAMILIES, base, calibration, settings
 from hypothesis import given
 from hypothesis import strategies as st
-from offsite import FAMILIES, base, calibration, settings
 
 from siftune.errors import RecipeError
 from siftune.offsite.middle import emulators

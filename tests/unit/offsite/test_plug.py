@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from offsite import FAMILIES, base, calibration, settings
+from emulators import FAMILIES, base, calibration, settings
 from safetensors.torch import load_file
 from tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from offsite import FAMILIES, base, calibration
+from emulators import FAMILIES, base, calibration
 from torch import nn
 
 from siftune.errors import DataError
