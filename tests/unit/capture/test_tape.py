@@ -229,6 +229,21 @@ def test_two_passes_before_one_backward():
         assert_close(parameter.grad, wanted[0][parameter] + wanted[1][parameter], 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_module_that_runs_twice_in_its_layer(kind):
+    model = adapted(kind=kind).double()
+    for group in group_by_layer(model):
+        once = group.module.mlp.forward
+        group.module.mlp.forward = lambda x, once=once: once(x) + once(0.5 * x)
+    inputs = batch(model, 4)
+    wanted = sample_gradients(model, inputs)
+    with Recorder(model, rows=[0, 2]) as recorder:
+        summed_loss(model, inputs).backward()
+    for parameter, rows in recorder.grads.items():
+        assert_close(rows, wanted[parameter], 1e-12)
+        assert_close(parameter.grad, wanted[parameter][[0, 2]].sum(0), 1e-12)
+
+
 def test_an_adapter_that_is_not_in_use_gets_no_gradient():
     model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     model.add_adapter("idle", LoraConfig(r=3, target_modules=["q_proj", "o_proj"]))
