@@ -12,7 +12,7 @@ Line = dict[str, Any]
 
 
 def report(lines: Sequence[Line]) -> str:
-    """Markdown tables, one for every kept fraction, medians and intervals over the seeds' questions pooled."""
+    """Markdown tables, one for every kept fraction; questions of all seeds pooled."""
     bases = {line["job"]["seed"]: line for line in lines if line["job"]["emulator"] is None and line["scores"]}
     rest = [line for line in lines if line["job"]["emulator"] is not None]
     out = _bases(bases)

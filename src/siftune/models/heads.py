@@ -17,6 +17,21 @@ from torch import Tensor, nn
 
 from siftune.errors import AdapterError, LayerError
 
+IGNORED = -100  # label of a token that is not learned, as torch's cross entropy expects it
+
+
+def label_positions(labels_BT: Tensor) -> Tensor:
+    """Positions whose next token is a label; (B, T) bool, false in the last column."""
+    mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    mask_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
+    return mask_BT
+
+
+def next_labels(labels_BT: Tensor) -> Tensor:
+    """The labels that `label_positions` predict, in row-major order; (N,) int64."""
+    shifted = labels_BT[:, 1:]
+    return shifted[shifted != IGNORED]
+
 
 def find_output_embeddings(model: nn.Module) -> nn.Module:
     """Return the module that turns hidden states into logits.

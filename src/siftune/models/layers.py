@@ -98,7 +98,7 @@ def _input_embeddings(model: nn.Module) -> tuple[nn.Module, str | None]:
         try:
             embeddings = getter() if callable(getter) else None
         except (NotImplementedError, AttributeError):
-            continue
+            continue  # transformers' way to say that this module does not know; one inside or around it may
         paths = [name for name, m in model.named_modules() if m is embeddings]
         if paths:
             return module, paths[0]

@@ -78,8 +78,8 @@ def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTr
     """
     model = build(parts.config, parts.split, parts.middle, meta=False)
     names = adapter_names(model, parts.split)
-    state = {name: _cast(tensor, dtype) for name, tensor in parts.frozen.items()}
-    state |= {names[neutral]: _cast(tensor, dtype).clone() for neutral, tensor in parts.adapter.items()}
+    state = {name: cast(tensor, dtype) for name, tensor in parts.frozen.items()}
+    state |= {names[neutral]: cast(tensor, dtype).clone() for neutral, tensor in parts.adapter.items()}
     return filled(model, parts.split, parts.middle, state)
 
 
@@ -118,5 +118,6 @@ def _share(source: nn.Module, target: nn.Module) -> None:
         twin._buffers.update(module._buffers)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in a dtype, if it is of floating point; None leaves it."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from siftune.models.families import Family
 from siftune.offsite.baselines import flap_bias, flap_scores, svd_factor
-from siftune.offsite.drd import Basis, Components, canonical, component_scores, components, keep_components, rank_of
+from siftune.offsite.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.emulator import LayerShape, features, weight_OI
 from siftune.offsite.kfac import DAMPING, Curvature, Moments, moments
 from siftune.offsite.record import Captured
@@ -142,10 +142,7 @@ def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Co
     key = (path, how.basis, how.damping)
     if key not in seen.known:
         seen.known[key] = components(weight, curvature, how.basis, how.damping)
-    parts = seen.known[key]
-    scores = component_scores(parts, curvature, how.lambda_attn)
-    kept = keep_components(scores, parts.size_K, rank, how.protect)
-    return canonical(parts.left_OK[:, kept], parts.right_KI[kept])
+    return factor(seen.known[key], curvature, rank, how.lambda_attn, how.protect)
 
 
 def _narrow(

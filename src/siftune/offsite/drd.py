@@ -116,23 +116,21 @@ def keep_components(scores_K: Tensor, sizes_K: Tensor, rank: int, protect: float
 
 
 def factor(
-    weight_OI: Tensor, curvature: Curvature, rank: int, lam: float, basis: Basis, damping: float = DAMPING
+    parts: Components, curvature: Curvature, rank: int, lam: float, protect: float = 0.05
 ) -> tuple[Tensor, Tensor]:
     """Replace a matrix by two thinner ones that leave the gradients of the other layers as they are, nearly.
 
     Args:
-        weight_OI: W.
+        parts: Components of W.
         curvature: Of W.
         rank: R, from 1 to min(O, I).
         lam: λ, the weight of the loss gap.
-        basis: Where components come from.
-        damping: Of the basis "whitened".
+        protect: As for `keep_components`.
 
     Returns:
         (O, R) and (R, I) in float32, in canonical form.
     """
-    parts = components(weight_OI, curvature, basis, damping)
-    kept_R = keep_components(component_scores(parts, curvature, lam), parts.size_K, rank)
+    kept_R = keep_components(component_scores(parts, curvature, lam), parts.size_K, rank, protect)
     up_OR, down_RI = canonical(parts.left_OK[:, kept_R], parts.right_KI[kept_R])
     return up_OR.float(), down_RI.float()
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from siftune.errors import ModelError
 from siftune.models.layers import find_layers
 from siftune.models.saving import refuse_full
-from siftune.offsite.assemble import assemble
+from siftune.offsite.assemble import assemble, cast
 from siftune.offsite.compress import CompressedLayer
 from siftune.offsite.emulator import LayerShape
 from siftune.offsite.kit import Kit, KitContents, fingerprint, write_kit
@@ -90,7 +90,8 @@ def emulate(
     parts = assemble(model, settings.split, layers)
     contents = KitContents(
         parts.config, tokenizer, parts.split, parts.middle, len(find_layers(model).layers), identity,
-        _cast(parts.frozen, options.dtype), _cast(parts.adapter, options.adapter_dtype),
+        {name: cast(tensor, options.dtype) for name, tensor in parts.frozen.items()},
+        {name: cast(tensor, options.adapter_dtype) for name, tensor in parts.adapter.items()},
     )  # fmt: skip
     kit = write_kit(out, contents, options.signing_key)
     work.remove()
@@ -201,7 +202,3 @@ def _key(identity: str, settings: EmulatorSettings, options: KitOptions, batches
             digest.update(f"{name} {tuple(batch[name].shape)}".encode())
             digest.update(batch[name].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in tensors.items()}

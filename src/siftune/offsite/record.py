@@ -20,13 +20,11 @@ from torch import Tensor, nn
 
 from siftune.capture.gate import hidden_states, with_hidden
 from siftune.errors import DataError
-from siftune.models.heads import logits_at
+from siftune.models.heads import label_positions, logits_at, next_labels
 from siftune.models.layers import find_layers
 from siftune.models.modes import evaluating
 
 Progress = Callable[[str, int, int], None]  # what is done, how far, of how many
-
-_IGNORED = -100
 
 
 @dataclass
@@ -200,8 +198,7 @@ def _leave(recording: Recording, number: int, _: nn.Module, args: tuple[Any, ...
 def _run(model: nn.Module, batch: dict[str, Tensor], recording: Recording) -> None:
     """Forward and backward of the summed loss over one batch."""
     labels_BT = batch["labels"]
-    mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    mask_BT[:, :-1] = labels_BT[:, 1:] != _IGNORED
+    mask_BT = label_positions(labels_BT)
     real = batch.get("attention_mask", torch.ones_like(labels_BT)).bool()
     if not bool(mask_BT.any()):
         return
@@ -211,7 +208,7 @@ def _run(model: nn.Module, batch: dict[str, Tensor], recording: Recording) -> No
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
     with logits_at(model, mask_BT):
         logits_NV = model(**inputs, use_cache=False).logits[0]
-    targets_N = labels_BT[:, 1:][mask_BT[:, :-1]].to(logits_NV.device)
+    targets_N = next_labels(labels_BT).to(logits_NV.device)
     loss = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     loss.backward()  # type: ignore[no-untyped-call]
     total = recording.loss * recording.tokens + float(loss.detach())

@@ -61,7 +61,7 @@ def adapter_names(model: nn.Module, split: Split) -> dict[str, str]:
     found = find_layers(model)
     depth = len(found.layers)
     names = {}
-    for place, number in _places(split, depth):
+    for place, number in places(split, depth):
         for name in found.layers[number].state_dict():
             names[f"{place}.{name}"] = f"{found.path}.{number}.{name}"
     return names
@@ -73,6 +73,7 @@ def adapter_layers(model: nn.Module, split: Split) -> list[nn.Module]:
     return [layers[number] for number in split.outer(len(layers))]
 
 
-def _places(split: Split, depth: int) -> Sequence[tuple[str, int]]:
+def places(split: Split, depth: int) -> Sequence[tuple[str, int]]:
+    """Neutral name and number of each of the adapter's layers, in a model with `depth` layers."""
     first = [(f"first.{i}", i) for i in range(split.first)]
     return [*first, *((f"last.{i}", depth - split.last + i) for i in range(split.last))]

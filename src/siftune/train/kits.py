@@ -17,7 +17,7 @@ from siftune.models.layers import find_layers
 from siftune.offsite.kit import Kit, is_kit, read_kit
 from siftune.offsite.load import load_kit
 from siftune.offsite.returned import read_return, write_return
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.split import Split, adapter_names, places
 from siftune.offsite.tensor_file import DTYPES
 from siftune.train.tuned_layers import put_in
 
@@ -61,7 +61,7 @@ def settle_layers(recipe: Recipe, kit: Kit | None) -> Recipe:
                 "give --layers, such as 0 1 -2 -1, or an adapter such as lora"
             )
         return recipe
-    split, depth = kit.manifest.split, _depth(kit)
+    split, depth = kit.manifest.split, kit.manifest.emulator_depth
     outer = split.outer(depth)
     chosen = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)
     middle = [number for number in chosen if number not in outer]
@@ -117,7 +117,7 @@ def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
     """
     layers = find_layers(model).layers
     tensors = {}
-    for place, number in zip(_places(split), split.outer(len(layers)), strict=True):
+    for place, number in places(split, len(layers)):
         for name, tensor in _merged(layers[number]).items():
             tensors[f"{place}.{name}"] = tensor.detach().cpu()
     return tensors
@@ -134,16 +134,6 @@ def _merged(layer: nn.Module) -> dict[str, Tensor]:
         module.merge()
         layer.set_submodule(name, module.get_base_layer())
     return layer.state_dict()
-
-
-def _places(split: Split) -> Sequence[str]:
-    return [*(f"first.{i}" for i in range(split.first)), *(f"last.{i}" for i in range(split.last))]
-
-
-def _depth(kit: Kit) -> int:
-    """Layers of the emulator, which may have fewer than the base."""
-    split = kit.manifest.split
-    return split.first + len(kit.manifest.middle) + split.last
 
 
 def _listed(numbers: Sequence[int]) -> str:

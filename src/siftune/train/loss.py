@@ -7,25 +7,9 @@ at. `label_positions` says where logits are needed, `models.heads.logits_at` mak
 Shapes: B rows, T positions, N label positions, V vocabulary size.
 """
 
-import torch
 from torch import Tensor, nn
 
-from siftune.models.heads import logits_at
-
-IGNORED = -100
-
-
-def label_positions(labels_BT: Tensor) -> Tensor:
-    """Positions whose next token is a label; (B, T) bool, false in the last column."""
-    mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    mask_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
-    return mask_BT
-
-
-def next_labels(labels_BT: Tensor) -> Tensor:
-    """The labels that `label_positions` predict, in row-major order; (N,) int64."""
-    shifted = labels_BT[:, 1:]
-    return shifted[shifted != IGNORED]
+from siftune.models.heads import IGNORED, label_positions, logits_at, next_labels
 
 
 def token_loss(logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None = None) -> Tensor:

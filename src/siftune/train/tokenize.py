@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from siftune.errors import DataError
+from siftune.models.heads import IGNORED
 from siftune.train.encoder import Encoder
 from siftune.train.rows import Row
 
@@ -22,7 +23,6 @@ __all__ = ["IGNORED", "Collator", "tokenize_rows"]
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token that is not learned, as torch's cross entropy expects it
 _CHUNK = 2000  # rows held as Python lists at a time; the table itself is in Arrow memory
 
 

@@ -107,3 +107,11 @@ def test_the_layer_is_left_as_it_was():
     compress(model, keep=0.5)
     for name, tensor in find_layers(model).layers[NUMBER].state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(("name", "values"), [("damping", (1e-3, 10.0)), ("protect", (0.0, 1.0))])
+def test_settings_of_attention_arrive(name, values):
+    model = base()
+    found = [compress(model, keep=0.5, lambda_attn=5.0, **{name: value})[3].tensors for value in values]
+    key = "self_attn.q_proj.up.weight"
+    assert not torch.allclose(found[0][key], found[1][key])

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.offsite import drd
 from siftune.offsite.drd import canonical, component_scores, components, factor, keep_components, rank_of
 from siftune.offsite.kfac import DAMPING, curvature
 
@@ -224,7 +223,7 @@ def test_factor_is_the_canonical_form_of_what_is_kept(basis, lam):
     parts = components(weight_OI, known, basis)
     scores = gcs_of([-piece for piece in pieces(parts)], x_NI, g_NO, lam).tolist()
     kept = [0, *sorted(range(1, 6), key=lambda k: -scores[k])[:2]]
-    up, down = factor(weight_OI, known, 3, lam, basis)
+    up, down = factor(parts, known, 3, lam)
     assert up.dtype == down.dtype == torch.float32
     product = sum(pieces(parts)[k] for k in kept)
     u_OR, size_R, v_RI = torch.linalg.svd(product)
@@ -237,7 +236,8 @@ def test_factor_is_the_canonical_form_of_what_is_kept(basis, lam):
 @given(case=cases())
 def test_full_rank_gives_the_matrix_back(basis, case):
     weight_OI, x_NI, g_NO = case
-    up, down = factor(weight_OI, curvature(x_NI, g_NO), min(weight_OI.shape), 0.7, basis)
+    known = curvature(x_NI, g_NO)
+    up, down = factor(components(weight_OI, known, basis), known, min(weight_OI.shape), 0.7)
     assert_close(up @ down, weight_OI.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -246,18 +246,25 @@ def test_float32_suffices_for_the_whitened_basis():
     uneven, turn = torch.logspace(-3, 3, 48, dtype=torch.float64), torch.linalg.qr(drawn(5, 48, 48)).Q
     x_NI, g_NO = drawn(0, 96, 48) * uneven @ turn, drawn(1, 96, 48) * uneven.flip(0) @ turn.T
     weight_OI = drawn(2, 48, 48).bfloat16()
-    up, down = factor(weight_OI, curvature(x_NI.float(), g_NO.float()), 48, 0.0, "whitened")
+    known = curvature(x_NI.float(), g_NO.float())
+    up, down = factor(components(weight_OI, known, "whitened"), known, 48, 0.0)
     assert (up @ down - weight_OI.float()).norm() < 3e-5 * weight_OI.float().norm()
 
 
-def test_damping_is_passed_on(monkeypatch):
+def test_damping_grows_the_sizes():
     weight_OI, (x_NI, g_NO) = drawn(50, 6, 7), tokens(0, 4, 7, 6)
     known = curvature(x_NI, g_NO)
     sizes = [components(weight_OI, known, "whitened", damping).size_K for damping in (1e-6, 1e-3, 1.0)]
     assert (sizes[0] < sizes[1]).all()
     assert (sizes[1] < sizes[2]).all()
-    seen = []
-    original = drd.components
-    monkeypatch.setattr(drd, "components", lambda *arguments: seen.append(arguments[-1]) or original(*arguments))
-    factor(weight_OI, known, 2, 0.0, "whitened", 0.25)
-    assert seen == [0.25]
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_what_is_protected_stays_in_the_factors(basis):
+    """With λ so large that the slopes alone decide, protection changes which components stay."""
+    weight_OI, (x_NI, g_NO) = drawn(50, 6, 7), tokens(0, 20, 7, 6)
+    known = curvature(x_NI, g_NO)
+    parts = components(weight_OI, known, basis)
+    product = torch.matmul(*factor(parts, known, 3, 1e6, protect=0.5))
+    assert_close(product, sum(pieces(parts)[:3]).float())
+    assert (torch.matmul(*factor(parts, known, 3, 1e6, protect=0.0)) - product).abs().max() > 1e-3

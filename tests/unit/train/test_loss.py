@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import FAMILIES, batch, tiny
 
-from siftune.models.heads import logits_at
-from siftune.train.loss import IGNORED, difference_from_model, label_positions, next_labels, token_loss
+from siftune.models.heads import IGNORED, label_positions, logits_at, next_labels
+from siftune.train.loss import difference_from_model, token_loss
 
 
 def label_loss(model, inputs, items=None):
