@@ -33,7 +33,6 @@ from siftune.evaluate.audit_rows import AuditRows, accuracy_name, tokenize_audit
 from siftune.evaluate.audit_settings import AuditOptions, AuditSettings
 from siftune.evaluate.audit_stages import (
     Job,
-    Progress,
     bootstrap,
     choose_candidates,
     choose_rows,
@@ -45,6 +44,7 @@ from siftune.models.source import load_model
 from siftune.offsite.kit import fingerprint, read_kit
 from siftune.offsite.load import load_emulator
 from siftune.offsite.plug import compare
+from siftune.offsite.record import Progress
 from siftune.offsite.returned import read_return
 from siftune.train.data import load_rows
 from siftune.train.run_folder import hardware, versions

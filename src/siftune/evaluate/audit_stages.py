@@ -18,10 +18,10 @@ from siftune.evaluate.gradients import GradientCosine, gradient_cosine
 from siftune.evaluate.intervals import Bootstrap
 from siftune.evaluate.membership import Membership, RowLosses, infer_membership
 from siftune.models.layers import find_layers
+from siftune.offsite.record import Progress
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]  # what is being done, steps of it done, of how many
 Scores = dict[str, RowScores]  # by condition
 
 

@@ -74,7 +74,7 @@ def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTr
 
     Args:
         parts: The emulator.
-        dtype: Dtype of the frozen part; None leaves it.
+        dtype: Dtype of all of it; None leaves each tensor's.
     """
     model = build(parts.config, parts.split, parts.middle, meta=False)
     names = adapter_names(model, parts.split)
