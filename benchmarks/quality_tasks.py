@@ -24,6 +24,7 @@ from siftune.evaluate.choices import score_choices
 from siftune.evaluate.cost_worker import Clock
 from siftune.evaluate.prepare import prepare_rows
 from siftune.evaluate.run import measure
+from siftune.models.adapters import group_by_layer, use_base_dtype
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
 from siftune.sparse.gast import zscores
@@ -206,7 +207,8 @@ def run_job(job: Job, folder: Path) -> Record:
     recipe = recipe_of(job, folder)
     model, tokenizer, found = _train(recipe, folder, [row["wrong"] for row in task.train])
     started = time.perf_counter()
-    measured = _measure(model, tokenizer, folder / "test.jsonl", task.test, generate=job["task"] == "arithmetic")
+    with use_base_dtype(model, group_by_layer(model)):  # as in training; release() has taken that off
+        measured = _measure(model, tokenizer, folder / "test.jsonl", task.test, generate=job["task"] == "arithmetic")
     seconds = round(time.perf_counter() - started, 1)
     return {**measured, **found, "seconds_measuring": seconds, "hardware": hardware(), "versions": versions()}
 

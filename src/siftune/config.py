@@ -24,6 +24,8 @@ class Recipe:
     """Model to tune: a folder, a hub id, smollm2 (packaged, no hub needed), or a kit of siftune emulate."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Implementation of attention; auto: transformers' choice. On processors eager is faster for short rows."""
 
     train: str = ""
     """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id."""

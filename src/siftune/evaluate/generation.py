@@ -12,6 +12,7 @@ from torch import nn
 
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.forward import by_length, model_device, model_window
+from siftune.models.heads import contiguous_head_input
 from siftune.models.modes import evaluating
 
 
@@ -46,7 +47,8 @@ def greedy(
     inner = _generator(model)
     _check_prompts(prompts_ids, max_new_tokens, model_window(inner))
     outputs: list[list[int]] = [[] for _ in prompts_ids]
-    with evaluating(model), _plain_settings(inner, max_new_tokens, pad_id, eos_ids):
+    settings = _plain_settings(inner, max_new_tokens, pad_id, eos_ids)
+    with evaluating(model), settings, contiguous_head_input(inner):
         for batch in by_length([len(ids) for ids in prompts_ids], batch_size):
             texts = _continue(inner, [prompts_ids[i] for i in batch], pad_id)
             for i, ids in zip(batch, texts, strict=True):

@@ -99,6 +99,27 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
         )
 
 
+@contextmanager
+def contiguous_head_input(model: nn.Module) -> Iterator[None]:
+    """Hand the head contiguous hidden states inside the block, whatever slice of them the model takes.
+
+    Generation needs the logits of each row's last position: a strided view. With frozen weights in bfloat16 torch 2.13
+    multiplies such a view on processors by a loop of its own, hundreds of times slower than by its library.
+
+    Raises:
+        LayerError: The model has no output embeddings.
+    """
+
+    def pack(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in args)
+
+    handle = find_output_embeddings(model).register_forward_pre_hook(pack)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _select(args: tuple[Any, ...], mask: Tensor) -> Tensor:
     """Pick the hidden states under the mask: (B, T, H) → (1, N, H)."""
     hidden = args[0] if args else None

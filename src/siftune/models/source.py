@@ -18,7 +18,7 @@ from siftune.recipe_file import nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "pull_smollm2", "resolve"]
+__all__ = ["load_model", "pull_smollm2", "resolve", "use_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,28 @@ def _multiplies(dtype: Any) -> bool:
     built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     ask = getattr(torch.ops.mkldnn, name, None) if name and built_in else None
     return ask is None or bool(ask())
+
+
+def use_attention(model: "PreTrainedModel", name: str) -> None:
+    """Have a model use another implementation of attention; its results are the same but for rounding.
+
+    Args:
+        model: The model, as loaded; with `auto` it stays as it is.
+        name: `auto`, or a name of transformers: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`,
+            `flex_attention`.
+
+    Raises:
+        ModelError: The model has no such implementation, or a package for it is missing.
+    """
+    if name == "auto":
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"attention {name} cannot be used: {' '.join(str(error).split())}") from error
+    used = model.config._attn_implementation
+    if used != name:
+        raise ModelError(f"{type(model).__name__} has {used} attention and no other; leave attention at auto")
 
 
 def resolve(source: str) -> str | Path:

@@ -20,7 +20,7 @@ from siftune.config import Recipe, check, resolve_recipe
 from siftune.errors import RecipeError, TrainingError
 from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
 from siftune.models.full import OpenLayers
-from siftune.models.source import load_model
+from siftune.models.source import load_model, use_attention
 from siftune.recipe_file import recipe_to_yaml
 from siftune.train.arguments import end_checkpointing, training_arguments
 from siftune.train.callback import IST, RST
@@ -108,6 +108,7 @@ def set_up(
         whose own weights trained (adapter "full") are then in the base's dtype again.
     """
     settle_layers(recipe, None)
+    use_attention(model, recipe.attention)
     set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
     opened = _opened(recipe, model)
     tuned = _adapted(recipe, model) if opened is None else model

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from siftune.errors import AdapterError, LayerError
-from siftune.models.heads import find_output_embeddings, logits_at
+from siftune.models.heads import contiguous_head_input, find_output_embeddings, logits_at
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 LLAMA = LlamaConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1)
@@ -137,3 +137,16 @@ def test_virtual_tokens_are_refused(batch):
 def test_a_mask_of_the_wrong_kind(mask):
     with pytest.raises(ValueError, match="mask must be bool"), logits_at(build("llama"), mask):
         pass
+
+
+def test_the_head_is_given_contiguous_hidden_states_inside_the_block_only(batch):
+    model = LlamaForCausalLM(LLAMA).eval()
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
+    with torch.no_grad():
+        plain = model(input_ids=batch[0], logits_to_keep=1).logits
+        with contiguous_head_input(model):
+            packed = model(input_ids=batch[0], logits_to_keep=1).logits
+        model(input_ids=batch[0], logits_to_keep=1)
+    assert seen == [False, True, False]
+    torch.testing.assert_close(packed, plain)
