@@ -17,20 +17,27 @@ from siftune.sparse.gast import cosines
 
 
 class Scored(NamedTuple):
-    """Scores, and which samples have a gradient at all.
+    """Scores, which samples have a gradient at all, and what the samples' gradients add up to.
 
     Attributes:
         scores: (S,) float32, or float64 where the gradients are.
         live: (S,) bool.
+        totals: Sum over the samples for each parameter, (D,); empty where it was neither needed nor asked for.
     """
 
     scores: Tensor
     live: Tensor
+    totals: Sequence[Tensor] = ()
 
 
 def live_samples(grads: Sequence[Tensor]) -> Tensor:
-    """Which samples have a gradient other than zero; (S,) bool."""
-    return ghost.added([g.flatten(1).count_nonzero(1) for g in grads]) > 0
+    """Which samples have a gradient, as `score_samples` sees it; (S,) bool."""
+    squares_S = torch.zeros(len(grads[0]), device=grads[0].device)
+    for grad in sorted(grads, key=Tensor.numel):
+        squares_S = squares_S + ghost.squares(ghost.widened(grad))
+        if squares_S.device.type == "cpu" and bool(squares_S.all()):  # elsewhere asking costs more than it saves
+            break
+    return squares_S > 0
 
 
 def score_samples(
@@ -38,6 +45,7 @@ def score_samples(
     support: Sequence[Tensor] | None,
     metric: Sequence[Tensor] | None = None,
     cosine: bool = False,
+    totals: bool = False,
 ) -> Scored:
     """Score samples by the inner product of their gradients with the support's.
 
@@ -48,20 +56,36 @@ def score_samples(
         support: Support gradient of each parameter; None: the other samples.
         metric: Weight of each value in the inner product, one tensor per parameter; None: 1.
         cosine: Divide by the lengths of both sides; not together with a metric.
+        totals: Return the sums over the samples as well; not for cosines with the other samples.
     """
-    squares_S = ghost.added([ghost.squares(g) for g in grads])
     if support is None and cosine:
+        squares_S = ghost.added([ghost.squares(ghost.widened(g)) for g in grads])
         return Scored(_cosines_with_the_rest(grads), squares_S > 0)
-    weighted = grads if metric is None else [ghost.widened(g) * m for g, m in zip(grads, metric, strict=True)]
-    others = [ghost.total(g) for g in grads] if support is None else support
-    products_S = ghost.added([ghost.products(w, h) for w, h in zip(weighted, others, strict=True)])
+    none = [None] * len(grads)
+    found = [_against(*those, totals) for those in zip(grads, support or none, metric or none, strict=True)]
+    products, squares, others, sums = zip(*found, strict=True)
+    products_S, squares_S = ghost.added(products), ghost.added(squares)
+    scores_S = cosines(products_S, squares_S, ghost.added(others)) if cosine else products_S
+    return Scored(scores_S, squares_S > 0, [total for total in sums if total is not None])
+
+
+def _against(
+    grad: Tensor, support: Tensor | None, metric: Tensor | None, total: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One parameter's share: products (S,), squares (S,), the support's square, and the sum over samples (D,).
+
+    The gradients are widened once: on processors, sums over half precision take longer than the cast.
+    """
+    wide_SD = ghost.widened(grad).flatten(1)
+    squares_S = ghost.squares(wide_SD)
+    total_D = ghost.total(wide_SD) if total or support is None else None
+    other_D = total_D if support is None else support
+    assert other_D is not None
+    weighted_SD = wide_SD if metric is None else wide_SD * metric.flatten()
+    products_S = ghost.products(weighted_SD, other_D)
     if support is None:
-        own_S = squares_S if metric is None else ghost.added([_dot(w, g) for w, g in zip(weighted, grads, strict=True)])
-        products_S = products_S - own_S
-    if cosine:
-        other_square = ghost.added([ghost.squares(h[None]) for h in others])
-        products_S = cosines(products_S, squares_S, other_square)
-    return Scored(products_S, squares_S > 0)
+        products_S = products_S - (squares_S if metric is None else (weighted_SD * wide_SD).sum(1))
+    return products_S, squares_S, ghost.squares(other_D[None]).squeeze(0), total_D
 
 
 def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:
@@ -71,7 +95,3 @@ def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:
     squares_S = gram_SS.diagonal()
     rest_SS = 1 - torch.eye(len(gram_SS), dtype=gram_SS.dtype, device=gram_SS.device)
     return cosines((gram_SS * rest_SS).sum(1), squares_S, ((rest_SS @ gram_SS) * rest_SS).sum(1))
-
-
-def _dot(left_SD: Tensor, right_SD: Tensor) -> Tensor:
-    return (left_SD.flatten(1) * ghost.widened(right_SD).flatten(1)).sum(1)

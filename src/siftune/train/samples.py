@@ -212,17 +212,19 @@ class SampleSelection:
         if settings.support != "rest":
             held = self.mean if settings.support == "momentum" else self._support
             support = [held[p] if p in held else torch.zeros_like(g[0]) for p, g in zip(parameters, parts, strict=True)]
-        if settings.support == "momentum":
-            self._add_to_sums(parameters, parts)
         metric = None
         if settings.score == "preconditioned":
             assert self.optimizer is not None
             metric = [adam_metric(self.optimizer, p) for p in parameters]
-        return score_samples(parts, support, metric, settings.score == "cosine")
+        moving = settings.support == "momentum"
+        scored = score_samples(parts, support, metric, settings.score == "cosine", totals=moving)
+        if moving:
+            self._add_to_sums(parameters, scored.totals)
+        return scored
 
-    def _add_to_sums(self, parameters: Sequence[nn.Parameter], parts: Sequence[Tensor]) -> None:
-        for parameter, part in zip(parameters, parts, strict=True):
-            total = ghost.total(part).view_as(parameter)
+    def _add_to_sums(self, parameters: Sequence[nn.Parameter], totals: Sequence[Tensor]) -> None:
+        for parameter, flat in zip(parameters, totals, strict=True):
+            total = flat.view_as(parameter)
             self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
 
     def _move_mean(self) -> None:
