@@ -112,17 +112,18 @@ def _read_options(path: Path, kind: str) -> list[Record]:
 
 
 class LabelWatch:
-    """Notes how often GAST draws rows with a wrong label, and how it scores them.
+    """Notes which rows GAST draws: how many with a wrong label, how it scores them, and of what kind.
 
     The rows of a batch are known by their tokens, which a hook on the model sees; the choice comes from GAST.
 
     Args:
         data: The tokenised training rows.
-        wrong: Whether each carries a wrong label.
+        rows: The rows that they were made of.
     """
 
-    def __init__(self, data: Dataset, wrong: Sequence[bool]) -> None:
-        self._wrong = dict(zip(map(tuple, data["input_ids"]), wrong, strict=True))
+    def __init__(self, data: Dataset, rows: Sequence[Record]) -> None:
+        self._rows = dict(zip(map(tuple, data["input_ids"]), rows, strict=True))
+        self._kinds: dict[str, list[int]] = {row["kind"]: [0, 0] for row in rows}  # drawn, seen
         self._batch: Mapping[str, Any] = {}
         self._notes: list[list[float]] = []  # per batch and unit, see `summary`
 
@@ -144,10 +145,14 @@ class LabelWatch:
 
     def _note(self, samples: Samples) -> None:
         pairs = zip(self._batch["input_ids"], self._batch["attention_mask"].bool(), strict=True)
-        wrong_S = torch.tensor([self._wrong[tuple(ids[seen].tolist())] for ids, seen in pairs])
+        rows = [self._rows[tuple(ids[seen].tolist())] for ids, seen in pairs]
+        wrong_S = torch.tensor([row["wrong"] for row in rows])
         for layer, drawn_K, scores_S in zip(samples.layers, samples.selected, samples.scores, strict=True):
             z_S = zscores(scores_S.double(), torch.ones_like(wrong_S))
             drawn = [len(drawn_K), int(wrong_S[drawn_K].sum()), len(wrong_S), int(wrong_S.sum())]
+            for counter, chosen in enumerate((drawn_K.tolist(), range(len(rows)))):
+                for row in chosen:
+                    self._kinds[rows[row]["kind"]][counter] += 1
             self._notes.append([samples.step, layer, *drawn, float(z_S[wrong_S].sum()), float(z_S[~wrong_S].sum())])
 
     def summary(self) -> Record:
@@ -156,6 +161,7 @@ class LabelWatch:
         layers, thirds = notes[:, 1], [_thirds(notes[:, column]) for column in (1, 0)]
         by_layer = [_sums(notes[layers == layer]) for layer in np.unique(layers)]
         return {
+            "drawn_by_kind": {kind: round(drawn / seen, 4) for kind, (drawn, seen) in self._kinds.items() if seen},
             "wrong_in_batches": _ratio(notes, 5, 4),
             "wrong_in_draws": _ratio(notes, 3, 2),
             "wrong_by_layers": [_ratio(notes[thirds[0] == third], 3, 2) for third in range(3)],
@@ -205,7 +211,7 @@ def run_job(job: Job, folder: Path) -> Record:
     for name in ("train", "test", "support"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in getattr(task, name)))
     recipe = recipe_of(job, folder)
-    model, tokenizer, found = _train(recipe, folder, [row["wrong"] for row in task.train])
+    model, tokenizer, found = _train(recipe, folder, task.train)
     started = time.perf_counter()
     with use_base_dtype(model, group_by_layer(model)):  # as in training; release() has taken that off
         measured = _measure(model, tokenizer, folder / "test.jsonl", task.test, generate=job["task"] == "arithmetic")
@@ -213,7 +219,7 @@ def run_job(job: Job, folder: Path) -> Record:
     return {**measured, **found, "seconds_measuring": seconds, "hardware": hardware(), "versions": versions()}
 
 
-def _train(recipe: Recipe, folder: Path, wrong: Sequence[bool]) -> tuple[nn.Module, PreTrainedTokenizerBase, Record]:
+def _train(recipe: Recipe, folder: Path, rows: Sequence[Record]) -> tuple[nn.Module, PreTrainedTokenizerBase, Record]:
     """Train as `siftune train` does: the tuned model, its tokenizer, and what was seen meanwhile."""
     model, tokenizer = load_model(recipe.model, recipe.dtype)
     files = {"train": recipe.train, "support": recipe.support_rows}
@@ -223,7 +229,7 @@ def _train(recipe: Recipe, folder: Path, wrong: Sequence[bool]) -> tuple[nn.Modu
         if file is not None
     }
     trainer, release = set_up(recipe, RunFolder(folder), model, tokenizer, data, Console(stderr=True, soft_wrap=True))
-    watch, clock = LabelWatch(data["train"], wrong), Clock()
+    watch, clock = LabelWatch(data["train"], rows), Clock()
     trainer.add_callback(clock)
     methods = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GAST)]
     for method in methods:

@@ -86,6 +86,8 @@ class Recipe:
     """gast: of the draw; high draws more evenly."""
     decay: float = 0.9
     """gast: share of the running mean of earlier gradients that stays in a step, for support momentum."""
+    select_after: int = 0
+    """gast: optimizer steps at the start that follow all rows, before rows are selected."""
     keep_scores: bool = False
     """gast: record every row's score in every layer, not the choices alone."""
 
@@ -230,6 +232,6 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("factor dropout warmup decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("lr score_lr alpha epochs select", lambda v: v > 0, "above 0"),
     ("temperature", lambda v: v >= 1e-6, "0.000001 or more"),
-    ("weight_decay clip", lambda v: v >= 0, "0 or more"),
+    ("weight_decay clip select_after", lambda v: v >= 0, "0 or more"),
     ("seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
 )

@@ -181,6 +181,31 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(rest, again[-1].history, strict=True))
 
 
+@pytest.mark.parametrize("support", ["sample", "rest", "momentum"])
+def test_steps_before_the_selection_begins_are_plain_training(tmp_path, caplog, support):
+    late = method(support, select_after=4)
+    train(tmp_path / "plain", max_steps=4, model=(plain := adapted()), lr_scheduler_type="constant")
+    train(tmp_path / "early", late, max_steps=4, model=(early := adapted()), lr_scheduler_type="constant")
+    assert_same(weights(plain), weights(early))
+    assert all(s.selected.shape == (4, 4) and s.scores.isnan().all() for s in late.history)
+    whole = method(support, select_after=4)
+    train(tmp_path / "whole", whole, lr_scheduler_type="constant")
+    assert [s.selected.shape[1] for s in whole.history] == [4, 4, 4, 4, 2, 2]
+    assert all(s.scores.isfinite().all() for s in whole.history[4:])
+    assert "more than are to be selected" not in caplog.text
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])  # before the selection begins, as it begins, after
+def test_resume_around_the_beginning_of_the_selection(tmp_path, stop):
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": stop}
+    unbroken, _ = train(tmp_path / "whole", method("momentum", select_after=4), **settings)
+    train(tmp_path / "broken", method("momentum", select_after=4), **settings)
+    checkpoint = tmp_path / "broken" / f"checkpoint-{stop}"
+    assert (checkpoint / "gast_mean.safetensors").exists() == (stop > 4)
+    model, _ = train(tmp_path / "broken", method("momentum", select_after=4), resume=str(checkpoint), **settings)
+    assert_same(weights(unbroken), weights(model))
+
+
 def test_resume_by_the_trainers_own_restoring(tmp_path):
     settings = {
         "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": True,

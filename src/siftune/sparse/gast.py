@@ -16,9 +16,10 @@ Ours, not the paper's: drawing without replacement is the default (Gumbel top-K,
 the other); `scale="sum"` drops the factor; pools of modules instead of layers; the scores "cosine" and
 "preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400); the support modes "rest"
 (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the gradients of earlier steps) and "dataset"; the temperature τ;
-std is that of the population; ε is 1e-5 of the largest |s|, so that neither the size of the loss nor that of a
-loss scale matters and rounding is not taken for a difference; samples without a gradient (no label) stand back: they
-are left out of mean, std and B, and drawn only where there are fewer than K others.
+steps at the start that follow every sample (`select_after`); std is that of the population; ε is 1e-5 of the largest
+|s|, so that neither the size of the loss nor that of a loss scale matters and rounding is not taken for a difference;
+samples without a gradient (no label) stand back: they are left out of mean, std and B, and drawn only where there are
+fewer than K others.
 """
 
 import math
@@ -55,6 +56,7 @@ class GASTSettings:
         replacement: Draw samples with replacement.
         temperature: τ; high draws more evenly.
         decay: Of the running mean of "momentum", per optimizer step.
+        select_after: Optimizer steps at the start in which every sample is followed.
         seed: Seed of the method's own generator.
 
     Raises:
@@ -71,6 +73,7 @@ class GASTSettings:
     replacement: bool = False
     temperature: float = 1.0
     decay: float = 0.9
+    select_after: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class GASTSettings:
             raise RecipeError(f"temperature is {self.temperature}; give a number from 1e-6; topk is the limit of 0.")
         if not 0 <= self.decay < 1:
             raise RecipeError(f"decay is {self.decay}; give a number from 0 to below 1.")
+        if self.select_after != 0 and not _is_count(self.select_after):
+            raise RecipeError(f"select_after is {self.select_after}; give a whole number of steps, 0 or more.")
         if self.replacement and self.choice == "topk":
             raise RecipeError('replacement goes with choice="stochastic" or "random": "topk" draws nothing.')
 

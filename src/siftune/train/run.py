@@ -203,7 +203,7 @@ def _sample_method(recipe: Recipe, support_set: Dataset | None) -> GAST | None:
         return None
     return GAST(
         recipe.select, recipe.support, recipe.support_size, support_set, recipe.choice, recipe.score, recipe.pool,
-        recipe.scale, recipe.replacement, recipe.temperature, recipe.decay, recipe.seed,
+        recipe.scale, recipe.replacement, recipe.temperature, recipe.decay, recipe.select_after, recipe.seed,
     )  # fmt: skip
 
 

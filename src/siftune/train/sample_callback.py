@@ -53,6 +53,7 @@ class GAST(SelectionCallback):
         replacement: Draw with replacement.
         temperature: Of the softmax over z-scores; high draws more evenly.
         decay: Of the running mean of "momentum", per optimizer step.
+        select_after: Optimizer steps at the start in which every sample is followed.
         seed: Seed of GAST's own generator.
         pairs: Row i and row i + B/2 are one sample, as TRL's preference trainers lay them out; None: found out from the
             Trainer's collator.
@@ -80,13 +81,25 @@ class GAST(SelectionCallback):
         replacement: bool = False,
         temperature: float = 1.0,
         decay: float = 0.9,
+        select_after: int = 0,
         seed: int = 0,
         pairs: bool | None = None,
         keep: bool = False,
         layers: str | None = None,
     ) -> None:
         self.settings = GASTSettings(
-            select, support, support_size, choice, score, pool, scale, replacement, temperature, decay, seed
+            select,
+            support,
+            support_size,
+            choice,
+            score,
+            pool,
+            scale,
+            replacement,
+            temperature,
+            decay,
+            select_after,
+            seed,
         )
         self.support_set = support_set
         self.pairs = pairs
@@ -170,7 +183,7 @@ class GAST(SelectionCallback):
         if self.settings.needs_rows:
             rows = self._support_rows(loader)
             self._selection.draws = RowDraws(rows, collate, self._selection.generator)  # type: ignore[arg-type]
-        if self._resume(state):
+        if self._resume(state) and state.global_step > self.settings.select_after:  # before, there is no mean yet
             self._load_mean()
 
     def on_step_begin(

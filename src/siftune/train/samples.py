@@ -91,7 +91,7 @@ class SampleSelection:
         """Draw the seed of the coming step, and its support set where there is one."""
         self._seed = int(torch.randint(2**62, (), generator=self.generator))
         self._next_batch = 0
-        if self.settings.needs_rows:
+        if self.settings.needs_rows and not self._following_all:
             assert self.draws is not None
             batches = self.draws.draw(self.settings.support_size, self._chunk)
             wanted = [p for group in self.groups for p in group.parameters.values()]
@@ -164,17 +164,22 @@ class SampleSelection:
         total = sum(len(units) for units in self._units.values())
         uniform = torch.rand(total, samples, generator=generator, dtype=torch.float64)
         self._choosing = Choosing(self.steps, number, samples, count, uniform)
-        if count < samples or self.settings.replacement:
+        if not self._following_all and (count < samples or self.settings.replacement):
             return self._choosing
         self._follow_all(self._choosing)
         return None
+
+    @property
+    def _following_all(self) -> bool:
+        """Whether selection has not begun yet."""
+        return self.steps < self.settings.select_after
 
     def _follow_all(self, choosing: Choosing) -> None:
         """Note that there is nothing to choose in a batch, and say so once."""
         for group in self.groups:
             for unit in self._units[group.index] if is_active(group) else ():
                 choosing.note(unit, None, torch.arange(choosing.samples))
-        if not self._told_of_few:
+        if not self._told_of_few and not self._following_all:
             self._told_of_few = True
             logger.info(
                 "a batch has %d samples, not more than are to be selected: all of them are followed", choosing.samples

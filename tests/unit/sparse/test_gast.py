@@ -75,6 +75,7 @@ def test_names(name):
         ("support_size", [1, 4, 1000], [0, -3, 2.5, 2.0, True, math.nan], "give a whole number of at least 1"),
         ("temperature", [1e-6, 1, 50.0], [0, -1.0, 1e-7, math.nan, math.inf], "give a number from 1e-6"),
         ("decay", [0, 0.0, 0.5, 0.999], [1, 1.0, -0.1, math.nan], "give a number from 0 to below 1"),
+        ("select_after", [0, 1, 100], [-1, 2.5, math.nan], "give a whole number of steps"),
     ],
 )
 def test_ranges(name, good, bad, advice):
@@ -93,7 +94,7 @@ def test_replacement_goes_with_a_draw():
 
 
 def test_the_defaults_are_the_papers_but_for_replacement():
-    expected = (0.5, "sample", 4, "stochastic", "inner", "layer", "mean", False, 1.0, 0.9, 0)
+    expected = (0.5, "sample", 4, "stochastic", "inner", "layer", "mean", False, 1.0, 0.9, 0, 0)
     assert dataclasses.astuple(GASTSettings()) == expected
 
 
