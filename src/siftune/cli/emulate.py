@@ -43,6 +43,8 @@ class Options:
     """gradot keeps the adapter's gradients; layerdrop drops whole layers, crash shares them, svd+flap keeps outputs."""
     basis: Literal["whitened", "svd"] = "whitened"
     """gradot: directions to choose among: singular ones of the weights as the data and gradients see them, or plain."""
+    mlp: Literal["channels", "factors"] = "channels"
+    """gradot: take channels out of the MLPs, or factor their matrices as those of attention."""
     lambda_attn: float = 0.0
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
     lambda_mlp: float = 0.0
@@ -85,6 +87,8 @@ class Options:
     """sweep: where λ acts."""
     bases: tuple[Literal["whitened", "svd"], ...] = ("whitened", "svd")
     """sweep: bases, for gradot."""
+    mlps: tuple[Literal["channels", "factors"], ...] = ("channels",)
+    """sweep: what is done to the MLPs, for gradot."""
     methods: tuple[Literal["gradot", "layerdrop", "crash", "svd+flap"], ...] = ("gradot", "layerdrop")
     """sweep: methods."""
     held_out: str | None = None
@@ -93,8 +97,19 @@ class Options:
     """sweep: use the first so many of them."""
 
 
-_FOR_KITS = ("keep", "size_mb", "method", "basis", "lambda_attn", "lambda_mlp", "kit_dtype", "adapter_dtype", "sign")
-_FOR_SWEEPS = ("keeps", "lambdas", "lambda_on", "bases", "methods", "held_out", "held_out_rows")
+_FOR_KITS = (
+    "keep",
+    "size_mb",
+    "method",
+    "basis",
+    "mlp",
+    "lambda_attn",
+    "lambda_mlp",
+    "kit_dtype",
+    "adapter_dtype",
+    "sign",
+)
+_FOR_SWEEPS = ("keeps", "lambdas", "lambda_on", "bases", "mlps", "methods", "held_out", "held_out_rows")
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -258,6 +273,7 @@ def _settings(options: Options, keep: float) -> "EmulatorSettings":
         lambda_attn=options.lambda_attn,
         lambda_mlp=options.lambda_mlp,
         basis=options.basis,
+        mlp=options.mlp,
         split=_split(options),
         allot=options.allot,
     )
@@ -270,6 +286,7 @@ def _grid(options: Options) -> "SweepGrid":
         keeps=options.keeps,
         lambdas=options.lambdas,
         bases=options.bases,
+        mlps=options.mlps,
         methods=options.methods,
         lambda_on=options.lambda_on,
         split=_split(options),

@@ -19,7 +19,7 @@ from siftune.errors import RecipeError
 from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.models.layers import find_layers
 from siftune.offsite.assemble import EmulatorParts, materialise
-from siftune.offsite.compress import Method
+from siftune.offsite.compress import Method, Mlp
 from siftune.offsite.drd import Basis
 from siftune.offsite.middle import emulators
 from siftune.offsite.plan import Allotment, EmulatorSettings
@@ -40,6 +40,7 @@ class SweepGrid:
         keeps: Kept fractions, in (0, 1].
         lambdas: Values of λ; 0 stands once, whatever `lambda_on` says.
         bases: Bases of gradot.
+        mlps: What gradot does to the MLPs.
         methods: Methods.
         lambda_on: Where λ acts: on attention, on the MLP, or the same on both.
         split: Layers of the adapter at either end.
@@ -49,6 +50,7 @@ class SweepGrid:
     keeps: tuple[float, ...] = (0.7, 0.5, 0.3)
     lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)
     bases: tuple[Basis, ...] = ("whitened", "svd")
+    mlps: tuple[Mlp, ...] = ("channels",)
     methods: tuple[Method, ...] = ("gradot", "layerdrop")
     lambda_on: tuple[LambdaOn, ...] = ("both",)
     split: Split = field(default_factory=Split)
@@ -60,7 +62,7 @@ class SweepGrid:
         Raises:
             RecipeError: With one sentence on the first value that cannot be used.
         """
-        for name in ("keeps", "lambdas", "bases", "methods", "lambda_on"):
+        for name in ("keeps", "lambdas", "bases", "mlps", "methods", "lambda_on"):
             if not getattr(self, name):
                 raise RecipeError(f"{name} is empty: give at least one value, or leave it out")
         for choice in self.settings():
@@ -77,11 +79,12 @@ class SweepGrid:
         elif method == "svd+flap":
             yield EmulatorSettings(method=method, keep=keep, split=self.split, allot=self.allot)
         else:
-            for basis, value, on in product(self.bases, self.lambdas, self.lambda_on):
-                attn, mlp = (value if on in ("both", part) else 0.0 for part in ("attn", "mlp"))
+            for basis, mlp, value, on in product(self.bases, self.mlps, self.lambdas, self.lambda_on):
+                on_attn, on_mlp = (value if on in ("both", part) else 0.0 for part in ("attn", "mlp"))
                 yield EmulatorSettings(
-                    keep=keep, lambda_attn=attn, lambda_mlp=mlp, basis=basis, split=self.split, allot=self.allot
-                )
+                    keep=keep, lambda_attn=on_attn, lambda_mlp=on_mlp, basis=basis, mlp=mlp, split=self.split,
+                    allot=self.allot,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class SweepPoint:
         lambda_attn: λ on attention; 0 for methods without one.
         lambda_mlp: λ on the MLP.
         basis: Basis of gradot; None for other methods.
+        mlp: What gradot did to the MLPs; None for other methods.
         cosine: Cosine of the adapter's gradients; NaN where one of them is zero.
         loss: Its loss on the held-out rows, in nats per label token.
         loss_full: The base's.
@@ -106,6 +110,7 @@ class SweepPoint:
     lambda_attn: float
     lambda_mlp: float
     basis: str | None
+    mlp: str | None
     cosine: float
     loss: float
     loss_full: float
@@ -177,6 +182,7 @@ def _measure(
         lambda_attn=choice.lambda_attn,
         lambda_mlp=choice.lambda_mlp,
         basis=choice.basis if choice.method == "gradot" else None,
+        mlp=choice.mlp if choice.method == "gradot" else None,
         cosine=found.overall,
         loss=found.loss_emulator,
         loss_full=found.loss_full,

@@ -61,12 +61,12 @@ def table(points: Sequence[SweepPoint]) -> str:
     """The sweep as a Markdown table."""
     best = front(points)
     rows = [
-        ["method", "basis", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap", ""],
-        ["---", "---", *["---:"] * 8, "---"],
+        ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap", ""],
+        ["---", "---", "---", *["---:"] * 8, "---"],
     ]
     for p in ordered(points):
         has_lambda = p.basis is not None
-        cells = [p.method, p.basis or "", f"{p.keep:g}", f"{p.kept:.3f}"]
+        cells = [p.method, p.basis or "", p.mlp or "", f"{p.keep:g}", f"{p.kept:.3f}"]
         cells += [f"{p.lambda_attn:g}" if has_lambda else "", f"{p.lambda_mlp:g}" if has_lambda else ""]
         cells += [f"{p.parameters / 1e6:.1f} M", f"{p.cosine:.3f}", f"{p.loss:.3f}", f"{p.gap:+.3f}"]
         rows.append([*cells, "*" if p in best else ""])
@@ -86,8 +86,8 @@ def picture(points: Sequence[SweepPoint]) -> bytes:
     axes = figure.subplots()
     points = [p for p in points if not math.isnan(p.cosine)]
     keeps = sorted({p.keep for p in points})
-    for number, kind in enumerate(dict.fromkeys((p.method, p.basis) for p in points)):
-        drawn = [p for p in points if (p.method, p.basis) == kind]
+    for number, kind in enumerate(dict.fromkeys((p.method, p.basis, p.mlp) for p in points)):
+        drawn = [p for p in points if (p.method, p.basis, p.mlp) == kind]
         axes.scatter(
             [p.gap for p in drawn],
             [p.cosine for p in drawn],

@@ -1,7 +1,8 @@
-"""Compress one decoder layer: which directions of its attention matrices and which channels of its MLP stay.
+"""Compress one decoder layer: which directions of its matrices and which channels of its MLP stay.
 
 Methods:
-* `gradot`: GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), SCP on the MLP (`scp.py`).
+* `gradot`: GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), SCP on the MLP (`scp.py`); or
+  *(ours)* DRD on the MLP's matrices too.
 * `svd+flap`: truncated SVD on attention; on the MLP FLAP's channels with its bias (`baselines.py`).
 
 Whole layers are dropped or shared elsewhere (`plan.py`); such layers come through here unchanged.
@@ -22,6 +23,7 @@ from siftune.offsite.record import Captured
 from siftune.offsite.scp import channel_scores, keep_channels
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
+Mlp = Literal["channels", "factors"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Compression:
         method: gradot, or svd+flap.
         keep: Fraction of the parameters of its matrices that stays, in (0, 1]; at 1 nothing changes.
         lambda_attn: λ of DRD: weight of a large loss gap against a small change of gradients; 0 or more.
-        lambda_mlp: λ of SCP.
+        lambda_mlp: λ of SCP, or of DRD on the MLP.
         basis: Directions among which DRD chooses: singular vectors of the weight (the paper's), or *(ours)* of the
             weight between the roots of its curvature.
+        mlp: Whether gradot takes channels out of the MLP (SCP, the paper's), or *(ours)* factors its matrices by DRD.
         protect: Share of the largest singular values that always stay.
         damping: *(ours)* Relative damping of those roots.
     """
@@ -44,6 +47,7 @@ class Compression:
     lambda_attn: float = 0.0
     lambda_mlp: float = 0.0
     basis: Basis = "whitened"
+    mlp: Mlp = "channels"
     protect: float = 0.05
     damping: float = DAMPING
 
@@ -119,22 +123,28 @@ def compress_layer(
     if how.keep >= 1:
         return result
     tensors, ranks = dict(result.tensors), {}
-    for path in family.attention:
+    factors_all = how.method == "gradot" and how.mlp == "factors"
+    for path in family.matrices if factors_all else family.attention:
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)
         rank = rank_of(how.keep, outputs, inputs)
-        up_OR, down_RI = _factors(path, weight_OI(matrix), seen, rank, how)
+        lam = how.lambda_attn if path in family.attention else how.lambda_mlp
+        up_OR, down_RI = _factors(path, weight_OI(matrix), seen, rank, how, lam)
         weight = tensors.pop(f"{path}.weight")
         tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(weight.dtype), up_OR.to(weight.dtype)
         if f"{path}.bias" in tensors:
             tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
+    if factors_all:
+        return CompressedLayer(LayerShape(number, ranks), tensors)
     channels, biased = _narrow(tensors, layer, family, seen, how)
     return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
 
 
-def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression) -> tuple[Tensor, Tensor]:
-    """An attention matrix as a product of two thinner ones."""
+def _factors(
+    path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression, lam: float
+) -> tuple[Tensor, Tensor]:
+    """A matrix as a product of two thinner ones."""
     weight = weight.detach().float()
     if how.method == "svd+flap":
         return svd_factor(weight, rank)
@@ -142,7 +152,7 @@ def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Co
     key = (path, how.basis, how.damping)
     if key not in seen.known:
         seen.known[key] = components(weight, curvature, how.basis, how.damping)
-    return factor(seen.known[key], curvature, rank, how.lambda_attn, how.protect)
+    return factor(seen.known[key], curvature, rank, lam, how.protect)
 
 
 def _narrow(

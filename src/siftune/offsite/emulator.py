@@ -1,7 +1,7 @@
 """Emulators: models whose middle layers are smaller than their base's.
 
-An emulator is an ordinary transformers model in which, in the middle layers, attention matrices are replaced by
-products of two thinner ones, MLPs have fewer channels, or layers are missing or take the weights of others. Shapes
+An emulator is an ordinary transformers model in which, in the middle layers, matrices are replaced by products of two
+thinner ones, MLPs have fewer channels, or layers are missing or take the weights of others. Shapes
 alone describe it, so that it can be built before any weight is read.
 """
 
@@ -51,8 +51,8 @@ class LayerShape:
 
     Attributes:
         base: Number of the base's layer whose kind it is (models may alternate kinds of attention).
-        ranks: Rank of every factored attention matrix, by its path in the layer; others are whole.
-        channels: Channels of the MLP; None for all.
+        ranks: Rank of every factored matrix, by its path in the layer; others are whole.
+        channels: Channels of the MLP; None for all. An MLP that has fewer is not factored.
         biased: Paths of matrices that have a bias though the base's have none.
         same_as: Place in the middle of the layer whose weights it has; None for weights of its own.
     """
@@ -108,13 +108,14 @@ def reshape(layer: nn.Module, family: Family, shape: LayerShape) -> None:
     for path, rank in shape.ranks.items():
         inputs, outputs, bias = features(layer.get_submodule(path))
         layer.set_submodule(path, FactoredLinear(inputs, rank, outputs, bias or path in shape.biased))
+    channels = shape.channels
+    if channels is None:
+        return
     for path in (*family.reads, family.writes):
         inputs, outputs, bias = features(layer.get_submodule(path))
         bias = bias or path in shape.biased
-        if shape.channels is not None:
-            writes = path == family.writes
-            inputs, outputs = (shape.channels, outputs) if writes else (inputs, shape.channels)
-            layer.set_submodule(path, nn.Linear(inputs, outputs, bias))
+        inputs, outputs = (channels, outputs) if path == family.writes else (inputs, channels)
+        layer.set_submodule(path, nn.Linear(inputs, outputs, bias))
 
 
 def features(module: nn.Module) -> tuple[int, int, bool]:

@@ -184,8 +184,8 @@ def _middle(value: Any, numbers: range, family: Family) -> tuple[LayerShape, ...
 
 def _layer(value: Any, where: str, numbers: range, family: Family) -> LayerShape:
     as_object(value, where, ("base", "ranks", "channels", "biased", "same_as"))
-    ranks = as_object(value["ranks"], f"{where}.ranks", (), family.attention)
     channels, same_as, mlp = value["channels"], value["same_as"], (*family.reads, family.writes)
+    ranks = as_object(value["ranks"], f"{where}.ranks", (), family.matrices if channels is None else family.attention)
     if channels is not None:
         as_int(channels, f"{where}.channels", 1, MAX_SIZE)
     if same_as is not None:

@@ -24,7 +24,8 @@ GRID = SweepGrid(
 
 
 def point(cosine, gap, keep=0.5, method="gradot", basis="svd", attn=0.0, mlp=0.0):
-    return SweepPoint(method, keep, attn, mlp, basis, cosine, 3.0 + gap, 3.0, 1000, keep)
+    mlps = "channels" if method == "gradot" else None
+    return SweepPoint(method, keep, attn, mlp, basis, mlps, cosine, 3.0 + gap, 3.0, 1000, keep)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,13 @@ def test_a_grid_has_every_emulator_once():
         ("crash", 0.3, "uniform"),
         ("svd+flap", 0.3, "score"),
     ]
+    grid = SweepGrid(keeps=(0.5,), lambdas=(0.0,), bases=("svd",), mlps=("channels", "factors"))
+    assert [(c.method, c.mlp) for c in grid.settings()] == [
+        ("gradot", "channels"),
+        ("gradot", "factors"),
+        ("layerdrop", "channels"),
+    ]
+    grid = SweepGrid(split=Split(1, 2))
     assert {choice.split for choice in grid.settings()} == {Split(1, 2)}
     assert len(SweepGrid().settings()) == 3 * (3 * 2 + 1)
 
@@ -74,6 +82,7 @@ def test_a_grid_has_every_emulator_once():
         ({"keeps": ()}, "keeps is empty"),
         ({"lambdas": ()}, "lambdas is empty"),
         ({"bases": ()}, "bases is empty"),
+        ({"mlps": ()}, "mlps is empty"),
         ({"keeps": (0.5, 1.5)}, r"keep is 1\.5"),
         ({"lambdas": (-1.0,)}, r"lambda_attn is -1\.0"),
         ({"lambdas": (math.nan,), "lambda_on": ("mlp",)}, "lambda_mlp is nan"),
@@ -90,6 +99,7 @@ def test_points_are_those_of_emulators_made_and_measured_alone(model, rows, poin
         (c.method, c.keep, c.lambda_attn, c.lambda_mlp) for c in choices
     ]
     assert [p.basis for p in points] == [c.basis if c.method == "gradot" else None for c in choices]
+    assert [p.mlp for p in points] == [c.mlp if c.method == "gradot" else None for c in choices]
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     outside = sum(p.numel() for p in model.parameters()) - sum(sizes[1:4])
     for choice, found in zip(choices, points, strict=True):
@@ -185,10 +195,10 @@ def test_the_table_is_sorted_and_marks_the_front():
         ("0.7", "0.400", "*"),
         ("0.3", "0.200", ""),
     ]
-    assert [(row["λ attn"], row["λ MLP"], row["basis"]) for row in rows[:3]] == [
-        ("0", "0", "whitened"),
-        ("0.3", "0", "whitened"),
-        ("", "", ""),
+    assert [(row["λ attn"], row["λ MLP"], row["basis"], row["MLP"]) for row in rows[:3]] == [
+        ("0", "0", "whitened", "channels"),
+        ("0.3", "0", "whitened", "channels"),
+        ("", "", "", ""),
     ]
     assert [row["gap"] for row in rows] == ["+0.100", "+0.100", "+2.000", "+0.500"]
 

@@ -30,18 +30,26 @@ def compress(model, **values):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_is_the_sum_of_the_components_with_the_highest_scores(family):
-    layer, matrices, captured, found = compress(base(family), keep=0.5, basis="svd", lambda_attn=0.3, protect=0.0)
-    for path in matrices.attention:
+@pytest.mark.parametrize("mlp", ["channels", "factors"])
+def test_a_factored_matrix_is_the_sum_of_the_components_with_the_highest_scores(family, mlp):
+    lambdas = {"lambda_attn": 0.3, "lambda_mlp": 0.7}
+    layer, matrices, captured, found = compress(base(family), keep=0.5, basis="svd", mlp=mlp, protect=0.0, **lambdas)
+    paths = matrices.matrices if mlp == "factors" else matrices.attention
+    assert set(found.shape.ranks) == set(paths)
+    assert (found.shape.channels is None) == (mlp == "factors")
+    for path in paths:
+        lam = lambdas["lambda_attn" if path in matrices.attention else "lambda_mlp"]
         weight = weight_OI(layer.get_submodule(path)).float()
         known = curvature(captured[path].x_NI, captured[path].g_NO)
         parts = components(weight, known, "svd")
         rank = rank_of(0.5, *weight.shape)
-        kept = keep_components(component_scores(parts, known, 0.3), parts.size_K, rank, 0.0)
+        kept = keep_components(component_scores(parts, known, lam), parts.size_K, rank, 0.0)
         expected = sum(torch.outer(parts.left_OK[:, k], parts.right_KI[k]) for k in kept)
         product = found.tensors[f"{path}.up.weight"] @ found.tensors[f"{path}.down.weight"]
         torch.testing.assert_close(product.float(), expected, rtol=1e-4, atol=1e-5)
         assert found.shape.ranks[path] == rank == found.tensors[f"{path}.down.weight"].shape[0]
+        bias = layer.get_submodule(path).bias
+        assert bias is None or torch.equal(found.tensors[f"{path}.up.bias"], bias)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -49,6 +49,21 @@ def test_the_factored_emulator_equals_its_dense_product(family, basis):
     torch.testing.assert_close(logits(small, batches[0]), logits(dense, batches[0]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_emulator_with_a_factored_mlp_equals_its_dense_product(family):
+    model = base(family)
+    batches = calibration(model)
+    small = emulator(model, batches, keep=0.5, mlp="factors")
+    dense, matrices = copy.deepcopy(model), family_of(model.config)
+    for number in range(1, 4):
+        layer, thin = find_layers(dense).layers[number], find_layers(small).layers[number]
+        for path in matrices.matrices:
+            factored = thin.get_submodule(path)
+            weight_OI(layer.get_submodule(path)).data.copy_(factored.up.weight @ factored.down.weight)
+    torch.testing.assert_close(logits(small, batches[0]), logits(dense, batches[0]), rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
 def _zero_dropped(layer, thin, matrices):
     """Zero the columns of the writing matrix whose channels are gone; find the rest by their weights."""
     whole = weight_OI(layer.get_submodule(matrices.writes)).data

@@ -41,6 +41,15 @@ def test_what_is_written_is_read(manifest):
     assert manifest.emulator_depth == 5
 
 
+def test_an_mlp_is_factored_or_has_fewer_channels(manifest):
+    shape = LayerShape(1, {"self_attn.q_proj": 4, "mlp.up_proj": 3})
+    both = dataclasses.replace(manifest, middle=(shape, *manifest.middle[1:2]))
+    assert parse_manifest(dump_manifest(both)).middle[0] == shape
+    narrow = dataclasses.replace(both, middle=(dataclasses.replace(shape, channels=5), *manifest.middle[1:2]))
+    with pytest.raises(KitError, match=r"middle\.0\.ranks has the unknown key 'mlp\.up_proj'"):
+        parse_manifest(dump_manifest(narrow))
+
+
 def test_it_looks_as_documented(manifest):
     value = json.loads(dump_manifest(manifest))
     assert sorted(value) == ["adapter", "base", "files", "middle", "siftune_kit", "split"]
@@ -96,6 +105,7 @@ DEFECTS = [
     (at("middle", 0, "base"), 0, "middle.0.base is 0, not a whole number from 1 to 3"),
     (at("middle", 0, "base"), 4, "middle.0.base is 4, not a whole number from 1 to 3"),
     (at("middle", 0, "ranks", "mlp.up_proj"), 3, "middle.0.ranks has the unknown key 'mlp.up_proj'"),
+    (at("middle", 0, "ranks", "mlp.gate"), 3, "middle.0.ranks has the unknown key 'mlp.gate'"),
     (at("middle", 0, "ranks", Q), 0, f"middle.0.ranks.{Q} is 0"),
     (at("middle", 0, "ranks", Q), 10**9, f"middle.0.ranks.{Q} is 1000000000"),
     (at("middle", 0, "channels"), 0, "middle.0.channels is 0"),

@@ -40,13 +40,15 @@ def kit(model, tmp_path_factory):
     return make_kit(model, tmp_path_factory.mktemp("owner") / "kit")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_round_trip_changes_exactly_the_adapters_tensors(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "mlp"), [*((f, "channels") for f in FAMILIES), ("llama", "factors"), ("gpt2", "factors")]
+)
+def test_a_round_trip_changes_exactly_the_adapters_tensors(family, mlp, tmp_path):
     """The checkpoint is bfloat16; kit and model are made from a float32 copy of it, as on old processors."""
     original = base(family, layers=4, vocab_size=300, pad_token_id=0).to(torch.bfloat16)
     original.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    kit = make_kit(copy.deepcopy(original).float(), tmp_path / "kit", torch.bfloat16)
+    kit = make_kit(copy.deepcopy(original).float(), tmp_path / "kit", torch.bfloat16, mlp=mlp)
     tuned = moved(kit)
     write_return(tmp_path / "return", tuned, kit)
     result = plug(str(tmp_path / "base"), tmp_path / "kit", tmp_path / "return", tmp_path / "tuned")
