@@ -5,7 +5,8 @@
     python benchmarks/offsite.py --report FILE
 
 The owner compresses the model with calibration rows of one task; the data owner tunes the first two and last two layers
-on another, two-digit arithmetic. Measured for every emulator:
+on another: on OpenBookQA's option texts (`--tune options`, near to calibration rows of ARC), or on two-digit arithmetic
+(`--tune arithmetic`, far from them). Measured for every emulator:
 
     cosine     of the adapter's gradients on base and emulator: on held-out text of a third task, and on the tuning task
     loss       of that text on the emulator, and on the base
@@ -19,6 +20,7 @@ there already is not made again. More emulators: `name=key:value,...` after --me
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -51,10 +53,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "layerdrop": {"method": "layerdrop"},
     "crash": {"method": "crash"},
     "svd+flap": {"method": "svd+flap"},
-    "gradot, paper's basis": {"basis": "svd"},
-    "gradot, paper's basis, λ 0.1": {"basis": "svd", "lambda_attn": 0.1, "lambda_mlp": 0.1},
-    "gradot, whitened": {},
-    "gradot, whitened, λ 0.1 mlp": {"lambda_mlp": 0.1},
+    "gradot, paper's basis": {"basis": "svd", "mlp": "channels"},
+    "gradot, paper's basis, λ 0.1": {"basis": "svd", "mlp": "channels", "lambda_attn": 0.1, "lambda_mlp": 0.1},
+    "gradot, whitened": {"mlp": "channels"},
+    "gradot, whitened, λ 0.1 mlp": {"mlp": "channels", "lambda_mlp": 0.1},
+    "gradot, whitened, MLP factored": {"mlp": "factors"},
 }
 BASE = "base"
 
@@ -69,6 +72,7 @@ class Setting:
         calibration: Batches that the owner has.
         text: Batches of held-out text.
         gradient: The adapter's gradient on that text, on the base.
+        data: Folder of the files that rows to tune on are drawn from.
     """
 
     model: PreTrainedModel
@@ -76,6 +80,7 @@ class Setting:
     calibration: list[dict[str, Tensor]]
     text: list[dict[str, Tensor]]
     gradient: AdapterGradient
+    data: Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,9 +154,21 @@ def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
     """Rows of the tuning task, and how it is tuned."""
     tune = job["tune"]
     settings = AuditSettings(steps=tune["steps"], lr=tune["lr"], batch_size=tune["batch"], seed=job["seed"])
-    train, test = split(tune["steps"] * tune["batch"], tune["questions"], job["seed"])
+    rows, questions = tune["steps"] * tune["batch"], tune["questions"]
+    if tune["task"] == "options":
+        parts = (("train", rows), ("test", questions))
+        train, test = (_options(setting.data / f"openbookqa.{part}.json", n, job["seed"]) for part, n in parts)
+    else:
+        train, test = split(rows, questions, job["seed"])
     rows = tokenize_audit(rows_from(train), rows_from(test), setting.tokenizer, settings)
     return rows, Tuning(rows.train, setting.tokenizer, settings)
+
+
+def _options(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Questions of a file of the suite, as `quality.py` asks them."""
+    from quality_tasks import read_options
+
+    return random.Random(seed).sample(read_options(path, path.stem), count)
 
 
 def _scores(scores: RowScores) -> dict[str, Any]:
@@ -168,7 +185,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     calibration = text_batches(args.calibration, args.rows, args.length, tokenizer)
     text = text_batches(args.text, 16, args.length, tokenizer)
     gradient = adapter_gradient(model, text, EmulatorSettings().split)
-    return Setting(model, tokenizer, calibration, text, gradient)
+    return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent)
 
 
 def text_batches(path: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
@@ -180,8 +197,8 @@ def text_batches(path: str, count: int, length: int, tokenizer: PreTrainedTokeni
 
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """All that is asked for: for every seed the base, then the emulators."""
-    tune = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
-    tuning = tune if args.tune == "arithmetic" else None
+    tune = {"task": args.tune, "steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
+    tuning = None if args.tune == "none" else tune
     common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
     common |= {"length": args.length, "text": Path(args.text).name}
     for seed in map(int, args.seeds.split(",")):
@@ -219,7 +236,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=128, help="longest calibration row in tokens")
     add("--keeps", default="0.7,0.5", help="kept fractions of the middle's matrices")
     add("--methods", nargs="+", help=f"of {'; '.join(METHODS)}; all if not given; or name=key:value,...")
-    add("--tune", choices=("arithmetic", "none"), default="arithmetic")
+    add("--tune", choices=("options", "arithmetic", "none"), default="options", help="options: files beside --text")
     add("--steps", type=int, default=100, help="optimizer steps of a tuning")
     add("--lr", type=float, default=2e-4, help="peak learning rate")
     add("--batch", type=int, default=16, help="rows in a step")

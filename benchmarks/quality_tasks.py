@@ -69,7 +69,7 @@ def _options(folder: Path, rows: int, questions: int, noise: float, seed: int) -
     test: list[Record] = []
     support: list[Record] = []
     parts = ("train", "test")
-    files = {name: [_read_options(folder / f"{name}.{part}.json", name) for part in parts] for name in _SUITE}
+    files = {name: [read_options(folder / f"{name}.{part}.json", name) for part in parts] for name in _SUITE}
     seen = {row["prompt"] for _, held_out in files.values() for row in held_out}
     for place, (name, (pool, held_out)) in enumerate(files.items()):
         rng = random.Random(f"{name} {seed}")
@@ -91,7 +91,7 @@ def _share(n: int, place: int) -> int:
     return (n + len(_SUITE) - 1 - place) // len(_SUITE)
 
 
-def _read_options(path: Path, kind: str) -> list[Record]:
+def read_options(path: Path, kind: str) -> list[Record]:
     """Turn the suite's rows into questions whose completions are the texts of the options."""
     if not path.is_file():
         raise DataError(f"{path} is missing; the task options needs the commonsense suite: give its folder with --data")
