@@ -102,9 +102,18 @@ def _labels(methods: dict[str, Runs]) -> str:
                 for key in ("wrong_in_batches", "wrong_in_draws", "wrong_by_layers", "wrong_by_time")
             ]
             scores = [_scores(lines, key) for key in ("z_wrong", "z_right")]
-            rows.append([name, *(" ".join(f"{s:.1f}" for s in np.atleast_1d(share)) for share in shares), *scores])
+            cells = (" ".join(f"{s:.1f}" for s in np.atleast_1d(share)) for share in shares)
+            rows.append([name, *cells, *scores, _kinds(lines)])
     titles = ["method", "in the batches", "in the draws", "lower, middle, upper layers", "first, middle, last steps"]
-    return _markdown([*titles, "z of wrong rows: lower, middle, upper layers", "z of right rows"], rows)
+    titles += ["z of wrong rows: lower, middle, upper layers", "z of right rows", "drawn of each kind"]
+    return _markdown(titles, rows)
+
+
+def _kinds(lines: Sequence[Line]) -> str:
+    """Which share of the rows of each kind was drawn, over the seeds."""
+    found = [line["drawn_by_kind"] for line in lines if "drawn_by_kind" in line]
+    kinds = found[0] if found else {}
+    return ", ".join(f"{kind} {100 * np.mean([f[kind] for f in found]):.0f}" for kind in kinds) or _NONE
 
 
 def _scores(lines: Sequence[Line], key: str) -> str:

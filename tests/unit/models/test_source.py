@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import batch, tiny
 from tokenizer import byte_tokenizer
 
 from siftune.errors import ModelError
 from siftune.models import source
-from siftune.models.source import load_model, resolve
+from siftune.models.source import load_model, resolve, use_attention
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +157,32 @@ def test_smollm2_is_pulled_on_first_use(saved, monkeypatch):
     monkeypatch.setattr(source, "pull_smollm2", lambda: saved)
     assert resolve("smollm2") == saved
     assert load_model("smollm2")[0].config.num_hidden_layers == 2
+
+
+def test_attention_can_be_chosen_and_changes_rounding_only():
+    model = tiny("llama").eval()
+    inputs = {key: value for key, value in batch(model, 2).items() if key != "labels"}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        use_attention(model, "auto")
+        assert model.config._attn_implementation == "sdpa"
+        use_attention(model, "eager")
+        after = model(**inputs).logits
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "nothing"])
+def test_attention_that_is_not_there_is_refused(name):
+    model = tiny("llama")
+    with pytest.raises(ModelError, match=f"attention {name} cannot be used: ") as caught:
+        use_attention(model, name)
+    assert "\n" not in str(caught.value)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_whose_attention_cannot_be_changed_is_told(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda self: False)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM has sdpa attention and no other; leave attention at auto"):
+        use_attention(model, "eager")

@@ -173,6 +173,13 @@ def test_the_seed_decides_everything(base, rows, tmp_path):
     assert not torch.allclose(runs[0][0][name], runs[2][0][name], atol=0.02)
 
 
+def test_the_attention_of_the_recipe_is_used(base, rows, tmp_path):
+    run = train(recipe(base, rows, tmp_path / "run", attention="eager", steps=1), QUIET)
+    assert run.model.config._attn_implementation == "eager"
+    with pytest.raises(InputError, match="attention flash_attention_2 cannot be used"):
+        train(recipe(base, rows, tmp_path / "other", attention="flash_attention_2"), QUIET)
+
+
 def test_bfloat16_weights_keep_their_dtype_and_the_adapter_is_float32(base, rows, tmp_path):
     done = train(recipe(base, rows, tmp_path / "run", dtype="bfloat16"), QUIET)
     dtypes = {"lora" in name: p.dtype for name, p in done.model.named_parameters()}
