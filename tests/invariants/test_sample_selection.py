@@ -183,6 +183,7 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
 
 @pytest.mark.parametrize("support", ["sample", "rest", "momentum"])
 def test_steps_before_the_selection_begins_are_plain_training(tmp_path, caplog, support):
+    caplog.set_level("INFO", logger="siftune")
     late = method(support, select_after=4)
     train(tmp_path / "plain", max_steps=4, model=(plain := adapted()), lr_scheduler_type="constant")
     train(tmp_path / "early", late, max_steps=4, model=(early := adapted()), lr_scheduler_type="constant")

@@ -110,3 +110,17 @@ def test_exact_match(prediction, answer, same):
 def test_as_many_predictions_as_answers():
     with pytest.raises(ValueError, match="zip"):
         exact_match(["a"], ["a", "b"])
+
+
+def test_the_head_gets_contiguous_hidden_states(model):
+    """Strided ones take hundreds of times longer on processors, in half precision."""
+    seen = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _, args, __: seen.append(args[0].is_contiguous())
+    )
+    try:
+        greedy(model, PROMPTS, NEW)
+    finally:
+        handle.remove()
+    assert len(seen) >= NEW
+    assert all(seen)

@@ -52,6 +52,12 @@ def test_a_factored_matrix_is_the_sum_of_the_components_with_the_highest_scores(
         assert bias is None or torch.equal(found.tensors[f"{path}.up.bias"], bias)
 
 
+def test_flap_takes_channels_whatever_is_asked_for_gradot():
+    shape = compress(base(), method="svd+flap", keep=0.5, mlp="factors")[3].shape
+    assert shape.channels is not None
+    assert not any(path.startswith("mlp") for path in shape.ranks)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mlp_has_the_channels_with_the_highest_scores(family):
     layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3)

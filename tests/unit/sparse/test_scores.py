@@ -99,6 +99,11 @@ def test_one_value_is_enough_to_be_live(case, place):
     assert torch.equal(live_samples(grads), live)
 
 
+def test_a_sample_may_be_live_in_the_larger_parameter_alone():
+    grads = [torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0], [0.0], [0.0]])]
+    assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, True, False]
+
+
 def test_opposite_values_do_not_cancel():
     grads = [torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([[-1.0], [0.0]])]
     assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, False]

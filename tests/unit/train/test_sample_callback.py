@@ -80,6 +80,27 @@ def test_data_order_and_global_generators_are_left_alone(tmp_path):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize(("select_after", "passes"), [(0, 6), (2, 4)])
+def test_support_passes_run_in_training_mode_also_after_an_evaluation(tmp_path, select_after, passes):
+    """Dropout is a part of the gradients that are compared; the Trainer begins such steps in evaluation mode."""
+    model, modes = adapted(dropout=0.1).eval(), []
+
+    def note(module, *_):
+        if torch.is_grad_enabled():
+            modes.append(module.training)
+
+    model.register_forward_pre_hook(note)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    data = {"train_dataset": rows(), "eval_dataset": rows(4, seed=8)}
+    Trainer(
+        model,
+        arguments(tmp_path, **settings),
+        **data,
+        callbacks=[GAST(2, "sample", support_size=3, select_after=select_after)],
+    ).train()
+    assert modes == [True] * passes  # that of the batch in every step, and a support pass once rows are selected
+
+
 def test_support_rows_come_from_the_set_that_was_given(tmp_path):
     seen = []
 
