@@ -5,8 +5,9 @@
     python benchmarks/offsite.py --report FILE
 
 The owner compresses the model with calibration rows of one task; the data owner tunes the first two and last two layers
-on another: on OpenBookQA's option texts (`--tune options`, near to calibration rows of ARC), or on two-digit arithmetic
-(`--tune arithmetic`, far from them). Measured for every emulator:
+on another: on OpenBookQA (`--tune options`), or on two-digit arithmetic (`--tune arithmetic`). With `--format options`
+the rows of calibration and text are questions with the texts of right options, as those of `--tune options` are; with
+`--format raw` they are what the files hold. Measured for every emulator:
 
     cosine     of the adapter's gradients on base and emulator: on held-out text of a third task, and on the tuning task
     loss       of that text on the emulator, and on the base
@@ -38,12 +39,13 @@ from siftune.evaluate.audit_settings import AuditSettings
 from siftune.evaluate.audit_tuning import Tuning, tuned
 from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.models.layers import find_layers
-from siftune.models.source import load_model
+from siftune.models.source import load_model, use_attention
 from siftune.offsite.assemble import EmulatorParts, materialise
 from siftune.offsite.middle import emulators
 from siftune.offsite.plan import EmulatorSettings
 from siftune.train.arithmetic import split
 from siftune.train.data import Collator, load_rows, rows_from, tokenize_rows
+from siftune.train.rows import Row
 from siftune.train.run_folder import hardware, versions
 
 Job = dict[str, Any]
@@ -73,6 +75,7 @@ class Setting:
         text: Batches of held-out text.
         gradient: The adapter's gradient on that text, on the base.
         data: Folder of the files that rows to tune on are drawn from.
+        template: Chat template of all rows, as in a recipe.
     """
 
     model: PreTrainedModel
@@ -81,6 +84,7 @@ class Setting:
     text: list[dict[str, Tensor]]
     gradient: AdapterGradient
     data: Path
+    template: str
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,7 +157,9 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
 def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
     """Rows of the tuning task, and how it is tuned."""
     tune = job["tune"]
-    settings = AuditSettings(steps=tune["steps"], lr=tune["lr"], batch_size=tune["batch"], seed=job["seed"])
+    settings = AuditSettings(
+        steps=tune["steps"], lr=tune["lr"], batch_size=tune["batch"], seed=job["seed"], template=setting.template
+    )
     rows, questions = tune["steps"] * tune["batch"], tune["questions"]
     if tune["task"] == "options":
         parts = (("train", rows), ("test", questions))
@@ -182,15 +188,20 @@ def _scores(scores: RowScores) -> dict[str, Any]:
 
 def _setting(args: argparse.Namespace) -> Setting:
     model, tokenizer = load_model(args.model, args.dtype)
-    calibration = text_batches(args.calibration, args.rows, args.length, tokenizer)
-    text = text_batches(args.text, 16, args.length, tokenizer)
+    use_attention(model, "eager" if model.device.type == "cpu" else "auto")  # rows are short
+    files = ((args.calibration, args.rows), (args.text, args.text_rows))
+    raw = args.format == "raw"
+    rows = [load_rows(f, "train", n) if raw else rows_from(_options(Path(f), n, 0)) for f, n in files]
+    calibration, text = (text_batches(part, args.length, tokenizer, args.template) for part in rows)
     gradient = adapter_gradient(model, text, EmulatorSettings().split)
-    return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent)
+    return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent, args.template)
 
 
-def text_batches(path: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-    """The first rows of a file, in the chat template that tuning uses, every token a label; batches of 4."""
-    data = tokenize_rows(load_rows(path, "train", count), tokenizer, length, "auto", completion_only=False)
+def text_batches(
+    rows: Sequence[Row], length: int, tokenizer: PreTrainedTokenizerBase, template: str = "auto"
+) -> list[dict[str, Tensor]]:
+    """Rows in the chat template that tuning uses, every token a label; batches of 4."""
+    data = tokenize_rows(rows, tokenizer, length, template, completion_only=False)
     collate = Collator(tokenizer.pad_token_id)
     return [collate([data[i] for i in range(at, min(at + 4, len(data)))]) for at in range(0, len(data), 4)]
 
@@ -200,7 +211,8 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     tune = {"task": args.tune, "steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
     tuning = None if args.tune == "none" else tune
     common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
-    common |= {"length": args.length, "text": Path(args.text).name}
+    common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
+    common |= {"format": args.format, "template": args.template}
     for seed in map(int, args.seeds.split(",")):
         if tuning:
             yield {**common, "name": BASE, "keep": None, "seed": seed, "emulator": None}
@@ -233,6 +245,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--calibration", default="", help="file of the owner's rows")
     add("--text", default="", help="file of held-out rows on which gradients and losses are compared")
     add("--rows", type=int, default=32, help="calibration rows")
+    add("--text-rows", type=int, default=64, help="held-out rows")
+    add("--format", choices=("raw", "options"), default="options", help="of both")
+    add(
+        "--template",
+        choices=("auto", "chat", "none"),
+        default="none",
+        help="chat template, also of the rows to tune on",
+    )
     add("--length", type=int, default=128, help="longest calibration row in tokens")
     add("--keeps", default="0.7,0.5", help="kept fractions of the middle's matrices")
     add("--methods", nargs="+", help=f"of {'; '.join(METHODS)}; all if not given; or name=key:value,...")

@@ -10,6 +10,9 @@ from siftune.evaluate.intervals import Bootstrap, Estimate, resample
 
 Line = dict[str, Any]
 
+_BASE = ("full_zs", "full_ft")
+_AFTER = ("emulator_ft", "plug_in")
+
 
 def report(lines: Sequence[Line]) -> str:
     """Markdown tables, one for every kept fraction; questions of all seeds pooled."""
@@ -28,7 +31,7 @@ def report(lines: Sequence[Line]) -> str:
 def _bases(bases: dict[int, Line]) -> list[str]:
     if not bases:
         return []
-    columns = _pooled(bases.values(), ("full_zs", "full_ft"))
+    columns = _pooled(bases.values(), _BASE, "correct")
     before, after = (_percent(np.mean(columns[name])) for name in ("full_zs", "full_ft"))
     losses = [mean(line["scores"][name]["nll"] for line in bases.values()) for name in ("full_zs", "full_ft")]
     return [
@@ -39,7 +42,8 @@ def _bases(bases: dict[int, Line]) -> list[str]:
 
 def _head(tuned: bool) -> list[str]:
     names = ["emulator", "cosine", "on the task", "loss", "gap"]
-    names += ["emulator", "tuned", "plug-in", "Δ", "share of the gain", "of the gain in nats"] if tuned else []
+    names += ["tuned: nats", "plug-in: nats", "Δ", "share of the gain, %"] if tuned else []
+    names += ["tuned: right", "plug-in: right", "Δ"] if tuned else []
     return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
 
 
@@ -55,32 +59,35 @@ def _row(name: str, lines: Sequence[Line], bases: dict[int, Line]) -> str:
 
 
 def _tuned(lines: Sequence[Line], bases: Sequence[Line]) -> list[str]:
-    """Scores before and after tuning, and what follows from them."""
-    columns = _pooled(lines, ("emulator_zs", "emulator_ft", "plug_in"))
-    columns |= _pooled(bases, ("full_zs", "full_ft"))
-    means = resample(columns, None, Bootstrap(4000))
-    cells = [_percent(means.point[name]) for name in ("emulator_zs", "emulator_ft", "plug_in")]
-    cells.append(_interval(means.difference("plug_in", "emulator_ft"), 100))
-    cells.append(_interval(means.share("plug_in", "full_zs", "full_ft"), 100))
-    nll = {name: [line["scores"][name]["nll"] for line in rows] for rows, names in (
-        (lines, ("plug_in",)), (bases, ("full_zs", "full_ft"))) for name in names}  # fmt: skip
-    shares = [(z - p) / (z - f) for z, p, f in zip(nll["full_zs"], nll["plug_in"], nll["full_ft"], strict=True)]
-    return [*cells, f"{100 * mean(shares):.1f} %"]
+    """Scores after tuning, and what follows from them; Δ and share are high where the plug-in is good."""
+    nats = resample(
+        {name: -column for name, column in (_pooled(lines, _AFTER, "nll") | _pooled(bases, _BASE, "nll")).items()},
+        _pooled(bases, ("full_zs",), "tokens")["full_zs"],
+        Bootstrap(4000),
+    )
+    right = resample(_pooled(lines, _AFTER, "correct"), None, Bootstrap(4000))
+    return [
+        *(f"{-nats.point[name]:.3f}" for name in _AFTER),
+        _interval(nats.difference("plug_in", "emulator_ft"), 1, "+.3f"),
+        _interval(nats.share("plug_in", "full_zs", "full_ft"), 100),
+        *(_percent(right.point[name]) for name in _AFTER),
+        _interval(right.difference("plug_in", "emulator_ft"), 100),
+    ]
 
 
-def _pooled(lines: Iterable[Line], names: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Right or wrong, question by question, the seeds one after the other."""
+def _pooled(lines: Iterable[Line], names: Sequence[str], what: str) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """A score, question by question, the seeds one after the other."""
     kept = list(lines)
-    return {n: np.concatenate([np.array(x["scores"][n]["rows"]["correct"], float) for x in kept]) for n in names}
+    return {n: np.concatenate([np.array(x["scores"][n]["rows"][what], float) for x in kept]) for n in names}
 
 
 def _percent(value: Any) -> str:
     return f"{100 * float(value):.1f} %"
 
 
-def _interval(estimate: Estimate, factor: float) -> str:
+def _interval(estimate: Estimate, factor: float, form: str = "+.1f") -> str:
     if estimate.value is None:
         return "–"
     if estimate.low is None or estimate.high is None:
-        return f"{factor * estimate.value:+.1f}"
-    return f"{factor * estimate.value:+.1f} ({factor * estimate.low:+.1f} to {factor * estimate.high:+.1f})"
+        return f"{factor * estimate.value:{form}}"
+    return f"{factor * estimate.value:{form}} ({factor * estimate.low:{form}} to {factor * estimate.high:{form}})"

@@ -29,6 +29,7 @@ from siftune.offsite.drd import Components, component_scores, components, keep_c
 from siftune.offsite.emulator import weight_OI
 from siftune.offsite.kfac import Curvature, apply, curvature
 from siftune.offsite.record import record, replay
+from siftune.train.data import load_rows
 
 CHOICES = ("singular vectors, largest", "singular vectors, by score", "whitened, by score")
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 15, 26])
     args = parser.parse_args(argv)
     model, tokenizer = load_model(args.model)
-    batches = text_batches(args.calibration, args.rows, args.length, tokenizer)
+    batches = text_batches(load_rows(args.calibration, "train", args.rows), args.length, tokenizer)
     recording = record(model, batches, range(min(args.layers), max(args.layers) + 1))
     family = family_of(model.config)
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
