@@ -191,7 +191,8 @@ class GAST(SelectionCallback):
     ) -> None:
         """Draw the support set of this optimizer step."""
         assert self._selection is not None
-        kwargs["model"].train()  # as the Trainer does before each batch: after an evaluation, or at first, it is not
+        if self.settings.needs_rows:  # the Trainer does so before each batch, but after this
+            kwargs["model"].train()
         self._selection.steps = state.global_step
         self._selection.begin()
 

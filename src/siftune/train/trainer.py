@@ -129,7 +129,8 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
         """Check every gradient; under fp16 the GradScaler does it, by skipping the step."""
         if args.fp16:
             return
-        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        groups = kwargs["optimizer"].param_groups  # walking through all modules of the model would take longer
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if grads and not bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all()):
             raise TrainingError(
                 f"A gradient is not finite at step {state.global_step + 1}; nothing of this step reached the adapter. "
