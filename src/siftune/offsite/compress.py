@@ -2,7 +2,7 @@
 
 Methods:
 * `gradot`: GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), SCP on the MLP (`scp.py`); or
-  *(ours)* DRD on the MLP's matrices too.
+  *(ours)* channels whose part the others take over (`refit.py`), or DRD on the MLP's matrices too.
 * `svd+flap`: truncated SVD on attention; on the MLP FLAP's channels with its bias (`baselines.py`).
 
 Whole layers are dropped or shared elsewhere (`plan.py`); such layers come through here unchanged.
@@ -20,10 +20,11 @@ from siftune.offsite.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.emulator import LayerShape, features, weight_OI
 from siftune.offsite.kfac import DAMPING, Curvature, Moments, moments
 from siftune.offsite.record import Captured
+from siftune.offsite.refit import refit, refit_scores
 from siftune.offsite.scp import channel_scores, keep_channels
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
-Mlp = Literal["channels", "factors"]
+Mlp = Literal["channels", "refit", "factors"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Compression:
         method: gradot, or svd+flap.
         keep: Fraction of the parameters of its matrices that stays, in (0, 1]; at 1 nothing changes.
         lambda_attn: λ of DRD: weight of a large loss gap against a small change of gradients; 0 or more.
-        lambda_mlp: λ of SCP, or of DRD on the MLP.
+        lambda_mlp: λ of what is done to the MLP.
         basis: Directions among which DRD chooses: singular vectors of the weight (the paper's), or *(ours)* of the
             weight between the roots of its curvature.
-        mlp: Whether gradot takes channels out of the MLP (SCP, the paper's), or *(ours)* factors its matrices by DRD.
+        mlp: Whether gradot takes channels out of the MLP (SCP, the paper's), or *(ours)* lets those that stay take over
+            what the others wrote, or factors its matrices by DRD.
         protect: Share of the largest singular values that always stay.
         damping: *(ours)* Relative damping of those roots.
     """
@@ -175,7 +177,11 @@ def _narrow(
         tensors[f"{path}.weight"] = weights[path][kept].contiguous()
         if f"{path}.bias" in tensors:
             tensors[f"{path}.bias"] = tensors[f"{path}.bias"][kept].contiguous()
-    tensors[f"{family.writes}.weight"] = weights[family.writes][:, kept].contiguous()
+    written = weights[family.writes][:, kept]
+    if how.method == "gradot" and how.mlp == "refit":
+        fitted = refit(weights[family.writes], seen.curvature[family.writes].inputs, kept)
+        written = fitted.to(written.dtype)
+    tensors[f"{family.writes}.weight"] = written.contiguous()
     return count, biased
 
 
@@ -188,7 +194,8 @@ def _channels(
         scores = flap_scores(seen.captured[family.writes].x_NI, writes)
     else:
         reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
-        scores = channel_scores(reads, (writes, seen.curvature[family.writes]), how.lambda_mlp)
+        scored = refit_scores if how.mlp == "refit" else channel_scores
+        scores = scored(reads, (writes, seen.curvature[family.writes]), how.lambda_mlp)
     return keep_channels(scores, count)
 
 

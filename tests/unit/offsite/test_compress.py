@@ -11,6 +11,7 @@ from siftune.offsite.drd import component_scores, components, keep_components, r
 from siftune.offsite.emulator import weight_OI
 from siftune.offsite.kfac import curvature
 from siftune.offsite.record import record, replay
+from siftune.offsite.refit import refit, refit_scores
 from siftune.offsite.scp import channel_scores, keep_channels
 
 NUMBER = 2
@@ -53,9 +54,11 @@ def test_a_factored_matrix_is_the_sum_of_the_components_with_the_highest_scores(
 
 
 def test_flap_takes_channels_whatever_is_asked_for_gradot():
-    shape = compress(base(), method="svd+flap", keep=0.5, mlp="factors")[3].shape
-    assert shape.channels is not None
-    assert not any(path.startswith("mlp") for path in shape.ranks)
+    model = base()
+    found = [compress(model, method="svd+flap", keep=0.5, mlp=mlp)[3] for mlp in ("channels", "refit", "factors")]
+    for other in found[1:]:
+        assert other.shape == found[0].shape
+        assert all(torch.equal(other.tensors[name], tensor) for name, tensor in found[0].tensors.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,10 +77,28 @@ def test_the_mlp_has_the_channels_with_the_highest_scores(family):
         assert bias is None or torch.equal(found.tensors[f"{path}.bias"], bias[kept])
 
 
-def test_each_lambda_acts_on_its_own_part():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(family):
+    layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3, mlp="refit")
+    known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
+    weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
+    writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
+    reads = [(weights[path], known[path]) for path in matrices.reads]
+    kept = keep_channels(refit_scores(reads, (writes, known[matrices.writes]), 0.3), writes.shape[1] // 2)
+    assert found.shape.channels == len(kept)
+    fitted = refit(writes, inputs, kept).to(writes.dtype)
+    assert torch.equal(found.tensors[f"{matrices.writes}.weight"], fitted)
+    assert not torch.equal(fitted, writes[:, kept])
+    for path in matrices.reads:
+        assert torch.equal(found.tensors[f"{path}.weight"], weights[path][kept])
+
+
+@pytest.mark.parametrize("mlp", ["channels", "refit", "factors"])
+def test_each_lambda_acts_on_its_own_part(mlp):
     model = base()
     plain, attn, mlp = (
-        compress(model, keep=0.5, **values)[3].tensors for values in ({}, {"lambda_attn": 3.0}, {"lambda_mlp": 3.0})
+        compress(model, keep=0.5, mlp=mlp, **values)[3].tensors
+        for values in ({}, {"lambda_attn": 3.0}, {"lambda_mlp": 3.0})
     )
     for name in plain:
         same_attn, same_mlp = torch.equal(plain[name], attn[name]), torch.equal(plain[name], mlp[name])
