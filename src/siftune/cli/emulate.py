@@ -43,8 +43,8 @@ class Options:
     """gradot keeps the adapter's gradients; layerdrop drops whole layers, crash shares them, svd+flap keeps outputs."""
     basis: Literal["whitened", "svd"] = "whitened"
     """gradot: directions to choose among: singular ones of the weights as the data and gradients see them, or plain."""
-    mlp: Literal["channels", "refit", "factors"] = "channels"
-    """gradot: take channels out of the MLPs, or factor their matrices as those of attention."""
+    mlp: Literal["refit", "channels", "factors"] = "refit"
+    """gradot: take channels out of the MLPs and let the others take over, or do not, or factor the matrices."""
     lambda_attn: float = 0.0
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
     lambda_mlp: float = 0.0
@@ -87,7 +87,7 @@ class Options:
     """sweep: where λ acts."""
     bases: tuple[Literal["whitened", "svd"], ...] = ("whitened", "svd")
     """sweep: bases, for gradot."""
-    mlps: tuple[Literal["channels", "refit", "factors"], ...] = ("channels",)
+    mlps: tuple[Literal["refit", "channels", "factors"], ...] = ("refit",)
     """sweep: what is done to the MLPs, for gradot."""
     methods: tuple[Literal["gradot", "layerdrop", "crash", "svd+flap"], ...] = ("gradot", "layerdrop")
     """sweep: methods."""

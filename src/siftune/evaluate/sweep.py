@@ -50,7 +50,7 @@ class SweepGrid:
     keeps: tuple[float, ...] = (0.7, 0.5, 0.3)
     lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)
     bases: tuple[Basis, ...] = ("whitened", "svd")
-    mlps: tuple[Mlp, ...] = ("channels",)
+    mlps: tuple[Mlp, ...] = ("refit",)
     methods: tuple[Method, ...] = ("gradot", "layerdrop")
     lambda_on: tuple[LambdaOn, ...] = ("both",)
     split: Split = field(default_factory=Split)

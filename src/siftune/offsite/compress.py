@@ -24,7 +24,7 @@ from siftune.offsite.refit import refit, refit_scores
 from siftune.offsite.scp import channel_scores, keep_channels
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
-Mlp = Literal["channels", "refit", "factors"]
+Mlp = Literal["refit", "channels", "factors"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Compression:
     lambda_attn: float = 0.0
     lambda_mlp: float = 0.0
     basis: Basis = "whitened"
-    mlp: Mlp = "channels"
+    mlp: Mlp = "refit"
     protect: float = 0.05
     damping: float = DAMPING
 
@@ -189,13 +189,14 @@ def _channels(
     weights: Mapping[str, Tensor], family: Family, seen: LayerCurvature, count: int, how: Compression
 ) -> Tensor:
     """Channels that stay, ascending."""
-    writes = weights[family.writes].float()
+    writes, known = weights[family.writes].float(), seen.curvature[family.writes]
     if how.method == "svd+flap":
         scores = flap_scores(seen.captured[family.writes].x_NI, writes)
+    elif how.mlp == "refit":
+        scores = refit_scores(writes, known, how.lambda_mlp)
     else:
         reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
-        scored = refit_scores if how.mlp == "refit" else channel_scores
-        scores = scored(reads, (writes, seen.curvature[family.writes]), how.lambda_mlp)
+        scores = channel_scores(reads, (writes, known), how.lambda_mlp)
     return keep_channels(scores, count)
 
 

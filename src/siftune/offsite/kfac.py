@@ -67,10 +67,6 @@ class Moments:
         """‖M[:, j]‖₁ of every column; (F,)."""
         return torch.cat([block.abs().sum(0) for block in self._blocks()])
 
-    def diagonal(self) -> Tensor:
-        """M[j, j]; (F,)."""
-        return self.values.diagonal() if self.formed else self.values.square().sum(0)
-
     def dense(self) -> Tensor:
         """M; (F, F)."""
         return self.values if self.formed else self.values.T @ self.values

@@ -24,7 +24,7 @@ GRID = SweepGrid(
 
 
 def point(cosine, gap, keep=0.5, method="gradot", basis="svd", attn=0.0, mlp=0.0):
-    mlps = "channels" if method == "gradot" else None
+    mlps = "refit" if method == "gradot" else None
     return SweepPoint(method, keep, attn, mlp, basis, mlps, cosine, 3.0 + gap, 3.0, 1000, keep)
 
 
@@ -69,7 +69,7 @@ def test_a_grid_has_every_emulator_once():
     assert [(c.method, c.mlp) for c in grid.settings()] == [
         ("gradot", "channels"),
         ("gradot", "factors"),
-        ("layerdrop", "channels"),
+        ("layerdrop", "refit"),
     ]
     grid = SweepGrid(split=Split(1, 2))
     assert {choice.split for choice in grid.settings()} == {Split(1, 2)}
@@ -196,8 +196,8 @@ def test_the_table_is_sorted_and_marks_the_front():
         ("0.3", "0.200", ""),
     ]
     assert [(row["λ attn"], row["λ MLP"], row["basis"], row["MLP"]) for row in rows[:3]] == [
-        ("0", "0", "whitened", "channels"),
-        ("0.3", "0", "whitened", "channels"),
+        ("0", "0", "whitened", "refit"),
+        ("0.3", "0", "whitened", "refit"),
         ("", "", "", ""),
     ]
     assert [row["gap"] for row in rows] == ["+0.100", "+0.100", "+2.000", "+0.500"]

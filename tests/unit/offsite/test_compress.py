@@ -63,7 +63,7 @@ def test_flap_takes_channels_whatever_is_asked_for_gradot():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mlp_has_the_channels_with_the_highest_scores(family):
-    layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3)
+    layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3, mlp="channels")
     known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
     reads = [(weights[path].float(), known[path]) for path in matrices.reads]
@@ -83,8 +83,7 @@ def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(fa
     known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
     writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
-    reads = [(weights[path], known[path]) for path in matrices.reads]
-    kept = keep_channels(refit_scores(reads, (writes, known[matrices.writes]), 0.3), writes.shape[1] // 2)
+    kept = keep_channels(refit_scores(writes, known[matrices.writes], 0.3), writes.shape[1] // 2)
     assert found.shape.channels == len(kept)
     fitted = refit(writes, inputs, kept).to(writes.dtype)
     assert torch.equal(found.tensors[f"{matrices.writes}.weight"], fitted)

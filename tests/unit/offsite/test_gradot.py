@@ -36,7 +36,7 @@ def test_the_factored_emulator_equals_its_dense_product(family, basis):
     """A copy of the base, with products in the place of factors and zeros in the place of dropped channels."""
     model = base(family)
     batches = calibration(model)
-    small = emulator(model, batches, keep=0.5, basis=basis, lambda_mlp=0.1)
+    small = emulator(model, batches, keep=0.5, basis=basis, lambda_mlp=0.1, mlp="channels")
     dense, matrices = copy.deepcopy(model), family_of(model.config)
     for number in range(1, 4):
         layer, thin = find_layers(dense).layers[number], find_layers(small).layers[number]

@@ -4,18 +4,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scp import drawn, mlp
 from torch.testing import assert_close
 
 from siftune.offsite.kfac import curvature, moments
 from siftune.offsite.refit import refit, refit_scores
 
-shapes = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5))
+shapes = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
 
 
-def scores(reads, writes, lam, damping):
-    known = [(weight, curvature(x, g)) for weight, x, g in (*reads, writes)]
-    return refit_scores(known[:-1], known[-1], lam, damping)
+def drawn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def case(seed, count, outputs, channels):
+    """A write matrix, its inputs and the gradients of its outputs."""
+    return drawn(seed, outputs, channels), drawn(seed + 1, count, channels), drawn(seed + 2, count, outputs)
+
+
+def scores(weight, x, g, lam, damping=0.1):
+    return refit_scores(weight, curvature(x, g), lam, damping)
 
 
 def damped(x, damping):
@@ -25,8 +32,7 @@ def damped(x, damping):
 
 
 def least_change(weight, matrix, channel):
-    """The change of `weight` whose column `channel` undoes that of the weight, least in the metric of `matrix`: the
-    other columns solve the normal equations."""
+    """The change that takes a channel away and is least in the metric of `matrix`: normal equations of the others."""
     others = [j for j in range(len(matrix)) if j != channel]
     delta = torch.zeros_like(weight)
     delta[:, channel] = -weight[:, channel]
@@ -35,113 +41,87 @@ def least_change(weight, matrix, channel):
     return delta
 
 
-def terms(reads, writes, damping):
-    """⟨δ, H δ⟩ by Kronecker product and ⟨D, δ⟩ token by token, for every channel."""
-    costs, rises = [], []
-    for channel in range(writes[0].shape[1]):
-        cost = rise = 0.0
-        for weight, x, g in (*reads, writes):
-            matrix = damped(x, damping if weight is writes[0] else 0.0)
-            if weight is writes[0]:
-                delta = least_change(weight, matrix, channel)
-            else:
-                delta = torch.zeros_like(weight)
-                delta[channel] = -weight[channel]
-            flat = delta.flatten()
-            cost += (flat @ torch.kron(g.T @ g / len(g), matrix) @ flat).item()
-            rise += sum((g_n @ delta @ x_n).item() for g_n, x_n in zip(g, x, strict=True))
-        costs.append(cost)
-        rises.append(rise)
-    return costs, rises
-
-
-@given(shape=shapes, gated=st.booleans(), lam=st.sampled_from([0.0, 0.3, 4.0]), damping=st.sampled_from([0.01, 0.1]))
-def test_scores_of_every_channel(shape, gated, lam, damping):
-    reads, writes = mlp(*shape, gated=gated)
-    costs, rises = terms(reads, writes, damping)
+@given(shape=shapes, lam=st.sampled_from([0.0, 0.3, 4.0]), damping=st.sampled_from([0.01, 0.1]))
+def test_scores_of_every_channel(shape, lam, damping):
+    """⟨δ, H δ⟩ by Kronecker product and ⟨D, δ⟩ token by token."""
+    weight, x, g = case(*shape)
+    matrix = damped(x, damping)
+    hessian = torch.kron(g.T @ g / len(g), matrix)
+    changes = [least_change(weight, matrix, channel) for channel in range(weight.shape[1])]
+    costs = [(d.flatten() @ hessian @ d.flatten()).item() for d in changes]
+    rises = [sum((g_n @ d @ x_n).item() for g_n, x_n in zip(g, x, strict=True)) for d in changes]
     mean_cost, mean_rise = (sum(map(abs, term)) / len(term) for term in (costs, rises))
     expected = [c / mean_cost - lam * r / mean_rise for c, r in zip(costs, rises, strict=True)]
-    got = scores(reads, writes, lam, damping)
-    assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-7)
+    assert_close(scores(weight, x, g, lam, damping), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-7)
 
 
-def test_no_other_change_that_drops_a_channel_costs_less():
-    _, (weight, x, g) = mlp(3, 20, 4, 6)
+def test_no_other_change_that_takes_a_channel_away_costs_less():
+    weight, x, g = case(3, 20, 4, 6)
     matrix = damped(x, 0.1)
     hessian = torch.kron(g.T @ g / len(g), matrix)
+    costs = []
     for channel in range(6):
         delta = least_change(weight, matrix, channel)
-        least = delta.flatten() @ hessian @ delta.flatten()
+        costs.append(delta.flatten() @ hessian @ delta.flatten())
         for seed in range(50):
             other = delta + 0.1 * drawn(seed, *delta.shape)
             other[:, channel] = delta[:, channel]
-            assert other.flatten() @ hessian @ other.flatten() > least
+            assert other.flatten() @ hessian @ other.flatten() > costs[-1]
+    assert scores(weight, x, g, 0.0).argsort().tolist() == torch.stack(costs).argsort().tolist()
 
 
 @given(shape=shapes, damping=st.sampled_from([1e-3, 0.1, 2.0]), data=st.data())
 def test_fitted_columns_are_the_ridge_solution(shape, damping, data):
     """Against a least squares problem with the penalty as further rows."""
-    _, (weight, x, _) = mlp(*shape)
+    weight, x, _ = case(*shape)
     channels = weight.shape[1]
     kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, channels - 1), min_size=1))))
-    root = (damping * x.square().mean(0).mean()).sqrt()  # mean over channels of A's diagonal
+    root = (damping * x.square().mean()).sqrt()  # the mean square is the mean of A's diagonal
     left = torch.cat([x[:, kept] / len(x) ** 0.5, root * torch.eye(channels, dtype=x.dtype)[:, kept]])
     right = torch.cat([x @ weight.T / len(x) ** 0.5, root * weight.T])
     expected = torch.linalg.lstsq(left, right).solution.T
     assert_close(refit(weight, moments(x), kept, damping), expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("count", [3, 30], ids=["rows", "matrix"])
-def test_a_channel_that_others_repeat_costs_nothing_and_is_taken_over(count):
-    reads, (weight, x, g) = mlp(1, count, 4, 6)
+def test_a_channel_that_another_repeats_costs_nothing_and_is_taken_over():
+    weight, x, g = case(1, 30, 4, 6)
     x[:, 5] = 2 * x[:, 1]
+    found = scores(weight, x, g, 0.0, 1e-9)
+    assert max(found[1], found[5]) < 1e-6 < 0.1 < found[[0, 2, 3, 4]].min()
     kept = torch.arange(5)
     assert_close(x[:, kept] @ refit(weight, moments(x), kept, 1e-12).T, x @ weight.T, rtol=1e-6, atol=1e-6)
-    silent = [(0 * w, inputs, grads) for w, inputs, grads in reads]  # what is left is the write matrix's part
-    found = scores(silent, (weight, x, g), 0.0, 1e-9)
-    if count == 30:  # with fewer rows than channels each can be had from the others
-        assert found.argmin() in (1, 5)
-        assert found[5] < 1e-6 < found[[0, 2, 3, 4]].min()
 
 
 @pytest.mark.parametrize("count", [3, 30], ids=["rows", "matrix"])
 def test_what_does_not_matter(count):
-    reads, writes = mlp(0, count, 4, 6)
+    weight, x, g = case(0, count, 4, 6)
     order = torch.cat([batch.flip(0) for batch in reversed(torch.arange(count).split(2))])
-    kept = torch.tensor([0, 2, 3])
 
-    def changed(change_x, change_g):
-        *others, last = [(weight, change_x(x), change_g(g)) for weight, x, g in (*reads, writes)]
-        return torch.cat([scores(others, last, 0.4, 0.1), refit(last[0], moments(last[1]), kept).flatten()])
+    def found(x, g):
+        return torch.cat([scores(weight, x, g, 0.4), refit(weight, moments(x), torch.tensor([0, 2, 3])).flatten()])
 
-    def same(rows):
-        return rows
-
-    expected = changed(same, same)
-    assert_close(changed(lambda x: x[order], lambda g: g[order]), expected)  # other batches
-    assert_close(changed(same, lambda g: g / count), expected)  # the mean loss
-    assert_close(changed(*2 * (lambda rows: torch.cat([rows, 0 * rows[:2]]),)), expected)  # empty rows
+    expected = found(x, g)
+    assert_close(found(x[order], g[order]), expected)  # other batches
+    assert_close(found(x, g / count), expected)  # the mean loss
+    assert_close(found(torch.cat([x, 0 * x[:2]]), torch.cat([g, 0 * g[:2]])), expected)  # empty rows
 
 
 def test_everything_kept_is_left_as_it_was():
-    _, (weight, x, _) = mlp(0, 9, 4, 6)
-    assert_close(refit(weight, moments(x), torch.arange(6)), weight, rtol=0, atol=0)
+    weight, x, _ = case(0, 9, 4, 6)
+    assert torch.equal(refit(weight, moments(x), torch.arange(6)), weight)
 
 
 def test_without_inputs_nothing_is_fitted():
-    reads, (weight, x, g) = mlp(0, 9, 4, 6)
+    weight, x, g = case(0, 9, 4, 6)
     assert torch.equal(refit(weight, moments(0 * x), torch.tensor([1, 4])), weight[:, [1, 4]])
-    reads = [(w, 0 * inputs, grads) for w, inputs, grads in reads]
-    assert torch.equal(scores(reads, (weight, 0 * x, g), 0.4, 0.1), torch.zeros(6, dtype=torch.float64))
+    assert torch.equal(scores(weight, 0 * x, g, 0.4), torch.zeros(6, dtype=torch.float64))
 
 
 def test_half_precision_is_computed_in_float32():
-    reads, writes = mlp(0, 9, 4, 6)
-    halved = [(weight.bfloat16(), x.bfloat16(), g.bfloat16()) for weight, x, g in (*reads, writes)]
-    got = scores(halved[:-1], halved[-1], 0.4, 0.1)
-    fitted = refit(halved[-1][0], moments(halved[-1][1]), torch.tensor([1, 4]))
-    assert got.dtype == fitted.dtype == torch.float32
-    *reads, writes = [(w.double(), x.double(), g.double()) for w, x, g in halved]
-    assert_close(got.double(), scores(reads, writes, 0.4, 0.1), rtol=1e-4, atol=1e-4)
-    expected = refit(writes[0], moments(writes[1]), torch.tensor([1, 4]))
-    assert_close(fitted.double(), expected, rtol=1e-5, atol=1e-5)
+    weight, x, g = (tensor.bfloat16() for tensor in case(0, 9, 4, 6))
+    kept = torch.tensor([1, 4])
+    found, fitted = scores(weight, x, g, 0.4), refit(weight, moments(x), kept)
+    assert found.dtype == fitted.dtype == torch.float32
+    weight, x, g = weight.double(), x.double(), g.double()
+    assert_close(found.double(), scores(weight, x, g, 0.4), rtol=1e-4, atol=1e-4)
+    assert_close(fitted.double(), refit(weight, moments(x), kept), rtol=1e-5, atol=1e-5)
