@@ -211,7 +211,7 @@ def test_a_sweep_writes_table_figures_and_picture(half, rows, tmp_path, capsys):
     assert (found["calibration_rows"], found["held_out_rows"]) == (6, 4)
     assert {path.name for path in out.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
     assert json.loads((out / "sweep.json").read_text())["points"] == points
-    assert "| gradot | svd | 0.5 |" in said
+    assert "| gradot | svd | refit | 0.5 |" in said
     assert "measuring: 100 %" in said
 
 
