@@ -40,10 +40,12 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
     damped_CC = _damped(curvature.inputs, damping)
     if damped_CC is None:
         return write_OC.new_zeros(write_OC.shape[1])
-    inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(damped_CC)).to(write_OC.dtype)
-    share_C = inverse_CC.diagonal().reciprocal()
+    one_CC = torch.eye(len(damped_CC), dtype=damped_CC.dtype, device=damped_CC.device)
+    # L⁻¹ with L Lᵀ = A_δ, for A_δ⁻¹ = L⁻ᵀ L⁻¹: torch.cholesky_inverse takes a hundred times longer on processors.
+    root_CC = torch.linalg.solve_triangular(torch.linalg.cholesky(damped_CC), one_CC, upper=False).to(write_OC.dtype)
+    share_C = root_CC.square().sum(0).reciprocal()
     cost_C = (write_OC * curvature.gradients.times(write_OC)).sum(0) * share_C
-    rise_C = -(write_OC * (curvature.slope_OI @ inverse_CC)).sum(0) * share_C
+    rise_C = -(write_OC * (curvature.slope_OI @ root_CC.T @ root_CC)).sum(0) * share_C
     return score(cost_C, rise_C, lam)
 
 
