@@ -1,4 +1,4 @@
-"""Why does the basis matter so much? What dropping directions costs, one by one and all at once.
+"""Why does the basis matter so much, and the refit? What dropping directions or channels costs, singly and together.
 
     python benchmarks/offsite_why.py --calibration ../shared/data/ARC-Easy.train.json
 
@@ -7,30 +7,40 @@ a change δ is the quadratic form ⟨δ, G δ A⟩. For attention matrices of a 
 `--keep`, as shares of ⟨W, G W A⟩ (the cost of dropping all of W):
 
     summed    Σ_k ⟨δ_k, G δ_k A⟩ over the dropped directions
-    together  ⟨δ, G δ A⟩ of their sum δ
+    together  ⟨δ, G δ A⟩ of their sum δ; also on as many further rows, of which A and G are taken anew
 
 by singular value, by the paper's score (λ = 0), and for the whitened basis, whose directions are orthogonal in this
-form, so that the two agree. Means over the layers; `--layers` names others.
+form, so that the two agree.
+
+The second table is of channels, in the matrix of the MLP that writes: cost of dropping them together, on the
+calibration rows and on the others, with its columns as they were and fitted to what the whole matrix wrote.
+
+Means over the layers; `--layers` names others.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from offsite import text_batches
-from siftune.models.families import family_of
+from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model
 from siftune.offsite.drd import Components, component_scores, components, keep_components, rank_of
 from siftune.offsite.emulator import weight_OI
 from siftune.offsite.kfac import Curvature, apply, curvature
 from siftune.offsite.record import record, replay
+from siftune.offsite.refit import refit, refit_scores
+from siftune.offsite.scp import channel_scores, keep_channels
 from siftune.train.data import load_rows
 
+Found = dict[tuple[str, ...], list[tuple[float, ...]]]
+
+MLP_CHOICES = ("SCP's, as they were", "SCP's, fitted", "of the highest cost after the fit, fitted")
 CHOICES = ("singular vectors, largest", "singular vectors, by score", "whitened, by score")
 
 
@@ -45,24 +55,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 15, 26])
     args = parser.parse_args(argv)
     model, tokenizer = load_model(args.model)
-    batches = text_batches(load_rows(args.calibration, "train", args.rows), args.length, tokenizer)
-    recording = record(model, batches, range(min(args.layers), max(args.layers) + 1))
+    rows = load_rows(args.calibration, "train", 2 * args.rows)
+    if len(rows) < 2 * args.rows:
+        parser.error(f"{args.calibration} has {len(rows)} rows, but {2 * args.rows} are needed; take fewer --rows")
+    middle = range(min(args.layers), max(args.layers) + 1)
+    recordings = [
+        record(model, text_batches(part, args.length, tokenizer), middle)
+        for part in (rows[: args.rows], rows[args.rows :])
+    ]
     family = family_of(model.config)
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    directions: Found = {}
+    channels: Found = {}
     for number in args.layers:
         layer = find_layers(model).layers[number]
-        for path, seen in replay(layer, recording, number, family.attention).items():
-            weight = weight_OI(layer.get_submodule(path)).detach().float()
-            for choice, costs in _costs(weight, curvature(seen.x_NI, seen.g_NO), args.keep).items():
-                found.setdefault((path, choice), []).append(costs)
-    _print(found)
+        weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in family.matrices}
+        both = [replay(layer, recording, number, family.matrices) for recording in recordings]
+        seen, others = ({path: curvature(c.x_NI, c.g_NO) for path, c in captured.items()} for captured in both)
+        for path in family.attention:
+            for choice, costs in _costs(weights[path], (seen[path], others[path]), args.keep).items():
+                directions.setdefault((path.rpartition(".")[2], choice), []).append(costs)
+        for choice, costs in _channel_costs(weights, family, (seen, others), args.keep).items():
+            channels.setdefault((choice,), []).append(costs)
+    _print(("matrix", "directions", "summed", "together", "on other rows"), directions)
+    print()
+    _print(("channels that stay", "calibration rows", "other rows"), channels)
     return 0
 
 
-def _costs(weight_OI: Tensor, known: Curvature, keep: float) -> dict[str, tuple[float, float]]:
-    """Summed and joint cost of the dropped directions, as shares of the cost of dropping the matrix."""
+def _costs(weight_OI: Tensor, curvatures: Sequence[Curvature], keep: float) -> dict[str, tuple[float, ...]]:
+    """Costs of dropped directions, as shares of the cost of dropping the matrix: summed, joint, joint on other rows."""
+    known, other = curvatures
     rank = rank_of(keep, *weight_OI.shape)
-    whole = float((weight_OI * apply(known, weight_OI)).sum())
     plain, white = components(weight_OI, known, "svd"), components(weight_OI, known, "whitened")
     kept = (
         torch.arange(rank),
@@ -70,24 +93,50 @@ def _costs(weight_OI: Tensor, known: Curvature, keep: float) -> dict[str, tuple[
         keep_components(component_scores(white, known, 0.0), white.size_K, rank),
     )
     pairs = zip(CHOICES, (plain, plain, white), kept, strict=True)
-    return {choice: _shares(parts, indices, known, whole) for choice, parts, indices in pairs}
+    return {choice: _shares(parts, indices, known, other) for choice, parts, indices in pairs}
 
 
-def _shares(parts: Components, kept: Tensor, known: Curvature, whole: float) -> tuple[float, float]:
+def _shares(parts: Components, kept: Tensor, known: Curvature, other: Curvature) -> tuple[float, ...]:
     mask = torch.ones(len(parts.size_K), dtype=torch.bool)
     mask[kept] = False
     left_OK, right_KI = parts.left_OK[:, mask], parts.right_KI[mask]
     lefts_K = (left_OK * known.gradients.times(left_OK)).sum(0)
     rights_K = (right_KI.T * known.inputs.times(right_KI.T)).sum(0)
-    delta_OI = left_OK @ right_KI
-    return float((lefts_K * rights_K).sum()) / whole, float((delta_OI * apply(known, delta_OI)).sum()) / whole
+    delta_OI, whole_OI = left_OK @ right_KI, parts.left_OK @ parts.right_KI
+    summed = float((lefts_K * rights_K).sum()) / _cost(whole_OI, known)
+    return summed, *(_cost(delta_OI, at) / _cost(whole_OI, at) for at in (known, other))
 
 
-def _print(found: dict[tuple[str, str], Any]) -> None:
-    print("| matrix | directions | summed | together |\n|---|---|---|---|")
-    for (path, choice), costs in found.items():
-        summed, together = (mean(pair[i] for pair in costs) for i in (0, 1))
-        print(f"| {path.rpartition('.')[2]} | {choice} | {100 * summed:.2f} % | {100 * together:.2f} % |")
+def _channel_costs(
+    weights: dict[str, Tensor], family: Family, curvatures: Sequence[dict[str, Curvature]], keep: float
+) -> dict[str, tuple[float, ...]]:
+    """Joint cost of the dropped channels in each of the curvatures, as shares of the cost of dropping the matrix."""
+    write_OC, known = weights[family.writes], curvatures[0]
+    inputs, count = known[family.writes].inputs, int(keep * write_OC.shape[1])
+    scp = channel_scores([(weights[p], known[p]) for p in family.reads], (write_OC, known[family.writes]), 0.0)
+    own = refit_scores(write_OC, known[family.writes], 0.0)
+    costs = {}
+    for choice, scores in zip(MLP_CHOICES, (scp, scp, own), strict=True):
+        kept = keep_channels(scores, count)
+        delta_OC = -write_OC
+        delta_OC[:, kept] += refit(write_OC, inputs, kept) if choice.endswith("fitted") else write_OC[:, kept]
+        costs[choice] = tuple(
+            _cost(delta_OC, at) / _cost(write_OC, at) for at in (c[family.writes] for c in curvatures)
+        )
+    return costs
+
+
+def _cost(delta_OI: Tensor, known: Curvature) -> float:
+    return float((delta_OI * apply(known, delta_OI)).sum())
+
+
+def _print(columns: Sequence[str], found: Found) -> None:
+    """Names, then means over the layers in per cent."""
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for names, costs in found.items():
+        print(
+            "| " + " | ".join([*names, *(f"{100 * mean(column):.2f} %" for column in zip(*costs, strict=True))]) + " |"
+        )
 
 
 if __name__ == "__main__":
