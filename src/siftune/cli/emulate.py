@@ -44,7 +44,7 @@ class Options:
     basis: Literal["whitened", "svd"] = "whitened"
     """gradot: directions to choose among: singular ones of the weights as the data and gradients see them, or plain."""
     mlp: Literal["refit", "channels", "factors"] = "refit"
-    """gradot: take channels out of the MLPs and let the others take over, or do not, or factor the matrices."""
+    """gradot: refit takes channels out of MLPs, and the rest take over; channels only takes out; factors decomposes."""
     lambda_attn: float = 0.0
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
     lambda_mlp: float = 0.0
