@@ -1,1 +1,0 @@
-"""Run folders and their records."""
