@@ -40,7 +40,6 @@ from siftune.train.data import load_rows
 
 Found = dict[tuple[str, ...], list[tuple[float, ...]]]
 
-MLP_CHOICES = ("SCP's, as they were", "SCP's, fitted", "of the highest cost after the fit, fitted")
 CHOICES = ("singular vectors, largest", "singular vectors, by score", "whitened, by score")
 
 
@@ -114,16 +113,19 @@ def _channel_costs(
     write_OC, known = weights[family.writes], curvatures[0]
     inputs, count = known[family.writes].inputs, int(keep * write_OC.shape[1])
     scp = channel_scores([(weights[p], known[p]) for p in family.reads], (write_OC, known[family.writes]), 0.0)
-    own = refit_scores(write_OC, known[family.writes], 0.0)
-    costs = {}
-    for choice, scores in zip(MLP_CHOICES, (scp, scp, own), strict=True):
-        kept = keep_channels(scores, count)
+    by_scp, by_cost = (keep_channels(s, count) for s in (scp, refit_scores(write_OC, known[family.writes], 0.0)))
+    choices = {
+        "SCP's, as they were": (by_scp, write_OC[:, by_scp]),
+        "SCP's, fitted": (by_scp, refit(write_OC, inputs, by_scp)),
+        "of the highest cost after the fit, fitted": (by_cost, refit(write_OC, inputs, by_cost)),
+    }
+    found = {}
+    for choice, (kept, columns) in choices.items():
         delta_OC = -write_OC
-        delta_OC[:, kept] += refit(write_OC, inputs, kept) if choice.endswith("fitted") else write_OC[:, kept]
-        costs[choice] = tuple(
-            _cost(delta_OC, at) / _cost(write_OC, at) for at in (c[family.writes] for c in curvatures)
-        )
-    return costs
+        delta_OC[:, kept] += columns
+        ends = [c[family.writes] for c in curvatures]
+        found[choice] = tuple(_cost(delta_OC, at) / _cost(write_OC, at) for at in ends)
+    return found
 
 
 def _cost(delta_OI: Tensor, known: Curvature) -> float:
@@ -134,9 +136,8 @@ def _print(columns: Sequence[str], found: Found) -> None:
     """Names, then means over the layers in per cent."""
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for names, costs in found.items():
-        print(
-            "| " + " | ".join([*names, *(f"{100 * mean(column):.2f} %" for column in zip(*costs, strict=True))]) + " |"
-        )
+        means = [f"{100 * mean(column):.2f} %" for column in zip(*costs, strict=True)]
+        print("| " + " | ".join([*names, *means]) + " |")
 
 
 if __name__ == "__main__":

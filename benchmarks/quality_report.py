@@ -11,6 +11,7 @@ Line = dict[str, Any]
 Runs = dict[int, Line]  # one method's finished runs, by seed
 
 _APART = ("method", "seed", "overrides")  # what differs within a table
+_BASES = ("dense", "random", "dense+support")  # what methods are compared with, where it was run
 _NONE = "–"
 
 
@@ -58,16 +59,18 @@ def _quality(methods: dict[str, Runs], metric: str, seeds: Sequence[int]) -> str
     def nll(line: Line) -> list[float]:
         return list(line["nll"])
 
+    bases = [base for base in _BASES if base in methods]
     rows = []
     for name, runs in methods.items():
         each = [f"{np.mean(right(runs[seed])):.1f}" if seed in runs else _NONE for seed in seeds]
         rows.append([
             name, _mean(runs, right, ".1f"), " ".join(each),
-            _against(methods, name, "dense", right, "+.1f"), _against(methods, name, "random", right, "+.1f"),
-            _mean(runs, nll, ".3f"), _against(methods, name, "dense", nll, "+.3f"),
+            *(_against(methods, name, base, right, "+.1f") for base in bases),
+            _mean(runs, nll, ".3f"), *(_against(methods, name, base, nll, "+.3f") for base in bases),
             *(_seconds(runs, key) for key in ("seconds_per_step", "processor_seconds_per_step")),
         ])  # fmt: skip
-    titles = ["method", "right", "each seed", "− dense", "− random", "NLL", "NLL − dense", "s/step", "of the processor"]
+    titles = ["method", "right", "each seed", *(f"− {base}" for base in bases)]
+    titles += ["NLL", *(f"NLL − {base}" for base in bases), "s/step", "of the processor"]
     return _markdown(titles, rows)
 
 

@@ -97,7 +97,7 @@ def _input_embeddings(model: nn.Module) -> tuple[nn.Module, str | None]:
         getter = getattr(module, "get_input_embeddings", None)
         try:
             embeddings = getter() if callable(getter) else None
-        except (NotImplementedError, AttributeError):
+        except NotImplementedError:
             continue  # transformers' way to say that this module does not know; one inside or around it may
         paths = [name for name, m in model.named_modules() if m is embeddings]
         if paths:

@@ -56,6 +56,8 @@ def test_a_factored_matrix_is_the_sum_of_the_components_with_the_highest_scores(
 def test_flap_takes_channels_whatever_is_asked_for_gradot():
     model = base()
     found = [compress(model, method="svd+flap", keep=0.5, mlp=mlp)[3] for mlp in ("channels", "refit", "factors")]
+    assert found[0].shape.channels is not None
+    assert not any(path.startswith("mlp") for path in found[0].shape.ranks)
     for other in found[1:]:
         assert other.shape == found[0].shape
         assert all(torch.equal(other.tensors[name], tensor) for name, tensor in found[0].tensors.items())
@@ -90,6 +92,8 @@ def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(fa
     assert not torch.equal(fitted, writes[:, kept])
     for path in matrices.reads:
         assert torch.equal(found.tensors[f"{path}.weight"], weights[path][kept])
+        bias = layer.get_submodule(path).bias
+        assert bias is None or torch.equal(found.tensors[f"{path}.bias"], bias[kept])
 
 
 @pytest.mark.parametrize("mlp", ["channels", "refit", "factors"])

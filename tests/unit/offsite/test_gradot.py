@@ -31,12 +31,12 @@ def test_everything_kept_is_the_base_model(family, method):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("basis", ["svd", "whitened"])
-def test_the_factored_emulator_equals_its_dense_product(family, basis):
+@pytest.mark.parametrize(("basis", "mlp"), [("svd", "channels"), ("whitened", "channels"), ("whitened", "refit")])
+def test_the_factored_emulator_equals_its_dense_product(family, basis, mlp):
     """A copy of the base, with products in the place of factors and zeros in the place of dropped channels."""
     model = base(family)
     batches = calibration(model)
-    small = emulator(model, batches, keep=0.5, basis=basis, lambda_mlp=0.1, mlp="channels")
+    small = emulator(model, batches, keep=0.5, basis=basis, lambda_mlp=0.1, mlp=mlp)
     dense, matrices = copy.deepcopy(model), family_of(model.config)
     for number in range(1, 4):
         layer, thin = find_layers(dense).layers[number], find_layers(small).layers[number]
@@ -65,13 +65,15 @@ def test_the_emulator_with_a_factored_mlp_equals_its_dense_product(family):
 
 
 def _zero_dropped(layer, thin, matrices):
-    """Zero the columns of the writing matrix whose channels are gone; find the rest by their weights."""
-    whole = weight_OI(layer.get_submodule(matrices.writes)).data
-    kept = weight_OI(thin.get_submodule(matrices.writes))
-    same = (whole.T[:, None] == kept.T[None]).all(-1)
-    assert same.sum() == kept.shape[1] < whole.shape[1]
-    assert torch.equal(same.int().argmax(0), same.int().argmax(0).sort().values), "an order that tells the ranking"
-    whole[:, ~same.any(1)] = 0
+    """Zero the writing columns of channels that are gone, and take over the others; the rows that read tell which."""
+    whole, kept = (weight_OI(module.get_submodule(matrices.reads[0])) for module in (layer, thin))
+    same = (whole[:, None] == kept[None]).all(-1)
+    assert same.sum() == kept.shape[0] < whole.shape[0]
+    found = same.int().argmax(0)
+    assert torch.equal(found, found.sort().values), "an order that tells the ranking"
+    writes = weight_OI(layer.get_submodule(matrices.writes)).data
+    writes.zero_()
+    writes[:, found] = weight_OI(thin.get_submodule(matrices.writes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
