@@ -37,6 +37,7 @@ Line = dict[str, Any]
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _GAST: dict[str, Any] = {"method": "gast"}
 METHODS: dict[str, dict[str, Any]] = {
+    "untrained": {"method": "dense", "untrained": True},  # where all others begin
     "dense": {"method": "dense"},
     "dense+support": {"method": "dense", "add_support": True},  # what support dataset sees, as training rows
     "random": {**_GAST, "choice": "random", "support": "rest"},

@@ -192,7 +192,8 @@ def _number(value: float) -> float | None:
 def recipe_of(job: Job, folder: Path) -> Recipe:
     """Make a job's recipe, checked, for rows in `folder`."""
     values = {**job["settings"], **job["overrides"], "seed": job["seed"]}
-    values.pop("add_support", None)
+    for name in ("add_support", "untrained"):  # of the job, not of the recipe
+        values.pop(name, None)
     values |= {"template": "none", "train": str(folder / "train.jsonl"), "out": str(folder), "log_every": 50}
     if values.get("support") == "dataset":
         values["support_rows"] = str(folder / "support.jsonl")
@@ -211,7 +212,7 @@ def run_job(job: Job, folder: Path) -> Record:
     for name in ("train", "test", "support"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in getattr(task, name)))
     recipe = recipe_of(job, folder)
-    model, tokenizer, found = _train(recipe, folder, task.train)
+    model, tokenizer, found = _train(recipe, folder, task.train, bool(job["overrides"].get("untrained")))
     started = time.perf_counter()
     with use_base_dtype(model, group_by_layer(model)):  # as in training; release() has taken that off
         measured = _measure(model, tokenizer, folder / "test.jsonl", task.test, generate=job["task"] == "arithmetic")
@@ -219,8 +220,10 @@ def run_job(job: Job, folder: Path) -> Record:
     return {**measured, **found, "seconds_measuring": seconds, "hardware": hardware(), "versions": versions()}
 
 
-def _train(recipe: Recipe, folder: Path, rows: Sequence[Record]) -> tuple[nn.Module, PreTrainedTokenizerBase, Record]:
-    """Train as `siftune train` does: the tuned model, its tokenizer, and what was seen meanwhile."""
+def _train(
+    recipe: Recipe, folder: Path, rows: Sequence[Record], untrained: bool
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Record]:
+    """Train as `siftune train` does, or only prepare for it: the model, its tokenizer, and what was seen meanwhile."""
     model, tokenizer = load_model(recipe.model, recipe.dtype)
     files = {"train": recipe.train, "support": recipe.support_rows}
     data = {
@@ -236,6 +239,8 @@ def _train(recipe: Recipe, folder: Path, rows: Sequence[Record]) -> tuple[nn.Mod
         watch.attach(trainer.model, method)
     processor = time.process_time()
     try:
+        if untrained:
+            return trainer.model, tokenizer, {"steps": 0}
         trainer.train()
     finally:
         release()
