@@ -173,12 +173,62 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
     unbroken, _ = train(tmp_path / "whole", *whole, model=adapted(dropout=0.2), **settings)
     train(tmp_path / "broken", *broken, model=adapted(dropout=0.2), **settings)
     checkpoint = tmp_path / "broken" / f"checkpoint-{stop}"
-    assert (checkpoint / "gast_mean.safetensors").exists() == (support == "momentum")
+    for folder in (tmp_path / "broken").glob("checkpoint-*"):
+        assert (folder / "gast_mean.safetensors").exists() == (support == "momentum")
     model, _ = train(tmp_path / "broken", *again, model=adapted(dropout=0.2), resume=str(checkpoint), **settings)
     assert_same(weights(unbroken), weights(model))
     rest = [s for s in whole[-1].history if s.step >= stop]
     assert_same_choices(rest, again[-1].history)
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(rest, again[-1].history, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("support", "told", "with_ist"),
+    [("sample", True, False), ("dataset", True, True), ("momentum", True, False), ("rest", True, True),
+     ("rest", False, False)],
+)  # fmt: skip
+def test_a_plain_loop_resumes_bitwise(support, told, with_ist):
+    """`told`: of optimizer steps; otherwise every pass counts on."""
+
+    def loop(steps, model, saved=None):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        batches = [_batch(i) for i in (10, 11, 12)]
+        ist = IST(active=0.5, interval=2).attach(model, batches=batches, optimizer=optimizer) if with_ist else None
+        rows_ = batches if support in ("sample", "dataset") else None
+        sift = method(support).attach(model, batches=rows_, optimizer=optimizer if told else None)
+        if saved:
+            state, mean, optimizer_state, layers = saved
+            optimizer.load_state_dict(optimizer_state)
+            sift.load_state_dict(json.loads(state))
+            sift.load_mean_tensors(mean)
+            if ist:
+                ist.load_state_dict(json.loads(layers))
+        found = []
+        for step in steps:
+            for part in range(2):  # accumulated
+                model(**_batch(2 * step + part)).loss.backward()
+                found.append(sift.last)
+            optimizer.step()
+            optimizer.zero_grad()
+        own = json.dumps(ist.state_dict()) if ist else None
+        kept = json.dumps(sift.state_dict()), sift.mean_tensors(), optimizer.state_dict(), own
+        sift.remove()
+        if ist:
+            ist.remove()
+        return found, kept
+
+    whole, broken = adapted(), adapted()
+    wanted, _ = loop(range(6), whole)
+    first, saved = loop(range(3), broken)
+    second, _ = loop(range(3, 6), broken, saved)
+    assert_same(weights(whole), weights(broken))
+    assert_same_choices(wanted, first + second)
+    assert not all(torch.equal(one.selected, wanted[0].selected) for one in wanted[1:])
+
+
+def _batch(seed):
+    return {name: torch.tensor(values) for name, values in rows(4, seed=seed).to_dict().items()}
 
 
 @pytest.mark.parametrize("support", ["sample", "rest", "momentum"])
@@ -205,6 +255,17 @@ def test_resume_around_the_beginning_of_the_selection(tmp_path, stop):
     assert (checkpoint / "gast_mean.safetensors").exists() == (stop > 4)
     model, _ = train(tmp_path / "broken", method("momentum", select_after=4), resume=str(checkpoint), **settings)
     assert_same(weights(unbroken), weights(model))
+
+
+def test_training_once_more_begins_anew(tmp_path):
+    """The Trainer hands the state of the run before to the next one too."""
+    again = method("sample", choice="random")
+    _, worker = train(tmp_path, again)
+    first = list(again.history)
+    worker.train()
+    second = again.history[len(first) :]
+    assert [one.step for one in second] == [one.step for one in first]
+    assert all(torch.equal(a.selected, b.selected) for a, b in zip(first, second, strict=True))
 
 
 def test_resume_by_the_trainers_own_restoring(tmp_path):

@@ -19,8 +19,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import RecipeError
 from siftune.sparse.ist import ISTSettings
-from siftune.train.draws import Batch, RowDraws
-from siftune.train.selection import GivenBatches, LayerSelection, Loss, Selection, model_loss
+from siftune.train.draws import Batch, GivenBatches, RowDraws
+from siftune.train.selection import LayerSelection, Loss, Selection, model_loss
 from siftune.train.selection_callback import SelectionCallback
 from siftune.train.trainer_access import refuse_sharding, trainer_loss
 

@@ -1,8 +1,8 @@
-"""Rows of the training set drawn by a method's own generator, beside the Trainer's data order."""
+"""Rows for a method's own use: drawn from the training set beside the Trainer's data order, or given by the user."""
 
 import base64
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,23 +51,48 @@ class RowDraws:
 
     def _walk(self, count: int) -> list[Any]:
         if self._walker is None:
-            self._walker = itertools.islice(self._rows_forever(), self.taken, None)
+            self._walker = itertools.islice(_forever(self._dataset), self.taken, None)
         rows = list(itertools.islice(self._walker, count))
         self.taken += len(rows)
         return rows
 
-    def _rows_forever(self) -> Iterator[Any]:
-        while True:
-            empty = True
-            for row in self._dataset:
-                empty = False
-                yield row
-            if empty:
-                return
+
+class GivenBatches:
+    """Batches that the user hands out: the next one is used each time, whatever its size; they start again at the end.
+
+    Args:
+        batches: Batches with labels, an iterable that can be started again, or an endless one.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+        self._walker: Iterator[Batch] | None = None
+        self.taken = 0
+
+    def draw(self, count: int, chunk: int) -> Sequence[Batch]:
+        """Return the next batch."""
+        if self._walker is None:
+            self._walker = itertools.islice(_forever(self._batches), self.taken, None)
+        batch = next(self._walker, None)
+        if batch is None:
+            raise DataError("attach(..., batches=...) yields no batches any more; give what can start again.")
+        self.taken += 1
+        return [batch]
+
+
+def _forever(rows: Iterable[Any]) -> Iterator[Any]:
+    """Go through an iterable again and again; stop where it yields nothing."""
+    while True:
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+        if empty:
+            return
 
 
 def draws_state(generator: torch.Generator, draws: Any) -> dict[str, Any]:
-    """JSON-ready state of a generator and of the rows that `draws` has taken from an iterable."""
+    """JSON-ready state of a generator, and how much `draws` has taken from an iterable."""
     state = generator.get_state().numpy().tobytes()
     return {"generator": base64.b64encode(state).decode("ascii"), "taken": getattr(draws, "taken", 0)}
 

@@ -21,10 +21,10 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.sparse.gast import Choice, GASTSettings, Pool, Scale, Score, Support
-from siftune.train.draws import Batch, RowDraws
+from siftune.train.draws import Batch, GivenBatches, RowDraws
 from siftune.train.sample_choice import Samples
 from siftune.train.samples import SampleSelection
-from siftune.train.selection import GivenBatches, Loss, model_loss
+from siftune.train.selection import Loss, model_loss
 from siftune.train.selection_callback import SelectionCallback
 from siftune.train.trainer_access import calling_trainer, refuse_sharding, resumed_from, trainer_loss
 

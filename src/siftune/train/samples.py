@@ -75,6 +75,7 @@ class SampleSelection:
         self._sums: Gradients = {}
         self._choosing: Choosing | None = None
         self._seed: int | None = None  # of the step; None before the first
+        self._opened: dict[str, Any] | None = None  # state of the draws before the step; None after it
         self._next_batch = 0
         self._told_of_few = False
         self._handles: list[Any] = []
@@ -89,8 +90,10 @@ class SampleSelection:
 
     def begin(self) -> None:
         """Draw the seed of the coming step, and its support set where there is one."""
+        self._opened = draws_state(self.generator, self.draws)
+        if self._seed is not None:  # else a resume may have been within a step
+            self._next_batch = 0
         self._seed = int(torch.randint(2**62, (), generator=self.generator))
-        self._next_batch = 0
         if self.settings.needs_rows and not self._following_all:
             assert self.draws is not None
             batches = self.draws.draw(self.settings.support_size, self._chunk)
@@ -102,6 +105,7 @@ class SampleSelection:
         """Note that the gradients of a step are complete: move the running mean. Call it before the optimizer steps."""
         if self.settings.support == "momentum" and self.settings.needs_scores:
             self._move_mean()
+        self._opened = None
 
     def step(self) -> None:
         """Note that an optimizer step is done, and begin the next."""
@@ -124,12 +128,19 @@ class SampleSelection:
         self._support, self._sums = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state: generator and steps. The running mean is in `mean_tensors`."""
-        return {"steps": self.steps, **draws_state(self.generator, self.draws)}
+        """JSON-ready state: generator, steps, passes of a step that has begun, which begins again when this is loaded.
+
+        Take it between two optimizer steps, or between two passes where nothing tells of steps. The running mean of
+        "momentum" is in `mean_tensors`.
+        """
+        if self._opened is None:
+            return {"steps": self.steps, "passes": 0, **draws_state(self.generator, self.draws)}
+        return {"steps": self.steps, "passes": self._next_batch, **self._opened}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`, as if never interrupted."""
         self.steps = int(state["steps"])
+        self._seed, self._opened, self._next_batch = None, None, int(state.get("passes", 0))
         load_draws_state(state, self.generator, self.draws)
 
     def mean_tensors(self) -> dict[str, Tensor]:

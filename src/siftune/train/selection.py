@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -63,22 +63,6 @@ class Draws(Protocol):
 
     def draw(self, count: int, chunk: int) -> Sequence[Batch]:
         """Draw `count` rows as batches of at most `chunk` rows."""
-
-
-class GivenBatches:
-    """Batches that the user hands out: the next one is used at each scoring, whatever its size."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
-        self._iterator: Iterator[Batch] = iter(batches)
-
-    def draw(self, count: int, chunk: int) -> Sequence[Batch]:
-        """Return the next batch; start again at the end."""
-        batch = next(self._iterator, None)
-        if batch is None:
-            self._iterator = iter(self._batches)
-            batch = next(self._iterator)
-        return [batch]
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -168,14 +152,22 @@ class LayerSelection:
         self._handles.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state: importance, generator, steps."""
-        return {"steps": self.steps, "importance": self.importance.tolist(), **draws_state(self.generator, self.draws)}
+        """JSON-ready state between two optimizer steps: importance, layers, generator, steps."""
+        return {
+            "steps": self.steps,
+            "importance": self.importance.tolist(),
+            "layers": list(self.last.layers) if self.last else None,
+            **draws_state(self.generator, self.draws),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`, as if never interrupted."""
         self.steps = int(state["steps"])
         self.importance = torch.tensor(state["importance"], dtype=torch.float64)
         load_draws_state(state, self.generator, self.draws)
+        if layers := state.get("layers"):  # of the coming step in a plain loop; a Trainer's callback draws anew
+            self._gates.set_active(layers)
+            self.last = Selection(self.steps, tuple(layers), self.importance)
 
     def __enter__(self) -> "LayerSelection":
         return self

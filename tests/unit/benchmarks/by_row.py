@@ -11,7 +11,7 @@ from baseline_trainer import BaselineTrainer
 from baselines import Greats, StoreAll, TwoPass
 from siftune import GAST
 from siftune.sparse.gast import GASTSettings
-from siftune.train.selection import GivenBatches
+from siftune.train.draws import GivenBatches
 from siftune.train.trainer import SiftTrainer
 
 GASTS = (TwoPass, StoreAll)

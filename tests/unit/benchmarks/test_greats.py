@@ -14,7 +14,7 @@ from trainers import arguments, rows
 from baselines import Greats, greedy
 from siftune.errors import RecipeError
 from siftune.sparse.gast import GASTSettings
-from siftune.train.selection import GivenBatches
+from siftune.train.draws import GivenBatches
 from siftune.train.trainer import SiftTrainer
 
 

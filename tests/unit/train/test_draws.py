@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from siftune.errors import DataError
-from siftune.train.draws import RowDraws, label_weight
+from siftune.train.draws import GivenBatches, RowDraws, label_weight
 
 
 def generator(seed=0):
@@ -79,6 +79,22 @@ def test_a_stream_goes_on_after_a_resume():
 def test_no_rows(data):
     with pytest.raises(DataError, match="yields no rows"):
         RowDraws(data, collate, generator()).draw(4, 4)
+
+
+def test_given_batches_start_again_and_go_on_after_a_resume():
+    given = GivenBatches(["a", "b", "c"])
+    assert [given.draw(9, 9) for _ in range(4)] == [["a"], ["b"], ["c"], ["a"]]
+    again = GivenBatches(["a", "b", "c"])
+    again.taken = given.taken
+    assert again.draw(9, 9) == ["b"]
+
+
+def test_given_batches_that_end():
+    given = GivenBatches(iter(["a"]))
+    given.draw(4, 4)
+    for ended in (given, GivenBatches([])):
+        with pytest.raises(DataError, match="no batches any more; give what can start again"):
+            ended.draw(4, 4)
 
 
 def test_a_batch_counts_for_the_labels_that_it_predicts():

@@ -7,7 +7,13 @@ from oracles import flat, rest_scores
 from peft import LoraConfig, get_peft_model
 from tokenizer import byte_tokenizer
 from trainers import Watch, adapted, arguments, rows, train, weights
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForSequenceClassification, Trainer
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerState,
+)
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from siftune import GAST, IST
@@ -266,6 +272,13 @@ def test_reward_trainer_draws_pairs(tmp_path):
     assert all(s.scores.shape == (3, 4) for s in method.history)
 
 
+@pytest.mark.parametrize(("pairs", "samples"), [(None, 4), (False, 4), (True, 2)])
+def test_pairs_may_be_told(tmp_path, pairs, samples):
+    sift = GAST(1, "rest", pairs=pairs, keep=True)
+    train(tmp_path, sift, max_steps=2)
+    assert {choice.scores.shape for choice in sift.history} == {(4, samples)}
+
+
 def test_the_last_batch_may_be_smaller(tmp_path):
     method = GAST(3, "rest", keep=True)
     train(tmp_path, method, dataset=rows(10), max_steps=3)
@@ -323,3 +336,22 @@ def test_evaluation_during_training_is_not_a_batch(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert [(s.step, s.batch) for s in method.history] == [(step, 0) for step in range(6)]
+
+
+def test_a_restored_state_serves_once():
+    loaded = []
+
+    class Recorder:
+        def load_state_dict(self, state):
+            loaded.append(state["steps"])
+
+    sift = GAST(2, "rest")
+    sift._selection, sift._resumed = Recorder(), {"steps": 1}  # as the Trainer's own restoring leaves it
+    saved = {"GAST": {"args": {}, "attributes": {"_resumed": {"steps": 5}}}}
+    for step in (0, 1, 5):
+        sift._resume(TrainerState(global_step=step, stateful_callbacks=saved))
+    assert loaded == [5, 5]
+    sift._resumed = {"steps": 1}
+    for step in (1, 5):
+        sift._resume(TrainerState(global_step=step, stateful_callbacks=saved))
+    assert loaded == [5, 5, 1, 5]
