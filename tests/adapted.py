@@ -1,11 +1,15 @@
 """Tiny models with adapters of every kind that a method may meet."""
 
+from functools import partial
+
+import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from tiny import tiny
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters import attach_adapter, group_by_layer
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -76,3 +80,15 @@ ADAPTED = {
         LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]), "mixtral"
     ),
 }
+
+
+def checkpoint_whole_layers(model: nn.Module, monkeypatch: pytest.MonkeyPatch, reentrant: bool) -> None:
+    """Run each layer under activation checkpointing with its hooks, as models do that call `checkpoint` themselves."""
+    model.config.use_cache = False  # a layer that runs again would add to it
+    kind = type(group_by_layer(model)[0].module)
+
+    def call(self: nn.Module, hidden: Tensor, *args, **kwargs):
+        run = partial(nn.Module.__call__, self, **kwargs)
+        return checkpoint(run, hidden, *args, use_reentrant=reentrant)
+
+    monkeypatch.setattr(kind, "__call__", call)

@@ -15,7 +15,7 @@ checkpointing recomputes it.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -186,8 +186,10 @@ class Tape(Generic[P]):
 
     def _enter(self, group: LayerGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run before a layer: gate its input, and open its record."""
-        if not torch.is_grad_enabled() or self._paused or in_backward():
+        if not torch.is_grad_enabled() or self._paused:
             return None
+        if in_backward():
+            return self._enter_again(group, args, kwargs)
         self._records.pop(group.index, None)
         hidden = hidden_states(args, kwargs)
         if group.index <= self._entered or self._entered < 0:
@@ -243,6 +245,17 @@ class Tape(Generic[P]):
             )
         return rows // 2 if self._pairs else rows
 
+    def _enter_again(self, group: LayerGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run before a layer that activation checkpointing runs again with its hooks: let it record as it did."""
+        refuse = partial(_refuse_reentrant, group)
+        if self._entered < 0:
+            refuse()
+        if group.index not in self._records:
+            return None
+        gate: Any = Gate  # else nothing in the layer might need a gradient; its own is asked for where reentrant only
+        parameters = list(group.parameters.values())
+        return with_hidden(args, kwargs, lambda entering: gate.apply(refuse, entering, *parameters))
+
     def _check(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse packed rows, once: their samples share a row."""
         if self._checked:
@@ -260,6 +273,13 @@ class Tape(Generic[P]):
 def in_backward() -> bool:
     """Whether autograd is at work in this thread, as when activation checkpointing runs a layer again."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _refuse_reentrant(group: LayerGroup) -> NoReturn:
+    raise UnsupportedError(
+        f"activation checkpointing with use_reentrant=True runs {group.name} with gradients in backward only, so "
+        "samples cannot be selected there; set use_reentrant=False"
+    )
 
 
 def _by_owner(kinds: Mapping[Slot, Kind]) -> dict[nn.Module, list[tuple[Slot, Kind]]]:

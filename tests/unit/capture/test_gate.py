@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from adapted import checkpoint_whole_layers
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, batch, tiny
 
@@ -67,6 +68,19 @@ def test_activation_checkpointing_changes_nothing(checkpointing):
         assert (grad is None) == (got[name] is None), name
         if grad is not None:
             torch.testing.assert_close(got[name], grad)
+
+
+def test_checkpointing_may_run_a_layers_hooks_again(monkeypatch):
+    model = adapted()
+    inputs = batch(model)
+    with LayerGates(model, group_by_layer(model)) as gates:
+        gates.set_active([1, 3])
+        expected = grads(model, inputs)
+        checkpoint_whole_layers(model, monkeypatch, reentrant=False)
+        got = grads(model, inputs)
+    assert {name.split(".layers.")[1][0] for name, grad in got.items() if grad is not None} == {"1", "3"}
+    for name, grad in expected.items():
+        torch.testing.assert_close(got[name], grad)
 
 
 def saved_bytes(model, inputs):

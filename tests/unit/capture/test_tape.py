@@ -5,7 +5,15 @@ import weakref
 
 import pytest
 import torch
-from adapted import adapted, from_config, lora_and_dora, lora_with_patterns, shake, two_active_adapters
+from adapted import (
+    adapted,
+    checkpoint_whole_layers,
+    from_config,
+    lora_and_dora,
+    lora_with_patterns,
+    shake,
+    two_active_adapters,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import gradients, sample_gradients, summed_loss
@@ -14,6 +22,7 @@ from tiny import FAMILIES, batch, tiny
 
 from siftune.capture import ghost
 from siftune.capture.tape import Tape
+from siftune.errors import UnsupportedError
 from siftune.models.adapters import group_by_layer, use_base_dtype
 
 # family -> modules for IA3, and those of them whose input it scales; biases trained along
@@ -191,6 +200,34 @@ def test_activation_checkpointing_changes_nothing(kind, reentrant):
     assert recorder.passes == [4]
     for parameter, rows in found[0].items():
         assert_close(found[1][parameter], rows, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_checkpointing_may_run_a_layers_hooks_again(kind, monkeypatch):
+    model = adapted(kind=kind).double()
+    inputs = batch(model, 4)
+    wanted = sample_gradients(model, inputs)
+    checkpoint_whole_layers(model, monkeypatch, reentrant=False)
+    with Recorder(model, rows=[0, 2]) as recorder:
+        for _ in range(2):
+            model.zero_grad()
+            summed_loss(model, inputs).backward()
+    assert recorder.passes == [4, 4]
+    for parameter, rows in recorder.grads.items():
+        assert_close(rows, wanted[parameter], 1e-12)
+        assert_close(parameter.grad, wanted[parameter][[0, 2]].sum(0), 1e-12)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_reentrant_checkpointing_around_a_layers_hooks_is_refused(before, monkeypatch):
+    model = adapted()
+    model.enable_input_require_grads()  # else reentrant checkpointing trains nothing at all
+    with Recorder(model):
+        if before:
+            summed_loss(model, batch(model, 4)).backward()
+        checkpoint_whole_layers(model, monkeypatch, reentrant=True)
+        with pytest.raises(UnsupportedError, match="use_reentrant"):
+            summed_loss(model, batch(model, 4)).backward()
 
 
 def test_dropout_in_adapters_is_that_of_plain_training():
