@@ -92,3 +92,19 @@ def checkpoint_whole_layers(model: nn.Module, monkeypatch: pytest.MonkeyPatch, r
         return checkpoint(run, hidden, *args, use_reentrant=reentrant)
 
     monkeypatch.setattr(kind, "__call__", call)
+
+
+class Looped(nn.ModuleList):
+    """Layers that a model goes through twice, all but the first; without caches."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return [*found, *list(found)[1:]] if isinstance(index, slice) else found
+
+
+def looped(**settings) -> PeftModel:
+    """A Llama that goes through its layers in a loop, as recurrent transformers do."""
+    base = tiny("llama")
+    base.config.use_cache = False
+    base.model.layers = Looped(base.model.layers)
+    return shake(attach_adapter(base, **{"rank": 4, **settings})).eval()

@@ -35,10 +35,29 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = tuple(_FAMILIES)
 
+_SHARED_EXPERTS = {
+    **_MOE,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+# for what is tried on few families beside those above
+_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4_moe": ("glm4_moe", {**_GROUPED, **_SHARED_EXPERTS}),
+    "deepseek_v3": ("deepseek_v3", {**_SHARED_EXPERTS, **_LATENT, "num_key_value_heads": 4}),
+    "mamba": ("mamba", {"state_size": 4, "time_step_rank": 4}),
+    "zamba": ("zamba", {"layer_types": ["linear_attention"] * 4, "n_mamba_heads": 2, "mamba_d_state": 4}),
+    "rwkv": ("rwkv", {"attention_hidden_size": 32, "context_length": 64}),
+}
+
 
 def tiny(family: str, layers: int = 4, **overrides: Any) -> PreTrainedModel:
     """Build a float32 model in eval mode: hidden size 32, 4 heads, the same weights every time."""
-    model_type, extra = _FAMILIES[family]
+    model_type, extra = {**_FAMILIES, **_MORE}[family]
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

@@ -3,7 +3,8 @@
 A layer that is not active runs with its trainable parameters *detached*: autograd saves nothing for them and they
 receive no gradient, while `requires_grad` stays as it is, so that optimizers and DDP never see a parameter come or
 go. Up to and including the lowest active layer the hidden states enter detached, so that backward ends there; this
-holds too where a model makes its embeddings require gradients for activation checkpointing.
+holds too where a model makes its embeddings require gradients for activation checkpointing. In models that go through
+their layers in a loop, they enter detached the first time only.
 
 DDP waits for a gradient of every parameter. On request the lowest active layer's gate delivers zeros for the
 inactive ones; the caller drops them before the optimizer step.
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siftune.errors import RecipeError
-from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, outside
+from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, outside, untraced
 
 taped: WeakSet[nn.Module] = WeakSet()  # layers in which a tape records
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()
@@ -147,6 +148,8 @@ class LayerGates:
 
     def _end_backward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """Detach a layer's input; in the lowest active layer, deliver the zeros that DDP waits for."""
+        if hidden.requires_grad and self._depends_on_layers(hidden):
+            return hidden  # the model loops over its layers
         hidden = hidden.detach()
         if index != self._lowest:
             return hidden
@@ -158,6 +161,26 @@ class LayerGates:
         gate: Any = Gate  # `apply` is typed in some versions of torch only
         gated: Tensor = gate.apply(lambda: [torch.zeros_like(p) for p in idle], hidden, *idle)
         return gated
+
+    def _depends_on_layers(self, hidden: Tensor) -> bool:
+        ours = {id(p) for group in self._groups if group.index in self._active for p in group.parameters.values()}
+        return is_upstream(hidden, lambda node: id(getattr(node, "variable", None)) in ours)
+
+
+@untraced
+def is_upstream(value: Tensor, wanted: Callable[[Any], bool]) -> bool:
+    """Whether a node of autograd's graph that `wanted` accepts is among those that a value was computed with."""
+    waiting = [value.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if wanted(node):
+            return True
+        seen.add(node)
+        waiting.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

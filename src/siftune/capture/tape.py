@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siftune.capture import ghost
-from siftune.capture.gate import Gate, hidden_states, is_active, taped, with_hidden
+from siftune.capture.gate import Deliver, Gate, hidden_states, is_active, is_upstream, taped, with_hidden
 from siftune.capture.recordable import Kind, kinds_of
 from siftune.errors import UnsupportedError
 from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, untraced
@@ -149,7 +149,8 @@ class Tape(Generic[P]):
         self._reduce = reduce
         self._pairs = pairs
         self._records: dict[int, LayerRecord] = {}  # of the pass that ran last
-        self._entered = -1
+        self._delivers: list[Deliver] = []  # of its gates
+        self._entered = -1  # the highest layer in it
         self._pass: P | None = None
         self._paused = False
         self._checked = False
@@ -181,6 +182,7 @@ class Tape(Generic[P]):
             handle.remove()
         self._handles.clear()
         self._records.clear()
+        self._delivers.clear()
         for group in self._groups:
             taped.discard(group.module)
 
@@ -190,19 +192,26 @@ class Tape(Generic[P]):
             return None
         if in_backward():
             return self._enter_again(group, args, kwargs)
-        self._records.pop(group.index, None)
         hidden = hidden_states(args, kwargs)
-        if group.index <= self._entered or self._entered < 0:
+        if self._entered < 0 or (group.index <= self._entered and not self._is_in_loop(hidden)):
             self._check(kwargs)
+            self._records, self._delivers, self._entered = {}, [], -1
             self._pass = self._begin(self._samples(hidden.shape[0]))
-        self._entered = group.index
+        elif group.index in self._records:  # its first gate is the last to run in backward, and the records add up
+            return None
+        self._entered = max(self._entered, group.index)
         if self._pass is None or not is_active(group):
             return None
         record = self._records[group.index] = LayerRecord(hidden.shape[0], hidden.shape[1], self._pairs)
         parameters = list(group.parameters.values())
         gate: Any = Gate  # `apply` is typed in some versions of torch only
         deliver = partial(self._deliver, self._pass, group, record, parameters)
+        self._delivers.append(deliver)
         return with_hidden(args, kwargs, lambda entering: gate.apply(deliver, entering, *parameters))
+
+    def _is_in_loop(self, hidden: Tensor) -> bool:
+        """Whether hidden states come from layers of the pass that runs: the model goes through them again."""
+        return is_upstream(hidden, lambda node: getattr(node, "deliver", None) in self._delivers)
 
     def _deliver(
         self, this: P, group: LayerGroup, record: LayerRecord, parameters: Sequence[nn.Parameter]

@@ -71,7 +71,8 @@ def attach_adapter(
             16 whatever the rank (rsLoRA, whose point is that the scale falls with √rank only).
         dropout: Probability of zeroing an input of A, in [0, 1).
         targets: Names, or ends of dotted names, of the modules to adapt. None stands for every linear module of
-            the decoder layers, attention and MLP; experts and routers of a mixture are left out.
+            the decoder layers, attention and MLP, but for what `targets.layer_linears` leaves out: experts and
+            routers of a mixture, modules that PEFT takes for experts, most of Mamba's mixers.
         layers: Numbers of the decoder layers that get adapters, from 0, negative ones from the end. None stands for
             all of them.
 

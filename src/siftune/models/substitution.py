@@ -7,13 +7,15 @@ from the parameter, and autograd carries the gradient back through whatever made
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from siftune.models.groups import LayerGroup, outside
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 # modules that hold others but are never called
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -151,9 +153,9 @@ class ForwardSubstitution:
         self.remove()
 
 
-def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(hook: Hook) -> Hook:
     """Keep a hook out of what torch.compile traces: it works on this very call, with the tensors of now."""
-    wrapped: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    wrapped: Hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return wrapped
 
 

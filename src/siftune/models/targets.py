@@ -2,15 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.errors import AdapterError
 from siftune.models.layers import find_layers
 
+_MAMBA_PARTS = {"x_proj", "dt_proj", "out_proj"}
+
 
 def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Collect the linear modules of the decoder layers, by full name; experts and routers are left out.
+    """Collect the linear modules of the decoder layers that an adapter can go on, by full name.
+
+    Left out are experts and routers; modules whose names PEFT takes for those of the experts; and, of Mamba's mixers,
+    all but the input projection: their weights are read past any adapter, by fused kernels or by the model itself.
 
     Raises:
         LayerError: The layers cannot be found.
@@ -19,8 +26,11 @@ def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
     found = find_layers(model)
     names = {module: name for name, module in model.named_modules()}
     linears = {names[m]: m for layer in found.layers for m in layer.modules() if is_linear(m)}
-    experts = {name for layer in found.layers for name in _expert_parts(layer, names)}
-    chosen = {n: m for n, m in linears.items() if not any(_is_within(n, part) for part in experts)}
+    parts = {name for layer in found.layers for name in (*_expert_parts(layer, names), *_mamba_parts(layer, names))}
+    chosen = {n: m for n, m in linears.items() if not any(_is_within(n, part) for part in parts)}
+    if any(expert_banks(layer) for layer in found.layers):
+        taken = {leaf for leaf in map(_leaf, chosen) if _means_experts(model, leaf)}
+        chosen = {n: m for n, m in chosen.items() if _leaf(n) not in taken}
     if not chosen:
         raise AdapterError(
             f"the layers at {found.path} have no linear module to adapt; name modules with `targets`, "
@@ -70,13 +80,38 @@ def _expert_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str
                 yield from (names[m] for m in linears if getattr(m, "out_features", None) in (1, count))
 
 
+def _mamba_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str]:
+    """Name the linear modules of Mamba's mixers whose weights are used without calling them."""
+    for mixer in layer.modules():
+        if _is_mamba(mixer):
+            yield from (names[part] for name, part in mixer.named_children() if name in _MAMBA_PARTS)
+
+
+def _is_mamba(module: nn.Module) -> bool:
+    return {"A_log", "D"} <= module._parameters.keys()
+
+
+def _means_experts(model: nn.Module, target: str) -> bool:
+    """Whether PEFT puts an adapter on experts where this name is targeted.
+
+    For some mixtures it takes `gate_proj` for a part of the experts, as the name was before transformers fused them,
+    though a dense layer or a shared expert has a module of that name.
+    """
+    config = LoraConfig(target_modules=[target])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it wants the other names of the experts as well
+        return True
+    return bool(config.target_parameters)
+
+
 def _expert_count(module: nn.Module) -> int:
     """Return how many experts a module holds; 0 for anything but a bank of experts."""
     if isinstance(module, nn.ModuleList):
         return len(module)
-    if isinstance(module, nn.modules.conv._ConvNd):  # three dimensions as well
+    if isinstance(module, nn.modules.conv._ConvNd) or _is_mamba(module):  # three dimensions as well
         return 0
-    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3), 0)
+    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1), 0)
 
 
 def expert_banks(layer: nn.Module) -> list[nn.Module]:
@@ -98,7 +133,11 @@ def _ends_in(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _leaf_names(model: nn.Module) -> str:
     """List the last parts of the names of all linear modules."""
-    leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)}
+    leaves = {_leaf(name) for name, m in model.named_modules() if is_linear(m)}
     return ", ".join(sorted(leaves)) or "none"

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from adapted import checkpoint_whole_layers
+from adapted import checkpoint_whole_layers, looped
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, batch, tiny
 
@@ -81,6 +81,26 @@ def test_checkpointing_may_run_a_layers_hooks_again(monkeypatch):
     assert {name.split(".layers.")[1][0] for name, grad in got.items() if grad is not None} == {"1", "3"}
     for name, grad in expected.items():
         torch.testing.assert_close(got[name], grad)
+
+
+@pytest.mark.parametrize("active", [[1], [2], [1, 3], [0, 2]])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_loop_over_layers_gets_plain_gradients(active, checkpointing):
+    model = looped()
+    inputs = batch(model)
+    plain = grads(model, inputs)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.train()
+    with LayerGates(model, group_by_layer(model)) as gates:
+        gates.set_active(active)
+        got = grads(model, inputs)
+    for name, grad in got.items():
+        if int(name.split(".layers.")[1][0]) in active:
+            torch.testing.assert_close(grad, plain[name])
+        else:
+            assert grad is None
 
 
 def saved_bytes(model, inputs):

@@ -9,6 +9,7 @@ from adapted import (
     adapted,
     checkpoint_whole_layers,
     from_config,
+    looped,
     lora_and_dora,
     lora_with_patterns,
     shake,
@@ -21,6 +22,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import FAMILIES, batch, tiny
 
 from siftune.capture import ghost
+from siftune.capture.gate import LayerGates
 from siftune.capture.tape import Tape
 from siftune.errors import UnsupportedError
 from siftune.models.adapters import group_by_layer, use_base_dtype
@@ -59,6 +61,7 @@ CASES = {
     **{
         f"{family} {kind}": (lambda f=family, k=kind: adapted(f, k)) for family in FAMILIES for kind in ("lora", "dora")
     },
+    "mamba lora": lambda: adapted("mamba"),
     "llama rslora": lambda: adapted(kind="rslora"),
     **{f"{family} ia3": (lambda f=family: with_ia3(f)) for family in FAMILIES},
     **{f"{family} biases": (lambda f=family: with_biases(f)) for family in _BIASED},
@@ -122,6 +125,18 @@ def test_rows_gradients_equal_the_loop_in_float64(name):
     for parameter, rows in recorder.grads.items():
         assert_close(rows, wanted[parameter], 1e-12)
         assert_close(parameter.grad, wanted[parameter][[0, 2]].sum(0), 1e-12)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_rows_gradients_in_mixtures_that_route_in_float32(family):
+    model = double(adapted(family))
+    inputs = batch(model, 4)
+    wanted = sample_gradients(model, inputs)
+    with Recorder(model) as recorder:
+        summed_loss(model, inputs).backward()
+    assert set(recorder.grads) == set(in_layers(model))
+    for parameter, rows in recorder.grads.items():
+        assert_close(rows, wanted[parameter], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama lora", "gpt2 dora", "opt ia3", "qwen2 biases", "gemma3 lora", "mixtral lora"])
@@ -228,6 +243,39 @@ def test_reentrant_checkpointing_around_a_layers_hooks_is_refused(before, monkey
         checkpoint_whole_layers(model, monkeypatch, reentrant=True)
         with pytest.raises(UnsupportedError, match="use_reentrant"):
             summed_loss(model, batch(model, 4)).backward()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_loop_over_layers_is_one_pass(kind, checkpointing):
+    model = looped(kind=kind).double().train()
+    inputs = batch(model, 4)
+    wanted = sample_gradients(model, inputs)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with Recorder(model, rows=[0, 2]) as recorder:
+        for _ in range(2):
+            model.zero_grad()
+            summed_loss(model, inputs).backward()
+    assert recorder.passes == [4, 4]
+    assert [index for _, index in recorder.order] == [3, 2, 1, 0] * 2
+    for parameter, rows in recorder.grads.items():
+        assert_close(rows, wanted[parameter], 1e-12)
+        assert_close(parameter.grad, wanted[parameter][[0, 2]].sum(0), 1e-12)
+
+
+def test_a_loop_that_begins_with_an_inactive_layer_is_one_pass():
+    model = looped().double()
+    inputs, groups = batch(model, 4), group_by_layer(model)
+    with LayerGates(model, groups) as gates:
+        gates.set_active([2])
+        wanted = sample_gradients(model, inputs)
+        with Recorder(model) as recorder:
+            summed_loss(model, inputs).backward()
+    assert recorder.passes == [4]
+    assert set(recorder.grads) == set(groups[2].parameters.values())
+    for parameter, rows in recorder.grads.items():
+        assert_close(rows, wanted[parameter], 1e-12)
 
 
 def test_dropout_in_adapters_is_that_of_plain_training():

@@ -13,6 +13,7 @@ from adapted import ADAPTED, adapted, shake, two_active_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import FAMILIES, batch, tiny
 from torch import Tensor, nn
@@ -105,6 +106,25 @@ def test_attach_leaves_experts_and_routers_alone():
     for mlp in (listed, fused, conv):
         adapters = {name for name, m in mlp.named_modules() if isinstance(m, BaseTunerLayer)}
         assert adapters == {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        ("glm4_moe", {"q_proj", "k_proj", "v_proj", "o_proj"}),  # PEFT takes gate_proj of its dense layer for experts
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+        ("mamba", {"in_proj"}),
+        ("zamba", {"in_proj"}),  # its mixers have weights of (heads, out, in), as experts have
+        ("rwkv", {"key", "value", "receptance", "output"}),  # its blocks have weights of (1, 1, hidden)
+    ],
+)
+def test_attach_keeps_to_what_an_adapter_works_on(family, wanted, tmp_path):
+    attach_adapter(tiny(family), rank=2).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny(family), tmp_path)
+    adapters = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert {name.rpartition(".")[2] for name in adapters} == wanted
+    assert not [name for name, m in adapters.items() if isinstance(m, ParamWrapper)]
+    assert len(group_by_layer(attach_adapter(tiny(family), rank=2))) == 4
 
 
 def test_default_targets_are_short_but_stay_in_the_layers():
