@@ -49,6 +49,18 @@ _LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_
 _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", {**_GROUPED, **_SHARED_EXPERTS}),
     "deepseek_v3": ("deepseek_v3", {**_SHARED_EXPERTS, **_LATENT, "num_key_value_heads": 4}),
+    "gemma3n": (  # its layers are given four copies of the hidden states
+        "gemma3n_text",
+        {
+            **_GROUPED,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": None,
+        },
+    ),
     "mamba": ("mamba", {"state_size": 4, "time_step_rank": 4}),
     "zamba": ("zamba", {"layer_types": ["linear_attention"] * 4, "n_mamba_heads": 2, "mamba_d_state": 4}),
     "rwkv": ("rwkv", {"attention_hidden_size": 32, "context_length": 64}),

@@ -193,16 +193,17 @@ class Tape(Generic[P]):
         if in_backward():
             return self._enter_again(group, args, kwargs)
         hidden = hidden_states(args, kwargs)
+        rows, positions = hidden.shape[-3:-1]  # before them may stand copies of the hidden states, as in Gemma 3n
         if self._entered < 0 or (group.index <= self._entered and not self._is_in_loop(hidden)):
             self._check(kwargs)
             self._records, self._delivers, self._entered = {}, [], -1
-            self._pass = self._begin(self._samples(hidden.shape[0]))
+            self._pass = self._begin(self._samples(rows))
         elif group.index in self._records:  # its first gate is the last to run in backward, and the records add up
             return None
         self._entered = max(self._entered, group.index)
         if self._pass is None or not is_active(group):
             return None
-        record = self._records[group.index] = LayerRecord(hidden.shape[0], hidden.shape[1], self._pairs)
+        record = self._records[group.index] = LayerRecord(rows, positions, self._pairs)
         parameters = list(group.parameters.values())
         gate: Any = Gate  # `apply` is typed in some versions of torch only
         deliver = partial(self._deliver, self._pass, group, record, parameters)

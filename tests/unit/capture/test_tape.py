@@ -127,8 +127,8 @@ def test_rows_gradients_equal_the_loop_in_float64(name):
         assert_close(parameter.grad, wanted[parameter][[0, 2]].sum(0), 1e-12)
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
-def test_rows_gradients_in_mixtures_that_route_in_float32(family):
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "gemma3n"])
+def test_rows_gradients_in_models_that_compute_parts_in_float32(family):
     model = double(adapted(family))
     inputs = batch(model, 4)
     wanted = sample_gradients(model, inputs)
