@@ -66,12 +66,13 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(folder, *callbacks, model=None, dataset=None, resume=None, trainer=Trainer, **settings):
+def train(folder, *callbacks, model=None, dataset=None, resume=None, trainer=Trainer, collator=None, **settings):
     """Train a tiny model; returns the model and its Trainer."""
     model = model if model is not None else adapted()
     worker = trainer(
-        model, arguments(folder, **settings), train_dataset=dataset or rows(), callbacks=[Watch(model), *callbacks]
-    )
+        model, arguments(folder, **settings), train_dataset=dataset or rows(), data_collator=collator,
+        callbacks=[Watch(model), *callbacks],
+    )  # fmt: skip
     worker.train(resume_from_checkpoint=resume)
     return model, worker
 

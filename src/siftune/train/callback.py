@@ -70,7 +70,10 @@ class _LayerCallback(SelectionCallback):
         )
         loader = kwargs.get("train_dataloader")
         if loader is not None:
-            self._selection.draws = RowDraws(loader.dataset, loader.collate_fn, self._selection.generator)
+            draws = RowDraws(loader.dataset, loader.collate_fn, self._selection.generator)
+            if self.settings.interval is not None:
+                draws.check()
+            self._selection.draws = draws
         self._resume(state)
 
     def on_step_begin(

@@ -42,8 +42,27 @@ class RowDraws:
         rows = self._pick(count) if self._indexed else self._walk(count)
         if not rows:
             raise DataError("The training set yields no rows, so there is nothing to score layers on.")
+        return [self._batch(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
+
+    def check(self) -> None:
+        """See that rows become a batch, where a row can be read without taking it.
+
+        Raises:
+            DataError: The collator makes something else of them.
+        """
+        if self._indexed and len(self._dataset):
+            self._batch([self._dataset[0]])
+
+    def _batch(self, rows: list[Any]) -> Batch:
         with torch.random.fork_rng(devices=[]):
-            return [self._collate(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
+            batch = self._collate(rows)
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"The Trainer's collator makes a {type(batch).__name__} of rows, not a batch: a trainer that generates "
+                "its batches, as GRPO does, leaves no rows to score layers on or to compare gradients with. Use GAST "
+                'with support="rest" or "momentum", or RST.'
+            )
+        return batch
 
     def _pick(self, count: int) -> list[Any]:
         order = torch.randperm(len(self._dataset), generator=self._generator)[:count]

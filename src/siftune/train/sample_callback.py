@@ -181,8 +181,9 @@ class GAST(SelectionCallback):
             compiled=bool(args.torch_compile),
         )
         if self.settings.needs_rows:
-            rows = self._support_rows(loader)
-            self._selection.draws = RowDraws(rows, collate, self._selection.generator)  # type: ignore[arg-type]
+            draws = RowDraws(self._support_rows(loader), collate, self._selection.generator)  # type: ignore[arg-type]
+            draws.check()
+            self._selection.draws = draws
         if self._resume(state) and state.global_step > self.settings.select_after:  # before, there is no mean yet
             self._load_mean()
 
@@ -264,6 +265,13 @@ def _refuse_packing(args: TrainingArguments, collate: Any) -> None:
 
 
 def _are_pairs(trainer: Trainer | None, collate: Any) -> bool:
-    """Whether the batches hold chosen rows first and rejected rows second, as TRL's preference collators make them."""
+    """Whether the batches hold chosen rows first and rejected rows second, as TRL's paired preference trainers do."""
     collators = (collate, getattr(trainer, "data_collator", None))
-    return any("Preference" in kind.__name__ for c in collators if c is not None for kind in type(c).__mro__)
+    names = [kind.__name__ for c in collators if c is not None for kind in type(c).__mro__]
+    triple = next((name for name in names if "TriplePreference" in name), None)
+    if triple is not None:
+        raise UnsupportedError(
+            f"{triple} makes three rows of one sample, which cannot be selected together; samples may be rows or pairs"
+        )
+    paired = ("Preference" in name or "DPO" in name for name in names if "Unpaired" not in name)
+    return any(paired)

@@ -13,11 +13,23 @@ from transformers import (
     LlamaForSequenceClassification,
     Trainer,
     TrainerState,
+    default_data_collator,
 )
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from siftune import GAST, IST
-from siftune.errors import RecipeError, UnsupportedError
+from siftune.errors import DataError, RecipeError, UnsupportedError
 from siftune.models.adapters import group_by_layer
 
 
@@ -270,6 +282,67 @@ def test_reward_trainer_draws_pairs(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert all(s.scores.shape == (3, 4) for s in method.history)
+
+
+@pytest.mark.parametrize("support", ["sample", "rest"])
+def test_kto_draws_rows(tmp_path, support):
+    method = GAST(2, support, keep=True)
+    judged = [{"prompt": f"add {i}", "completion": f" is {i}", "label": bool(i % 2)} for i in range(12)]
+    trainer = KTOTrainer(
+        adapted(vocab_size=300), args=trl_arguments(tmp_path, KTOConfig), train_dataset=Dataset.from_list(judged),
+        processing_class=byte_tokenizer(), callbacks=[method],
+    )  # fmt: skip
+    trainer.train()
+    assert all(s.scores.shape == (4, 4) and s.selected.shape == (4, 2) for s in method.history)
+
+
+def grpo(tmp_path, method):
+    return GRPOTrainer(
+        adapted(vocab_size=300), reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+        args=trl_arguments(tmp_path, GRPOConfig, max_steps=2, num_generations=2, max_completion_length=6),
+        train_dataset=Dataset.from_list([{"prompt": f"add {i}"} for i in range(12)]),
+        processing_class=byte_tokenizer(), callbacks=[method],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("support", ["momentum", "rest"])
+def test_grpo_draws_completions(tmp_path, support):
+    method = GAST(2, support, keep=True)
+    grpo(tmp_path, method).train()
+    assert [(s.scores.shape, s.selected.shape) for s in method.history] == [((4, 4), (4, 2))] * 2
+
+
+@pytest.mark.parametrize("method", [GAST(2, "sample", select_after=9), IST()])
+def test_grpo_has_no_rows_to_compare_with(tmp_path, method):
+    trainer = grpo(tmp_path, method)
+    start = weights(trainer.model)
+    with pytest.raises(DataError, match=r"makes a list of rows.*, or RST"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(value, start[name]) for name, value in weights(trainer.model).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [
+        ("DPODataCollatorWithPadding", 2),
+        ("DataCollatorForVisionPreference", 2),
+        ("DataCollatorForUnpairedPreference", 4),
+    ],
+)
+def test_pairs_are_known_by_the_collator(tmp_path, name, samples):
+    sift = GAST(1, "rest", keep=True)
+    train(tmp_path, sift, max_steps=1, collator=collator_called(name))
+    assert {choice.scores.shape for choice in sift.history} == {(4, samples)}
+
+
+def test_triples_are_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="DataCollatorForTriplePreference makes three rows of one sample"):
+        train(tmp_path, GAST(1, "rest"), collator=collator_called("DataCollatorForTriplePreference"))
+
+
+def collator_called(name):
+    return type(name, (), {"__call__": lambda self, features: default_data_collator(features)})()
 
 
 @pytest.mark.parametrize(("pairs", "samples"), [(None, 4), (False, 4), (True, 2)])
