@@ -1,5 +1,6 @@
 """What a recipe is in the words of transformers' Trainer."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from transformers import TrainingArguments
 
 from siftune.config import Recipe
 from siftune.train.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(recipe: Recipe, folder: RunFolder, fp16: bool) -> TrainingArguments:
@@ -17,7 +20,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, fp16: bool) -> Trainin
         folder: Where checkpoints go.
         fp16: The model is in float16.
     """
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
@@ -46,6 +49,10 @@ def training_arguments(recipe: Recipe, folder: RunFolder, fp16: bool) -> Trainin
         disable_tqdm=True,
         report_to=recipe.report_to,
     )
+    if arguments.n_gpu > 1:
+        logger.warning("%d GPUs are there, the first is used; CUDA_VISIBLE_DEVICES names another", arguments.n_gpu)
+        arguments._n_gpu = 1  # else the Trainer copies the model by nn.DataParallel, out of reach of selection
+    return arguments
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

@@ -22,6 +22,12 @@ def refuse_sharding(args: TrainingArguments) -> None:
                 f"The Trainer uses {name}, which shards the adapters that selection works on. "
                 "Use one device or DDP: adapters are small enough to be replicated."
             )
+    if args.n_gpu > 1:
+        raise UnsupportedError(
+            f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model are "
+            "out of reach of selection. Start the script with torchrun or accelerate launch for DDP, or show it one "
+            "GPU: CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:

@@ -146,11 +146,14 @@ def test_iterable_dataset(tmp_path):
     assert sum(bool(c.losses) for c in chosen) == 2
 
 
-@pytest.mark.parametrize("bad", [{"fsdp": True}, {"deepspeed": {"zero": 1}}])
-def test_sharded_training_is_refused(tmp_path, bad):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"fsdp": True}, "uses fsdp"), ({"deepspeed": {"zero": 1}}, "uses deepspeed"), ({"_n_gpu": 2}, "over 2 GPUs")],
+)
+def test_sharded_and_copied_models_are_refused(tmp_path, bad, message):
     settings = arguments(tmp_path)
     settings.__dict__.update(bad)
-    with pytest.raises(UnsupportedError, match=next(iter(bad))):
+    with pytest.raises(UnsupportedError, match=message):
         IST().on_train_begin(settings, None, None, model=adapted())
 
 

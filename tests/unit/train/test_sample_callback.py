@@ -372,11 +372,14 @@ def test_what_dataset_needs(tmp_path):
         train(tmp_path, GAST(2, "dataset"))
 
 
-@pytest.mark.parametrize("bad", [{"fsdp": True}, {"deepspeed": {"zero": 1}}])
-def test_sharded_training_is_refused(tmp_path, bad):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"fsdp": True}, "uses fsdp"), ({"deepspeed": {"zero": 1}}, "uses deepspeed"), ({"_n_gpu": 2}, "over 2 GPUs")],
+)
+def test_sharded_and_copied_models_are_refused(tmp_path, bad, message):
     settings = arguments(tmp_path)
     settings.__dict__.update(bad)
-    with pytest.raises(UnsupportedError, match=next(iter(bad))):
+    with pytest.raises(UnsupportedError, match=message):
         GAST().on_train_begin(settings, None, None, model=adapted())
 
 
