@@ -70,9 +70,10 @@ def kinds_of(groups: Sequence[LayerGroup]) -> dict[Slot, Kind]:
     for group in groups:
         if any(getattr(module, "_compiled_call_impl", None) for module in group.module.modules()):
             refuse_compiled([group], group.name)
-        _refuse_experts(group)
         for unit in units(group):
             _refuse_tuner(unit)
+        _refuse_experts(group)
+        for unit in units(group):
             slots = parameter_owners(unit)
             kinds |= {slot: _kind(unit, slot) for slot in slots}
             _refuse_bias_with_dora(unit, kinds, slots)

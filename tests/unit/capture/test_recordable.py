@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapted import ADAPTED, adapted, from_config, shake
-from peft import LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import GraloraConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from tiny import batch, tiny
 from torch import nn
 
@@ -64,6 +64,11 @@ def unknown_parameter():
         (ADAPTED["lora on experts"], UnsupportedError, r"mlp.experts is a .*ParamWrapper"),
         (experts_in_a_list, UnsupportedError, r"layers.0.mlp.experts: experts see tokens of all rows mixed"),
         (lambda: from_config(VeraConfig(r=2, target_modules=["q_proj"])), UnsupportedError, r"vera\.layer\.Linear"),
+        (
+            lambda: from_config(GraloraConfig(r=4, target_modules=["q_proj"])),
+            UnsupportedError,
+            r"gralora\.layer\.Linear",
+        ),
         (dora_with_biases, UnsupportedError, r"DoRA with trained biases .* set bias='none'"),
         (shared_between_layers, UnsupportedError, "layers share a trainable parameter"),
         (unknown_parameter, UnsupportedError, "gradient of knob in Own cannot be told apart by row"),
