@@ -193,7 +193,7 @@ class Tape(Generic[P]):
         if in_backward():
             return self._enter_again(group, args, kwargs)
         hidden = hidden_states(args, kwargs)
-        rows, positions = hidden.shape[-3:-1]  # before them may stand copies of the hidden states, as in Gemma 3n
+        rows, positions = _rows_and_positions(group, hidden)
         if self._entered < 0 or (group.index <= self._entered and not self._is_in_loop(hidden)):
             self._check(kwargs)
             self._records, self._delivers, self._entered = {}, [], -1
@@ -272,7 +272,9 @@ class Tape(Generic[P]):
             return
         self._checked = True
         where = kwargs.get("position_ids")
-        starts = int((where == 0).sum(-1).max()) if isinstance(where, Tensor) and where.ndim == 2 else 1
+        starts = 1
+        if isinstance(where, Tensor) and where.ndim == 2 and where.shape[1] > 1:  # zeros may be padding, 0 1 is not
+            starts = int(((where[:, :-1] == 0) & (where[:, 1:] == 1)).sum(-1).max())
         if starts > 1 or any(kwargs.get(name) is not None for name in _PACKED):
             raise UnsupportedError(
                 "rows hold several sequences (packing or padding-free collation), so samples cannot be told apart; "
@@ -283,6 +285,14 @@ class Tape(Generic[P]):
 def in_backward() -> bool:
     """Whether autograd is at work in this thread, as when activation checkpointing runs a layer again."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _rows_and_positions(group: LayerGroup, hidden: Tensor) -> tuple[int, int]:
+    if hidden.ndim < 3:
+        raise UnsupportedError(
+            f"{group.name} is given hidden states of shape {tuple(hidden.shape)}, where rows cannot be told apart"
+        )
+    return hidden.shape[-3], hidden.shape[-2]  # before them may stand copies of the hidden states, as in Gemma 3n
 
 
 def _refuse_reentrant(group: LayerGroup) -> NoReturn:

@@ -116,13 +116,23 @@ def test_packed_rows(extra, rows):
         model(**inputs, **extra)
 
 
-def test_positions_of_padded_rows_are_not_taken_for_packing():
+@pytest.mark.parametrize(
+    "padded", [[1, 1, 1, 0, 1, 2, 3], [0, 0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0, 0], [0, 1, 2, 3, 1, 1, 1]]
+)
+def test_positions_of_padded_rows_are_not_taken_for_packing(padded):
     model = adapted()
     inputs = batch(model, 2)
-    where = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [1, 1, 1, 0, 1, 2, 3]])  # the second is padded on the left
+    where = torch.tensor([[0, 1, 2, 3, 4, 5, 6], padded])
     with attach(model, select=1) as sift:
         model(**inputs, position_ids=where).loss.backward()
     assert sift.last.selected.shape == (4, 1)
+
+
+def test_hidden_states_without_rows():
+    model = adapted()
+    layer = group_by_layer(model)[0].module
+    with attach(model, select=1), pytest.raises(UnsupportedError, match=r"given hidden states of shape \(6, 32\)"):
+        layer(torch.zeros(6, 32))
 
 
 def test_pairs_of_an_odd_batch():
