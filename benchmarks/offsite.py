@@ -1,7 +1,7 @@
 """What is an emulator worth? Gradients, loss gap, and what is tuned on it, for every way to make one.
 
-    python benchmarks/offsite.py --calibration ../shared/data/ARC-Easy.train.json \
-        --text ../shared/data/openbookqa.test.json --keeps 0.7,0.5 --seeds 0,1,2 --out FILE
+    python benchmarks/offsite.py --calibration ARC-Easy.train.json \
+        --text openbookqa.test.json --keeps 0.7,0.5 --seeds 0,1,2 --out FILE
     python benchmarks/offsite.py --report FILE
 
 The owner compresses the model with calibration rows of one task; the data owner tunes the first two and last two layers

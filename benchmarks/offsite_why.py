@@ -1,6 +1,6 @@
 """Why does the basis matter so much, and the refit? What dropping directions or channels costs, singly and together.
 
-    python benchmarks/offsite_why.py --calibration ../shared/data/ARC-Easy.train.json
+    python benchmarks/offsite_why.py --calibration ARC-Easy.train.json
 
 GradOT scores directions singly, as if the cost of dropping several were the sum of their costs. Under KFAC the cost of
 a change δ is the quadratic form ⟨δ, G δ A⟩. For attention matrices of a few middle layers of SmolLM2 the table has, at

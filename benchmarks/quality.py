@@ -35,7 +35,7 @@ Job = dict[str, Any]
 Line = dict[str, Any]
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_GAST: dict[str, Any] = {"method": "gast"}
+_GAST: dict[str, Any] = {"method": "gast", "select": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"method": "dense", "untrained": True},  # where all others begin
     "dense": {"method": "dense"},
@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "preconditioned": {**_GAST, "support": "rest", "score": "preconditioned"},
     "ist": {"method": "ist"},
     "rst": {"method": "rst"},
-    "ist+gast": {"method": "ist+gast", "support": "rest"},
+    "ist+gast": {**_GAST, "method": "ist+gast", "support": "rest"},
 }
 
 

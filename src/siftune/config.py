@@ -64,8 +64,8 @@ class Recipe:
     """ist: what the adapter response of a tried layer is multiplied by."""
     score_lr: float = 10.0
     """ist: learning rate of the importance."""
-    select: int | float = 0.5
-    """gast: rows of a batch that a layer follows: a whole number of rows, or a share such as 0.5."""
+    select: int | float = 0.75
+    """gast: rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75."""
     support: Literal["sample", "rest", "momentum", "dataset"] = "sample"
     """gast: what rows are compared with: drawn training rows, the batch's others, earlier gradients, support_rows."""
     support_size: int = 4

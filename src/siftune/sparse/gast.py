@@ -45,7 +45,8 @@ class GASTSettings:
     """The settings of GAST.
 
     Attributes:
-        select: Samples K that a layer follows in a batch: a count (int), or a share of the batch (float).
+        select: Samples K that a layer follows in a batch: a count (int), or a share of the batch (float; the
+            paper's is 0.5).
         support: Where the support gradient comes from: rows of the training set ("sample"), the other samples of the
             batch ("rest"), the running mean of earlier gradients ("momentum"), rows of a set of its own ("dataset").
         support_size: Rows in the support set of "sample" and "dataset".
@@ -63,7 +64,7 @@ class GASTSettings:
         RecipeError: When a setting is out of its range.
     """
 
-    select: int | float = 0.5
+    select: int | float = 0.75
     support: Support = "sample"
     support_size: int = 4
     choice: Choice = "stochastic"

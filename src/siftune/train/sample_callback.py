@@ -1,7 +1,7 @@
 """GAST for any transformers Trainer, and for plain training loops.
 
 Example:
-    trainer = Trainer(model, args, train_dataset=rows, callbacks=[GAST(select=0.5)])
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[GAST(select=0.75)])
 
     with GAST(select=8, support="rest").attach(model) as sift:
         model(**batch).loss.backward()
@@ -40,7 +40,8 @@ class GAST(SelectionCallback):
     each rank's part of the batch. Parameters outside of the decoder layers follow all samples.
 
     Args:
-        select: Samples that a layer follows in a batch: a count (int), or a share of the batch (float).
+        select: Samples that a layer follows in a batch: a count (int), or a share of the batch (float; the paper's
+            is 0.5).
         support: What gradients are compared with: "sample", rows drawn from the training set in each optimizer step
             (the paper's; one more forward and backward pass over them); "rest", the other samples of the batch;
             "momentum", a running mean of earlier gradients; "dataset", rows drawn from `support_set`.
@@ -70,7 +71,7 @@ class GAST(SelectionCallback):
 
     def __init__(
         self,
-        select: int | float = 0.5,
+        select: int | float = 0.75,
         support: Support = "sample",
         support_size: int = 4,
         support_set: Any = None,

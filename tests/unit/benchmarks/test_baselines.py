@@ -169,7 +169,7 @@ def test_two_passes_keep_no_rows_gradient_and_one_pass_keeps_all(monkeypatch):
 def test_passes_over_the_model(kind):
     model, seen = double(), []
     support = [batch(model, 2)]
-    settings = {"support": "sample" if kind is Greats else "rest"}
+    settings = {"support": "sample" if kind is Greats else "rest", "select": 3}
     by_baseline(kind, model, settings, [batch(model, 6)], support, runner(model, seen))
     assert seen == PASSES[kind]
 

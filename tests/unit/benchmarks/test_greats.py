@@ -89,7 +89,7 @@ def test_greats_in_the_trainer_follows_the_mean_loss_of_its_rows(tmp_path):
     trainer = SiftTrainer(model, arguments(tmp_path, **settings), train_dataset=rows())
     first = next(iter(trainer.get_train_dataloader()))
     part = {name: value[choice.selected[0]] for name, value in first.items()}
-    assert len(part["input_ids"]) == 2
+    assert len(part["input_ids"]) == 3
     grads = gradients(model, part)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -93,8 +93,8 @@ def test_replacement_goes_with_a_draw():
         GASTSettings(choice="topk", replacement=True)
 
 
-def test_the_defaults_are_the_papers_but_for_replacement():
-    expected = (0.5, "sample", 4, "stochastic", "inner", "layer", "mean", False, 1.0, 0.9, 0, 0)
+def test_the_defaults_are_the_papers_but_for_replacement_and_the_share_of_rows():
+    expected = (0.75, "sample", 4, "stochastic", "inner", "layer", "mean", False, 1.0, 0.9, 0, 0)
     assert dataclasses.astuple(GASTSettings()) == expected
 
 
