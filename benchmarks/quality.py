@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --task arithmetic --noise 0.3 --methods dense,random,rest --seeds 0,1,2 --out FILE
     python benchmarks/quality.py --methods dense hot=method:gast,support:rest,temperature:0.33 --set lr=1e-3
-    python benchmarks/quality.py --report FILE
+    python benchmarks/quality.py --report FILE --against "sample 12 of 16"
 
 Each (task, method, seed) is trained on siftune's own training path in a fresh process and measured on held-out rows; a
 finished run adds a line of JSON to FILE, and a run that is there already is not made again. All methods take seed 0
@@ -62,7 +62,12 @@ def main(argv: list[str] | None = None) -> int:
 
         if not args.report.is_file():
             raise SystemExit(f"{args.report} does not exist; give the --out of earlier runs")
-        print(report(read(args.report), args.metric))
+        lines = read(args.report)
+        names = {line["job"]["method"] for line in lines}
+        for name in args.against:
+            if name not in names:
+                raise SystemExit(f"no run of {args.report} is called {name!r}; there are {', '.join(sorted(names))}")
+        print(report(lines, args.metric, args.against))
         return 0
     jobs = list(_jobs(args))
     _check(jobs)
@@ -91,9 +96,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=float, default=1.0, help="passes over the training rows")
     add("--questions", type=int, default=300, help="held-out rows")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe options of all runs, such as lr=1e-3 rank=16")
-    add("--data", type=Path, default=_REPOSITORY.parent / "shared" / "data", help="folder of the task options")
+    add("--data", type=Path, default=Path(), help="folder of the task options")
     add("--out", type=Path, default=_REPOSITORY / "benchmarks" / "results" / "quality.jsonl")
     add("--report", type=Path, metavar="FILE", help="print the tables of these results, and run nothing")
+    add("--against", nargs="+", default=[], metavar="METHOD", help="methods that the report compares others with too")
     add(
         "--metric", choices=("exact_match", "choices", "choices_per_token"), help="of the report; by the task if absent"
     )

@@ -15,19 +15,20 @@ _BASES = ("dense", "random", "dense+support")  # what methods are compared with,
 _NONE = "–"
 
 
-def report(lines: Sequence[Line], metric: str | None = None) -> str:
+def report(lines: Sequence[Line], metric: str | None = None, against: Sequence[str] = ()) -> str:
     """Write the tables of every task and setting, with methods in the order of their first run.
 
     Args:
         lines: Finished runs, as `quality.py` records them.
         metric: `exact_match`, `choices` or `choices_per_token`; None for the first that was measured.
+        against: Methods that the others are compared with, besides the usual ones.
     """
     tables: dict[str, dict[str, Runs]] = {}
     for line in lines:
         job = line["job"]
         table = tables.setdefault(_heading(job), {})
         table.setdefault(job["method"], {})[job["seed"]] = line
-    return "\n".join(_section(heading, methods, metric) for heading, methods in tables.items())
+    return "\n".join(_section(heading, methods, metric, (*_BASES, *against)) for heading, methods in tables.items())
 
 
 def _heading(job: Line) -> str:
@@ -35,7 +36,7 @@ def _heading(job: Line) -> str:
     return f"{job['task']}: " + ", ".join(f"{key} {value}" for key, value in {**values, **job["settings"]}.items())
 
 
-def _section(heading: str, methods: dict[str, Runs], metric: str | None) -> str:
+def _section(heading: str, methods: dict[str, Runs], metric: str | None, bases: Sequence[str]) -> str:
     some = next(iter(next(iter(methods.values())).values()))
     metric = metric or next(iter(some["correct"]))
     if metric not in some["correct"]:
@@ -45,21 +46,20 @@ def _section(heading: str, methods: dict[str, Runs], metric: str | None) -> str:
         f"## {heading}",
         f"Per cent by {metric}, {len(some['correct'][metric])} questions for each of the seeds "
         f"{', '.join(map(str, seeds))}; NLL of a right answer in nats. In brackets: 95 % of the paired bootstrap.",
-        _quality(methods, metric, seeds),
+        _quality(methods, metric, seeds, [base for base in bases if base in methods]),
     ]
     if any("wrong_in_draws" in line for runs in methods.values() for line in runs.values()):
         parts += ["Rows with a wrong label, in per cent of the draws, and mean z-scores of rows:", _labels(methods)]
     return "\n\n".join(parts) + "\n"
 
 
-def _quality(methods: dict[str, Runs], metric: str, seeds: Sequence[int]) -> str:
+def _quality(methods: dict[str, Runs], metric: str, seeds: Sequence[int], bases: Sequence[str]) -> str:
     def right(line: Line) -> list[float]:
         return [100 * value for value in line["correct"][metric]]
 
     def nll(line: Line) -> list[float]:
         return list(line["nll"])
 
-    bases = [base for base in _BASES if base in methods]
     rows = []
     for name, runs in methods.items():
         each = [f"{np.mean(right(runs[seed])):.1f}" if seed in runs else _NONE for seed in seeds]

@@ -83,7 +83,7 @@ class Workload:
         shared = ("model", "dtype", "batch_size", "rank", "targets", "active", "interval", "seed")
         settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
         settings |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
-        settings |= {"select": 0.5}  # GAST's paper's share of rows; time and memory hardly depend on it
+        settings |= {"select": 0.5}  # the paper's share of rows, for its own ways to run it as well
         settings |= {"method": method, "out": out, **_SETTINGS.get(method, {})}
         return resolve_recipe(Recipe(**settings))
 

@@ -22,7 +22,7 @@ from siftune.sparse.ist import ISTSettings
 from siftune.train.draws import Batch, GivenBatches, RowDraws
 from siftune.train.selection import LayerSelection, Loss, Selection, model_loss
 from siftune.train.selection_callback import SelectionCallback
-from siftune.train.trainer_access import refuse_sharding, trainer_loss
+from siftune.train.trainer_access import refuse_wrappers, trainer_loss
 
 
 class _LayerCallback(SelectionCallback):
@@ -58,7 +58,7 @@ class _LayerCallback(SelectionCallback):
     ) -> None:
         """Find the layers, set the gates, and continue from a checkpoint's state."""
         self.remove()
-        refuse_sharding(args)
+        refuse_wrappers(args)
         model = kwargs["model"]
         self._selection = LayerSelection(
             model,

@@ -26,7 +26,7 @@ from siftune.train.sample_choice import Samples
 from siftune.train.samples import SampleSelection
 from siftune.train.selection import Loss, model_loss
 from siftune.train.selection_callback import SelectionCallback
-from siftune.train.trainer_access import calling_trainer, refuse_sharding, resumed_from, trainer_loss
+from siftune.train.trainer_access import calling_trainer, refuse_wrappers, resumed_from, trainer_loss
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class GAST(SelectionCallback):
     ) -> None:
         """Find the layers, set the tape, and continue from a checkpoint's state."""
         self.remove()
-        refuse_sharding(args)
+        refuse_wrappers(args)
         loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
         collate = getattr(loader, "collate_fn", None)
         _refuse_packing(args, collate)

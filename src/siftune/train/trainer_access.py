@@ -14,7 +14,7 @@ from siftune.train.draws import Batch
 from siftune.train.selection import Loss, model_loss
 
 
-def refuse_sharding(args: TrainingArguments) -> None:
+def refuse_wrappers(args: TrainingArguments) -> None:
     """Refuse wrappers that hold the parameters elsewhere while a layer runs."""
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name, None):

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES, tiny
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from siftune.errors import LayerError
 from siftune.models.adapters import attach_adapter
@@ -207,3 +214,18 @@ def test_path_by_hand_accepts_what_structure_refuses():
 def test_wrong_path_by_hand(path, found):
     with pytest.raises(LayerError, match=rf"at '{path}': found {found} there.*model\.layers \(4 × LlamaDecoder"):
         find_layers(tiny("llama"), path)
+
+
+def test_a_module_that_does_not_know_its_embeddings_may_hold_one_that_does():
+    class Odd(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, inner):
+            super().__init__(LlamaConfig(attn_implementation="eager"))
+            self.odd = inner
+            self.more = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(9))  # longer, but no decoder
+
+    model = Odd(tiny("llama"))
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    assert find_layers(model).path == "odd.model.layers"

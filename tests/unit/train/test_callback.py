@@ -13,7 +13,7 @@ from trainers import Watch, adapted, arguments, rows, train, weights
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from siftune import IST, RST
+from siftune import GAST, IST, RST
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.models.adapters import group_by_layer
 from siftune.train.trainer_access import _metrics_kept
@@ -150,11 +150,12 @@ def test_iterable_dataset(tmp_path):
     ("bad", "message"),
     [({"fsdp": True}, "uses fsdp"), ({"deepspeed": {"zero": 1}}, "uses deepspeed"), ({"_n_gpu": 2}, "over 2 GPUs")],
 )
-def test_sharded_and_copied_models_are_refused(tmp_path, bad, message):
+@pytest.mark.parametrize("method", [IST, RST, GAST])
+def test_sharded_and_copied_models_are_refused(tmp_path, method, bad, message):
     settings = arguments(tmp_path)
     settings.__dict__.update(bad)
     with pytest.raises(UnsupportedError, match=message):
-        IST().on_train_begin(settings, None, None, model=adapted())
+        method().on_train_begin(settings, None, None, model=adapted())
 
 
 def test_sft_trainer(tmp_path):

@@ -372,17 +372,6 @@ def test_what_dataset_needs(tmp_path):
         train(tmp_path, GAST(2, "dataset"))
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [({"fsdp": True}, "uses fsdp"), ({"deepspeed": {"zero": 1}}, "uses deepspeed"), ({"_n_gpu": 2}, "over 2 GPUs")],
-)
-def test_sharded_and_copied_models_are_refused(tmp_path, bad, message):
-    settings = arguments(tmp_path)
-    settings.__dict__.update(bad)
-    with pytest.raises(UnsupportedError, match=message):
-        GAST().on_train_begin(settings, None, None, model=adapted())
-
-
 def test_dora_with_torch_compile_is_refused(tmp_path):
     settings = arguments(tmp_path)
     settings.torch_compile = True
