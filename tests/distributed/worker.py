@@ -40,3 +40,4 @@ if __name__ == "__main__":
         },
         out / f"rank{trainer.args.process_index}.pt",
     )
+    trainer.accelerator.end_training()  # else gloo's threads may still run when the process ends, which aborts it
