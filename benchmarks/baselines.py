@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_rows import gradient_of_chosen, lora_matrices, randomness_kept, reading
-from siftune.capture import ghost
+from siftune.engine import per_sample
+from siftune.engine.distributed import world_size
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.sparse import gast
 from siftune.sparse.scores import Scored, score_samples
-from siftune.train.distributed import world_size
 from siftune.train.draws import Batch
 from siftune.train.selection import Draws, Loss, model_loss
 from siftune.train.support import support_gradient
@@ -178,7 +178,7 @@ class TwoPass(Baseline):
 
     def _score(self, parts: dict[nn.Linear, Scored], matrix: nn.Linear, grad_BTO: Tensor, input_BTI: Tensor) -> None:
         """Keep what a matrix adds to its layer's scores; inner products over several matrices add up."""
-        parts[matrix] = score_samples([ghost.linear_weight(grad_BTO, input_BTI)], self._support_of(matrix))
+        parts[matrix] = score_samples([per_sample.linear_weight(grad_BTO, input_BTI)], self._support_of(matrix))
 
 
 class StoreAll(Baseline):
@@ -188,14 +188,14 @@ class StoreAll(Baseline):
         kept: dict[nn.Linear, Tensor] = {}
 
         def keep(matrix: nn.Linear, grad_BTO: Tensor, input_BTI: Tensor) -> None:
-            kept[matrix] = ghost.linear_weight(grad_BTO, input_BTI)
+            kept[matrix] = per_sample.linear_weight(grad_BTO, input_BTI)
 
         with reading(self.matrices, batch["input_ids"], keep):
             loss = run(batch)
         scored = [_added([score_samples([kept[m]], self._support_of(m)) for m in layer]) for layer in self.layers]
         for layer, (rows_K, factor) in zip(self.layers, self._choose(scored, count, uniform_LB), strict=True):
             for matrix in layer:
-                reduced = (ghost.sum_of(kept[matrix], rows_K) * factor).to(matrix.weight.dtype)
+                reduced = (per_sample.sum_of(kept[matrix], rows_K) * factor).to(matrix.weight.dtype)
                 before = matrix.weight.grad
                 matrix.weight.grad = reduced if before is None else before + reduced
         return loss
@@ -211,17 +211,17 @@ class Greats(Baseline):
         grams: list[Tensor] = []
 
         def read(matrix: nn.Linear, grad_BTO: Tensor, input_BTI: Tensor) -> None:
-            rows_BD = ghost.linear_weight(grad_BTO, input_BTI).flatten(1)
+            rows_BD = per_sample.linear_weight(grad_BTO, input_BTI).flatten(1)
             support = self._support_of(matrix)
             assert support is not None
-            products.append(ghost.products(rows_BD, support[0]))
+            products.append(per_sample.products(rows_BD, support[0]))
             wide_BD = rows_BD.to(products[-1].dtype)
             grams.append(wide_BD @ wide_BD.T)
 
         with reading(self.matrices, batch["input_ids"], read):
             run(batch)
-        scores_B = ghost.added(products)
-        chosen_K = greedy(scores_B, ghost.added(grams), count, self.lr * len(scores_B) / count)
+        scores_B = per_sample.added(products)
+        chosen_K = greedy(scores_B, per_sample.added(grams), count, self.lr * len(scores_B) / count)
         self.last = Choice(scores_B[None], chosen_K[None])
         return run(_rows_of(batch, chosen_K))
 
@@ -250,7 +250,7 @@ def greedy(products_B: Tensor, gram_BB: Tensor, count: int, step: float) -> Tens
 
 def _added(parts: Sequence[Scored]) -> Scored:
     """A layer's scores from those of its matrices."""
-    return Scored(ghost.added([p.scores for p in parts]), torch.stack([p.live for p in parts]).any(0))
+    return Scored(per_sample.added([p.scores for p in parts]), torch.stack([p.live for p in parts]).any(0))
 
 
 def _rows_of(batch: Batch, rows_K: Tensor) -> dict[str, Any]:

@@ -33,6 +33,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from siftune.data.arithmetic import split
+from siftune.data.readers import Collator, load_rows, rows_from, tokenize_rows
+from siftune.data.rows import Row
 from siftune.evaluate.audit_models import OffsiteModels, kept_fraction, plugged, read_adapter
 from siftune.evaluate.audit_rows import AuditRows, RowScores, batches, score_rows, tokenize_audit
 from siftune.evaluate.audit_settings import AuditSettings
@@ -43,9 +46,6 @@ from siftune.models.source import load_model, use_attention
 from siftune.offsite.assemble import EmulatorParts, materialise
 from siftune.offsite.middle import emulators
 from siftune.offsite.plan import EmulatorSettings
-from siftune.train.arithmetic import split
-from siftune.train.data import Collator, load_rows, rows_from, tokenize_rows
-from siftune.train.rows import Row
 from siftune.train.run_folder import hardware, versions
 
 Job = dict[str, Any]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from offsite import text_batches
+from siftune.data.readers import load_rows
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model
@@ -36,7 +37,6 @@ from siftune.offsite.kfac import Curvature, apply, curvature
 from siftune.offsite.record import record, replay
 from siftune.offsite.refit import refit, refit_scores
 from siftune.offsite.scp import channel_scores, keep_channels
-from siftune.train.data import load_rows
 
 Found = dict[tuple[str, ...], list[tuple[float, ...]]]
 

@@ -19,6 +19,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.config import Recipe, check, resolve_recipe
+from siftune.data.arithmetic import arithmetic_rows, split
+from siftune.data.readers import load_rows, tokenize_rows
 from siftune.errors import DataError
 from siftune.evaluate.choices import score_choices
 from siftune.evaluate.cost_worker import Clock
@@ -28,8 +30,6 @@ from siftune.models.adapters import group_by_layer, use_base_dtype
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
 from siftune.sparse.gast import zscores
-from siftune.train.arithmetic import arithmetic_rows, split
-from siftune.train.data import load_rows, tokenize_rows
 from siftune.train.run import set_up
 from siftune.train.run_folder import RunFolder, hardware, versions
 from siftune.train.sample_callback import GAST

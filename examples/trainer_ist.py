@@ -4,9 +4,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from siftune import IST
+from siftune.data.arithmetic import arithmetic_rows
+from siftune.data.readers import Collator, rows_from, tokenize_rows
 from siftune.models.source import load_model
-from siftune.train.arithmetic import arithmetic_rows
-from siftune.train.data import Collator, rows_from, tokenize_rows
 
 model, tokenizer = load_model("smollm2")
 model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from siftune.config import Recipe
-from siftune.train.arithmetic import arithmetic_rows
+from siftune.data.arithmetic import arithmetic_rows
 from siftune.train.run import train
 from tiny_run import lines
 

@@ -44,10 +44,10 @@ def run(options: Options) -> dict[str, Any]:
 
     from rich.console import Console
 
+    from siftune.data.readers import load_rows
     from siftune.evaluate.prepare import prepare_rows
     from siftune.evaluate.run import compare, measure, measure_base
     from siftune.evaluate.table import ResultTable
-    from siftune.train.data import load_rows
     from siftune.train.run import train
 
     if options.steps < 1 or options.rows < 1 or options.lr <= 0:
@@ -77,7 +77,7 @@ def _recipe(options: Options) -> Recipe:
     """Write the task's rows into the run folder, and make a recipe of them."""
     from datetime import datetime
 
-    from siftune.train.arithmetic import split
+    from siftune.data.arithmetic import split
     from siftune.train.run_folder import RunFolder
 
     folder = RunFolder(options.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-demo")

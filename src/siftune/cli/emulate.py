@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from siftune.data.rows import Row
     from siftune.evaluate.sweep import SweepGrid
     from siftune.offsite.kit import Kit
     from siftune.offsite.plan import EmulatorSettings
-    from siftune.train.rows import Row
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -225,7 +225,7 @@ def _both_rows(options: Options) -> "tuple[list[Row], list[Row]]":
 
 
 def _load_rows(source: str, options: Options, limit: int) -> "list[Row]":
-    from siftune.train.data import load_rows
+    from siftune.data.readers import load_rows
 
     return load_rows(source, options.split, limit, options.format)
 
@@ -244,7 +244,7 @@ def _load(options: Options, rows: "list[Row]", console: Console) -> "tuple[Any, 
 
 
 def _batches(options: Options, rows: "list[Row]", tokenizer: Any) -> "list[dict[str, Tensor]]":
-    from siftune.train.data import Collator, tokenize_rows
+    from siftune.data.readers import Collator, tokenize_rows
 
     table = tokenize_rows(rows, tokenizer, options.max_length, options.template, options.completion_only).to_list()
     collate, size = Collator(tokenizer.pad_token_id), options.batch_size

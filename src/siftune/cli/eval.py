@@ -8,9 +8,9 @@ from tyro.conf import Positional
 from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
+    from siftune.data.rows import Row
     from siftune.evaluate.run import Metrics
     from siftune.evaluate.subject import Subject
-    from siftune.train.rows import Row
 
 
 @dataclass
@@ -67,8 +67,8 @@ class _Job:
 
 def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
+    from siftune.data.readers import load_rows
     from siftune.evaluate.subject import find_subject
-    from siftune.train.data import load_rows
 
     _check(options)
     # everything that can be refused without loading a model comes first

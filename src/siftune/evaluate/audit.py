@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siftune.data.readers import load_rows
 from siftune.errors import KitError
 from siftune.evaluate.audit_models import (
     OffsiteModels,
@@ -46,7 +47,6 @@ from siftune.offsite.load import load_emulator
 from siftune.offsite.plug import compare
 from siftune.offsite.record import Progress
 from siftune.offsite.returned import read_return
-from siftune.train.data import load_rows
 from siftune.train.run_folder import hardware, versions
 
 __all__ = [

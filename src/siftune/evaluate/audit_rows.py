@@ -10,15 +10,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from siftune.data.encoder import Encoder
+from siftune.data.rows import Row
+from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.errors import DataError
 from siftune.evaluate.audit_settings import AuditSettings
 from siftune.evaluate.intervals import Floats
 from siftune.evaluate.perplexity import TokenRow, perplexity
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
 from siftune.evaluate.run import measure
-from siftune.train.encoder import Encoder
-from siftune.train.rows import Row
-from siftune.train.tokenize import Collator, tokenize_rows
 
 _ACCURACIES = ("choices", "exact_match")
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from siftune.evaluate.forward import model_device
 from siftune.models.heads import label_positions, logits_at
 from siftune.models.layers import find_layers
+from siftune.models.loss import token_loss
 from siftune.models.modes import evaluating
 from siftune.offsite.split import Split, adapter_names
-from siftune.train.loss import token_loss
 
 Batches = Iterable[Mapping[str, Tensor]]
 

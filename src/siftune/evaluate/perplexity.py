@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from siftune.data.tokenize import IGNORED
 from siftune.errors import DataError
 from siftune.evaluate.forward import by_length, model_device
 from siftune.models.heads import logits_at
 from siftune.models.modes import evaluating
-from siftune.train.tokenize import IGNORED
 
 _CHUNK = 512  # positions whose logits are widened to float32 at a time: bounds the extra memory
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from siftune.data.rows import Row
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.choices import score_choices
 from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
@@ -17,7 +18,6 @@ from siftune.evaluate.generation import exact_match, greedy
 from siftune.evaluate.perplexity import perplexity
 from siftune.evaluate.prepare import Prepared, Questions, prepare_rows
 from siftune.evaluate.table import TableRow
-from siftune.train.rows import Row
 
 PERPLEXITY = "perplexity"
 

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.config import default_alpha
-from siftune.errors import AdapterError
-from siftune.models.full import layer_numbers, original_weights, refuse_adapters
-from siftune.models.groups import LayerGroup, group_by_layer, outside
-from siftune.models.layers import find_layers
-from siftune.models.substitution import (
+from siftune.engine.groups import LayerGroup, group_by_layer, outside
+from siftune.engine.substitution import (
     ForwardSubstitution,
     Slot,
     Substitution,
@@ -29,6 +26,9 @@ from siftune.models.substitution import (
     untraced,
     use_base_dtype,
 )
+from siftune.errors import AdapterError
+from siftune.models.full import layer_numbers, original_weights, refuse_adapters
+from siftune.models.layers import find_layers
 from siftune.models.targets import layer_linears, named_modules, short_names
 
 __all__ = [

@@ -35,7 +35,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from siftune.capture.ghost import widened
+from siftune.engine.per_sample import widened
 from siftune.errors import RecipeError
 from siftune.offsite.drd import canonical
 

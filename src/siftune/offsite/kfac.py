@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siftune.capture.ghost import widened
+from siftune.engine.per_sample import widened
 from siftune.errors import ModelError
 
 DAMPING = 1e-3  # relative; far above the rounding of float32, far below the directions that matter

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.capture.gate import hidden_states, with_hidden
+from siftune.engine.gate import hidden_states, with_hidden
 from siftune.errors import DataError
 from siftune.models.heads import label_positions, logits_at, next_labels
 from siftune.models.layers import find_layers

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from siftune.capture import ghost
+from siftune.engine import per_sample
 from siftune.sparse.gast import cosines
 
 
@@ -34,7 +34,7 @@ def live_samples(grads: Sequence[Tensor]) -> Tensor:
     """Which samples have a gradient, as `score_samples` sees it; (S,) bool."""
     squares_S = torch.zeros(len(grads[0]), device=grads[0].device)
     for grad in sorted(grads, key=Tensor.numel):
-        squares_S = squares_S + ghost.squares(ghost.widened(grad))
+        squares_S = squares_S + per_sample.squares(per_sample.widened(grad))
         if squares_S.device.type == "cpu" and bool(squares_S.all()):  # elsewhere asking costs more than it saves
             break
     return squares_S > 0
@@ -59,13 +59,13 @@ def score_samples(
         totals: Return the sums over the samples as well; not for cosines with the other samples.
     """
     if support is None and cosine:
-        squares_S = ghost.added([ghost.squares(ghost.widened(g)) for g in grads])
+        squares_S = per_sample.added([per_sample.squares(per_sample.widened(g)) for g in grads])
         return Scored(_cosines_with_the_rest(grads), squares_S > 0)
     none = [None] * len(grads)
     found = [_against(*those, totals) for those in zip(grads, support or none, metric or none, strict=True)]
     products, squares, others, sums = zip(*found, strict=True)
-    products_S, squares_S = ghost.added(products), ghost.added(squares)
-    scores_S = cosines(products_S, squares_S, ghost.added(others)) if cosine else products_S
+    products_S, squares_S = per_sample.added(products), per_sample.added(squares)
+    scores_S = cosines(products_S, squares_S, per_sample.added(others)) if cosine else products_S
     return Scored(scores_S, squares_S > 0, [total for total in sums if total is not None])
 
 
@@ -76,21 +76,21 @@ def _against(
 
     The gradients are widened once: on processors, sums over half precision take longer than the cast.
     """
-    wide_SD = ghost.widened(grad).flatten(1)
-    squares_S = ghost.squares(wide_SD)
-    total_D = ghost.total(wide_SD) if total or support is None else None
+    wide_SD = per_sample.widened(grad).flatten(1)
+    squares_S = per_sample.squares(wide_SD)
+    total_D = per_sample.total(wide_SD) if total or support is None else None
     other_D = total_D if support is None else support
     assert other_D is not None
     weighted_SD = wide_SD if metric is None else wide_SD * metric.flatten()
-    products_S = ghost.products(weighted_SD, other_D)
+    products_S = per_sample.products(weighted_SD, other_D)
     if support is None:
         products_S = products_S - (squares_S if metric is None else (weighted_SD * wide_SD).sum(1))
-    return products_S, squares_S, ghost.squares(other_D[None]).squeeze(0), total_D
+    return products_S, squares_S, per_sample.squares(other_D[None]).squeeze(0), total_D
 
 
 def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:
     """From all inner products between samples: no length is the difference of two much larger ones."""
-    wide = [ghost.widened(g).flatten(1) for g in grads]
+    wide = [per_sample.widened(g).flatten(1) for g in grads]
     gram_SS = torch.stack([g @ g.T for g in wide]).sum(0)
     squares_S = gram_SS.diagonal()
     rest_SS = 1 - torch.eye(len(gram_SS), dtype=gram_SS.dtype, device=gram_SS.device)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from siftune.config import Recipe, check, resolve_recipe
+from siftune.data.readers import Collator, Row, load_rows, tokenize_rows
 from siftune.errors import RecipeError, TrainingError
 from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
 from siftune.models.full import OpenLayers
@@ -24,7 +25,6 @@ from siftune.models.source import load_model, use_attention
 from siftune.recipe_file import recipe_to_yaml
 from siftune.train.arguments import end_checkpointing, training_arguments
 from siftune.train.callback import IST, RST
-from siftune.train.data import Collator, Row, load_rows, tokenize_rows
 from siftune.train.disk import disk_faults
 from siftune.train.kits import kit_of, load_tunable, settle_layers
 from siftune.train.outcome import Outcome

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.capture import ghost
-from siftune.capture.gate import is_active
-from siftune.capture.recordable import refuse_compiled
-from siftune.capture.tape import Tape
+from siftune.engine import per_sample
+from siftune.engine.distributed import rank, sum_over_ranks, world_size
+from siftune.engine.gate import is_active
+from siftune.engine.parameter_kinds import refuse_compiled
+from siftune.engine.tape import Tape
 from siftune.models.adapters import LayerGroup, group_by_layer
 from siftune.sparse import gast
 from siftune.sparse.scores import Scored, live_samples, score_samples
-from siftune.train.distributed import rank, sum_over_ranks, world_size
 from siftune.train.draws import draws_state, load_draws_state
 from siftune.train.sample_choice import Choosing, Samples, Unit, units_of
 from siftune.train.selection import Draws, Loss, model_loss
@@ -209,7 +209,7 @@ class SampleSelection:
             scale = gast.factor(scored.live, chosen_K, self.settings.scale)
             scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
             for parameter, part in zip(kept, parts, strict=True):
-                reduced[parameter] = ghost.sum_of(part, chosen_K) * scale
+                reduced[parameter] = per_sample.sum_of(part, chosen_K) * scale
         return reduced
 
     def _choose(self, choosing: Choosing, unit: Unit, scored: Scored) -> Tensor:

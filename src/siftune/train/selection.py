@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from siftune.capture.gate import LayerGates
+from siftune.engine.distributed import mean_over_ranks, world_size
+from siftune.engine.gate import LayerGates
 from siftune.models.adapters import group_by_layer, suppress
 from siftune.models.modes import evaluating
 from siftune.sparse import ist
 from siftune.sparse.baselines import draw_uniform
-from siftune.train.distributed import mean_over_ranks, world_size
 from siftune.train.draws import Batch, draws_state, label_weight, load_draws_state
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from trainers import weights
 
 from baselines import Greats, TwoPass
 from siftune import GAST
-from siftune.capture import ghost
+from siftune.engine import per_sample
 from siftune.models.adapters import group_by_layer, use_base_dtype
 from siftune.sparse.gast import GASTSettings
 
@@ -147,7 +147,7 @@ def test_activation_checkpointing_changes_nothing(kind, reentrant):
 
 
 def test_two_passes_keep_no_rows_gradient_and_one_pass_keeps_all(monkeypatch):
-    form, alive = ghost.linear_weight, []
+    form, alive = per_sample.linear_weight, []
 
     def watched(*args):
         alive.append(sum(kept() is not None for kept in refs))
@@ -155,7 +155,7 @@ def test_two_passes_keep_no_rows_gradient_and_one_pass_keeps_all(monkeypatch):
         refs.append(weakref.ref(formed))
         return formed
 
-    monkeypatch.setattr(ghost, "linear_weight", watched)
+    monkeypatch.setattr(per_sample, "linear_weight", watched)
     model = double()
     for kind in GASTS:
         refs = []

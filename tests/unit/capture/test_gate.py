@@ -10,7 +10,7 @@ from adapted import checkpoint_whole_layers, looped
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, batch, tiny
 
-from siftune.capture.gate import LayerGates, nothing_trains_before
+from siftune.engine.gate import LayerGates, nothing_trains_before
 from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from siftune.capture import ghost
+from siftune.engine import per_sample
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -42,7 +42,7 @@ def row_gradients(use, weight, inputs, grads):
 def test_weight_of_a_linear_map(rows, between, ins, outs, seed):
     x_BTI, g_BTO = normal(rows, *between, ins, seed=seed), normal(rows, *between, outs, seed=seed + 1)
     expected = row_gradients(nn.functional.linear, normal(outs, ins), x_BTI, g_BTO)
-    close(ghost.linear_weight(g_BTO, x_BTI), expected)
+    close(per_sample.linear_weight(g_BTO, x_BTI), expected)
 
 
 @given(rows=sizes, between=some_positions, ins=sizes, outs=sizes, seed=st.integers(0, 99))
@@ -52,21 +52,21 @@ def test_weight_of_a_linear_map_by_loops(rows, between, ins, outs, seed):
     for b, o, i in itertools.product(range(rows), range(outs), range(ins)):
         for place in itertools.product(*map(range, between)):
             expected[b, o, i] += g_BTO[(b, *place, o)] * x_BTI[(b, *place, i)]
-    close(ghost.linear_weight(g_BTO, x_BTI), expected)
-    close(ghost.transposed_weight(g_BTO, x_BTI), expected.transpose(1, 2))
+    close(per_sample.linear_weight(g_BTO, x_BTI), expected)
+    close(per_sample.transposed_weight(g_BTO, x_BTI), expected.transpose(1, 2))
 
 
 @given(rows=sizes, between=some_positions, ins=sizes, outs=sizes, seed=st.integers(0, 99))
 def test_weight_of_a_conv1d(rows, between, ins, outs, seed):
     x_BTI, g_BTO = normal(rows, *between, ins, seed=seed), normal(rows, *between, outs, seed=seed + 1)
     expected = row_gradients(torch.matmul, normal(ins, outs), x_BTI, g_BTO)
-    close(ghost.transposed_weight(g_BTO, x_BTI), expected)
+    close(per_sample.transposed_weight(g_BTO, x_BTI), expected)
 
 
 @given(rows=sizes, between=positions, outs=sizes, seed=st.integers(0, 99))
 def test_bias(rows, between, outs, seed):
     y_BTO, g_BTO = normal(rows, *between, outs, seed=seed), normal(rows, *between, outs, seed=seed + 1)
-    close(ghost.added_bias(g_BTO), row_gradients(torch.add, normal(outs), y_BTO, g_BTO))
+    close(per_sample.added_bias(g_BTO), row_gradients(torch.add, normal(outs), y_BTO, g_BTO))
 
 
 @given(rows=sizes, between=positions, outs=sizes, eps=st.floats(1e-6, 2.0), seed=st.integers(0, 99))
@@ -77,13 +77,13 @@ def test_weight_of_a_layer_norm(rows, between, outs, eps, seed):
         centred = row - row.mean(-1, keepdim=True)
         return weight * centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
-    close(ghost.norm_weight(g_BTO, x_BTO, eps), row_gradients(use, normal(outs), x_BTO, g_BTO))
+    close(per_sample.norm_weight(g_BTO, x_BTO, eps), row_gradients(use, normal(outs), x_BTO, g_BTO))
 
 
 @given(half=sizes, shape=parameters, seed=st.integers(0, 99))
 def test_pairs_are_row_i_and_row_i_plus_half(half, shape, seed):
     grads = normal(2 * half, *shape, seed=seed)
-    close(ghost.over_pairs(grads), torch.stack([grads[i] + grads[i + half] for i in range(half)]))
+    close(per_sample.over_pairs(grads), torch.stack([grads[i] + grads[i + half] for i in range(half)]))
 
 
 @given(rows=sizes, shape=parameters, seed=st.integers(0, 99))
@@ -92,11 +92,11 @@ def test_sums_and_products(rows, shape, seed):
     values = [row.flatten().tolist() for row in grads]
     direction = vector.flatten().tolist()
     columns = [math.fsum(column) for column in zip(*values, strict=True)]
-    close(ghost.total(grads), torch.tensor(columns, dtype=torch.float64))
+    close(per_sample.total(grads), torch.tensor(columns, dtype=torch.float64))
     inner = [math.fsum(a * b for a, b in zip(row, direction, strict=True)) for row in values]
-    close(ghost.products(grads, vector), torch.tensor(inner, dtype=torch.float64))
+    close(per_sample.products(grads, vector), torch.tensor(inner, dtype=torch.float64))
     lengths = [math.fsum(a * a for a in row) for row in values]
-    close(ghost.squares(grads), torch.tensor(lengths, dtype=torch.float64))
+    close(per_sample.squares(grads), torch.tensor(lengths, dtype=torch.float64))
 
 
 @given(rows=sizes, shape=parameters, data=st.data())
@@ -106,36 +106,36 @@ def test_sum_of_some_rows_as_often_as_they_are_named(rows, shape, data):
     expected = torch.zeros(shape, dtype=torch.float64)
     for row in named:
         expected = expected + grads[row]
-    close(ghost.sum_of(grads, torch.tensor(named)), expected)
+    close(per_sample.sum_of(grads, torch.tensor(named)), expected)
 
 
 def test_sum_of_no_rows_is_zero():
     none = torch.empty(0, dtype=torch.int64)
-    assert torch.equal(ghost.sum_of(normal(3, 2, 2), none), torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(per_sample.sum_of(normal(3, 2, 2), none), torch.zeros(2, 2, dtype=torch.float64))
 
 
 @given(rows=sizes, parts=sizes)
 def test_parameters_of_a_unit_add_up(rows, parts):
     given_parts = [normal(rows, seed=part) for part in range(parts)]
     expected = [math.fsum(float(part[row]) for part in given_parts) for row in range(rows)]
-    close(ghost.added(tuple(given_parts)), torch.tensor(expected, dtype=torch.float64))
+    close(per_sample.added(tuple(given_parts)), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
 def test_dtype_of_sums(dtype):
     grads = normal(3, 2, 4, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert ghost.total(grads).dtype == wide
-    assert ghost.squares(grads).dtype == wide
-    assert ghost.products(grads, grads[0]).dtype == wide
-    assert ghost.sum_of(grads, torch.tensor([0, 2])).dtype == wide
-    assert ghost.added([ghost.squares(grads)] * 2).dtype == wide
+    assert per_sample.total(grads).dtype == wide
+    assert per_sample.squares(grads).dtype == wide
+    assert per_sample.products(grads, grads[0]).dtype == wide
+    assert per_sample.sum_of(grads, torch.tensor([0, 2])).dtype == wide
+    assert per_sample.added([per_sample.squares(grads)] * 2).dtype == wide
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_other_side_of_a_product_may_be_wider(dtype):
     grads, vector = normal(3, 5, dtype=dtype), normal(5, seed=1, dtype=torch.float32)
-    got = ghost.products(grads, vector)
+    got = per_sample.products(grads, vector)
     assert got.dtype == torch.float32
     assert_close(got.double(), (grads.double() * vector.double()).sum(1), rtol=1e-6, atol=1e-6)
 
@@ -145,36 +145,36 @@ def test_halves_are_summed_in_float32(dtype):
     """300² and 4096 + 1 fit float32, and neither float16 nor bfloat16."""
     large = torch.full((2, 4), 300.0, dtype=dtype)
     square = float(large[0, 0]) ** 2
-    assert ghost.squares(large).tolist() == pytest.approx([4 * square] * 2)
-    assert ghost.products(large, large[0]).tolist() == pytest.approx([4 * square] * 2)
+    assert per_sample.squares(large).tolist() == pytest.approx([4 * square] * 2)
+    assert per_sample.products(large, large[0]).tolist() == pytest.approx([4 * square] * 2)
     steps = torch.tensor([[4096.0], [1.0], [1.0], [1.0]], dtype=dtype)
-    assert ghost.total(steps).tolist() == [4099.0]
-    assert ghost.sum_of(steps, torch.tensor([0, 1, 2, 3, 3])).tolist() == [4100.0]
+    assert per_sample.total(steps).tolist() == [4099.0]
+    assert per_sample.sum_of(steps, torch.tensor([0, 1, 2, 3, 3])).tolist() == [4100.0]
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_gradients_of_rows_have_the_dtype_of_the_output_gradient(dtype):
     g_BTO, x_BTI = normal(2, 3, 4, dtype=dtype), normal(2, 3, 5, seed=1, dtype=torch.float32)
-    linear, transposed = ghost.linear_weight(g_BTO, x_BTI), ghost.transposed_weight(g_BTO, x_BTI)
-    assert linear.dtype == transposed.dtype == ghost.added_bias(g_BTO).dtype == dtype
+    linear, transposed = per_sample.linear_weight(g_BTO, x_BTI), per_sample.transposed_weight(g_BTO, x_BTI)
+    assert linear.dtype == transposed.dtype == per_sample.added_bias(g_BTO).dtype == dtype
     expected = torch.einsum("bto,bti->boi", g_BTO.double(), x_BTI.to(dtype).double())
     bound = 4 * torch.finfo(dtype).eps
     assert_close(linear.double(), expected, rtol=bound, atol=bound)
     assert_close(transposed.double(), expected.transpose(1, 2), rtol=bound, atol=bound)
-    assert ghost.over_pairs(g_BTO).dtype == dtype
+    assert per_sample.over_pairs(g_BTO).dtype == dtype
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 def test_a_wider_output_gradient_widens_the_input(wide):
     g_BTO, x_BTI = normal(2, 3, 4, dtype=wide), normal(2, 3, 5, seed=1, dtype=torch.float16)
     expected = torch.einsum("bto,bti->boi", g_BTO.double(), x_BTI.double())
-    assert ghost.linear_weight(g_BTO, x_BTI).dtype == ghost.transposed_weight(g_BTO, x_BTI).dtype == wide
-    assert_close(ghost.linear_weight(g_BTO, x_BTI).double(), expected, rtol=1e-6, atol=1e-6)
+    assert per_sample.linear_weight(g_BTO, x_BTI).dtype == per_sample.transposed_weight(g_BTO, x_BTI).dtype == wide
+    assert_close(per_sample.linear_weight(g_BTO, x_BTI).double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_do_not_touch_each_other():
     g_BTO, x_BTI = normal(3, 2, 4), normal(3, 2, 5, seed=1)
     for rows in ([0], [2, 0], [1, 1, 2]):
-        part = ghost.linear_weight(g_BTO[rows], x_BTI[rows])
-        close(part, ghost.linear_weight(g_BTO, x_BTI)[rows])
-        close(ghost.norm_weight(g_BTO[rows], g_BTO[rows], 0.1), ghost.norm_weight(g_BTO, g_BTO, 0.1)[rows])
+        part = per_sample.linear_weight(g_BTO[rows], x_BTI[rows])
+        close(part, per_sample.linear_weight(g_BTO, x_BTI)[rows])
+        close(per_sample.norm_weight(g_BTO[rows], g_BTO[rows], 0.1), per_sample.norm_weight(g_BTO, g_BTO, 0.1)[rows])

@@ -8,7 +8,7 @@ from tiny import batch, tiny
 from torch import nn
 
 from siftune import GAST
-from siftune.capture.recordable import Kind, kinds_of
+from siftune.engine.parameter_kinds import Kind, kinds_of
 from siftune.errors import AdapterError, UnsupportedError
 from siftune.models.adapters import group_by_layer
 

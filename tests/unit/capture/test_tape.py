@@ -21,9 +21,9 @@ from oracles import gradients, sample_gradients, summed_loss
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import FAMILIES, batch, tiny
 
-from siftune.capture import ghost
-from siftune.capture.gate import LayerGates
-from siftune.capture.tape import Tape
+from siftune.engine import per_sample
+from siftune.engine.gate import LayerGates
+from siftune.engine.tape import Tape
 from siftune.errors import UnsupportedError
 from siftune.models.adapters import group_by_layer, use_base_dtype
 
@@ -408,7 +408,7 @@ def test_logits_are_the_same_bits():
 def test_live_gradients_of_rows_are_those_of_one_layer(monkeypatch):
     model = adapted(targets=["q_proj", "down_proj"])
     alive, peak = weakref.WeakSet(), []
-    form = ghost.linear_weight
+    form = per_sample.linear_weight
 
     def counted(*args):
         rows = form(*args)
@@ -416,7 +416,7 @@ def test_live_gradients_of_rows_are_those_of_one_layer(monkeypatch):
         peak.append(len(alive))
         return rows
 
-    monkeypatch.setattr(ghost, "linear_weight", counted)
+    monkeypatch.setattr(per_sample, "linear_weight", counted)
     groups = group_by_layer(model)
     tape = Tape(groups, lambda n: True, lambda this, group, grads: {p: g.sum(0) for p, g in grads.items()})
     summed_loss(model, batch(model, 4)).backward()

@@ -9,10 +9,10 @@ import torch
 from tiny import tiny
 from tokenizer import byte_tokenizer
 
+from siftune.data.rows import rows_from
 from siftune.evaluate.audit import AuditSettings, OffsiteModels, tokenize_audit
 from siftune.offsite.emulator import LayerShape, build, emulator_config
 from siftune.offsite.split import Split
-from siftune.train.rows import rows_from
 
 SPLIT = Split(1, 1)
 TOKENIZER = byte_tokenizer()

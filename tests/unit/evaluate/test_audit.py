@@ -21,6 +21,8 @@ from audits import (
 from rich.console import Console
 
 from siftune.config import Recipe, resolve_recipe
+from siftune.data.rows import rows_from
+from siftune.data.tokenize import Collator
 from siftune.errors import DataError
 from siftune.evaluate.audit import audit, tokenize_audit
 from siftune.evaluate.audit_models import random_floor, read_adapter
@@ -28,10 +30,8 @@ from siftune.evaluate.audit_result import LABELS
 from siftune.evaluate.audit_rows import drawn, not_among
 from siftune.evaluate.gradients import gradient_cosine
 from siftune.evaluate.membership import auc
-from siftune.train.rows import rows_from
 from siftune.train.run import set_up
 from siftune.train.run_folder import RunFolder
-from siftune.train.tokenize import Collator
 from siftune.train.trainer import SiftTrainer
 
 

@@ -6,13 +6,13 @@ import pytest
 from audits import QUICK, TOKENIZER, losses, records, rows
 from tiny_kit import base_model, save_kit
 
+from siftune.data.rows import rows_from
 from siftune.errors import DataError, KitError, RecipeError
 from siftune.evaluate.audit import AuditOptions, AuditSettings, OffsiteModels, audit, audit_paths, tokenize_audit
 from siftune.offsite.kit import read_kit
 from siftune.offsite.load import load_emulator
 from siftune.offsite.returned import write_return
 from siftune.offsite.split import adapter_names
-from siftune.train.rows import rows_from
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny
 from tokenizer import byte_tokenizer
 
+from siftune.data.rows import rows_from
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
 from siftune.evaluate.prepare import prepare_rows
 from siftune.evaluate.run import Metric, compare, evaluate_rows, measure, measure_base
-from siftune.train.rows import rows_from
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = rows_from(

@@ -1,10 +1,10 @@
 import pytest
 from tokenizer import byte_tokenizer
 
+from siftune.data.encoder import Encoder
+from siftune.data.rows import rows_from
 from siftune.errors import DataError, RecipeError
 from siftune.evaluate.prepare import choose_metrics, prepare_rows
-from siftune.train.encoder import Encoder
-from siftune.train.rows import rows_from
 
 TOKENIZER = byte_tokenizer()
 PLAIN = byte_tokenizer(chat_template=None)

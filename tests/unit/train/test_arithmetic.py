@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
+from siftune.data.arithmetic import KINDS, arithmetic_rows, split
 from siftune.errors import DataError
-from siftune.train.arithmetic import KINDS, arithmetic_rows, split
 
 
 def solve(prompt: str) -> int:

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from siftune.data.readers import Message, Row, load_rows, rows_from
 from siftune.errors import DataError, RecipeError
-from siftune.train.data import Message, Row, load_rows, rows_from
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2", "answer": "2"}
 TURNS = [

@@ -10,14 +10,14 @@ from trainers import At, stop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.config import Recipe, resolve_recipe
+from siftune.data.readers import load_rows
+from siftune.data.tokenize import tokenize_rows
 from siftune.errors import AdapterError, LayerError, RecipeError
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
 from siftune.train import run as module
-from siftune.train.data import load_rows
 from siftune.train.run import set_up, train
 from siftune.train.run_folder import RunFolder
-from siftune.train.tokenize import tokenize_rows
 from siftune.train.trainer import SiftTrainer
 from siftune.train.tuned_layers import About, put_in, read_about, read_tuned, save_tuned
 from tiny_run import lines, recipe

@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, batch, tiny
 
 from siftune.models.heads import IGNORED, label_positions, logits_at, next_labels
-from siftune.train.loss import difference_from_model, token_loss
+from siftune.models.loss import difference_from_model, token_loss
 
 
 def label_loss(model, inputs, items=None):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer import byte_tokenizer
 
+from siftune.data.readers import Collator, Encoder, encode_completion, encode_prompt, rows_from, tokenize_rows
 from siftune.errors import DataError, ModelError, RecipeError
-from siftune.train.data import Collator, Encoder, encode_completion, encode_prompt, rows_from, tokenize_rows
 
 CHAT = byte_tokenizer()
 PLAIN = byte_tokenizer(chat_template=None)
@@ -197,7 +197,7 @@ def test_no_rows_are_refused():
 
 
 def test_many_rows_keep_their_order(monkeypatch):
-    monkeypatch.setattr("siftune.train.tokenize._CHUNK", 3)
+    monkeypatch.setattr("siftune.data.tokenize._CHUNK", 3)
     data = tokenize_rows(rows_from([{"text": "x" * n} for n in range(1, 9)]), PLAIN, 20)
     assert data["length"] == list(range(2, 10))
     assert data.column_names == ["input_ids", "labels", "length"]

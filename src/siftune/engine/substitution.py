@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from siftune.models.groups import LayerGroup, outside
+from siftune.engine.groups import LayerGroup, outside
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from siftune.data.rows import Message, Row
 from siftune.errors import DataError, ModelError, RecipeError
-from siftune.train.rows import Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

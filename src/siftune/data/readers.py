@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from siftune.data.encoder import Encoder, encode_completion, encode_prompt
+from siftune.data.rows import Message, Row, parse_rows, rows_from
+from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.errors import DataError
-from siftune.train.encoder import Encoder, encode_completion, encode_prompt
-from siftune.train.rows import Message, Row, parse_rows, rows_from
-from siftune.train.tokenize import Collator, tokenize_rows
 
 __all__ = [
     "Collator",

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from siftune.capture import ghost
+from siftune.engine import per_sample
 from siftune.errors import UnsupportedError
 from siftune.models.adapters import LayerGroup, Slot, parameter_owners, units
 from siftune.models.targets import expert_banks, is_linear
@@ -35,12 +35,12 @@ class Kind(Enum):
     def gradient(self, owner: nn.Module, grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
         """Gradient of every row from the owner's output gradient and its input; (B, …)."""
         if self is Kind.LINEAR:
-            return ghost.linear_weight(grad_BTO, input_BTI)
+            return per_sample.linear_weight(grad_BTO, input_BTI)
         if self is Kind.TRANSPOSED:
-            return ghost.transposed_weight(grad_BTO, input_BTI)
+            return per_sample.transposed_weight(grad_BTO, input_BTI)
         if self is Kind.NORM:
-            return ghost.norm_weight(grad_BTO, input_BTI, float(owner.eps))  # type: ignore[arg-type]
-        return ghost.added_bias(grad_BTO)
+            return per_sample.norm_weight(grad_BTO, input_BTI, float(owner.eps))  # type: ignore[arg-type]
+        return per_sample.added_bias(grad_BTO)
 
 
 def refuse_compiled(groups: Sequence[LayerGroup], compiled: str) -> None:

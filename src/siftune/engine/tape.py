@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from siftune.capture import ghost
-from siftune.capture.gate import Deliver, Gate, hidden_states, is_active, is_upstream, taped, with_hidden
-from siftune.capture.recordable import Kind, kinds_of
+from siftune.engine import per_sample
+from siftune.engine.gate import Deliver, Gate, hidden_states, is_active, is_upstream, taped, with_hidden
+from siftune.engine.parameter_kinds import Kind, kinds_of
 from siftune.errors import UnsupportedError
 from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, untraced
 
@@ -52,7 +52,7 @@ class LayerRecord:
 
     def add(self, parameter: nn.Parameter, grads_BD: Tensor) -> None:
         """Add the rows' gradients for a parameter; a module may run more than once."""
-        grads_SD = ghost.over_pairs(grads_BD) if self._pairs else grads_BD
+        grads_SD = per_sample.over_pairs(grads_BD) if self._pairs else grads_BD
         held = self._grads.get(parameter)
         self._grads[parameter] = grads_SD if held is None else held + grads_SD
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from siftune.data.encoder import Encoder
+from siftune.data.rows import Row
 from siftune.errors import DataError
 from siftune.models.heads import IGNORED
-from siftune.train.encoder import Encoder
-from siftune.train.rows import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
