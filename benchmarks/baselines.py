@@ -36,11 +36,11 @@ from lora_rows import gradient_of_chosen, lora_matrices, randomness_kept, readin
 from siftune.engine import per_sample
 from siftune.engine.distributed import world_size
 from siftune.errors import RecipeError, UnsupportedError
-from siftune.sparse import gast
-from siftune.sparse.scores import Scored, score_samples
-from siftune.train.draws import Batch
-from siftune.train.selection import Draws, Loss, model_loss
-from siftune.train.support import support_gradient
+from siftune.methods.gast import maths
+from siftune.methods.gast.scores import Scored, score_samples
+from siftune.methods.batches import Batch
+from siftune.methods.layer_driver import Draws, Loss, model_loss
+from siftune.methods.gast.support import support_gradient
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
 
@@ -81,7 +81,7 @@ class Baseline(ABC):
     def __init__(
         self,
         model: nn.Module,
-        settings: gast.GASTSettings,
+        settings: maths.GASTSettings,
         draws: Draws | None = None,
         loss: Loss = model_loss,
         chunk: int = 16,
@@ -128,7 +128,7 @@ class Baseline(ABC):
         if self._seed is None:
             self.begin()
         rows = len(batch["input_ids"])
-        count = gast.how_many(self.settings.select, rows)
+        count = maths.how_many(self.settings.select, rows)
         uniform_LB = self._uniform(rows)
         self.last = None
         if count == rows and not self.settings.replacement:
@@ -157,8 +157,8 @@ class Baseline(ABC):
         chosen = []
         for layer, uniform_B in zip(scored, uniform_LB, strict=True):
             uniform_B = uniform_B.to(layer.scores.device)
-            rows_K = gast.choose(layer.scores, layer.live, uniform_B, count, self.settings)
-            chosen.append((rows_K, gast.factor(layer.live, rows_K, self.settings.scale)))
+            rows_K = maths.choose(layer.scores, layer.live, uniform_B, count, self.settings)
+            chosen.append((rows_K, maths.factor(layer.live, rows_K, self.settings.scale)))
         self.last = Choice(torch.stack([s.scores for s in scored]), torch.stack([rows_K for rows_K, _ in chosen]))
         return chosen
 
@@ -261,7 +261,7 @@ def _rows_of(batch: Batch, rows_K: Tensor) -> dict[str, Any]:
     }
 
 
-def _refuse_settings(name: str, settings: gast.GASTSettings, supports: Sequence[str]) -> None:
+def _refuse_settings(name: str, settings: maths.GASTSettings, supports: Sequence[str]) -> None:
     known = {"support": supports, "choice": ("stochastic", "topk"), "score": ("inner",), "pool": ("layer",)}
     for key, values in known.items():
         if getattr(settings, key) not in values:

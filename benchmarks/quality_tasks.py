@@ -29,11 +29,11 @@ from siftune.evaluate.run import measure
 from siftune.models.adapters import group_by_layer, use_base_dtype
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
-from siftune.sparse.gast import zscores
+from siftune.methods.gast.maths import zscores
 from siftune.train.run import set_up
 from siftune.train.run_folder import RunFolder, hardware, versions
-from siftune.train.sample_callback import GAST
-from siftune.train.sample_choice import Samples
+from siftune.methods.gast.callback import GAST
+from siftune.methods.gast.choice import Samples
 
 Record = dict[str, Any]
 Job = dict[str, Any]

@@ -7,16 +7,16 @@ if TYPE_CHECKING:
     from siftune.errors import SiftuneError
     from siftune.models.adapters import attach_adapter
     from siftune.models.layers import find_layers
-    from siftune.train.callback import IST, RST
-    from siftune.train.sample_callback import GAST
+    from siftune.methods.ist.callback import IST, RST
+    from siftune.methods.gast.callback import GAST
 
 __version__ = "0.1.0"
 
 # name -> module; imported on first use, because torch and transformers take seconds
 _LAZY = {
-    "GAST": "siftune.train.sample_callback",
-    "IST": "siftune.train.callback",
-    "RST": "siftune.train.callback",
+    "GAST": "siftune.methods.gast.callback",
+    "IST": "siftune.methods.ist.callback",
+    "RST": "siftune.methods.ist.callback",
     "SiftuneError": "siftune.errors",
     "attach_adapter": "siftune.models.adapters",
     "find_layers": "siftune.models.layers",

@@ -9,7 +9,7 @@ from trainers import adapted, rows, train, weights
 
 from siftune import GAST, IST
 from siftune.models.adapters import group_by_layer
-from siftune.sparse import gast
+from siftune.methods.gast import maths
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 

@@ -24,14 +24,14 @@ from siftune.models.full import OpenLayers
 from siftune.models.source import load_model, use_attention
 from siftune.recipe_file import recipe_to_yaml
 from siftune.train.arguments import end_checkpointing, training_arguments
-from siftune.train.callback import IST, RST
+from siftune.methods.ist.callback import IST, RST
 from siftune.train.disk import disk_faults
 from siftune.train.kits import kit_of, load_tunable, settle_layers
 from siftune.train.outcome import Outcome
 from siftune.train.progress import Metrics, ProgressView
 from siftune.train.resume import check_adapter, check_layers, find_checkpoint, step_of
 from siftune.train.run_folder import RunFolder
-from siftune.train.sample_callback import GAST
+from siftune.methods.gast.callback import GAST
 from siftune.train.trainer import LayerTrainer, SiftTrainer
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from trainers import arguments, rows, weights
 from baseline_trainer import BaselineTrainer
 from baselines import Greats, StoreAll, TwoPass
 from siftune import GAST
-from siftune.sparse.gast import GASTSettings
-from siftune.train.draws import GivenBatches
+from siftune.methods.gast.maths import GASTSettings
+from siftune.methods.batches import GivenBatches
 from siftune.train.trainer import SiftTrainer
 
 GASTS = (TwoPass, StoreAll)

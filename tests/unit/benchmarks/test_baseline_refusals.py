@@ -10,7 +10,7 @@ from tiny import batch, tiny
 from baselines import StoreAll, TwoPass
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.models.adapters import attach_adapter
-from siftune.sparse.gast import GASTSettings
+from siftune.methods.gast.maths import GASTSettings
 
 
 @pytest.mark.parametrize("kind", PASSES)

@@ -18,7 +18,7 @@ from baselines import Greats, TwoPass
 from siftune import GAST
 from siftune.engine import per_sample
 from siftune.models.adapters import group_by_layer, use_base_dtype
-from siftune.sparse.gast import GASTSettings
+from siftune.methods.gast.maths import GASTSettings
 
 
 def with_ranks():

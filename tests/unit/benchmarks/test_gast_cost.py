@@ -15,7 +15,7 @@ from siftune.errors import DataError, RecipeError
 from siftune.evaluate.cost import METHODS, Measurement, Workload, measure
 from siftune.evaluate.cost_worker import build_trainer
 from siftune.models.source import load_model
-from siftune.train.sample_callback import GAST
+from siftune.methods.gast.callback import GAST
 from siftune.train.trainer import SiftTrainer
 
 FACTS = {"dtype": "float32", "hardware": "one machine"}

@@ -13,8 +13,8 @@ from trainers import arguments, rows
 
 from baselines import Greats, greedy
 from siftune.errors import RecipeError
-from siftune.sparse.gast import GASTSettings
-from siftune.train.draws import GivenBatches
+from siftune.methods.gast.maths import GASTSettings
+from siftune.methods.batches import GivenBatches
 from siftune.train.trainer import SiftTrainer
 
 

@@ -17,8 +17,8 @@ from trl import SFTTrainer
 from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.evaluate import cost, cost_worker
 from siftune.evaluate.cost import FLOOR, Measurement, Workload, check_workload, measure, parse_methods, schedule
-from siftune.train.callback import IST
-from siftune.train.selection import LayerSelection
+from siftune.methods.ist.callback import IST
+from siftune.methods.layer_driver import LayerSelection
 from siftune.train.trainer import SiftTrainer
 
 VOCAB = 300

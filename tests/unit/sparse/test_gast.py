@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from siftune.errors import RecipeError
-from siftune.sparse import gast
-from siftune.sparse.gast import GASTSettings
+from siftune.methods.gast import maths
+from siftune.methods.gast.maths import GASTSettings
 
 EPS = 1e-5  # of the largest score, in the z-scores' denominator
 
@@ -115,12 +115,12 @@ def test_what_a_choice_needs(choice, support):
     ],
 )  # fmt: skip
 def test_how_many(select, samples, count):
-    assert gast.how_many(select, samples) == count
+    assert maths.how_many(select, samples) == count
 
 
 @given(part=st.integers(1, 64), rest=st.integers(0, 64))
 def test_a_share_that_comes_out_even_is_not_rounded_down(part, rest):
-    assert gast.how_many(part / (part + rest), part + rest) == part
+    assert maths.how_many(part / (part + rest), part + rest) == part
 
 
 @given(rows=st.integers(1, 5), width=st.integers(1, 5), seed=st.integers(0, 99))
@@ -130,15 +130,15 @@ def test_cosines(rows, width, seed):
     for others in (right, right[:1].expand(rows, -1)):
         products, lengths = (left * others).sum(1), others.square().sum(1)
         expected = [p / (math.hypot(*a) * math.hypot(*b)) for p, a, b in zip(products, left, others, strict=True)]
-        assert_close(gast.cosines(products, squares, lengths), float64(expected), rtol=1e-12, atol=1e-12)
-    assert_close(gast.cosines(products, squares, lengths[0]), float64(expected), rtol=1e-12, atol=1e-12)
+        assert_close(maths.cosines(products, squares, lengths), float64(expected), rtol=1e-12, atol=1e-12)
+    assert_close(maths.cosines(products, squares, lengths[0]), float64(expected), rtol=1e-12, atol=1e-12)
 
 
 def test_cosine_with_nothing_is_zero():
     ones = torch.ones(3)
-    assert gast.cosines(ones, torch.zeros(3), torch.ones(())).tolist() == [0.0] * 3
-    assert gast.cosines(ones, ones, float64([-1e-9, 0.0, 4.0])).tolist() == [0.0, 0.0, 0.5]  # rounded below 0
-    assert gast.cosines(ones, -ones, torch.ones(())).tolist() == [0.0] * 3
+    assert maths.cosines(ones, torch.zeros(3), torch.ones(())).tolist() == [0.0] * 3
+    assert maths.cosines(ones, ones, float64([-1e-9, 0.0, 4.0])).tolist() == [0.0, 0.0, 0.5]  # rounded below 0
+    assert maths.cosines(ones, -ones, torch.ones(())).tolist() == [0.0] * 3
 
 
 def oracle_zscores(scores, live):
@@ -152,36 +152,36 @@ def oracle_zscores(scores, live):
 @given(scores_and_live(), st.sampled_from([1e-60, 1e-12, 1.0, 1e12, 1e60]))
 def test_zscores_at_any_scale(given_scores, scale):
     scores, live = given_scores
-    assert_close(gast.zscores(scores * scale, live), oracle_zscores(scores, live), rtol=1e-9, atol=1e-9)
+    assert_close(maths.zscores(scores * scale, live), oracle_zscores(scores, live), rtol=1e-9, atol=1e-9)
 
 
 @given(number=st.floats(-1e6, 1e6), count=st.integers(1, 9))
 def test_equal_scores_have_zscores_of_zero(number, count):
     equal = torch.full((count,), number, dtype=torch.float64)
-    assert gast.zscores(equal, all_live(equal)).abs().max() < 1e-9
+    assert maths.zscores(equal, all_live(equal)).abs().max() < 1e-9
     rounded = equal * (1 + 1e-9 * torch.arange(count))
-    assert gast.zscores(rounded, all_live(equal)).abs().max() < 1e-3
+    assert maths.zscores(rounded, all_live(equal)).abs().max() < 1e-3
 
 
 @given(scores_and_live(), st.sampled_from([0.0, 1e9, -1e9, math.inf, -math.inf, math.nan]))
 def test_scores_without_a_gradient_do_not_matter(given_scores, other):
     scores, live = given_scores
-    got = gast.zscores(scores.where(live, other), live)
-    assert torch.equal(got, gast.zscores(scores, live))
+    got = maths.zscores(scores.where(live, other), live)
+    assert torch.equal(got, maths.zscores(scores, live))
     assert (got[~live] == 0).all()
 
 
 def test_no_sample_with_a_gradient():
     none = torch.zeros(3, dtype=torch.bool)
-    assert torch.equal(gast.zscores(float64([1.0, 2.0, 3.0]), none), torch.zeros(3, dtype=torch.float64))
-    assert_close(gast.log_probabilities(torch.zeros(3), none, 1.0).exp(), torch.full((3,), 1 / 3))
+    assert torch.equal(maths.zscores(float64([1.0, 2.0, 3.0]), none), torch.zeros(3, dtype=torch.float64))
+    assert_close(maths.log_probabilities(torch.zeros(3), none, 1.0).exp(), torch.full((3,), 1 / 3))
 
 
 @given(scores_and_live(), st.floats(0.05, 20))
 def test_chances_are_the_softmax_over_those_with_a_gradient(given_scores, temperature):
     scores, live = given_scores
-    z = gast.zscores(scores, live)
-    log_p = gast.log_probabilities(z, live, temperature)
+    z = maths.zscores(scores, live)
+    log_p = maths.log_probabilities(z, live, temperature)
     weights = [math.exp(float(v) / temperature) if kept else 0.0 for v, kept in zip(z, live, strict=True)]
     expected = [weight / sum(weights) for weight in weights]
     assert_close(log_p.exp(), float64(expected), rtol=1e-9, atol=1e-12)
@@ -219,7 +219,7 @@ def test_draws_follow_the_chances(replacement, count):
     weights = [0.1, 0.4, 0.05, 0.25, 0.2]
     log_p = float64(weights).log()
     chances = chances_of(weights, count, replacement)
-    assert_follows(lambda source: gast.draw(log_p, uniform(5, source), count, replacement), chances)
+    assert_follows(lambda source: maths.draw(log_p, uniform(5, source), count, replacement), chances)
 
 
 @pytest.mark.parametrize("replacement", [False, True])
@@ -231,7 +231,7 @@ def test_choices_follow_the_softmax_of_the_zscores(choice, replacement):
     even = [float(kept) for kept in live]
     weights = even if choice == "random" else [w * math.exp(v / 0.7) for w, v in zip(even, z.tolist(), strict=True)]
     chances = chances_of(weights, 2, replacement)
-    assert_follows(lambda source: gast.choose(scores, live, uniform(5, source), 2, settings), chances)
+    assert_follows(lambda source: maths.choose(scores, live, uniform(5, source), 2, settings), chances)
 
 
 @pytest.mark.parametrize("settings", [{}, {"choice": "topk"}, {"choice": "random"}, {"temperature": 1e-6}])
@@ -239,7 +239,7 @@ def test_choices_follow_the_softmax_of_the_zscores(choice, replacement):
 def test_a_choice_is_of_different_samples_and_first_of_those_with_a_gradient(settings, given_scores, data, seed):
     scores, live = given_scores
     count = data.draw(st.integers(1, len(scores)))
-    chosen = gast.choose(scores, live, uniform(len(scores), seed), count, GASTSettings(**settings))
+    chosen = maths.choose(scores, live, uniform(len(scores), seed), count, GASTSettings(**settings))
     assert chosen.dtype == torch.int64
     assert sorted(set(chosen.tolist())) == chosen.tolist()
     assert len(chosen) == count
@@ -251,7 +251,7 @@ def test_with_replacement_none_without_a_gradient_is_drawn(given_scores, data, s
     scores, live = given_scores
     count = data.draw(st.integers(1, len(scores)))
     for edge in (uniform(len(scores), seed), 0 * scores, torch.full_like(scores, 1 - 2**-53)):
-        chosen = gast.choose(scores, live, edge, count, GASTSettings(replacement=True))
+        chosen = maths.choose(scores, live, edge, count, GASTSettings(replacement=True))
         assert chosen.tolist() == sorted(chosen.tolist())
         assert len(chosen) == count
         assert live[chosen].all()
@@ -259,9 +259,9 @@ def test_with_replacement_none_without_a_gradient_is_drawn(given_scores, data, s
 
 def test_a_uniform_number_of_zero_is_the_least_likely_and_not_an_error():
     log_p = float64([0.25] * 4).log()
-    assert gast.draw(log_p, float64([0.5, 0.0, 0.5, 0.5]), 3, False).tolist() == [0, 2, 3]
+    assert maths.draw(log_p, float64([0.5, 0.0, 0.5, 0.5]), 3, False).tolist() == [0, 2, 3]
     live = torch.tensor([True, False, False, False])  # and yet before those without a gradient
-    assert gast.choose(log_p, live, float64([0.0, 0.9, 0.9, 0.9]), 1, GASTSettings()).tolist() == [0]
+    assert maths.choose(log_p, live, float64([0.0, 0.9, 0.9, 0.9]), 1, GASTSettings()).tolist() == [0]
 
 
 @given(scores=st.lists(st.integers(-99, 99), min_size=1, max_size=9, unique=True), data=st.data())
@@ -269,7 +269,7 @@ def test_topk_takes_the_highest(scores, data):
     count = data.draw(st.integers(1, len(scores)))
     live = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
     ranked = sorted((i for i in range(len(scores)) if live[i]), key=lambda i: -scores[i])
-    chosen = gast.choose(float64(scores), live, uniform(len(scores)), count, GASTSettings(choice="topk")).tolist()
+    chosen = maths.choose(float64(scores), live, uniform(len(scores)), count, GASTSettings(choice="topk")).tolist()
     assert [i for i in chosen if live[i]] == sorted(ranked[:count])
 
 
@@ -277,7 +277,7 @@ def test_topk_takes_the_highest(scores, data):
 def test_uniform_numbers_decide_alone_at_any_scale_of_the_scores(settings):
     scores, before = torch.linspace(-1, 1, 12), torch.get_rng_state()
     first, *others = (
-        [gast.choose(scores * scale, all_live(scores), uniform(12, seed), 4, settings).tolist() for seed in range(9)]
+        [maths.choose(scores * scale, all_live(scores), uniform(12, seed), 4, settings).tolist() for seed in range(9)]
         for scale in (1.0, 1.0, 2.0**-120, 2.0**120)
     )
     assert all(other == first for other in others)
@@ -290,8 +290,8 @@ def test_factor(given_scores, data):
     live = given_scores[1]
     chosen = data.draw(st.lists(st.integers(0, len(live) - 1), min_size=1, max_size=9))
     kept = sum(bool(live[i]) for i in chosen)  # as often as it is named
-    got = gast.factor(live, torch.tensor(chosen), "mean")
+    got = maths.factor(live, torch.tensor(chosen), "mean")
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(int(live.sum()) / max(kept, 1))
-    alone = gast.factor(live, torch.tensor(chosen), "sum")
+    alone = maths.factor(live, torch.tensor(chosen), "sum")
     assert (alone.dtype, alone.shape, alone.item()) == (torch.float32, (), 1.0)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.errors import RecipeError
-from siftune.sparse import ist
-from siftune.sparse.baselines import draw_uniform
+from siftune.methods.ist import maths
+from siftune.methods.rst import draw_uniform
 
 
 def generator(seed=0):
@@ -40,8 +40,8 @@ def test_update_equals_oracle(data, layers, lr):
     losses = data.draw(st.lists(st.floats(0, 8), min_size=count, max_size=count))
     before = torch.tensor(logits, dtype=torch.float64)
     kept = before.clone()
-    rewards = ist.rewards(torch.tensor(losses, dtype=torch.float64))
-    got = ist.update_importance(before, torch.tensor(sets), rewards, lr)
+    rewards = maths.rewards(torch.tensor(losses, dtype=torch.float64))
+    got = maths.update_importance(before, torch.tensor(sets), rewards, lr)
     expected = torch.tensor(oracle_update(logits, sets, losses, lr), dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(before, kept)
@@ -50,8 +50,8 @@ def test_update_equals_oracle(data, layers, lr):
 def test_layers_that_can_be_missed_lose_importance():
     sets = torch.tensor([[0, 1], [2, 3]])
     harmless, harmful = 0.1, 3.0
-    after = ist.update_importance(
-        torch.zeros(4, dtype=torch.float64), sets, ist.rewards(torch.tensor([harmless, harmful])), 10.0
+    after = maths.update_importance(
+        torch.zeros(4, dtype=torch.float64), sets, maths.rewards(torch.tensor([harmless, harmful])), 10.0
     )
     assert (after[:2] < 0).all()
     assert (after[2:] > 0).all()
@@ -82,15 +82,15 @@ def test_active_layers_follow_the_sigmoid_of_importance():
     chances = without_replacement_probabilities(torch.sigmoid(logits).tolist(), 2)
     source = generator()
     # 10 sets, 9 degrees of freedom: 27.9 is the 0.999 quantile
-    assert chi_square(lambda: ist.draw_active(logits, 0.4, source), chances) < 27.9
+    assert chi_square(lambda: maths.draw_active(logits, 0.4, source), chances) < 27.9
 
 
 def test_suppressed_sets_follow_the_sigmoid_of_unimportance():
     logits = torch.tensor([-2.0, -0.5, 0.0, 1.0, 2.0], dtype=torch.float64)
     chances = without_replacement_probabilities(torch.sigmoid(-logits).tolist(), 2)
-    settings = ist.ISTSettings(candidates=1, suppressed=0.4)
+    settings = maths.ISTSettings(candidates=1, suppressed=0.4)
     source = generator()
-    assert chi_square(lambda: ist.draw_candidates(logits, settings, source)[0], chances) < 27.9
+    assert chi_square(lambda: maths.draw_candidates(logits, settings, source)[0], chances) < 27.9
 
 
 def test_uniform_draw_is_uniform():
@@ -101,8 +101,8 @@ def test_uniform_draw_is_uniform():
 
 @given(layers=st.integers(1, 9), suppressed=st.floats(0.01, 1), candidates=st.integers(1, 6), seed=st.integers(0, 99))
 def test_candidates_are_distinct_and_as_many_as_exist(layers, suppressed, candidates, seed):
-    settings = ist.ISTSettings(suppressed=suppressed, candidates=candidates)
-    sets = ist.draw_candidates(torch.zeros(layers, dtype=torch.float64), settings, generator(seed))
+    settings = maths.ISTSettings(suppressed=suppressed, candidates=candidates)
+    sets = maths.draw_candidates(torch.zeros(layers, dtype=torch.float64), settings, generator(seed))
     size = max(1, int(suppressed * layers + 1e-9))
     assert sets.shape == (min(candidates, math.comb(layers, size)), size)
     assert len({tuple(s) for s in sets.tolist()}) == len(sets)
@@ -111,8 +111,8 @@ def test_candidates_are_distinct_and_as_many_as_exist(layers, suppressed, candid
 
 def test_extreme_importance_still_draws():
     logits = torch.tensor([900.0, -900.0, 900.0, -900.0], dtype=torch.float64)
-    assert ist.draw_active(logits, 0.5, generator()).tolist() == [0, 2]
-    sets = ist.draw_candidates(logits, ist.ISTSettings(suppressed=0.5), generator())
+    assert maths.draw_active(logits, 0.5, generator()).tolist() == [0, 2]
+    sets = maths.draw_candidates(logits, maths.ISTSettings(suppressed=0.5), generator())
     assert sets[0].tolist() == [1, 3]
 
 
@@ -120,15 +120,15 @@ def test_extreme_importance_still_draws():
     ("fraction", "layers", "count"), [(0.25, 30, 7), (0.25, 3, 1), (0.29, 100, 29), (1.0, 5, 5), (0.01, 7, 1)]
 )
 def test_share(fraction, layers, count):
-    assert ist.share(fraction, layers) == count
+    assert maths.share(fraction, layers) == count
 
 
 def test_draws_are_reproducible_and_leave_the_global_generator_alone():
     logits = torch.linspace(-1, 1, 20, dtype=torch.float64)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = [ist.draw_active(logits, 0.25, source).tolist() for source in [generator(3)] for _ in range(5)]
-    second = [ist.draw_active(logits, 0.25, source).tolist() for source in [generator(3)] for _ in range(5)]
+    first = [maths.draw_active(logits, 0.25, source).tolist() for source in [generator(3)] for _ in range(5)]
+    second = [maths.draw_active(logits, 0.25, source).tolist() for source in [generator(3)] for _ in range(5)]
     assert first == second
     assert len({tuple(layers) for layers in first}) > 1
     assert torch.equal(torch.get_rng_state(), before)
@@ -140,4 +140,4 @@ def test_draws_are_reproducible_and_leave_the_global_generator_alone():
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(RecipeError, match=next(iter(bad))):
-        ist.ISTSettings(**bad)
+        maths.ISTSettings(**bad)

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from siftune import GAST, IST, RST
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.models.adapters import group_by_layer
-from siftune.train.trainer_access import _metrics_kept
+from siftune.methods.host_trainer import _metrics_kept
 
 
 def layers_of(names):

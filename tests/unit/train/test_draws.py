@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from siftune.errors import DataError
-from siftune.train.draws import GivenBatches, RowDraws, label_weight
+from siftune.methods.batches import GivenBatches, RowDraws, label_weight
 
 
 def generator(seed=0):

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny
 
 from siftune.models.adapters import attach_adapter, group_by_layer
-from siftune.train.sample_choice import Choosing, Samples, Unit, units_of
+from siftune.methods.gast.choice import Choosing, Samples, Unit, units_of
 
 
 def in_layers(model):

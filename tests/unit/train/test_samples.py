@@ -12,7 +12,7 @@ from tiny import batch
 from siftune import GAST, IST
 from siftune.errors import RecipeError
 from siftune.models.adapters import group_by_layer
-from siftune.sparse import gast
+from siftune.methods.gast import maths
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_the_draws_of_a_layer_follow_the_softmax(model, inputs):
             for layer, (row,) in enumerate(sift.last.selected.tolist()):
                 counts[layer, row] += 1
     for layer in range(4):
-        expected = gast.zscores(sift.last.scores[layer], torch.ones(6, dtype=torch.bool)).softmax(0) * passes
+        expected = maths.zscores(sift.last.scores[layer], torch.ones(6, dtype=torch.bool)).softmax(0) * passes
         statistic = float(((counts[layer] - expected) ** 2 / expected).sum())
         assert statistic < 20.5  # 5 degrees of freedom: exceeded once in a thousand
 

@@ -11,8 +11,8 @@ from trainers import adapted
 from transformers import Adafactor
 
 from siftune.errors import RecipeError
-from siftune.train.selection import model_loss
-from siftune.train.support import adam_metric, support_gradient
+from siftune.methods.layer_driver import model_loss
+from siftune.methods.gast.support import adam_metric, support_gradient
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 

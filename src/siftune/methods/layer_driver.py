@@ -16,9 +16,9 @@ from siftune.engine.distributed import mean_over_ranks, world_size
 from siftune.engine.gate import LayerGates
 from siftune.models.adapters import group_by_layer, suppress
 from siftune.models.modes import evaluating
-from siftune.sparse import ist
-from siftune.sparse.baselines import draw_uniform
-from siftune.train.draws import Batch, draws_state, label_weight, load_draws_state
+from siftune.methods.ist import maths
+from siftune.methods.rst import draw_uniform
+from siftune.methods.batches import Batch, draws_state, label_weight, load_draws_state
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class LayerSelection:
     def __init__(
         self,
         model: nn.Module,
-        settings: ist.ISTSettings,
+        settings: maths.ISTSettings,
         *,
         scored: bool = True,
         draws: Draws | None = None,
@@ -117,7 +117,7 @@ class LayerSelection:
         """Score the layers if it is time, then draw those of the coming step."""
         scores = self._score() if self._is_due() else {}
         if self._scored:
-            active = ist.draw_active(self.importance, self.settings.active, self.generator)
+            active = maths.draw_active(self.importance, self.settings.active, self.generator)
         else:
             active = draw_uniform(len(self.groups), self.settings.active, self.generator)
         layers = self._numbers(active.tolist())
@@ -184,7 +184,7 @@ class LayerSelection:
     def _score(self) -> dict[str, Any]:
         """Compare candidate sets on drawn rows and move the importance."""
         assert self.draws is not None
-        sets_KN = ist.draw_candidates(self.importance, self.settings, self.generator)
+        sets_KN = maths.draw_candidates(self.importance, self.settings, self.generator)
         batches = self.draws.draw(self.settings.score_batch_size, self._chunk)
         with evaluating(self.model):
             losses_K = torch.tensor([self._suppressed_loss(s, batches) for s in sets_KN.tolist()], dtype=torch.float64)
@@ -194,8 +194,8 @@ class LayerSelection:
                 "step %d: losses %s are not finite; importance stays as it was", self.steps, losses_K.tolist()
             )
             return {}
-        rewards_K = ist.rewards(losses_K)
-        self.importance = ist.update_importance(self.importance, sets_KN, rewards_K, self.settings.score_lr)
+        rewards_K = maths.rewards(losses_K)
+        self.importance = maths.update_importance(self.importance, sets_KN, rewards_K, self.settings.score_lr)
         return {
             "losses": tuple(losses_K.tolist()),
             "rewards": tuple(rewards_K.tolist()),

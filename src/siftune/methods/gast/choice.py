@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.models.adapters import LayerGroup, units
-from siftune.sparse.gast import Pool
+from siftune.methods.gast.maths import Pool
 
 
 @dataclass(frozen=True, eq=False)

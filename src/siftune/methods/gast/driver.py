@@ -17,12 +17,12 @@ from siftune.engine.gate import is_active
 from siftune.engine.parameter_kinds import refuse_compiled
 from siftune.engine.tape import Tape
 from siftune.models.adapters import LayerGroup, group_by_layer
-from siftune.sparse import gast
-from siftune.sparse.scores import Scored, live_samples, score_samples
-from siftune.train.draws import draws_state, load_draws_state
-from siftune.train.sample_choice import Choosing, Samples, Unit, units_of
-from siftune.train.selection import Draws, Loss, model_loss
-from siftune.train.support import adam_metric, support_gradient
+from siftune.methods.gast import maths
+from siftune.methods.gast.scores import Scored, live_samples, score_samples
+from siftune.methods.batches import draws_state, load_draws_state
+from siftune.methods.gast.choice import Choosing, Samples, Unit, units_of
+from siftune.methods.layer_driver import Draws, Loss, model_loss
+from siftune.methods.gast.support import adam_metric, support_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class SampleSelection:
     def __init__(
         self,
         model: nn.Module,
-        settings: gast.GASTSettings,
+        settings: maths.GASTSettings,
         *,
         draws: Draws | None = None,
         loss: Loss = model_loss,
@@ -170,7 +170,7 @@ class SampleSelection:
         assert self._seed is not None
         number = self._next_batch * world_size() + rank()
         self._next_batch += 1
-        count = gast.how_many(self.settings.select, samples)
+        count = maths.how_many(self.settings.select, samples)
         generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
         total = sum(len(units) for units in self._units.values())
         uniform = torch.rand(total, samples, generator=generator, dtype=torch.float64)
@@ -206,7 +206,7 @@ class SampleSelection:
             parts = [grads[p] for p in kept]
             scored = self._score(kept, parts)
             chosen_K = self._choose(choosing, unit, scored)
-            scale = gast.factor(scored.live, chosen_K, self.settings.scale)
+            scale = maths.factor(scored.live, chosen_K, self.settings.scale)
             scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
             for parameter, part in zip(kept, parts, strict=True):
                 reduced[parameter] = per_sample.sum_of(part, chosen_K) * scale
@@ -214,7 +214,7 @@ class SampleSelection:
 
     def _choose(self, choosing: Choosing, unit: Unit, scored: Scored) -> Tensor:
         uniform_S = choosing.uniform_on(scored.scores.device)[unit.place]
-        chosen_K = gast.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
+        chosen_K = maths.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen_K)
         return chosen_K
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from siftune.engine import per_sample
-from siftune.sparse.gast import cosines
+from siftune.methods.gast.maths import cosines
 
 
 class Scored(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from siftune.errors import RecipeError
-from siftune.train.draws import Batch, label_weight
-from siftune.train.selection import Loss
+from siftune.methods.batches import Batch, label_weight
+from siftune.methods.layer_driver import Loss
 
 _LIFT = 2.0**10  # keeps float16 gradients out of the range where they vanish; taken off again
 

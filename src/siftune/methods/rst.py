@@ -7,7 +7,7 @@ in a step, drawn uniformly.
 import torch
 from torch import Tensor
 
-from siftune.sparse.ist import draw_layers, share
+from siftune.methods.ist.maths import draw_layers, share
 
 
 def draw_uniform(layers: int, active: float, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from siftune.train.trainer_access import saved_state
+from siftune.methods.host_trainer import saved_state
 
 
 class _Selecting(Protocol):
