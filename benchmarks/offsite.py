@@ -43,9 +43,9 @@ from siftune.evaluate.audit_tuning import Tuning, tuned
 from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
-from siftune.offsite.assemble import EmulatorParts, materialise
-from siftune.offsite.middle import emulators
-from siftune.offsite.plan import EmulatorSettings
+from siftune.offsite.emulator.assemble import EmulatorParts, materialise
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.train.run_folder import hardware, versions
 
 Job = dict[str, Any]

@@ -8,9 +8,9 @@ from tiny import batch, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from siftune.offsite.middle import emulators
-from siftune.offsite.plan import EmulatorSettings
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.emulator.split import Split
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "gpt_neox", "gpt2")
 
@@ -43,7 +43,7 @@ def settings(**values: Any) -> EmulatorSettings:
 
 def emulator(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], **values: Any) -> PreTrainedModel:
     """An emulator in memory."""
-    from siftune.offsite.assemble import materialise
+    from siftune.offsite.emulator.assemble import materialise
 
     return materialise(emulators(model, batches, [settings(**values)], store=None)[0])
 

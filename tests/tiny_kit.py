@@ -8,9 +8,9 @@ from tokenizer import byte_tokenizer
 from transformers import PreTrainedModel
 
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.kit import Kit, KitContents, fingerprint, write_kit
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
+from siftune.offsite.kit.folder import Kit, KitContents, fingerprint, write_kit
+from siftune.offsite.emulator.split import Split, adapter_names
 
 SPLIT = Split(2, 1)
 OUTER = (0, 1, 3)  # the adapter's layers in the emulator, which has four

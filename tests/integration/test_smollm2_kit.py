@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from siftune.models.source import load_model
-from siftune.offsite.gradot import KitOptions, emulate
-from siftune.offsite.load import load_kit
-from siftune.offsite.plan import EmulatorSettings
-from siftune.offsite.plug import plug
-from siftune.offsite.returned import write_return
+from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.load import load_kit
+from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.protocol.plug import plug
+from siftune.offsite.protocol.returned import write_return
 
 pytestmark = pytest.mark.integration
 

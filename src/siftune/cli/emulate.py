@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from siftune.data.rows import Row
     from siftune.evaluate.sweep import SweepGrid
-    from siftune.offsite.kit import Kit
-    from siftune.offsite.plan import EmulatorSettings
+    from siftune.offsite.kit.folder import Kit
+    from siftune.offsite.emulator.plan import EmulatorSettings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -137,7 +137,7 @@ def _check(options: Options) -> None:
     else:
         _settings(options, 0.7 if options.keep is None else options.keep).check()
     if options.sign is not None:
-        from siftune.offsite.signing import load_signer
+        from siftune.offsite.kit.signing import load_signer
 
         load_signer(options.sign)
     refuse_full(options.out)
@@ -149,8 +149,8 @@ def _write(options: Options, console: Console) -> dict[str, Any]:
 
     from siftune.cli.stages import stages
     from siftune.cli.verify import facts
-    from siftune.offsite.gradot import KitOptions, emulate
-    from siftune.offsite.plan import keep_for_size
+    from siftune.offsite.protocol.emulate import KitOptions, emulate
+    from siftune.offsite.emulator.plan import keep_for_size
 
     started = time.monotonic()
     rows = _load_rows(options.calibration, options, options.rows)
@@ -265,7 +265,7 @@ def _kit_dtype(options: Options, model: Any) -> "torch.dtype":
 
 
 def _settings(options: Options, keep: float) -> "EmulatorSettings":
-    from siftune.offsite.plan import EmulatorSettings
+    from siftune.offsite.emulator.plan import EmulatorSettings
 
     return EmulatorSettings(
         method=options.method,
@@ -295,7 +295,7 @@ def _grid(options: Options) -> "SweepGrid":
 
 
 def _split(options: Options) -> Any:
-    from siftune.offsite.split import Split
+    from siftune.offsite.emulator.split import Split
 
     return Split(options.first, options.last)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from siftune.offsite.plug import UpdateReport
+    from siftune.offsite.protocol.plug import UpdateReport
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Check, plug in, save."""
-    from siftune.offsite.plug import plug
+    from siftune.offsite.protocol.plug import plug
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status("checking the return"):

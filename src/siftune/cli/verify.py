@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from siftune.errors import KitError
 
 if TYPE_CHECKING:
-    from siftune.offsite.kit import Kit
+    from siftune.offsite.kit.folder import Kit
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Check, and print what it is."""
-    from siftune.offsite.kit import is_kit, read_kit
+    from siftune.offsite.kit.folder import is_kit, read_kit
 
     console = Console(highlight=False, soft_wrap=True)
     if is_kit(options.path):
@@ -52,9 +52,9 @@ def facts(kit: "Kit") -> dict[str, Any]:
         the parameters of the base's middle that the emulator has.
     """
     from siftune.models.layers import find_layers
-    from siftune.offsite.emulator import build
-    from siftune.offsite.kit import load_config
-    from siftune.offsite.tensor_file import tensor_specs
+    from siftune.offsite.emulator.model import build
+    from siftune.offsite.kit.folder import load_config
+    from siftune.offsite.kit.tensors import tensor_specs
 
     manifest = kit.manifest
     model = build(load_config(kit), manifest.split, manifest.middle)
@@ -110,8 +110,8 @@ def _show_return(path: Path, kit: "Kit", console: Console) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from siftune.cli.plug import show_updates
-    from siftune.offsite.plug import compare
-    from siftune.offsite.returned import read_return
+    from siftune.offsite.protocol.plug import compare
+    from siftune.offsite.protocol.returned import read_return
 
     returned = read_return(path, kit)
     before = load_file(kit.path / "adapter.safetensors")
@@ -129,7 +129,7 @@ def _show(rows: dict[str, str], console: Console) -> None:
 
 def _words(dtype: str) -> str:
     """A dtype of safetensors in torch's words."""
-    from siftune.offsite.tensor_file import DTYPES
+    from siftune.offsite.kit.tensors import DTYPES
 
     return str(DTYPES[dtype]).removeprefix("torch.")
 

@@ -42,11 +42,11 @@ from siftune.evaluate.audit_stages import (
     untuned,
 )
 from siftune.models.source import load_model
-from siftune.offsite.kit import fingerprint, read_kit
-from siftune.offsite.load import load_emulator
-from siftune.offsite.plug import compare
-from siftune.offsite.record import Progress
-from siftune.offsite.returned import read_return
+from siftune.offsite.kit.folder import fingerprint, read_kit
+from siftune.offsite.protocol.load import load_emulator
+from siftune.offsite.protocol.plug import compare
+from siftune.offsite.emulator.record import Progress
+from siftune.offsite.protocol.returned import read_return
 from siftune.train.run_folder import hardware, versions
 
 __all__ = [

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from siftune.errors import KitError
 from siftune.models.layers import find_layers
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, adapter_names
 
 _ROUNDING = 2**-7  # a little more than bfloat16 loses
 

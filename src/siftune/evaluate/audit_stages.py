@@ -18,7 +18,7 @@ from siftune.evaluate.gradients import GradientCosine, gradient_cosine
 from siftune.evaluate.intervals import Bootstrap
 from siftune.evaluate.membership import Membership, RowLosses, infer_membership
 from siftune.models.layers import find_layers
-from siftune.offsite.record import Progress
+from siftune.offsite.emulator.record import Progress
 
 logger = logging.getLogger(__name__)
 

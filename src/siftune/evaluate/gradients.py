@@ -22,7 +22,7 @@ from siftune.models.heads import label_positions, logits_at
 from siftune.models.layers import find_layers
 from siftune.models.loss import token_loss
 from siftune.models.modes import evaluating
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, adapter_names
 
 Batches = Iterable[Mapping[str, Tensor]]
 

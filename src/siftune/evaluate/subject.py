@@ -11,9 +11,9 @@ import torch
 from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
 from siftune.models.source import load_model
-from siftune.offsite.kit import is_kit
+from siftune.offsite.kit.folder import is_kit
 from siftune.recipe_file import load_recipe
-from siftune.train.kits import kit_of, load_tunable, put_in_return
+from siftune.offsite.protocol.tune import kit_of, load_tunable, put_in_return
 from siftune.train.tuned_layers import holds_tuned, put_in, read_about, read_tuned
 
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from siftune.errors import RecipeError
 from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.models.layers import find_layers
-from siftune.offsite.assemble import EmulatorParts, materialise
-from siftune.offsite.compress import Method, Mlp
-from siftune.offsite.drd import Basis
-from siftune.offsite.middle import emulators
-from siftune.offsite.plan import Allotment, EmulatorSettings
-from siftune.offsite.record import Progress
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.assemble import EmulatorParts, materialise
+from siftune.offsite.emulator.compress import Method, Mlp
+from siftune.offsite.maths.drd import Basis
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import Allotment, EmulatorSettings
+from siftune.offsite.emulator.record import Progress
+from siftune.offsite.emulator.split import Split
 
 LambdaOn = Literal["both", "attn", "mlp"]
 Batches = Sequence[dict[str, Tensor]]

@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siftune.evaluate.audit import audit
-    from siftune.offsite.gradot import emulate
-    from siftune.offsite.load import load_emulator
-    from siftune.offsite.plan import EmulatorSettings
-    from siftune.offsite.plug import plug_in
+    from siftune.offsite.protocol.emulate import emulate
+    from siftune.offsite.protocol.load import load_emulator
+    from siftune.offsite.emulator.plan import EmulatorSettings
+    from siftune.offsite.protocol.plug import plug_in
 
 # name -> module; imported on first use
 _LAZY = {
-    "EmulatorSettings": "siftune.offsite.plan",
+    "EmulatorSettings": "siftune.offsite.emulator.plan",
     "audit": "siftune.evaluate.audit",
-    "emulate": "siftune.offsite.gradot",
-    "load_emulator": "siftune.offsite.load",
-    "plug_in": "siftune.offsite.plug",
+    "emulate": "siftune.offsite.protocol.emulate",
+    "load_emulator": "siftune.offsite.protocol.load",
+    "plug_in": "siftune.offsite.protocol.plug",
 }
 
 __all__ = ["EmulatorSettings", "audit", "emulate", "load_emulator", "plug_in"]

@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftModel
 
 from siftune.config import Recipe
-from siftune.offsite.kit import Kit
+from siftune.offsite.kit.folder import Kit
 from siftune.train.card import model_card
 from siftune.train.disk import disk_faults
-from siftune.train.kits import save_return
+from siftune.offsite.protocol.tune import save_return
 from siftune.train.memory import peak_memory_mb
 from siftune.train.run_folder import RunFolder
 from siftune.train.trainer import LayerTrainer, SiftTrainer

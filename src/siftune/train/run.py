@@ -26,7 +26,7 @@ from siftune.recipe_file import recipe_to_yaml
 from siftune.train.arguments import end_checkpointing, training_arguments
 from siftune.methods.ist.callback import IST, RST
 from siftune.train.disk import disk_faults
-from siftune.train.kits import kit_of, load_tunable, settle_layers
+from siftune.offsite.protocol.tune import kit_of, load_tunable, settle_layers
 from siftune.train.outcome import Outcome
 from siftune.train.progress import Metrics, ProgressView
 from siftune.train.resume import check_adapter, check_layers, find_checkpoint, step_of

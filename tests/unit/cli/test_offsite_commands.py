@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
-from siftune.offsite.kit import read_kit
-from siftune.offsite.tensor_file import tensor_specs
+from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.kit.tensors import tensor_specs
 from tiny_run import save_rows
 
 EMULATE = ("--first", "1", "--last", "1", "--rows", "6", "--batch-size", "3", "--template", "none")

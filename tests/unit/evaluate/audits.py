@@ -11,8 +11,8 @@ from tokenizer import byte_tokenizer
 
 from siftune.data.rows import rows_from
 from siftune.evaluate.audit import AuditSettings, OffsiteModels, tokenize_audit
-from siftune.offsite.emulator import LayerShape, build, emulator_config
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.model import LayerShape, build, emulator_config
+from siftune.offsite.emulator.split import Split
 
 SPLIT = Split(1, 1)
 TOKENIZER = byte_tokenizer()

@@ -7,7 +7,7 @@ from audits import QUICK, SETTINGS, SPLIT, TOKENIZER, base, models, rows, same, 
 from siftune.errors import DataError, KitError, LayerError, RecipeError, TrainingError
 from siftune.evaluate.audit import OffsiteModels, audit
 from siftune.evaluate.audit_models import plugged, random_floor, read_adapter, restored
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, adapter_names
 
 
 def test_half_precision_comes_back_bit_for_bit():

@@ -9,10 +9,10 @@ from tiny_kit import base_model, save_kit
 from siftune.data.rows import rows_from
 from siftune.errors import DataError, KitError, RecipeError
 from siftune.evaluate.audit import AuditOptions, AuditSettings, OffsiteModels, audit, audit_paths, tokenize_audit
-from siftune.offsite.kit import read_kit
-from siftune.offsite.load import load_emulator
-from siftune.offsite.returned import write_return
-from siftune.offsite.split import adapter_names
+from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.protocol.load import load_emulator
+from siftune.offsite.protocol.returned import write_return
+from siftune.offsite.emulator.split import adapter_names
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from tiny import batch, tiny
 
 from siftune.errors import LayerError
 from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, adapter_parameters, cosine, gradient_cosine
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.split import Split
 
 SPLIT = Split(1, 2)
 

@@ -14,9 +14,9 @@ from siftune.evaluate import sweep as module
 from siftune.evaluate.gradients import gradient_cosine
 from siftune.evaluate.sweep import SweepGrid, SweepPoint, front, sweep
 from siftune.evaluate.sweep_report import ordered, picture, table, to_dict, write_sweep
-from siftune.offsite.assemble import materialise
-from siftune.offsite.middle import emulators
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.assemble import materialise
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.split import Split
 
 GRID = SweepGrid(
     keeps=(0.7, 0.4), lambdas=(0.0, 0.5), bases=("svd",), methods=("gradot", "layerdrop", "crash"), split=Split(1, 1)

@@ -8,7 +8,7 @@ import shutil
 from kits import repair, write_header
 
 from siftune.errors import KitError
-from siftune.offsite.manifest import canonical
+from siftune.offsite.kit.manifest import canonical
 
 NESTED, NAN = "@nested@", "@nan@"  # put in by `dump`, since no writer would
 JUNK = (None, True, -1, 0, 10**9, 10**30, 1.5, NAN, "", "../x", "/etc/passwd\0", [], {}, [[]], {"a": 1}, NESTED)

@@ -12,11 +12,11 @@ from tokenizer import byte_tokenizer
 from torch import Tensor
 
 from siftune.models.families import family_of
-from siftune.offsite.emulator import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.kit import Kit, KitContents, write_kit
-from siftune.offsite.manifest import canonical
-from siftune.offsite.returned import write_return
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
+from siftune.offsite.kit.folder import Kit, KitContents, write_kit
+from siftune.offsite.kit.manifest import canonical
+from siftune.offsite.protocol.returned import write_return
+from siftune.offsite.emulator.split import Split, adapter_names
 
 VOCAB = 320  # the byte tokenizer has 260 tokens
 DEPTH = 5

@@ -6,13 +6,13 @@ from emulators import FAMILIES, base, calibration
 
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.compress import Compression, compress_layer, layer_curvature
-from siftune.offsite.drd import component_scores, components, keep_components, rank_of
-from siftune.offsite.emulator import weight_OI
-from siftune.offsite.kfac import curvature
-from siftune.offsite.record import record, replay
-from siftune.offsite.refit import refit, refit_scores
-from siftune.offsite.scp import channel_scores, keep_channels
+from siftune.offsite.emulator.compress import Compression, compress_layer, layer_curvature
+from siftune.offsite.maths.drd import component_scores, components, keep_components, rank_of
+from siftune.offsite.emulator.model import weight_OI
+from siftune.offsite.maths.kfac import curvature
+from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.maths.refit import refit, refit_scores
+from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 NUMBER = 2
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.offsite.drd import canonical, component_scores, components, factor, keep_components, rank_of
-from siftune.offsite.kfac import DAMPING, curvature
+from siftune.offsite.maths.drd import canonical, component_scores, components, factor, keep_components, rank_of
+from siftune.offsite.maths.kfac import DAMPING, curvature
 
 BASES = ("svd", "whitened")
 

@@ -8,8 +8,8 @@ import torch
 from tiny import tiny
 
 from siftune.errors import KitError
-from siftune.offsite import fingerprint as fingerprint_module
-from siftune.offsite.kit import fingerprint
+from siftune.offsite.kit import fingerprint as fingerprint_module
+from siftune.offsite.kit.folder import fingerprint
 
 
 def test_fingerprints_are_of_names_shapes_and_float32_values(monkeypatch):

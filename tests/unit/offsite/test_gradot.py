@@ -10,14 +10,14 @@ from tokenizer import byte_tokenizer
 from siftune.errors import LayerError, ModelError, RecipeError, UnsupportedError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite import middle
-from siftune.offsite.assemble import materialise
-from siftune.offsite.emulator import FactoredLinear, weight_OI
-from siftune.offsite.gradot import KitOptions, emulate
-from siftune.offsite.middle import emulators
-from siftune.offsite.plan import allot
-from siftune.offsite.record import record
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.emulator import make
+from siftune.offsite.emulator.assemble import materialise
+from siftune.offsite.emulator.model import FactoredLinear, weight_OI
+from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import allot
+from siftune.offsite.emulator.record import record
+from siftune.offsite.emulator.split import Split, adapter_names
 
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
 
@@ -199,7 +199,7 @@ def test_a_cut_run_goes_on_and_ends_as_an_uncut_one(tmp_path, monkeypatch):
         emulate(model, tokenizer, batches, tmp_path / "kit", settings(keep=0.5), progress=cut)
     assert not (tmp_path / "kit").exists()
     made = []
-    original = middle.compress_layer
+    original = make.compress_layer
     monkeypatch.setattr(middle, "compress_layer", lambda *args: made.append(args[1]) or original(*args))
     kit = emulate(model, tokenizer, batches, tmp_path / "kit", settings(keep=0.5))
     assert made == [3]
@@ -235,7 +235,7 @@ def test_weights_that_accelerate_keeps_elsewhere_give_the_same_kit(tmp_path):
 
 
 def test_dtypes_of_the_kit(tmp_path):
-    from siftune.offsite.kit import tensor_specs
+    from siftune.offsite.kit.folder import tensor_specs
 
     model = base().float()
     options = KitOptions(dtype=torch.bfloat16, adapter_dtype=torch.float32)

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siftune.errors import ModelError
-from siftune.offsite import kfac
-from siftune.offsite.kfac import Moments, apply, curvature, moments, score
+from siftune.offsite.maths import kfac
+from siftune.offsite.maths.kfac import Moments, apply, curvature, moments, score
 
 
 def drawn(seed, *shape, dtype=torch.float64):

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 
 from siftune.errors import KitError
 from siftune.models.families import FAMILIES
-from siftune.offsite import kit as kit_module
-from siftune.offsite import kit_config
-from siftune.offsite.kit import is_kit, load_config, load_tokenizer, read_kit, tensor_specs, write_kit
-from siftune.offsite.manifest import canonical, parse_manifest
-from siftune.offsite.split import Split
+from siftune.offsite.kit import folder as kit_module
+from siftune.offsite.kit import config
+from siftune.offsite.kit.folder import is_kit, load_config, load_tokenizer, read_kit, tensor_specs, write_kit
+from siftune.offsite.kit.manifest import canonical, parse_manifest
+from siftune.offsite.emulator.split import Split
 
 FILES = (
     *("adapter.safetensors", "chat_template.jinja", "config.json", "emulator.safetensors", "manifest.json"),

@@ -6,12 +6,12 @@ from transformers import AutoConfig
 
 from siftune.errors import KitError
 from siftune.models.families import FAMILIES
-from siftune.offsite import kit_config
-from siftune.offsite.emulator import LayerShape
-from siftune.offsite.kit_config import MAX_BUFFERS, check_settings, expected_specs, make_config, scrub
-from siftune.offsite.manifest import FileSpec, Manifest
-from siftune.offsite.split import Split
-from siftune.offsite.tensor_file import TensorSpec, spec_of
+from siftune.offsite.kit import config
+from siftune.offsite.emulator.model import LayerShape
+from siftune.offsite.kit.config import MAX_BUFFERS, check_settings, expected_specs, make_config, scrub
+from siftune.offsite.kit.manifest import FileSpec, Manifest
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.kit.tensors import TensorSpec, spec_of
 
 TESTED = [kind for kind in FAMILIES if kind != "gemma"]  # which is tested as gemma2 is
 
@@ -31,7 +31,7 @@ def test_the_model_that_is_rebuilt_is_the_emulator(kind):
     assert frozen == {name: spec_of(tensor) for name, tensor in parts.frozen.items()}
     assert adapter == {name: spec_of(tensor) for name, tensor in parts.adapter.items()}
     before, after = parts.config.to_dict(), make_config(settings).to_dict()
-    for name in kit_config._known(kind) - {"dtype"}:
+    for name in config._known(kind) - {"dtype"}:
         assert after[name] == before[name], name
 
 
@@ -49,7 +49,7 @@ def test_only_settings_of_the_architecture_leave():
     )
     settings = scrub(config, "BF16")
     assert "anary" not in str(settings)
-    assert set(settings) == kit_config._known("llama")
+    assert set(settings) == config._known("llama")
     assert settings["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
     assert settings["dtype"] == "bfloat16"
     assert not {"transformers_version", "architectures", "_name_or_path", "id2label"} & set(settings)

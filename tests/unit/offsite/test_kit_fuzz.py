@@ -15,10 +15,10 @@ from damage import Subject, byte_mutations, dump, mutations, some_of
 from kits import copied, header_of, read_json, small_kit, small_return
 
 from siftune.errors import KitError
-from siftune.offsite.kit import load_config, read_kit
-from siftune.offsite.kit_tokenizer import make_tokenizer
-from siftune.offsite.manifest import canonical
-from siftune.offsite.returned import read_return
+from siftune.offsite.kit.folder import load_config, read_kit
+from siftune.offsite.kit.tokenizer import make_tokenizer
+from siftune.offsite.kit.manifest import canonical
+from siftune.offsite.protocol.returned import read_return
 
 CODE = {"auto_map": {"AutoConfig": "code.py--Evil"}}
 TENSORS = ("emulator.safetensors", "adapter.safetensors")

@@ -5,9 +5,9 @@ from tokenizer import CHATML, byte_tokenizer
 from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from siftune.errors import KitError
-from siftune.offsite import kit_tokenizer
-from siftune.offsite.kit_tokenizer import make_tokenizer, tokenizer_files
-from siftune.offsite.manifest import canonical
+from siftune.offsite.kit import tokenizer
+from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
+from siftune.offsite.kit.manifest import canonical
 
 TEXTS = ("Hello, world!  two\n\n spaces ", "<|start|>user\nx<|end|>", "naïve ab")
 VOCAB = 1000

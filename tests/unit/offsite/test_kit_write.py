@@ -11,10 +11,10 @@ from kits import contents, copied, header_of, small_kit
 from tokenizer import byte_tokenizer
 
 from siftune.errors import InputError, KitError, ModelError
-from siftune.offsite import kit as kit_module
-from siftune.offsite import tensor_file
-from siftune.offsite.kit import read_kit, tensor_specs, write_kit
-from siftune.offsite.split import Split
+from siftune.offsite.kit import folder as kit_module
+from siftune.offsite.kit import tensors
+from siftune.offsite.kit.folder import read_kit, tensor_specs, write_kit
+from siftune.offsite.emulator.split import Split
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, at):
 
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(
-        tensor_file, "save_file", limited(tensor_file.save_file, SafetensorError("No space left on device"))
+        tensor_file, "save_file", limited(tensors.save_file, SafetensorError("No space left on device"))
     )
     monkeypatch.setattr(Path, "write_bytes", limited(Path.write_bytes, full))
     if at < 7:  # two tensor files, config, three of the tokenizer, manifest

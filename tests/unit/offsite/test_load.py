@@ -8,9 +8,9 @@ from transformers import Trainer, TrainingArguments
 
 from siftune.errors import ModelError
 from siftune.models.layers import find_layers
-from siftune.offsite.gradot import KitOptions, emulate
-from siftune.offsite.load import load_emulator, load_kit
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.load import load_emulator, load_kit
+from siftune.offsite.emulator.split import Split, adapter_names
 
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
 

@@ -6,20 +6,9 @@ import pytest
 from kits import contents
 
 from siftune.errors import KitError
-from siftune.offsite.emulator import LayerShape
-from siftune.offsite.manifest import (
-    LIMITS,
-    MAX_LAYERS,
-    OPTIONAL,
-    REQUIRED,
-    FileSpec,
-    Manifest,
-    canonical,
-    dump_manifest,
-    parse_files,
-    parse_manifest,
-)
-from siftune.offsite.tensor_file import spec_of
+from siftune.offsite.emulator.model import LayerShape
+from siftune.offsite.kit.manifest import LIMITS, MAX_LAYERS, OPTIONAL, REQUIRED, FileSpec, Manifest, canonical, dump_manifest, parse_files, parse_manifest
+from siftune.offsite.kit.tensors import spec_of
 
 
 @pytest.fixture(scope="module")

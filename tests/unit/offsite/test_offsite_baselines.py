@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from siftune.errors import RecipeError
-from siftune.offsite.baselines import (
-    crash_sources,
-    flap_bias,
-    flap_scores,
-    linear_cka,
-    neighbour_similarities,
-    svd_factor,
-    uniform_layers,
-)
-from siftune.offsite.drd import canonical
+from siftune.offsite.maths.baselines import crash_sources, flap_bias, flap_scores, linear_cka, neighbour_similarities, svd_factor, uniform_layers
+from siftune.offsite.maths.drd import canonical
 
 
 def drawn(seed, *shape):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.errors import RecipeError
-from siftune.offsite.middle import emulators
-from siftune.offsite.plan import allot, keep_for_size
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import allot, keep_for_size
+from siftune.offsite.emulator.split import Split
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(0.05, 1.0))

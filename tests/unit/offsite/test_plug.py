@@ -12,10 +12,10 @@ from tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.errors import KitError, ModelError, RecipeError, UnsupportedError
-from siftune.offsite.gradot import KitOptions, emulate
-from siftune.offsite.plug import compare, plug, plug_in
-from siftune.offsite.returned import write_return
-from siftune.offsite.split import adapter_names
+from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.plug import compare, plug, plug_in
+from siftune.offsite.protocol.returned import write_return
+from siftune.offsite.emulator.split import adapter_names
 
 
 def make_kit(model, out, dtype=None, **values):

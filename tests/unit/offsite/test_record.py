@@ -8,7 +8,7 @@ from torch import nn
 from siftune.errors import DataError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.record import record, replay
+from siftune.offsite.emulator.record import record, replay
 
 
 def seen_by_hooks(model, batches, number, path):

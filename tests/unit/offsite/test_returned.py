@@ -7,10 +7,10 @@ from kits import copied, edit, header_of, read_json, repair, small_kit, small_re
 from safetensors import SafetensorError
 
 from siftune.errors import KitError, ModelError
-from siftune.offsite import returned as returned_module
-from siftune.offsite import tensor_file
-from siftune.offsite.manifest import canonical
-from siftune.offsite.returned import read_return, write_return
+from siftune.offsite.protocol import returned as returned_module
+from siftune.offsite.kit import tensors
+from siftune.offsite.kit.manifest import canonical
+from siftune.offsite.protocol.returned import read_return, write_return
 
 NAME = "first.0.mlp.up_proj.weight"
 
@@ -49,7 +49,7 @@ def test_the_kits_own_dtype_comes_back(kit, tmp_path):
 
     from kits import contents
 
-    from siftune.offsite.kit import write_kit
+    from siftune.offsite.kit.folder import write_kit
 
     parts = contents()
     half = {name: tensor.bfloat16() for name, tensor in parts.adapter.items()}

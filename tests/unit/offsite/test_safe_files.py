@@ -6,25 +6,8 @@ import pytest
 from kits import copied
 
 from siftune.errors import InputError, KitError
-from siftune.offsite import safe_files
-from siftune.offsite.safe_files import (
-    MAX_DIGITS,
-    MAX_NESTING,
-    as_int,
-    as_list,
-    as_map,
-    as_object,
-    as_text,
-    brief,
-    fresh_folder,
-    list_files,
-    naming,
-    open_regular,
-    parse_json,
-    read_bytes,
-    sha256_of,
-    shown,
-)
+from siftune.offsite.kit import strict
+from siftune.offsite.kit.strict import MAX_DIGITS, MAX_NESTING, as_int, as_list, as_map, as_object, as_text, brief, fresh_folder, list_files, naming, open_regular, parse_json, read_bytes, sha256_of, shown
 
 LIMITS = {"a.json": 10, "b.json": 10}
 
@@ -236,4 +219,4 @@ def test_links_are_not_followed_even_when_the_list_was_made_before(folder, tmp_p
     (folder / "a.json").unlink()
     (folder / "a.json").symlink_to(tmp_path / "outside")
     with pytest.raises(KitError, match=r"a\.json cannot be read"):
-        safe_files.read_bytes(folder / "a.json", 10)
+        strict.read_bytes(folder / "a.json", 10)

@@ -7,8 +7,8 @@ import pytest
 from kits import contents, copied, edit, repair
 
 from siftune.errors import KitError
-from siftune.offsite.kit import read_kit, write_kit
-from siftune.offsite.signing import load_signer, sign, verify
+from siftune.offsite.kit.folder import read_kit, write_kit
+from siftune.offsite.kit.signing import load_signer, sign, verify
 
 
 def make_keys(folder, curve="SECP256R1", name="owner"):

@@ -9,18 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from siftune.errors import KitError
-from siftune.offsite import tensor_file
-from siftune.offsite.tensor_file import (
-    DTYPES,
-    MAX_HEADER,
-    MAX_SIZE,
-    TensorSpec,
-    check_specs,
-    parse_spec,
-    spec_of,
-    tensor_specs,
-    write_tensors,
-)
+from siftune.offsite.kit import tensors
+from siftune.offsite.kit.tensors import DTYPES, MAX_HEADER, MAX_SIZE, TensorSpec, check_specs, parse_spec, spec_of, tensor_specs, write_tensors
 
 shapes = st.lists(st.integers(1, 5), max_size=4)
 
@@ -196,4 +186,4 @@ def test_a_full_disk_and_shared_memory_are_refused_in_words(tmp_path, monkeypatc
         write_tensors(tmp_path / "no" / "x", {"a": torch.zeros(3)})
     with pytest.raises(KitError, match=r"torch\.float64"):
         spec_of(torch.zeros(1, dtype=torch.float64))
-    assert tensor_file.spec_of(torch.zeros(1, 2)) == TensorSpec((1, 2), "F32")
+    assert tensors.spec_of(torch.zeros(1, 2)) == TensorSpec((1, 2), "F32")

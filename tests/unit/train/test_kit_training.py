@@ -15,13 +15,13 @@ from siftune.cli.main import main
 from siftune.errors import KitError, LayerError, RecipeError
 from siftune.models.adapters import attach_adapter
 from siftune.models.layers import find_layers
-from siftune.offsite.kit import read_kit
-from siftune.offsite.load import load_emulator
-from siftune.offsite.returned import read_return
-from siftune.offsite.split import adapter_names
+from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.protocol.load import load_emulator
+from siftune.offsite.protocol.returned import read_return
+from siftune.offsite.emulator.split import adapter_names
 from siftune.recipe_file import load_recipe
 from siftune.train import run as module
-from siftune.train.kits import merged_layers, save_return
+from siftune.offsite.protocol.tune import merged_layers, save_return
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 from tiny_run import lines, recipe, save_rows

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.split import Split
 
 
 class FactoredLinear(nn.Module):

@@ -19,7 +19,7 @@ Shapes: C channels, O outputs, K channels kept, R dropped.
 import torch
 from torch import Tensor
 
-from siftune.offsite.kfac import Curvature, Moments, score
+from siftune.offsite.maths.kfac import Curvature, Moments, score
 
 DAMPING = 0.1  # relative; a thousand tokens tell little of how 1536 channels go together, and less would fit noise
 

@@ -2,8 +2,8 @@
 
     KIT/
       manifest.json            what is in the folder: see manifest.py
-      config.json              the emulator's, see kit_config.py
-      tokenizer.json, tokenizer_config.json, chat_template.jinja     see kit_tokenizer.py
+      config.json              the emulator's, see config.py
+      tokenizer.json, tokenizer_config.json, chat_template.jinja     see tokenizer.py
       emulator.safetensors     everything frozen
       adapter.safetensors      the layers to tune, under names that do not depend on the depth
       kit.sig                  optional, see signing.py
@@ -23,27 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.errors import KitError
-from siftune.offsite import kit_config, kit_tokenizer
-from siftune.offsite.emulator import LayerShape
-from siftune.offsite.fingerprint import fingerprint
-from siftune.offsite.kit_config import CONFIG
-from siftune.offsite.manifest import (
-    ADAPTER,
-    EMULATOR,
-    LIMITS,
-    MANIFEST,
-    PROTOCOL,
-    SIGNATURE,
-    FileSpec,
-    Manifest,
-    canonical,
-    dump_manifest,
-    parse_manifest,
-)
-from siftune.offsite.safe_files import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
-from siftune.offsite.signing import load_signer, load_verifier, sign, verify
-from siftune.offsite.split import Split
-from siftune.offsite.tensor_file import TensorSpec, check_specs, spec_of, tensor_specs, write_tensors
+from siftune.offsite.kit import config, tokenizer
+from siftune.offsite.emulator.model import LayerShape
+from siftune.offsite.kit.fingerprint import fingerprint
+from siftune.offsite.kit.config import CONFIG
+from siftune.offsite.kit.manifest import ADAPTER, EMULATOR, LIMITS, MANIFEST, PROTOCOL, SIGNATURE, FileSpec, Manifest, canonical, dump_manifest, parse_manifest
+from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
+from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.kit.tensors import TensorSpec, check_specs, spec_of, tensor_specs, write_tensors
 
 __all__ = [
     "PROTOCOL",
@@ -67,7 +55,7 @@ class KitContents:
     """What goes into a kit; nothing else does.
 
     Attributes:
-        config: The emulator's config; only what `kit_config.scrub` lets through is written.
+        config: The emulator's config; only what `config.scrub` lets through is written.
         tokenizer: The base's tokenizer.
         split: Layers of the adapter at either end.
         middle: Shapes of the emulator's layers between.
@@ -144,8 +132,8 @@ def write_kit(out: str | Path, contents: KitContents, signing_key: Path | None =
 
 def _fill(folder: Path, contents: KitContents) -> None:
     """Write every file but the signature: what may be refused first, the manifest last, since it has all hashes."""
-    settings = kit_config.scrub(contents.config, _one_dtype(contents.frozen.values()))
-    small = {CONFIG: canonical(settings), **kit_tokenizer.tokenizer_files(contents.tokenizer)}
+    settings = config.scrub(contents.config, _one_dtype(contents.frozen.values()))
+    small = {CONFIG: canonical(settings), **tokenizer.tokenizer_files(contents.tokenizer)}
     for name, data in small.items():
         (folder / name).write_bytes(data)
     write_tensors(folder / EMULATOR, contents.frozen)
@@ -197,7 +185,7 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
             raise KitError(f"it has no {MANIFEST}, or an empty one")
         manifest = parse_manifest(data)
         _check_sizes(sizes, manifest)
-        settings = kit_config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
+        settings = config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
         _check_tensors(folder, manifest, settings)
         _make_tokenizer(folder, manifest, settings)
         for name in (EMULATOR, ADAPTER):
@@ -233,9 +221,9 @@ def _read_part(folder: Path, name: str, manifest: Manifest) -> bytes:
 
 
 def _make_tokenizer(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    names = [name for name in kit_tokenizer.FILES if name in manifest.files]
+    names = [name for name in tokenizer.FILES if name in manifest.files]
     files = {name: _read_part(folder, name, manifest) for name in names}
-    return kit_tokenizer.make_tokenizer(files, kit_config.make_config(settings).vocab_size)
+    return tokenizer.make_tokenizer(files, config.make_config(settings).vocab_size)
 
 
 def _check_tensors(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> None:
@@ -243,7 +231,7 @@ def _check_tensors(folder: Path, manifest: Manifest, settings: Mapping[str, Any]
     frozen, adapter = tensor_specs(folder / EMULATOR), tensor_specs(folder / ADAPTER)
     check_specs(adapter, manifest.adapter, ADAPTER, f"{MANIFEST}: adapter")
     dtypes = next(iter(frozen.values())).dtype, next(iter(adapter.values())).dtype
-    frozen_model, adapter_model = kit_config.expected_specs(settings, manifest, dtypes)
+    frozen_model, adapter_model = config.expected_specs(settings, manifest, dtypes)
     model = f"the model of {CONFIG} and {MANIFEST}"
     check_specs(frozen, frozen_model, EMULATOR, model)
     check_specs(adapter, adapter_model, ADAPTER, model)
@@ -251,7 +239,7 @@ def _check_tensors(folder: Path, manifest: Manifest, settings: Mapping[str, Any]
 
 def load_config(kit: Kit) -> PreTrainedConfig:
     """Build the emulator's config of a kit that was read."""
-    return kit_config.make_config(kit.config)
+    return config.make_config(kit.config)
 
 
 def load_tokenizer(kit: Kit) -> PreTrainedTokenizerFast:

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from siftune.errors import KitError, RecipeError, UnsupportedError
 from siftune.models.saving import new_folder
 from siftune.models.source import load_model, quiet_bars
-from siftune.offsite.kit import Kit, fingerprint, read_kit
-from siftune.offsite.returned import read_return
-from siftune.offsite.split import adapter_names
+from siftune.offsite.kit.folder import Kit, fingerprint, read_kit
+from siftune.offsite.protocol.returned import read_return
+from siftune.offsite.emulator.split import adapter_names
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from siftune.offsite.kfac import Curvature, score
+from siftune.offsite.maths.kfac import Curvature, score
 
 
 def channel_scores(reads: Sequence[tuple[Tensor, Curvature]], writes: tuple[Tensor, Curvature], lam: float) -> Tensor:

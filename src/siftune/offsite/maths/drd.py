@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from siftune.offsite.kfac import DAMPING, Curvature, score
+from siftune.offsite.maths.kfac import DAMPING, Curvature, score
 
 Basis = Literal["svd", "whitened"]
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.errors import KitError
-from siftune.offsite.manifest import canonical
-from siftune.offsite.safe_files import as_int, as_list, as_object, as_text, brief, parse_json, shown
+from siftune.offsite.kit.manifest import canonical
+from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, parse_json, shown
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 FILES = (TOKENIZER, CONFIG, TEMPLATE)

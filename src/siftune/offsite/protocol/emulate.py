@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from siftune.errors import ModelError
 from siftune.models.layers import find_layers
 from siftune.models.saving import refuse_full
-from siftune.offsite.assemble import assemble, cast
-from siftune.offsite.compress import CompressedLayer
-from siftune.offsite.emulator import LayerShape
-from siftune.offsite.kit import Kit, KitContents, fingerprint, write_kit
-from siftune.offsite.middle import compressed_layers, in_places, middle_of, record_middle
-from siftune.offsite.plan import EmulatorSettings, Step, plan
-from siftune.offsite.record import Progress
+from siftune.offsite.emulator.assemble import assemble, cast
+from siftune.offsite.emulator.compress import CompressedLayer
+from siftune.offsite.emulator.model import LayerShape
+from siftune.offsite.kit.folder import Kit, KitContents, fingerprint, write_kit
+from siftune.offsite.emulator.make import compressed_layers, in_places, middle_of, record_middle
+from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
+from siftune.offsite.emulator.record import Progress
 
 logger = logging.getLogger(__name__)
 

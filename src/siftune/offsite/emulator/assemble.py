@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from siftune.models.layers import find_layers
-from siftune.offsite.compress import CompressedLayer
-from siftune.offsite.emulator import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.split import Split, adapter_names
+from siftune.offsite.emulator.compress import CompressedLayer
+from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
+from siftune.offsite.emulator.split import Split, adapter_names
 
 
 @dataclass(frozen=True)

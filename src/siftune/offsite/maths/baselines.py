@@ -37,7 +37,7 @@ from torch import Tensor
 
 from siftune.engine.per_sample import widened
 from siftune.errors import RecipeError
-from siftune.offsite.drd import canonical
+from siftune.offsite.maths.drd import canonical
 
 
 def uniform_layers(count: int, kept: int) -> list[int]:

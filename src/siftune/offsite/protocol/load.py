@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.errors import ModelError
 from siftune.models.source import DTYPES, fit_for_this_machine, set_padding
-from siftune.offsite.assemble import EmulatorParts, materialise
-from siftune.offsite.kit import Kit, load_config, load_tokenizer, read_kit
+from siftune.offsite.emulator.assemble import EmulatorParts, materialise
+from siftune.offsite.kit.folder import Kit, load_config, load_tokenizer, read_kit
 
 
 def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None = None) -> PreTrainedModel:

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from siftune.errors import RecipeError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.assemble import EmulatorParts, assemble
-from siftune.offsite.compress import CompressedLayer, compress_layer, layer_curvature, whole
-from siftune.offsite.plan import EmulatorSettings, Step, plan
-from siftune.offsite.record import Progress, Recording, record, replay
-from siftune.offsite.split import Split
+from siftune.offsite.emulator.assemble import EmulatorParts, assemble
+from siftune.offsite.emulator.compress import CompressedLayer, compress_layer, layer_curvature, whole
+from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
+from siftune.offsite.emulator.record import Progress, Recording, record, replay
+from siftune.offsite.emulator.split import Split
 
 
 def emulators(

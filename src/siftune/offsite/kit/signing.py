@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from siftune.errors import KitError
-from siftune.offsite.manifest import LIMITS, SIGNATURE
-from siftune.offsite.safe_files import brief, read_bytes
+from siftune.offsite.kit.manifest import LIMITS, SIGNATURE
+from siftune.offsite.kit.strict import brief, read_bytes
 
 
 def sign(folder: Path, private_key: Path) -> Path:
