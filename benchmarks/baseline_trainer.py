@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from baselines import Baseline
 from siftune.methods.gast.maths import GASTSettings
 from siftune.methods.batches import Batch, RowDraws, label_weight
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.trainer import SiftTrainer
 
 
 class BaselineTrainer(SiftTrainer):

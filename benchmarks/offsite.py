@@ -46,7 +46,7 @@ from siftune.models.source import load_model, use_attention
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.train.run_folder import hardware, versions
+from siftune.trainer.run_folder import hardware, versions
 
 Job = dict[str, Any]
 Line = dict[str, Any]

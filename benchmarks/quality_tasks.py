@@ -30,8 +30,8 @@ from siftune.models.adapters import group_by_layer, use_base_dtype
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
 from siftune.methods.gast.maths import zscores
-from siftune.train.run import set_up
-from siftune.train.run_folder import RunFolder, hardware, versions
+from siftune.trainer.run import set_up
+from siftune.trainer.run_folder import RunFolder, hardware, versions
 from siftune.methods.gast.callback import GAST
 from siftune.methods.gast.choice import Samples
 

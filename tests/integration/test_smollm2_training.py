@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from siftune.config import Recipe
 from siftune.data.arithmetic import arithmetic_rows
-from siftune.train.run import train
+from siftune.trainer.run import train
 from tiny_run import lines
 
 pytestmark = pytest.mark.integration

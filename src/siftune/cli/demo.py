@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from siftune.evaluate.table import ResultTable
-    from siftune.train.run_folder import RunFolder
+    from siftune.trainer.run_folder import RunFolder
 
 _MODEL = "smollm2"
 
@@ -48,7 +48,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.evaluate.prepare import prepare_rows
     from siftune.evaluate.run import compare, measure, measure_base
     from siftune.evaluate.table import ResultTable
-    from siftune.train.run import train
+    from siftune.trainer.run import train
 
     if options.steps < 1 or options.rows < 1 or options.lr <= 0:
         raise RecipeError("--steps and --rows must be at least 1, and --lr above 0")
@@ -78,7 +78,7 @@ def _recipe(options: Options) -> Recipe:
     from datetime import datetime
 
     from siftune.data.arithmetic import split
-    from siftune.train.run_folder import RunFolder
+    from siftune.trainer.run_folder import RunFolder
 
     folder = RunFolder(options.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-demo")
     if not folder.is_fresh():

@@ -121,7 +121,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _check(options: Options) -> None:
     """Check what can be checked before anything is loaded."""
-    from siftune.models.saving import refuse_full
+    from siftune.files import refuse_full
 
     for name, least in (("rows", 1), ("max_length", 2), ("batch_size", 1), ("held_out_rows", 1)):
         if getattr(options, name) < least:
@@ -190,7 +190,7 @@ def _compare(options: Options, console: Console) -> dict[str, Any]:
     from siftune.cli.stages import stages
     from siftune.evaluate.sweep import sweep
     from siftune.evaluate.sweep_report import table, to_dict, write_sweep
-    from siftune.models.saving import new_folder
+    from siftune.files import new_folder
 
     started = time.monotonic()
     rows, held_out = _both_rows(options)

@@ -28,7 +28,7 @@ def run(options: Options) -> dict[str, Any]:
     import logging
 
     from siftune.evaluate.subject import find_subject, is_of_kit, load_subject
-    from siftune.models.saving import new_folder
+    from siftune.files import new_folder
     from siftune.models.source import quiet_bars
 
     subject = find_subject(options.run)

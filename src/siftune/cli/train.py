@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from siftune.config import Recipe
 
 if TYPE_CHECKING:
-    from siftune.train.run import Run
+    from siftune.trainer.run import Run
 
 
 @dataclass
@@ -21,7 +21,7 @@ def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     from rich.console import Console
 
-    from siftune.train.run import train
+    from siftune.trainer.run import train
 
     finished = train(options)
     summary, path = finished.summary, finished.folder.path

@@ -47,7 +47,7 @@ from siftune.offsite.protocol.load import load_emulator
 from siftune.offsite.protocol.plug import compare
 from siftune.offsite.emulator.record import Progress
 from siftune.offsite.protocol.returned import read_return
-from siftune.train.run_folder import hardware, versions
+from siftune.trainer.run_folder import hardware, versions
 
 __all__ = [
     "Audit",

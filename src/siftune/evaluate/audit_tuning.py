@@ -18,8 +18,8 @@ from siftune.config import Recipe, resolve_recipe
 from siftune.evaluate.audit_models import restored
 from siftune.evaluate.audit_settings import AuditSettings
 from siftune.models.layers import find_layers
-from siftune.train.run import set_up
-from siftune.train.run_folder import RunFolder
+from siftune.trainer.run import set_up
+from siftune.trainer.run_folder import RunFolder
 
 Steps = Callable[[int, int], None]  # optimizer steps done, of how many
 

@@ -29,9 +29,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from siftune.errors import RecipeError, SiftuneError
 from siftune.evaluate.cost import FLOOR, Workload
 from siftune.models.source import load_model
-from siftune.train.memory import peak_memory_mb
-from siftune.train.run import set_up
-from siftune.train.run_folder import RunFolder, hardware, versions
+from siftune.environment import peak_memory_mb
+from siftune.trainer.run import set_up
+from siftune.trainer.run_folder import RunFolder, hardware, versions
 
 _SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes
 

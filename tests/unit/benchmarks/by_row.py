@@ -12,7 +12,7 @@ from baselines import Greats, StoreAll, TwoPass
 from siftune import GAST
 from siftune.methods.gast.maths import GASTSettings
 from siftune.methods.batches import GivenBatches
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.trainer import SiftTrainer
 
 GASTS = (TwoPass, StoreAll)
 PASSES = {TwoPass: [6, 6], StoreAll: [6], Greats: [6, 3]}  # rows of every pass over the model, for 3 of 6 rows

@@ -16,7 +16,7 @@ from siftune.evaluate.cost import METHODS, Measurement, Workload, measure
 from siftune.evaluate.cost_worker import build_trainer
 from siftune.models.source import load_model
 from siftune.methods.gast.callback import GAST
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.trainer import SiftTrainer
 
 FACTS = {"dtype": "float32", "hardware": "one machine"}
 FACTS["versions"] = {"torch": "2", "transformers": "5", "peft": "0.2", "siftune": "0.1"}

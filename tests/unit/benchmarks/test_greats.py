@@ -15,7 +15,7 @@ from baselines import Greats, greedy
 from siftune.errors import RecipeError
 from siftune.methods.gast.maths import GASTSettings
 from siftune.methods.batches import GivenBatches
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.trainer import SiftTrainer
 
 
 def plain_greedy(vectors, support, count, step):

@@ -13,7 +13,7 @@ from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError
 from siftune.evaluate import run as evaluation
 from siftune.recipe_file import recipe_to_yaml
-from siftune.train.tuned_layers import About, save_tuned
+from siftune.trainer.tuned_layers import About, save_tuned
 
 
 @pytest.fixture

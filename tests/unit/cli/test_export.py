@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
-from siftune.train.run import train
+from siftune.trainer.run import train
 from tiny_run import recipe
 
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
-from siftune.train import run as module
+from siftune.trainer import run as module
 from tiny_run import lines
 
 SETTINGS = """\

@@ -30,9 +30,9 @@ from siftune.evaluate.audit_result import LABELS
 from siftune.evaluate.audit_rows import drawn, not_among
 from siftune.evaluate.gradients import gradient_cosine
 from siftune.evaluate.membership import auc
-from siftune.train.run import set_up
-from siftune.train.run_folder import RunFolder
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.run import set_up
+from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.trainer import SiftTrainer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from siftune.evaluate import cost, cost_worker
 from siftune.evaluate.cost import FLOOR, Measurement, Workload, check_workload, measure, parse_methods, schedule
 from siftune.methods.ist.callback import IST
 from siftune.methods.layer_driver import LayerSelection
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.trainer import SiftTrainer
 
 VOCAB = 300
 

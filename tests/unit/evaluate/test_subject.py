@@ -11,7 +11,7 @@ from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
 from siftune.evaluate.subject import find_subject, is_of_kit, load_base, load_subject
 from siftune.recipe_file import recipe_to_yaml
-from siftune.train.tuned_layers import About, save_tuned
+from siftune.trainer.tuned_layers import About, save_tuned
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from siftune.errors import ModelError
-from siftune.models.saving import new_folder, refuse_full
+from siftune.files import new_folder, refuse_full
 
 
 def test_a_folder_is_there_at_the_end_and_not_before(tmp_path):

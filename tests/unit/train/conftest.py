@@ -2,7 +2,7 @@
 
 import pytest
 
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.trainer import SiftTrainer
 
 
 @pytest.fixture

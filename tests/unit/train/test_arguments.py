@@ -5,8 +5,8 @@ import logging
 from transformers import TrainingArguments
 
 from siftune.config import Recipe
-from siftune.train.arguments import training_arguments
-from siftune.train.run_folder import RunFolder
+from siftune.trainer.arguments import training_arguments
+from siftune.trainer.run_folder import RunFolder
 
 
 def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):

@@ -15,11 +15,11 @@ from siftune.data.tokenize import tokenize_rows
 from siftune.errors import AdapterError, LayerError, RecipeError
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
-from siftune.train import run as module
-from siftune.train.run import set_up, train
-from siftune.train.run_folder import RunFolder
-from siftune.train.trainer import SiftTrainer
-from siftune.train.tuned_layers import About, put_in, read_about, read_tuned, save_tuned
+from siftune.trainer import run as module
+from siftune.trainer.run import set_up, train
+from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.trainer import SiftTrainer
+from siftune.trainer.tuned_layers import About, put_in, read_about, read_tuned, save_tuned
 from tiny_run import lines, recipe
 
 QUIET = Console(quiet=True)

@@ -20,10 +20,10 @@ from siftune.offsite.protocol.load import load_emulator
 from siftune.offsite.protocol.returned import read_return
 from siftune.offsite.emulator.split import adapter_names
 from siftune.recipe_file import load_recipe
-from siftune.train import run as module
+from siftune.trainer import run as module
 from siftune.offsite.protocol.tune import merged_layers, save_return
-from siftune.train.run import train
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.run import train
+from siftune.trainer.trainer import SiftTrainer
 from tiny_run import lines, recipe, save_rows
 
 QUIET = Console(quiet=True)
@@ -199,7 +199,7 @@ def test_a_return_that_cannot_be_written_leaves_the_old_pair(kit, rows, tmp_path
         save_return(path, model, kit)
         raise KitError("no room")
 
-    monkeypatch.setattr("siftune.train.outcome.save_return", fails)
+    monkeypatch.setattr("siftune.trainer.outcome.save_return", fails)
     with pytest.raises(KitError, match="no room"):
         train(recipe(kit.path, rows, folder, resume=True, **{**settings, "steps": 2}), QUIET)
     assert {p: p.read_bytes() for name in ("adapter", "return") for p in (folder / name).iterdir()} == before

@@ -4,13 +4,13 @@ import sys
 import pytest
 import torch
 
-from siftune.train.memory import peak_memory_mb
+from siftune.environment import peak_memory_mb
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the GPU's memory there")
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     held = bytearray(1_500_000_000)
-    code = "from siftune.train.memory import peak_memory_mb; print(peak_memory_mb())"
+    code = "from siftune.environment import peak_memory_mb; print(peak_memory_mb())"
     peak = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 50 < peak < 1000 < peak_memory_mb()
     del held

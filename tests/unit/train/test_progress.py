@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.train import progress
-from siftune.train.progress import Metrics, ProgressView, describe
-from siftune.train.run import train
-from siftune.train.run_folder import RunFolder
+from siftune.trainer import progress
+from siftune.trainer.progress import Metrics, ProgressView, describe
+from siftune.trainer.run import train
+from siftune.trainer.run_folder import RunFolder
 from tiny_run import lines, recipe
 
 
@@ -127,8 +127,8 @@ def test_the_bar_is_taken_down_when_training_fails(base, rows, tmp_path, monkeyp
         def on_step_end(self, *_, **__):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("siftune.train.run.PrinterCallback", Stop)  # in the place of one that is only taken off
-    monkeypatch.setattr("siftune.train.run.SiftTrainer.remove_callback", lambda self, kind: self.add_callback(Stop()))
+    monkeypatch.setattr("siftune.trainer.run.PrinterCallback", Stop)  # in the place of one that is only taken off
+    monkeypatch.setattr("siftune.trainer.run.SiftTrainer.remove_callback", lambda self, kind: self.add_callback(Stop()))
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     with pytest.raises(KeyboardInterrupt):
         train(recipe(base, rows, tmp_path / "run"), console)

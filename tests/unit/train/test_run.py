@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from siftune.config import resolve_recipe
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
 from siftune.recipe_file import load_recipe
-from siftune.train import run as module
-from siftune.train.run import train
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer import run as module
+from siftune.trainer.run import train
+from siftune.trainer.trainer import SiftTrainer
 from tiny_run import lines, recipe, save_rows
 
 QUIET = Console(quiet=True)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from siftune.errors import InputError, RecipeError
-from siftune.train.resume import step_of
-from siftune.train.run_folder import RunFolder, hardware, is_complete, newest_checkpoint, versions
+from siftune.trainer.checkpoints import step_of
+from siftune.trainer.run_folder import RunFolder, hardware, is_complete, newest_checkpoint, versions
 from tiny_run import lines
 
 
@@ -47,7 +47,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_a_file_keeps_its_old_text_when_writing_fails(folder, monkeypatch):
     folder.write("x.json", "old")
-    monkeypatch.setattr("siftune.train.run_folder.os.replace", None)
+    monkeypatch.setattr("siftune.trainer.run_folder.os.replace", None)
     with pytest.raises(TypeError):
         folder.write("x.json", "new")
     assert (folder.path / "x.json").read_text() == "old"
@@ -132,5 +132,5 @@ def test_a_package_that_is_missing(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("siftune.train.run_folder.version", missing)
+    monkeypatch.setattr("siftune.trainer.run_folder.version", missing)
     assert versions()["torch"] == "not installed"

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from siftune.errors import TrainingError
 from siftune.models.adapters import attach_adapter
-from siftune.train.trainer import SiftTrainer
+from siftune.trainer.trainer import SiftTrainer
 
 
 def fit(kind, folder, model=None, callbacks=(), **settings):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from siftune.errors import KitError
-from siftune.models.saving import new_folder
+from siftune.files import new_folder
 
 MAX_NESTING = 32  # levels of objects and lists in JSON
 MAX_DIGITS = 40  # of a whole number in JSON; tokenizers write 10^30 for "no limit"

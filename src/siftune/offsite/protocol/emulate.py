@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.errors import ModelError
 from siftune.models.layers import find_layers
-from siftune.models.saving import refuse_full
+from siftune.files import refuse_full
 from siftune.offsite.emulator.assemble import assemble, cast
 from siftune.offsite.emulator.compress import CompressedLayer
 from siftune.offsite.emulator.model import LayerShape

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from siftune.errors import KitError, RecipeError, UnsupportedError
-from siftune.models.saving import new_folder
+from siftune.files import new_folder
 from siftune.models.source import load_model, quiet_bars
 from siftune.offsite.kit.folder import Kit, fingerprint, read_kit
 from siftune.offsite.protocol.returned import read_return

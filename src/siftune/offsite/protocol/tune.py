@@ -19,7 +19,7 @@ from siftune.offsite.protocol.load import load_kit
 from siftune.offsite.protocol.returned import read_return, write_return
 from siftune.offsite.emulator.split import Split, adapter_names, places
 from siftune.offsite.kit.tensors import DTYPES
-from siftune.train.tuned_layers import put_in
+from siftune.trainer.tuned_layers import put_in
 
 
 def kit_of(source: str) -> Kit | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
-from siftune.train.run_folder import RunFolder, is_complete, newest_checkpoint
-from siftune.train.tuned_layers import holds_tuned, read_about
+from siftune.trainer.run_folder import RunFolder, is_complete, newest_checkpoint
+from siftune.trainer.tuned_layers import holds_tuned, read_about
 
 # what makes an adapter another one -> how a recipe calls it
 _SAME = {

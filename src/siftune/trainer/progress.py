@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.train.memory import peak_memory_mb
-from siftune.train.run_folder import RunFolder
+from siftune.environment import peak_memory_mb
+from siftune.trainer.run_folder import RunFolder
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]

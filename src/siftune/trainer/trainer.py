@@ -19,7 +19,7 @@ from siftune.models.full import OpenLayers
 from siftune.models.heads import label_positions, logits_at
 from siftune.models.loss import difference_from_model, token_loss
 from siftune.models.modes import evaluating
-from siftune.train.tuned_layers import About, put_in, read_tuned, save_tuned
+from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
 
 logger = logging.getLogger(__name__)
 

@@ -23,16 +23,16 @@ from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dty
 from siftune.models.full import OpenLayers
 from siftune.models.source import load_model, use_attention
 from siftune.recipe_file import recipe_to_yaml
-from siftune.train.arguments import end_checkpointing, training_arguments
+from siftune.trainer.arguments import end_checkpointing, training_arguments
 from siftune.methods.ist.callback import IST, RST
-from siftune.train.disk import disk_faults
+from siftune.trainer.disk import disk_faults
 from siftune.offsite.protocol.tune import kit_of, load_tunable, settle_layers
-from siftune.train.outcome import Outcome
-from siftune.train.progress import Metrics, ProgressView
-from siftune.train.resume import check_adapter, check_layers, find_checkpoint, step_of
-from siftune.train.run_folder import RunFolder
+from siftune.trainer.outcome import Outcome
+from siftune.trainer.progress import Metrics, ProgressView
+from siftune.trainer.checkpoints import check_adapter, check_layers, find_checkpoint, step_of
+from siftune.trainer.run_folder import RunFolder
 from siftune.methods.gast.callback import GAST
-from siftune.train.trainer import LayerTrainer, SiftTrainer
+from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 logger = logging.getLogger(__name__)
 

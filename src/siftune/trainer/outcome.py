@@ -10,12 +10,12 @@ from peft import PeftModel
 
 from siftune.config import Recipe
 from siftune.offsite.kit.folder import Kit
-from siftune.train.card import model_card
-from siftune.train.disk import disk_faults
+from siftune.trainer.card import model_card
+from siftune.trainer.disk import disk_faults
 from siftune.offsite.protocol.tune import save_return
-from siftune.train.memory import peak_memory_mb
-from siftune.train.run_folder import RunFolder
-from siftune.train.trainer import LayerTrainer, SiftTrainer
+from siftune.environment import peak_memory_mb
+from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 from siftune.config import Recipe
 from siftune.recipe_file import recipe_to_yaml
-from siftune.train.run_folder import hardware, versions
+from siftune.trainer.run_folder import hardware, versions
 
 _METHODS = {
     "dense": "all that can train does so in every step",

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from siftune.config import Recipe
-from siftune.train.run_folder import RunFolder
+from siftune.trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
