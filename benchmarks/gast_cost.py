@@ -24,8 +24,8 @@ from statistics import median
 from typing import Any
 
 from siftune.errors import DataError, RecipeError, SiftuneError
-from siftune.evaluate.cost import METHODS as SIFTUNES
-from siftune.evaluate.cost import Measurement, Workload, check_workload, measure, schedule, summarise
+from siftune.bench.cost import METHODS as SIFTUNES
+from siftune.bench.cost import Measurement, Workload, check_workload, measure, schedule, summarise
 from siftune.recipe_file import nearest
 
 # baseline -> its class in `baselines`, and the method of siftune's whose settings it has
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what is missing and print the table; return the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["--worker"]:
-        from siftune.evaluate import cost_worker  # imports torch, which the process that waits does without
+        from siftune.bench import worker
 
-        return cost_worker.main(words[1:], build)
+        return worker.main(words[1:], build)
     args = _parse(words)
     try:
         methods = _methods(args.methods or (SWEPT if args.sweep else METHODS))
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(method: str, work: Workload, folder: Path, *watchers: Any) -> Any:
-    """Assemble a method's Trainer, as `cost_worker.build_trainer` does, also for the baselines."""
-    from siftune.evaluate.cost_worker import build_trainer
+    """Assemble a method's Trainer, as `worker.build_trainer` does, also for the baselines."""
+    from siftune.bench.worker import build_trainer
 
     if method not in BASELINES:
         return build_trainer(method, work, folder, *watchers)

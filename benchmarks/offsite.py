@@ -36,11 +36,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from siftune.data.arithmetic import split
 from siftune.data.readers import Collator, load_rows, rows_from, tokenize_rows
 from siftune.data.rows import Row
-from siftune.evaluate.audit_models import OffsiteModels, kept_fraction, plugged, read_adapter
-from siftune.evaluate.audit_rows import AuditRows, RowScores, batches, score_rows, tokenize_audit
-from siftune.evaluate.audit_settings import AuditSettings
-from siftune.evaluate.audit_tuning import Tuning, tuned
-from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, cosine
+from siftune.offsite.audit.models import OffsiteModels, kept_fraction, plugged, read_adapter
+from siftune.offsite.audit.rows import AuditRows, RowScores, batches, score_rows, tokenize_audit
+from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audit.tuning import Tuning, tuned
+from siftune.offsite.audit.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise

@@ -23,9 +23,9 @@ from siftune.data.arithmetic import arithmetic_rows, split
 from siftune.data.readers import load_rows, tokenize_rows
 from siftune.errors import DataError
 from siftune.evaluate.choices import score_choices
-from siftune.evaluate.cost_worker import Clock
+from siftune.bench.worker import Clock
 from siftune.evaluate.prepare import prepare_rows
-from siftune.evaluate.run import measure
+from siftune.evaluate.measure import measure
 from siftune.models.adapters import group_by_layer, use_base_dtype
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe

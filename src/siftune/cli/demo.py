@@ -11,7 +11,7 @@ from siftune.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from siftune.evaluate.table import ResultTable
+    from siftune.report.table import ResultTable
     from siftune.trainer.run_folder import RunFolder
 
 _MODEL = "smollm2"
@@ -46,8 +46,8 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.data.readers import load_rows
     from siftune.evaluate.prepare import prepare_rows
-    from siftune.evaluate.run import compare, measure, measure_base
-    from siftune.evaluate.table import ResultTable
+    from siftune.evaluate.measure import compare, measure, measure_base
+    from siftune.report.table import ResultTable
     from siftune.trainer.run import train
 
     if options.steps < 1 or options.rows < 1 or options.lr <= 0:
@@ -103,7 +103,7 @@ def _show(
     console: "Console", table: "ResultTable", questions: list[Any], before: tuple[str, ...], after: tuple[str, ...]
 ) -> None:
     """Show a few answers and the table."""
-    from siftune.evaluate.table import plain_table, rich_table
+    from siftune.report.table import plain_table, rich_table
 
     for row, base, tuned in list(zip(questions, before, after, strict=True))[:4]:
         question = row.prompt[-1].content.strip()

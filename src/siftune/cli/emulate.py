@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from siftune.data.rows import Row
-    from siftune.evaluate.sweep import SweepGrid
+    from siftune.offsite.audit.sweep import SweepGrid
     from siftune.offsite.kit.folder import Kit
     from siftune.offsite.emulator.plan import EmulatorSettings
 
@@ -188,8 +188,8 @@ def _compare(options: Options, console: Console) -> dict[str, Any]:
     import matplotlib  # noqa: F401 - a missing package is told before the work
 
     from siftune.cli.stages import stages
-    from siftune.evaluate.sweep import sweep
-    from siftune.evaluate.sweep_report import table, to_dict, write_sweep
+    from siftune.offsite.audit.sweep import sweep
+    from siftune.report.sweep import table, to_dict, write_sweep
     from siftune.files import new_folder
 
     started = time.monotonic()
@@ -280,7 +280,7 @@ def _settings(options: Options, keep: float) -> "EmulatorSettings":
 
 
 def _grid(options: Options) -> "SweepGrid":
-    from siftune.evaluate.sweep import SweepGrid
+    from siftune.offsite.audit.sweep import SweepGrid
 
     return SweepGrid(
         keeps=options.keeps,

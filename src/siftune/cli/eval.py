@@ -9,8 +9,8 @@ from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
     from siftune.data.rows import Row
-    from siftune.evaluate.run import Metrics
-    from siftune.evaluate.subject import Subject
+    from siftune.evaluate.measure import Metrics
+    from siftune.artifacts import Subject
 
 
 @dataclass
@@ -68,7 +68,7 @@ class _Job:
 def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
     from siftune.data.readers import load_rows
-    from siftune.evaluate.subject import find_subject
+    from siftune.artifacts import find_subject
 
     _check(options)
     # everything that can be refused without loading a model comes first
@@ -119,8 +119,8 @@ def _evaluate(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> dic
     """Measure one subject and show its table."""
     from rich.console import Console
 
-    from siftune.evaluate.run import compare
-    from siftune.evaluate.table import ResultTable, plain_table, rich_table
+    from siftune.evaluate.measure import compare
+    from siftune.report.table import ResultTable, plain_table, rich_table
 
     base, tuned = _measure(job, options, known)
     compared = compare(base, tuned, options.level, options.seed)
@@ -139,8 +139,8 @@ def _measure(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> "tup
     from rich.console import Console
 
     from siftune.evaluate.prepare import prepare_rows
-    from siftune.evaluate.run import measure
-    from siftune.evaluate.subject import load_base, put_on
+    from siftune.evaluate.measure import measure
+    from siftune.artifacts import load_base, put_on
 
     subject, task = job.subject, job.task
     with Console(stderr=True).status(f"loading {subject.name}") as status:

@@ -27,7 +27,7 @@ def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     import logging
 
-    from siftune.evaluate.subject import find_subject, is_of_kit, load_subject
+    from siftune.artifacts import find_subject, is_of_kit, load_subject
     from siftune.files import new_folder
     from siftune.models.source import quiet_bars
 

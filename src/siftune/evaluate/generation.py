@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from siftune.errors import AdapterError, DataError
-from siftune.evaluate.forward import by_length, model_device, model_window
+from siftune.evaluate.batching import by_length, model_device, model_window
 from siftune.models.heads import contiguous_head_input
 from siftune.models.modes import evaluating
 

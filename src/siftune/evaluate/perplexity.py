@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from siftune.data.tokenize import IGNORED
 from siftune.errors import DataError
-from siftune.evaluate.forward import by_length, model_device
+from siftune.evaluate.batching import by_length, model_device
 from siftune.models.heads import logits_at
 from siftune.models.modes import evaluating
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siftune.evaluate.audit import audit
+    from siftune.offsite.audit.audit import audit
     from siftune.offsite.protocol.emulate import emulate
     from siftune.offsite.protocol.load import load_emulator
     from siftune.offsite.emulator.plan import EmulatorSettings
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # name -> module; imported on first use
 _LAZY = {
     "EmulatorSettings": "siftune.offsite.emulator.plan",
-    "audit": "siftune.evaluate.audit",
+    "audit": "siftune.offsite.audit.audit",
     "emulate": "siftune.offsite.protocol.emulate",
     "load_emulator": "siftune.offsite.protocol.load",
     "plug_in": "siftune.offsite.protocol.plug",

@@ -12,8 +12,8 @@ from baseline_trainer import BaselineTrainer
 from gast_cost import BASELINES, Case, collect, table
 from random_llama import save_llama
 from siftune.errors import DataError, RecipeError
-from siftune.evaluate.cost import METHODS, Measurement, Workload, measure
-from siftune.evaluate.cost_worker import build_trainer
+from siftune.bench.cost import METHODS, Measurement, Workload, measure
+from siftune.bench.worker import build_trainer
 from siftune.models.source import load_model
 from siftune.methods.gast.callback import GAST
 from siftune.trainer.trainer import SiftTrainer

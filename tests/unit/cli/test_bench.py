@@ -8,8 +8,8 @@ import pytest
 
 from siftune.cli.main import main
 from siftune.errors import InputError
-from siftune.evaluate import cost
-from siftune.evaluate.cost import FLOOR
+from siftune.bench import cost
+from siftune.bench.cost import FLOOR
 
 # method -> (seconds of its two steps, peak memory)
 _COSTS = {
@@ -132,6 +132,6 @@ def test_a_process_that_dies_ends_the_bench_with_its_words(folder, monkeypatch, 
 
 
 def test_the_waiting_process_stays_small():
-    code = "import siftune.cli.bench, siftune.evaluate.cost, siftune.models.source, sys; print('torch' in sys.modules)"
+    code = "import siftune.cli.bench, siftune.bench.cost, siftune.models.source, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -10,7 +10,7 @@ from tiny import tiny
 from tokenizer import byte_tokenizer
 
 from siftune.data.rows import rows_from
-from siftune.evaluate.audit import AuditSettings, OffsiteModels, tokenize_audit
+from siftune.offsite.audit.audit import AuditSettings, OffsiteModels, tokenize_audit
 from siftune.offsite.emulator.model import LayerShape, build, emulator_config
 from siftune.offsite.emulator.split import Split
 

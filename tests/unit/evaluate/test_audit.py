@@ -24,12 +24,12 @@ from siftune.config import Recipe, resolve_recipe
 from siftune.data.rows import rows_from
 from siftune.data.tokenize import Collator
 from siftune.errors import DataError
-from siftune.evaluate.audit import audit, tokenize_audit
-from siftune.evaluate.audit_models import random_floor, read_adapter
-from siftune.evaluate.audit_result import LABELS
-from siftune.evaluate.audit_rows import drawn, not_among
-from siftune.evaluate.gradients import gradient_cosine
-from siftune.evaluate.membership import auc
+from siftune.offsite.audit.audit import audit, tokenize_audit
+from siftune.offsite.audit.models import random_floor, read_adapter
+from siftune.offsite.audit.result import LABELS
+from siftune.offsite.audit.rows import drawn, not_among
+from siftune.offsite.audit.gradients import gradient_cosine
+from siftune.offsite.audit.membership import auc
 from siftune.trainer.run import set_up
 from siftune.trainer.run_folder import RunFolder
 from siftune.trainer.trainer import SiftTrainer

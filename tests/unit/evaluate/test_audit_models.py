@@ -5,8 +5,8 @@ import torch
 from audits import QUICK, SETTINGS, SPLIT, TOKENIZER, base, models, rows, same, shorter, snapshot
 
 from siftune.errors import DataError, KitError, LayerError, RecipeError, TrainingError
-from siftune.evaluate.audit import OffsiteModels, audit
-from siftune.evaluate.audit_models import plugged, random_floor, read_adapter, restored
+from siftune.offsite.audit.audit import OffsiteModels, audit
+from siftune.offsite.audit.models import plugged, random_floor, read_adapter, restored
 from siftune.offsite.emulator.split import Split, adapter_names
 
 

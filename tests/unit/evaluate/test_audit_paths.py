@@ -8,7 +8,7 @@ from tiny_kit import base_model, save_kit
 
 from siftune.data.rows import rows_from
 from siftune.errors import DataError, KitError, RecipeError
-from siftune.evaluate.audit import AuditOptions, AuditSettings, OffsiteModels, audit, audit_paths, tokenize_audit
+from siftune.offsite.audit.audit import AuditOptions, AuditSettings, OffsiteModels, audit, audit_paths, tokenize_audit
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.load import load_emulator
 from siftune.offsite.protocol.returned import write_return

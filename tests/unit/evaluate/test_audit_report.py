@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from siftune.errors import RecipeError
-from siftune.evaluate import audit_report
-from siftune.evaluate.audit_models import Kept
-from siftune.evaluate.audit_picture import picture
-from siftune.evaluate.audit_report import markdown, write_audit
-from siftune.evaluate.audit_result import LABELS, Audit, summarise
-from siftune.evaluate.audit_rows import RowScores
-from siftune.evaluate.audit_settings import AuditSettings
-from siftune.evaluate.gradients import GradientCosine
+from siftune.report import audit
+from siftune.offsite.audit.models import Kept
+from siftune.report.audit_picture import picture
+from siftune.report.audit import markdown, write_audit
+from siftune.offsite.audit.result import LABELS, Audit, summarise
+from siftune.offsite.audit.rows import RowScores
+from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audit.gradients import GradientCosine
 from siftune.evaluate.intervals import Bootstrap, Estimate
-from siftune.evaluate.membership import Membership
+from siftune.offsite.audit.membership import Membership
 
 SETTINGS = AuditSettings(resamples=200)
 # condition -> nll per token, and right rows of 20
@@ -165,7 +165,7 @@ def test_a_failed_write_leaves_the_old_audit(tmp_path, monkeypatch):
     write_audit(made(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"audit.json", "audit.md", "audit.png"}
-    write = audit_report.Path.write_bytes
+    write = audit.Path.write_bytes
 
     def full(self, data):
         if self.name == ".audit.png.partial":
@@ -173,12 +173,12 @@ def test_a_failed_write_leaves_the_old_audit(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(self, data)
 
-    monkeypatch.setattr(audit_report.Path, "write_bytes", full)
+    monkeypatch.setattr(audit.Path, "write_bytes", full)
     other = made(kept=Kept(0.1, 0.2))
     with pytest.raises(RecipeError, match=r"cannot be written to \(No space left on device\)"):
         write_audit(other, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    monkeypatch.setattr(audit_report.Path, "write_bytes", write)
+    monkeypatch.setattr(audit.Path, "write_bytes", write)
     write_audit(other, tmp_path)
     assert json.loads((tmp_path / "audit.json").read_text())["kept"]["middle"] == 0.1
 

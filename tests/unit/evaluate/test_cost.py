@@ -15,8 +15,8 @@ from tokenizer import byte_tokenizer
 from trl import SFTTrainer
 
 from siftune.errors import InputError, RecipeError, SiftuneError
-from siftune.evaluate import cost, cost_worker
-from siftune.evaluate.cost import FLOOR, Measurement, Workload, check_workload, measure, parse_methods, schedule
+from siftune.bench import cost, worker
+from siftune.bench.cost import FLOOR, Measurement, Workload, check_workload, measure, parse_methods, schedule
 from siftune.methods.ist.callback import IST
 from siftune.methods.layer_driver import LayerSelection
 from siftune.trainer.trainer import SiftTrainer
@@ -174,7 +174,7 @@ def test_threads_reach_the_process(work, monkeypatch):
 def test_the_worker_refuses_in_one_sentence(work, tmp_path, capsys, change, words):
     job = {"task": "dense", "workload": asdict(replace(work, **change))}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    assert cost_worker.main([str(tmp_path)]) == 2
+    assert worker.main([str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert words in said.splitlines()[-1]
     assert not (tmp_path / "result.json").exists()
@@ -195,12 +195,12 @@ def test_a_step_holds_its_training_and_its_scoring_and_the_warmup_is_left_out(wo
     monkeypatch.setattr(SiftTrainer, "training_step", training_step)
     monkeypatch.setattr(LayerSelection, "_score", scoring)
     monkeypatch.setattr(cost_worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = cost_worker.work_off("ist", work, tmp_path)
+    found = worker.work_off("ist", work, tmp_path)
     assert found["seconds"] == [1, 11, 1, 11]  # steps 1 to 4; steps 2 and 4 begin with scoring
 
 
 def test_siftunes_methods_run_on_its_own_training_path(work, tmp_path):
-    trainer = cost_worker.build_trainer("ist", work, tmp_path)
+    trainer = worker.build_trainer("ist", work, tmp_path)
     trainer.train()
     assert type(trainer) is SiftTrainer
     assert trainer._label_logits_only is True
@@ -212,7 +212,7 @@ def test_siftunes_methods_run_on_its_own_training_path(work, tmp_path):
 
 
 def test_all_methods_train_the_same_weights_on_the_same_rows(work, tmp_path):
-    ours, theirs = (cost_worker.build_trainer(name, work, tmp_path / name) for name in ("dense", "trl"))
+    ours, theirs = (worker.build_trainer(name, work, tmp_path / name) for name in ("dense", "trl"))
     for column in ("input_ids", "labels"):
         assert list(ours.train_dataset[column]) == list(theirs.train_dataset[column])
     shapes = [{n: p.shape for n, p in t.model.named_parameters() if p.requires_grad} for t in (ours, theirs)]
@@ -224,8 +224,8 @@ def test_all_methods_train_the_same_weights_on_the_same_rows(work, tmp_path):
 
 @pytest.mark.parametrize(("name", "passes"), [("trl", 2), ("trl-no-checkpointing", 1)])
 def test_trl_trains_with_its_own_defaults(work, tmp_path, name, passes):
-    clock, calls = cost_worker.Clock(), []
-    trainer = cost_worker.build_trainer(name, work, tmp_path, clock)
+    clock, calls = worker.Clock(), []
+    trainer = worker.build_trainer(name, work, tmp_path, clock)
     assert type(trainer) is SFTTrainer
     attention = next(module for path, module in trainer.model.named_modules() if path.endswith("layers.1.self_attn"))
     attention.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -236,7 +236,7 @@ def test_trl_trains_with_its_own_defaults(work, tmp_path, name, passes):
 
 
 def test_rows_are_full_and_learned_at_their_end(work):
-    rows = cost_worker.random_rows(replace(work, label_share=0.3), VOCAB).with_format("numpy")
+    rows = worker.random_rows(replace(work, label_share=0.3), VOCAB).with_format("numpy")
     ids, labels = rows["input_ids"][:], rows["labels"][:]
     assert ids.shape == labels.shape == (10, 16)
     assert 0 <= ids.min() < 20
@@ -247,7 +247,7 @@ def test_rows_are_full_and_learned_at_their_end(work):
 
 def test_the_floor_is_the_products_of_a_dense_step_at_the_measured_rate(work, tmp_path, monkeypatch):
     monkeypatch.setattr(cost_worker, "product_rate", lambda *_: 1e9)
-    found = cost_worker.work_off(FLOOR, work, tmp_path)
+    found = worker.work_off(FLOOR, work, tmp_path)
     assert found["flops"] == pytest.approx(_step_flops(work), rel=0.01)
     assert found["seconds"] == pytest.approx(found["flops"] / 1e9)
 
@@ -274,11 +274,11 @@ def _step_flops(work):
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
     times = iter([4.0, 1.0, 2.0, 0.5, 3.0])
     monkeypatch.setattr(cost_worker, "_timed", lambda _: next(times))
-    rate = cost_worker.product_rate(2, 3, 5, torch.float32, torch.device("cpu"), least=7.2)
+    rate = worker.product_rate(2, 3, 5, torch.float32, torch.device("cpu"), least=7.2)
     assert rate == 2 * 2 * 3 * 5 / 0.5
     assert next(times) == 3.0
 
 
 def test_a_product_is_timed(monkeypatch):
-    assert 0.05 < cost_worker._timed(lambda: time.sleep(0.05)) < 5
-    assert 1e6 < cost_worker.product_rate(64, 64, 64, torch.float32, torch.device("cpu"), least=0) < 1e15
+    assert 0.05 < worker._timed(lambda: time.sleep(0.05)) < 5
+    assert 1e6 < worker.product_rate(64, 64, 64, torch.float32, torch.device("cpu"), least=0) < 1e15

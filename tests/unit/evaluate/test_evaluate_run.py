@@ -12,7 +12,7 @@ from siftune.data.rows import rows_from
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
 from siftune.evaluate.prepare import prepare_rows
-from siftune.evaluate.run import Metric, compare, evaluate_rows, measure, measure_base
+from siftune.evaluate.measure import Metric, compare, evaluate_rows, measure, measure_base
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = rows_from(

@@ -7,7 +7,7 @@ from oracles import gradients, row_of
 from tiny import batch, tiny
 
 from siftune.errors import LayerError
-from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, adapter_parameters, cosine, gradient_cosine
+from siftune.offsite.audit.gradients import AdapterGradient, adapter_gradient, adapter_parameters, cosine, gradient_cosine
 from siftune.offsite.emulator.split import Split
 
 SPLIT = Split(1, 2)

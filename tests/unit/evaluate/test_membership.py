@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.evaluate.intervals import Bootstrap
-from siftune.evaluate.membership import RowLosses, auc, auc_interval, infer_membership
+from siftune.offsite.audit.membership import RowLosses, auc, auc_interval, infer_membership
 
 FEW = Bootstrap(resamples=400, seed=2)
 # few distinct values, so that there are ties

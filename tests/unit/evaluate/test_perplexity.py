@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from siftune.errors import DataError
 from siftune.evaluate import perplexity as module
-from siftune.evaluate.forward import by_length
+from siftune.evaluate.batching import by_length
 from siftune.evaluate.perplexity import perplexity, row_nll
 from siftune.models.modes import evaluating
 

@@ -9,7 +9,7 @@ from tokenizer import byte_tokenizer
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
-from siftune.evaluate.subject import find_subject, is_of_kit, load_base, load_subject
+from siftune.artifacts import find_subject, is_of_kit, load_base, load_subject
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.tuned_layers import About, save_tuned
 

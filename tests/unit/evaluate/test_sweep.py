@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.errors import InputError, RecipeError
-from siftune.evaluate import sweep as module
-from siftune.evaluate.gradients import gradient_cosine
-from siftune.evaluate.sweep import SweepGrid, SweepPoint, front, sweep
-from siftune.evaluate.sweep_report import ordered, picture, table, to_dict, write_sweep
+from siftune.offsite.audit import sweep as module
+from siftune.offsite.audit.gradients import gradient_cosine
+from siftune.offsite.audit.sweep import SweepGrid, SweepPoint, front, sweep
+from siftune.report.sweep import ordered, picture, table, to_dict, write_sweep
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.split import Split

@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-from siftune.evaluate.table import ResultTable, TableRow, plain_table, rich_table
+from siftune.report.table import ResultTable, TableRow, plain_table, rich_table
 
 PAIR = ResultTable(
     "run on data",

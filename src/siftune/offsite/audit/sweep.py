@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from siftune.errors import RecipeError
-from siftune.evaluate.gradients import AdapterGradient, adapter_gradient, cosine
+from siftune.offsite.audit.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.compress import Method, Mlp

@@ -14,11 +14,11 @@ from siftune.data.encoder import Encoder
 from siftune.data.rows import Row
 from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.errors import DataError
-from siftune.evaluate.audit_settings import AuditSettings
+from siftune.offsite.audit.settings import AuditSettings
 from siftune.evaluate.intervals import Floats
 from siftune.evaluate.perplexity import TokenRow, perplexity
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
-from siftune.evaluate.run import measure
+from siftune.evaluate.measure import measure
 
 _ACCURACIES = ("choices", "exact_match")
 

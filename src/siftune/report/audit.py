@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from siftune.errors import RecipeError
-from siftune.evaluate.audit_picture import picture
-from siftune.evaluate.audit_result import LABELS, Audit
-from siftune.evaluate.gradients import GradientCosine
+from siftune.report.audit_picture import picture
+from siftune.offsite.audit.result import LABELS, Audit
+from siftune.offsite.audit.gradients import GradientCosine
 from siftune.evaluate.intervals import Estimate
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}

@@ -21,26 +21,12 @@ from torch import Tensor
 
 from siftune.data.readers import load_rows
 from siftune.errors import KitError
-from siftune.evaluate.audit_models import (
-    OffsiteModels,
-    check_models,
-    kept_fraction,
-    plugged,
-    read_adapter,
-)
-from siftune.evaluate.audit_report import prepare_folder, write_audit
-from siftune.evaluate.audit_result import FULL_ZS, RECOVERED, Audit, summarise
-from siftune.evaluate.audit_rows import AuditRows, accuracy_name, tokenize_audit
-from siftune.evaluate.audit_settings import AuditOptions, AuditSettings
-from siftune.evaluate.audit_stages import (
-    Job,
-    bootstrap,
-    choose_candidates,
-    choose_rows,
-    recovered,
-    tuned_adapters,
-    untuned,
-)
+from siftune.offsite.audit.models import OffsiteModels, check_models, kept_fraction, plugged, read_adapter
+from siftune.report.audit import prepare_folder, write_audit
+from siftune.offsite.audit.result import FULL_ZS, RECOVERED, Audit, summarise
+from siftune.offsite.audit.rows import AuditRows, accuracy_name, tokenize_audit
+from siftune.offsite.audit.settings import AuditOptions, AuditSettings
+from siftune.offsite.audit.stages import Job, bootstrap, choose_candidates, choose_rows, recovered, tuned_adapters, untuned
 from siftune.models.source import load_model
 from siftune.offsite.kit.folder import fingerprint, read_kit
 from siftune.offsite.protocol.load import load_emulator

@@ -9,14 +9,14 @@ from functools import partial
 from torch import Tensor, nn
 
 from siftune.errors import DataError
-from siftune.evaluate.audit_models import OffsiteModels, plugged, random_floor, read_adapter, unshared
-from siftune.evaluate.audit_result import EMULATOR_FT, EMULATOR_ZS, FLOOR, FULL_FT, FULL_ZS, LABELS, PLUG_IN, RECOVERED
-from siftune.evaluate.audit_rows import AuditRows, RowScores, batches, drawn, not_among, score_losses, score_rows
-from siftune.evaluate.audit_settings import AuditSettings
-from siftune.evaluate.audit_tuning import Steps, Tuning, tuned
-from siftune.evaluate.gradients import GradientCosine, gradient_cosine
+from siftune.offsite.audit.models import OffsiteModels, plugged, random_floor, read_adapter, unshared
+from siftune.offsite.audit.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, FULL_FT, FULL_ZS, LABELS, PLUG_IN, RECOVERED
+from siftune.offsite.audit.rows import AuditRows, RowScores, batches, drawn, not_among, score_losses, score_rows
+from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audit.tuning import Steps, Tuning, tuned
+from siftune.offsite.audit.gradients import GradientCosine, gradient_cosine
 from siftune.evaluate.intervals import Bootstrap
-from siftune.evaluate.membership import Membership, RowLosses, infer_membership
+from siftune.offsite.audit.membership import Membership, RowLosses, infer_membership
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.record import Progress
 

@@ -1,6 +1,6 @@
 """Measure one method in this process, which `cost` starts for nothing else.
 
-Call: `python -m siftune.evaluate.cost_worker FOLDER`. It reads FOLDER/job.json and writes FOLDER/result.json.
+Call: `python -m siftune.bench.worker FOLDER`. It reads FOLDER/job.json and writes FOLDER/result.json.
 
 siftune's methods are assembled by siftune's own training path, with the callbacks that a user's run has; only the rows
 are made up. TRL's yardstick gets the same rows, batches, weights and adapter; everything else is TRL's default.
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from siftune.errors import RecipeError, SiftuneError
-from siftune.evaluate.cost import FLOOR, Workload
+from siftune.bench.cost import FLOOR, Workload
 from siftune.models.source import load_model
 from siftune.environment import peak_memory_mb
 from siftune.trainer.run import set_up

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from siftune.evaluate.audit_result import EMULATOR_FT, EMULATOR_ZS, FLOOR, LABELS, PLUG_IN, RECOVERED, Audit
+from siftune.offsite.audit.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, LABELS, PLUG_IN, RECOVERED, Audit
 from siftune.evaluate.intervals import Estimate
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from siftune.config import Recipe, resolve_recipe
-from siftune.evaluate.audit_models import restored
-from siftune.evaluate.audit_settings import AuditSettings
+from siftune.offsite.audit.models import restored
+from siftune.offsite.audit.settings import AuditSettings
 from siftune.models.layers import find_layers
 from siftune.trainer.run import set_up
 from siftune.trainer.run_folder import RunFolder

@@ -43,7 +43,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 FLOOR = "floor"  # what a worker is asked for the matmul floor
 
-WORKER = (sys.executable, "-m", "siftune.evaluate.cost_worker")
+WORKER = (sys.executable, "-m", "siftune.bench.worker")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from siftune.data.rows import Row
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.choices import score_choices
 from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
-from siftune.evaluate.forward import model_window
+from siftune.evaluate.batching import model_window
 from siftune.evaluate.generation import exact_match, greedy
 from siftune.evaluate.perplexity import perplexity
 from siftune.evaluate.prepare import Prepared, Questions, prepare_rows
-from siftune.evaluate.table import TableRow
+from siftune.report.table import TableRow
 
 PERPLEXITY = "perplexity"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from siftune.evaluate.forward import model_device
+from siftune.evaluate.batching import model_device
 from siftune.models.heads import label_positions, logits_at
 from siftune.models.layers import find_layers
 from siftune.models.loss import token_loss

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from siftune.evaluate.audit_models import Kept
-from siftune.evaluate.audit_rows import RowScores
-from siftune.evaluate.audit_settings import AuditSettings
+from siftune.offsite.audit.models import Kept
+from siftune.offsite.audit.rows import RowScores
+from siftune.offsite.audit.settings import AuditSettings
 from siftune.evaluate.compare import accuracy_interval
-from siftune.evaluate.gradients import GradientCosine
+from siftune.offsite.audit.gradients import GradientCosine
 from siftune.evaluate.intervals import Bootstrap, Estimate, Means, resample
-from siftune.evaluate.membership import Membership
+from siftune.offsite.audit.membership import Membership
 
 FULL_ZS, FULL_FT = "full_zs", "full_ft"
 EMULATOR_ZS, EMULATOR_FT = "emulator_zs", "emulator_ft"
