@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from baselines import Baseline
-from siftune.methods.gast.maths import GASTSettings
 from siftune.methods.batches import Batch, RowDraws, label_weight
+from siftune.methods.gast.maths import GASTSettings
 from siftune.trainer.trainer import SiftTrainer
 
 

@@ -36,11 +36,11 @@ from lora_rows import gradient_of_chosen, lora_matrices, randomness_kept, readin
 from siftune.engine import per_sample
 from siftune.engine.distributed import world_size
 from siftune.errors import RecipeError, UnsupportedError
+from siftune.methods.batches import Batch
 from siftune.methods.gast import maths
 from siftune.methods.gast.scores import Scored, score_samples
-from siftune.methods.batches import Batch
-from siftune.methods.layer_driver import Draws, Loss, model_loss
 from siftune.methods.gast.support import support_gradient
+from siftune.methods.layer_driver import Draws, Loss, model_loss
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from siftune.errors import DataError, RecipeError, SiftuneError
 from siftune.bench.cost import METHODS as SIFTUNES
 from siftune.bench.cost import Measurement, Workload, check_workload, measure, schedule, summarise
+from siftune.errors import DataError, RecipeError, SiftuneError
 from siftune.recipe_file import nearest
 
 # baseline -> its class in `baselines`, and the method of siftune's whose settings it has

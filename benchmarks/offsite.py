@@ -34,15 +34,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.data.arithmetic import split
-from siftune.data.readers import Collator, load_rows, rows_from, tokenize_rows
-from siftune.data.rows import Row
-from siftune.offsite.audit.models import OffsiteModels, kept_fraction, plugged, read_adapter
-from siftune.offsite.audit.rows import AuditRows, RowScores, batches, score_rows, tokenize_audit
-from siftune.offsite.audit.settings import AuditSettings
-from siftune.offsite.audit.tuning import Tuning, tuned
-from siftune.offsite.audit.gradients import AdapterGradient, adapter_gradient, cosine
+from siftune.data.readers import load_rows
+from siftune.data.rows import Row, rows_from
+from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
+from siftune.offsite.audits.gradients import AdapterGradient, adapter_gradient, cosine
+from siftune.offsite.audits.models import OffsiteModels, kept_fraction, plugged, read_adapter
+from siftune.offsite.audits.rows import AuditRows, RowScores, batches, score_rows, tokenize_audit
+from siftune.offsite.audits.settings import AuditSettings
+from siftune.offsite.audits.tuning import Tuning, tuned
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings

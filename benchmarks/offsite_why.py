@@ -31,10 +31,10 @@ from siftune.data.readers import load_rows
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model
-from siftune.offsite.maths.drd import Components, component_scores, components, keep_components, rank_of
 from siftune.offsite.emulator.model import weight_OI
-from siftune.offsite.maths.kfac import Curvature, apply, curvature
 from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.maths.drd import Components, component_scores, components, keep_components, rank_of
+from siftune.offsite.maths.kfac import Curvature, apply, curvature
 from siftune.offsite.maths.refit import refit, refit_scores
 from siftune.offsite.maths.scp import channel_scores, keep_channels
 

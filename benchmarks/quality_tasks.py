@@ -18,22 +18,24 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from siftune.bench.worker import Clock
 from siftune.config import Recipe, check, resolve_recipe
 from siftune.data.arithmetic import arithmetic_rows, split
-from siftune.data.readers import load_rows, tokenize_rows
+from siftune.data.readers import load_rows
+from siftune.data.tokenize import tokenize_rows
+from siftune.engine.groups import group_by_layer
+from siftune.engine.substitution import use_base_dtype
 from siftune.errors import DataError
 from siftune.evaluate.choices import score_choices
-from siftune.bench.worker import Clock
-from siftune.evaluate.prepare import prepare_rows
 from siftune.evaluate.measure import measure
-from siftune.models.adapters import group_by_layer, use_base_dtype
-from siftune.models.source import load_model
-from siftune.recipe_file import load_recipe
-from siftune.methods.gast.maths import zscores
-from siftune.trainer.run import set_up
-from siftune.trainer.run_folder import RunFolder, hardware, versions
+from siftune.evaluate.prepare import prepare_rows
 from siftune.methods.gast.callback import GAST
 from siftune.methods.gast.choice import Samples
+from siftune.methods.gast.maths import zscores
+from siftune.models.source import load_model
+from siftune.recipe_file import load_recipe
+from siftune.trainer.run import set_up
+from siftune.trainer.run_folder import RunFolder, hardware, versions
 
 Record = dict[str, Any]
 Job = dict[str, Any]

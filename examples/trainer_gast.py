@@ -5,7 +5,8 @@ from transformers import Trainer, TrainingArguments
 
 from siftune import GAST
 from siftune.data.arithmetic import arithmetic_rows
-from siftune.data.readers import Collator, rows_from, tokenize_rows
+from siftune.data.rows import rows_from
+from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.models.source import load_model
 
 model, tokenizer = load_model("smollm2")

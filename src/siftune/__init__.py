@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siftune.errors import SiftuneError
+    from siftune.methods.gast.callback import GAST
+    from siftune.methods.ist.callback import IST, RST
     from siftune.models.adapters import attach_adapter
     from siftune.models.layers import find_layers
-    from siftune.methods.ist.callback import IST, RST
-    from siftune.methods.gast.callback import GAST
 
 __version__ = "0.1.0"
 

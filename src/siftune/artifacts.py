@@ -12,8 +12,8 @@ from siftune.config import Recipe
 from siftune.errors import AdapterError, ModelError
 from siftune.models.source import load_model
 from siftune.offsite.kit.folder import is_kit
-from siftune.recipe_file import load_recipe
 from siftune.offsite.protocol.tune import kit_of, load_tunable, put_in_return
+from siftune.recipe_file import load_recipe
 from siftune.trainer.tuned_layers import holds_tuned, put_in, read_about, read_tuned
 
 

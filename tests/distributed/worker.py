@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from trainers import adapted, rows, train, weights
+from support.trainers import adapted, rows, train, weights
 
 from siftune import GAST, IST
 

@@ -3,7 +3,7 @@
 import pytest
 
 from siftune.errors import ModelError
-from siftune.models.source import pull_smollm2
+from siftune.models.smollm2 import pull_smollm2
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from siftune.models.source import load_model
+from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.protocol.emulate import KitOptions, emulate
 from siftune.offsite.protocol.load import load_kit
-from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.protocol.plug import plug
 from siftune.offsite.protocol.returned import write_return
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from support.tiny_run import lines
 from transformers import AutoModelForCausalLM
 
 from siftune.config import Recipe
 from siftune.data.arithmetic import arithmetic_rows
 from siftune.trainer.run import train
-from tiny_run import lines
 
 pytestmark = pytest.mark.integration
 

@@ -4,28 +4,11 @@ import json
 
 import pytest
 import torch
-from trainers import adapted, rows, train, weights
+from support.seen import Seen, assert_same
+from support.trainers import adapted, rows, train, weights
 
 from siftune import IST, RST
-from siftune.models.adapters import group_by_layer
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-class Seen:
-    """The batches that a model was trained on."""
-
-    def __init__(self, model):
-        self.all = []
-        model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, model, args, kwargs):
-        if model.training:
-            self.all.append({k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask", "labels")})
+from siftune.engine.groups import group_by_layer
 
 
 def recorded(method):

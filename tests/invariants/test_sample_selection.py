@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from test_layer_selection import Seen, assert_same
-from trainers import adapted, rows, train, weights
+from support.seen import Seen, assert_same
+from support.trainers import adapted, rows, train, weights
 
 from siftune import GAST, IST
-from siftune.models.adapters import group_by_layer
+from siftune.engine.groups import group_by_layer
 from siftune.methods.gast import maths
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -41,7 +41,7 @@ def test_everything_selected_is_plain_training_bit_for_bit(tmp_path, plain_weigh
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_everything_selected_by_the_tape_is_plain_training(tmp_path, monkeypatch, kind):
     """The tape at work, though all rows are followed: as many as there are, each of them once."""
-    monkeypatch.setattr(gast, "choose", lambda scores, *_: torch.arange(scores.numel()))
+    monkeypatch.setattr(maths, "choose", lambda scores, *_: torch.arange(scores.numel()))
     plain, _ = train(tmp_path, model=adapted(kind=kind), max_steps=20)
     ours, _ = train(tmp_path, method(), model=adapted(kind=kind), max_steps=20)
     for name, value in weights(plain).items():
@@ -50,7 +50,7 @@ def test_everything_selected_by_the_tape_is_plain_training(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_fixed_choice_is_training_on_those_rows(tmp_path, monkeypatch, accumulate):
-    monkeypatch.setattr(gast, "choose", lambda *_: torch.tensor([1, 3]))
+    monkeypatch.setattr(maths, "choose", lambda *_: torch.tensor([1, 3]))
     ours, model = adapted(), adapted()
     seen = Seen(ours)
     train(

@@ -1,8 +1,7 @@
 """A saved tiny model and rows for it."""
 
 import pytest
-
-from tiny_run import save_base, save_rows
+from support.tiny_run import save_base, save_rows
 
 
 @pytest.fixture(scope="session")

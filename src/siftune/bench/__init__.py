@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""What a training step costs: time and memory of the methods, each in fresh processes."""

@@ -26,10 +26,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from siftune.errors import RecipeError, SiftuneError
 from siftune.bench.cost import FLOOR, Workload
-from siftune.models.source import load_model
 from siftune.environment import peak_memory_mb
+from siftune.errors import RecipeError, SiftuneError
+from siftune.models.source import load_model
 from siftune.trainer.run import set_up
 from siftune.trainer.run_folder import RunFolder, hardware, versions
 

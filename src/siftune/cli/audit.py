@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from tyro.conf import arg
 
-from siftune.offsite.audit.settings import AuditOptions
+from siftune.offsite.audits.settings import AuditOptions
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options(AuditOptions):
 def run(options: Options) -> dict[str, Any]:
     """Audit, and print the page."""
     from siftune.cli.stages import stages
-    from siftune.offsite.audit.audit import audit_paths
+    from siftune.offsite.audits.audit import audit_paths
     from siftune.report.audit import markdown
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -45,8 +45,8 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.data.readers import load_rows
-    from siftune.evaluate.prepare import prepare_rows
     from siftune.evaluate.measure import compare, measure, measure_base
+    from siftune.evaluate.prepare import prepare_rows
     from siftune.report.table import ResultTable
     from siftune.trainer.run import train
 

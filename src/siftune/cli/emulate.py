@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from siftune.data.rows import Row
-    from siftune.offsite.audit.sweep import SweepGrid
-    from siftune.offsite.kit.folder import Kit
+    from siftune.offsite.audits.sweep import SweepGrid
     from siftune.offsite.emulator.plan import EmulatorSettings
+    from siftune.offsite.kit.folder import Kit
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -149,8 +149,8 @@ def _write(options: Options, console: Console) -> dict[str, Any]:
 
     from siftune.cli.stages import stages
     from siftune.cli.verify import facts
-    from siftune.offsite.protocol.emulate import KitOptions, emulate
     from siftune.offsite.emulator.plan import keep_for_size
+    from siftune.offsite.protocol.emulate import KitOptions, emulate
 
     started = time.monotonic()
     rows = _load_rows(options.calibration, options, options.rows)
@@ -188,9 +188,9 @@ def _compare(options: Options, console: Console) -> dict[str, Any]:
     import matplotlib  # noqa: F401 - a missing package is told before the work
 
     from siftune.cli.stages import stages
-    from siftune.offsite.audit.sweep import sweep
-    from siftune.report.sweep import table, to_dict, write_sweep
     from siftune.files import new_folder
+    from siftune.offsite.audits.sweep import sweep
+    from siftune.report.sweep import table, to_dict, write_sweep
 
     started = time.monotonic()
     rows, held_out = _both_rows(options)
@@ -244,7 +244,7 @@ def _load(options: Options, rows: "list[Row]", console: Console) -> "tuple[Any, 
 
 
 def _batches(options: Options, rows: "list[Row]", tokenizer: Any) -> "list[dict[str, Tensor]]":
-    from siftune.data.readers import Collator, tokenize_rows
+    from siftune.data.tokenize import Collator, tokenize_rows
 
     table = tokenize_rows(rows, tokenizer, options.max_length, options.template, options.completion_only).to_list()
     collate, size = Collator(tokenizer.pad_token_id), options.batch_size
@@ -280,7 +280,7 @@ def _settings(options: Options, keep: float) -> "EmulatorSettings":
 
 
 def _grid(options: Options) -> "SweepGrid":
-    from siftune.offsite.audit.sweep import SweepGrid
+    from siftune.offsite.audits.sweep import SweepGrid
 
     return SweepGrid(
         keeps=options.keeps,

@@ -8,9 +8,9 @@ from tyro.conf import Positional
 from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
+    from siftune.artifacts import Subject
     from siftune.data.rows import Row
     from siftune.evaluate.measure import Metrics
-    from siftune.artifacts import Subject
 
 
 @dataclass
@@ -67,8 +67,8 @@ class _Job:
 
 def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
-    from siftune.data.readers import load_rows
     from siftune.artifacts import find_subject
+    from siftune.data.readers import load_rows
 
     _check(options)
     # everything that can be refused without loading a model comes first
@@ -138,9 +138,9 @@ def _measure(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> "tup
     """Measure the base, unless it's known, and the tuned model, if something was trained."""
     from rich.console import Console
 
-    from siftune.evaluate.prepare import prepare_rows
-    from siftune.evaluate.measure import measure
     from siftune.artifacts import load_base, put_on
+    from siftune.evaluate.measure import measure
+    from siftune.evaluate.prepare import prepare_rows
 
     subject, task = job.subject, job.task
     with Console(stderr=True).status(f"loading {subject.name}") as status:

@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""Rows: read from files and the hub, checked, and turned into tokens."""

@@ -13,8 +13,6 @@ from typing import Any
 
 from siftune.errors import DataError
 
-__all__ = ["KINDS", "arithmetic_rows", "split"]
-
 KINDS = ("sum", "difference", "larger", "smaller")
 
 _WORDINGS = {

@@ -25,7 +25,6 @@ from siftune.errors import DataError, ModelError, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoder", "encode_completion", "encode_prompt"]
 
 _REOPENED = (
     "the chat template writes the prompt otherwise once it is answered; the completion is put right after the "

@@ -15,22 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from siftune.data.encoder import Encoder, encode_completion, encode_prompt
-from siftune.data.rows import Message, Row, parse_rows, rows_from
-from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.data.rows import Row, parse_rows
 from siftune.errors import DataError
-
-__all__ = [
-    "Collator",
-    "Encoder",
-    "Message",
-    "Row",
-    "encode_completion",
-    "encode_prompt",
-    "load_rows",
-    "rows_from",
-    "tokenize_rows",
-]
 
 logger = logging.getLogger(__name__)
 

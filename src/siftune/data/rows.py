@@ -18,8 +18,6 @@ from typing import Any, Literal, get_args
 
 from siftune.errors import DataError, RecipeError
 
-__all__ = ["Format", "Message", "Row", "detect_format", "parse_row", "parse_rows", "rows_from"]
-
 Format = Literal["prompt", "messages", "alpaca", "text"]
 Record = dict[str, Any]
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Collator", "tokenize_rows"]
 
 logger = logging.getLogger(__name__)
 

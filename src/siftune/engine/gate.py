@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from siftune.engine.groups import LayerGroup, outside
+from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.errors import RecipeError
-from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, outside, untraced
 
 taped: WeakSet[nn.Module] = WeakSet()  # layers in which a tape records
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()

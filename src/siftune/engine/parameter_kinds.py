@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.engine import per_sample
+from siftune.engine.groups import LayerGroup
+from siftune.engine.substitution import Slot, parameter_owners, units
 from siftune.errors import UnsupportedError
-from siftune.models.adapters import LayerGroup, Slot, parameter_owners, units
 from siftune.models.targets import expert_banks, is_linear
 
 

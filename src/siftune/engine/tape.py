@@ -23,9 +23,10 @@ from torch.utils.hooks import RemovableHandle
 
 from siftune.engine import per_sample
 from siftune.engine.gate import Deliver, Gate, hidden_states, is_active, is_upstream, taped, with_hidden
+from siftune.engine.groups import LayerGroup
 from siftune.engine.parameter_kinds import Kind, kinds_of
+from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.errors import UnsupportedError
-from siftune.models.adapters import ForwardSubstitution, LayerGroup, Slot, untraced
 
 Gradients = Mapping[nn.Parameter, Tensor]
 

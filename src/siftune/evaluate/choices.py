@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from siftune.data.tokenize import IGNORED
 from siftune.errors import DataError
 from siftune.evaluate.perplexity import TokenRow, row_nll
+from siftune.models.heads import IGNORED
 
 
 @dataclass(frozen=True)

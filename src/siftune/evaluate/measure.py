@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from siftune.data.rows import Row
 from siftune.errors import AdapterError, DataError
+from siftune.evaluate.batching import model_window
 from siftune.evaluate.choices import score_choices
 from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
-from siftune.evaluate.batching import model_window
 from siftune.evaluate.generation import exact_match, greedy
 from siftune.evaluate.perplexity import perplexity
 from siftune.evaluate.prepare import Prepared, Questions, prepare_rows

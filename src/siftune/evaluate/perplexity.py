@@ -17,10 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siftune.data.tokenize import IGNORED
 from siftune.errors import DataError
 from siftune.evaluate.batching import by_length, model_device
-from siftune.models.heads import logits_at
+from siftune.models.heads import IGNORED, logits_at
 from siftune.models.modes import evaluating
 
 _CHUNK = 512  # positions whose logits are widened to float32 at a time: bounds the extra memory

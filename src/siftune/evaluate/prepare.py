@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from siftune.data.encoder import Encoder
 from siftune.data.rows import Row
-from siftune.data.tokenize import IGNORED
 from siftune.errors import DataError, RecipeError
 from siftune.evaluate.choices import ChoiceItem
 from siftune.evaluate.generation import normalise
 from siftune.evaluate.perplexity import TokenRow
+from siftune.models.heads import IGNORED
 
 METRICS = ("choices", "exact_match", "perplexity")
 _SHORT = 32  # tokens: longer completions are prose, which no model repeats word by word

@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""The methods, a room for each: maths, settings and the callback that brings it into training."""

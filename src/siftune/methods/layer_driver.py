@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from siftune.engine.distributed import mean_over_ranks, world_size
 from siftune.engine.gate import LayerGates
-from siftune.models.adapters import group_by_layer, suppress
-from siftune.models.modes import evaluating
+from siftune.engine.groups import group_by_layer
+from siftune.methods.batches import Batch, draws_state, label_weight, load_draws_state
 from siftune.methods.ist import maths
 from siftune.methods.rst import draw_uniform
-from siftune.methods.batches import Batch, draws_state, label_weight, load_draws_state
+from siftune.models.adapters import suppress
+from siftune.models.modes import evaluating
 
 logger = logging.getLogger(__name__)
 

@@ -16,36 +16,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.config import default_alpha
-from siftune.engine.groups import LayerGroup, group_by_layer, outside
+from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import (
-    ForwardSubstitution,
-    Slot,
     Substitution,
-    parameter_owners,
-    units,
-    untraced,
-    use_base_dtype,
 )
 from siftune.errors import AdapterError
 from siftune.models.full import layer_numbers, original_weights, refuse_adapters
 from siftune.models.layers import find_layers
 from siftune.models.targets import layer_linears, named_modules, short_names
-
-__all__ = [
-    "KINDS",
-    "ForwardSubstitution",
-    "LayerGroup",
-    "Slot",
-    "Substitution",
-    "attach_adapter",
-    "group_by_layer",
-    "outside",
-    "parameter_owners",
-    "suppress",
-    "units",
-    "untraced",
-    "use_base_dtype",
-]
 
 KINDS = ("lora", "rslora", "dora")
 

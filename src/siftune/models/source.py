@@ -18,7 +18,6 @@ from siftune.recipe_file import nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "pull_smollm2", "resolve", "use_attention"]
 
 logger = logging.getLogger(__name__)
 

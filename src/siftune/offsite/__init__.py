@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siftune.offsite.audit.audit import audit
+    from siftune.offsite.audits.audit import audit
+    from siftune.offsite.emulator.plan import EmulatorSettings
     from siftune.offsite.protocol.emulate import emulate
     from siftune.offsite.protocol.load import load_emulator
-    from siftune.offsite.emulator.plan import EmulatorSettings
     from siftune.offsite.protocol.plug import plug_in
 
 # name -> module; imported on first use
 _LAZY = {
     "EmulatorSettings": "siftune.offsite.emulator.plan",
-    "audit": "siftune.offsite.audit.audit",
+    "audit": "siftune.offsite.audits.audit",
     "emulate": "siftune.offsite.protocol.emulate",
     "load_emulator": "siftune.offsite.protocol.load",
     "plug_in": "siftune.offsite.protocol.plug",

@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""What results look like: tables, Markdown and pictures."""

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from siftune.errors import RecipeError
-from siftune.report.audit_picture import picture
-from siftune.offsite.audit.result import LABELS, Audit
-from siftune.offsite.audit.gradients import GradientCosine
 from siftune.evaluate.intervals import Estimate
+from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.result import LABELS, Audit
+from siftune.report.audit_picture import picture
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
 _NOT_DEFINED = "not defined"

@@ -4,8 +4,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from siftune.offsite.audit.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, LABELS, PLUG_IN, RECOVERED, Audit
 from siftune.evaluate.intervals import Estimate
+from siftune.offsite.audits.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, LABELS, PLUG_IN, RECOVERED, Audit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siftune.offsite.audit.sweep import SweepPoint, front
+from siftune.offsite.audits.sweep import SweepPoint, front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""siftune's own training path: a recipe in, a run folder out."""

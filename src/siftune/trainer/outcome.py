@@ -9,11 +9,11 @@ from typing import Any
 from peft import PeftModel
 
 from siftune.config import Recipe
+from siftune.environment import peak_memory_mb
 from siftune.offsite.kit.folder import Kit
+from siftune.offsite.protocol.tune import save_return
 from siftune.trainer.card import model_card
 from siftune.trainer.disk import disk_faults
-from siftune.offsite.protocol.tune import save_return
-from siftune.environment import peak_memory_mb
 from siftune.trainer.run_folder import RunFolder
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 

@@ -17,21 +17,25 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from siftune.config import Recipe, check, resolve_recipe
-from siftune.data.readers import Collator, Row, load_rows, tokenize_rows
+from siftune.data.readers import load_rows
+from siftune.data.rows import Row
+from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.engine.groups import group_by_layer
+from siftune.engine.substitution import use_base_dtype
 from siftune.errors import RecipeError, TrainingError
-from siftune.models.adapters import attach_adapter, group_by_layer, use_base_dtype
+from siftune.methods.gast.callback import GAST
+from siftune.methods.ist.callback import IST, RST
+from siftune.models.adapters import attach_adapter
 from siftune.models.full import OpenLayers
 from siftune.models.source import load_model, use_attention
+from siftune.offsite.protocol.tune import kit_of, load_tunable, settle_layers
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.arguments import end_checkpointing, training_arguments
-from siftune.methods.ist.callback import IST, RST
+from siftune.trainer.checkpoints import check_adapter, check_layers, find_checkpoint, step_of
 from siftune.trainer.disk import disk_faults
-from siftune.offsite.protocol.tune import kit_of, load_tunable, settle_layers
 from siftune.trainer.outcome import Outcome
 from siftune.trainer.progress import Metrics, ProgressView
-from siftune.trainer.checkpoints import check_adapter, check_layers, find_checkpoint, step_of
 from siftune.trainer.run_folder import RunFolder
-from siftune.methods.gast.callback import GAST
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 logger = logging.getLogger(__name__)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from adapted import from_config
-from by_row import GASTS, PASSES, double, runner
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny import batch, tiny
+from support.adapted import from_config
+from support.by_row import GASTS, PASSES, double, runner
+from support.tiny import batch, tiny
 
 from baselines import StoreAll, TwoPass
 from siftune.errors import RecipeError, UnsupportedError
-from siftune.models.adapters import attach_adapter
 from siftune.methods.gast.maths import GASTSettings
+from siftune.models.adapters import attach_adapter
 
 
 @pytest.mark.parametrize("kind", PASSES)

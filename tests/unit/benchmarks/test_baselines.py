@@ -5,19 +5,20 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from adapted import adapted, shake
-from by_row import GASTS, PASSES, assert_same, by_baseline, by_engine, double, runner, taken, trained
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import rest_scores, sample_gradients, summed_loss
 from peft import LoraConfig, get_peft_model
-from tiny import batch, tiny
-from trainers import weights
+from support.adapted import adapted, shake
+from support.by_row import GASTS, PASSES, assert_same, by_baseline, by_engine, double, runner, taken, trained
+from support.oracles import rest_scores, sample_gradients, summed_loss
+from support.tiny import batch, tiny
+from support.trainers import weights
 
 from baselines import Greats, TwoPass
 from siftune import GAST
 from siftune.engine import per_sample
-from siftune.models.adapters import group_by_layer, use_base_dtype
+from siftune.engine.groups import group_by_layer
+from siftune.engine.substitution import use_base_dtype
 from siftune.methods.gast.maths import GASTSettings
 
 

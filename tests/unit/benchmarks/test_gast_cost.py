@@ -11,11 +11,11 @@ import gast_cost
 from baseline_trainer import BaselineTrainer
 from gast_cost import BASELINES, Case, collect, table
 from random_llama import save_llama
-from siftune.errors import DataError, RecipeError
 from siftune.bench.cost import METHODS, Measurement, Workload, measure
 from siftune.bench.worker import build_trainer
-from siftune.models.source import load_model
+from siftune.errors import DataError, RecipeError
 from siftune.methods.gast.callback import GAST
+from siftune.models.source import load_model
 from siftune.trainer.trainer import SiftTrainer
 
 FACTS = {"dtype": "float32", "hardware": "one machine"}

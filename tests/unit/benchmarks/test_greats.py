@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from by_row import double, runner, trained
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import flat, gradients, sample_gradients, summed_loss
-from tiny import batch
+from support.by_row import double, runner, trained
+from support.oracles import flat, gradients, sample_gradients, summed_loss
+from support.tiny import batch
+from support.trainers import adapted as trainable
+from support.trainers import arguments, rows
 from torch.nn.functional import cosine_similarity
-from trainers import adapted as trainable
-from trainers import arguments, rows
 
 from baselines import Greats, greedy
 from siftune.errors import RecipeError
-from siftune.methods.gast.maths import GASTSettings
 from siftune.methods.batches import GivenBatches
+from siftune.methods.gast.maths import GASTSettings
 from siftune.trainer.trainer import SiftTrainer
 
 

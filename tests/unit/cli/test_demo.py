@@ -4,12 +4,12 @@ import json
 
 import pytest
 from peft import PeftModel
+from support.tiny_run import lines
 from transformers import AutoModelForCausalLM
 
 from siftune.cli import demo
 from siftune.cli.main import main
 from siftune.recipe_file import load_recipe
-from tiny_run import lines
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny
-from tokenizer import byte_tokenizer
+from support.tiny import tiny
+from support.tokenizer import byte_tokenizer
 
 from siftune.cli.eval import Options, run
 from siftune.cli.main import main
 from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError
-from siftune.evaluate import run as evaluation
+from siftune.evaluate import measure as evaluation
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.tuned_layers import About, save_tuned
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.tiny_run import recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
 from siftune.trainer.run import train
-from tiny_run import recipe
 
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 
@@ -19,8 +19,7 @@ IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 def finished(request, base, tmp_path_factory):
     """A run's folder, and the logits of its model."""
     from rich.console import Console
-
-    from tiny_run import save_rows
+    from support.tiny_run import save_rows
 
     place = tmp_path_factory.mktemp("finished")
     settings = {"adapter": request.param, "method": "dense", "lr": 0.05}

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiny_run import save_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.kit.tensors import tensor_specs
-from tiny_run import save_rows
 
 EMULATE = ("--first", "1", "--last", "1", "--rows", "6", "--batch-size", "3", "--template", "none")
 TRAIN = ("--steps", "2", "--batch-size", "2", "--adapter", "full", "--method", "dense", "--template", "none")

@@ -13,11 +13,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.tiny_run import lines
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
 from siftune.trainer import run as module
-from tiny_run import lines
 
 SETTINGS = """\
 template: none

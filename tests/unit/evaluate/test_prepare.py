@@ -1,5 +1,5 @@
 import pytest
-from tokenizer import byte_tokenizer
+from support.tokenizer import byte_tokenizer
 
 from siftune.data.encoder import Encoder
 from siftune.data.rows import rows_from

@@ -9,18 +9,19 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from adapted import ADAPTED, adapted, shake, two_active_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import FAMILIES, batch, tiny
+from support.adapted import ADAPTED, adapted, shake, two_active_adapters
+from support.tiny import FAMILIES, batch, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from siftune.engine.groups import group_by_layer, outside
 from siftune.errors import AdapterError, LayerError, UnsupportedError
-from siftune.models.adapters import KINDS, attach_adapter, group_by_layer, outside, suppress
+from siftune.models.adapters import KINDS, attach_adapter, suppress
 from siftune.models.layers import find_layers
 
 

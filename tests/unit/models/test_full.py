@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from adapted import adapted
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, batch, tiny
+from support.adapted import adapted
+from support.tiny import FAMILIES, batch, tiny
 from torch import nn
 
+from siftune.engine.groups import group_by_layer, outside
+from siftune.engine.substitution import use_base_dtype
 from siftune.errors import AdapterError, LayerError
-from siftune.models.adapters import group_by_layer, outside, suppress, use_base_dtype
+from siftune.models.adapters import suppress
 from siftune.models.full import OpenLayers, layer_numbers
 from siftune.models.layers import find_layers
 from siftune.models.targets import expert_banks

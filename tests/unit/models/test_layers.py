@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, tiny
+from support.tiny import FAMILIES, tiny
 from torch import nn
 from transformers import (
     AutoConfig,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny import batch, tiny
-from tokenizer import byte_tokenizer
+from support.tiny import batch, tiny
+from support.tokenizer import byte_tokenizer
 
 from siftune.errors import ModelError
 from siftune.models import source

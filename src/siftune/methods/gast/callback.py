@@ -20,13 +20,13 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.gast.maths import Choice, GASTSettings, Pool, Scale, Score, Support
 from siftune.methods.batches import Batch, GivenBatches, RowDraws
+from siftune.methods.callback import SelectionCallback
 from siftune.methods.gast.choice import Samples
 from siftune.methods.gast.driver import SampleSelection
-from siftune.methods.layer_driver import Loss, model_loss
-from siftune.methods.callback import SelectionCallback
+from siftune.methods.gast.maths import Choice, GASTSettings, Pool, Scale, Score, Support
 from siftune.methods.host_trainer import calling_trainer, refuse_wrappers, resumed_from, trainer_loss
+from siftune.methods.layer_driver import Loss, model_loss
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.models.adapters import LayerGroup, units
+from siftune.engine.groups import LayerGroup
+from siftune.engine.substitution import units
 from siftune.methods.gast.maths import Pool
 
 

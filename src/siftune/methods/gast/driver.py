@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from siftune.engine import per_sample
 from siftune.engine.distributed import rank, sum_over_ranks, world_size
 from siftune.engine.gate import is_active
+from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.parameter_kinds import refuse_compiled
 from siftune.engine.tape import Tape
-from siftune.models.adapters import LayerGroup, group_by_layer
-from siftune.methods.gast import maths
-from siftune.methods.gast.scores import Scored, live_samples, score_samples
 from siftune.methods.batches import draws_state, load_draws_state
+from siftune.methods.gast import maths
 from siftune.methods.gast.choice import Choosing, Samples, Unit, units_of
-from siftune.methods.layer_driver import Draws, Loss, model_loss
+from siftune.methods.gast.scores import Scored, live_samples, score_samples
 from siftune.methods.gast.support import adam_metric, support_gradient
+from siftune.methods.layer_driver import Draws, Loss, model_loss
 
 logger = logging.getLogger(__name__)
 

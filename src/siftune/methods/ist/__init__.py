@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""IST: the layers that train in a step, drawn by their importance."""

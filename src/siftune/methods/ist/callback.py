@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import RecipeError
-from siftune.methods.ist.maths import ISTSettings
 from siftune.methods.batches import Batch, GivenBatches, RowDraws
-from siftune.methods.layer_driver import LayerSelection, Loss, Selection, model_loss
 from siftune.methods.callback import SelectionCallback
 from siftune.methods.host_trainer import refuse_wrappers, trainer_loss
+from siftune.methods.ist.maths import ISTSettings
+from siftune.methods.layer_driver import LayerSelection, Loss, Selection, model_loss
 
 
 class _LayerCallback(SelectionCallback):

@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""Emulators: a model whose middle is compressed, layer after layer."""

@@ -15,11 +15,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from siftune.models.families import Family
+from siftune.offsite.emulator.model import LayerShape, features, weight_OI
+from siftune.offsite.emulator.record import Captured
 from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
-from siftune.offsite.emulator.model import LayerShape, features, weight_OI
 from siftune.offsite.maths.kfac import DAMPING, Curvature, Moments, moments
-from siftune.offsite.emulator.record import Captured
 from siftune.offsite.maths.refit import refit, refit_scores
 from siftune.offsite.maths.scp import channel_scores, keep_channels
 

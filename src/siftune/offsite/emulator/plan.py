@@ -9,11 +9,11 @@ from torch import nn
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
 from siftune.offsite.emulator.compress import Compression
 from siftune.offsite.emulator.model import features
 from siftune.offsite.emulator.record import Recording
 from siftune.offsite.emulator.split import Split
+from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
 
 Allotment = Literal["uniform", "score"]
 

@@ -17,9 +17,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from siftune.errors import KitError
 from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.model import build, frozen_names
+from siftune.offsite.emulator.split import adapter_names
 from siftune.offsite.kit.manifest import EMULATOR, MAX_LAYERS, Manifest
 from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, shown
-from siftune.offsite.emulator.split import adapter_names
 from siftune.offsite.kit.tensors import DTYPES, MAX_SIZE, TensorSpec
 
 CONFIG = "config.json"

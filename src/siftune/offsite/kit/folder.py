@@ -23,31 +23,25 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.errors import KitError
-from siftune.offsite.kit import config, tokenizer
 from siftune.offsite.emulator.model import LayerShape
-from siftune.offsite.kit.fingerprint import fingerprint
-from siftune.offsite.kit.config import CONFIG
-from siftune.offsite.kit.manifest import ADAPTER, EMULATOR, LIMITS, MANIFEST, PROTOCOL, SIGNATURE, FileSpec, Manifest, canonical, dump_manifest, parse_manifest
-from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
-from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
 from siftune.offsite.emulator.split import Split
-from siftune.offsite.kit.tensors import TensorSpec, check_specs, spec_of, tensor_specs, write_tensors
-
-__all__ = [
-    "PROTOCOL",
-    "FileSpec",
-    "Kit",
-    "KitContents",
-    "Manifest",
-    "TensorSpec",
-    "fingerprint",
-    "is_kit",
-    "load_config",
-    "load_tokenizer",
-    "read_kit",
-    "tensor_specs",
-    "write_kit",
-]
+from siftune.offsite.kit import config, tokenizer
+from siftune.offsite.kit.config import CONFIG
+from siftune.offsite.kit.manifest import (
+    ADAPTER,
+    EMULATOR,
+    LIMITS,
+    MANIFEST,
+    SIGNATURE,
+    FileSpec,
+    Manifest,
+    canonical,
+    dump_manifest,
+    parse_manifest,
+)
+from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
+from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
+from siftune.offsite.kit.tensors import check_specs, spec_of, tensor_specs, write_tensors
 
 
 @dataclass(frozen=True)

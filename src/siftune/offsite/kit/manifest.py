@@ -20,8 +20,8 @@ from typing import Any
 from siftune.errors import KitError
 from siftune.models.families import FAMILIES, Family
 from siftune.offsite.emulator.model import LayerShape
-from siftune.offsite.kit.strict import as_int, as_list, as_map, as_object, as_text, parse_json, shown
 from siftune.offsite.emulator.split import Split
+from siftune.offsite.kit.strict import as_int, as_list, as_map, as_object, as_text, parse_json, shown
 from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, NAME, TensorSpec, parse_spec
 
 PROTOCOL = 1

@@ -18,7 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from siftune.errors import KitError
-from siftune.offsite.kit.strict import as_int, as_list, as_map, as_object, as_text, brief, open_regular, parse_json, shown
+from siftune.offsite.kit.strict import (
+    as_int,
+    as_list,
+    as_map,
+    as_object,
+    as_text,
+    brief,
+    open_regular,
+    parse_json,
+    shown,
+)
 
 MAX_HEADER = 4 << 20  # bytes
 MAX_TENSORS = 100_000  # in a file

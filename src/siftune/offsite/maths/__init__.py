@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""The formulas of offsite-tuning: tensors in, tensors out."""

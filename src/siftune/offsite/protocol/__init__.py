@@ -1,1 +1,1 @@
-"""TODO-DOC"""
+"""The exchange: emulate, load, tune, return, plug."""

@@ -21,15 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.errors import ModelError
-from siftune.models.layers import find_layers
 from siftune.files import refuse_full
+from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import assemble, cast
 from siftune.offsite.emulator.compress import CompressedLayer
-from siftune.offsite.emulator.model import LayerShape
-from siftune.offsite.kit.folder import Kit, KitContents, fingerprint, write_kit
 from siftune.offsite.emulator.make import compressed_layers, in_places, middle_of, record_middle
+from siftune.offsite.emulator.model import LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import Progress
+from siftune.offsite.kit.fingerprint import fingerprint
+from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 
 logger = logging.getLogger(__name__)
 

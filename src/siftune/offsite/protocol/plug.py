@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from siftune.errors import KitError, RecipeError, UnsupportedError
 from siftune.files import new_folder
 from siftune.models.source import load_model, quiet_bars
-from siftune.offsite.kit.folder import Kit, fingerprint, read_kit
-from siftune.offsite.protocol.returned import read_return
 from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.kit.fingerprint import fingerprint
+from siftune.offsite.kit.folder import Kit, read_kit
+from siftune.offsite.protocol.returned import read_return
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,18 @@ from torch import Tensor
 
 from siftune.errors import KitError
 from siftune.offsite.kit.folder import Kit
-from siftune.offsite.kit.manifest import ADAPTER, HASH, LIMITS, MANIFEST, PROTOCOL, canonical, parse_files, parse_protocol
+from siftune.offsite.kit.manifest import (
+    ADAPTER,
+    HASH,
+    LIMITS,
+    MANIFEST,
+    PROTOCOL,
+    canonical,
+    parse_files,
+    parse_protocol,
+)
 from siftune.offsite.kit.strict import as_text, fresh_folder, list_files, naming, read_bytes, sha256_of
 from siftune.offsite.kit.tensors import MAX_HEADER, check_finite, check_specs, spec_of, tensor_specs, write_tensors
-
-__all__ = ["read_return", "write_return"]
 
 _KIT_MANIFEST = f"{MANIFEST} of the kit"
 

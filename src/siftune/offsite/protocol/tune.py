@@ -14,11 +14,11 @@ from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.models.full import layer_numbers
 from siftune.models.layers import find_layers
+from siftune.offsite.emulator.split import Split, adapter_names, places
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
+from siftune.offsite.kit.tensors import DTYPES
 from siftune.offsite.protocol.load import load_kit
 from siftune.offsite.protocol.returned import read_return, write_return
-from siftune.offsite.emulator.split import Split, adapter_names, places
-from siftune.offsite.kit.tensors import DTYPES
 from siftune.trainer.tuned_layers import put_in
 
 

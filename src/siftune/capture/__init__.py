@@ -1,1 +1,0 @@
-"""Gates on the decoder layers: who trains in this step."""

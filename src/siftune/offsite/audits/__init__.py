@@ -1,0 +1,1 @@
+"""Audits: what a kit gives, and what it gives away."""

@@ -1,0 +1,150 @@
+"""Audit an offsite-tuning set-up: what the emulator gives the data owner, and what it gives away.
+
+Five conditions on the same held-out rows, as in offsite-tuning (Xiao et al. 2023):
+
+    Full ZS   the base model, nothing tuned             Emulator ZS   the emulator, nothing tuned
+    Full FT   the base, its adapter layers tuned        Emulator FT   the emulator, its adapter layers tuned
+    Plug-in   the base with the adapter layers that were tuned on the emulator
+
+and besides (ours): *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are
+the base's own in any kit, so nothing in them is left to recover); a floor of random weights; the cosine of the
+adapter's gradients; membership inference on the plugged model. All tunings start from the base's adapter and see the
+same rows in the same order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siftune.data.readers import load_rows
+from siftune.errors import KitError
+from siftune.models.source import load_model
+from siftune.offsite.audits.models import OffsiteModels, check_models, kept_fraction, plugged, read_adapter
+from siftune.offsite.audits.result import FULL_ZS, RECOVERED, Audit, summarise
+from siftune.offsite.audits.rows import AuditRows, accuracy_name, tokenize_audit
+from siftune.offsite.audits.settings import AuditOptions, AuditSettings
+from siftune.offsite.audits.stages import (
+    Job,
+    bootstrap,
+    choose_candidates,
+    choose_rows,
+    recovered,
+    tuned_adapters,
+    untuned,
+)
+from siftune.offsite.emulator.record import Progress
+from siftune.offsite.kit.fingerprint import fingerprint
+from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.protocol.load import load_emulator
+from siftune.offsite.protocol.plug import compare
+from siftune.offsite.protocol.returned import read_return
+from siftune.report.audit import prepare_folder, write_audit
+from siftune.trainer.run_folder import hardware, versions
+
+
+def audit(
+    models: OffsiteModels,
+    rows: AuditRows,
+    settings: AuditSettings | None = None,
+    returned: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit a base model and an emulator of it, both in memory.
+
+    They are tuned in place and put back bit for bit; nothing is loaded or saved. The same seed gives the same audit.
+
+    Args:
+        models: Base, emulator, their split and tokenizer.
+        rows: Rows to tune on and held-out ones, from `tokenize_audit`. Where the steps do not suffice for all of the
+            former, a draw of them is used, so that every row that is used is seen.
+        settings: How to tune and measure.
+        returned: Adapter tensors, by the names of `offsite.split`, that a data owner sent back; they take the place of
+            an adapter that is tuned here, and all training rows pass for theirs.
+        progress: Called with what is being done, how much of it is done, and of how much.
+
+    Raises:
+        KitError: Base, emulator and return do not belong together.
+        DataError: A row cannot be used, or none is left for membership inference.
+        RecipeError: A setting is out of range.
+        TrainingError: A tuning came upon a loss that is not finite.
+    """
+    settings = settings or AuditSettings()
+    settings.check()
+    check_models(models)
+    adapter = read_adapter(models.base, models.split)
+    if returned is not None:
+        compare(adapter, returned)
+    used = choose_rows(rows, settings)
+    trained = used if returned is None else range(len(rows.train))
+    candidates = choose_candidates(rows, settings, trained) if settings.membership else None
+    job = Job(models, rows, settings, used, candidates, progress)
+    with plugged(models.emulator, models.split, adapter):  # the base's own, where the kit's is rounded
+        scores, cosine = untuned(job)
+        tuned, membership = tuned_adapters(job, returned, scores[FULL_ZS])
+        scores |= tuned
+        if settings.recovery:
+            scores[RECOVERED] = recovered(job)
+    conditions, comparisons = summarise(scores, bootstrap(settings))
+    facts = _facts(job, returned is not None)
+    kept, accuracy = kept_fraction(models), accuracy_name(rows)
+    return Audit(conditions, comparisons, accuracy, cosine, kept, membership, settings, facts)
+
+
+def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audit:
+    """Audit a kit on disk, and write the audit to `options.out` if that is given.
+
+    Args:
+        options: Paths and settings.
+        progress: As for `audit`.
+
+    Raises:
+        KitError: Kit or return is damaged, or does not belong to the base model.
+        ModelError: The base model cannot be loaded.
+        DataError, RecipeError, TrainingError: As `audit`.
+    """
+    options.check()
+    kit = read_kit(options.kit, options.public_key)
+    returned = None if options.returned is None else read_return(options.returned, kit)
+    train = load_rows(options.train, options.train_split, options.limit, options.format)
+    held_out = load_rows(options.eval, options.eval_split, options.eval_limit, options.format)
+    if options.out is not None:
+        prepare_folder(options.out)  # before hours of work
+    base, tokenizer = load_model(options.model, options.dtype)
+    if fingerprint(base) != kit.manifest.fingerprint:
+        raise KitError(
+            f"{options.kit}/manifest.json: base.fingerprint is not that of the model {options.model}; give the model "
+            "that the kit was made of, with the --dtype that it was made with"
+        )
+    emulator = load_emulator(options.kit, options.dtype, options.public_key)
+    models = _on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
+    settings = options.settings()
+    found = audit(models, tokenize_audit(train, held_out, tokenizer, settings), settings, returned, progress)
+    names = {"model": options.model, "kit": kit.digest, "train": options.train, "eval": options.eval}
+    found = replace(found, facts={**names, **found.facts})
+    if options.out is not None:
+        write_audit(found, options.out)
+    return found
+
+
+def _on_accelerator(models: OffsiteModels) -> OffsiteModels:
+    """Move both models to the accelerator if there is one."""
+    if not torch.accelerator.is_available():
+        return models
+    device: Any = torch.accelerator.current_accelerator()
+    return replace(models, base=models.base.to(device), emulator=models.emulator.to(device))
+
+
+def _facts(job: Job, returned: bool) -> dict[str, Any]:
+    """What the figures depend on besides the settings."""
+    return {
+        "train_rows": len(job.rows.train),
+        "tuned_rows": len(job.used),
+        "held_out_rows": len(job.rows.held_out),
+        "returned": returned,
+        "dtype": str(job.models.base.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "hardware": hardware(),
+    }

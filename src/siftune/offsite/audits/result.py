@@ -1,0 +1,173 @@
+"""What an audit found, as plain data, and how its figures follow from the scores of the models.
+
+A measure is a score of which more is better: accuracy, or log-likelihood per label token (−nll). In either, with the
+conditions' means and F the random-weights floor:
+
+| figure     | formula                                                  | says                                        |
+|------------|----------------------------------------------------------|---------------------------------------------|
+| Δ          | Plug-in − Emulator FT                                    | above 0: the data owner needs the owner     |
+| gain share | (Plug-in − Full ZS) / (Full FT − Full ZS)                | 1: as good as tuning on the base            |
+| CPL        | (Emulator ZS − F) / (Full ZS − F)                        | part of the base's skill that is given away |
+| recovery   | (Recovered − Emulator ZS) / (Full FT − Emulator ZS)      | 1: tuning the whole emulator closes the gap |
+
+Δ and the five conditions are offsite-tuning's (Xiao et al. 2023) and GradOT's. The design names CPL as the ratio of
+the two zero-shot scores; taking the floor off both, so that guessing counts as nothing left, is ours, and so are gain
+share, recovery and the use of log-likelihood as a measure.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from siftune.evaluate.compare import accuracy_interval
+from siftune.evaluate.intervals import Bootstrap, Estimate, Means, resample
+from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.membership import Membership
+from siftune.offsite.audits.models import Kept
+from siftune.offsite.audits.rows import RowScores
+from siftune.offsite.audits.settings import AuditSettings
+
+FULL_ZS, FULL_FT = "full_zs", "full_ft"
+EMULATOR_ZS, EMULATOR_FT = "emulator_zs", "emulator_ft"
+PLUG_IN, RECOVERED, FLOOR = "plug_in", "recovered", "floor"
+
+# condition -> what the reader sees
+LABELS = {
+    FULL_ZS: "Full ZS",
+    FULL_FT: "Full FT",
+    EMULATOR_ZS: "Emulator ZS",
+    EMULATOR_FT: "Emulator FT",
+    PLUG_IN: "Plug-in",
+    RECOVERED: "Recovered",
+    FLOOR: "Random weights",
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One model of an audit on the held-out rows.
+
+    Attributes:
+        nll: Mean negative log-likelihood per label token, in nats.
+        accuracy: Share of right rows; None where none was measured.
+        scores: The same row by row.
+    """
+
+    nll: Estimate
+    accuracy: Estimate | None
+    scores: RowScores
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The figures of one measure; see the head of this file.
+
+    Attributes:
+        delta: Plug-in − Emulator FT; more is better in either measure.
+        gain_share: Plug-in's share of the gain of Full FT over Full ZS.
+        cpl: The emulator's share of the base's zero-shot skill above random weights.
+        recovery: Share of the gap from Emulator ZS to Full FT that tuning the whole emulator closes; None where that
+            was not tried.
+    """
+
+    delta: Estimate
+    gain_share: Estimate
+    cpl: Estimate
+    recovery: Estimate | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        conditions: Condition -> its scores; the keys of `LABELS`, without `recovered` where that was not tried.
+        comparisons: `nll` and, where there is one, `accuracy` -> the figures of that measure.
+        accuracy: Which accuracy was measured: `choices`, `exact_match` or None.
+        cosine: The adapter's gradients on base and emulator.
+        kept: Fractions of the base's parameters.
+        membership: Attacks on the returned adapter; None where they were not tried.
+        settings: How models were tuned and measured.
+        facts: Numbers of rows, versions, names: what the figures depend on besides.
+    """
+
+    conditions: dict[str, Condition]
+    comparisons: dict[str, Comparison]
+    accuracy: str | None
+    cosine: GradientCosine
+    kept: Kept
+    membership: Membership | None
+    settings: AuditSettings
+    facts: dict[str, Any]
+
+    def to_dict(self, rows: bool = False) -> dict[str, Any]:
+        """All of it in plain types for JSON; what is not a finite number is None.
+
+        Args:
+            rows: With every condition's scores row by row.
+        """
+        found: dict[str, Any] = _plain(self)
+        for condition in found["conditions"].values():
+            scores = condition.pop("scores")
+            condition.update({"rows": scores} if rows else {})
+        return found
+
+
+def summarise(scores: Mapping[str, RowScores], bootstrap: Bootstrap) -> tuple[dict[str, Condition], dict[str, Any]]:
+    """Compute conditions and comparisons from the models' scores on the same rows.
+
+    Args:
+        scores: Condition -> scores; all keys of `LABELS`, `recovered` if it was tried.
+        bootstrap: How intervals are drawn.
+
+    Returns:
+        Conditions, and measure -> `Comparison`.
+    """
+    tokens = scores[FULL_ZS].tokens
+    means = {"nll": resample({name: -one.nll for name, one in scores.items()}, tokens, bootstrap)}
+    correct = {name: one.correct for name, one in scores.items() if one.correct is not None}
+    if correct:
+        means["accuracy"] = resample(correct, None, bootstrap)
+    conditions = {name: _condition(one, means["nll"].mean(name), bootstrap.level) for name, one in scores.items()}
+    return conditions, {measure: _comparison(one) for measure, one in means.items()}
+
+
+def _condition(scores: RowScores, likelihood: Estimate, level: float) -> Condition:
+    accuracy = None
+    if scores.correct is not None:
+        accuracy = Estimate(float(scores.correct.mean()), *accuracy_interval(scores.correct, level))
+    return Condition(_negative(likelihood), accuracy, scores)
+
+
+def _comparison(means: Means) -> Comparison:
+    return Comparison(
+        delta=means.difference(PLUG_IN, EMULATOR_FT),
+        gain_share=means.share(PLUG_IN, FULL_ZS, FULL_FT),
+        cpl=means.share(EMULATOR_ZS, FLOOR, FULL_ZS),
+        recovery=means.share(RECOVERED, EMULATOR_ZS, FULL_FT) if RECOVERED in means.point else None,
+    )
+
+
+def _negative(estimate: Estimate) -> Estimate:
+    assert estimate.value is not None
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return Estimate(-estimate.value, -estimate.high, -estimate.low)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, arrays as lists, NaN and infinity as None."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

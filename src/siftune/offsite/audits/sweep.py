@@ -1,0 +1,215 @@
+"""What an owner chooses on: how useful an emulator is, against how much of the model it gives away.
+
+*Useful* is the cosine between the adapter's gradients on the base and on the emulator (`gradients.py`). *Given away* is
+measured by the loss gap, loss(emulator) − loss(base) on held-out rows, in nats per label token: the wider, the less the
+emulator is worth without the base. An emulator for which another has both a higher cosine and a wider gap is no choice;
+those that remain are the *front*.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from siftune.errors import RecipeError
+from siftune.models.layers import find_layers
+from siftune.offsite.audits.gradients import AdapterGradient, adapter_gradient, cosine
+from siftune.offsite.emulator.assemble import EmulatorParts, materialise
+from siftune.offsite.emulator.compress import Method, Mlp
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import Allotment, EmulatorSettings
+from siftune.offsite.emulator.record import Progress
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.maths.drd import Basis
+
+LambdaOn = Literal["both", "attn", "mlp"]
+Batches = Sequence[dict[str, Tensor]]
+
+_AT_ONCE = 4.0  # times the middle's weights that emulators may take while they wait to be measured
+
+
+@dataclass(frozen=True)
+class SweepGrid:
+    """The emulators to compare: every method at every kept fraction; for gradot also every basis and λ.
+
+    Attributes:
+        keeps: Kept fractions, in (0, 1].
+        lambdas: Values of λ; 0 stands once, whatever `lambda_on` says.
+        bases: Bases of gradot.
+        mlps: What gradot does to the MLPs.
+        methods: Methods.
+        lambda_on: Where λ acts: on attention, on the MLP, or the same on both.
+        split: Layers of the adapter at either end.
+        allot: How gradot and svd+flap share out what is kept among layers.
+    """
+
+    keeps: tuple[float, ...] = (0.7, 0.5, 0.3)
+    lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)
+    bases: tuple[Basis, ...] = ("whitened", "svd")
+    mlps: tuple[Mlp, ...] = ("refit",)
+    methods: tuple[Method, ...] = ("gradot", "layerdrop")
+    lambda_on: tuple[LambdaOn, ...] = ("both",)
+    split: Split = field(default_factory=Split)
+    allot: Allotment = "uniform"
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+        """
+        for name in ("keeps", "lambdas", "bases", "mlps", "methods", "lambda_on"):
+            if not getattr(self, name):
+                raise RecipeError(f"{name} is empty: give at least one value, or leave it out")
+        for choice in self.settings():
+            choice.check()
+
+    def settings(self) -> list[EmulatorSettings]:
+        """One setting per emulator, each once."""
+        found = [choice for keep, method in product(self.keeps, self.methods) for choice in self._of(method, keep)]
+        return list(dict.fromkeys(found))
+
+    def _of(self, method: Method, keep: float) -> Iterator[EmulatorSettings]:
+        if method in ("layerdrop", "crash"):
+            yield EmulatorSettings(method=method, keep=keep, split=self.split)
+        elif method == "svd+flap":
+            yield EmulatorSettings(method=method, keep=keep, split=self.split, allot=self.allot)
+        else:
+            for basis, mlp, value, on in product(self.bases, self.mlps, self.lambdas, self.lambda_on):
+                on_attn, on_mlp = (value if on in ("both", part) else 0.0 for part in ("attn", "mlp"))
+                yield EmulatorSettings(
+                    keep=keep, lambda_attn=on_attn, lambda_mlp=on_mlp, basis=basis, mlp=mlp, split=self.split,
+                    allot=self.allot,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One emulator.
+
+    Attributes:
+        method: Its method.
+        keep: Fraction that was asked for.
+        lambda_attn: λ on attention; 0 for methods without one.
+        lambda_mlp: λ on the MLP.
+        basis: Basis of gradot; None for other methods.
+        mlp: What gradot did to the MLPs; None for other methods.
+        cosine: Cosine of the adapter's gradients; NaN where one of them is zero.
+        loss: Its loss on the held-out rows, in nats per label token.
+        loss_full: The base's.
+        parameters: Its parameters, adapter and embeddings included; shared ones count once.
+        kept: Parameters of its middle over those of the base's.
+    """
+
+    method: str
+    keep: float
+    lambda_attn: float
+    lambda_mlp: float
+    basis: str | None
+    mlp: str | None
+    cosine: float
+    loss: float
+    loss_full: float
+    parameters: int
+    kept: float
+
+    @property
+    def gap(self) -> float:
+        """How much worse the emulator is than the base, in nats per label token."""
+        return self.loss - self.loss_full
+
+
+def sweep(
+    model: PreTrainedModel,
+    batches: Batches,
+    held_out: Batches,
+    grid: SweepGrid | None = None,
+    progress: Progress | None = None,
+) -> list[SweepPoint]:
+    """Make every emulator of a grid in memory, and measure it.
+
+    Args:
+        model: The base model, without adapters; left as it was.
+        batches: Calibration rows, as for `gradot.emulate`.
+        held_out: Other rows of the kind, to measure on.
+        grid: What to compare.
+        progress: Told of every batch, layer and measurement.
+
+    Returns:
+        One point per emulator, in the order of `SweepGrid.settings`.
+
+    Raises:
+        InputError: On a grid, rows or a model that cannot be used.
+        ValueError: No held-out row has a label.
+    """
+    grid = grid or SweepGrid()
+    grid.check()
+    choices = grid.settings()
+    full = adapter_gradient(model, held_out, grid.split)
+    points: list[SweepPoint] = []
+    for chunk in _chunks(choices):
+        parts = emulators(model, batches, chunk, progress=progress)
+        for choice in chunk:
+            points.append(_measure(model, parts.pop(0), choice, held_out, full))
+            if progress is not None:
+                progress("measuring", len(points), len(choices))
+    return points
+
+
+def front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """The points that no other beats in cosine and gap at once, from the narrowest gap to the widest."""
+    found = [p for p in points if not math.isnan(p.cosine) and not any(_beats(other, p) for other in points)]
+    return sorted(found, key=lambda point: point.gap)
+
+
+def _beats(a: SweepPoint, b: SweepPoint) -> bool:
+    """Whether `a` is at least as good in both, and better in one."""
+    return a.cosine >= b.cosine and a.gap >= b.gap and (a.cosine > b.cosine or a.gap > b.gap)
+
+
+def _measure(
+    model: PreTrainedModel, parts: EmulatorParts, choice: EmulatorSettings, held_out: Batches, full: AdapterGradient
+) -> SweepPoint:
+    emulator = materialise(parts).to(model.device)
+    found = cosine(full, adapter_gradient(emulator, held_out, choice.split))
+    return SweepPoint(
+        method=choice.method,
+        keep=choice.keep,
+        lambda_attn=choice.lambda_attn,
+        lambda_mlp=choice.lambda_mlp,
+        basis=choice.basis if choice.method == "gradot" else None,
+        mlp=choice.mlp if choice.method == "gradot" else None,
+        cosine=found.overall,
+        loss=found.loss_emulator,
+        loss_full=found.loss_full,
+        parameters=_count(emulator),
+        kept=_count(_middle(emulator, choice.split)) / _count(_middle(model, choice.split)),
+    )
+
+
+def _chunks(choices: Sequence[EmulatorSettings]) -> Iterator[list[EmulatorSettings]]:
+    """Emulators that are made together, from one pass; whole layers are the base's own and take no memory."""
+    chunk: list[EmulatorSettings] = []
+    size = 0.0
+    for choice in choices:
+        weight = 0.0 if choice.method in ("layerdrop", "crash") else choice.keep
+        if chunk and size + weight > _AT_ONCE:
+            yield chunk
+            chunk, size = [], 0.0
+        chunk.append(choice)
+        size += weight
+    if chunk:
+        yield chunk
+
+
+def _middle(model: nn.Module, split: Split) -> nn.ModuleList:
+    layers = find_layers(model).layers
+    return nn.ModuleList(layers[number] for number in split.middle(len(layers)))
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

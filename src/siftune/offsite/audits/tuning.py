@@ -1,0 +1,140 @@
+"""Fine-tune a model of an audit for a while: by siftune's own training path, and without a trace afterwards."""
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from siftune.config import Recipe, resolve_recipe
+from siftune.models.layers import find_layers
+from siftune.offsite.audits.models import restored
+from siftune.offsite.audits.settings import AuditSettings
+from siftune.trainer.run import set_up
+from siftune.trainer.run_folder import RunFolder
+
+Steps = Callable[[int, int], None]  # optimizer steps done, of how many
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What every model of an audit is tuned with.
+
+    Attributes:
+        data: Rows to tune on, as `tokenize_rows` makes them.
+        tokenizer: The models' tokenizer.
+        settings: Steps, learning rate and the like.
+    """
+
+    data: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    settings: AuditSettings
+
+
+@contextmanager
+def tuned(
+    model: nn.Module, layers: Sequence[int], tuning: Tuning, lr: float | None = None, steps: Steps | None = None
+) -> Iterator[None]:
+    """Fine-tune the weights of some decoder layers, and put everything back afterwards, bit for bit.
+
+    Inside the block the model is in eval mode. Global generators are left as they were.
+
+    Args:
+        model: The model, tuned in place.
+        layers: Numbers of the layers whose weights train.
+        tuning: Rows and settings.
+        lr: Peak learning rate; None for that of the settings.
+        steps: Told of every optimizer step.
+
+    Raises:
+        TrainingError: A loss or gradient is not finite.
+    """
+    with restored(model, _tensors_of(model, layers)), _flags_kept(model):
+        with _generators_kept():
+            _fine_tune(model, _recipe(tuning.settings, layers, lr), tuning, steps)
+        model.eval()
+        yield
+
+
+def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
+    with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
+        data = {"train": tuning.data}
+        console = Console(quiet=True)
+        trainer, release = set_up(recipe, RunFolder(folder), model, tuning.tokenizer, data, console)
+        try:
+            if steps is not None:
+                steps(0, tuning.settings.steps)
+                trainer.add_callback(_Told(steps))
+            trainer.train()
+        finally:
+            release()
+
+
+def _tensors_of(model: nn.Module, layers: Sequence[int]) -> set[str]:
+    """Names in the state dict of all that may change."""
+    path = find_layers(model).path
+    return {name for name in model.state_dict() if name.startswith(tuple(f"{path}.{number}." for number in layers))}
+
+
+def _recipe(settings: AuditSettings, layers: Sequence[int], lr: float | None) -> Recipe:
+    """The settings in a recipe's words."""
+    return resolve_recipe(
+        Recipe(
+            method="dense",
+            adapter="full",
+            layers=tuple(layers),
+            steps=settings.steps,
+            lr=settings.lr if lr is None else lr,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            seed=settings.seed,
+            log_every=settings.steps,
+            out="unused",
+        )
+    )
+
+
+class _Told(TrainerCallback):  # type: ignore[misc]
+    """Passes the number of steps on."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell."""
+        self._steps(state.global_step, state.max_steps)
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what training changes besides weights: modes, `requires_grad` and `grad`."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Training seeds the global generators; an audit is called from the user's own program."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,1 +1,0 @@
-"""The papers' selection rules: pure maths and small state."""

@@ -1,1 +1,0 @@
-"""Trainer callbacks, data, and siftune's own training path."""

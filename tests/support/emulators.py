@@ -1,0 +1,55 @@
+"""What tests of offsite-tuning share: families, calibration batches, emulators in memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from support.tiny import batch, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.emulator.split import Split
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "gpt_neox", "gpt2")
+
+
+def base(family: str = "llama", layers: int = 5, **overrides: Any) -> PreTrainedModel:
+    """A tiny base model in float64, whose biases and norms are not the zeros and ones that they begin with."""
+    model = tiny(family, layers, **overrides).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def calibration(model: PreTrainedModel, count: int = 2, rows: int = 3, length: int = 9) -> list[dict[str, Tensor]]:
+    """Ragged batches, all real tokens as labels."""
+    found = []
+    for seed in range(count):
+        drawn = batch(model, rows, length, seed)
+        drawn["labels"] = drawn["input_ids"].where(drawn["attention_mask"].bool(), -100)
+        found.append(drawn)
+    return found
+
+
+def settings(**values: Any) -> EmulatorSettings:
+    """Settings with one adapter layer at either end."""
+    return EmulatorSettings(**{"split": Split(1, 1), **values})
+
+
+def emulator(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], **values: Any) -> PreTrainedModel:
+    """An emulator in memory."""
+    from siftune.offsite.emulator.assemble import materialise
+
+    return materialise(emulators(model, batches, [settings(**values)], store=None)[0])
+
+
+def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits at the real tokens."""
+    with torch.no_grad():
+        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return found[inputs["attention_mask"].bool()]

@@ -1,0 +1,39 @@
+"""A tiny model in a folder, rows in a file, and recipes of runs on them that take seconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support.tiny import tiny
+from support.tokenizer import byte_tokenizer
+
+from siftune.config import Recipe
+
+
+def save_base(folder: Path) -> Path:
+    """Save a tiny llama with a byte-level tokenizer, as `siftune train --model` takes it."""
+    tokenizer = byte_tokenizer()
+    tiny("llama", vocab_size=300, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_rows(path: Path, count: int = 24) -> Path:
+    """Write rows of different lengths."""
+    rows = [{"prompt": f"{i} and {i * i}?", "completion": str(i + i * i)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def recipe(base: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
+    """A recipe of six steps of four rows."""
+    defaults: dict[str, Any] = {
+        "model": str(base), "train": str(rows), "out": str(out), "max_length": 64, "template": "none", "rank": 2,
+        "batch_size": 4, "steps": 6, "interval": 2, "score_batch_size": 4, "active": 0.5, "lr": 1e-2, "log_every": 1,
+    }  # fmt: skip
+    return Recipe(**{**defaults, **settings})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Read a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from siftune.data.readers import load_rows
+from siftune.data.rows import Message, Row, rows_from
+from siftune.errors import DataError, RecipeError
+
+GOOD = {"prompt": "1 + 1 =", "completion": " 2", "answer": "2"}
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Farewell"},
+]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, content: bytes | str) -> str:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return name
+
+    return write
+
+
+def lines(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def refused(source: str, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        load_rows(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# formats
+
+
+def test_prompt_and_completion():
+    (row,) = rows_from([GOOD], "demo")
+    assert row == Row((Message("user", "1 + 1 ="),), " 2", "demo 1", {"answer": "2"})
+
+
+def test_messages_learn_every_turn_of_the_assistant():
+    (row,) = rows_from([{"messages": TURNS, "id": 7}])
+    assert [m.role for m in row.prompt] == ["system", "user", "assistant", "user"]
+    assert [m.learned for m in row.prompt] == [False, False, True, False]
+    assert (row.completion, row.extra) == ("Farewell", {"id": 7})
+
+
+def test_conversational_prompt_learns_the_completion_only():
+    (row,) = rows_from([{"prompt": TURNS[:4], "completion": TURNS[4:]}])
+    assert [m.learned for m in row.prompt] == [False] * 4
+    assert row.completion == "Farewell"
+    (row,) = rows_from([{"prompt": TURNS[:2], "completion": TURNS[2:]}])
+    assert [m.learned for m in row.prompt] == [False, False, True, False]
+    (row,) = rows_from([{"prompt": TURNS[:2], "completion": "Hello"}])
+    assert (len(row.prompt), row.completion) == (2, "Hello")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("a b", "Sort.\n\na b"), ("", "Sort."), (None, "Sort."), ("absent", "Sort.")]
+)
+def test_alpaca_joins_instruction_and_input(given, expected):
+    record = {"instruction": "Sort.", "input": given, "output": "b a", "text": "kept"}
+    if given == "absent":
+        del record["input"]
+    (row,) = rows_from([record])
+    assert row.prompt == (Message("user", expected),)
+    assert (row.completion, row.extra) == ("b a", {"text": "kept"})
+
+
+def test_text_has_no_prompt():
+    (row,) = rows_from([{"text": "Once upon a time."}])
+    assert (row.prompt, row.completion) == ((), "Once upon a time.")
+
+
+def test_a_given_format_goes_before_the_columns():
+    record = {**GOOD, "text": "1 + 1 = 2"}
+    assert rows_from([record])[0].completion == " 2"
+    assert rows_from([record], format="text")[0].completion == "1 + 1 = 2"
+    with pytest.raises(RecipeError, match="unknown data format 'chatml'; use one of auto, prompt, messages"):
+        rows_from([record], format="chatml")
+
+
+# files
+
+
+def parquet(path, rows) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_every_kind_of_file_gives_the_same_rows(write, tmp_path):
+    second = {"prompt": 'Say "é,\n"', "completion": "é,\n", "answer": "é"}
+    rows = [GOOD, second]
+    write("a.jsonl", lines(GOOD) + "\n" + lines(second))
+    write("a.ndjson", b"\xef\xbb\xbf" + lines(*rows).encode())
+    write("a.json", json.dumps(rows))
+    write("b.json", json.dumps({"data": rows, "version": 1}))
+    write("a.CSV", 'prompt,completion,answer\n1 + 1 =, 2,2\n\n"Say ""é,\n""","é,\n",é\n')
+    parquet(tmp_path / "a.parquet", rows)
+    origins = {
+        "a.jsonl": ["a.jsonl:1", "a.jsonl:3"],
+        "a.ndjson": ["a.ndjson:1", "a.ndjson:2"],
+        "a.json": ["a.json row 1", "a.json row 2"],
+        "b.json": ["b.json row 1", "b.json row 2"],
+        "a.CSV": ["a.CSV:2", "a.CSV:4"],
+        "a.parquet": ["a.parquet row 1", "a.parquet row 2"],
+    }
+    expected = [(row.prompt, row.completion, row.extra) for row in rows_from(rows)]
+    for name, places in origins.items():
+        loaded = load_rows(name)
+        assert [(row.prompt, row.completion, row.extra) for row in loaded] == expected, name
+        assert [row.origin for row in loaded] == places
+
+
+def test_conversations_survive_parquet(tmp_path):
+    parquet(tmp_path / "c.parquet", [{"messages": TURNS}])
+    (row,) = load_rows(str(tmp_path / "c.parquet"))
+    assert row.completion == "Farewell"
+    assert len(row.prompt) == 4
+
+
+def test_the_limit_leaves_later_rows_unread(write):
+    source = write("a.jsonl", lines(GOOD, GOOD) + "not JSON\n")
+    assert len(load_rows(source, limit=2)) == 2
+    assert "a.jsonl:3" in refused(source, limit=3)
+    assert "limit on rows is 0" in refused(source, limit=0)
+
+
+# bad input: one sentence with file and row
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("e.jsonl", "", "e.jsonl is empty"),
+        ("e.jsonl", "\n \n", "e.jsonl is empty"),
+        ("e.json", "", "e.json is empty"),
+        ("e.json", "[]", "e.json is empty"),
+        ("e.csv", "", "e.csv is empty"),
+        ("e.csv", "prompt,completion\n", "e.csv is empty"),
+        ("e.parquet", "", "e.parquet: invalid Parquet"),
+        ("u.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "u.jsonl:2: invalid UTF-8, byte 0xff at position 11"),
+        ("u.json", b'[\n {"prompt": "\xe9"}]', "u.json:2: invalid UTF-8, byte 0xe9 at position 14"),
+        ("u.csv", b"prompt,completion\na,\xe9\n", "u.csv:2: invalid UTF-8, byte 0xe9 at position 3"),
+        ("j.jsonl", lines(GOOD) + '{"prompt": 1,\n', "j.jsonl:2: invalid JSON"),
+        ("j.jsonl", '{"n": ' + "9" * 5000 + "}", "j.jsonl:1: invalid JSON"),
+        ("j.json", '[\n{"prompt": "a"}\n{"b": 1}]', "j.json:3: invalid JSON"),
+        ("j.json", '{"rows": []}', "j.json: found dict, but a .json file must hold a list"),
+        ("o.jsonl", lines(GOOD, ["a", "b"]), "o.jsonl:2: the row is a list; every row must be an object"),
+        ("o.json", "[1]", "o.json row 1: the row is a number"),
+        ("c.csv", "prompt,completion\na,b\na,b,c\n", "c.csv:3: the row has 3 fields, but the header has 2"),
+        ("c.csv", 'prompt,completion\na,"b\n', "c.csv:2: invalid CSV"),
+        ("m.jsonl", lines(GOOD, {"prompt": "a"}), "m.jsonl:2: the column 'completion' is missing (found: prompt)"),
+        ("m.jsonl", lines({"prompt": "a"}), "m.jsonl:1: the column 'completion' is missing"),
+        ("m.jsonl", lines({**GOOD, "completion": ""}), "m.jsonl:1: 'completion' is empty; fill it in"),
+        ("m.jsonl", lines({**GOOD, "completion": " \n"}), "m.jsonl:1: 'completion' is empty; fill it in"),
+        ("m.jsonl", lines({**GOOD, "completion": None}), "m.jsonl:1: 'completion' is empty (null)"),
+        ("m.jsonl", lines({**GOOD, "completion": 2}), "m.jsonl:1: 'completion' is a number; give a string"),
+        ("m.jsonl", lines({**GOOD, "prompt": ""}), "m.jsonl:1: 'prompt' is empty"),
+        ("m.csv", "prompt,completion\na,b\na,\n", "m.csv:3: 'completion' is empty"),
+        ("m.jsonl", lines({"instruction": "a", "input": "b"}), "m.jsonl:1: the column 'output' is missing"),
+        ("m.jsonl", lines({"instruction": "a", "input": 3, "output": "b"}), "m.jsonl:1: 'input' is a number"),
+        ("m.jsonl", lines({"text": ["a"]}), "m.jsonl:1: 'text' is a list"),
+        ("s.jsonl", '{"text": "a\\ud83d"}', "s.jsonl:1: 'text' holds an unpaired surrogate ('\\ud83d') at character 1"),
+        ("k.jsonl", lines({"question": "a", "reply": "b"}), "k.jsonl:1: the columns found (question, reply) are no"),
+        ("k.jsonl", "{}\n", "k.jsonl:1: the columns found (none) are no known format; rename them to one of: prompt"),
+        ("t.jsonl", lines({"messages": []}), "t.jsonl:1: 'messages' is an empty list"),
+        ("t.jsonl", lines({"messages": "Hi"}), "t.jsonl:1: 'messages' is a string; give a list"),
+        ("t.jsonl", lines({"messages": ["Hi"]}), "t.jsonl:1: turn 1 of 'messages' is a string; give an object"),
+        ("t.jsonl", lines({"messages": TURNS[:4]}), "t.jsonl:1: 'messages' ends with a turn of the role 'user'"),
+        ("t.jsonl", lines({"messages": TURNS[4:]}), "t.jsonl:1: 'messages' has only the assistant's turn"),
+        (
+            "t.jsonl",
+            lines({"messages": [TURNS[1], {"role": "assistant", "content": None}]}),
+            "t.jsonl:1: turn 2 of 'messages': 'content' is empty (null)",
+        ),
+        (
+            "t.jsonl",
+            lines({"messages": [TURNS[1], {"role": "assistant", "content": [{"type": "text"}]}]}),
+            "t.jsonl:1: turn 2 of 'messages': 'content' is a list; give a string",
+        ),
+        ("t.jsonl", lines({"messages": [{"content": "a"}]}), "t.jsonl:1: turn 1 of 'messages' has no role"),
+        (
+            "t.jsonl",
+            lines({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}),
+            "t.jsonl:1: turn 1 of 'messages' has tool_calls",
+        ),
+        ("x.txt", "a", "x.txt: the ending '.txt' is unknown; supported: .jsonl, .ndjson, .json, .csv, .parquet"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_refused_with_file_and_row(write, name, content, expected):
+    assert refused(write(name, content)).startswith(expected)
+
+
+def test_missing_and_unreadable_files(write, tmp_path):
+    assert refused("no.jsonl") == "no.jsonl does not exist; give the path of a data file."
+    (tmp_path / "folder.csv").mkdir()
+    assert "folder.csv is a folder" in refused("folder.csv")
+
+
+def test_a_file_that_cannot_be_read(write, monkeypatch):
+    source = write("a.jsonl", lines(GOOD))
+
+    def fail(*_, **__):
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr("pathlib.Path.open", fail)
+    assert refused(source).startswith("a.jsonl cannot be read: Input/output error")
+
+
+# hub
+
+
+def test_hub_rows_and_configuration(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([GOOD, GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = load_rows("org/sums:main", split="test[:2]", limit=1)
+    assert asked == [(("org/sums", "main"), {"split": "test[:2]"})]
+    assert [row.origin for row in rows] == ["org/sums:main test[:2] row 1"]
+    load_rows("org/sums")
+    assert asked[1] == (("org/sums", None), {"split": "train"})
+
+
+def test_a_hub_failure_says_what_to_do(monkeypatch):
+    import datasets
+
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach the hub.\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    message = refused("org/none")
+    assert "org/none is no data file" in message
+    assert "Couldn't reach the hub; check the name, the split and the network" in message

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tokenizer import byte_tokenizer
+
+from siftune.data.encoder import Encoder, encode_completion, encode_prompt
+from siftune.data.rows import rows_from
+from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.errors import DataError, ModelError, RecipeError
+
+CHAT = byte_tokenizer()
+PLAIN = byte_tokenizer(chat_template=None)
+END = CHAT.eos_token_id
+SUM = {"prompt": "1+1=", "completion": "2"}
+TALK = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello "},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Ciao"},
+    ]
+}
+# as reasoning models do: only the last answer keeps its thoughts
+FORGETFUL = (
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# the last question is marked only as long as it is open
+REOPENING = (
+    "{% for m in messages %}{% if loop.last and m.role == 'user' %}>{% endif %}{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+UNMARKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"  # noqa: E501 fmt: skip
+STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user must start') }}{% endif %}" + UNMARKED
+
+
+def tokenized(record, tokenizer=CHAT, max_length=200, **options):
+    (row,) = tokenize_rows(rows_from([record]), tokenizer, max_length, **options)
+    assert row["length"] == len(row["input_ids"]) == len(row["labels"])
+    assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    return row
+
+
+def text(row, tokenizer=CHAT) -> str:
+    return tokenizer.decode(row["input_ids"])
+
+
+def learned(row, tokenizer=CHAT) -> list[str]:
+    """The runs of learned tokens, as text."""
+    runs = [[]]
+    for label in row["labels"]:
+        if label == -100:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+# what is learned
+
+
+def test_chat_template_learns_the_answer_and_its_end_but_no_white_space():
+    row = tokenized(SUM)
+    assert text(row) == "<|start|>user\n1+1=<|end|>\n<|start|>assistant\n2<|end|>"
+    assert learned(row) == ["2<|end|>"]
+    assert row["labels"][-2:] == [*CHAT("2")["input_ids"], END]
+
+
+def test_without_a_template_prompt_and_completion_join_as_given():
+    for row in (tokenized(SUM, template="none"), tokenized(SUM, PLAIN)):
+        assert text(row) == "1+1=2<|end|>"
+        assert learned(row) == ["2<|end|>"]
+
+
+def test_a_bos_comes_first_exactly_if_the_tokenizer_adds_one():
+    tokenizer = byte_tokenizer(None, add_bos=True)
+    row = tokenized(SUM, tokenizer)
+    assert text(row, tokenizer) == "<|bos|>1+1=2<|end|>"
+    assert learned(row, tokenizer) == ["2<|end|>"]
+    row = tokenized(SUM, byte_tokenizer(add_bos=True))
+    assert text(row).startswith("<|start|>user")  # a chat template writes its own
+
+
+def test_plain_text_is_learned_whole_and_untouched_by_the_template():
+    row = tokenized({"text": "Once upon"})
+    assert text(row) == "Once upon<|end|>"
+    assert row["labels"] == row["input_ids"]
+
+
+def test_prompts_are_learned_on_request():
+    row = tokenized(SUM, completion_only=False)
+    assert row["labels"] == row["input_ids"]
+
+
+def test_the_seam_is_never_merged():
+    tokenizer = byte_tokenizer(None, merges=(("=", "2"),))
+    joint = tokenizer("1+1=2")["input_ids"]
+    row = tokenized(SUM, tokenizer)
+    assert len(joint) == 4
+    assert row["input_ids"] == tokenizer("1+1=")["input_ids"] + tokenizer("2")["input_ids"] + [END]
+
+
+# several turns
+
+
+def test_every_turn_of_the_assistant_is_learned_with_its_end():
+    row = tokenized(TALK)
+    expected = CHAT.apply_chat_template(TALK["messages"], tokenize=False)
+    assert text(row) == expected.rstrip()
+    assert learned(row) == ["Hello <|end|>", "Ciao<|end|>"]
+
+
+def test_a_conversational_prompt_is_not_learned():
+    turns = TALK["messages"]
+    row = tokenized({"prompt": turns[:3], "completion": turns[3:]})
+    assert learned(row) == ["Ciao<|end|>"]
+
+
+def test_an_opening_turn_of_the_assistant_is_not_learned():
+    row = tokenized({"messages": TALK["messages"][1:]})
+    assert learned(row) == ["Ciao<|end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_learns_the_last_one_and_warns_once(caplog):
+    tokenizer = byte_tokenizer(FORGETFUL)
+    rows = tokenize_rows(rows_from([TALK, TALK]) + rows_from([SUM]), tokenizer, 200)
+    assert [learned(row) for row in rows] == [["<think></think>Ciao<|end|>"]] * 2 + [["<think></think>2<|end|>"]]
+    assert [r.getMessage() for r in caplog.records] == [
+        "2 of 3 rows: the chat template rewrites earlier turns; only the last turn is learned"
+    ]
+
+
+def test_a_template_that_reopens_the_prompt_gets_the_completion_after_the_generation_prompt(caplog):
+    row = tokenized(SUM, byte_tokenizer(REOPENING))
+    assert text(row) == ">1+1=\nA:2<|end|>"
+    assert learned(row) == ["2<|end|>"]
+    assert "1 of 1 rows: the chat template writes the prompt otherwise" in caplog.text
+
+
+@pytest.mark.parametrize("answer", ["2", ":", "yes\n"])
+def test_a_template_without_an_end_gets_one(answer):
+    row = tokenized({"prompt": "Q", "completion": answer}, byte_tokenizer(UNMARKED))
+    assert learned(row) == [f" {answer.strip()}<|end|>"]
+
+
+@pytest.mark.parametrize("answer", [">", "|>", "end|>"])
+def test_a_template_with_an_end_gets_no_second_one(answer):
+    assert learned(tokenized({"prompt": "Q", "completion": answer})) == [f"{answer}<|end|>"]
+
+
+# limits
+
+
+def test_long_completions_are_cut_and_counted_once(caplog):
+    rows = rows_from([{"prompt": "ab", "completion": "c" * n} for n in (3, 7, 8, 9)])
+    data = tokenize_rows(rows, PLAIN, 10)
+    assert data["length"] == [6, 10, 10, 10]
+    assert learned(data[0]) == ["ccc<|end|>"]
+    assert learned(data[1]) == ["ccccccc<|end|>"]
+    assert learned(data[3]) == ["cccccccc"]
+    assert [r.getMessage() for r in caplog.records] == ["2 of 4 rows are cut at --max-length 10 tokens"]
+
+
+@pytest.mark.parametrize("limit", [3, 4])
+def test_a_prompt_that_leaves_nothing_to_learn_is_refused(limit):
+    rows = rows_from([{"prompt": "a", "completion": "b"}, SUM], "sums.jsonl row")
+    with pytest.raises(DataError) as caught:
+        tokenize_rows(rows, PLAIN, limit)
+    assert str(caught.value) == (
+        f"sums.jsonl row 2: the prompt takes 4 of 6 tokens, but the limit is {limit}, so nothing is left to "
+        "learn; raise --max-length to 6, or shorten or remove the row."
+    )
+    assert learned(tokenized(SUM, PLAIN, 5)) == ["2"]
+
+
+def test_a_cut_that_leaves_an_earlier_turn_is_kept():
+    full = tokenized(TALK)
+    first = full["labels"].index(CHAT("H")["input_ids"][0])
+    assert learned(tokenized(TALK, max_length=first + 2)) == ["He"]
+    with pytest.raises(DataError, match=f"takes {first} of"):
+        tokenized(TALK, max_length=first)
+
+
+def test_a_first_token_alone_teaches_nothing():
+    with pytest.raises(DataError, match=r"row 1: .*the limit is 1, so nothing is left to learn"):
+        tokenized({"text": "Once"}, max_length=1)
+    assert learned(tokenized({"text": "Once"}, max_length=2)) == ["On"]
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="no rows"):
+        tokenize_rows([], PLAIN, 10)
+
+
+def test_many_rows_keep_their_order(monkeypatch):
+    monkeypatch.setattr("siftune.data.tokenize._CHUNK", 3)
+    data = tokenize_rows(rows_from([{"text": "x" * n} for n in range(1, 9)]), PLAIN, 20)
+    assert data["length"] == list(range(2, 10))
+    assert data.column_names == ["input_ids", "labels", "length"]
+
+
+# evaluation agrees with training
+
+
+@pytest.mark.parametrize("template", [CHAT.chat_template, FORGETFUL, REOPENING, UNMARKED, None])
+@pytest.mark.parametrize("record", [SUM, TALK, {"text": "Once"}])
+def test_prompt_and_completion_of_evaluation_are_those_of_training(template, record):
+    tokenizer = byte_tokenizer(template, add_bos=True)
+    (row,) = rows_from([record])
+    if template is None and record is TALK:
+        with pytest.raises(DataError, match=r"row 1: a conversation .*user, assistant, user\) needs a chat"):
+            encode_prompt(row, tokenizer)
+        return
+    prompt, completion = encode_prompt(row, tokenizer), encode_completion(row, tokenizer)
+    trained = tokenized(record, tokenizer)
+    assert prompt + completion == trained["input_ids"]
+    assert trained["labels"][len(prompt) :] == completion
+
+
+def test_another_completion_takes_the_place_of_the_rows_own():
+    (row,) = rows_from([SUM])
+    assert CHAT.decode(encode_completion(row, CHAT, text="17")) == "17<|end|>"
+    assert CHAT.decode(encode_completion(row, CHAT, "none", "17")) == "17<|end|>"
+    encoder = Encoder(CHAT)
+    assert encoder.prompt(row) + encoder.completion(row, "2") == tokenized(SUM)["input_ids"]
+
+
+# refusals
+
+
+def test_templates_are_checked():
+    with pytest.raises(RecipeError, match="unknown template 'alpaca'; use auto, chat or none"):
+        Encoder(CHAT, "alpaca")
+    with pytest.raises(RecipeError, match=r"no chat template; use template 'none'"):
+        Encoder(PLAIN, "chat")
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        Encoder(tokenizer)
+
+
+def test_a_conversation_that_the_template_refuses_names_the_row():
+    record = {"messages": [{"role": "system", "content": "x"}, *TALK["messages"]]}
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses .*the user must start.*system, user"):
+        tokenized(record, byte_tokenizer(STRICT))
+
+
+# batches
+
+ids = st.lists(st.integers(4, 99), min_size=1, max_size=7)
+
+
+@given(st.lists(ids, min_size=1, max_size=5), st.integers(1, 5), st.integers(0, 3))
+def test_collator_pads_on_the_right(sequences, multiple, pad):
+    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]], "length": len(ids)} for ids in sequences]
+    batch = Collator(pad, pad_to_multiple=multiple)(rows)
+    width = batch["input_ids"].shape[1]
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert width % multiple == 0
+    assert 0 <= width - max(map(len, sequences)) < multiple
+    for i, sequence in enumerate(sequences):
+        padding = width - len(sequence)
+        assert batch["input_ids"][i].tolist() == sequence + [pad] * padding
+        assert batch["attention_mask"][i].tolist() == [1] * len(sequence) + [0] * padding
+        assert batch["labels"][i].tolist() == [-100, *sequence[1:]] + [-100] * padding
+
+
+def test_collator_takes_rows_of_the_data_set(caplog):
+    caplog.set_level(logging.WARNING)
+    data = tokenize_rows(rows_from([SUM, {"prompt": "12+34=", "completion": "46"}]), CHAT, 100)
+    batch = Collator(CHAT.pad_token_id)([data[0], data[1]])
+    assert batch["attention_mask"].sum(1).tolist() == data["length"]
+    assert not caplog.records

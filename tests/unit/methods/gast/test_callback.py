@@ -1,0 +1,422 @@
+"""GAST in Trainers of transformers and TRL."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from support.oracles import flat, rest_scores
+from support.tokenizer import byte_tokenizer
+from support.trainers import Watch, adapted, arguments, rows, train, weights
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerState,
+    default_data_collator,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from siftune import GAST, IST
+from siftune.engine.groups import group_by_layer
+from siftune.errors import DataError, RecipeError, UnsupportedError
+
+
+class Batches:
+    """What went into the model in training."""
+
+    def __init__(self, model):
+        self.inputs = []
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, model, args, kwargs):
+        if model.training and torch.is_grad_enabled():
+            self.inputs.append({k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim == 2})
+
+
+def hooks(model):
+    return [n for n, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+@pytest.mark.parametrize("support", ["sample", "rest", "momentum", "dataset"])
+@pytest.mark.parametrize("extra", [{}, {"choice": "topk", "score": "cosine"}, {"score": "preconditioned"}])
+def test_every_support_mode_trains_and_leaves_nothing(tmp_path, support, extra):
+    method = GAST(2, support, keep=True, support_set=rows(8, seed=5) if support == "dataset" else None, **extra)
+    told = []
+    method.on_select = told.append
+    model, trainer = train(tmp_path, method, gradient_accumulation_steps=2)
+    watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
+    assert all(watch.changed)
+    assert hooks(model) == []
+    assert len(method.history) == len(told) == 12
+    assert [(s.step, s.batch) for s in told] == [(step, number) for step in range(6) for number in range(2)]
+    assert all(s.scores.shape == (4, 4) and s.selected.shape == (4, 2) for s in told)
+    assert all(s.scores.isfinite().all() for s in told)
+    if extra.get("choice") == "topk" and support != "momentum":
+        assert all(torch.equal(s.selected, s.scores.topk(2).indices.sort().values) for s in told)
+
+
+def test_data_order_and_global_generators_are_left_alone(tmp_path):
+    class Order(Watch):
+        def __init__(self, model):
+            super().__init__(model)
+            self.seen = []
+            model.register_forward_pre_hook(self._note, with_kwargs=True)
+            self.supporting = False
+
+        def on_step_begin(self, *_, **__):  # stands behind GAST, whose support set is drawn by then
+            self.supporting = False
+
+        def _note(self, model, args, kwargs):
+            if not self.supporting:
+                self.seen.append(kwargs["input_ids"].tolist())
+
+        def on_step_end(self, *_, **__):
+            self.supporting = True
+            self.seen.append(torch.rand(1).item())  # what dropout would draw
+
+        def on_train_begin(self, *_, **__):
+            self.supporting = True
+
+    seen = []
+    for methods in ([], [GAST(2, "sample", support_size=3)]):
+        model = adapted(dropout=0.1)
+        order = Order(model)
+        Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[*methods, order]).train()
+        seen.append(order.seen)
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(("select_after", "passes"), [(0, 6), (2, 4)])
+def test_support_passes_run_in_training_mode_also_after_an_evaluation(tmp_path, select_after, passes):
+    """Dropout is a part of the gradients that are compared; the Trainer begins such steps in evaluation mode."""
+    model, modes = adapted(dropout=0.1).eval(), []
+
+    def note(module, *_):
+        if torch.is_grad_enabled():
+            modes.append(module.training)
+
+    model.register_forward_pre_hook(note)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    data = {"train_dataset": rows(), "eval_dataset": rows(4, seed=8)}
+    Trainer(
+        model,
+        arguments(tmp_path, **settings),
+        **data,
+        callbacks=[GAST(2, "sample", support_size=3, select_after=select_after)],
+    ).train()
+    assert modes == [True] * passes  # that of the batch in every step, and a support pass once rows are selected
+
+
+def test_support_rows_come_from_the_set_that_was_given(tmp_path):
+    seen = []
+
+    def spy(model, args, kwargs):
+        if kwargs["input_ids"].shape[0] == 3:
+            seen.extend(kwargs["input_ids"].tolist())
+
+    support, model = rows(5, seed=9), adapted()
+    model.register_forward_pre_hook(spy, with_kwargs=True)
+    train(tmp_path, GAST(2, "dataset", support_size=3, support_set=support), model=model)
+    assert len(seen) == 6 * 3
+    assert all(row in support["input_ids"] for row in seen)
+    assert len({tuple(row) for row in seen}) == 5
+
+
+def test_scores_are_those_of_the_trainers_loss(tmp_path):
+    """Shares of rows follow num_items_in_batch: labels of all micro-batches count."""
+    dataset, model, method = rows(8), adapted(), GAST(2, "rest", keep=True)
+    ragged = [row[:2] + [-100] * (i % 4) + row[2 + i % 4 :] for i, row in enumerate(dataset["labels"])]
+    dataset = dataset.remove_columns("labels").add_column("labels", ragged)
+    seen = Batches(model)
+    start = weights(model)
+    train(
+        tmp_path, method, model=model, dataset=dataset, max_steps=1, gradient_accumulation_steps=2, learning_rate=1e-9
+    )
+    model.load_state_dict(start, strict=False)
+    labels = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in seen.inputs)
+    for inputs, choice in zip(seen.inputs[:2], method.history, strict=True):
+        single = _shares(model, inputs, labels)
+        for group, scores in zip(group_by_layer(model), choice.scores, strict=True):
+            wanted = rest_scores(single, list(group.parameters.values()))
+            torch.testing.assert_close(scores.double(), wanted, rtol=1e-4, atol=1e-9)
+
+
+def _shares(model, inputs, labels):
+    single = []
+    for i in range(4):
+        model.zero_grad()
+        one = {name: value[i : i + 1] for name, value in inputs.items()}
+        logits = model(input_ids=one["input_ids"], attention_mask=one["attention_mask"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits[0], one["labels"][0, 1:], ignore_index=-100, reduction="sum")
+        (loss / labels).backward()
+        single.append({p: p.grad.clone() for p in model.parameters() if p.requires_grad})
+    return {p: torch.stack([grads[p] for grads in single]) for p in single[0]}
+
+
+def test_ist_and_gast_together(tmp_path):
+    ist, method = IST(active=0.5, interval=2, score_batch_size=6), GAST(2, "sample", keep=True)
+    chosen = []
+    ist.on_select = chosen.append
+    model, trainer = train(tmp_path, ist, method)
+    watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
+    for layers, samples, changed in zip(chosen, method.history, watch.changed, strict=True):
+        assert samples.layers == layers.layers
+        assert {int(name.split(".layers.")[1].split(".")[0]) for name in changed} == set(layers.layers)
+    assert hooks(model) == []
+    with pytest.raises(RecipeError, match="list IST before GAST"):
+        train(tmp_path, GAST(2, "rest"), IST())
+
+
+def sft_rows(count=12):
+    return Dataset.from_list([{"prompt": f"add {i}", "completion": f" is {i}"} for i in range(count)])
+
+
+def trl_arguments(folder, kind, **settings):
+    return arguments(folder, kind, bf16=False, gradient_checkpointing=False, **settings)
+
+
+@pytest.mark.parametrize("support", ["sample", "rest"])
+def test_sft_trainer(tmp_path, support):
+    method, model = GAST(2, support, keep=True), adapted(vocab_size=300)
+    trainer = SFTTrainer(
+        model, trl_arguments(tmp_path, SFTConfig), train_dataset=sft_rows(), processing_class=byte_tokenizer(),
+        callbacks=[Watch(model), method],
+    )  # fmt: skip
+    trainer.train()
+    assert len(method.history) == 6
+    assert all(s.scores.isfinite().all() for s in method.history)
+
+
+@pytest.mark.parametrize("settings", [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}])
+def test_packing_is_refused_before_the_first_step(tmp_path, settings):
+    model = adapted(vocab_size=300)
+    start = weights(model)
+    trainer = SFTTrainer(
+        model, trl_arguments(tmp_path, SFTConfig, **settings), train_dataset=sft_rows(),
+        processing_class=byte_tokenizer(), callbacks=[GAST(2, "rest")],
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="turn packing and padding_free off"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(value, start[name]) for name, value in weights(model).items())
+
+
+def test_a_flattening_collator_is_refused(tmp_path):
+    model = adapted()
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=rows(), data_collator=DataCollatorWithFlattening(),
+        callbacks=[GAST(2, "rest")],
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="DataCollatorWithFlattening puts several samples into one row"):
+        trainer.train()
+
+
+def preferences(count=12):
+    return Dataset.from_list([{"prompt": f"add {i}", "chosen": f" is {i}", "rejected": " no"} for i in range(count)])
+
+
+@pytest.mark.parametrize("support", ["sample", "rest"])
+def test_dpo_draws_pairs(tmp_path, support):
+    method, model = GAST(2, support, keep=True), adapted(vocab_size=300)
+    seen = Batches(model)
+    trainer = DPOTrainer(
+        model, args=trl_arguments(tmp_path, DPOConfig, learning_rate=1e-4), train_dataset=preferences(),
+        processing_class=byte_tokenizer(), callbacks=[Watch(model), method],
+    )  # fmt: skip
+    trainer.train()
+    assert {inputs["input_ids"].shape[0] for inputs in seen.inputs} == {8}
+    assert all(s.scores.shape == (4, 4) and s.selected.shape == (4, 2) for s in method.history)
+    assert all(s.scores.isfinite().all() for s in method.history)
+
+
+def test_dpo_pairs_gradients_are_those_of_single_pairs(tmp_path):
+    """A batch of pairs against batches of one pair each, through the Trainer's own loss."""
+    model, method = adapted(vocab_size=300), GAST(2, "rest", keep=True)
+    settings = trl_arguments(tmp_path, DPOConfig, max_steps=1, learning_rate=1e-9)
+    trainer = DPOTrainer(
+        model, args=settings, train_dataset=preferences(4), processing_class=byte_tokenizer(), callbacks=[method]
+    )
+    start = weights(model)
+    trainer.train()
+    model.load_state_dict(start, strict=False)
+    whole = next(iter(trainer.get_train_dataloader()))
+    torch.manual_seed(0)
+    single = []
+    for i in range(4):
+        one = {k: v[[i, 4 + i]] if v.shape[0] == 8 else v[[i]] for k, v in whole.items()}
+        model.zero_grad()
+        (trainer.compute_loss(model, one) / 4).backward()
+        single.append({p: p.grad.clone() for p in model.parameters() if p.requires_grad})
+    grads = {p: torch.stack([s[p] for s in single]) for p in single[0]}
+    found = method.history[0].scores.double()
+    for group, scores in zip(group_by_layer(model), found, strict=True):
+        rows_ = flat(grads, list(group.parameters.values()))
+        wanted = rows_ @ rows_.sum(0) - rows_.square().sum(1)
+        torch.testing.assert_close(scores.sort().values, wanted.sort().values, rtol=1e-3, atol=1e-9)
+
+
+def test_reward_trainer_draws_pairs(tmp_path):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_labels=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj", "up_proj"])
+    model = get_peft_model(LlamaForSequenceClassification(config), lora)
+    method = GAST(2, "rest", keep=True)
+    trainer = RewardTrainer(
+        model, args=trl_arguments(tmp_path, RewardConfig), train_dataset=preferences(),
+        processing_class=byte_tokenizer(), callbacks=[method],
+    )  # fmt: skip
+    trainer.train()
+    assert all(s.scores.shape == (3, 4) for s in method.history)
+
+
+@pytest.mark.parametrize("support", ["sample", "rest"])
+def test_kto_draws_rows(tmp_path, support):
+    method = GAST(2, support, keep=True)
+    judged = [{"prompt": f"add {i}", "completion": f" is {i}", "label": bool(i % 2)} for i in range(12)]
+    trainer = KTOTrainer(
+        adapted(vocab_size=300), args=trl_arguments(tmp_path, KTOConfig), train_dataset=Dataset.from_list(judged),
+        processing_class=byte_tokenizer(), callbacks=[method],
+    )  # fmt: skip
+    trainer.train()
+    assert all(s.scores.shape == (4, 4) and s.selected.shape == (4, 2) for s in method.history)
+
+
+def grpo(tmp_path, method):
+    return GRPOTrainer(
+        adapted(vocab_size=300), reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+        args=trl_arguments(tmp_path, GRPOConfig, max_steps=2, num_generations=2, max_completion_length=6),
+        train_dataset=Dataset.from_list([{"prompt": f"add {i}"} for i in range(12)]),
+        processing_class=byte_tokenizer(), callbacks=[method],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("support", ["momentum", "rest"])
+def test_grpo_draws_completions(tmp_path, support):
+    method = GAST(2, support, keep=True)
+    grpo(tmp_path, method).train()
+    assert [(s.scores.shape, s.selected.shape) for s in method.history] == [((4, 4), (4, 2))] * 2
+
+
+@pytest.mark.parametrize("method", [GAST(2, "sample", select_after=9), IST()])
+def test_grpo_has_no_rows_to_compare_with(tmp_path, method):
+    trainer = grpo(tmp_path, method)
+    start = weights(trainer.model)
+    with pytest.raises(DataError, match=r"makes a list of rows.*, or RST"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(value, start[name]) for name, value in weights(trainer.model).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [
+        ("DPODataCollatorWithPadding", 2),
+        ("DataCollatorForVisionPreference", 2),
+        ("DataCollatorForUnpairedPreference", 4),
+    ],
+)
+def test_pairs_are_known_by_the_collator(tmp_path, name, samples):
+    sift = GAST(1, "rest", keep=True)
+    train(tmp_path, sift, max_steps=1, collator=collator_called(name))
+    assert {choice.scores.shape for choice in sift.history} == {(4, samples)}
+
+
+def test_triples_are_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="DataCollatorForTriplePreference makes three rows of one sample"):
+        train(tmp_path, GAST(1, "rest"), collator=collator_called("DataCollatorForTriplePreference"))
+
+
+def collator_called(name):
+    return type(name, (), {"__call__": lambda self, features: default_data_collator(features)})()
+
+
+@pytest.mark.parametrize(("pairs", "samples"), [(None, 4), (False, 4), (True, 2)])
+def test_pairs_may_be_told(tmp_path, pairs, samples):
+    sift = GAST(1, "rest", pairs=pairs, keep=True)
+    train(tmp_path, sift, max_steps=2)
+    assert {choice.scores.shape for choice in sift.history} == {(4, samples)}
+
+
+def test_the_last_batch_may_be_smaller(tmp_path):
+    method = GAST(3, "rest", keep=True)
+    train(tmp_path, method, dataset=rows(10), max_steps=3)
+    assert [s.selected.shape[1] for s in method.history] == [3, 3, 2]
+
+
+def test_rows_without_labels(tmp_path):
+    dataset = rows(8)
+    labels = [[-100] * 8 if i < 5 else row for i, row in enumerate(dataset["labels"])]
+    dataset = dataset.remove_columns("labels").add_column("labels", labels)
+    for support in ("sample", "rest", "momentum"):
+        model, _ = train(tmp_path, GAST(2, support), dataset=dataset)
+        assert all(bool(value.isfinite().all()) for value in weights(model).values())
+
+
+def test_what_dataset_needs(tmp_path):
+    with pytest.raises(RecipeError, match=r"give GAST\(support_set=...\)"):
+        train(tmp_path, GAST(2, "dataset"))
+
+
+def test_dora_with_torch_compile_is_refused(tmp_path):
+    settings = arguments(tmp_path)
+    settings.torch_compile = True
+    model = adapted(kind="dora")
+    with pytest.raises(UnsupportedError, match="turn torch_compile off"):
+        GAST(2, "rest").on_train_begin(settings, None, None, model=model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"select": 0}, "select is 0"), ({"select": 1.5}, "select is 1.5"), ({"select": True}, "select is True"),
+        ({"support": "rset"}, "support is 'rset'; give one of sample, rest"), ({"temperature": 0.0}, "temperature"),
+        ({"choice": "best"}, "choice"), ({"choice": "topk", "replacement": True}, "replacement"),
+    ],
+)  # fmt: skip
+def test_bad_settings(settings, words):
+    with pytest.raises(RecipeError, match=words):
+        GAST(**settings)
+
+
+def test_evaluation_during_training_is_not_a_batch(tmp_path):
+    method, model = GAST(2, "rest", keep=True), adapted()
+    trainer = Trainer(
+        model, arguments(tmp_path, eval_strategy="steps", eval_steps=1), train_dataset=rows(), eval_dataset=rows(5),
+        callbacks=[method],
+    )  # fmt: skip
+    trainer.train()
+    assert [(s.step, s.batch) for s in method.history] == [(step, 0) for step in range(6)]
+
+
+def test_a_restored_state_serves_once():
+    loaded = []
+
+    class Recorder:
+        def load_state_dict(self, state):
+            loaded.append(state["steps"])
+
+    sift = GAST(2, "rest")
+    sift._selection, sift._resumed = Recorder(), {"steps": 1}  # as the Trainer's own restoring leaves it
+    saved = {"GAST": {"args": {}, "attributes": {"_resumed": {"steps": 5}}}}
+    for step in (0, 1, 5):
+        sift._resume(TrainerState(global_step=step, stateful_callbacks=saved))
+    assert loaded == [5, 5]
+    sift._resumed = {"steps": 1}
+    for step in (1, 5):
+        sift._resume(TrainerState(global_step=step, stateful_callbacks=saved))
+    assert loaded == [5, 5, 1, 5]

@@ -1,0 +1,177 @@
+"""Units of every kind of adapter, and the record of one batch's choice."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from support.adapted import ADAPTED
+from support.tiny import tiny
+
+from siftune.engine.groups import group_by_layer
+from siftune.methods.gast.choice import Choosing, Samples, Unit, units_of
+from siftune.models.adapters import attach_adapter
+
+
+def in_layers(model):
+    """id of every trainable parameter of the layers -> its full name."""
+    return {id(p): n for n, p in model.named_parameters() if p.requires_grad and re.search(r"\.(layers|h)\.\d", n)}
+
+
+def flat(units):
+    return [unit for part in units.values() for unit in part]
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+@pytest.mark.parametrize("pool", ["layer", "module"])
+def test_every_trainable_parameter_is_in_one_unit(kind, pool):
+    model = ADAPTED[kind]()
+    groups = group_by_layer(model)
+    found = units_of(groups, pool)
+    units = flat(found)
+    wanted = in_layers(model)
+    held = [id(p) for unit in units for p in unit.parameters]
+    assert len(held) == len(set(held))
+    assert set(held) == set(wanted)
+    assert [unit.place for unit in units] == list(range(len(units)))
+    assert list(found) == [group.index for group in groups]
+    modules = dict(model.named_modules())
+    for layer, part in found.items():
+        for unit in part:
+            assert unit.layer == layer
+            assert re.search(rf"\.(layers|h)\.{layer}(\.|$)", unit.name)
+            inside = {id(p) for p in modules[unit.name].parameters()}
+            assert unit.parameters
+            assert all(id(p) in inside for p in unit.parameters)
+    assert len({unit.name for unit in units}) == len(units)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "two adapters", "lora and dora", "ia3", "lora gpt2", "dora gpt2"])
+def test_a_module_is_an_adapted_module(kind):
+    model = ADAPTED[kind]()
+    expected = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    units = flat(units_of(group_by_layer(model), "module"))
+    assert sorted(unit.name for unit in units) == sorted(expected)
+    assert len(units) >= 4
+    numbers = [unit.layer for unit in units]
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora gpt2"])
+def test_a_layer_is_one_unit(kind):
+    model = ADAPTED[kind]()
+    groups = group_by_layer(model)
+    found = units_of(groups, "layer")
+    assert [len(part) for part in found.values()] == [1] * 4
+    for group in groups:
+        (unit,) = found[group.index]
+        assert (unit.place, unit.layer, unit.name) == (group.index, group.index, group.name)
+        assert unit.parameters == tuple(group.parameters.values())
+
+
+@pytest.mark.parametrize("pool", ["layer", "module"])
+def test_places_count_units_and_layers_keep_their_numbers(pool):
+    """Layer 1 does not train."""
+    model = attach_adapter(tiny("llama"), rank=2, targets=["q_proj", "v_proj"])
+    for name, parameter in model.named_parameters():
+        if ".layers.1." in name:
+            parameter.requires_grad_(False)
+    found = units_of(group_by_layer(model), pool)
+    assert list(found) == [0, 2, 3]
+    each = 1 if pool == "layer" else 2
+    assert [unit.place for unit in flat(found)] == list(range(3 * each))
+    assert [unit.layer for unit in flat(found)] == [layer for layer in (0, 2, 3) for _ in range(each)]
+
+
+def test_plain_parameters_are_units_by_their_module():
+    model = tiny("llama", layers=1)
+    units = flat(units_of(group_by_layer(model), "module"))
+    assert "model.layers.0.input_layernorm" in {unit.name for unit in units}
+    assert all(len(unit.parameters) == 1 for unit in units)
+
+
+# the record of a batch
+
+
+def unit(place, layer=None):
+    return Unit(place, place if layer is None else layer, f"unit {place}", ())
+
+
+def choosing(samples=3, count=2):
+    return Choosing(4, 7, samples, count, torch.zeros(9, samples, dtype=torch.float64))
+
+
+def test_nothing_is_done_before_the_first_choice():
+    assert choosing().done() is None
+
+
+def test_what_was_noted_is_in_the_order_of_the_units():
+    batch = choosing()
+    units = [unit(5, 2), unit(0, 0), unit(3, 1)]  # backward goes from the last layer to the first, and may skip
+    for place, one in enumerate(units):
+        batch.note(one, torch.arange(3.0) + 10 * place, torch.tensor([place % 2, 2]))
+    done = batch.done()
+    assert (done.step, done.batch) == (4, 7)
+    assert (done.units, done.layers) == (("unit 0", "unit 3", "unit 5"), (0, 1, 2))
+    assert done.scores.tolist() == [[10, 11, 12], [20, 21, 22], [0, 1, 2]]
+    assert done.selected.tolist() == [[1, 2], [0, 2], [0, 2]]
+    assert (done.scores.shape, done.selected.shape) == ((3, 3), (3, 2))
+    assert (done.scores.dtype, done.selected.dtype) == (torch.float32, torch.int64)
+
+
+def test_a_choice_can_be_read_while_it_goes_on():
+    batch = choosing()
+    batch.note(unit(1), torch.zeros(3), torch.tensor([0, 1]))
+    first = batch.done()
+    batch.note(unit(0), torch.ones(3), torch.tensor([1, 2]))
+    assert first.units == ("unit 1",)
+    assert batch.done().units == ("unit 0", "unit 1")
+
+
+def test_a_unit_that_chooses_again_counts_once():
+    batch, one = choosing(), unit(0)
+    batch.note(one, torch.zeros(3), torch.tensor([0, 1]))
+    batch.note(one, torch.ones(3), torch.tensor([1, 2]))
+    assert batch.done().selected.tolist() == [[1, 2]]
+    assert batch.done().scores.tolist() == [[1, 1, 1]]
+
+
+def test_units_with_the_same_values_are_different():
+    batch = choosing()
+    batch.note(Unit(0, 0, "same", ()), torch.zeros(3), torch.tensor([0, 1]))
+    batch.note(Unit(0, 0, "same", ()), torch.zeros(3), torch.tensor([0, 1]))
+    assert len(batch.done().units) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_keep_their_dtype(dtype):
+    batch = choosing()
+    batch.note(unit(0), torch.full((3,), 1 / 3, dtype=dtype), torch.tensor([0, 1]))
+    assert batch.done().scores.dtype == dtype
+    assert batch.done().scores[0, 0].item() == torch.tensor(1 / 3, dtype=dtype).item()
+
+
+def test_a_choice_without_scores():
+    batch = choosing(4, 3)
+    batch.note(unit(0), None, torch.tensor([0, 1, 3]))
+    done = batch.done()
+    assert done.scores.shape == (1, 4)
+    assert done.scores.isnan().all()
+    record = done.record(scores=True)
+    assert record["scores"] == [[None] * 4]
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_record():
+    scores = torch.tensor([[1.23456789, -0.000123456, 98765.4], [math.nan, 0.0, 1e-30], [math.inf, -math.inf, 1.0]])
+    selected = torch.tensor([[0, 2], [1, 2], [0, 1]])
+    done = Samples(3, 1, ("first", "second", "third"), (0, 2, 3), scores, selected)
+    expected = {"step": 3, "batch": 1, "layers": [0, 2, 3], "selected": [[0, 2], [1, 2], [0, 1]]}
+    assert done.record() == done.record(scores=False) == expected
+    record = done.record(scores=True)
+    rounded = [[1.235, -0.0001235, 98770.0], [None, 0.0, 1e-30], [None, None, 1.0]]
+    assert record == {**expected, "scores": rounded}
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert "units" not in record

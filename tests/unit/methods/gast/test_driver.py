@@ -1,0 +1,384 @@
+"""GAST in plain loops: support modes, choices and gradients against the obvious computation."""
+
+import logging
+import math
+
+import pytest
+import torch
+from support.adapted import adapted
+from support.oracles import flat, gradients, rest_scores, sample_gradients, summed_loss
+from support.tiny import batch
+
+from siftune import GAST, IST
+from siftune.engine.groups import group_by_layer
+from siftune.errors import RecipeError
+from siftune.methods.gast import maths
+
+
+@pytest.fixture
+def model():
+    return adapted().double()
+
+
+@pytest.fixture
+def inputs(model):
+    return batch(model, 6)
+
+
+def loss_of(model, inputs):
+    return summed_loss(model, inputs)
+
+
+def layers(model):
+    return [list(group.parameters.values()) for group in group_by_layer(model)]
+
+
+def backward(model, inputs):
+    model.zero_grad()
+    summed_loss(model, inputs).backward()
+
+
+def assert_follows(model, inputs, choice, factor=None):
+    """The parameters' gradients are those of the chosen rows, scaled up to the batch."""
+    single = sample_gradients(model, inputs)
+    for parameters, selected in zip(layers(model), choice.selected, strict=True):
+        for parameter in parameters:
+            wanted = single[parameter][selected].sum(0) * (factor or len(single[parameter]) / len(selected))
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-10, atol=1e-14)
+
+
+def assert_scores(choice, wanted):
+    torch.testing.assert_close(choice.scores, torch.stack(wanted), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("select", [2, 0.5])
+def test_rest(model, inputs, select):
+    with GAST(select, "rest").attach(model) as sift:
+        backward(model, inputs)
+    assert_scores(sift.last, [rest_scores(sample_gradients(model, inputs), own) for own in layers(model)])
+    assert sift.last.selected.shape == (4, 2 if select == 2 else 3)
+    assert sift.last.layers == (0, 1, 2, 3)
+    assert sift.last.units[1] == "base_model.model.model.layers.1"
+    assert_follows(model, inputs, sift.last)
+
+
+def test_cosine_with_the_rest(model, inputs):
+    with GAST(2, "rest", score="cosine").attach(model) as sift:
+        backward(model, inputs)
+    single = sample_gradients(model, inputs)
+    wanted = []
+    for own in layers(model):
+        rows = flat(single, own)
+        others = rows.sum(0) - rows
+        wanted.append(torch.nn.functional.cosine_similarity(rows, others, dim=1, eps=0))
+    assert_scores(sift.last, wanted)
+
+
+@pytest.mark.parametrize("support", ["sample", "dataset"])
+@pytest.mark.parametrize("score", ["inner", "cosine"])
+def test_support_rows(model, inputs, support, score):
+    sets = [batch(model, 3, seed=seed) for seed in (7, 8)]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    method, single = GAST(2, support, score=score), sample_gradients(model, inputs)
+    directions = [gradients(model, given) for given in sets]
+    with method.attach(model, batches=sets, optimizer=optimizer, loss=loss_of) as sift:
+        for towards in (directions[0], directions[1], directions[0]):
+            backward(model, inputs)
+            wanted = []
+            for own in layers(model):
+                rows, h = flat(single, own), torch.cat([towards[p].flatten() for p in own])
+                scores = rows @ h
+                wanted.append(scores / rows.norm(dim=1) / h.norm() if score == "cosine" else scores)
+            assert_scores(sift.last, wanted)
+            with sift._tape.paused():
+                assert_follows(model, inputs, sift.last)
+            optimizer.step()
+    assert sift.steps == 3
+
+
+def test_the_support_set_is_drawn_once_per_optimizer_step(model, inputs):
+    drawn = []
+
+    def sets():
+        for seed in range(9):
+            drawn.append(seed)
+            yield batch(model, 2, seed=seed)
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with GAST(2, "sample").attach(model, batches=sets(), optimizer=optimizer, loss=loss_of):
+        for step in range(2):
+            for _ in range(3):
+                backward(model, inputs)
+                assert drawn == list(range(step + 1))
+            optimizer.step()
+
+
+def test_momentum_is_the_running_mean_of_all_rows_gradients(model, inputs):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    mean = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
+    with GAST(2, "momentum", decay=0.8).attach(model, optimizer=optimizer) as sift:
+        for step in range(4):
+            total = {p: torch.zeros_like(p) for p in mean}
+            for part in range(2):  # two micro-batches
+                given = batch(model, 5, seed=10 * step + part)
+                single = sample_gradients(model, given)
+                summed_loss(model, given).backward()
+                wanted = [flat(single, own) @ torch.cat([mean[p].flatten() for p in own]) for own in layers(model)]
+                assert_scores(sift.last, wanted)
+                for parameter, rows in single.items():
+                    total[parameter] += rows.sum(0)
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = {p: 0.8 * mean[p] + 0.2 * total[p] for p in mean}
+    for parameter, value in sift.mean.items():
+        torch.testing.assert_close(value, mean[parameter])
+    assert len(sift.mean_tensors()) == len(mean)
+
+
+@pytest.mark.parametrize("support", ["rest", "sample"])
+def test_preconditioned_is_the_inner_product_in_adams_metric(model, inputs, support):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, eps=1e-6)
+    given = batch(model, 3, seed=4)
+    settings = {"batches": [given], "loss": loss_of} if support == "sample" else {}
+    with GAST(2, support, score="preconditioned").attach(model, optimizer=optimizer, **settings) as sift:
+        for _ in range(3):
+            with sift._tape.paused():
+                single, towards = sample_gradients(model, inputs), gradients(model, given)
+            wanted = []
+            for own in layers(model):
+                metric = torch.cat([_metric(optimizer, p).flatten() for p in own])
+                rows = flat(single, own)
+                h = torch.cat([towards[p].flatten() for p in own]) if support == "sample" else rows.sum(0) - rows
+                wanted.append((rows * metric * h).sum(1))
+            backward(model, inputs)
+            assert_scores(sift.last, wanted)
+            optimizer.step()
+
+
+def _metric(optimizer, parameter):
+    state = optimizer.state[parameter]
+    if not state:
+        return torch.ones_like(parameter)
+    return 1 / ((state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-6)
+
+
+@pytest.mark.parametrize("choice", ["stochastic", "topk", "random"])
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+def test_choices_and_scales(model, inputs, choice, replacement, scale):
+    if choice == "topk" and replacement:
+        pytest.skip("refused")
+    with GAST(3, "rest", choice=choice, replacement=replacement, scale=scale, seed=2).attach(model) as sift:
+        backward(model, inputs)
+    assert_follows(model, inputs, sift.last, 1.0 if scale == "sum" else None)
+    if choice == "topk":
+        assert torch.equal(sift.last.selected, sift.last.scores.topk(3).indices.sort().values)
+    if choice == "random":
+        assert sift.last.scores.isnan().all()
+    if not replacement:
+        assert all(len(set(rows)) == 3 for rows in sift.last.selected.tolist())
+
+
+def test_modules_choose_for_themselves(model, inputs):
+    with GAST(2, "rest", pool="module").attach(model) as sift:
+        backward(model, inputs)
+    single = sample_gradients(model, inputs)
+    assert len(sift.last.units) == 4 * 7
+    assert sift.last.layers == tuple(layer for layer in range(4) for _ in range(7))
+    for name, scores, selected in zip(sift.last.units, sift.last.scores, sift.last.selected, strict=True):
+        own = [p for p in model.get_submodule(name).parameters() if p.requires_grad]
+        torch.testing.assert_close(scores, rest_scores(single, own), rtol=1e-10, atol=1e-14)
+        for parameter in own:
+            torch.testing.assert_close(parameter.grad, single[parameter][selected].sum(0) * 3, rtol=1e-10, atol=1e-14)
+
+
+def test_pairs_are_drawn_together(model):
+    inputs = batch(model, 8)
+    with GAST(2, "rest", pairs=True).attach(model) as sift:
+        backward(model, inputs)
+    single = {p: g[:4] + g[4:] for p, g in sample_gradients(model, inputs).items()}
+    assert_scores(sift.last, [rest_scores(single, own) for own in layers(model)])
+    for own, selected in zip(layers(model), sift.last.selected, strict=True):
+        for parameter in own:
+            torch.testing.assert_close(parameter.grad, single[parameter][selected].sum(0) * 2)
+
+
+def test_the_same_seed_gives_the_same_choices_and_another_does_not(model, inputs):
+    def choices(seed):
+        with GAST(3, "rest", seed=seed).attach(model) as sift:
+            found = []
+            for _ in range(4):
+                backward(model, inputs)
+                found.append(sift.last.selected)
+        return torch.stack(found)
+
+    first = choices(0)
+    assert torch.equal(first, choices(0))
+    assert not torch.equal(first, choices(1))
+    assert not torch.equal(first[0], first[1])  # each batch has numbers of its own
+
+
+def test_the_draws_of_a_layer_follow_the_softmax(model, inputs):
+    """χ² over many passes: the engine's own draws, not the draw function alone."""
+    counts, passes = torch.zeros(4, 6, dtype=torch.float64), 400
+    with GAST(1, "rest", seed=5).attach(model) as sift:
+        for _ in range(passes):
+            backward(model, inputs)
+            for layer, (row,) in enumerate(sift.last.selected.tolist()):
+                counts[layer, row] += 1
+    for layer in range(4):
+        expected = maths.zscores(sift.last.scores[layer], torch.ones(6, dtype=torch.bool)).softmax(0) * passes
+        statistic = float(((counts[layer] - expected) ** 2 / expected).sum())
+        assert statistic < 20.5  # 5 degrees of freedom: exceeded once in a thousand
+
+
+# --- edges
+
+
+def test_rows_without_a_label_are_followed_only_if_there_are_no_others(model, inputs):
+    inputs["labels"][[0, 2, 3]] = -100
+    with GAST(2, "rest").attach(model) as sift:
+        for _ in range(20):
+            backward(model, inputs)
+            assert {row for rows in sift.last.selected.tolist() for row in rows} <= {1, 4, 5}
+        assert_follows(model, inputs, sift.last, 3 / 2)
+    with GAST(5, "rest").attach(model) as sift:
+        backward(model, inputs)
+        assert all({1, 4, 5} < set(rows) for rows in sift.last.selected.tolist())
+        assert_follows(model, inputs, sift.last, 1.0)
+    inputs["labels"][:] = -100
+    with GAST(2, "rest").attach(model) as sift:
+        backward(model, inputs)
+    assert all(p.grad is not None and not p.grad.any() for own in layers(model) for p in own)
+
+
+def test_equal_scores_draw_evenly(model, inputs):
+    same = {name: value[:1].repeat(4, 1) for name, value in inputs.items()}
+    seen = set()
+    with GAST(1, "rest").attach(model) as sift:
+        for _ in range(30):
+            backward(model, same)
+            seen |= {row for (row,) in sift.last.selected.tolist()}
+    assert seen == {0, 1, 2, 3}
+    plain = gradients(model, same)
+    for parameter in (p for own in layers(model) for p in own):
+        torch.testing.assert_close(parameter.grad, plain[parameter], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_small_batches_are_followed_whole_bit_for_bit(rows, caplog):
+    model = adapted()
+    inputs = batch(model, rows)
+    plain = gradients(model, inputs)
+    with caplog.at_level(logging.INFO, "siftune"), GAST(3, "rest").attach(model) as sift:
+        for _ in range(2):
+            backward(model, inputs)
+            assert all(torch.equal(p.grad, plain[p]) for own in layers(model) for p in own)
+    assert sift.last.selected.tolist() == [list(range(rows))] * 4
+    assert sift.last.scores.isnan().all()
+    assert caplog.text.count("all of them are followed") == 1
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_gradients_that_are_not_finite_arrive_as_such(model, inputs, bad):
+    """GradScaler and the Trainer's guard must see them, whatever rows were drawn."""
+    with GAST(2, "rest").attach(model) as sift:
+        for _ in range(5):
+            model.zero_grad()
+            loss = summed_loss(model, inputs)
+            row = torch.zeros(6, dtype=torch.float64)
+            row[3] = bad
+            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            (loss + (logits.sum((1, 2)) * row).sum()).backward()
+            assert not any(bool(p.grad.isfinite().all()) for p in layers(model)[0])
+    assert sift.last.selected.shape == (4, 2)
+
+
+@pytest.mark.parametrize("support", ["rest", "sample"])
+def test_grad_scaler(model, inputs, support):
+    """A loss scale changes neither choice nor step, and a step whose gradients overflow is skipped."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with GAST(2, support).attach(model, batches=[inputs], loss=loss_of) as sift:
+        backward(model, inputs)
+        plain, choice = [p.grad.clone() for p in parameters], sift.last.selected
+    with GAST(2, support).attach(model, batches=[inputs], loss=loss_of) as sift:
+        model.zero_grad()
+        scaler.scale(summed_loss(model, inputs)).backward()
+        scaler.unscale_(optimizer)
+        assert torch.equal(sift.last.selected, choice)
+        for parameter, grad in zip(parameters, plain, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+        scaler.step(optimizer)
+        scaler.update()
+        before = [p.detach().clone() for p in parameters]
+        model.zero_grad()
+        scaler.scale(summed_loss(model, inputs) * math.inf).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(p, value) for p, value in zip(parameters, before, strict=True))
+    assert scaler.get_scale() == 2.0**11
+
+
+def test_a_step_that_is_not_finite_leaves_the_running_mean(model, inputs):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    with GAST(2, "momentum").attach(model, optimizer=optimizer) as sift:
+        backward(model, inputs)
+        optimizer.step()
+        before = sift.mean_tensors()
+        (summed_loss(model, inputs) * math.inf).backward()
+        optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in sift.mean_tensors().items())
+
+
+def test_support_passes_leave_the_global_generator_alone(model, inputs):
+    noisy = adapted(dropout=0.5).double().train()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with GAST(2, "sample").attach(noisy, batches=[inputs], loss=loss_of) as sift:
+        sift.begin()
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_with_ist_only_active_layers_choose(model, inputs):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ist = IST(active=0.5, interval=None)
+    with ist.attach(model, optimizer=optimizer) as layers_, GAST(2, "rest").attach(model) as sift:
+        for _ in range(3):
+            backward(model, inputs)
+            assert sift.last.layers == layers_.last.layers
+            with sift._tape.paused():
+                single = sample_gradients(model, inputs)  # of what is active: the others are detached
+            for group in group_by_layer(model):
+                for parameter in group.parameters.values():
+                    if group.index in layers_.last.layers:
+                        chosen = sift.last.selected[sift.last.layers.index(group.index)]
+                        torch.testing.assert_close(parameter.grad, single[parameter][chosen].sum(0) * 3)
+                    else:
+                        assert parameter.grad is None
+            optimizer.step()
+
+
+def test_gast_attached_before_ist_is_refused(model):
+    with GAST(2, "rest").attach(model), pytest.raises(RecipeError, match="list IST before GAST"):
+        IST(interval=None).attach(model)
+    IST(interval=None).attach(model).remove()  # the tape is gone
+
+
+def test_what_attach_needs(model):
+    with pytest.raises(RecipeError, match=r"give attach\(..., batches=...\)"):
+        GAST(2, "sample").attach(model)
+    with pytest.raises(RecipeError, match=r"give attach\(..., optimizer=...\)"):
+        GAST(2, "rest", score="preconditioned").attach(model)
+    GAST(2, "sample", choice="random").attach(model).remove()  # a random choice compares with nothing
+
+
+def test_an_optimizer_without_adams_metric(model, inputs):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    with GAST(2, "rest", score="preconditioned").attach(model, optimizer=optimizer):
+        backward(model, inputs)
+        optimizer.step()
+        with pytest.raises(RecipeError, match="SGD keeps no exp_avg_sq"):
+            backward(model, inputs)

@@ -1,0 +1,255 @@
+"""The support set's gradient against autograd, and Adam's metric against real optimizer steps."""
+
+import random
+
+import pytest
+import torch
+from support.oracles import summed_loss
+from support.tiny import batch
+from support.trainers import adapted
+from torch import nn
+from transformers import Adafactor
+
+from siftune.errors import RecipeError
+from siftune.methods.gast.support import adam_metric, support_gradient
+from siftune.methods.layer_driver import model_loss
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-13}
+
+
+def tiny_model(**settings):
+    return adapted(layers=2, **settings).double()
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def labels(inputs):
+    return int((inputs["labels"][:, 1:] != -100).sum())
+
+
+def assert_same(got, expected, **close):
+    assert got.keys() == expected.keys()
+    for parameter, grad in expected.items():
+        assert got[parameter].shape == parameter.shape
+        assert got[parameter].dtype == parameter.dtype
+        torch.testing.assert_close(got[parameter], grad, **(close or CLOSE))
+
+
+@pytest.mark.parametrize("rows", [[3], [2, 1], [1, 3, 2]])
+def test_gradient_of_the_mean_over_all_labels(rows):
+    model = tiny_model()
+    batches = [batch(model, count, length=5 + 3 * place, seed=place) for place, count in enumerate(rows)]
+    assert len(rows) == 1 or len({labels(inputs) for inputs in batches}) > 1
+    total = sum(summed_loss(model, inputs, 1) for inputs in batches) / sum(labels(inputs) for inputs in batches)
+    expected = dict(zip(trainable(model), torch.autograd.grad(total, trainable(model)), strict=True))
+    assert max(float(grad.abs().max()) for grad in expected.values()) > 1e-3
+    assert_same(support_gradient(model, batches, summed_loss, trainable(model), 0), expected)
+    # transformers' own loss is formed in float32
+    assert_same(support_gradient(model, batches, model_loss, trainable(model), 0), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("cuts", [[1, 4], [2, 3], [1, 2, 3, 4]])
+def test_several_batches_are_as_one(cuts):
+    model = tiny_model()
+    whole = batch(model, 5, length=9)
+    ends = zip([0, *cuts], [*cuts, 5], strict=True)
+    parts = [{name: value[a:b] for name, value in whole.items()} for a, b in ends]
+    assert len({labels(part) for part in parts}) > 1
+    at_once = support_gradient(model, [whole], summed_loss, trainable(model), 0)
+    assert_same(support_gradient(model, parts, summed_loss, trainable(model), 0), at_once)
+
+
+def test_a_batch_without_labels_counts_for_nothing():
+    model = tiny_model()
+    full, empty = batch(model, 2), batch(model, 2, seed=1)
+    empty["labels"] = torch.full_like(empty["labels"], -100)  # its mean loss is no number
+    expected = support_gradient(model, [full], model_loss, trainable(model), 0)
+    for batches in ([full, empty], [empty, full]):
+        assert_same(support_gradient(model, batches, model_loss, trainable(model), 0), expected)
+    assert support_gradient(model, [empty], model_loss, trainable(model), 0) == {}
+
+
+def test_a_batch_without_tensor_labels_counts_for_its_rows():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    batches = [{"x": torch.tensor([[1.0, 0.0]])}, {"x": torch.tensor([[0.0, 1.0]] * 3)}]
+
+    def loss(_, inputs):
+        return (inputs["x"] @ weight.square()).mean()
+
+    got = support_gradient(nn.Identity(), batches, loss, [weight], 0)
+    assert got[weight].tolist() == [2 * 1.0 / 4, 2 * 2.0 * 3 / 4]
+
+
+def test_half_precision_gradients_do_not_vanish_on_the_way():
+    """2^-20 is a float16 number, but on its way there the gradient is 2^-30, which is none."""
+    weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float16))
+
+    def loss(_, inputs):
+        return ((weight * 2.0**10).float() * 2.0**-30 * inputs["x"]).sum()
+
+    got = support_gradient(nn.Identity(), [{"x": torch.ones(1)}], loss, [weight], 0)
+    assert got[weight].dtype == torch.float16
+    assert got[weight].item() == 2.0**-20
+
+
+def test_what_stays_as_it_was():
+    model = tiny_model()
+    parameters = trainable(model)
+    for place, parameter in enumerate(parameters):
+        parameter.grad = None if place % 2 else torch.full_like(parameter, 7.0)
+    model.train()
+    torch.manual_seed(11)
+    grads, values = [p.grad for p in parameters], [p.detach().clone() for p in parameters]
+    flags, state, python = [p.requires_grad for p in model.parameters()], torch.get_rng_state(), random.getstate()
+    support_gradient(model, [batch(model)], model_loss, parameters, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert model.training
+    assert all(p.grad is grad for p, grad in zip(parameters, grads, strict=True))
+    assert all(bool((grad == 7.0).all()) for grad in grads if grad is not None)
+    assert all(torch.equal(p, value) for p, value in zip(parameters, values, strict=True))
+
+
+def test_the_global_generator_is_put_back_after_an_error():
+    def loss(*_):
+        torch.rand(3)
+        raise RuntimeError("no loss")
+
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no loss"):
+        support_gradient(nn.Identity(), [{"x": torch.ones(1)}], loss, [nn.Parameter(torch.ones(1))], 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_is_drawn_from_the_seed_alone():
+    model = tiny_model(dropout=0.5).train()
+    inputs = [batch(model), batch(model, seed=1)]
+
+    def once(seed, state):
+        torch.manual_seed(state)
+        return support_gradient(model, inputs, model_loss, trainable(model), seed)
+
+    first, same, other = once(3, 0), once(3, 1), once(4, 0)
+    assert all(torch.equal(first[p], same[p]) for p in first)
+    assert not all(torch.equal(first[p], other[p]) for p in first)
+    beyond = once(2**65 + 3, 0)  # more bits than torch takes
+    assert all(torch.equal(first[p], beyond[p]) for p in first)
+    model.eval()
+    assert_same(once(3, 0), once(4, 0))
+
+
+def test_the_two_batches_do_not_share_a_dropout_mask():
+    model = tiny_model(dropout=0.5).train()
+    inputs = batch(model)
+    once = support_gradient(model, [inputs], model_loss, trainable(model), 0)
+    twice = support_gradient(model, [inputs, inputs], model_loss, trainable(model), 0)
+    assert not all(torch.allclose(once[p], twice[p]) for p in once)
+
+
+def test_unused_parameters_are_left_out():
+    model = tiny_model()
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    got = support_gradient(model, [batch(model)], model_loss, [*trainable(model)[:3], unused], 0)
+    assert list(got) == trainable(model)[:3]
+
+
+def test_a_parameter_that_some_batches_use():
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def loss(_, inputs):
+        return (first + (second if inputs["both"][0] else 0)).sum() * 2
+
+    batches = [{"both": [flag]} for flag in (False, True, True, False)]
+    got = support_gradient(nn.Identity(), batches, loss, [first, second], 0)
+    assert {p: grad.item() for p, grad in got.items()} == {first: 2.0, second: 1.0}
+
+
+def test_gradients_are_on_where_they_were_off():
+    model = tiny_model()
+    inputs = [batch(model)]
+    expected = support_gradient(model, inputs, model_loss, trainable(model), 0)
+    with torch.no_grad():
+        assert_same(support_gradient(model, inputs, model_loss, trainable(model), 0), expected)
+        assert not torch.is_grad_enabled()
+
+
+# Adam's metric
+
+
+def stepped(kind, steps, **settings):
+    """An optimizer with two groups after some steps, its parameters, and the gradients of the steps."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3, 2, dtype=torch.float64)) for _ in range(3)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "betas": (0.5, 0.6), "eps": 0.25}]
+    optimizer = kind(groups if "Adam" in kind.__name__ else parameters, lr=0.1, **settings)
+    seen = [[torch.randn(3, 2, dtype=torch.float64) for _ in parameters] for _ in range(steps)]
+    for grads in seen:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad.clone()
+        optimizer.step()
+    return optimizer, parameters, seen
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_adams_metric(kind, steps):
+    optimizer, parameters, seen = stepped(kind, steps, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0)
+    for place, parameter in enumerate(parameters):
+        decay, eps = (0.6, 0.25) if place else (0.99, 1e-3)
+        mean = torch.zeros(3, 2, dtype=torch.float64)
+        for grads in seen:
+            mean = decay * mean + (1 - decay) * grads[place] ** 2
+        expected = 1 / ((mean / (1 - decay**steps)).sqrt() + eps)
+        torch.testing.assert_close(adam_metric(optimizer, parameter), expected, rtol=1e-12, atol=0)
+
+
+def test_adams_metric_is_what_its_step_uses():
+    """With no momentum, AdamW moves a parameter by lr · metric · gradient."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.0, 0.9), eps=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        before, parameter.grad = parameter.detach().clone(), torch.randn(4, 3, dtype=torch.float64)
+        optimizer.step()
+        moved = (before - parameter.detach()) / 0.1
+        torch.testing.assert_close(moved, adam_metric(optimizer, parameter) * parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_ones_before_the_first_step(kind):
+    optimizer, (parameter, *_), _ = stepped(kind, 0)
+    got = adam_metric(optimizer, parameter)
+    assert torch.equal(got, torch.ones_like(parameter))
+    assert (got.shape, got.dtype, got.requires_grad) == (parameter.shape, parameter.dtype, False)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.RMSprop, {}), (torch.optim.Adagrad, {}),
+        (torch.optim.Adamax, {}), (Adafactor, {"relative_step": False}),
+    ],
+)  # fmt: skip
+def test_optimizers_without_the_mean_are_refused(kind, settings):
+    optimizer, (parameter, *_), _ = stepped(kind, 1, **settings)
+    with pytest.raises(RecipeError) as caught:
+        adam_metric(optimizer, parameter)
+    assert str(caught.value) == (
+        f'score="preconditioned" takes the metric of Adam or AdamW, but {kind.__name__} keeps no exp_avg_sq; '
+        'use torch\'s AdamW (transformers: optim="adamw_torch"), or score="inner"'
+    )
+
+
+def test_a_vector_of_adafactor_is_refused():
+    """Its mean has the same name there, and is another."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = Adafactor([parameter])
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert "exp_avg_sq" in optimizer.state[parameter]
+    with pytest.raises(RecipeError, match="Adafactor keeps no exp_avg_sq"):
+        adam_metric(optimizer, parameter)

@@ -1,0 +1,242 @@
+"""IST and RST in Trainers of transformers and TRL, and in plain loops."""
+
+import itertools
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from support.tiny import batch
+from support.tokenizer import byte_tokenizer
+from support.trainers import Watch, adapted, arguments, rows, train, weights
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from siftune import GAST, IST, RST
+from siftune.engine.groups import group_by_layer
+from siftune.errors import RecipeError, UnsupportedError
+from siftune.methods.host_trainer import _metrics_kept
+
+
+def layers_of(names):
+    return {int(name.split(".layers.")[1].split(".")[0]) for name in names}
+
+
+class Choices:
+    """Collects the choices of a callback."""
+
+    def __init__(self, method):
+        self.all = []
+        method.on_select = self.all.append
+
+
+def watch_of(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
+
+
+@pytest.mark.parametrize("method", [IST(active=0.5, interval=2, score_batch_size=6), RST(active=0.5)])
+def test_trainer_updates_the_chosen_layers_alone(tmp_path, method):
+    chosen = Choices(method).all
+    model, trainer = train(tmp_path, method)
+    watch = watch_of(trainer)
+    assert len(chosen) == 6
+    assert len({c.layers for c in chosen}) > 1
+    for choice, grads, changed in zip(chosen, watch.with_grad, watch.changed, strict=True):
+        assert layers_of(grads) == layers_of(changed) == set(choice.layers)
+        assert len(choice.layers) == 2
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
+
+
+def test_importance_is_scored_every_interval_but_not_at_the_start(tmp_path):
+    method = IST(interval=2, score_batch_size=6, candidates=2)
+    chosen = Choices(method).all
+    train(tmp_path, method)
+    assert [c.step for c in chosen if c.losses] == [2, 4]
+    for choice in chosen:
+        if choice.losses:
+            assert len(choice.losses) == 2
+            assert sum(choice.rewards) == pytest.approx(0, abs=1e-12)
+    assert not torch.equal(method.importance, torch.zeros(4, dtype=torch.float64))
+
+
+def test_scores_are_losses_with_damped_adapters(tmp_path):
+    """The losses behind the importance, computed again by hand from the recorded sets and rows."""
+    method = IST(active=1.0, interval=3, score_batch_size=24, factor=0.25)
+    chosen = Choices(method).all
+    dataset = rows()
+    model = adapted()
+    by_hand = {}
+
+    class AtScoring(Watch):
+        def on_step_begin(self, args, state, control, **_):  # stands before IST, so it sees the model that IST scores
+            if state.global_step == 3:
+                by_hand["weights"] = weights(self.model)
+
+    worker = Trainer(
+        model, arguments(tmp_path, max_steps=4), train_dataset=dataset, callbacks=[AtScoring(model), method]
+    )
+    worker.train()
+    model.load_state_dict(by_hand["weights"], strict=False)
+    model.eval()
+    (choice,) = [c for c in chosen if c.losses]
+    inputs = {k: torch.tensor(dataset[k]) for k in ("input_ids", "attention_mask", "labels")}  # all rows, in any order
+    for layers, loss in zip(choice.suppressed, choice.losses, strict=True):
+        scales = [(m, dict(m.scaling)) for m in _lora_modules(model, layers)]
+        for module, scale in scales:
+            module.scaling = {k: v * 0.25 for k, v in scale.items()}
+        with torch.no_grad():
+            assert float(model(**inputs).loss) == pytest.approx(loss, abs=1e-5)
+        for module, scale in scales:
+            module.scaling = scale
+
+
+def _lora_modules(model, layers):
+    return [m for g in group_by_layer(model) if g.index in layers for m in g.module.modules() if hasattr(m, "lora_A")]
+
+
+def test_data_order_and_global_generators_are_left_alone(tmp_path):
+    class Order(Watch):
+        def __init__(self, model):
+            super().__init__(model)
+            self.seen = []
+            model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+        def _note(self, model, args, kwargs):
+            if model.training:
+                self.seen.append(kwargs["input_ids"].tolist())
+
+        def on_step_end(self, *_, **__):
+            self.seen.append(torch.rand(1).item())  # what dropout would draw
+
+    seen = []
+    for callbacks in ([], [IST(interval=2, score_batch_size=6)]):
+        model = adapted()
+        order = Order(model)
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[order, *callbacks])
+        trainer.train()
+        seen.append(order.seen)
+    assert seen[0] == seen[1]
+
+
+def test_hooks_are_gone_after_training(tmp_path):
+    model, _ = train(tmp_path, IST(interval=2, score_batch_size=6))
+    hooks = [n for n, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert hooks == []
+
+
+def test_small_batches_score_in_chunks_with_the_same_loss(tmp_path):
+    losses = []
+    for size in (1, 24):
+        method = IST(active=1.0, interval=1, score_batch_size=24)
+        chosen = Choices(method).all
+        train(tmp_path, method, max_steps=2, learning_rate=0.0, per_device_train_batch_size=size)
+        losses.append(next(c for c in chosen if c.losses).losses)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_iterable_dataset(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from rows().with_format("torch")
+
+    method = IST(interval=2, score_batch_size=5)
+    chosen = Choices(method).all
+    train(tmp_path, method, dataset=Stream())
+    assert sum(bool(c.losses) for c in chosen) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"fsdp": True}, "uses fsdp"), ({"deepspeed": {"zero": 1}}, "uses deepspeed"), ({"_n_gpu": 2}, "over 2 GPUs")],
+)
+@pytest.mark.parametrize("method", [IST, RST, GAST])
+def test_sharded_and_copied_models_are_refused(tmp_path, method, bad, message):
+    settings = arguments(tmp_path)
+    settings.__dict__.update(bad)
+    with pytest.raises(UnsupportedError, match=message):
+        method().on_train_begin(settings, None, None, model=adapted())
+
+
+def test_sft_trainer(tmp_path):
+    tokenizer = byte_tokenizer()
+    data = Dataset.from_list([{"prompt": f"add {i}", "completion": f" is {i}"} for i in range(12)])
+    method = IST(interval=2, score_batch_size=4)
+    chosen = Choices(method).all
+    model = adapted(vocab_size=300)
+    trainer = SFTTrainer(
+        model, arguments(tmp_path, SFTConfig, bf16=False, gradient_checkpointing=False), train_dataset=data,
+        processing_class=tokenizer, callbacks=[Watch(model), method],
+    )  # fmt: skip
+    trainer.train()
+    for choice, grads in zip(chosen, watch_of(trainer).with_grad, strict=True):
+        assert layers_of(grads) == set(choice.layers)
+    assert sum(bool(c.losses) for c in chosen) == 2
+    assert not trainer._metrics["eval"]  # scoring runs in evaluation mode, and leaves no metrics of it
+
+
+def test_scoring_keeps_the_metrics_that_were_there():
+    trainer = SimpleNamespace(
+        _metrics={"train": defaultdict(list, loss=[1.0]), "eval": defaultdict(list, entropy=[2.0])}
+    )
+    with _metrics_kept(trainer):
+        trainer._metrics["eval"]["entropy"].append(9.0)
+        trainer._metrics["eval"]["new"].append(9.0)
+    assert trainer._metrics == {"train": {"loss": [1.0]}, "eval": {"entropy": [2.0]}}
+
+
+def test_dpo_trainer_scores_with_its_own_loss(tmp_path):
+    tokenizer = byte_tokenizer()
+    data = Dataset.from_list([{"prompt": f"add {i}", "chosen": f" is {i}", "rejected": " no"} for i in range(12)])
+    method = IST(active=0.5, interval=2, score_batch_size=4)
+    chosen = Choices(method).all
+    model = adapted(vocab_size=300)
+    settings = arguments(tmp_path, DPOConfig, bf16=False, gradient_checkpointing=False, learning_rate=1e-4)
+    trainer = DPOTrainer(
+        model, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[Watch(model), method]
+    )
+    trainer.train()
+    for choice, grads in zip(chosen, watch_of(trainer).with_grad, strict=True):
+        assert layers_of(grads) == set(choice.layers)
+    losses = [loss for c in chosen for loss in c.losses]
+    assert len(losses) == 6
+    assert all(0.3 < loss < 1.5 for loss in losses)  # −log σ(margin), log 2 at the start; cross entropy would be ~5
+
+
+def test_attach_follows_the_optimizer():
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    data = batch(model)
+    with IST(active=0.5, interval=2, seed=5).attach(model, batches=[data], optimizer=optimizer) as sift:
+        for step in range(5):
+            layers, before = set(sift.last.layers), weights(model)
+            assert sift.last.step == step
+            model(**data).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)  # the gates still keep Adam off inactive layers
+            after = weights(model)
+            assert layers_of(n for n in after if not torch.equal(after[n], before[n])) == layers
+        assert any(sift.importance != 0)
+    steps = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
+    assert steps == (0, 0)
+
+
+def test_attach_steps_by_hand():
+    model = adapted()
+    with RST(active=0.25, seed=1).attach(model) as sift:
+        drawn = [sift.last.layers] + [sift.step().layers for _ in range(20)]
+    assert set(itertools.chain(*drawn)) == {0, 1, 2, 3}
+    assert all(len(layers) == 1 for layers in drawn)
+
+
+def test_attach_without_rows_is_refused():
+    with pytest.raises(RecipeError, match="batches"):
+        IST().attach(adapted())
+    with IST(interval=None).attach(adapted()) as sift:
+        sift.step()
+
+
+@pytest.mark.parametrize("interval", [2.5, 0, -1])
+def test_bad_interval(interval):
+    with pytest.raises(RecipeError, match="interval"):
+        IST(interval=interval)

@@ -1,0 +1,155 @@
+"""One layer's compression: the formulas get the right matrices, and each λ acts where it says."""
+
+import pytest
+import torch
+from support.emulators import FAMILIES, base, calibration
+
+from siftune.models.families import family_of
+from siftune.models.layers import find_layers
+from siftune.offsite.emulator.compress import Compression, compress_layer, layer_curvature
+from siftune.offsite.emulator.model import weight_OI
+from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.maths.drd import component_scores, components, keep_components, rank_of
+from siftune.offsite.maths.kfac import curvature
+from siftune.offsite.maths.refit import refit, refit_scores
+from siftune.offsite.maths.scp import channel_scores, keep_channels
+
+NUMBER = 2
+
+
+def seen(model, batches=None, slopes=True):
+    family = family_of(model.config)
+    recording = record(model, batches or calibration(model, count=4, rows=4), range(1, 4), store=None)
+    layer = find_layers(model).layers[NUMBER]
+    captured = replay(layer, recording, NUMBER, family.matrices)
+    return layer, family, captured, layer_curvature(captured, slopes)
+
+
+def compress(model, **values):
+    layer, family, captured, curvatures = seen(model)
+    return layer, family, captured, compress_layer(layer, NUMBER, family, curvatures, Compression(**values))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mlp", ["channels", "factors"])
+def test_a_factored_matrix_is_the_sum_of_the_components_with_the_highest_scores(family, mlp):
+    lambdas = {"lambda_attn": 0.3, "lambda_mlp": 0.7}
+    layer, matrices, captured, found = compress(base(family), keep=0.5, basis="svd", mlp=mlp, protect=0.0, **lambdas)
+    paths = matrices.matrices if mlp == "factors" else matrices.attention
+    assert set(found.shape.ranks) == set(paths)
+    assert (found.shape.channels is None) == (mlp == "factors")
+    for path in paths:
+        lam = lambdas["lambda_attn" if path in matrices.attention else "lambda_mlp"]
+        weight = weight_OI(layer.get_submodule(path)).float()
+        known = curvature(captured[path].x_NI, captured[path].g_NO)
+        parts = components(weight, known, "svd")
+        rank = rank_of(0.5, *weight.shape)
+        kept = keep_components(component_scores(parts, known, lam), parts.size_K, rank, 0.0)
+        expected = sum(torch.outer(parts.left_OK[:, k], parts.right_KI[k]) for k in kept)
+        product = found.tensors[f"{path}.up.weight"] @ found.tensors[f"{path}.down.weight"]
+        torch.testing.assert_close(product.float(), expected, rtol=1e-4, atol=1e-5)
+        assert found.shape.ranks[path] == rank == found.tensors[f"{path}.down.weight"].shape[0]
+        bias = layer.get_submodule(path).bias
+        assert bias is None or torch.equal(found.tensors[f"{path}.up.bias"], bias)
+
+
+def test_flap_takes_channels_whatever_is_asked_for_gradot():
+    model = base()
+    found = [compress(model, method="svd+flap", keep=0.5, mlp=mlp)[3] for mlp in ("channels", "refit", "factors")]
+    assert found[0].shape.channels is not None
+    assert not any(path.startswith("mlp") for path in found[0].shape.ranks)
+    for other in found[1:]:
+        assert other.shape == found[0].shape
+        assert all(torch.equal(other.tensors[name], tensor) for name, tensor in found[0].tensors.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mlp_has_the_channels_with_the_highest_scores(family):
+    layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3, mlp="channels")
+    known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
+    weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
+    reads = [(weights[path].float(), known[path]) for path in matrices.reads]
+    scores = channel_scores(reads, (weights[matrices.writes].float(), known[matrices.writes]), 0.3)
+    kept = keep_channels(scores, found.shape.channels)
+    assert found.shape.channels == int(0.5 * weights[matrices.writes].shape[1])
+    assert torch.equal(found.tensors[f"{matrices.writes}.weight"], weights[matrices.writes][:, kept])
+    for path in matrices.reads:
+        assert torch.equal(found.tensors[f"{path}.weight"], weights[path][kept])
+        bias = layer.get_submodule(path).bias
+        assert bias is None or torch.equal(found.tensors[f"{path}.bias"], bias[kept])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(family):
+    layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3, mlp="refit")
+    known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
+    weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
+    writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
+    kept = keep_channels(refit_scores(writes, known[matrices.writes], 0.3), writes.shape[1] // 2)
+    assert found.shape.channels == len(kept)
+    fitted = refit(writes, inputs, kept).to(writes.dtype)
+    assert torch.equal(found.tensors[f"{matrices.writes}.weight"], fitted)
+    assert not torch.equal(fitted, writes[:, kept])
+    for path in matrices.reads:
+        assert torch.equal(found.tensors[f"{path}.weight"], weights[path][kept])
+        bias = layer.get_submodule(path).bias
+        assert bias is None or torch.equal(found.tensors[f"{path}.bias"], bias[kept])
+
+
+@pytest.mark.parametrize("mlp", ["channels", "refit", "factors"])
+def test_each_lambda_acts_on_its_own_part(mlp):
+    model = base()
+    plain, attn, mlp = (
+        compress(model, keep=0.5, mlp=mlp, **values)[3].tensors
+        for values in ({}, {"lambda_attn": 3.0}, {"lambda_mlp": 3.0})
+    )
+    for name in plain:
+        same_attn, same_mlp = torch.equal(plain[name], attn[name]), torch.equal(plain[name], mlp[name])
+        if name.startswith("self_attn"):
+            assert same_mlp
+            assert not same_attn
+        elif name.startswith("mlp"):
+            assert same_attn
+            assert not same_mlp
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flap_writes_the_same_on_average(family):
+    layer, matrices, captured, found = compress(base(family), method="svd+flap", keep=0.5)
+    x_NC = captured[matrices.writes].x_NI.double()
+    writes = layer.get_submodule(matrices.writes)
+    weight, narrow = weight_OI(writes).double(), found.tensors[f"{matrices.writes}.weight"].double()
+    kept = (weight.T[:, None] == narrow.T[None]).all(-1).any(1)
+    expected = (x_NC @ weight.T).mean(0) + (0 if writes.bias is None else writes.bias.double())
+    average = (x_NC[:, kept] @ narrow.T).mean(0) + found.tensors[f"{matrices.writes}.bias"].double()
+    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+    assert found.shape.biased == ((matrices.writes,) if writes.bias is None else ())
+
+
+def test_without_slopes_nothing_else_changes():
+    model = base()
+    layer, family, _, with_slopes = seen(model)
+    without = layer_curvature(with_slopes.captured, slopes=False)
+    results = [compress_layer(layer, NUMBER, family, known, Compression(keep=0.5)) for known in (with_slopes, without)]
+    assert all(torch.equal(a, b) for a, b in zip(*(r.tensors.values() for r in results), strict=True))
+
+
+def test_the_number_of_channels_does_not_suffer_from_binary_fractions():
+    model = base(intermediate_size=100)
+    assert compress(model, keep=0.29)[3].shape.channels == 29
+
+
+def test_the_layer_is_left_as_it_was():
+    model = base()
+    before = {name: t.clone() for name, t in find_layers(model).layers[NUMBER].state_dict().items()}
+    compress(model, keep=0.5)
+    for name, tensor in find_layers(model).layers[NUMBER].state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(("name", "values"), [("damping", (1e-3, 10.0)), ("protect", (0.0, 1.0))])
+def test_settings_of_attention_arrive(name, values):
+    model = base()
+    found = [compress(model, keep=0.5, lambda_attn=5.0, **{name: value})[3].tensors for value in values]
+    key = "self_attn.q_proj.up.weight"
+    assert not torch.allclose(found[0][key], found[1][key])

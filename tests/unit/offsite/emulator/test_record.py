@@ -1,0 +1,157 @@
+"""The pass over calibration rows, against hooks on an ordinary backward pass."""
+
+import pytest
+import torch
+from support.emulators import FAMILIES, base, calibration
+from torch import nn
+
+from siftune.errors import DataError
+from siftune.models.families import family_of
+from siftune.models.layers import find_layers
+from siftune.offsite.emulator.record import record, replay
+
+
+def seen_by_hooks(model, batches, number, path):
+    """Inputs and output gradients of one matrix at real tokens, one batch after the other."""
+    xs, gs = [], []
+    module = find_layers(model).layers[number].get_submodule(path)
+
+    def keep(_, args, output):
+        xs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+        output.register_hook(lambda grad: gs.append(grad.reshape(-1, grad.shape[-1])))
+
+    handle = module.register_forward_hook(keep)
+    for inputs in batches:
+        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        labels = inputs["labels"][:, 1:].flatten()
+        nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), labels, reduction="sum").backward()
+    handle.remove()
+    real = [inputs["attention_mask"].bool().flatten() for inputs in batches]
+    pairs = [(x[r], g[r]) for x, g, r in zip(xs, gs, real, strict=True)]
+    return torch.cat([x for x, _ in pairs]), torch.cat([g for _, g in pairs])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_alone_sees_what_it_saw_in_the_model(family):
+    model = base(family)
+    batches = calibration(model)
+    recording = record(model, batches, range(1, 4), store=None)
+    paths = family_of(model.config).matrices
+    for number in (1, 3):
+        found = replay(find_layers(model).layers[number], recording, number, paths)
+        for path in paths:
+            x, g = seen_by_hooks(model, batches, number, path)
+            torch.testing.assert_close(found[path].x_NI, x.float(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[path].g_NO, g.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_matrices_that_read_one_tensor_share_it():
+    model = base()
+    recording = record(model, calibration(model), range(1, 4))
+    found = replay(find_layers(model).layers[1], recording, 1, family_of(model.config).matrices)
+    assert found["self_attn.q_proj"].x_NI is found["self_attn.v_proj"].x_NI
+    assert found["mlp.gate_proj"].x_NI is found["mlp.up_proj"].x_NI
+    assert found["self_attn.q_proj"].x_NI is not found["mlp.up_proj"].x_NI
+
+
+def test_effect_is_the_first_order_change_of_the_loss_when_a_layer_is_skipped():
+    model = base()
+    batches = calibration(model, count=1)
+    recording = record(model, batches, range(1, 4), store=None)
+    kept = {}
+
+    def keep(_, args, output):
+        kept["x"], kept["y"] = args[0].detach(), output
+        output.retain_grad()
+
+    handle = find_layers(model).layers[2].register_forward_hook(keep)
+    inputs = batches[0]
+    found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    labels = inputs["labels"][:, 1:].flatten()
+    nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), labels, reduction="sum").backward()
+    handle.remove()
+    expected = sum(
+        float(kept["y"].grad[b, t] @ (kept["y"].detach()[b, t] - kept["x"][b, t])) ** 2
+        for b, t in inputs["attention_mask"].nonzero().tolist()
+    )
+    assert recording.effect[2] == pytest.approx(expected, rel=1e-4)
+
+
+def test_loss_is_the_mean_over_labels():
+    model = base()
+    batches = calibration(model)
+    recording = record(model, batches, range(1, 4))
+    with torch.no_grad():
+        losses = [
+            nn.functional.cross_entropy(
+                model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits[:, :-1].flatten(0, 1),
+                b["labels"][:, 1:].flatten(),
+                reduction="sum",
+            )
+            for b in batches
+        ]
+    count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    assert recording.tokens == count
+    assert recording.loss == pytest.approx(float(sum(losses)) / count)
+
+
+def test_outputs_of_a_layer_are_the_inputs_of_the_next_and_the_last_has_its_own():
+    model = base()
+    batches = calibration(model)
+    short, longer = record(model, batches, range(1, 3), store=None), record(model, batches, range(1, 4), store=None)
+    assert torch.equal(short.outputs(2), longer.outputs(2))
+    assert torch.equal(short.outputs(1), longer.outputs(1))
+    assert not torch.equal(short.outputs(1), short.outputs(2))
+
+
+def test_a_model_that_goes_on_in_place_does_not_change_what_was_kept():
+    model = base()
+    batches = calibration(model)
+    untouched = record(model, batches, range(1, 4), store=None)
+
+    def go_on(_, args, __):
+        args[0].data.zero_()
+
+    with find_layers(model).layers[2].register_forward_hook(go_on):
+        touched = record(model, batches, range(1, 4), store=None)
+    for before, after in zip(untouched.visits[2], touched.visits[2], strict=True):
+        assert torch.equal(before.hidden_BTH, after.hidden_BTH)
+
+
+def test_the_model_is_left_as_it_was():
+    model = base().train()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    record(model, calibration(model), range(1, 4))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0])
+        assert p.requires_grad == before[name][1]
+        assert p.grad is None
+    assert model.training
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_rows_without_labels_are_refused():
+    model = base()
+    batches = calibration(model)
+    for inputs in batches:
+        inputs["labels"].fill_(-100)
+    with pytest.raises(DataError, match="no token to learn"):
+        record(model, batches, range(1, 4))
+
+
+def test_a_batch_without_labels_among_others_changes_nothing():
+    model = base()
+    batches = calibration(model)
+    silent = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}
+    one, two = record(model, batches, range(1, 4)), record(model, [silent, *batches], range(1, 4))
+    assert one.loss == two.loss
+    assert torch.equal(one.outputs(2), two.outputs(2))
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    model = base()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(DataError, match="loss on the calibration rows is nan"):
+        record(model, calibration(model), range(1, 4))

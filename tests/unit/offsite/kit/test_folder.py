@@ -1,0 +1,234 @@
+import hashlib
+import os
+
+import pytest
+import torch
+from support.kits import contents, copied, edit, header_of, read_json, repair, small_kit, write_header
+from support.tokenizer import byte_tokenizer
+from transformers import AutoTokenizer
+
+from siftune.errors import KitError
+from siftune.models.families import FAMILIES
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.kit import config as kit_config
+from siftune.offsite.kit import folder as kit_module
+from siftune.offsite.kit.folder import is_kit, load_config, load_tokenizer, read_kit, write_kit
+from siftune.offsite.kit.manifest import canonical, parse_manifest
+from siftune.offsite.kit.tensors import tensor_specs
+
+FILES = (
+    *("adapter.safetensors", "chat_template.jinja", "config.json", "emulator.safetensors", "manifest.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return small_kit(tmp_path_factory.mktemp("sound") / "kit")
+
+
+@pytest.fixture
+def folder(sound, tmp_path):
+    """A copy to damage."""
+    return copied(sound.path, tmp_path / "kit")
+
+
+@pytest.mark.parametrize("family", [kind for kind in FAMILIES if kind != "gemma"])
+def test_what_is_written_is_read(tmp_path, family):
+    parts = contents(family)
+    kit = write_kit(tmp_path / "kit", parts)
+    assert sorted(path.name for path in kit.path.iterdir()) == sorted(FILES)
+    assert kit == read_kit(kit.path)
+    assert kit.manifest.middle == parts.middle
+    assert (kit.manifest.model_type, kit.manifest.depth, kit.manifest.split) == (family, 5, Split(1, 1))
+    assert kit.manifest.fingerprint == parts.fingerprint
+    assert kit.digest == hashlib.sha256((kit.path / "manifest.json").read_bytes()).hexdigest()
+    assert not kit.signed
+    assert not kit.verified
+    assert load_config(kit).num_hidden_layers == 5
+    assert tensor_specs(kit.path / "adapter.safetensors") == kit.manifest.adapter
+    for name, tensors in (("emulator", parts.frozen), ("adapter", parts.adapter)):
+        from safetensors.torch import load_file
+
+        loaded = load_file(kit.path / f"{name}.safetensors")
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in tensors.items())
+
+
+def test_its_tokenizer_loads_with_and_without_siftune(sound):
+    text = "Hello<|end|> you"
+    for tokenizer in (load_tokenizer(sound), AutoTokenizer.from_pretrained(sound.path)):
+        assert tokenizer.encode(text) == byte_tokenizer().encode(text)
+        assert tokenizer.chat_template == byte_tokenizer().chat_template
+
+
+def test_the_tokenizer_is_checked_again_when_it_is_loaded(folder):
+    kit = read_kit(folder)
+    (folder / "chat_template.jinja").write_text("x" * 140)
+    with pytest.raises(KitError, match=r"chat_template\.jinja has the SHA-256"):
+        load_tokenizer(kit)
+
+
+def test_the_cheap_look(sound, tmp_path):
+    assert is_kit(sound.path)
+    assert is_kit(str(sound.path))
+    for name, content in (("other", '{"siftune_return": 1}'), ("damaged", '{"siftune_kit": oops')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(content)
+    assert not is_kit(tmp_path / "other")
+    assert is_kit(tmp_path / "damaged"), "it shall be read, and complained about, as a kit"
+    assert not is_kit(tmp_path)
+    assert not is_kit(tmp_path / "missing")
+    assert not is_kit(sound.path / "config.json")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "manifest.json")
+    assert not is_kit(tmp_path / "pipe")
+
+
+def test_a_kit_may_be_reached_by_a_link_but_hold_none(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert read_kit(tmp_path / "link")
+    (folder / "config.json").rename(tmp_path / "outside.json")
+    (folder / "config.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(KitError, match=r"config\.json is a link"):
+        read_kit(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_held_to_the_manifest(folder, name):
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    with pytest.raises(KitError, match=f"no {name}" if name == "manifest.json" else f"{name} is missing"):
+        read_kit(folder)
+    if name == "manifest.json":
+        (folder / name).write_bytes(b"")
+        with pytest.raises(KitError, match="an empty one"):
+            read_kit(folder)
+        return
+    (folder / name).write_bytes(data + b" ")
+    with pytest.raises(KitError, match=f"{name} has {len(data) + 1} bytes, but manifest.json: files.{name}.bytes is"):
+        read_kit(folder)
+    (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(KitError, match=name) as caught:
+        read_kit(folder)
+    if name != "manifest.json":
+        assert "SHA-256" in str(caught.value)
+
+
+def test_a_file_must_be_in_the_manifest_and_on_the_list(folder):
+    edit(folder, "manifest.json", lambda m: m["files"].pop("chat_template.jinja") and None)
+    with pytest.raises(KitError, match=r"chat_template\.jinja is in it, but not in manifest\.json: files"):
+        read_kit(folder)
+    (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(read_kit(folder)).chat_template is None
+    (folder / "model.py").write_text("import os")
+    with pytest.raises(KitError, match=r"'model\.py' is in it and does not belong there"):
+        read_kit(folder)
+
+
+def test_complaints_are_one_sentence_with_folder_file_field_and_advice(folder):
+    edit(folder, "manifest.json", lambda m: m["split"].update(first=-1))
+    with pytest.raises(KitError) as caught:
+        read_kit(folder)
+    assert str(caught.value) == (
+        f"kit {folder}: manifest.json: split.first is -1, not a whole number from 0 to 5; "
+        "ask whoever made it for a sound copy"
+    )
+
+
+def forge(folder, name, change):
+    """Change a tensor file's header."""
+    header, data = header_of(folder / name)
+    change(header)
+    write_header(folder / name, header, data)
+    repair(folder)
+
+
+UP = "mlp.up_proj.weight"
+FORGERIES = [
+    ("emulator.safetensors", lambda h: h["lm_head.weight"].update(shape=[32, 320]), "lm_head.weight is F32"),
+    ("emulator.safetensors", lambda h: h["lm_head.weight"].update(dtype="I32"), "lm_head.weight.dtype is 'I32'"),
+    ("emulator.safetensors", lambda h: h.update(x=h.pop("lm_head.weight")), "has no tensor 'lm_head.weight'"),
+    ("emulator.safetensors", lambda h: h["__metadata__"].update(author="x"), "__metadata__"),
+    ("adapter.safetensors", lambda h: h[f"first.0.{UP}"].update(shape=[32, 48]), r"up_proj.weight is F32 \[32, 48\]"),
+    ("adapter.safetensors", lambda h: h.update(x=h.pop(f"first.0.{UP}")), f"has no tensor 'first.0.{UP}'"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), FORGERIES)
+def test_tensors_are_held_to_manifest_and_model(folder, name, change, words):
+    forge(folder, name, change)
+    with pytest.raises(KitError, match=words) as caught:
+        read_kit(folder)
+    assert f": {name}" in str(caught.value)
+
+
+def test_an_adapter_that_only_manifest_and_header_agree_on_is_refused(folder):
+    forge(folder, "adapter.safetensors", lambda h: h[f"first.0.{UP}"].update(shape=[32, 48]))
+    edit(folder, "manifest.json", lambda m: m["adapter"][f"first.0.{UP}"].update(shape=[32, 48]))
+    with pytest.raises(KitError, match=r"but the model of config\.json and manifest\.json says F32 \[48, 32\]"):
+        read_kit(folder)
+
+
+def test_half_of_the_tensors_in_another_dtype_are_refused(folder):
+    """float16 and bfloat16 take as many bytes."""
+    kit = small_kit(folder.parent / "half", dtype=torch.bfloat16)
+    forge(kit.path, "emulator.safetensors", lambda h: h["model.norm.weight"].update(dtype="F16"))
+    with pytest.raises(KitError, match=r"model\.norm\.weight is F16 \[32\], but the model"):
+        read_kit(kit.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("manifest.json", lambda m: m["adapter"][f"first.0.{UP}"].update(shape=[10**9, 32]), "shape is 1000000000"),
+        ("manifest.json", lambda m: m["base"].update(layers=10**9), "layers is 1000000000"),
+        ("manifest.json", lambda m: m["middle"][0].update(channels=10**9), "channels is 1000000000"),
+        ("config.json", lambda c: c.update(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+        ("config.json", lambda c: c.update(vocab_size=10**9), "vocab_size is 1000000000"),
+        ("config.json", lambda c: c.update(auto_map={"AutoConfig": "x.py--y"}), "auto_map"),
+    ],
+)
+def test_claims_are_refused_before_anything_is_built_or_allocated(folder, monkeypatch, name, change, words):
+    monkeypatch.setattr(kit_config, "make_config", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(kit_module, "tensor_specs", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(kit_module, "sha256_of", lambda *_: pytest.fail("hashed"))
+    edit(folder, name, change)
+    with pytest.raises(KitError, match=words):
+        read_kit(folder)
+
+
+def test_large_sparse_files_are_refused_by_their_headers(folder, monkeypatch):
+    """A terabyte of nothing, in which every size agrees with every other, is neither hashed nor loaded."""
+    header, _ = header_of(folder / "emulator.safetensors")
+    header["lm_head.weight"].update(shape=[10**6, 10**5])
+    position = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            size = 4 * torch.Size(entry["shape"]).numel()
+            entry["data_offsets"] = [position, position := position + size]
+    path = folder / "emulator.safetensors"
+    write_header(path, header, b"")
+    try:
+        os.truncate(path, path.stat().st_size + position)
+    except OSError:
+        pytest.skip("the file system has no sparse files of this size")
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"]["emulator.safetensors"]["bytes"] = path.stat().st_size
+    (folder / "manifest.json").write_bytes(canonical(manifest))
+    monkeypatch.setattr(kit_module, "sha256_of", lambda *_: pytest.fail("hashed"))
+    with pytest.raises(KitError, match=r"lm_head\.weight is F32 \[1000000, 100000\], but the model"):
+        read_kit(folder)
+
+
+def test_a_deeply_nested_config_is_refused(folder):
+    (folder / "config.json").write_bytes(b'{"a":' * 100_000)
+    repair(folder)
+    with pytest.raises(KitError, match=r"config\.json has more than 32 levels"):
+        read_kit(folder)
+
+
+def test_the_digest_names_the_manifest(sound):
+    data = (sound.path / "manifest.json").read_bytes()
+    assert parse_manifest(data) == sound.manifest
+    assert sound.config == read_json(sound.path / "config.json")

@@ -1,0 +1,257 @@
+"""The owner's way back: a return changes the adapter's tensors of the base and nothing else, or it is refused."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.emulators import FAMILIES, base, calibration, settings
+from support.tokenizer import byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from siftune.errors import KitError, ModelError, RecipeError, UnsupportedError
+from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.plug import compare, plug, plug_in
+from siftune.offsite.protocol.returned import write_return
+
+
+def make_kit(model, out, dtype=None, **values):
+    options = KitOptions(dtype=dtype)
+    return emulate(model, byte_tokenizer(), calibration(model), out, settings(keep=0.5, **values), options)
+
+
+def moved(kit, by=0.01, seed=0):
+    """The kit's adapter, every number of it changed by about `by`."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(kit.path / "adapter.safetensors")
+    return {name: t + by * (1 + torch.rand(t.shape, generator=generator)) for name, t in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return base(layers=3, vocab_size=300).float()
+
+
+@pytest.fixture(scope="module")
+def kit(model, tmp_path_factory):
+    return make_kit(model, tmp_path_factory.mktemp("owner") / "kit")
+
+
+@pytest.mark.parametrize(
+    ("family", "mlp"),
+    [*((f, mlp) for f in FAMILIES for mlp in ("refit", "channels")), ("llama", "factors"), ("gpt2", "factors")],
+)
+def test_a_round_trip_changes_exactly_the_adapters_tensors(family, mlp, tmp_path):
+    """The checkpoint is bfloat16; kit and model are made from a float32 copy of it, as on old processors."""
+    original = base(family, layers=4, vocab_size=300, pad_token_id=0).to(torch.bfloat16)
+    original.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    kit = make_kit(copy.deepcopy(original).float(), tmp_path / "kit", torch.bfloat16, mlp=mlp)
+    tuned = moved(kit)
+    write_return(tmp_path / "return", tuned, kit)
+    result = plug(str(tmp_path / "base"), tmp_path / "kit", tmp_path / "return", tmp_path / "tuned")
+    assert (result.folder, result.dtype, result.kit.digest) == (tmp_path / "tuned", "bfloat16", kit.digest)
+
+    plugged = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype="auto")
+    assert type(plugged) is type(original)
+    before, after = original.state_dict(), plugged.state_dict()
+    names = {name: neutral for neutral, name in adapter_names(original, settings().split).items()}
+    assert len(names) == len(tuned) > 2 * 8
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        expected = tuned[names[name]].to(torch.bfloat16) if name in names else tensor
+        assert torch.equal(after[name], expected), name
+        assert torch.equal(after[name], tensor) == (name not in names)
+    inputs = {key: calibration(original)[0][key] for key in ("input_ids", "attention_mask")}
+    reference = base(family, layers=4, vocab_size=300, pad_token_id=0).float()
+    reference.load_state_dict({name: after[name].float() for name in after})
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(exact(**inputs).logits, reference(**inputs).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "tuned")("a b").input_ids == byte_tokenizer()("a b").input_ids
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "kit", "return", "tuned"]
+
+
+def test_norms_against_sums_over_single_numbers():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"first.0.w": (3, 4), "first.0.b": (3,), "last.0.w": (2, 5), "last.1.w": (2, 2)}
+    before = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    after = {name: t.float() + 0.1 * torch.randn(t.shape, generator=generator) for name, t in before.items()}
+    report = compare(before, after, limit=3.0)
+
+    def root(names, number):
+        return math.sqrt(sum(number(*pair) for name in names for pair in pairs[name]))
+
+    pairs = {n: list(zip(before[n].flatten().tolist(), after[n].flatten().tolist(), strict=True)) for n in before}
+    for names, found in [
+        *(([name], update) for name, update in report.tensors.items()),
+        *(([n for n in shapes if n.startswith(f"{layer}.")], update) for layer, update in report.layers.items()),
+    ]:
+        change, norm = root(names, lambda a, b: (b - a) ** 2), root(names, lambda a, _: a**2)
+        assert found.change == pytest.approx(change, rel=1e-9)
+        assert found.norm == pytest.approx(norm, rel=1e-9)
+        assert found.relative == pytest.approx(change / norm, rel=1e-9)
+        lost = root(names, lambda _, b: (float(torch.tensor(b).bfloat16()) - b) ** 2)
+        assert found.lost == pytest.approx(lost, rel=1e-9)
+    assert list(report.layers) == ["first.0", "last.0", "last.1"]
+    assert report.matrices == ("first.0.w", "last.0.w", "last.1.w")
+    assert report.largest == max(report.matrices, key=lambda n: report.tensors[n].relative)
+    assert report.to_dict()["tensors"] == {name: update.relative for name, update in report.tensors.items()}
+
+
+def test_a_tensor_of_zeros_has_no_relative_update_unless_it_stays():
+    before = {"first.0.w": torch.eye(3), "first.0.b": torch.zeros(3), "first.0.c": torch.zeros(3)}
+    report = compare(before, {**before, "first.0.b": torch.full((3,), 0.5)})
+    assert report.tensors["first.0.b"].relative is None
+    assert report.tensors["first.0.c"].relative == report.tensors["first.0.w"].relative == 0.0
+    assert report.layers["first.0"].relative == pytest.approx(0.5)
+    report.check()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_a_matrix_that_was_replaced_is_above_the_default_limit(scale):
+    generator = torch.Generator().manual_seed(0)
+    before = {"first.0.w": torch.randn(40, 40, generator=generator), "first.0.v": torch.ones(400, 40)}
+    other = scale * torch.randn(40, 40, generator=generator)
+    with pytest.raises(KitError, match=r"first\.0\.w moved by .* more than the limit of 1"):
+        compare(before, {**before, "first.0.w": other}).check()
+
+
+def test_vectors_are_limited_by_their_layer():
+    before = {"first.0.w": torch.ones(4, 4), "first.0.norm": torch.ones(4), "last.0.w": torch.ones(2, 2)}
+    after = {**before, "first.0.norm": torch.full((4,), 2.0)}
+    compare(before, after).check()  # relative to itself 1, but the layer hardly moved
+    with pytest.raises(KitError, match=r"return: first\.0 moved by 4\.4"):
+        compare(before, {**before, "first.0.norm": torch.full((4,), 11.0)}).check()
+
+
+@pytest.mark.parametrize(
+    ("limit", "refused"), [(0.05, True), (0.2, False), (5.0, False)]
+)  # every number of the adapter, about 0.1, moves by 0.01 to 0.02
+def test_the_limit_can_be_chosen(model, kit, limit, refused):
+    plugged = copy.deepcopy(model)
+    if refused:
+        with pytest.raises(KitError, match=r"more than the limit of 0\.05: refuse the return, or raise --max-update"):
+            plug_in(plugged, kit, moved(kit), limit)
+    else:
+        report = plug_in(plugged, kit, moved(kit), limit)
+        assert 0.05 < report.to_dict()["largest"]["update"] < 0.2
+        assert report.limit == limit
+
+
+BROKEN = {
+    "missing": (lambda t: t.pop("last.0.mlp.up_proj.weight"), r"last\.0\.mlp\.up_proj\.weight is missing"),
+    "extra": (lambda t: t.update(x=torch.ones(2)), "tensor x is not the adapter's"),
+    "shape": (
+        lambda t: t.update({"first.0.mlp.up_proj.weight": torch.ones(2, 2)}),
+        r"first\.0\.mlp\.up_proj\.weight of the return has the shape \(2, 2\), but the base model's has \(48, 32\)",
+    ),
+    "nan": (lambda t: t["last.0.mlp.up_proj.weight"].fill_(math.nan), "not finite"),
+    "infinite": (lambda t: t["last.0.input_layernorm.weight"].fill_(math.inf), "not finite"),
+    "far": (lambda t: t["last.0.mlp.up_proj.weight"].mul_(-3), r"up_proj\.weight moved by 4"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_refused_leaves_the_model_untouched(model, kit, name):
+    spoil, words = BROKEN[name]
+    tensors = moved(kit)
+    spoil(tensors)
+    plugged = copy.deepcopy(model)
+    with pytest.raises(KitError, match=words):
+        plug_in(plugged, kit, tensors)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(plugged.state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_another_base_model_is_refused(model, kit, where):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.state_dict()[where][0, 0] += 1e-3
+    wanted = kit.manifest.fingerprint[:12]
+    with pytest.raises(KitError, match=rf"fingerprint {wanted}…, but this one has [0-9a-f]{{12}}…"):
+        plug_in(other, kit, moved(kit))
+
+
+def test_weights_that_accelerate_keeps_elsewhere_are_refused(model, kit):
+    """Copying into their placeholders would change nothing, and say nothing."""
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match="not in memory"):
+        plug_in(offloaded, kit, moved(kit))
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
+def test_a_limit_that_is_none_is_refused(model, kit, limit):
+    with pytest.raises(RecipeError, match="must be a finite number above 0"):
+        plug_in(copy.deepcopy(model), kit, moved(kit), limit)
+
+
+def test_numbers_too_large_for_the_models_dtype_are_refused(kit):
+    tensors = load_file(kit.path / "adapter.safetensors")
+    before = {name: tensor.half() for name, tensor in tensors.items()}
+    tensors["first.0.input_layernorm.weight"][0] = 1e5
+    with pytest.raises(KitError, match=r"input_layernorm.*too large for torch\.float16"):
+        compare(before, tensors)
+
+
+@pytest.mark.parametrize(("dtype", "by", "lost"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-6, False)])
+def test_rounding_that_drowns_the_update_is_told(tmp_path, caplog, dtype, by, lost):
+    model = base(layers=3, vocab_size=300).to(dtype)
+    kit = make_kit(copy.deepcopy(model).float(), tmp_path / "kit")
+    with caplog.at_level(logging.WARNING, logger="siftune"):
+        report = plug_in(model, kit, moved(kit, by))
+    assert (report.rounding > 0.9) == lost
+    assert (report.rounding < 0.1) == (not lost)
+    assert ("--dtype float32 avoids it" in caplog.text) == lost
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_dtype_can_be_chosen(tmp_path):
+    model = base(layers=3, vocab_size=300).to(torch.bfloat16)
+    source = saved(model, tmp_path / "base")
+    kit = make_kit(model.float(), tmp_path / "kit")
+    tuned = moved(kit, 1e-5)
+    write_return(tmp_path / "return", tuned, kit)
+    result = plug(source, kit.path, tmp_path / "return", tmp_path / "tuned", dtype="float32")
+    assert result.dtype == "float32"
+    assert result.report.rounding == 0.0
+    found = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert torch.equal(found["model.layers.2.mlp.up_proj.weight"], tuned["last.0.mlp.up_proj.weight"])
+
+
+def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):
+    source = saved(model, tmp_path / "base")
+    write_return(tmp_path / "return", moved(kit), kit)
+    write_return(tmp_path / "far", moved(kit, 1.0), kit)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").write_text("")
+    other = saved(base(layers=3, vocab_size=300, initializer_range=0.2).float(), tmp_path / "other")
+    back = tmp_path / "return"
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for arguments, kind, words in [
+        ((source, kit.path, tmp_path / "far", tmp_path / "tuned"), KitError, "--max-update"),
+        ((other, kit.path, back, tmp_path / "tuned"), KitError, "fingerprint"),
+        ((source, kit.path, kit.path, tmp_path / "tuned"), KitError, "return"),
+        ((source, back, back, tmp_path / "tuned"), KitError, "kit"),
+        ((source, kit.path, back, tmp_path / "used"), ModelError, "not empty"),
+        ((str(tmp_path / "none"), kit.path, back, tmp_path / "tuned"), ModelError, "does not exist"),
+    ]:
+        with pytest.raises(kind, match=words):
+            plug(*arguments)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    with pytest.raises(KitError):  # a key was given, and the kit is not signed
+        plug(source, kit.path, back, tmp_path / "tuned", public_key=tmp_path / "owner.pub.pem")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

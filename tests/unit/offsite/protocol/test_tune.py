@@ -1,0 +1,300 @@
+"""The data owner's side: a kit is tuned, and what goes back to the owner is exactly the tuned adapter's layers."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from support.tiny_kit import OUTER, SPLIT, base_model, save_kit
+from support.tiny_run import lines, recipe, save_rows
+from support.trainers import At, stop
+
+from siftune.cli.main import main
+from siftune.errors import KitError, LayerError, RecipeError
+from siftune.models.adapters import attach_adapter
+from siftune.models.layers import find_layers
+from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.protocol.load import load_emulator
+from siftune.offsite.protocol.returned import read_return
+from siftune.offsite.protocol.tune import merged_layers, save_return
+from siftune.recipe_file import load_recipe
+from siftune.trainer import run as module
+from siftune.trainer.run import train
+from siftune.trainer.trainer import SiftTrainer
+
+QUIET = Console(quiet=True)
+IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
+PRIVATE = ("manifest.json", "adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    return save_kit(tmp_path_factory.mktemp("kits") / "kit")
+
+
+@pytest.fixture(scope="module")
+def half_kit(tmp_path_factory):
+    return save_kit(tmp_path_factory.mktemp("kits") / "half", torch.bfloat16)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def with_return(kit, folder, dtype="auto"):
+    """The emulator with a return's tensors in it."""
+    model = load_emulator(kit.path, dtype)
+    names = adapter_names(model, SPLIT)
+    tensors = {names[name]: tensor for name, tensor in read_return(folder, kit).items()}
+    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    return model
+
+
+def shipped(kit):
+    return load_file(kit.path / "adapter.safetensors")
+
+
+def assert_equal(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+# --- what is trained and what goes back
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter"),
+    [("dense", "lora"), ("ist", "rslora"), ("gast", "dora"), ("dense", "full"), ("ist+gast", "full")],
+)
+def test_the_return_is_the_tuned_adapter(kit, rows, tmp_path, method, adapter):
+    settings = {
+        "method": method,
+        "adapter": adapter,
+        "steps": 4,
+        "warmup": 0,
+        "lr": 0.02,
+        "active": 1.0,
+        "eval": str(rows),
+    }
+    done = train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
+    returned = tmp_path / "run" / "return"
+    assert sorted(path.name for path in returned.iterdir()) == sorted(PRIVATE)
+    # what the owner will get computes what was trained here
+    torch.testing.assert_close(logits(with_return(kit, returned)), logits(done.model), rtol=1e-4, atol=1e-4)
+    assert float((logits(load_emulator(kit.path)) - logits(done.model)).abs().max()) > 1e-2
+    before, after = shipped(kit), read_return(returned, kit)
+    trained = {name for name in before if "norm" not in name or adapter == "full"}
+    assert {name for name, value in before.items() if not torch.equal(value, after[name])} == trained
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").layers == OUTER
+    assert (tmp_path / "run" / "adapter").exists() == (adapter != "full")
+    assert done.summary["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_adapters_sit_in_the_adapter_layers_and_nothing_else_moves(kit, rows, tmp_path, adapter):
+    done = train(recipe(kit.path, rows, tmp_path / "run", adapter=adapter, steps=2, method="rst"), QUIET)
+    numbers = {
+        int(name.split(".layers.")[1].split(".")[0]) for name, p in done.model.named_parameters() if "lora" in name
+    }
+    assert numbers == set(OUTER)
+    before = load_emulator(kit.path).state_dict()
+    own = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): value
+        for name, value in done.model.state_dict().items()
+        if "lora" not in name
+    }
+    assert_equal(own, before)  # merging for the return has left no trace either
+    config = json.loads((done.folder.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(kit.path)
+
+
+def test_a_kit_of_half_precision(half_kit, rows, tmp_path):
+    """The return has the kit's dtype, however the emulator was loaded."""
+    for name, settings in {
+        "lora": {"dtype": "bfloat16"}, "full": {"dtype": "bfloat16", "adapter": "full"}, "other": {"dtype": "float32"},
+    }.items():  # fmt: skip
+        done = train(recipe(half_kit.path, rows, tmp_path / name, steps=2, method="dense", **settings), QUIET)
+        returned = read_return(tmp_path / name / "return", half_kit)
+        assert {value.dtype for value in returned.values()} == {torch.bfloat16}
+        if name == "full":
+            state, names = done.model.state_dict(), adapter_names(done.model, SPLIT)
+            assert_equal(returned, {neutral: state[full] for neutral, full in names.items()})
+
+
+def test_some_of_the_adapter_layers(kit, rows, tmp_path):
+    train(recipe(kit.path, rows, tmp_path / "run", steps=2, method="dense", adapter="full", layers=(-1,)), QUIET)
+    before, after = shipped(kit), read_return(tmp_path / "run" / "return", kit)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {name for name in before if name.startswith("last.0.")}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_merging_is_what_peft_does(family, adapter):
+    """In float64: the layers of the model that PEFT merges and unloads."""
+    model = attach_adapter(base_model(torch.float64, family), adapter, rank=3, layers=(0, 1, 5))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.1)
+    state = copy.deepcopy(model.state_dict())
+    found = merged_layers(model, SPLIT)
+    assert_equal(model.state_dict(), state)
+    plain = copy.deepcopy(model).merge_and_unload()
+    wanted = {neutral: plain.state_dict()[name] for neutral, name in adapter_names(plain, SPLIT).items()}
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_merging_keeps_what_half_precision_would_lose():
+    model = base_model(torch.bfloat16)
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    model = attach_adapter(model, rank=1, alpha=1, targets=["q_proj"], layers=(0,))
+    part = find_layers(model).layers[0].self_attn.q_proj
+    with torch.no_grad():
+        part.lora_A["default"].weight.fill_(2.0**-6)
+        part.lora_B["default"].weight.fill_(2.0**-8)
+    found = merged_layers(model, SPLIT)["first.0.self_attn.q_proj.weight"]
+    assert torch.equal(found, weight.float() + 2.0**-14)
+    assert found.dtype == torch.float32
+
+
+# --- resuming and stopping
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_stopped_and_resumed(kit, rows, tmp_path, interfere, adapter):
+    settings = {"adapter": adapter, "save_every": 2, "steps": 5, "method": "ist", "interval": 2}
+    train(recipe(kit.path, rows, tmp_path / "whole", **settings), QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
+        interfere(At("on_pre_optimizer_step", 4, stop))
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
+    what, where = ("return", "return") if adapter == "full" else ("adapter", "adapter")
+    assert stopped.value.__notes__ == [f"the {what} after step 3 is in {tmp_path}/run/{where}"]
+    half = read_return(tmp_path / "run" / "return", kit)
+    train(recipe(kit.path, rows, tmp_path / "run", resume=True, **settings), QUIET)
+    whole = read_return(tmp_path / "whole" / "return", kit)
+    assert_equal(read_return(tmp_path / "run" / "return", kit), whole)
+    assert any(not torch.equal(value, half[name]) for name, value in whole.items())
+    assert lines(tmp_path / "run" / "selection.jsonl") == lines(tmp_path / "whole" / "selection.jsonl")
+
+
+def test_a_return_that_cannot_be_written_leaves_the_old_pair(kit, rows, tmp_path, monkeypatch):
+    settings = {"method": "dense", "save_every": 1, "steps": 1}
+    done = train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
+    folder = tmp_path / "run"
+    before = {p: p.read_bytes() for name in ("adapter", "return") for p in (folder / name).iterdir()}
+
+    def fails(path, model, kit):
+        save_return(path, model, kit)
+        raise KitError("no room")
+
+    monkeypatch.setattr("siftune.trainer.outcome.save_return", fails)
+    with pytest.raises(KitError, match="no room"):
+        train(recipe(kit.path, rows, folder, resume=True, **{**settings, "steps": 2}), QUIET)
+    assert {p: p.read_bytes() for name in ("adapter", "return") for p in (folder / name).iterdir()} == before
+    assert not list(folder.glob(".*"))
+    assert done.folder.path == folder
+
+
+def test_a_return_makes_a_folder_used(kit, rows, tmp_path):
+    settings = {"method": "dense", "adapter": "full", "steps": 1}
+    train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
+    with pytest.raises(RecipeError, match="run holds a run already"):
+        train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_the_middle_is_refused_before_anything_is_loaded(kit, rows, tmp_path, monkeypatch, adapter):
+    monkeypatch.setattr(module, "load_tunable", None)
+    with pytest.raises(
+        RecipeError, match=r"layers names 2, but in the kit .*/kit only the adapter's layers 0, 1, 3 can"
+    ):
+        train(recipe(kit.path, rows, tmp_path / "run", adapter=adapter, layers=(0, -2)), QUIET)
+    with pytest.raises(LayerError, match="the model has 4 layers"):
+        train(recipe(kit.path, rows, tmp_path / "run", adapter=adapter, layers=(4,)), QUIET)
+
+
+def test_a_damaged_kit_is_refused_before_anything_is_loaded(kit, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_tunable", None)
+    monkeypatch.setattr(module, "load_model", None)
+    shutil.copytree(kit.path, tmp_path / "kit")
+    path = tmp_path / "kit" / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(KitError, match=r"adapter\.safetensors"):
+        train(recipe(tmp_path / "kit", rows, tmp_path / "run"), QUIET)
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def finished(kit, tmp_path_factory):
+    """Runs on the kit: with an adapter, and of the layers themselves."""
+    place = tmp_path_factory.mktemp("finished")
+    rows = save_rows(place / "rows.jsonl")
+    for name, adapter in (("lora", "lora"), ("full", "full")):
+        train(recipe(kit.path, rows, place / name, method="dense", adapter=adapter, steps=3, lr=0.02), QUIET)
+    return place
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_eval_measures_the_emulator_before_and_after(kit, finished, capsys, name):
+    options = ["--data", str(finished / "rows.jsonl"), "--metrics", "perplexity", "--limit", "8", "--template", "none"]
+    assert main(["eval", str(finished / name), *options, "--json"]) == 0
+    [of_run] = json.loads(capsys.readouterr().out)["runs"]
+    assert main(["eval", str(kit.path), *options, "--json"]) == 0
+    [of_kit] = json.loads(capsys.readouterr().out)["runs"]
+    assert of_run["model"] == str(kit.path)
+    [before], [alone] = of_run["metrics"], of_kit["metrics"]
+    assert before["base"] == pytest.approx(alone["base"], rel=1e-6)
+    assert alone["tuned"] is None
+    assert before["tuned"] < 0.9 * before["base"]
+
+
+def test_eval_of_a_full_run_takes_the_return(kit, finished, tmp_path, capsys):
+    shutil.copytree(finished / "full", tmp_path / "run")
+    path = tmp_path / "run" / "return" / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    options = ["--data", str(finished / "rows.jsonl"), "--metrics", "perplexity", "--limit", "2"]
+    assert main(["eval", str(tmp_path / "run"), *options]) == 2
+    assert "adapter.safetensors has the SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lora", "lora/adapter", "full"])
+def test_export_sends_the_data_owner_to_the_owner(finished, capsys, name):
+    assert main(["export", str(finished / name)]) == 2
+    found = capsys.readouterr().err.splitlines()[-1]
+    assert found.startswith(f"siftune: error: {finished}/{name} is of a kit, an emulator that only stands in")
+    assert "`siftune plug`" in found
+    assert not (finished / name / "merged").exists()
+
+
+def test_the_command_names_the_return(kit, rows, tmp_path, capsys):
+    words = ["train", "--model", str(kit.path), "--train", str(rows), "--template", "none", "--steps", "1"]
+    words += ["--adapter", "full", "--layers", "0", "-1", "--method", "dense", "--out", str(tmp_path / "run")]
+    assert main([*words, "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["return"] == f"{tmp_path}/run/return"
+    assert "adapter" not in result
+    last = captured.err.splitlines()[-2:]
+    assert last[0].startswith(f"return in {tmp_path}/run/return: send it to the model's owner, who runs `siftune plug ")
+    assert last[1] == f"next: `siftune eval {tmp_path}/run --data FILE`"
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Send the folder RUN/return, and nothing else" in card
+    assert "siftune plug --model BASE --kit KIT --return RUN/return --out TUNED" in card
+    assert read_kit(kit.path).digest == json.loads((tmp_path / "run/return/manifest.json").read_text())["kit"]
