@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from siftune.numerics import wide_dtype, widened
+
 
 def linear_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
     """Gradient of every row for W in y = x Wᵀ; (B, O, I), in the dtype of the output gradient."""
@@ -47,34 +49,25 @@ def over_pairs(grads_BD: Tensor) -> Tensor:
 
 def total(grads_BD: Tensor) -> Tensor:
     """Sum over the rows; (D,)."""
-    return grads_BD.flatten(1).sum(0, dtype=_wide(grads_BD))
+    return grads_BD.flatten(1).sum(0, dtype=wide_dtype(grads_BD))
 
 
 def products(grads_BD: Tensor, other_D: Tensor) -> Tensor:
     """Inner product of every row's gradient with one vector; (B,)."""
-    return widened(grads_BD).flatten(1) @ other_D.flatten().to(_wide(grads_BD))
+    return widened(grads_BD).flatten(1) @ other_D.flatten().to(wide_dtype(grads_BD))
 
 
 def squares(grads_BD: Tensor) -> Tensor:
     """Squared length of every row's gradient; (B,)."""
-    lengths_B: Tensor = torch.linalg.vector_norm(grads_BD.flatten(1), dim=1, dtype=_wide(grads_BD))
+    lengths_B: Tensor = torch.linalg.vector_norm(grads_BD.flatten(1), dim=1, dtype=wide_dtype(grads_BD))
     return lengths_B.square()
 
 
 def sum_of(grads_BD: Tensor, rows_K: Tensor) -> Tensor:
     """Sum of the gradients of some rows, as often as they are named; the shape of the parameter."""
-    return grads_BD.index_select(0, rows_K).sum(0, dtype=_wide(grads_BD))
+    return grads_BD.index_select(0, rows_K).sum(0, dtype=wide_dtype(grads_BD))
 
 
 def added(parts: Sequence[Tensor]) -> Tensor:
     """Add up what the parameters of a unit contribute; (B,)."""
     return torch.stack(list(parts)).sum(0)
-
-
-def widened(values: Tensor) -> Tensor:
-    """The same values in the dtype that sums run in."""
-    return values.to(_wide(values))
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from siftune.errors import RecipeError
+from siftune.numerics import gumbel_top_k
 
 Support = Literal["sample", "rest", "momentum", "dataset"]
 Choice = Literal["stochastic", "topk", "random"]
@@ -169,8 +170,7 @@ def draw(log_p_B: Tensor, uniform_B: Tensor, count: int, replacement: bool) -> T
         ends_B = log_p_B.exp().cumsum(0)
         drawn_K = torch.searchsorted(ends_B, uniform_B[:count] * ends_B[-1], right=True)
         return drawn_K.clamp_max(log_p_B.numel() - 1).sort().values
-    gumbel_B = -torch.log(-torch.log(uniform_B.clamp_min(1e-300)))
-    return (log_p_B + gumbel_B).topk(count).indices.sort().values
+    return gumbel_top_k(log_p_B, uniform_B, count)
 
 
 def choose(scores_B: Tensor, live_B: Tensor, uniform_B: Tensor, count: int, settings: GASTSettings) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from siftune.engine import per_sample
 from siftune.methods.gast.maths import cosines
+from siftune.numerics import widened
 
 
 class Scored(NamedTuple):
@@ -34,7 +35,7 @@ def live_samples(grads: Sequence[Tensor]) -> Tensor:
     """Which samples have a gradient, as `score_samples` sees it; (S,) bool."""
     squares_S = torch.zeros(len(grads[0]), device=grads[0].device)
     for grad in sorted(grads, key=Tensor.numel):
-        squares_S = squares_S + per_sample.squares(per_sample.widened(grad))
+        squares_S = squares_S + per_sample.squares(widened(grad))
         if squares_S.device.type == "cpu" and bool(squares_S.all()):  # elsewhere asking costs more than it saves
             break
     return squares_S > 0
@@ -59,7 +60,7 @@ def score_samples(
         totals: Return the sums over the samples as well; not for cosines with the other samples.
     """
     if support is None and cosine:
-        squares_S = per_sample.added([per_sample.squares(per_sample.widened(g)) for g in grads])
+        squares_S = per_sample.added([per_sample.squares(widened(g)) for g in grads])
         return Scored(_cosines_with_the_rest(grads), squares_S > 0)
     none = [None] * len(grads)
     found = [_against(*those, totals) for those in zip(grads, support or none, metric or none, strict=True)]
@@ -76,7 +77,7 @@ def _against(
 
     The gradients are widened once: on processors, sums over half precision take longer than the cast.
     """
-    wide_SD = per_sample.widened(grad).flatten(1)
+    wide_SD = widened(grad).flatten(1)
     squares_S = per_sample.squares(wide_SD)
     total_D = per_sample.total(wide_SD) if total or support is None else None
     other_D = total_D if support is None else support
@@ -90,7 +91,7 @@ def _against(
 
 def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:
     """From all inner products between samples: no length is the difference of two much larger ones."""
-    wide = [per_sample.widened(g).flatten(1) for g in grads]
+    wide = [widened(g).flatten(1) for g in grads]
     gram_SS = torch.stack([g @ g.T for g in wide]).sum(0)
     squares_S = gram_SS.diagonal()
     rest_SS = 1 - torch.eye(len(gram_SS), dtype=gram_SS.dtype, device=gram_SS.device)

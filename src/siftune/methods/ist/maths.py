@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from siftune.errors import RecipeError
+from siftune.numerics import gumbel_top_k
 
 _MAX_DRAWS = 1000  # rejections before fewer than K sets are accepted; reached only by logits far from zero
 
@@ -86,8 +87,7 @@ def draw_layers(log_weights_L: Tensor, count: int, generator: torch.Generator) -
         (count,) int64 layer indices, ascending.
     """
     uniform_L = torch.rand(log_weights_L.shape, generator=generator, dtype=torch.float64)
-    gumbel_L = -torch.log(-torch.log(uniform_L.clamp_min(1e-300)))
-    return (log_weights_L + gumbel_L).topk(count).indices.sort().values
+    return gumbel_top_k(log_weights_L, uniform_L, count)
 
 
 def draw_active(logits_L: Tensor, active: float, generator: torch.Generator) -> Tensor:

@@ -35,8 +35,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from siftune.engine.per_sample import widened
 from siftune.errors import RecipeError
+from siftune.numerics import widened
 from siftune.offsite.maths.drd import canonical
 
 

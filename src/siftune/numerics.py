@@ -1,0 +1,39 @@
+"""Numerics that several subjects share: the dtype that sums run in, and one draw without replacement."""
+
+import torch
+from torch import Tensor
+
+_LEAST_UNIFORM = 1e-300  # log 0 is −∞: a uniform number of exactly 0 would give a Gumbel of −∞ and tie with others
+
+
+def widened(values: Tensor) -> Tensor:
+    """The same values in the dtype that sums run in."""
+    return values.to(wide_dtype(values))
+
+
+def wide_dtype(values: Tensor) -> torch.dtype:
+    """The dtype that sums over values run in: float64 for float64, float32 for all others."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def gumbel_top_k(log_weights: Tensor, uniform: Tensor, count: int) -> Tensor:
+    """Draw one after the other, without replacement, with probability ∝ the weights that are left.
+
+    The `count` largest of log w + Gumbel noise are such a draw (Kool et al., "Stochastic Beams and Where to Find
+    Them", arXiv 1903.06059). Working on logarithms, weights far apart do not underflow.
+
+    Args:
+        log_weights: (N,) logarithms of the weights, up to a constant.
+        uniform: (N,) float64 uniform numbers in [0, 1), the only source of chance.
+        count: How many to draw, 1 ≤ count ≤ N.
+
+    Returns:
+        (count,) int64 indices, ascending.
+
+    Example:
+        >>> log_weights = torch.tensor([0.0, -torch.inf, 0.0], dtype=torch.float64)
+        >>> gumbel_top_k(log_weights, torch.full((3,), 0.5, dtype=torch.float64), 2)
+        tensor([0, 2])
+    """
+    gumbel = -torch.log(-torch.log(uniform.clamp_min(_LEAST_UNIFORM)))
+    return (log_weights + gumbel).topk(count).indices.sort().values
