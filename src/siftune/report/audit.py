@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 from siftune.errors import RecipeError
 from siftune.evaluate.intervals import Estimate
+from siftune.files import writable_folder, write_beside
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.result import LABELS, Audit
 from siftune.report.audit_picture import picture
@@ -49,15 +49,11 @@ def write_audit(audit: Audit, out: str | Path) -> Path:
     contents = {"audit.json": record.encode(), "audit.md": markdown(audit).encode(), "audit.png": picture(audit)}
     prepare_folder(folder)
     try:
-        for name, content in contents.items():
-            _beside(folder, name).write_bytes(content)
-        for name in contents:
-            os.replace(_beside(folder, name), folder / name)
+        with write_beside(*(folder / name for name in contents)) as beside:
+            for path, content in zip(beside, contents.values(), strict=True):
+                path.write_bytes(content)
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    finally:
-        for name in contents:
-            _beside(folder, name).unlink(missing_ok=True)
     return folder
 
 
@@ -68,9 +64,7 @@ def prepare_folder(folder: Path) -> None:
         RecipeError: It cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _beside(folder, "probe").write_bytes(b"")
-        _beside(folder, "probe").unlink()
+        writable_folder(folder)
     except OSError as error:
         raise _cannot_write(folder, error) from error
 
@@ -153,10 +147,6 @@ def _table(rows: list[list[str]]) -> str:
     header, *body = (f"| {' | '.join(cells)} |" for cells in rows)
     rule = "|" + "|".join(["---", *["---:"] * (len(rows[0]) - 1)]) + "|"
     return "\n".join([header, rule, *body])
-
-
-def _beside(folder: Path, name: str) -> Path:
-    return folder / f".{name}.partial"
 
 
 def _cannot_write(folder: Path, error: OSError) -> RecipeError:

@@ -15,17 +15,14 @@ Single files are written beside their place and moved into it, so that a full di
 
 import json
 import math
-import os
-import platform
 import shutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from siftune.environment import hardware, versions
 from siftune.errors import InputError, RecipeError
-
-_PACKAGES = ("siftune", "torch", "transformers", "peft", "accelerate", "datasets")
+from siftune.files import writable_folder, write_beside
 
 
 class RunFolder:
@@ -41,10 +38,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            writable_folder(self.path)
         except OSError as error:
             raise RecipeError(
                 f"The run folder {self.path} cannot be written to ({error.strerror}); give another with --out."
@@ -77,9 +71,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file in one move."""
-        beside = self.path / f".{name}.partial"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self.path / name)
+        with write_beside(self.path / name) as [beside]:
+            beside.write_text(text, encoding="utf-8")
 
     def write_run(self, **values: Any) -> None:
         """Write run.json: what is given here, versions and hardware."""
@@ -92,20 +85,9 @@ class RunFolder:
         Args:
             parts: Name of a subfolder -> what writes it to the path that it is given.
         """
-        beside = {name: self.path / f".{name}.partial" for name in parts}
-        for path in beside.values():
-            shutil.rmtree(path, ignore_errors=True)
-        try:
-            for name, save in parts.items():
-                save(beside[name])
-        except BaseException:
-            for path in beside.values():
-                shutil.rmtree(path, ignore_errors=True)  # half an adapter, on what may be a full disk
-            raise
-        for name, path in beside.items():
-            if (self.path / name).exists():
-                shutil.rmtree(self.path / name)
-            os.replace(path, self.path / name)
+        with write_beside(*(self.path / name for name in parts)) as beside:
+            for save, path in zip(parts.values(), beside, strict=True):
+                save(path)
 
     def cut_records(self, step: int) -> None:
         """Drop metrics and selections after `step`, which a resumed run will write again."""
@@ -113,8 +95,7 @@ class RunFolder:
             path = self.path / name
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if _step(line) < first_dropped]
-                self.write(name, "".join(line + "\n" for line in kept))
+                self.write(name, "".join(line + "\n" for line in lines if _step(line) < first_dropped))
 
     def drop_half_written(self) -> None:
         """Remove checkpoints that are not complete: on a full disk the adapter needs their place."""
@@ -142,8 +123,8 @@ def newest_checkpoint(folder: Path) -> Path:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Folders of checkpoints in the order of their steps."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def _step(line: str) -> float:
@@ -161,31 +142,3 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return any(checkpoint.glob("*.safetensors"))
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def hardware() -> str:
-    """The machine in words: its accelerator, or its processor and the threads in use."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else f"{platform.machine()} CPU"

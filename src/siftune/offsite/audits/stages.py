@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from siftune.errors import DataError
 from siftune.evaluate.intervals import Bootstrap
+from siftune.files import Progress
 from siftune.models.layers import find_layers
 from siftune.offsite.audits.gradients import GradientCosine, gradient_cosine
 from siftune.offsite.audits.membership import Membership, RowLosses, infer_membership
@@ -18,7 +19,6 @@ from siftune.offsite.audits.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, FULL_
 from siftune.offsite.audits.rows import AuditRows, RowScores, batches, drawn, not_among, score_losses, score_rows
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.audits.tuning import Steps, Tuning, tuned
-from siftune.offsite.emulator.record import Progress
 
 logger = logging.getLogger(__name__)
 

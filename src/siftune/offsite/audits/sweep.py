@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from siftune.errors import RecipeError
+from siftune.files import Progress
 from siftune.models.layers import find_layers
 from siftune.offsite.audits.gradients import AdapterGradient, adapter_gradient, cosine
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.compress import Method, Mlp
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import Allotment, EmulatorSettings
-from siftune.offsite.emulator.record import Progress
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.drd import Basis
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from siftune.errors import RecipeError
+from siftune.files import Progress
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble
 from siftune.offsite.emulator.compress import CompressedLayer, compress_layer, layer_curvature, whole
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
-from siftune.offsite.emulator.record import Progress, Recording, record, replay
+from siftune.offsite.emulator.record import Recording, record, replay
 from siftune.offsite.emulator.split import Split
 
 

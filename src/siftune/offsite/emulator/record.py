@@ -9,7 +9,7 @@ is formed.
 Shapes: B rows, T positions, H hidden size, N real tokens of all batches, I and O in and out features of a matrix.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.engine.gate import hidden_states, with_hidden
+from siftune.models.layers import hidden_states, with_hidden
 from siftune.errors import DataError
+from siftune.files import Progress
 from siftune.models.heads import label_positions, logits_at, next_labels
 from siftune.models.layers import find_layers
 from siftune.models.modes import evaluating
-
-Progress = Callable[[str, int, int], None]  # what is done, how far, of how many
 
 
 @dataclass

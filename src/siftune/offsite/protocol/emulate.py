@@ -21,14 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.errors import ModelError
-from siftune.files import refuse_full
+from siftune.files import Progress, refuse_full, write_beside
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import assemble, cast
 from siftune.offsite.emulator.compress import CompressedLayer
 from siftune.offsite.emulator.make import compressed_layers, in_places, middle_of, record_middle
 from siftune.offsite.emulator.model import LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
-from siftune.offsite.emulator.record import Progress
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 
@@ -161,10 +160,9 @@ class _Work:
 
     def add(self, number: int, layer: CompressedLayer) -> None:
         """Keep a layer; a file is there whole or not at all."""
-        beside = self.path / "layer.partial"
         shape = json.dumps(asdict(layer.shape))
-        save_file({n: t.contiguous().cpu() for n, t in layer.tensors.items()}, beside, {"shape": shape})
-        os.replace(beside, self._file(number))
+        with write_beside(self._file(number)) as [beside]:
+            save_file({n: t.contiguous().cpu() for n, t in layer.tensors.items()}, beside, {"shape": shape})
 
     def load(self, number: int) -> CompressedLayer:
         """A layer that is there."""
