@@ -14,7 +14,6 @@ import torch
 import yaml
 from datasets import Dataset
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,17 +24,17 @@ from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
+from siftune.environment import hardware, versions
 from siftune.errors import DataError
 from siftune.evaluate.choices import score_choices
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows
 from siftune.methods.gast.callback import GAST
-from siftune.methods.gast.choice import Samples
+from siftune.methods.sample_choice import Samples
 from siftune.methods.gast.maths import zscores
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
-from siftune.trainer.run import set_up
-from siftune.trainer.run_folder import RunFolder, hardware, versions
+from siftune.trainer.build import build
 
 Record = dict[str, Any]
 Job = dict[str, Any]
@@ -233,7 +232,8 @@ def _train(
         for name, file in files.items()
         if file is not None
     }
-    trainer, release = set_up(recipe, RunFolder(folder), model, tokenizer, data, Console(stderr=True, soft_wrap=True))
+    built = build(recipe, model, tokenizer, data, folder / "checkpoints")
+    trainer = built.trainer
     watch, clock = LabelWatch(data["train"], rows), Clock()
     trainer.add_callback(clock)
     methods = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GAST)]
@@ -245,7 +245,7 @@ def _train(
             return trainer.model, tokenizer, {"steps": 0}
         trainer.train()
     finally:
-        release()
+        built.release()
     steps = trainer.state.global_step
     found = {
         "steps": steps,

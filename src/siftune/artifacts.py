@@ -2,18 +2,19 @@
 
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from siftune.config import Recipe
-from siftune.errors import AdapterError, ModelError
-from siftune.models.source import load_model
-from siftune.offsite.kit.folder import is_kit
-from siftune.offsite.protocol.tune import kit_of, load_tunable, put_in_return
+from siftune.errors import AdapterError, KitError, ModelError
+from siftune.offsite.kit.folder import Kit, is_kit, read_kit
+from siftune.offsite.protocol.tune import KitSource, put_in_return
 from siftune.recipe_file import load_recipe
+from siftune.trainer.source import ModelSource
 from siftune.trainer.tuned_layers import holds_tuned, put_in, read_about, read_tuned
 
 
@@ -27,27 +28,38 @@ class Subject:
         adapter: Folder of what was trained: an adapter in PEFT's format, tuned layers, or the return of a run on a
             kit. None for a model by itself.
         recipe: The recipe of a run folder; None otherwise.
+        kit: The kit that `base` names, read and checked; None for another model.
     """
 
     name: str
     base: str
     adapter: Path | None = None
     recipe: Recipe | None = None
+    kit: Kit | None = None
 
 
-def find_subject(source: str) -> Subject:
+def find_subject(source: str, read: Callable[[Path], Kit] = read_kit) -> Subject:
     """Tell what a name stands for.
 
     Args:
         source: A run folder (`recipe.yaml`, and `adapter/` or `return/`), a PEFT adapter folder
             (`adapter_config.json`), a folder of tuned layers (`tuned_layers.json`), a kit, or anything that
             `load_model` takes.
+        read: Reads and checks a kit; who names several subjects gives one that remembers.
 
     Raises:
+        KitError: The kit is damaged.
         ModelError: A run folder has no adapter in it.
         AdapterError: An adapter's config can't be read, or names no base model.
         RecipeError: A run's recipe can't be read.
     """
+    subject = _subject(source)
+    base = Path(subject.base).expanduser()
+    return replace(subject, kit=read(base)) if is_kit(base) else subject
+
+
+def _subject(source: str) -> Subject:
+    """Tell what a name stands for, but for the kit."""
     path = Path(source).expanduser()
     if (path / "recipe.yaml").is_file():
         recipe: Recipe = load_recipe(path / "recipe.yaml")
@@ -82,8 +94,8 @@ def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> 
 
 def load_base(subject: Subject, dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and tokenizer as they were before training; see `load_subject`."""
-    kit = kit_of(subject.base)
-    model, tokenizer = load_model(subject.base, dtype) if kit is None else load_tunable(kit, dtype)
+    source = ModelSource(subject.base) if subject.kit is None else KitSource(subject.kit)
+    model, tokenizer = source.load(dtype)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
@@ -101,7 +113,9 @@ def put_on(model: Any, subject: Subject, exact: bool = False) -> Any:
     if holds_tuned(folder):
         put_in(model, read_tuned(folder), folder)
     elif _is_return(folder):
-        put_in_return(model, folder, subject.base)
+        if subject.kit is None:
+            raise KitError(f"{folder} is a return, but {subject.base} is no kit: give the kit that it was tuned on")
+        put_in_return(model, folder, subject.kit)
     else:
         model = _with_adapter(model, folder, subject.base, exact)
     return model.eval()
@@ -110,7 +124,7 @@ def put_on(model: Any, subject: Subject, exact: bool = False) -> Any:
 def is_of_kit(subject: Subject) -> bool:
     """Whether the subject is a kit, or was trained on one."""
     run = Path(subject.name).expanduser()
-    return _is_return(run / "return") or is_kit(Path(subject.base).expanduser())
+    return subject.kit is not None or _is_return(run / "return")
 
 
 def _trained_in(run: Path) -> Path:

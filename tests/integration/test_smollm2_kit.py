@@ -21,7 +21,7 @@ def test_a_kit_that_comes_back_untouched_gives_the_model(smollm2, tmp_path):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     options = KitOptions(dtype=torch.bfloat16)
     kit = emulate(model, tokenizer, [batch], tmp_path / "kit", EmulatorSettings(keep=0.9), options)
-    emulator, _ = load_kit(kit.path, "float32")
+    emulator, _ = load_kit(kit, "float32")
     with torch.no_grad():
         losses = [float(m(**batch).loss) for m in (model, emulator)]
     assert losses[1] < losses[0] + 1.0, "what is compressed with this text should still read it"

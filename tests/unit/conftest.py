@@ -1,7 +1,9 @@
-"""A saved tiny model and rows for it."""
+"""A saved tiny model, rows for it, and a way to interfere with the runs of `train`."""
 
 import pytest
 from support.tiny_run import save_base, save_rows
+
+from siftune.trainer.trainer import SiftTrainer
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +16,17 @@ def base(tmp_path_factory):
 def rows(tmp_path):
     """File of 24 rows."""
     return save_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def interfere(monkeypatch):
+    """Return a function that adds a callback to the Trainer of the next runs."""
+
+    def add(callback):
+        def start(self, *args, callbacks=(), **kwargs):
+            original(self, *args, callbacks=[*callbacks, callback], **kwargs)
+
+        original = SiftTrainer.__init__
+        monkeypatch.setattr(SiftTrainer, "__init__", start)
+
+    return add

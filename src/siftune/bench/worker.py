@@ -2,8 +2,9 @@
 
 Call: `python -m siftune.bench.worker FOLDER`. It reads FOLDER/job.json and writes FOLDER/result.json.
 
-siftune's methods are assembled by siftune's own training path, with the callbacks that a user's run has; only the rows
-are made up. TRL's yardstick gets the same rows, batches, weights and adapter; everything else is TRL's default.
+siftune's methods are assembled by siftune's own training path, as in a user's run but without its records and its
+progress bar; the rows are made up. TRL's yardstick gets the same rows, batches, weights and adapter; everything else is
+TRL's default.
 
 The matmul floor is the time that the matrix products of a dense step would take at the highest rate at which this
 machine was seen to multiply matrices in the model's dtype.
@@ -21,17 +22,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
-from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from siftune.bench.cost import FLOOR, Workload
-from siftune.environment import peak_memory_mb
+from siftune.environment import hardware, peak_memory_mb, versions
 from siftune.errors import RecipeError, SiftuneError
 from siftune.models.source import load_model
-from siftune.trainer.run import set_up
-from siftune.trainer.run_folder import RunFolder, hardware, versions
+from siftune.trainer.build import build
 
 _SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes
 
@@ -113,8 +112,8 @@ def build_trainer(method: str, work: Workload, folder: Path, *watchers: TrainerC
     if longest is not None and work.length > longest:
         raise RecipeError(f"length is {work.length}, but {work.model} takes at most {longest} tokens")
     rows = random_rows(work, config.vocab_size)
-    build = _trl_trainer if method.startswith("trl") else _siftune_trainer
-    trainer = build(method, work, folder, model, tokenizer, rows)
+    assemble = _trl_trainer if method.startswith("trl") else _siftune_trainer
+    trainer = assemble(method, work, folder, model, tokenizer, rows)
     for watcher in watchers:
         trainer.add_callback(watcher)
     return trainer
@@ -143,8 +142,7 @@ def _siftune_trainer(
 ) -> Trainer:
     """Assemble what `siftune train` would."""
     recipe = work.recipe(method, str(folder / "run"))
-    run = RunFolder(str(recipe.out))
-    return set_up(recipe, run, model, tokenizer, {"train": rows}, Console(stderr=True))[0]
+    return build(recipe, model, tokenizer, {"train": rows}, folder / "run").trainer
 
 
 def _trl_trainer(

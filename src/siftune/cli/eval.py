@@ -1,5 +1,6 @@
 """`siftune eval`: measure runs, adapters and models on held-out rows, base against tuned."""
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,10 +70,12 @@ def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
     from siftune.artifacts import find_subject
     from siftune.data.readers import load_rows
+    from siftune.offsite.kit.folder import read_kit
 
     _check(options)
     # everything that can be refused without loading a model comes first
-    subjects = [find_subject(name) for name in options.runs]
+    read = functools.cache(read_kit)  # runs on one kit share it
+    subjects = [find_subject(name, read) for name in options.runs]
     tasks = [_task(subject, options) for subject in subjects]
     rows = {task: load_rows(task.data, task.split, task.limit, task.format) for task in dict.fromkeys(tasks)}
     known: dict[_Task, Metrics] = {}

@@ -21,9 +21,10 @@ def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     from rich.console import Console
 
+    from siftune.offsite.protocol.tune import source_of
     from siftune.trainer.run import train
 
-    finished = train(options)
+    finished = train(options, source_of=source_of)
     summary, path = finished.summary, finished.folder.path
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(

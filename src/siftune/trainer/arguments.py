@@ -1,27 +1,27 @@
 """What a recipe is in the words of transformers' Trainer."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from siftune.config import Recipe
-from siftune.trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def training_arguments(recipe: Recipe, folder: RunFolder, fp16: bool) -> TrainingArguments:
+def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> TrainingArguments:
     """A recipe in the Trainer's words.
 
     Args:
         recipe: Resolved settings.
-        folder: Where checkpoints go.
+        output_dir: Where checkpoints go.
         fp16: The model is in float16.
     """
     arguments = TrainingArguments(
-        output_dir=str(folder.checkpoints),
+        output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,

@@ -3,8 +3,8 @@
 from typing import Any
 
 from siftune.config import Recipe
+from siftune.environment import hardware, versions
 from siftune.recipe_file import recipe_to_yaml
-from siftune.trainer.run_folder import hardware, versions
 
 _METHODS = {
     "dense": "all that can train does so in every step",
@@ -37,25 +37,14 @@ BASE is the model above: for `smollm2`, the folder that `siftune pull smollm2` p
 tuned model as an ordinary one.
 """
 
-_USE_RETURN = """\
-The model above is a kit: it stands in for a model that its owner keeps. Send the folder RUN/return, and nothing else,
-to the owner, who makes the tuned model of it:
 
-```sh
-siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
-```
-
-`siftune eval RUN --data FILE` measures the kit's emulator before and after.
-"""
-
-
-def model_card(recipe: Recipe, summary: dict[str, Any], is_kit: bool = False) -> str:
+def model_card(recipe: Recipe, summary: dict[str, Any], usage: str | None = None) -> str:
     """A card in the hub's format: what was tuned, how, on what, with which result.
 
     Args:
         recipe: Resolved settings.
         summary: The run's summary.
-        is_kit: What was tuned is a kit.
+        usage: What to say on the use of the result; None for what holds for adapters and for tuned layers.
     """
     loss = summary["loss_last"]
     tokens = ", ".join(f"{name} {number}" for name, number in versions().items())
@@ -82,7 +71,7 @@ Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 
 ## Use
 
-{_USE_RETURN if is_kit else _USE_LAYERS if full else _USE_ADAPTER}
+{usage or (_USE_LAYERS if full else _USE_ADAPTER)}
 ## Recipe
 
 ```yaml

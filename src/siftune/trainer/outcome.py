@@ -10,11 +10,10 @@ from peft import PeftModel
 
 from siftune.config import Recipe
 from siftune.environment import peak_memory_mb
-from siftune.offsite.kit.folder import Kit
-from siftune.offsite.protocol.tune import save_return
+from siftune.files import disk_faults
 from siftune.trainer.card import model_card
-from siftune.trainer.disk import disk_faults
 from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.source import Source
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 
@@ -26,13 +25,13 @@ class Outcome:
         trainer: Its Trainer.
         folder: Its folder.
         recipe: Its settings, resolved.
-        kit: The kit that is tuned; None for an ordinary model.
+        source: What is tuned.
     """
 
     trainer: SiftTrainer
     folder: RunFolder
     recipe: Recipe
-    kit: Kit | None
+    source: Source
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Steps, losses, seconds, tokens and peak memory in MB."""
@@ -54,27 +53,23 @@ class Outcome:
         step = self.trainer.state.global_step
         if not step:
             return "no step was finished"
-        if self._has_adapter:
-            return f"the adapter after step {step} is in {self.folder.adapter}"
-        return f"the return after step {step} is in {self.folder.returned}"
+        name = next(iter(self._parts("")))
+        return f"the {name} after step {step} is in {self.folder.path / name}"
 
     def leave(self, status: str, summary: dict[str, Any]) -> None:
         """Write what was trained, run.json and the model card."""
-        card = model_card(self.recipe, summary, self.kit is not None)
-        parts: dict[str, Callable[[Path], None]] = {}
-        if self._has_adapter:
-            parts[self.folder.adapter.name] = partial(self._save_adapter, card)
-        if self.kit is not None:
-            parts[self.folder.returned.name] = partial(save_return, model=self.trainer.model, kit=self.kit)
+        card = model_card(self.recipe, summary, self.source.usage)
         with disk_faults(self.folder.path):
-            self.folder.replace(parts)
+            self.folder.replace(self._parts(card))
             self.folder.write_run(status=status, summary=summary)
             self.folder.write("README.md", card)
 
-    @property
-    def _has_adapter(self) -> bool:
-        """Whether there is something to use besides the return: of a kit's own weights, the return says it all."""
-        return self.kit is None or isinstance(self.trainer.model, PeftModel)
+    def _parts(self, card: str) -> dict[str, Callable[[Path], None]]:
+        """What is left in subfolders, and how: the adapter first, then what the source adds or has in its place."""
+        leaves = self.source.leaves(self.trainer.model)
+        if leaves and not isinstance(self.trainer.model, PeftModel):
+            return dict(leaves)
+        return {self.folder.adapter.name: partial(self._save_adapter, card), **leaves}
 
     def _save_adapter(self, card: str, path: Path) -> None:
         if isinstance(self.trainer, LayerTrainer):

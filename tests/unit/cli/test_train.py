@@ -17,7 +17,7 @@ from support.tiny_run import lines
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
-from siftune.trainer import run as module
+from siftune.trainer import source as module
 
 SETTINGS = """\
 template: none

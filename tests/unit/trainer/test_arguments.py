@@ -6,13 +6,12 @@ from transformers import TrainingArguments
 
 from siftune.config import Recipe
 from siftune.trainer.arguments import training_arguments
-from siftune.trainer.run_folder import RunFolder
 
 
 def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):
     """Otherwise the Trainer copies the model to all of them."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 3))
     with caplog.at_level(logging.WARNING, logger="siftune"):
-        arguments = training_arguments(Recipe(), RunFolder(tmp_path), fp16=False)
+        arguments = training_arguments(Recipe(), tmp_path, fp16=False)
     assert arguments._n_gpu == 1
     assert "3 GPUs are there, the first is used" in caplog.text

@@ -16,9 +16,9 @@ from siftune.data.tokenize import tokenize_rows
 from siftune.errors import AdapterError, LayerError, RecipeError
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
-from siftune.trainer import run as module
-from siftune.trainer.run import set_up, train
-from siftune.trainer.run_folder import RunFolder
+from siftune.trainer import source as module
+from siftune.trainer.build import build
+from siftune.trainer.run import train
 from siftune.trainer.trainer import SiftTrainer
 from siftune.trainer.tuned_layers import About, put_in, read_about, read_tuned, save_tuned
 
@@ -176,20 +176,20 @@ def test_an_interrupt_in_a_forward_pass_leaves_whole_layers(base, rows, tmp_path
 # --- in memory
 
 
-def test_set_up_on_a_model_in_memory(base, rows, tmp_path):
+def test_build_on_a_model_in_memory(base, rows, tmp_path):
     model, tokenizer = load_model(str(base), "bfloat16")
     data = {"train": tokenize_rows(load_rows(str(rows)), tokenizer, 64, "none")}
     given = resolve_recipe(recipe(base, rows, tmp_path / "run", steps=2, **FULL))
-    trainer, release = set_up(given, RunFolder(tmp_path / "run"), model, tokenizer, data, QUIET)
-    trainer.train()
-    release()
-    assert trainer.model is model
+    built = build(given, model, tokenizer, data, tmp_path / "run")
+    built.trainer.train()
+    built.release()
+    assert built.trainer.model is model
     train(recipe(base, rows, tmp_path / "other", steps=2, dtype="bfloat16", **FULL), QUIET)
     state = model.state_dict()
     assert_equal(weights(tmp_path / "other"), {name: value for name, value in state.items() if is_open(name)})
     logits(model)  # of use as it is
     with pytest.raises(RecipeError, match="no layers are given"):
-        set_up(Recipe(adapter="full"), RunFolder(tmp_path / "run"), model, tokenizer, data, QUIET)
+        build(Recipe(adapter="full"), model, tokenizer, data, tmp_path / "run")
 
 
 # --- what is refused

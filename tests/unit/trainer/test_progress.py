@@ -12,6 +12,7 @@ from siftune.trainer import progress
 from siftune.trainer.progress import Metrics, ProgressView, describe
 from siftune.trainer.run import train
 from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.trainer import SiftTrainer
 
 
 def state(step, tokens=0, **settings):
@@ -127,8 +128,8 @@ def test_the_bar_is_taken_down_when_training_fails(base, rows, tmp_path, monkeyp
         def on_step_end(self, *_, **__):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("siftune.trainer.run.PrinterCallback", Stop)  # in the place of one that is only taken off
-    monkeypatch.setattr("siftune.trainer.run.SiftTrainer.remove_callback", lambda self, kind: self.add_callback(Stop()))
+    monkeypatch.setattr("siftune.trainer.build.PrinterCallback", Stop)  # in the place of one that is only taken off
+    monkeypatch.setattr(SiftTrainer, "remove_callback", lambda self, kind: self.add_callback(Stop()))
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     with pytest.raises(KeyboardInterrupt):
         train(recipe(base, rows, tmp_path / "run"), console)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from siftune.config import resolve_recipe
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
 from siftune.recipe_file import load_recipe
-from siftune.trainer import run as module
+from siftune.trainer import source as module
 from siftune.trainer.run import train
 from siftune.trainer.trainer import SiftTrainer
 

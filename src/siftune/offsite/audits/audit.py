@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from siftune.data.readers import load_rows
+from siftune.environment import hardware, versions
 from siftune.errors import KitError
+from siftune.files import Progress
 from siftune.models.source import load_model
 from siftune.offsite.audits.models import OffsiteModels, check_models, kept_fraction, plugged, read_adapter
 from siftune.offsite.audits.result import FULL_ZS, RECOVERED, Audit, summarise
@@ -35,14 +37,12 @@ from siftune.offsite.audits.stages import (
     tuned_adapters,
     untuned,
 )
-from siftune.offsite.emulator.record import Progress
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.protocol.load import load_emulator
+from siftune.offsite.protocol.load import load_kit
 from siftune.offsite.protocol.plug import compare
 from siftune.offsite.protocol.returned import read_return
 from siftune.report.audit import prepare_folder, write_audit
-from siftune.trainer.run_folder import hardware, versions
 
 
 def audit(
@@ -118,7 +118,7 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
             f"{options.kit}/manifest.json: base.fingerprint is not that of the model {options.model}; give the model "
             "that the kit was made of, with the --dtype that it was made with"
         )
-    emulator = load_emulator(options.kit, options.dtype, options.public_key)
+    emulator, _ = load_kit(kit, options.dtype)
     models = _on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
     settings = options.settings()
     found = audit(models, tokenize_audit(train, held_out, tokenizer, settings), settings, returned, progress)

@@ -5,12 +5,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -18,8 +18,7 @@ from siftune.config import Recipe, resolve_recipe
 from siftune.models.layers import find_layers
 from siftune.offsite.audits.models import restored
 from siftune.offsite.audits.settings import AuditSettings
-from siftune.trainer.run import set_up
-from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.build import build
 
 Steps = Callable[[int, int], None]  # optimizer steps done, of how many
 
@@ -66,16 +65,14 @@ def tuned(
 
 def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
     with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
-        data = {"train": tuning.data}
-        console = Console(quiet=True)
-        trainer, release = set_up(recipe, RunFolder(folder), model, tuning.tokenizer, data, console)
+        told = [] if steps is None else [_Told(steps)]
+        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), told)
         try:
             if steps is not None:
                 steps(0, tuning.settings.steps)
-                trainer.add_callback(_Told(steps))
-            trainer.train()
+            built.trainer.train()
         finally:
-            release()
+            built.release()
 
 
 def _tensors_of(model: nn.Module, layers: Sequence[int]) -> set[str]:

@@ -32,11 +32,8 @@ def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None
     return _load(read_kit(path, public_key), dtype)
 
 
-def load_kit(
-    path: str | Path, dtype: str = "auto", public_key: Path | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a kit's emulator and tokenizer; as `load_emulator`, the tokenizer with a padding token."""
-    kit = read_kit(path, public_key)
+def load_kit(kit: Kit, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load emulator and tokenizer of a kit that was read: as `load_emulator`, the tokenizer with a padding token."""
     return _load(kit, dtype), _tokenizer(kit)
 
 

@@ -1,8 +1,9 @@
 """Kits in training: which layers of one train, and what goes back to the owner of the base model."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,62 +20,78 @@ from siftune.offsite.kit.folder import Kit, is_kit, read_kit
 from siftune.offsite.kit.tensors import DTYPES
 from siftune.offsite.protocol.load import load_kit
 from siftune.offsite.protocol.returned import read_return, write_return
+from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.tuned_layers import put_in
 
+_USE_RETURN = """\
+The model above is a kit: it stands in for a model that its owner keeps. Send the folder RUN/return, and nothing else,
+to the owner, who makes the tuned model of it:
 
-def kit_of(source: str) -> Kit | None:
-    """Read the kit that a recipe's `model` names; None for any other model.
+```sh
+siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
+```
+
+`siftune eval RUN --data FILE` measures the kit's emulator before and after.
+"""
+
+
+@dataclass(frozen=True)
+class KitSource:
+    """A kit as what is tuned: its outer layers, or adapters in them.
+
+    Attributes:
+        kit: The kit, read and checked.
+    """
+
+    kit: Kit
+
+    @property
+    def usage(self) -> str:
+        """Words for the model card: the return goes to the owner."""
+        return _USE_RETURN
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """Fill in which layers train: the outer ones, or those of them that the recipe names.
+
+        Raises:
+            RecipeError: The recipe names a layer between the outer ones.
+            LayerError: There is no such layer.
+        """
+        depth = self.kit.manifest.emulator_depth
+        outer = self.kit.manifest.split.outer(depth)
+        chosen = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)
+        middle = [number for number in chosen if number not in outer]
+        if middle:
+            raise RecipeError(
+                f"layers names {_listed(middle)}, but in the kit {self.kit.path} only the outer layers "
+                f"{_listed(outer)} can train: what lies between stays as the model's owner made it; give some of "
+                "these, or leave layers out"
+            )
+        return replace(recipe, layers=chosen)
+
+    def load(self, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load emulator and tokenizer; the model knows where it is from, for the adapter's config."""
+        model, tokenizer = load_kit(self.kit, dtype)
+        model.name_or_path = str(self.kit.path)
+        return model, tokenizer
+
+    def leaves(self, model: nn.Module) -> dict[str, Callable[[Path], None]]:
+        """The return."""
+        return {"return": partial(save_return, model=model, kit=self.kit)}
+
+
+def source_of(name: str) -> Source:
+    """What a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
 
     Raises:
         KitError: The kit is damaged.
     """
-    path = Path(source).expanduser()
-    return read_kit(path) if is_kit(path) else None
-
-
-def load_tunable(kit: Kit, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a kit's emulator and tokenizer; the model knows where it is from, for the adapter's config.
-
-    Raises:
-        KitError: As `load_kit`.
-    """
-    model, tokenizer = load_kit(kit.path, dtype)
-    model.name_or_path = str(kit.path)
-    return model, tokenizer
-
-
-def settle_layers(recipe: Recipe, kit: Kit | None) -> Recipe:
-    """Fill in which layers of a kit train, and refuse to train all weights of a model.
-
-    Args:
-        recipe: Resolved settings.
-        kit: The kit that `recipe.model` names; None for another model.
-
-    Raises:
-        RecipeError: All weights would train, or a layer between a kit's adapter layers would.
-        LayerError: There is no such layer.
-    """
-    if kit is None:
-        if recipe.adapter == "full" and recipe.layers is None:
-            raise RecipeError(
-                "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
-                "give --layers, such as 0 1 -2 -1, or an adapter such as lora"
-            )
-        return recipe
-    split, depth = kit.manifest.split, kit.manifest.emulator_depth
-    outer = split.outer(depth)
-    chosen = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)
-    middle = [number for number in chosen if number not in outer]
-    if middle:
-        raise RecipeError(
-            f"layers names {_listed(middle)}, but in the kit {kit.path} only the adapter's layers {_listed(outer)} can "
-            f"train: what lies between stays as the model's owner made it; give some of these, or leave layers out"
-        )
-    return replace(recipe, layers=chosen)
+    path = Path(name).expanduser()
+    return KitSource(read_kit(path)) if is_kit(path) else ModelSource(name)
 
 
 def save_return(folder: Path, model: nn.Module, kit: Kit) -> None:
-    """Write what goes back to the owner: the adapter's layers as they are now, in the dtypes of the kit.
+    """Write what goes back to the owner: the outer layers as they are now, in the dtypes of the kit.
 
     Args:
         folder: Where to; it must not exist.
@@ -85,22 +102,21 @@ def save_return(folder: Path, model: nn.Module, kit: Kit) -> None:
         KitError: A value is not finite in the kit's dtype.
     """
     merged = merged_layers(model, kit.manifest.split)
-    wanted = kit.manifest.adapter
-    write_return(folder, {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in wanted.items()}, kit)
+    specs = kit.manifest.adapter
+    write_return(folder, {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in specs.items()}, kit)
 
 
-def put_in_return(model: nn.Module, folder: Path, source: str) -> None:
+def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:
     """Put a return's tensors into the emulator that it was trained on, in place.
 
     Args:
         model: The emulator, without PEFT around it.
         folder: The return.
-        source: Folder of the kit.
+        kit: The kit.
 
     Raises:
         KitError: The return is damaged, or of another kit.
     """
-    kit = read_kit(Path(source).expanduser())
     names = adapter_names(model, kit.manifest.split)
     put_in(model, {names[name]: tensor for name, tensor in read_return(folder, kit).items()}, folder)
 

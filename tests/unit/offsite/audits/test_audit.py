@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from support.audits import (
     QUICK,
     SETTINGS,
@@ -30,8 +29,7 @@ from siftune.offsite.audits.membership import auc
 from siftune.offsite.audits.models import random_floor, read_adapter
 from siftune.offsite.audits.result import LABELS
 from siftune.offsite.audits.rows import drawn, not_among, tokenize_audit
-from siftune.trainer.run import set_up
-from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.build import build
 from siftune.trainer.trainer import SiftTrainer
 
 
@@ -55,9 +53,9 @@ def tune(model, layers, lr, folder):
         method="dense", adapter="full", layers=layers, steps=6, lr=lr, batch_size=4, seed=0, out=str(folder),
     )  # fmt: skip
     data = {"train": rows().train}
-    trainer, release = set_up(resolve_recipe(recipe), RunFolder(folder), model, TOKENIZER, data, Console(quiet=True))
-    trainer.train()
-    release()
+    built = build(resolve_recipe(recipe), model, TOKENIZER, data, folder)
+    built.trainer.train()
+    built.release()
     return model.eval()
 
 

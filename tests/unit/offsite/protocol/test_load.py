@@ -9,6 +9,8 @@ from transformers import Trainer, TrainingArguments
 from siftune.errors import ModelError
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.emulate import KitOptions, emulate
 from siftune.offsite.protocol.load import load_emulator, load_kit
 
@@ -45,7 +47,7 @@ def test_a_trainer_trains_the_adapter_alone(tmp_path):
     model = base(vocab_size=300).float()
     batches = calibration(model)
     emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=0.6))
-    loaded, tokenizer = load_kit(tmp_path / "kit")
+    loaded, tokenizer = load_kit(read_kit(tmp_path / "kit"))
     before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
     arguments = TrainingArguments(
         str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True

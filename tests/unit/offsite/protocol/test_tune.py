@@ -18,12 +18,12 @@ from siftune.models.adapters import attach_adapter
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.split import adapter_names
 from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.protocol import tune as module
 from siftune.offsite.protocol.load import load_emulator
 from siftune.offsite.protocol.returned import read_return
-from siftune.offsite.protocol.tune import merged_layers, save_return
+from siftune.offsite.protocol.tune import merged_layers, save_return, source_of
 from siftune.recipe_file import load_recipe
-from siftune.trainer import run as module
-from siftune.trainer.run import train
+from siftune.trainer import run as training
 from siftune.trainer.trainer import SiftTrainer
 
 QUIET = Console(quiet=True)
@@ -39,6 +39,11 @@ def kit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def half_kit(tmp_path_factory):
     return save_kit(tmp_path_factory.mktemp("kits") / "half", torch.bfloat16)
+
+
+def train(given, console=QUIET):
+    """Train as the command line does."""
+    return training.train(given, console, source_of)
 
 
 def logits(model):
@@ -199,7 +204,7 @@ def test_a_return_that_cannot_be_written_leaves_the_old_pair(kit, rows, tmp_path
         save_return(path, model, kit)
         raise KitError("no room")
 
-    monkeypatch.setattr("siftune.trainer.outcome.save_return", fails)
+    monkeypatch.setattr("siftune.offsite.protocol.tune.save_return", fails)
     with pytest.raises(KitError, match="no room"):
         train(recipe(kit.path, rows, folder, resume=True, **{**settings, "steps": 2}), QUIET)
     assert {p: p.read_bytes() for name in ("adapter", "return") for p in (folder / name).iterdir()} == before
@@ -219,18 +224,16 @@ def test_a_return_makes_a_folder_used(kit, rows, tmp_path):
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_the_middle_is_refused_before_anything_is_loaded(kit, rows, tmp_path, monkeypatch, adapter):
-    monkeypatch.setattr(module, "load_tunable", None)
-    with pytest.raises(
-        RecipeError, match=r"layers names 2, but in the kit .*/kit only the adapter's layers 0, 1, 3 can"
-    ):
+    monkeypatch.setattr(module, "load_kit", None)
+    with pytest.raises(RecipeError, match=r"layers names 2, but in the kit .*/kit only the outer layers 0, 1, 3 can"):
         train(recipe(kit.path, rows, tmp_path / "run", adapter=adapter, layers=(0, -2)), QUIET)
     with pytest.raises(LayerError, match="the model has 4 layers"):
         train(recipe(kit.path, rows, tmp_path / "run", adapter=adapter, layers=(4,)), QUIET)
 
 
 def test_a_damaged_kit_is_refused_before_anything_is_loaded(kit, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "load_tunable", None)
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(module, "load_kit", None)
+    monkeypatch.setattr("siftune.trainer.source.load_model", None)
     shutil.copytree(kit.path, tmp_path / "kit")
     path = tmp_path / "kit" / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-4])

@@ -1,0 +1,78 @@
+"""What is tuned: an ordinary model, or what somebody hands in that stands for one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from siftune.config import Recipe
+from siftune.errors import RecipeError
+from siftune.models.source import load_model
+
+
+class Source(Protocol):
+    """What a run needs to know of that which is tuned."""
+
+    @property
+    def usage(self) -> str | None:
+        """What the model card says on the use of the result; None for what it says of any adapter."""
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """Fill in the recipe's `layers` where this decides them, before anything is loaded.
+
+        Raises:
+            InputError: The recipe asks for what cannot train here.
+        """
+
+    def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load model and tokenizer; `dtype` as for `load_model`."""
+
+    def leaves(self, model: nn.Module) -> Mapping[str, Callable[[Path], None]]:
+        """What a run on it leaves besides an adapter: name of a subfolder of the run -> what writes that folder.
+
+        Where there is any, it stands for layers that were tuned themselves: these are not saved once more.
+
+        Args:
+            model: The tuned model.
+        """
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """An ordinary model.
+
+    Attributes:
+        name: A folder, a hub id or smollm2.
+    """
+
+    name: str
+    usage: str | None = None
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """Leave the recipe as it is; see `refuse_all_weights` for what is refused."""
+        refuse_all_weights(recipe)
+        return recipe
+
+    def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load it by `load_model`."""
+        return load_model(self.name, dtype)
+
+    def leaves(self, model: nn.Module) -> Mapping[str, Callable[[Path], None]]:
+        """Nothing: the adapter, or the layers that were tuned themselves, say it all."""
+        return {}
+
+
+def refuse_all_weights(recipe: Recipe) -> None:
+    """Refuse to train all weights of a model.
+
+    Raises:
+        RecipeError: The adapter is "full", and no layers are named.
+    """
+    if recipe.adapter == "full" and recipe.layers is None:
+        raise RecipeError(
+            "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
+            "give --layers, such as 0 1 -2 -1, or an adapter such as lora"
+        )
