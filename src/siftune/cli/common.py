@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import os
 import re
 import sys
@@ -50,19 +49,6 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
         if not stop.code:
             raise
     raise RecipeError(_complaint(kind, arguments, program, box.getvalue()))
-
-
-def plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it: paths as text, numbers of other libraries as Python's, NaN as null."""
-    if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(part) for part in value]
-    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 @contextlib.contextmanager

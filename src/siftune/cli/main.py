@@ -17,8 +17,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from siftune.cli.common import parse, plain, stdout_to_stderr
+from siftune.cli.common import parse, stdout_to_stderr
 from siftune.errors import InputError, SiftuneError
+from siftune.jsonable import jsonable
 from siftune.recipe_file import nearest
 
 # command -> (module, what it does)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logs(), stdout_to_stderr() if as_json else contextlib.nullcontext():
             code, result = _guarded(arguments)
         if as_json and result is not None:
-            sys.stdout.write(json.dumps(plain(result), allow_nan=False, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(jsonable(result), allow_nan=False, ensure_ascii=False) + "\n")
         sys.stdout.flush()
         return code
     except BrokenPipeError:

@@ -4,10 +4,10 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from siftune.jsonable import jsonable
 from siftune.offsite.audits.sweep import SweepPoint, front
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def write_sweep(points: Sequence[SweepPoint], folder: Path, facts: Mapping[str, 
 def to_dict(points: Sequence[SweepPoint], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The sweep in plain types; a cosine that is not defined is None."""
     best = front(points)
-    entries = [
-        {**asdict(p), "cosine": None if math.isnan(p.cosine) else p.cosine, "gap": p.gap, "front": p in best}
-        for p in ordered(points)
-    ]
+    entries = [{**jsonable(p), "gap": p.gap, "front": p in best} for p in ordered(points)]
     return {**facts, "points": entries}
 
 

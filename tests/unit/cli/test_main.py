@@ -19,7 +19,7 @@ import torch
 from tyro.conf import arg
 
 from siftune.cli import main as cli
-from siftune.cli.common import parse, plain
+from siftune.cli.common import parse
 from siftune.cli.main import main
 from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError, SiftuneError
@@ -370,14 +370,6 @@ def test_standard_output_is_put_back(command, capfd):
     capfd.readouterr()
     os.write(1, b"after")
     assert capfd.readouterr().out == "after"
-
-
-def test_plain_keeps_what_json_can_hold():
-    for value in (1, 1.5, True, None, "ü", [1, [2]], {"a": {"b": None}}):
-        assert plain(value) == value
-        assert type(plain(value)) is type(value)
-    assert plain({1: float("inf")}) == {"1": None}
-    assert plain(torch.tensor(2)) == 2
 
 
 # --- logs ---

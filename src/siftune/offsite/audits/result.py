@@ -15,15 +15,13 @@ the two zero-shot scores; taking the floor off both, so that guessing counts as 
 share, recovery and the use of log-likelihood as a measure.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from siftune.evaluate.compare import accuracy_interval
 from siftune.evaluate.intervals import Bootstrap, Estimate, Means, resample
+from siftune.jsonable import jsonable
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import Kept
@@ -109,11 +107,11 @@ class Audit:
         Args:
             rows: With every condition's scores row by row.
         """
-        found: dict[str, Any] = _plain(self)
-        for condition in found["conditions"].values():
+        record: dict[str, Any] = jsonable(self)
+        for condition in record["conditions"].values():
             scores = condition.pop("scores")
             condition.update({"rows": scores} if rows else {})
-        return found
+        return record
 
 
 def summarise(scores: Mapping[str, RowScores], bootstrap: Bootstrap) -> tuple[dict[str, Condition], dict[str, Any]]:
@@ -156,18 +154,3 @@ def _negative(estimate: Estimate) -> Estimate:
     assert estimate.low is not None
     assert estimate.high is not None
     return Estimate(-estimate.value, -estimate.high, -estimate.low)
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, arrays as lists, NaN and infinity as None."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
