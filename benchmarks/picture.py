@@ -1,6 +1,6 @@
 """Draw what selection chose in two real runs: which layers IST trained, and which rows every layer followed with GAST.
 
-python benchmarks/picture.py --ist RUN --gast RUN --out docs/images/selection.svg
+python benchmarks/picture.py --ist RUN --gast RUN --out docs/images/selection.png
 
 Both are folders of `siftune train` or `siftune demo`; GAST's run needs `--gast.keep-scores`. Each panel has its colour
 bar: IST's importance logits as they were at the step, GAST's scores as z-scores within the layer.
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--ist", type=Path, default=_RECORDS / "ist", help="run folder with IST's selection.jsonl")
     parser.add_argument("--gast", type=Path, default=_RECORDS / "gast", help="run folder with GAST's, scores kept")
     parser.add_argument("--steps", type=int, default=60, help="last so many steps of IST's run to show")
-    parser.add_argument("--out", type=Path, default=Path("docs/images/selection.svg"), help=".svg or .png")
+    parser.add_argument("--out", type=Path, default=Path("docs/images/selection.png"), help=".svg or .png")
     options = parser.parse_args()
     plt.rcParams |= {"font.size": 10, "svg.hashsalt": "siftune", "axes.titlesize": 11, "axes.titlelocation": "left"}
     figure, (left, right) = plt.subplots(1, 2, figsize=_SIZE, width_ratios=(1.15, 1), layout="constrained")
