@@ -2,7 +2,7 @@
 
 python benchmarks/picture.py --ist RUN --gast RUN --out docs/images/selection.png
 
-Both are folders of `siftune train` or `siftune demo`; GAST's run needs `--gast.keep-scores`. Each panel has its colour
+Both are folders of `siftune train` or `siftune demo`; GAST's run needs `--keep-scores`. Each panel has its colour
 bar: IST's importance logits as they were at the step, GAST's scores as z-scores within the layer.
 """
 
@@ -77,7 +77,7 @@ def draw_layers(axes: Axes, steps: list[dict[str, Any]], count: int) -> None:
 def draw_rows(axes: Axes, batch: dict[str, Any]) -> None:
     """Draw rows × layers of one batch: the score as colour, a full cell where the layer followed the row."""
     if "scores" not in batch:
-        raise SystemExit("GAST's run has no scores; run it with --gast.keep-scores")
+        raise SystemExit("GAST's run has no scores; run it with --keep-scores")
     scores_UB = np.asarray(batch["scores"], dtype=float)
     z_UB = (scores_UB - scores_UB.mean(1, keepdims=True)) / scores_UB.std(1, keepdims=True)
     layers, rows = z_UB.shape
