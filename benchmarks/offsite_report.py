@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from siftune.evaluate.intervals import Bootstrap, Estimate, resample
+from siftune.evaluate.bootstrap import Bootstrap, Estimate, resample
+from siftune.report.table import Table, markdown_table
 
 Line = dict[str, Any]
 
@@ -21,10 +22,12 @@ def report(lines: Sequence[Line]) -> str:
     out = _bases(bases)
     for keep in sorted({line["job"]["keep"] for line in rest}, reverse=True):
         names = list(dict.fromkeys(line["job"]["name"] for line in rest if line["job"]["keep"] == keep))
-        out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", *_head(bool(bases))]
+        rows = []
         for name in names:
-            found = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
-            out.append(_row(name, found, bases))
+            runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
+            rows.append(_row(name, runs, bases))
+        table = markdown_table(Table(_header(bool(bases)), rows))
+        out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
     return "\n".join(out)
 
 
@@ -40,14 +43,14 @@ def _bases(bases: dict[int, Line]) -> list[str]:
     ]
 
 
-def _head(tuned: bool) -> list[str]:
+def _header(tuned: bool) -> list[str]:
     names = ["emulator", "cosine", "on the task", "loss", "gap"]
     names += ["tuned: nats", "plug-in: nats", "Δ", "share of the gain, %"] if tuned else []
     names += ["tuned: right", "plug-in: right", "Δ"] if tuned else []
-    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return names
 
 
-def _row(name: str, lines: Sequence[Line], bases: dict[int, Line]) -> str:
+def _row(name: str, lines: Sequence[Line], bases: dict[int, Line]) -> list[str]:
     text = lines[0]["text"]
     cells = [name, f"{text['overall']:.3f}"]
     cells.append(f"{mean(line['task']['overall'] for line in lines):.3f}" if "task" in lines[0] else "")
@@ -55,7 +58,7 @@ def _row(name: str, lines: Sequence[Line], bases: dict[int, Line]) -> str:
     tuned = [line for line in lines if line["scores"] and line["job"]["seed"] in bases]
     if tuned:
         cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned])
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def _tuned(lines: Sequence[Line], bases: Sequence[Line]) -> list[str]:
@@ -77,8 +80,8 @@ def _tuned(lines: Sequence[Line], bases: Sequence[Line]) -> list[str]:
 
 def _pooled(lines: Iterable[Line], names: Sequence[str], what: str) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
     """A score, question by question, the seeds one after the other."""
-    kept = list(lines)
-    return {n: np.concatenate([np.array(x["scores"][n]["rows"][what], float) for x in kept]) for n in names}
+    runs = list(lines)
+    return {n: np.concatenate([np.array(x["scores"][n]["rows"][what], float) for x in runs]) for n in names}
 
 
 def _percent(value: Any) -> str:

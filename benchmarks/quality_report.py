@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from siftune.evaluate.compare import paired_bootstrap
+from siftune.evaluate.bootstrap import paired_bootstrap
+from siftune.report.table import Table, markdown_table
 
 Line = dict[str, Any]
 Runs = dict[int, Line]  # one method's finished runs, by seed
@@ -71,7 +72,7 @@ def _quality(methods: dict[str, Runs], metric: str, seeds: Sequence[int], bases:
         ])  # fmt: skip
     titles = ["method", "right", "each seed", *(f"− {base}" for base in bases)]
     titles += ["NLL", *(f"NLL − {base}" for base in bases), "s/step", "of the processor"]
-    return _markdown(titles, rows)
+    return markdown_table(Table(titles, rows))
 
 
 def _mean(runs: Runs, values: Callable[[Line], list[float]], form: str) -> str:
@@ -90,8 +91,8 @@ def _against(methods: dict[str, Runs], name: str, base: str, values: Callable[[L
     if name == base or not shared:
         return _NONE
     before, after = ([value for seed in shared for value in values(side[seed])] for side in (others, runs))
-    found = paired_bootstrap(before, after)
-    text = f"{found.difference:{form}} [{found.low:{form}}, {found.high:{form}}]"
+    change = paired_bootstrap(before, after)
+    text = f"{change.value:{form}} [{change.low:{form}}, {change.high:{form}}]"
     return text if len(shared) == len(runs) else f"{text} ({len(shared)} of {len(runs)} seeds)"
 
 
@@ -109,7 +110,7 @@ def _labels(methods: dict[str, Runs]) -> str:
             rows.append([name, *cells, *scores, _kinds(lines)])
     titles = ["method", "in the batches", "in the draws", "lower, middle, upper layers", "first, middle, last steps"]
     titles += ["z of wrong rows: lower, middle, upper layers", "z of right rows", "drawn of each kind"]
-    return _markdown(titles, rows)
+    return markdown_table(Table(titles, rows))
 
 
 def _kinds(lines: Sequence[Line]) -> str:
@@ -125,8 +126,3 @@ def _scores(lines: Sequence[Line], key: str) -> str:
         return _NONE
     thirds = np.mean([[np.mean(part) for part in np.array_split(line[key], 3)] for line in lines], axis=0)
     return " ".join(f"{z:+.2f}" for z in thirds)
-
-
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

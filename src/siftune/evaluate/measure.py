@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from siftune.data.rows import Row
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.batching import model_window
+from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
 from siftune.evaluate.choices import score_choices
-from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
 from siftune.evaluate.generation import exact_match, greedy
 from siftune.evaluate.perplexity import perplexity
 from siftune.evaluate.prepare import Prepared, Questions, prepare_rows
-from siftune.report.table import TableRow
 
 PERPLEXITY = "perplexity"
 
@@ -50,6 +49,33 @@ class Metric:
 
 
 Metrics = dict[str, Metric]
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of one or two models.
+
+    Attributes:
+        metric: Its name.
+        rows: How many rows it was measured on.
+        base: The base model's value: a rate between 0 and 1, or a perplexity.
+        tuned: The tuned model's value; None, like what follows, where there is no tuned model.
+        difference: tuned − base.
+        low: Lower bound of the difference's paired bootstrap interval.
+        high: Upper bound.
+        base_interval: Wilson's interval of the base's rate; None for perplexity.
+        tuned_interval: The same of the tuned model's.
+    """
+
+    metric: str
+    rows: int
+    base: float
+    tuned: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    base_interval: tuple[float, float] | None = None
+    tuned_interval: tuple[float, float] | None = None
 
 
 def evaluate_rows(
@@ -87,16 +113,16 @@ def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16) -> Metri
         DataError: A row doesn't fit the model's window.
     """
     _check_window(model, prepared)
-    found: list[Metric] = []
+    measured: list[Metric] = []
     if prepared.items is not None:
         scores = score_choices(model, prepared.items, batch_size)
-        found += [_rate("choices", scores.correct()), _rate("choices_per_token", scores.correct(normalised=True))]
+        measured += [_rate("choices", scores.correct()), _rate("choices_per_token", scores.correct(normalised=True))]
     if prepared.questions is not None:
-        found.append(_exact_match(model, prepared.questions, prepared.tokenizer, batch_size))
+        measured.append(_exact_match(model, prepared.questions, prepared.tokenizer, batch_size))
     if prepared.sequences is not None:
         result = perplexity(model, prepared.sequences, batch_size)
-        found.append(Metric(PERPLEXITY, result.nll, result.tokens.astype(np.float64)))
-    return {metric.name: metric for metric in found}
+        measured.append(Metric(PERPLEXITY, result.nll, result.tokens.astype(np.float64)))
+    return {metric.name: metric for metric in measured}
 
 
 def measure_base(model: Any, prepared: Prepared, batch_size: int = 16) -> Metrics:
@@ -114,7 +140,7 @@ def measure_base(model: Any, prepared: Prepared, batch_size: int = 16) -> Metric
 
 def compare(
     base: Mapping[str, Metric], tuned: Mapping[str, Metric] | None = None, level: float = 0.95, seed: int = 0
-) -> list[TableRow]:
+) -> list[MetricRow]:
     """Compare two models on the same rows, metric by metric.
 
     Args:
@@ -128,25 +154,24 @@ def compare(
     """
     if tuned is not None and list(base) != list(tuned):
         raise ValueError(f"base has the metrics {list(base)}, tuned has {list(tuned)}; measure the same ones")
-    return [_table_row(metric, tuned[name] if tuned else None, level, seed) for name, metric in base.items()]
+    return [_metric_row(metric, tuned[name] if tuned else None, level, seed) for name, metric in base.items()]
 
 
-def _table_row(base: Metric, tuned: Metric | None, level: float, seed: int) -> TableRow:
-    one = TableRow(base.name, len(base.values), base.value, base_interval=base.interval(level))
+def _metric_row(base: Metric, tuned: Metric | None, level: float, seed: int) -> MetricRow:
+    one = MetricRow(base.name, len(base.values), base.value, base_interval=base.interval(level))
     if tuned is None:
         return one
     if not np.array_equal(base.weights, tuned.weights):
         raise ValueError(f"{base.name}: base and tuned were measured on other rows or with another tokenizer")
     transform = np.exp if base.name == PERPLEXITY else None
-    found = paired_bootstrap(
-        base.values, tuned.values, level=level, seed=seed, weights=base.weights, transform=transform
-    )
+    bootstrap = Bootstrap(level=level, seed=seed)
+    change = paired_bootstrap(base.values, tuned.values, bootstrap, weights=base.weights, transform=transform)
     return replace(
         one,
         tuned=tuned.value,
-        difference=found.difference,
-        low=found.low,
-        high=found.high,
+        difference=change.value,
+        low=change.low,
+        high=change.high,
         tuned_interval=tuned.interval(level),
     )
 

@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 
 from siftune.errors import RecipeError
-from siftune.evaluate.intervals import Estimate
+from siftune.evaluate.bootstrap import Estimate
 from siftune.files import writable_folder, write_beside
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.result import LABELS, Audit
 from siftune.report.audit_picture import picture
+from siftune.report.table import Table, markdown_table
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
 _NOT_DEFINED = "not defined"
@@ -90,43 +91,42 @@ def _facts(audit: Audit) -> str:
 
 def _conditions(audit: Audit) -> str:
     accuracy = audit.accuracy and audit.accuracy.replace("_", " ")
-    rows = [["condition", "NLL per token", *([accuracy] if accuracy else [])]]
+    header, rows = ["condition", "NLL per token", *([accuracy] if accuracy else [])], []
     for name, label in LABELS.items():
         if name in audit.conditions:
             one = audit.conditions[name]
             rows.append([label, _shown(one.nll), *([_shown(one.accuracy, percent=True)] if one.accuracy else [])])
-    return _table(rows)
+    return markdown_table(Table(header, rows))
 
 
 def _comparisons(audit: Audit) -> str:
     measures = [name for name in _MEASURES if name in audit.comparisons]
-    rows = [["", *(_MEASURES[name] for name in measures)]]
-    rows.append(["Δ", *(_shown(audit.comparisons[name].delta, name == "accuracy", signed=True) for name in measures)])
+    header = ["", *(_MEASURES[name] for name in measures)]
+    rows = [["Δ", *(_shown(audit.comparisons[name].delta, name == "accuracy", signed=True) for name in measures)]]
     for field, label in (("gain_share", "gain share"), ("cpl", "CPL"), ("recovery", "recovery")):
-        found = [getattr(audit.comparisons[name], field) for name in measures]
-        if None not in found:  # recovery was not tried
-            rows.append([label, *map(_shown, found)])
-    return _table(rows)
+        estimates = [getattr(audit.comparisons[name], field) for name in measures]
+        if None not in estimates:  # recovery was not tried
+            rows.append([label, *map(_shown, estimates)])
+    return markdown_table(Table(header, rows))
 
 
 def _cosine(cosine: GradientCosine) -> str:
-    rows = [["adapter layer", "cosine"]]
     pairs = [*zip(cosine.layers, cosine.per_layer, strict=True), ("all", cosine.overall)]
-    rows += [[layer, _NOT_DEFINED if math.isnan(value) else f"{value:.3f}"] for layer, value in pairs]
+    rows = [[layer, _NOT_DEFINED if math.isnan(value) else f"{value:.3f}"] for layer, value in pairs]
     losses = f"Loss per label token on these rows: base {cosine.loss_full:.3f}, emulator {cosine.loss_emulator:.3f}."
-    return f"{_table(rows)}\n\n{losses}"
+    return f"{markdown_table(Table(['adapter layer', 'cosine'], rows))}\n\n{losses}"
 
 
 def _given_away(audit: Audit) -> str:
-    rows = [["", "figure"]]
-    rows += [["kept of the middle's parameters", f"{audit.kept.middle:.3f}"]]
+    rows = [["kept of the middle's parameters", f"{audit.kept.middle:.3f}"]]
     rows += [["kept of all parameters", f"{audit.kept.whole:.3f}"]]
-    found = audit.membership
-    if found is not None:
-        rows += [["membership AUC, by loss", _shown(found.loss)]]
-        rows += [["membership AUC, by loss against the base's", _shown(found.reference)]]
-        rows += [["rows in that", f"{found.members} members, {found.others} others, {found.left_out} left out as both"]]
-    return _table(rows)
+    if audit.membership is not None:
+        attacks = audit.membership
+        counts = f"{attacks.members} members, {attacks.others} others, {attacks.left_out} left out as both"
+        rows += [["membership AUC, by loss", _shown(attacks.loss)]]
+        rows += [["membership AUC, by loss against the base's", _shown(attacks.reference)]]
+        rows += [["rows in that", counts]]
+    return markdown_table(Table(["", "figure"], rows))
 
 
 def _shown(estimate: Estimate, percent: bool = False, signed: bool = False) -> str:
@@ -141,12 +141,6 @@ def _shown(estimate: Estimate, percent: bool = False, signed: bool = False) -> s
     unit = "" if not percent else " points" if signed else " %"
     interval = f" [{bounds[0]}, {bounds[1]}]" if None not in bounds else " [no interval]"
     return f"{value}{unit}{interval}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    header, *body = (f"| {' | '.join(cells)} |" for cells in rows)
-    rule = "|" + "|".join(["---", *["---:"] * (len(rows[0]) - 1)]) + "|"
-    return "\n".join([header, rule, *body])
 
 
 def _cannot_write(folder: Path, error: OSError) -> RecipeError:

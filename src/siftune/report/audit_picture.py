@@ -1,11 +1,11 @@
 """An audit as one picture: the conditions, the cosines, the attacks."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from siftune.evaluate.intervals import Estimate
+from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audits.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, LABELS, PLUG_IN, RECOVERED, Audit
+from siftune.report.picture import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,21 +15,12 @@ _COLOURS = {EMULATOR_ZS: _EMULATOR, EMULATOR_FT: _EMULATOR, RECOVERED: _EMULATOR
 
 
 def picture(audit: Audit) -> bytes:
-    """Draw an audit; needs no display and leaves no state behind.
-
-    Returns:
-        A PNG file.
-    """
-    from matplotlib.figure import Figure
-
+    """Draw an audit, as a PNG file."""
     panels = [_nll, *([_accuracy] if audit.accuracy else []), _cosine, *([_membership] if audit.membership else [])]
-    figure = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained")
+    figure = new_figure(3.6 * len(panels), 3.6)
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes, audit)
-        axes.spines[["top", "right"]].set_visible(False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
 
 
 def _nll(axes: "Axes", audit: Audit) -> None:
@@ -43,10 +34,10 @@ def _accuracy(axes: "Axes", audit: Audit) -> None:
     axes.set_ylim(0, 1)
 
 
-def _conditions(axes: "Axes", found: dict[str, Estimate]) -> None:
-    names = [name for name in LABELS if name in found]
+def _conditions(axes: "Axes", estimates: dict[str, Estimate]) -> None:
+    names = [name for name in LABELS if name in estimates]
     colours = [_COLOURS.get(name, _BASE) for name in names]
-    _bars(axes, [LABELS[name] for name in names], [found[name] for name in names], colours)
+    _bars(axes, [LABELS[name] for name in names], [estimates[name] for name in names], colours)
 
 
 def _cosine(axes: "Axes", audit: Audit) -> None:
@@ -60,8 +51,8 @@ def _cosine(axes: "Axes", audit: Audit) -> None:
 
 def _membership(axes: "Axes", audit: Audit) -> None:
     assert audit.membership is not None
-    found = [audit.membership.loss, audit.membership.reference]
-    _bars(axes, ["by loss", "against base"], found, [_PLUG_IN] * 2)
+    attacks = [audit.membership.loss, audit.membership.reference]
+    _bars(axes, ["by loss", "against base"], attacks, [_PLUG_IN] * 2)
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylim(0, 1)
     axes.set_title("membership AUC (0.5: guessing)")

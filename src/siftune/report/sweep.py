@@ -1,6 +1,5 @@
 """Write a sweep down: sweep.json, sweep.md and sweep.png."""
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from siftune.jsonable import jsonable
 from siftune.offsite.audits.sweep import SweepPoint, front
+from siftune.report.picture import new_figure, png
+from siftune.report.table import Table, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,29 +58,21 @@ def ordered(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 def table(points: Sequence[SweepPoint]) -> str:
     """The sweep as a Markdown table."""
     best = front(points)
-    rows = [
-        ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap", ""],
-        ["---", "---", "---", *["---:"] * 8, "---"],
-    ]
+    header = ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap", ""]
+    rows = []
     for p in ordered(points):
         has_lambda = p.basis is not None
         cells = [p.method, p.basis or "", p.mlp or "", f"{p.keep:g}", f"{p.kept:.3f}"]
         cells += [f"{p.lambda_attn:g}" if has_lambda else "", f"{p.lambda_mlp:g}" if has_lambda else ""]
         cells += [f"{p.parameters / 1e6:.1f} M", f"{p.cosine:.3f}", f"{p.loss:.3f}", f"{p.gap:+.3f}"]
         rows.append([*cells, "*" if p in best else ""])
-    base = f"The base's loss is {points[0].loss_full:.3f}."
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", base])
+    grid = markdown_table(Table(header, rows, words=(0, 1, 2, 11)))
+    return f"{grid}\n\nThe base's loss is {points[0].loss_full:.3f}."
 
 
 def picture(points: Sequence[SweepPoint]) -> bytes:
-    """Draw cosine over loss gap; needs no display and leaves no state behind.
-
-    Returns:
-        A PNG file.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    """Draw cosine over loss gap, as a PNG file."""
+    figure = new_figure(8, 5.2)
     axes = figure.subplots()
     points = [p for p in points if not math.isnan(p.cosine)]
     keeps = sorted({p.keep for p in points})
@@ -99,12 +92,9 @@ def picture(points: Sequence[SweepPoint]) -> bytes:
     _draw_front(axes, points)
     axes.set_xlabel("loss gap: emulator − base, nats per label token (wide: worth little without the base)")
     axes.set_ylabel("cosine of the adapter's gradients (high: tuning transfers)")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
 
 
 def _annotate(axes: "Axes", points: Sequence[SweepPoint]) -> None:

@@ -1,122 +1,74 @@
-"""A table of metrics, base against tuned, for a terminal, a file or JSON."""
+"""One table of texts, laid out for a terminal, as lines of text, or in Markdown."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-_LABELS = {
-    "choices": "multiple choice",
-    "choices_per_token": "multiple choice, per token",
-    "exact_match": "exact match",
-    "perplexity": "perplexity",
-}
+    from rich.console import Console
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
-class TableRow:
-    """One metric of one or two models.
+class Table:
+    """Cells that are written out already.
 
     Attributes:
-        metric: Its name.
-        rows: How many rows it was measured on.
-        base: The base model's value: a rate between 0 and 1, or a perplexity.
-        tuned: The tuned model's value; None, like what follows, where there is no tuned model.
-        difference: tuned − base.
-        low: Lower bound of the difference's paired bootstrap interval.
-        high: Upper bound.
-        base_interval: Wilson's interval of the base's rate; None for perplexity.
-        tuned_interval: The same of the tuned model's.
+        header: Names of the columns.
+        rows: One text per column each.
+        title: What stands above; Markdown pages have headings of their own and leave it out.
+        words: Numbers of the columns that hold words and are aligned on the left; the others hold figures.
     """
 
-    metric: str
-    rows: int
-    base: float
-    tuned: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    base_interval: tuple[float, float] | None = None
-    tuned_interval: tuple[float, float] | None = None
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    words: Collection[int] = (0,)
 
 
-@dataclass(frozen=True)
-class ResultTable:
-    """Metrics of one or two models.
-
-    Attributes:
-        title: What was measured.
-        rows: One per metric.
-        level: Coverage of the intervals.
-    """
-
-    title: str
-    rows: list[TableRow]
-    level: float = 0.95
-
-    def to_dict(self) -> dict[str, Any]:
-        """The table in plain types, for JSON."""
-        return asdict(self)
-
-    def cells(self) -> list[list[str]]:
-        """The header and the rows as texts; rates in percent, their differences in points."""
-        interval = f"{100 * self.level:g} % interval"
-        if all(row.tuned is None for row in self.rows):
-            return [["metric", "rows", "value", interval], *map(_single, self.rows)]
-        return [["metric", "rows", "base", "tuned", "difference", interval], *map(_pair, self.rows)]
+def print_table(table: Table, console: "Console") -> None:
+    """Print a table: laid out on a terminal, as lines of text elsewhere."""
+    console.print(rich_table(table) if console.is_terminal else plain_table(table), markup=False)
 
 
-def rich_table(table: ResultTable) -> "Table":
+def rich_table(table: Table) -> "RichTable":
     """Lay a table out for the terminal."""
-    from rich.table import Table
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
-    header, *rows = table.cells()
-    laid_out = Table(title=table.title, title_justify="left")
-    for i, name in enumerate(header):
-        laid_out.add_column(name, justify="right" if i else "left")
-    for cells in rows:
-        laid_out.add_row(*cells)
+    laid_out = RichTable(title=Text(table.title) if table.title else None, title_justify="left", box=SIMPLE_HEAD)
+    for column, name in enumerate(table.header):
+        words = column in table.words
+        laid_out.add_column(Text(name), justify="left" if words else "right", no_wrap=not words)
+    for cells in table.rows:
+        laid_out.add_row(*map(Text, cells))
     return laid_out
 
 
-def plain_table(table: ResultTable) -> str:
+def plain_table(table: Table) -> str:
     """Write a table as lines of text in columns, the title first."""
-    cells = table.cells()
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = []
-    for first, *others in cells:
-        aligned = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
-    return "\n".join([table.title, *lines])
+    cells = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            text.ljust(width) if column in table.words else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([table.title, *lines] if table.title else lines)
 
 
-def _single(row: TableRow) -> list[str]:
-    show = _value(row.metric)
-    interval = "" if row.base_interval is None else " to ".join(map(show, row.base_interval))
-    return [_label(row), str(row.rows), show(row.base), interval]
+def markdown_table(table: Table) -> str:
+    """Write a table in Markdown, without its title.
 
-
-def _pair(row: TableRow) -> list[str]:
-    show, change = _value(row.metric), _change(row.metric)
-    numbers = (row.tuned, row.difference, row.low, row.high)
-    tuned, difference, low, high = (float("nan") if number is None else number for number in numbers)
-    interval = f"{change(low)} to {change(high)}"
-    return [_label(row), str(row.rows), show(row.base), show(tuned), change(difference), interval]
-
-
-def _label(row: TableRow) -> str:
-    return _LABELS.get(row.metric, row.metric)
-
-
-def _value(metric: str) -> Callable[[float], str]:
-    if metric == "perplexity":
-        return lambda value: f"{value:.4g}"
-    return lambda value: f"{100 * value:.1f} %"
-
-
-def _change(metric: str) -> Callable[[float], str]:
-    if metric == "perplexity":
-        return lambda value: f"{value:+.3g}"
-    return lambda value: f"{100 * value:+.1f}"
+    Example:
+        >>> print(markdown_table(Table(["method", "loss"], [["dense", "0.5"]])))
+        | method | loss |
+        |---|---:|
+        | dense | 0.5 |
+    """
+    header, *rows = (f"| {' | '.join(cells)} |" for cells in [table.header, *table.rows])
+    rule = "|".join("---" if column in table.words else "---:" for column in range(len(table.header)))
+    return "\n".join([header, f"|{rule}|", *rows])

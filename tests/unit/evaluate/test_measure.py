@@ -10,7 +10,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.data.rows import rows_from
 from siftune.errors import AdapterError, DataError
-from siftune.evaluate.compare import accuracy_interval, paired_bootstrap
+from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
 from siftune.evaluate.measure import Metric, compare, evaluate_rows, measure, measure_base
 from siftune.evaluate.prepare import prepare_rows
 
@@ -120,8 +120,8 @@ def test_compare_takes_the_interval_that_fits_the_metric():
     tuned = {"choices": rate([1, 1, 0]), "perplexity": nll([1.0, 3.0, 3.0])}
     choices, perplexity = compare(base, tuned, level=0.9, seed=4)
     assert (choices.metric, choices.rows, choices.base, choices.tuned) == ("choices", 3, 1 / 3, 2 / 3)
-    wanted = paired_bootstrap([0, 1, 0], [1, 1, 0], level=0.9, seed=4)
-    assert (choices.difference, choices.low, choices.high) == (wanted.difference, wanted.low, wanted.high)
+    change = paired_bootstrap([0, 1, 0], [1, 1, 0], Bootstrap(level=0.9, seed=4))
+    assert (choices.difference, choices.low, choices.high) == (change.value, change.low, change.high)
     assert choices.base_interval == accuracy_interval([0, 1, 0], 0.9)
     assert choices.tuned_interval == accuracy_interval([1, 1, 0], 0.9)
     assert perplexity.base == pytest.approx(math.exp(10 / 6))

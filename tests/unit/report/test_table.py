@@ -1,53 +1,59 @@
+"""One table, three ways to write it."""
+
 import io
-import json
 
 import pytest
 from rich.console import Console
 
-from siftune.report.table import ResultTable, TableRow, plain_table, rich_table
+from siftune.report.table import Table, markdown_table, plain_table, print_table, rich_table
 
-PAIR = ResultTable(
-    "run on data",
-    [
-        TableRow("exact_match", 200, 0.125, 0.5, 0.375, 0.301, 0.45, (0.1, 0.2), (0.4, 0.6)),
-        TableRow("perplexity", 200, 12.3456, 4.0, -8.3456, -9.0, -7.25),
-    ],
-    level=0.9,
-)
-SINGLE = ResultTable(
-    "model on data",
-    [TableRow("choices", 8, 0.5, base_interval=(0.25, 0.75)), TableRow("perplexity", 8, 1234.5)],
+TABLE = Table(
+    ["method", "loss", "kind"],
+    [["dense", "0.5", "all layers"], ["[ist]", "12.25", "few"]],
+    title="two runs [of many]",
+    words=(0, 2),
 )
 
 
-def test_a_pair_as_lines():
-    assert plain_table(PAIR).splitlines() == [
-        "run on data",
-        "metric       rows    base   tuned  difference   90 % interval",
-        "exact match   200  12.5 %  50.0 %       +37.5  +30.1 to +45.0",
-        "perplexity    200   12.35       4       -8.35     -9 to -7.25",
+def test_lines():
+    assert plain_table(TABLE).splitlines() == [
+        "two runs [of many]",
+        "method   loss  kind",
+        "dense     0.5  all layers",
+        "[ist]   12.25  few",
     ]
 
 
-def test_one_model_as_lines():
-    assert plain_table(SINGLE).splitlines() == [
-        "model on data",
-        "metric           rows   value     95 % interval",
-        "multiple choice     8  50.0 %  25.0 % to 75.0 %",
-        "perplexity          8    1234",
+def test_markdown():
+    assert markdown_table(TABLE).splitlines() == [
+        "| method | loss | kind |",
+        "|---|---:|---|",
+        "| dense | 0.5 | all layers |",
+        "| [ist] | 12.25 | few |",
     ]
 
 
-@pytest.mark.parametrize("table", [PAIR, SINGLE])
-def test_the_terminal_shows_the_same_cells(table):
+def test_a_table_without_rows_or_title():
+    empty = Table(["a", "b"], [])
+    assert plain_table(empty) == "a  b"
+    assert markdown_table(empty) == "| a | b |\n|---|---:|"
+
+
+def shown(width=120, **options):
     box = io.StringIO()
-    Console(file=box, width=120).print(rich_table(table))
-    for cell in [table.title, *(text for row in table.cells() for text in row)]:
-        assert cell in box.getvalue()
+    print_table(TABLE, Console(file=box, width=width, **options))
+    return box.getvalue()
 
 
-def test_plain_types():
-    found = json.loads(json.dumps(PAIR.to_dict()))
-    assert found["title"] == "run on data"
-    assert found["rows"][0]["difference"] == 0.375
-    assert found["rows"][1]["base_interval"] is None
+@pytest.mark.parametrize("terminal", [False, True])
+def test_every_cell_is_shown_as_it_is(terminal):
+    written = shown(force_terminal=terminal, no_color=True)
+    for cell in [TABLE.title, *TABLE.header, *(text for row in TABLE.rows for text in row)]:
+        assert cell in written
+    assert ("─" in written) is terminal
+
+
+def test_figures_stand_on_the_right_and_are_not_broken():
+    columns = rich_table(TABLE).columns
+    assert [column.justify for column in columns] == ["left", "right", "left"]
+    assert [column.no_wrap for column in columns] == [False, True, False]
