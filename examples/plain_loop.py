@@ -39,4 +39,4 @@ with (
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step}  loss {loss.item():.3f}  layers {trained}  the lowest followed {followed[trained[0]]}")
-print("importance:", [round(value, 3) for value in layers.importance.tolist()])
+print("importance:", [float(f"{value:.3g}") for value in layers.importance.tolist()])

@@ -50,14 +50,16 @@ def files_named(words):
 
 def commands(text):
     """Command lines of a page, from shell blocks and inline code, as (program or script, words after it)."""
-    blocks = "\n".join(re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
-    lines = [part for line in blocks.splitlines() for part in line.split("&&")]
-    run = re.search(r'^run="(.*)"$', blocks, re.MULTILINE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    shell = "\n".join(block for language, block in blocks if language in ("", "sh")).replace("\\\n", " ")
+    lines = [part for line in shell.splitlines() for part in line.split("&&")]
+    run = ""
     for line in [*lines, *re.findall(r"`(siftune [^`]+)`", text)]:
-        line = line.strip().replace("$run", run.group(1) if run else "$run")
-        found = re.match(r"(?:\w+=\S+ )*(siftune|python) (\S+)(.*)", line)
-        if found and (found.group(1) == "python" or re.fullmatch(r"[a-z]+", found.group(2))):
-            yield found.group(2), shlex.split(found.group(3), comments=True)
+        shorthand = re.match(r'run="(.*)"', line)
+        run = shorthand.group(1) if shorthand else run
+        words = re.search(r"(?:^|  |\w=\S+ )(siftune|python) (\S+)([^(]*)", line.strip().replace("$run", run))
+        if words and (words.group(1) == "python" or re.fullmatch(r"[a-z]+", words.group(2))):
+            yield words.group(2), shlex.split(words.group(3), comments=True)
 
 
 @cache
