@@ -37,5 +37,4 @@ trainer = Trainer(
     callbacks=[method],
 )
 trainer.train()
-assert method.importance is not None
 print("layers by importance, highest first:", method.importance.argsort(descending=True).tolist())
