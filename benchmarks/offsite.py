@@ -9,7 +9,8 @@ on another: on OpenBookQA (`--tune options`), or on two-digit arithmetic (`--tun
 the rows of calibration and text are questions with the texts of right options, as those of `--tune options` are; with
 `--format raw` they are what the files hold. Measured for every emulator:
 
-    cosine     of the adapter's gradients on base and emulator: on held-out text of a third task, and on the tuning task
+    cosine     of the outer layers' gradients on base and emulator: on held-out text of a third task, and on the tuning
+               task
     loss       of that text on the emulator, and on the base
     accuracy   on held-out questions (multiple choice), and likelihood of the right answers: emulator before and after
                tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
@@ -40,14 +41,15 @@ from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.environment import hardware, versions
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
-from siftune.offsite.audits.gradients import AdapterGradient, adapter_gradient, cosine
-from siftune.offsite.audits.models import OffsiteModels, kept_fraction, plugged, read_adapter
-from siftune.offsite.audits.rows import AuditRows, RowScores, batches, score_rows, tokenize_audit
+from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audits.models import OffsiteModels, kept_fraction, plugged, read_outer
+from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokenize_audit
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.audits.tuning import Tuning, tuned
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.protocol.calibration import in_batches
 
 Job = dict[str, Any]
 Line = dict[str, Any]
@@ -75,7 +77,7 @@ class Setting:
         tokenizer: Its tokenizer.
         calibration: Batches that the owner has.
         text: Batches of held-out text.
-        gradient: The adapter's gradient on that text, on the base.
+        gradient: The outer layers' gradient on that text, on the base.
         data: Folder of the files that rows to tune on are drawn from.
         template: Chat template of all rows, as in a recipe.
     """
@@ -84,7 +86,7 @@ class Setting:
     tokenizer: PreTrainedTokenizerBase
     calibration: list[dict[str, Tensor]]
     text: list[dict[str, Tensor]]
-    gradient: AdapterGradient
+    gradient: OuterGradient
     data: Path
     template: str
 
@@ -125,7 +127,7 @@ def _measure(jobs: Sequence[Job], args: argparse.Namespace) -> None:
 
 
 def _base(job: Job, setting: Setting) -> Line:
-    """The base model before and after tuning the adapter's layers."""
+    """The base model before and after tuning the outer layers."""
     if job["tune"] is None:
         return {"scores": {}}
     model, (rows, tuning) = setting.model, _task(job, setting)
@@ -140,17 +142,18 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
     emulator = materialise(parts)
     models = OffsiteModels(setting.model, emulator, parts.split, setting.tokenizer)
     line: Line = {"kept": asdict(kept_fraction(models))}
-    line["text"] = asdict(cosine(setting.gradient, adapter_gradient(emulator, setting.text, parts.split)))
+    line["text"] = asdict(cosine(setting.gradient, outer_gradient(emulator, setting.text, parts.split)))
     scores: dict[str, Any] = {}
     if job["tune"] is not None:
         rows, tuning = _task(job, setting)
-        shown = batches(rows.held_out, 16, 64, setting.tokenizer.pad_token_id)
-        pair = [adapter_gradient(model, shown, parts.split) for model in (setting.model, emulator)]
+        some = rows.held_out.select(range(min(64, len(rows.held_out))))
+        shown = in_batches(some, 16, setting.tokenizer.pad_token_id)
+        pair = [outer_gradient(model, shown, parts.split) for model in (setting.model, emulator)]
         line["task"] = asdict(cosine(*pair))
         scores["emulator_zs"] = _scores(score_rows(emulator, rows, 32))
         with tuned(emulator, parts.split.outer(len(find_layers(emulator).layers)), tuning):
             scores["emulator_ft"] = _scores(score_rows(emulator, rows, 32))
-            adapter = read_adapter(emulator, parts.split)
+            adapter = read_outer(emulator, parts.split)
         with plugged(setting.model, parts.split, adapter):
             scores["plug_in"] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
@@ -195,7 +198,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     raw = args.format == "raw"
     rows = [load_rows(f, "train", n) if raw else rows_from(_options(Path(f), n, 0)) for f, n in files]
     calibration, text = (text_batches(part, args.length, tokenizer, args.template) for part in rows)
-    gradient = adapter_gradient(model, text, EmulatorSettings().split)
+    gradient = outer_gradient(model, text, EmulatorSettings().split)
     return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent, args.template)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from siftune.models.families import family_of
 from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.protocol.returned import write_return
@@ -28,7 +28,7 @@ def contents(family: str = "llama", dtype: torch.dtype = torch.float32, **overri
 
     Args:
         family: Model type.
-        dtype: Of the frozen tensors; the adapter is float32.
+        dtype: Of the frozen tensors; the outer layers' are float32.
         overrides: Settings of the base's config.
     """
     base = tiny(KINDS.get(family, family), DEPTH, vocab_size=VOCAB, **overrides)
@@ -54,7 +54,7 @@ def contents(family: str = "llama", dtype: torch.dtype = torch.float32, **overri
         depth=DEPTH,
         fingerprint=hashlib.sha256(b"base").hexdigest(),
         frozen={name: draw(name, dtype) for name in frozen_names(emulator, split, middle)},
-        adapter={neutral: draw(name, torch.float32) for neutral, name in adapter_names(emulator, split).items()},
+        outer={neutral: draw(name, torch.float32) for neutral, name in outer_names(emulator, split).items()},
     )
 
 
@@ -66,7 +66,7 @@ def small_kit(folder: Path, family: str = "llama", **overrides: Any) -> Kit:
 def tuned(kit: Kit, seed: int = 1) -> dict[str, Tensor]:
     """Tensors for a return."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(spec.shape, generator=generator) for name, spec in kit.manifest.adapter.items()}
+    return {name: torch.randn(spec.shape, generator=generator) for name, spec in kit.manifest.outer.items()}
 
 
 def small_return(folder: Path, kit: Kit) -> Path:

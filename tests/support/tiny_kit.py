@@ -1,4 +1,4 @@
-"""A kit of a tiny model: its first two and its last layer are the adapter, of three others the middle one is kept."""
+"""A kit of a tiny model: the first two layers and the last are outer, of three others the middle one is kept."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 
 SPLIT = Split(2, 1)
-OUTER = (0, 1, 3)  # the adapter's layers in the emulator, which has four
+OUTER = (0, 1, 3)  # the outer layers in the emulator, which has four
 
 
 def base_model(dtype: torch.dtype = torch.float32, family: str = "llama") -> PreTrainedModel:
@@ -33,7 +33,5 @@ def save_kit(folder: Path, dtype: torch.dtype = torch.float32, family: str = "ll
     frozen = {name: state[name.replace(f"{path}.2.", f"{path}.3.")] for name in frozen_names(
         build(config, SPLIT, middle), SPLIT, middle
     )}  # fmt: skip
-    adapter = {neutral: state[name] for neutral, name in adapter_names(base, SPLIT).items()}
-    return write_kit(
-        folder, KitContents(config, byte_tokenizer(), SPLIT, middle, 6, fingerprint(base), frozen, adapter)
-    )
+    outer = {neutral: state[name] for neutral, name in outer_names(base, SPLIT).items()}
+    return write_kit(folder, KitContents(config, byte_tokenizer(), SPLIT, middle, 6, fingerprint(base), frozen, outer))

@@ -20,25 +20,32 @@ class Options(AuditOptions):
     """
 
     returned: Annotated[Path | None, arg(name="return")] = None
-    """Return to audit in place of an adapter that is tuned here; train is then the rows that it was tuned on."""
+    """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
+    out: Path | None = None
+    """Folder for audit.json, audit.md and audit.png."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Audit, and print the page."""
     from siftune.cli.stages import stages
     from siftune.offsite.audits.audit import audit_paths
-    from siftune.report.audit import markdown
+    from siftune.report.audit import markdown, prepare_folder, write_audit
 
+    options.check()
+    if options.out is not None:
+        prepare_folder(options.out)  # before hours of work
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with stages(console) as progress:
-        found = audit_paths(options, progress)
+        result = audit_paths(options, progress)
+    if options.out is not None:
+        write_audit(result, options.out)
     page = Console(highlight=False, soft_wrap=True)
     if page.is_terminal:
         from rich.markdown import Markdown
 
-        page.print(Markdown(markdown(found)))
+        page.print(Markdown(markdown(result)))
     else:
-        page.print(markdown(found), markup=False)
+        page.print(markdown(result), markup=False)
     if options.out is not None:
         console.print(f"audit in {options.out}", markup=False)
-    return found.to_dict()
+    return result.to_dict()

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from tyro.conf import arg
-
-if TYPE_CHECKING:
-    from siftune.offsite.protocol.plug import UpdateReport
 
 
 @dataclass
@@ -36,16 +33,17 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Check, plug in, save."""
+    from siftune.cli.updates import show_updates
+    from siftune.offsite.kit.folder import read_kit
     from siftune.offsite.protocol.plug import plug
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status("checking the return"):
         result = plug(
             options.model,
-            options.kit,
+            read_kit(options.kit, options.public_key),
             options.returned,
             options.out,
-            public_key=options.public_key,
             max_update=options.max_update,
             dtype=options.dtype,
         )
@@ -58,31 +56,3 @@ def run(options: Options) -> dict[str, Any]:
         "verified": result.kit.verified,
         **result.report.to_dict(),
     }
-
-
-def show_updates(report: "UpdateReport") -> None:
-    """Print by how much every layer moved, and the matrix in it that moved most."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("layer")
-    table.add_column("‖W' − W‖ / ‖W‖", justify="right")
-    table.add_column("largest of a matrix", justify="right")
-    table.add_column("matrix")
-    for layer, update in report.layers.items():
-        name = max(
-            (name for name in report.matrices if name.startswith(f"{layer}.")),
-            key=lambda name: report.tensors[name].relative or 0.0,
-        )
-        table.add_row(
-            layer, _number(update.relative), _number(report.tensors[name].relative), name.removeprefix(f"{layer}.")
-        )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "from zero" if value is None else f"{value:.2e}"

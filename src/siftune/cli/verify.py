@@ -44,48 +44,11 @@ def run(options: Options) -> dict[str, Any]:
     return _show_return(options.path, read_kit(options.kit, options.public_key), console)
 
 
-def facts(kit: "Kit") -> dict[str, Any]:
-    """What a kit is, from its shapes and sizes alone.
-
-    Returns:
-        Plain types. `base_mb` is what the whole base model would take in the kit's dtype; `middle.kept` the share of
-        the parameters of the base's middle that the emulator has.
-    """
-    from siftune.models.layers import find_layers
-    from siftune.offsite.emulator.model import build
-    from siftune.offsite.kit.folder import load_config
-    from siftune.offsite.kit.tensors import tensor_specs
-
-    manifest = kit.manifest
-    model = build(load_config(kit), manifest.split, manifest.middle)
-    layers = find_layers(model).layers
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    middle = manifest.split.middle(len(layers))
-    own = sum(sizes[number] for number, shape in zip(middle, manifest.middle, strict=True) if shape.same_as is None)
-    base = len(manifest.split.middle(manifest.depth)) * sizes[manifest.split.outer(len(layers))[0]]
-    rest = sum(p.numel() for p in model.parameters()) - sum(sizes[number] for number in middle)
-    specs = tensor_specs(kit.path / "emulator.safetensors")
-    spec = next(iter(specs.values()))
-    adapter = manifest.adapter
-    return {
-        "kit": kit.path,
-        "digest": kit.digest,
-        "model_type": manifest.model_type,
-        "layers": manifest.depth,
-        "split": {"first": manifest.split.first, "last": manifest.split.last},
-        "middle": {"layers": len(middle), "of": len(manifest.split.middle(manifest.depth)), "kept": own / base},
-        "dtype": _words(spec.dtype),
-        "emulator_mb": manifest.files["emulator.safetensors"].bytes / 1e6,
-        "adapter_mb": manifest.files["adapter.safetensors"].bytes / 1e6,
-        "base_mb": (rest + base) * spec.bytes / _numbers(spec.shape) / 1e6,
-        "adapter": {"tensors": len(adapter), "dtype": _words(next(iter(adapter.values())).dtype)},
-        "signature": "valid" if kit.verified else "not checked" if kit.signed else "none",
-    }
-
-
 def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
-    found = facts(kit)
-    split, middle, adapter = found["split"], found["middle"], found["adapter"]
+    from siftune.offsite.kit.facts import facts
+
+    known = facts(kit)
+    split, middle, outer = known["split"], known["middle"], known["outer"]
     signature = {
         "valid": "valid, by the key that was given",
         "not checked": "there is one; give --public-key to check it",
@@ -94,22 +57,22 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
     rows = {
         "kit": f"{kit.path} is sound",
         "digest": kit.digest,
-        "base": f"{found['model_type']}, {found['layers']} layers",
-        "to tune": f"first {split['first']} and last {split['last']} layers: {adapter['tensors']} tensors in "
-        f"{adapter['dtype']}, {found['adapter_mb']:,.1f} MB",
+        "base": f"{known['model_type']}, {known['layers']} layers",
+        "to tune": f"first {split['first']} and last {split['last']} layers: {outer['tensors']} tensors in "
+        f"{outer['dtype']}, {known['outer_mb']:,.1f} MB",
         "between": f"{middle['layers']} layers for {middle['of']}, {100 * middle['kept']:.1f} % of their parameters",
-        "frozen": f"{found['emulator_mb']:,.1f} MB in {found['dtype']}; all of the base would be "
-        f"{found['base_mb']:,.1f} MB",
-        "signature": signature[found["signature"]],
+        "frozen": f"{known['emulator_mb']:,.1f} MB in {known['dtype']}; all of the base would be "
+        f"{known['base_mb']:,.1f} MB",
+        "signature": signature[known["signature"]],
     }
     _show(rows, console)
-    return found
+    return known
 
 
 def _show_return(path: Path, kit: "Kit", console: Console) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    from siftune.cli.plug import show_updates
+    from siftune.cli.updates import show_updates
     from siftune.offsite.protocol.plug import compare
     from siftune.offsite.protocol.returned import read_return
 
@@ -125,16 +88,3 @@ def _show(rows: dict[str, str], console: Console) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         console.print(f"{name:<{width}}  {value}", markup=False)
-
-
-def _words(dtype: str) -> str:
-    """A dtype of safetensors in torch's words."""
-    from siftune.offsite.kit.tensors import DTYPES
-
-    return str(DTYPES[dtype]).removeprefix("torch.")
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(shape)

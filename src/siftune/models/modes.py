@@ -1,6 +1,6 @@
-"""Evaluation mode for the time of a block."""
+"""What a block may change about a model besides its weights: modes, `requires_grad` and `grad`, put back afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,3 +19,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def flags_restored(model: nn.Module) -> Iterator[None]:
+    """Put back modes, `requires_grad` and `grad` as they were before the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+@contextmanager
+def trainable_only(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Let gradients flow to some parameters only, by default to none, so that none is computed in vain.
+
+    Afterwards modes, `requires_grad` and `grad` are as before the block.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    with flags_restored(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield

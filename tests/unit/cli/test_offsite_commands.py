@@ -1,4 +1,4 @@
-"""`siftune emulate`, `verify`, `plug` and `audit`: the whole way of a kit, and what each says to what it cannot use."""
+"""The commands of a kit from `siftune emulate` to `audit`: its whole way, and what each says to what it cannot use."""
 
 import importlib.util
 import json
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
 from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.kit.strict import sha256_of
 from siftune.offsite.kit.tensors import tensor_specs
 
 EMULATE = ("--first", "1", "--last", "1", "--rows", "6", "--batch-size", "3", "--template", "none")
@@ -132,9 +133,9 @@ def test_what_a_kit_is_said_to_be(parties, capsys):
     assert found["middle"] == {"layers": 2, "of": 2, "kept": middle / (2 * layer)}
     assert found["base_mb"] == pytest.approx(2 * whole / 1e6)
     assert found["emulator_mb"] == (kit.path / "emulator.safetensors").stat().st_size / 1e6
-    assert found["adapter_mb"] == (kit.path / "adapter.safetensors").stat().st_size / 1e6
+    assert found["outer_mb"] == (kit.path / "adapter.safetensors").stat().st_size / 1e6
     assert (found["model_type"], found["layers"], found["split"]) == ("llama", 4, {"first": 1, "last": 1})
-    assert (found["dtype"], found["adapter"]) == ("bfloat16", {"tensors": len(adapter), "dtype": "float32"})
+    assert (found["dtype"], found["outer"]) == ("bfloat16", {"tensors": len(adapter), "dtype": "float32"})
     assert (found["signature"], found["digest"]) == ("none", kit.digest)
 
 
@@ -154,9 +155,9 @@ def test_options_reach_the_kit(half, rows, tmp_path, capsys):
     assert 0.042 < sized["emulator_mb"] < 0.052  # header included; ranks are rounded down
     typed, _ = siftune(
         capsys, "emulate", *arguments, "--out", tmp_path / "typed", "--first", "1", "--last", "1",
-        "--kit-dtype", "float32", "--adapter-dtype", "bfloat16", "--dtype", "float32",
+        "--kit-dtype", "float32", "--outer-dtype", "bfloat16", "--dtype", "float32",
     )  # fmt: skip
-    assert (typed["dtype"], typed["adapter"]["dtype"]) == ("float32", "bfloat16")
+    assert (typed["dtype"], typed["outer"]["dtype"]) == ("float32", "bfloat16")
     computed, _ = siftune(
         capsys,
         "emulate",
@@ -199,9 +200,9 @@ def test_every_setting_changes_the_kit(half, parties, rows, tmp_path, capsys, fl
 
 def test_a_sweep_writes_table_figures_and_picture(half, rows, tmp_path, capsys):
     out = tmp_path / "sweep"
-    arguments = ("--model", half, "--calibration", rows, "--out", out, "--sweep", *EMULATE, "--held-out-rows", "4")
+    arguments = ("--model", half, "--calibration", rows, "--out", out, *EMULATE, "--held-out-rows", "4")
     found, said = siftune(
-        capsys, "emulate", *arguments, "--keeps", "0.5", "--lambdas", "0", "2", "--lambda-on", "attn", "mlp",
+        capsys, "sweep", *arguments, "--keeps", "0.5", "--lambdas", "0", "2", "--lambda-on", "attn", "mlp",
         "--bases", "svd",
     )  # fmt: skip
     points = found["points"]
@@ -236,13 +237,8 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--rows": 0}, "--rows is 0, but must be 1 or more"),
         ({"--max-length": 1}, "--max-length is 1, but must be 2 or more"),
         ({"--sign": rows}, f"{rows} is no private key" if _signs() else "needs the package model-signing"),
-        ({"--keeps": 0.5}, "--keeps would have no effect; it goes with --sweep"),
-        ({"--sweep": None, "--keep": 0.5}, "--keep would have no effect; --sweep writes no kit"),
-        ({"--sweep": None, "--keeps": 2}, "keep is 2.0"),
-        ({"--sweep": None, "--calibration": few, "--rows": 6}, "has 6 rows, all of which --rows 6 uses"),
+        ({"--sweep": None, "--keep": 0.5}, "unknown option --sweep of `siftune emulate`"),
         ({"--lambda-atn": 1}, "unknown option --lambda-atn of `siftune emulate`; did you mean --lambda-attn?"),
-        ({"--keeps": "half"}, "--keeps must be a list, each a number, not 'half'"),
-        ({"--bases": "qr"}, "--bases must be a list, each one of whitened, svd, not 'qr'"),
         ({"--method": "magic"}, "--method must be one of gradot, layerdrop, crash, svd+flap, not 'magic'"),
     ]:
         arguments = [str(word) for pair in {**usual, **flags}.items() for word in pair if word is not None]
@@ -251,6 +247,29 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
     assert error_of(capsys, "emulate", "--model", half) == (
         "--calibration and --out must be given; see `siftune emulate --help`"
     )
+
+
+# --- sweep ---
+
+
+def test_what_sweep_refuses(half, rows, tmp_path, capsys):
+    few = save_rows(tmp_path / "few.jsonl", 6)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    usual = {"--model": half, "--calibration": rows, "--out": tmp_path / "sweep", "--rows": 6}
+    for flags, words in [
+        ({"--model": tmp_path / "none"}, f"model folder {tmp_path}/none does not exist"),
+        ({"--out": few}, "cannot be written to (Not a directory)"),
+        ({"--keep": 0.5}, "unknown option --keep of `siftune sweep`; did you mean --keeps?"),
+        ({"--keeps": 2}, "keep is 2.0"),
+        ({"--calibration": few, "--rows": 6}, "has 6 rows, all of which --rows 6 uses"),
+        ({"--rows": 0}, "--rows is 0, but must be 1 or more"),
+        ({"--held-out-rows": 0}, "--held-out-rows is 0, but must be 1 or more"),
+        ({"--keeps": "half"}, "--keeps must be a list, each a number, not 'half'"),
+        ({"--bases": "qr"}, "--bases must be a list, each one of whitened, svd, not 'qr'"),
+    ]:
+        arguments = [word for pair in {**usual, **flags}.items() for word in pair]
+        assert words in error_of(capsys, "sweep", *arguments), flags
+        assert sorted(path.name for path in tmp_path.iterdir()) == before, flags
 
 
 # --- verify ---
@@ -367,16 +386,46 @@ def test_what_audit_refuses(damaged, parties, half, capsys):
         ({"--train": damaged / "none.jsonl"}, "none.jsonl does not exist"),
         ({"--steps": 0}, "steps is 0, but must be 1 or more"),
         ({"--retrun": "x"}, "did you mean --return?"),
+        ({"--model": damaged / "none", "--out": parties / "rows.jsonl"}, "cannot be written to"),
     ]:
         arguments = [word for pair in {**usual, **flags}.items() for word in pair]
         assert words in error_of(capsys, "audit", *arguments), flags
     assert "no kit given" in error_of(capsys, "audit", "--model", half)
 
 
+# --- what is read how often ---
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "eval of two", "audit", "plug", "verify", "verify of a return"])
+def test_a_kit_is_hashed_once(parties, half, tmp_path, capsys, monkeypatch, command):
+    def counted(path):
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    hashed = []
+    monkeypatch.setattr("siftune.offsite.kit.folder.sha256_of", counted)
+    kit, run, rows = (str(parties / name) for name in ("kit", "run", "rows.jsonl"))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "5 less 3?", "completion": "2"}) + "\n")
+    measure = ["--data", rows, "--limit", "4", "--metrics", "perplexity"]
+    audit = ["--kit", kit, "--train", rows, "--eval", held_out, "--return", f"{run}/return", "--resamples", "50"]
+    words = {
+        "train": ["train", "--model", kit, "--train", rows, "--out", tmp_path / "run", *TRAIN],
+        "eval": ["eval", run, *measure],
+        "eval of two": ["eval", run, kit, *measure],
+        "audit": ["audit", "--model", half, *audit, "--steps", "1", "--batch-size", "2", "--no-recovery"],
+        "plug": ["plug", "--model", half, "--kit", kit, "--return", f"{run}/return", "--out", tmp_path / "tuned"],
+        "verify": ["verify", kit],
+        "verify of a return": ["verify", f"{run}/return", "--kit", kit],
+    }
+    siftune(capsys, *words[command])
+    assert hashed.count("emulator.safetensors") == 1
+
+
 # --- help ---
 
 
-@pytest.mark.parametrize("command", ["emulate", "verify", "plug", "audit"])
+@pytest.mark.parametrize("command", ["emulate", "sweep", "verify", "plug", "audit"])
 def test_help_shows_every_option_and_needs_no_torch(command):
     code = (
         f"import sys; from siftune.cli.main import main; code = main(['{command}', '--help']);"
@@ -385,5 +434,12 @@ def test_help_shows_every_option_and_needs_no_torch(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     options = re.findall(r"--[a-z-]+", done.stdout)
-    assert {"emulate": "--lambda-attn", "verify": "--kit", "plug": "--return", "audit": "--return"}[command] in options
+    shown = {
+        "emulate": "--lambda-attn",
+        "sweep": "--keeps",
+        "verify": "--kit",
+        "plug": "--return",
+        "audit": "--return",
+    }[command]
+    assert shown in options
     assert "--returned" not in options

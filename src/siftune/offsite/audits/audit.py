@@ -3,13 +3,13 @@
 Five conditions on the same held-out rows, as in offsite-tuning (Xiao et al. 2023):
 
     Full ZS   the base model, nothing tuned             Emulator ZS   the emulator, nothing tuned
-    Full FT   the base, its adapter layers tuned        Emulator FT   the emulator, its adapter layers tuned
-    Plug-in   the base with the adapter layers that were tuned on the emulator
+    Full FT   the base, its outer layers tuned          Emulator FT   the emulator, its outer layers tuned
+    Plug-in   the base with the outer layers that were tuned on the emulator
 
 and besides (ours): *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are
-the base's own in any kit, so nothing in them is left to recover); a floor of random weights; the cosine of the
-adapter's gradients; membership inference on the plugged model. All tunings start from the base's adapter and see the
-same rows in the same order.
+the base's own in any kit, so nothing in them is left to recover); a floor of random weights; the cosine of the outer
+layers' gradients; membership inference on the plugged model. All tunings start from the base's outer layers and see
+the same rows in the same order.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from siftune.environment import hardware, versions
 from siftune.errors import KitError
 from siftune.files import Progress
 from siftune.models.source import load_model
-from siftune.offsite.audits.models import OffsiteModels, check_models, kept_fraction, plugged, read_adapter
+from siftune.offsite.audits.models import OffsiteModels, check_models, kept_fraction, plugged, read_outer
 from siftune.offsite.audits.result import FULL_ZS, RECOVERED, Audit, summarise
 from siftune.offsite.audits.rows import AuditRows, accuracy_name, tokenize_audit
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
@@ -34,7 +34,7 @@ from siftune.offsite.audits.stages import (
     choose_candidates,
     choose_rows,
     recovered,
-    tuned_adapters,
+    tuned_outer,
     untuned,
 )
 from siftune.offsite.kit.fingerprint import fingerprint
@@ -42,7 +42,6 @@ from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.load import load_kit
 from siftune.offsite.protocol.plug import compare
 from siftune.offsite.protocol.returned import read_return
-from siftune.report.audit import prepare_folder, write_audit
 
 
 def audit(
@@ -61,8 +60,8 @@ def audit(
         rows: Rows to tune on and held-out ones, from `tokenize_audit`. Where the steps do not suffice for all of the
             former, a draw of them is used, so that every row that is used is seen.
         settings: How to tune and measure.
-        returned: Adapter tensors, by the names of `offsite.split`, that a data owner sent back; they take the place of
-            an adapter that is tuned here, and all training rows pass for theirs.
+        returned: The outer layers' tensors, by the names of `emulator.split`, that a data owner sent back; they take
+            the place of layers that are tuned here, and all training rows pass for theirs.
         progress: Called with what is being done, how much of it is done, and of how much.
 
     Raises:
@@ -74,16 +73,16 @@ def audit(
     settings = settings or AuditSettings()
     settings.check()
     check_models(models)
-    adapter = read_adapter(models.base, models.split)
+    outer = read_outer(models.base, models.split)
     if returned is not None:
-        compare(adapter, returned)
+        compare(outer, returned)
     used = choose_rows(rows, settings)
     trained = used if returned is None else range(len(rows.train))
     candidates = choose_candidates(rows, settings, trained) if settings.membership else None
     job = Job(models, rows, settings, used, candidates, progress)
-    with plugged(models.emulator, models.split, adapter):  # the base's own, where the kit's is rounded
+    with plugged(models.emulator, models.split, outer):  # the base's own, where the kit's is rounded
         scores, cosine = untuned(job)
-        tuned, membership = tuned_adapters(job, returned, scores[FULL_ZS])
+        tuned, membership = tuned_outer(job, returned, scores[FULL_ZS])
         scores |= tuned
         if settings.recovery:
             scores[RECOVERED] = recovered(job)
@@ -94,7 +93,7 @@ def audit(
 
 
 def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audit:
-    """Audit a kit on disk, and write the audit to `options.out` if that is given.
+    """Audit a kit on disk.
 
     Args:
         options: Paths and settings.
@@ -110,8 +109,6 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     returned = None if options.returned is None else read_return(options.returned, kit)
     train = load_rows(options.train, options.train_split, options.limit, options.format)
     held_out = load_rows(options.eval, options.eval_split, options.eval_limit, options.format)
-    if options.out is not None:
-        prepare_folder(options.out)  # before hours of work
     base, tokenizer = load_model(options.model, options.dtype)
     if fingerprint(base) != kit.manifest.fingerprint:
         raise KitError(
@@ -121,12 +118,9 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     emulator, _ = load_kit(kit, options.dtype)
     models = _on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
     settings = options.settings()
-    found = audit(models, tokenize_audit(train, held_out, tokenizer, settings), settings, returned, progress)
+    result = audit(models, tokenize_audit(train, held_out, tokenizer, settings), settings, returned, progress)
     names = {"model": options.model, "kit": kit.digest, "train": options.train, "eval": options.eval}
-    found = replace(found, facts={**names, **found.facts})
-    if options.out is not None:
-        write_audit(found, options.out)
-    return found
+    return replace(result, facts={**names, **result.facts})
 
 
 def _on_accelerator(models: OffsiteModels) -> OffsiteModels:

@@ -1,7 +1,7 @@
-"""How alike the adapter's gradients are on the base model and on the emulator.
+"""How alike the outer layers' gradients are on the base model and on the emulator.
 
-An adapter that is tuned on the emulator follows the emulator's gradients. How far they point where the base's would
-is their cosine, over each adapter layer and over all of them together:
+Outer layers that are tuned on the emulator follow the emulator's gradients. How far they point where the base's would
+is their cosine, over each outer layer and over all of them together:
 
     cos = ⟨g_base, g_emulator⟩ / (‖g_base‖ ‖g_emulator‖),   g = ∂/∂θ Σ_rows Σ_labels −ln p(x_t | x_<t)
 
@@ -10,8 +10,7 @@ Labels weigh alike whatever row they stand in, and the cosine does not depend on
 Shapes: B rows, T positions.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +20,18 @@ from siftune.evaluate.batching import model_device
 from siftune.models.heads import label_positions, logits_at
 from siftune.models.layers import find_layers
 from siftune.models.loss import token_loss
-from siftune.models.modes import evaluating
-from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.models.modes import evaluating, trainable_only
+from siftune.offsite.emulator.split import Split, outer_names
 
 Batches = Iterable[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class AdapterGradient:
-    """The gradient of the summed loss for the adapter's parameters.
+class OuterGradient:
+    """The gradient of the summed loss for the outer layers' parameters.
 
     Attributes:
-        tensors: Neutral name (see `offsite.split`) -> gradient in float32.
+        tensors: Neutral name (see `emulator.split`) -> gradient in float32.
         loss: Mean loss per label token, in nats.
         tokens: Number of label tokens.
     """
@@ -44,10 +43,10 @@ class AdapterGradient:
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """Cosines between the adapter's gradients on two models; NaN where one of the two is zero.
+    """Cosines between the outer layers' gradients on two models; NaN where one of the two is zero.
 
     Attributes:
-        layers: Neutral names of the adapter's layers, from the embeddings to the head.
+        layers: Neutral names of the outer layers, from the embeddings to the head.
         per_layer: Cosine in each of them.
         overall: Cosine over all of them side by side.
         loss_full: Loss of the base model per label token, in nats.
@@ -62,7 +61,7 @@ class GradientCosine:
 
 
 def gradient_cosine(model: nn.Module, emulator: nn.Module, batches: Batches, split: Split) -> GradientCosine:
-    """Compare the adapter's gradients on a base model and on an emulator of it.
+    """Compare the outer layers' gradients on a base model and on an emulator of it.
 
     Args:
         model: The base model, without PEFT around it.
@@ -71,14 +70,14 @@ def gradient_cosine(model: nn.Module, emulator: nn.Module, batches: Batches, spl
         split: The split of both.
 
     Raises:
-        ValueError: The two have other adapters, or no batch has a label.
+        ValueError: The two have other outer layers, or no batch has a label.
     """
-    kept = list(batches)  # an iterator could not be read twice
-    return cosine(adapter_gradient(model, kept, split), adapter_gradient(emulator, kept, split))
+    batches = list(batches)  # an iterator could not be read twice
+    return cosine(outer_gradient(model, batches, split), outer_gradient(emulator, batches, split))
 
 
-def adapter_gradient(model: nn.Module, batches: Batches, split: Split) -> AdapterGradient:
-    """Compute the adapter's gradient, batch after batch.
+def outer_gradient(model: nn.Module, batches: Batches, split: Split) -> OuterGradient:
+    """Compute the outer layers' gradient, batch after batch.
 
     Dropout is off. Afterwards the model's modes, `requires_grad` and `grad` are as they were.
 
@@ -91,10 +90,10 @@ def adapter_gradient(model: nn.Module, batches: Batches, split: Split) -> Adapte
         ValueError: No batch has a label.
         LayerError: The split does not fit the model.
     """
-    parameters = adapter_parameters(model, split)
+    parameters = outer_parameters(model, split)
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     loss, tokens = 0.0, 0
-    with evaluating(model), only_trainable(model, parameters.values()), torch.enable_grad():
+    with evaluating(model), trainable_only(model, parameters.values()), torch.enable_grad():
         for batch in batches:
             count = int(label_positions(batch["labels"]).sum())
             if not count:
@@ -107,10 +106,10 @@ def adapter_gradient(model: nn.Module, batches: Batches, split: Split) -> Adapte
             loss, tokens = loss + float(summed.detach()), tokens + count
     if not tokens:
         raise ValueError("no batch has a label, so there is no gradient; give rows with a completion")
-    return AdapterGradient(sums, loss / tokens, tokens)
+    return OuterGradient(sums, loss / tokens, tokens)
 
 
-def cosine(full: AdapterGradient, emulator: AdapterGradient) -> GradientCosine:
+def cosine(full: OuterGradient, emulator: OuterGradient) -> GradientCosine:
     """Compare two gradients that were computed before.
 
     Raises:
@@ -118,7 +117,7 @@ def cosine(full: AdapterGradient, emulator: AdapterGradient) -> GradientCosine:
     """
     shapes = [{name: tensor.shape for name, tensor in one.tensors.items()} for one in (full, emulator)]
     if shapes[0] != shapes[1]:
-        raise ValueError("the gradients are of different adapters; give a model and an emulator of it, with one split")
+        raise ValueError("the gradients are of different layers; give a model and an emulator of it, with one split")
     products: dict[str, Tensor] = {}  # layer -> ⟨a, b⟩, ⟨a, a⟩, ⟨b, b⟩
     for name, a in full.tensors.items():
         b = emulator.tensors[name].to(a.device)
@@ -133,29 +132,15 @@ def cosine(full: AdapterGradient, emulator: AdapterGradient) -> GradientCosine:
     )
 
 
-def adapter_parameters(model: nn.Module, split: Split) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by neutral name; buffers are left out.
+def outer_parameters(model: nn.Module, split: Split) -> dict[str, nn.Parameter]:
+    """The outer layers' parameters by neutral name; buffers are left out.
 
     Raises:
         LayerError: The split does not fit the model.
     """
     split.middle(len(find_layers(model).layers))  # refuses a split that leaves no middle
     by_name = dict(model.named_parameters())
-    return {neutral: by_name[name] for neutral, name in adapter_names(model, split).items() if name in by_name}
-
-
-@contextmanager
-def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let gradients flow to some parameters only, so that none is computed in vain; flags come back afterwards."""
-    chosen = {id(parameter) for parameter in parameters}
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in chosen)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    return {neutral: by_name[name] for neutral, name in outer_names(model, split).items() if name in by_name}
 
 
 def _summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Membership inference: can it be told from a returned adapter which rows it was trained on?
+"""Membership inference: can it be told from a return which rows it was trained on?
 
 Every row gets a score, the higher the likelier a member. How well the scores tell members from other rows of the same
 source is the area under the ROC curve, which is a rank statistic (Mann & Whitney 1947):
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siftune.evaluate.intervals import Bootstrap, Estimate, Floats, drawn_counts
+from siftune.evaluate.bootstrap import Bootstrap, Estimate, Floats, drawn_counts
 
 Counts = NDArray[np.int64]
 
@@ -52,7 +52,7 @@ class RowLosses:
 
     Attributes:
         base: (R,) under the base model.
-        plugged: (R,) under the base with the returned adapter.
+        plugged: (R,) under the base with the return in it.
     """
 
     base: Floats

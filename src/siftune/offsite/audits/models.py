@@ -1,7 +1,7 @@
 """The models of an audit: what is read from them, and what is put into them for a while.
 
-Both models are in memory once. Adapter tensors are swapped in and out in place, and what was there before comes back
-bit for bit.
+Both models are in memory once. The outer layers' tensors are swapped in and out in place, and what was there before
+comes back bit for bit.
 """
 
 import copy
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from siftune.errors import KitError
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, outer_names
 
 _ROUNDING = 2**-7  # a little more than bfloat16 loses
 
@@ -42,7 +42,7 @@ class Kept:
     """How much of the base's parameters an emulator has, as fractions; shared ones are counted once.
 
     Attributes:
-        middle: Of the layers between the adapter's.
+        middle: Of the layers between the outer ones.
         whole: Of the whole model.
     """
 
@@ -53,24 +53,24 @@ class Kept:
 def check_models(models: OffsiteModels) -> None:
     """Check that base and emulator belong together.
 
-    Their adapters must be equal up to the rounding of half precision, in which a kit may be stored.
+    Their outer layers must be equal up to the rounding of half precision, in which a kit may be stored.
 
     Raises:
-        KitError: The emulator's adapter is not the base's.
+        KitError: The emulator's outer layers are not the base's.
         LayerError: The split does not fit.
     """
     for model in (models.base, models.emulator):
         models.split.middle(len(find_layers(model).layers))  # refuses a split that leaves no middle
-    base, emulator = (read_adapter(model, models.split) for model in (models.base, models.emulator))
+    base, emulator = (read_outer(model, models.split) for model in (models.base, models.emulator))
     for name in sorted(base.keys() | emulator.keys()):
         if name not in base or name not in emulator or not _is_near(base[name], emulator[name]):
             raise KitError(f"the emulator's tensor {name} is not the base model's: give the base that it was made of")
 
 
-def read_adapter(model: nn.Module, split: Split) -> dict[str, Tensor]:
-    """Copies of the adapter's tensors by neutral name (see `offsite.split`)."""
+def read_outer(model: nn.Module, split: Split) -> dict[str, Tensor]:
+    """Copies of the outer layers' tensors by neutral name (see `emulator.split`)."""
     state = model.state_dict()
-    return {neutral: state[name].detach().clone() for neutral, name in adapter_names(model, split).items()}
+    return {neutral: state[name].detach().clone() for neutral, name in outer_names(model, split).items()}
 
 
 @contextmanager
@@ -81,23 +81,23 @@ def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator
         model: The model.
         names: Names in its state dict; None for all of them.
     """
-    kept = {name: t.detach().clone() for name, t in model.state_dict().items() if names is None or name in names}
+    before = {name: t.detach().clone() for name, t in model.state_dict().items() if names is None or name in names}
     try:
         yield
     finally:
-        _write(model, kept)
+        _write(model, before)
 
 
 @contextmanager
 def plugged(model: nn.Module, split: Split, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put an adapter into a model for a while.
+    """Put outer layers into a model for a while.
 
     Args:
         model: A base model or an emulator.
         split: Its split.
-        tensors: The adapter's tensors by neutral name; cast to the model's dtype.
+        tensors: The outer layers' tensors by neutral name; cast to the model's dtype.
     """
-    names = adapter_names(model, split)
+    names = outer_names(model, split)
     with restored(model, names.values()):
         _write(model, {names[neutral]: tensor for neutral, tensor in tensors.items()})
         yield

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from siftune.evaluate.compare import accuracy_interval
-from siftune.evaluate.intervals import Bootstrap, Estimate, Means, resample
+from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
 from siftune.jsonable import jsonable
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Membership
@@ -85,9 +84,9 @@ class Audit:
         conditions: Condition -> its scores; the keys of `LABELS`, without `recovered` where that was not tried.
         comparisons: `nll` and, where there is one, `accuracy` -> the figures of that measure.
         accuracy: Which accuracy was measured: `choices`, `exact_match` or None.
-        cosine: The adapter's gradients on base and emulator.
+        cosine: The outer layers' gradients on base and emulator.
         kept: Fractions of the base's parameters.
-        membership: Attacks on the returned adapter; None where they were not tried.
+        membership: Attacks on the return; None where they were not tried.
         settings: How models were tuned and measured.
         facts: Numbers of rows, versions, names: what the figures depend on besides.
     """

@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.data.encoder import Encoder
 from siftune.data.rows import Row
-from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.data.tokenize import tokenize_rows
 from siftune.errors import DataError
-from siftune.evaluate.intervals import Floats
+from siftune.evaluate.bootstrap import Floats
 from siftune.evaluate.measure import measure
 from siftune.evaluate.perplexity import TokenRow, perplexity
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
@@ -74,8 +73,8 @@ def tokenize_audit(
         tokenize_rows(rows, tokenizer, settings.max_length, settings.template, settings.completion_only)
         for rows in (train, held_out)
     ]
-    wanted = sorted(choose_metrics(held_out, Encoder(tokenizer, settings.template)).intersection(_ACCURACIES))
-    questions = prepare_rows(held_out, tokenizer, wanted, settings.template) if wanted else None
+    accuracy = sorted(choose_metrics(held_out, Encoder(tokenizer, settings.template)).intersection(_ACCURACIES))
+    questions = prepare_rows(held_out, tokenizer, accuracy, settings.template) if accuracy else None
     return AuditRows(sets[0], sets[1], questions)
 
 
@@ -105,23 +104,16 @@ def score_losses(model: nn.Module, data: Dataset, batch_size: int) -> RowScores:
     Raises:
         DataError: A row has no label.
     """
-    found = perplexity(model, token_rows(data), batch_size)
-    bare = np.flatnonzero(found.tokens == 0)
+    losses = perplexity(model, token_rows(data), batch_size)
+    bare = np.flatnonzero(losses.tokens == 0)
     if bare.size:
         raise DataError(f"row {bare[0]} has no label after its first token, so it has no loss; leave it out.")
-    return RowScores(found.nll, found.tokens.astype(np.float64))
+    return RowScores(losses.nll, losses.tokens.astype(np.float64))
 
 
 def token_rows(data: Dataset) -> list[TokenRow]:
     """Pairs of input ids and labels."""
     return list(zip(data["input_ids"], data["labels"], strict=True))
-
-
-def batches(data: Dataset, batch_size: int, limit: int, pad_token_id: int = 0) -> list[dict[str, Tensor]]:
-    """The first `limit` rows in batches of padded tensors, in their order."""
-    collate = Collator(pad_token_id)
-    rows = iter(data.select(range(min(limit, len(data)))))
-    return [collate(part) for part in iter(lambda: list(islice(rows, batch_size)), [])]
 
 
 def drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:

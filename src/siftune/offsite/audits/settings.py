@@ -11,13 +11,13 @@ from siftune.errors import RecipeError
 class AuditSettings:
     """How the models of an audit are tuned and measured.
 
-    Every model is tuned on the same rows in the same order, from the same adapter weights.
+    Every model is tuned on the same rows in the same order, from the same weights.
     """
 
     steps: int = 100
     """Optimizer steps of each fine-tuning."""
     lr: float = 1e-4
-    """Peak learning rate of the adapter's layers."""
+    """Peak learning rate of the outer layers."""
     batch_size: int = 16
     """Rows in an optimizer step."""
     max_length: int = 512
@@ -35,7 +35,7 @@ class AuditSettings:
     membership_rows: int = 512
     """Rows of either kind for that, at most."""
     gradient_rows: int = 64
-    """Held-out rows on which the adapter's gradients are compared, at most."""
+    """Held-out rows on which the outer layers' gradients are compared, at most."""
     eval_batch_size: int = 16
     """Rows in a forward pass of a measurement."""
     resamples: int = 10_000
@@ -70,9 +70,9 @@ class AuditSettings:
 class AuditOptions(AuditSettings):
     """Audit a kit: what its emulator gives the data owner, what it gives away, and what comes back.
 
-    The base model and the emulator are measured before and after their adapter layers are tuned on the same rows; the
-    adapter tuned on the emulator is plugged into the base; and what a data owner could recover, and what a returned
-    adapter tells of its training rows, is tried out.
+    The base model and the emulator are measured before and after their outer layers are tuned on the same rows; the
+    ones tuned on the emulator are plugged into the base; and what a data owner could recover, and what a return tells
+    of its training rows, is tried out.
     """
 
     model: str = "smollm2"
@@ -94,13 +94,11 @@ class AuditOptions(AuditSettings):
     format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
     """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
     returned: Path | None = None
-    """Return to audit in place of an adapter that is tuned here; train is then the rows that it was tuned on."""
+    """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
     public_key: Path | None = None
     """PEM file of the owner's public key, to check the kit's signature."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of both models; auto: the checkpoint's, or float32 on a processor that lacks it."""
-    out: Path | None = None
-    """Folder for audit.json, audit.md and audit.png."""
 
     def check(self) -> None:
         """Check the ranges, and that what is needed is given.

@@ -9,16 +9,17 @@ from functools import partial
 from torch import Tensor, nn
 
 from siftune.errors import DataError
-from siftune.evaluate.intervals import Bootstrap
+from siftune.evaluate.bootstrap import Bootstrap
 from siftune.files import Progress
 from siftune.models.layers import find_layers
 from siftune.offsite.audits.gradients import GradientCosine, gradient_cosine
 from siftune.offsite.audits.membership import Membership, RowLosses, infer_membership
-from siftune.offsite.audits.models import OffsiteModels, plugged, random_floor, read_adapter, unshared
+from siftune.offsite.audits.models import OffsiteModels, plugged, random_floor, read_outer, unshared
 from siftune.offsite.audits.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, FULL_FT, FULL_ZS, LABELS, PLUG_IN, RECOVERED
-from siftune.offsite.audits.rows import AuditRows, RowScores, batches, drawn, not_among, score_losses, score_rows
+from siftune.offsite.audits.rows import AuditRows, RowScores, drawn, not_among, score_losses, score_rows
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.audits.tuning import Steps, Tuning, tuned
+from siftune.offsite.protocol.calibration import in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Candidates:
     """Rows for membership inference.
 
     Attributes:
-        members: Indices of training rows that the adapter was tuned on.
+        members: Indices of training rows that the outer layers were tuned on.
         others: Indices of held-out rows that are no training rows.
         left_out: Held-out rows that are.
     """
@@ -79,7 +80,7 @@ def choose_candidates(rows: AuditRows, settings: AuditSettings, trained: Sequenc
     Args:
         rows: The rows.
         settings: How many, and the seed.
-        trained: Indices of the training rows that the adapter was tuned on.
+        trained: Indices of the training rows that the outer layers were tuned on.
 
     Raises:
         DataError: No held-out row is left.
@@ -106,21 +107,22 @@ def untuned(job: Job) -> tuple[Scores, GradientCosine]:
     floor = random_floor(models.base, job.settings.seed)
     scores[FLOOR] = _measure(job, FLOOR, floor)
     del floor  # before gradients need its memory
-    job.tell("adapter gradients")
-    chosen = batches(job.rows.held_out, job.settings.batch_size, job.settings.gradient_rows, _padding(models))
+    job.tell("gradients of the outer layers")
+    some = job.rows.held_out.select(range(min(job.settings.gradient_rows, len(job.rows.held_out))))
+    chosen = in_batches(some, job.settings.batch_size, _padding(models))
     cosine = gradient_cosine(models.base, models.emulator, chosen, models.split)
-    job.tell("adapter gradients", 1)
+    job.tell("gradients of the outer layers", 1)
     return scores, cosine
 
 
-def tuned_adapters(
+def tuned_outer(
     job: Job, returned: Mapping[str, Tensor] | None, zero_shot: RowScores
 ) -> tuple[Scores, Membership | None]:
-    """Tune the adapter on base and emulator, plug the emulator's into the base, and attack it.
+    """Tune the outer layers of base and emulator, plug the emulator's into the base, and attack it.
 
     Args:
         job: The job.
-        returned: Tuned adapter tensors in place of the emulator's.
+        returned: Tuned tensors in place of the emulator's.
         zero_shot: The base's scores before tuning.
     """
     models = job.models
@@ -129,7 +131,7 @@ def tuned_adapters(
         scores[FULL_FT] = _measure(job, FULL_FT, models.base)
     if returned is None:
         with tuned(models.emulator, _outer(job, models.emulator), _tuning(job), steps=_steps(job, EMULATOR_FT)):
-            returned = read_adapter(models.emulator, models.split)
+            returned = read_outer(models.emulator, models.split)
     with plugged(models.emulator, models.split, returned):
         scores[EMULATOR_FT] = _measure(job, EMULATOR_FT, models.emulator)
     plug = partial(plugged, models.base, models.split, returned)
@@ -185,5 +187,5 @@ def _outer(job: Job, model: nn.Module) -> list[int]:
 
 
 def _padding(models: OffsiteModels) -> int:
-    found: int | None = models.tokenizer.pad_token_id
-    return 0 if found is None else found
+    number: int | None = models.tokenizer.pad_token_id
+    return 0 if number is None else number

@@ -1,9 +1,9 @@
 """What an owner chooses on: how useful an emulator is, against how much of the model it gives away.
 
-*Useful* is the cosine between the adapter's gradients on the base and on the emulator (`gradients.py`). *Given away* is
-measured by the loss gap, loss(emulator) − loss(base) on held-out rows, in nats per label token: the wider, the less the
-emulator is worth without the base. An emulator for which another has both a higher cosine and a wider gap is no choice;
-those that remain are the *front*.
+*Useful* is the cosine between the outer layers' gradients on the base and on the emulator (`gradients.py`). *Given
+away* is measured by the loss gap, loss(emulator) − loss(base) on held-out rows, in nats per label token: the wider, the
+less the emulator is worth without the base. An emulator for which another has both a higher cosine and a wider gap is
+no choice; those that remain are the *front*.
 """
 
 import math
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from siftune.errors import RecipeError
 from siftune.files import Progress
 from siftune.models.layers import find_layers
-from siftune.offsite.audits.gradients import AdapterGradient, adapter_gradient, cosine
+from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.compress import Method, Mlp
 from siftune.offsite.emulator.make import emulators
@@ -43,7 +43,7 @@ class SweepGrid:
         mlps: What gradot does to the MLPs.
         methods: Methods.
         lambda_on: Where λ acts: on attention, on the MLP, or the same on both.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         allot: How gradot and svd+flap share out what is kept among layers.
     """
 
@@ -70,8 +70,8 @@ class SweepGrid:
 
     def settings(self) -> list[EmulatorSettings]:
         """One setting per emulator, each once."""
-        found = [choice for keep, method in product(self.keeps, self.methods) for choice in self._of(method, keep)]
-        return list(dict.fromkeys(found))
+        choices = [choice for keep, method in product(self.keeps, self.methods) for choice in self._of(method, keep)]
+        return list(dict.fromkeys(choices))
 
     def _of(self, method: Method, keep: float) -> Iterator[EmulatorSettings]:
         if method in ("layerdrop", "crash"):
@@ -98,10 +98,10 @@ class SweepPoint:
         lambda_mlp: λ on the MLP.
         basis: Basis of gradot; None for other methods.
         mlp: What gradot did to the MLPs; None for other methods.
-        cosine: Cosine of the adapter's gradients; NaN where one of them is zero.
+        cosine: Cosine of the outer layers' gradients; NaN where one of them is zero.
         loss: Its loss on the held-out rows, in nats per label token.
         loss_full: The base's.
-        parameters: Its parameters, adapter and embeddings included; shared ones count once.
+        parameters: Its parameters, outer layers and embeddings included; shared ones count once.
         kept: Parameters of its middle over those of the base's.
     """
 
@@ -134,7 +134,7 @@ def sweep(
 
     Args:
         model: The base model, without adapters; left as it was.
-        batches: Calibration rows, as for `gradot.emulate`.
+        batches: Calibration rows, as for `protocol.emulate`.
         held_out: Other rows of the kind, to measure on.
         grid: What to compare.
         progress: Told of every batch, layer and measurement.
@@ -149,7 +149,7 @@ def sweep(
     grid = grid or SweepGrid()
     grid.check()
     choices = grid.settings()
-    full = adapter_gradient(model, held_out, grid.split)
+    full = outer_gradient(model, held_out, grid.split)
     points: list[SweepPoint] = []
     for chunk in _chunks(choices):
         parts = emulators(model, batches, chunk, progress=progress)
@@ -162,8 +162,8 @@ def sweep(
 
 def front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """The points that no other beats in cosine and gap at once, from the narrowest gap to the widest."""
-    found = [p for p in points if not math.isnan(p.cosine) and not any(_beats(other, p) for other in points)]
-    return sorted(found, key=lambda point: point.gap)
+    unbeaten = [p for p in points if not math.isnan(p.cosine) and not any(_beats(other, p) for other in points)]
+    return sorted(unbeaten, key=lambda point: point.gap)
 
 
 def _beats(a: SweepPoint, b: SweepPoint) -> bool:
@@ -172,10 +172,10 @@ def _beats(a: SweepPoint, b: SweepPoint) -> bool:
 
 
 def _measure(
-    model: PreTrainedModel, parts: EmulatorParts, choice: EmulatorSettings, held_out: Batches, full: AdapterGradient
+    model: PreTrainedModel, parts: EmulatorParts, choice: EmulatorSettings, held_out: Batches, full: OuterGradient
 ) -> SweepPoint:
     emulator = materialise(parts).to(model.device)
-    found = cosine(full, adapter_gradient(emulator, held_out, choice.split))
+    likeness = cosine(full, outer_gradient(emulator, held_out, choice.split))
     return SweepPoint(
         method=choice.method,
         keep=choice.keep,
@@ -183,9 +183,9 @@ def _measure(
         lambda_mlp=choice.lambda_mlp,
         basis=choice.basis if choice.method == "gradot" else None,
         mlp=choice.mlp if choice.method == "gradot" else None,
-        cosine=found.overall,
-        loss=found.loss_emulator,
-        loss_full=found.loss_full,
+        cosine=likeness.overall,
+        loss=likeness.loss_emulator,
+        loss_full=likeness.loss_full,
         parameters=_count(emulator),
         kept=_count(_middle(emulator, choice.split)) / _count(_middle(model, choice.split)),
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from siftune.config import Recipe, resolve_recipe
 from siftune.models.layers import find_layers
+from siftune.models.modes import flags_restored
 from siftune.offsite.audits.models import restored
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.trainer.build import build
@@ -56,8 +57,8 @@ def tuned(
     Raises:
         TrainingError: A loss or gradient is not finite.
     """
-    with restored(model, _tensors_of(model, layers)), _flags_kept(model):
-        with _generators_kept():
+    with restored(model, _tensors_of(model, layers)), flags_restored(model):
+        with _generators_restored():
             _fine_tune(model, _recipe(tuning.settings, layers, lr), tuning, steps)
         model.eval()
         yield
@@ -111,22 +112,7 @@ class _Told(TrainerCallback):  # type: ignore[misc]
 
 
 @contextmanager
-def _flags_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what training changes besides weights: modes, `requires_grad` and `grad`."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag, grad in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
+def _generators_restored() -> Iterator[None]:
     """Training seeds the global generators; an audit is called from the user's own program."""
     python, numpy = random.getstate(), np.random.get_state()
     try:

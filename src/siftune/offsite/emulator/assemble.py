@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.compress import CompressedLayer
 from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, outer_names
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,17 @@ class EmulatorParts:
 
     Attributes:
         config: Its config.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         middle: Shapes of the layers between.
-        frozen: Tensors of everything but the adapter, by name in the emulator's state dict.
-        adapter: Tensors of the adapter, by the names of `split.adapter_names`.
+        frozen: Tensors of everything but the outer layers, by name in the emulator's state dict.
+        outer: Tensors of the outer layers, by the names of `split.outer_names`.
     """
 
     config: PreTrainedConfig
     split: Split
     middle: tuple[LayerShape, ...]
     frozen: dict[str, Tensor]
-    adapter: dict[str, Tensor]
+    outer: dict[str, Tensor]
 
 
 def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLayer]) -> EmulatorParts:
@@ -38,7 +38,7 @@ def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLa
 
     Args:
         model: The base model.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         layers: The compressed middle, from the embeddings to the head.
     """
     middle = tuple(layer.shape for layer in layers)
@@ -53,8 +53,8 @@ def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLa
         for name, tensor in layer.tensors.items()
     }
     frozen = {name: made[name] if name in made else base[name] for name in frozen_names(skeleton, split, middle)}
-    adapter = {neutral: base[name] for neutral, name in adapter_names(model, split).items()}
-    return EmulatorParts(config, split, middle, frozen, adapter)
+    outer = {neutral: base[name] for neutral, name in outer_names(model, split).items()}
+    return EmulatorParts(config, split, middle, frozen, outer)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -69,17 +69,18 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Make a model of an emulator's parts.
 
-    The adapter's tensors are copied, so that training it leaves the base alone; frozen ones are shared with `parts`.
-    Only the adapter's parameters require gradients.
+    The outer layers' tensors are copied, so that training them leaves the base alone; frozen ones are shared with
+    `parts`.
+    Only the outer layers' parameters require gradients.
 
     Args:
         parts: The emulator.
         dtype: Dtype of all of it; None leaves each tensor's.
     """
     model = build(parts.config, parts.split, parts.middle, meta=False)
-    names = adapter_names(model, parts.split)
+    names = outer_names(model, parts.split)
     state = {name: cast(tensor, dtype) for name, tensor in parts.frozen.items()}
-    state |= {names[neutral]: cast(tensor, dtype).clone() for neutral, tensor in parts.adapter.items()}
+    state |= {names[neutral]: cast(tensor, dtype).clone() for neutral, tensor in parts.outer.items()}
     return filled(model, parts.split, parts.middle, state)
 
 
@@ -90,7 +91,7 @@ def filled(
 
     Args:
         model: Parameters on the meta device, buffers with values.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         middle: Shapes of the layers between.
         state: Tensors by name in the model's state dict; used as they are, not copied.
     """
@@ -103,9 +104,9 @@ def filled(
     model.tie_weights()
     empty = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     assert not empty, f"no weights for {empty[:3]}"
-    adapter = set(adapter_names(model, split).values())
+    outer = set(outer_names(model, split).values())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in adapter)
+        parameter.requires_grad_(name in outer)
     model.config.dtype = next(model.parameters()).dtype
     return model.eval()
 

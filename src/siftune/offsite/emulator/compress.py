@@ -90,14 +90,14 @@ def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> La
         slopes: Whether D is needed; zeros stand for it where every λ is 0.
     """
     inputs: dict[int, Moments] = {}
-    found = {}
+    curvature = {}
     for path, seen in captured.items():
         if id(seen.x_NI) not in inputs:
             inputs[id(seen.x_NI)] = moments(seen.x_NI)
         shape = seen.g_NO.shape[1], seen.x_NI.shape[1]
         slope_OI = seen.g_NO.T @ seen.x_NI if slopes else seen.x_NI.new_zeros(()).expand(shape)
-        found[path] = Curvature(inputs[id(seen.x_NI)], moments(seen.g_NO), slope_OI)
-    return LayerCurvature(captured, found)
+        curvature[path] = Curvature(inputs[id(seen.x_NI)], moments(seen.g_NO), slope_OI)
+    return LayerCurvature(captured, curvature)
 
 
 def whole(layer: nn.Module, number: int, same_as: int | None = None) -> CompressedLayer:
@@ -164,22 +164,22 @@ def _narrow(
     matrices = {path: layer.get_submodule(path) for path in (*family.reads, family.writes)}
     weights = {path: weight_OI(matrix).detach() for path, matrix in matrices.items()}
     count = max(1, int(how.keep * weights[family.writes].shape[1] + 1e-9))
-    kept = _channels(weights, family, seen, count, how)
+    staying = _channels(weights, family, seen, count, how)
     biased: tuple[str, ...] = ()
     if how.method == "svd+flap":
-        dropped = _others(kept, weights[family.writes].shape[1])
+        dropped = _others(staying, weights[family.writes].shape[1])
         extra = flap_bias(seen.captured[family.writes].x_NI, weights[family.writes].float(), dropped)
         name = f"{family.writes}.bias"
         biased = () if name in tensors else (family.writes,)
         dtype = weights[family.writes].dtype
         tensors[name] = (tensors[name].float() + extra if name in tensors else extra).to(dtype)
     for path in family.reads:
-        tensors[f"{path}.weight"] = weights[path][kept].contiguous()
+        tensors[f"{path}.weight"] = weights[path][staying].contiguous()
         if f"{path}.bias" in tensors:
-            tensors[f"{path}.bias"] = tensors[f"{path}.bias"][kept].contiguous()
-    written = weights[family.writes][:, kept]
+            tensors[f"{path}.bias"] = tensors[f"{path}.bias"][staying].contiguous()
+    written = weights[family.writes][:, staying]
     if how.method == "gradot" and how.mlp == "refit":
-        fitted = refit(weights[family.writes], seen.curvature[family.writes].inputs, kept)
+        fitted = refit(weights[family.writes], seen.curvature[family.writes].inputs, staying)
         written = fitted.to(written.dtype)
     tensors[f"{family.writes}.weight"] = written.contiguous()
     return count, biased
@@ -200,8 +200,8 @@ def _channels(
     return keep_channels(scores, count)
 
 
-def _others(kept: Tensor, count: int) -> Tensor:
-    """The numbers from 0 to `count` that are not in `kept`."""
-    mask = kept.new_ones(count, dtype=kept.dtype)
-    mask[kept] = 0
+def _others(staying: Tensor, count: int) -> Tensor:
+    """The numbers from 0 to `count` that are not in `staying`."""
+    mask = staying.new_ones(count, dtype=staying.dtype)
+    mask[staying] = 0
     return mask.nonzero().squeeze(1)

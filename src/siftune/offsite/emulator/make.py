@@ -34,7 +34,7 @@ def emulators(
 
     Args:
         model: The base model, without adapters.
-        batches: Calibration rows, as for `gradot.emulate`.
+        batches: Calibration rows, as for `protocol.emulate`.
         choices: Settings of each; their splits must be the same.
         store: Dtype in which hidden states and gradients are kept; None keeps the model's.
         progress: Told of every batch and layer.
@@ -51,9 +51,9 @@ def emulators(
     plans = [plan(model, recording, choice) for choice in choices]
     made: list[dict[int, CompressedLayer]] = [{} for _ in choices]
     for number, layers in compressed_layers(model, recording, list(zip(choices, plans, strict=True)), progress):
-        for found, layer in zip(made, layers, strict=True):
+        for by_number, layer in zip(made, layers, strict=True):
             if layer is not None:
-                found[number] = layer
+                by_number[number] = layer
     return [assemble(model, split, in_places(model, steps, by)) for steps, by in zip(plans, made, strict=True)]
 
 
@@ -87,25 +87,25 @@ def compressed_layers(
 ) -> Iterator[tuple[int, list[CompressedLayer | None]]]:
     """Go through the middle layers once; compress each for every job that has it."""
     layers, family = find_layers(model).layers, family_of(model.config)
-    wanted = [{step.number: step for step in steps if step.same_as is None} for _, steps in jobs]
-    numbers = sorted(set().union(*wanted))
+    own = [{step.number: step for step in steps if step.same_as is None} for _, steps in jobs]
+    numbers = sorted(set().union(*own))
     slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
     for done, number in enumerate(numbers, 1):
         layer = layers[number]
-        needed = any(number in steps and steps[number].keep < 1 for steps in wanted)
+        needed = any(number in steps and steps[number].keep < 1 for steps in own)
         seen = layer_curvature(replay(layer, recording, number, family.matrices), slopes) if needed else None
-        found: list[CompressedLayer | None] = []
+        compressed: list[CompressedLayer | None] = []
         with _here(layer):
-            for (settings, _), steps in zip(jobs, wanted, strict=True):
+            for (settings, _), steps in zip(jobs, own, strict=True):
                 step = steps.get(number)
                 if step is None:
-                    found.append(None)
+                    compressed.append(None)
                 elif step.keep >= 1 or seen is None:
-                    found.append(whole(layer, number))
+                    compressed.append(whole(layer, number))
                 else:
-                    found.append(compress_layer(layer, number, family, seen, replace(settings, keep=step.keep)))
+                    compressed.append(compress_layer(layer, number, family, seen, replace(settings, keep=step.keep)))
         recording.visits[number].clear()  # used; memory goes down as the work goes on
-        yield number, found
+        yield number, compressed
         if progress is not None:
             progress("compression", done, len(numbers))
 

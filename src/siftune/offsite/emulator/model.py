@@ -69,7 +69,7 @@ def build(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape], 
 
     Args:
         config: The emulator's config, from `emulator_config`.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         middle: Shapes of the layers between.
         meta: Buffers on the meta device too; False gives buffers their values.
 
@@ -132,13 +132,13 @@ def weight_OI(module: nn.Module) -> Tensor:
 
 
 def frozen_names(model: nn.Module, split: Split, middle: Sequence[LayerShape]) -> list[str]:
-    """Names in the state dict of what an emulator ships besides the adapter, each stored tensor once.
+    """Names in the state dict of what an emulator ships besides the outer layers, each stored tensor once.
 
     Left out are a head tied to the embeddings, and layers that have another's weights.
     """
-    found = find_layers(model)
-    numbers = split.middle(len(found.layers))
-    outer = tuple(f"{found.path}.{number}." for number in split.outer(len(found.layers)))
-    copies = tuple(f"{found.path}.{n}." for n, s in zip(numbers, middle, strict=True) if s.same_as is not None)
+    decoder = find_layers(model)
+    numbers = split.middle(len(decoder.layers))
+    outer = tuple(f"{decoder.path}.{number}." for number in split.outer(len(decoder.layers)))
+    copies = tuple(f"{decoder.path}.{n}." for n, s in zip(numbers, middle, strict=True) if s.same_as is not None)
     tied = tuple(getattr(model, "all_tied_weights_keys", None) or ())
     return [name for name in model.state_dict() if not name.startswith((*outer, *copies)) and name not in tied]

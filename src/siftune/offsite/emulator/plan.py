@@ -25,7 +25,7 @@ class EmulatorSettings(Compression):
     """How a model's middle is compressed.
 
     Attributes:
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         allot: Whether all layers keep the same share, or *(ours)* more where skipping a layer would move the loss more.
     """
 
@@ -79,13 +79,13 @@ def plan(model: nn.Module, recording: Recording, settings: EmulatorSettings) -> 
         UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
     """
     numbers = sorted(recording.visits)
-    kept = max(1, round(settings.keep * len(numbers)))
+    count = max(1, round(settings.keep * len(numbers)))
     if settings.method in ("layerdrop", "crash"):
         _refuse_numbered(getattr(model, "config", None), settings.method)
     if settings.method == "layerdrop":
-        return [Step(numbers[place]) for place in uniform_layers(len(numbers), kept)]
+        return [Step(numbers[place]) for place in uniform_layers(len(numbers), count)]
     if settings.method == "crash":
-        sources = crash_sources(neighbour_similarities(recording.outputs(number) for number in numbers), kept)
+        sources = crash_sources(neighbour_similarities(recording.outputs(number) for number in numbers), count)
         return [Step(numbers[s], same_as=None if s == place else s) for place, s in enumerate(sources)]
     if settings.allot == "score" and settings.keep < 1:
         shares = allot([recording.effect[number] ** 0.5 for number in numbers], settings.keep)
@@ -120,20 +120,20 @@ def keep_for_size(model: nn.Module, split: Split, target_bytes: float, element_b
 
     Args:
         model: The base model.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         target_bytes: Size of emulator.safetensors, in bytes.
         element_bytes: Bytes of a number in it.
 
     Raises:
         RecipeError: It cannot be that small or large; the message names the range.
     """
-    found = find_layers(model)
-    middle = [found.layers[number] for number in split.middle(len(found.layers))]
-    adapter = sum(p.numel() for n in split.outer(len(found.layers)) for p in found.layers[n].parameters())
+    decoder = find_layers(model)
+    middle = [decoder.layers[number] for number in split.middle(len(decoder.layers))]
+    outer = sum(p.numel() for n in split.outer(len(decoder.layers)) for p in decoder.layers[n].parameters())
     family = family_of(getattr(model, "config", None))
     matrices = sum(_matrix_parameters(layer, family) for layer in middle)
     total = sum(p.numel() for p in model.parameters())
-    fixed = total - adapter - matrices
+    fixed = total - outer - matrices
     keep = (target_bytes / element_bytes - fixed) / matrices
     if not 0 < keep <= 1:
         low, high = (size * element_bytes / 1e6 for size in (fixed, fixed + matrices))

@@ -9,8 +9,8 @@ is formed.
 Shapes: B rows, T positions, H hidden size, N real tokens of all batches, I and O in and out features of a matrix.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.models.layers import hidden_states, with_hidden
 from siftune.errors import DataError
 from siftune.files import Progress
 from siftune.models.heads import label_positions, logits_at, next_labels
-from siftune.models.layers import find_layers
-from siftune.models.modes import evaluating
+from siftune.models.layers import find_layers, hidden_states, with_hidden
+from siftune.models.modes import evaluating, trainable_only
 
 
 @dataclass
@@ -60,8 +59,8 @@ class Recording:
     def outputs(self, number: int) -> Tensor:
         """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
         following = self.visits.get(number + 1)
-        found = [visit.hidden_BTH for visit in following] if following is not None else self.last_BTH
-        return torch.cat([_rows(h, real) for h, real in zip(found, self.real, strict=True)])
+        outputs = [visit.hidden_BTH for visit in following] if following is not None else self.last_BTH
+        return torch.cat([_rows(h, real) for h, real in zip(outputs, self.real, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def record(
     recording = Recording({number: [] for number in numbers}, effect=dict.fromkeys(numbers, 0.0))
     layers = find_layers(model).layers
     with ExitStack() as undo:
-        undo.enter_context(frozen(model))
+        undo.enter_context(trainable_only(model))
         undo.enter_context(evaluating(model))
         undo.enter_context(torch.enable_grad())
         for number in numbers:
@@ -129,33 +128,20 @@ def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[
     """
     parts: dict[str, list[Captured]] = {path: [] for path in paths}
     shared: dict[int, Tensor] = {}
-    with frozen(layer), torch.enable_grad():
+    with trainable_only(layer), torch.enable_grad():
         for visit, real in zip(recording.visits[number], recording.real, strict=True):
             inputs, outputs, grads = _backward(layer, visit, paths)
             shared = {id(x): _rows(x, real) for x in inputs.values()}
             for path, g in zip(outputs, grads, strict=True):
                 parts[path].append(Captured(shared[id(inputs[path])], _rows(g, real)))
     joined: dict[tuple[int, ...], Tensor] = {}
-    found = {}
+    captured = {}
     for path in paths:
         key = tuple(id(part.x_NI) for part in parts[path])
         if key not in joined:
             joined[key] = torch.cat([part.x_NI for part in parts[path]])
-        found[path] = Captured(joined[key], torch.cat([part.g_NO for part in parts[path]]))
-    return found
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside the block."""
-    before = [(p, p.requires_grad) for p in module.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
+        captured[path] = Captured(joined[key], torch.cat([part.g_NO for part in parts[path]]))
+    return captured
 
 
 def _arrive(
@@ -169,12 +155,12 @@ def _arrive(
 ) -> Any:
     """Before a layer: keep the call; the first one cuts the graph, so that backward ends there."""
     hidden = hidden_states(args, kwargs)
-    kept = hidden.detach().to("cpu", store or hidden.dtype)
-    if kept.data_ptr() == hidden.data_ptr():
-        kept = kept.clone()  # the model may go on in place
+    copy_BTH = hidden.detach().to("cpu", store or hidden.dtype)
+    if copy_BTH.data_ptr() == hidden.data_ptr():
+        copy_BTH = copy_BTH.clone()  # the model may go on in place
     rest = args[1:] if args and isinstance(args[0], Tensor) else args
     others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    recording.visits[number].append(Visit(rest, others, kept))
+    recording.visits[number].append(Visit(rest, others, copy_BTH))
     return with_hidden(args, kwargs, lambda h: h.detach().requires_grad_()) if first else None
 
 

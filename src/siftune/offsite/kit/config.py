@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from siftune.errors import KitError
 from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.model import build, frozen_names
-from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.manifest import EMULATOR, MAX_LAYERS, Manifest
 from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, shown
 from siftune.offsite.kit.tensors import DTYPES, MAX_SIZE, TensorSpec
@@ -85,8 +85,8 @@ def check_settings(value: Any) -> dict[str, Any]:
         KitError: The message names the field.
     """
     if not isinstance(value, dict) or value.get("model_type") not in (*FAMILIES,):
-        found = shown(value.get("model_type") if isinstance(value, dict) else value)
-        raise KitError(f"{CONFIG}: model_type is {found}; known are {', '.join(FAMILIES)}")
+        given = shown(value.get("model_type") if isinstance(value, dict) else value)
+        raise KitError(f"{CONFIG}: model_type is {given}; known are {', '.join(FAMILIES)}")
     depth = depth_key(value["model_type"])
     known = _known(value["model_type"])
     for name, setting in value.items():
@@ -157,10 +157,10 @@ def expected_specs(
     Args:
         settings: Its config.json, checked.
         manifest: Its manifest, checked.
-        dtypes: Of the frozen tensors and of the adapter, in safetensors' words.
+        dtypes: Of the frozen tensors and of the outer layers', in safetensors' words.
 
     Returns:
-        Of the frozen tensors and of the adapter: name -> spec.
+        Of the frozen tensors and of the outer layers': name -> spec.
 
     Raises:
         KitError: Config and manifest do not fit, or no model can be built of them.
@@ -170,7 +170,7 @@ def expected_specs(
         model = build(make_config(settings), manifest.split, manifest.middle)
         state: dict[str, Tensor] = model.state_dict()
         frozen = frozen_names(model, manifest.split, manifest.middle)
-        adapter = adapter_names(model, manifest.split)
+        outer = outer_names(model, manifest.split)
     except KitError:
         raise
     except Exception as error:  # transformers runs on a stranger's values
@@ -178,20 +178,20 @@ def expected_specs(
     _check_buffers(model, state)
     return (
         {name: TensorSpec(tuple(state[name].shape), dtypes[0]) for name in frozen},
-        {name: TensorSpec(tuple(state[inner].shape), dtypes[1]) for name, inner in adapter.items()},
+        {name: TensorSpec(tuple(state[inner].shape), dtypes[1]) for name, inner in outer.items()},
     )
 
 
 def _check_fit(settings: Mapping[str, Any], manifest: Manifest, dtype: str) -> None:
     depth = depth_key(settings["model_type"])
-    wanted = {
+    expected = {
         "model_type": (manifest.model_type, "by the manifest"),
         depth: (manifest.emulator_depth, "by split and middle of the manifest"),
         "dtype": (_torch_name(dtype), f"by {EMULATOR}"),
     }
-    for name, (expected, source) in wanted.items():
-        if settings.get(name) != expected:
-            raise KitError(f"{CONFIG}: {name} is {shown(settings.get(name))}, but {expected} {source}")
+    for name, (value, source) in expected.items():
+        if settings.get(name) != value:
+            raise KitError(f"{CONFIG}: {name} is {shown(settings.get(name))}, but {value} {source}")
 
 
 def _check_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:

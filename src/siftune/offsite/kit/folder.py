@@ -28,10 +28,10 @@ from siftune.offsite.emulator.split import Split
 from siftune.offsite.kit import config, tokenizer
 from siftune.offsite.kit.config import CONFIG
 from siftune.offsite.kit.manifest import (
-    ADAPTER,
     EMULATOR,
     LIMITS,
     MANIFEST,
+    OUTER,
     SIGNATURE,
     FileSpec,
     Manifest,
@@ -51,12 +51,12 @@ class KitContents:
     Attributes:
         config: The emulator's config; only what `config.scrub` lets through is written.
         tokenizer: The base's tokenizer.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         middle: Shapes of the emulator's layers between.
         depth: Decoder layers of the base.
         fingerprint: Of the base's weights.
         frozen: Name in the emulator's state dict -> tensor, of `frozen_names`.
-        adapter: Neutral name -> tensor, of `adapter_names`.
+        outer: Neutral name -> tensor, of `outer_names`.
     """
 
     config: PreTrainedConfig
@@ -66,7 +66,7 @@ class KitContents:
     depth: int
     fingerprint: str
     frozen: Mapping[str, Tensor]
-    adapter: Mapping[str, Tensor]
+    outer: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _fill(folder: Path, contents: KitContents) -> None:
     for name, data in small.items():
         (folder / name).write_bytes(data)
     write_tensors(folder / EMULATOR, contents.frozen)
-    write_tensors(folder / ADAPTER, contents.adapter)
+    write_tensors(folder / OUTER, contents.outer)
     names = sorted(path.name for path in folder.iterdir())
     manifest = Manifest(
         model_type=contents.config.model_type,
@@ -139,17 +139,17 @@ def _fill(folder: Path, contents: KitContents) -> None:
         fingerprint=contents.fingerprint,
         split=contents.split,
         middle=tuple(contents.middle),
-        adapter={name: spec_of(tensor) for name, tensor in contents.adapter.items()},
+        outer={name: spec_of(tensor) for name, tensor in contents.outer.items()},
         files={name: FileSpec((folder / name).stat().st_size, sha256_of(folder / name)) for name in names},
     )
     (folder / MANIFEST).write_bytes(dump_manifest(manifest))
 
 
 def _one_dtype(tensors: Iterable[Tensor]) -> str:
-    found = {spec_of(tensor).dtype for tensor in tensors}
-    if len(found) != 1:
-        raise KitError(f"the frozen tensors have the dtypes {', '.join(sorted(found))}; bring them to one")
-    return found.pop()
+    dtypes = {spec_of(tensor).dtype for tensor in tensors}
+    if len(dtypes) != 1:
+        raise KitError(f"the frozen tensors have the dtypes {', '.join(sorted(dtypes))}; bring them to one")
+    return dtypes.pop()
 
 
 def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
@@ -182,7 +182,7 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
         settings = config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
         _check_tensors(folder, manifest, settings)
         _make_tokenizer(folder, manifest, settings)
-        for name in (EMULATOR, ADAPTER):
+        for name in (EMULATOR, OUTER):
             _check_hash(name, sha256_of(folder / name), manifest)
     digest = hashlib.sha256(data).hexdigest()
     return Kit(folder, manifest, digest, settings, SIGNATURE in sizes, verified=public_key is not None)
@@ -200,10 +200,10 @@ def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
             raise KitError(f"{name} is in it, but not in {MANIFEST}: files")
 
 
-def _check_hash(name: str, found: str, manifest: Manifest) -> None:
-    if found != manifest.files[name].sha256:
+def _check_hash(name: str, sha256: str, manifest: Manifest) -> None:
+    if sha256 != manifest.files[name].sha256:
         raise KitError(
-            f"{name} has the SHA-256 {found}, but {MANIFEST}: files.{name}.sha256 is {manifest.files[name].sha256}"
+            f"{name} has the SHA-256 {sha256}, but {MANIFEST}: files.{name}.sha256 is {manifest.files[name].sha256}"
         )
 
 
@@ -222,13 +222,13 @@ def _make_tokenizer(folder: Path, manifest: Manifest, settings: Mapping[str, Any
 
 def _check_tensors(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> None:
     """Compare the headers of the tensor files with the manifest and with the model that it describes."""
-    frozen, adapter = tensor_specs(folder / EMULATOR), tensor_specs(folder / ADAPTER)
-    check_specs(adapter, manifest.adapter, ADAPTER, f"{MANIFEST}: adapter")
-    dtypes = next(iter(frozen.values())).dtype, next(iter(adapter.values())).dtype
-    frozen_model, adapter_model = config.expected_specs(settings, manifest, dtypes)
+    frozen, outer = tensor_specs(folder / EMULATOR), tensor_specs(folder / OUTER)
+    check_specs(outer, manifest.outer, OUTER, f"{MANIFEST}: adapter")
+    dtypes = next(iter(frozen.values())).dtype, next(iter(outer.values())).dtype
+    frozen_model, outer_model = config.expected_specs(settings, manifest, dtypes)
     model = f"the model of {CONFIG} and {MANIFEST}"
     check_specs(frozen, frozen_model, EMULATOR, model)
-    check_specs(adapter, adapter_model, ADAPTER, model)
+    check_specs(outer, outer_model, OUTER, model)
 
 
 def load_config(kit: Kit) -> PreTrainedConfig:

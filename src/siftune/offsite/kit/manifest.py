@@ -28,9 +28,10 @@ PROTOCOL = 1
 MANIFEST = "manifest.json"
 SIGNATURE = "kit.sig"
 EMULATOR = "emulator.safetensors"
-ADAPTER = "adapter.safetensors"
+# protocol 1 calls the outer layers "adapter", here and in the manifest: files keep that name, code says outer
+OUTER = "adapter.safetensors"
 
-REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json", EMULATOR, ADAPTER)
+REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json", EMULATOR, OUTER)
 OPTIONAL = ("chat_template.jinja",)
 
 # bytes that a file of a kit may have at most
@@ -41,7 +42,7 @@ LIMITS = {
     "tokenizer_config.json": 1 << 20,
     "chat_template.jinja": 1 << 20,
     EMULATOR: 1 << 40,
-    ADAPTER: 1 << 40,
+    OUTER: 1 << 40,
     SIGNATURE: 1 << 20,
 }
 MAX_LAYERS = 512
@@ -69,9 +70,9 @@ class Manifest:
         model_type: Family of the base, in transformers' words.
         depth: Decoder layers of the base.
         fingerprint: Of the base's weights, from `fingerprint`.
-        split: Layers of the adapter at either end.
+        split: Outer layers at either end.
         middle: Shapes of the emulator's layers between.
-        adapter: Neutral name -> shape and dtype, of the adapter's tensors: what a return must hold.
+        outer: Neutral name -> shape and dtype, of the outer layers' tensors: what a return must hold.
         files: Name -> size and hash, of every file but the manifest and the signature.
     """
 
@@ -80,7 +81,7 @@ class Manifest:
     fingerprint: str
     split: Split
     middle: tuple[LayerShape, ...]
-    adapter: dict[str, TensorSpec]
+    outer: dict[str, TensorSpec]
     files: dict[str, FileSpec]
 
     @property
@@ -106,7 +107,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
             },
             "split": dataclasses.asdict(manifest.split),
             "middle": [{**dataclasses.asdict(shape), "ranks": dict(shape.ranks)} for shape in manifest.middle],
-            "adapter": {name: dataclasses.asdict(spec) for name, spec in manifest.adapter.items()},
+            "adapter": {name: dataclasses.asdict(spec) for name, spec in manifest.outer.items()},
             "files": {name: dataclasses.asdict(spec) for name, spec in manifest.files.items()},
         }
     )
@@ -131,7 +132,7 @@ def parse_manifest(data: bytes) -> Manifest:
         fingerprint=as_text(base["fingerprint"], f"{MANIFEST}: base.fingerprint", HASH),
         split=split,
         middle=_middle(whole["middle"], split.middle(depth), FAMILIES[model_type]),
-        adapter=_adapter(whole["adapter"]),
+        outer=_outer(whole["adapter"]),
         files=parse_files(whole["files"], REQUIRED, OPTIONAL),
     )
 
@@ -218,7 +219,7 @@ def _check_copy(shapes: Sequence[LayerShape], place: int, where: str) -> None:
         raise KitError(f"{where} is {same_as}, a layer of another shape")
 
 
-def _adapter(value: Any) -> dict[str, TensorSpec]:
+def _outer(value: Any) -> dict[str, TensorSpec]:
     where = f"{MANIFEST}: adapter"
     specs = {}
     for name, entry in as_map(value, where, MAX_TENSORS).items():

@@ -131,12 +131,12 @@ def _hashing() -> Any:
         """As its base, but the folder is called "kit", wherever it is."""
 
         def hash(self, model_path: Any, **options: Any) -> Any:
-            found = super().hash(model_path, **options)
+            hashed = super().hash(model_path, **options)
             items = [
                 manifest.FileManifestItem(path=PurePosixPath(d.identifier), digest=d.digest)
-                for d in found.resource_descriptors()
+                for d in hashed.resource_descriptors()
             ]
-            kind = manifest.SerializationType.from_args(found.serialization_type)
+            kind = manifest.SerializationType.from_args(hashed.serialization_type)
             return manifest.Manifest("kit", items, kind)
 
     return Nameless().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)

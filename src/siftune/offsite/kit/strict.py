@@ -144,12 +144,12 @@ def parse_json(data: bytes, name: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in entries:
             raise ValueError(f"the key {shown(name)} stands twice")
-        found[name] = value
-    return found
+        entries[name] = value
+    return entries
 
 
 def _constant(text: str) -> None:
@@ -199,16 +199,16 @@ def as_object(value: Any, where: str, required: Collection[str] = (), optional: 
 def as_map(value: Any, where: str, most: int) -> dict[str, Any]:
     """An object of one to `most` entries under any keys."""
     if not isinstance(value, dict) or not 1 <= len(value) <= most:
-        found = f"has {len(value)} entries" if isinstance(value, dict) else f"is {shown(value)}"
-        raise KitError(f"{where} {found}; it must be an object with 1 to {most} entries")
+        fault = f"has {len(value)} entries" if isinstance(value, dict) else f"is {shown(value)}"
+        raise KitError(f"{where} {fault}; it must be an object with 1 to {most} entries")
     return value
 
 
 def as_list(value: Any, where: str, most: int) -> list[Any]:
     """A list of at most `most` items."""
     if not isinstance(value, list) or len(value) > most:
-        found = f"has {len(value)} items" if isinstance(value, list) else f"is {shown(value)}"
-        raise KitError(f"{where} {found}; it must be a list of at most {most}")
+        fault = f"has {len(value)} items" if isinstance(value, list) else f"is {shown(value)}"
+        raise KitError(f"{where} {fault}; it must be a list of at most {most}")
     return value
 
 

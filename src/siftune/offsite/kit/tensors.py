@@ -130,11 +130,11 @@ def _check_offsets(entries: dict[str, Any], data_bytes: int, where: str) -> dict
     return specs
 
 
-def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str, by: str) -> None:
+def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str, by: str) -> None:
     """Compare what a file holds with what it must hold.
 
     Args:
-        found: Name -> spec, in the file.
+        specs: Name -> spec, in the file.
         expected: The same, as it must be.
         where: The file, for the message.
         by: What says so, for the message.
@@ -143,9 +143,9 @@ def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSp
         KitError: A tensor is missing, superfluous, or of another shape or dtype.
     """
     for name in expected:
-        if name not in found:
+        if name not in specs:
             raise KitError(f"{where} has no tensor {shown(name)}, which it must by {by}")
-    for name, spec in found.items():
+    for name, spec in specs.items():
         if name not in expected:
             raise KitError(f"{where} has a tensor {shown(name)}, which it must not by {by}")
         if spec != expected[name]:

@@ -111,8 +111,8 @@ def _check_special(settings: Mapping[str, Any], backend: Tokenizer, vocabulary: 
         if name in settings:
             number = backend.token_to_id(settings[name])
             if number is None or number >= vocabulary:
-                found = "not in tokenizer.json" if number is None else f"number {number} of {vocabulary} embeddings"
-                raise KitError(f"{CONFIG}: {name} is {shown(settings[name])}, which is {found}")
+                fault = "not in tokenizer.json" if number is None else f"number {number} of {vocabulary} embeddings"
+                raise KitError(f"{CONFIG}: {name} is {shown(settings[name])}, which is {fault}")
     for token in settings["extra_special_tokens"]:
         if backend.token_to_id(token) is None:
             raise KitError(f"{CONFIG}: extra_special_tokens has {shown(token)}, which is not in tokenizer.json")

@@ -40,13 +40,13 @@ class KitOptions:
 
     Attributes:
         dtype: Dtype of the frozen part; None keeps the model's.
-        adapter_dtype: Dtype of the adapter, also of what comes back; float32 does not round small updates away.
+        outer_dtype: Dtype of the outer layers, also of what comes back; float32 does not round small updates away.
         signing_key: Private key in PEM format to sign the kit with; None leaves it unsigned.
         store: Dtype of hidden states and gradients between pass and compression.
     """
 
     dtype: torch.dtype | None = None
-    adapter_dtype: torch.dtype = torch.float32
+    outer_dtype: torch.dtype = torch.float32
     signing_key: Path | None = None
     store: torch.dtype | None = torch.bfloat16
 
@@ -91,7 +91,7 @@ def emulate(
     contents = KitContents(
         parts.config, tokenizer, parts.split, parts.middle, len(find_layers(model).layers), identity,
         {name: cast(tensor, options.dtype) for name, tensor in parts.frozen.items()},
-        {name: cast(tensor, options.adapter_dtype) for name, tensor in parts.adapter.items()},
+        {name: cast(tensor, options.outer_dtype) for name, tensor in parts.outer.items()},
     )  # fmt: skip
     kit = write_kit(out, contents, options.signing_key)
     work.remove()
@@ -187,10 +187,10 @@ class _Work:
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._plan.read_text(encoding="utf-8"))
+            content = json.loads(self._plan.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
 
 def _key(identity: str, settings: EmulatorSettings, options: KitOptions, batches: Sequence[dict[str, Tensor]]) -> str:

@@ -10,17 +10,18 @@ from siftune.errors import ModelError
 from siftune.models.source import DTYPES, fit_for_this_machine, set_padding
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.kit.folder import Kit, load_config, load_tokenizer, read_kit
+from siftune.offsite.kit.manifest import EMULATOR, OUTER
 
 
 def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None = None) -> PreTrainedModel:
     """Load a kit's emulator: it runs, generates and trains as any transformers model.
 
-    Only the adapter's parameters require gradients.
+    Only the outer layers' parameters require gradients.
 
     Args:
         path: The kit's folder.
         dtype: float32, bfloat16, float16, or auto: the kit's, but float32 where only a processor is there that cannot
-            multiply in it. The adapter has this dtype too.
+            multiply in it. The outer layers have this dtype too.
         public_key: PEM file of the owner's public key, to check the signature.
 
     Returns:
@@ -40,12 +41,12 @@ def load_kit(kit: Kit, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrained
 def _load(kit: Kit, dtype: str) -> PreTrainedModel:
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    frozen = load_file(kit.path / "emulator.safetensors")
-    adapter = load_file(kit.path / "adapter.safetensors")
+    frozen = load_file(kit.path / EMULATOR)
+    outer = load_file(kit.path / OUTER)
     floats = next(t.dtype for t in frozen.values() if t.is_floating_point())
-    wanted = floats if dtype == "auto" else getattr(torch, dtype)
-    parts = EmulatorParts(load_config(kit), kit.manifest.split, kit.manifest.middle, frozen, adapter)
-    model = materialise(parts, wanted)
+    target = floats if dtype == "auto" else getattr(torch, dtype)
+    parts = EmulatorParts(load_config(kit), kit.manifest.split, kit.manifest.middle, frozen, outer)
+    model = materialise(parts, target)
     return fit_for_this_machine(model) if dtype == "auto" else model
 
 

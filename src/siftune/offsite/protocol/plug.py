@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from siftune.errors import KitError, RecipeError, UnsupportedError
 from siftune.files import new_folder
 from siftune.models.source import load_model, quiet_bars
-from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.fingerprint import fingerprint
-from siftune.offsite.kit.folder import Kit, read_kit
+from siftune.offsite.kit.folder import Kit
 from siftune.offsite.protocol.returned import read_return
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class UpdateReport:
     """What a return changes in a base model.
 
     Attributes:
-        tensors: Neutral name (see `offsite.split`) -> update.
+        tensors: Neutral name (see `emulator.split`) -> update.
         layers: first.0 … last.N -> update of all its tensors.
         matrices: Names of the tensors that have the limit.
         limit: Largest relative update of a matrix or layer that is accepted.
@@ -113,7 +113,7 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class PlugResult:
-    """A base model with a returned adapter in it, on disk.
+    """A base model with returned layers in it, on disk.
 
     Attributes:
         folder: Where it is.
@@ -130,11 +130,10 @@ class PlugResult:
 
 def plug(
     model_source: str,
-    kit_path: str | Path,
+    kit: Kit,
     return_path: str | Path,
     out: str | Path,
     *,
-    public_key: Path | None = None,
     max_update: float = MAX_UPDATE,
     dtype: str = "auto",
 ) -> PlugResult:
@@ -142,17 +141,15 @@ def plug(
 
     Args:
         model_source: The base model that the kit was made from, for `load_model`.
-        kit_path: The kit's folder.
+        kit: The kit that was handed out, from `read_kit`.
         return_path: The return's folder.
         out: Folder of the plugged model; must be new or empty.
-        public_key: PEM file of the public key, to check the kit's signature.
         max_update: Largest relative update of a matrix or layer that is accepted.
         dtype: float32, bfloat16, float16, or auto: the checkpoint's, also where this machine computes in another.
 
     Raises:
-        InputError: On a kit, return, model or folder that cannot be used; nothing is written then.
+        InputError: On a return, model or folder that cannot be used; nothing is written then.
     """
-    kit = read_kit(kit_path, public_key)
     returned = read_return(return_path, kit)
     with new_folder(out) as partial:
         model, tokenizer = load_model(model_source, dtype)
@@ -169,25 +166,25 @@ def plug(
 def plug_in(
     model: PreTrainedModel, kit: Kit, returned: Mapping[str, Tensor], max_update: float = MAX_UPDATE
 ) -> UpdateReport:
-    """Put returned tensors into the adapter's layers of a base model, in place and in the model's dtype.
+    """Put returned tensors into the outer layers of a base model, in place and in the model's dtype.
 
     Args:
         model: The base model, without PEFT around it, its weights in memory.
         kit: The kit that was handed out.
-        returned: The adapter's tensors by neutral name, from `read_return`.
+        returned: The outer layers' tensors by neutral name, from `read_return`.
         max_update: Largest relative update of a matrix or layer that is accepted.
 
     Returns:
         How far every tensor and layer moved.
 
     Raises:
-        KitError: The model is not the kit's base, the tensors are not those of the kit's adapter, or an update is above
-            the limit. The model is as it was then.
+        KitError: The model is not the kit's base, the tensors are not those of the kit's outer layers, or an update is
+            above the limit. The model is as it was then.
         RecipeError: The limit is no number above 0.
         UnsupportedError: Weights of the model are not in memory.
     """
     _check_base(model, kit)
-    names = adapter_names(model, kit.manifest.split)
+    names = outer_names(model, kit.manifest.split)
     state = model.state_dict()
     before = {neutral: state[name] for neutral, name in names.items()}
     report = compare(before, returned, max_update)
@@ -205,7 +202,7 @@ def plug_in(
 
 
 def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor], limit: float = MAX_UPDATE) -> UpdateReport:
-    """Measure how far an adapter moved; nothing is refused for being above the limit.
+    """Measure how far outer layers moved; nothing is refused for being above the limit.
 
     Args:
         before: Its tensors by neutral name; `lost` is what their dtypes round away.
@@ -219,8 +216,8 @@ def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor], limit: fl
     if not 0 < limit < math.inf:
         raise RecipeError(f"the largest update is {limit}, but must be a finite number above 0")
     for name in sorted(before.keys() ^ after.keys()):
-        found = "is missing from" if name in before else "is not the adapter's, but in"
-        raise KitError(f"tensor {name} {found} the return: give a return of this kit")
+        fault = "is missing from" if name in before else "is none of the outer layers', but in"
+        raise KitError(f"tensor {name} {fault} the return: give a return of this kit")
     tensors = {name: _measure(name, tensor, after[name]) for name, tensor in before.items()}
     places = dict.fromkeys(map(_layer, tensors))
     layers = {place: _together(u for name, u in tensors.items() if _layer(name) == place) for place in places}
@@ -232,11 +229,11 @@ def _check_base(model: PreTrainedModel, kit: Kit) -> None:
     """Refuse a model that the kit was not made from."""
     if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
         raise UnsupportedError("weights of the model are not in memory: load it on one device, the processor will do")
-    found, wanted = fingerprint(model), kit.manifest.fingerprint
-    if found != wanted:
+    own, of_kit = fingerprint(model), kit.manifest.fingerprint
+    if own != of_kit:
         raise KitError(
-            f"the kit {kit.path} was made from a model with fingerprint {wanted[:_SHORT]}…, but this one has "
-            f"{found[:_SHORT]}…: give the kit's own base model, with the --dtype that the kit was made with"
+            f"the kit {kit.path} was made from a model with fingerprint {of_kit[:_SHORT]}…, but this one has "
+            f"{own[:_SHORT]}…: give the kit's own base model, with the --dtype that the kit was made with"
         )
 
 

@@ -1,4 +1,4 @@
-"""Returns on disk: what the data owner hands back, tuned adapter tensors and nothing else.
+"""Returns on disk: what the data owner hands back, the tuned outer layers and nothing else.
 
 RETURN/
   manifest.json            {"siftune_return": 1, "kit": "<sha256 of the kit's manifest.json>", "files": {…}}
@@ -15,10 +15,10 @@ from torch import Tensor
 from siftune.errors import KitError
 from siftune.offsite.kit.folder import Kit
 from siftune.offsite.kit.manifest import (
-    ADAPTER,
     HASH,
     LIMITS,
     MANIFEST,
+    OUTER,
     PROTOCOL,
     canonical,
     parse_files,
@@ -46,13 +46,13 @@ def write_return(out: str | Path, tensors: Mapping[str, Tensor], kit: Kit) -> Pa
         KitError: A tensor is missing, superfluous, of another shape or dtype, or holds NaN or infinity; or `out`
             cannot be written to. Nothing is left behind.
     """
-    found = {name: spec_of(tensor) for name, tensor in tensors.items()}
-    check_specs(found, kit.manifest.adapter, "the tuned adapter", _KIT_MANIFEST)
+    specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
+    check_specs(specs, kit.manifest.outer, "what was tuned", _KIT_MANIFEST)
     with fresh_folder(out) as folder:
-        path = folder / ADAPTER
+        path = folder / OUTER
         write_tensors(path, tensors)
         entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        whole = {"siftune_return": PROTOCOL, "kit": kit.digest, "files": {ADAPTER: entry}}
+        whole = {"siftune_return": PROTOCOL, "kit": kit.digest, "files": {OUTER: entry}}
         (folder / MANIFEST).write_bytes(canonical(whole))
     return Path(out)
 
@@ -75,21 +75,19 @@ def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
     """
     folder = Path(path)
     with naming(f"return {folder}"):
-        limit = MAX_HEADER + 8 + sum(spec.bytes for spec in kit.manifest.adapter.values())
-        sizes = list_files(folder, {MANIFEST: LIMITS[MANIFEST], ADAPTER: limit})
-        for name in (MANIFEST, ADAPTER):
+        limit = MAX_HEADER + 8 + sum(spec.bytes for spec in kit.manifest.outer.values())
+        sizes = list_files(folder, {MANIFEST: LIMITS[MANIFEST], OUTER: limit})
+        for name in (MANIFEST, OUTER):
             if name not in sizes:
                 raise KitError(f"it has no {name}")
         text = read_bytes(folder / MANIFEST, LIMITS[MANIFEST])
         whole = parse_protocol(text, "siftune_return", ("kit", "files"))
         _check_kit(as_text(whole["kit"], f"{MANIFEST}: kit", HASH), kit)
-        spec = parse_files(whole["files"], (ADAPTER,))[ADAPTER]
-        if sizes[ADAPTER] != spec.bytes:
-            raise KitError(
-                f"{ADAPTER} has {sizes[ADAPTER]} bytes, but {MANIFEST}: files.{ADAPTER}.bytes is {spec.bytes}"
-            )
-        check_specs(tensor_specs(folder / ADAPTER), kit.manifest.adapter, ADAPTER, _KIT_MANIFEST)
-        return _load(read_bytes(folder / ADAPTER, limit), spec.sha256, kit)
+        spec = parse_files(whole["files"], (OUTER,))[OUTER]
+        if sizes[OUTER] != spec.bytes:
+            raise KitError(f"{OUTER} has {sizes[OUTER]} bytes, but {MANIFEST}: files.{OUTER}.bytes is {spec.bytes}")
+        check_specs(tensor_specs(folder / OUTER), kit.manifest.outer, OUTER, _KIT_MANIFEST)
+        return _load(read_bytes(folder / OUTER, limit), spec.sha256, kit)
 
 
 def _check_kit(digest: str, kit: Kit) -> None:
@@ -102,15 +100,15 @@ def _check_kit(digest: str, kit: Kit) -> None:
 
 def _load(data: bytes, sha256: str, kit: Kit) -> dict[str, Tensor]:
     """Load the tensors of bytes whose hash is right."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise KitError(f"{ADAPTER} has the SHA-256 {found}, but {MANIFEST}: files.{ADAPTER}.sha256 is {sha256}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise KitError(f"{OUTER} has the SHA-256 {digest}, but {MANIFEST}: files.{OUTER}.sha256 is {sha256}")
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise KitError(f"{ADAPTER} cannot be loaded ({error})") from error
+        raise KitError(f"{OUTER} cannot be loaded ({error})") from error
     # once more, of the bytes that were loaded: the header was read from the file before
-    check_specs({name: spec_of(t) for name, t in tensors.items()}, kit.manifest.adapter, ADAPTER, _KIT_MANIFEST)
+    check_specs({name: spec_of(t) for name, t in tensors.items()}, kit.manifest.outer, OUTER, _KIT_MANIFEST)
     for name, tensor in tensors.items():
-        check_finite(tensor, f"{ADAPTER}: {name}")
+        check_finite(tensor, f"{OUTER}: {name}")
     return tensors

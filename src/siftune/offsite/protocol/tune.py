@@ -15,7 +15,7 @@ from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.models.full import layer_numbers
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import Split, adapter_names, places
+from siftune.offsite.emulator.split import Split, outer_names, places
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
 from siftune.offsite.kit.tensors import DTYPES
 from siftune.offsite.protocol.load import load_kit
@@ -102,7 +102,7 @@ def save_return(folder: Path, model: nn.Module, kit: Kit) -> None:
         KitError: A value is not finite in the kit's dtype.
     """
     merged = merged_layers(model, kit.manifest.split)
-    specs = kit.manifest.adapter
+    specs = kit.manifest.outer
     write_return(folder, {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in specs.items()}, kit)
 
 
@@ -117,19 +117,19 @@ def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:
     Raises:
         KitError: The return is damaged, or of another kit.
     """
-    names = adapter_names(model, kit.manifest.split)
+    names = outer_names(model, kit.manifest.split)
     put_in(model, {names[name]: tensor for name, tensor in read_return(folder, kit).items()}, folder)
 
 
 def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
-    """The tensors of the adapter's layers, PEFT adapters in them merged.
+    """The tensors of the outer layers, PEFT adapters in them merged.
 
     Args:
         model: A base model or an emulator, with or without PEFT adapters; left as it is.
         split: Its split.
 
     Returns:
-        By the names of `split.adapter_names`, on the CPU; floating-point ones in float32, or float64 where they are.
+        By the names of `split.outer_names`, on the CPU; floating-point ones in float32, or float64 where they are.
     """
     layers = find_layers(model).layers
     tensors = {}

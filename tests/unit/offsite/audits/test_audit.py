@@ -26,7 +26,7 @@ from siftune.errors import DataError
 from siftune.offsite.audits.audit import audit
 from siftune.offsite.audits.gradients import gradient_cosine
 from siftune.offsite.audits.membership import auc
-from siftune.offsite.audits.models import random_floor, read_adapter
+from siftune.offsite.audits.models import random_floor, read_outer
 from siftune.offsite.audits.result import LABELS
 from siftune.offsite.audits.rows import drawn, not_among, tokenize_audit
 from siftune.trainer.build import build
@@ -83,7 +83,7 @@ def hits(model):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The emulator with its adapter tuned."""
+    """The emulator with its outer layers tuned."""
     return tune(models().emulator, (0, -1), 3e-3, tmp_path_factory.mktemp("small"))
 
 
@@ -235,7 +235,7 @@ def test_what_is_left_out_is_not_there(audited):
 
 def test_a_return_takes_the_place_of_tuning():
     both = models()
-    sent = {name: t + 0.01 for name, t in read_adapter(both.base, SPLIT).items()}
+    sent = {name: t + 0.01 for name, t in read_outer(both.base, SPLIT).items()}
     found = audit(both, rows(False), replace(QUICK, membership=True), sent)
     for model, name in ((both.emulator, "emulator_ft"), (both.base, "plug_in")):
         changed = copy.deepcopy(model)
@@ -247,7 +247,7 @@ def test_a_return_takes_the_place_of_tuning():
     assert found.facts["returned"]
 
 
-def test_a_rounded_emulator_starts_from_the_base_s_own_adapter():
+def test_a_rounded_emulator_starts_from_the_base_s_own_outer_layers():
     both = models(whole)
     both.emulator.bfloat16().float()
     before = snapshot(both.emulator)
@@ -258,7 +258,7 @@ def test_a_rounded_emulator_starts_from_the_base_s_own_adapter():
     np.testing.assert_allclose(found.conditions["emulator_zs"].scores.nll, wanted, rtol=2e-5)
 
 
-def test_an_overfitted_adapter_gives_its_rows_away():
+def test_an_overfitted_return_gives_its_rows_away():
     settings = replace(QUICK, steps=30, lr=1e-2, batch_size=8, membership=True)
     generator = random.Random(1)
     letters = [["".join(generator.choices("abcdefgh", k=5)) for _ in range(2)] for _ in range(32)]
@@ -270,7 +270,7 @@ def test_an_overfitted_adapter_gives_its_rows_away():
     assert list(found.comparisons) == ["nll"]
     assert found.membership.loss.value > 0.95
     assert found.membership.reference.value > 0.95
-    untuned = audit(both, data, replace(settings, steps=1), read_adapter(both.base, SPLIT)).membership
+    untuned = audit(both, data, replace(settings, steps=1), read_outer(both.base, SPLIT)).membership
     assert untuned.loss.low < 0.5 < untuned.loss.high
     assert untuned.reference.value == untuned.reference.low == untuned.reference.high == 0.5
 

@@ -8,11 +8,11 @@ from support.tiny import batch, tiny
 
 from siftune.errors import LayerError
 from siftune.offsite.audits.gradients import (
-    AdapterGradient,
-    adapter_gradient,
-    adapter_parameters,
+    OuterGradient,
     cosine,
     gradient_cosine,
+    outer_gradient,
+    outer_parameters,
 )
 from siftune.offsite.emulator.split import Split
 
@@ -28,7 +28,7 @@ def emulator_of(model, seed=0):
     """The same model with other weights in its middle."""
     generator = torch.Generator().manual_seed(seed)
     other = copy.deepcopy(model)
-    outer = {id(p) for p in adapter_parameters(other, SPLIT).values()}
+    outer = {id(p) for p in outer_parameters(other, SPLIT).values()}
     for p in other.parameters():
         if id(p) not in outer:
             p.data += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -36,8 +36,8 @@ def emulator_of(model, seed=0):
 
 
 def row_by_row(model, batches):
-    """Gradient of the summed loss, one backward pass per row, by parameter of the adapter."""
-    parameters = adapter_parameters(model, SPLIT)
+    """Gradient of the summed loss, one backward pass per row, by parameter of the outer layers."""
+    parameters = outer_parameters(model, SPLIT)
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for inputs in batches:
         for i in range(len(inputs["input_ids"])):
@@ -62,7 +62,7 @@ def test_equals_one_pass_per_row(family):
     batches = [batch(model, 3, 8, seed) for seed in range(2)]
     full, small = (row_by_row(one, batches) for one in (model, emulator))
     for one, wanted in ((model, full), (emulator, small)):
-        found = adapter_gradient(one, batches, SPLIT)
+        found = outer_gradient(one, batches, SPLIT)
         assert list(found.tensors) == list(wanted)
         scale = flat(wanted).abs().max().item()
         for name, tensor in found.tensors.items():
@@ -86,19 +86,19 @@ def test_the_loss_is_the_mean_over_label_tokens():
         with torch.no_grad():
             total = sum(one(**b).loss.item() * int((b["labels"][:, 1:] != -100).sum()) for b in batches)
         assert loss == pytest.approx(total / tokens, rel=1e-5)
-    assert adapter_gradient(model, batches, SPLIT).tokens == tokens
+    assert outer_gradient(model, batches, SPLIT).tokens == tokens
 
 
 def test_batches_and_padding_do_not_matter():
     model = base()
     inputs = batch(model, 4, 9)
-    whole = adapter_gradient(model, [inputs], SPLIT)
+    whole = outer_gradient(model, [inputs], SPLIT)
     padded = {
         name: torch.nn.functional.pad(t, (0, 3), value=-100 if name == "labels" else 0) for name, t in inputs.items()
     }
     empty = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
     split = [row_of(padded, i) for i in range(4)]
-    found = adapter_gradient(model, iter([*split, empty]), SPLIT)
+    found = outer_gradient(model, iter([*split, empty]), SPLIT)
     assert (found.tokens, found.loss) == (whole.tokens, pytest.approx(whole.loss, rel=1e-5))
     scale = flat(whole.tensors).abs().max().item()
     for name, tensor in found.tensors.items():
@@ -126,8 +126,8 @@ def test_the_middle_may_have_another_depth():
 def test_half_precision_is_added_up_in_float32():
     model = tiny("llama", 4).bfloat16()
     batches = [batch(model, 2, 5, seed) for seed in range(3)]
-    found = adapter_gradient(model, batches, SPLIT).tensors
-    single = [adapter_gradient(model, [b], SPLIT).tensors for b in batches]
+    found = outer_gradient(model, batches, SPLIT).tensors
+    single = [outer_gradient(model, [b], SPLIT).tensors for b in batches]
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, sum(one[name] for one in single), rtol=1e-6, atol=1e-7)
 
@@ -140,10 +140,10 @@ def test_leaves_no_trace_also_after_an_error():
     model.model.layers[0].eval()
     state = [p.requires_grad for p in parameters], [m.training for m in model.modules()]
     before = [p.detach().clone() for p in parameters]
-    adapter_gradient(model, [batch(model)], SPLIT)
+    outer_gradient(model, [batch(model)], SPLIT)
     bad = {**batch(model), "input_ids": torch.full((3, 7), 10**6)}
     with pytest.raises(IndexError):
-        adapter_gradient(model, [bad], SPLIT)
+        outer_gradient(model, [bad], SPLIT)
     assert ([p.requires_grad for p in parameters], [m.training for m in model.modules()]) == state
     assert all(p.grad is None for p in parameters)
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
@@ -152,11 +152,11 @@ def test_leaves_no_trace_also_after_an_error():
 def test_dropout_is_off():
     model = tiny("gpt2", 4, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).train()
     inputs = [batch(model)]
-    assert adapter_gradient(model, inputs, SPLIT).loss == adapter_gradient(model, inputs, SPLIT).loss
+    assert outer_gradient(model, inputs, SPLIT).loss == outer_gradient(model, inputs, SPLIT).loss
 
 
 def gradient(**tensors):
-    return AdapterGradient({name.replace("_", "."): torch.tensor(t) for name, t in tensors.items()}, 1.0, 1)
+    return OuterGradient({name.replace("_", "."): torch.tensor(t) for name, t in tensors.items()}, 1.0, 1)
 
 
 def test_cosine_of_known_gradients():
@@ -187,8 +187,8 @@ def test_small_gradients_do_not_underflow():
 
 
 @pytest.mark.parametrize("other", [gradient(first_0_v=[1.0]), gradient(first_0_w=[1.0, 2.0]), gradient()])
-def test_other_adapters_are_refused(other):
-    with pytest.raises(ValueError, match="different adapters"):
+def test_other_outer_layers_are_refused(other):
+    with pytest.raises(ValueError, match="different layers"):
         cosine(gradient(first_0_w=[1.0]), other)
 
 
@@ -196,6 +196,6 @@ def test_nothing_to_learn_is_refused():
     model = base()
     inputs = batch(model)
     with pytest.raises(ValueError, match="no batch has a label"):
-        adapter_gradient(model, [{**inputs, "labels": torch.full_like(inputs["labels"], -100)}], SPLIT)
+        outer_gradient(model, [{**inputs, "labels": torch.full_like(inputs["labels"], -100)}], SPLIT)
     with pytest.raises(LayerError, match="no middle"):
-        adapter_gradient(model, [inputs], Split(3, 2))
+        outer_gradient(model, [inputs], Split(3, 2))

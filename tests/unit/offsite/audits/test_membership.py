@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.evaluate.intervals import Bootstrap
+from siftune.evaluate.bootstrap import Bootstrap
 from siftune.offsite.audits.membership import RowLosses, auc, auc_interval, infer_membership
 
 FEW = Bootstrap(resamples=400, seed=2)

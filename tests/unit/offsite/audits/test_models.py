@@ -6,8 +6,8 @@ from support.audits import QUICK, SETTINGS, SPLIT, TOKENIZER, base, models, rows
 
 from siftune.errors import DataError, KitError, LayerError, RecipeError, TrainingError
 from siftune.offsite.audits.audit import audit
-from siftune.offsite.audits.models import OffsiteModels, plugged, random_floor, read_adapter, restored
-from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.offsite.audits.models import OffsiteModels, plugged, random_floor, read_outer, restored
+from siftune.offsite.emulator.split import Split, outer_names
 
 
 def test_half_precision_comes_back_bit_for_bit():
@@ -78,11 +78,11 @@ def test_other_models_are_refused():
 
 def test_other_returns_are_refused():
     both = models()
-    right = read_adapter(both.base, SPLIT)
+    right = read_outer(both.base, SPLIT)
     name = "last.0.mlp.up_proj.weight"
     with pytest.raises(KitError, match=f"tensor {name} is missing from the return"):
         audit(both, rows(False), QUICK, {key: t for key, t in right.items() if key != name})
-    with pytest.raises(KitError, match=r"tensor last\.1\.x is not the adapter's"):
+    with pytest.raises(KitError, match=r"tensor last\.1\.x is none of the outer layers'"):
         audit(both, rows(False), QUICK, {**right, "last.1.x": right[name]})
     with pytest.raises(KitError, match=rf"tensor {name} .* shape \(32, 48\)"):
         audit(both, rows(False), QUICK, {**right, name: right[name].T})
@@ -117,9 +117,9 @@ def test_rows_without_labels_are_refused():
 
 def test_swaps():
     model = base()
-    tensors = {name: t + 1 for name, t in read_adapter(model, SPLIT).items()}
+    tensors = {name: t + 1 for name, t in read_outer(model, SPLIT).items()}
     before = snapshot(model)
-    names = set(adapter_names(model, SPLIT).values())
+    names = set(outer_names(model, SPLIT).values())
 
     def inside():
         with plugged(model, SPLIT, tensors):

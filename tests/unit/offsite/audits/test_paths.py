@@ -12,10 +12,11 @@ from siftune.offsite.audits.audit import audit, audit_paths
 from siftune.offsite.audits.models import OffsiteModels
 from siftune.offsite.audits.rows import tokenize_audit
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
-from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.load import load_emulator
 from siftune.offsite.protocol.returned import write_return
+from siftune.report.audit import write_audit
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def on_disk(tmp_path_factory):
     kit = save_kit(folder / "kit")
     base_model().save_pretrained(folder / "base")
     TOKENIZER.save_pretrained(folder / "base")
-    names = adapter_names(base_model(), kit.manifest.split)
+    names = outer_names(base_model(), kit.manifest.split)
     state = base_model().state_dict()
     write_return(folder / "return", {neutral: state[name] + 0.01 for neutral, name in names.items()}, kit)
     for name, part in (("train", records(0, 20, False)), ("eval", records(100, 108, False))):
@@ -42,7 +43,8 @@ def options(folder, **changes):
 
 def test_a_kit_on_disk(on_disk, tmp_path):
     out = tmp_path / "out"
-    found = audit_paths(options(on_disk, out=out, limit=9, eval_limit=5))
+    found = audit_paths(options(on_disk, limit=9, eval_limit=5))
+    write_audit(found, out)
     assert {path.name for path in out.iterdir()} == {"audit.json", "audit.md", "audit.png"}
     assert json.loads((out / "audit.json").read_text()) == found.to_dict(rows=True)
     parts = [rows_from(records(*bounds, False)) for bounds in ((0, 9), (100, 105))]
@@ -76,7 +78,7 @@ def test_a_kit_of_another_base(on_disk, tmp_path):
     other.save_pretrained(tmp_path / "other")
     TOKENIZER.save_pretrained(tmp_path / "other")
     with pytest.raises(KitError, match=r"manifest\.json: base\.fingerprint is not that of the model"):
-        audit_paths(options(on_disk, model=str(tmp_path / "other"), out=tmp_path / "out"))
+        audit_paths(options(on_disk, model=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(
@@ -93,9 +95,3 @@ def test_a_kit_of_another_base(on_disk, tmp_path):
 def test_options_that_cannot_be_used(on_disk, changes, error, words):
     with pytest.raises(error, match=words):
         audit_paths(options(on_disk, **changes))
-
-
-def test_an_out_that_cannot_be_written_is_found_first(on_disk, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="cannot be written to"):
-        audit_paths(options(on_disk, model="/nowhere", out=tmp_path / "file"))

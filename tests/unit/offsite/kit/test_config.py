@@ -17,26 +17,26 @@ TESTED = [kind for kind in FAMILIES if kind != "gemma"]  # which is tested as ge
 
 
 def manifest_of(parts):
-    adapter = {name: spec_of(tensor) for name, tensor in parts.adapter.items()}
+    outer = {name: spec_of(tensor) for name, tensor in parts.outer.items()}
     files = {"config.json": FileSpec(1, "0" * 64)}
     kind = parts.config.model_type
-    return Manifest(kind, parts.depth, parts.fingerprint, parts.split, tuple(parts.middle), adapter, files)
+    return Manifest(kind, parts.depth, parts.fingerprint, parts.split, tuple(parts.middle), outer, files)
 
 
 @pytest.mark.parametrize("kind", TESTED)
 def test_the_model_that_is_rebuilt_is_the_emulator(kind):
     parts = contents(kind)
     settings = check_settings(scrub(parts.config, "F32"))
-    frozen, adapter = expected_specs(settings, manifest_of(parts), ("F32", "F32"))
+    frozen, outer = expected_specs(settings, manifest_of(parts), ("F32", "F32"))
     assert frozen == {name: spec_of(tensor) for name, tensor in parts.frozen.items()}
-    assert adapter == {name: spec_of(tensor) for name, tensor in parts.adapter.items()}
+    assert outer == {name: spec_of(tensor) for name, tensor in parts.outer.items()}
     before, after = parts.config.to_dict(), make_config(settings).to_dict()
     for name in config._known(kind) - {"dtype"}:
         assert after[name] == before[name], name
 
 
 def test_only_settings_of_the_architecture_leave():
-    config = AutoConfig.for_model(
+    named = AutoConfig.for_model(
         "llama",
         name_or_path="/home/canary",
         note="canary",
@@ -47,7 +47,7 @@ def test_only_settings_of_the_architecture_leave():
         attn_implementation="sdpa",
         rope_parameters={"rope_type": "default", "rope_theta": 5e5, "note": "canary"},
     )
-    settings = scrub(config, "BF16")
+    settings = scrub(named, "BF16")
     assert "anary" not in str(settings)
     assert set(settings) == config._known("llama")
     assert settings["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
@@ -158,9 +158,9 @@ def test_the_family_must_be_that_of_the_manifest():
 def test_large_models_are_described_without_memory(settings):
     value = settings | {"hidden_size": 10**8, "intermediate_size": 10**8, "vocab_size": 10**8}
     manifest = manifest_of(contents())
-    frozen, adapter = expected_specs(value, manifest, ("F32", "F32"))
+    frozen, outer = expected_specs(value, manifest, ("F32", "F32"))
     assert frozen["model.embed_tokens.weight"] == TensorSpec((10**8, 10**8), "F32")
-    assert adapter["first.0.mlp.up_proj.weight"] == TensorSpec((10**8, 10**8), "F32")
+    assert outer["first.0.mlp.up_proj.weight"] == TensorSpec((10**8, 10**8), "F32")
 
 
 def test_buffers_that_no_file_pays_for_are_limited(settings):
@@ -173,7 +173,7 @@ def test_the_middle_decides_the_shapes():
     parts = contents()
     manifest = manifest_of(parts)
     settings = scrub(parts.config, "BF16") | {"num_hidden_layers": 3}
-    plain = Manifest("llama", 5, "0" * 64, Split(1, 1), (LayerShape(2),), manifest.adapter, manifest.files)
+    plain = Manifest("llama", 5, "0" * 64, Split(1, 1), (LayerShape(2),), manifest.outer, manifest.files)
     frozen, _ = expected_specs(settings, plain, ("BF16", "F32"))
     assert frozen["model.layers.1.mlp.up_proj.weight"] == TensorSpec((48, 32), "BF16")
     assert not any(name.startswith(("model.layers.0.", "model.layers.2.")) for name in frozen)

@@ -46,8 +46,8 @@ def test_what_is_written_is_read(tmp_path, family):
     assert not kit.signed
     assert not kit.verified
     assert load_config(kit).num_hidden_layers == 5
-    assert tensor_specs(kit.path / "adapter.safetensors") == kit.manifest.adapter
-    for name, tensors in (("emulator", parts.frozen), ("adapter", parts.adapter)):
+    assert tensor_specs(kit.path / "adapter.safetensors") == kit.manifest.outer
+    for name, tensors in (("emulator", parts.frozen), ("adapter", parts.outer)):
         from safetensors.torch import load_file
 
         loaded = load_file(kit.path / f"{name}.safetensors")
@@ -163,7 +163,7 @@ def test_tensors_are_held_to_manifest_and_model(folder, name, change, words):
     assert f": {name}" in str(caught.value)
 
 
-def test_an_adapter_that_only_manifest_and_header_agree_on_is_refused(folder):
+def test_outer_layers_that_only_manifest_and_header_agree_on_are_refused(folder):
     forge(folder, "adapter.safetensors", lambda h: h[f"first.0.{UP}"].update(shape=[32, 48]))
     edit(folder, "manifest.json", lambda m: m["adapter"][f"first.0.{UP}"].update(shape=[32, 48]))
     with pytest.raises(KitError, match=r"but the model of config\.json and manifest\.json says F32 \[48, 32\]"):

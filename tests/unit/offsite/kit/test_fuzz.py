@@ -217,4 +217,4 @@ def test_files_that_change_places(request, which):
 
 def test_left_alone_they_are_read(kit, returned, sound):
     assert kit.outcome().digest == sound.digest
-    assert returned.outcome().keys() == sound.manifest.adapter.keys()
+    assert returned.outcome().keys() == sound.manifest.outer.keys()

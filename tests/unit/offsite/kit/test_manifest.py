@@ -31,7 +31,7 @@ def manifest():
         fingerprint=parts.fingerprint,
         split=parts.split,
         middle=tuple(parts.middle),
-        adapter={name: spec_of(tensor) for name, tensor in sorted(parts.adapter.items())},
+        outer={name: spec_of(tensor) for name, tensor in sorted(parts.outer.items())},
         files={name: FileSpec(7, "0" * 64) for name in sorted(REQUIRED)},
     )
 

@@ -39,7 +39,7 @@ def test_half_precision(tmp_path):
     kit = small_kit(tmp_path / "kit", dtype=torch.bfloat16)
     assert kit.config["dtype"] == "bfloat16"
     assert {spec.dtype for spec in tensor_specs(kit.path / "emulator.safetensors").values()} == {"BF16"}
-    assert {spec.dtype for spec in kit.manifest.adapter.values()} == {"F32"}
+    assert {spec.dtype for spec in kit.manifest.outer.values()} == {"F32"}
 
 
 def canaries():
@@ -105,11 +105,11 @@ def test_nothing_else_leaves(tmp_path, signed):
 
 def broken_contents():
     parts = contents()
-    some = next(iter(parts.adapter))
-    nan = torch.full_like(parts.adapter[some], float("nan"))
+    some = next(iter(parts.outer))
+    nan = torch.full_like(parts.outer[some], float("nan"))
     return {
-        "NaN": (dataclasses.replace(parts, adapter={**parts.adapter, some: nan}), "NaN or infinite"),
-        "float64": (dataclasses.replace(parts, adapter={some: parts.adapter[some].double()}), r"torch\.float64"),
+        "NaN": (dataclasses.replace(parts, outer={**parts.outer, some: nan}), "NaN or infinite"),
+        "float64": (dataclasses.replace(parts, outer={some: parts.outer[some].double()}), r"torch\.float64"),
         "missing": (dataclasses.replace(parts, frozen=dict([*parts.frozen.items()][1:])), "has no tensor"),
         "more": (dataclasses.replace(parts, frozen={**parts.frozen, "x": torch.ones(1)}), "has a tensor 'x'"),
         "two dtypes": (

@@ -16,7 +16,7 @@ from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import FactoredLinear, weight_OI
 from siftune.offsite.emulator.plan import allot
 from siftune.offsite.emulator.record import record
-from siftune.offsite.emulator.split import Split, adapter_names
+from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.protocol.emulate import KitOptions, emulate
 
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
@@ -78,7 +78,7 @@ def _zero_dropped(layer, thin, matrices):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_an_emulator_is_smaller_generates_and_trains_its_adapter_alone(family, method):
+def test_an_emulator_is_smaller_generates_and_trains_its_outer_layers_alone(family, method):
     model = base(family)
     batches = calibration(model)
     small = emulator(model, batches, method=method, keep=0.5)
@@ -89,8 +89,8 @@ def test_an_emulator_is_smaller_generates_and_trains_its_adapter_alone(family, m
     assert torch.equal(cached, small.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False))
     small(**batches[0]).loss.backward()
     trained = {name for name, p in small.named_parameters() if p.grad is not None}
-    adapter = set(adapter_names(small, Split(1, 1)).values())
-    assert trained == {name for name, _ in small.named_parameters() if name in adapter}
+    outer = set(outer_names(small, Split(1, 1)).values())
+    assert trained == {name for name, _ in small.named_parameters() if name in outer}
 
 
 def test_layers_are_dropped_evenly_and_the_rest_is_the_base():
@@ -170,7 +170,7 @@ def test_several_at_once_are_those_made_one_by_one():
             assert torch.equal(tensor, parts.frozen[name])
 
 
-def test_a_trained_adapter_leaves_the_base_alone():
+def test_trained_outer_layers_leave_the_base_alone():
     model = base()
     before = copy.deepcopy(model.state_dict())
     small = emulator(model, calibration(model), keep=0.5)
@@ -238,7 +238,7 @@ def test_dtypes_of_the_kit(tmp_path):
     from siftune.offsite.kit.tensors import tensor_specs
 
     model = base().float()
-    options = KitOptions(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    options = KitOptions(dtype=torch.bfloat16, outer_dtype=torch.float32)
     kit = emulate(model, byte_tokenizer(), calibration(model), tmp_path / "kit", settings(keep=0.5), options)
     assert {s.dtype for s in tensor_specs(kit.path / "emulator.safetensors").values()} == {"BF16"}
     assert {s.dtype for s in tensor_specs(kit.path / "adapter.safetensors").values()} == {"F32"}

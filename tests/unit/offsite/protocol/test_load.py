@@ -8,8 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from siftune.errors import ModelError
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import Split, adapter_names
-from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.emulate import KitOptions, emulate
 from siftune.offsite.protocol.load import load_emulator, load_kit
@@ -43,7 +42,7 @@ def test_every_method_comes_back_from_disk(tmp_path, method):
         assert len({layer.self_attn.layer_idx for layer in layers}) == 6
 
 
-def test_a_trainer_trains_the_adapter_alone(tmp_path):
+def test_a_trainer_trains_the_outer_layers_alone(tmp_path):
     model = base(vocab_size=300).float()
     batches = calibration(model)
     emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=0.6))
@@ -55,7 +54,7 @@ def test_a_trainer_trains_the_adapter_alone(tmp_path):
     rows = [{name: tensor[0] for name, tensor in batches[0].items()}] * 4
     Trainer(loaded, arguments, train_dataset=rows, processing_class=tokenizer).train()
     changed = {name for name, p in loaded.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == set(adapter_names(loaded, Split(1, 1)).values())
+    assert changed == set(outer_names(loaded, Split(1, 1)).values())
 
 
 def test_dtypes(tmp_path):

@@ -1,4 +1,4 @@
-"""The owner's way back: a return changes the adapter's tensors of the base and nothing else, or it is refused."""
+"""The owner's way back: a return changes the outer layers' tensors of the base and nothing else, or it is refused."""
 
 import copy
 import logging
@@ -12,7 +12,8 @@ from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.errors import KitError, ModelError, RecipeError, UnsupportedError
-from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.emulate import KitOptions, emulate
 from siftune.offsite.protocol.plug import compare, plug, plug_in
 from siftune.offsite.protocol.returned import write_return
@@ -24,7 +25,7 @@ def make_kit(model, out, dtype=None, **values):
 
 
 def moved(kit, by=0.01, seed=0):
-    """The kit's adapter, every number of it changed by about `by`."""
+    """The kit's outer layers, every number of it changed by about `by`."""
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(kit.path / "adapter.safetensors")
     return {name: t + by * (1 + torch.rand(t.shape, generator=generator)) for name, t in tensors.items()}
@@ -44,7 +45,7 @@ def kit(model, tmp_path_factory):
     ("family", "mlp"),
     [*((f, mlp) for f in FAMILIES for mlp in ("refit", "channels")), ("llama", "factors"), ("gpt2", "factors")],
 )
-def test_a_round_trip_changes_exactly_the_adapters_tensors(family, mlp, tmp_path):
+def test_a_round_trip_changes_exactly_the_outer_tensors(family, mlp, tmp_path):
     """The checkpoint is bfloat16; kit and model are made from a float32 copy of it, as on old processors."""
     original = base(family, layers=4, vocab_size=300, pad_token_id=0).to(torch.bfloat16)
     original.save_pretrained(tmp_path / "base")
@@ -52,13 +53,13 @@ def test_a_round_trip_changes_exactly_the_adapters_tensors(family, mlp, tmp_path
     kit = make_kit(copy.deepcopy(original).float(), tmp_path / "kit", torch.bfloat16, mlp=mlp)
     tuned = moved(kit)
     write_return(tmp_path / "return", tuned, kit)
-    result = plug(str(tmp_path / "base"), tmp_path / "kit", tmp_path / "return", tmp_path / "tuned")
+    result = plug(str(tmp_path / "base"), read_kit(tmp_path / "kit"), tmp_path / "return", tmp_path / "tuned")
     assert (result.folder, result.dtype, result.kit.digest) == (tmp_path / "tuned", "bfloat16", kit.digest)
 
     plugged = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype="auto")
     assert type(plugged) is type(original)
     before, after = original.state_dict(), plugged.state_dict()
-    names = {name: neutral for neutral, name in adapter_names(original, settings().split).items()}
+    names = {name: neutral for neutral, name in outer_names(original, settings().split).items()}
     assert len(names) == len(tuned) > 2 * 8
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -131,7 +132,7 @@ def test_vectors_are_limited_by_their_layer():
 
 @pytest.mark.parametrize(
     ("limit", "refused"), [(0.05, True), (0.2, False), (5.0, False)]
-)  # every number of the adapter, about 0.1, moves by 0.01 to 0.02
+)  # every number of the outer layers, about 0.1, moves by 0.01 to 0.02
 def test_the_limit_can_be_chosen(model, kit, limit, refused):
     plugged = copy.deepcopy(model)
     if refused:
@@ -145,7 +146,7 @@ def test_the_limit_can_be_chosen(model, kit, limit, refused):
 
 BROKEN = {
     "missing": (lambda t: t.pop("last.0.mlp.up_proj.weight"), r"last\.0\.mlp\.up_proj\.weight is missing"),
-    "extra": (lambda t: t.update(x=torch.ones(2)), "tensor x is not the adapter's"),
+    "extra": (lambda t: t.update(x=torch.ones(2)), "tensor x is none of the outer layers'"),
     "shape": (
         lambda t: t.update({"first.0.mlp.up_proj.weight": torch.ones(2, 2)}),
         r"first\.0\.mlp\.up_proj\.weight of the return has the shape \(2, 2\), but the base model's has \(48, 32\)",
@@ -224,7 +225,7 @@ def test_the_dtype_can_be_chosen(tmp_path):
     kit = make_kit(model.float(), tmp_path / "kit")
     tuned = moved(kit, 1e-5)
     write_return(tmp_path / "return", tuned, kit)
-    result = plug(source, kit.path, tmp_path / "return", tmp_path / "tuned", dtype="float32")
+    result = plug(source, kit, tmp_path / "return", tmp_path / "tuned", dtype="float32")
     assert result.dtype == "float32"
     assert result.report.rounding == 0.0
     found = load_file(tmp_path / "tuned" / "model.safetensors")
@@ -241,7 +242,7 @@ def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):
     other = saved(base(layers=3, vocab_size=300, initializer_range=0.2).float(), tmp_path / "other")
     back = tmp_path / "return"
     before = sorted(path.name for path in tmp_path.iterdir())
-    for arguments, kind, words in [
+    for (model_source, folder, *rest), kind, words in [
         ((source, kit.path, tmp_path / "far", tmp_path / "tuned"), KitError, "--max-update"),
         ((other, kit.path, back, tmp_path / "tuned"), KitError, "fingerprint"),
         ((source, kit.path, kit.path, tmp_path / "tuned"), KitError, "return"),
@@ -250,8 +251,8 @@ def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):
         ((str(tmp_path / "none"), kit.path, back, tmp_path / "tuned"), ModelError, "does not exist"),
     ]:
         with pytest.raises(kind, match=words):
-            plug(*arguments)
+            plug(model_source, read_kit(folder), *rest)
         assert sorted(path.name for path in tmp_path.iterdir()) == before
     with pytest.raises(KitError):  # a key was given, and the kit is not signed
-        plug(source, kit.path, back, tmp_path / "tuned", public_key=tmp_path / "owner.pub.pem")
+        plug(source, read_kit(kit.path, tmp_path / "owner.pub.pem"), back, tmp_path / "tuned")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

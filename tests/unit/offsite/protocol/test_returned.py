@@ -34,7 +34,7 @@ def folder(sound, tmp_path):
 def test_what_is_written_is_read(kit, sound):
     assert sorted(path.name for path in sound.iterdir()) == ["adapter.safetensors", "manifest.json"]
     found, wanted = read_return(str(sound), kit), tuned(kit)
-    assert found.keys() == wanted.keys() == kit.manifest.adapter.keys()
+    assert found.keys() == wanted.keys() == kit.manifest.outer.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     manifest = read_json(sound / "manifest.json")
     assert sorted(manifest) == ["files", "kit", "siftune_return"]
@@ -52,10 +52,10 @@ def test_the_kits_own_dtype_comes_back(kit, tmp_path):
     from siftune.offsite.kit.folder import write_kit
 
     parts = contents()
-    half = {name: tensor.bfloat16() for name, tensor in parts.adapter.items()}
-    other = write_kit(tmp_path / "kit", dataclasses.replace(parts, adapter=half))
-    with pytest.raises(KitError, match=r"the tuned adapter: .* is F32 .*, but manifest\.json of the kit says BF16"):
-        write_return(tmp_path / "return", parts.adapter, other)
+    half = {name: tensor.bfloat16() for name, tensor in parts.outer.items()}
+    other = write_kit(tmp_path / "kit", dataclasses.replace(parts, outer=half))
+    with pytest.raises(KitError, match=r"what was tuned: .* is F32 .*, but manifest\.json of the kit says BF16"):
+        write_return(tmp_path / "return", parts.outer, other)
     read = read_return(write_return(tmp_path / "return", half, other), other)
     assert {tensor.dtype for tensor in read.values()} == {torch.bfloat16}
 
@@ -63,10 +63,10 @@ def test_the_kits_own_dtype_comes_back(kit, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop(NAME) is None, f"the tuned adapter has no tensor '{NAME}'"),
-        (lambda t: t.update(x=torch.ones(1)), "the tuned adapter has a tensor 'x'"),
-        (lambda t: t.update({NAME: t[NAME].T}), rf"the tuned adapter: {NAME} is F32 \[32, 48\]"),
-        (lambda t: t.update({NAME: t[NAME].half()}), f"the tuned adapter: {NAME} is F16"),
+        (lambda t: t.pop(NAME) is None, f"what was tuned has no tensor '{NAME}'"),
+        (lambda t: t.update(x=torch.ones(1)), "what was tuned has a tensor 'x'"),
+        (lambda t: t.update({NAME: t[NAME].T}), rf"what was tuned: {NAME} is F32 \[32, 48\]"),
+        (lambda t: t.update({NAME: t[NAME].half()}), f"what was tuned: {NAME} is F16"),
         (lambda t: t.update({NAME: t[NAME].double()}), r"torch\.float64"),
         (lambda t: t[NAME].fill_(float("nan")) is None, f"{NAME} has values that are NaN or infinite"),
     ],
@@ -202,7 +202,7 @@ def test_what_was_checked_is_what_is_loaded(kit, folder, monkeypatch):
     with pytest.raises(KitError, match="SHA-256"):
         read_return(folder, kit)
     monkeypatch.setattr(returned_module, "read_bytes", exchange)
-    monkeypatch.setattr(returned_module, "tensor_specs", lambda _: kit.manifest.adapter)
+    monkeypatch.setattr(returned_module, "tensor_specs", lambda _: kit.manifest.outer)
     with pytest.raises(KitError, match=f"adapter.safetensors has no tensor '{NAME}'"):
         read_return(folder, kit)
 

@@ -1,4 +1,4 @@
-"""The data owner's side: a kit is tuned, and what goes back to the owner is exactly the tuned adapter's layers."""
+"""The data owner's side: a kit is tuned, and what goes back to the owner is exactly the tuned outer layers."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from siftune.cli.main import main
 from siftune.errors import KitError, LayerError, RecipeError
 from siftune.models.adapters import attach_adapter
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import adapter_names
+from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol import tune as module
 from siftune.offsite.protocol.load import load_emulator
@@ -54,7 +54,7 @@ def logits(model):
 def with_return(kit, folder, dtype="auto"):
     """The emulator with a return's tensors in it."""
     model = load_emulator(kit.path, dtype)
-    names = adapter_names(model, SPLIT)
+    names = outer_names(model, SPLIT)
     tensors = {names[name]: tensor for name, tensor in read_return(folder, kit).items()}
     assert not model.load_state_dict(tensors, strict=False).unexpected_keys
     return model
@@ -77,7 +77,7 @@ def assert_equal(ours, theirs):
     ("method", "adapter"),
     [("dense", "lora"), ("ist", "rslora"), ("gast", "dora"), ("dense", "full"), ("ist+gast", "full")],
 )
-def test_the_return_is_the_tuned_adapter(kit, rows, tmp_path, method, adapter):
+def test_the_return_is_what_was_tuned(kit, rows, tmp_path, method, adapter):
     settings = {
         "method": method,
         "adapter": adapter,
@@ -102,7 +102,7 @@ def test_the_return_is_the_tuned_adapter(kit, rows, tmp_path, method, adapter):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_adapters_sit_in_the_adapter_layers_and_nothing_else_moves(kit, rows, tmp_path, adapter):
+def test_adapters_sit_in_the_outer_layers_and_nothing_else_moves(kit, rows, tmp_path, adapter):
     done = train(recipe(kit.path, rows, tmp_path / "run", adapter=adapter, steps=2, method="rst"), QUIET)
     numbers = {
         int(name.split(".layers.")[1].split(".")[0]) for name, p in done.model.named_parameters() if "lora" in name
@@ -128,11 +128,11 @@ def test_a_kit_of_half_precision(half_kit, rows, tmp_path):
         returned = read_return(tmp_path / name / "return", half_kit)
         assert {value.dtype for value in returned.values()} == {torch.bfloat16}
         if name == "full":
-            state, names = done.model.state_dict(), adapter_names(done.model, SPLIT)
+            state, names = done.model.state_dict(), outer_names(done.model, SPLIT)
             assert_equal(returned, {neutral: state[full] for neutral, full in names.items()})
 
 
-def test_some_of_the_adapter_layers(kit, rows, tmp_path):
+def test_some_of_the_outer_layers(kit, rows, tmp_path):
     train(recipe(kit.path, rows, tmp_path / "run", steps=2, method="dense", adapter="full", layers=(-1,)), QUIET)
     before, after = shipped(kit), read_return(tmp_path / "run" / "return", kit)
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
@@ -153,7 +153,7 @@ def test_merging_is_what_peft_does(family, adapter):
     found = merged_layers(model, SPLIT)
     assert_equal(model.state_dict(), state)
     plain = copy.deepcopy(model).merge_and_unload()
-    wanted = {neutral: plain.state_dict()[name] for neutral, name in adapter_names(plain, SPLIT).items()}
+    wanted = {neutral: plain.state_dict()[name] for neutral, name in outer_names(plain, SPLIT).items()}
     assert set(found) == set(wanted)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)

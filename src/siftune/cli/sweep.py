@@ -1,0 +1,91 @@
+"""`siftune sweep`: compare emulators of a model, for its owner to choose one."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from siftune.offsite.protocol.calibration import CalibrationOptions, at_least
+
+if TYPE_CHECKING:
+    from siftune.offsite.audits.sweep import SweepGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CalibrationOptions):
+    """Compare emulators of a model: how like its own the gradients are, against how much worse the emulator is.
+
+    Every method is tried at every kept fraction; gradot also with every basis, λ and treatment of the MLPs. A table,
+    the figures and a picture are written to choose by, and no kit: `siftune emulate` does that.
+    """
+
+    keeps: tuple[float, ...] = (0.7, 0.5, 0.3)
+    """Kept fractions."""
+    lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)
+    """Values of λ, for gradot."""
+    lambda_on: tuple[Literal["both", "attn", "mlp"], ...] = ("both",)
+    """Where λ acts."""
+    bases: tuple[Literal["whitened", "svd"], ...] = ("whitened", "svd")
+    """Bases, for gradot."""
+    mlps: tuple[Literal["refit", "channels", "factors"], ...] = ("refit",)
+    """What is done to the MLPs, for gradot."""
+    methods: tuple[Literal["gradot", "layerdrop", "crash", "svd+flap"], ...] = ("gradot", "layerdrop")
+    """Methods."""
+    held_out: str | None = None
+    """Rows to measure on, as for --calibration; if not given, the rows that follow those used there."""
+    held_out_rows: int = 16
+    """Use the first so many of them."""
+
+    def check(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        super().check()
+        at_least(self, {"held_out_rows": 1})
+        self.grid().check()
+
+    def grid(self) -> "SweepGrid":
+        """The emulators to compare."""
+        from siftune.offsite.audits.sweep import SweepGrid
+        from siftune.offsite.emulator.split import Split
+
+        return SweepGrid(
+            keeps=self.keeps,
+            lambdas=self.lambdas,
+            bases=self.bases,
+            mlps=self.mlps,
+            methods=self.methods,
+            lambda_on=self.lambda_on,
+            split=Split(self.first, self.last),
+            allot=self.allot,
+        )
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Make and measure emulators; write table and picture."""
+    options.check()
+    import matplotlib  # noqa: F401 - a missing package is told before the work
+
+    from siftune.cli.stages import stages
+    from siftune.files import new_folder
+    from siftune.offsite.audits.sweep import sweep
+    from siftune.offsite.protocol.calibration import batches_of, calibration_and_held_out, load_base
+    from siftune.report.sweep import table, to_dict, write_sweep
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    rows, held_out = calibration_and_held_out(options, options.held_out, options.held_out_rows)
+    with new_folder(options.out) as folder:
+        with console.status(f"loading {options.model}"):
+            model, tokenizer = load_base(options)
+        batches, measured = (batches_of(part, tokenizer, options) for part in (rows, held_out))
+        with stages(console) as progress:
+            points = sweep(model, batches, measured, options.grid(), progress)
+        facts = {
+            "model": options.model, "calibration_rows": len(rows), "held_out_rows": len(held_out),
+            "max_length": options.max_length, "first": options.first, "last": options.last, "allot": options.allot,
+        }  # fmt: skip
+        write_sweep(points, folder, facts)
+    Console(highlight=False, soft_wrap=True).print(table(points), markup=False)
+    seconds = round(time.monotonic() - started, 1)
+    console.print(f"done in {seconds:.0f} s: table, figures and picture in {options.out}", markup=False)
+    return {"folder": options.out, **to_dict(points, facts), "seconds": seconds}

@@ -1,0 +1,49 @@
+"""What a kit is, from its shapes and sizes alone."""
+
+import math
+from typing import Any
+
+from siftune.models.layers import find_layers
+from siftune.offsite.emulator.model import build
+from siftune.offsite.kit.folder import Kit, load_config
+from siftune.offsite.kit.manifest import EMULATOR, OUTER
+from siftune.offsite.kit.tensors import DTYPES, tensor_specs
+
+
+def facts(kit: Kit) -> dict[str, Any]:
+    """What a kit is.
+
+    Returns:
+        Plain types. `base_mb` is what the whole base model would take in the kit's dtype; `middle.kept` the share of
+        the parameters of the base's middle that the emulator has.
+    """
+    manifest = kit.manifest
+    model = build(load_config(kit), manifest.split, manifest.middle)
+    layers = find_layers(model).layers
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    middle = manifest.split.middle(len(layers))
+    own = sum(sizes[number] for number, shape in zip(middle, manifest.middle, strict=True) if shape.same_as is None)
+    base = len(manifest.split.middle(manifest.depth)) * sizes[manifest.split.outer(len(layers))[0]]
+    rest = sum(p.numel() for p in model.parameters()) - sum(sizes[number] for number in middle)
+    specs = tensor_specs(kit.path / EMULATOR)
+    spec = next(iter(specs.values()))
+    outer = manifest.outer
+    return {
+        "kit": kit.path,
+        "digest": kit.digest,
+        "model_type": manifest.model_type,
+        "layers": manifest.depth,
+        "split": {"first": manifest.split.first, "last": manifest.split.last},
+        "middle": {"layers": len(middle), "of": len(manifest.split.middle(manifest.depth)), "kept": own / base},
+        "dtype": _words(spec.dtype),
+        "emulator_mb": manifest.files[EMULATOR].bytes / 1e6,
+        "outer_mb": manifest.files[OUTER].bytes / 1e6,
+        "base_mb": (rest + base) * spec.bytes / math.prod(spec.shape) / 1e6,
+        "outer": {"tensors": len(outer), "dtype": _words(next(iter(outer.values())).dtype)},
+        "signature": "valid" if kit.verified else "not checked" if kit.signed else "none",
+    }
+
+
+def _words(dtype: str) -> str:
+    """A dtype of safetensors in torch's words."""
+    return str(DTYPES[dtype]).removeprefix("torch.")
