@@ -5,13 +5,15 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
-from siftune.recipe_file import load_recipe, nearest, wanted
+from siftune.recipe_file import load_recipe
+from siftune.settings import in_words, nearest
 
 T = TypeVar("T")
 
@@ -69,18 +71,42 @@ def _is_recipe(word: str) -> bool:
     return not word.startswith("-") and Path(word).suffix in (".yaml", ".yml")
 
 
+def _name(flag: str) -> str:
+    """Return a flag without its value, as the parser's messages spell it: `--batch_size=3` -> `--batch-size`."""
+    return flag.partition("=")[0].replace("_", "-")
+
+
 def _field(flag: str) -> str:
-    """Return the field that a flag sets: `--no-completion-only` -> `completion_only`."""
-    return flag.partition("=")[0].replace("-", "_").removeprefix("__").removeprefix("no_")
+    """Return the field that a flag sets: `--no-completion-only` -> `completion_only`, also in a group."""
+    group, dot, field = _name(flag).removeprefix("--").replace("-", "_").rpartition(".")
+    return f"{group}{dot}{field.removeprefix('no_')}"
+
+
+def _flags(names: str) -> str:
+    """Return fields, with " or " between them, as flags: `gast.select_after` -> `--gast.select-after`."""
+    return " or ".join(f"--{name.replace('_', '-')}" for name in names.split(" or "))
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Return the types of a command's options, by the names that the user sees: tyro's `arg(name=…)` renames."""
-    marks = {
-        name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(kind, include_extras=True).items()
-    }
-    renamed = {name: mark.name for name, found in marks.items() for mark in found if getattr(mark, "name", None)}
-    return {renamed.get(name, name): hint for name, hint in get_type_hints(kind).items()}
+    """Return the types of a command's options, by the names that the user sees.
+
+    Options of a group, a field that is a dataclass itself, stand behind its name and a dot: `gast.select`.
+    """
+    plain, marked = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+    hints: dict[str, Any] = {}
+    for field in fields(kind):
+        name, hint = _shown_name(field.name, marked[field.name]), plain[field.name]
+        if is_dataclass(hint):
+            hints |= {f"{name}.{inner}": part for inner, part in _hints(hint).items()}  # type: ignore[arg-type]
+        else:
+            hints[name] = hint
+    return hints
+
+
+def _shown_name(name: str, hint: Any) -> str:
+    """Return the name that tyro's `arg(name=…)` gives to an option, or its own."""
+    marks = (getattr(mark, "name", None) for mark in getattr(hint, "__metadata__", ()))
+    return next((mark for mark in marks if isinstance(mark, str)), name)
 
 
 def _spell_out(kind: type, arguments: Sequence[str]) -> list[str]:
@@ -100,18 +126,26 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
     flags = [word for word in arguments if re.match("--[a-zA-Z]", word)]
     for flag in flags:
         if _field(flag) not in hints:
+            if _field(flag) in _commands():
+                return f"unknown option {flag} of `{program}`; `siftune {_field(flag)}` is a command of its own"
             close = nearest(_field(flag), hints)
-            guess = f"did you mean --{close.replace('_', '-')}?" if close else f"see `{program} --help`"
+            guess = f"did you mean {_flags(close)}?" if close else f"see `{program} --help`"
             return f"unknown option {flag.partition('=')[0]} of `{program}`; {guess}"
     refusal = _unbox(box)
-    missing = re.findall(r"(--[a-z-]+) .*?\(required\)", refusal) if refusal.startswith("Missing") else []
+    missing = re.findall(r"(--[a-z0-9.-]+) .*?\(required\)", refusal) if refusal.startswith("Missing") else []
     if missing:
         return f"{' and '.join(missing)} must be given; see `{program} --help`"
     for flag in flags:
-        name = flag.partition("=")[0]
-        if re.search(rf"{name}(?![\w-])", refusal):
-            return f"{name} must be {wanted(hints[_field(flag)])}, not {_given(flag, arguments)}"
+        name = _name(flag)
+        if re.search(rf"{re.escape(name)}(?![\w-]|\.\w)", refusal):
+            return f"{name} must be {in_words(hints[_field(flag)])}, not {_given(flag, arguments)}"
     return f"{refusal}; see `{program} --help`"
+
+
+def _commands() -> Collection[str]:
+    from siftune.cli.main import COMMANDS  # not at the top: it imports this file
+
+    return COMMANDS
 
 
 def _unbox(box: str) -> str:

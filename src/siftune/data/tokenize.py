@@ -94,6 +94,9 @@ def _report(encoder: Encoder, cut: int, count: int, max_length: int) -> None:
 class Collator:
     """Pads rows on the right into one batch.
 
+    Not transformers' `DataCollatorForSeq2Seq`: that one pads on the side that the tokenizer says, and hands every other
+    column of numbers on to the model.
+
     Attributes:
         pad_token_id: fills `input_ids`; the model never sees it, because the attention mask is 0 there.
         pad_to_multiple: the length of a batch is rounded up to a multiple of this.

@@ -10,12 +10,13 @@ import re
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import torch
+import tyro
 from tyro.conf import arg
 
 from siftune.cli import main as cli
@@ -23,6 +24,7 @@ from siftune.cli.common import parse
 from siftune.cli.main import main
 from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError, SiftuneError
+from siftune.methods import METHODS
 
 
 @dataclass
@@ -123,8 +125,8 @@ def test_resume_stands_alone_or_takes_a_folder(ran, recipe):
         (["--rank", "--lr", "1"], "--rank must be a whole number, not left empty"),
         (["--steps=many"], "--steps must be a whole number or nothing, not 'many'"),
         (["--lr", "fast"], "--lr must be a number, not 'fast'"),
-        (["--score-lr", "fast"], "--score-lr must be a number, not 'fast'"),
-        (["--method", "lisa"], "--method must be one of dense, rst, ist, gast, ist+gast, not 'lisa'"),
+        (["--ist.score-lr", "fast"], "--ist.score-lr must be a number, not 'fast'"),
+        (["--method", "lora"], f"--method must be one of {', '.join(METHODS)}, not 'lora'"),
         (["rows.jsonl"], "Unrecognized options: rows.jsonl; see `siftune train --help`"),
         (["none.yaml"], f"recipe none.yaml does not exist (looked in {Path.cwd()})"),
     ],
@@ -188,6 +190,78 @@ def test_an_option_is_known_by_the_name_that_the_user_sees():
         assert str(refused.value) == message
 
 
+@dataclass
+class Draws:
+    """A group of options."""
+
+    select: int = 3
+    """Rows."""
+    select_after: int = 0
+    """Steps."""
+    even: bool = False
+    """How."""
+    source: bool | str = False
+    """True or a place."""
+
+
+@dataclass
+class Grouped:
+    """A command whose options are in groups."""
+
+    needed: str
+    """Given always."""
+    gast: Draws = field(default_factory=Draws)
+    own: Annotated[Draws, arg(name="mine")] = field(default_factory=Draws)
+    batch_size: int = 1
+    """Rows."""
+
+
+def test_options_in_groups_are_set_behind_the_group_s_name():
+    arguments = ["--needed", "x", "--gast.select", "5", "--gast.select_after=2", "--mine.even", "--gast.no-even"]
+    assert parse(Grouped, arguments, "siftune x") == Grouped("x", Draws(5, 2), Draws(even=True))
+    assert parse(Grouped, ["--gast.source", "--needed", "x"], "siftune x").gast.source is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gast.selct", "5"], "unknown option --gast.selct of `siftune x`; did you mean --gast.select?"),
+        (["--gast.no-evn"], "unknown option --gast.no-evn of `siftune x`; did you mean --gast.even?"),
+        (["--select-after=5"], "--gast.select-after or --mine.select-after?"),
+        (["--own.select", "5"], "unknown option --own.select of `siftune x`; did you mean --"),
+        (["--gast.select", "few"], "--gast.select must be a whole number, not 'few'"),
+        (["--gast.select_after=few"], "--gast.select-after must be a whole number, not 'few'"),
+        (["--gast.select", "5", "--gast.select-after"], "--gast.select-after must be a whole number, not left empty"),
+        (["--batch_size", "few"], "--batch-size must be a whole number, not 'few'"),
+        ([], "--needed must be given; see `siftune x --help`"),
+    ],
+)
+def test_a_wrong_option_in_a_group_is_told_in_one_sentence(arguments, message):
+    needed = [] if message.startswith("--needed") else ["--needed", "x"]
+    with pytest.raises(RecipeError) as refused:
+        parse(Grouped, [*needed, *arguments], "siftune x")
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "title", "message"),
+    [
+        (["--needed", "x", "--batch-size", "y"], "Value error", r"Error parsing --batch-size: .+ 'y'"),
+        (["--needed", "x", "--batch-size"], "Missing argument", r"Missing value for argument '--batch-size'\. .+"),
+        (["--needed", "x", "rows"], "Unrecognized options", r"Unrecognized options: rows"),
+        ([], "Required options", r"Missing from x: --needed STR .*\(required\)"),
+    ],
+)
+def test_the_parser_s_boxes_have_the_layout_that_is_read(arguments, title, message):
+    """A frame with a title, the message, a rule, and what does not matter here: tyro does not promise to keep it."""
+    with contextlib.redirect_stderr(io.StringIO()) as box, pytest.raises(SystemExit):
+        tyro.cli(Grouped, prog="x", args=arguments)
+    frame, *rows = box.getvalue().splitlines()
+    assert re.fullmatch(f"╭─ {title} ─+╮", frame)
+    rule = next(i for i, row in enumerate(rows) if re.fullmatch("│ ─+ │", row))
+    assert re.fullmatch(message, " ".join(row.strip("│ ") for row in rows[:rule]))
+
+
 # --- help and version ---
 
 
@@ -217,8 +291,26 @@ def test_help_of_a_command_needs_no_torch():
 def test_help_of_train_shows_every_field_with_its_words(command, capsys):
     assert main(["train", "--help"]) == 0
     text = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
-    for part in ("--score-batch-size", "Rank of the adapter matrices. (default: 32)", "--json prints"):
+    for part in ("--ist.score-batch-size", "Rank of the adapter matrices. (default: 32)", "--json prints"):
         assert part in text
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["plug", "--help"], ["train", "--help"]])
+def test_help_on_a_console_that_lacks_its_characters(encoding, arguments):
+    done = siftune(*arguments, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--json" in done.stdout
+
+
+def test_json_keeps_what_the_console_lacks(monkeypatch, command):
+    command.act = lambda _: {"name": "λ"}
+    for encoding, written in (("ascii", r'{"name": "\u03bb"}'), ("utf-8", '{"name": "λ"}')):
+        file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", file)
+        assert main(["train", "--json"]) == 0
+        file.seek(0)
+        assert file.read().strip() == written
 
 
 def test_no_command_is_an_error_that_shows_the_help(capsys):
