@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from baselines import Baseline
 from siftune.methods.batches import Batch, RowDraws, label_weight
-from siftune.methods.gast.maths import GASTSettings
+from siftune.methods.gast.settings import GASTSettings
 from siftune.trainer.trainer import SiftTrainer
 
 

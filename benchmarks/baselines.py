@@ -39,7 +39,7 @@ from siftune.errors import RecipeError, UnsupportedError
 from siftune.methods.batches import Batch
 from siftune.methods.gast import maths
 from siftune.methods.gast.scores import Scored, score_samples
-from siftune.methods.gast.support import support_gradient
+from siftune.methods.support import support_gradient
 from siftune.methods.layer_driver import Draws, Loss, model_loss
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss

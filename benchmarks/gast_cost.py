@@ -98,7 +98,7 @@ def build(method: str, work: Workload, folder: Path, *watchers: Any) -> Any:
         return build_trainer(method, work, folder, *watchers)
     import baselines
     from baseline_trainer import BaselineTrainer
-    from siftune.methods.gast.maths import GASTSettings
+    from siftune.methods.gast.settings import GASTSettings
 
     kind, like = BASELINES[method]
     recipe = work.recipe(like, "unused")

@@ -30,7 +30,7 @@ from siftune.evaluate.choices import score_choices
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows
 from siftune.methods.gast.callback import GAST
-from siftune.methods.sample_choice import Samples
+from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.gast.maths import zscores
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
@@ -133,7 +133,7 @@ class LabelWatch:
         model.register_forward_pre_hook(self._see, with_kwargs=True)
         inner = method.on_select
 
-        def both(samples: Samples) -> None:
+        def both(samples: SampleChoice) -> None:
             if inner is not None:
                 inner(samples)
             self._note(samples)
@@ -144,7 +144,7 @@ class LabelWatch:
         if model.training:  # support passes come before the pass of the batch, which thus is the last one
             self._batch = inputs
 
-    def _note(self, samples: Samples) -> None:
+    def _note(self, samples: SampleChoice) -> None:
         pairs = zip(self._batch["input_ids"], self._batch["attention_mask"].bool(), strict=True)
         rows = [self._rows[tuple(ids[seen].tolist())] for ids, seen in pairs]
         wrong_S = torch.tensor([row["wrong"] for row in rows])

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siftune.errors import SiftuneError
     from siftune.methods.gast.callback import GAST
-    from siftune.methods.ist.callback import IST, RST
+    from siftune.methods.greats.callback import GREATS
+    from siftune.methods.ist.callback import IST
+    from siftune.methods.lisa.callback import LISA
+    from siftune.methods.rst.callback import RST
+    from siftune.methods.static.callback import Static
     from siftune.models.adapters import attach_adapter
     from siftune.models.layers import find_layers
 
@@ -15,14 +19,17 @@ __version__ = "0.1.0"
 # name -> module; imported on first use, because torch and transformers take seconds
 _LAZY = {
     "GAST": "siftune.methods.gast.callback",
+    "GREATS": "siftune.methods.greats.callback",
     "IST": "siftune.methods.ist.callback",
-    "RST": "siftune.methods.ist.callback",
+    "LISA": "siftune.methods.lisa.callback",
+    "RST": "siftune.methods.rst.callback",
     "SiftuneError": "siftune.errors",
+    "Static": "siftune.methods.static.callback",
     "attach_adapter": "siftune.models.adapters",
     "find_layers": "siftune.models.layers",
 }
 
-__all__ = ["GAST", "IST", "RST", "SiftuneError", "attach_adapter", "find_layers"]
+__all__ = ["GAST", "GREATS", "IST", "LISA", "RST", "SiftuneError", "Static", "attach_adapter", "find_layers"]
 
 
 def __getattr__(name: str) -> Any:

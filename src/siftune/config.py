@@ -1,23 +1,36 @@
-"""Recipes: what a training run does, as one flat dataclass.
+"""Recipes: what a training run does, as one dataclass, in which every method has a group of its own.
 
 The field below is the default, a YAML file overrides it, a command-line flag overrides both. The line under
 each field is its `--help`. Nothing here imports torch, so `siftune --help` stays quick.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from siftune.errors import RecipeError
+from siftune.methods import METHODS, Method, all_parts
+from siftune.settings import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, Range, Settings, check_fields
+
+T = TypeVar("T", bound=type)
 
 
+def with_groups(kind: T) -> T:
+    """Give a recipe a field for the settings of every method, after its own fields."""
+    groups = [(part.settings.group, part.settings, field(default_factory=part.settings)) for part in all_parts()]
+    made = make_dataclass(kind.__name__, groups, bases=(kind,), namespace={"__doc__": kind.__doc__})
+    made.__module__ = kind.__module__
+    return made  # type: ignore[return-value]
+
+
+@with_groups
 @dataclass
 class Recipe:
     """Fine-tune a language model with adapters, updating only the layers that count.
 
-    A RECIPE.yaml sets any of the options below; flags override it.
+    A RECIPE.yaml sets any of the options below; flags override it. Besides these fields a recipe has one for each
+    method with options, such as `gast`, which holds its `Settings`; see `siftune.methods`.
     """
 
     model: str = "smollm2"
@@ -31,114 +44,78 @@ class Recipe:
     """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id."""
     train_split: str = "train"
     """Split to train on, where the data has splits."""
-    limit: int | None = None
+    limit: Annotated[int | None, COUNT] = None
     """Use only the first so many training rows."""
     eval: str | None = None
     """Held-out rows: a file or hub id, as for train."""
     eval_split: str = "test"
     """Split to evaluate on, where the data has splits."""
-    eval_limit: int | None = None
+    eval_limit: Annotated[int | None, COUNT] = None
     """Use only the first so many held-out rows."""
     format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
     """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
     template: Literal["auto", "chat", "none"] = "auto"
     """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
-    max_length: int = 512
+    max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more: a token to read and one to learn")] = 512
     """Longest row in tokens, prompt and completion together."""
     completion_only: bool = True
     """Learn the completions alone, not the prompts."""
 
-    method: Literal["dense", "rst", "ist", "gast", "ist+gast"] = "ist"
-    """dense: all layers and rows; rst, ist: layers drawn at random, by importance; gast: rows drawn for every layer."""
-    active: float = 0.25
-    """rst, ist, ist+gast: fraction of the layers that train in a step."""
-    interval: int = 10
-    """ist: optimizer steps between two updates of the importance."""
-    score_batch_size: int = 16
-    """ist: rows on which an importance update measures the loss."""
-    candidates: int = 3
-    """ist: sets of layers tried in an importance update."""
-    suppressed: float = 0.5
-    """ist: fraction of the layers in each of these sets."""
-    factor: float = 0.25
-    """ist: what the adapter response of a tried layer is multiplied by."""
-    score_lr: float = 10.0
-    """ist: learning rate of the importance."""
-    select: int | float = 0.75
-    """gast: rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75."""
-    support: Literal["sample", "rest", "momentum", "dataset"] = "sample"
-    """gast: what rows are compared with: drawn training rows, the batch's others, earlier gradients, support_rows."""
-    support_size: int = 4
-    """gast: rows that are compared with in a step, for support sample and dataset."""
+    method: Literal[tuple(METHODS)] = "ist"  # type: ignore[valid-type]
+    """How to train; each has options of its own below, but for dense, where all layers follow all rows."""
     support_rows: str | None = None
-    """gast: file or hub id of rows to compare with, for support dataset: few, clean, like the task."""
-    choice: Literal["stochastic", "topk", "random"] = "stochastic"
-    """gast: draw rows by their score, take the highest, or draw evenly."""
-    score: Literal["inner", "cosine", "preconditioned"] = "inner"
-    """gast: inner product of gradients, its cosine, or the inner product in Adam's metric."""
-    pool: Literal["layer", "module"] = "layer"
-    """gast: choose rows once per layer, or for each adapted module."""
-    scale: Literal["mean", "sum"] = "mean"
-    """gast: scale the chosen rows' gradients up to the whole batch, or leave their sum."""
-    replacement: bool = False
-    """gast: draw rows with replacement."""
-    temperature: float = 1.0
-    """gast: of the draw; high draws more evenly."""
-    decay: float = 0.9
-    """gast: share of the running mean of earlier gradients that stays in a step, for support momentum."""
-    select_after: int = 0
-    """gast: optimizer steps at the start that follow all rows, before rows are selected."""
+    """gast, greats: file or hub id of rows to compare with, for support dataset: few, clean, like the task."""
     keep_scores: bool = False
-    """gast: record every row's score in every layer, not the choices alone."""
+    """gast, greats: record every row's score, not the choices alone."""
 
     adapter: Literal["lora", "rslora", "dora", "full"] = "lora"
     """Kind of adapter; full: none, the weights of the chosen layers themselves train."""
     layers: tuple[int, ...] | None = None
     """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's adapter layers
     for kits."""
-    rank: int = 32
+    rank: Annotated[int, COUNT] = 32
     """Rank of the adapter matrices."""
-    alpha: int | None = None
+    alpha: Annotated[int | None, POSITIVE] = None
     """Scale of the adapter response; twice the rank if not given, 16 for rslora."""
-    dropout: float = 0.0
+    dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on the adapter input."""
     targets: tuple[str, ...] | None = None
     """Names of the modules that get adapters, such as q_proj v_proj; found in the model if not given."""
 
-    lr: float = 5e-4
+    lr: Annotated[float, POSITIVE] = 5e-4
     """Peak learning rate."""
-    batch_size: int = 16
+    batch_size: Annotated[int, COUNT] = 16
     """Rows in a forward pass."""
     group_by_length: bool = False
     """Batch rows of like length: less padding, so faster, but rows of one kind then come together."""
-    accumulate: int = 1
+    accumulate: Annotated[int, COUNT] = 1
     """Forward passes in an optimizer step."""
-    epochs: float = 1.0
+    epochs: Annotated[float, POSITIVE] = 1.0
     """Passes over the training rows."""
-    steps: int | None = None
+    steps: Annotated[int | None, COUNT] = None
     """Optimizer steps; takes the place of epochs."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
-    warmup: float = 0.03
+    warmup: Annotated[float, BELOW_ONE] = 0.03
     """Fraction of the steps over which the learning rate rises from zero."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decay of the adapter weights."""
-    clip: float = 1.0
+    clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    seed: int = 0
+    seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0
     """Seed of every random choice."""
 
     out: str | None = None
     """Run folder; runs/DATE-METHOD if not given."""
     resume: bool | str = False
     """Go on from the newest checkpoint in out, or from this checkpoint folder."""
-    save_every: int | None = None
+    save_every: Annotated[int | None, COUNT] = None
     """Optimizer steps between two checkpoints; only at the end if not given."""
-    eval_every: int | None = None
+    eval_every: Annotated[int | None, COUNT] = None
     """Optimizer steps between two evaluations; after every epoch if not given."""
-    log_every: int = 10
+    log_every: Annotated[int, COUNT] = 10
     """Optimizer steps between two log lines."""
     report_to: str = "none"
     """Experiment tracker by its transformers name, such as tensorboard or wandb."""
@@ -147,13 +124,14 @@ class Recipe:
 R = TypeVar("R", bound=Recipe)
 
 
-def default_alpha(kind: str, rank: int) -> int:
-    """Numerator of the adapter response's scale where none is given (ours).
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe names."""
+    return METHODS[recipe.method]
 
-    2·rank, a scale of 2, for LoRA and DoRA; 16 whatever the rank for rsLoRA, whose point is that the scale falls with
-    √rank only.
-    """
-    return 16 if kind == "rslora" else 2 * rank
+
+def settings_of(recipe: Recipe) -> list[Settings]:
+    """The settings of the parts of a recipe's method, in their order."""
+    return [getattr(recipe, part.settings.group) for part in method_of(recipe).parts]
 
 
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
@@ -167,6 +145,8 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
 
 
 def _alpha(recipe: Recipe) -> int | None:
+    from siftune.models.adapters import default_alpha  # with torch, which checking a recipe does not need
+
     if recipe.alpha is not None or recipe.adapter == "full":
         return recipe.alpha
     return default_alpha(recipe.adapter, recipe.rank)
@@ -178,19 +158,18 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: With one sentence on the first value that cannot be used.
     """
-    for keys, valid, words in _RANGES:
-        for key in keys.split():
-            value = getattr(recipe, key)
-            if value is not None and not math.isfinite(value):
-                raise RecipeError(f"{key} is {value}, but must be a finite number")
-            if value is not None and not valid(value):
-                raise RecipeError(f"{key} is {value}, but must be {words}")
-    for fault, sentence in _faults(recipe):
+    groups = {part.settings.group for part in all_parts()}
+    check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
+    for settings in settings_of(recipe):
+        settings.check()
+    for fault, sentence in (*_faults(recipe), *_idle(recipe)):
         if fault:
             raise RecipeError(sentence)
 
 
 def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
+    rows = any(part.rows for part in method_of(recipe).parts)
+    compares = any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
     return [
         (not recipe.train, "no training data: give --train FILE, or `train: FILE` in the recipe"),
         (
@@ -202,36 +181,29 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
         ),
         (
-            isinstance(recipe.select, float) and recipe.select > 1,
-            f"select is {recipe.select}, but must be a whole number of rows, or a share of at most 1.0",
+            compares != (recipe.support_rows is not None),
+            "support dataset and support_rows go together: give --gast.support dataset (or --greats.support dataset) "
+            "and --support-rows FILE, or neither",
         ),
         (
-            (recipe.support == "dataset") != (recipe.support_rows is not None),
-            "support dataset and support_rows go together: give --support dataset --support-rows FILE, or neither",
-        ),
-        (
-            recipe.replacement and recipe.choice == "topk",
-            "replacement goes with choice stochastic or random: topk draws nothing",
+            recipe.keep_scores and not rows,
+            f"keep_scores has no effect with method {recipe.method}, which scores no rows: leave it out",
         ),
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
         (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
     ]
 
 
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "limit eval_limit interval score_batch_size support_size rank batch_size accumulate",
-        lambda v: v >= 1,
-        "1 or more",
-    ),
-    ("steps save_every eval_every log_every", lambda v: v >= 1, "1 or more"),
-    ("max_length", lambda v: v >= 2, "2 or more: a token to read and one to learn"),
-    ("candidates", lambda v: v >= 2, "2 or more: a candidate is rewarded relative to the others"),
-    ("active", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("suppressed", lambda v: 0 < v < 1, "above 0 and below 1"),
-    ("factor dropout warmup decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("lr score_lr alpha epochs select", lambda v: v > 0, "above 0"),
-    ("temperature", lambda v: v >= 1e-6, "0.000001 or more"),
-    ("weight_decay clip select_after", lambda v: v >= 0, "0 or more"),
-    ("seed", lambda v: 0 <= v < 2**32, "from 0 to 4294967295"),
-)
+def _idle(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """Options of methods that are not chosen: refused, since somebody meant them to do something."""
+    chosen = method_of(recipe).parts
+    for part in all_parts():
+        settings, default = getattr(recipe, part.settings.group), part.settings()
+        for name in () if part in chosen else Settings.names(part.settings):
+            key, value = f"{part.settings.group}.{name}", getattr(settings, name)
+            methods = " or ".join(name for name, method in METHODS.items() if part in method.parts)
+            yield (
+                value != getattr(default, name),
+                f"{key} is {value}, which has no effect with method {recipe.method}: leave it out, or take --method "
+                f"{methods}",
+            )

@@ -1,61 +1,24 @@
 """Recipe files: YAML in, YAML out, and what to say where a key or value does not fit."""
 
-import difflib
 import types
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from siftune.config import R, Recipe
+from siftune.config import R, Recipe, method_of
 from siftune.errors import RecipeError
-
-# names that other trainers use, so that the hint is right where spelling alone would not find it
-_ELSEWHERE = {
-    "gradient_accumulation_steps": "accumulate",
-    "gradient_checkpointing": "checkpointing",
-    "learning_rate": "lr",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_r": "rank",
-    "lr_scheduler_type": "schedule",
-    "max_grad_norm": "clip",
-    "max_seq_length": "max_length",
-    "max_steps": "steps",
-    "model_name_or_path": "model",
-    "num_train_epochs": "epochs",
-    "output_dir": "out",
-    "per_device_train_batch_size": "batch_size",
-    "r": "rank",
-    "target_modules": "targets",
-    "train_file": "train",
-    "warmup_ratio": "warmup",
-}
+from siftune.methods import METHODS, all_parts
+from siftune.settings import Settings, in_words, nearest
 
 
-def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that `word` most likely stands for, or None."""
-    names = list(names)
-    word = word.replace("-", "_").lower()
-    if _ELSEWHERE.get(word) in names:
-        return _ELSEWHERE[word]
-    close = difflib.get_close_matches(word, names, n=1)
-    return close[0] if close else None
+class _Entry(NamedTuple):
+    """What stands behind a key: a value, or a mapping's own entries."""
 
-
-def wanted(hint: Any) -> str:
-    """Say in words what values the type `hint` of a field admits."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin in (Union, types.UnionType):
-        return " or ".join(wanted(part) for part in arguments)
-    if origin is tuple:
-        return "a list of names" if arguments[0] is str else f"a list, each {wanted(arguments[0])}"
-    words = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
-    return "nothing" if hint is type(None) else words.get(hint, getattr(hint, "__name__", str(hint)))
+    value: Any
+    line: int
 
 
 def load_recipe(*paths: str | Path, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
@@ -64,31 +27,115 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe) -> R:  # type: ignor
     Paths inside a recipe are relative to the working directory, as flags are.
 
     Args:
-        paths: YAML files, each a flat mapping from field to value; an empty file is a recipe of defaults.
+        paths: YAML files, each a mapping from field to value, and for each method's settings a mapping of its own; an
+            empty file is a recipe of defaults.
         kind: The dataclass to fill: `Recipe` or a subclass with further fields.
 
     Raises:
         RecipeError: A file is missing, unreadable or not YAML; a key is unknown or given twice; a value has
             the wrong type. The message names file, line and key.
     """
-    hints = get_type_hints(kind)
     values: dict[str, Any] = {}
+    flat: dict[str, tuple[str, _Entry]] = {}  # options that 0.1 spelled without their method: where, what
+    hints = get_type_hints(kind)
     for path in map(Path, paths):
-        for key, (value, line) in _read(path).items():
-            if key not in hints:
-                raise RecipeError(f"{path}:{line}: unknown key {key!r}; {_hint(key, hints)}")
-            try:
-                values[key] = _convert(value, hints[key])
-            except TypeError:
-                found = f"{value!r} ({type(value).__name__})"
-                raise RecipeError(f"{path}:{line}: {key} must be {wanted(hints[key])}, not {found}") from None
-    return kind(**values)
+        for key, entry in _read(path).items():
+            where = f"{path}:{entry.line}"
+            if key not in hints and key in _options_by_name():
+                flat[key] = where, entry
+            else:
+                values[key] = _value(key, entry, hints, values.get(key), where)
+    method = values.get("method", Recipe.method)
+    for key, (where, entry) in flat.items():
+        _lift(key, entry, where, method, values)
+    return kind(**{key: hints[key](**value) if _is_group(hints[key]) else value for key, value in values.items()})
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """Write a recipe as YAML, every field spelled out; `load_recipe` reads it back as it was."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
+    """Write a recipe as YAML, every field spelled out; `load_recipe` reads it back as it was.
+
+    Of the methods' settings those of the chosen one are written: others have no effect.
+    """
+    groups = {part.settings.group for part in all_parts()}
+    chosen = {part.settings.group for part in method_of(recipe).parts}
+    values: dict[str, Any] = {}
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        if field.name not in groups:
+            values[field.name] = _yaml(value)
+        elif field.name in chosen:
+            values[field.name] = {name: _yaml(part) for name, part in value.to_dict().items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _yaml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_group(hint: Any) -> bool:
+    return is_dataclass(hint) and issubclass(hint, Settings)  # type: ignore[arg-type]
+
+
+def _options_by_name() -> dict[str, list[type[Settings]]]:
+    """Name of an option of some method -> the settings that have it."""
+    options: dict[str, list[type[Settings]]] = {}
+    for part in all_parts():
+        for name in Settings.names(part.settings):
+            options.setdefault(name, []).append(part.settings)
+    return options
+
+
+def _value(key: str, entry: _Entry, hints: Mapping[str, Any], before: Any, where: str) -> Any:
+    """Return an entry as the type of its field; a group as a dict, with what earlier files said of it."""
+    if key not in hints:
+        raise RecipeError(f"{where}: unknown key {key!r}; {_hint(key, hints)}")
+    if not _is_group(hints[key]):
+        return _converted(key, entry.value, hints[key], where)
+    if not isinstance(entry.value, dict):
+        shown = _shown(entry.value)
+        raise RecipeError(f"{where}: {key} must hold options of its own, each on a line of its own, not {shown}")
+    inner, path = get_type_hints(hints[key]), where.rpartition(":")[0]
+    names = Settings.names(hints[key])
+    values = dict(before or {})
+    for name, part in entry.value.items():
+        place = f"{path}:{part.line}"
+        if name not in names:
+            raise RecipeError(f"{place}: unknown key '{key}.{name}'; {_hint(name, names)}")
+        values[name] = _converted(f"{key}.{name}", _plain(part.value), inner[name], place)
+    return values
+
+
+def _lift(key: str, entry: _Entry, where: str, method: str, values: dict[str, Any]) -> None:
+    """Put an option that stands by itself, as 0.1 had it, into the settings of the method.
+
+    Recipes that 0.1 wrote name the options of all methods: those of others are passed over where they say nothing but
+    the default.
+    """
+    owners = _options_by_name()[key]
+    chosen = [part.settings for part in METHODS[method].parts if part.settings in owners]
+    if len(chosen) == 1:
+        group = values.setdefault(chosen[0].group, {})
+        group.setdefault(key, _converted(key, entry.value, get_type_hints(chosen[0])[key], where))
+    elif chosen or all(entry.value != getattr(owner(), key) for owner in owners):
+        names = " or ".join(f"{owner.group}: {{{key}: …}}" for owner in owners)
+        raise RecipeError(f"{where}: {key} belongs to the settings of a method; write {names}")
+
+
+def _converted(key: str, value: Any, hint: Any, where: str) -> Any:
+    try:
+        return _convert(_plain(value), hint)
+    except TypeError:
+        raise RecipeError(f"{where}: {key} must be {in_words(hint)}, not {_shown(value)}") from None
+
+
+def _shown(value: Any) -> str:
+    plain = _plain(value)
+    return f"{plain!r} ({type(plain).__name__})"
+
+
+def _plain(value: Any) -> Any:
+    """A value without the lines where its parts stand."""
+    return {key: _plain(part.value) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _hint(key: str, names: Iterable[str]) -> str:
@@ -96,8 +143,8 @@ def _hint(key: str, names: Iterable[str]) -> str:
     return f"did you mean {close!r}?" if close else "`siftune train --help` lists the keys"
 
 
-def _read(path: Path) -> dict[str, tuple[Any, int]]:
-    """Read one YAML file as key -> (value, line)."""
+def _read(path: Path) -> dict[str, _Entry]:
+    """Read one YAML file as key -> value and line."""
     try:
         return _entries(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -110,22 +157,27 @@ def _read(path: Path) -> dict[str, tuple[Any, int]]:
         raise RecipeError(f"{path}{_where(error)}: not valid YAML: {_problem(error)}") from None
 
 
-def _entries(path: Path, text: str) -> dict[str, tuple[Any, int]]:
-    """Walk the lines of a recipe; YAML itself would let the second of two like keys win in silence."""
+def _entries(path: Path, text: str) -> dict[str, _Entry]:
+    """Parse a recipe; an empty one has no entries."""
     loader = yaml.SafeLoader(text)
     node = loader.get_single_node()
-    entries: dict[str, tuple[Any, int]] = {}
-    if node is None:
-        return entries
+    return {} if node is None else _mapping(path, loader, node)
+
+
+def _mapping(path: Path, loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, _Entry]:
+    """Walk the lines of a mapping; YAML itself would let the second of two like keys win in silence."""
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{path}:{node.start_mark.line + 1}: a recipe is made of lines `key: value`")
+    entries: dict[str, _Entry] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise RecipeError(f"{path}:{line}: a recipe is made of lines `key: value`")
         if key.value in entries:
-            raise RecipeError(f"{path}:{line}: {key.value} is given twice, first in line {entries[key.value][1]}")
-        entries[key.value] = (loader.construct_object(value, deep=True), line)
+            raise RecipeError(f"{path}:{line}: {key.value} is given twice, first in line {entries[key.value].line}")
+        nested = isinstance(value, yaml.MappingNode)
+        content = _mapping(path, loader, value) if nested else loader.construct_object(value, deep=True)
+        entries[key.value] = _Entry(content, line)
     return entries
 
 
@@ -141,6 +193,8 @@ def _problem(error: yaml.YAMLError) -> str:
 def _convert(value: Any, hint: Any) -> Any:
     """Return `value` as the type `hint`, or raise TypeError."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _convert(value, arguments[0])
     if origin in (Union, types.UnionType):
         for part in arguments:
             try:

@@ -18,7 +18,7 @@ def recorded(method):
 
 
 @pytest.mark.parametrize(
-    "method", [IST(active=1.0, interval=float("inf")), IST(active=1.0, interval=2), RST(active=1.0)]
+    "method", [IST(active=1.0, interval=None), IST(active=1.0, interval=2), RST(active=1.0)]
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_everything_active_is_plain_training_bit_for_bit(tmp_path, method, dropout):

@@ -11,7 +11,7 @@ from baseline_trainer import BaselineTrainer
 from baselines import Greats, StoreAll, TwoPass
 from siftune import GAST
 from siftune.methods.batches import GivenBatches
-from siftune.methods.gast.maths import GASTSettings
+from siftune.methods.gast.settings import GASTSettings
 from siftune.trainer.trainer import SiftTrainer
 
 GASTS = (TwoPass, StoreAll)

@@ -22,24 +22,16 @@ from typing import Any
 
 from siftune.config import Recipe, check, resolve_recipe
 from siftune.errors import InputError, RecipeError, SiftuneError
-from siftune.recipe_file import nearest
+from siftune.methods import METHODS
+from siftune.settings import Settings, nearest
 
+_SUPPORTS = ("sample", "rest", "momentum")  # GAST's, each of which has a price of its own
 # method -> what it is
-METHODS = {
-    "dense": "siftune, all layers",
-    "rst": "siftune, layers drawn at random",
-    "ist": "siftune, layers drawn by importance",
-    "gast-sample": "siftune, rows drawn for every layer by their alignment with 4 further rows in each step",
-    "gast-rest": "siftune, rows drawn for every layer by their alignment with the rest of the batch",
-    "gast-momentum": "siftune, rows drawn for every layer by their alignment with earlier gradients",
-    "ist+gast": "siftune, layers drawn by importance, in them rows by their alignment with the rest of the batch",
+MEASURED = {
+    **{name: f"siftune: {method.line}" for name, method in METHODS.items() if name != "gast"},
+    **{f"gast-{support}": f"siftune: {METHODS['gast'].line}, support {support}" for support in _SUPPORTS},
     "trl": "TRL's SFTTrainer with a PEFT LoRA, TRL's defaults",
     "trl-no-checkpointing": "the same with activation checkpointing off, which TRL turns on by default",
-}
-# siftune's methods whose name is not that of `siftune train --method`
-_SETTINGS: dict[str, dict[str, Any]] = {
-    **{f"gast-{support}": {"method": "gast", "support": support} for support in ("sample", "rest", "momentum")},
-    "ist+gast": {"support": "rest"},
 }
 FLOOR = "floor"  # what a worker is asked for the matmul floor
 
@@ -58,8 +50,8 @@ class Workload:
         label_share: Fraction of a row, at its end, that is learned; the rest stands for the prompt.
         rank: Rank of the LoRA.
         targets: Modules that get it.
-        active: Share of the layers that train in a step of rst and ist.
-        interval: Optimizer steps between two updates of ist's importance.
+        active: Share of the layers that train in a step of rst, ist and lisa.
+        interval: Optimizer steps between two updates of ist's importance, and between two draws of lisa's.
         steps: Optimizer steps that are timed.
         warmup: Optimizer steps before these.
         seed: Seed of rows, adapters and selection.
@@ -80,12 +72,19 @@ class Workload:
 
     def recipe(self, method: str, out: str) -> Recipe:
         """The recipe of one of siftune's own methods on this workload."""
-        shared = ("model", "dtype", "batch_size", "rank", "targets", "active", "interval", "seed")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        settings |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
-        settings |= {"select": 0.5}  # the paper's share of rows, for its own ways to run it as well
-        settings |= {"method": method, "out": out, **_SETTINGS.get(method, {})}
-        return resolve_recipe(Recipe(**settings))
+        name, _, support = method.partition("-")
+        shared = ("model", "dtype", "batch_size", "rank", "targets", "seed")
+        fields: dict[str, Any] = {field: getattr(self, field) for field in shared}
+        fields |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
+        options: dict[str, Any] = {"active": self.active, "interval": self.interval}
+        options |= {"select": 0.5}  # the papers' share of rows, for their own ways to run it as well
+        if name.endswith("gast"):
+            options["support"] = support or "rest"
+        for part in METHODS[name].parts:
+            own = Settings.names(part.settings)
+            settings = {option: value for option, value in options.items() if option in own}
+            fields[part.settings.group] = part.settings(**settings)
+        return resolve_recipe(Recipe(method=name, out=out, **fields))
 
     def labels(self) -> int:
         """Learned tokens in a row."""
@@ -147,11 +146,11 @@ def parse_methods(text: str) -> list[str]:
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise RecipeError(f"no method to measure: name some of {', '.join(METHODS)}")
+        raise RecipeError(f"no method to measure: name some of {', '.join(MEASURED)}")
     for name in names:
-        if name not in METHODS:
-            close = nearest(name, METHODS)
-            guess = f"did you mean {close}?" if close else f"known: {', '.join(METHODS)}"
+        if name not in MEASURED:
+            close = nearest(name, MEASURED)
+            guess = f"did you mean {close}?" if close else f"known: {', '.join(MEASURED)}"
             raise RecipeError(f"unknown method {name!r}; {guess}")
         if name.startswith("trl") and importlib.util.find_spec("trl") is None:
             raise RecipeError(f"the method {name} needs the package trl: run `pip install 'siftune[trl]'`")
@@ -186,7 +185,7 @@ def measure(
     """Measure a method in a fresh process.
 
     Args:
-        method: One of `METHODS`.
+        method: One of `MEASURED`.
         number: The round, for the record.
         work: What is trained.
         threads: Threads of the process (OMP_NUM_THREADS); as in this process's environment if None.

@@ -13,9 +13,8 @@ from rich.console import Console
 from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from siftune.bench.cost import Cost, Measurement, Workload
+    from siftune.report.table import Table
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +28,8 @@ class Options:
     """
 
     methods: str = "dense,rst,ist,gast-rest"
-    """What to measure, with commas between: dense, rst, ist, gast-sample, gast-rest, gast-momentum, ist+gast, trl,
-    trl-no-checkpointing."""
+    """What to measure, with commas between: the methods of siftune train (gast as gast-sample, gast-rest or
+    gast-momentum), trl, trl-no-checkpointing."""
     against: str | None = None
     """A further method that all are compared with, such as trl: TRL's SFTTrainer with its own defaults."""
     model: str = "smollm2"
@@ -48,9 +47,9 @@ class Options:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     """Names of the modules that get adapters."""
     active: float = 0.25
-    """rst, ist: fraction of the layers that train in a step."""
+    """rst, ist, lisa: fraction of the layers that train in a step."""
     interval: int = 10
-    """ist: optimizer steps between two updates of the importance."""
+    """ist: optimizer steps between two updates of the importance; lisa: between two draws."""
     steps: int = 20
     """Timed optimizer steps in a round; a multiple of interval, so that ist's scoring counts for its share."""
     warmup: int = 2
@@ -157,32 +156,30 @@ def _result(
 
 def _show(costs: Mapping[str, "Cost"], compared: Sequence[str], result: Mapping[str, Any]) -> None:
     """Print the table and what it was measured on."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)  # a file has no width that the table would have to fit
-    console.print(_table(costs, compared))
+    from siftune.report.table import print_table
+
+    console = Console(highlight=False, soft_wrap=True)
+    print_table(_table(costs, compared), console)
     for line in _notes(costs, result):
         console.print(line, markup=False)
 
 
 def _table(costs: Mapping[str, "Cost"], compared: Sequence[str]) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from siftune.report.table import Table
 
     ratios = [f"× {name}" for name in compared]
-    table = Table("method", box=SIMPLE_HEAD)
-    for title in ("s/step", "rounds", *ratios, "peak MB", *ratios):
-        table.add_column(title, justify="right", no_wrap=True)
-    for method, cost in costs.items():
-        table.add_row(
+    rows = [
+        [
             method,
             f"{cost.seconds_per_step:.3g}",
             f"{cost.fastest:.3g}–{cost.slowest:.3g}",
             *(f"{cost.seconds_ratio[name]:.2f}" for name in compared),
             f"{cost.peak_memory_mb:,.0f}",
             *(f"{cost.memory_ratio[name]:.2f}" for name in compared),
-        )
-    return table
+        ]
+        for method, cost in costs.items()
+    ]
+    return Table(["method", "s/step", "rounds", *ratios, "peak MB", *ratios], rows)
 
 
 def _notes(costs: Mapping[str, "Cost"], result: Mapping[str, Any]) -> list[str]:

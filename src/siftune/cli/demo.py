@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
+from siftune.jsonable import jsonable
+from siftune.methods import METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from siftune.report.table import ResultTable
+    from siftune.evaluate.measure import MetricRow
     from siftune.trainer.run_folder import RunFolder
 
 _MODEL = "smollm2"
@@ -24,8 +26,8 @@ class Options:
     Fetches the model on first use. Leaves a run folder behind, like `siftune train`.
     """
 
-    method: Literal["dense", "rst", "ist", "gast", "ist+gast"] = "ist"
-    """dense: all layers and rows; rst, ist: layers drawn at random, by importance; gast: rows drawn for every layer."""
+    method: Literal[tuple(METHODS)] = "ist"  # type: ignore[valid-type]
+    """How to train, as for siftune train."""
     steps: int = 150
     """Optimizer steps of 16 rows."""
     lr: float = 2e-3
@@ -47,7 +49,6 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.data.readers import load_rows
     from siftune.evaluate.measure import compare, measure, measure_base
     from siftune.evaluate.prepare import prepare_rows
-    from siftune.report.table import ResultTable
     from siftune.trainer.run import train
 
     if options.steps < 1 or options.rows < 1 or options.lr <= 0:
@@ -59,13 +60,13 @@ def run(options: Options) -> dict[str, Any]:
     prepared = prepare_rows(questions, tuned.tokenizer, ("exact_match", "choices"), recipe.template)
     console.print(f"measuring on {len(questions)} held-out questions: base model, tuned model")
     base, after = measure_base(tuned.model, prepared, 64), measure(tuned.model, prepared, 64)
-    table = ResultTable("two-digit arithmetic, held out", compare(base, after))
+    compared = compare(base, after)
     seconds = time.monotonic() - started
-    _show(console, table, questions, base["exact_match"].texts, after["exact_match"].texts)
+    _show(console, compared, questions, base["exact_match"].texts, after["exact_match"].texts)
     console.print(f"{seconds:.0f} s in all; everything is in {tuned.folder.path}")
     result = {
         "run": tuned.folder.path,
-        "metrics": table.to_dict()["rows"],
+        "metrics": jsonable(compared),
         **tuned.summary,
         "seconds": round(seconds, 1),
     }
@@ -100,15 +101,20 @@ def _recipe(options: Options) -> Recipe:
 
 
 def _show(
-    console: "Console", table: "ResultTable", questions: list[Any], before: tuple[str, ...], after: tuple[str, ...]
+    console: "Console",
+    compared: "list[MetricRow]",
+    questions: list[Any],
+    before: tuple[str, ...],
+    after: tuple[str, ...],
 ) -> None:
     """Show a few answers and the table."""
-    from siftune.report.table import plain_table, rich_table
+    from siftune.report.metrics import metric_table
+    from siftune.report.table import print_table
 
     for row, base, tuned in list(zip(questions, before, after, strict=True))[:4]:
         question = row.prompt[-1].content.strip()
         console.print(f"  {question}  before: {_short(base)}  after: {_short(tuned)}", markup=False)
-    console.print(rich_table(table) if console.is_terminal else plain_table(table))
+    print_table(metric_table("two-digit arithmetic, held out", compared), console)
 
 
 def _short(text: str) -> str:

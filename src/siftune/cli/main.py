@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 the user's input, 1 a bug of ours, 130 interrupted, 141 th
 import contextlib
 import errno
 import importlib
+import io
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 from siftune.cli.common import parse, stdout_to_stderr
 from siftune.errors import InputError, SiftuneError
 from siftune.jsonable import jsonable
-from siftune.recipe_file import nearest
+from siftune.settings import nearest
 
 # command -> (module, what it does)
 COMMANDS = {
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments after the program's name; those of the process if not given.
     """
+    _write_what_the_console_can()
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     arguments = [word for word in arguments if word != "--json"]
@@ -62,13 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logs(), stdout_to_stderr() if as_json else contextlib.nullcontext():
             code, result = _guarded(arguments)
         if as_json and result is not None:
-            sys.stdout.write(json.dumps(jsonable(result), allow_nan=False, ensure_ascii=False) + "\n")
+            plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+            sys.stdout.write(json.dumps(jsonable(result), allow_nan=False, ensure_ascii=plain) + "\n")
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         # nobody reads on; a null device keeps the interpreter's last flush from failing as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+
+
+def _write_what_the_console_can() -> None:
+    """Have characters replaced that the console's encoding lacks, such as λ in help on Windows: no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _guarded(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None]:

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from siftune.engine.groups import LayerGroup, outside
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.errors import RecipeError
+from siftune.models.layers import with_hidden
 
 taped: WeakSet[nn.Module] = WeakSet()  # layers in which a tape records
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()
@@ -182,18 +183,3 @@ def is_upstream(value: Tensor, wanted: Callable[[Any], bool]) -> bool:
         seen.add(node)
         waiting.extend(before for before, _ in node.next_functions)
     return False
-
-
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a decoder layer's arguments; (B, T, H)."""
-    found: Tensor = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
-    return found
-
-
-def with_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Apply `change` to the hidden states among a decoder layer's arguments."""
-    if args and isinstance(args[0], Tensor):
-        return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}

@@ -21,105 +21,52 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from siftune.engine import per_sample
-from siftune.engine.gate import Deliver, Gate, hidden_states, is_active, is_upstream, taped, with_hidden
+from siftune.engine.gate import Deliver, Gate, is_active, is_upstream, taped
 from siftune.engine.groups import LayerGroup
+from siftune.engine.layer_record import LayerRecord
 from siftune.engine.parameter_kinds import Kind, kinds_of
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
+from siftune.engine.taps import RowVector, Tap
 from siftune.errors import UnsupportedError
+from siftune.models.layers import hidden_states, with_hidden
 
 Gradients = Mapping[nn.Parameter, Tensor]
 
 P = TypeVar("P")  # what stands for a pass
+SampleGradients = dict[nn.Parameter, Tensor]  # (S, …) for each parameter
 
 # what a decoder layer is given where one row holds several sequences
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
-class LayerRecord:
-    """Gradients of single samples for the parameters of one layer, in one pass.
+class Delivery(Generic[P]):
+    """What a gate calls in backward: takes the records of its layers, and has them reduced to gradients.
 
     Args:
-        rows: Rows B of the batch.
-        positions: Positions T in a row.
-        pairs: Rows i and i + B/2 are one sample.
+        this: What stands for the pass.
+        groups: The layers that the gate delivers for.
+        records: Records of the pass by layer; those of layers that have not run yet come later.
+        reduce: As `Tape` is given.
     """
 
-    def __init__(self, rows: int, positions: int, pairs: bool) -> None:
-        self._rows = rows
-        self._positions = positions
-        self._pairs = pairs
-        self._grads: dict[nn.Parameter, Tensor] = {}
+    def __init__(
+        self,
+        this: P,
+        groups: Sequence[LayerGroup],
+        records: Mapping[int, LayerRecord],
+        reduce: Callable[[P, Sequence[tuple[LayerGroup, SampleGradients]]], Gradients],
+    ) -> None:
+        self.parameters = [p for group in groups for p in group.parameters.values()]
+        self._this = this
+        self._groups = groups
+        self._records = records
+        self._reduce = reduce
 
-    def add(self, parameter: nn.Parameter, grads_BD: Tensor) -> None:
-        """Add the rows' gradients for a parameter; a module may run more than once."""
-        grads_SD = per_sample.over_pairs(grads_BD) if self._pairs else grads_BD
-        held = self._grads.get(parameter)
-        self._grads[parameter] = grads_SD if held is None else held + grads_SD
-
-    def take(self) -> dict[nn.Parameter, Tensor]:
-        """Hand over what was recorded, and hold it no longer."""
-        grads, self._grads = self._grads, {}
-        return grads
-
-    def by_row(self, values: Tensor) -> Tensor:
-        """View a module's input or output as (B, T, …)."""
-        if values.ndim == 2:
-            return values.view(self._rows, self._positions, -1)
-        return values
-
-    def check(self, module: nn.Module, values: Tensor) -> None:
-        """Refuse a module that does not see the rows one by one."""
-        flat = values.ndim == 2 and values.shape[0] == self._rows * self._positions
-        if not flat and (values.ndim < 3 or values.shape[0] != self._rows):
-            raise UnsupportedError(
-                f"{type(module).__name__} works on a tensor of shape {tuple(values.shape)} in a batch of {self._rows} "
-                f"rows and {self._positions} positions, so the rows' gradients cannot be told apart; leave it "
-                "without an adapter"
-            )
-
-    def copies(self, vector: Tensor, given: Tensor) -> Tensor:
-        """Expand a vector to one copy per row, a leaf whose gradient is that of the rows; (B, 1, …, D)."""
-        between = (1,) * max(0, given.ndim - 2)
-        return vector.detach().reshape(-1).expand(self._rows, *between, -1).requires_grad_()
-
-    def spread(self, copies: Tensor, given: Tensor) -> Tensor:
-        """Let copies per row meet values that have rows and positions in one dimension."""
-        return copies.repeat_interleave(self._positions, 0) if given.ndim == 2 else copies
-
-
-class Tap(torch.autograd.Function):
-    """Identity on a module's output that reads the output's gradient, and the module's input."""
-
-    @staticmethod
-    def forward(ctx: Any, read: Callable[[Tensor, Tensor], None], output: Tensor, given: Tensor) -> Tensor:
-        """Pass `output` on; `read(grad_output, given)` is called in backward."""
-        ctx.read = read
-        ctx.save_for_backward(given.to(output.dtype))
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        """Read the gradient and pass it on."""
-        ctx.read(grads[0], ctx.saved_tensors[0])
-        return None, grads[0], None
-
-
-class RowVector(Tensor):
-    """One copy of a vector per row, (B, 1, D), which keeps the rows where a vector would be flattened.
-
-    PEFT flattens DoRA's magnitude and IA3's scales before it multiplies with them.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Ignore flattening, stay what it is when divided, and become a plain tensor otherwise."""
-        if func in (Tensor.view, Tensor.flatten, Tensor.reshape):
-            return args[0].as_subclass(Tensor)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        divided = func in (Tensor.div, Tensor.__truediv__, Tensor.true_divide)
-        return result.as_subclass(cls) if divided else result
+    def __call__(self) -> list[Tensor | None]:
+        """One gradient for each of `parameters`; None for those that got none."""
+        layers = [(group, self._records[group.index].take()) for group in self._groups if group.index in self._records]
+        reduced = self._reduce(self._this, layers)
+        return [reduced[p].to(p.dtype) if p in reduced else None for p in self.parameters]
 
 
 class Tape(Generic[P]):
@@ -130,9 +77,11 @@ class Tape(Generic[P]):
         begin: Called with the number of samples when a forward pass with gradients enters its first layer. Returns
             what stands for the pass, or None: then it is as if there were no tape.
         reduce: Called in backward for each layer, from the last to the first, with what stands for the pass, and with
-            the gradients of single samples, (S, …) for each parameter. Returns one gradient per parameter; a
-            parameter left out gets none.
+            the layer and the gradients of single samples, (S, …) for each of its parameters. Returns one gradient per
+            parameter; a parameter left out gets none.
         pairs: Row i and row i + B/2 are one sample, as in preference training.
+        whole: Call `reduce` once, with all layers, when backward has passed the first of them. The gradients of all
+            layers are then held at a time.
 
     Raises:
         UnsupportedError: A parameter's gradients cannot be told apart by row.
@@ -142,13 +91,15 @@ class Tape(Generic[P]):
         self,
         groups: Sequence[LayerGroup],
         begin: Callable[[int], P | None],
-        reduce: Callable[[P, LayerGroup, dict[nn.Parameter, Tensor]], Gradients],
+        reduce: Callable[[P, Sequence[tuple[LayerGroup, SampleGradients]]], Gradients],
         pairs: bool = False,
+        whole: bool = False,
     ) -> None:
         self._groups = list(groups)
         self._begin = begin
         self._reduce = reduce
         self._pairs = pairs
+        self._whole = whole
         self._records: dict[int, LayerRecord] = {}  # of the pass that ran last
         self._delivers: list[Deliver] = []  # of its gates
         self._entered = -1  # the highest layer in it
@@ -182,13 +133,18 @@ class Tape(Generic[P]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._records.clear()
+        self._records = {}
         self._delivers.clear()
         for group in self._groups:
             taped.discard(group.module)
 
     def _enter(self, group: LayerGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run before a layer: gate its input, and open its record."""
+        """Run before a layer: gate its input, and open its record.
+
+        A hook sees one layer at a time and is not told where a pass begins. It begins where a layer is entered that is
+        not above all those entered before, unless what enters it comes from layers of this very pass: a model that
+        loops over its layers is still in the same pass.
+        """
         if not torch.is_grad_enabled() or self._paused:
             return None
         if in_backward():
@@ -204,25 +160,35 @@ class Tape(Generic[P]):
         self._entered = max(self._entered, group.index)
         if self._pass is None or not is_active(group):
             return None
-        record = self._records[group.index] = LayerRecord(rows, positions, self._pairs)
-        parameters = list(group.parameters.values())
+        first = not self._records
+        self._records[group.index] = LayerRecord(rows, positions, self._pairs)
+        if self._whole and not first:  # the gate of the first layer delivers for all
+            return None
+        deliver = self._delivery(self._pass, self._active_groups() if self._whole else [group])
         gate: Any = Gate  # `apply` is typed in some versions of torch only
-        deliver = partial(self._deliver, self._pass, group, record, parameters)
-        self._delivers.append(deliver)
-        return with_hidden(args, kwargs, lambda entering: gate.apply(deliver, entering, *parameters))
+        return with_hidden(args, kwargs, lambda entering: gate.apply(deliver, entering, *deliver.parameters))
+
+    def _active_groups(self) -> list[LayerGroup]:
+        return [group for group in self._groups if is_active(group)]
 
     def _is_in_loop(self, hidden: Tensor) -> bool:
         """Whether hidden states come from layers of the pass that runs: the model goes through them again."""
         return is_upstream(hidden, lambda node: getattr(node, "deliver", None) in self._delivers)
 
-    def _deliver(
-        self, this: P, group: LayerGroup, record: LayerRecord, parameters: Sequence[nn.Parameter]
-    ) -> list[Tensor | None]:
-        reduced = self._reduce(this, group, record.take())
-        return [reduced[p].to(p.dtype) if p in reduced else None for p in parameters]
+    def _delivery(self, this: P, groups: Sequence[LayerGroup]) -> "Delivery[P]":
+        """What the gate calls when backward gets there: reduce what the layers of this pass have recorded by then."""
+        delivery = Delivery(this, groups, self._records, self._reduce)
+        self._delivers.append(delivery)
+        return delivery
 
     def _stand_in(self, slot: Slot, current: Tensor, given: Tensor | None) -> Tensor:
-        """Stand in for a parameter while its module runs."""
+        """Stand in for a parameter while its module runs.
+
+        A matrix stands in detached: autograd forms no gradient for it, the tap on its module's output does. A vector
+        stands in as one copy per row, which are leaves of their own: the sum over rows that autograd would form for the
+        vector never happens, and the copies' gradient is that of the rows. `current` may be detached already, by IST's
+        gates, which come first: then the layer does not train, and there is nothing to record.
+        """
         record = self._records.get(slot.layer)
         if record is None or not torch.is_grad_enabled() or not current.requires_grad:
             return current
@@ -263,7 +229,9 @@ class Tape(Generic[P]):
             refuse()
         if group.index not in self._records:
             return None
-        gate: Any = Gate  # else nothing in the layer might need a gradient; its own is asked for where reentrant only
+        # without a gate nothing in the layer might need a gradient; this one's is asked for by reentrant checkpointing
+        # alone: the other form takes from the second run what the taps saved, and leaves its gates alone
+        gate: Any = Gate
         parameters = list(group.parameters.values())
         return with_hidden(args, kwargs, lambda entering: gate.apply(refuse, entering, *parameters))
 

@@ -1,1 +1,82 @@
-"""The methods, a room for each: maths, settings and the callback that brings it into training."""
+"""The methods, a room for each: settings, maths, and the callback that brings it into training.
+
+A method is a folder here and an entry in `METHODS`; recipes, flags, help, model cards and the tests of every method
+follow from that. Nothing in this file imports torch, so that `siftune --help` stays quick.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.greats.settings import GREATSSettings
+from siftune.methods.ist.settings import ISTSettings
+from siftune.methods.lisa.settings import LISASettings
+from siftune.methods.rst.settings import RSTSettings
+from siftune.methods.static.settings import StaticSettings
+from siftune.settings import Settings
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a method is made of: one callback and its settings.
+
+    Attributes:
+        settings: Class of its settings.
+        callback: Class of its callback, as MODULE:NAME; imported when it is built.
+        rows: It chooses rows; else it chooses layers.
+        suppresses: It damps the response of adapters, and so needs to know a layer's weights before training.
+    """
+
+    settings: type[Settings]
+    callback: str
+    rows: bool = False
+    suppresses: bool = False
+
+    def build(self, settings: Settings, **others: Any) -> Any:
+        """Make the callback.
+
+        Args:
+            settings: Of the class `settings`.
+            others: What the callback takes besides: `seed`, and `support_set` where it chooses rows.
+        """
+        module, _, name = self.callback.partition(":")
+        return getattr(import_module(module), name)(**settings.to_dict(), **others)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, as `--method` names it.
+
+    Attributes:
+        line: What it does, for help and model cards.
+        parts: What it is made of, in the order of the callbacks.
+    """
+
+    line: str
+    parts: tuple[Part, ...] = ()
+
+
+_RST = Part(RSTSettings, "siftune.methods.rst.callback:RST")
+_IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True)
+_LISA = Part(LISASettings, "siftune.methods.lisa.callback:LISA")
+_STATIC = Part(StaticSettings, "siftune.methods.static.callback:Static")
+_GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True)
+_GREATS = Part(GREATSSettings, "siftune.methods.greats.callback:GREATS", rows=True)
+
+METHODS = {
+    "dense": Method("all layers follow all rows"),
+    "rst": Method("layers drawn at random in every step (IST's ablation)", (_RST,)),
+    "ist": Method("layers drawn by their importance in every step (arXiv 2410.11772)", (_IST,)),
+    "lisa": Method("layers drawn at random and held for some steps (arXiv 2403.17919)", (_LISA,)),
+    "static": Method("the same layers in every step", (_STATIC,)),
+    "gast": Method("every layer follows the rows whose gradients point its way (arXiv 2603.09865)", (_GAST,)),
+    "greats": Method("all layers follow the rows that most help a support set (NeurIPS 2024)", (_GREATS,)),
+    "ist+gast": Method("layers drawn by importance, and in each the rows that point its way", (_IST, _GAST)),
+}
+
+
+def all_parts() -> Iterator[Part]:
+    """Every part once, in the order in which methods name them."""
+    yield from dict.fromkeys(part for method in METHODS.values() for part in method.parts)

@@ -3,14 +3,29 @@
 import base64
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from siftune.errors import DataError
 
 Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class Draws(Protocol):
+    """Where a method's rows come from."""
+
+    def draw(self, count: int, chunk: int) -> Sequence[Batch]:
+        """Draw `count` rows as batches of at most `chunk` rows."""
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that the model computes from a batch with labels; a scalar."""
+    device = next(model.parameters()).device
+    loss: Tensor = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).loss
+    return loss
 
 
 class RowDraws:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from siftune.errors import UnsupportedError
-from siftune.methods.batches import Batch
-from siftune.methods.layer_driver import Loss, model_loss
+from siftune.methods.batches import Batch, Loss, model_loss
 
 
 def refuse_wrappers(args: TrainingArguments) -> None:

@@ -11,9 +11,11 @@ The decoder layers are the longest `nn.ModuleList` of like blocks next to the in
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from siftune.errors import LayerError
 
@@ -172,3 +174,18 @@ def _advice(model: nn.Module) -> str:
         f"Lists of modules in it: {_listing(shown) or 'none'}{more}. "
         f'Give the path of the decoder layers by hand, e.g. find_layers(model, "{example}").'
     )
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among a decoder layer's arguments; (B, T, H)."""
+    hidden: Tensor = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
+    return hidden
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply `change` to the hidden states among a decoder layer's arguments."""
+    if args and isinstance(args[0], Tensor):
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}

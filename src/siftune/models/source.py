@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from siftune.errors import ModelError
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.smollm2 import pull_smollm2
-from siftune.recipe_file import nearest
+from siftune.settings import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

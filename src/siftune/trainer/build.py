@@ -21,12 +21,11 @@ from transformers import (
     set_seed,
 )
 
-from siftune.config import Recipe
+from siftune.config import Recipe, method_of, settings_of
 from siftune.data.tokenize import Collator
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.methods.gast.callback import GAST
-from siftune.methods.ist.callback import IST, RST
+from siftune.methods.layer_callback import LayerCallback
 from siftune.models.adapters import attach_adapter
 from siftune.models.full import OpenLayers
 from siftune.models.source import use_attention
@@ -54,8 +53,8 @@ class Built:
 
     def active_layers(self) -> int:
         """How many layers train in the current step."""
-        choices = [method.last for method in self.methods if method.last is not None]
-        return len(set(choices[0].layers)) if choices else self.depth
+        choices = [method.last for method in self.methods if isinstance(method, LayerCallback) and method.last]
+        return len(choices[0].layers) if choices else self.depth
 
 
 def build(
@@ -107,24 +106,10 @@ def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
         recipe: Resolved settings.
         support_rows: Tokenised rows of a support set that the user gave.
     """
-    methods: list[Any] = []
-    if recipe.method.startswith("ist"):
-        methods.append(
-            IST(
-                recipe.active, recipe.interval, recipe.score_batch_size, recipe.candidates, recipe.suppressed,
-                recipe.factor, recipe.score_lr, recipe.seed,
-            )
-        )  # fmt: skip
-    if recipe.method == "rst":
-        methods.append(RST(recipe.active, recipe.seed))
-    if "gast" in recipe.method:
-        methods.append(
-            GAST(
-                recipe.select, recipe.support, recipe.support_size, support_rows, recipe.choice, recipe.score,
-                recipe.pool, recipe.scale, recipe.replacement, recipe.temperature, recipe.decay, recipe.select_after,
-                recipe.seed,
-            )
-        )  # fmt: skip
+    methods = []
+    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
+        others = {"support_set": support_rows} if part.rows else {}
+        methods.append(part.build(settings, seed=recipe.seed, **others))
     return methods
 
 
@@ -132,7 +117,7 @@ def _opened(recipe: Recipe, model: nn.Module) -> OpenLayers | None:
     """Have the layers' own weights train, where the recipe says so."""
     if recipe.adapter != "full" or recipe.layers is None:
         return None
-    return OpenLayers(model, recipe.layers, originals=recipe.method.startswith("ist"))
+    return OpenLayers(model, recipe.layers, originals=any(part.suppresses for part in method_of(recipe).parts))
 
 
 def _adapted(recipe: Recipe, model: nn.Module) -> PeftModel:

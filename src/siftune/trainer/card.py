@@ -2,18 +2,9 @@
 
 from typing import Any
 
-from siftune.config import Recipe
+from siftune.config import Recipe, method_of
 from siftune.environment import hardware, versions
 from siftune.recipe_file import recipe_to_yaml
-
-_METHODS = {
-    "dense": "all that can train does so in every step",
-    "rst": "random sparse tuning: layers drawn uniformly in every step",
-    "ist": "importance-aware sparse tuning, arXiv 2410.11772: layers drawn by their importance in every step",
-    "gast": "gradient-aligned sparse tuning, arXiv 2603.09865: every layer follows the rows that point its way",
-    "ist+gast": "layers drawn by importance (arXiv 2410.11772), and in them rows by gradient alignment (2603.09865)",
-}
-
 
 _USE_ADAPTER = """```python
 from peft import PeftModel
@@ -58,7 +49,7 @@ tags: [siftune, {recipe.method}, {recipe.adapter}]
 # {recipe.model}, tuned with siftune
 
 {_what(recipe)}
-Method: {recipe.method} — {_METHODS[recipe.method]}.
+Method: {recipe.method} — {method_of(recipe).line}.
 Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 
 | | |

@@ -17,7 +17,6 @@ from siftune.data.rows import Row
 from siftune.data.tokenize import tokenize_rows
 from siftune.errors import RecipeError, TrainingError
 from siftune.files import disk_faults
-from siftune.methods.gast.callback import GAST
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.build import build
 from siftune.trainer.checkpoints import check_adapter, check_layers, find_checkpoint, step_of
@@ -116,7 +115,7 @@ def _rows(recipe: Recipe) -> dict[str, list[Row]]:
     rows = {"train": load_rows(recipe.train, recipe.train_split, recipe.limit, recipe.format)}
     if recipe.eval:
         rows["eval"] = load_rows(recipe.eval, recipe.eval_split, recipe.eval_limit, recipe.format)
-    if recipe.support_rows and "gast" in recipe.method:
+    if recipe.support_rows:
         rows["support"] = load_rows(recipe.support_rows, recipe.train_split, None, recipe.format)
     return rows
 
@@ -128,10 +127,7 @@ def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Ro
 def _record(methods: Sequence[Any], folder: RunFolder, scores: bool) -> None:
     """Have every choice written to the run folder."""
     for method in methods:
-        if isinstance(method, GAST):
-            method.on_select = lambda samples: folder.append("selection.jsonl", samples.record(scores))
-        else:
-            method.on_select = lambda selection: folder.append("selection.jsonl", selection.record())
+        method.on_select = lambda choice: folder.append("selection.jsonl", choice.record(scores))
 
 
 def _check_checkpoint(checkpoint: Path, trainer: SiftTrainer) -> None:

@@ -9,7 +9,7 @@ from support.tiny import batch, tiny
 
 from baselines import StoreAll, TwoPass
 from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.gast.maths import GASTSettings
+from siftune.methods.gast.settings import GASTSettings
 from siftune.models.adapters import attach_adapter
 
 

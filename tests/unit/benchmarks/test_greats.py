@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from baselines import Greats, greedy
 from siftune.errors import RecipeError
 from siftune.methods.batches import GivenBatches
-from siftune.methods.gast.maths import GASTSettings
+from siftune.methods.gast.settings import GASTSettings
 from siftune.trainer.trainer import SiftTrainer
 
 

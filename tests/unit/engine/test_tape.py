@@ -92,7 +92,8 @@ class Recorder:
         self.passes.append(samples)
         return f"pass {len(self.passes)}"
 
-    def _reduce(self, this, group, grads):
+    def _reduce(self, this, layers):
+        ((group, grads),) = layers
         self.order.append((this, group.index))
         self.grads |= grads
         return {p: g.sum(0) if self._rows is None else g[self._rows].sum(0) for p, g in grads.items()}
@@ -419,7 +420,7 @@ def test_live_gradients_of_rows_are_those_of_one_layer(monkeypatch):
 
     monkeypatch.setattr(per_sample, "linear_weight", counted)
     groups = group_by_layer(model)
-    tape = Tape(groups, lambda n: True, lambda this, group, grads: {p: g.sum(0) for p, g in grads.items()})
+    tape = Tape(groups, lambda n: True, lambda this, layers: {p: g.sum(0) for p, g in layers[0][1].items()})
     summed_loss(model, batch(model, 4)).backward()
     tape.remove()
     assert len(peak) == 4 * 4  # layers, matrices in each

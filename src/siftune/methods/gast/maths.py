@@ -22,102 +22,13 @@ samples without a gradient (no label) stand back: they are left out of mean, std
 fewer than K others.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from siftune.errors import RecipeError
+from siftune.methods.gast.settings import GASTSettings, Scale
 from siftune.numerics import gumbel_top_k
 
-Support = Literal["sample", "rest", "momentum", "dataset"]
-Choice = Literal["stochastic", "topk", "random"]
-Score = Literal["inner", "cosine", "preconditioned"]
-Pool = Literal["layer", "module"]
-Scale = Literal["mean", "sum"]
-
 _EPSILON = 1e-5  # of the largest score
-
-
-@dataclass(frozen=True)
-class GASTSettings:
-    """The settings of GAST.
-
-    Attributes:
-        select: Samples K that a layer follows in a batch: a count (int), or a share of the batch (float; the
-            paper's is 0.5).
-        support: Where the support gradient comes from: rows of the training set ("sample"), the other samples of the
-            batch ("rest"), the running mean of earlier gradients ("momentum"), rows of a set of its own ("dataset").
-        support_size: Rows in the support set of "sample" and "dataset".
-        choice: Draw by the score ("stochastic"), take the highest ("topk"), or draw uniformly ("random").
-        score: Inner product, its cosine, or the inner product in the optimizer's metric ("preconditioned").
-        pool: One choice per "layer", or one per adapted "module".
-        scale: Factor B/K on the sum ("mean"), or none ("sum").
-        replacement: Draw samples with replacement.
-        temperature: τ; high draws more evenly.
-        decay: Of the running mean of "momentum", per optimizer step.
-        select_after: Optimizer steps at the start in which every sample is followed.
-        seed: Seed of the method's own generator.
-
-    Raises:
-        RecipeError: When a setting is out of its range.
-    """
-
-    select: int | float = 0.75
-    support: Support = "sample"
-    support_size: int = 4
-    choice: Choice = "stochastic"
-    score: Score = "inner"
-    pool: Pool = "layer"
-    scale: Scale = "mean"
-    replacement: bool = False
-    temperature: float = 1.0
-    decay: float = 0.9
-    select_after: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        known = {"support": Support, "choice": Choice, "score": Score, "pool": Pool, "scale": Scale}
-        for name, kinds in known.items():
-            if getattr(self, name) not in get_args(kinds):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(get_args(kinds))}.")
-        if not _is_count(self.select) and not (isinstance(self.select, float) and 0 < self.select <= 1):
-            raise RecipeError(
-                f"select is {self.select!r}; give a count of samples (a whole number, 1 or more), or a share of the "
-                "batch (a number with a point, above 0 and at most 1)."
-            )
-        if not _is_count(self.support_size):
-            raise RecipeError(f"support_size is {self.support_size}; give a whole number of at least 1.")
-        if not 1e-6 <= self.temperature < math.inf:
-            raise RecipeError(f"temperature is {self.temperature}; give a number from 1e-6; topk is the limit of 0.")
-        if not 0 <= self.decay < 1:
-            raise RecipeError(f"decay is {self.decay}; give a number from 0 to below 1.")
-        if self.select_after != 0 and not _is_count(self.select_after):
-            raise RecipeError(f"select_after is {self.select_after}; give a whole number of steps, 0 or more.")
-        if self.replacement and self.choice == "topk":
-            raise RecipeError('replacement goes with choice="stochastic" or "random": "topk" draws nothing.')
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the choice depends on the samples."""
-        return self.choice != "random"
-
-    @property
-    def needs_rows(self) -> bool:
-        """Whether the support gradient takes rows of its own."""
-        return self.needs_scores and self.support in ("sample", "dataset")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def how_many(select: int | float, samples: int) -> int:
-    """K for a batch: the count, or max(1, ⌊share·B⌋); never more than B."""
-    wanted = select if isinstance(select, int) else max(1, math.floor(select * samples + 1e-9))
-    return min(wanted, samples)
 
 
 def cosines(products_B: Tensor, squares_B: Tensor, other_squares: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ def score_samples(
         squares_S = per_sample.added([per_sample.squares(widened(g)) for g in grads])
         return Scored(_cosines_with_the_rest(grads), squares_S > 0)
     none = [None] * len(grads)
-    found = [_against(*those, totals) for those in zip(grads, support or none, metric or none, strict=True)]
-    products, squares, others, sums = zip(*found, strict=True)
+    shares = [_against(*those, totals) for those in zip(grads, support or none, metric or none, strict=True)]
+    products, squares, others, sums = zip(*shares, strict=True)
     products_S, squares_S = per_sample.added(products), per_sample.added(squares)
     scores_S = cosines(products_S, squares_S, per_sample.added(others)) if cosine else products_S
     return Scored(scores_S, squares_S > 0, [total for total in sums if total is not None])

@@ -130,7 +130,7 @@ def test_momentum_is_the_running_mean_of_all_rows_gradients(model, inputs):
             optimizer.step()
             optimizer.zero_grad()
             mean = {p: 0.8 * mean[p] + 0.2 * total[p] for p in mean}
-    for parameter, value in sift.mean.items():
+    for parameter, value in sift.rule.mean.items():
         torch.testing.assert_close(value, mean[parameter])
     assert len(sift.mean_tensors()) == len(mean)
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from siftune.errors import RecipeError
 from siftune.methods.ist import maths
-from siftune.methods.rst import draw_uniform
+from siftune.methods.ist.settings import ISTSettings
+from siftune.methods.layer_draws import draw_uniform, share
 
 
 def generator(seed=0):
@@ -88,21 +89,19 @@ def test_active_layers_follow_the_sigmoid_of_importance():
 def test_suppressed_sets_follow_the_sigmoid_of_unimportance():
     logits = torch.tensor([-2.0, -0.5, 0.0, 1.0, 2.0], dtype=torch.float64)
     chances = without_replacement_probabilities(torch.sigmoid(-logits).tolist(), 2)
-    settings = maths.ISTSettings(candidates=1, suppressed=0.4)
     source = generator()
-    assert chi_square(lambda: maths.draw_candidates(logits, settings, source)[0], chances) < 27.9
+    assert chi_square(lambda: maths.draw_candidates(logits, 1, 0.4, source)[0], chances) < 27.9
 
 
 def test_uniform_draw_is_uniform():
     chances = without_replacement_probabilities([1.0] * 5, 2)
     source = generator()
-    assert chi_square(lambda: draw_uniform(5, 0.4, source), chances) < 27.9
+    assert chi_square(lambda: draw_uniform(5, 2, source), chances) < 27.9
 
 
 @given(layers=st.integers(1, 9), suppressed=st.floats(0.01, 1), candidates=st.integers(1, 6), seed=st.integers(0, 99))
 def test_candidates_are_distinct_and_as_many_as_exist(layers, suppressed, candidates, seed):
-    settings = maths.ISTSettings(suppressed=suppressed, candidates=candidates)
-    sets = maths.draw_candidates(torch.zeros(layers, dtype=torch.float64), settings, generator(seed))
+    sets = maths.draw_candidates(torch.zeros(layers, dtype=torch.float64), candidates, suppressed, generator(seed))
     size = max(1, int(suppressed * layers + 1e-9))
     assert sets.shape == (min(candidates, math.comb(layers, size)), size)
     assert len({tuple(s) for s in sets.tolist()}) == len(sets)
@@ -112,7 +111,7 @@ def test_candidates_are_distinct_and_as_many_as_exist(layers, suppressed, candid
 def test_extreme_importance_still_draws():
     logits = torch.tensor([900.0, -900.0, 900.0, -900.0], dtype=torch.float64)
     assert maths.draw_active(logits, 0.5, generator()).tolist() == [0, 2]
-    sets = maths.draw_candidates(logits, maths.ISTSettings(suppressed=0.5), generator())
+    sets = maths.draw_candidates(logits, 3, 0.5, generator())
     assert sets[0].tolist() == [1, 3]
 
 
@@ -120,7 +119,7 @@ def test_extreme_importance_still_draws():
     ("fraction", "layers", "count"), [(0.25, 30, 7), (0.25, 3, 1), (0.29, 100, 29), (1.0, 5, 5), (0.01, 7, 1)]
 )
 def test_share(fraction, layers, count):
-    assert maths.share(fraction, layers) == count
+    assert share(fraction, layers) == count
 
 
 def test_draws_are_reproducible_and_leave_the_global_generator_alone():
@@ -136,8 +135,19 @@ def test_draws_are_reproducible_and_leave_the_global_generator_alone():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"active": 0}, {"active": 1.5}, {"suppressed": 0}, {"interval": 0}, {"candidates": 0}, {"factor": math.inf}],
+    [
+        {"active": 0},
+        {"active": 1.5},
+        {"suppressed": 0},
+        {"suppressed": 1.0},
+        {"interval": 0},
+        {"interval": math.inf},
+        {"candidates": 1},
+        {"factor": math.inf},
+        {"factor": 1.0},
+        {"score_lr": 0.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(RecipeError, match=next(iter(bad))):
-        maths.ISTSettings(**bad)
+        ISTSettings(**bad)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Adafactor
 
 from siftune.errors import RecipeError
-from siftune.methods.gast.support import adam_metric, support_gradient
+from siftune.methods.support import adam_metric, support_gradient
 from siftune.methods.layer_driver import model_loss
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}

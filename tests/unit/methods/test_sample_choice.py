@@ -11,7 +11,7 @@ from support.adapted import ADAPTED
 from support.tiny import tiny
 
 from siftune.engine.groups import group_by_layer
-from siftune.methods.gast.choice import Choosing, Samples, Unit, units_of
+from siftune.methods.sample_choice import Choosing, SampleChoice, Unit, units_of
 from siftune.models.adapters import attach_adapter
 
 
@@ -20,31 +20,23 @@ def in_layers(model):
     return {id(p): n for n, p in model.named_parameters() if p.requires_grad and re.search(r"\.(layers|h)\.\d", n)}
 
 
-def flat(units):
-    return [unit for part in units.values() for unit in part]
-
-
 @pytest.mark.parametrize("kind", ADAPTED)
 @pytest.mark.parametrize("pool", ["layer", "module"])
 def test_every_trainable_parameter_is_in_one_unit(kind, pool):
     model = ADAPTED[kind]()
     groups = group_by_layer(model)
-    found = units_of(groups, pool)
-    units = flat(found)
-    wanted = in_layers(model)
-    held = [id(p) for unit in units for p in unit.parameters]
-    assert len(held) == len(set(held))
-    assert set(held) == set(wanted)
+    units = units_of(groups, by_module=pool == "module")
+    in_units = [id(p) for unit in units for p in unit.parameters]
+    assert len(in_units) == len(set(in_units))
+    assert set(in_units) == set(in_layers(model))
     assert [unit.place for unit in units] == list(range(len(units)))
-    assert list(found) == [group.index for group in groups]
+    assert list(dict.fromkeys(unit.layer for unit in units)) == [group.index for group in groups]
     modules = dict(model.named_modules())
-    for layer, part in found.items():
-        for unit in part:
-            assert unit.layer == layer
-            assert re.search(rf"\.(layers|h)\.{layer}(\.|$)", unit.name)
-            inside = {id(p) for p in modules[unit.name].parameters()}
-            assert unit.parameters
-            assert all(id(p) in inside for p in unit.parameters)
+    for unit in units:
+        assert re.search(rf"\.(layers|h)\.{unit.layer}(\.|$)", unit.name)
+        inside = {id(p) for p in modules[unit.name].parameters()}
+        assert unit.parameters
+        assert all(id(p) in inside for p in unit.parameters)
     assert len({unit.name for unit in units}) == len(units)
 
 
@@ -52,7 +44,7 @@ def test_every_trainable_parameter_is_in_one_unit(kind, pool):
 def test_a_module_is_an_adapted_module(kind):
     model = ADAPTED[kind]()
     expected = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    units = flat(units_of(group_by_layer(model), "module"))
+    units = units_of(group_by_layer(model), by_module=True)
     assert sorted(unit.name for unit in units) == sorted(expected)
     assert len(units) >= 4
     numbers = [unit.layer for unit in units]
@@ -63,10 +55,9 @@ def test_a_module_is_an_adapted_module(kind):
 def test_a_layer_is_one_unit(kind):
     model = ADAPTED[kind]()
     groups = group_by_layer(model)
-    found = units_of(groups, "layer")
-    assert [len(part) for part in found.values()] == [1] * 4
-    for group in groups:
-        (unit,) = found[group.index]
+    units = units_of(groups)
+    assert len(units) == 4
+    for group, unit in zip(groups, units, strict=True):
         assert (unit.place, unit.layer, unit.name) == (group.index, group.index, group.name)
         assert unit.parameters == tuple(group.parameters.values())
 
@@ -78,16 +69,15 @@ def test_places_count_units_and_layers_keep_their_numbers(pool):
     for name, parameter in model.named_parameters():
         if ".layers.1." in name:
             parameter.requires_grad_(False)
-    found = units_of(group_by_layer(model), pool)
-    assert list(found) == [0, 2, 3]
+    units = units_of(group_by_layer(model), by_module=pool == "module")
     each = 1 if pool == "layer" else 2
-    assert [unit.place for unit in flat(found)] == list(range(3 * each))
-    assert [unit.layer for unit in flat(found)] == [layer for layer in (0, 2, 3) for _ in range(each)]
+    assert [unit.place for unit in units] == list(range(3 * each))
+    assert [unit.layer for unit in units] == [layer for layer in (0, 2, 3) for _ in range(each)]
 
 
 def test_plain_parameters_are_units_by_their_module():
     model = tiny("llama", layers=1)
-    units = flat(units_of(group_by_layer(model), "module"))
+    units = units_of(group_by_layer(model), by_module=True)
     assert "model.layers.0.input_layernorm" in {unit.name for unit in units}
     assert all(len(unit.parameters) == 1 for unit in units)
 
@@ -167,7 +157,7 @@ def test_a_choice_without_scores():
 def test_record():
     scores = torch.tensor([[1.23456789, -0.000123456, 98765.4], [math.nan, 0.0, 1e-30], [math.inf, -math.inf, 1.0]])
     selected = torch.tensor([[0, 2], [1, 2], [0, 1]])
-    done = Samples(3, 1, ("first", "second", "third"), (0, 2, 3), scores, selected)
+    done = SampleChoice(3, 1, ("first", "second", "third"), (0, 2, 3), scores, selected)
     expected = {"step": 3, "batch": 1, "layers": [0, 2, 3], "selected": [[0, 2], [1, 2], [0, 1]]}
     assert done.record() == done.record(scores=False) == expected
     record = done.record(scores=True)

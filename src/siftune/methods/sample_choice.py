@@ -1,6 +1,5 @@
 """What sample selection chose: its units, and the choice in one batch."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +10,18 @@ from torch import Tensor, nn
 
 from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import units
-from siftune.methods.gast.maths import Pool
+from siftune.jsonable import jsonable
+
+WHOLE = -1  # in the place of a layer's number: one choice for all layers
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What chooses samples together: a layer, or an adapted module.
+    """What chooses samples together: a layer, an adapted module, or the model.
 
     Attributes:
         place: Its number among the units of the model.
-        layer: Number of its layer.
+        layer: Number of its layer; `WHOLE` for the model.
         name: Full name of the layer or module.
         parameters: Its trainable parameters.
     """
@@ -32,14 +33,14 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleChoice:
     """The choice in one batch.
 
     Attributes:
         step: Optimizer steps done before it.
         batch: Number of the batch within the step, over all ranks.
-        units: (U,) names of the layers, or of the modules with `pool="module"`, from the embeddings.
-        layers: (U,) numbers of the layers.
+        units: (U,) names of the layers, or of the modules with `pool="module"`, from the embeddings; or "model".
+        layers: (U,) numbers of the layers; `WHOLE` for the model.
         scores: (U, S) scores, float32, or float64 where the gradients are; NaN where none were needed: all samples
             are followed, or a random choice.
         selected: (U, K) int64 numbers of the samples in the batch, ascending.
@@ -57,12 +58,8 @@ class Samples:
         record: dict[str, Any] = {"step": self.step, "batch": self.batch, "layers": list(self.layers)}
         record["selected"] = self.selected.tolist()
         if scores:
-            record["scores"] = [[_short(score) for score in row] for row in self.scores.tolist()]
+            record["scores"] = jsonable(self.scores, digits=4)
         return record
-
-
-def _short(score: float) -> float | None:
-    return float(f"{score:.4g}") if math.isfinite(score) else None
 
 
 class Choosing:
@@ -95,12 +92,12 @@ class Choosing:
         missing = torch.full((self.samples,), torch.nan)
         self._choices[unit] = (missing if scores_S is None else scores_S, chosen_K)
 
-    def done(self) -> Samples | None:
+    def done(self) -> SampleChoice | None:
         """The choices so far, from the embeddings; None before the first."""
         chosen = sorted(self._choices, key=lambda unit: unit.place)
         if not chosen:
             return None
-        return Samples(
+        return SampleChoice(
             self._step,
             self._number,
             tuple(unit.name for unit in chosen),
@@ -110,13 +107,18 @@ class Choosing:
         )
 
 
-def units_of(groups: Sequence[LayerGroup], pool: Pool) -> dict[int, list[Unit]]:
-    """Divide the layers into units: layer number -> its units, numbered through the model."""
-    found: dict[int, list[Unit]] = {}
-    place = itertools.count()
-    for group in groups:
-        parts = [group] if pool == "layer" else units(group)
-        found[group.index] = [
-            Unit(next(place), group.index, part.name, tuple(part.parameters.values())) for part in parts
-        ]
-    return found
+def how_many(select: int | float, samples: int) -> int:
+    """K for a batch: the count, or max(1, ⌊share·B⌋); never more than B."""
+    count = select if isinstance(select, int) else max(1, math.floor(select * samples + 1e-9))
+    return min(count, samples)
+
+
+def units_of(groups: Sequence[LayerGroup], by_module: bool = False) -> list[Unit]:
+    """Divide the layers into units, a layer each or an adapted module each, numbered through the model."""
+    parts = [part for group in groups for part in (units(group) if by_module else [group])]
+    return [Unit(place, part.index, part.name, tuple(part.parameters.values())) for place, part in enumerate(parts)]
+
+
+def whole_model(groups: Sequence[LayerGroup]) -> Unit:
+    """All layers as one unit."""
+    return Unit(0, WHOLE, "model", tuple(p for group in groups for p in group.parameters.values()))

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.errors import RecipeError
-from siftune.methods.batches import Batch, label_weight
-from siftune.methods.layer_driver import Loss
+from siftune.methods.batches import Batch, Loss, label_weight
 
 _LIFT = 2.0**10  # keeps float16 gradients out of the range where they vanish; taken off again
 

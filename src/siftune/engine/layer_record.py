@@ -1,0 +1,58 @@
+"""What the tape records in one layer and one pass: the gradients of single samples."""
+
+from torch import Tensor, nn
+
+from siftune.engine import per_sample
+from siftune.errors import UnsupportedError
+
+
+class LayerRecord:
+    """Gradients of single samples for the parameters of one layer, in one pass.
+
+    Args:
+        rows: Rows B of the batch.
+        positions: Positions T in a row.
+        pairs: Rows i and i + B/2 are one sample.
+    """
+
+    def __init__(self, rows: int, positions: int, pairs: bool) -> None:
+        self._rows = rows
+        self._positions = positions
+        self._pairs = pairs
+        self._grads: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, parameter: nn.Parameter, grads_BD: Tensor) -> None:
+        """Add the rows' gradients for a parameter; a module may run more than once."""
+        grads_SD = per_sample.over_pairs(grads_BD) if self._pairs else grads_BD
+        before = self._grads.get(parameter)
+        self._grads[parameter] = grads_SD if before is None else before + grads_SD
+
+    def take(self) -> dict[nn.Parameter, Tensor]:
+        """Hand over what was recorded, and hold it no longer."""
+        grads, self._grads = self._grads, {}
+        return grads
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """View a module's input or output as (B, T, …)."""
+        if values.ndim == 2:
+            return values.view(self._rows, self._positions, -1)
+        return values
+
+    def check(self, module: nn.Module, values: Tensor) -> None:
+        """Refuse a module that does not see the rows one by one."""
+        flat = values.ndim == 2 and values.shape[0] == self._rows * self._positions
+        if not flat and (values.ndim < 3 or values.shape[0] != self._rows):
+            raise UnsupportedError(
+                f"{type(module).__name__} works on a tensor of shape {tuple(values.shape)} in a batch of {self._rows} "
+                f"rows and {self._positions} positions, so the rows' gradients cannot be told apart; leave it "
+                "without an adapter"
+            )
+
+    def copies(self, vector: Tensor, given: Tensor) -> Tensor:
+        """Expand a vector to one copy per row, a leaf whose gradient is that of the rows; (B, 1, …, D)."""
+        between = (1,) * max(0, given.ndim - 2)
+        return vector.detach().reshape(-1).expand(self._rows, *between, -1).requires_grad_()
+
+    def spread(self, copies: Tensor, given: Tensor) -> Tensor:
+        """Let copies per row meet values that have rows and positions in one dimension."""
+        return copies.repeat_interleave(self._positions, 0) if given.ndim == 2 else copies

@@ -1,0 +1,102 @@
+"""Damp the response of adapters: what IST's candidate sets are compared by."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from siftune.engine.groups import LayerGroup
+from siftune.engine.substitution import Substitution
+from siftune.errors import AdapterError
+from siftune.models.full import original_weights
+
+
+@contextmanager
+def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float) -> Iterator[None]:
+    """Multiply the adapters' response in some layers by `factor`.
+
+    The response of an adapted module is its output minus the output of its base layer for the same input. For
+    plain LoRA its scale is changed; for DoRA and every other PEFT adapter a hook computes
+    base + factor·(output − base). Layers whose own weights train (`full.OpenLayers`) run with
+    W₀ + factor·(W − W₀) in the place of W (ours): linear and norm modules are linear in W, so that this damps their
+    response alike.
+    What was changed is put back bit for bit when the block ends, also after an error.
+
+    Args:
+        groups: Layers, as `group_by_layer` returns them.
+        indices: Positions in `groups` of the layers to damp.
+        factor: 1 changes nothing, 0 is the base model.
+
+    Raises:
+        AdapterError: A layer has no PEFT adapter and its original weights are not known, or its adapters are merged
+            into the base.
+    """
+    chosen = [groups[index] for index in dict.fromkeys(indices)]
+    modules = [m for group in chosen if original_weights(group.module) is None for m in _adapted_modules(group)]
+    with ExitStack() as undo:
+        for group in chosen:
+            _damp_weights(group, factor, undo)
+        for module in modules:
+            if _is_plain_lora(module):
+                saved = {name: module.scaling[name] for name in module.active_adapters if name in module.scaling}
+                undo.callback(module.scaling.update, saved)
+                module.scaling.update({name: scale * factor for name, scale in saved.items()})
+            else:
+                undo.callback(module.register_forward_hook(partial(_damp, factor), with_kwargs=True).remove)
+        yield
+
+
+def _damp_weights(group: LayerGroup, factor: float, undo: ExitStack) -> None:
+    """Put W₀ + factor·(W − W₀) in the place of an open layer's weights; leave other layers alone."""
+    originals = original_weights(group.module)
+    if originals is None:
+        return
+    substitution = Substitution(group)
+    undo.callback(substitution.restore)
+    # lerp is exact for factors 0 and 1
+    substitution.swap(lambda slot, now: torch.lerp(originals[slot.parameter].to(now), now, factor))
+
+
+def _adapted_modules(group: LayerGroup) -> list[Any]:
+    """Return a layer's outermost PEFT modules, and check that they compute a response."""
+    found: dict[str, Any] = {}
+    for name, module in group.module.named_modules():
+        if isinstance(module, BaseTunerLayer) and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
+            if module.merged:
+                raise AdapterError(
+                    f"{group.name}.{name}: adapter {', '.join(module.merged_adapters)} is merged into the "
+                    "base, so it has no response of its own; call unmerge_adapter() first"
+                )
+            if not hasattr(module, "base_layer"):
+                raise AdapterError(
+                    f"{group.name}.{name}: {type(module).__name__} keeps no base layer, so its response is "
+                    "unknown; use LoRA, rsLoRA or DoRA, or a method that does not damp responses, such as RST"
+                )
+    if not found:
+        raise AdapterError(
+            f"{group.name} has no PEFT adapter whose response could be damped; attach one, open the layer with "
+            "siftune.models.full.OpenLayers before training, or use RST, which needs none"
+        )
+    return list(found.values())
+
+
+def _is_plain_lora(module: Any) -> bool:
+    """Whether the response of a PEFT module is proportional to its scale and nothing else."""
+    return (
+        isinstance(module, LoraLayer)
+        # these put the product of the matrices into a weight, on which the output depends in other ways
+        and not isinstance(module, ParamWrapper | MultiheadAttention)
+        and not isinstance(module.base_layer, BaseTunerLayer)
+        and not any(name in module.lora_variant for name in module.active_adapters)
+    )
+
+
+def _damp(factor: float, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Forward hook: base + factor·(output − base), exact for factors 0 and 1."""
+    return torch.lerp(module.get_base_layer()(*args, **kwargs), output, factor)

@@ -1,0 +1,45 @@
+"""GAST's support mode "momentum" (ours): a running mean of the gradients of all samples of earlier steps."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from siftune.engine.distributed import sum_over_ranks
+from siftune.engine.gate import is_active
+from siftune.engine.groups import LayerGroup
+
+Gradients = dict[nn.Parameter, Tensor]
+
+
+def moved_mean(
+    mean: Mapping[nn.Parameter, Tensor], sums: Gradients, groups: Sequence[LayerGroup], decay: float
+) -> Gradients:
+    """Take a step's gradients of all samples, on all ranks, into the running mean of the active layers.
+
+    All ranks exchange tensors of the same shapes, so a rank on which a layer recorded nothing, as where its batch had
+    no more samples than are to be selected, brings zeros; and a last number says whether any rank recorded at all.
+    Where none did, no sample's gradient was formed, and the mean stays. Layers that did not train keep their mean: no
+    gradient was formed for them, which is not a gradient of zero. A mean that takes in a NaN never loses it, so a step
+    with one is left out.
+
+    Args:
+        mean: The mean so far, float32 by parameter; a parameter that is not in it has a mean of zero.
+        sums: This rank's sums over the samples of the step, float32.
+        groups: The layers.
+        decay: Share of the mean that stays.
+
+    Returns:
+        The new mean.
+    """
+    parameters = [p for group in groups if is_active(group) for p in group.parameters.values()]
+    totals = [sums[p] if p in sums else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    recorded = torch.full((1,), float(bool(sums)), device=totals[0].device)
+    *totals, recorded = sum_over_ranks([*totals, recorded])
+    if not bool(recorded) or not bool(torch.isfinite(torch.stack(torch._foreach_norm(totals))).all()):
+        return dict(mean)
+    moved = {
+        parameter: (mean[parameter] if parameter in mean else torch.zeros_like(total)).lerp(total, 1 - decay)
+        for parameter, total in zip(parameters, totals, strict=True)
+    }
+    return {**mean, **moved}

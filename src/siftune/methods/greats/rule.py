@@ -1,0 +1,77 @@
+"""GREATS' rule: one choice of samples for all layers, made when backward has passed them all."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from siftune.engine import per_sample
+from siftune.engine.groups import LayerGroup
+from siftune.engine.tape import SampleGradients
+from siftune.methods.greats import maths
+from siftune.methods.greats.settings import GREATSSettings
+from siftune.methods.sample_choice import Choosing, Unit, whole_model
+from siftune.methods.sample_driver import Gradients
+from siftune.numerics import widened
+
+
+class HelpfulSamples:
+    """Chooses the samples that most help the support set, by their gradients for all layers.
+
+    The gradients of all samples for all layers are held until backward is through.
+
+    Args:
+        settings: GREATS'.
+        groups: The layers.
+    """
+
+    whole = True
+    always = False
+    keeps_mean = False
+
+    def __init__(self, settings: GREATSSettings, groups: Sequence[LayerGroup]) -> None:
+        self.units: Sequence[Unit] = [whole_model(groups)]
+        self.select = settings.select
+        self.support_size = settings.support_size
+        self.mean: Gradients = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def follows_all(self, steps: int) -> bool:
+        """Never."""
+        return False
+
+    def reduce(
+        self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]], support: Gradients
+    ) -> Gradients:
+        """Choose samples by their gradients for all layers, and add these up."""
+        grads = {parameter: part for _, parts in layers for parameter, part in parts.items()}
+        if not grads:
+            return {}
+        device = next(iter(grads.values())).device
+        products_B = per_sample.added(
+            [per_sample.products(part, support[p]).to(device) for p, part in grads.items() if p in support]
+            or [torch.zeros(choosing.samples, device=device)]
+        )
+        gram_BB = per_sample.added([_gram(part).to(device) for part in grads.values()])
+        live_B = gram_BB.diagonal() > 0
+        step = self._learning_rate() * choosing.samples / choosing.count
+        chosen_K = maths.greedy(products_B, gram_BB, live_B, choosing.count, step).sort().values
+        choosing.note(self.units[0], products_B, chosen_K)
+        scale = live_B.sum() / live_B[chosen_K].sum().clamp_min(1)
+        scale = torch.where(torch.isfinite(products_B).all(), scale, torch.nan)
+        return {
+            p: per_sample.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()
+        }
+
+    def end(self) -> None:
+        """Do nothing: a step leaves nothing behind."""
+
+    def _learning_rate(self) -> float:
+        """The learning rate of the coming step; 0, so that samples count each by itself, where none is known."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 0.0
+
+
+def _gram(grads_BD: Tensor) -> Tensor:
+    """Inner products between the samples' gradients for one parameter; (B, B)."""
+    wide_BD = widened(grads_BD).flatten(1)
+    return wide_BD @ wide_BD.T

@@ -1,0 +1,28 @@
+"""Settings of IST; defaults are the paper's."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from siftune.settings import BELOW_ONE, COUNT, POSITIVE, SHARE, Range, Settings
+
+
+@dataclass
+class ISTSettings(Settings):
+    """Importance-aware sparse tuning: layers drawn by their importance in every step."""
+
+    group = "ist"
+
+    active: Annotated[float, SHARE] = 0.25
+    """Share of the layers that train in a step."""
+    interval: Annotated[int | None, COUNT] = 10
+    """Optimizer steps between two updates of the importance; none never updates it."""
+    score_batch_size: Annotated[int, COUNT] = 16
+    """Training rows on which an update measures the loss."""
+    candidates: Annotated[int, Range(lambda v: v >= 2, "2 or more: a candidate is rewarded relative to the others")] = 3
+    """Sets of layers that an update compares."""
+    suppressed: Annotated[float, Range(lambda v: 0 < v < 1, "above 0 and below 1")] = 0.5
+    """Share of the layers in each of these sets."""
+    factor: Annotated[float, BELOW_ONE] = 0.25
+    """What the adapter response of a suppressed layer is multiplied by."""
+    score_lr: Annotated[float, POSITIVE] = 10.0
+    """Learning rate of the importance."""

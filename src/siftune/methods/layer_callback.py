@@ -1,0 +1,94 @@
+"""What the callbacks that choose layers share: a `LayerSelection` that lives as long as a training run."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
+from siftune.methods.callback import SelectionCallback, plain_optimizer
+from siftune.methods.host_trainer import refuse_wrappers, trainer_loss
+from siftune.methods.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
+
+
+@dataclass(eq=False, repr=False)
+class LayerCallback(SelectionCallback[LayerSelection]):
+    """A callback that chooses the layers of every step; subclasses bring settings and a policy."""
+
+    def __post_init__(self) -> None:
+        """Check the settings, and begin without a model."""
+        super().__post_init__()
+        self.on_select: Callable[[LayerChoice], None] | None = None
+
+    @abstractmethod
+    def policy(self, stack: LayerStack, generator: torch.Generator) -> LayerPolicy:
+        """Make the policy of a training run."""
+
+    @property
+    def last(self) -> LayerChoice | None:
+        """The choice of the current step; None before training."""
+        return self._selection.last if self._selection else None
+
+    @property
+    def importance(self) -> Tensor | None:
+        """(L,) float64 importance logits, high = important; None before training, and for a policy without any."""
+        return self._selection.importance if self._selection else None
+
+    def _attach(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: Loss = model_loss,
+    ) -> LayerSelection:
+        """Put a selection on a model, and choose the first step's layers."""
+        draws = GivenBatches(batches) if batches is not None else None
+        selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
+        selection.begin()
+        if optimizer is not None:
+            selection.follow(optimizer)
+        return selection
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the layers, set the gates, and continue from a checkpoint's state."""
+        self.remove()
+        refuse_wrappers(args)
+        selection = self._selection = LayerSelection(
+            kwargs["model"],
+            self.policy,
+            seed=self.seed,
+            loss=trainer_loss(self),
+            layers=self.layers,
+            chunk=args.per_device_train_batch_size,
+        )
+        selection.optimizer = plain_optimizer(kwargs.get("optimizer"))
+        loader = kwargs.get("train_dataloader")
+        if loader is not None:
+            draws = RowDraws(loader.dataset, loader.collate_fn, selection.generator)
+            if selection.policy.needs_rows:
+                draws.check()
+            selection.draws = draws
+        self._resume(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose the layers of this optimizer step."""
+        assert self._selection is not None
+        self._selection.steps = state.global_step
+        choice = self._selection.begin()
+        if self.on_select is not None:
+            self.on_select(choice)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that the optimizer skips inactive layers."""
+        assert self._selection is not None
+        self._selection.drop_inactive_grads()

@@ -1,0 +1,1 @@
+"""LISA: a few layers, drawn at random and held for some steps."""

@@ -1,0 +1,96 @@
+"""LISA for any transformers Trainer, and for plain training loops.
+
+Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning", NeurIPS 2024,
+arXiv 2403.17919, algorithm 1: every K steps draw γ decoder layers uniformly; these train, and the embeddings and the
+head; all others are frozen.
+
+    γ   `active`
+    K   `interval`
+
+The paper trains the layers' whole weights, and embeddings and head as well. Here what trains in a layer is whatever
+the model has there, adapters or (`siftune train --adapter full`) the weights; and outside of the layers whatever else
+is trainable, in every step (`siftune train --outside embeddings head`).
+
+Ours, not the paper's: a share of the layers in the place of a number; whether the optimizer forgets the layers that
+leave (`keep_state`), on which the paper is silent: its claim on memory needs them forgotten.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from siftune.errors import RecipeError
+from siftune.methods.layer_callback import LayerCallback
+from siftune.methods.layer_draws import draw_uniform, share
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerSelection, LayerStack
+from siftune.methods.lisa.settings import LISASettings
+from siftune.settings import documented
+
+
+class HeldLayers:
+    """Draws layers uniformly and holds them for `interval` optimizer steps.
+
+    Args:
+        stack: The layers.
+        settings: LISA's.
+        generator: Source of randomness, on the CPU.
+
+    Raises:
+        RecipeError: More layers are to train than there are.
+    """
+
+    needs_rows = False
+
+    def __init__(self, stack: LayerStack, settings: LISASettings, generator: torch.Generator) -> None:
+        self.drops_state = not settings.keep_state
+        self._layers = len(stack.numbers)
+        active = settings.active
+        self._count = active if isinstance(active, int) else share(active, self._layers)
+        if self._count > self._layers:
+            raise RecipeError(f"lisa.active is {active}, but only {self._layers} layers have something to train")
+        self._interval = settings.interval
+        self._generator = generator
+        self._current: tuple[int, ...] = ()
+
+    def choose(self, step: int, compare: Compare) -> LayerChoice:
+        """Hold the layers, or draw anew if it is time."""
+        if step % self._interval == 0 or not self._current:
+            self._current = tuple(draw_uniform(self._layers, self._count, self._generator).tolist())
+        return LayerChoice(step, self._current)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state: the positions of the layers that are held."""
+        return {"current": list(self._current)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict()`."""
+        self._current = tuple(state["current"])
+
+
+@documented
+@dataclass(eq=False)
+class LISA(LayerCallback, LISASettings):
+    """LISA: a few layers at random, held for some steps (arXiv 2403.17919).
+
+    Args:
+        seed: Seed of LISA's own generator.
+        layers: Path of the decoder layers, where they are not found by structure.
+
+    Raises:
+        RecipeError: When a setting is out of its range.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[LISA(active=2, interval=20)])
+        >>> output = trainer.train()
+    """
+
+    def policy(self, stack: LayerStack, generator: torch.Generator) -> HeldLayers:
+        """Layers at random, held."""
+        return HeldLayers(stack, self, generator)
+
+    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
+        """Select layers in a plain training loop; see `IST.attach`. The optimizer's state is its to drop if given."""
+        return self._attach(model, optimizer=optimizer)

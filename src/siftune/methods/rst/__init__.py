@@ -1,0 +1,1 @@
+"""RST: the layers that train in a step, drawn at random."""

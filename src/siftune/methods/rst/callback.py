@@ -1,0 +1,67 @@
+"""RST for any transformers Trainer, and for plain training loops.
+
+Random sparse tuning is the ablation in the IST paper (arXiv 2410.11772): the same number of layers trains in a step,
+drawn uniformly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from siftune.methods.layer_callback import LayerCallback
+from siftune.methods.layer_draws import draw_uniform, share
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerSelection, LayerStack
+from siftune.methods.rst.settings import RSTSettings
+from siftune.settings import documented
+
+
+class RandomLayers:
+    """Draws layers uniformly in every step; it has no state but the generator's."""
+
+    needs_rows = False
+    drops_state = False
+
+    def __init__(self, stack: LayerStack, settings: RSTSettings, generator: torch.Generator) -> None:
+        self._layers = len(stack.numbers)
+        self._count = share(settings.active, self._layers)
+        self._generator = generator
+
+    def choose(self, step: int, compare: Compare) -> LayerChoice:
+        """Draw the layers of the coming step."""
+        return LayerChoice(step, tuple(draw_uniform(self._layers, self._count, self._generator).tolist()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+
+@documented
+@dataclass(eq=False)
+class RST(LayerCallback, RSTSettings):
+    """Random sparse tuning, IST's ablation: as many layers, drawn uniformly.
+
+    Args:
+        seed: Seed of RST's own generator.
+        layers: Path of the decoder layers, where they are not found by structure.
+
+    Raises:
+        RecipeError: When a setting is out of its range.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[RST(active=0.5)])
+        >>> output = trainer.train()
+    """
+
+    def policy(self, stack: LayerStack, generator: torch.Generator) -> RandomLayers:
+        """Layers at random."""
+        return RandomLayers(stack, self, generator)
+
+    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
+        """Select layers in a plain training loop; see `IST.attach`."""
+        return self._attach(model, optimizer=optimizer)

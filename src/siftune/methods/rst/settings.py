@@ -1,0 +1,16 @@
+"""Settings of RST."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from siftune.settings import SHARE, Settings
+
+
+@dataclass
+class RSTSettings(Settings):
+    """Random sparse tuning: layers drawn at random in every step."""
+
+    group = "rst"
+
+    active: Annotated[float, SHARE] = 0.25
+    """Share of the layers that train in a step."""

@@ -1,0 +1,216 @@
+"""What the callbacks that choose samples share: a `SampleSelection` that lives as long as a training run."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from siftune.engine.groups import LayerGroup
+from siftune.errors import RecipeError, UnsupportedError
+from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
+from siftune.methods.callback import SelectionCallback, plain_optimizer
+from siftune.methods.host_trainer import calling_trainer, refuse_wrappers, resumed_from, trainer_loss
+from siftune.methods.sample_choice import SampleChoice
+from siftune.methods.sample_driver import SampleRule, SampleSelection
+
+
+@dataclass(eq=False, repr=False)
+class SampleCallback(SelectionCallback[SampleSelection]):
+    """A callback that chooses the samples of every batch; subclasses bring settings and a rule.
+
+    Choices are made per forward pass: with gradient accumulation in each micro-batch, with several ranks in each rank's
+    part of the batch. Parameters outside of the decoder layers follow all samples.
+    """
+
+    support_set: Any = field(default=None, repr=False)
+    pairs: bool | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings, and begin without a model."""
+        super().__post_init__()
+        self.history: list[SampleChoice] = []
+        self.on_select: Callable[[SampleChoice], None] | None = None
+
+    @abstractmethod
+    def rule(self, groups: Sequence[LayerGroup]) -> SampleRule:
+        """Make the rule of a training run."""
+
+    @property
+    @abstractmethod
+    def support_source(self) -> str | None:
+        """Where support rows come from: "sample", the training set; "dataset", `support_set`; None: there are none."""
+
+    @property
+    def last(self) -> SampleChoice | None:
+        """The choice in the last batch; None before training."""
+        return self._selection.last if self._selection else None
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        batches: Iterable[Batch] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: Loss = model_loss,
+    ) -> SampleSelection:
+        """Select samples in a plain training loop.
+
+        Args:
+            model: Causal LM with adapters.
+            batches: Support sets, one each step, where the method compares with rows; started again at the end.
+            optimizer: Where given, its steps drive the selection; else call `end()` before and `step()` after each.
+                GAST's support "rest" needs neither. Its score "preconditioned" takes the optimizer's metric, and GREATS
+                its learning rate.
+            loss: Loss of a support batch, a scalar.
+
+        Returns:
+            A context manager; `last` is the choice in the last batch that went backward.
+
+        Raises:
+            RecipeError: When `batches` or `optimizer` are missing and needed.
+        """
+        self._check_attach(batches, optimizer)
+        draws = GivenBatches(batches) if batches is not None else None
+        selection = SampleSelection(
+            model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
+        )
+        selection.rule.optimizer = optimizer
+        if optimizer is not None:
+            selection.follow(optimizer)
+        return selection
+
+    def _check_attach(self, batches: Any, optimizer: Any) -> None:
+        """Refuse a loop that does not give what the method needs."""
+        if batches is None and self.support_source is not None:
+            raise RecipeError(
+                f'support="{self.support_source}" compares with rows: give attach(..., batches=...), or with GAST set '
+                'support="rest" or "momentum".'
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the layers, set the tape, and continue from a checkpoint's state."""
+        self.remove()
+        refuse_wrappers(args)
+        loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
+        collate = getattr(loader, "collate_fn", None)
+        _refuse_packing(args, collate)
+        selection = self._selection = SampleSelection(
+            kwargs["model"],
+            self.rule,
+            seed=self.seed,
+            loss=trainer_loss(self),
+            layers=self.layers,
+            chunk=args.per_device_train_batch_size,
+            pairs=_are_pairs(trainer, collate) if self.pairs is None else self.pairs,
+            compiled=bool(args.torch_compile),
+        )
+        selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
+        if self.support_source is not None:
+            draws = RowDraws(self._support_rows(loader), collate, selection.generator)  # type: ignore[arg-type]
+            draws.check()
+            selection.draws = draws
+        if self._resume(state) and not selection.rule.follows_all(state.global_step - 1):  # before, there is no mean
+            self._load_mean(selection)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the support set of this optimizer step."""
+        assert self._selection is not None
+        if self.support_source is not None:  # the Trainer does so before each batch, but after this
+            kwargs["model"].train()
+        self._selection.steps = state.global_step
+        self._selection.begin()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hand out the choice of a micro-batch."""
+        self._tell()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hand out the choice of the step's last batch, and move the running mean."""
+        assert self._selection is not None
+        self._tell()
+        self._selection.end()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the running mean into the checkpoint."""
+        assert self._selection is not None
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        tensors = self._selection.mean_tensors()
+        if tensors and state.is_world_process_zero and folder.is_dir():
+            save_file({name: mean.contiguous() for name, mean in tensors.items()}, folder / self._mean_file)
+
+    @property
+    def _mean_file(self) -> str:
+        """Name of the running mean in a checkpoint."""
+        return f"{self.group}_mean.safetensors"
+
+    def _tell(self) -> None:
+        choice = self.last
+        if choice is None:
+            return
+        if self.keep:
+            self.history.append(choice)
+        if self.on_select is not None:
+            self.on_select(choice)
+
+    def _support_rows(self, loader: Any) -> Any:
+        if self.support_source == "sample":
+            return loader.dataset
+        if self.support_set is None:
+            name = type(self).__name__
+            raise RecipeError(
+                f'support="dataset" needs rows: give {name}(support_set=...), prepared as the training rows are. Where '
+                "they were given, restore_callback_states_from_checkpoint has lost them: leave it off, "
+                f"{name} reads its state from the checkpoint in any case."
+            )
+        return self.support_set
+
+    def _load_mean(self, selection: SampleSelection) -> None:
+        """Read the running mean from the checkpoint."""
+        if not selection.rule.keeps_mean:
+            return
+        folder = resumed_from(self)
+        if folder is None or not (folder / self._mean_file).is_file():
+            raise RecipeError(
+                f"the checkpoint {folder or ''} has no {self._mean_file}, so the running mean of earlier gradients is "
+                'lost; resume from another checkpoint, or with support="rest"'
+            )
+        selection.load_mean_tensors(load_file(folder / self._mean_file))
+
+
+def _refuse_packing(args: TrainingArguments, collate: Any) -> None:
+    """Refuse rows that hold several samples, as far as arguments and collator tell."""
+    packed = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
+    flattening = getattr(collate, "padding_free", False) or "Flattening" in type(collate).__name__
+    if packed or flattening:
+        raise UnsupportedError(
+            f"{' and '.join(packed) or type(collate).__name__} puts several samples into one row, so that they cannot "
+            "be selected one by one; turn packing and padding_free off"
+        )
+
+
+def _are_pairs(trainer: Trainer | None, collate: Any) -> bool:
+    """Whether the batches hold chosen rows first and rejected rows second, as TRL's paired preference trainers do."""
+    collators = (collate, getattr(trainer, "data_collator", None))
+    names = [kind.__name__ for c in collators if c is not None for kind in type(c).__mro__]
+    triple = next((name for name in names if "TriplePreference" in name), None)
+    if triple is not None:
+        raise UnsupportedError(
+            f"{triple} makes three rows of one sample, which cannot be selected together; samples may be rows or pairs"
+        )
+    paired = ("Preference" in name or "DPO" in name for name in names if "Unpaired" not in name)
+    return any(paired)

@@ -1,0 +1,222 @@
+"""Sample selection at work on one model: support gradient, seeds, draws and tape, step by step.
+
+`SampleSelection` is what the callbacks drive, and what their `attach` returns for a plain training loop. Which samples
+are followed is the business of a `SampleRule`: GAST chooses for every layer, GREATS once for the model.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from siftune.engine.distributed import rank, world_size
+from siftune.engine.gate import is_active
+from siftune.engine.groups import LayerGroup, group_by_layer
+from siftune.engine.parameter_kinds import refuse_compiled
+from siftune.engine.tape import SampleGradients, Tape
+from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss
+from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit, how_many
+from siftune.methods.support import support_gradient
+
+logger = logging.getLogger(__name__)
+
+Gradients = dict[nn.Parameter, Tensor]
+
+
+class SampleRule(Protocol):
+    """Who chooses the samples, and adds up their gradients: an object with state.
+
+    Attributes:
+        units: What chooses samples together, from the embeddings.
+        whole: All layers are reduced at once, when backward has passed them all.
+        select: Samples to follow in a batch: a count or a share.
+        always: Choose even where as many samples are to be followed as there are.
+        support_size: Rows that are drawn for a support gradient in each step; 0 for none.
+        keeps_mean: It has a running mean; see `mean`.
+        mean: Gradients of earlier steps, float32, by parameter.
+        optimizer: Whose metric or learning rate the rule looks at, where the driver knows it.
+    """
+
+    units: Sequence[Unit]
+    whole: bool
+    select: int | float
+    always: bool
+    support_size: int
+    keeps_mean: bool
+    mean: Gradients
+    optimizer: torch.optim.Optimizer | None
+
+    def follows_all(self, steps: int) -> bool:
+        """Whether selection has not begun after so many optimizer steps."""
+
+    def reduce(
+        self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]], support: Gradients
+    ) -> Gradients:
+        """Choose samples for some layers, note the choice, and add up their gradients."""
+
+    def end(self) -> None:
+        """Note that the gradients of a step are complete, before the optimizer steps."""
+
+
+class SampleSelection:
+    """A sample rule at work on a model, until `remove()`.
+
+    In a plain loop use it as a context manager. Where the method needs to know of optimizer steps (all but GAST's
+    support "rest"), call `step()` after each, or give `attach` the optimizer.
+
+    Args:
+        model: Causal LM with adapters, PEFT-wrapped or not.
+        rule: Makes the rule from the layers.
+        seed: Seed of the method's own generator.
+        draws: Rows for the support set, where the rule has one.
+        loss: Loss of a batch, a scalar; by default the model's own.
+        layers: Path of the decoder layers in `model`, where they are not found by structure.
+        chunk: Rows per forward pass over the support set.
+        pairs: Row i and row i + B/2 of a batch are one sample.
+        compiled: The model will be called compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Callable[[Sequence[LayerGroup]], SampleRule],
+        *,
+        seed: int = 0,
+        draws: Draws | None = None,
+        loss: Loss = model_loss,
+        layers: str | None = None,
+        chunk: int = 16,
+        pairs: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.model = model
+        self.groups = group_by_layer(model, layers)
+        self.rule = rule(self.groups)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.draws = draws
+        self.loss = loss
+        self.steps = 0
+        self._chunk = chunk
+        self._support: Gradients = {}
+        self._choosing: Choosing | None = None
+        self._seed: int | None = None  # of the step; None before the first
+        self._opened: dict[str, Any] | None = None  # state of the draws before the step; None after it
+        self._next_batch = 0
+        self._told_of_few = False
+        self._handles: list[Any] = []
+        if compiled or hasattr(model, "_orig_mod"):
+            refuse_compiled(self.groups, "the model")
+        self._tape = Tape(self.groups, self._begin_pass, self._reduce, pairs, self.rule.whole)
+
+    @property
+    def last(self) -> SampleChoice | None:
+        """The choice in the last batch whose backward pass is done; None before."""
+        return self._choosing.done() if self._choosing else None
+
+    def begin(self) -> None:
+        """Draw the seed of the coming step, and its support set where there is one."""
+        self._opened = draws_state(self.generator, self.draws)
+        if self._seed is not None:  # else a resume may have been within a step
+            self._next_batch = 0
+        self._seed = int(torch.randint(2**62, (), generator=self.generator))
+        if self.rule.support_size and not self.rule.follows_all(self.steps):
+            assert self.draws is not None
+            batches = self.draws.draw(self.rule.support_size, self._chunk)
+            parameters = [p for group in self.groups for p in group.parameters.values()]
+            with self._tape.paused():
+                self._support = support_gradient(self.model, batches, self.loss, parameters, self._seed)
+
+    def end(self) -> None:
+        """Note that the gradients of a step are complete. Call it before the optimizer steps."""
+        self.rule.end()
+        self._opened = None
+
+    def step(self) -> None:
+        """Note that an optimizer step is done, and begin the next."""
+        self.steps += 1
+        self.begin()
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Do `end()` before and `step()` after every step of `optimizer`."""
+        self._handles += [
+            optimizer.register_step_pre_hook(lambda *_: self.end()),
+            optimizer.register_step_post_hook(lambda *_: self.step()),
+        ]
+
+    def remove(self) -> None:
+        """Take everything off the model and the optimizer; calling it twice does no harm."""
+        self._tape.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._support = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state: generator, steps, passes of a step that has begun, which begins again when this is loaded.
+
+        Take it between two optimizer steps, or between two passes where nothing tells of steps. A running mean is in
+        `mean_tensors`.
+        """
+        if self._opened is None:
+            return {"steps": self.steps, "passes": 0, **draws_state(self.generator, self.draws)}
+        return {"steps": self.steps, "passes": self._next_batch, **self._opened}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict()`, as if never interrupted."""
+        self.steps = int(state["steps"])
+        self._seed, self._opened, self._next_batch = None, None, int(state.get("passes", 0))
+        load_draws_state(state, self.generator, self.draws)
+
+    def mean_tensors(self) -> dict[str, Tensor]:
+        """The running mean of "momentum", by name of the parameter; empty for other support modes."""
+        names = self._names()
+        return {names[p]: mean for p, mean in self.rule.mean.items()}
+
+    def load_mean_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue with the running mean of `mean_tensors()`."""
+        self.rule.mean = {p: tensors[name].to(p.device) for p, name in self._names().items() if name in tensors}
+
+    def __enter__(self) -> "SampleSelection":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {p: f"{group.name}.{name}" for group in self.groups for name, p in group.parameters.items()}
+
+    def _begin_pass(self, samples: int) -> Choosing | None:
+        """Start on a batch: draw all its uniform numbers; None where there is nothing to choose."""
+        if self._seed is None:
+            self.begin()
+        assert self._seed is not None
+        number = self._next_batch * world_size() + rank()
+        self._next_batch += 1
+        count = how_many(self.rule.select, samples)
+        generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
+        uniform = torch.rand(len(self.rule.units), samples, generator=generator, dtype=torch.float64)
+        self._choosing = Choosing(self.steps, number, samples, count, uniform)
+        if not self.rule.follows_all(self.steps) and (count < samples or self.rule.always):
+            return self._choosing
+        self._follow_all(self._choosing)
+        return None
+
+    def _follow_all(self, choosing: Choosing) -> None:
+        """Note that there is nothing to choose in a batch, and say so once."""
+        active = {group.index for group in self.groups if is_active(group)} | {WHOLE}
+        for unit in self.rule.units:
+            if unit.layer in active:
+                choosing.note(unit, None, torch.arange(choosing.samples))
+        if not self._told_of_few and not self.rule.follows_all(self.steps):
+            self._told_of_few = True
+            logger.info(
+                "a batch has %d samples, not more than are to be selected: all of them are followed", choosing.samples
+            )
+
+    def _reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
+        return self.rule.reduce(choosing, layers, self._support)

@@ -1,0 +1,1 @@
+"""Static: the same layers in every step."""

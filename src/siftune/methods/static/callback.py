@@ -1,0 +1,73 @@
+"""A static choice of layers for any transformers Trainer, and for plain training loops: the baseline of baselines."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from siftune.errors import LayerError
+from siftune.methods.layer_callback import LayerCallback
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerSelection, LayerStack
+from siftune.methods.static.settings import StaticSettings
+from siftune.models.full import layer_numbers
+from siftune.settings import documented
+
+
+class SameLayers:
+    """The same layers in every step.
+
+    Raises:
+        LayerError: There is no such layer, or it has nothing to train.
+    """
+
+    needs_rows = False
+    drops_state = False
+
+    def __init__(self, stack: LayerStack, settings: StaticSettings) -> None:
+        numbers = layer_numbers(stack.depth, settings.numbers)
+        missing = [number for number in numbers if number not in stack.numbers]
+        if missing:
+            raise LayerError(
+                f"static.numbers names layer {missing[0]}, which has nothing to train; attach adapters there, or name "
+                f"others: {', '.join(map(str, stack.numbers))}"
+            )
+        self._positions = tuple(stack.numbers.index(number) for number in numbers)
+
+    def choose(self, step: int, compare: Compare) -> LayerChoice:
+        """Choose them again."""
+        return LayerChoice(step, self._positions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+
+@documented
+@dataclass(eq=False)
+class Static(LayerCallback, StaticSettings):
+    """The same layers in every step; adapters in other layers stay as they are.
+
+    Args:
+        seed: Of no effect; every method has one.
+        layers: Path of the decoder layers, where they are not found by structure.
+
+    Raises:
+        RecipeError: When a setting is out of its range.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[Static(numbers=(-2, -1))])
+        >>> output = trainer.train()
+    """
+
+    def policy(self, stack: LayerStack, generator: torch.Generator) -> SameLayers:
+        """The same layers."""
+        return SameLayers(stack, self)
+
+    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
+        """Select layers in a plain training loop; see `IST.attach`."""
+        return self._attach(model, optimizer=optimizer)
