@@ -5,15 +5,17 @@ import sys
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from siftune import config
-from siftune import recipe_file as files
-from siftune.config import Recipe, check, resolve_recipe
+from siftune.config import Recipe, check, resolve_recipe, settings_of
 from siftune.errors import RecipeError
-from siftune.recipe_file import load_recipe, nearest, recipe_to_yaml
+from siftune.methods import METHODS, all_parts
+from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.ist.settings import ISTSettings
+from siftune.recipe_file import load_recipe, recipe_to_yaml
+from siftune.settings import ELSEWHERE, Range, help_of, marks_of, nearest
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("lr: fast\n", "r.yaml:1: lr must be a number, not 'fast' (str)"),
         ("lr: true\n", "r.yaml:1: lr must be a number, not True (bool)"),
         ("steps: many\n", "r.yaml:1: steps must be a whole number or nothing, not 'many' (str)"),
-        ("method: lisa\n", "r.yaml:1: method must be one of dense, rst, ist, gast, ist+gast, not 'lisa' (str)"),
+        ("method: lsa\n", f"r.yaml:1: method must be one of {', '.join(METHODS)}, not 'lsa' (str)"),
         ("targets: q_proj\n", "r.yaml:1: targets must be a list of names or nothing, not 'q_proj' (str)"),
         ("layers: [0, x]\n", "r.yaml:1: layers must be a list, each a whole number or nothing, not [0, 'x'] (list)"),
         ("targets: [1]\n", "r.yaml:1: targets must be a list of names or nothing, not [1] (list)"),
@@ -74,6 +76,12 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("lr: 1\nrank: [2\n", "r.yaml:3: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("lr: 1\n? [a]\n: 2\n", "r.yaml:2: a recipe is made of lines `key: value`"),
         ("yes: 1\n", "r.yaml:1: unknown key 'yes'"),
+        ("gast: 3\n", "r.yaml:1: gast must hold options of its own, each on a line of its own, not 3 (int)"),
+        ("gast:\n  select: all\n", "r.yaml:2: gast.select must be a whole number or a number, not 'all' (str)"),
+        ("gast:\n  selct: 3\n", "r.yaml:2: unknown key 'gast.selct'; did you mean 'select'?"),
+        ("gast:\n  seed: 3\n", "r.yaml:2: unknown key 'gast.seed'"),
+        ("gast:\n  select: 3\n  select: 4\n", "r.yaml:3: select is given twice, first in line 2"),
+        ("method: dense\nselect: 3\n", "r.yaml:2: select belongs to the settings of a method; write gast: {select: …}"),
         (b"model: \xff\n", "r.yaml is not UTF-8 text: byte 7 is invalid"),
         ("model: \x00\n", "r.yaml: not valid YAML:"),
     ],
@@ -110,7 +118,7 @@ def test_resolving_fills_in_what_depends_on_other_fields():
 
 def test_a_plain_recipe_passes_the_check():
     check(Recipe(train="rows.jsonl"))
-    check(resolve_recipe(Recipe(train="rows.jsonl", active=1.0, clip=0, warmup=0, seed=0, dropout=0)))
+    check(resolve_recipe(Recipe(train="rows.jsonl", ist=ISTSettings(active=1.0), clip=0, warmup=0, seed=0, dropout=0)))
 
 
 @pytest.mark.parametrize(
@@ -120,11 +128,6 @@ def test_a_plain_recipe_passes_the_check():
         ({"lr": 0.0}, "lr is 0.0, but must be above 0"),
         ({"lr": float("nan")}, "lr is nan, but must be a finite number"),
         ({"epochs": float("inf")}, "epochs is inf, but must be a finite number"),
-        ({"active": 0.0}, "active is 0.0, but must be above 0 and at most 1"),
-        ({"active": 1.1}, "active is 1.1, but must be above 0 and at most 1"),
-        ({"suppressed": 1.0}, "suppressed is 1.0, but must be above 0 and below 1"),
-        ({"factor": 1.0}, "factor is 1.0, but must be from 0 to below 1"),
-        ({"candidates": 1}, "candidates is 1, but must be 2 or more"),
         ({"rank": 0}, "rank is 0, but must be 1 or more"),
         ({"alpha": 0}, "alpha is 0, but must be above 0"),
         ({"dropout": 1.0}, "dropout is 1.0, but must be from 0 to below 1"),
@@ -139,14 +142,18 @@ def test_a_plain_recipe_passes_the_check():
         ({"resume": True}, "resume needs the run folder"),
         ({"targets": ()}, "targets is empty"),
         ({"layers": ()}, "layers is empty: give at least one number"),
-        ({"select": 0}, "select is 0, but must be above 0"),
-        ({"select": 1.5}, "select is 1.5, but must be a whole number of rows, or a share of at most 1.0"),
-        ({"support_size": 0}, "support_size is 0, but must be 1 or more"),
-        ({"temperature": 0.0}, "temperature is 0.0, but must be 0.000001 or more"),
-        ({"decay": 1.0}, "decay is 1.0, but must be from 0 to below 1"),
-        ({"support": "dataset"}, "support dataset and support_rows go together"),
+        ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset and support_rows go together"),
+        ({"method": "gast", "support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
         ({"support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
-        ({"choice": "topk", "replacement": True}, "replacement goes with choice stochastic or random"),
+        ({"keep_scores": True}, "keep_scores has no effect with method ist, which scores no rows"),
+        (
+            {"gast": GASTSettings(select=8)},
+            "gast.select is 8, which has no effect with method ist: leave it out, or take --method gast or ist+gast",
+        ),
+        (
+            {"method": "dense", "ist": ISTSettings(interval=5)},
+            "ist.interval is 5, which has no effect with method dense: leave it out, or take --method ist or ist+gast",
+        ),
     ],
 )
 def test_check_refuses(change, message):
@@ -155,18 +162,83 @@ def test_check_refuses(change, message):
     assert str(caught.value).startswith(message)
 
 
-def test_every_number_has_a_range():
-    numbers = {f.name for f in fields(Recipe) if {int, float} & {f.type, *get_args(f.type)}}
-    ranged = [key for keys, _, _ in config._RANGES for key in keys.split()]
-    assert sorted(ranged) == sorted(numbers)
+@pytest.mark.parametrize("kind", [Recipe, *(part.settings for part in all_parts())], ids=lambda kind: kind.__name__)
+def test_every_number_has_a_range_and_every_setting_a_line_of_help(kind):
+    groups = {part.settings.group for part in all_parts()}
+    names = [f.name for f in fields(kind) if f.name not in groups]
+    hints = get_type_hints(kind)
+    for name in names:
+        if get_origin(hints[name]) is not tuple and {int, float} & {hints[name], *get_args(hints[name])}:
+            assert any(isinstance(mark, Range) for mark in marks_of(kind, name)), name
+    documented = help_of(kind if kind is not Recipe else Recipe.__mro__[1])
+    assert list(documented) == names
+    assert all(line.endswith(".") for line in documented.values())
+
+
+def test_a_recipe_has_the_settings_of_every_method():
+    recipe = Recipe()
+    for name in METHODS:
+        assert settings_of(replace(recipe, method=name)) == [part.settings() for part in METHODS[name].parts]
+
+
+def test_a_recipe_written_holds_the_settings_of_its_method_alone():
+    text = recipe_to_yaml(Recipe(method="ist+gast"))
+    assert "\nist:\n  active: 0.25\n" in text
+    assert "\ngast:\n  select: 0.75\n" in text
+    assert "lisa" not in text
+    assert "greats" not in text
+
+
+def test_a_later_file_adds_to_the_settings_of_an_earlier_one(recipe_file):
+    base = recipe_file("method: gast\ngast:\n  select: 8\n  support: rest\n", "base.yaml")
+    recipe = load_recipe(base, recipe_file("gast: {support: momentum}\n"))
+    assert recipe.gast == GASTSettings(select=8, support="momentum")
+
+
+FLAT = """\
+method: {method}
+active: 0.5
+interval: 10
+score_batch_size: 16
+candidates: 3
+suppressed: 0.5
+factor: 0.25
+score_lr: 10.0
+select: {select}
+support: sample
+choice: stochastic
+support_rows: null
+lr: 0.0005
+"""
+
+
+def test_a_recipe_of_0_1_is_read_with_what_its_method_looks_at(recipe_file):
+    recipe = load_recipe(recipe_file(FLAT.format(method="ist+gast", select=0.5)))
+    assert recipe.ist == ISTSettings(active=0.5)
+    assert recipe.gast == GASTSettings(select=0.5)
+    check(replace(recipe, train="rows.jsonl"))
+    with pytest.raises(RecipeError, match=r"r\.yaml:2: active belongs to the settings of a method"):
+        load_recipe(recipe_file(FLAT.format(method="gast", select=0.5)))
+    assert (
+        load_recipe(recipe_file(FLAT.replace("0.5\nint", "0.25\nint").format(method="gast", select=8))).gast.select == 8
+    )
+
+
+def test_settings_of_the_wrong_type_are_refused():
+    for settings, words in (({"interval": 2.5}, "a whole number or nothing"), ({"active": "half"}, "a number")):
+        with pytest.raises(RecipeError, match=f"but must be {words}"):
+            ISTSettings(**settings)
+    with pytest.raises(RecipeError, match=r"gast\.replacement is 1, but must be true or false"):
+        GASTSettings(replacement=1)
 
 
 def test_nearest_knows_the_names_of_other_trainers():
     names = [f.name for f in fields(Recipe)]
+    assert nearest("select", ["lr", "gast.select", "greats.select"]) == "gast.select or greats.select"
     assert nearest("per-device-train-batch-size", names) == "batch_size"
     assert nearest("Epoch", names) == "epochs"
     assert nearest("qqqqq", names) is None
-    assert set(files._ELSEWHERE.values()) <= set(names)
+    assert set(ELSEWHERE.values()) <= set(names)
 
 
 def test_recipes_do_not_import_torch():
