@@ -53,9 +53,9 @@ def check_layers(checkpoint: Path, layers: Sequence[int]) -> None:
     """
     if not holds_tuned(checkpoint):
         raise _other_run(checkpoint, "it holds an adapter", "adapter full", "adapter")
-    found = read_about(checkpoint).layers
-    if list(found) != list(layers):
-        raise _other_run(checkpoint, f"it holds the layers {list(found)}", str(list(layers)), "layers")
+    saved = read_about(checkpoint).layers
+    if list(saved) != list(layers):
+        raise _other_run(checkpoint, f"it holds the layers {list(saved)}", str(list(layers)), "layers")
 
 
 def check_adapter(checkpoint: Path, config: Any) -> None:
@@ -76,25 +76,25 @@ def check_adapter(checkpoint: Path, config: Any) -> None:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
     for key, name in _SAME.items():
-        found, wanted = _plain(saved.get(key)), _plain(getattr(config, key))
-        if found != wanted:
-            found, wanted = _difference(found, wanted)
-            raise _other_run(checkpoint, f"its adapter has {key} = {found}", str(wanted), name)
+        of_checkpoint, of_recipe = _plain(saved.get(key)), _plain(getattr(config, key))
+        if of_checkpoint != of_recipe:
+            of_checkpoint, of_recipe = _difference(of_checkpoint, of_recipe)
+            raise _other_run(checkpoint, f"its adapter has {key} = {of_checkpoint}", str(of_recipe), name)
 
 
-def _other_run(checkpoint: Path, found: str, wanted: str, name: str) -> RecipeError:
+def _other_run(checkpoint: Path, what: str, asked: str, name: str) -> RecipeError:
     return RecipeError(
-        f"{checkpoint} is of another run: {found}, this recipe asks for {wanted}; set {name} as that run did, or train "
+        f"{checkpoint} is of another run: {what}, this recipe asks for {asked}; set {name} as that run did, or train "
         "in another folder with --out."
     )
 
 
-def _difference(found: Any, wanted: Any) -> tuple[Any, Any]:
+def _difference(one: Any, other: Any) -> tuple[Any, Any]:
     """Leave out of two lists, which may be long, what they share."""
-    if not isinstance(found, list) or not isinstance(wanted, list):
-        return found, wanted
-    only_found, only_wanted = [x for x in found if x not in wanted], [x for x in wanted if x not in found]
-    return only_found or "nothing", f"{only_wanted or 'nothing'} in their place"
+    if not isinstance(one, list) or not isinstance(other, list):
+        return one, other
+    only_one, only_other = [x for x in one if x not in other], [x for x in other if x not in one]
+    return only_one or "nothing", f"{only_other or 'nothing'} in their place"
 
 
 def _plain(value: Any) -> Any:

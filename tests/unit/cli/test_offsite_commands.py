@@ -237,7 +237,7 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--rows": 0}, "--rows is 0, but must be 1 or more"),
         ({"--max-length": 1}, "--max-length is 1, but must be 2 or more"),
         ({"--sign": rows}, f"{rows} is no private key" if _signs() else "needs the package model-signing"),
-        ({"--sweep": None, "--keep": 0.5}, "unknown option --sweep of `siftune emulate`"),
+        ({"--sweep": None, "--keep": 0.5}, "unknown option --sweep of `siftune emulate`; `siftune sweep` is a command"),
         ({"--lambda-atn": 1}, "unknown option --lambda-atn of `siftune emulate`; did you mean --lambda-attn?"),
         ({"--method": "magic"}, "--method must be one of gradot, layerdrop, crash, svd+flap, not 'magic'"),
     ]:
