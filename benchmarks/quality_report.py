@@ -80,8 +80,8 @@ def _mean(runs: Runs, values: Callable[[Line], list[float]], form: str) -> str:
 
 
 def _seconds(runs: Runs, key: str) -> str:
-    found = [line[key] for line in runs.values() if key in line]
-    return f"{np.mean(found):.2f}" if found else _NONE
+    seconds = [line[key] for line in runs.values() if key in line]
+    return f"{np.mean(seconds):.2f}" if seconds else _NONE
 
 
 def _against(methods: dict[str, Runs], name: str, base: str, values: Callable[[Line], list[float]], form: str) -> str:
@@ -115,9 +115,9 @@ def _labels(methods: dict[str, Runs]) -> str:
 
 def _kinds(lines: Sequence[Line]) -> str:
     """Which share of the rows of each kind was drawn, over the seeds."""
-    found = [line["drawn_by_kind"] for line in lines if "drawn_by_kind" in line]
-    kinds = found[0] if found else {}
-    return ", ".join(f"{kind} {100 * np.mean([f[kind] for f in found]):.0f}" for kind in kinds) or _NONE
+    shares = [line["drawn_by_kind"] for line in lines if "drawn_by_kind" in line]
+    kinds = shares[0] if shares else {}
+    return ", ".join(f"{kind} {100 * np.mean([share[kind] for share in shares]):.0f}" for kind in kinds) or _NONE
 
 
 def _scores(lines: Sequence[Line], key: str) -> str:

@@ -113,8 +113,9 @@ def detect_format(record: Record, origin: str, format: str = "auto") -> Format:
     for known, columns in _REQUIRED.items():
         if columns[0] in record:  # an incomplete row: reading it names the column that is missing
             return known
-    found = ", ".join(map(str, record)) or "none"
-    raise DataError(f"{origin}: the columns found ({found}) are no known format; rename them to one of: {_SUPPORTED}.")
+    raise DataError(
+        f"{origin}: the columns found ({_names(record)}) are no known format; rename them to one of: {_SUPPORTED}."
+    )
 
 
 def parse_row(record: Record, origin: str, format: Format) -> Row:
@@ -183,8 +184,8 @@ def _conversation(turns: tuple[Message, ...], column: str, origin: str, extra: R
 def _turns(value: Any, column: str, origin: str) -> tuple[Message, ...]:
     """Read a list of `{role, content}`; the assistant's turns are marked as learned."""
     if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else _kind(value)
-        raise DataError(f"{origin}: {column!r} is {found}; give a list of {{role, content}} objects.")
+        kind = "an empty list" if value == [] else _kind(value)
+        raise DataError(f"{origin}: {column!r} is {kind}; give a list of {{role, content}} objects.")
     return tuple(_turn(turn, f"{origin}: turn {i} of {column!r}") for i, turn in enumerate(value, 1))
 
 
@@ -201,11 +202,17 @@ def _turn(turn: Any, where: str) -> Message:
     return Message(role, content, learned)
 
 
+def _names(record: Record) -> str:
+    """The columns of a record, for messages."""
+    return ", ".join(map(str, record)) or "none"
+
+
 def _text(record: Record, column: str, origin: str) -> str:
     """Read a column that must hold a string with something in it."""
     if column not in record:
-        found = ", ".join(map(str, record)) or "none"
-        raise DataError(f"{origin}: the column {column!r} is missing (found: {found}); add it or remove the row.")
+        raise DataError(
+            f"{origin}: the column {column!r} is missing (found: {_names(record)}); add it or remove the row."
+        )
     return _string(record[column], f"{origin}: {column!r}", may_be_empty=False)
 
 

