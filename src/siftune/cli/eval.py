@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from siftune.errors import RecipeError
+from siftune.jsonable import jsonable
 
 if TYPE_CHECKING:
     from siftune.artifacts import Subject
@@ -123,18 +124,15 @@ def _evaluate(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> dic
     from rich.console import Console
 
     from siftune.evaluate.measure import compare
-    from siftune.report.table import ResultTable, plain_table, rich_table
+    from siftune.report.metrics import metric_table
+    from siftune.report.table import print_table
 
     base, tuned = _measure(job, options, known)
     compared = compare(base, tuned, options.level, options.seed)
-    table = ResultTable(f"{job.subject.name} on {job.task.data}", compared, options.level)
-    console = Console(highlight=False, soft_wrap=True)
-    if console.is_terminal:
-        console.print(rich_table(table))
-    else:
-        console.print(plain_table(table), markup=False)
+    table = metric_table(f"{job.subject.name} on {job.task.data}", compared, options.level)
+    print_table(table, Console(highlight=False, soft_wrap=True))
     settings = {"run": job.subject.name, "model": job.task.base, "data": job.task.data}
-    return {**settings, "level": table.level, "metrics": table.to_dict()["rows"]}
+    return {**settings, "level": options.level, "metrics": jsonable(compared)}
 
 
 def _measure(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> "tuple[Metrics, Metrics | None]":

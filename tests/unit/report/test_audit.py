@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from siftune.errors import RecipeError
-from siftune.evaluate.intervals import Bootstrap, Estimate
+from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import Kept
