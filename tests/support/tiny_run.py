@@ -1,6 +1,7 @@
 """A tiny model in a folder, rows in a file, and recipes of runs on them that take seconds."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
 from siftune.config import Recipe
+from siftune.methods import METHODS
 
 
 def save_base(folder: Path) -> Path:
@@ -26,12 +28,18 @@ def save_rows(path: Path, count: int = 24) -> Path:
 
 
 def recipe(base: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
-    """A recipe of six steps of four rows."""
-    defaults: dict[str, Any] = {
+    """A recipe of six steps of four rows; what is no field of a recipe goes to the settings of its method."""
+    given: dict[str, Any] = {
         "model": str(base), "train": str(rows), "out": str(out), "max_length": 64, "template": "none", "rank": 2,
-        "batch_size": 4, "steps": 6, "interval": 2, "score_batch_size": 4, "active": 0.5, "lr": 1e-2, "log_every": 1,
+        "batch_size": 4, "steps": 6, "lr": 1e-2, "log_every": 1, "method": "ist", **settings,
     }  # fmt: skip
-    return Recipe(**{**defaults, **settings})
+    own = {name: given.pop(name) for name in [*given] if name not in Recipe.__dataclass_fields__}
+    kinds = [part.settings for part in METHODS[given["method"]].parts]
+    names = {kind: {field.name for field in fields(kind)} for kind in kinds}
+    assert own.keys() <= set().union(*names.values()), f"no settings of {given['method']}: {own}"
+    own = {"interval": 2, "score_batch_size": 4, "active": 0.5, **own}
+    groups = {kind.group: kind(**{name: own[name] for name in names[kind] & own.keys()}) for kind in kinds}
+    return Recipe(**given, **groups)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

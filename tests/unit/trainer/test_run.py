@@ -107,7 +107,7 @@ def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
         assert record["layers"] == [0, 1, 2, 3]
         assert [len(chosen) for chosen in record["selected"]] == [1] * 4
         assert [len(scores) for scores in record["scores"]] == [4] * 4
-    assert "every layer follows the rows that point its way" in (tmp_path / "run" / "README.md").read_text()
+    assert "every layer follows the rows whose gradients point its way" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_gast_without_scores_records_choices_alone(base, rows, tmp_path):
