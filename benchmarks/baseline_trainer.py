@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from baselines import Baseline
-from siftune.methods.batches import Batch, RowDraws, label_weight
+from siftune.methods.batches import Batch, RowDraws
 from siftune.methods.gast.settings import GASTSettings
 from siftune.trainer.trainer import SiftTrainer
 
@@ -17,11 +17,13 @@ class BaselineTrainer(SiftTrainer):
     _begun = -1  # the step for which the baseline has drawn
 
     @classmethod
-    def take_over(cls, trainer: SiftTrainer, kind: type[Baseline], settings: GASTSettings) -> "BaselineTrainer":
+    def take_over(
+        cls, trainer: SiftTrainer, kind: type[Baseline], settings: GASTSettings, seed: int = 0
+    ) -> "BaselineTrainer":
         """Turn a Trainer that is set up for dense training into one that selects; all else stays as it is."""
         trainer.__class__ = cls
         chunk = trainer.args.per_device_train_batch_size
-        trainer.baseline = kind(trainer.model, settings, loss=trainer.support_loss, chunk=chunk)
+        trainer.baseline = kind(trainer.model, settings, loss=trainer.support_loss, chunk=chunk, seed=seed)
         trainer.baseline.draws = RowDraws(trainer.train_dataset, trainer.data_collator, trainer.baseline.generator)
         return trainer
 
@@ -35,17 +37,13 @@ class BaselineTrainer(SiftTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Select, with as many forward and backward passes as the baseline makes."""
-        labels = label_weight(inputs)
 
         def run(batch: Batch) -> Tensor:
-            items = num_items_in_batch
-            if items is not None and batch is not inputs:  # fewer rows: as many labels fewer to divide by
-                items = items * (label_weight(batch) / max(labels, 1))
-            loss: Tensor = super(BaselineTrainer, self).training_step(model, dict(batch), items)
+            loss: Tensor = super(BaselineTrainer, self).training_step(model, dict(batch), num_items_in_batch)
             return loss
 
         if self._begun != self.state.global_step:
             self._begun = self.state.global_step
             model.train()  # an evaluation leaves it in eval mode
-            self.baseline.begin(self._get_learning_rate())
+            self.baseline.begin()
         return self.baseline.step(inputs, run)

@@ -23,10 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from siftune.bench.cost import METHODS as SIFTUNES
-from siftune.bench.cost import Measurement, Workload, check_workload, measure, schedule, summarise
+from siftune.bench.cost import MEASURED, Measurement, Workload, check_workload, measure, schedule, summarise
 from siftune.errors import DataError, RecipeError, SiftuneError
-from siftune.recipe_file import nearest
+from siftune.settings import nearest
 
 # baseline -> its class in `baselines`, and the method of siftune's whose settings it has
 BASELINES = {
@@ -34,7 +33,6 @@ BASELINES = {
     "two-pass-sample": ("TwoPass", "gast-sample"),
     "store-all": ("StoreAll", "gast-rest"),
     "store-all-sample": ("StoreAll", "gast-sample"),
-    "greats": ("Greats", "gast-sample"),
 }
 METHODS = "dense,gast-rest,gast-momentum,gast-sample,ist,ist+gast,two-pass,store-all,greats"
 SWEPT = "dense,gast-rest,gast-momentum"
@@ -98,14 +96,10 @@ def build(method: str, work: Workload, folder: Path, *watchers: Any) -> Any:
         return build_trainer(method, work, folder, *watchers)
     import baselines
     from baseline_trainer import BaselineTrainer
-    from siftune.methods.gast.settings import GASTSettings
 
     kind, like = BASELINES[method]
-    recipe = work.recipe(like, "unused")
-    settings = GASTSettings(recipe.select, recipe.support, recipe.support_size, seed=recipe.seed)
-    return BaselineTrainer.take_over(
-        build_trainer("dense", work, folder, *watchers), getattr(baselines, kind), settings
-    )
+    trainer = build_trainer("dense", work, folder, *watchers)
+    return BaselineTrainer.take_over(trainer, getattr(baselines, kind), work.recipe(like, "unused").gast, work.seed)
 
 
 def collect(
@@ -243,7 +237,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
     add = parser.add_argument
-    known = ", ".join([*SIFTUNES, *BASELINES])
+    known = ", ".join([*MEASURED, *BASELINES])
     add("--methods", help=f"with commas between; the first is what others are compared with. Known: {known}")
     add("--batch-size", type=int, default=16, help="rows in a step; in the sweep also a quarter and four times of it")
     add("--length", type=int, default=128, help="tokens in a row; in the sweep also half and four times of it")
@@ -261,7 +255,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _methods(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    known = [*SIFTUNES, *BASELINES]
+    known = [*MEASURED, *BASELINES]
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None or not names:
         close = nearest(unknown or "", known)

@@ -36,6 +36,7 @@ Line = dict[str, Any]
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _GAST: dict[str, Any] = {"method": "gast", "select": 0.5}
+# name -> options of its recipes; those of a method stand without its name, as in the results
 METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"method": "dense", "untrained": True},  # where all others begin
     "dense": {"method": "dense"},
@@ -50,6 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "preconditioned": {**_GAST, "support": "rest", "score": "preconditioned"},
     "ist": {"method": "ist"},
     "rst": {"method": "rst"},
+    "lisa": {"method": "lisa"},
+    "greats": {"method": "greats"},
     "ist+gast": {**_GAST, "method": "ist+gast", "support": "rest"},
 }
 

@@ -30,8 +30,8 @@ from siftune.evaluate.choices import score_choices
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows
 from siftune.methods.gast.callback import GAST
-from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.gast.maths import zscores
+from siftune.methods.sample_choice import SampleChoice
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
 from siftune.trainer.build import build

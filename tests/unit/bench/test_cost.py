@@ -15,8 +15,10 @@ from support.tokenizer import byte_tokenizer
 from trl import SFTTrainer
 
 from siftune.bench import cost, worker
-from siftune.bench.cost import FLOOR, Measurement, Workload, check_workload, measure, parse_methods, schedule
+from siftune.bench.cost import FLOOR, MEASURED, Measurement, Workload, check_workload, measure, parse_methods, schedule
+from siftune.config import check, settings_of
 from siftune.errors import InputError, RecipeError, SiftuneError
+from siftune.methods import METHODS
 from siftune.methods.ist.callback import IST
 from siftune.methods.layer_driver import LayerSelection
 from siftune.trainer.trainer import SiftTrainer
@@ -125,6 +127,26 @@ def test_rounds_and_threads_are_at_least_one(work, rounds, threads):
         check_workload(work, rounds, threads)
 
 
+SIFTUNES = [name for name in MEASURED if not name.startswith("trl")]
+
+
+def test_every_method_is_measured_and_gast_with_each_support():
+    assert {name.partition("-")[0] for name in SIFTUNES} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", SIFTUNES)
+def test_the_workload_reaches_the_settings_of_every_method(work, name):
+    recipe = replace(work, active=0.5, interval=3).recipe(name, "unused")
+    check(recipe)
+    assert recipe.method == name.partition("-")[0]
+    given = {"active": 0.5, "interval": 3, "select": 0.5}
+    for settings in settings_of(recipe):
+        options = settings.to_dict()
+        assert {key: options[key] for key in given if key in options}.items() <= given.items()
+    if name.startswith("gast-"):
+        assert recipe.gast.support == name.removeprefix("gast-")
+
+
 def test_a_fresh_process_measures_a_method(work):
     found = measure("ist", 3, work, threads=1)
     assert (found.method, found.round, len(found.seconds)) == ("ist", 3, work.steps)
@@ -182,18 +204,18 @@ def test_the_worker_refuses_in_one_sentence(work, tmp_path, capsys, change, word
 
 def test_a_step_holds_its_training_and_its_scoring_and_the_warmup_is_left_out(work, tmp_path, monkeypatch):
     now = [0.0]
-    step, score = SiftTrainer.training_step, LayerSelection._score
+    step, score = SiftTrainer.training_step, LayerSelection.suppressed_losses
 
     def training_step(trainer, *args):
         now[0] += 1 if trainer.state.global_step else 100  # the first is slow
         return step(trainer, *args)
 
-    def scoring(selection):
+    def scoring(selection, *args):
         now[0] += 10
-        return score(selection)
+        return score(selection, *args)
 
     monkeypatch.setattr(SiftTrainer, "training_step", training_step)
-    monkeypatch.setattr(LayerSelection, "_score", scoring)
+    monkeypatch.setattr(LayerSelection, "suppressed_losses", scoring)
     monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     found = worker.work_off("ist", work, tmp_path)
     assert found["seconds"] == [1, 11, 1, 11]  # steps 1 to 4; steps 2 and 4 begin with scoring

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from support.adapted import adapted, shake
-from support.by_row import GASTS, PASSES, assert_same, by_baseline, by_engine, double, runner, taken, trained
+from support.by_row import PASSES, assert_same, by_baseline, by_engine, double, runner, taken, trained
 from support.oracles import rest_scores, sample_gradients, summed_loss
 from support.tiny import batch, tiny
 from support.trainers import weights
 
-from baselines import Greats, TwoPass
+from baselines import TwoPass
 from siftune import GAST
 from siftune.engine import per_sample
 from siftune.engine.groups import group_by_layer
@@ -40,7 +40,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_gast_in_other_ways_is_that_of_the_engine(kind, settings):
     model = with_ranks()
@@ -51,7 +51,7 @@ def test_gast_in_other_ways_is_that_of_the_engine(kind, settings):
     assert len({tuple(rows) for choice, _ in wanted for rows in choice.selected.tolist()}) > 1
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt", "mixtral"])
 def test_in_every_family(kind, family):
     targets = ["q_proj", "o_proj"] if family == "mixtral" else None
@@ -63,7 +63,7 @@ def test_in_every_family(kind, family):
     assert_same(by_baseline(kind, model, settings, inputs), by_engine(model, settings, inputs))
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 @given(
     count=st.integers(3, 6), length=st.integers(3, 9), select=st.integers(1, 5), seed=st.integers(0, 99),
     choice=st.sampled_from(["stochastic", "topk"]),
@@ -75,7 +75,7 @@ def test_for_all_shapes(kind, count, length, select, seed, choice):
     assert_same(by_baseline(kind, model, settings, inputs), by_engine(model, settings, inputs))
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 def test_scores_and_gradients_are_those_of_a_loop_over_rows(kind):
     model, settings = double(), {"support": "rest", "choice": "topk", "select": 2}
     inputs = batch(model, 5)
@@ -91,7 +91,7 @@ def test_scores_and_gradients_are_those_of_a_loop_over_rows(kind):
             torch.testing.assert_close(grads[full], single[names[full]][best].sum(0) * 5 / 2, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 def test_gradients_are_added_to_those_that_are_there(kind):
     model, settings = double(), GASTSettings(support="rest")
     baseline, parts = kind(model, settings), []
@@ -107,7 +107,7 @@ def test_gradients_are_added_to_those_that_are_there(kind):
     assert any(not torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 def test_several_batches_in_a_step_are_drawn_as_the_engine_draws_them(kind):
     model, settings = double(), {"support": "rest"}
     batches = [batch(model, 6, seed=seed) for seed in (1, 2, 3)]
@@ -122,7 +122,7 @@ def test_several_batches_in_a_step_are_drawn_as_the_engine_draws_them(kind):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 def test_both_passes_have_the_same_dropout(kind):
     model, settings = double(dropout=0.5).train(), {"support": "rest", "choice": "topk"}
     inputs = [batch(model, 4)]
@@ -135,7 +135,7 @@ def test_both_passes_have_the_same_dropout(kind):
     assert not torch.allclose(other[0][0].scores, wanted[0][0].scores)
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(kind, reentrant):
     model, settings = double(), {"support": "rest"}
@@ -158,7 +158,7 @@ def test_two_passes_keep_no_rows_gradient_and_one_pass_keeps_all(monkeypatch):
 
     monkeypatch.setattr(per_sample, "linear_weight", watched)
     model = double()
-    for kind in GASTS:
+    for kind in PASSES:
         refs = []
         alive.clear()
         by_baseline(kind, model, {"support": "rest"}, [batch(model, 4)])
@@ -169,9 +169,7 @@ def test_two_passes_keep_no_rows_gradient_and_one_pass_keeps_all(monkeypatch):
 @pytest.mark.parametrize("kind", PASSES)
 def test_passes_over_the_model(kind):
     model, seen = double(), []
-    support = [batch(model, 2)]
-    settings = {"support": "sample" if kind is Greats else "rest", "select": 3}
-    by_baseline(kind, model, settings, [batch(model, 6)], support, runner(model, seen))
+    by_baseline(kind, model, {"support": "rest", "select": 3}, [batch(model, 6)], run=runner(model, seen))
     assert seen == PASSES[kind]
 
 
@@ -211,7 +209,7 @@ def test_the_model_is_left_as_it_was(kind, fails):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("support", ["rest", "sample"])
 def test_in_the_trainer_it_is_the_callback(kind, support, tmp_path):
     wanted, history = trained(tmp_path, support)
@@ -222,7 +220,7 @@ def test_in_the_trainer_it_is_the_callback(kind, support, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", GASTS)
+@pytest.mark.parametrize("kind", PASSES)
 def test_float32_matrices_on_a_bfloat16_base(kind):
     model = adapted().to(torch.bfloat16)
     for parameter in model.parameters():
