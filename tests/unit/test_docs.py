@@ -4,11 +4,15 @@ import ast
 import re
 import shlex
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from siftune.bench.cost import parse_methods
+from siftune.cli.common import parse
 from siftune.cli.main import COMMANDS, main
+from siftune.config import check
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -48,23 +52,23 @@ def files_named(words):
     return [path for whole, path in python_files().items() if whole.endswith(f"/{words}")]
 
 
-def commands(text):
-    """Command lines of a page, from shell blocks and inline code, as (program or script, words after it)."""
+def shell_lines(text):
+    """Command lines in a page's shell blocks, with `$run` spelled out."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     shell = "\n".join(block for language, block in blocks if language in ("", "sh")).replace("\\\n", " ")
-    lines = [part for line in shell.splitlines() for part in line.split("&&")]
     run = ""
-    for line in [*lines, *re.findall(r"`(siftune [^`]+)`", text)]:
+    for line in (part.strip() for whole in shell.splitlines() for part in whole.split("&&")):
         shorthand = re.match(r'run="(.*)"', line)
         run = shorthand.group(1) if shorthand else run
-        words = re.search(r"(?:^|  |\w=\S+ )(siftune|python) (\S+)([^(]*)", line.strip().replace("$run", run))
-        if words and (words.group(1) == "python" or re.fullmatch(r"[a-z]+", words.group(2))):
-            yield words.group(2), shlex.split(words.group(3), comments=True)
+        yield line.replace("$run", run)
 
 
-@cache
-def script_text(script):
-    return (ROOT / script).read_text(encoding="utf-8")
+def calls(lines, program):
+    """What a program is called with: (command or script, words after it)."""
+    for line in lines:
+        words = re.search(rf"(?:^|  |▶ |\w=\S+ ){program} ([a-z][\w/.]*)(?: ([^(]*))?$", line.partition("(")[0].strip())
+        if words:
+            yield words.group(1), shlex.split(words.group(2) or "", comments=True)
 
 
 @every_page
@@ -97,24 +101,31 @@ def test_every_function_and_test_in_the_paper_index_exists():
 
 
 @every_page
-def test_commands_and_flags_exist(page, capsys):
-    for program, words in commands(page.read_text(encoding="utf-8")):
-        if program.endswith(".py"):
-            known = script_text(program)
-        else:
-            assert program in COMMANDS, f"{page.name} runs siftune {program}"
-            known = help_of(program, capsys)
-        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
-            assert re.search(rf"{re.escape(flag)}(?![\w.-])", known), f"{page.name}: {program} has no {flag}"
+def test_command_lines_are_understood(page):
+    for command, words in calls(shell_lines(page.read_text(encoding="utf-8")), "siftune"):
+        assert command in COMMANDS, f"{page.name} runs siftune {command}"
+        options = parse(import_module(COMMANDS[command][0]).Options, words, f"siftune {command}")
+        if command == "train":
+            check(options)
+        if command == "bench":
+            parse_methods(options.methods)
 
 
-def help_of(command, capsys):
-    """The help of a command."""
-    if command not in _HELP:
-        capsys.readouterr()
+@every_page
+def test_commands_in_the_text_exist(page, capsys):
+    lines = re.findall(r"`(siftune [^`]+)`", page.read_text(encoding="utf-8"))
+    for command, words in calls(lines, "siftune"):
+        assert command in COMMANDS, f"{page.name} names siftune {command}"
         assert main([command, "--help"]) == 0
-        _HELP[command] = capsys.readouterr().out
-    return _HELP[command]
+        flags_are_in(capsys.readouterr().out, words)
 
 
-_HELP: dict[str, str] = {}
+@every_page
+def test_flags_of_benchmarks_exist(page):
+    for script, words in calls(shell_lines(page.read_text(encoding="utf-8")), "python"):
+        flags_are_in((ROOT / script).read_text(encoding="utf-8"), words)
+
+
+def flags_are_in(text, words):
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert re.search(rf"{re.escape(flag)}(?![\w.-])", text), f"no {flag}"
