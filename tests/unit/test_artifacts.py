@@ -9,7 +9,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.artifacts import find_subject, is_of_kit, load_base, load_subject
 from siftune.config import Recipe
-from siftune.errors import AdapterError, ModelError
+from siftune.errors import AdapterError, KitError, ModelError
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.tuned_layers import About, save_tuned
 
@@ -140,3 +140,15 @@ def test_layers_of_another_model(tuned, tmp_path):
     message = r"the layers in .*run/adapter don't fit the model: model\.layers\.1\.self_attn\.q_proj\.weight has shape"
     with pytest.raises(AdapterError, match=message):
         load_subject(find_subject(str(tuned)))
+
+
+def test_a_return_whose_kit_is_not_there(base, tmp_path):
+    """As after a move: what the recipe names is a model now."""
+    run = tmp_path / "run"
+    (run / "return").mkdir(parents=True)
+    (run / "return" / "manifest.json").write_text("{}")
+    (run / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model=str(base))))
+    subject = find_subject(str(run))
+    assert is_of_kit(subject)
+    with pytest.raises(KitError, match=r"run/return is a return, but .*/base is no kit"):
+        load_subject(subject)
