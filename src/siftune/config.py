@@ -73,6 +73,8 @@ class Recipe:
     layers: tuple[int, ...] | None = None
     """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's adapter layers
     for kits."""
+    outside: tuple[Literal["embeddings", "head"], ...] = ()
+    """With adapter full: what else trains whole, in every step (LISA's paper: both)."""
     rank: Annotated[int, COUNT] = 32
     """Rank of the adapter matrices."""
     alpha: Annotated[int | None, POSITIVE] = None
@@ -188,6 +190,10 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (
             recipe.keep_scores and not rows,
             f"keep_scores has no effect with method {recipe.method}, which scores no rows: leave it out",
+        ),
+        (
+            bool(recipe.outside) and recipe.adapter != "full",
+            f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
         ),
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
         (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),

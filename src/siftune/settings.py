@@ -17,6 +17,7 @@ Constructors, recipes, flags, their help and the documentation come from that. N
 import ast
 import difflib
 import inspect
+import itertools
 import math
 import textwrap
 import types
@@ -190,7 +191,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     word = word.replace("-", "_").lower()
     if ELSEWHERE.get(word) in names:
         return ELSEWHERE[word]
-    grouped = [name for name in names if name.partition(".")[2] == word]
+    grouped = [name for name in names if name.endswith(f".{word}")]
     close = grouped or difflib.get_close_matches(word, names, n=1)
     return " or ".join(close) if close else None
 
@@ -204,7 +205,7 @@ def help_of(kind: type) -> dict[str, str]:
         return {}
     return {
         field.target.id: " ".join(text.value.value.split())
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
     }

@@ -172,9 +172,13 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     Returns:
         A handle, also usable as a context manager; `remove()` takes the hooks off.
     """
+    # embeddings are given token numbers: what they give has the dtype of what is frozen
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    base = next(frozen, None)
 
     def cast(_: Slot, current: Tensor, given: Tensor | None) -> Tensor:
-        return current.to(given.dtype) if given is not None and current.is_floating_point() else current
+        dtype = base if given is None else given.dtype
+        return current if dtype is None or not current.is_floating_point() else current.to(dtype)
 
     layers = list(groups)
     rest = LayerGroup(-1, "", model, outside(model, layers))

@@ -25,29 +25,37 @@ class OpenLayers:
 
     Args:
         model: Causal language model without adapters.
-        layers: Numbers of the layers, from 0; negative ones count from the end.
+        layers: Numbers of the layers, from 0; negative ones count from the end. None stands for all.
         originals: Keep the weights as they are now, in their dtype, which damping (IST) needs: one more copy of them.
+        outside: What else trains: "embeddings", "head". Where the model ties them, each brings the other.
 
     Attributes:
         numbers: The layers, from 0, ascending.
+        outside: What else trains, as given.
         parameters: What trains, by name in the model's state dict.
 
     Raises:
         LayerError: There is no such layer, or the layers cannot be found.
-        AdapterError: The model has adapters, or a layer is quantised.
+        AdapterError: The model has adapters, or something that is to train is quantised.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], originals: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int] | None, originals: bool = True, outside: Sequence[str] = ()
+    ) -> None:
         refuse_adapters(model)
-        found = find_layers(model)
-        self.numbers = layer_numbers(len(found.layers), layers)
-        self._layers = [found.layers[number] for number in self.numbers]
-        names = [f"{found.path}.{number}" for number in self.numbers]
+        stack = find_layers(model)
+        depth = len(stack.layers)
+        self.numbers = layer_numbers(depth, range(depth) if layers is None else layers)
+        self.outside = tuple(outside)
+        self._layers = [stack.layers[number] for number in self.numbers]
+        names = [f"{stack.path}.{number}" for number in self.numbers]
         self.parameters = {
             f"{name}.{key}": parameter
             for name, layer in zip(names, self._layers, strict=True)
             for key, parameter in layer.named_parameters()
         }
+        for part in self.outside:
+            self.parameters |= _outer_parameters(model, part)
         _refuse_quantised(self.parameters)
         self._dtypes = {name: parameter.dtype for name, parameter in self.parameters.items()}
         if originals:
@@ -66,6 +74,13 @@ class OpenLayers:
             parameter.data = parameter.data.to(self._dtypes[name])
         for layer in self._layers:
             _originals.pop(layer, None)
+
+
+def _outer_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """The parameters of a model's embeddings or head, by their first name in the model."""
+    module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()  # type: ignore[operator]
+    own = {id(parameter) for parameter in module.parameters()} if module is not None else set()
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def layer_numbers(depth: int, layers: Sequence[int]) -> tuple[int, ...]:

@@ -115,9 +115,10 @@ def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
 
 def _opened(recipe: Recipe, model: nn.Module) -> OpenLayers | None:
     """Have the layers' own weights train, where the recipe says so."""
-    if recipe.adapter != "full" or recipe.layers is None:
+    if recipe.adapter != "full":
         return None
-    return OpenLayers(model, recipe.layers, originals=any(part.suppresses for part in method_of(recipe).parts))
+    originals = any(part.suppresses for part in method_of(recipe).parts)
+    return OpenLayers(model, recipe.layers, originals, recipe.outside)
 
 
 def _adapted(recipe: Recipe, model: nn.Module) -> PeftModel:

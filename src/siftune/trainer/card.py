@@ -76,6 +76,7 @@ def _what(recipe: Recipe) -> str:
     """Say what trained."""
     layers = None if recipe.layers is None else ", ".join(map(str, recipe.layers))
     if recipe.adapter == "full":
-        return f"Trained: all weights of the layers {layers}."
+        others = f", and {', '.join(recipe.outside)}" if recipe.outside else ""
+        return f"Trained: all weights of {'all layers' if layers is None else f'the layers {layers}'}{others}."
     where = "" if layers is None else f", in the layers {layers}"
     return f"Adapter: {recipe.adapter}, rank {recipe.rank}, alpha {recipe.alpha}{where}."

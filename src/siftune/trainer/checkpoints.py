@@ -41,21 +41,23 @@ def step_of(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
-def check_layers(checkpoint: Path, layers: Sequence[int]) -> None:
+def check_layers(checkpoint: Path, layers: Sequence[int], outside: Sequence[str] = ()) -> None:
     """Refuse a checkpoint that is not of the layers that the recipe asks for.
 
     Args:
         checkpoint: A complete checkpoint.
         layers: Numbers of the layers whose own weights train, from 0, ascending.
+        outside: What else trains.
 
     Raises:
         RecipeError: They differ, or the checkpoint is of a run with an adapter.
     """
     if not holds_tuned(checkpoint):
         raise _other_run(checkpoint, "it holds an adapter", "adapter full", "adapter")
-    saved = read_about(checkpoint).layers
-    if list(saved) != list(layers):
-        raise _other_run(checkpoint, f"it holds the layers {list(saved)}", str(list(layers)), "layers")
+    about = read_about(checkpoint)
+    for name, saved, asked in (("layers", about.layers, layers), ("outside", about.outside, outside)):
+        if list(saved) != list(asked):
+            raise _other_run(checkpoint, f"it holds the {name} {list(saved)}", str(list(asked)), name)
 
 
 def check_adapter(checkpoint: Path, config: Any) -> None:

@@ -133,7 +133,7 @@ def _record(methods: Sequence[Any], folder: RunFolder, scores: bool) -> None:
 def _check_checkpoint(checkpoint: Path, trainer: SiftTrainer) -> None:
     """Refuse a checkpoint of another run."""
     if isinstance(trainer, LayerTrainer):
-        check_layers(checkpoint, trainer.layers)
+        check_layers(checkpoint, trainer.about.layers, trainer.about.outside)
     else:
         check_adapter(checkpoint, trainer.model.peft_config["default"])
 

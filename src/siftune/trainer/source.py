@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from siftune.config import Recipe
+from siftune.config import Recipe, method_of
 from siftune.errors import RecipeError
 from siftune.models.source import load_model
 
@@ -66,13 +66,14 @@ class ModelSource:
 
 
 def refuse_all_weights(recipe: Recipe) -> None:
-    """Refuse to train all weights of a model.
+    """Refuse to train all weights of a model in every step.
 
     Raises:
-        RecipeError: The adapter is "full", and no layers are named.
+        RecipeError: The adapter is "full", no layers are named, and the method does not choose some.
     """
-    if recipe.adapter == "full" and recipe.layers is None:
+    chooses = any(not part.rows for part in method_of(recipe).parts)
+    if recipe.adapter == "full" and recipe.layers is None and not chooses:
         raise RecipeError(
             "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
-            "give --layers, such as 0 1 -2 -1, or an adapter such as lora"
+            "give --layers, such as 0 1 -2 -1, an adapter such as lora, or a method that chooses layers, such as lisa"
         )

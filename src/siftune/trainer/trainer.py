@@ -99,12 +99,12 @@ class LayerTrainer(SiftTrainer):
     def __init__(self, *args: Any, opened: OpenLayers, base: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._opened = opened
-        self._about = About(base, opened.numbers)
+        self._about = About(base, opened.numbers, opened.outside)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers, from 0, ascending."""
-        return self._opened.numbers
+    def about(self) -> About:
+        """What trains: numbers of the layers, and what else."""
+        return self._about
 
     def save_layers(self, folder: Path) -> None:
         """Write the open layers' weights, in the dtype that they have now."""

@@ -7,7 +7,7 @@ FOLDER/
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,10 +28,12 @@ class About:
     Attributes:
         base: Source of the base model, for `load_model`.
         layers: Numbers of the layers, from 0, ascending.
+        outside: What else was trained: "embeddings", "head".
     """
 
     base: str
     layers: tuple[int, ...]
+    outside: tuple[str, ...] = ()
 
 
 def save_tuned(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
@@ -39,7 +41,7 @@ def save_tuned(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / _WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps({"base": about.base, "layers": list(about.layers)}, indent=2) + "\n"
+    text = json.dumps({**asdict(about), "layers": list(about.layers), "outside": list(about.outside)}, indent=2) + "\n"
     (folder / _ABOUT).write_text(text, encoding="utf-8")
 
 
@@ -56,13 +58,15 @@ def read_about(folder: Path) -> About:
     """
     path = folder / _ABOUT
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        base, layers = found["base"], found["layers"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        base, layers, outside = content["base"], content["layers"], content.get("outside", [])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); train again.") from error
     if not isinstance(base, str) or not isinstance(layers, list) or not all(type(n) is int for n in layers):
         raise AdapterError(f"{path} must hold `base`, a text, and `layers`, a list of whole numbers; train again.")
-    return About(base, tuple(layers))
+    if not isinstance(outside, list) or not all(isinstance(name, str) for name in outside):
+        raise AdapterError(f"{path}: `outside` must be a list of names; train again.")
+    return About(base, tuple(layers), tuple(outside))
 
 
 def read_tuned(folder: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import Adafactor
 
 from siftune.errors import RecipeError
 from siftune.methods.support import adam_metric, support_gradient
-from siftune.methods.layer_driver import model_loss
+from siftune.methods.batches import model_loss
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from siftune.engine.groups import group_by_layer, outside
 from siftune.engine.substitution import use_base_dtype
+from siftune.engine.suppression import suppress
 from siftune.errors import AdapterError, LayerError
-from siftune.models.adapters import suppress
 from siftune.models.full import OpenLayers, layer_numbers
 from siftune.models.layers import find_layers
 from siftune.models.targets import expert_banks
@@ -188,3 +188,27 @@ def test_without_originals_the_response_is_not_known():
     message = r"model\.layers\.1 has no PEFT adapter .*OpenLayers"
     with pytest.raises(AdapterError, match=message), suppress(groups, [0], 0.5):
         pass
+
+
+# --- outside of the layers
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_and_head_train_too(family, dtype):
+    model = tiny(family).to(dtype)
+    before = logits(model)
+    opened = OpenLayers(model, None, outside=("embeddings", "head"))
+    assert opened.numbers == (0, 1, 2, 3)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == set(opened.parameters)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert any(p is table for p in opened.parameters.values())
+    assert any(p is head for p in opened.parameters.values())
+    with use_base_dtype(model, group_by_layer(model)):
+        assert model(**batch(model)).logits.dtype == dtype
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+        model(**batch(model)).loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in opened.parameters.values())
+    opened.close()
+    assert {p.dtype for p in opened.parameters.values()} == {dtype}

@@ -1,6 +1,7 @@
 """`adapter: full`: the weights of some layers themselves train, and what a run leaves behind."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from support.tiny_run import lines, recipe
 from support.trainers import At, stop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from siftune.artifacts import find_subject, load_subject
 from siftune.config import Recipe, resolve_recipe
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
 from siftune.errors import AdapterError, LayerError, RecipeError
+from siftune.methods.lisa.settings import LISASettings
 from siftune.models.source import load_model
 from siftune.recipe_file import load_recipe
 from siftune.trainer import source as module
@@ -77,7 +80,7 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == resolve_recipe(given)
     about = json.loads((folder / "adapter" / "tuned_layers.json").read_text())
-    assert about == {"base": str(base), "layers": [0, 3]}
+    assert about == {"base": str(base), "layers": [0, 3], "outside": []}
     assert AutoTokenizer.from_pretrained(folder / "adapter")("a?").input_ids
     card = (folder / "README.md").read_text()
     assert card == (folder / "adapter" / "README.md").read_text()
@@ -115,9 +118,12 @@ def test_half_precision(base, rows, tmp_path):
 # --- resuming and stopping
 
 
-@pytest.mark.parametrize("settings", [{"method": "ist", "dtype": "bfloat16"}, {"method": "ist+gast", "accumulate": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "ist", "dtype": "bfloat16"}, {"method": "ist+gast", "support": "momentum", "accumulate": 2}],
+)
 def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, settings):
-    settings = {"save_every": 2, "steps": 6, "support": "momentum", "weight_decay": 0.1, **FULL, **settings}
+    settings = {"save_every": 2, "steps": 6, "weight_decay": 0.1, **FULL, **settings}
     train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
@@ -189,7 +195,28 @@ def test_build_on_a_model_in_memory(base, rows, tmp_path):
     assert_equal(weights(tmp_path / "other"), {name: value for name, value in state.items() if is_open(name)})
     logits(model)  # of use as it is
     with pytest.raises(RecipeError, match="no layers are given"):
-        build(Recipe(adapter="full"), model, tokenizer, data, tmp_path / "run")
+        build(Recipe(method="dense", adapter="full"), model, tokenizer, data, tmp_path / "run")
+
+
+def test_lisa_on_whole_layers_with_embeddings_and_head(base, rows, tmp_path):
+    """The paper's form: all layers are open, few train, the optimizer holds the state of these alone."""
+    given = recipe(base, rows, tmp_path / "run", method="lisa", adapter="full", outside=("embeddings", "head"), steps=6)
+    given = replace(given, layers=None, lisa=LISASettings(active=1, interval=4), save_every=4)
+    done = train(given, QUIET)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Trained: all weights of all layers, and embeddings, head." in card
+    trained = {line["step"]: line["layers"] for line in lines(tmp_path / "run" / "selection.jsonl")}
+    assert trained[0] == trained[3]
+    before, after = load_model(str(base), "float32")[0].state_dict(), weights(tmp_path / "run")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    drawn = {layer for layers in trained.values() for layer in layers}
+    assert {name for name in changed if ".layers." in name} == {
+        name for name in after if name.startswith(tuple(f"model.layers.{n}." for n in drawn))
+    }
+    assert {name for name in changed if ".layers." not in name} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(logits(done.model), logits(load_subject(find_subject(str(tmp_path / "run")))[0]))
+    with pytest.raises(RecipeError, match="outside"):
+        train(replace(given, outside=("head",), resume=True), QUIET)
 
 
 # --- what is refused
@@ -198,7 +225,7 @@ def test_build_on_a_model_in_memory(base, rows, tmp_path):
 def test_training_all_weights_is_refused_before_anything_is_loaded(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", None)
     with pytest.raises(RecipeError, match=r"adapter is full and no layers are given: .* give --layers, such as 0 1"):
-        train(recipe(base, rows, tmp_path / "run", adapter="full"), QUIET)
+        train(recipe(base, rows, tmp_path / "run", method="dense", adapter="full"), QUIET)
 
 
 def test_a_layer_that_is_not_there(base, rows, tmp_path):
