@@ -16,7 +16,16 @@ Every message says what was found, where, and what to do.
 
 
 class SiftuneError(Exception):
-    """Base of every exception that siftune raises on purpose."""
+    """Base of every exception that siftune raises on purpose.
+
+    Example:
+        >>> from siftune import IST, SiftuneError
+        >>> try:
+        ...     IST(active=2)
+        ... except SiftuneError as error:
+        ...     print(error)
+        ist.active is 2, but must be above 0 and at most 1
+    """
 
     exit_code = 1
 

@@ -37,7 +37,7 @@ def calibration(model: PreTrainedModel, count: int = 2, rows: int = 3, length: i
 
 
 def settings(**values: Any) -> EmulatorSettings:
-    """Settings with one adapter layer at either end."""
+    """Settings with one outer layer at either end."""
     return EmulatorSettings(**{"split": Split(1, 1), **values})
 
 

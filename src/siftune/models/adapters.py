@@ -53,6 +53,11 @@ def attach_adapter(
         AdapterError: A setting is out of range, the model has adapters already, or a target names no module.
         LayerError: There is no such layer; or the decoder layers cannot be found, and `targets` is None or `layers`
             is not.
+
+    Example:
+        >>> tuned = attach_adapter(base, rank=8, targets=["q_proj", "v_proj"])
+        >>> sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        2304
     """
     if kind not in KINDS:
         raise AdapterError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")

@@ -83,12 +83,13 @@ def _outer_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def layer_numbers(depth: int, layers: Sequence[int]) -> tuple[int, ...]:
+def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> tuple[int, ...]:
     """Resolve numbers of layers, some of which may count from the end.
 
     Args:
         depth: Layers of the model.
         layers: Numbers from -depth to depth − 1.
+        option: Where the user gave them.
 
     Returns:
         Numbers from 0, ascending, each once.
@@ -99,7 +100,7 @@ def layer_numbers(depth: int, layers: Sequence[int]) -> tuple[int, ...]:
     wrong = [number for number in layers if not -depth <= number < depth]
     if wrong or not layers:
         raise LayerError(
-            f"the model has {depth} layers, so `layers` takes numbers from 0 to {depth - 1}, or from -{depth} to -1 "
+            f"the model has {depth} layers, so `{option}` takes numbers from 0 to {depth - 1}, or from -{depth} to -1 "
             f"counted from the end; found {wrong[0] if wrong else 'none'}"
         )
     return tuple(sorted({number % depth for number in layers}))

@@ -58,6 +58,11 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
     Raises:
         LayerError: No list of like blocks was found, or several of the same length, or the model has an
             encoder as well, or there is no list under `path`. The message names the lists that were found.
+
+    Example:
+        >>> layers = find_layers(model)
+        >>> layers.path, len(layers.layers)
+        ('model.layers', 4)
     """
     if path is not None:
         return _at_path(model, path)

@@ -33,10 +33,11 @@ class IST(LayerCallback, ISTSettings):
         RecipeError: When a setting is out of its range.
 
     Example:
-        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[IST(active=0.5, interval=2)])
+        >>> ist = IST(active=0.5, interval=2)
+        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[ist])
         >>> output = trainer.train()
-        >>> len(trainer.callback_handler.callbacks[-1].last.layers)  # half of the model's four layers
-        2
+        >>> len(ist.last.layers), ist.importance.shape  # half of the model's four layers
+        (2, torch.Size([4]))
     """
 
     def policy(self, stack: LayerStack, generator: torch.Generator) -> Importance:

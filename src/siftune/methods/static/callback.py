@@ -26,7 +26,7 @@ class SameLayers:
     drops_state = False
 
     def __init__(self, stack: LayerStack, settings: StaticSettings) -> None:
-        numbers = layer_numbers(stack.depth, settings.numbers)
+        numbers = layer_numbers(stack.depth, settings.numbers, "static.numbers")
         missing = [number for number in numbers if number not in stack.numbers]
         if missing:
             raise LayerError(

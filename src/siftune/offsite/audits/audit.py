@@ -69,6 +69,13 @@ def audit(
         DataError: A row cannot be used, or none is left for membership inference.
         RecipeError: A setting is out of range.
         TrainingError: A tuning came upon a loss that is not finite.
+
+    Example:
+        >>> models = OffsiteModels(base, emulator, kit.manifest.split, tokenizer)
+        >>> rows = tokenize_audit(train_rows, held_out_rows, tokenizer, settings)
+        >>> result = audit(models, rows, settings)
+        >>> result.comparisons["nll"].delta.low <= result.comparisons["nll"].delta.value
+        True
     """
     settings = settings or AuditSettings()
     settings.check()

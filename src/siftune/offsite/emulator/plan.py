@@ -27,6 +27,10 @@ class EmulatorSettings(Compression):
     Attributes:
         split: Outer layers at either end.
         allot: Whether all layers keep the same share, or *(ours)* more where skipping a layer would move the loss more.
+
+    Example:
+        >>> EmulatorSettings(keep=0.5, split=Split(first=1, last=1)).keep
+        0.5
     """
 
     split: Split = field(default_factory=Split)

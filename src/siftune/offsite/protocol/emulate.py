@@ -76,6 +76,11 @@ def emulate(
 
     Raises:
         InputError: On settings, rows or a model that cannot be used, or a folder that cannot be written to.
+
+    Example:
+        >>> kit = emulate(base, tokenizer, batches, folder / "kit", EmulatorSettings(keep=0.5, split=Split(1, 1)))
+        >>> kit.manifest.depth, kit.manifest.emulator_depth
+        (4, 4)
     """
     settings, options, out = settings or EmulatorSettings(), options or KitOptions(), Path(out).expanduser()
     settings.check()

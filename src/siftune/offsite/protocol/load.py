@@ -29,6 +29,11 @@ def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None
 
     Raises:
         KitError: The kit is damaged, or not what it says.
+
+    Example:
+        >>> emulator = load_emulator(kit.path)
+        >>> emulator(**batches[0]).logits.shape[:2] == batches[0]["input_ids"].shape
+        True
     """
     return _load(read_kit(path, public_key), dtype)
 

@@ -182,6 +182,11 @@ def plug_in(
             above the limit. The model is as it was then.
         RecipeError: The limit is no number above 0.
         UnsupportedError: Weights of the model are not in memory.
+
+    Example:
+        >>> report = plug_in(base, kit, returned)  # from `read_return`; here nothing was tuned
+        >>> report.rounding
+        0.0
     """
     _check_base(model, kit)
     names = outer_names(model, kit.manifest.split)

@@ -1,0 +1,101 @@
+"""Examples in docstrings run as they stand, on the tiny models that `names` gives them."""
+
+import doctest
+import inspect
+
+import pytest
+import torch
+from support import audits
+from support.emulators import calibration
+from support.tiny import tiny
+from support.tokenizer import byte_tokenizer
+from support.trainers import adapted, arguments, rows
+from transformers import PrinterCallback, Trainer
+
+import siftune
+import siftune.methods.greats.maths
+import siftune.numerics
+import siftune.offsite
+from siftune.data.rows import rows_from
+from siftune.offsite.audits.models import OffsiteModels
+from siftune.offsite.audits.rows import tokenize_audit
+from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.protocol.returned import read_return, write_return
+
+PUBLIC = [(module, name) for module in (siftune, siftune.offsite) for name in module.__all__]
+ALSO = [(siftune.numerics, "gumbel_top_k"), (siftune.methods.greats.maths, "greedy")]
+
+
+def examples(module, name):
+    value = getattr(module, name)
+    tests = doctest.DocTestFinder(recurse=inspect.isclass(value)).find(value, name, module=False)
+    return [test for test in tests if test.examples]
+
+
+class QuietTrainer(Trainer):
+    """An example shows what it is about, not the Trainer's logs."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+
+
+def for_methods(folder):
+    model, data = adapted(), rows()
+    batch = {key: torch.tensor(data[:4][key]) for key in data.column_names}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loader = torch.utils.data.DataLoader(data.with_format("torch"), batch_size=4)
+    names = {
+        "Trainer": QuietTrainer,
+        "model": model,
+        "args": arguments(folder),
+        "rows": data,
+        "batch": batch,
+        "torch": torch,
+    }
+    names |= {"loader": loader, "optimizer": optimizer, "base": tiny("llama")}
+    return {**names, **{name: getattr(siftune, name) for name in siftune.__all__}}
+
+
+def for_offsite(folder):
+    """An owner's model of four layers, a kit of it, and a return in which nothing was tuned."""
+    base, tokenizer = tiny("llama", vocab_size=320), byte_tokenizer()
+    batches = calibration(base)
+    settings = EmulatorSettings(keep=0.5, split=Split(1, 1))
+    kit = siftune.offsite.emulate(base, tokenizer, batches, folder / "made", settings)
+    state = {name: tensor.clone() for name, tensor in _outer(base, kit).items()}
+    returned = read_return(write_return(folder / "return", state, kit), kit)
+    train_rows, held_out_rows = (rows_from(audits.records(*span)) for span in ((0, 20), (100, 108)))
+    return {
+        "base": base, "tokenizer": tokenizer, "batches": batches, "folder": folder, "kit": kit, "returned": returned,
+        "Split": Split, "OffsiteModels": OffsiteModels, "tokenize_audit": tokenize_audit, "settings": audits.QUICK,
+        "emulator": siftune.offsite.load_emulator(kit.path), "train_rows": train_rows, "held_out_rows": held_out_rows,
+        **{name: getattr(siftune.offsite, name) for name in siftune.offsite.__all__},
+    }  # fmt: skip
+
+
+def _outer(base, kit):
+    from siftune.offsite.emulator.split import outer_names
+
+    own = base.state_dict()
+    return {neutral: own[name] for neutral, name in outer_names(base, kit.manifest.split).items()}
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC + ALSO, ids=[name for _, name in PUBLIC + ALSO])
+def test_examples_run(module, name, tmp_path):
+    tests = examples(module, name)
+    assert tests, f"{name} has no example"
+    for test in tests:
+        test.globs = (for_offsite if module is siftune.offsite else for_methods)(tmp_path) | {
+            name: getattr(module, name)
+        }
+        report = []
+        result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
+        assert not result.failed, "".join(report)
+        assert result.attempted == len(test.examples)
+
+
+def test_the_harness_sees_a_wrong_example():
+    test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
+    assert doctest.DocTestRunner().run(test, out=lambda _: None).failed == 1
