@@ -1,0 +1,88 @@
+"""GREATS in Trainers: whose rows it compares with, what it follows, and with IST beside it."""
+
+import pytest
+import torch
+from datasets import Dataset
+from support.oracles import flat, gradients, sample_gradients
+from support.seen import Seen
+from support.tokenizer import byte_tokenizer
+from support.trainers import Watch, adapted, arguments, rows, train, weights
+from trl import DPOConfig, DPOTrainer
+
+from siftune import GREATS, IST
+from siftune.errors import RecipeError
+from siftune.methods.greats.maths import greedy
+
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+def trained(folder, method, *before, **settings):
+    """The model, what it was trained on, and which parameters changed in each step."""
+    model = adapted()
+    seen = Seen(model)
+    _, trainer = train(folder, *before, method, model=model, **{**SGD, **settings})
+    return model, seen.all, next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_follows_the_chosen_rows_of_every_batch(tmp_path, accumulate):
+    method = GREATS(2, support_size=3, keep=True)
+    settings = {"max_steps": 1, "gradient_accumulation_steps": accumulate}
+    model, (support, *batches), _ = trained(tmp_path, method, **settings)
+    plain = adapted()
+    labels = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in batches)
+    assert len(method.history) == len(batches) == accumulate
+    expected = weights(plain)
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    h = torch.cat([grad.flatten() for grad in gradients(plain, support).values()]).double()
+    for choice, inputs in zip(method.history, batches, strict=True):
+        share = int((inputs["labels"][:, 1:] != -100).sum()) / labels
+        single = {p: grads * share for p, grads in sample_gradients(plain, inputs).items()}
+        vectors = flat(single, parameters)
+        torch.testing.assert_close(choice.scores[0].double(), vectors @ h, rtol=1e-3, atol=1e-7)
+        every = torch.ones(4, dtype=torch.bool)
+        chosen = greedy(vectors @ h, vectors @ vectors.T, every, 2, 0.1 * 4 / 2)  # η B/K
+        assert choice.selected[0].tolist() == sorted(chosen.tolist())
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                expected[name] -= 0.1 * single[parameter][chosen].sum(0) * 4 / 2
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", ["sample", "dataset"])
+def test_support_rows_come_from_where_it_says(tmp_path, support):
+    given = rows(7, seed=9)
+    _, seen, _ = trained(tmp_path, GREATS(2, support, support_size=3, support_set=given))
+    drawn = [row for inputs in seen if len(inputs["input_ids"]) == 3 for row in inputs["input_ids"].tolist()]
+    source = rows() if support == "sample" else given
+    assert len(drawn) == 6 * 3
+    assert all(row in source["input_ids"] for row in drawn)
+    assert len({tuple(row) for row in drawn}) > 3
+
+
+def test_rows_are_missing(tmp_path):
+    with pytest.raises(RecipeError, match=r"give GREATS\(support_set=\.\.\.\)"):
+        trained(tmp_path, GREATS(2, "dataset"))
+
+
+def test_with_ist_the_active_layers_follow_one_choice(tmp_path):
+    layers = IST(active=0.5, interval=2, score_batch_size=6)
+    chosen, method = [], GREATS(2, support_size=3, keep=True)
+    layers.on_select = chosen.append
+    _, _, watch = trained(tmp_path, method, layers)
+    assert len({choice.layers for choice in chosen}) > 1
+    for choice, changed in zip(chosen, watch.changed, strict=True):
+        assert {int(name.split(".layers.")[1].split(".")[0]) for name in changed} == set(choice.layers)
+    assert all(choice.selected.shape == (1, 2) and choice.scores.isfinite().all() for choice in method.history)
+
+
+def test_dpo_pairs_are_found_out(tmp_path):
+    data = Dataset.from_list([{"prompt": f"add {i}", "chosen": f" is {i}", "rejected": " no"} for i in range(12)])
+    method = GREATS(2, support_size=4, keep=True)
+    settings = arguments(tmp_path, DPOConfig, bf16=False, gradient_checkpointing=False, max_steps=2)
+    DPOTrainer(
+        adapted(vocab_size=300), args=settings, train_dataset=data, processing_class=byte_tokenizer(),
+        callbacks=[method],
+    ).train()  # fmt: skip
+    assert [choice.scores.shape for choice in method.history] == [(1, 4)] * 2  # four pairs are eight rows
