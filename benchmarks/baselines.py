@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_rows import gradient_of_chosen, lora_matrices, randomness_kept, reading
+from siftune import numerics
 from siftune.engine import per_sample
 from siftune.engine.distributed import world_size
 from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.batches import Batch, Draws, Loss, model_loss
+from siftune.methods.batches import Batch, Draws, Loss, model_loss, support_gradient
 from siftune.methods.gast import maths
-from siftune.methods.gast.scores import Scored, score_samples
+from siftune.methods.gast.maths import Scored, score_samples
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.sample_choice import how_many
-from siftune.methods.support import support_gradient
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
 
@@ -176,7 +176,7 @@ class StoreAll(Baseline):
         scored = [_added([score_samples([kept[m]], self._support_of(m)) for m in layer]) for layer in self.layers]
         for layer, (rows_K, factor) in zip(self.layers, self._choose(scored, count, uniform_LB), strict=True):
             for matrix in layer:
-                reduced = (per_sample.sum_of(kept[matrix], rows_K) * factor).to(matrix.weight.dtype)
+                reduced = (numerics.sum_of(kept[matrix], rows_K) * factor).to(matrix.weight.dtype)
                 before = matrix.weight.grad
                 matrix.weight.grad = reduced if before is None else before + reduced
         return loss
@@ -184,7 +184,7 @@ class StoreAll(Baseline):
 
 def _added(parts: Sequence[Scored]) -> Scored:
     """A layer's scores from those of its matrices."""
-    return Scored(per_sample.added([p.scores for p in parts]), torch.stack([p.live for p in parts]).any(0))
+    return Scored(numerics.added([p.scores for p in parts]), torch.stack([p.live for p in parts]).any(0))
 
 
 def _refuse_settings(name: str, settings: GASTSettings) -> None:

@@ -1,4 +1,9 @@
-"""Numerics that several subjects share: the dtype that sums run in, and one draw without replacement."""
+"""Numerics that several subjects share: the dtype that sums run in, algebra of samples' gradients, one draw.
+
+Shapes: B samples, D values of a parameter. Sums run in float32, or float64 where the input is.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,3 +42,29 @@ def gumbel_top_k(log_weights: Tensor, uniform: Tensor, count: int) -> Tensor:
     """
     gumbel = -torch.log(-torch.log(uniform.clamp_min(_LEAST_UNIFORM)))
     return (log_weights + gumbel).topk(count).indices.sort().values
+
+
+def total(grads_BD: Tensor) -> Tensor:
+    """Sum over the rows; (D,)."""
+    return grads_BD.flatten(1).sum(0, dtype=wide_dtype(grads_BD))
+
+
+def products(grads_BD: Tensor, other_D: Tensor) -> Tensor:
+    """Inner product of every row's gradient with one vector; (B,)."""
+    return widened(grads_BD).flatten(1) @ other_D.flatten().to(wide_dtype(grads_BD))
+
+
+def squares(grads_BD: Tensor) -> Tensor:
+    """Squared length of every row's gradient; (B,)."""
+    lengths_B: Tensor = torch.linalg.vector_norm(grads_BD.flatten(1), dim=1, dtype=wide_dtype(grads_BD))
+    return lengths_B.square()
+
+
+def sum_of(grads_BD: Tensor, rows_K: Tensor) -> Tensor:
+    """Sum of the gradients of some rows, as often as they are named; the shape of the parameter."""
+    return grads_BD.index_select(0, rows_K).sum(0, dtype=wide_dtype(grads_BD))
+
+
+def added(parts: Sequence[Tensor]) -> Tensor:
+    """Add up what the parameters of a unit contribute; (B,)."""
+    return torch.stack(list(parts)).sum(0)

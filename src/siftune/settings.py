@@ -23,7 +23,6 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -96,9 +95,11 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Check every field, and what fields say about each other; see `_faults`."""
-        check_fields(self, Settings.names(type(self)), f"{self.group}.")
-        for fault, sentence in self._faults():
+        """Check every field that is not at its default, and what fields say about each other; see `_faults`."""
+        owner = _owner(type(self))
+        changed = [field.name for field in fields(owner) if getattr(self, field.name) != field.default]
+        check_fields(self, changed, f"{self.group}.")
+        for fault, sentence in self._faults() if changed else ():
             if fault:
                 raise RecipeError(sentence)
 
@@ -109,12 +110,16 @@ class Settings:
     @staticmethod
     def names(kind: type["Settings"]) -> list[str]:
         """Names of a class's settings; what a callback adds to them is none."""
-        owner = next(base for base in kind.__mro__ if base.__dict__.get("group"))
-        return [field.name for field in fields(owner)]
+        return [field.name for field in fields(_owner(kind))]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, without what a callback adds to them."""
         return {name: getattr(self, name) for name in self.names(type(self))}
+
+
+def _owner(kind: type[Settings]) -> type[Settings]:
+    """The class that names the group: a callback derives from it."""
+    return next(base for base in kind.__mro__ if base.__dict__.get("group"))
 
 
 def check_fields(values: Any, names: Iterable[str], prefix: str = "") -> None:
@@ -196,7 +201,6 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     return " or ".join(close) if close else None
 
 
-@cache
 def help_of(kind: type) -> dict[str, str]:
     """The line of help under each field of a class; empty where its source is not at hand."""
     try:
@@ -213,8 +217,7 @@ def help_of(kind: type) -> dict[str, str]:
 
 def documented(kind: type[S]) -> type[S]:
     """Put the help of the settings that a callback takes over into its docstring, at the line `Args:`."""
-    owner = next(base for base in kind.__mro__ if base.__dict__.get("group"))
-    lines = [f"        {name}: {line}" for name, line in help_of(owner).items()]
+    lines = [f"        {name}: {line}" for name, line in help_of(_owner(kind)).items()]
     if kind.__doc__ and lines:
         kind.__doc__ = kind.__doc__.replace("    Args:\n", "    Args:\n" + "\n".join(lines) + "\n", 1)
     return kind

@@ -13,7 +13,7 @@ from torch import Tensor
 from siftune.data.encoder import Encoder
 from siftune.data.rows import Row
 from siftune.errors import DataError
-from siftune.models.heads import IGNORED
+from siftune.models.loss import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset

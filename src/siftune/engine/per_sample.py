@@ -1,19 +1,29 @@
-"""Gradients of single rows, and inner products between them: pure algebra.
+"""Gradients of single rows for every kind of trainable parameter; a parameter of another kind is refused by name.
 
 A row's gradient for the weight of a linear map is one product of its output gradients with its inputs, so that of all
 rows is one batched product, with as many operations as the sum over rows takes. See Goodfellow, "Efficient
 Per-Example Gradient Computations" (arXiv 1510.01799).
 
-Shapes: B rows, T positions, I inputs, O outputs, D values of a parameter, P values of all parameters of a unit.
-`...` stands for the positions, in any number of dimensions. Sums run in float32, or float64 where the input is.
+Shapes: B rows, T positions, I inputs, O outputs, D values of a parameter. `...` stands for the positions, in any number
+of dimensions. Sums run in float32, or float64 where the input is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from enum import Enum
 
 import torch
+from peft.tuners.ia3.layer import Linear as IA3Linear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from siftune.numerics import wide_dtype, widened
+from siftune.engine.groups import LayerGroup
+from siftune.engine.substitution import Slot, parameter_owners, units
+from siftune.errors import UnsupportedError
+from siftune.models.adapters import expert_banks, is_linear
 
 
 def linear_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
@@ -47,27 +57,118 @@ def over_pairs(grads_BD: Tensor) -> Tensor:
     return first + second
 
 
-def total(grads_BD: Tensor) -> Tensor:
-    """Sum over the rows; (D,)."""
-    return grads_BD.flatten(1).sum(0, dtype=wide_dtype(grads_BD))
+class Kind(Enum):
+    """How a parameter is used, and so how a row's gradient is formed."""
+
+    LINEAR = "weight of a linear map"
+    TRANSPOSED = "weight of a Conv1D"
+    BIAS = "added to the output"
+    NORM = "weight of a LayerNorm"
+    SCALE = "scales activations as it is"
+    FLATTENED = "scales activations, flattened by PEFT"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the parameter is expanded to one copy per row."""
+        return self in (Kind.SCALE, Kind.FLATTENED)
+
+    def gradient(self, owner: nn.Module, grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
+        """Gradient of every row from the owner's output gradient and its input; (B, …)."""
+        if self is Kind.LINEAR:
+            return linear_weight(grad_BTO, input_BTI)
+        if self is Kind.TRANSPOSED:
+            return transposed_weight(grad_BTO, input_BTI)
+        if self is Kind.NORM:
+            return norm_weight(grad_BTO, input_BTI, float(owner.eps))  # type: ignore[arg-type]
+        return added_bias(grad_BTO)
 
 
-def products(grads_BD: Tensor, other_D: Tensor) -> Tensor:
-    """Inner product of every row's gradient with one vector; (B,)."""
-    return widened(grads_BD).flatten(1) @ other_D.flatten().to(wide_dtype(grads_BD))
+def refuse_compiled(groups: Sequence[LayerGroup], compiled: str) -> None:
+    """Refuse DoRA and IA3 under torch.compile, which cannot trace one copy of a vector per row.
+
+    Args:
+        groups: The layers.
+        compiled: What is compiled, for the message.
+    """
+    for group in groups:
+        for unit in units(group):
+            if any(_kind(unit, slot) is Kind.FLATTENED for slot in parameter_owners(unit)):
+                raise UnsupportedError(
+                    f"{compiled} is compiled by torch.compile, and {unit.name} has DoRA or IA3, for which samples can "
+                    "only be selected without it; turn torch_compile off, or use LoRA"
+                )
 
 
-def squares(grads_BD: Tensor) -> Tensor:
-    """Squared length of every row's gradient; (B,)."""
-    lengths_B: Tensor = torch.linalg.vector_norm(grads_BD.flatten(1), dim=1, dtype=wide_dtype(grads_BD))
-    return lengths_B.square()
+def kinds_of(groups: Sequence[LayerGroup]) -> dict[Slot, Kind]:
+    """Say how each trainable parameter of the layers is used.
+
+    Raises:
+        UnsupportedError: A parameter is used in a way that does not tell rows apart. The message names it and says
+            what to do.
+    """
+    kinds: dict[Slot, Kind] = {}
+    for group in groups:
+        if any(getattr(module, "_compiled_call_impl", None) for module in group.module.modules()):
+            refuse_compiled([group], group.name)
+        for unit in units(group):
+            _refuse_tuner(unit)
+        _refuse_experts(group)
+        for unit in units(group):
+            slots = parameter_owners(unit)
+            kinds |= {slot: _kind(unit, slot) for slot in slots}
+            _refuse_bias_with_dora(unit, kinds, slots)
+    return kinds
 
 
-def sum_of(grads_BD: Tensor, rows_K: Tensor) -> Tensor:
-    """Sum of the gradients of some rows, as often as they are named; the shape of the parameter."""
-    return grads_BD.index_select(0, rows_K).sum(0, dtype=wide_dtype(grads_BD))
+def _kind(unit: LayerGroup, slot: Slot) -> Kind:
+    owner = slot.owner
+    if isinstance(owner, Conv1D) and slot.name == "weight":
+        return Kind.TRANSPOSED
+    if is_linear(owner) and slot.name in ("weight", "bias"):
+        return Kind.LINEAR if slot.name == "weight" else Kind.BIAS
+    if isinstance(owner, nn.LayerNorm):
+        return Kind.NORM if slot.name == "weight" else Kind.BIAS
+    if type(owner) is DoraLinearLayer or isinstance(unit.module, IA3Linear):
+        return Kind.FLATTENED
+    if type(owner).__name__.endswith("RMSNorm") and slot.name == "weight":
+        return Kind.SCALE
+    raise UnsupportedError(
+        f"{unit.name}: the gradient of {slot.name} in {type(owner).__name__} cannot be told apart by row; supported "
+        "are LoRA, rsLoRA, DoRA, IA3, and the weights and biases of linear and norm modules"
+    )
 
 
-def added(parts: Sequence[Tensor]) -> Tensor:
-    """Add up what the parameters of a unit contribute; (B,)."""
-    return torch.stack(list(parts)).sum(0)
+def _refuse_tuner(unit: LayerGroup) -> None:
+    """Refuse PEFT modules that use their parameters otherwise than by calling modules with the rows."""
+    module = unit.module
+    if not isinstance(module, BaseTunerLayer):
+        return
+    variants: Mapping[str, object] = getattr(module, "lora_variant", {})
+    other = [type(v).__name__ for v in variants.values() if not isinstance(v, DoraLinearVariant)]
+    plain = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper | MultiheadAttention) and not other
+    if not plain and not isinstance(module, IA3Linear):
+        raise UnsupportedError(
+            f"{unit.name} is a {type(module).__module__}.{type(module).__name__}"
+            f"{' with ' + ', '.join(other) if other else ''}, whose gradients cannot be told apart by row; use LoRA, "
+            "rsLoRA, DoRA or IA3 on linear modules"
+        )
+
+
+def _refuse_bias_with_dora(unit: LayerGroup, kinds: Mapping[Slot, Kind], slots: Sequence[Slot]) -> None:
+    """PEFT's DoRA takes the base's bias off again, so that it is used twice."""
+    base = getattr(unit.module, "base_layer", None)
+    dora = any(type(slot.owner) is DoraLinearLayer for slot in slots)
+    if dora and any(slot.owner is base and kinds[slot] is Kind.BIAS for slot in slots):
+        raise UnsupportedError(
+            f"{unit.name}: DoRA with trained biases of the base model is not supported; set bias='none', or use LoRA"
+        )
+
+
+def _refuse_experts(group: LayerGroup) -> None:
+    for bank in expert_banks(group.module):
+        if any(p.requires_grad for p in bank.parameters()):
+            names = [name for name, module in group.module.named_modules() if module is bank]
+            raise UnsupportedError(
+                f"{group.name}.{names[0]}: experts see tokens of all rows mixed together, so samples cannot be "
+                "told apart in them; put adapters on attention and on what every token passes"
+            )

@@ -23,10 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from siftune.engine.gate import Deliver, Gate, is_active, is_upstream, taped
 from siftune.engine.groups import LayerGroup
-from siftune.engine.layer_record import LayerRecord
-from siftune.engine.parameter_kinds import Kind, kinds_of
+from siftune.engine.layer_record import LayerRecord, RowVector, Tap
+from siftune.engine.per_sample import Kind, kinds_of
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
-from siftune.engine.taps import RowVector, Tap
 from siftune.errors import UnsupportedError
 from siftune.models.layers import hidden_states, with_hidden
 

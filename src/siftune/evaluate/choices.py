@@ -14,7 +14,7 @@ from torch import nn
 
 from siftune.errors import DataError
 from siftune.evaluate.perplexity import TokenRow, row_nll
-from siftune.models.heads import IGNORED
+from siftune.models.loss import IGNORED
 
 
 @dataclass(frozen=True)

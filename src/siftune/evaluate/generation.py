@@ -12,7 +12,7 @@ from torch import nn
 
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.batching import by_length, model_device, model_window
-from siftune.models.heads import contiguous_head_input
+from siftune.models.loss import contiguous_head_input
 from siftune.models.modes import evaluating
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from siftune.errors import DataError
 from siftune.evaluate.batching import by_length, model_device
-from siftune.models.heads import IGNORED, logits_at
+from siftune.models.loss import IGNORED, logits_at
 from siftune.models.modes import evaluating
 
 _CHUNK = 512  # positions whose logits are widened to float32 at a time: bounds the extra memory

@@ -23,7 +23,7 @@ from siftune.errors import DataError, RecipeError
 from siftune.evaluate.choices import ChoiceItem
 from siftune.evaluate.generation import normalise
 from siftune.evaluate.perplexity import TokenRow
-from siftune.models.heads import IGNORED
+from siftune.models.loss import IGNORED
 
 METRICS = ("choices", "exact_match", "perplexity")
 _SHORT = 32  # tokens: longer completions are prose, which no model repeats word by word

@@ -1,16 +1,22 @@
 """What all callbacks share: a selection that lives as long as a training run, and its place in checkpoints.
 
-A callback is its method's settings, and what only a callback needs besides: a seed, and where the layers are.
+A callback is its method's settings, and what only a callback needs besides: a seed, and where the layers are. What it
+needs of the Trainer that calls it, and is not handed, it finds among its callers.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from siftune.methods.host_trainer import saved_state
+from siftune.errors import UnsupportedError
+from siftune.methods.batches import Batch, Loss, model_loss
 from siftune.settings import Settings
 
 
@@ -69,3 +75,82 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
 def plain_optimizer(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper, if it is in one."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def refuse_wrappers(args: TrainingArguments) -> None:
+    """Refuse wrappers that hold the parameters elsewhere while a layer runs."""
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name, None):
+            raise UnsupportedError(
+                f"The Trainer uses {name}, which shards the adapters that selection works on. "
+                "Use one device or DDP: adapters are small enough to be replicated."
+            )
+    if args.n_gpu > 1:
+        raise UnsupportedError(
+            f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model are "
+            "out of reach of selection. Start the script with torchrun or accelerate launch for DDP, or show it one "
+            "GPU: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:
+    """A callback's state in the checkpoint that the Trainer resumed from."""
+    saved = getattr(state, "stateful_callbacks", None) or {}
+    entry = saved.get(name) if isinstance(saved, Mapping) else None
+    if isinstance(entry, list):
+        entry = entry[0]
+    return entry["attributes"].get("_resumed") if entry else None
+
+
+def trainer_loss(callback: TrainerCallback) -> Loss:
+    """The loss of the Trainer that calls this callback, so that DPO and the like are scored by their own.
+
+    Trainers do not hand themselves to callbacks; the one at work is found among the callers.
+    """
+    trainer = calling_trainer(callback)
+    if trainer is None:
+        return model_loss
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with _metrics_kept(trainer), trainer.compute_loss_context_manager():
+            value: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+        return value
+
+    return loss
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer that has called a callback; None where something else did."""
+    return next((owner for owner, _ in _calls(callback)), None)
+
+
+def resumed_from(callback: TrainerCallback) -> Path | None:
+    """The checkpoint folder that the calling Trainer was told to resume from."""
+    for _, values in _calls(callback):
+        folder = values.get("resume_from_checkpoint")
+        if isinstance(folder, str | Path):
+            return Path(folder)
+    return None
+
+
+def _calls(callback: TrainerCallback) -> Iterator[tuple[Trainer, Mapping[str, Any]]]:
+    """The running methods of the Trainer that has the callback, innermost first, with their local values."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            yield owner, frame.f_locals
+        frame = frame.f_back
+
+
+@contextmanager
+def _metrics_kept(trainer: Trainer) -> Iterator[None]:
+    """Keep scoring out of the metrics that TRL's trainers collect in `compute_loss`."""
+    metrics: dict[str, dict[str, list[float]]] = getattr(trainer, "_metrics", None) or {}
+    kept = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
+    try:
+        yield
+    finally:
+        for mode, values in kept.items():
+            metrics[mode].clear()
+            metrics[mode].update(values)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
-from siftune.methods.callback import SelectionCallback, plain_optimizer
-from siftune.methods.host_trainer import refuse_wrappers, trainer_loss
+from siftune.methods.callback import SelectionCallback, plain_optimizer, refuse_wrappers, trainer_loss
 from siftune.methods.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
 
 

@@ -14,8 +14,14 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from siftune.engine.groups import LayerGroup
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
-from siftune.methods.callback import SelectionCallback, plain_optimizer
-from siftune.methods.host_trainer import calling_trainer, refuse_wrappers, resumed_from, trainer_loss
+from siftune.methods.callback import (
+    SelectionCallback,
+    calling_trainer,
+    plain_optimizer,
+    refuse_wrappers,
+    resumed_from,
+    trainer_loss,
+)
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.sample_driver import SampleRule, SampleSelection
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from siftune.engine.distributed import rank, world_size
 from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup, group_by_layer
-from siftune.engine.parameter_kinds import refuse_compiled
+from siftune.engine.per_sample import refuse_compiled
 from siftune.engine.tape import SampleGradients, Tape
-from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss
+from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss, support_gradient
 from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit, how_many
-from siftune.methods.support import support_gradient
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,148 @@
-"""Attach adapters."""
+"""Attach adapters: to every linear map of the decoder layers that sees every token, or to those that are named."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.errors import AdapterError
-from siftune.models.full import layer_numbers, refuse_adapters
-from siftune.models.layers import find_layers
-from siftune.models.targets import layer_linears, named_modules, short_names
+from siftune.models.layers import find_layers, layer_numbers
+
+_MAMBA_PARTS = {"x_proj", "dt_proj", "out_proj"}
+
+
+def layer_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Collect the linear modules of the decoder layers that an adapter can go on, by full name.
+
+    Left out are experts and routers; modules whose names PEFT takes for those of the experts; and, of Mamba's mixers,
+    all but the input projection: their weights are read past any adapter, by fused kernels or by the model itself.
+
+    Raises:
+        LayerError: The layers cannot be found.
+        AdapterError: They have no linear module.
+    """
+    found = find_layers(model)
+    names = {module: name for name, module in model.named_modules()}
+    linears = {names[m]: m for layer in found.layers for m in layer.modules() if is_linear(m)}
+    parts = {name for layer in found.layers for name in (*_expert_parts(layer, names), *_mamba_parts(layer, names))}
+    chosen = {n: m for n, m in linears.items() if not any(_is_within(n, part) for part in parts)}
+    if any(expert_banks(layer) for layer in found.layers):
+        taken = {leaf for leaf in map(_leaf, chosen) if _means_experts(model, leaf)}
+        chosen = {n: m for n, m in chosen.items() if _leaf(n) not in taken}
+    if not chosen:
+        raise AdapterError(
+            f"the layers at {found.path} have no linear module to adapt; name modules with `targets`, "
+            f"out of: {_leaf_names(model)}"
+        )
+    return chosen
+
+
+def named_modules(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """Collect the linear modules and embeddings whose names are, or end in, one of `targets`.
+
+    Raises:
+        AdapterError: A target matches nothing.
+    """
+    modules = {n: m for n, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding)}
+    found = {target: {n: m for n, m in modules.items() if _ends_in(n, target)} for target in targets}
+    missing = [target for target, matches in found.items() if not matches]
+    if missing or not found:
+        raise AdapterError(
+            f"no linear module of {type(model).__name__} is called {' or '.join(missing) or '(targets is empty)'}; "
+            f"available: {_leaf_names(model)}"
+        )
+    return {n: m for matches in found.values() for n, m in matches.items()}
+
+
+def short_names(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
+    """Return the shortest ends of names that match the chosen modules and nothing else in the model."""
+    everything = [name for name, _ in model.named_modules()]
+    for parts in (1, 2, 3):
+        ends = {".".join(name.split(".")[-parts:]) for name in chosen}
+        if {name for name in everything if any(_ends_in(name, end) for end in ends)} == set(chosen):
+            return sorted(ends)
+    return sorted(chosen)
+
+
+def _expert_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str]:
+    """Name the experts and routers in a layer.
+
+    Experts are a ModuleList, or one module with weights of (experts, out, in). Routers are the linear modules
+    beside them with one output per expert, or with a single one (gates of shared experts).
+    """
+    for block in layer.modules():
+        for count, bank in ((_expert_count(child), child) for child in block.children()):
+            if count:
+                yield names[bank]
+                linears = (m for m in block.modules() if is_linear(m))
+                yield from (names[m] for m in linears if getattr(m, "out_features", None) in (1, count))
+
+
+def _mamba_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str]:
+    """Name the linear modules of Mamba's mixers whose weights are used without calling them."""
+    for mixer in layer.modules():
+        if _is_mamba(mixer):
+            yield from (names[part] for name, part in mixer.named_children() if name in _MAMBA_PARTS)
+
+
+def _is_mamba(module: nn.Module) -> bool:
+    return {"A_log", "D"} <= module._parameters.keys()
+
+
+def _means_experts(model: nn.Module, target: str) -> bool:
+    """Whether PEFT puts an adapter on experts where this name is targeted.
+
+    For some mixtures it takes `gate_proj` for a part of the experts, as the name was before transformers fused them,
+    though a dense layer or a shared expert has a module of that name.
+    """
+    config = LoraConfig(target_modules=[target])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it wants the other names of the experts as well
+        return True
+    return bool(config.target_parameters)
+
+
+def _expert_count(module: nn.Module) -> int:
+    """Return how many experts a module holds; 0 for anything but a bank of experts."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    if isinstance(module, nn.modules.conv._ConvNd) or _is_mamba(module):  # three dimensions as well
+        return 0
+    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1), 0)
+
+
+def expert_banks(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules in a layer that hold its experts."""
+    return [child for block in layer.modules() for child in block.children() if _expert_count(child)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: torch's, GPT-2's transposed one, or a quantised one."""
+    quantised = hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
+    return isinstance(module, nn.Linear | Conv1D) or quantised
+
+
+def _is_within(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+def _ends_in(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _leaf_names(model: nn.Module) -> str:
+    """List the last parts of the names of all linear modules."""
+    leaves = {_leaf(name) for name, m in model.named_modules() if is_linear(m)}
+    return ", ".join(sorted(leaves)) or "none"
+
 
 KINDS = ("lora", "rslora", "dora")
 
@@ -44,7 +177,7 @@ def attach_adapter(
             16 whatever the rank (rsLoRA, whose point is that the scale falls with √rank only).
         dropout: Probability of zeroing an input of A, in [0, 1).
         targets: Names, or ends of dotted names, of the modules to adapt. None stands for every linear module of
-            the decoder layers, attention and MLP, but for what `targets.layer_linears` leaves out: experts and
+            the decoder layers, attention and MLP, but for what `layer_linears` leaves out: experts and
             routers of a mixture, modules that PEFT takes for experts, most of Mamba's mixers.
         layers: Numbers of the decoder layers that get adapters, from 0, negative ones from the end. None stands for
             all of them.
@@ -57,7 +190,7 @@ def attach_adapter(
     Example:
         >>> tuned = attach_adapter(base, rank=8, targets=["q_proj", "v_proj"])
         >>> sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-        2304
+        3584
     """
     if kind not in KINDS:
         raise AdapterError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
@@ -91,3 +224,16 @@ def _inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[in
             "targets or layers"
         )
     return kept
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model that has PEFT adapters.
+
+    Raises:
+        AdapterError: It has.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError(
+            f"{type(model).__name__} has adapters already; merge them or take them off "
+            "(PEFT: merge_and_unload(), unload()), or go on with the ones that it has"
+        )

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from siftune.errors import AdapterError, LayerError
-from siftune.models.layers import find_layers
+from siftune.errors import AdapterError
+from siftune.models.adapters import refuse_adapters
+from siftune.models.layers import find_layers, layer_numbers
 
 _originals: WeakKeyDictionary[nn.Module, dict[nn.Parameter, Tensor]] = WeakKeyDictionary()
 
@@ -83,45 +83,9 @@ def _outer_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
-def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> tuple[int, ...]:
-    """Resolve numbers of layers, some of which may count from the end.
-
-    Args:
-        depth: Layers of the model.
-        layers: Numbers from -depth to depth − 1.
-        option: Where the user gave them.
-
-    Returns:
-        Numbers from 0, ascending, each once.
-
-    Raises:
-        LayerError: There is no such layer, or none at all.
-    """
-    wrong = [number for number in layers if not -depth <= number < depth]
-    if wrong or not layers:
-        raise LayerError(
-            f"the model has {depth} layers, so `{option}` takes numbers from 0 to {depth - 1}, or from -{depth} to -1 "
-            f"counted from the end; found {wrong[0] if wrong else 'none'}"
-        )
-    return tuple(sorted({number % depth for number in layers}))
-
-
 def original_weights(layer: nn.Module) -> Mapping[nn.Parameter, Tensor] | None:
     """What the weights of an open layer were at first, each in the shape of its parameter; None where not kept."""
     return _originals.get(layer)
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model that has PEFT adapters.
-
-    Raises:
-        AdapterError: It has.
-    """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise AdapterError(
-            f"{type(model).__name__} has adapters already; merge them or take them off "
-            "(PEFT: merge_and_unload(), unload()), or go on with the ones that it has"
-        )
 
 
 def _refuse_quantised(parameters: Mapping[str, nn.Parameter]) -> None:

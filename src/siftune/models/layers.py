@@ -11,7 +11,7 @@ The decoder layers are the longest `nn.ModuleList` of like blocks next to the in
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
             encoder as well, or there is no list under `path`. The message names the lists that were found.
 
     Example:
-        >>> layers = find_layers(model)
+        >>> layers = find_layers(base)
         >>> layers.path, len(layers.layers)
         ('model.layers', 4)
     """
@@ -194,3 +194,26 @@ def with_hidden(
     if args and isinstance(args[0], Tensor):
         return (change(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
+def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> tuple[int, ...]:
+    """Resolve numbers of layers, some of which may count from the end.
+
+    Args:
+        depth: Layers of the model.
+        layers: Numbers from -depth to depth − 1.
+        option: Where the user gave them.
+
+    Returns:
+        Numbers from 0, ascending, each once.
+
+    Raises:
+        LayerError: There is no such layer, or none at all.
+    """
+    wrong = [number for number in layers if not -depth <= number < depth]
+    if wrong or not layers:
+        raise LayerError(
+            f"the model has {depth} layers, so `{option}` takes numbers from 0 to {depth - 1}, or from -{depth} to -1 "
+            f"counted from the end; found {wrong[0] if wrong else 'none'}"
+        )
+    return tuple(sorted({number % depth for number in layers}))

@@ -20,17 +20,15 @@ _SAME = {
 }
 
 
-def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path | None:
-    """The checkpoint to go on from, if any.
+def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
+    """The checkpoint to go on from, of a recipe that says to resume.
 
     Raises:
         InputError: There is no complete one where the recipe says.
     """
-    if not recipe.resume:
-        return None
     if recipe.resume is True:
         return newest_checkpoint(folder.checkpoints)
-    given = Path(recipe.resume).expanduser()
+    given = Path(str(recipe.resume)).expanduser()
     if not is_complete(given):
         raise RecipeError(f"{given} is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N.")
     return given

@@ -60,7 +60,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     check(recipe)
     recipe = resolve_recipe(recipe)
     folder = RunFolder(str(recipe.out))
-    checkpoint = find_checkpoint(recipe, folder)
+    checkpoint = find_checkpoint(recipe, folder) if recipe.resume else None
     _refuse_overwriting(recipe, folder)
     source = source_of(recipe.model)
     recipe = source.settle(recipe)

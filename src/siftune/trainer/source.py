@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from siftune.config import Recipe, method_of
-from siftune.errors import RecipeError
+from siftune.config import Recipe
 from siftune.models.source import load_model
+from siftune.trainer.build import refuse_all_weights
 
 
 class Source(Protocol):
@@ -63,17 +63,3 @@ class ModelSource:
     def leaves(self, model: nn.Module) -> Mapping[str, Callable[[Path], None]]:
         """Nothing: the adapter, or the layers that were tuned themselves, say it all."""
         return {}
-
-
-def refuse_all_weights(recipe: Recipe) -> None:
-    """Refuse to train all weights of a model in every step.
-
-    Raises:
-        RecipeError: The adapter is "full", no layers are named, and the method does not choose some.
-    """
-    chooses = any(not part.rows for part in method_of(recipe).parts)
-    if recipe.adapter == "full" and recipe.layers is None and not chooses:
-        raise RecipeError(
-            "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
-            "give --layers, such as 0 1 -2 -1, an adapter such as lora, or a method that chooses layers, such as lisa"
-        )

@@ -16,8 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from siftune.errors import InputError, TrainingError
 from siftune.models.full import OpenLayers
-from siftune.models.heads import label_positions, logits_at
-from siftune.models.loss import difference_from_model, token_loss
+from siftune.models.loss import difference_from_model, label_positions, logits_at, token_loss
 from siftune.models.modes import evaluating
 from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
 

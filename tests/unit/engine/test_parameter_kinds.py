@@ -9,7 +9,7 @@ from torch import nn
 
 from siftune import GAST
 from siftune.engine.groups import group_by_layer
-from siftune.engine.parameter_kinds import Kind, kinds_of
+from siftune.engine.per_sample import Kind, kinds_of
 from siftune.errors import AdapterError, UnsupportedError
 
 REST = {"select": 2, "support": "rest"}

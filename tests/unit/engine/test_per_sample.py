@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from siftune import numerics
 from siftune.engine import per_sample
 
 HALF = (torch.float16, torch.bfloat16)
@@ -92,11 +93,11 @@ def test_sums_and_products(rows, shape, seed):
     values = [row.flatten().tolist() for row in grads]
     direction = vector.flatten().tolist()
     columns = [math.fsum(column) for column in zip(*values, strict=True)]
-    close(per_sample.total(grads), torch.tensor(columns, dtype=torch.float64))
+    close(numerics.total(grads), torch.tensor(columns, dtype=torch.float64))
     inner = [math.fsum(a * b for a, b in zip(row, direction, strict=True)) for row in values]
-    close(per_sample.products(grads, vector), torch.tensor(inner, dtype=torch.float64))
+    close(numerics.products(grads, vector), torch.tensor(inner, dtype=torch.float64))
     lengths = [math.fsum(a * a for a in row) for row in values]
-    close(per_sample.squares(grads), torch.tensor(lengths, dtype=torch.float64))
+    close(numerics.squares(grads), torch.tensor(lengths, dtype=torch.float64))
 
 
 @given(rows=sizes, shape=parameters, data=st.data())
@@ -106,36 +107,36 @@ def test_sum_of_some_rows_as_often_as_they_are_named(rows, shape, data):
     expected = torch.zeros(shape, dtype=torch.float64)
     for row in named:
         expected = expected + grads[row]
-    close(per_sample.sum_of(grads, torch.tensor(named)), expected)
+    close(numerics.sum_of(grads, torch.tensor(named)), expected)
 
 
 def test_sum_of_no_rows_is_zero():
     none = torch.empty(0, dtype=torch.int64)
-    assert torch.equal(per_sample.sum_of(normal(3, 2, 2), none), torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(numerics.sum_of(normal(3, 2, 2), none), torch.zeros(2, 2, dtype=torch.float64))
 
 
 @given(rows=sizes, parts=sizes)
 def test_parameters_of_a_unit_add_up(rows, parts):
     given_parts = [normal(rows, seed=part) for part in range(parts)]
     expected = [math.fsum(float(part[row]) for part in given_parts) for row in range(rows)]
-    close(per_sample.added(tuple(given_parts)), torch.tensor(expected, dtype=torch.float64))
+    close(numerics.added(tuple(given_parts)), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
 def test_dtype_of_sums(dtype):
     grads = normal(3, 2, 4, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert per_sample.total(grads).dtype == wide
-    assert per_sample.squares(grads).dtype == wide
-    assert per_sample.products(grads, grads[0]).dtype == wide
-    assert per_sample.sum_of(grads, torch.tensor([0, 2])).dtype == wide
-    assert per_sample.added([per_sample.squares(grads)] * 2).dtype == wide
+    assert numerics.total(grads).dtype == wide
+    assert numerics.squares(grads).dtype == wide
+    assert numerics.products(grads, grads[0]).dtype == wide
+    assert numerics.sum_of(grads, torch.tensor([0, 2])).dtype == wide
+    assert numerics.added([numerics.squares(grads)] * 2).dtype == wide
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_other_side_of_a_product_may_be_wider(dtype):
     grads, vector = normal(3, 5, dtype=dtype), normal(5, seed=1, dtype=torch.float32)
-    got = per_sample.products(grads, vector)
+    got = numerics.products(grads, vector)
     assert got.dtype == torch.float32
     assert_close(got.double(), (grads.double() * vector.double()).sum(1), rtol=1e-6, atol=1e-6)
 
@@ -145,11 +146,11 @@ def test_halves_are_summed_in_float32(dtype):
     """300² and 4096 + 1 fit float32, and neither float16 nor bfloat16."""
     large = torch.full((2, 4), 300.0, dtype=dtype)
     square = float(large[0, 0]) ** 2
-    assert per_sample.squares(large).tolist() == pytest.approx([4 * square] * 2)
-    assert per_sample.products(large, large[0]).tolist() == pytest.approx([4 * square] * 2)
+    assert numerics.squares(large).tolist() == pytest.approx([4 * square] * 2)
+    assert numerics.products(large, large[0]).tolist() == pytest.approx([4 * square] * 2)
     steps = torch.tensor([[4096.0], [1.0], [1.0], [1.0]], dtype=dtype)
-    assert per_sample.total(steps).tolist() == [4099.0]
-    assert per_sample.sum_of(steps, torch.tensor([0, 1, 2, 3, 3])).tolist() == [4100.0]
+    assert numerics.total(steps).tolist() == [4099.0]
+    assert numerics.sum_of(steps, torch.tensor([0, 1, 2, 3, 3])).tolist() == [4100.0]
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -14,9 +14,9 @@ from siftune.engine.groups import group_by_layer, outside
 from siftune.engine.substitution import use_base_dtype
 from siftune.engine.suppression import suppress
 from siftune.errors import AdapterError, LayerError
-from siftune.models.full import OpenLayers, layer_numbers
-from siftune.models.layers import find_layers
-from siftune.models.targets import expert_banks
+from siftune.models.adapters import expert_banks
+from siftune.models.full import OpenLayers
+from siftune.models.layers import find_layers, layer_numbers
 
 
 def logits(model: nn.Module) -> torch.Tensor:

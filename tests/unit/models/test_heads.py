@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from siftune.errors import AdapterError, LayerError
-from siftune.models.heads import contiguous_head_input, find_output_embeddings, logits_at
+from siftune.models.loss import contiguous_head_input, find_output_embeddings, logits_at
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 LLAMA = LlamaConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1)

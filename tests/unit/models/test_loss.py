@@ -4,8 +4,7 @@ import pytest
 import torch
 from support.tiny import FAMILIES, batch, tiny
 
-from siftune.models.heads import IGNORED, label_positions, logits_at, next_labels
-from siftune.models.loss import difference_from_model, token_loss
+from siftune.models.loss import IGNORED, difference_from_model, label_positions, logits_at, next_labels, token_loss
 
 
 def label_loss(model, inputs, items=None):

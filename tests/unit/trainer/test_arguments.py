@@ -5,7 +5,7 @@ import logging
 from transformers import TrainingArguments
 
 from siftune.config import Recipe
-from siftune.trainer.arguments import training_arguments
+from siftune.trainer.build import training_arguments
 
 
 def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):

@@ -10,7 +10,11 @@ of sample i's share of the loss for the adapter parameters of layer ℓ, and h_�
     draw       K of B samples with probability p = softmax(z / τ)
     gradient   (B / K) · Σ_{i drawn} g_i
 
-Symbols: B samples, K drawn, U units (layers, or modules), P values in a unit. s `scores_B`, z `zscores_B`.
+Without a support gradient, each sample's support are the others: h_i = Σ_j g_j − g_i, so that ⟨h_i, g_i⟩ =
+⟨Σ_j g_j, g_i⟩ − ⟨g_i, g_i⟩. In a metric m, ⟨a, b⟩ is Σ m a b. Scores add up over the parameters of a layer or module.
+
+Symbols: B (or S) samples, K drawn, D values of one parameter; lists hold one tensor per parameter. s `scores_B`, z
+`zscores_B`.
 
 Ours, not the paper's: drawing without replacement is the default (Gumbel top-K, which is the same as drawing one after
 the other); `scale="sum"` drops the factor; pools of modules instead of layers; the scores "cosine" and
@@ -22,11 +26,15 @@ samples without a gradient (no label) stand back: they are left out of mean, std
 fewer than K others.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from siftune import numerics
 from siftune.methods.gast.settings import GASTSettings, Scale
-from siftune.numerics import gumbel_top_k
+from siftune.numerics import gumbel_top_k, widened
 
 _EPSILON = 1e-5  # of the largest score
 
@@ -109,3 +117,84 @@ def factor(live_B: Tensor, chosen_K: Tensor, scale: Scale) -> Tensor:
     if scale == "sum":
         return torch.ones((), dtype=torch.float32, device=live_B.device)
     return live_B.sum() / live_B[chosen_K].sum().clamp_min(1)
+
+
+class Scored(NamedTuple):
+    """Scores, which samples have a gradient at all, and what the samples' gradients add up to.
+
+    Attributes:
+        scores: (S,) float32, or float64 where the gradients are.
+        live: (S,) bool.
+        totals: Sum over the samples for each parameter, (D,); empty where it was neither needed nor asked for.
+    """
+
+    scores: Tensor
+    live: Tensor
+    totals: Sequence[Tensor] = ()
+
+
+def live_samples(grads: Sequence[Tensor]) -> Tensor:
+    """Which samples have a gradient, as `score_samples` sees it; (S,) bool."""
+    squares_S = torch.zeros(len(grads[0]), device=grads[0].device)
+    for grad in sorted(grads, key=Tensor.numel):
+        squares_S = squares_S + numerics.squares(widened(grad))
+        if squares_S.device.type == "cpu" and bool(squares_S.all()):  # elsewhere asking costs more than it saves
+            break
+    return squares_S > 0
+
+
+def score_samples(
+    grads: Sequence[Tensor],
+    support: Sequence[Tensor] | None,
+    metric: Sequence[Tensor] | None = None,
+    cosine: bool = False,
+    totals: bool = False,
+) -> Scored:
+    """Score samples by the inner product of their gradients with the support's.
+
+    A sample whose gradient is shorter than about 1e-22 counts as one without.
+
+    Args:
+        grads: (S, …) gradients of the samples, one tensor per parameter.
+        support: Support gradient of each parameter; None: the other samples.
+        metric: Weight of each value in the inner product, one tensor per parameter; None: 1.
+        cosine: Divide by the lengths of both sides; not together with a metric.
+        totals: Return the sums over the samples as well; not for cosines with the other samples.
+    """
+    if support is None and cosine:
+        squares_S = numerics.added([numerics.squares(widened(g)) for g in grads])
+        return Scored(_cosines_with_the_rest(grads), squares_S > 0)
+    none = [None] * len(grads)
+    shares = [_against(*those, totals) for those in zip(grads, support or none, metric or none, strict=True)]
+    products, squares, others, sums = zip(*shares, strict=True)
+    products_S, squares_S = numerics.added(products), numerics.added(squares)
+    scores_S = cosines(products_S, squares_S, numerics.added(others)) if cosine else products_S
+    return Scored(scores_S, squares_S > 0, [total for total in sums if total is not None])
+
+
+def _against(
+    grad: Tensor, support: Tensor | None, metric: Tensor | None, total: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One parameter's share: products (S,), squares (S,), the support's square, and the sum over samples (D,).
+
+    The gradients are widened once: on processors, sums over half precision take longer than the cast.
+    """
+    wide_SD = widened(grad).flatten(1)
+    squares_S = numerics.squares(wide_SD)
+    total_D = numerics.total(wide_SD) if total or support is None else None
+    other_D = total_D if support is None else support
+    assert other_D is not None
+    weighted_SD = wide_SD if metric is None else wide_SD * metric.flatten()
+    products_S = numerics.products(weighted_SD, other_D)
+    if support is None:
+        products_S = products_S - (squares_S if metric is None else (weighted_SD * wide_SD).sum(1))
+    return products_S, squares_S, numerics.squares(other_D[None]).squeeze(0), total_D
+
+
+def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:
+    """From all inner products between samples: no length is the difference of two much larger ones."""
+    wide = [widened(g).flatten(1) for g in grads]
+    gram_SS = torch.stack([g @ g.T for g in wide]).sum(0)
+    squares_S = gram_SS.diagonal()
+    rest_SS = 1 - torch.eye(len(gram_SS), dtype=gram_SS.dtype, device=gram_SS.device)
+    return cosines((gram_SS * rest_SS).sum(1), squares_S, ((rest_SS @ gram_SS) * rest_SS).sum(1))

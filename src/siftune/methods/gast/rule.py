@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from siftune.engine import per_sample
+from siftune import numerics
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
+from siftune.errors import RecipeError
 from siftune.methods.gast import maths
+from siftune.methods.gast.maths import Scored, live_samples, score_samples
 from siftune.methods.gast.momentum import moved_mean
-from siftune.methods.gast.scores import Scored, live_samples, score_samples
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.sample_choice import Choosing, Unit, units_of
 from siftune.methods.sample_driver import Gradients
-from siftune.methods.support import adam_metric
 
 
 class AlignedSamples:
@@ -70,7 +70,7 @@ class AlignedSamples:
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen_K)
         scale = maths.factor(scored.live, chosen_K, self.settings.scale)
         scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
-        return {parameter: per_sample.sum_of(part, chosen_K) * scale for parameter, part in grads.items()}
+        return {parameter: numerics.sum_of(part, chosen_K) * scale for parameter, part in grads.items()}
 
     def _score(self, grads: SampleGradients, support: Gradients) -> Scored:
         """Score the samples of a batch for one unit."""
@@ -98,3 +98,30 @@ class AlignedSamples:
         for parameter, flat in zip(parameters, totals, strict=True):
             total = flat.view_as(parameter)
             self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
+
+
+def adam_metric(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
+    """Adam's metric: 1 / (√v̂ + ε), from its running mean v of squared gradients; ones before the first step.
+
+    Args:
+        optimizer: Adam, AdamW, or one that keeps `exp_avg_sq` as they do.
+        parameter: One of its parameters.
+
+    Returns:
+        The metric's diagonal, in the parameter's shape.
+
+    Raises:
+        RecipeError: The optimizer keeps no such mean.
+    """
+    state = optimizer.state.get(parameter, {})
+    if not state:
+        return torch.ones_like(parameter)
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    if "exp_avg_sq" not in state or "betas" not in group:
+        raise RecipeError(
+            f'score="preconditioned" takes the metric of Adam or AdamW, but {type(optimizer).__name__} keeps no '
+            'exp_avg_sq; use torch\'s AdamW (transformers: optim="adamw_torch"), or score="inner"'
+        )
+    correction = 1 - group["betas"][1] ** float(state["step"])
+    metric: Tensor = 1 / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
+    return metric

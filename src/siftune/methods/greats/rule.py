@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from siftune.engine import per_sample
+from siftune import numerics
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.methods.greats import maths
@@ -48,20 +48,18 @@ class HelpfulSamples:
         if not grads:
             return {}
         device = next(iter(grads.values())).device
-        products_B = per_sample.added(
-            [per_sample.products(part, support[p]).to(device) for p, part in grads.items() if p in support]
+        products_B = numerics.added(
+            [numerics.products(part, support[p]).to(device) for p, part in grads.items() if p in support]
             or [torch.zeros(choosing.samples, device=device)]
         )
-        gram_BB = per_sample.added([_gram(part).to(device) for part in grads.values()])
+        gram_BB = numerics.added([_gram(part).to(device) for part in grads.values()])
         live_B = gram_BB.diagonal() > 0
         step = self._learning_rate() * choosing.samples / choosing.count
         chosen_K = maths.greedy(products_B, gram_BB, live_B, choosing.count, step).sort().values
         choosing.note(self.units[0], products_B, chosen_K)
         scale = live_B.sum() / live_B[chosen_K].sum().clamp_min(1)
         scale = torch.where(torch.isfinite(products_B).all(), scale, torch.nan)
-        return {
-            p: per_sample.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()
-        }
+        return {p: numerics.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
 
     def end(self) -> None:
         """Do nothing: a step leaves nothing behind."""

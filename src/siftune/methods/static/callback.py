@@ -11,7 +11,7 @@ from siftune.errors import LayerError
 from siftune.methods.layer_callback import LayerCallback
 from siftune.methods.layer_driver import Compare, LayerChoice, LayerSelection, LayerStack
 from siftune.methods.static.settings import StaticSettings
-from siftune.models.full import layer_numbers
+from siftune.models.layers import layer_numbers
 from siftune.settings import documented
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from siftune.evaluate.batching import model_device
-from siftune.models.heads import label_positions, logits_at
 from siftune.models.layers import find_layers
-from siftune.models.loss import token_loss
+from siftune.models.loss import label_positions, logits_at, token_loss
 from siftune.models.modes import evaluating, trainable_only
 from siftune.offsite.emulator.split import Split, outer_names
 

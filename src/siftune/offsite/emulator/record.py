@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from siftune.errors import DataError
 from siftune.files import Progress
-from siftune.models.heads import label_positions, logits_at, next_labels
 from siftune.models.layers import find_layers, hidden_states, with_hidden
+from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.models.modes import evaluating, trainable_only
 
 

@@ -92,8 +92,9 @@ class Kit:
 
 def is_kit(path: str | Path) -> bool:
     """Whether a path looks like a kit: a folder with a manifest.json that says so, be it sound or not."""
+    manifest = Path(path) / MANIFEST
     try:
-        return b'"siftune_kit"' in read_bytes(Path(path) / MANIFEST, LIMITS[MANIFEST])
+        return manifest.is_file() and b'"siftune_kit"' in read_bytes(manifest, LIMITS[MANIFEST])
     except KitError:
         return False
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
-from siftune.models.full import layer_numbers
-from siftune.models.layers import find_layers
+from siftune.models.layers import find_layers, layer_numbers
 from siftune.offsite.emulator.split import Split, outer_names, places
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
 from siftune.offsite.kit.tensors import DTYPES

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.methods.gast.scores import live_samples, score_samples
+from siftune.methods.gast.maths import live_samples, score_samples
 
 shapes = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4)
 

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from siftune import GAST, IST, RST
 from siftune.engine.groups import group_by_layer
 from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.host_trainer import _metrics_kept
+from siftune.methods.callback import _metrics_kept
 
 
 def layers_of(names):

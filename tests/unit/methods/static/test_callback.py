@@ -58,3 +58,9 @@ def test_a_layer_that_does_not_exist_is_refused_by_name(number):
 def test_no_layer_is_refused():
     with pytest.raises(RecipeError, match=r"static\.numbers is empty"):
         Static(numbers=())
+
+
+def test_a_list_of_numbers_is_as_good():
+    assert Static(numbers=[1, -1]).numbers == (1, -1)
+    with pytest.raises(RecipeError, match=r"static\.numbers is 3, but must be a list, each a whole number"):
+        Static(numbers=3)
