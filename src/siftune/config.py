@@ -71,7 +71,7 @@ class Recipe:
     adapter: Literal["lora", "rslora", "dora", "full"] = "lora"
     """Kind of adapter; full: none, the weights of the chosen layers themselves train."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's adapter layers
+    """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's outer layers
     for kits."""
     outside: tuple[Literal["embeddings", "head"], ...] = ()
     """With adapter full: what else trains whole, in every step (LISA's paper: both)."""

@@ -1,6 +1,7 @@
 """What the commands share: options from dataclasses, refusals in one sentence, JSON alone on standard output."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
+from siftune.methods import METHODS
 from siftune.recipe_file import load_recipe
 from siftune.settings import in_words, nearest
 
@@ -41,16 +43,24 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
         arguments = [word for word in arguments if not _is_recipe(word)]
         given["default"] = load_recipe(*files, kind=kind)
     arguments = _spell_out(kind, arguments)
-    about = f"{(kind.__doc__ or '').strip()}\n\n--json prints the result as one JSON object, alone on standard output."
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            options: T = tyro.cli(kind, prog=program, args=arguments, description=about, **given)
+            options: T = tyro.cli(kind, prog=program, args=arguments, description=_about(kind), **given)
             return options
     except SystemExit as stop:
         if not stop.code:
             raise
     raise RecipeError(_complaint(kind, arguments, program, box.getvalue()))
+
+
+def _about(kind: type) -> str:
+    """What stands above a command's options; with a recipe the methods too, a line each."""
+    parts = [inspect.cleandoc(kind.__doc__ or "")]
+    if issubclass(kind, Recipe):
+        width = max(map(len, METHODS))
+        parts.append("\n".join(["methods:", *(f"  {name:<{width}}  {m.line}" for name, m in METHODS.items())]))
+    return "\n\n".join([*parts, "--json prints the result as one JSON object, alone on standard output."])
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
 _NOT_DEFINED = "not defined"
 
 _MEANINGS = """\
-ZS: nothing tuned. FT: the adapter's layers tuned on the same rows in the same order. Plug-in: the base with the
-adapter's layers that were tuned on the emulator. Recovered: the emulator with all its decoder layers tuned.
+ZS: nothing tuned. FT: the outer layers tuned on the same rows in the same order. Plug-in: the base with the
+outer layers that were tuned on the emulator. Recovered: the emulator with all its decoder layers tuned.
 Random weights: the base's architecture, untrained.
 
 Log-likelihood is per label token, the NLL with the other sign, so that more is better in either column.
@@ -73,7 +73,7 @@ def prepare_folder(folder: Path) -> None:
 def markdown(audit: Audit) -> str:
     """The audit as a Markdown page."""
     parts = ["# Audit of an offsite-tuning set-up", _facts(audit), _conditions(audit), _comparisons(audit), _MEANINGS]
-    parts += ["## What the adapter's gradients have in common", _cosine(audit.cosine)]
+    parts += ["## What the outer layers' gradients have in common", _cosine(audit.cosine)]
     parts += ["## What is given away", _given_away(audit), _CAVEATS]
     return "\n\n".join(parts) + "\n"
 
@@ -81,7 +81,7 @@ def markdown(audit: Audit) -> str:
 def _facts(audit: Audit) -> str:
     facts, settings = audit.facts, audit.settings
     named = "".join(f"{label} `{facts[key]}`, " for key, label in (("model", "base"), ("kit", "kit")) if key in facts)
-    source = "the emulator's adapter is a return" if facts["returned"] else "all adapters tuned here"
+    source = "the emulator's outer layers are a return" if facts["returned"] else "all outer layers tuned here"
     return (
         f"{named}{facts['tuned_rows']} rows to tune on, {facts['held_out_rows']} held-out rows; {settings.steps} steps "
         f"of {settings.batch_size} rows at a learning rate of {settings.lr:g}, seed {settings.seed}; {source}. "
@@ -114,7 +114,7 @@ def _cosine(cosine: GradientCosine) -> str:
     pairs = [*zip(cosine.layers, cosine.per_layer, strict=True), ("all", cosine.overall)]
     rows = [[layer, _NOT_DEFINED if math.isnan(value) else f"{value:.3f}"] for layer, value in pairs]
     losses = f"Loss per label token on these rows: base {cosine.loss_full:.3f}, emulator {cosine.loss_emulator:.3f}."
-    return f"{markdown_table(Table(['adapter layer', 'cosine'], rows))}\n\n{losses}"
+    return f"{markdown_table(Table(['outer layer', 'cosine'], rows))}\n\n{losses}"
 
 
 def _given_away(audit: Audit) -> str:

@@ -46,7 +46,7 @@ def _cosine(axes: "Axes", audit: Audit) -> None:
     _bars(axes, [*cosine.layers, "all"], values, [_EMULATOR] * len(cosine.layers) + [_BASE])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylim(min(0.0, *axes.get_ylim()), 1)
-    axes.set_title("cosine of adapter gradients")
+    axes.set_title("cosine of outer gradients")
 
 
 def _membership(axes: "Axes", audit: Audit) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MEANINGS = """\
-kept: parameters of the middle that the emulator has, of the base's. cosine: between the adapter's gradients on the base
+kept: parameters of the middle that the emulator has, of the base's. cosine: between the outer layers' gradients on the base
 and on the emulator; 1 is tuning as on the base. gap: the emulator's loss − the base's, in nats per label token on
 held-out rows; the wider, the less the emulator is worth by itself. *: no other emulator here has both a higher cosine
 and a wider gap."""
@@ -91,7 +91,7 @@ def picture(points: Sequence[SweepPoint]) -> bytes:
     _annotate(axes, points)
     _draw_front(axes, points)
     axes.set_xlabel("loss gap: emulator − base, nats per label token (wide: worth little without the base)")
-    axes.set_ylabel("cosine of the adapter's gradients (high: tuning transfers)")
+    axes.set_ylabel("cosine of the outer layers' gradients (high: tuning transfers)")
     axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)
     return png(figure)
