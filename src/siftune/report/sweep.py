@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MEANINGS = """\
-kept: parameters of the middle that the emulator has, of the base's. cosine: between the outer layers' gradients on the base
-and on the emulator; 1 is tuning as on the base. gap: the emulator's loss − the base's, in nats per label token on
-held-out rows; the wider, the less the emulator is worth by itself. *: no other emulator here has both a higher cosine
-and a wider gap."""
+kept: parameters of the middle that the emulator has, of the base's. cosine: between the outer layers' gradients on
+the base and on the emulator; 1 is tuning as on the base. gap: the emulator's loss − the base's, in nats per label
+token on held-out rows; the wider, the less the emulator is worth by itself. *: no other emulator here has both a
+higher cosine and a wider gap."""
 
 _CAVEAT = "A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover."
 

@@ -126,7 +126,7 @@ def test_markdown():
     assert table(text, "membership AUC, by loss") == ["0.600 [0.500, 0.700]"]
     assert table(text, "rows in that") == ["30 members, 18 others, 2 left out as both"]
     assert "base `smollm2`, 30 rows to tune on, 20 held-out rows; 100 steps of 16 rows" in text
-    assert "all adapters tuned here" in text
+    assert "all outer layers tuned here" in text
     assert "it proves no privacy" in text
 
 
@@ -137,7 +137,7 @@ def test_markdown_of_less():
     assert "| Recovered |" not in text
     assert "membership AUC" not in text
     facts = {**made().facts, "returned": True}
-    assert "the emulator's adapter is a return" in markdown(made(facts=facts))
+    assert "the emulator's outer layers are a return" in markdown(made(facts=facts))
 
 
 def test_figures_without_value_or_interval():
