@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.every_method import NAMES, chooses_rows, trained
 
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 
 
-def run(folder, ranks, **settings):
+def run(folder, ranks, worker="worker.py", **settings):
     """Train in `ranks` processes; returns what each of them ended with."""
     folder.mkdir()
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(HERE / "worker.py"), str(folder), json.dumps(settings)]
+    command = [sys.executable, *launcher, str(HERE / worker), str(folder), json.dumps(settings)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
@@ -91,3 +92,22 @@ def assert_proportional(got, wanted, factor):
     if factor is None:
         factor = float(got.abs().max() / scale) if scale > 0 else 1.0
     torch.testing.assert_close(got, wanted * factor, rtol=1e-2, atol=float(scale) * factor * 1e-3 + 1e-12)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What two ranks ended with, for every method."""
+    return run(tmp_path_factory.mktemp("every") / "run", 2, "every_method.py")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_every_method_two_ranks_are_one(tmp_path, both, name):
+    first, second = (results[name] for results in both)
+    parts = {"gradient_accumulation_steps": 2} if chooses_rows(name) else {"per_device_train_batch_size": 8}
+    alone, _ = trained(tmp_path, name, **parts)
+    assert first["layers"] == second["layers"] == alone["layers"]
+    assert not first["samples"].keys() & second["samples"].keys()
+    assert first["samples"] | second["samples"] == alone["samples"]
+    for key, value in alone["weights"].items():
+        assert torch.equal(first["weights"][key], second["weights"][key])
+        torch.testing.assert_close(first["weights"][key], value, rtol=1e-3, atol=1e-4)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from siftune.bench.cost import parse_methods
-from siftune.cli.common import parse
-from siftune.cli.main import COMMANDS, main
+from siftune.cli.common import COMMANDS, parse
+from siftune.cli.main import main
 from siftune.config import check
 
 ROOT = Path(__file__).parents[2]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from siftune import numerics
+from siftune.engine.distributed import world_size
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.methods.greats import maths
@@ -54,7 +55,8 @@ class HelpfulSamples:
         )
         gram_BB = numerics.added([_gram(part).to(device) for part in grads.values()])
         live_B = gram_BB.diagonal() > 0
-        step = self._learning_rate() * choosing.samples / choosing.count
+        # ranks' gradients are averaged, so that this rank's are followed for a share of the learning rate
+        step = self._learning_rate() / world_size() * choosing.samples / choosing.count
         chosen_K = maths.greedy(products_B, gram_BB, live_B, choosing.count, step).sort().values
         choosing.note(self.units[0], products_B, chosen_K)
         scale = live_B.sum() / live_B[chosen_K].sum().clamp_min(1)

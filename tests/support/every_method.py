@@ -1,0 +1,74 @@
+"""Every method of siftune on the models of `support.trainers`: at its limit, and at work."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from support.trainers import adapted, rows, train, weights
+from transformers import Trainer
+
+from siftune.config import Recipe
+from siftune.methods import METHODS, Part
+from siftune.trainer.build import methods_of
+
+SUPPORT_SIZE = 3  # unlike any batch, so that passes over support rows are told from others by their size
+
+
+class Case(NamedTuple):
+    """Settings of a part of a method.
+
+    Attributes:
+        limit: Where training is plain training, bit for bit.
+        work: Where it selects, on four layers and batches of four rows, and redraws within a few steps.
+    """
+
+    limit: dict[str, Any]
+    work: dict[str, Any]
+
+
+# a new method has its line here: group of its settings -> its limit, and settings that select
+CASES = {
+    "rst": Case({"active": 1.0}, {"active": 0.5}),
+    "ist": Case({"active": 1.0, "interval": None}, {"active": 0.5, "interval": 2, "score_batch_size": 6}),
+    "lisa": Case({"active": 4}, {"active": 2, "interval": 3}),
+    "static": Case({"numbers": (0, 1, 2, 3)}, {"numbers": (1, -1)}),
+    "gast": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
+    "greats": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
+}
+
+NAMES = [name for name, method in METHODS.items() if method.parts]  # dense is what they are compared with
+
+
+def parts(name: str) -> tuple[Part, ...]:
+    return METHODS[name].parts
+
+
+def chooses_rows(name: str) -> bool:
+    return any(part.rows for part in parts(name))
+
+
+def built(name: str, case: str = "work") -> list[Any]:
+    """The method's callbacks, as `siftune train` makes them, each with `all`, the choices that it will have made."""
+    groups = {part.settings.group: part.settings(**getattr(CASES[part.settings.group], case)) for part in parts(name)}
+    callbacks = methods_of(Recipe(method=name, **groups), None)
+    for callback in callbacks:
+        callback.all = []
+        callback.on_select = callback.all.append
+    return callbacks
+
+
+# a learning rate so high that GREATS' overlap decides, and steps that are short all the same
+_OWN = {"greats": {"optim": "sgd", "learning_rate": 5.0, "max_grad_norm": 0.02}}
+
+
+def trained(folder: Path, name: str, **settings: Any) -> tuple[dict[str, Any], Trainer]:
+    """Train a few steps, also on several ranks: weights, layers of every step, and samples of every batch."""
+    methods, steps = built(name), {"max_steps": 4, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": False}
+    model, trainer = train(
+        folder, *methods, model=adapted(), dataset=rows(48), **{**steps, **_OWN.get(name, {}), **settings}
+    )
+    choices = [choice for method in methods for choice in method.all]
+    return {
+        "weights": weights(model),
+        "layers": [c.layers for c in choices if not hasattr(c, "selected")],
+        "samples": {(c.step, c.batch): (c.layers, c.selected.tolist()) for c in choices if hasattr(c, "selected")},
+    }, trainer
