@@ -384,7 +384,8 @@ def test_dora_with_torch_compile_is_refused(tmp_path):
     ("settings", "words"),
     [
         ({"select": 0}, "select is 0"), ({"select": 1.5}, "select is 1.5"), ({"select": True}, "select is True"),
-        ({"support": "rset"}, "support is 'rset', but must be one of sample, rest"), ({"temperature": 0.0}, "temperature"),
+        ({"support": "rset"}, "support is 'rset', but must be one of sample, rest"),
+        ({"temperature": 0.0}, "temperature"),
         ({"choice": "best"}, "choice"), ({"choice": "topk", "replacement": True}, "replacement"),
     ],
 )  # fmt: skip

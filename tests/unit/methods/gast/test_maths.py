@@ -93,7 +93,7 @@ def test_ranges(name, good, bad, advice):
 def test_replacement_goes_with_a_draw():
     for choice in ("stochastic", "random"):
         assert GASTSettings(choice=choice, replacement=True).replacement
-    with pytest.raises(RecipeError, match="gast.replacement goes with choice stochastic or random"):
+    with pytest.raises(RecipeError, match=r"gast\.replacement goes with choice stochastic or random"):
         GASTSettings(choice="topk", replacement=True)
 
 
