@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from siftune.bench.cost import MEASURED, Measurement, Workload, check_workload, measure, schedule, summarise
+from siftune.bench.cost import MEASURED, Measurement, check_workload, measure, schedule, summarise
+from siftune.bench.workload import Workload
 from siftune.errors import DataError, RecipeError, SiftuneError
 from siftune.settings import nearest
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from siftune.config import Recipe, check, resolve_recipe
+from siftune.bench.workload import Workload
+from siftune.config import check
 from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.methods import METHODS
-from siftune.settings import Settings, nearest
+from siftune.settings import nearest
 
 _SUPPORTS = ("sample", "rest", "momentum")  # GAST's, each of which has a price of its own
 # method -> what it is
@@ -36,59 +37,6 @@ MEASURED = {
 FLOOR = "floor"  # what a worker is asked for the matmul floor
 
 WORKER = (sys.executable, "-m", "siftune.bench.worker")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The training that is measured: the same rows, model and adapter for every method.
-
-    Attributes:
-        model: Folder, hub id or `smollm2`.
-        dtype: Number format of the frozen weights; auto keeps that of the checkpoint.
-        batch_size: Rows in a step.
-        length: Tokens in a row; every row has as many.
-        label_share: Fraction of a row, at its end, that is learned; the rest stands for the prompt.
-        rank: Rank of the LoRA.
-        targets: Modules that get it.
-        active: Share of the layers that train in a step of rst, ist and lisa.
-        interval: Optimizer steps between two updates of ist's importance, and between two draws of lisa's.
-        steps: Optimizer steps that are timed.
-        warmup: Optimizer steps before these.
-        seed: Seed of rows, adapters and selection.
-    """
-
-    model: str
-    dtype: str = "auto"
-    batch_size: int = 16
-    length: int = 128
-    label_share: float = 0.25
-    rank: int = 32
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    active: float = 0.25
-    interval: int = 10
-    steps: int = 20
-    warmup: int = 2
-    seed: int = 0
-
-    def recipe(self, method: str, out: str) -> Recipe:
-        """The recipe of one of siftune's own methods on this workload."""
-        name, _, support = method.partition("-")
-        shared = ("model", "dtype", "batch_size", "rank", "targets", "seed")
-        fields: dict[str, Any] = {field: getattr(self, field) for field in shared}
-        fields |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
-        options: dict[str, Any] = {"active": self.active, "interval": self.interval}
-        options |= {"select": 0.5}  # the papers' share of rows, for their own ways to run it as well
-        if name.endswith("gast"):
-            options["support"] = support or "rest"
-        for part in METHODS[name].parts:
-            own = Settings.names(part.settings)
-            settings = {option: value for option, value in options.items() if option in own}
-            fields[part.settings.group] = part.settings(**settings)
-        return resolve_recipe(Recipe(method=name, out=out, **fields))
-
-    def labels(self) -> int:
-        """Learned tokens in a row."""
-        return max(1, round(self.label_share * self.length))
 
 
 @dataclass(frozen=True)

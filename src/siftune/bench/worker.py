@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from siftune.bench.cost import FLOOR, Workload
+from siftune.bench.cost import FLOOR
+from siftune.bench.workload import Workload
 from siftune.environment import hardware, peak_memory_mb, versions
 from siftune.errors import RecipeError, SiftuneError
 from siftune.models.source import load_model

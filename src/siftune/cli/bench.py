@@ -6,21 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from siftune.bench.workload import Workload
 from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from siftune.bench.cost import Cost, Measurement, Workload
+    from siftune.bench.cost import Cost, Measurement
     from siftune.report.table import Table
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Options:
+class Options(Workload):
     """Measure what a training step costs with each method on this machine: wall time and peak memory.
 
     Every method runs in a fresh process; the methods take turns over the rounds, on the same random tokens. Leave the
@@ -32,36 +33,12 @@ class Options:
     gast-momentum), trl, trl-no-checkpointing."""
     against: str | None = None
     """A further method that all are compared with, such as trl: TRL's SFTTrainer with its own defaults."""
-    model: str = "smollm2"
-    """Model to train: a folder, a hub id, or smollm2 (packaged, no hub needed)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights; auto keeps that of the checkpoint."""
-    batch_size: int = 16
-    """Rows in a step."""
-    length: int = 128
-    """Tokens in a row."""
-    label_share: float = 0.25
-    """Fraction of a row, at its end, that is learned; the rest stands for the prompt."""
-    rank: int = 32
-    """Rank of the LoRA matrices."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    """Names of the modules that get adapters."""
-    active: float = 0.25
-    """rst, ist, lisa: fraction of the layers that train in a step."""
-    interval: int = 10
-    """ist: optimizer steps between two updates of the importance; lisa: between two draws."""
-    steps: int = 20
-    """Timed optimizer steps in a round; a multiple of interval, so that ist's scoring counts for its share."""
-    warmup: int = 2
-    """Optimizer steps before these, not timed."""
     rounds: int = 3
     """Times that each method is measured."""
     threads: int | None = None
     """Processor threads of each process; as in the environment if not given."""
     floor: bool = True
     """Also measure how fast this machine multiplies matrices, and what a dense step would take at that rate."""
-    seed: int = 0
-    """Seed of the tokens, the adapters and the draws."""
     out: Path | None = None
     """JSON file for the result, every step's time included."""
 
@@ -103,9 +80,9 @@ def _methods(options: Options) -> list[str]:
     return list(dict.fromkeys([*wanted, *yardstick]))
 
 
-def _workload(options: Options, methods: Sequence[str]) -> "Workload":
+def _workload(options: Options, methods: Sequence[str]) -> Workload:
     """Check what can be checked before measuring, and fetch the packaged model if it is wanted."""
-    from siftune.bench.cost import Workload, check_workload
+    from siftune.bench.cost import check_workload
     from siftune.models.source import resolve
 
     work = Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
@@ -129,7 +106,7 @@ def _line(measurement: "Measurement", rounds: int) -> str:
 
 
 def _result(
-    work: "Workload",
+    work: Workload,
     options: Options,
     costs: Mapping[str, "Cost"],
     floor: Mapping[str, Any] | None,

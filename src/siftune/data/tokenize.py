@@ -99,11 +99,9 @@ class Collator:
 
     Attributes:
         pad_token_id: fills `input_ids`; the model never sees it, because the attention mask is 0 there.
-        pad_to_multiple: the length of a batch is rounded up to a multiple of this.
     """
 
     pad_token_id: int
-    pad_to_multiple: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate rows with `input_ids` and `labels`; other columns are left out.
@@ -112,9 +110,7 @@ class Collator:
             `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `labels` (-100 on padding), each
             (B, T) int64.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
-        length = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
-        shape = (len(rows), length)
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),

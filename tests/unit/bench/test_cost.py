@@ -15,7 +15,8 @@ from support.tokenizer import byte_tokenizer
 from trl import SFTTrainer
 
 from siftune.bench import cost, worker
-from siftune.bench.cost import FLOOR, MEASURED, Measurement, Workload, check_workload, measure, parse_methods, schedule
+from siftune.bench.cost import FLOOR, MEASURED, Measurement, check_workload, measure, parse_methods, schedule
+from siftune.bench.workload import Workload
 from siftune.config import check, settings_of
 from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.methods import METHODS

@@ -11,8 +11,9 @@ import gast_cost
 from baseline_trainer import BaselineTrainer
 from gast_cost import BASELINES, Case, collect, table
 from random_llama import save_llama
-from siftune.bench.cost import MEASURED, Measurement, Workload, measure
+from siftune.bench.cost import MEASURED, Measurement, measure
 from siftune.bench.worker import build_trainer
+from siftune.bench.workload import Workload
 from siftune.errors import DataError, RecipeError
 from siftune.methods.gast.callback import GAST
 from siftune.models.source import load_model
