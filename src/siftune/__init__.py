@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siftune.errors import SiftuneError
+    from siftune.methods.cut.callback import Cut
     from siftune.methods.gast.callback import GAST
     from siftune.methods.greats.callback import GREATS
     from siftune.methods.ist.callback import IST
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 # name -> module; imported on first use, because torch and transformers take seconds
 _LAZY = {
+    "Cut": "siftune.methods.cut.callback",
     "GAST": "siftune.methods.gast.callback",
     "GREATS": "siftune.methods.greats.callback",
     "IST": "siftune.methods.ist.callback",
@@ -29,7 +31,7 @@ _LAZY = {
     "find_layers": "siftune.models.layers",
 }
 
-__all__ = ["GAST", "GREATS", "IST", "LISA", "RST", "SiftuneError", "Static", "attach_adapter", "find_layers"]
+__all__ = ["Cut", "GAST", "GREATS", "IST", "LISA", "RST", "SiftuneError", "Static", "attach_adapter", "find_layers"]  # noqa: RUF022
 
 
 def __getattr__(name: str) -> Any:

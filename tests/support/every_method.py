@@ -30,6 +30,7 @@ CASES = {
     "rst": Case({"active": 1.0}, {"active": 0.5}),
     "ist": Case({"active": 1.0, "interval": None}, {"active": 0.5, "interval": 2, "score_batch_size": 6}),
     "lisa": Case({"active": 4}, {"active": 2, "interval": 3}),
+    "cut": Case({"depths": (0,), "compensate": True}, {"hold": 3, "compensate": True}),
     "static": Case({"numbers": (0, 1, 2, 3)}, {"numbers": (1, -1)}),
     "gast": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
     "greats": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from siftune.methods.cut.settings import CutSettings
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
@@ -61,6 +62,7 @@ class Method:
 _RST = Part(RSTSettings, "siftune.methods.rst.callback:RST")
 _IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True)
 _LISA = Part(LISASettings, "siftune.methods.lisa.callback:LISA")
+_CUT = Part(CutSettings, "siftune.methods.cut.callback:Cut")
 _STATIC = Part(StaticSettings, "siftune.methods.static.callback:Static")
 _GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True)
 _GREATS = Part(GREATSSettings, "siftune.methods.greats.callback:GREATS", rows=True)
@@ -70,6 +72,7 @@ METHODS = {
     "rst": Method("layers drawn at random in every step (IST's ablation)", (_RST,)),
     "ist": Method("layers drawn by their importance in every step (arXiv 2410.11772)", (_IST,)),
     "lisa": Method("layers drawn at random and held for some steps (arXiv 2403.17919)", (_LISA,)),
+    "cut": Method("all layers above a random depth, at which backward ends (ours)", (_CUT,)),
     "static": Method("the same layers in every step", (_STATIC,)),
     "gast": Method("every layer follows the rows whose gradients point its way (arXiv 2603.09865)", (_GAST,)),
     "greats": Method("all layers follow the rows that most help a support set (NeurIPS 2024)", (_GREATS,)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from siftune.errors import RecipeError
 from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
 from siftune.methods.callback import SelectionCallback, plain_optimizer, refuse_wrappers, trainer_loss
 from siftune.methods.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
@@ -44,9 +45,18 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         optimizer: torch.optim.Optimizer | None = None,
         loss: Loss = model_loss,
     ) -> LayerSelection:
-        """Put a selection on a model, and choose the first step's layers."""
+        """Put a selection on a model, and choose the first step's layers.
+
+        Raises:
+            RecipeError: There is no optimizer, although the policy has to do with its steps.
+        """
         draws = GivenBatches(batches) if batches is not None else None
         selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
+        if optimizer is None and (selection.policy.needs_norms or selection.policy.step_lengths is not None):
+            selection.remove()
+            raise RecipeError(
+                f"these settings of {type(self).__name__} act around optimizer steps: give attach(..., optimizer=...)"
+            )
         selection.begin()
         if optimizer is not None:
             selection.follow(optimizer)
@@ -90,4 +100,11 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     ) -> None:
         """Make sure that the optimizer skips inactive layers."""
         assert self._selection is not None
-        self._selection.drop_inactive_grads()
+        self._selection.before_update()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Scale the layers' steps, where the policy asks for it."""
+        assert self._selection is not None
+        self._selection.after_update()

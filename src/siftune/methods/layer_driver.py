@@ -1,22 +1,24 @@
 """Layer selection at work on one model: a policy chooses, gates carry it out, step by step.
 
 `LayerSelection` is what the Trainer callbacks drive, and what `attach` returns for a plain training loop. Which layers
-train is the business of a `LayerPolicy`: IST goes by importance, RST and LISA draw at random, Static stays.
+train is the business of a `LayerPolicy`: IST goes by importance, RST, LISA and Cut draw at random, Static stays.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from siftune.engine.distributed import mean_over_ranks, world_size
 from siftune.engine.gate import LayerGates
-from siftune.engine.groups import group_by_layer
+from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.methods.batches import Batch, Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
+from siftune.methods.layer_steps import ScaledSteps, gradient_norm
 from siftune.models.layers import find_layers
 from siftune.models.modes import evaluating
 
@@ -29,6 +31,7 @@ class LayerChoice:
         step: Optimizer steps done before it.
         layers: Numbers of the layers that train, from the embeddings, ascending.
         importance: (L,) float64 importance logits of the layers that have adapters; None where a policy has none.
+        moved: The importance is another than at the choice before.
         losses: Losses of the candidate sets where this step scored them, else empty.
         rewards: Their rewards.
         suppressed: The candidate sets.
@@ -37,6 +40,7 @@ class LayerChoice:
     step: int
     layers: tuple[int, ...]
     importance: Tensor | None = None
+    moved: bool = False
     losses: tuple[float, ...] = ()
     rewards: tuple[float, ...] = ()
     suppressed: tuple[tuple[int, ...], ...] = ()
@@ -44,9 +48,10 @@ class LayerChoice:
     def record(self, scores: bool = False) -> dict[str, Any]:
         """JSON-ready form, for a run's selection records; layers have no `scores` of rows to leave out."""
         record: dict[str, Any] = {"step": self.step, "layers": list(self.layers)}
-        if self.losses and self.importance is not None:
+        if self.moved and self.importance is not None:
+            record["importance"] = self.importance.tolist()
+        if self.losses:
             record |= {
-                "importance": self.importance.tolist(),
                 "losses": list(self.losses),
                 "rewards": list(self.rewards),
                 "suppressed": [list(layers) for layers in self.suppressed],
@@ -70,24 +75,41 @@ class LayerStack(NamedTuple):
 Compare = Callable[[Tensor, float, int], Tensor]  # see LayerSelection.suppressed_losses
 
 
-class LayerPolicy(Protocol):
-    """Who chooses the layers: an object with state.
+class LayerPolicy(ABC):
+    """Who chooses the layers: an object, with state where it has any.
 
     Attributes:
         needs_rows: It compares layers on rows, so that the driver needs some.
+        needs_norms: It is shown the norms of the layers' gradients; see `observe`.
         drops_state: The optimizer is to forget the layers that leave.
+        step_lengths: How many times as long as the optimizer made it each layer's step is to be, by position; None: as
+            it comes.
+        importance: (L,) float64 importance logits, high = important; None where it goes by none.
     """
 
-    needs_rows: bool
-    drops_state: bool
+    needs_rows: bool = False
+    needs_norms: bool = False
+    drops_state: bool = False
+    step_lengths: Sequence[float] | None = None
+    importance: Tensor | None = None
 
+    @abstractmethod
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Choose for the step after `step` optimizer steps; layers and sets are positions in the `LayerStack`."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state."""
+    def observe(self, positions_N: Tensor, norms_N: Tensor) -> None:  # noqa: B027
+        """Take note of the gradients of the layers that train, just before an optimizer step.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        Args:
+            positions_N: (N,) int64 positions of these layers, ascending.
+            norms_N: (N,) float64 norm of each one's gradient: of the whole step, over all ranks, after clipping.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state; none by default."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Continue from a `state_dict()`."""
 
 
@@ -130,12 +152,13 @@ class LayerSelection:
         self.last: LayerChoice | None = None
         self._chunk = chunk
         self._handles: list[Any] = []
+        self._scaled: ScaledSteps | None = None
         self._gates = LayerGates(model, self.groups, deliver_zeros=world_size() > 1)
 
     @property
     def importance(self) -> Tensor | None:
         """(L,) float64 importance logits, high = important; None where the policy has none."""
-        return getattr(self.policy, "importance", None)
+        return self.policy.importance
 
     def begin(self) -> LayerChoice:
         """Choose the layers of the coming step."""
@@ -152,25 +175,44 @@ class LayerSelection:
         """Set the gradients of inactive layers to None; call it before an optimizer step."""
         self._gates.drop_inactive_grads()
 
+    def before_update(self) -> None:
+        """Do what is due just before an optimizer step, when gradients are whole: the Trainer's callback calls it."""
+        self.drop_inactive_grads()
+        active = self._active_groups()
+        if self.policy.needs_norms:
+            norms = torch.stack([gradient_norm(group.parameters.values()) for group in active.values()])
+            self.policy.observe(torch.tensor(list(active)), norms.to("cpu").to(torch.float64))
+        if (lengths := self.policy.step_lengths) is not None:
+            scales = {p: lengths[at] for at, group in active.items() for p in group.parameters.values()}
+            self._scaled = ScaledSteps(scales)
+
+    def after_update(self) -> None:
+        """Do what is due just after it, whether or not it was skipped."""
+        if self._scaled is not None:
+            self._scaled.apply()
+            self._scaled = None
+
     def step(self) -> LayerChoice:
         """Note that an optimizer step is done, and choose the layers of the next."""
         self.steps += 1
         return self.begin()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Do `drop_inactive_grads()` before and `step()` after every step of `optimizer`."""
+        """Do `before_update()` before, and `after_update()` and `step()` after every step of `optimizer`."""
         self.optimizer = optimizer
         self._handles += [
-            optimizer.register_step_pre_hook(lambda *_: self.drop_inactive_grads()),
+            optimizer.register_step_pre_hook(lambda *_: self.before_update()),
             optimizer.register_step_post_hook(lambda *_: self._follow_step()),
         ]
 
     def _follow_step(self) -> None:
+        self.after_update()
         self.step()
 
     def remove(self) -> None:
         """Take everything off the model and the optimizer; calling it twice does no harm."""
         self._gates.remove()
+        self._scaled = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -221,6 +263,11 @@ class LayerSelection:
     def _numbers(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Numbers of the layers at some positions: layers without adapters are not counted among `groups`."""
         return tuple(self.groups[position].index for position in positions)
+
+    def _active_groups(self) -> dict[int, LayerGroup]:
+        """The layers that train now, by position."""
+        active = self._gates.active
+        return {at: group for at, group in enumerate(self.groups) if group.index in active}
 
     def _suppressed_loss(self, layers: list[int], factor: float, batches: Sequence[Batch]) -> float:
         """Mean loss over the batches with the adapters of `layers` damped."""

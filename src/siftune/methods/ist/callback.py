@@ -57,14 +57,16 @@ class IST(LayerCallback, ISTSettings):
         Args:
             model: Causal LM with adapters.
             batches: Batches on which the candidate sets are compared, one each time; started again at the end.
-            optimizer: Where given, its steps drive the selection; else call `step()` after each.
+            optimizer: Where given, its steps drive the selection; else call `step()` after each. Importance from
+                gradients takes it.
             loss: Loss of a batch, a scalar.
 
         Returns:
             A context manager; `last.layers` are the layers that train now.
 
         Raises:
-            RecipeError: When there are no `batches` although `interval` asks for updates.
+            RecipeError: When there are no `batches` although `interval` asks for updates, or no `optimizer` although
+                the importance is from gradients.
 
         Example:
             >>> with IST(active=0.5, interval=2).attach(model, batches=loader, optimizer=optimizer) as sift:
@@ -75,6 +77,6 @@ class IST(LayerCallback, ISTSettings):
             ...     sift.importance.shape
             torch.Size([4])
         """
-        if batches is None and self.interval is not None:
+        if batches is None and self.interval is not None and not self.scores_nothing:
             raise RecipeError("IST compares layers on rows: give attach(..., batches=...), or set interval=None.")
         return self._attach(model, batches, optimizer, loss)

@@ -1,20 +1,24 @@
-"""IST's policy: layers by importance, which it keeps up to date by suppressing the response of some."""
+"""IST's policy: layers by importance, kept up to date by suppressing the response of some, or from gradients' norms."""
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from siftune.methods.ist import maths
 from siftune.methods.ist.settings import ISTSettings
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerStack
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 
 logger = logging.getLogger(__name__)
 
 
-class Importance:
-    """Draws layers by importance, and every `interval` steps moves the importance by what a few sets of layers matter.
+class Importance(LayerPolicy):
+    """Draws layers by importance.
+
+    Every `interval` steps it moves the importance by what a few sets of layers matter; or in every step, by the norms
+    of the gradients of the layers that train.
 
     Args:
         stack: The layers.
@@ -25,21 +29,27 @@ class Importance:
         importance: (L,) float64 logits, high = important.
     """
 
-    drops_state = False
+    importance: Tensor
 
     def __init__(self, stack: LayerStack, settings: ISTSettings, generator: torch.Generator) -> None:
         self.importance = torch.zeros(len(stack.numbers), dtype=torch.float64)
-        self.needs_rows = settings.interval is not None
+        self.needs_norms = settings.scores_nothing
+        self.needs_rows = settings.interval is not None and not self.needs_norms
         self._settings = settings
         self._generator = generator
 
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Move the importance if it is time, then draw the layers of the coming step."""
         interval = self._settings.interval
-        due = interval is not None and step > 0 and step % interval == 0
+        due = self.needs_rows and interval is not None and step > 0 and step % interval == 0
         scoring = self._score(step, compare) if due else {}
         active_N = maths.draw_active(self.importance, self._settings.active, self._generator)
-        return LayerChoice(step, tuple(active_N.tolist()), self.importance, **scoring)
+        moved = bool(scoring) or (self.needs_norms and step > 0)
+        return LayerChoice(step, tuple(active_N.tolist()), self.importance, moved, **scoring)
+
+    def observe(self, positions_N: Tensor, norms_N: Tensor) -> None:
+        """Move the importance of the layers that train towards the logarithms of their gradients' norms."""
+        self.importance = maths.follow_norms(self.importance, positions_N, norms_N)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state."""

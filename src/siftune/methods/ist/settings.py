@@ -1,9 +1,13 @@
 """Settings of IST; defaults are the paper's."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from siftune.settings import BELOW_ONE, COUNT, POSITIVE, SHARE, Range, Settings
+from siftune.settings import BELOW_ONE, COUNT, OURS, POSITIVE, SHARE, Range, Settings
+
+Source = Literal["response", "gradients"]
+_SCORING = ("interval", "score_batch_size", "candidates", "suppressed", "factor", "score_lr")
 
 
 @dataclass
@@ -14,6 +18,8 @@ class ISTSettings(Settings):
 
     active: Annotated[float, SHARE] = 0.25
     """Share of the layers that train in a step."""
+    importance_from: Annotated[Source, OURS] = "response"
+    """The loss with some layers' response damped (the paper's), or the norms of layers' gradients, which are free."""
     interval: Annotated[int | None, COUNT] = 10
     """Optimizer steps between two updates of the importance; none never updates it."""
     score_batch_size: Annotated[int, COUNT] = 16
@@ -26,3 +32,16 @@ class ISTSettings(Settings):
     """What the adapter response of a suppressed layer is multiplied by."""
     score_lr: Annotated[float, POSITIVE] = 10.0
     """Learning rate of the importance."""
+
+    def _faults(self) -> Iterable[tuple[bool, str]]:
+        for name in _SCORING:
+            value = getattr(self, name)
+            yield (
+                self.scores_nothing and value != getattr(ISTSettings, name),
+                f"ist.{name} is {value}, which has no effect with ist.importance_from gradients: leave it out",
+            )
+
+    @property
+    def scores_nothing(self) -> bool:
+        """Whether no pass is made to compare layers."""
+        return self.importance_from == "gradients"

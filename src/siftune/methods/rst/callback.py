@@ -1,28 +1,23 @@
 """RST for any transformers Trainer, and for plain training loops.
 
 Random sparse tuning is the ablation in the IST paper (arXiv 2410.11772): the same number of layers trains in a step,
-drawn uniformly.
+drawn uniformly. LISA with `keep_state` is the same with draws that are held for some steps.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from siftune.methods.layer_callback import LayerCallback
 from siftune.methods.layer_draws import draw_uniform, share
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerSelection, LayerStack
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
 from siftune.methods.rst.settings import RSTSettings
 from siftune.settings import documented
 
 
-class RandomLayers:
+class RandomLayers(LayerPolicy):
     """Draws layers uniformly in every step; it has no state but the generator's."""
-
-    needs_rows = False
-    drops_state = False
 
     def __init__(self, stack: LayerStack, settings: RSTSettings, generator: torch.Generator) -> None:
         self._layers = len(stack.numbers)
@@ -32,13 +27,6 @@ class RandomLayers:
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Draw the layers of the coming step."""
         return LayerChoice(step, tuple(draw_uniform(self._layers, self._count, self._generator).tolist()))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing."""
 
 
 @documented

@@ -13,4 +13,4 @@ class RSTSettings(Settings):
     group = "rst"
 
     active: Annotated[float, SHARE] = 0.25
-    """Share of the layers that train in a step."""
+    """Share of the layers that train in a step; lisa holds a draw for several, with keep_state as here."""

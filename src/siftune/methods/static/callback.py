@@ -1,29 +1,24 @@
 """A static choice of layers for any transformers Trainer, and for plain training loops: the baseline of baselines."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from siftune.errors import LayerError
 from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerSelection, LayerStack
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
 from siftune.methods.static.settings import StaticSettings
 from siftune.models.layers import layer_numbers
 from siftune.settings import documented
 
 
-class SameLayers:
+class SameLayers(LayerPolicy):
     """The same layers in every step.
 
     Raises:
         LayerError: There is no such layer, or it has nothing to train.
     """
-
-    needs_rows = False
-    drops_state = False
 
     def __init__(self, stack: LayerStack, settings: StaticSettings) -> None:
         numbers = layer_numbers(stack.depth, settings.numbers, "static.numbers")
@@ -38,13 +33,6 @@ class SameLayers:
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Choose them again."""
         return LayerChoice(step, self._positions)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing."""
 
 
 @documented

@@ -14,7 +14,7 @@ class StaticSettings(Settings):
     group = "static"
 
     numbers: Annotated[tuple[int, ...], OURS] = (-1,)
-    """Numbers of the layers that train, from 0, negative from the end."""
+    """Numbers of the layers that train, from 0, negative from the end: any set, such as a window in the middle."""
 
     def __post_init__(self) -> None:
         """Check the settings; a list of numbers is as good, such as a checkpoint's JSON holds."""

@@ -1,0 +1,1 @@
+"""Cut: all layers above a random depth train, and backward ends there."""
