@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from siftune.cli import demo
 from siftune.cli.main import main
+from siftune.methods import METHODS
 from siftune.recipe_file import load_recipe
 
 
@@ -67,7 +68,7 @@ def test_its_run_can_be_evaluated(tmp_path, capsys):
         (["--rows", "0"], "--steps and --rows must be at least 1, and --lr above 0"),
         (["--lr", "-1"], "--steps and --rows must be at least 1, and --lr above 0"),
         (["--steps", "5000"], "80000 arithmetic rows"),
-        (["--method", "lisa"], "--method must be one of dense, rst, ist, gast, ist+gast, not 'lisa'"),
+        (["--method", "lissa"], f"--method must be one of {', '.join(METHODS)}, not 'lissa'"),
     ],
 )
 def test_what_it_refuses(tmp_path, capsys, flags, message):

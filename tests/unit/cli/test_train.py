@@ -138,7 +138,7 @@ def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
-        (["--active", "0"], "active is 0.0, but must be above 0 and at most 1"),
+        (["--ist.active", "0"], "ist.active is 0.0, but must be above 0 and at most 1"),
         (["--lr", "nan"], "lr is nan, but must be a finite number"),
         (["--rank", "0"], "rank is 0, but must be 1 or more"),
         (["--resume"], "No complete checkpoint in {run}/checkpoints; train without --resume, and with --save-every."),
@@ -172,7 +172,7 @@ def test_weights_that_are_cut_off(words, base, tmp_path, capsys):
 
 
 def test_a_learning_rate_that_breaks_the_loss(words, base, tmp_path, capsys):
-    found = error_of(capsys, [*words, "--lr", "1e30", "--method", "dense"])
+    found = error_of(capsys, [*words, "--lr", "1e30"])
     step = re.search(r"^(?:The loss is|A gradient is not finite).* at step (\d); nothing of this step reached", found)
     assert step, found
     assert f"the adapter after step {int(step[1]) - 1} is in {tmp_path}/run/adapter" in found
