@@ -1,0 +1,82 @@
+"""The loss of every row's tokens in one forward pass, and what is measured with it on held-out rows.
+
+Shapes: B rows, T positions, N labelled positions of a batch in row-major order, R all rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from siftune.evaluate.batching import by_length, model_device
+from siftune.models.loss import label_positions, logits_at, next_labels
+from siftune.models.modes import evaluating
+
+_BATCH = 64
+Floats = NDArray[np.float64]
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of every labelled token, without gradients.
+
+    Args:
+        model: A causal language model.
+        batch: (B, T) `input_ids`, `attention_mask` and `labels`.
+
+    Returns:
+        nll (N,) float32 or float64, right (N,) bool: the token is the most likely one, row (N,) int64.
+    """
+    mask_BT = label_positions(batch["labels"])
+    with evaluating(model), logits_at(model, mask_BT):
+        logits_NV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
+            0
+        ]
+    targets_N = next_labels(batch["labels"])
+    wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    nll_N = nn.functional.cross_entropy(wide_NV, targets_N, reduction="none")
+    return nll_N, wide_NV.argmax(1) == targets_N, mask_BT.nonzero()[:, 0]
+
+
+def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean token loss of every row of a batch; (B,), infinite for rows without a label."""
+    nll_N, _, row_N = token_losses(model, batch)
+    sums_B = nll_N.new_zeros(len(batch["labels"])).index_add_(0, row_N, nll_N)
+    counts_B = torch.zeros_like(sums_B).index_add_(0, row_N, torch.ones_like(nll_N))
+    return torch.where(counts_B > 0, sums_B / counts_B.clamp_min(1), torch.inf)
+
+
+def measure_rows(model: nn.Module, data: Any, collate: Any, batch_size: int = _BATCH) -> dict[str, list[float]]:
+    """Measure held-out rows with the right answer given, so that nothing is generated.
+
+    Args:
+        model: A causal language model.
+        data: Tokenised rows.
+        collate: Makes a batch of rows.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        Per row, in their order: `right`, 1 where every token of the answer with its end is the most likely one;
+        `nll`, of the answer with its end, in nats; `tokens`, how many these are.
+    """
+    found: dict[str, Floats] = {name: np.zeros(len(data)) for name in ("right", "nll", "tokens")}
+    for places in by_length(list(data["length"]), batch_size):
+        batch = {k: v.to(model_device(model)) for k, v in collate([data[place] for place in places]).items()}
+        nll_N, right_N, row_N = (part.cpu() for part in token_losses(model, batch))
+        wide = torch.zeros(len(places), dtype=torch.float64)
+        counts_B = wide.index_add(0, row_N, torch.ones(len(row_N), dtype=torch.float64))
+        found["nll"][places] = wide.index_add(0, row_N, nll_N.double()).numpy()
+        found["tokens"][places] = counts_B.numpy()
+        found["right"][places] = (wide.index_add(0, row_N, right_N.double()) == counts_B).numpy()
+    return {
+        "right": found["right"].astype(int).tolist(),
+        "nll": np.round(found["nll"], 5).tolist(),
+        "tokens": found["tokens"].astype(int).tolist(),
+    }
+
+
+def nats_per_token(measured: Mapping[str, Sequence[float]]) -> float:
+    """Σ nll / Σ tokens."""
+    return float(np.sum(measured["nll"]) / np.sum(measured["tokens"]))

@@ -1,0 +1,112 @@
+"""The methods that are compared, as plain dictionaries, and how a command line names variants of them.
+
+recipe     fields of the recipe, among them `method` and the groups of its settings, passed on as they are
+keep       a rule that keeps some rows of a batch: see `subset.py`
+select     how many rows that rule keeps: a count, or a share such as 0.25
+rows       what is trained on: see `training_rows.py`; the pool where it is not given
+nearest    for rows "retrieved": similarity to the "max" or the "mean" of the known rows
+once       for rows "retrieved": one pass over the rows, where that is fewer steps
+stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
+rule       an experimental rule in the place of GAST's choice: see `rules.py`
+untrained  measure the model as it is
+"""
+
+import copy
+import json
+from typing import Any
+
+Method = dict[str, Any]
+
+
+def _gast(**settings: Any) -> dict[str, Any]:
+    """Recipe of GAST with a support set of known rows: eight in a step, a quarter of the batch followed."""
+    usual = {"support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine", "select": 0.25}
+    return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
+
+
+METHODS: dict[str, Method] = {
+    "untrained": {"untrained": True},
+    "dense": {},
+    "dense+known": {"rows": "pool+known"},
+    "dense+known-weighted": {"rows": "pool+weighted"},
+    "known-alone": {"rows": "known"},
+    "known-alone-stopped": {"rows": "known", "stop": 0.2},
+    "target-alone": {"rows": "target"},
+    "retrieval": {"rows": "retrieved", "nearest": "max"},
+    "retrieval-mean": {"rows": "retrieved", "nearest": "mean"},
+    "retrieval-once": {"rows": "retrieved", "nearest": "max", "once": True},
+    "retrieval+known-weighted": {"rows": "retrieved+weighted", "nearest": "max"},
+    "ceiling": {"keep": "target"},
+    "random": {"keep": "random", "select": 0.25},
+    "random-half": {"keep": "random", "select": 0.5},
+    "small-loss": {"keep": "small-loss", "select": 0.25},
+    "small-loss-half": {"keep": "small-loss", "select": 0.5},
+    "large-loss": {"keep": "large-loss", "select": 0.25},
+    "small-excess": {"keep": "small-excess", "select": 0.25},
+    "large-excess": {"keep": "large-excess", "select": 0.25},
+    "small-loss+known-weighted": {"keep": "small-loss", "select": 0.25, "rows": "pool+weighted"},
+    "trim-loss": {"keep": "small-loss", "select": 0.75},
+    "trim-first-loss": {"keep": "small-first-loss", "select": 0.75},
+    "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
+    "gast-inner": _gast(score="inner"),
+    "gast": _gast(),
+    "gast+known-weighted": {**_gast(select=0.5), "rows": "pool+weighted"},
+    "gast-relu": {**_gast(), "rule": "relu"},
+    "gast-above-zero": {**_gast(), "rule": "above-zero"},
+    "trim-momentum": {"recipe": {"method": "gast", "gast": {"support": "momentum", "choice": "topk", "select": 0.75}}},
+    "trim-momentum-cosine": {
+        "recipe": {
+            "method": "gast",
+            "gast": {"support": "momentum", "choice": "topk", "score": "cosine", "select": 0.75, "select_after": 10},
+        }
+    },
+    "greats": {"recipe": {"method": "greats", "greats": {"support": "dataset", "support_size": 8, "select": 0.25}}},
+    "ist": {"recipe": {"method": "ist"}},
+    "rst": {"recipe": {"method": "rst"}},
+    "lisa": {"recipe": {"method": "lisa"}},
+}
+
+_OWN = ("keep", "select", "rows", "nearest", "once", "stop", "rule", "untrained")  # the rest are a recipe's
+
+
+def method_of(words: str) -> dict[str, Any]:
+    """Read `gast`, or a variant `wide=gast,gast.select:0.5,rows:pool+weighted,rank:8`.
+
+    What follows the name are the method that it varies, if any, and options: the keys above, fields of the recipe, or
+    settings of a method's group with a point between.
+
+    Returns:
+        The method with its `name`.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    name, varies, options = words.partition("=")
+    if not varies:
+        return {"name": name, **_named(name)}
+    method: Method = {"name": name}
+    for option in options.split(","):
+        key, colon, text = option.partition(":")
+        if not colon:
+            method |= _named(key)
+        elif key in _OWN:
+            method[key] = _value(text)
+        else:
+            group, point, setting = key.partition(".")
+            recipe = method.setdefault("recipe", {})
+            target = recipe.setdefault(group, {}) if point else recipe
+            target[setting or key] = _value(text)
+    return method
+
+
+def _named(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; use {', '.join(METHODS)}, or NAME=METHOD,KEY:VALUE,...")
+    return copy.deepcopy(METHODS[name])
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # a word
+        return text

@@ -1,0 +1,79 @@
+"""What a method is trained on: the pool, the known rows, or parts of both.
+
+A plan is a name, then what is added to it, with plus signs between:
+
+    pool        every row of the pool
+    known       the known rows alone, repeated so that they fill the steps
+    target      the right rows of the target in the pool, repeated likewise: what perfect selection would leave
+    retrieved   the quarter of the pool that is most like the known rows: see `retrieval.py`
+
+    +known      the known rows, each once
+    +weighted   the known rows, repeated so that they are a quarter of all rows
+
+Repeated rows come equally often, but for one. Where there are more rows than the steps take, the Trainer's shuffle
+decides which of them are left out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from siftune.errors import RecipeError
+
+Record = dict[str, Any]
+
+KNOWN_SHARE = 0.25  # of all rows, for "+weighted"
+_BASES = ("pool", "known", "target", "retrieved")
+
+
+def training_rows(
+    plan: str,
+    pool: Sequence[Record],
+    known: Sequence[Record],
+    count: int,
+    retrieve: Callable[[], Sequence[Record]] | None = None,
+) -> list[Record]:
+    """Put together the rows of a plan.
+
+    Args:
+        plan: As above.
+        pool: Rows of the pool.
+        known: Known rows of the target.
+        count: Rows that the steps take.
+        retrieve: Finds the rows of the plan "retrieved".
+
+    Raises:
+        RecipeError: No such plan, or known rows are needed and there are none.
+    """
+    base, *additions = plan.split("+")
+    if base not in _BASES or any(addition not in ("known", "weighted") for addition in additions):
+        raise RecipeError(f"unknown rows {plan!r}; use {', '.join(_BASES)}, and after them +known or +weighted")
+    if not known and (additions or base in ("known", "retrieved")):
+        raise RecipeError(f"rows {plan!r} need known rows of the target, but the cell has none; give known rows")
+    rows = _base(base, pool, known, count, retrieve)
+    if "known" in additions:
+        rows = [*rows, *known]
+    if "weighted" in additions:
+        rows = [*rows, *repeated(known, round(len(rows) * KNOWN_SHARE / (1 - KNOWN_SHARE)))]
+    return rows
+
+
+def _base(
+    name: str,
+    pool: Sequence[Record],
+    known: Sequence[Record],
+    count: int,
+    retrieve: Callable[[], Sequence[Record]] | None,
+) -> list[Record]:
+    if name == "pool":
+        return list(pool)
+    if name == "known":
+        return repeated(known, count)
+    if name == "target":
+        return repeated([row for row in pool if row["group"] == "target"], count)
+    assert retrieve is not None
+    return list(retrieve())
+
+
+def repeated(rows: Sequence[Record], count: int) -> list[Record]:
+    """Go through the rows again and again until there are `count`."""
+    return [rows[place % len(rows)] for place in range(count)]
