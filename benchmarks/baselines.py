@@ -23,7 +23,7 @@ from siftune import numerics
 from siftune.engine import per_sample
 from siftune.engine.distributed import world_size
 from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.batches import Batch, Draws, Loss, model_loss, support_gradient
+from siftune.methods.batches import Batch, Draws, Loss, model_loss
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, score_samples
 from siftune.methods.gast.settings import GASTSettings

@@ -14,7 +14,13 @@ from siftune.methods.gast import maths
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
+# the support gradient is formed in every second step and averaged, and the layers above count
+AVERAGED = {"support_every": 2, "support_decay": 0.5, "share": "above", "score": "cosine"}
+
+
 def method(support="rest", select=2, **settings):
+    if support == "averaged":
+        support, settings = "dataset", {**AVERAGED, **settings}
     return GAST(select, support, keep=True, support_set=rows(9, seed=4) if support == "dataset" else None, **settings)
 
 
@@ -49,7 +55,7 @@ def test_everything_selected_by_the_tape_is_plain_training(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("support", "accumulate"), [("rest", 1), ("rest", 2), ("rest", 4), ("sample", 2), ("momentum", 4), ("dataset", 1)]
+    ("support", "accumulate"), [("rest", 1), ("rest", 2), ("rest", 4), ("sample", 2), ("momentum", 4), ("dataset", 1), ("averaged", 2)]
 )
 def test_checkpointing_changes_nothing(tmp_path, support, accumulate):
     runs = []
@@ -63,7 +69,7 @@ def test_checkpointing_changes_nothing(tmp_path, support, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-@pytest.mark.parametrize("support", ["sample", "momentum", "dataset"])
+@pytest.mark.parametrize("support", ["sample", "momentum", "dataset", "averaged"])
 def test_rows_scores_do_not_depend_on_accumulation(tmp_path, support, accumulate):
     """A row's score against support of its own is the same whatever batch it stands in; weights are kept equal."""
     runs = []
@@ -132,7 +138,7 @@ def _single(model, inputs, labels):
 
 @pytest.mark.parametrize(
     ("support", "stop", "with_ist"),  # stops within an epoch, and in the second
-    [("sample", 3, False), ("sample", 8, True), ("rest", 8, False), ("rest", 3, True), ("momentum", 3, False),
+    [("averaged", 3, False), ("averaged", 8, True), ("sample", 3, False), ("sample", 8, True), ("rest", 8, False), ("rest", 3, True), ("momentum", 3, False),
      ("momentum", 8, True), ("dataset", 3, False)],
 )  # fmt: skip
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
@@ -147,7 +153,7 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
     train(tmp_path / "broken", *broken, model=adapted(dropout=0.2), **settings)
     checkpoint = tmp_path / "broken" / f"checkpoint-{stop}"
     for folder in (tmp_path / "broken").glob("checkpoint-*"):
-        assert (folder / "gast_mean.safetensors").exists() == (support == "momentum")
+        assert (folder / "gast_mean.safetensors").exists() == (support in ("momentum", "averaged"))
     model, _ = train(tmp_path / "broken", *again, model=adapted(dropout=0.2), resume=str(checkpoint), **settings)
     assert_same(weights(unbroken), weights(model))
     rest = [s for s in whole[-1].history if s.step >= stop]
@@ -158,7 +164,7 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
 @pytest.mark.parametrize(
     ("support", "told", "with_ist"),
     [("sample", True, False), ("dataset", True, True), ("momentum", True, False), ("rest", True, True),
-     ("rest", False, False)],
+     ("rest", False, False), ("averaged", True, False)],
 )  # fmt: skip
 def test_a_plain_loop_resumes_bitwise(support, told, with_ist):
     """`told`: of optimizer steps; otherwise every pass counts on."""
@@ -168,7 +174,7 @@ def test_a_plain_loop_resumes_bitwise(support, told, with_ist):
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         batches = [_batch(i) for i in (10, 11, 12)]
         ist = IST(active=0.5, interval=2).attach(model, batches=batches, optimizer=optimizer) if with_ist else None
-        rows_ = batches if support in ("sample", "dataset") else None
+        rows_ = batches if support in ("sample", "dataset", "averaged") else None
         sift = method(support).attach(model, batches=rows_, optimizer=optimizer if told else None)
         if saved:
             state, mean, optimizer_state, layers = saved

@@ -3,7 +3,6 @@
 import base64
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -151,48 +150,3 @@ def label_weight(batch: Batch) -> float:
 def _rows(batch: Batch) -> int:
     sized: Sequence[Any] = [value for value in batch.values() if hasattr(value, "__len__")]
     return len(sized[0]) if sized else 1
-
-
-_LIFT = 2.0**10  # keeps float16 gradients out of the range where they vanish; taken off again
-
-
-def support_gradient(
-    model: nn.Module, batches: Sequence[Batch], loss: Loss, parameters: Sequence[nn.Parameter], seed: int
-) -> dict[nn.Parameter, Tensor]:
-    """Gradient of the mean loss over the support set; parameters' `grad` stays as it is.
-
-    The model runs in the mode it is in; dropout draws from a generator of its own.
-
-    Args:
-        model: The model, not wrapped for several ranks.
-        batches: The support set.
-        loss: Loss of a batch, a scalar; batches are weighted by their labels.
-        parameters: Parameters to differentiate for.
-        seed: Seed of dropout.
-
-    Returns:
-        parameter -> gradient, in the parameter's shape and dtype; parameters that the loss does not depend on are left
-        out.
-    """
-    weights = [label_weight(batch) for batch in batches]
-    sums: dict[nn.Parameter, Tensor] = {}
-    with _own_randomness(parameters[0].device, seed), torch.enable_grad():
-        for batch, weight in zip(batches, weights, strict=True):
-            if weight > 0:
-                lifted = loss(model, batch) * (_LIFT * weight / sum(weights))
-                grads = torch.autograd.grad(lifted, parameters, allow_unused=True)
-                for parameter, grad in zip(parameters, grads, strict=True):
-                    if grad is not None:
-                        grad = grad / _LIFT
-                        sums[parameter] = sums[parameter] + grad if parameter in sums else grad
-    return sums
-
-
-@contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the global generators for the time of a block, and put them back as they were."""
-    on_accelerator = device.type not in ("cpu", "mps")  # torch cannot fork the generator of the latter
-    devices = range(torch.accelerator.device_count()) if on_accelerator else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if on_accelerator else "cuda"):
-        torch.manual_seed(seed % 2**63)
-        yield

@@ -6,6 +6,7 @@ are followed is the business of a `SampleRule`: GAST chooses for every layer, GR
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -17,12 +18,11 @@ from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.per_sample import refuse_compiled
 from siftune.engine.tape import SampleGradients, Tape
-from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss, support_gradient
+from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss
 from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit, how_many
+from siftune.methods.support import Gradients, Support, support_gradient
 
 logger = logging.getLogger(__name__)
-
-Gradients = dict[nn.Parameter, Tensor]
 
 
 class SampleRule(Protocol):
@@ -33,9 +33,7 @@ class SampleRule(Protocol):
         whole: All layers are reduced at once, when backward has passed them all.
         select: Samples to follow in a batch: a count or a share.
         always: Choose even where as many samples are to be followed as there are.
-        support_size: Rows that are drawn for a support gradient in each step; 0 for none.
-        keeps_mean: It has a running mean; see `mean`.
-        mean: Gradients of earlier steps, float32, by parameter.
+        mean: Mean over earlier steps, by parameter.
         optimizer: Whose metric or learning rate the rule looks at, where the driver knows it.
     """
 
@@ -43,17 +41,21 @@ class SampleRule(Protocol):
     whole: bool
     select: int | float
     always: bool
-    support_size: int
-    keeps_mean: bool
     mean: Gradients
     optimizer: torch.optim.Optimizer | None
+
+    @property
+    def support(self) -> Support | None:
+        """The support set, where its rows are drawn or given."""
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether it has a running mean; see `mean`."""
 
     def follows_all(self, steps: int) -> bool:
         """Whether selection has not begun after so many optimizer steps."""
 
-    def reduce(
-        self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]], support: Gradients
-    ) -> Gradients:
+    def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples for some layers, note the choice, and add up their gradients."""
 
     def end(self) -> None:
@@ -99,7 +101,6 @@ class SampleSelection:
         self.loss = loss
         self.steps = 0
         self._chunk = chunk
-        self._support: Gradients = {}
         self._choosing: Choosing | None = None
         self._seed: int | None = None  # of the step; None before the first
         self._opened: dict[str, Any] | None = None  # state of the draws before the step; None after it
@@ -108,7 +109,7 @@ class SampleSelection:
         self._handles: list[Any] = []
         if compiled or hasattr(model, "_orig_mod"):
             refuse_compiled(self.groups, "the model")
-        self._tape = Tape(self.groups, self._begin_pass, self._reduce, pairs, self.rule.whole)
+        self._tape = Tape(self.groups, self._begin_pass, self.rule.reduce, pairs, self.rule.whole)
 
     @property
     def last(self) -> SampleChoice | None:
@@ -121,12 +122,8 @@ class SampleSelection:
         if self._seed is not None:  # else a resume may have been within a step
             self._next_batch = 0
         self._seed = int(torch.randint(2**62, (), generator=self.generator))
-        if self.rule.support_size and not self.rule.follows_all(self.steps):
-            assert self.draws is not None
-            batches = self.draws.draw(self.rule.support_size, self._chunk)
-            parameters = [p for group in self.groups for p in group.parameters.values()]
-            with self._tape.paused():
-                self._support = support_gradient(self.model, batches, self.loss, parameters, self._seed)
+        if self.rule.support is not None and not self.rule.follows_all(self.steps):
+            self.rule.support.begin(self.steps, partial(self._support_gradient, self.rule.support.size, self._seed))
 
     def end(self) -> None:
         """Note that the gradients of a step are complete. Call it before the optimizer steps."""
@@ -151,7 +148,8 @@ class SampleSelection:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._support = {}
+        if self.rule.support is not None:
+            self.rule.support.gradients = {}
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state: generator, steps, passes of a step that has begun, which begins again when this is loaded.
@@ -170,7 +168,7 @@ class SampleSelection:
         load_draws_state(state, self.generator, self.draws)
 
     def mean_tensors(self) -> dict[str, Tensor]:
-        """The running mean of "momentum", by name of the parameter; empty for other support modes."""
+        """The rule's running mean, by name of the parameter; empty where it has none."""
         names = self._names()
         return {names[p]: mean for p, mean in self.rule.mean.items()}
 
@@ -185,6 +183,13 @@ class SampleSelection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    def _support_gradient(self, size: int, seed: int) -> Gradients:
+        assert self.draws is not None
+        batches = self.draws.draw(size, self._chunk)
+        parameters = [p for group in self.groups for p in group.parameters.values()]
+        with self._tape.paused():
+            return support_gradient(self.model, batches, self.loss, parameters, seed)
 
     def _names(self) -> dict[nn.Parameter, str]:
         return {p: f"{group.name}.{name}" for group in self.groups for name, p in group.parameters.items()}
@@ -216,6 +221,3 @@ class SampleSelection:
             logger.info(
                 "a batch has %d samples, not more than are to be selected: all of them are followed", choosing.samples
             )
-
-    def _reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
-        return self.rule.reduce(choosing, layers, self._support)

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import Adafactor
 
 from siftune.errors import RecipeError
-from siftune.methods.batches import model_loss, support_gradient
+from siftune.methods.batches import model_loss
+from siftune.methods.support import support_gradient
 from siftune.methods.gast.rule import adam_metric
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}

@@ -58,5 +58,5 @@ class GAST(SampleCallback, GASTSettings):
 
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
         super()._check_attach(batches, optimizer)
-        if optimizer is None and self.score == "preconditioned":
-            raise RecipeError('score="preconditioned" takes Adam\'s metric: give attach(..., optimizer=...).')
+        if optimizer is None and self.in_metric:
+            raise RecipeError(f'score="{self.score}" takes Adam\'s metric: give attach(..., optimizer=...).')

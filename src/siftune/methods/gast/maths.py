@@ -13,16 +13,21 @@ of sample i's share of the loss for the adapter parameters of layer ℓ, and h_�
 Without a support gradient, each sample's support are the others: h_i = Σ_j g_j − g_i, so that ⟨h_i, g_i⟩ =
 ⟨Σ_j g_j, g_i⟩ − ⟨g_i, g_i⟩. In a metric m, ⟨a, b⟩ is Σ m a b. Scores add up over the parameters of a layer or module.
 
+A layer may go by more than its own scores, which are noisy where the support set is small: with `share="above"` by the
+sum over itself and the layers that backward has passed already, which needs no further pass, Σ_{m ≥ ℓ} s_{m,i}; with
+"all" by the sum over all layers.
+
 Symbols: B (or S) samples, K drawn, D values of one parameter; lists hold one tensor per parameter. s `scores_B`, z
 `zscores_B`.
 
 Ours, not the paper's: drawing without replacement is the default (Gumbel top-K, which is the same as drawing one after
 the other); `scale="sum"` drops the factor; pools of modules instead of layers; the scores "cosine" and
-"preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400); the support modes "rest"
-(h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the gradients of earlier steps) and "dataset"; the temperature τ;
-steps at the start that follow every sample (`select_after`); std is that of the population; ε is 1e-5 of the largest
-|s|, so that neither the size of the loss nor that of a loss scale matters and rounding is not taken for a difference;
-samples without a gradient (no label) stand back: they are left out of mean, std and B, and drawn only where there are
+"preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400) and "preconditioned-cosine"; sums
+of scores over layers (`share`); support gradients averaged over steps (`support_every`, `support_decay`); the support
+modes "rest" (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the gradients of earlier steps) and "dataset"; the
+temperature τ; steps at the start that follow every sample (`select_after`); std is that of the population; ε is 1e-5 of
+the largest |s|, so that neither the size of the loss nor that of a loss scale matters and rounding is not taken for a
+difference; samples without a gradient (no label) stand back: they are left out of mean, std and B, and drawn only where there are
 fewer than K others.
 """
 
@@ -133,6 +138,13 @@ class Scored(NamedTuple):
     totals: Sequence[Tensor] = ()
 
 
+def together(parts: Sequence[Scored]) -> Scored:
+    """Scores of several layers as one: added up; a sample that has a gradient in any of them has one."""
+    device = parts[0].scores.device
+    live_S = torch.stack([part.live.to(device) for part in parts]).any(0)
+    return Scored(numerics.added([part.scores.to(device) for part in parts]), live_S)
+
+
 def live_samples(grads: Sequence[Tensor]) -> Tensor:
     """Which samples have a gradient, as `score_samples` sees it; (S,) bool."""
     squares_S = torch.zeros(len(grads[0]), device=grads[0].device)
@@ -157,13 +169,13 @@ def score_samples(
     Args:
         grads: (S, …) gradients of the samples, one tensor per parameter.
         support: Support gradient of each parameter; None: the other samples.
-        metric: Weight of each value in the inner product, one tensor per parameter; None: 1.
-        cosine: Divide by the lengths of both sides; not together with a metric.
+        metric: Weight of each value in the inner product, positive, one tensor per parameter; None: 1.
+        cosine: Divide by the lengths of both sides, in the same metric.
         totals: Return the sums over the samples as well; not for cosines with the other samples.
     """
     if support is None and cosine:
         squares_S = numerics.added([numerics.squares(widened(g)) for g in grads])
-        return Scored(_cosines_with_the_rest(grads), squares_S > 0)
+        return Scored(_cosines_with_the_rest(grads, metric), squares_S > 0)
     none = [None] * len(grads)
     shares = [_against(*those, totals) for those in zip(grads, support or none, metric or none, strict=True)]
     products, squares, others, sums = zip(*shares, strict=True)
@@ -175,26 +187,29 @@ def score_samples(
 def _against(
     grad: Tensor, support: Tensor | None, metric: Tensor | None, total: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One parameter's share: products (S,), squares (S,), the support's square, and the sum over samples (D,).
+    """One parameter's share: products (S,), squares (S,) and the support's square in the metric, and the sum (D,).
 
     The gradients are widened once: on processors, sums over half precision take longer than the cast.
     """
     wide_SD = widened(grad).flatten(1)
-    squares_S = numerics.squares(wide_SD)
     total_D = numerics.total(wide_SD) if total or support is None else None
-    other_D = total_D if support is None else support
+    other_D = total_D if support is None else support.flatten()
     assert other_D is not None
     weighted_SD = wide_SD if metric is None else wide_SD * metric.flatten()
+    squares_S = numerics.squares(wide_SD) if metric is None else (weighted_SD * wide_SD).sum(1)
     products_S = numerics.products(weighted_SD, other_D)
     if support is None:
-        products_S = products_S - (squares_S if metric is None else (weighted_SD * wide_SD).sum(1))
-    return products_S, squares_S, numerics.squares(other_D[None]).squeeze(0), total_D
+        products_S = products_S - squares_S
+    wide_D = widened(other_D)
+    other = numerics.squares(wide_D[None]).squeeze(0) if metric is None else (metric.flatten() * wide_D.square()).sum()
+    return products_S, squares_S, other, total_D
 
 
-def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:
+def _cosines_with_the_rest(grads: Sequence[Tensor], metric: Sequence[Tensor] | None) -> Tensor:
     """From all inner products between samples: no length is the difference of two much larger ones."""
     wide = [widened(g).flatten(1) for g in grads]
-    gram_SS = torch.stack([g @ g.T for g in wide]).sum(0)
+    other = wide if metric is None else [g * weight.flatten() for g, weight in zip(wide, metric, strict=True)]
+    gram_SS = torch.stack([g @ w.T for g, w in zip(wide, other, strict=True)]).sum(0)
     squares_S = gram_SS.diagonal()
     rest_SS = 1 - torch.eye(len(gram_SS), dtype=gram_SS.dtype, device=gram_SS.device)
     return cosines((gram_SS * rest_SS).sum(1), squares_S, ((rest_SS @ gram_SS) * rest_SS).sum(1))

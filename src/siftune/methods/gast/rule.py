@@ -1,4 +1,4 @@
-"""GAST's rule: every layer, or adapted module, chooses the samples that it follows."""
+"""GAST's rule: every layer, or adapted module, chooses the samples that it follows; or all layers together."""
 
 from collections.abc import Sequence
 
@@ -10,81 +10,109 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.errors import RecipeError
 from siftune.methods.gast import maths
-from siftune.methods.gast.maths import Scored, live_samples, score_samples
+from siftune.methods.gast.maths import Scored, live_samples, score_samples, together
 from siftune.methods.gast.momentum import moved_mean
 from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.sample_choice import Choosing, Unit, units_of
-from siftune.methods.sample_driver import Gradients
+from siftune.methods.sample_choice import Choosing, Unit, units_of, whole_model
+from siftune.methods.support import Gradients, Support
 
 
 class AlignedSamples:
     """Chooses samples by how their gradients align with the support's, for each unit by itself.
+
+    With `share="all"` there is one choice for all layers, made when backward has passed them.
 
     Args:
         settings: GAST's.
         groups: The layers.
     """
 
-    whole = False
-
     def __init__(self, settings: GASTSettings, groups: Sequence[LayerGroup]) -> None:
         self.settings = settings
-        self.units: Sequence[Unit] = units_of(groups, by_module=settings.pool == "module")
+        self.whole = settings.share == "all"
+        by_module = settings.pool == "module"
+        self.units: Sequence[Unit] = [whole_model(groups)] if self.whole else units_of(groups, by_module)
         self.select = settings.select
         self.always = settings.replacement
-        self.support_size = settings.support_size if settings.needs_rows else 0
-        self.keeps_mean = settings.support == "momentum" and settings.needs_scores
-        self.mean: Gradients = {}
+        averaged = (settings.support_size, settings.support_every, settings.support_decay)
+        self.support = Support(*averaged) if settings.needs_rows else None
         self.optimizer: torch.optim.Optimizer | None = None
         self._groups = groups
+        self._moves = settings.support == "momentum" and settings.needs_scores
+        self._mean: Gradients = {}
         self._sums: Gradients = {}
+
+    @property
+    def keeps_mean(self) -> bool:
+        """Whether a step's choice depends on gradients of earlier steps."""
+        return self._moves or (self.support is not None and self.support.lasts)
+
+    @property
+    def mean(self) -> Gradients:
+        """What those gradients have been averaged to, of all samples or of support sets."""
+        return self._mean if self.support is None else self.support.average
+
+    @mean.setter
+    def mean(self, mean: Gradients) -> None:
+        if self.support is None:
+            self._mean = mean
+        else:
+            self.support.average = mean
 
     def follows_all(self, steps: int) -> bool:
         """Whether selection has not begun after so many optimizer steps."""
         return steps < self.settings.select_after
 
-    def reduce(
-        self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]], support: Gradients
-    ) -> Gradients:
+    def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose the samples that each unit of some layers follows, and add up their gradients."""
+        if self.whole:
+            scored = [self._score(grads) for _, grads in layers if grads]
+            every = {p: part for _, grads in layers for p, part in grads.items()}
+            return self._follow(choosing, self.units[0], together(scored), every) if every else {}
         reduced: Gradients = {}
         for group, grads in layers:
             for unit in self.units:
                 parameters = [p for p in unit.parameters if p in grads] if unit.layer == group.index else []
                 if parameters:
-                    reduced |= self._reduce_unit(choosing, unit, {p: grads[p] for p in parameters}, support)
+                    reduced |= self._reduce_unit(choosing, unit, {p: grads[p] for p in parameters})
         return reduced
 
     def end(self) -> None:
         """Move the running mean, where there is one."""
-        if self.keeps_mean:
-            self.mean = moved_mean(self.mean, self._sums, self._groups, self.settings.decay)
+        if self.support is not None:
+            self.support.end()
+        if self._moves:
+            self._mean = moved_mean(self._mean, self._sums, self._groups, self.settings.decay)
             self._sums = {}
 
-    def _reduce_unit(
-        self, choosing: Choosing, unit: Unit, grads: SampleGradients, support: Gradients
-    ) -> dict[nn.Parameter, Tensor]:
-        scored = self._score(grads, support)
+    def _reduce_unit(self, choosing: Choosing, unit: Unit, grads: SampleGradients) -> Gradients:
+        scored = self._score(grads)
+        if self.settings.share == "above":
+            scored = scored._replace(scores=choosing.added_up(scored.scores))
+        return self._follow(choosing, unit, scored, grads)
+
+    def _follow(self, choosing: Choosing, unit: Unit, scored: Scored, grads: SampleGradients) -> Gradients:
+        """Choose by scores, and add up the gradients of what was chosen."""
         uniform_S = choosing.uniform_on(scored.scores.device)[unit.place]
         chosen_K = maths.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen_K)
         scale = maths.factor(scored.live, chosen_K, self.settings.scale)
         scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
-        return {parameter: numerics.sum_of(part, chosen_K) * scale for parameter, part in grads.items()}
+        return {p: numerics.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
 
-    def _score(self, grads: SampleGradients, support: Gradients) -> Scored:
-        """Score the samples of a batch for one unit."""
+    def _score(self, grads: SampleGradients) -> Scored:
+        """Score the samples of a batch by the gradients of one unit."""
         settings, parts = self.settings, list(grads.values())
         if not settings.needs_scores:
             live_S = live_samples(parts)
             return Scored(torch.zeros_like(live_S, dtype=torch.float32), live_S)
-        compared = self._compared(grads, self.mean if self.keeps_mean else support)
+        compared = self._compared(grads, self.support.gradients if self.support is not None else self._mean)
         metric = None
-        if settings.score == "preconditioned":
+        if settings.in_metric:
             assert self.optimizer is not None
             metric = [adam_metric(self.optimizer, p) for p in grads]
-        scored = score_samples(parts, compared, metric, settings.score == "cosine", totals=self.keeps_mean)
-        if self.keeps_mean:
+        scored = score_samples(parts, compared, metric, settings.is_cosine, totals=self._moves)
+        if self._moves:
             self._add_to_sums(list(grads), scored.totals)
         return scored
 

@@ -8,7 +8,8 @@ from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, NOT_NEGATIVE, OUR
 
 Support = Literal["sample", "rest", "momentum", "dataset"]
 Choice = Literal["stochastic", "topk", "random"]
-Score = Literal["inner", "cosine", "preconditioned"]
+Score = Literal["inner", "cosine", "preconditioned", "preconditioned-cosine"]
+Share = Literal["own", "above", "all"]
 Pool = Literal["layer", "module"]
 Scale = Literal["mean", "sum"]
 
@@ -26,10 +27,17 @@ class GASTSettings(Settings):
     support_rows."""
     support_size: Annotated[int, COUNT] = 4
     """Rows that are compared with in a step, for support sample and dataset."""
+    support_every: Annotated[int, COUNT, OURS] = 1
+    """Optimizer steps between two support gradients, for support sample and dataset; the last one holds meanwhile."""
+    support_decay: Annotated[float, BELOW_ONE, OURS] = 0.0
+    """Share of the average of earlier support gradients that stays, for support sample and dataset; 0: no average."""
     choice: Choice = "stochastic"
     """Draw rows by their score (the paper's), take the highest, or draw evenly."""
     score: Score = "inner"
-    """Inner product of gradients (the paper's), its cosine, or the inner product in Adam's metric."""
+    """Inner product of gradients (the paper's), its cosine, or either of them in Adam's metric."""
+    share: Annotated[Share, OURS] = "own"
+    """Whose scores a layer goes by: its own (the paper's), those of the layers above it and its own added up, or those
+    of all layers, which then follow the same rows and hold all rows' gradients at a time."""
     pool: Annotated[Pool, OURS] = "layer"
     """Choose rows once per layer, or for each adapted module."""
     scale: Annotated[Scale, OURS] = "mean"
@@ -48,11 +56,29 @@ class GASTSettings(Settings):
             self.replacement and self.choice == "topk",
             "gast.replacement goes with choice stochastic or random: topk draws nothing",
         )
+        yield (
+            self.share != "own" and (self.pool == "module" or not self.needs_scores),
+            f"gast.share {self.share} adds up scores of layers: it goes with pool layer, and not with choice random",
+        )
+        yield (
+            (self.support_every > 1 or self.support_decay > 0) and not self.needs_rows,
+            "gast.support_every and gast.support_decay go with support sample or dataset, which draw rows in steps",
+        )
 
     @property
     def needs_scores(self) -> bool:
         """Whether the choice depends on the samples."""
         return self.choice != "random"
+
+    @property
+    def in_metric(self) -> bool:
+        """Whether inner products are those of Adam's metric."""
+        return self.score.startswith("preconditioned")
+
+    @property
+    def is_cosine(self) -> bool:
+        """Whether inner products are divided by the lengths of both sides."""
+        return self.score.endswith("cosine")
 
     @property
     def needs_rows(self) -> bool:

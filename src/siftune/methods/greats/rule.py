@@ -12,7 +12,7 @@ from siftune.engine.tape import SampleGradients
 from siftune.methods.greats import maths
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.sample_choice import Choosing, Unit, whole_model
-from siftune.methods.sample_driver import Gradients
+from siftune.methods.support import Gradients, Support
 from siftune.numerics import widened
 
 
@@ -33,7 +33,7 @@ class HelpfulSamples:
     def __init__(self, settings: GREATSSettings, groups: Sequence[LayerGroup]) -> None:
         self.units: Sequence[Unit] = [whole_model(groups)]
         self.select = settings.select
-        self.support_size = settings.support_size
+        self.support = Support(settings.support_size)
         self.mean: Gradients = {}
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -41,14 +41,12 @@ class HelpfulSamples:
         """Never."""
         return False
 
-    def reduce(
-        self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]], support: Gradients
-    ) -> Gradients:
+    def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples by their gradients for all layers, and add these up."""
         grads = {parameter: part for _, parts in layers for parameter, part in parts.items()}
         if not grads:
             return {}
-        device = next(iter(grads.values())).device
+        device, support = next(iter(grads.values())).device, self.support.gradients
         products_B = numerics.added(
             [numerics.products(part, support[p]).to(device) for p, part in grads.items() if p in support]
             or [torch.zeros(choosing.samples, device=device)]

@@ -97,8 +97,22 @@ def test_replacement_goes_with_a_draw():
         GASTSettings(choice="topk", replacement=True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"share": "above", "pool": "module"}, "gast.share above adds up scores of layers"),
+        ({"share": "all", "choice": "random"}, "gast.share all adds up scores of layers"),
+        ({"support_every": 2, "support": "rest"}, "gast.support_every and gast.support_decay go with support sample"),
+        ({"support_decay": 0.5, "support": "momentum"}, "gast.support_every and gast.support_decay go with"),
+    ],
+)
+def test_what_goes_together(settings, advice):
+    with pytest.raises(RecipeError, match=advice):
+        GASTSettings(**settings)
+
+
 def test_the_defaults_are_the_papers_but_for_replacement_and_the_share_of_rows():
-    expected = (0.75, "sample", 4, "stochastic", "inner", "layer", "mean", False, 1.0, 0.9, 0)
+    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", "layer", "mean", False, 1.0, 0.9, 0)
     assert dataclasses.astuple(GASTSettings()) == expected
 
 

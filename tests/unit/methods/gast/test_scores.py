@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.methods.gast.maths import live_samples, score_samples
+from siftune.methods.gast.maths import Scored, live_samples, score_samples, together
 
 shapes = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4)
 
@@ -44,7 +44,8 @@ def oracle(grads, support, metric, cosine):
         else:
             other = side_by_side(support)
         product = sum(m * a * b for m, a, b in zip(weights, own, other, strict=True))
-        length = math.hypot(*own) * math.hypot(*other)
+        squares = [sum(m * a * a for m, a in zip(weights, side, strict=True)) for side in (own, other)]
+        length = math.sqrt(squares[0]) * math.sqrt(squares[1])
         scores.append(product if not cosine else product / length if length else 0.0)
     return torch.tensor(scores, dtype=torch.float64)
 
@@ -60,21 +61,25 @@ def test_inner_products(rest, weighted, case):
     assert torch.equal(got.live, live)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "metric"])
 @given(case=cases())
-def test_cosines_with_a_support_gradient(case):
-    grads, support, _, live = case
-    got = score_samples(grads, support, cosine=True)
-    assert_close(got.scores, oracle(grads, support, None, True), rtol=1e-10, atol=1e-10)
+def test_cosines_with_a_support_gradient(weighted, case):
+    grads, support, metric, live = case
+    metric = metric if weighted else None
+    got = score_samples(grads, support, metric, cosine=True)
+    assert_close(got.scores, oracle(grads, support, metric, True), rtol=1e-10, atol=1e-10)
     assert (got.scores[~live] == 0).all()
     assert torch.equal(got.live, live)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "metric"])
 @given(case=cases())
-def test_cosines_with_the_other_samples(case):
-    grads, _, _, live = case
-    got = score_samples(grads, None, cosine=True)
+def test_cosines_with_the_other_samples(weighted, case):
+    grads, _, metric, live = case
+    metric = metric if weighted else None
+    got = score_samples(grads, None, metric, cosine=True)
     if live.sum() > 1:  # else the support is zero but for rounding, and nothing is to be chosen
-        assert_close(got.scores, oracle(grads, None, None, True), rtol=1e-10, atol=1e-10)
+        assert_close(got.scores, oracle(grads, None, metric, True), rtol=1e-10, atol=1e-10)
     assert (got.scores[~live] == 0).all()
     assert torch.equal(got.live, live)
 
@@ -107,6 +112,14 @@ def test_a_sample_may_be_live_in_the_larger_parameter_alone():
 def test_opposite_values_do_not_cancel():
     grads = [torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([[-1.0], [0.0]])]
     assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, False]
+
+
+def test_scores_of_several_layers_add_up():
+    first = Scored(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([True, False, False]))
+    second = Scored(torch.tensor([0.5, -3.0, 0.0]), torch.tensor([False, True, False]))
+    joined = together([first, second])
+    assert joined.scores.tolist() == [1.5, -1.0, 0.0]
+    assert joined.live.tolist() == [True, True, False]
 
 
 def test_scores_by_hand():
