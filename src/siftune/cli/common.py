@@ -21,6 +21,7 @@ from siftune.settings import in_words, nearest
 COMMANDS = {
     "demo": ("siftune.cli.demo", "Tune a small real model on a real task, minutes on two cores; a first look"),
     "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
+    "sweep-lr": ("siftune.cli.sweep_lr", "Find the learning rate of each method, on held-out rows"),
     "eval": ("siftune.cli.eval", "Measure a base model and tuned ones on held-out rows"),
     "export": ("siftune.cli.export", "Merge an adapter into its base model"),
     "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# apart for colour-blind readers too (Okabe & Ito)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
 
 def new_figure(width: float, height: float) -> "Figure":
     """A figure outside pyplot, which would keep it and ask for a display; sizes in inches."""

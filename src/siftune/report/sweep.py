@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from siftune.jsonable import jsonable
 from siftune.offsite.audits.sweep import SweepPoint, front
-from siftune.report.picture import new_figure, png
+from siftune.report.picture import COLOURS, new_figure, png
 from siftune.report.table import Table, markdown_table
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ higher cosine and a wider gap."""
 
 _CAVEAT = "A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover."
 
-# apart for colour-blind readers too (Okabe & Ito)
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = {"layerdrop": "s", "crash": "D", "svd+flap": "^"}
 
 
@@ -82,7 +80,7 @@ def picture(points: Sequence[SweepPoint]) -> bytes:
             [p.gap for p in drawn],
             [p.cosine for p in drawn],
             s=[40 + 140 * keeps.index(p.keep) / max(1, len(keeps) - 1) for p in drawn],
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             marker=_MARKERS.get(kind[0], "o"),
             alpha=0.75,
             linewidths=0,

@@ -110,6 +110,21 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         return float((time.monotonic() - self._started) / done * left)
 
 
+class StepsTold(TrainerCallback):  # type: ignore[misc]
+    """Tells how many optimizer steps are done, for displays of work that trains on its way.
+
+    Args:
+        told: Called with steps done, and of how many.
+    """
+
+    def __init__(self, told: Callable[[int, int], None]) -> None:
+        self._told = told
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Tell."""
+        self._told(state.global_step, state.max_steps)
+
+
 def describe(logs: dict[str, Any]) -> str:
     """The figures of a log in one line."""
     parts = [f"loss {float(logs['loss']):.4f}"]

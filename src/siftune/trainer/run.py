@@ -64,9 +64,9 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     _refuse_overwriting(recipe, folder)
     source = source_of(recipe.model)
     recipe = source.settle(recipe)
-    rows = _rows(recipe)  # before the model, which may have to be fetched
+    rows = read_rows(recipe)  # before the model, which may have to be fetched
     model, tokenizer = source.load(recipe.dtype)
-    data = {name: _tokenized(recipe, tokenizer, part) for name, part in rows.items()}
+    data = {name: tokenized(recipe, tokenizer, part) for name, part in rows.items()}
     console.print(f"{recipe.model}: {len(data['train'])} rows to train on, run folder {folder.path}")
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
@@ -110,7 +110,7 @@ def _fit(outcome: Outcome, checkpoint: Path | None, release: Callable[[], None])
     return summary
 
 
-def _rows(recipe: Recipe) -> dict[str, list[Row]]:
+def read_rows(recipe: Recipe) -> dict[str, list[Row]]:
     """Read the training rows, and held-out and support rows where there are any."""
     rows = {"train": load_rows(recipe.train, recipe.train_split, recipe.limit, recipe.format)}
     if recipe.eval:
@@ -120,7 +120,8 @@ def _rows(recipe: Recipe) -> dict[str, list[Row]]:
     return rows
 
 
-def _tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Dataset:
+def tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Dataset:
+    """Tokenise rows as a recipe says."""
     return tokenize_rows(rows, tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
 
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from siftune.config import Recipe, resolve_recipe
 from siftune.models.layers import find_layers
@@ -20,6 +19,7 @@ from siftune.models.modes import flags_restored
 from siftune.offsite.audits.models import restored
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.trainer.build import build
+from siftune.trainer.progress import StepsTold
 
 Steps = Callable[[int, int], None]  # optimizer steps done, of how many
 
@@ -66,7 +66,7 @@ def tuned(
 
 def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
     with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
-        told = [] if steps is None else [_Told(steps)]
+        told = [] if steps is None else [StepsTold(steps)]
         built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), told)
         try:
             if steps is not None:
@@ -98,17 +98,6 @@ def _recipe(settings: AuditSettings, layers: Sequence[int], lr: float | None) ->
             out="unused",
         )
     )
-
-
-class _Told(TrainerCallback):  # type: ignore[misc]
-    """Passes the number of steps on."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell."""
-        self._steps(state.global_step, state.max_steps)
 
 
 @contextmanager

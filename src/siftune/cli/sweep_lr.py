@@ -1,0 +1,104 @@
+"""`siftune sweep-lr`: find the learning rate of each method, on held-out rows."""
+
+import time
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from siftune.config import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from siftune.trainer.lr_grid import LRRun
+    from siftune.trainer.lr_sweep import LRSweep
+
+
+@dataclass
+class Options(Recipe):
+    """Try learning rates: train with each method at each rate, and measure the loss on held-out rows.
+
+    Takes recipes and flags as siftune train does; eval must be given. Every run trains as siftune train would, with the
+    recipe's steps or epochs, and leaves nothing but its figures: no adapter, no checkpoint, no tracker. An interrupted
+    sweep goes on when it is called again with the same --out, where further methods, rates and seeds can be added too.
+    """
+
+    methods: str | None = None
+    """Methods to try, with commas between, such as dense,gast,ist; the recipe's if not given."""
+    rates: str | None = None
+    """Peak learning rates, with commas between; a quarter, half, once, twice and four times lr if not given."""
+    seeds: str | None = None
+    """Seeds to try each with, with commas between; the recipe's seed if not given."""
+    out: str | None = None
+    """Folder for results, table and picture; runs/DATE-sweep-lr if not given."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Train and measure what is missing; write and show table and picture."""
+    import matplotlib  # noqa: F401 - a missing package is told before the work
+    from rich.console import Console
+
+    from siftune.offsite.protocol.tune import source_of
+    from siftune.report.lr import advice, before, table, write_report
+    from siftune.report.table import print_table
+    from siftune.trainer.lr_grid import grid_of
+    from siftune.trainer.lr_sweep import open_sweep
+
+    console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    grid = grid_of(recipe, options.methods, options.rates, options.seeds)
+    sweep = open_sweep(recipe, grid, options.out or _new_folder(), source_of)
+    _work_off(sweep, console)
+    result = write_report(sweep.folder)
+    runs, base, path = sweep.folder.runs(), sweep.folder.base_loss, sweep.folder.path
+    shown = Console(highlight=False, soft_wrap=True)
+    print_table(table(runs), shown)
+    shown.print("\n".join([before(base), "", *advice(runs, base)]), markup=False)
+    seconds = round(time.monotonic() - started, 1)
+    console.print(
+        f"done in {seconds:.0f} s: table, picture and a recipe for each method in {path}\n"
+        f"next: `siftune train {path}/METHOD.yaml --lr RATE --out RUN`",
+        markup=False,
+    )
+    return {"folder": path, **result, "seconds": seconds}
+
+
+def _new_folder() -> str:
+    from datetime import datetime
+
+    return f"runs/{datetime.now():%Y%m%d-%H%M%S}-sweep-lr"
+
+
+def _work_off(sweep: "LRSweep", console: "Console") -> None:
+    """Do the runs that are missing, with a line for each."""
+    from contextlib import nullcontext
+
+    from siftune.cli.stages import stages
+    from siftune.trainer.lr_sweep import run_missing
+
+    count, path = len(sweep.missing()), sweep.folder.path
+    done, seconds = 0, 0.0
+    console.print(f"{count} runs to do, {len(sweep.folder.runs())} done; results in {path}", markup=False)
+    try:
+        # elsewhere than on a terminal a line for each run is enough
+        with stages(console) if console.is_terminal else nullcontext(lambda *_: None) as progress:
+            for run in run_missing(sweep, progress):
+                done, seconds = done + 1, seconds + run.seconds
+                console.print(_line(run, done, count, seconds), markup=False)
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"{len(sweep.folder.runs())} runs are in {path}; the same command with --out {path} goes on")
+        raise
+
+
+def _line(run: "LRRun", done: int, count: int, seconds: float) -> str:
+    """What a run found, and how long the others will take, if all take alike."""
+    from siftune.trainer.lr_grid import rate_text
+
+    found = run.diverged and f"diverged: {run.diverged}"
+    if run.heldout_loss is not None and run.train_loss is not None:
+        found = f"held-out loss {run.heldout_loss:.4f}, training loss {run.train_loss:.4f}"
+    left = f", {_duration(seconds / done * (count - done))} left" if done < count else ""
+    return f"{done}/{count}  {run.method} at {rate_text(run.lr)}, seed {run.seed}: {found}  ({run.seconds:.0f} s{left})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,227 @@
+"""Write a learning-rate sweep down: a table, what to take from it, and a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from siftune.jsonable import jsonable
+from siftune.methods import METHODS
+from siftune.report.picture import COLOURS, new_figure, png
+from siftune.report.table import Table, markdown_table
+from siftune.trainer.lr_folder import LRFolder
+from siftune.trainer.lr_grid import LRRun, rate_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MEANINGS = """\
+Loss on held-out rows when training has ended, in nats per label token, over all tokens alike; ± is the standard
+deviation over seeds, and a number in brackets says how many there are where not all rates have the same. *: the best
+rate of a method at which no run diverged. Differences that are small beside those between seeds say nothing. The best
+rate depends on the number of steps."""
+
+_MARKERS = "osD^vPX*"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a rate.
+
+    Attributes:
+        losses: Held-out losses of the runs that did not diverge, one for each seed.
+        diverged: How many others did.
+    """
+
+    losses: tuple[float, ...]
+    diverged: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds; only where there is a loss."""
+        return fmean(self.losses)
+
+
+@dataclass(frozen=True)
+class Best:
+    """What to take of a method.
+
+    Attributes:
+        method: The method.
+        lr: Its best rate, or None where at every rate a run diverged.
+        heldout_loss: Mean held-out loss there.
+        edge: "lowest" or "highest" where the best rate is the last of several in that direction, so that a better one
+            may lie beyond.
+        extend: Rates to try next, where the best is at an edge, there is no best, or one rate was tried.
+    """
+
+    method: str
+    lr: float | None
+    heldout_loss: float | None
+    edge: str | None
+    extend: tuple[float, ...]
+
+    @property
+    def flags(self) -> str | None:
+        """The line to copy."""
+        return None if self.lr is None else f"--method {self.method} --lr {rate_text(self.lr)}"
+
+
+def write_report(folder: LRFolder) -> dict[str, Any]:
+    """Write results.json, results.md and results.png of all runs in a folder, at least one.
+
+    Returns:
+        What results.json holds.
+    """
+    runs, base = folder.runs(), folder.base_loss
+    result = to_dict(runs, base)
+    lines = "\n".join(f"- {line}" for line in advice(runs, base))
+    page = f"# Learning rates\n\n{markdown_table(table(runs))}\n\n{before(base)}\n\n{lines}\n\n{_MEANINGS}\n\n"
+    record = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    folder.write_report({"results.json": record, "results.md": f"{page}![](results.png)\n"}, png(draw(runs, base)))
+    return result
+
+
+def to_dict(runs: Sequence[LRRun], base: float) -> dict[str, Any]:
+    """Everything in plain types."""
+    best = {one.method: {**jsonable(one), "flags": one.flags} for one in bests(runs)}
+    return {"base_heldout_loss": base, "best": best, "runs": [asdict(run) for run in runs]}
+
+
+def cells_of(runs: Sequence[LRRun]) -> dict[str, dict[float, Cell]]:
+    """What was found, by method and rate: methods in their usual order and rates ascending."""
+    groups: dict[tuple[str, float], list[LRRun]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.lr), []).append(run)
+    cells: dict[str, dict[float, Cell]] = {}
+    for method, rate in sorted(groups, key=lambda key: ([*METHODS].index(key[0]), key[1])):
+        losses = tuple(run.heldout_loss for run in groups[method, rate] if run.heldout_loss is not None)
+        cells.setdefault(method, {})[rate] = Cell(losses, len(groups[method, rate]) - len(losses))
+    return cells
+
+
+def bests(runs: Sequence[LRRun]) -> list[Best]:
+    """The best rate of each method: the lowest mean loss of those at which no run diverged."""
+    return [_best(method, row) for method, row in cells_of(runs).items()]
+
+
+def _best(method: str, row: Mapping[float, Cell]) -> Best:
+    rates = [*row]  # ascending
+    sound = [rate for rate in rates if not row[rate].diverged]
+    if not sound:
+        return Best(method, None, None, None, _beyond(rates, "lowest"))
+    rate = min(sound, key=lambda rate: row[rate].mean)
+    if len(rates) == 1:
+        return Best(method, rate, row[rate].mean, None, (rate / 2, rate * 2))
+    edge = "lowest" if rate == rates[0] else "highest" if rate == rates[-1] else None
+    return Best(method, rate, row[rate].mean, edge, _beyond(rates, edge) if edge else ())
+
+
+def _beyond(rates: Sequence[float], edge: str) -> tuple[float, ...]:
+    """Two rates beyond an edge of the grid, ascending: in its own steps, at most by factors of two."""
+    last, inner = (rates[0], rates[:2][-1]) if edge == "lowest" else (rates[-1], rates[-2:][0])
+    step = min(max(last / inner, inner / last), 2.0) if last != inner else 2.0
+    factor = step if edge == "highest" else 1 / step
+    return tuple(sorted(float(f"{last * factor**power:.3g}") for power in (1, 2)))
+
+
+def table(runs: Sequence[LRRun]) -> Table:
+    """Methods down, rates across; the best rate of each method is marked."""
+    cells = cells_of(runs)
+    rates = sorted({rate for row in cells.values() for rate in row})
+    counts = {len(cell.losses) + cell.diverged for row in cells.values() for cell in row.values()}
+    best = {one.method: one.lr for one in bests(runs)}
+    rows = [
+        [method, *(_cell(row.get(rate), rate == best[method], len(counts) > 1) for rate in rates)]
+        for method, row in cells.items()
+    ]
+    return Table(["method", *map(rate_text, rates)], rows, title="held-out loss by learning rate, nats per token")
+
+
+def _cell(cell: Cell | None, best: bool, counted: bool) -> str:
+    if cell is None:
+        return ""
+    if not cell.losses:
+        return "diverged"
+    parts = ["*"] if best else []
+    parts.append(f"{cell.mean:.4f}")
+    parts += [f"±{stdev(cell.losses):.4f}"] if len(cell.losses) > 1 else []
+    parts += [f"({len(cell.losses)})"] if counted else []
+    parts += [f"({cell.diverged} diverged)"] if cell.diverged else []
+    return " ".join(parts)
+
+
+def before(base: float) -> str:
+    """The base model's loss in words."""
+    return f"Before training the loss is {base:.4f}."
+
+
+def advice(runs: Sequence[LRRun], base: float) -> list[str]:
+    """For every method the line to copy, and where to look further."""
+    return [_advice(one, base) for one in bests(runs)]
+
+
+def _advice(one: Best, base: float) -> str:
+    rates = ",".join(map(rate_text, one.extend))
+    if one.lr is None or one.heldout_loss is None:
+        return f"{one.method}: every rate diverged: extend --rates to {rates}"
+    worse = "" if one.heldout_loss < base else ", no better than before training"
+    line = f"{one.flags}   held-out loss {one.heldout_loss:.4f}{worse}"
+    if one.edge:
+        return f"{line}; the {one.edge} rate tried: extend --rates to {rates}"
+    return f"{line}; the only rate tried: add --rates {rates}" if one.extend else line
+
+
+def draw(runs: Sequence[LRRun], base: float) -> "Figure":
+    """Draw loss over rate: a line through the means of each method, a point for each run.
+
+    Losses far above the base model's would press all others together: they stand at the top edge, as do runs that
+    diverged. The base model's own is a line where it is near, and always in the title.
+    """
+    figure = new_figure(7, 4.6)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    losses = [run.heldout_loss for run in runs if run.heldout_loss is not None] or [base]
+    low, top = min(losses), _top(losses, base)
+    for number, method in enumerate(cells_of(runs)):
+        colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
+        _draw_method(axes, [run for run in runs if run.method == method], top, color=colour, marker=marker)
+    if base <= top + 0.25 * (top - low):
+        axes.axhline(base, color="#777777", linewidth=0.9, linestyle="--", label="before training")
+    axes.set_title(f"before training: {base:.3f}    ×: diverged    ▲: higher than drawn", fontsize=9)
+    axes.set_xlabel("peak learning rate")
+    axes.set_ylabel("held-out loss, nats per label token")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", frameon=False)
+    _label_rates(axes, sorted({run.lr for run in runs}))
+    return figure
+
+
+def _top(losses: Sequence[float], base: float) -> float:
+    """The highest loss that is drawn at its place: a little above the base model's, where training helped at all."""
+    low, high = min(losses), max(losses)
+    return min(high, base + 0.3 * (base - low)) if low < base else high
+
+
+def _draw_method(axes: "Axes", runs: Sequence[LRRun], top: float, **style: str) -> None:
+    """Draw the runs of one method; what has no place in the picture is marked at its top edge."""
+    (row,) = cells_of(runs).values()
+    means = {rate: min(cell.mean, top) for rate, cell in row.items() if cell.losses}
+    axes.plot([*means], [*means.values()], label=runs[0].method, **style)  # type: ignore[arg-type]
+    drawn = [(run.lr, run.heldout_loss) for run in runs if run.heldout_loss is not None]
+    points = {
+        "o": [(rate, loss) for rate, loss in drawn if loss <= top],
+        "^": [(rate, top) for rate, loss in drawn if loss > top],
+        "x": [(run.lr, top) for run in runs if run.heldout_loss is None],
+    }
+    for marker, places in points.items():
+        xs, ys = [x for x, _ in places], [y for _, y in places]
+        axes.scatter(xs, ys, marker=marker, s=16 if marker == "o" else 60, color=style["color"], alpha=0.6)
+
+
+def _label_rates(axes: "Axes", rates: Sequence[float]) -> None:
+    """Name the rates that were tried, not the powers of ten."""
+    axes.set_xticks(rates, [rate_text(rate) for rate in rates])
+    axes.set_xticks([], minor=True)
