@@ -28,6 +28,7 @@ from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, score_samples
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.sample_choice import how_many
+from siftune.methods.support import support_gradient
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
 

@@ -55,6 +55,21 @@ def test_two_ranks_are_one(tmp_path, alone, settings):
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_have_the_importance_that_one_has_from_gradients(tmp_path, accumulate):
+    settings = {"ist": {"importance_from": "gradients"}, "max_steps": 8, "ddp_find_unused_parameters": False}
+    (alone,) = run(tmp_path / "one", 1, per_device_train_batch_size=8, **settings)
+    apart = {"per_device_train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
+    first, second = run(tmp_path / "two", 2, **apart, **settings)
+    assert first["layers"] == second["layers"] == alone["layers"]
+    assert torch.equal(first["importance"], second["importance"])
+    assert first["importance"].abs().max() > 0
+    torch.testing.assert_close(first["importance"], alone["importance"], rtol=1e-4, atol=1e-5)
+
+
+AVERAGED = {
+    "support": "dataset", "select": 2, "support_every": 2, "support_decay": 0.5, "share": "above", "score": "cosine",
+}  # fmt: skip
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
@@ -65,6 +80,7 @@ CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwa
         ("rest", 2, CHECKPOINTING),
         ("momentum", 2, {"ddp_find_unused_parameters": True}),
         ("sample", 1, {"with_ist": True}),
+        ("dataset", 1, {"gast": AVERAGED}),
     ],
 )
 def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, settings):
@@ -75,7 +91,7 @@ def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, sett
     found = {(s["step"], s["batch"]): s for one in ranks for s in one["samples"]}
     assert len(found) == len(alone["samples"]) == 6 * 2 * accumulate
     # DDP averages over ranks, so that each rank's loss is lifted by their number, and with it the running mean
-    lifted = {"sample": 2.0, "rest": 4.0, "momentum": None}[support]
+    lifted = {"sample": 2.0, "rest": 4.0, "momentum": None, "dataset": 1.0}[support]  # cosines have no length
     for wanted in alone["samples"]:
         got = found[wanted["step"], wanted["batch"]]
         assert got["layers"] == wanted["layers"]

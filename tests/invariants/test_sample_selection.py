@@ -14,8 +14,8 @@ from siftune.methods.gast import maths
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
-# the support gradient is formed in every second step and averaged, and the layers above count
-AVERAGED = {"support_every": 2, "support_decay": 0.5, "share": "above", "score": "cosine"}
+# the support gradient is formed in every third step and averaged, and the layers above count
+AVERAGED = {"support_every": 3, "support_decay": 0.5, "share": "above", "score": "cosine"}
 
 
 def method(support="rest", select=2, **settings):
