@@ -10,9 +10,9 @@ from support.trainers import adapted, rows, train, weights
 from siftune import GAST, IST
 
 
-def layer_method():
+def layer_method(settings):
     """IST with what it chose."""
-    method = IST(active=0.5, interval=2, score_batch_size=6)
+    method = IST(active=0.5, **settings)
     chosen = []
     method.on_select = chosen.append
     return method, chosen
@@ -21,10 +21,11 @@ def layer_method():
 if __name__ == "__main__":
     out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     samples = settings.pop("gast", None)
+    ist = settings.pop("ist", {"interval": 2, "score_batch_size": 6})
     with_ist = settings.pop("with_ist", samples is None)
     methods, chosen = [], []
     if with_ist:
-        method, chosen = layer_method()
+        method, chosen = layer_method(ist)
         methods.append(method)
     if samples is not None:
         given = rows(9, seed=4) if samples["support"] == "dataset" else None
