@@ -12,6 +12,7 @@ Score = Literal["inner", "cosine", "preconditioned", "preconditioned-cosine"]
 Share = Literal["own", "above", "all"]
 Pool = Literal["layer", "module"]
 Scale = Literal["mean", "sum"]
+Among = Literal["batch", "recent"]
 
 
 @dataclass
@@ -50,6 +51,9 @@ class GASTSettings(Settings):
     """Share of the running mean of earlier gradients that stays in a step, for support momentum."""
     select_after: Annotated[int, NOT_NEGATIVE, OURS] = 0
     """Optimizer steps at the start that follow all rows, before rows are selected."""
+    among: Annotated[Among, OURS] = "batch"
+    """Whom a row competes with: the others of its batch, or the rows of the last steps, so that batches of a row or two
+    can be selected from as well."""
 
     def _faults(self) -> Iterable[tuple[bool, str]]:
         yield (
@@ -63,6 +67,16 @@ class GASTSettings(Settings):
         yield (
             (self.support_every > 1 or self.support_decay > 0) and not self.needs_rows,
             "gast.support_every and gast.support_decay go with support sample or dataset, which draw rows in steps",
+        )
+        yield (
+            self.among == "recent" and isinstance(self.select, int),
+            "gast.among recent follows a share of the rows as they come: give gast.select as a share such as 0.5, not "
+            f"as {self.select} rows of a batch",
+        )
+        yield (
+            self.among == "recent" and (self.replacement or (self.needs_scores and self.support == "rest")),
+            "gast.among recent looks at one row at a time: it goes without gast.replacement and with support sample, "
+            "dataset or momentum, as rest compares a row with its batch",
         )
 
     @property

@@ -58,6 +58,7 @@ _NAMES = {
     "score": ("inner", "cosine", "preconditioned"),
     "pool": ("layer", "module"),
     "scale": ("mean", "sum"),
+    "among": ("batch", "recent"),
 }
 
 
@@ -104,6 +105,9 @@ def test_replacement_goes_with_a_draw():
         ({"share": "all", "choice": "random"}, "gast.share all adds up scores of layers"),
         ({"support_every": 2, "support": "rest"}, "gast.support_every and gast.support_decay go with support sample"),
         ({"support_decay": 0.5, "support": "momentum"}, "gast.support_every and gast.support_decay go with"),
+        ({"among": "recent", "select": 8}, "give gast.select as a share such as 0.5, not as 8 rows of a batch"),
+        ({"among": "recent", "support": "rest"}, "gast.among recent looks at one row at a time"),
+        ({"among": "recent", "replacement": True}, "gast.among recent looks at one row at a time"),
     ],
 )
 def test_what_goes_together(settings, advice):
@@ -112,7 +116,7 @@ def test_what_goes_together(settings, advice):
 
 
 def test_the_defaults_are_the_papers_but_for_replacement_and_the_share_of_rows():
-    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", "layer", "mean", False, 1.0, 0.9, 0)
+    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", "layer", "mean", False, 1.0, 0.9, 0, "batch")
     assert dataclasses.astuple(GASTSettings()) == expected
 
 
