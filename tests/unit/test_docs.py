@@ -66,7 +66,9 @@ def shell_lines(text):
 def calls(lines, program):
     """What a program is called with: (command or script, words after it)."""
     for line in lines:
-        words = re.search(rf"(?:^|  |▶ |\w=\S+ ){program} ([a-z][\w/.]*)(?: ([^(]*))?$", line.partition("(")[0].strip())
+        words = re.search(
+            rf"(?:^|  |▶ |\w=\S+ ){program} ([a-z][\w/.-]*)(?: ([^(]*))?$", line.partition("(")[0].strip()
+        )
         if words:
             yield words.group(1), shlex.split(words.group(2) or "", comments=True)
 

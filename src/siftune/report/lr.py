@@ -188,7 +188,7 @@ def draw(runs: Sequence[LRRun], base: float) -> "Figure":
     for number, method in enumerate(cells_of(runs)):
         colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
         _draw_method(axes, [run for run in runs if run.method == method], top, color=colour, marker=marker)
-    if base <= top + 0.25 * (top - low):
+    if base <= top + 0.5 * (top - low):
         axes.axhline(base, color="#777777", linewidth=0.9, linestyle="--", label="before training")
     axes.set_title(f"before training: {base:.3f}    ×: diverged    ▲: higher than drawn", fontsize=9)
     axes.set_xlabel("peak learning rate")

@@ -1,0 +1,149 @@
+"""`siftune sweep-lr` from the command line: what is shown, what is left, and how it goes on."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.tiny_run import lines, save_rows
+
+from siftune.cli.main import main
+from siftune.trainer import source as module
+
+SETTINGS = """\
+template: none
+max_length: 64
+rank: 2
+batch_size: 4
+steps: 3
+save_every: 2
+method: gast
+gast:
+  select: 2
+"""
+
+
+@pytest.fixture
+def words(base, rows, tmp_path):
+    """The arguments of a sweep that works."""
+    (tmp_path / "recipe.yaml").write_text(SETTINGS)
+    held_out = save_rows(tmp_path / "eval.jsonl", count=8)
+    return [
+        "sweep-lr", str(tmp_path / "recipe.yaml"), "--model", str(base), "--train", str(rows), "--eval", str(held_out),
+        "--methods", "dense,gast", "--rates", "1e-3,1e-2", "--out", str(tmp_path / "sweep"),
+    ]  # fmt: skip
+
+
+def error_of(capsys, arguments):
+    """Run a failing command; return its error."""
+    assert main(list(map(str, arguments))) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err.splitlines()[-1].removeprefix("siftune: error: ")
+
+
+def test_a_sweep(words, tmp_path, capsys):
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert f"4 runs to do, 0 done; results in {tmp_path}/sweep" in captured.err
+    found = re.findall(
+        r"^(\d)/4  (\w+) at (1e-\d), seed 0: held-out loss \d\.\d+, training loss \d\.\d+  \(\d+ s(, \d+ s left)?\)$",
+        captured.err,
+        re.MULTILINE,
+    )
+    cells = [("dense", "1e-3"), ("dense", "1e-2"), ("gast", "1e-3"), ("gast", "1e-2")]
+    assert [(method, rate) for _, method, rate, _ in found] == cells
+    assert [bool(left) for *_, left in found] == [True, True, True, False]
+    table = captured.out.splitlines()
+    assert table[1].split() == ["method", "1e-3", "1e-2"]
+    assert [row.split()[0] for row in table[2:4]] == ["dense", "gast"]
+    assert len(re.findall(r"^--method (dense|gast) --lr 1e-\d   held-out loss", captured.out, re.MULTILINE)) == 2
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {
+        "start.json", "results.jsonl", "results.json", "results.md", "results.png", "dense.yaml", "gast.yaml",
+    }  # fmt: skip
+    assert (tmp_path / "sweep" / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_and_a_second_call(words, tmp_path, capsys, monkeypatch):
+    assert main([*words, "--rates", "1e-2,1e30", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["folder"] == f"{tmp_path}/sweep"
+    assert [run["diverged"] is None for run in first["runs"]] == [True, False, True, False]
+    assert first["best"]["dense"]["flags"] == "--method dense --lr 1e-2"
+    assert (first["best"]["gast"]["edge"], first["best"]["gast"]["extend"]) == ("lowest", [2.5e-3, 5e-3])
+    monkeypatch.setattr(module, "load_model", None)
+    assert main([*words, "--rates", "1e-2,1e30", "--json"]) == 0
+    captured = capsys.readouterr()
+    again = json.loads(captured.out)
+    assert "0 runs to do, 4 done" in captured.err
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_a_run_that_diverges_is_told(words, capsys):
+    assert main([*words, "--methods", "gast", "--rates", "1e30"]) == 0
+    captured = capsys.readouterr()
+    assert re.search(r"^1/1  gast at 1e30, seed 0: diverged: .* at step \d  \(\d+ s\)$", captured.err, re.MULTILINE)
+    assert "gast: every rate diverged: extend --rates to " in captured.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "dense,lora"], "--methods names 'lora', which is unknown; known: dense, rst"),
+        (["--rates", "1e-3,0"], "--rates names 0, but every rate must be a finite number above 0"),
+        (["--rates", "1e-3,1e-3"], "--rates names 1e-3 twice: leave one out"),
+        (
+            ["--eval", "None"],
+            "no held-out rows: the best rate is the best on rows that are not trained on; give --eval",
+        ),
+        (["--methods", "dense"], "gast.select is 2, which has no effect with method dense: leave it out"),
+        (["--rate", "1e-3"], "unknown option --rate of `siftune sweep-lr`; did you mean --rates?"),
+        (["--resume"], "resume has no effect on a sweep"),
+        (["--adapter", "full"], "adapter is full and no layers are given"),
+        (["--lr", "-1"], "lr is -1.0, but must be above 0"),
+    ],
+)
+def test_input_that_cannot_be_used(words, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(module, "load_model", None)
+    assert error_of(capsys, [*words, *flags]).startswith(message)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_another_recipe_in_the_folder_of_a_sweep(words, tmp_path, capsys):
+    assert main(words) == 0
+    capsys.readouterr()
+    assert error_of(capsys, [*words, "--rank", 4]) == (
+        f"{tmp_path}/sweep holds a sweep with rank = 2, but now rank is 4: set rank as it was, or give another folder "
+        "with --out."
+    )
+
+
+def test_a_run_folder_is_left_alone(words, tmp_path, capsys):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "run.json").write_text("{}")
+    assert "is not empty and holds no sweep of learning rates" in error_of(capsys, words)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_a_sweep_that_is_ended_goes_on(words, tmp_path, capsys, name):
+    many = [*words, "--methods", "gast", "--rates", "1e-3,2e-3,3e-3,4e-3,5e-3"]
+    code = "import sys; from siftune.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    results = tmp_path / "sweep" / "results.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", code, *many], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not results.exists():
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    _, log = process.communicate()
+    done = len(lines(results)) if results.read_text().endswith("\n") else 0
+    assert process.returncode == (130 if name == "SIGINT" else -9)
+    assert 1 <= done < 5
+    if name == "SIGINT":
+        assert f"interrupted; {done} runs are in {tmp_path}/sweep; the same command with --out" in log.splitlines()[-1]
+    assert main(many) == 0
+    assert f"{5 - done} runs to do, {done} done" in capsys.readouterr().err
+    assert [line["lr"] for line in lines(results)] == [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
