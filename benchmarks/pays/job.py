@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from datasets import Dataset
 from torch import nn
@@ -18,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pays.followed import Followed
 from pays.gemma import folder as gemma_folder
+from pays.masked_update import MaskedUpdate
 from pays.measure import measure_rows, nats_per_token
 from pays.pool import Pool, make_pool
 from pays.results import append
 from pays.retrieval import embed, retrieve, similarity
-from pays.rules import use_rule
+from pays.rules import RULES, Weigh, use_rule
 from pays.stopping import KeepBest
 from pays.subset import Book, Keep, SubsetTrainer
 from pays.training_rows import training_rows
@@ -133,7 +135,7 @@ class Work:
             use_rule(built.methods, method["rule"])
         for part in built.methods:
             if isinstance(part, SampleCallback):
-                part.on_select = partial(_note, trainer, built.depth)
+                part.on_select = partial(_note, trainer, built.depth, RULES.get(method.get("rule")))
         return trainer
 
     def _train(self, trainer: SubsetTrainer, built: Built, held: Sequence[Record]) -> Record:
@@ -143,6 +145,8 @@ class Work:
             data = self.tokenized(held)
             best = KeepBest(lambda model: nats_per_token(measure_rows(model, data, self.collate)), _LOOK_EVERY)
             trainer.add_callback(best)
+        if "masked" in self.method:
+            trainer.add_callback(MaskedUpdate(self.method["masked"], self.job["seed"]))
         processor = time.process_time()
         trainer.train()
         steps = trainer.state.global_step
@@ -176,11 +180,12 @@ def _apart(rows: Sequence[Record], share: float) -> tuple[list[Record], list[Rec
     return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])
 
 
-def _note(trainer: SubsetTrainer, depth: int, samples: SampleChoice) -> None:
-    """Count the rows that siftune's methods followed in a batch."""
-    for layer, chosen_K in zip(samples.layers, samples.selected, strict=True):
+def _note(trainer: SubsetTrainer, depth: int, weigh: Weigh | None, samples: SampleChoice) -> None:
+    """Count the rows that siftune's methods followed in a batch, by their weights where they have such."""
+    for layer, numbers, scores_S in zip(samples.layers, samples.followed(), samples.scores, strict=True):
         place = None if layer == WHOLE else max(0, layer) / depth
-        trainer.followed.follow(samples.step, place, [trainer.seen[row] for row in chosen_K.tolist()])
+        weights = weigh(scores_S, torch.ones_like(scores_S, dtype=torch.bool))[numbers].tolist() if weigh else None
+        trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers], weights)
 
 
 def run_job(job: Job, data: Path, folder: Path) -> Record:

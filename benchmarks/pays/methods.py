@@ -51,6 +51,11 @@ METHODS: dict[str, Method] = {
     "gast-inner": _gast(score="inner"),
     "gast": _gast(),
     "gast+known-weighted": {**_gast(select=0.5), "rows": "pool+weighted"},
+    "gast-shared": _gast(share="above", support_every=4, support_decay=0.9),
+    "gast-shared+known-weighted": {
+        **_gast(share="above", support_every=4, support_decay=0.9, select=0.5),
+        "rows": "pool+weighted",
+    },
     "gast-relu": {**_gast(), "rule": "relu"},
     "gast-above-zero": {**_gast(), "rule": "above-zero"},
     "trim-momentum": {"recipe": {"method": "gast", "gast": {"support": "momentum", "choice": "topk", "select": 0.75}}},
@@ -64,9 +69,11 @@ METHODS: dict[str, Method] = {
     "ist": {"recipe": {"method": "ist"}},
     "rst": {"recipe": {"method": "rst"}},
     "lisa": {"recipe": {"method": "lisa"}},
+    "cut": {"recipe": {"method": "cut"}},
+    "masked-update": {"masked": 0.5},
 }
 
-_OWN = ("keep", "select", "rows", "nearest", "once", "stop", "rule", "untrained")  # the rest are a recipe's
+_OWN = ("keep", "select", "rows", "nearest", "once", "stop", "rule", "masked", "untrained")  # the rest are a recipe's
 
 
 def method_of(words: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@
 
 Each job (cell, method, model, learning rate, seed) trains on siftune's own training path, in a fresh process with one
 thread, and is measured on held-out rows. A finished job adds a line of JSON to the file, and is never made again;
-Ctrl-C loses only what is running. Seed 0 of all cells comes first, so that a run cut short compares what it has. `--list`
-prints the jobs, one a line: the file that `--jobs` takes, in whose order they are run.
+Ctrl-C loses only what is running. Seed 0 of all cells comes first, so that a run cut short compares what it has.
+`--list` prints the jobs, one a line: the file that `--jobs` takes, in whose order they are run.
 
 Scenarios:
     S1  a target in a pool: cells mix and reverse, and TASK-SHARE or TASK-SHARE-wrong of real text, such as boolq-25

@@ -9,6 +9,7 @@ A plan is a name, then what is added to it, with plus signs between:
 
     +known      the known rows, each once
     +weighted   the known rows, repeated so that they are a quarter of all rows
+    +capped     the same, but none more than 30 times, as `siftune train --target` has it
 
 Repeated rows come equally often, but for one. Where there are more rows than the steps take, the Trainer's shuffle
 decides which of them are left out.
@@ -22,6 +23,8 @@ from siftune.errors import RecipeError
 Record = dict[str, Any]
 
 KNOWN_SHARE = 0.25  # of all rows, for "+weighted"
+MOST = 30  # times that a row comes, for "+capped"
+_ADDITIONS = ("known", "weighted", "capped")
 _BASES = ("pool", "known", "target", "retrieved")
 
 
@@ -45,15 +48,18 @@ def training_rows(
         RecipeError: No such plan, or known rows are needed and there are none.
     """
     base, *additions = plan.split("+")
-    if base not in _BASES or any(addition not in ("known", "weighted") for addition in additions):
-        raise RecipeError(f"unknown rows {plan!r}; use {', '.join(_BASES)}, and after them +known or +weighted")
+    if base not in _BASES or any(addition not in _ADDITIONS for addition in additions):
+        raise RecipeError(f"unknown rows {plan!r}; use {', '.join(_BASES)}, and +{', +'.join(_ADDITIONS)} after them")
     if not known and (additions or base in ("known", "retrieved")):
         raise RecipeError(f"rows {plan!r} need known rows of the target, but the cell has none; give known rows")
     rows = _base(base, pool, known, count, retrieve)
     if "known" in additions:
         rows = [*rows, *known]
+    fair = round(len(rows) * KNOWN_SHARE / (1 - KNOWN_SHARE))
     if "weighted" in additions:
-        rows = [*rows, *repeated(known, round(len(rows) * KNOWN_SHARE / (1 - KNOWN_SHARE)))]
+        rows = [*rows, *repeated(known, fair)]
+    if "capped" in additions:
+        rows = [*rows, *repeated(known, min(fair, MOST * len(known)))]
     return rows
 
 
