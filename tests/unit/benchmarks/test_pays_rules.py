@@ -1,0 +1,62 @@
+"""Weights on rows in the place of GAST's choice, against a loop over rows."""
+
+import pytest
+import torch
+from support.adapted import adapted
+from support.oracles import rest_scores, sample_gradients, summed_loss
+from support.tiny import batch
+
+from pays.rules import RULES, use_rule
+from siftune import GAST
+from siftune.engine.groups import group_by_layer
+from siftune.errors import RecipeError
+
+
+def by_hand(name, scores):
+    """Weights of the rows, with plain numbers."""
+    raw = [max(0.0, score) if name == "relu" else float(score > 0) for score in scores]
+    whole = sum(raw)
+    return [len(raw) * one / whole for one in raw] if whole else [1.0] * len(raw)
+
+
+@pytest.mark.parametrize("name", ["relu", "above-zero"])
+@pytest.mark.parametrize("share", ["own", "above"])
+def test_gradients_are_the_weighed_rows(name, share):
+    model = adapted().double()
+    inputs = batch(model, 6)
+    single = sample_gradients(model, inputs)
+    gast = GAST(2, "rest", choice="topk", share=share)
+    use_rule([gast], name)
+    with gast.attach(model) as sift:
+        summed_loss(model, inputs).backward()
+    layers = [list(group.parameters.values()) for group in group_by_layer(model)]
+    own = [rest_scores(single, parameters) for parameters in layers]
+    scores = own if share == "own" else [sum(own[layer:]) for layer in range(len(own))]
+    torch.testing.assert_close(sift.last.scores, torch.stack(scores), rtol=1e-9, atol=1e-12)
+    followed = set()
+    for parameters, scores_S, numbers in zip(layers, scores, sift.last.followed(), strict=True):
+        weights = by_hand(name, scores_S.tolist())
+        assert numbers == [row for row, weight in enumerate(weights) if weight > 0]
+        followed.add(len(numbers))
+        for parameter in parameters:
+            wanted = sum(weight * grad for weight, grad in zip(weights, single[parameter], strict=True))
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-13)
+    assert followed - {2}, "as many rows as top-K would follow: the rule did nothing"
+
+
+@pytest.mark.parametrize("name", ["relu", "above-zero"])
+def test_rows_without_a_gradient_count_nothing(name):
+    scores, live = torch.tensor([2.0, -1.0, 1.0, 5.0]), torch.tensor([True, True, True, False])
+    wanted = {"relu": [2.0, 0.0, 1.0, 0.0], "above-zero": [1.5, 0.0, 1.5, 0.0]}[name]
+    torch.testing.assert_close(RULES[name](scores, live), torch.tensor(wanted))
+    none_above = RULES[name](-scores.abs(), live)
+    torch.testing.assert_close(none_above, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
+
+def test_a_rule_wants_gast_with_scores():
+    with pytest.raises(RecipeError, match="no rule 'softmax'"):
+        use_rule([GAST()], "softmax")
+    with pytest.raises(RecipeError, match="not choice random"):
+        use_rule([GAST(choice="random", support="rest")], "relu")
+    with pytest.raises(RecipeError, match="with method gast"):
+        use_rule([], "relu")
