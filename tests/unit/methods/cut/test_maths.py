@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from siftune.methods.cut.maths import chances, draw_depth, lengths, lowest_layer
@@ -14,6 +14,7 @@ shares = st.tuples(st.integers(1, 40), st.integers(0, 39)).map(lambda pair: Frac
 
 
 @given(depth=shares, layers=st.integers(1, 80))
+@example(depth=Fraction(13, 23), layers=23)  # whose product of floats is 12.999…
 def test_the_cut_is_the_floor_of_the_exact_product(depth, layers):
     assert lowest_layer(float(depth), layers) == depth.numerator * layers // depth.denominator
 
