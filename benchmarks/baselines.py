@@ -190,6 +190,7 @@ def _added(parts: Sequence[Scored]) -> Scored:
 
 def _refuse_settings(name: str, settings: GASTSettings) -> None:
     known = {"support": ("rest", "sample"), "choice": ("stochastic", "topk"), "score": ("inner",), "pool": ("layer",)}
+    known |= {"among": ("batch",)}
     for key, values in known.items():
         if getattr(settings, key) not in values:
             raise RecipeError(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 
@@ -25,6 +25,28 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     dist.all_reduce(flat)
     parts = torch.split(flat, [t.numel() for t in tensors])
     return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Columns of all ranks side by side, in the order of the ranks, which may have different numbers of them.
+
+    Args:
+        values: (U, n) float64, on the CPU; U the same on all ranks.
+        device: Device of the model: NCCL exchanges what is there only.
+
+    Returns:
+        (U, sum of n over the ranks) float64, on the CPU.
+    """
+    if world_size() == 1:
+        return values
+    own = torch.tensor(values.shape[1], device=device)
+    counts = [torch.zeros_like(own) for _ in range(world_size())]
+    dist.all_gather(counts, own)
+    widest = int(torch.stack(counts).max())
+    sent = nn.functional.pad(values, (0, widest - values.shape[1])).to(device)
+    parts = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(parts, sent)
+    return torch.cat([part[:, : int(n)] for part, n in zip(parts, counts, strict=True)], 1).cpu()
 
 
 def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:

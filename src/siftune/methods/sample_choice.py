@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import units
@@ -43,7 +44,8 @@ class SampleChoice:
         layers: (U,) numbers of the layers; `WHOLE` for the model.
         scores: (U, S) scores, float32, or float64 where the gradients are; NaN where none were needed: all samples
             are followed, or a random choice.
-        selected: (U, K) int64 numbers of the samples in the batch, ascending.
+        selected: (U, K) int64 numbers of the samples in the batch, ascending. Where units follow different numbers of
+            samples, as GAST's do with `among="recent"`, K is the largest, and -1 stands behind the others' numbers.
     """
 
     step: int
@@ -53,10 +55,14 @@ class SampleChoice:
     scores: Tensor
     selected: Tensor
 
+    def followed(self) -> list[list[int]]:
+        """Numbers of the samples that each unit follows, ascending: `selected` without the -1."""
+        return [[number for number in numbers if number >= 0] for numbers in self.selected.tolist()]
+
     def record(self, scores: bool = False) -> dict[str, Any]:
         """JSON-ready form, for a run's selection records; scores with four digits, null where they are not finite."""
         record: dict[str, Any] = {"step": self.step, "batch": self.batch, "layers": list(self.layers)}
-        record["selected"] = self.selected.tolist()
+        record["selected"] = self.followed()
         if scores:
             record["scores"] = jsonable(self.scores, digits=4)
         return record
@@ -70,7 +76,8 @@ class Choosing:
         number: Number of the batch within the step, over all ranks.
         samples: Samples S in it.
         count: Samples K to choose.
-        uniform: (U, S) float64 uniform numbers, one row per unit of the model.
+        uniform: (U, S) float64 uniform numbers, one row per unit of the model; (U, 1) where samples are chosen as they
+            come.
     """
 
     def __init__(self, step: int, number: int, samples: int, count: int, uniform: Tensor) -> None:
@@ -83,7 +90,7 @@ class Choosing:
         self._choices: dict[Unit, tuple[Tensor, Tensor]] = {}
 
     def uniform_on(self, device: torch.device) -> Tensor:
-        """The uniform numbers on a device, brought there once; (U, S) float64, or float32 where it has no other."""
+        """The uniform numbers on a device, brought there once; float64, or float32 where it has no other."""
         if self._uniform.device != device:
             self._uniform = self._uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self._uniform
@@ -93,10 +100,10 @@ class Choosing:
         self._added = scores_S if self._added is None else self._added.to(scores_S.device) + scores_S
         return self._added
 
-    def note(self, unit: Unit, scores_S: Tensor | None, chosen_K: Tensor) -> None:
-        """Keep a unit's choice; None where it needed no scores."""
+    def note(self, unit: Unit, scores_S: Tensor | None, chosen: Tensor) -> None:
+        """Keep a unit's choice, numbers (K,) or bool (S,), and its scores; None where it needed none."""
         missing = torch.full((self.samples,), torch.nan)
-        self._choices[unit] = (missing if scores_S is None else scores_S, chosen_K)
+        self._choices[unit] = (missing if scores_S is None else scores_S, chosen)
 
     def done(self) -> SampleChoice | None:
         """The choices so far, from the embeddings; None before the first."""
@@ -109,8 +116,13 @@ class Choosing:
             tuple(unit.name for unit in chosen),
             tuple(unit.layer for unit in chosen),
             torch.stack([self._choices[unit][0].cpu() for unit in chosen]),
-            torch.stack([self._choices[unit][1].cpu() for unit in chosen]),
+            pad_sequence([_numbers(self._choices[unit][1].cpu()) for unit in chosen], True, -1),
         )
+
+
+def _numbers(chosen: Tensor) -> Tensor:
+    """Numbers of chosen samples, (K,), which they may be already."""
+    return chosen.nonzero().squeeze(1) if chosen.dtype == torch.bool else chosen
 
 
 def how_many(select: int | float, samples: int) -> int:

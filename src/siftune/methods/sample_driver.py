@@ -25,6 +25,16 @@ from siftune.methods.support import Gradients, Support, support_gradient
 logger = logging.getLogger(__name__)
 
 
+class Lasting(Protocol):
+    """What is kept from batch to batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict()`, or begin anew where it is empty."""
+
+
 class SampleRule(Protocol):
     """Who chooses the samples, and adds up their gradients: an object with state.
 
@@ -47,6 +57,10 @@ class SampleRule(Protocol):
     @property
     def support(self) -> Support | None:
         """The support set, where its rows are drawn or given."""
+
+    @property
+    def stream(self) -> Lasting | None:
+        """What a rule keeps that chooses samples as they come; it takes one uniform number a unit and batch."""
 
     @property
     def keeps_mean(self) -> bool:
@@ -152,20 +166,23 @@ class SampleSelection:
             self.rule.support.gradients = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state: generator, steps, passes of a step that has begun, which begins again when this is loaded.
+        """JSON-ready state: generator, steps, recent rows, passes of a step that has begun, which begins again.
 
         Take it between two optimizer steps, or between two passes where nothing tells of steps. A running mean is in
         `mean_tensors`.
         """
+        kept = {} if self.rule.stream is None else {"stream": self.rule.stream.state_dict()}
         if self._opened is None:
-            return {"steps": self.steps, "passes": 0, **draws_state(self.generator, self.draws)}
-        return {"steps": self.steps, "passes": self._next_batch, **self._opened}
+            return {"steps": self.steps, "passes": 0, **draws_state(self.generator, self.draws), **kept}
+        return {"steps": self.steps, "passes": self._next_batch, **self._opened, **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`, as if never interrupted."""
         self.steps = int(state["steps"])
         self._seed, self._opened, self._next_batch = None, None, int(state.get("passes", 0))
         load_draws_state(state, self.generator, self.draws)
+        if self.rule.stream is not None:
+            self.rule.stream.load_state_dict(state.get("stream", {}))
 
     def mean_tensors(self) -> dict[str, Tensor]:
         """The rule's running mean, by name of the parameter; empty where it has none."""
@@ -203,7 +220,8 @@ class SampleSelection:
         self._next_batch += 1
         count = how_many(self.rule.select, samples)
         generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
-        uniform = torch.rand(len(self.rule.units), samples, generator=generator, dtype=torch.float64)
+        wide = samples if self.rule.stream is None else 1
+        uniform = torch.rand(len(self.rule.units), wide, generator=generator, dtype=torch.float64)
         self._choosing = Choosing(self.steps, number, samples, count, uniform)
         if not self.rule.follows_all(self.steps) and (count < samples or self.rule.always):
             return self._choosing

@@ -17,8 +17,18 @@ A layer may go by more than its own scores, which are noisy where the support se
 sum over itself and the layers that backward has passed already, which needs no further pass, Σ_{m ≥ ℓ} s_{m,i}; with
 "all" by the sum over all layers.
 
-Symbols: B (or S) samples, K drawn, D values of one parameter; lists hold one tensor per parameter. s `scores_B`, z
-`zscores_B`.
+With `among="recent"` rows compete not with their batch but with the N rows that came last, so that a batch may have one
+row. A row's z-score is the one in the company of those N, and with M = N + 1 rows and the share p to be followed
+
+    chance     π_i = min(1, c exp(z_i/τ)), with c such that the mean of π over the M rows is p
+    top        π_i = 1 for the highest pM of the M rows; rows of the same score share what places they take
+    draw       row i, where π_1 + … + π_i + u passes a whole number, u uniform (Madow's systematic sampling)
+    gradient   (1/p) · Σ_{i drawn} g_i
+
+As the row itself is one of the M, the expected share is p for any N where rows of all steps are alike.
+
+Symbols: B (or S) samples, K drawn, N rows that came last, M = N + 1, D values of one parameter; lists hold one tensor
+per parameter. s `scores_B`, z `zscores_B`, π `chances_S`.
 
 Ours, not the paper's: drawing without replacement is the default (Gumbel top-K, which is the same as drawing one after
 the other); `scale="sum"` drops the factor; pools of modules instead of layers; the scores "cosine" and
@@ -27,10 +37,11 @@ of scores over layers (`share`); support gradients averaged over steps (`support
 modes "rest" (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the gradients of earlier steps) and "dataset"; the
 temperature τ; steps at the start that follow every sample (`select_after`); std is that of the population; ε is 1e-5 of
 the largest |s|, so that neither the size of the loss nor that of a loss scale matters and rounding is not taken for a
-difference; samples without a gradient (no label) stand back: they are left out of mean, std and B, and drawn only where there are
-fewer than K others.
+difference; samples without a gradient (no label) stand back: they are left out of mean, std and B, and drawn only where
+there are fewer than K others; rows that compete with recent rows.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,14 +71,15 @@ def zscores(scores_B: Tensor, live_B: Tensor) -> Tensor:
     """Scores relative to their mean, in standard deviations; 0 for all where they are equal.
 
     Args:
-        scores_B: (B,) scores.
-        live_B: (B,) bool, the samples that have a gradient.
+        scores_B: (…, B) scores.
+        live_B: (…, B) bool, the samples that have a gradient.
     """
-    count = live_B.sum().clamp_min(1)
+    count = live_B.sum(-1, keepdim=True).clamp_min(1)
     kept_B = scores_B.where(live_B, 0.0)
-    centred_B = (kept_B - kept_B.sum() / count).where(live_B, 0.0)
-    std = (centred_B.square().sum() / count).sqrt()
-    z_B: Tensor = centred_B / (std + _EPSILON * kept_B.abs().max()).clamp_min(torch.finfo(scores_B.dtype).tiny)
+    centred_B = (kept_B - kept_B.sum(-1, keepdim=True) / count).where(live_B, 0.0)
+    std = (centred_B.square().sum(-1, keepdim=True) / count).sqrt()
+    largest = kept_B.abs().amax(-1, keepdim=True)
+    z_B: Tensor = centred_B / (std + _EPSILON * largest).clamp_min(torch.finfo(scores_B.dtype).tiny)
     return z_B
 
 
@@ -122,6 +134,73 @@ def factor(live_B: Tensor, chosen_K: Tensor, scale: Scale) -> Tensor:
     if scale == "sum":
         return torch.ones((), dtype=torch.float32, device=live_B.device)
     return live_B.sum() / live_B[chosen_K].sum().clamp_min(1)
+
+
+TURN = 2**40  # whole numbers stand for running sums, in 1/TURN: no rounding adds up, however batches are divided
+
+
+def chances(scores_S: Tensor, recent_N: Tensor, settings: GASTSettings) -> Tensor:
+    """Chance of each row to be followed, by its score in the company of recent rows.
+
+    Args:
+        scores_S: (S,) scores; where the choice is "random" they are not looked at, nor are the others.
+        recent_N: (N,) scores of recent rows, finite.
+        settings: The method's settings; `select` is a share.
+
+    Returns:
+        (S,) from 0 to 1; NaN where a score is not finite.
+    """
+    share = float(settings.select)
+    if settings.choice == "random":
+        return torch.full_like(scores_S, share)
+    if settings.choice == "topk":
+        above_S = (recent_N > scores_S[:, None]).sum(1, dtype=scores_S.dtype)
+        equal_S = (recent_N == scores_S[:, None]).sum(1) + 1
+        return ((share * (len(recent_N) + 1) - above_S) / equal_S).clamp(0, 1)
+    company_SM = torch.cat([recent_N.expand(len(scores_S), -1), scores_S[:, None]], 1)
+    logits_SM = zscores(company_SM, torch.ones_like(company_SM, dtype=torch.bool)) / settings.temperature
+    return (log_factor(logits_SM, share) + logits_SM[:, -1]).clamp_max(0).exp()
+
+
+def log_factor(logits_SM: Tensor, share: float) -> Tensor:
+    """Log c, such that the mean of min(1, c exp(logit)) is a share.
+
+    Where the k largest are at 1, the others have c = (share·M − k) / Σ exp(logit) among them. The k that is right is
+    the first at which none of the others is above 1.
+
+    Args:
+        logits_SM: (S, M), each row for itself.
+        share: The mean, above 0 and below 1.
+
+    Returns:
+        (S,).
+    """
+    size = logits_SM.shape[1]
+    falling_SM = logits_SM.sort(1, descending=True).values
+    log_sums_SM = falling_SM.flip(1).logcumsumexp(1).flip(1)  # over a row and those after it
+    left_M = share * size - torch.arange(size, device=logits_SM.device, dtype=logits_SM.dtype)
+    log_c_SM = left_M.clamp_min(0).log() - log_sums_SM
+    first_S = (log_c_SM + falling_SM > 0).sum(1).clamp_max(math.ceil(share * size) - 1)
+    return log_c_SM.gather(1, first_S[:, None]).squeeze(1)
+
+
+def systematic(chances_S: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw rows as they come: those at which the running sum of chances passes a whole number.
+
+    Of rows whose chances add up to x, ⌊x⌋ or ⌈x⌉ are drawn, and each with its chance where the sum began evenly
+    (Madow, "On the theory of systematic sampling, II", Annals of Mathematical Statistics 20, 1949).
+
+    Args:
+        chances_S: (S,) from 0 to 1.
+        begun: Scalar int64, the running sum's fraction before these rows, in 1/TURN.
+
+    Returns:
+        drawn: (S,) bool.
+        fraction: As `begun`, after these rows.
+    """
+    steps_S = (chances_S * TURN).round().long()
+    ends_S = begun + steps_S.cumsum(0)
+    return ends_S // TURN > (ends_S - steps_S) // TURN, ends_S[-1] % TURN
 
 
 class Scored(NamedTuple):

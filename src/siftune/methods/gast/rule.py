@@ -13,6 +13,7 @@ from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, live_samples, score_samples, together
 from siftune.methods.gast.momentum import moved_mean
 from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.gast.stream import Stream
 from siftune.methods.sample_choice import Choosing, Unit, units_of, whole_model
 from siftune.methods.support import Gradients, Support
 
@@ -33,7 +34,8 @@ class AlignedSamples:
         by_module = settings.pool == "module"
         self.units: Sequence[Unit] = [whole_model(groups)] if self.whole else units_of(groups, by_module)
         self.select = settings.select
-        self.always = settings.replacement
+        self.stream = Stream(settings, self.units) if settings.among == "recent" else None
+        self.always = settings.replacement or (self.stream is not None and settings.select < 1)
         averaged = (settings.support_size, settings.support_every, settings.support_decay)
         self.support = Support(*averaged) if settings.needs_rows else None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -78,9 +80,11 @@ class AlignedSamples:
         return reduced
 
     def end(self) -> None:
-        """Move the running mean, where there is one."""
+        """Move the running mean and the windows of recent rows, where there are any."""
         if self.support is not None:
             self.support.end()
+        if self.stream is not None:
+            self.stream.end()
         if self._moves:
             self._mean = moved_mean(self._mean, self._sums, self._groups, self.settings.decay)
             self._sums = {}
@@ -94,11 +98,14 @@ class AlignedSamples:
     def _follow(self, choosing: Choosing, unit: Unit, scored: Scored, grads: SampleGradients) -> Gradients:
         """Choose by scores, and add up the gradients of what was chosen."""
         uniform_S = choosing.uniform_on(scored.scores.device)[unit.place]
-        chosen_K = maths.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
-        choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen_K)
-        scale = maths.factor(scored.live, chosen_K, self.settings.scale)
+        if self.stream is not None:
+            chosen, scale = self.stream.follow(unit, scored, uniform_S)
+        else:
+            chosen = maths.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
+            scale = maths.factor(scored.live, chosen, self.settings.scale)
+        choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen)
         scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
-        return {p: numerics.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
+        return {p: sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
 
     def _score(self, grads: SampleGradients) -> Scored:
         """Score the samples of a batch by the gradients of one unit."""
@@ -126,6 +133,17 @@ class AlignedSamples:
         for parameter, flat in zip(parameters, totals, strict=True):
             total = flat.view_as(parameter)
             self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
+
+
+def sum_of(grads_SD: Tensor, chosen: Tensor) -> Tensor:
+    """Sum of the gradients of chosen samples, (D,): their numbers (K,), or (S,) bool.
+
+    To make numbers of the latter, an accelerator would have to be waited for.
+    """
+    if chosen.dtype != torch.bool:
+        return numerics.sum_of(grads_SD, chosen)
+    kept_SD = grads_SD.flatten(1).where(chosen[:, None], 0.0)
+    return numerics.total(kept_SD).view(grads_SD.shape[1:])
 
 
 def adam_metric(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:

@@ -29,6 +29,7 @@ class HelpfulSamples:
     whole = True
     always = False
     keeps_mean = False
+    stream = None
 
     def __init__(self, settings: GREATSSettings, groups: Sequence[LayerGroup]) -> None:
         self.units: Sequence[Unit] = [whole_model(groups)]
