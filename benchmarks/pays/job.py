@@ -152,7 +152,7 @@ class Work:
         steps = trainer.state.global_step
         return {
             "steps": steps,
-            "seconds_per_step": round(float(np.mean(clock.seconds(1))), 4),
+            **({"seconds_per_step": round(float(np.mean(clock.seconds(1))), 4)} if steps > 1 else {}),
             "processor_seconds_per_step": round((time.process_time() - processor) / steps, 4),
             **trainer.followed.summary(steps),
             **({"best_step": best.step} if best else {}),
