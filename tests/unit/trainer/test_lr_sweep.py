@@ -238,6 +238,13 @@ def test_another_recipe_in_the_same_folder(base, rows, held_out, tmp_path, chang
     assert open_sweep(replace(plain, method="dense"), grid("dense"), tmp_path / "sweep").missing()
 
 
+def test_every_method_is_compared_with_its_own_recipe(plain, tmp_path):
+    swept(plain, grid("dense", "ist", rates=(1e-3,)), tmp_path / "sweep")
+    other = replace(plain, ist=ISTSettings(interval=3))
+    with pytest.raises(RecipeError, match=r"ist.interval = \d+, but now ist.interval is 3"):
+        open_sweep(other, grid("dense", "ist"), tmp_path / "sweep")
+
+
 def test_another_recipe_is_refused_for_another_method_too(plain, tmp_path):
     swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
     with pytest.raises(RecipeError, match="batch_size = 4, but now batch_size is 8"):
