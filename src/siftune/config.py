@@ -61,8 +61,15 @@ class Recipe:
     completion_only: bool = True
     """Learn the completions alone, not the prompts."""
 
-    method: Literal[tuple(METHODS)] = "ist"  # type: ignore[valid-type]
-    """How to train; each has options of its own below, but for dense, where all layers follow all rows."""
+    method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
+    """How to train; each has options of its own below, but for dense, where all layers follow all rows. Where a
+    target is given and no method: gast."""
+    target: str | None = None
+    """File or hub id of few clean rows of the task that counts: they are trained on too, and with gast and greats
+    decide which rows of the others are followed."""
+    target_share: Annotated[float, BELOW_ONE] = 0.25
+    """Share of the training rows that target's rows are repeated to make up, each 30 times at the most; 0: they are not
+    trained on."""
     support_rows: str | None = None
     """gast, greats: file or hub id of rows to compare with, for support dataset: few, clean, like the task."""
     keep_scores: bool = False
@@ -136,6 +143,12 @@ def settings_of(recipe: Recipe) -> list[Settings]:
     return [getattr(recipe, part.settings.group) for part in method_of(recipe).parts]
 
 
+def compared_with(recipe: Recipe) -> str | None:
+    """The file or hub id of the rows that a recipe's method compares others with; None where it draws or needs none."""
+    compares = any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
+    return (recipe.target or recipe.support_rows) if compares else None
+
+
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     """Fill in what depends on other fields: `alpha` from `rank`, `out` from the time and `method`."""
     now = now or datetime.now()
@@ -183,7 +196,15 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
         ),
         (
-            compares != (recipe.support_rows is not None),
+            recipe.target is not None and recipe.support_rows is not None,
+            "target and support_rows both say what rows are compared with: give one of them",
+        ),
+        (
+            recipe.target is not None and rows and not compares,
+            "with a target, rows are compared with its rows, by support dataset: leave the option support out",
+        ),
+        (
+            recipe.target is None and compares != (recipe.support_rows is not None),
             "support dataset and support_rows go together: give --gast.support dataset (or --greats.support dataset) "
             "and --support-rows FILE, or neither",
         ),
@@ -204,12 +225,13 @@ def _idle(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """Options of methods that are not chosen: refused, since somebody meant them to do something."""
     chosen = method_of(recipe).parts
     for part in all_parts():
-        settings, default = getattr(recipe, part.settings.group), part.settings()
+        settings, default = getattr(recipe, part.settings.group), part.settings().to_dict()
+        aimed = {**default, **part.settings.with_target} if recipe.target else default
         for name in () if part in chosen else Settings.names(part.settings):
             key, value = f"{part.settings.group}.{name}", getattr(settings, name)
             methods = " or ".join(name for name, method in METHODS.items() if part in method.parts)
             yield (
-                value != getattr(default, name),
+                value not in (default[name], aimed[name]),
                 f"{key} is {value}, which has no effect with method {recipe.method}: leave it out, or take --method "
                 f"{methods}",
             )

@@ -21,7 +21,7 @@ class _Entry(NamedTuple):
     line: int
 
 
-def load_recipe(*paths: str | Path, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+def load_recipe(*paths: str | Path, kind: type[R] = Recipe, target: bool = False) -> R:  # type: ignore[assignment]
     """Read YAML recipes; a later file overrides an earlier one, what none names keeps its default.
 
     Paths inside a recipe are relative to the working directory, as flags are.
@@ -30,6 +30,8 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe) -> R:  # type: ignor
         paths: YAML files, each a mapping from field to value, and for each method's settings a mapping of its own; an
             empty file is a recipe of defaults.
         kind: The dataclass to fill: `Recipe` or a subclass with further fields.
+        target: A target will be given besides. With one, here or in a file, the method is gast where none is named, and
+            methods have the defaults that their settings name in `with_target`.
 
     Raises:
         RecipeError: A file is missing, unreadable or not YAML; a key is unknown or given twice; a value has
@@ -45,10 +47,18 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe) -> R:  # type: ignor
                 flat[key] = where, entry
             else:
                 values[key] = _value(key, entry, hints, values.get(key), where)
+    if target or values.get("target") is not None:
+        values = _aimed(values, hints)
     method = values.get("method", Recipe.method)
     for key, (where, entry) in flat.items():
         _lift(key, entry, where, method, values)
     return kind(**{key: hints[key](**value) if _is_group(hints[key]) else value for key, value in values.items()})
+
+
+def _aimed(values: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the defaults of a run with a target below what was given."""
+    groups = {key: hint.with_target for key, hint in hints.items() if _is_group(hint) and hint.with_target}
+    return {"method": "gast", **values, **{key: {**below, **values.get(key, {})} for key, below in groups.items()}}
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -21,7 +21,7 @@ import itertools
 import math
 import textwrap
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -89,6 +89,9 @@ class Settings:
 
     group: ClassVar[str]
     """Name of the method's settings in recipes and flags."""
+
+    with_target: ClassVar[Mapping[str, Any]] = {}
+    """Defaults where few rows of a target are given: what a recipe's `target` puts in their place."""
 
     def __post_init__(self) -> None:
         """Check every field."""

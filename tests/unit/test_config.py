@@ -9,7 +9,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from siftune.config import Recipe, check, resolve_recipe, settings_of
+from siftune.config import Recipe, check, compared_with, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.methods.gast.settings import GASTSettings
@@ -118,7 +118,17 @@ def test_resolving_fills_in_what_depends_on_other_fields():
 
 def test_a_plain_recipe_passes_the_check():
     check(Recipe(train="rows.jsonl"))
-    check(resolve_recipe(Recipe(train="rows.jsonl", ist=ISTSettings(active=1.0), clip=0, warmup=0, seed=0, dropout=0)))
+    ist = ISTSettings(active=1.0)
+    check(resolve_recipe(Recipe(train="rows.jsonl", method="ist", ist=ist, clip=0, warmup=0, seed=0, dropout=0)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_goes_with_every_method(tmp_path, method):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"train: rows.jsonl\ntarget: few.jsonl\nmethod: {method}\n")
+    recipe = load_recipe(file)
+    check(recipe)
+    assert compared_with(recipe) == ("few.jsonl" if any(part.rows for part in METHODS[method].parts) else None)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +155,13 @@ def test_a_plain_recipe_passes_the_check():
         ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset and support_rows go together"),
         ({"method": "gast", "support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
         ({"support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
-        ({"keep_scores": True}, "keep_scores has no effect with method ist, which scores no rows"),
+        ({"target": "a", "support_rows": "b"}, "target and support_rows both say what rows are compared with"),
+        ({"target": "a", "method": "gast"}, "with a target, rows are compared with its rows, by support dataset"),
+        ({"target_share": 1.0}, "target_share is 1.0, but must be from 0 to below 1"),
+        ({"keep_scores": True}, "keep_scores has no effect with method dense, which scores no rows"),
         (
             {"gast": GASTSettings(select=8)},
-            "gast.select is 8, which has no effect with method ist: leave it out, or take --method gast or ist+gast",
+            "gast.select is 8, which has no effect with method dense: leave it out, or take --method gast or ist+gast",
         ),
         (
             {"method": "dense", "ist": ISTSettings(interval=5)},

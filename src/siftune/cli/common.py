@@ -57,7 +57,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
     if issubclass(kind, Recipe):
         files = [word for word in arguments if _is_recipe(word)]
         arguments = [word for word in arguments if not _is_recipe(word)]
-        given["default"] = load_recipe(*files, kind=kind)
+        given["default"] = load_recipe(*files, kind=kind, target=any(_name(word) == "--target" for word in arguments))
     arguments = _spell_out(kind, arguments)
     box = io.StringIO()
     try:

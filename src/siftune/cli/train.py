@@ -29,11 +29,18 @@ def run(options: Options) -> dict[str, Any]:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
         f"done: {summary['steps']} steps in {summary['seconds']:.0f} s, peak {summary['peak_memory_mb']:,.0f} MB\n"
+        f"{_followed(summary['followed'])}"
         f"{_whereabouts(finished)}",
         markup=False,
     )
     left = {"adapter": finished.folder.adapter, "return": finished.folder.returned}
     return {"run": path, **{name: folder for name, folder in left.items() if folder.exists()}, **summary}
+
+
+def _followed(shares: dict[str, float]) -> str:
+    """Say what was followed, where rows were chosen."""
+    parts = [f"{source} {share:.0%}" for source, share in shares.items()]
+    return f"followed of the rows that came: {', '.join(parts)}\n" if parts else ""
 
 
 def _whereabouts(finished: "Run") -> str:

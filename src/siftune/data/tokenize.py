@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ROW = "row"  # column for the number of a row
+
 _CHUNK = 2000  # rows held as Python lists at a time; the table itself is in Arrow memory
 
 
@@ -70,6 +72,11 @@ def tokenize_rows(
     return concatenate_datasets(chunks) if len(chunks) > 1 else chunks[0]
 
 
+def numbered(rows: Dataset) -> Dataset:
+    """Add the column `row`, which says of every row where it stands; batches then tell which rows they are of."""
+    return rows.add_column(ROW, list(range(len(rows))))
+
+
 def _labels(tokens: list[int], learned: list[bool], max_length: int, row: Row) -> list[int]:
     """Labels of one row within the limit; refuses a row of which nothing can be learned."""
     labels = [token if on else IGNORED for token, on in zip(tokens[:max_length], learned, strict=False)]
@@ -104,11 +111,11 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate rows with `input_ids` and `labels`; other columns are left out.
+        """Collate rows with `input_ids`, `labels` and, where they are numbered, `row`; other columns are left out.
 
         Returns:
             `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `labels` (-100 on padding), each
-            (B, T) int64.
+            (B, T) int64; and `row`, (B,) int64.
         """
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
         batch = {
@@ -121,4 +128,4 @@ class Collator:
             batch["input_ids"][i, :count] = torch.as_tensor(row["input_ids"])
             batch["attention_mask"][i, :count] = 1
             batch["labels"][i, :count] = torch.as_tensor(row["labels"])
-        return batch
+        return {**batch, ROW: torch.tensor([row[ROW] for row in rows])} if ROW in rows[0] else batch

@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,26 @@ from siftune.methods.callback import (
 )
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.sample_driver import SampleRule, SampleSelection
+
+C = TypeVar("C", bound=type)
+
+
+def takes_target(kind: C) -> C:
+    """Give a callback the argument `target`: rows of a target, and with them the defaults of `with_target`."""
+    plain = kind.__init__  # type: ignore[misc]
+    names = [part.name for part in fields(kind)]
+
+    @wraps(plain)
+    def init(self: Any, *values: Any, target: Any = None, **given: Any) -> None:
+        given |= dict(zip(names, values, strict=False))
+        if target is not None:
+            if given.get("support_set") is not None or given.get("support", "dataset") != "dataset":
+                raise RecipeError(f"{kind.__name__}(target=...) compares with it: leave support and support_set out")
+            given = {**kind.with_target, **given, "support_set": target}  # type: ignore[attr-defined]
+        plain(self, **given)
+
+    kind.__init__ = init  # type: ignore[misc]
+    return kind
 
 
 @dataclass(eq=False, repr=False)
@@ -179,7 +200,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if self.support_set is None:
             name = type(self).__name__
             raise RecipeError(
-                f'support="dataset" needs rows: give {name}(support_set=...), prepared as the training rows are. Where '
+                f'support="dataset" needs rows: give {name}(target=...), prepared as the training rows are. Where '
                 "they were given, restore_callback_states_from_checkpoint has lost them: leave it off, "
                 f"{name} reads its state from the checkpoint in any case."
             )

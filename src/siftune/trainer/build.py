@@ -186,6 +186,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         eval_strategy="no" if not recipe.eval else "steps" if recipe.eval_every else "epoch",
         eval_steps=recipe.eval_every,
         prediction_loss_only=True,
+        remove_unused_columns=False,  # the collator knows which it needs
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
         report_to=recipe.report_to,

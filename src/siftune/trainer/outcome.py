@@ -12,6 +12,7 @@ from siftune.config import Recipe, method_of
 from siftune.environment import hardware, peak_memory_mb, versions
 from siftune.files import disk_faults
 from siftune.recipe_file import recipe_to_yaml
+from siftune.trainer.followed import Followed
 from siftune.trainer.run_folder import RunFolder
 from siftune.trainer.source import Source
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
@@ -26,15 +27,17 @@ class Outcome:
         folder: Its folder.
         recipe: Its settings, resolved.
         source: What is tuned.
+        followed: What shares of its rows were followed.
     """
 
     trainer: SiftTrainer
     folder: RunFolder
     recipe: Recipe
     source: Source
+    followed: Followed
 
     def summary(self, seconds: float) -> dict[str, Any]:
-        """Steps, losses, seconds, tokens and peak memory in MB."""
+        """Steps, losses, seconds, tokens, peak memory in MB, and shares of rows followed, by source."""
         state = self.trainer.state
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         evals = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -46,6 +49,7 @@ class Outcome:
             "seconds": round(seconds, 2),
             "tokens": int(state.num_input_tokens_seen),
             "peak_memory_mb": round(peak_memory_mb(), 1),
+            "followed": self.followed.shares(),
         }
 
     def words(self) -> str:

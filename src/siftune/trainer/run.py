@@ -1,7 +1,7 @@
 """siftune's own training path: a recipe in, a run folder out."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,18 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from siftune.config import Recipe, check, resolve_recipe
+from siftune.config import Recipe, check, compared_with, resolve_recipe
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.target import sources, with_target
+from siftune.data.tokenize import numbered, tokenize_rows
 from siftune.errors import RecipeError, TrainingError
 from siftune.files import disk_faults
+from siftune.methods.sample_choice import SampleChoice
 from siftune.recipe_file import recipe_to_yaml
-from siftune.trainer.build import build
+from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import check_adapter, check_layers, find_checkpoint, step_of
+from siftune.trainer.followed import Followed
 from siftune.trainer.outcome import Outcome
 from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.run_folder import RunFolder
@@ -67,21 +70,23 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     rows = read_rows(recipe)  # before the model, which may have to be fetched
     model, tokenizer = source.load(recipe.dtype)
     data = {name: tokenized(recipe, tokenizer, part) for name, part in rows.items()}
+    data["train"] = numbered(data["train"])
     console.print(f"{recipe.model}: {len(data['train'])} rows to train on, run folder {folder.path}")
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
     built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view])
     if checkpoint is not None:
         _check_checkpoint(checkpoint, built.trainer)
+    followed = Followed(sources(rows["train"]))
     if built.trainer.is_world_process_zero():
-        _record(built.methods, folder, recipe.keep_scores)
+        _record(built, folder, recipe.keep_scores, followed)
     folder.write("recipe.yaml", recipe_to_yaml(replace(recipe, resume=False)))
 
     def release() -> None:
         view.close()
         built.release()
 
-    summary = _fit(Outcome(built.trainer, folder, recipe, source), checkpoint, release)
+    summary = _fit(Outcome(built.trainer, folder, recipe, source, followed), checkpoint, release)
     return Run(folder, built.trainer.model, tokenizer, summary)
 
 
@@ -111,12 +116,15 @@ def _fit(outcome: Outcome, checkpoint: Path | None, release: Callable[[], None])
 
 
 def read_rows(recipe: Recipe) -> dict[str, list[Row]]:
-    """Read the training rows, and held-out and support rows where there are any."""
+    """Read the training rows, a target's rows among them, and held-out and support rows where there are any."""
     rows = {"train": load_rows(recipe.train, recipe.train_split, recipe.limit, recipe.format)}
     if recipe.eval:
         rows["eval"] = load_rows(recipe.eval, recipe.eval_split, recipe.eval_limit, recipe.format)
-    if recipe.support_rows:
-        rows["support"] = load_rows(recipe.support_rows, recipe.train_split, None, recipe.format)
+    if recipe.target:
+        target = load_rows(recipe.target, recipe.train_split, None, recipe.format)
+        rows["train"] = with_target(rows["train"], target, recipe.target_share)
+    if support := compared_with(recipe):
+        rows["support"] = target if recipe.target else load_rows(support, recipe.train_split, None, recipe.format)
     return rows
 
 
@@ -125,10 +133,18 @@ def tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row
     return tokenize_rows(rows, tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
 
 
-def _record(methods: Sequence[Any], folder: RunFolder, scores: bool) -> None:
-    """Have every choice written to the run folder."""
-    for method in methods:
-        method.on_select = lambda choice: folder.append("selection.jsonl", choice.record(scores))
+def _record(built: Built, folder: RunFolder, scores: bool, followed: Followed) -> None:
+    """Have every choice written to the run folder; of rows by their numbers in the training rows, too."""
+
+    def note(choice: Any) -> None:
+        record = choice.record(scores)
+        if isinstance(choice, SampleChoice):
+            record["rows"] = built.trainer.rows
+            followed.note(choice, built.trainer.rows)
+        folder.append("selection.jsonl", record)
+
+    for method in built.methods:
+        method.on_select = note
 
 
 def _check_checkpoint(checkpoint: Path, trainer: SiftTrainer) -> None:

@@ -7,6 +7,7 @@ so. A loss or gradient that is not finite stops training before it reaches the w
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from siftune.data.tokenize import ROW
 from siftune.errors import InputError, TrainingError
 from siftune.models.full import OpenLayers
 from siftune.models.loss import difference_from_model, label_positions, logits_at, token_loss
@@ -27,7 +29,12 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer, with logits only at label positions.
 
     It takes the Trainer's arguments, but for `compute_loss_func`, which it sets.
+
+    Attributes:
+        rows: Numbers of the rows in the batch that was trained on last, where the training rows are numbered.
     """
+
+    rows: Sequence[int] = ()
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
         # from the start: the Trainer counts the labels of a step before it asks for the first loss
@@ -43,6 +50,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
+        inputs = {name: value for name, value in inputs.items() if name != ROW}  # the model knows of no numbers
         if self._label_logits_only is None and label_positions(inputs["labels"]).any():
             self._label_logits_only = self._agrees(model, inputs)
             self.compute_loss_func = _label_loss if self._label_logits_only else None
@@ -55,6 +63,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward; raises TrainingError on a loss that is not finite."""
+        self.rows = inputs[ROW].tolist() if ROW in inputs else []
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(

@@ -25,6 +25,7 @@ max_length: 64
 rank: 2
 batch_size: 4
 steps: 6
+method: ist
 interval: 2
 score_batch_size: 4
 active: 0.5

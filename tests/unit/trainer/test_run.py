@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.trainers import At, stop, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.config import resolve_recipe
+from siftune.data.arithmetic import arithmetic_rows
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
 from siftune.recipe_file import load_recipe
 from siftune.trainer import source as module
@@ -114,7 +116,24 @@ def test_gast_without_scores_records_choices_alone(base, rows, tmp_path):
     train(recipe(base, rows, tmp_path / "run", method="gast", support="rest"), QUIET)
     records = lines(tmp_path / "run" / "selection.jsonl")
     assert len(records) == 6
-    assert all(set(record) == {"step", "batch", "layers", "selected"} for record in records)
+    assert all(set(record) == {"step", "batch", "layers", "selected", "rows"} for record in records)
+
+
+def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
+    run = tmp_path / "run"
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"train: {rows}\ntarget: {few}\ntemplate: none\nbatch_size: 4\nsteps: 8\nrank: 2\nout: {run}\n")
+    done = train(replace(load_recipe(file), model=str(base)), QUIET)
+    count = len(rows.read_text().splitlines())
+    numbers = {row for record in lines(run / "selection.jsonl") for row in record["rows"]}
+    assert max(numbers) < count + max(3, round(count / 3))
+    assert any(row >= count for row in numbers)
+    assert set(done.summary["followed"]) == {"other", "target"}
+    assert all(0 <= share <= 1 for share in done.summary["followed"].values())
+    again = load_recipe(run / "recipe.yaml")
+    assert (again.method, again.gast.support, again.gast.share) == ("gast", "dataset", "above")
 
 
 def test_the_records_have_a_line_per_step(base, rows, tmp_path):

@@ -8,11 +8,12 @@ from siftune.engine.groups import LayerGroup
 from siftune.errors import RecipeError
 from siftune.methods.gast.rule import AlignedSamples
 from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.sample_callback import SampleCallback
+from siftune.methods.sample_callback import SampleCallback, takes_target
 from siftune.settings import documented
 
 
 @documented
+@takes_target
 @dataclass(eq=False)
 class GAST(SampleCallback, GASTSettings):
     """Gradient-aligned Sparse Tuning: every layer follows the samples that point its way (arXiv 2603.09865).
@@ -26,6 +27,8 @@ class GAST(SampleCallback, GASTSettings):
         layers: Path of the decoder layers, where they are not found by structure.
         support_set: Rows for support "dataset", prepared as the Trainer's training rows are when they reach its
             collator.
+        target: The same, few rows of the task that counts; settings that are not given then have the defaults of
+            `GASTSettings.with_target` (ours). Put the rows among the training rows, too.
         pairs: Row i and row i + B/2 are one sample, as TRL's preference trainers lay them out; None: found out from the
             Trainer's collator.
         keep: Keep the choices of all batches in `history`.
@@ -41,6 +44,8 @@ class GAST(SampleCallback, GASTSettings):
     Example:
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[GAST(select=0.75)])
         >>> output = trainer.train()
+        >>> GAST(target=rows).support
+        'dataset'
         >>> with GAST(select=2, support="rest").attach(model) as sift:
         ...     model(**batch).loss.backward()
         ...     sift.last.scores.shape, sift.last.selected.shape  # four layers, two of four rows

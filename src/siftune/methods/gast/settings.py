@@ -1,8 +1,8 @@
 """Settings of GAST."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, NOT_NEGATIVE, OURS, Range, Settings
 
@@ -20,6 +20,12 @@ class GASTSettings(Settings):
     """Gradient-aligned sparse tuning: every layer follows the rows whose gradients point its way."""
 
     group = "gast"
+
+    # ours: where the paper draws rows of the training set, these are few, known, and what the model is for
+    with_target: ClassVar[Mapping[str, Any]] = {
+        "select": 0.5, "support": "dataset", "support_size": 8, "support_every": 4, "support_decay": 0.9,
+        "choice": "topk", "score": "cosine", "share": "above",
+    }  # fmt: skip
 
     select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
     """Rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75 (the paper's: 0.5)."""

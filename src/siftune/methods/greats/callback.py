@@ -8,11 +8,12 @@ from siftune.engine.groups import LayerGroup
 from siftune.errors import RecipeError
 from siftune.methods.greats.rule import HelpfulSamples
 from siftune.methods.greats.settings import GREATSSettings
-from siftune.methods.sample_callback import SampleCallback
+from siftune.methods.sample_callback import SampleCallback, takes_target
 from siftune.settings import documented
 
 
 @documented
+@takes_target
 @dataclass(eq=False)
 class GREATS(SampleCallback, GREATSSettings):
     """GREATS: all layers follow the samples that most help a support set (Wang et al., NeurIPS 2024).
@@ -25,6 +26,7 @@ class GREATS(SampleCallback, GREATSSettings):
         layers: Path of the decoder layers, where they are not found by structure.
         support_set: Rows for support "dataset", prepared as the Trainer's training rows are when they reach its
             collator.
+        target: The same, few rows of the task that counts.
         pairs: Row i and row i + B/2 are one sample, as TRL's preference trainers lay them out; None: found out from the
             Trainer's collator.
         keep: Keep the choices of all batches in `history`.

@@ -1,7 +1,8 @@
 """Settings of GREATS."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from siftune.settings import COUNT, COUNT_OR_SHARE, OURS, Settings
 
@@ -11,6 +12,8 @@ class GREATSSettings(Settings):
     """GREATS: all layers follow the rows that most help a support set."""
 
     group = "greats"
+
+    with_target: ClassVar[Mapping[str, Any]] = {"support": "dataset"}
 
     select: Annotated[int | float, COUNT_OR_SHARE] = 0.5
     """Rows of a batch that are followed: a whole number of rows, or a share such as 0.5."""

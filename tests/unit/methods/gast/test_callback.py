@@ -31,6 +31,7 @@ from trl import (
 from siftune import GAST, IST
 from siftune.engine.groups import group_by_layer
 from siftune.errors import DataError, RecipeError, UnsupportedError
+from siftune.methods.gast.settings import GASTSettings
 
 
 class Batches:
@@ -368,8 +369,20 @@ def test_rows_without_labels(tmp_path):
 
 
 def test_what_dataset_needs(tmp_path):
-    with pytest.raises(RecipeError, match=r"give GAST\(support_set=...\)"):
+    with pytest.raises(RecipeError, match=r"give GAST\(target=...\)"):
         train(tmp_path, GAST(2, "dataset"))
+
+
+def test_with_a_target_what_is_not_given_has_its_defaults():
+    few = rows(3)
+    method = GAST(2, target=few, share="own")
+    assert method.support_set is few
+    settings = {**GASTSettings().to_dict(), **GASTSettings.with_target, "select": 2, "share": "own"}
+    assert method.to_dict() == settings
+    assert GAST(0.75, target=few).select == 0.75
+    for wrong in ({"support": "rest"}, {"support_set": few}):
+        with pytest.raises(RecipeError, match=r"GAST\(target=...\) compares with it"):
+            GAST(target=few, **wrong)
 
 
 def test_dora_with_torch_compile_is_refused(tmp_path):
