@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.every_method import NAMES, chooses_rows, trained
 
+from siftune.methods.gast.stream import _scores
+
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
@@ -100,6 +102,36 @@ def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, sett
     for name, value in alone["weights"].items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
         torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_two_ranks_judge_rows_by_the_same_rows_as_one(tmp_path):
+    """What rows are drawn differs, so the weights are held: scores and windows are those of one rank."""
+    gast = {"support": "dataset", "select": 0.5, "among": "recent", "score": "cosine"}
+    settings = {"gast": gast, "learning_rate": 1e-12, "lr_scheduler_type": "constant", "per_device_train_batch_size": 1}
+    (alone,) = run(tmp_path / "one", 1, gradient_accumulation_steps=8, **settings)
+    first, second = run(tmp_path / "two", 2, gradient_accumulation_steps=4, **settings)
+    assert first["stream"] == second["stream"]
+    found = {(s["step"], s["batch"]): s for one in (first, second) for s in one["samples"]}
+    for wanted in alone["samples"]:
+        got = found[wanted["step"], wanted["batch"]]
+        torch.testing.assert_close(got["scores"], wanted["scores"], rtol=1e-3, atol=1e-5)
+        assert wanted["step"] > 1 or got["selected"].tolist() == wanted["selected"].tolist() == [[0]] * 4
+    for name, steps in alone["stream"]["windows"].items():
+        assert len(steps) == 6
+        for one, other in zip(steps, first["stream"]["windows"][name], strict=True):
+            torch.testing.assert_close(_scores(other), _scores(one), rtol=1e-3, atol=1e-5)
+            assert len(_scores(one)) == 8
+    for ranks in ([alone], [first, second]):
+        drawn = [int((s["selected"][:, :1] >= 0).sum()) for one in ranks for s in one["samples"] if s["step"] > 1]
+        assert 0.3 < sum(drawn) / (4 * len(drawn)) < 0.7
+    apart = [[s["selected"].tolist() for s in one["samples"] if s["step"] > 1] for one in (first, second)]
+    assert apart[0] != apart[1]
+
+
+def test_columns_of_ranks_that_have_different_numbers_of_them(tmp_path):
+    first, second = run(tmp_path / "run", 2, "columns.py")
+    assert torch.equal(first, second)
+    assert first.tolist() == [[0.0, 1.0, 2.0, 3.0], [10.0, 11.0, 12.0, 13.0]]
 
 
 def assert_proportional(got, wanted, factor):

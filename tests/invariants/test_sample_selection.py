@@ -15,12 +15,15 @@ CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwa
 
 
 # the support gradient is formed in every third step and averaged, and the layers above count
+RECENT = {"among": "recent", "share": "above", "score": "cosine"}
 AVERAGED = {"support_every": 3, "support_decay": 0.5, "share": "above", "score": "cosine"}
 
 
 def method(support="rest", select=2, **settings):
     if support == "averaged":
         support, settings = "dataset", {**AVERAGED, **settings}
+    if support == "recent":  # rows that compete with those of the steps before, not with their batch
+        support, select, settings = "dataset", 0.5, {**RECENT, **settings}
     return GAST(select, support, keep=True, support_set=rows(9, seed=4) if support == "dataset" else None, **settings)
 
 
@@ -55,7 +58,17 @@ def test_everything_selected_by_the_tape_is_plain_training(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("support", "accumulate"), [("rest", 1), ("rest", 2), ("rest", 4), ("sample", 2), ("momentum", 4), ("dataset", 1), ("averaged", 2)]
+    ("support", "accumulate"),
+    [
+        ("rest", 1),
+        ("rest", 2),
+        ("rest", 4),
+        ("sample", 2),
+        ("momentum", 4),
+        ("dataset", 1),
+        ("averaged", 2),
+        ("recent", 2),
+    ],
 )
 def test_checkpointing_changes_nothing(tmp_path, support, accumulate):
     runs = []
@@ -69,7 +82,7 @@ def test_checkpointing_changes_nothing(tmp_path, support, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-@pytest.mark.parametrize("support", ["sample", "momentum", "dataset", "averaged"])
+@pytest.mark.parametrize("support", ["sample", "momentum", "dataset", "averaged", "recent"])
 def test_rows_scores_do_not_depend_on_accumulation(tmp_path, support, accumulate):
     """A row's score against support of its own is the same whatever batch it stands in; weights are kept equal."""
     runs = []
@@ -138,7 +151,8 @@ def _single(model, inputs, labels):
 
 @pytest.mark.parametrize(
     ("support", "stop", "with_ist"),  # stops within an epoch, and in the second
-    [("averaged", 3, False), ("averaged", 8, True), ("sample", 3, False), ("sample", 8, True), ("rest", 8, False), ("rest", 3, True), ("momentum", 3, False),
+    [("recent", 3, False), ("recent", 8, True), ("averaged", 3, False), ("averaged", 8, True),
+     ("sample", 3, False), ("sample", 8, True), ("rest", 8, False), ("rest", 3, True), ("momentum", 3, False),
      ("momentum", 8, True), ("dataset", 3, False)],
 )  # fmt: skip
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
@@ -164,7 +178,7 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
 @pytest.mark.parametrize(
     ("support", "told", "with_ist"),
     [("sample", True, False), ("dataset", True, True), ("momentum", True, False), ("rest", True, True),
-     ("rest", False, False), ("averaged", True, False)],
+     ("rest", False, False), ("averaged", True, False), ("recent", True, True)],
 )  # fmt: skip
 def test_a_plain_loop_resumes_bitwise(support, told, with_ist):
     """`told`: of optimizer steps; otherwise every pass counts on."""
@@ -174,7 +188,7 @@ def test_a_plain_loop_resumes_bitwise(support, told, with_ist):
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         batches = [_batch(i) for i in (10, 11, 12)]
         ist = IST(active=0.5, interval=2).attach(model, batches=batches, optimizer=optimizer) if with_ist else None
-        rows_ = batches if support in ("sample", "dataset", "averaged") else None
+        rows_ = batches if support in ("sample", "dataset", "averaged", "recent") else None
         sift = method(support).attach(model, batches=rows_, optimizer=optimizer if told else None)
         if saved:
             state, mean, optimizer_state, layers = saved

@@ -54,7 +54,7 @@ class Stream:
             followed: (S,) bool.
             factor: Scalar, what their sum is multiplied by.
         """
-        recent_N, one = self._window(unit.place, scored.scores), scored.scores.new_ones(())
+        recent_N, one = self._window(unit.place, scored.scores), uniform.new_ones(())
         counted_S = self._note(unit.place, scored)
         if self._settings.needs_scores and len(recent_N) < LEAST:
             return torch.ones_like(scored.live), one
