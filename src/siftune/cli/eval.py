@@ -105,8 +105,10 @@ def _task(subject: "Subject", options: Options) -> _Task:
     recipe = subject.recipe
     data, split, limit = options.data, options.split, options.limit
     if data is None:
-        if recipe is None or not recipe.eval:
-            raise RecipeError(f"{subject.name} names no held-out rows: give --data FILE")
+        if recipe is None:
+            raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
+        if not recipe.eval:
+            raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")
         data, split, limit = recipe.eval, recipe.eval_split, options.limit or recipe.eval_limit
     return _Task(
         base=subject.base,

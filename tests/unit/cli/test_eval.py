@@ -117,7 +117,7 @@ def test_a_run_that_tuned_layers_themselves(place, adapter):
         ({"metrics": ()}, "--metrics is empty"),
         ({"level": 1.0}, "--level is 1.0"),
         ({"seed": -1}, "--seed is -1"),
-        ({"runs": ("base",)}, "base names no held-out rows: give --data"),
+        ({"runs": ("base",)}, "base is no run folder, so it names no held-out rows: give --data"),
     ],
 )
 def test_options_that_cannot_be_used(place, options, message):

@@ -75,6 +75,8 @@ def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
     """
     folder = Path(path)
     with naming(f"return {folder}"):
+        if (folder / "return").is_dir():
+            raise KitError(f"it is a whole run; the return is in it: give {folder / 'return'}")
         limit = MAX_HEADER + 8 + sum(spec.bytes for spec in kit.manifest.outer.values())
         sizes = list_files(folder, {MANIFEST: LIMITS[MANIFEST], OUTER: limit})
         for name in (MANIFEST, OUTER):

@@ -223,6 +223,14 @@ def test_missing_strange_and_linked_files(kit, folder, tmp_path, name):
         read_return(folder, kit)
 
 
+def test_a_run_around_a_return_is_told_apart(kit, folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "return")
+    with pytest.raises(KitError, match=r"it is a whole run; the return is in it: give .*run/return"):
+        read_return(run, kit)
+
+
 def test_a_kit_is_no_return_and_nothing_is_not_either(kit, tmp_path):
     with pytest.raises(KitError, match="does not belong there"):
         read_return(kit.path, kit)
