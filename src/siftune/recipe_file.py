@@ -126,9 +126,12 @@ def _lift(key: str, entry: _Entry, where: str, method: str, values: dict[str, An
     if len(chosen) == 1:
         group = values.setdefault(chosen[0].group, {})
         group.setdefault(key, _converted(key, entry.value, get_type_hints(chosen[0])[key], where))
-    elif chosen or all(entry.value != getattr(owner(), key) for owner in owners):
+    elif all(entry.value != getattr(owner(), key) for owner in owners):
         names = " or ".join(f"{owner.group}: {{{key}: …}}" for owner in owners)
-        raise RecipeError(f"{where}: {key} belongs to the settings of a method; write {names}")
+        raise RecipeError(
+            f"{where}: {key} belongs to the settings of a method, and method {method} has none of that name: leave it "
+            f"out, or write {names} and take that method"
+        )
 
 
 def _converted(key: str, value: Any, hint: Any, where: str) -> Any:

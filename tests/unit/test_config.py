@@ -81,7 +81,7 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("gast:\n  selct: 3\n", "r.yaml:2: unknown key 'gast.selct'; did you mean 'select'?"),
         ("gast:\n  seed: 3\n", "r.yaml:2: unknown key 'gast.seed'"),
         ("gast:\n  select: 3\n  select: 4\n", "r.yaml:3: select is given twice, first in line 2"),
-        ("method: dense\nselect: 3\n", "r.yaml:2: select belongs to the settings of a method; write gast: {select: …}"),
+        ("method: dense\nselect: 3\n", "r.yaml:2: select belongs to the settings of a method, and method dense has"),
         (b"model: \xff\n", "r.yaml is not UTF-8 text: byte 7 is invalid"),
         ("model: \x00\n", "r.yaml: not valid YAML:"),
     ],
