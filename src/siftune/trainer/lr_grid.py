@@ -172,15 +172,15 @@ def _not_its_own(recipe: Recipe, others: Sequence[Recipe]) -> dict[str, Any]:
     """What a recipe holds for the sweep's other methods and would refuse itself, at its default."""
     parts = {part for other in others for part in method_of(other).parts} - set(method_of(recipe).parts)
     values: dict[str, Any] = {part.settings.group: part.settings() for part in parts}
-    if not _compares(recipe) and any(map(_compares, others)):
+    if not compares(recipe) and any(map(compares, others)):
         values["support_rows"] = None
     if not _scores(recipe) and any(map(_scores, others)):
         values["keep_scores"] = False
     return values
 
 
-def _compares(recipe: Recipe) -> bool:
-    """Whether a recipe's method compares with rows of a set of its own."""
+def compares(recipe: Recipe) -> bool:
+    """Whether a recipe's method compares rows with those of a set that the user gave."""
     return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
 
 

@@ -28,7 +28,7 @@ from siftune.evaluate.perplexity import perplexity
 from siftune.files import Progress
 from siftune.trainer.build import build
 from siftune.trainer.lr_folder import LRFolder
-from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
+from siftune.trainer.lr_grid import Grid, LRRun, compares, rate_text, recipes_of
 from siftune.trainer.progress import StepsTold
 from siftune.trainer.run import read_rows, tokenized
 from siftune.trainer.source import ModelSource, Source
@@ -81,7 +81,7 @@ def open_sweep(
     recipes = {method: source.settle(one) for method, one in recipes.items()}
     folder = LRFolder(out)
     folder.refuse_others(recipes)
-    rows = read_rows(next((one for one in recipes.values() if one.support_rows), recipes[grid.methods[0]]))
+    rows = read_rows(next(filter(compares, recipes.values()), recipes[grid.methods[0]]))
     folder.refuse_other_rows(_digests(rows))
     _tell_overlap(rows)
     return LRSweep(grid, recipes, folder, source, rows)
@@ -183,7 +183,7 @@ def _tuned(
     quiet = replace(
         recipe, eval=None, eval_every=None, save_every=None, log_every=1, report_to="none", keep_scores=False
     )
-    parts = {"train", *(["support"] if recipe.support_rows else [])}
+    parts = {"train", *(["support"] if compares(recipe) else [])}
     model, tokenizer = source.load(recipe.dtype)
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
         used = {name: data[name] for name in parts}
