@@ -13,6 +13,7 @@ from siftune.config import Recipe, check, compared_with, resolve_recipe, setting
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
 from siftune.recipe_file import load_recipe, recipe_to_yaml
 from siftune.settings import ELSEWHERE, Range, help_of, marks_of, nearest
@@ -260,7 +261,12 @@ def test_recipes_do_not_import_torch():
 
 
 # what is not a default in the recipes that are not named after their method
-OWN = {"kit": {"model": "KIT", "method": "dense"}}
+_FEW = {"method": "gast", "target": "few.jsonl", "lr": 1e-3, "gast": GASTSettings(**GASTSettings.with_target)}
+OWN = {
+    "kit": {"model": "KIT", "method": "dense"},
+    "gast-paper": {"method": "gast", "gast": GASTSettings(select=0.5)},
+    "target": {**_FEW, "greats": GREATSSettings(**GREATSSettings.with_target)},
+}
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
