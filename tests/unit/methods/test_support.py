@@ -12,8 +12,8 @@ from transformers import Adafactor
 
 from siftune.errors import RecipeError
 from siftune.methods.batches import model_loss
-from siftune.methods.support import support_gradient
 from siftune.methods.gast.rule import adam_metric
+from siftune.methods.support import support_gradient
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 

@@ -101,9 +101,12 @@ def test_support_rows(model, inputs, support, score):
 def test_scores_of_the_layers_above_add_up(model, inputs, score, active):
     """Backward meets the last layer first: what a layer goes by is its own score and those of all above it."""
     given, gates = batch(model, 3, seed=7), Static(active).attach(model)
-    with gates, GAST(2, "dataset", score=score, share="above", choice="topk").attach(
-        model, batches=[given], loss=loss_of
-    ) as sift:
+    with (
+        gates,
+        GAST(2, "dataset", score=score, share="above", choice="topk").attach(
+            model, batches=[given], loss=loss_of
+        ) as sift,
+    ):
         backward(model, inputs)
         choice = sift.last
     single, towards = sample_gradients(model, inputs), gradients(model, given)
