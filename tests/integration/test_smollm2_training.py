@@ -11,8 +11,8 @@ from support.tiny_run import lines
 from transformers import AutoModelForCausalLM
 
 from siftune.config import Recipe
-from siftune.methods.ist.settings import ISTSettings
 from siftune.data.arithmetic import arithmetic_rows
+from siftune.methods.ist.settings import ISTSettings
 from siftune.trainer.run import train
 
 pytestmark = pytest.mark.integration
