@@ -19,8 +19,8 @@ class GAST(SampleCallback, GASTSettings):
     """Gradient-aligned Sparse Tuning: every layer follows the samples that point its way (arXiv 2603.09865).
 
     Scores and choices are made per forward pass: with gradient accumulation in each micro-batch, with several ranks in
-    each rank's part of the batch. With `among="recent"` a row's chance is the same however a step is divided. Parameters
-    outside of the decoder layers follow all samples. A sample is a row; in paired preference training it is the pair.
+    each rank's part of the batch. With `among="recent"` a row's chance is the same however a step is divided.
+    Parameters outside of the decoder layers follow all samples. A sample is a row; in paired preference training it is the pair.
 
     Args:
         seed: Seed of GAST's own generator.
@@ -34,7 +34,8 @@ class GAST(SampleCallback, GASTSettings):
         keep: Keep the choices of all batches in `history`.
 
     Attributes:
-        last: The `SampleChoice` in the last batch: `scores` (layers, samples) float32, `selected` (layers, K) int64.
+        last: The `SampleChoice` in the last batch: `scores` (layers, samples) float32, `selected` (layers, K) int64,
+            filled up with -1 where layers follow different numbers of samples.
         history: The choices of all batches, where `keep` is set.
         on_select: Called with each batch's choice, where set.
 
