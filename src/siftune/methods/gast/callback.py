@@ -20,7 +20,8 @@ class GAST(SampleCallback, GASTSettings):
 
     Scores and choices are made per forward pass: with gradient accumulation in each micro-batch, with several ranks in
     each rank's part of the batch. With `among="recent"` a row's chance is the same however a step is divided.
-    Parameters outside of the decoder layers follow all samples. A sample is a row; in paired preference training it is the pair.
+    Parameters outside of the decoder layers follow all samples. A sample is a row; in paired preference training it is
+    the pair.
 
     Args:
         seed: Seed of GAST's own generator.
