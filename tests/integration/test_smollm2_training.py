@@ -24,7 +24,7 @@ def test_three_steps_of_ist(smollm2, tmp_path, adapter):
     rows.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(12, seed=0)))
     recipe = Recipe(
         model=str(smollm2), train=str(rows), out=str(tmp_path / "run"), adapter=adapter, rank=4, batch_size=4, steps=3,
-        ist=ISTSettings(interval=2, score_batch_size=4), lr=1e-3, log_every=1,
+        method="ist", ist=ISTSettings(interval=2, score_batch_size=4), lr=1e-3, log_every=1,
     )  # fmt: skip
     done = train(recipe, Console(quiet=True))
     losses = [line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]

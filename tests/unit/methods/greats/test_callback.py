@@ -62,7 +62,7 @@ def test_support_rows_come_from_where_it_says(tmp_path, support):
 
 
 def test_rows_are_missing(tmp_path):
-    with pytest.raises(RecipeError, match=r"give GREATS\(support_set=\.\.\.\)"):
+    with pytest.raises(RecipeError, match=r"give GREATS\(target=\.\.\.\)"):
         trained(tmp_path, GREATS(2, "dataset"))
 
 
