@@ -38,8 +38,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"ddp_find_unused_parameters": True},
-        {"ddp_find_unused_parameters": False},
+        pytest.param({"ddp_find_unused_parameters": True}, marks=pytest.mark.matrix),
+        pytest.param({"ddp_find_unused_parameters": False}, marks=pytest.mark.matrix),
         {"ddp_find_unused_parameters": False, "activation_checkpointing": True,
          "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
@@ -57,7 +57,7 @@ def test_two_ranks_are_one(tmp_path, alone, settings):
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_two_ranks_have_the_importance_that_one_has_from_gradients(tmp_path, accumulate):
     settings = {"ist": {"importance_from": "gradients"}, "max_steps": 8, "ddp_find_unused_parameters": False}
     (alone,) = run(tmp_path / "one", 1, per_device_train_batch_size=8, **settings)
@@ -78,10 +78,10 @@ CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwa
 @pytest.mark.parametrize(
     ("support", "accumulate", "settings"),
     [
-        ("rest", 1, {"ddp_find_unused_parameters": False}),
+        pytest.param("rest", 1, {"ddp_find_unused_parameters": False}, marks=pytest.mark.matrix),
         ("rest", 2, CHECKPOINTING),
         ("momentum", 2, {"ddp_find_unused_parameters": True}),
-        ("sample", 1, {"with_ist": True}),
+        pytest.param("sample", 1, {"with_ist": True}, marks=pytest.mark.matrix),
         ("dataset", 1, {"gast": AVERAGED}),
     ],
 )
