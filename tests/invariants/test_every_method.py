@@ -22,6 +22,12 @@ ADAM = {"weight_decay": 0.1, "adam_epsilon": 1e-3}  # so large that a fresh stat
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
+def in_part(*values):
+    """Values of a parameter of which only the first is tried with every method in every run."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.matrix) for value in others)]
+
+
 def test_every_method_has_its_limit():
     assert set(CASES) == {part.settings.group for part in all_parts()}
     assert set(NAMES) == set(METHODS) - {"dense"}
@@ -73,7 +79,7 @@ def lengthen(model, before):
             parameter.data = old + 4 / (group.index + 1) * (parameter.data - old)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", in_part(2, 1, 4))
 @every_method
 def test_it_is_the_loop_that_follows_its_choices(tmp_path, name, accumulate):
     """Against gradients of single samples: what was chosen is in them, all else is not; state goes where it is to."""
@@ -109,7 +115,7 @@ def test_it_is_the_loop_that_follows_its_choices(tmp_path, name, accumulate):
         torch.testing.assert_close(value, weights(loop)[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", in_part(2, 4))
 @pytest.mark.parametrize("name", [name for name in NAMES if not chooses_rows(name)])
 def test_layers_in_parts_of_a_batch_are_those_of_the_whole(tmp_path, name, accumulate):
     whole, apart = built(name), built(name)
@@ -122,7 +128,7 @@ def test_layers_in_parts_of_a_batch_are_those_of_the_whole(tmp_path, name, accum
         torch.testing.assert_close(weights(model)[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", in_part(2, 1))
 @every_method
 def test_checkpointing_changes_nothing(tmp_path, name, accumulate):
     plainly, again = built(name), built(name)
@@ -135,7 +141,7 @@ def test_checkpointing_changes_nothing(tmp_path, name, accumulate):
 
 
 @pytest.mark.parametrize("stop", [4, 6])  # LISA holds its layers at the one and draws at the other; epochs have three
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("restore", in_part(False, True))
 @every_method
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, name, restore, stop):
     if restore and len(parts(name)) > 1:

@@ -62,6 +62,7 @@ def job(base, words="dense", cell="mix", seed=0, scenario="S1", **changes):
     return {"scenario": scenario, "cell": made, "method": method, "model": str(base), "seed": seed, **size, **changes}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_is_measured(small, tmp_path, name):
     base, suite = small
