@@ -201,7 +201,7 @@ def test_all_tunings_see_the_same_rows_in_the_same_order(monkeypatch):
     step = SiftTrainer.training_step
 
     def recording(self, model, inputs, *args):
-        seen.setdefault(id(self), []).append(inputs["input_ids"].tolist())
+        seen.setdefault(self, []).append(inputs["input_ids"].tolist())
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(SiftTrainer, "training_step", recording)
