@@ -22,7 +22,8 @@ class Support:
     Args:
         size: Rows that are drawn for it, where they are drawn.
         every: Steps between two times that it is formed.
-        decay: Share of the average that stays when it is formed anew; 0: there is no average.
+        decay: Share of the average that stays in a step, so that decay^every of it stay when it is formed anew; 0:
+            there is no average.
 
     Attributes:
         gradients: What rows are compared with in this step, by parameter.
@@ -33,8 +34,8 @@ class Support:
         >>> for step in range(3):
         ...     support.begin(step, lambda step=step: {weight: torch.tensor([1.0, 2.0 * step])})
         ...     support.end()
-        >>> support.gradients[weight]  # of the steps 0 and 2
-        tensor([1., 2.])
+        >>> support.gradients[weight]  # of the steps 0 and 2: a quarter of the first, three of the second
+        tensor([1., 3.])
     """
 
     def __init__(self, size: int, every: int = 1, decay: float = 0.0) -> None:
@@ -42,12 +43,12 @@ class Support:
         self.gradients: Gradients = {}
         self.average: Gradients = {}
         self._every = every
-        self._decay = decay
+        self._stays = decay**every
 
     @property
     def lasts(self) -> bool:
         """Whether a step's support depends on earlier steps."""
-        return self._every > 1 or self._decay > 0
+        return self._every > 1 or self._stays > 0
 
     def begin(self, step: int, form: Callable[[], Gradients]) -> None:
         """Begin a step: form the gradient where it is time to. A step that begins again is as if it began once.
@@ -67,11 +68,11 @@ class Support:
             self.average = self.gradients
 
     def _moved(self, fresh: Gradients) -> Gradients:
-        if not self._decay:
+        if not self._stays:
             return {**self.average, **fresh}
         wide = {parameter: widened(grad) for parameter, grad in fresh.items()}
         known = self.average
-        return {**known, **{p: known[p].lerp(g, 1 - self._decay) if p in known else g for p, g in wide.items()}}
+        return {**known, **{p: known[p].lerp(g, 1 - self._stays) if p in known else g for p, g in wide.items()}}
 
 
 _LIFT = 2.0**10  # keeps float16 gradients out of the range where they vanish; taken off again

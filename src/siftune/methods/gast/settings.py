@@ -37,7 +37,8 @@ class GASTSettings(Settings):
     support_every: Annotated[int, COUNT, OURS] = 1
     """Optimizer steps between two support gradients, for support sample and dataset; the last one holds meanwhile."""
     support_decay: Annotated[float, BELOW_ONE, OURS] = 0.0
-    """Share of the average of earlier support gradients that stays, for support sample and dataset; 0: no average."""
+    """Share of the average of earlier support gradients that stays in a step, for support sample and dataset; 0: there
+    is no average."""
     choice: Choice = "stochastic"
     """Draw rows by their score (the paper's), take the highest, or draw evenly."""
     score: Score = "inner"

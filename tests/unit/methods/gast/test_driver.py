@@ -162,7 +162,7 @@ def test_the_support_gradient_is_formed_now_and_then_and_averaged(model, inputs)
             if average is None:
                 average = fresh
             elif step % 2 == 0:
-                average = {p: 0.75 * average[p] + 0.25 * fresh[p] for p in fresh}
+                average = {p: 0.75**2 * average[p] + (1 - 0.75**2) * fresh[p] for p in fresh}
             backward(model, inputs)
             directions = [torch.cat([average[p].flatten() for p in own]) for own in layers(model)]
             assert_scores(sift.last, [flat(single, own) @ h for own, h in zip(layers(model), directions, strict=True)])
