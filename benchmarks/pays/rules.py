@@ -77,12 +77,14 @@ def use_rule(methods: Sequence[Any], name: str) -> None:
     """Have GAST follow rows by an experimental rule.
 
     Raises:
-        RecipeError: There is no such rule, or no GAST that has scores.
+        RecipeError: There is no such rule, no GAST that has scores, or one that chooses among recent rows.
     """
     if name not in RULES:
         raise RecipeError(f"there is no rule {name!r}; use {', '.join(RULES)}")
     chosen = [method for method in methods if isinstance(method, GAST) and method.needs_scores]
     if not chosen:
         raise RecipeError(f"the rule {name} weighs rows by GAST's scores: take it with method gast, not choice random")
+    if any(method.among != "batch" for method in chosen):
+        raise RecipeError(f"the rule {name} weighs the rows of a batch: leave gast.among out")
     for method in chosen:
         method.rule = lambda groups, method=method: WeighedSamples(method, groups, RULES[name])

@@ -143,10 +143,19 @@ def settings_of(recipe: Recipe) -> list[Settings]:
     return [getattr(recipe, part.settings.group) for part in method_of(recipe).parts]
 
 
+def chooses_rows(recipe: Recipe) -> bool:
+    """Whether a recipe's method chooses rows, and so may score them."""
+    return any(part.rows for part in method_of(recipe).parts)
+
+
+def compares(recipe: Recipe) -> bool:
+    """Whether a recipe's method compares rows with those of a set that the user gave."""
+    return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
+
+
 def compared_with(recipe: Recipe) -> str | None:
     """The file or hub id of the rows that a recipe's method compares others with; None where it draws or needs none."""
-    compares = any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
-    return (recipe.target or recipe.support_rows) if compares else None
+    return (recipe.target or recipe.support_rows) if compares(recipe) else None
 
 
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
@@ -183,8 +192,6 @@ def check(recipe: Recipe) -> None:
 
 
 def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
-    rows = any(part.rows for part in method_of(recipe).parts)
-    compares = any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
     return [
         (not recipe.train, "no training data: give --train FILE, or `train: FILE` in the recipe"),
         (
@@ -200,16 +207,16 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "target and support_rows both say what rows are compared with: give one of them",
         ),
         (
-            recipe.target is not None and rows and not compares,
+            recipe.target is not None and chooses_rows(recipe) and not compares(recipe),
             "with a target, rows are compared with its rows, by support dataset: leave the option support out",
         ),
         (
-            recipe.target is None and compares != (recipe.support_rows is not None),
+            recipe.target is None and compares(recipe) != (recipe.support_rows is not None),
             "support dataset and support_rows go together: give --gast.support dataset (or --greats.support dataset) "
             "and --support-rows FILE, or neither",
         ),
         (
-            recipe.keep_scores and not rows,
+            recipe.keep_scores and not chooses_rows(recipe),
             f"keep_scores has no effect with method {recipe.method}, which scores no rows: leave it out",
         ),
         (

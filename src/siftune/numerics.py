@@ -60,9 +60,22 @@ def squares(grads_BD: Tensor) -> Tensor:
     return lengths_B.square()
 
 
-def sum_of(grads_BD: Tensor, rows_K: Tensor) -> Tensor:
-    """Sum of the gradients of some rows, as often as they are named; the shape of the parameter."""
-    return grads_BD.index_select(0, rows_K).sum(0, dtype=wide_dtype(grads_BD))
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no value is infinite or no number."""
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(list(tensors)))).all())
+
+
+def sum_of(grads_BD: Tensor, rows: Tensor) -> Tensor:
+    """Sum of the gradients of some rows; the shape of the parameter.
+
+    Args:
+        grads_BD: The rows' gradients.
+        rows: (K,) int64, numbers of rows, as often as they count; or (B,) bool, to make numbers of which an accelerator
+            would have to be waited for.
+    """
+    if rows.dtype == torch.bool:
+        return total(grads_BD.flatten(1).where(rows[:, None], 0.0)).view(grads_BD.shape[1:])
+    return grads_BD.index_select(0, rows).sum(0, dtype=wide_dtype(grads_BD))
 
 
 def added(parts: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+from support.of_0_1 import RECIPE
 
 from siftune.config import Recipe, check, compared_with, resolve_recipe, settings_of
 from siftune.errors import RecipeError
@@ -209,33 +210,15 @@ def test_a_later_file_adds_to_the_settings_of_an_earlier_one(recipe_file):
     assert recipe.gast == GASTSettings(select=8, support="momentum")
 
 
-FLAT = """\
-method: {method}
-active: 0.5
-interval: 10
-score_batch_size: 16
-candidates: 3
-suppressed: 0.5
-factor: 0.25
-score_lr: 10.0
-select: {select}
-support: sample
-choice: stochastic
-support_rows: null
-lr: 0.0005
-"""
-
-
 def test_a_recipe_of_0_1_is_read_with_what_its_method_looks_at(recipe_file):
-    recipe = load_recipe(recipe_file(FLAT.format(method="ist+gast", select=0.5)))
+    old = RECIPE.format(method="{method}", active="{active}", select="{select}", decay=0.9)
+    recipe = load_recipe(recipe_file(old.format(method="ist+gast", active=0.5, select=0.5)))
     assert recipe.ist == ISTSettings(active=0.5)
     assert recipe.gast == GASTSettings(select=0.5)
-    check(replace(recipe, train="rows.jsonl"))
-    with pytest.raises(RecipeError, match=r"r\.yaml:2: active belongs to the settings of a method"):
-        load_recipe(recipe_file(FLAT.format(method="gast", select=0.5)))
-    assert (
-        load_recipe(recipe_file(FLAT.replace("0.5\nint", "0.25\nint").format(method="gast", select=8))).gast.select == 8
-    )
+    check(recipe)
+    with pytest.raises(RecipeError, match=r"r\.yaml:15: active belongs to the settings of a method"):
+        load_recipe(recipe_file(old.format(method="gast", active=0.5, select=0.5)))
+    assert load_recipe(recipe_file(old.format(method="gast", active=0.25, select=8))).gast.select == 8
 
 
 def test_settings_of_the_wrong_type_are_refused():

@@ -38,6 +38,22 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         """(L,) float64 importance logits, high = important; None before training, and for a policy without any."""
         return self._selection.importance if self._selection else None
 
+    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
+        """Select layers in a plain training loop.
+
+        Args:
+            model: Causal LM with adapters.
+            optimizer: Where given, its steps drive the selection, and its state may be dropped and its steps scaled;
+                else call `step()` after each.
+
+        Returns:
+            A context manager; `last.layers` are the layers that train now.
+
+        Raises:
+            RecipeError: There is no optimizer, although the method has to do with its steps.
+        """
+        return self._attach(model, optimizer=optimizer)
+
     def _attach(
         self,
         model: nn.Module,

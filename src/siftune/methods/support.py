@@ -1,7 +1,7 @@
 """The support set: rows that others are compared with, their gradient, and its average over steps.
 
-A gradient of few rows is mostly noise. `Support` may form it in every `every`-th step alone and average what was formed
-(`decay`); both are ours. With averaging, evidence from many rows stands behind a score, and a step costs less.
+`Support` may form it in every `every`-th step alone, which costs less, and average what was formed (`decay`), so that
+more rows stand behind a score; both are ours.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.methods.batches import Batch, Loss, label_weight
-from siftune.numerics import widened
+from siftune.numerics import all_finite, widened
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -43,6 +43,7 @@ class Support:
         self.gradients: Gradients = {}
         self.average: Gradients = {}
         self._every = every
+        self._sound = True
         self._stays = decay**every
 
     @property
@@ -53,6 +54,8 @@ class Support:
     def begin(self, step: int, form: Callable[[], Gradients]) -> None:
         """Begin a step: form the gradient where it is time to. A step that begins again is as if it began once.
 
+        An average that takes in a NaN never loses it, so a gradient with one is left out of it.
+
         Args:
             step: Optimizer steps done before it.
             form: Draws rows and returns their gradient; a parameter that is left out keeps its average.
@@ -60,11 +63,13 @@ class Support:
         if self.average and step % self._every:
             self.gradients = self.average
         else:
-            self.gradients = self._moved(form())
+            fresh = form()
+            self._sound = not self.lasts or not fresh or all_finite(list(fresh.values()))
+            self.gradients = self._moved(fresh) if self._sound else {**fresh, **self.average}
 
     def end(self) -> None:
         """Note that the gradients of a step are complete."""
-        if self.lasts:
+        if self.lasts and self._sound:
             self.average = self.gradients
 
     def _moved(self, fresh: Gradients) -> Gradients:

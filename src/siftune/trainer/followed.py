@@ -6,7 +6,7 @@ from siftune.methods.sample_choice import SampleChoice
 
 
 class Followed:
-    """Counts over the batches of a run, on this rank.
+    """Counts over the batches of a run, on this rank and since it was resumed, where it was.
 
     Args:
         sources: Where each training row is from.

@@ -16,6 +16,7 @@ from typing import Any
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
+from siftune.files import write_beside
 from siftune.methods import METHODS
 from siftune.recipe_file import load_recipe, recipe_to_yaml
 from siftune.trainer.lr_grid import LRRun, difference
@@ -128,7 +129,8 @@ class LRFolder:
         """Write a report: name of a file -> its text, and results.png."""
         for name, text in texts.items():
             self._folder.write(name, text)
-        (self.path / "results.png").write_bytes(picture)
+        with write_beside(self.path / "results.png") as [beside]:
+            beside.write_bytes(picture)
 
     def _recipe(self, method: str) -> Path:
         return self.path / f"{method}.yaml"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from siftune.config import Recipe, check, method_of, resolve_recipe, settings_of
+from siftune.config import Recipe, check, chooses_rows, compares, method_of, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.settings import nearest
@@ -174,19 +174,9 @@ def _not_its_own(recipe: Recipe, others: Sequence[Recipe]) -> dict[str, Any]:
     values: dict[str, Any] = {part.settings.group: part.settings() for part in parts}
     if not compares(recipe) and any(map(compares, others)):
         values["support_rows"] = None
-    if not _scores(recipe) and any(map(_scores, others)):
+    if not chooses_rows(recipe) and any(map(chooses_rows, others)):
         values["keep_scores"] = False
     return values
-
-
-def compares(recipe: Recipe) -> bool:
-    """Whether a recipe's method compares rows with those of a set that the user gave."""
-    return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
-
-
-def _scores(recipe: Recipe) -> bool:
-    """Whether a recipe's method scores rows."""
-    return any(part.rows for part in method_of(recipe).parts)
 
 
 def difference(before: Recipe, now: Recipe) -> tuple[str, Any, Any] | None:

@@ -21,14 +21,14 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from siftune.config import Recipe
+from siftune.config import Recipe, compares
 from siftune.data.rows import Row
 from siftune.errors import RecipeError, TrainingError
 from siftune.evaluate.perplexity import perplexity
 from siftune.files import Progress
 from siftune.trainer.build import build
 from siftune.trainer.lr_folder import LRFolder
-from siftune.trainer.lr_grid import Grid, LRRun, compares, rate_text, recipes_of
+from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
 from siftune.trainer.progress import StepsTold
 from siftune.trainer.run import read_rows, tokenized
 from siftune.trainer.source import ModelSource, Source

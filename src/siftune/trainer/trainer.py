@@ -20,6 +20,7 @@ from siftune.errors import InputError, TrainingError
 from siftune.models.full import OpenLayers
 from siftune.models.loss import difference_from_model, label_positions, logits_at, token_loss
 from siftune.models.modes import evaluating
+from siftune.numerics import all_finite
 from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
             return
         groups = kwargs["optimizer"].param_groups  # walking through all modules of the model would take longer
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        if grads and not bool(torch.isfinite(torch.stack(torch._foreach_norm(grads))).all()):
+        if grads and not all_finite(grads):
             raise TrainingError(
                 f"A gradient is not finite at step {state.global_step + 1}; nothing of this step reached the adapter. "
                 "Lower --lr, or train in --dtype float32."

@@ -58,5 +58,7 @@ def test_a_rule_wants_gast_with_scores():
         use_rule([GAST()], "softmax")
     with pytest.raises(RecipeError, match="not choice random"):
         use_rule([GAST(choice="random", support="rest")], "relu")
+    with pytest.raises(RecipeError, match=r"leave gast\.among out"):
+        use_rule([GAST(among="recent")], "relu")
     with pytest.raises(RecipeError, match="with method gast"):
         use_rule([], "relu")

@@ -13,7 +13,7 @@ from transformers import Adafactor
 from siftune.errors import RecipeError
 from siftune.methods.batches import model_loss
 from siftune.methods.gast.rule import adam_metric
-from siftune.methods.support import support_gradient
+from siftune.methods.support import Support, support_gradient
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 
@@ -254,3 +254,17 @@ def test_a_vector_of_adafactor_is_refused():
     assert "exp_avg_sq" in optimizer.state[parameter]
     with pytest.raises(RecipeError, match="Adafactor keeps no exp_avg_sq"):
         adam_metric(optimizer, parameter)
+
+
+@pytest.mark.parametrize("settings", [(1, 0.5), (2, 0.0)])
+def test_an_average_never_takes_in_what_is_no_number(settings):
+    weight = nn.Parameter(torch.zeros(2))
+    support = Support(4, *settings)
+    support.begin(0, lambda: {weight: torch.tensor([torch.nan, 0.0])})
+    support.end()
+    assert support.gradients[weight].isnan().any()  # the fault is seen where there is nothing else
+    assert support.average == {}
+    for step, value in ((2, 1.0), (4, torch.inf)):
+        support.begin(step, lambda value=value: {weight: torch.full((2,), value)})
+        support.end()
+        assert support.average[weight].tolist() == support.gradients[weight].tolist() == [1.0, 1.0]

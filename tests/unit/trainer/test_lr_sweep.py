@@ -15,6 +15,7 @@ from support.tiny_run import lines, recipe, save_rows
 from torch.nn.functional import cross_entropy
 
 from siftune.config import Recipe
+from siftune.data.arithmetic import arithmetic_rows
 from siftune.data.readers import load_rows
 from siftune.errors import InputError, RecipeError, TrainingError
 from siftune.methods.gast.settings import GASTSettings
@@ -372,6 +373,20 @@ def test_what_may_differ_within_a_sweep():
     assert difference(one, replace(one, method="dense", gast=GASTSettings(select=2), support_rows="c")) is None
     assert difference(one, replace(one, support_rows="c")) == ("support_rows", None, "c")
     assert difference(one, replace(one, gast=GASTSettings(select=2))) == ("gast.select", 0.75, 2)
+
+
+def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
+    aimed = replace(plain, target=str(few), gast=GASTSettings(**{**GASTSettings.with_target, "select": 2}))
+    sweep = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
+    assert len(sweep.rows["support"]) == 3
+    assert len(sweep.rows["train"]) > len(load_rows(str(rows)))
+    assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]
+    again = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
+    assert again.missing() == []
+    with pytest.raises(RecipeError, match="target = "):
+        open_sweep(replace(aimed, target=str(rows)), grid("gast", rates=(1e-3,)), tmp_path / "sweep")
 
 
 def test_support_rows_are_read_once_and_go_to_the_method_that_compares(plain, rows, tmp_path):

@@ -10,73 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.adapted import adapted
+from support.of_0_1 import RECIPE
 from support.tiny import batch, tiny
 
 from siftune import GAST, IST, RST
 from siftune.config import check
 from siftune.recipe_file import load_recipe
 from siftune.trainer.tuned_layers import put_in, read_about, read_tuned
-
-RECIPE = """\
-model: base
-dtype: auto
-attention: auto
-train: train.jsonl
-train_split: train
-limit: null
-eval: null
-eval_split: test
-eval_limit: null
-format: auto
-template: none
-max_length: 64
-completion_only: true
-method: {method}
-active: {active}
-interval: 10
-score_batch_size: 16
-candidates: 3
-suppressed: 0.5
-factor: 0.25
-score_lr: 10.0
-select: {select}
-support: sample
-support_size: 4
-support_rows: null
-choice: stochastic
-score: inner
-pool: layer
-scale: mean
-replacement: false
-temperature: 1.0
-decay: {decay}
-select_after: 0
-keep_scores: false
-adapter: lora
-layers: null
-rank: 4
-alpha: 8
-dropout: 0.0
-targets: null
-lr: 0.01
-batch_size: 4
-group_by_length: false
-accumulate: 1
-epochs: 1.0
-steps: 8
-schedule: linear
-warmup: 0.03
-weight_decay: 0.0
-clip: 1.0
-checkpointing: false
-seed: 3
-out: runs/old
-resume: false
-save_every: 4
-eval_every: null
-log_every: 1
-report_to: none
-"""
 
 ABOUT = '{"base": "base", "layers": [1]}\n'
 PREFIX = "base_model.model.model.layers"

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from siftune.methods.cut import maths
 from siftune.methods.cut.settings import CutSettings
 from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.settings import documented
 
 
@@ -70,7 +69,3 @@ class Cut(LayerCallback, CutSettings):
     def policy(self, stack: LayerStack, generator: torch.Generator) -> LayersAbove:
         """All layers above a random depth."""
         return LayersAbove(stack, self, generator)
-
-    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
-        """Select layers in a plain training loop; see `IST.attach`. To `compensate` takes the optimizer."""
-        return self._attach(model, optimizer=optimizer)

@@ -13,9 +13,8 @@ of sample i's share of the loss for the adapter parameters of layer ℓ, and h_�
 Without a support gradient, each sample's support are the others: h_i = Σ_j g_j − g_i, so that ⟨h_i, g_i⟩ =
 ⟨Σ_j g_j, g_i⟩ − ⟨g_i, g_i⟩. In a metric m, ⟨a, b⟩ is Σ m a b. Scores add up over the parameters of a layer or module.
 
-A layer may go by more than its own scores, which are noisy where the support set is small: with `share="above"` by the
-sum over itself and the layers that backward has passed already, which needs no further pass, Σ_{m ≥ ℓ} s_{m,i}; with
-"all" by the sum over all layers.
+A layer may go by more than its own scores: with `share="above"` by the sum over itself and the layers that backward has
+passed already, which needs no further pass, Σ_{m ≥ ℓ} s_{m,i}; with "all" by the sum over all layers.
 
 With `among="recent"` rows compete not with their batch but with the N rows that came last, so that a batch may have one
 row. A row's z-score is the one in the company of those N, and with M = N + 1 rows and the share p to be followed

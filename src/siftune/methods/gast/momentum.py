@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from siftune.engine.distributed import sum_over_ranks
 from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup
-
-Gradients = dict[nn.Parameter, Tensor]
+from siftune.methods.support import Gradients
+from siftune.numerics import all_finite
 
 
 def moved_mean(
@@ -36,7 +36,7 @@ def moved_mean(
     totals = [sums[p] if p in sums else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     recorded = torch.full((1,), float(bool(sums)), device=totals[0].device)
     *totals, recorded = sum_over_ranks([*totals, recorded])
-    if not bool(recorded) or not bool(torch.isfinite(torch.stack(torch._foreach_norm(totals))).all()):
+    if not bool(recorded) or not all_finite(totals):
         return dict(mean)
     moved = {
         parameter: (mean[parameter] if parameter in mean else torch.zeros_like(total)).lerp(total, 1 - decay)

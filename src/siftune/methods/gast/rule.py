@@ -105,7 +105,7 @@ class AlignedSamples:
             scale = maths.factor(scored.live, chosen, self.settings.scale)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen)
         scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
-        return {p: sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
+        return {p: numerics.sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
 
     def _score(self, grads: SampleGradients) -> Scored:
         """Score the samples of a batch by the gradients of one unit."""
@@ -133,17 +133,6 @@ class AlignedSamples:
         for parameter, flat in zip(parameters, totals, strict=True):
             total = flat.view_as(parameter)
             self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
-
-
-def sum_of(grads_SD: Tensor, chosen: Tensor) -> Tensor:
-    """Sum of the gradients of chosen samples, (D,): their numbers (K,), or (S,) bool.
-
-    To make numbers of the latter, an accelerator would have to be waited for.
-    """
-    if chosen.dtype != torch.bool:
-        return numerics.sum_of(grads_SD, chosen)
-    kept_SD = grads_SD.flatten(1).where(chosen[:, None], 0.0)
-    return numerics.total(kept_SD).view(grads_SD.shape[1:])
 
 
 def adam_metric(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:

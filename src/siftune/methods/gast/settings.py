@@ -73,7 +73,8 @@ class GASTSettings(Settings):
         )
         yield (
             (self.support_every > 1 or self.support_decay > 0) and not self.needs_rows,
-            "gast.support_every and gast.support_decay go with support sample or dataset, which draw rows in steps",
+            "gast.support_every and gast.support_decay go with support sample or dataset, which draw rows: leave them "
+            "out, and with a target, which sets them, gast.support",
         )
         yield (
             self.among == "recent" and isinstance(self.select, int),

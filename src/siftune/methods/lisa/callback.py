@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from siftune.errors import RecipeError
 from siftune.methods.layer_callback import LayerCallback
 from siftune.methods.layer_draws import draw_uniform, share
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.methods.lisa import maths
 from siftune.methods.lisa.settings import LISASettings
 from siftune.settings import documented
@@ -113,7 +112,3 @@ class LISA(LayerCallback, LISASettings):
     def policy(self, stack: LayerStack, generator: torch.Generator) -> HeldLayers:
         """Layers at random, held."""
         return HeldLayers(stack, self, generator)
-
-    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
-        """Select layers in a plain training loop; see `IST.attach`. The optimizer's state is its to drop if given."""
-        return self._attach(model, optimizer=optimizer)

@@ -7,11 +7,10 @@ drawn uniformly. LISA with `keep_state` is the same with draws that are held for
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from siftune.methods.layer_callback import LayerCallback
 from siftune.methods.layer_draws import draw_uniform, share
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.methods.rst.settings import RSTSettings
 from siftune.settings import documented
 
@@ -49,7 +48,3 @@ class RST(LayerCallback, RSTSettings):
     def policy(self, stack: LayerStack, generator: torch.Generator) -> RandomLayers:
         """Layers at random."""
         return RandomLayers(stack, self, generator)
-
-    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
-        """Select layers in a plain training loop; see `IST.attach`."""
-        return self._attach(model, optimizer=optimizer)

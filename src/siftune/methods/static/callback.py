@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from siftune.errors import LayerError
 from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.methods.static.settings import StaticSettings
 from siftune.models.layers import layer_numbers
 from siftune.settings import documented
@@ -55,7 +54,3 @@ class Static(LayerCallback, StaticSettings):
     def policy(self, stack: LayerStack, generator: torch.Generator) -> SameLayers:
         """The same layers."""
         return SameLayers(stack, self)
-
-    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
-        """Select layers in a plain training loop; see `IST.attach`."""
-        return self._attach(model, optimizer=optimizer)
