@@ -380,6 +380,7 @@ def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_
     few.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
     aimed = replace(plain, target=str(few), gast=GASTSettings(**{**GASTSettings.with_target, "select": 2}))
     sweep = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
+    assert [one.target for one in sweep.recipes.values()] == [str(few), str(few)]
     assert len(sweep.rows["support"]) == 3
     assert len(sweep.rows["train"]) > len(load_rows(str(rows)))
     assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]
