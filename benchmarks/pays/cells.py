@@ -10,7 +10,7 @@ A cell is a plain dictionary, so that a job can be written down and read again:
     rest     the tasks that share the rest of the pool in equal parts
     others   tasks outside of the pool, whose loss is measured too
     known    clean rows of the target that a method may use
-    longest  tokens of a question with its longest option, for rows of text; short rows make short runs
+    longest  tokens of a question, as it is asked, with its longest option, for rows of text; short rows make short runs
     rows     rows in the pool; one pass of the job's steps where it is None
 """
 
@@ -29,7 +29,7 @@ _NOISES = (15, 30, 45)
 
 
 def _cell(name: str, known: int, **changes: Any) -> Cell:
-    plain = {"target": "arithmetic", "share": 1.0, "wrong": 0.0, "near": False, "rest": [], "rows": None, "longest": 32}
+    plain = {"target": "arithmetic", "share": 1.0, "wrong": 0.0, "near": False, "rest": [], "rows": None, "longest": 28}
     plain["others"] = ["openbookqa", "boolq"] if not changes.get("rest") else []
     return {"name": name, **plain, **changes, "known": known}
 

@@ -21,7 +21,7 @@ from pays.followed import Followed
 from pays.gemma import folder as gemma_folder
 from pays.masked_update import MaskedUpdate
 from pays.measure import measure_rows, nats_per_token
-from pays.pool import Pool, make_pool
+from pays.pool import Pool, asked, make_pool
 from pays.results import append
 from pays.retrieval import embed, retrieve, similarity
 from pays.rules import RULES, Weigh, use_rule
@@ -101,7 +101,8 @@ class Work:
         return Collator(self.tokenizer.pad_token_id)
 
     def tokenized(self, rows: Sequence[Record], completion_only: bool = True) -> Dataset:
-        """Tokenise rows, without a chat template."""
+        """Tokenise rows, without a chat template; questions as `asked`, text as it is."""
+        rows = [asked(row) if "prompt" in row else row for row in rows]
         return tokenize_rows(rows_from(rows), self.tokenizer, _LONGEST, "none", completion_only)
 
     def run(self) -> Record:
@@ -198,7 +199,7 @@ def run_job(job: Job, data: Path, folder: Path) -> Record:
     """
     source = str(gemma_folder()) if job["model"] == "gemma3" else job["model"]
     model, tokenizer = load_model(source, job["method"].get("recipe", {}).get("dtype", "auto"))
-    pool = make_pool(job, data, lambda row: len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1)
+    pool = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
     dtype = str(model.dtype).removeprefix("torch.")
     result = Work(job, model, tokenizer, pool, folder).run()
     return {**result, "dtype": dtype, "hardware": hardware(), "versions": versions()}

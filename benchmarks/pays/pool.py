@@ -73,6 +73,11 @@ class Deck:
         return [{**row, "group": group} for row in dealt]
 
 
+def asked(row: Record) -> Record:
+    """Write a row as a question that waits for its answer: pretrained models know that form."""
+    return {"prompt": f"{row['prompt']}\nAnswer:", "completion": f" {row['completion']}"}
+
+
 def make_pool(job: Job, folder: Path, length: Length) -> Pool:
     """Draw the rows of a job.
 
