@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from pays.followed import Followed
 from pays.gemma import folder as gemma_folder
 from pays.masked_update import MaskedUpdate
-from pays.measure import measure_rows, nats_per_token
+from pays.measure import measure_rows, nats_per_token, row_losses
 from pays.pool import Pool, asked, make_pool
 from pays.results import append
 from pays.retrieval import embed, retrieve, similarity
 from pays.rules import RULES, Weigh, use_rule
 from pays.stopping import KeepBest
-from pays.subset import Book, Keep, SubsetTrainer
+from pays.subset import Book, Keep, SubsetTrainer, excess
 from pays.training_rows import training_rows
 from siftune.bench.worker import Clock
 from siftune.config import Recipe, check, resolve_recipe
@@ -46,6 +46,7 @@ Record = dict[str, Any]
 Job = dict[str, Any]
 
 _LONGEST = 512  # tokens of a row
+SCORES = {"joined": row_losses, "joined-excess": excess}  # what the rules join with alignment
 _LOOK_EVERY = 10  # steps between two looks at rows that are held back
 _USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
 
@@ -132,8 +133,10 @@ class Work:
             keep = Keep(method["keep"], method.get("select", 0.25), self.job["seed"])
         followed = Followed([row["group"] for row in rows])
         trainer = SubsetTrainer.take_over(built.trainer, Book(built.trainer.train_dataset, rows), followed, keep)
+        trainer.dft = method.get("loss") == "dft"
         if "rule" in method:
-            use_rule(built.methods, method["rule"])
+            trainer.score = SCORES.get(method["rule"])
+            use_rule(built.methods, method["rule"], lambda: trainer.scores)
         for part in built.methods:
             if isinstance(part, SampleCallback):
                 part.on_select = partial(_note, trainer, built.depth, RULES.get(method.get("rule")))

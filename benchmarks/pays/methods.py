@@ -8,6 +8,7 @@ nearest    for rows "retrieved": similarity to the "max" or the "mean" of the kn
 once       for rows "retrieved": one pass over the rows, where that is fewer steps
 stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
 rule       an experimental rule in the place of GAST's choice: see `rules.py`
+loss       "dft": tokens weigh as the model finds them likely
 untrained  measure the model as it is
 """
 
@@ -58,6 +59,16 @@ METHODS: dict[str, Method] = {
     },
     "gast-relu": {**_gast(), "rule": "relu"},
     "gast-above-zero": {**_gast(), "rule": "above-zero"},
+    "gast-joined": {**_gast(share="above"), "rule": "joined"},
+    "gast-joined-excess": {**_gast(share="above"), "rule": "joined-excess"},
+    "dft": {"loss": "dft"},
+    "trim-joined": {
+        "recipe": {
+            "method": "gast",
+            "gast": {"support": "momentum", "choice": "topk", "score": "cosine", "select": 0.75, "share": "above"},
+        },
+        "rule": "joined",
+    },
     "trim-momentum": {"recipe": {"method": "gast", "gast": {"support": "momentum", "choice": "topk", "select": 0.75}}},
     "trim-momentum-cosine": {
         "recipe": {
@@ -73,7 +84,18 @@ METHODS: dict[str, Method] = {
     "masked-update": {"masked": 0.5},
 }
 
-_OWN = ("keep", "select", "rows", "nearest", "once", "stop", "rule", "masked", "untrained")  # the rest are a recipe's
+_OWN = (
+    "keep",
+    "select",
+    "rows",
+    "nearest",
+    "once",
+    "stop",
+    "rule",
+    "masked",
+    "loss",
+    "untrained",
+)  # the rest are a recipe's
 
 
 def method_of(words: str) -> dict[str, Any]:

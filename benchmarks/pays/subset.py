@@ -23,7 +23,7 @@ from pays.followed import Followed
 from pays.measure import row_losses
 from siftune.errors import RecipeError
 from siftune.methods.sample_choice import how_many
-from siftune.models.loss import label_positions
+from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.trainer.trainer import SiftTrainer
 
 Record = dict[str, Any]
@@ -116,12 +116,18 @@ class SubsetTrainer(SiftTrainer):
         followed: Counts them.
         keep: The rule; None where all rows are trained on, or siftune's methods choose.
         seen: Rows of the last batch.
+        score: Scores the rows of every batch before it is trained on, where something goes by that.
+        scores: These, (B,).
+        dft: The loss is that of dynamic fine-tuning.
     """
 
     book: Book
     followed: Followed
     keep: Keep | None
     seen: Sequence[Record]
+    score: Score | None = None
+    scores: Tensor
+    dft = False
 
     @classmethod
     def take_over(cls, trainer: SiftTrainer, book: Book, followed: Followed, keep: Keep | None) -> "SubsetTrainer":
@@ -143,6 +149,8 @@ class SubsetTrainer(SiftTrainer):
         batch = self._prepare_inputs(inputs)
         self.seen = self.book.rows(batch)
         self.followed.see(self.state.global_step, self.seen)
+        if self.score is not None:
+            self.scores = self.score(model, batch)
         if self.keep is None:
             return super().training_step(model, batch, num_items_in_batch)
         kept_K = self.keep(model, batch, self.seen)
@@ -151,3 +159,33 @@ class SubsetTrainer(SiftTrainer):
             return torch.zeros((), device=batch["labels"].device)
         part = rows_of(batch, kept_K.to(batch["labels"].device))
         return super().training_step(model, part, label_positions(part["labels"]).sum())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss that siftune takes, or DFT's."""
+        if not self.dft:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with logits_at(model, label_positions(inputs["labels"])):
+            logits_NV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
+        return dft_loss(logits_NV, next_labels(inputs["labels"]), num_items_in_batch)
+
+
+def dft_loss(logits_NV: Tensor, targets_N: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross entropy of each token times the probability that the model gives it, as a constant (DFT, 2508.05629).
+
+    Args:
+        logits_NV: (N, V) logits at the labels.
+        targets_N: (N,) int64 labels.
+        items: Divisor in place of N.
+
+    Returns:
+        Scalar, float32, or float64 where the logits are.
+    """
+    wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    nll_N = nn.functional.cross_entropy(wide_NV, targets_N, reduction="none")
+    return (nll_N * (-nll_N.detach()).exp()).sum() / (len(targets_N) if items is None else items)

@@ -9,7 +9,8 @@ from support.trainers import adapted, arguments, weights
 from transformers import TrainerCallback
 
 from pays.followed import Followed
-from pays.subset import Book, Keep, SubsetTrainer
+from pays.measure import row_losses
+from pays.subset import Book, Keep, SubsetTrainer, dft_loss
 from siftune.data.tokenize import Collator
 from siftune.errors import RecipeError
 from siftune.trainer.trainer import SiftTrainer
@@ -42,7 +43,7 @@ class Grads(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
-def subset_run(folder, keep, model=None, data=None, **settings):
+def subset_run(folder, keep, model=None, data=None, dft=False, score=None, **settings):
     """Train with a rule on a tiny model; the model, its Trainer, and the gradients of every step."""
     model = (model if model is not None else adapted()).double()
     data, rows = data or ragged()
@@ -51,6 +52,7 @@ def subset_run(folder, keep, model=None, data=None, **settings):
     args = arguments(folder, **{"max_steps": 3, **usual, **settings})
     trainer = SiftTrainer(model, args, Collator(0), data, callbacks=[grads])
     trainer = SubsetTrainer.take_over(trainer, Book(data, rows), Followed([row["group"] for row in rows]), keep)
+    trainer.dft, trainer.score = dft, score
     seen, step = [], trainer.training_step
 
     def note(model, inputs, items):
@@ -122,6 +124,50 @@ def test_without_a_rule_it_is_siftunes_trainer(tmp_path):
 def test_accumulation_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="leave accumulate at 1"):
         subset_run(tmp_path, Fixed(0), gradient_accumulation_steps=2)
+
+
+def test_dft_weighs_tokens_by_their_probability(tmp_path):
+    """The loss's gradient is Σ p ∇nll over the labels, p held fixed: by finite differences of Σ p₀ nll."""
+    logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([0, 3, 6, 2, 2])
+    loss = dft_loss(logits, targets)
+    (grad,) = torch.autograd.grad(loss, logits)
+    fixed = [float(logits.detach()[i].softmax(0)[t]) for i, t in enumerate(targets)]
+
+    def weighed(values):
+        return sum(-p * values[i].log_softmax(0)[t] for i, (t, p) in enumerate(zip(targets, fixed, strict=True))) / 5
+
+    assert float(loss.detach()) == pytest.approx(float(weighed(logits.detach())))
+    for place in ((0, 0), (1, 4), (4, 2)):
+        step = torch.zeros_like(logits)
+        step[place] = 1e-6
+        slope = (weighed(logits.detach() + step) - weighed(logits.detach() - step)) / 2e-6
+        assert float(grad[place]) == pytest.approx(float(slope), rel=1e-5)
+    assert float(dft_loss(logits, targets, 10).detach()) == pytest.approx(float(loss.detach()) / 2)
+
+
+def test_training_with_dft_takes_its_gradients(tmp_path):
+    _, _, plain, _ = subset_run(tmp_path / "plain", None)
+    _, _, steps, seen = subset_run(tmp_path / "dft", None, dft=True)
+    batch, _ = seen[0]
+    oracle = adapted().double()
+    logits = oracle(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    log_p = logits.log_softmax(-1).gather(-1, batch["labels"][:, 1:].clamp_min(0)[..., None])[..., 0]
+    labelled = batch["labels"][:, 1:] != -100
+    (-(log_p.detach().exp() * log_p)[labelled].sum() / labelled.sum()).backward()
+    for name, parameter in oracle.named_parameters():
+        if name in steps[0]:
+            torch.testing.assert_close(steps[0][name], parameter.grad, rtol=1e-5, atol=1e-7)
+            assert not torch.allclose(steps[0][name], plain[0][name], rtol=1e-2, atol=0)
+
+
+def test_scores_are_those_of_the_batch_that_is_trained_on(tmp_path):
+    found = []
+    _, trainer, _, seen = subset_run(
+        tmp_path, None, score=lambda model, batch: found.append(batch) or row_losses(model, batch)
+    )
+    assert [batch["input_ids"].tolist() for batch in found] == [batch["input_ids"].tolist() for batch, _ in seen]
+    assert trainer.scores.shape == (len(seen[-1][0]["labels"]),)
 
 
 def one_batch(count=6):
