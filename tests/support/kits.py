@@ -16,6 +16,8 @@ from siftune.offsite.emulator.model import LayerShape, build, emulator_config, f
 from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.manifest import canonical
+from siftune.offsite.kit.tensor_file import open_tensors
+from siftune.offsite.kit.tensors import TensorSpec
 from siftune.offsite.protocol.returned import write_return
 
 VOCAB = 320  # the byte tokenizer has 260 tokens
@@ -107,6 +109,12 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def tensor_specs(path: Path) -> dict[str, TensorSpec]:
+    """What the header of a tensor file says, read as a stranger's."""
+    with open_tensors(path) as file:
+        return file.specs
 
 
 def write_header(path: Path, header: Any, data: bytes) -> None:

@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.kits import tensor_specs
 from support.tiny_run import save_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.kit.strict import sha256_of
-from siftune.offsite.kit.tensors import tensor_specs
+from siftune.offsite.kit.tensor_file import TensorFile
 
 EMULATE = ("--first", "1", "--last", "1", "--rows", "6", "--batch-size", "3", "--template", "none")
 TRAIN = ("--steps", "2", "--batch-size", "2", "--adapter", "full", "--method", "dense", "--template", "none")
@@ -398,12 +398,12 @@ def test_what_audit_refuses(damaged, parties, half, capsys):
 
 @pytest.mark.parametrize("command", ["train", "eval", "eval of two", "audit", "plug", "verify", "verify of a return"])
 def test_a_kit_is_hashed_once(parties, half, tmp_path, capsys, monkeypatch, command):
-    def counted(path):
-        hashed.append(path.name)
-        return sha256_of(path)
+    def counted(file, expected):
+        hashed.append(file._name)
+        return check(file, expected)
 
-    hashed = []
-    monkeypatch.setattr("siftune.offsite.kit.folder.sha256_of", counted)
+    hashed, check = [], TensorFile.check
+    monkeypatch.setattr(TensorFile, "check", counted)
     kit, run, rows = (str(parties / name) for name in ("kit", "run", "rows.jsonl"))
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"prompt": "5 less 3?", "completion": "2"}) + "\n")

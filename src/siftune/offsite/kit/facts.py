@@ -1,13 +1,14 @@
 """What a kit is, from its shapes and sizes alone."""
 
-import math
 from typing import Any
+
+import torch
 
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import build
 from siftune.offsite.kit.folder import Kit, load_config
 from siftune.offsite.kit.manifest import EMULATOR, OUTER
-from siftune.offsite.kit.tensors import DTYPES, tensor_specs
+from siftune.offsite.kit.tensors import DTYPES
 
 
 def facts(kit: Kit) -> dict[str, Any]:
@@ -25,9 +26,8 @@ def facts(kit: Kit) -> dict[str, Any]:
     own = sum(sizes[number] for number, shape in zip(middle, manifest.middle, strict=True) if shape.same_as is None)
     base = len(manifest.split.middle(manifest.depth)) * sizes[manifest.split.outer(len(layers))[0]]
     rest = sum(p.numel() for p in model.parameters()) - sum(sizes[number] for number in middle)
-    specs = tensor_specs(kit.path / EMULATOR)
-    spec = next(iter(specs.values()))
-    outer = manifest.outer
+    outer, dtype = manifest.outer, str(kit.config["dtype"])
+    outer_dtype = DTYPES[next(iter(outer.values())).dtype]
     return {
         "kit": kit.path,
         "digest": kit.digest,
@@ -35,15 +35,10 @@ def facts(kit: Kit) -> dict[str, Any]:
         "layers": manifest.depth,
         "split": {"first": manifest.split.first, "last": manifest.split.last},
         "middle": {"layers": len(middle), "of": len(manifest.split.middle(manifest.depth)), "kept": own / base},
-        "dtype": _words(spec.dtype),
+        "dtype": dtype,
         "emulator_mb": manifest.files[EMULATOR].bytes / 1e6,
         "outer_mb": manifest.files[OUTER].bytes / 1e6,
-        "base_mb": (rest + base) * spec.bytes / math.prod(spec.shape) / 1e6,
-        "outer": {"tensors": len(outer), "dtype": _words(next(iter(outer.values())).dtype)},
+        "base_mb": (rest + base) * getattr(torch, dtype).itemsize / 1e6,
+        "outer": {"tensors": len(outer), "dtype": str(outer_dtype).removeprefix("torch.")},
         "signature": "valid" if kit.verified else "not checked" if kit.signed else "none",
     }
-
-
-def _words(dtype: str) -> str:
-    """A dtype of safetensors in torch's words."""
-    return str(DTYPES[dtype]).removeprefix("torch.")

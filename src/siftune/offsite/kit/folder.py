@@ -41,7 +41,8 @@ from siftune.offsite.kit.manifest import (
 )
 from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
 from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
-from siftune.offsite.kit.tensors import check_specs, spec_of, tensor_specs, write_tensors
+from siftune.offsite.kit.tensor_file import load_tensors, open_tensors
+from siftune.offsite.kit.tensors import TensorSpec, check_specs, spec_of, write_tensors
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,13 @@ def _one_dtype(tensors: Iterable[Tensor]) -> str:
 def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
     """Check a kit, completely, and allocate none of its tensors.
 
-    In this order: which files there are; the signature, if a key is given; every field of the manifest; sizes; the
-    config; headers of the tensor files, against the manifest and against the model that config and manifest describe;
-    the tokenizer; hashes of the tensor files. Files other than these two are read once, with their hash.
+    In this order: which files there are; every field of the manifest; sizes; the signature of the manifest and of the
+    hashes in it, if a key is given; the config; headers of the tensor files, against the manifest and against the model
+    that config and manifest describe; the tokenizer; hashes of the tensor files. Every file is opened once: what was
+    hashed is what was checked. What is loaded later is read again and held to the same hashes.
 
     Args:
-        path: Its folder, which may be reached by a link. Others must not be able to write to it meanwhile.
+        path: Its folder, which may be reached by a link.
         public_key: PEM file of the owner's public key; then the kit must be signed with its private key. Without one,
             a signature is neither demanded nor checked.
 
@@ -173,19 +175,19 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
         load_verifier(public_key)  # here a complaint is about the key, not about the kit
     with naming(f"kit {folder}"):
         sizes = list_files(folder, LIMITS)
-        if public_key is not None:
-            verify(folder, public_key)
         data = read_bytes(folder / MANIFEST, LIMITS[MANIFEST]) if MANIFEST in sizes else b""
         if not data:
             raise KitError(f"it has no {MANIFEST}, or an empty one")
-        manifest = parse_manifest(data)
+        manifest, digest = parse_manifest(data), hashlib.sha256(data).hexdigest()
         _check_sizes(sizes, manifest)
+        if public_key is not None:
+            verify(folder, public_key, {MANIFEST: digest, **{name: s.sha256 for name, s in manifest.files.items()}})
         settings = config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
-        _check_tensors(folder, manifest, settings)
-        _make_tokenizer(folder, manifest, settings)
-        for name in (EMULATOR, OUTER):
-            _check_hash(name, sha256_of(folder / name), manifest)
-    digest = hashlib.sha256(data).hexdigest()
+        with open_tensors(folder / EMULATOR) as frozen, open_tensors(folder / OUTER) as outer:
+            _check_specs(frozen.specs, outer.specs, manifest, settings)
+            _make_tokenizer(folder, manifest, settings)
+            frozen.check(manifest.files[EMULATOR])
+            outer.check(manifest.files[OUTER])
     return Kit(folder, manifest, digest, settings, SIGNATURE in sizes, verified=public_key is not None)
 
 
@@ -194,24 +196,16 @@ def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
     for name, spec in manifest.files.items():
         if name not in sizes:
             raise KitError(f"{name} is missing, which stands in {MANIFEST}: files")
-        if sizes[name] != spec.bytes:
-            raise KitError(f"{name} has {sizes[name]} bytes, but {MANIFEST}: files.{name}.bytes is {spec.bytes}")
+        spec.check_size(name, sizes[name])
     for name in sizes:
         if name not in (*manifest.files, MANIFEST, SIGNATURE):
             raise KitError(f"{name} is in it, but not in {MANIFEST}: files")
 
 
-def _check_hash(name: str, sha256: str, manifest: Manifest) -> None:
-    if sha256 != manifest.files[name].sha256:
-        raise KitError(
-            f"{name} has the SHA-256 {sha256}, but {MANIFEST}: files.{name}.sha256 is {manifest.files[name].sha256}"
-        )
-
-
 def _read_part(folder: Path, name: str, manifest: Manifest) -> bytes:
     """Read a small file once, and check what was read."""
     data = read_bytes(folder / name, LIMITS[name])
-    _check_hash(name, hashlib.sha256(data).hexdigest(), manifest)
+    manifest.files[name].check_hash(name, hashlib.sha256(data).hexdigest())
     return data
 
 
@@ -221,9 +215,10 @@ def _make_tokenizer(folder: Path, manifest: Manifest, settings: Mapping[str, Any
     return tokenizer.make_tokenizer(files, config.make_config(settings).vocab_size)
 
 
-def _check_tensors(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> None:
-    """Compare the headers of the tensor files with the manifest and with the model that it describes."""
-    frozen, outer = tensor_specs(folder / EMULATOR), tensor_specs(folder / OUTER)
+def _check_specs(
+    frozen: Mapping[str, TensorSpec], outer: Mapping[str, TensorSpec], manifest: Manifest, settings: Mapping[str, Any]
+) -> None:
+    """Compare what the tensor files hold with the manifest and with the model that it describes."""
     check_specs(outer, manifest.outer, OUTER, f"{MANIFEST}: adapter")
     dtypes = next(iter(frozen.values())).dtype, next(iter(outer.values())).dtype
     frozen_model, outer_model = config.expected_specs(settings, manifest, dtypes)
@@ -244,3 +239,16 @@ def load_tokenizer(kit: Kit) -> PreTrainedTokenizerFast:
     """
     with naming(f"kit {kit.path}"):
         return _make_tokenizer(kit.path, kit.manifest, kit.config)
+
+
+def load_weights(kit: Kit, name: str) -> dict[str, Tensor]:
+    """Load one of the tensor files of a kit that was read, `EMULATOR` or `OUTER`, in one reading.
+
+    Returns:
+        Name -> tensor on the CPU, each with memory of its own.
+
+    Raises:
+        KitError: The file is not the one that was checked.
+    """
+    with naming(f"kit {kit.path}"):
+        return load_tensors(kit.path / name, kit.manifest.files[name])

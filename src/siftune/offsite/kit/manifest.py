@@ -61,6 +61,16 @@ class FileSpec:
     bytes: int
     sha256: str
 
+    def check_size(self, name: str, size: int) -> None:
+        """Refuse a file of another size; `name` is the file's, for the message."""
+        if size != self.bytes:
+            raise KitError(f"{name} has {size} bytes, but {MANIFEST}: files.{name}.bytes is {self.bytes}")
+
+    def check_hash(self, name: str, sha256: str) -> None:
+        """Refuse a file of another hash."""
+        if sha256 != self.sha256:
+            raise KitError(f"{name} has the SHA-256 {sha256}, but {MANIFEST}: files.{name}.sha256 is {self.sha256}")
+
 
 @dataclass(frozen=True)
 class Manifest:

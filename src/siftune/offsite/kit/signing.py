@@ -14,6 +14,8 @@ also write down the folder's own name; that is replaced by "kit". This checks it
 
 import contextlib
 import io
+import tempfile
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,24 +50,28 @@ def sign(folder: Path, private_key: Path) -> Path:
     return path
 
 
-def verify(folder: Path, public_key: Path) -> None:
-    """Check that a folder is as the owner of a key has signed it.
+def verify(folder: Path, public_key: Path, digests: Mapping[str, str]) -> None:
+    """Check that the owner of a key has signed files of these hashes, and no others.
 
     Args:
-        folder: A kit; what is no regular file in it is refused.
+        folder: A kit, of which the signature alone is read.
         public_key: PEM file of the owner's public key.
+        digests: Name -> SHA-256 in hexadecimal, of every other file of the folder. Who has hashed what it read need not
+            ask whether a file was exchanged between the two.
 
     Raises:
         KitError: The package is not installed, the key cannot be used, there is no signature, or it is not right.
     """
-    config = load_verifier(public_key).set_hashing_config(_hashing())
+    config = load_verifier(public_key).set_hashing_config(_hashed(digests))
     path = folder / SIGNATURE
     if not path.is_file():
         raise KitError(f"it has no {SIGNATURE}, and a public key was given to check it")
-    read_bytes(path, LIMITS[SIGNATURE])
+    data = read_bytes(path, LIMITS[SIGNATURE])
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # model-signing prints about old signatures
-            config.verify(folder, path)
+        with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+            copy = Path(place, SIGNATURE)  # model-signing would open whatever is in the kit by now
+            copy.write_bytes(data)
+            config.verify(folder, copy)  # prints about old signatures
     except Exception as error:
         raise KitError(
             f"{SIGNATURE} is no signature of this folder by the key {public_key} ({_reason(error)})"
@@ -125,18 +131,34 @@ def _reason(error: Exception) -> str:
 
 def _hashing() -> Any:
     """Hash every file but the signature; git's files too, which model-signing leaves out by default."""
-    hashing, manifest = import_module("model_signing.hashing"), import_module("model_signing.manifest")
+    hashing = import_module("model_signing.hashing")
 
     class Nameless(hashing.Config):  # type: ignore[misc, name-defined]
         """As its base, but the folder is called "kit", wherever it is."""
 
         def hash(self, model_path: Any, **options: Any) -> Any:
             hashed = super().hash(model_path, **options)
-            items = [
-                manifest.FileManifestItem(path=PurePosixPath(d.identifier), digest=d.digest)
-                for d in hashed.resource_descriptors()
-            ]
-            kind = manifest.SerializationType.from_args(hashed.serialization_type)
-            return manifest.Manifest("kit", items, kind)
+            return _listed({d.identifier: d.digest for d in hashed.resource_descriptors()}, hashed.serialization_type)
 
     return Nameless().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
+
+
+def _hashed(digests: Mapping[str, str]) -> Any:
+    """Take the hashes that are given, and open no file."""
+    hashing, manifest = import_module("model_signing.hashing"), import_module("model_signing.manifest")
+    known = {name: manifest.hashing.Digest("sha256", bytes.fromhex(digest)) for name, digest in digests.items()}
+
+    class Known(hashing.Config):  # type: ignore[misc, name-defined]
+        """As its base, but the hashes are there already."""
+
+        def hash(self, model_path: Any, **options: Any) -> Any:
+            return _listed(known, {"method": "files", "hash_type": "sha256", "allow_symlinks": False})
+
+    return Known()
+
+
+def _listed(digests: Mapping[str, Any], kind: dict[str, Any]) -> Any:
+    """What model-signing signs: a list of files and their hashes."""
+    manifest = import_module("model_signing.manifest")
+    items = [manifest.FileManifestItem(path=PurePosixPath(name), digest=d) for name, d in digests.items()]
+    return manifest.Manifest("kit", items, manifest.SerializationType.from_args(kind))

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from siftune.offsite.kit.strict import (
     as_object,
     as_text,
     brief,
-    open_regular,
     parse_json,
     shown,
 )
@@ -81,38 +81,54 @@ def parse_spec(value: Any, where: str) -> TensorSpec:
     return TensorSpec(tuple(as_int(size, f"{where}.shape", 1, MAX_SIZE) for size in sizes), dtype)
 
 
-def tensor_specs(path: Path) -> dict[str, TensorSpec]:
+@dataclass(frozen=True)
+class Header:
+    """What stands before the tensors of a safetensors file.
+
+    Attributes:
+        data: The file's first bytes, up to the tensors.
+        specs: Name -> shape and dtype, in the order of the header.
+        order: The names in the order in which the tensors lie in the file.
+    """
+
+    data: bytes
+    specs: dict[str, TensorSpec]
+    order: tuple[str, ...]
+
+
+def read_header(file: BufferedReader, name: str) -> Header:
     """Read the header of a safetensors file, strictly, and allocate nothing for its tensors.
 
     Args:
-        path: The file.
-
-    Returns:
-        Name -> shape and dtype, in the order of the header.
+        file: The file, just opened; it is left where the tensors begin.
+        name: Its name, for messages.
 
     Raises:
         KitError: Anything is out of order: length, JSON, metadata, names, dtypes, shapes, offsets, size of the file.
     """
-    with open_regular(path) as file:
-        data_bytes = os.fstat(file.fileno()).st_size - 8
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER, data_bytes):
-            raise KitError(
-                f"{path.name}: the length of its header is {length}; with this file's size it may be 2 to "
-                f"{max(0, min(MAX_HEADER, data_bytes))}"
-            )
-        text = file.read(length)
+    data_bytes = os.fstat(file.fileno()).st_size - 8
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if not 2 <= length <= min(MAX_HEADER, data_bytes):
+        raise KitError(
+            f"{name}: the length of its header is {length}; with this file's size it may be 2 to "
+            f"{max(0, min(MAX_HEADER, data_bytes))}"
+        )
+    text = file.read(length)
     if text[:1] != b"{":
-        raise KitError(f"{path.name}: its header does not begin with a brace")
-    where = f"{path.name}: header"
+        raise KitError(f"{name}: its header does not begin with a brace")
+    where = f"{name}: header"
     entries = as_map(parse_json(text, where), where, MAX_TENSORS)
     if entries.pop("__metadata__", None) != METADATA:
         raise KitError(f"{where}.__metadata__ is not {METADATA}")
-    return _check_offsets(entries, data_bytes - length, where)
+    specs, order = _check_offsets(entries, data_bytes - length, where)
+    return Header(start + text, specs, order)
 
 
-def _check_offsets(entries: dict[str, Any], data_bytes: int, where: str) -> dict[str, TensorSpec]:
-    """Check that the tensors follow each other and fill the file."""
+def _check_offsets(
+    entries: dict[str, Any], data_bytes: int, where: str
+) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
+    """Check that the tensors follow each other and fill the file; return their specs, and their order in it."""
     specs, places = {}, []
     for name, value in entries.items():
         field = f"{where}.{as_text(name, f'{where}, the name of a tensor', NAME)}"
@@ -123,11 +139,12 @@ def _check_offsets(entries: dict[str, Any], data_bytes: int, where: str) -> dict
         if end - begin != spec.bytes:
             raise KitError(f"{field}.data_offsets span {end - begin} bytes, but {spec} takes {spec.bytes}")
         specs[name] = spec
-        places.append((begin, end))
-    ends = [0, *(end for _, end in sorted(places))]
-    if [begin for begin, _ in sorted(places)] != ends[:-1] or ends[-1] != data_bytes:
+        places.append((begin, end, name))
+    places.sort()
+    ends = [0, *(end for _, end, _ in places)]
+    if [begin for begin, _, _ in places] != ends[:-1] or ends[-1] != data_bytes:
         raise KitError(f"{where}: the data_offsets leave gaps, overlap, or do not end where the file does")
-    return specs
+    return specs, tuple(name for _, _, name in places)
 
 
 def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str, by: str) -> None:

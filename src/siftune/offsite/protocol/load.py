@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.errors import ModelError
 from siftune.models.source import DTYPES, fit_for_this_machine, set_padding
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
-from siftune.offsite.kit.folder import Kit, load_config, load_tokenizer, read_kit
+from siftune.offsite.kit.folder import Kit, load_config, load_tokenizer, load_weights, read_kit
 from siftune.offsite.kit.manifest import EMULATOR, OUTER
 
 
@@ -39,15 +38,17 @@ def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None
 
 
 def load_kit(kit: Kit, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load emulator and tokenizer of a kit that was read: as `load_emulator`, the tokenizer with a padding token."""
+    """Load emulator and tokenizer of a kit that was read: as `load_emulator`, the tokenizer with a padding token.
+
+    Every file is opened once, and held to the hash that was checked.
+    """
     return _load(kit, dtype), _tokenizer(kit)
 
 
 def _load(kit: Kit, dtype: str) -> PreTrainedModel:
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    frozen = load_file(kit.path / EMULATOR)
-    outer = load_file(kit.path / OUTER)
+    frozen, outer = load_weights(kit, EMULATOR), load_weights(kit, OUTER)
     floats = next(t.dtype for t in frozen.values() if t.is_floating_point())
     target = floats if dtype == "auto" else getattr(torch, dtype)
     parts = EmulatorParts(load_config(kit), kit.manifest.split, kit.manifest.middle, frozen, outer)

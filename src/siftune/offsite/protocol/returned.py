@@ -5,11 +5,9 @@ RETURN/
   adapter.safetensors      exactly the names, shapes and dtypes of the kit's manifest
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor
 
 from siftune.errors import KitError
@@ -25,7 +23,8 @@ from siftune.offsite.kit.manifest import (
     parse_protocol,
 )
 from siftune.offsite.kit.strict import as_text, fresh_folder, list_files, naming, read_bytes, sha256_of
-from siftune.offsite.kit.tensors import MAX_HEADER, check_finite, check_specs, spec_of, tensor_specs, write_tensors
+from siftune.offsite.kit.tensor_file import open_tensors
+from siftune.offsite.kit.tensors import MAX_HEADER, check_finite, check_specs, spec_of, write_tensors
 
 _KIT_MANIFEST = f"{MANIFEST} of the kit"
 
@@ -60,8 +59,8 @@ def write_return(out: str | Path, tensors: Mapping[str, Tensor], kit: Kit) -> Pa
 def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
     """Check a return and load it.
 
-    Sizes, manifest and header are checked before memory is taken. The tensor file is read once: what is checked is
-    what is loaded.
+    Sizes, manifest and header are checked before memory is taken. Every file is opened once: what is checked is what is
+    loaded.
 
     Args:
         path: Its folder, which may be reached by a link.
@@ -86,10 +85,13 @@ def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
         whole = parse_protocol(text, "siftune_return", ("kit", "files"))
         _check_kit(as_text(whole["kit"], f"{MANIFEST}: kit", HASH), kit)
         spec = parse_files(whole["files"], (OUTER,))[OUTER]
-        if sizes[OUTER] != spec.bytes:
-            raise KitError(f"{OUTER} has {sizes[OUTER]} bytes, but {MANIFEST}: files.{OUTER}.bytes is {spec.bytes}")
-        check_specs(tensor_specs(folder / OUTER), kit.manifest.outer, OUTER, _KIT_MANIFEST)
-        return _load(read_bytes(folder / OUTER, limit), spec.sha256, kit)
+        spec.check_size(OUTER, sizes[OUTER])
+        with open_tensors(folder / OUTER) as file:
+            check_specs(file.specs, kit.manifest.outer, OUTER, _KIT_MANIFEST)
+            tensors = file.load(spec)
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"{OUTER}: {name}")
+        return tensors
 
 
 def _check_kit(digest: str, kit: Kit) -> None:
@@ -98,19 +100,3 @@ def _check_kit(digest: str, kit: Kit) -> None:
             f"{MANIFEST}: kit is {digest}, but the {MANIFEST} of {kit.path} has the SHA-256 {kit.digest}: "
             "it was made for another kit"
         )
-
-
-def _load(data: bytes, sha256: str, kit: Kit) -> dict[str, Tensor]:
-    """Load the tensors of bytes whose hash is right."""
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != sha256:
-        raise KitError(f"{OUTER} has the SHA-256 {digest}, but {MANIFEST}: files.{OUTER}.sha256 is {sha256}")
-    try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        raise KitError(f"{OUTER} cannot be loaded ({error})") from error
-    # once more, of the bytes that were loaded: the header was read from the file before
-    check_specs({name: spec_of(t) for name, t in tensors.items()}, kit.manifest.outer, OUTER, _KIT_MANIFEST)
-    for name, tensor in tensors.items():
-        check_finite(tensor, f"{OUTER}: {name}")
-    return tensors

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from support.kits import contents, copied, edit, header_of, read_json, repair, small_kit, write_header
+from support.kits import contents, copied, edit, header_of, read_json, repair, small_kit, tensor_specs, write_header
 from support.tokenizer import byte_tokenizer
 from transformers import AutoTokenizer
 
@@ -14,7 +14,7 @@ from siftune.offsite.kit import config as kit_config
 from siftune.offsite.kit import folder as kit_module
 from siftune.offsite.kit.folder import is_kit, load_config, load_tokenizer, read_kit, write_kit
 from siftune.offsite.kit.manifest import canonical, parse_manifest
-from siftune.offsite.kit.tensors import tensor_specs
+from siftune.offsite.kit.tensor_file import TensorFile
 
 FILES = (
     *("adapter.safetensors", "chat_template.jinja", "config.json", "emulator.safetensors", "manifest.json"),
@@ -191,8 +191,8 @@ def test_half_of_the_tensors_in_another_dtype_are_refused(folder):
 )
 def test_claims_are_refused_before_anything_is_built_or_allocated(folder, monkeypatch, name, change, words):
     monkeypatch.setattr(kit_config, "make_config", lambda *_: pytest.fail("built"))
-    monkeypatch.setattr(kit_module, "tensor_specs", lambda *_: pytest.fail("opened"))
-    monkeypatch.setattr(kit_module, "sha256_of", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr(kit_module, "open_tensors", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(TensorFile, "check", lambda *_: pytest.fail("hashed"))
     edit(folder, name, change)
     with pytest.raises(KitError, match=words):
         read_kit(folder)
@@ -216,7 +216,7 @@ def test_large_sparse_files_are_refused_by_their_headers(folder, monkeypatch):
     manifest = read_json(folder / "manifest.json")
     manifest["files"]["emulator.safetensors"]["bytes"] = path.stat().st_size
     (folder / "manifest.json").write_bytes(canonical(manifest))
-    monkeypatch.setattr(kit_module, "sha256_of", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr(TensorFile, "check", lambda *_: pytest.fail("hashed"))
     with pytest.raises(KitError, match=r"lm_head\.weight is F32 \[1000000, 100000\], but the model"):
         read_kit(folder)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.kits import header_of, write_header
+from support.kits import header_of, tensor_specs, write_header
 
 from siftune.errors import KitError
 from siftune.offsite.kit import tensors
@@ -18,7 +18,6 @@ from siftune.offsite.kit.tensors import (
     check_specs,
     parse_spec,
     spec_of,
-    tensor_specs,
     write_tensors,
 )
 

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from support.kits import contents, copied, header_of, small_kit
+from support.kits import contents, copied, header_of, small_kit, tensor_specs
 from support.tokenizer import byte_tokenizer
 
 from siftune.errors import InputError, KitError, ModelError
@@ -15,7 +15,6 @@ from siftune.offsite.emulator.split import Split
 from siftune.offsite.kit import folder as kit_module
 from siftune.offsite.kit import tensors
 from siftune.offsite.kit.folder import read_kit, write_kit
-from siftune.offsite.kit.tensors import tensor_specs
 
 
 @pytest.fixture(scope="module")

@@ -235,7 +235,7 @@ def test_weights_that_accelerate_keeps_elsewhere_give_the_same_kit(tmp_path):
 
 
 def test_dtypes_of_the_kit(tmp_path):
-    from siftune.offsite.kit.tensors import tensor_specs
+    from support.kits import tensor_specs
 
     model = base().float()
     options = KitOptions(dtype=torch.bfloat16, outer_dtype=torch.float32)
