@@ -2,8 +2,8 @@
 
 Allowed are the settings that the config's own class declares, besides `model_type` and `dtype`. So everything that
 is not the architecture's stays out: paths and names (`_name_or_path`), versions, labels, quantisation, code
-(`auto_map`), attributes that somebody has added. Values are numbers, truth values, words without spaces or slashes,
-and lists of them; the rotary settings are an object of known keys.
+(`auto_map`), attributes that somebody has added. Which values a setting may have stands in ranges.py. The model that
+a stranger's config describes is built and run once without memory (trial.py) before a kit counts as sound.
 """
 
 import copy
@@ -18,21 +18,15 @@ from siftune.errors import KitError
 from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.model import build, frozen_names
 from siftune.offsite.emulator.split import outer_names
-from siftune.offsite.kit.manifest import EMULATOR, MAX_LAYERS, Manifest
-from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, shown
-from siftune.offsite.kit.tensors import DTYPES, MAX_SIZE, TensorSpec
+from siftune.offsite.kit.manifest import EMULATOR, Manifest
+from siftune.offsite.kit.ranges import LAYER_KINDS, ROTARY, check_range
+from siftune.offsite.kit.strict import brief, shown
+from siftune.offsite.kit.tensors import DTYPES, TensorSpec
+from siftune.offsite.kit.trial import try_model
 
 CONFIG = "config.json"
-MAX_ITEMS = 1024  # in a list
 MAX_BUFFERS = 64 << 20  # bytes that a model computes for itself, such as the frequencies of rotary embeddings
-WORD = r"[A-Za-z0-9_.+-]{1,64}"
-
-_ROTARY = (
-    *("rope_theta", "rope_type", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
-    *("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor"),
-    *("high_freq_factor", "mscale", "mscale_all_dim", "truncate"),
-)
-_LAYER_KINDS = ("full_attention", "sliding_attention")  # families with two kinds have two sets of rotary settings
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def scrub(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
@@ -52,14 +46,22 @@ def scrub(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
     settings = {name: value for name, value in config.to_dict().items() if name in known}
     if isinstance(settings.get("rope_parameters"), dict):
         settings["rope_parameters"] = _scrub_rotary(settings["rope_parameters"])
+    # (ours) some configs name a token that no embedding is there for, such as -1, and mean none
+    strange = [name for name in _TOKENS if any(not 0 <= n < config.vocab_size for n in _numbers(settings.get(name)))]
+    settings |= dict.fromkeys(strange)
     settings |= {"model_type": config.model_type, "dtype": _torch_name(dtype)}
     check_settings(settings)
     return settings
 
 
 def _scrub_rotary(value: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {kind: _scrub_rotary(value[kind]) for kind in _LAYER_KINDS if isinstance(value.get(kind), dict)}
-    return nested | {name: setting for name, setting in value.items() if name in _ROTARY and setting is not None}
+    nested = {kind: _scrub_rotary(value[kind]) for kind in LAYER_KINDS if isinstance(value.get(kind), dict)}
+    return nested | {name: setting for name, setting in value.items() if name in ROTARY and setting is not None}
+
+
+def _numbers(value: Any) -> list[Any]:
+    """None, one or several token numbers as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _known(model_type: str) -> set[str]:
@@ -92,61 +94,45 @@ def check_settings(value: Any) -> dict[str, Any]:
     for name, setting in value.items():
         if name not in known:
             raise KitError(f"{CONFIG} has the key {shown(name)}, which this version of transformers does not know")
-        if name == "rope_parameters":
-            _check_rotary(setting, f"{CONFIG}: {name}")
-        else:
-            _check_value(setting, f"{CONFIG}: {name}")
+        check_range(name, setting, f"{CONFIG}: {name}")
     if depth not in value:
         raise KitError(f"{CONFIG} has no {depth}")
-    as_int(value[depth], f"{CONFIG}: {depth}", 2, MAX_LAYERS)
     return value
-
-
-def _check_rotary(value: Any, where: str) -> None:
-    if value is None:
-        return
-    as_object(value, where, (), (*_ROTARY, *_LAYER_KINDS))
-    for name, setting in value.items():
-        if name in _LAYER_KINDS:
-            as_object(setting, f"{where}.{name}", (), _ROTARY)
-            for inner, inner_setting in setting.items():
-                _check_value(inner_setting, f"{where}.{name}.{inner}")
-        else:
-            _check_value(setting, f"{where}.{name}")
-
-
-def _check_value(value: Any, where: str) -> None:
-    if isinstance(value, list):
-        for item in as_list(value, where, MAX_ITEMS):
-            _check_scalar(item, where)
-    else:
-        _check_scalar(value, where)
-
-
-def _check_scalar(value: Any, where: str) -> None:
-    if isinstance(value, str):
-        as_text(value, where, WORD)
-    elif isinstance(value, int):  # truth values pass
-        as_int(int(value), where, -MAX_SIZE, MAX_SIZE)
-    elif isinstance(value, float):
-        if not abs(value) <= 1e15:
-            raise KitError(f"{where} is {value}, out of bounds")
-    elif value is not None:
-        raise KitError(f"{where} is {shown(value)}; a word, a number, true, false or null belongs there")
 
 
 def make_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
     """Build the config of checked settings.
 
     Raises:
-        KitError: The config's class refuses them.
+        KitError: The config's class refuses them, or they do not fit each other. What a config.json leaves out counts
+            too, as the class fills it in.
     """
     plain = copy.deepcopy(dict(settings))  # the class fills in rotary settings in place
     kind = plain.pop("model_type")
     try:
-        return AutoConfig.for_model(kind, **plain)
+        made = AutoConfig.for_model(kind, **plain)
     except Exception as error:  # the class runs on a stranger's values
         raise KitError(f"{CONFIG} is no config of type {kind} ({brief(error)})") from error
+    for name in sorted(_known(kind) - {"model_type", "dtype"}):
+        check_range(name, getattr(made, name), f"{CONFIG}: {name}")
+    _check_together(made)
+    return made
+
+
+def _check_together(config: PreTrainedConfig) -> None:
+    """Refuse settings that are fine each for itself, but not side by side."""
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise KitError(f"{CONFIG}: {heads} attention heads do not divide a hidden size of {config.hidden_size}")
+    if shared and heads % shared:
+        raise KitError(f"{CONFIG}: num_key_value_heads is {shared}, which does not divide {heads} attention heads")
+    for name in _TOKENS:
+        for token in _numbers(getattr(config, name, None)):
+            if token >= config.vocab_size:
+                raise KitError(f"{CONFIG}: {name} is {token}, but the last of {config.vocab_size} tokens is one less")
+    kinds = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        raise KitError(f"{CONFIG}: layer_types has sliding_attention, but there is no sliding_window")
 
 
 def expected_specs(
@@ -176,6 +162,7 @@ def expected_specs(
     except Exception as error:  # transformers runs on a stranger's values
         raise KitError(f"{CONFIG}: no model can be built of it ({brief(error)})") from error
     _check_buffers(model, state)
+    try_model(model, CONFIG)
     return (
         {name: TensorSpec(tuple(state[name].shape), dtypes[0]) for name in frozen},
         {name: TensorSpec(tuple(state[inner].shape), dtypes[1]) for name, inner in outer.items()},

@@ -1,7 +1,8 @@
 """Read files that a stranger made, and write folders in one move.
 
 Nothing here trusts a file: it must be a regular file (no link, folder, pipe or device), its size is checked before it
-is read, and JSON must be strict: UTF-8, no key twice, no NaN or infinity, no deep nesting, no number of many digits.
+is read, and JSON must be strict: UTF-8, no key twice, no NaN or infinity, no deep nesting, no number of many digits,
+no −0, no half of a surrogate pair, with which Python's strings and those of other languages differ.
 Limits are constants in capitals.
 
 What is checked is what is on disk during the check. A folder that others can write to while it is read is not safe:
@@ -28,6 +29,8 @@ MAX_NESTING = 32  # levels of objects and lists in JSON
 MAX_DIGITS = 40  # of a whole number in JSON; tokenizers write 10^30 for "no limit"
 
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # the only way by which half of a surrogate pair gets into UTF-8
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
@@ -124,8 +127,8 @@ def parse_json(data: bytes, name: str) -> Any:
         name: What the bytes are, for messages.
 
     Raises:
-        KitError: It is no JSON, has a key twice, NaN or infinity, a number of more than `MAX_DIGITS` digits, or more
-            than `MAX_NESTING` levels.
+        KitError: It is no JSON, has a key twice, NaN or infinity, a number of more than `MAX_DIGITS` digits, −0, half
+            of a surrogate pair, or more than `MAX_NESTING` levels.
     """
     try:
         value = json.loads(
@@ -140,6 +143,8 @@ def parse_json(data: bytes, name: str) -> Any:
     except ValueError as error:
         raise KitError(f"{name} is not proper JSON ({brief(error)})") from error
     _check_nesting(value, name)
+    if _HALF.search(data):
+        _check_texts(value, name)
     return value
 
 
@@ -165,6 +170,8 @@ def _float(text: str) -> float:
 def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number has {len(text)} digits")
+    if text == "-0":  # the one whole number that JSON can write in two ways; other readers take it for no integer
+        raise ValueError("a number is -0, not 0")
     return int(text)
 
 
@@ -177,6 +184,23 @@ def _check_nesting(value: Any, name: str) -> None:
         if not boxes:
             return
     raise KitError(f"{name} has more than {MAX_NESTING} levels of nesting")
+
+
+def _check_texts(value: Any, name: str) -> None:
+    """Refuse halves of surrogate pairs, which no text in UTF-8 can hold, in keys and values."""
+    left: list[tuple[str, Any]] = [(name, value)]
+    while left:
+        where, item = left.pop()
+        if isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError as error:
+                raise KitError(f"{where} is {shown(item)}, which has half of a surrogate pair") from error
+        elif isinstance(item, dict):
+            left += [(f"{where}, a key", key) for key in item]
+            left += [(f"{where}: {shown(key)}", child) for key, child in item.items()]
+        elif isinstance(item, list):
+            left += [(f"{where}, item {place}", child) for place, child in enumerate(item)]
 
 
 def as_object(value: Any, where: str, required: Collection[str] = (), optional: Collection[str] = ()) -> dict[str, Any]:
