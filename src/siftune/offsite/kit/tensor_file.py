@@ -18,7 +18,9 @@ from torch import Tensor
 from siftune.errors import KitError
 from siftune.offsite.kit.manifest import FileSpec
 from siftune.offsite.kit.strict import open_regular
-from siftune.offsite.kit.tensors import DTYPES, TensorSpec, read_header
+from siftune.offsite.kit.tensors import DTYPES, TensorSpec, check_finite, read_header
+
+_PIECE = 1 << 20  # bytes that are looked at at a time
 
 
 class TensorFile:
@@ -43,14 +45,16 @@ class TensorFile:
         self._digest = hashlib.sha256(header.data)
 
     def check(self, expected: FileSpec) -> None:
-        """Hash the file to its end, allocating none of its tensors.
+        """Hash the file to its end and look at every number in it, a piece at a time: no tensor is allocated.
 
         Raises:
-            KitError: Size or hash are not the manifest's.
+            KitError: Size or hash are not the manifest's, or a number is NaN, infinite or far too large.
         """
         expected.check_size(self._name, self._size)
-        found = hashlib.file_digest(self._file, lambda: self._digest)
-        expected.check_hash(self._name, found.hexdigest())
+        for name in self._order:
+            for piece in self._pieces(self.specs[name]):
+                check_finite(piece, f"{self._name}: {name}")
+        self._end(expected)
 
     def load(self, expected: FileSpec) -> dict[str, Tensor]:
         """Read the tensors, each into memory of its own, and hash what was read.
@@ -63,18 +67,35 @@ class TensorFile:
         """
         expected.check_size(self._name, self._size)  # so no more memory is taken than the manifest speaks of
         tensors = {name: self._read(self.specs[name]) for name in self._order}
-        if self._file.read(1):
-            raise KitError(f"{self._name} grew while it was read")
-        expected.check_hash(self._name, self._digest.hexdigest())
+        self._end(expected)
         return {name: tensors[name] for name in self.specs}
+
+    def _pieces(self, spec: TensorSpec) -> Iterator[Tensor]:
+        """Read a tensor's numbers, always into the same memory; the next piece takes the place of the one before."""
+        room, left = torch.empty(min(_PIECE, spec.bytes), dtype=torch.uint8), spec.bytes
+        while left:
+            part = room[:left]
+            self._fill(part)
+            left -= len(part)
+            yield part.view(DTYPES[spec.dtype])
 
     def _read(self, spec: TensorSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-        room: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        if self._file.readinto(room) != spec.bytes:
+        self._fill(tensor.reshape(-1).view(torch.uint8))
+        return tensor
+
+    def _fill(self, memory: Tensor) -> None:
+        """Read bytes into memory, and hash them."""
+        room: Any = memory.numpy()
+        if self._file.readinto(room) != len(room):
             raise KitError(f"{self._name} became shorter while it was read")
         self._digest.update(room)
-        return tensor
+
+    def _end(self, expected: FileSpec) -> None:
+        """Refuse a file that does not end here, or is not the manifest's."""
+        if self._file.read(1):
+            raise KitError(f"{self._name} grew while it was read")
+        expected.check_hash(self._name, self._digest.hexdigest())
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ MAX_HEADER = 4 << 20  # bytes
 MAX_TENSORS = 100_000  # in a file
 MAX_DIMS = 4
 MAX_SIZE = 10**8  # of a dimension
+MAX_VALUE = 65504.0  # (ours) of a weight, the largest number of float16; real ones stay far below
+_PIECE = 1 << 18  # numbers that are looked at at a time
 METADATA = {"format": "pt"}
 NAME = r"[A-Za-z0-9_.]{1,200}"  # of a tensor
 
@@ -177,7 +179,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensors: Name -> tensor, on any device.
 
     Raises:
-        KitError: A value is NaN or infinite, two tensors share memory, or the file cannot be written.
+        KitError: A value is NaN, infinite or too large, two tensors share memory, or the file cannot be written.
     """
     for name, tensor in tensors.items():
         check_finite(tensor, f"{path.name}: {name}")
@@ -192,6 +194,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
-    """Refuse NaN and infinity."""
-    if not torch.isfinite(tensor).all():
-        raise KitError(f"{where} has values that are NaN or infinite")
+    """Refuse NaN, infinity, and numbers so large that products of them become infinite; piece by piece.
+
+    Args:
+        tensor: Of floating point.
+        where: File and tensor, for the message.
+
+    Raises:
+        KitError: There is such a number.
+    """
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        largest = float(flat[start : start + _PIECE].abs().max())  # NaN if one of them is
+        if not math.isfinite(largest):
+            raise KitError(f"{where} has values that are NaN or infinite")
+        if largest > MAX_VALUE:
+            raise KitError(f"{where} has the value {largest:g}; up to {MAX_VALUE:g} is allowed, on either side of 0")

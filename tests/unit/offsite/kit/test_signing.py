@@ -63,7 +63,7 @@ def test_another_key_is_refused(folder, tmp_path):
 
 
 def test_a_forged_kit_is_refused_though_everything_else_is_repaired(folder, keys):
-    edit(folder, "config.json", lambda c: c.update(rms_norm_eps=0.5))
+    edit(folder, "config.json", lambda c: c.update(rms_norm_eps=0.005))
     assert not read_kit(folder).verified
     with pytest.raises(KitError, match=r"kit\.sig is no signature of this folder"):
         read_kit(folder, keys[1])
