@@ -3,9 +3,14 @@
 tokenizer.json is what the tokenizers library writes, without the padding and truncation that somebody has set.
 tokenizer_config.json has the keys below and no others, so neither paths and names nor code nor other files can stand
 in it. The class is always PreTrainedTokenizerFast. The chat template is Jinja, which transformers runs in a sandbox.
+
+A stranger's is checked in three steps: what it is made of, from the file alone (tokenizer_parts.py,
+tokenizer_tokens.py); in use, in a child process with limits, which may die of it (limited.py, tokenizer_trial.py,
+template.py); and only then it is built here.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,19 +18,28 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.errors import KitError
+from siftune.offsite.kit.limited import Limits, run_limited
 from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, parse_json, shown
+from siftune.offsite.kit.template import TEMPLATE
+from siftune.offsite.kit.tokenizer_parts import TOKENIZER, check_chains
+from siftune.offsite.kit.tokenizer_tokens import check_tokens
 
-TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+CONFIG = "tokenizer_config.json"
 FILES = (TOKENIZER, CONFIG, TEMPLATE)
 CLASS = "PreTrainedTokenizerFast"
 MAX_SPECIAL = 10_000  # further special tokens
-_TRIAL = "a b, Ü 東\n1"  # some defects show only in use
+# of tokenizer.json: what Python makes of a list or an item takes a hundred times its place in the file
+MAX_BOXES, MAX_ITEMS = 1 << 21, 1 << 22
+
+_LIMITS = Limits()
+_tried: dict[bytes, str | None] = {}  # hash of the files of a trial that ended well -> its example
 
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SWITCHES = ("clean_up_tokenization_spaces", "split_special_tokens")
 _SIDES = ("padding_side", "truncation_side")
 _REQUIRED = ("tokenizer_class", "model_max_length", "model_input_names", "extra_special_tokens", *_SIDES, *_SWITCHES)
+_END = "eos_token"  # without one, no row can be tokenised
 _PARTS = (
     *("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"),
     *("decoder", "model"),
@@ -76,22 +90,62 @@ def make_tokenizer(files: Mapping[str, bytes], vocabulary: int) -> PreTrainedTok
         vocabulary: Tokens that the emulator has embeddings for.
 
     Raises:
-        KitError: A file is damaged, has keys that it must not have, or a special token is none of the vocabulary.
+        KitError: A file is damaged, has what it must not have, a token has no embedding, or it fails, blows up or takes
+            too long in use.
     """
     settings = _check_config(parse_json(files[CONFIG], CONFIG))
-    parts = as_object(parse_json(files[TOKENIZER], TOKENIZER), TOKENIZER, _PARTS)
+    _check_parts(files[TOKENIZER], vocabulary)
+    try_out(files)
+    with _in_words():
+        backend = Tokenizer.from_str(files[TOKENIZER].decode())
+    _check_numbers(settings, backend, vocabulary)
+    with _in_words():
+        plain = {name: value for name, value in settings.items() if name != "tokenizer_class"}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_template(files), **plain)
+
+
+def _check_parts(data: bytes, vocabulary: int) -> None:
+    """Check tokenizer.json from the file alone."""
+    for marks, most in (("[{", MAX_BOXES), (",", MAX_ITEMS)):
+        if (count := sum(data.count(mark.encode()) for mark in marks)) > most:
+            raise KitError(f"{TOKENIZER} has {count} times {' or '.join(marks)}; {most} are allowed")
+    parts = as_object(parse_json(data, TOKENIZER), TOKENIZER, _PARTS)
     for name in ("truncation", "padding"):
         if parts[name] is not None:
             raise KitError(f"{TOKENIZER}: {name} is {shown(parts[name])}, not null")
-    with _in_words():
-        backend = Tokenizer.from_str(files[TOKENIZER].decode())
-    _check_special(settings, backend, vocabulary)
-    with _in_words():
-        template = files[TEMPLATE].decode() if TEMPLATE in files else None
-        plain = {name: value for name, value in settings.items() if name != "tokenizer_class"}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **plain)
-        tokenizer.decode(tokenizer.encode(_TRIAL))
-    return tokenizer
+    check_chains(parts)
+    check_tokens(parts, vocabulary)
+
+
+def try_out(files: Mapping[str, bytes], limits: Limits = _LIMITS) -> str | None:
+    """Try tokenizer and chat template in a child process, which may die of them; once for the same bytes.
+
+    Args:
+        files: As for `make_tokenizer`, whose checks of the files alone they have passed.
+        limits: What the child may use.
+
+    Returns:
+        A short conversation in the chat template's form; None without a template.
+
+    Raises:
+        KitError: They fail, blow up or take too long, or the template leaves out what is said.
+    """
+    parts = (hashlib.sha256(files.get(name, b"")).digest() for name in FILES)
+    key = hashlib.sha256(b"".join(parts)).digest()
+    if key not in _tried:
+        settings = parse_json(files[CONFIG], CONFIG)
+        with _in_words():
+            request = {
+                "tokenizer": files[TOKENIZER].decode(),
+                "template": _template(files),
+                "named": {name: settings[name] for name in _NAMED if name in settings},
+            }
+        _tried[key] = run_limited("siftune.offsite.kit.tokenizer_trial", request, limits)
+    return _tried[key]
+
+
+def _template(files: Mapping[str, bytes]) -> str | None:
+    return files[TEMPLATE].decode() if TEMPLATE in files else None
 
 
 @contextlib.contextmanager
@@ -105,21 +159,21 @@ def _in_words() -> Iterator[None]:
         raise KitError(f"{TOKENIZER} is no tokenizer that can be used ({brief(error)})") from error
 
 
-def _check_special(settings: Mapping[str, Any], backend: Tokenizer, vocabulary: int) -> None:
-    """Special tokens must be in the vocabulary: transformers would add them, past the end of the embeddings."""
+def _check_numbers(settings: Mapping[str, Any], backend: Tokenizer, vocabulary: int) -> None:
+    """Each token needs an embedding, and special tokens a number: transformers would give them new ones."""
+    past = {number: token for token, number in backend.get_vocab().items() if number >= vocabulary}
+    if past:  # the library gives added tokens numbers of its own where those of the file are taken
+        raise KitError(f"{TOKENIZER}: {shown(past[min(past)])} is token {min(past)} of {vocabulary} embeddings")
     for name in _NAMED:
-        if name in settings:
-            number = backend.token_to_id(settings[name])
-            if number is None or number >= vocabulary:
-                fault = "not in tokenizer.json" if number is None else f"number {number} of {vocabulary} embeddings"
-                raise KitError(f"{CONFIG}: {name} is {shown(settings[name])}, which is {fault}")
+        if name in settings and backend.token_to_id(settings[name]) is None:
+            raise KitError(f"{CONFIG}: {name} is {shown(settings[name])}, which is not in {TOKENIZER}")
     for token in settings["extra_special_tokens"]:
         if backend.token_to_id(token) is None:
-            raise KitError(f"{CONFIG}: extra_special_tokens has {shown(token)}, which is not in tokenizer.json")
+            raise KitError(f"{CONFIG}: extra_special_tokens has {shown(token)}, which is not in {TOKENIZER}")
 
 
 def _check_config(value: Any) -> dict[str, Any]:
-    as_object(value, CONFIG, _REQUIRED, _NAMED)
+    as_object(value, CONFIG, (*_REQUIRED, _END), _NAMED)
     if value["tokenizer_class"] != CLASS:
         raise KitError(f"{CONFIG}: tokenizer_class is {shown(value['tokenizer_class'])}, not {CLASS}")
     as_int(value["model_max_length"], f"{CONFIG}: model_max_length", 1, 10**32)

@@ -1,0 +1,203 @@
+"""Try a stranger's chat template in Jinja's sandbox, as transformers will render it.
+
+The sandbox bounds neither time nor memory, so this runs in a child with limits, see limited.py. A trial cannot prove
+what a program will do: what is said is drawn by chance, so that no template can know it, and texts that stand in the
+template itself are among those that are tried. The bounds are ours.
+"""
+
+import contextlib
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, ext, nodes, pass_eval_context
+from jinja2.exceptions import SecurityError
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from siftune.errors import KitError
+from siftune.offsite.kit.strict import brief, shown
+
+TEMPLATE = "chat_template.jinja"
+MAX_FIXED = 1 << 16  # characters that a template may write whatever is said, such as its own system message
+PER_MESSAGE = 512  # characters around a message
+PER_CHARACTER = 4  # characters that one of a message may become, as in JSON
+MAX_SHOWN = 2000  # characters of the example
+MAX_WORDS = 64  # texts in the template that are tried
+
+Chat = list[dict[str, str]]
+Render = Callable[[Chat, bool], str]
+
+_EXAMPLE = [("user", "How many legs has a spider?"), ("assistant", "Eight."), ("user", "And an ant?")]
+
+
+class _FailsError(KitError):
+    """The template refuses a conversation, or cannot render it."""
+
+
+def try_template(source: str, named: Mapping[str, str]) -> str:
+    """Render a template on conversations of many kinds.
+
+    Args:
+        source: The template.
+        named: Special tokens by name, which a template may use.
+
+    Returns:
+        A short conversation in the template's form, cut at `MAX_SHOWN` characters.
+
+    Raises:
+        KitError: It fails for a user and an assistant, leaves out what one of them or the system says, or writes more
+            than a bounded amount for every message and character.
+    """
+    render, words = _compiled(source, named)
+    for turns in (1, 2, 3, 4, 9):
+        _check_complete(render, _talk(turns), open_turn=turns % 2 == 1)
+    with contextlib.suppress(_FailsError):  # many refuse what a system says; none may drop it
+        _check_complete(render, [{"role": "system", "content": _saying()}, *_talk(1)], open_turn=True)
+    _check_growth(render, "messages", [_talk(turns) for turns in (32, 64, 128)])
+    _check_growth(render, "characters", [_talk(2, length) for length in (2000, 4000, 8000)])
+    for word in words:
+        _check_word(render, word)
+    return _said(render, [{"role": role, "content": content} for role, content in _EXAMPLE], True)[:MAX_SHOWN]
+
+
+def _compiled(source: str, named: Mapping[str, str]) -> tuple[Render, list[str]]:
+    """The template as a function of a conversation and whether the assistant's turn is opened, and texts in it."""
+    environment = _environment()
+    try:
+        template = environment.from_string(source)
+        constants = [node.value for node in environment.parse(source).find_all(nodes.Const)]
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise KitError(f"{TEMPLATE} is no template ({brief(error)})") from error
+
+    def render(chat: Chat, open_turn: bool) -> str:
+        # transformers hands over just these
+        return template.render(messages=chat, tools=None, documents=None, add_generation_prompt=open_turn, **named)
+
+    return render, list(dict.fromkeys(word for word in constants if isinstance(word, str)))[:MAX_WORDS]
+
+
+def _talk(turns: int, length: int = 0) -> Chat:
+    """User and assistant by turns, each of whom says what nobody said before, and not in Latin letters alone."""
+    roles = ("user", "assistant")
+    return [{"role": roles[turn % 2], "content": _saying().ljust(length, "x")} for turn in range(turns)]
+
+
+def _saying() -> str:
+    return f"{secrets.token_hex(6)} é 東 {secrets.token_hex(6)}"
+
+
+def _said(render: Render, chat: Chat, open_turn: bool) -> str:
+    try:
+        text = render(chat, open_turn)
+    except MemoryError:
+        raise
+    except Exception as error:  # templates raise errors of Jinja, of Python and of their own
+        turns = f"{len(chat)} turns ({', '.join(message['role'] for message in chat[:4])})"
+        raise _FailsError(f"{TEMPLATE} fails on a conversation of {turns}: {brief(error)}") from error
+    _check_size(text, chat)
+    return text
+
+
+def _check_size(text: str, chat: Chat) -> None:
+    heard = sum(len(message["content"]) for message in chat)
+    most = MAX_FIXED + PER_MESSAGE * len(chat) + PER_CHARACTER * heard
+    if len(text) > most:
+        raise KitError(
+            f"{TEMPLATE} writes {len(text)} characters for {len(chat)} messages with {heard}; it may write {most}"
+        )
+
+
+def _check_complete(render: Render, chat: Chat, open_turn: bool) -> None:
+    text = _said(render, chat, open_turn)
+    for message in chat:
+        if message["content"] not in text:
+            turns = f"{len(chat)} turns"
+            raise KitError(f"{TEMPLATE} leaves out what the {message['role']} says in a conversation of {turns}")
+
+
+def _check_growth(render: Render, what: str, chats: Sequence[Chat]) -> None:
+    """Of conversations, each twice as long as the one before, the third may not add much more than twice as much."""
+    sizes = [len(_said(render, chat, False)) for chat in chats]
+    first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
+    if second > 3 * max(first, 0) + PER_MESSAGE:
+        raise KitError(f"{TEMPLATE} writes ever more for each of the {what}: {first} characters, and then {second}")
+
+
+def _check_word(render: Render, word: str) -> None:
+    """Say a text of the template, and be somebody of that name: it may refuse that, but not blow up."""
+    for roles in (("user", "assistant"), (word,)):
+        with contextlib.suppress(_FailsError):
+            _said(render, [{"role": role, "content": word} for role in roles], False)
+
+
+class _Generation(ext.Extension):
+    """`{% generation %}`: marks what the assistant writes, and changes nothing of it."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own form
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block as a call with a body, which has a scope of its own, as in transformers."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
+
+    @pass_eval_context
+    def _as_it_is(self, context: nodes.EvalContext, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` in templates: what makes one, and nothing else of the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace` in templates, without names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no name for self: a template may want to store one
+        for name in dict(*args[1:], **kwargs):
+            _refuse_underscore(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name like {shown(name)}")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox with what transformers puts into it; importing it from there takes seconds."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **form: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **form)
