@@ -81,6 +81,7 @@ class Kit:
         config: Its config.json.
         signed: Whether it carries a signature. That says nothing: see `verified`.
         verified: Whether the signature was checked against a public key, and is right.
+        example: A short conversation as its chat template writes it; None without a template.
     """
 
     path: Path
@@ -89,6 +90,7 @@ class Kit:
     config: dict[str, Any]
     signed: bool
     verified: bool = False
+    example: str | None = None
 
 
 def is_kit(path: str | Path) -> bool:
@@ -185,10 +187,12 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
         settings = config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
         with open_tensors(folder / EMULATOR) as frozen, open_tensors(folder / OUTER) as outer:
             _check_specs(frozen.specs, outer.specs, manifest, settings)
-            _make_tokenizer(folder, manifest, settings)
+            files = _tokenizer_files(folder, manifest)
+            tokenizer.make_tokenizer(files, config.make_config(settings).vocab_size)
             frozen.check(manifest.files[EMULATOR])
             outer.check(manifest.files[OUTER])
-    return Kit(folder, manifest, digest, settings, SIGNATURE in sizes, verified=public_key is not None)
+    signed, example = SIGNATURE in sizes, tokenizer.try_out(files)
+    return Kit(folder, manifest, digest, settings, signed, verified=public_key is not None, example=example)
 
 
 def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
@@ -209,10 +213,8 @@ def _read_part(folder: Path, name: str, manifest: Manifest) -> bytes:
     return data
 
 
-def _make_tokenizer(folder: Path, manifest: Manifest, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    names = [name for name in tokenizer.FILES if name in manifest.files]
-    files = {name: _read_part(folder, name, manifest) for name in names}
-    return tokenizer.make_tokenizer(files, config.make_config(settings).vocab_size)
+def _tokenizer_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    return {name: _read_part(folder, name, manifest) for name in tokenizer.FILES if name in manifest.files}
 
 
 def _check_specs(
@@ -238,7 +240,7 @@ def load_tokenizer(kit: Kit) -> PreTrainedTokenizerFast:
     Unlike `AutoTokenizer` this never asks the hub.
     """
     with naming(f"kit {kit.path}"):
-        return _make_tokenizer(kit.path, kit.manifest, kit.config)
+        return tokenizer.make_tokenizer(_tokenizer_files(kit.path, kit.manifest), load_config(kit).vocab_size)
 
 
 def load_weights(kit: Kit, name: str) -> dict[str, Tensor]:
