@@ -16,9 +16,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from siftune.errors import KitError
 from siftune.models.families import FAMILIES
-from siftune.offsite.emulator.model import build, frozen_names
+from siftune.offsite.emulator.model import build, emulator_config, frozen_names
 from siftune.offsite.emulator.split import outer_names
-from siftune.offsite.kit.manifest import EMULATOR, Manifest
+from siftune.offsite.kit.manifest import EMULATOR, MANIFEST, Manifest
 from siftune.offsite.kit.ranges import LAYER_KINDS, ROTARY, check_range
 from siftune.offsite.kit.strict import brief, shown
 from siftune.offsite.kit.tensors import DTYPES, TensorSpec
@@ -167,6 +167,31 @@ def expected_specs(
         {name: TensorSpec(tuple(state[name].shape), dtypes[0]) for name in frozen},
         {name: TensorSpec(tuple(state[inner].shape), dtypes[1]) for name, inner in outer.items()},
     )
+
+
+def check_of_base(settings: Mapping[str, Any], manifest: Manifest, base: PreTrainedConfig) -> None:
+    """Hold what a kit says of its base to the base: family, depth, and which of its layers the middle has.
+
+    Where all layers are of one kind only the model's owner could tell one number of a layer from another, and nothing
+    is built by it.
+
+    Args:
+        settings: The kit's config.json, checked.
+        manifest: Its manifest, checked.
+        base: The base's config.
+
+    Raises:
+        KitError: They do not fit.
+    """
+    said = {"model_type": manifest.model_type, "layers": manifest.depth}
+    found = {"model_type": base.model_type, "layers": base.num_hidden_layers}
+    for name, value in said.items():
+        if value != found[name]:
+            raise KitError(f"{MANIFEST}: base.{name} is {value}, but the base model's is {found[name]}")
+    expected = emulator_config(base, manifest.split, manifest.middle)
+    kinds, own = (getattr(c, "layer_types", None) for c in (make_config(settings), expected))
+    if kinds != own:
+        raise KitError(f"{CONFIG}: layer_types are not those of the base's layers that {MANIFEST}: middle names")
 
 
 def _check_fit(settings: Mapping[str, Any], manifest: Manifest, dtype: str) -> None:

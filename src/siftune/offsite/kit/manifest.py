@@ -15,6 +15,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from siftune.errors import KitError
@@ -152,7 +153,7 @@ def parse_protocol(data: bytes, key: str, others: tuple[str, ...]) -> dict[str, 
     whole = parse_json(data, MANIFEST)
     if not isinstance(whole, dict) or key not in whole:
         raise KitError(f"{MANIFEST} has no {key}")
-    if isinstance(whole[key], bool) or whole[key] != PROTOCOL:
+    if type(whole[key]) is not int or whole[key] != PROTOCOL:  # 1.0 and true are equal to 1
         raise KitError(
             f"{MANIFEST}: {key} is {shown(whole[key])}, a protocol that this siftune does not know; it knows {PROTOCOL}"
         )
@@ -190,7 +191,16 @@ def _middle(value: Any, numbers: range, family: Family) -> tuple[LayerShape, ...
     shapes = tuple(_layer(entry, f"{where}.{place}", numbers, family) for place, entry in enumerate(value))
     for place in range(len(shapes)):
         _check_copy(shapes, place, f"{where}.{place}.same_as")
+    _check_order(shapes, where)
     return shapes
+
+
+def _check_order(shapes: Sequence[LayerShape], where: str) -> None:
+    """Layers with weights of their own come from the base in its order, each once."""
+    own = [(place, shape.base) for place, shape in enumerate(shapes) if shape.same_as is None]
+    for (_, before), (place, base) in pairwise(own):
+        if base <= before:
+            raise KitError(f"{where}.{place}.base is {base}, but a layer before it is the base's layer {before}")
 
 
 def _layer(value: Any, where: str, numbers: range, family: Family) -> LayerShape:

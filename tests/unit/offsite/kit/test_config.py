@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from support.kits import KINDS, contents
@@ -9,7 +11,14 @@ from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.model import LayerShape
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.kit import config
-from siftune.offsite.kit.config import MAX_BUFFERS, check_settings, expected_specs, make_config, scrub
+from siftune.offsite.kit.config import (
+    MAX_BUFFERS,
+    check_of_base,
+    check_settings,
+    expected_specs,
+    make_config,
+    scrub,
+)
 from siftune.offsite.kit.manifest import FileSpec, Manifest
 from siftune.offsite.kit.tensors import TensorSpec, spec_of
 
@@ -179,3 +188,22 @@ def test_the_middle_decides_the_shapes():
     assert not any(name.startswith(("model.layers.0.", "model.layers.2.")) for name in frozen)
     assert torch.float32 == parts.frozen["lm_head.weight"].dtype
     assert set(KINDS) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2"])
+def test_what_a_kit_says_of_its_base_is_held_to_it(kind):
+    parts = contents(kind)
+    settings, manifest, base = scrub(parts.config, "F32"), manifest_of(parts), tiny(kind, 5, vocab_size=320).config
+    check_of_base(settings, manifest, base)
+    with pytest.raises(KitError, match=r"manifest\.json: base\.layers is 5, but the base model's is 6"):
+        check_of_base(settings, manifest, tiny(kind, 6, vocab_size=320).config)
+    with pytest.raises(KitError, match=rf"base\.model_type is {kind}, but the base model's is gpt2"):
+        check_of_base(settings, manifest, tiny("gpt2", 5, vocab_size=320).config)
+
+
+def test_layers_of_another_kind_than_the_base_has_are_noticed():
+    parts, base = contents("gemma2"), tiny("gemma2", 5, vocab_size=320).config
+    middle = [dataclasses.replace(shape, base=min(shape.base + 1, 3)) for shape in parts.middle[1:]]
+    shifted = dataclasses.replace(manifest_of(parts), middle=(parts.middle[0], *middle))
+    with pytest.raises(KitError, match="layer_types are not those of the base's layers"):
+        check_of_base(scrub(parts.config, "F32"), shifted, base)
