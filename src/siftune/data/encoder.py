@@ -84,18 +84,23 @@ class Encoder:
 
     def prompt(self, row: Row) -> list[int]:
         """Token ids of everything before the completion."""
-        *before, _, _ = self._ids(self.render(row))
+        *before, _, _ = self._ids(self.render(row), row.origin)
         return [i for piece in before for i in piece]
 
     def completion(self, row: Row, text: str | None = None) -> list[int]:
         """Token ids of the completion with its end, or of `text` in its place."""
-        *_, completion, ends = self._ids(self.render(row, text))
+        *_, completion, ends = self._ids(self.render(row, text), row.origin)
         return completion + ends
 
     def encode(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Yield each row's token ids and which of them are learned, in one call of the tokenizer."""
+        """Yield each row's token ids and which of them are learned, in one call of the tokenizer.
+
+        Raises:
+            DataError: the template or the tokenizer fails on a row.
+        """
         rendered = [self.render(row) for row in rows]
-        ids = iter(self._tokenize([part.text for one in rendered for part in one.parts]))
+        texts = [(part.text, row.origin) for row, one in zip(rows, rendered, strict=True) for part in one.parts]
+        ids = iter(self._tokenize(texts))
         for one in rendered:
             pieces = [
                 (one.starts, False),
@@ -165,19 +170,34 @@ class Encoder:
             ) from error
         return str(text)
 
-    def _ids(self, rendered: _Rendered) -> list[list[int]]:
-        return [rendered.starts, *self._tokenize([part.text for part in rendered.parts]), rendered.ends]
+    def _ids(self, rendered: _Rendered, origin: str) -> list[list[int]]:
+        return [rendered.starts, *self._tokenize([(part.text, origin) for part in rendered.parts]), rendered.ends]
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[tuple[str, str]], special: bool = False) -> list[list[int]]:
+        """Token ids of texts, each of which comes with where it is from."""
+        found = self._try([text for text, _ in texts], special)
+        if isinstance(found, list):
+            return found
+        failing = (origin for text, origin in texts if not isinstance(self._try([text], special), list))
+        raise DataError(
+            f"{next(failing, 'the rows')}: the tokenizer fails on the text ({' '.join(str(found).split())[:200]}); "
+            "change or remove the row, or take another tokenizer."
+        ) from found
+
+    def _try(self, texts: list[str], special: bool) -> list[list[int]] | BaseException:
         if not texts:
             return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        try:
+            encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic in Rust, on a pattern that backtracks without end, is no Exception
+            return error
         return list(encoded["input_ids"])
 
     def _leading_ids(self) -> list[int]:
         """The ids that the tokenizer puts before a text by itself, such as a beginning-of-sequence token."""
-        bare = self._tokenize(["a"])[0]
-        dressed = list(self.tokenizer("a")["input_ids"])
+        bare, dressed = (self._tokenize([("a", "the text 'a'")], special)[0] for special in (False, True))
         starts = (i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
         return dressed[: next(starts, 0)]
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tokenizer import byte_tokenizer
+from tokenizers import Regex, pre_tokenizers
 
 from siftune.data.encoder import Encoder, encode_completion, encode_prompt
 from siftune.data.rows import rows_from
@@ -252,6 +253,50 @@ def test_a_conversation_that_the_template_refuses_names_the_row():
     record = {"messages": [{"role": "system", "content": "x"}, *TALK["messages"]]}
     with pytest.raises(DataError, match=r"row 1: the chat template refuses .*the user must start.*system, user"):
         tokenized(record, byte_tokenizer(STRICT))
+
+
+# a tokenizer that fails
+
+
+def panicking(pattern=r"^(\w+ ?)*$"):
+    tokenizer = byte_tokenizer(chat_template=None)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), tokenizer.backend_tokenizer.pre_tokenizer]
+    )
+    return tokenizer
+
+
+ENDLESS = {"prompt": "Q", "completion": "a" * 60 + "!"}
+
+
+def test_a_panic_of_the_tokenizer_is_a_sentence_that_names_the_row():
+    with pytest.raises(
+        DataError, match=r"^row 2: the tokenizer fails on the text \(.*retry-limit.*\); .*\.$"
+    ) as caught:
+        tokenize_rows(rows_from([SUM, ENDLESS, SUM]), panicking(), 100)
+    assert type(caught.value.__cause__).__name__ == "PanicException"
+    row = rows_from([ENDLESS])[0]
+    with pytest.raises(DataError, match=r"^row 1: the tokenizer fails"):
+        encode_completion(row, panicking())
+    with pytest.raises(DataError, match=r"^row 1: the tokenizer fails"):
+        encode_prompt(row, panicking())
+    assert (
+        tokenize_rows(rows_from([SUM]), panicking(), 100)["input_ids"]
+        == tokenize_rows(rows_from([SUM]), PLAIN, 100)["input_ids"]
+    )
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_who_interrupts_is_not_answered(stop):
+    class Stopping(type(PLAIN)):
+        def __call__(self, texts, **options):
+            if texts != ["a"]:
+                raise stop
+            return super().__call__(texts, **options)
+
+    tokenizer = Stopping(tokenizer_object=PLAIN.backend_tokenizer, eos_token="<|end|>")
+    with pytest.raises(stop):
+        tokenize_rows(rows_from([SUM]), tokenizer, 100)
 
 
 # batches
