@@ -20,7 +20,7 @@ import tyro
 from tyro.conf import arg
 
 from siftune.cli import main as cli
-from siftune.cli.common import parse
+from siftune.cli.common import COMMANDS, parse
 from siftune.cli.main import main
 from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError, SiftuneError
@@ -295,12 +295,36 @@ def test_help_of_train_shows_every_field_with_its_words(command, capsys):
         assert part in text
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["plug", "--help"], ["train", "--help"]])
-def test_help_on_a_console_that_lacks_its_characters(encoding, arguments):
-    done = siftune(*arguments, PYTHONIOENCODING=encoding)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "--json" in done.stdout
+_ON_A_CONSOLE = """
+import sys
+from rich.console import Console
+from rich.table import Table
+from siftune.cli.common import COMMANDS
+from siftune.cli.main import main
+codes = [main([*words, "--help"]) for words in ([], *([name] for name in COMMANDS))]
+table = Table("λ ‖W′ − W‖")
+table.add_row("東 → Ü")
+Console().print(table)
+sys.exit(main(["λ東"]) if not any(codes) else 3)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii", "cp1252:strict"])
+def test_help_tables_and_errors_on_a_console_that_lacks_their_characters(encoding):
+    """Of every command, in a process whose streams have the encoding of such a console."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_A_CONSOLE],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"},
+        capture_output=True,
+        check=False,
+    )
+    plain = encoding.partition(":")[0]
+    assert done.stderr.decode(plain) == "siftune: error: unknown command ??; `siftune --help` lists the commands\n"
+    assert done.returncode == 2
+    shown = done.stdout.decode(plain)
+    assert shown.count("usage: siftune") == shown.count("--json") == len(COMMANDS) + 1
+    for word in COMMANDS:
+        assert f"usage: siftune {word} " in shown
 
 
 def test_json_keeps_what_the_console_lacks(monkeypatch, command):
