@@ -29,7 +29,7 @@ from pays.stopping import KeepBest
 from pays.subset import Book, Keep, SubsetTrainer, excess
 from pays.training_rows import training_rows
 from siftune.bench.worker import Clock
-from siftune.config import Recipe, check, resolve_recipe
+from siftune.config import Recipe, check, compares, resolve_recipe
 from siftune.data.rows import rows_from
 from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.engine.groups import group_by_layer
@@ -64,8 +64,8 @@ def recipe_of(job: Job, folder: Path, rows: int | None = None) -> Recipe:
     own = {"lr": job["lr"], "seed": job["seed"], "steps": steps, "batch_size": batch, "model": job["model"]}
     values = {**_USUAL, **own, **method.get("recipe", {}), "train": "pool", "out": str(folder)}
     groups = [value for value in values.values() if isinstance(value, dict)]
-    if any(group.get("support") == "dataset" for group in groups):
-        values["support_rows"] = "known"
+    kinds = {group.get("support") for group in groups}
+    values |= {"support_rows": "known"} if "dataset" in kinds else {"target": "known"} if "target" in kinds else {}
     file = folder / "pays.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     recipe: Recipe = resolve_recipe(load_recipe(file))
@@ -114,7 +114,7 @@ class Work:
             self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
         )
         recipe = recipe_of(self.job, self.folder, len(rows))
-        data = {"train": self.tokenized(rows), **({"support": self.tokenized(known)} if recipe.support_rows else {})}
+        data = {"train": self.tokenized(rows), **({"support": self.tokenized(known)} if compares(recipe) else {})}
         built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
         trainer = self._take_over(built, rows)
         found = {"steps": 0} if self.method.get("untrained") else self._train(trainer, built, held)

@@ -25,6 +25,8 @@ def _gast(**settings: Any) -> dict[str, Any]:
     return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
 
 
+_PLAIN = {"support_size": 4}  # the default, which support target does not look at
+
 METHODS: dict[str, Method] = {
     "untrained": {"untrained": True},
     "dense": {},
@@ -57,6 +59,8 @@ METHODS: dict[str, Method] = {
         **_gast(share="above", support_every=4, support_decay=0.9, select=0.5),
         "rows": "pool+weighted",
     },
+    "gast-target": {**_gast(support="target", share="above", select=0.5, **_PLAIN), "rows": "pool+weighted"},
+    "gast-target-own": {**_gast(support="target", select=0.5, **_PLAIN), "rows": "pool+weighted"},
     "gast-relu": {**_gast(), "rule": "relu"},
     "gast-above-zero": {**_gast(), "rule": "above-zero"},
     "gast-joined": {**_gast(share="above"), "rule": "joined"},

@@ -25,8 +25,11 @@ from siftune.methods.callback import (
 )
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.sample_driver import SampleRule, SampleSelection
+from siftune.methods.target_rows import TargetRows
 
 C = TypeVar("C", bound=type)
+
+_CHUNK = 64  # rows of a target that are collated at a time
 
 
 def takes_target(kind: C) -> C:
@@ -38,7 +41,7 @@ def takes_target(kind: C) -> C:
     def init(self: Any, *values: Any, target: Any = None, **given: Any) -> None:
         given |= dict(zip(names, values, strict=False))
         if target is not None:
-            if given.get("support_set") is not None or given.get("support", "dataset") != "dataset":
+            if given.get("support_set") is not None or given.get("support", "dataset") not in ("dataset", "target"):
                 raise RecipeError(f"{kind.__name__}(target=...) compares with it: leave support and support_set out")
             given = {**kind.with_target, **given, "support_set": target}  # type: ignore[attr-defined]
         plain(self, **given)
@@ -75,6 +78,11 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         """Where support rows come from: "sample", the training set; "dataset", `support_set`; None: there are none."""
 
     @property
+    def _by_target(self) -> bool:
+        """Whether `support_set` holds rows that are to be known among the training rows."""
+        return getattr(self, "support", None) == "target"
+
+    @property
     def last(self) -> SampleChoice | None:
         """The choice in the last batch; None before training."""
         return self._selection.last if self._selection else None
@@ -91,7 +99,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
 
         Args:
             model: Causal LM with adapters.
-            batches: Support sets, one each step, where the method compares with rows; started again at the end.
+            batches: Support sets, one each step, where the method compares with rows; started again at the end. With
+                support "target", batches that hold the target's rows, read once.
             optimizer: Where given, its steps drive the selection; else call `end()` before and `step()` after each.
                 GAST's support "rest" needs neither. Its score "preconditioned" takes the optimizer's metric, and GREATS
                 its learning rate.
@@ -104,21 +113,24 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             RecipeError: When `batches` or `optimizer` are missing and needed.
         """
         self._check_attach(batches, optimizer)
-        draws = GivenBatches(batches) if batches is not None else None
+        given = {} if batches is None else self._from_batches(batches)
         selection = SampleSelection(
-            model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
+            model, self.rule, seed=self.seed, loss=loss, layers=self.layers, pairs=bool(self.pairs), **given
         )
         selection.rule.optimizer = optimizer
         if optimizer is not None:
             selection.follow(optimizer)
         return selection
 
+    def _from_batches(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        return {"target": TargetRows(batches)} if self._by_target else {"draws": GivenBatches(batches)}
+
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
         """Refuse a loop that does not give what the method needs."""
-        if batches is None and self.support_source is not None:
+        if batches is None and (self.support_source is not None or self._by_target):
             raise RecipeError(
-                f'support="{self.support_source}" compares with rows: give attach(..., batches=...), or with GAST set '
-                'support="rest" or "momentum".'
+                f'support="{self.support_source or "target"}" compares with rows: give attach(..., batches=...), or '
+                'with GAST set support="rest" or "momentum".'
             )
 
     def on_train_begin(
@@ -134,6 +146,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             kwargs["model"],
             self.rule,
             seed=self.seed,
+            target=self._target_rows(collate),
             loss=trainer_loss(self),
             layers=self.layers,
             chunk=args.per_device_train_batch_size,
@@ -194,13 +207,20 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if self.on_select is not None:
             self.on_select(choice)
 
+    def _target_rows(self, collate: Any) -> TargetRows | None:
+        if not self._by_target:
+            return None
+        rows = list(self._given_rows())
+        return TargetRows(RowDraws(rows, collate, torch.Generator()).draw(len(rows), _CHUNK))
+
     def _support_rows(self, loader: Any) -> Any:
-        if self.support_source == "sample":
-            return loader.dataset
+        return loader.dataset if self.support_source == "sample" else self._given_rows()
+
+    def _given_rows(self) -> Any:
         if self.support_set is None:
-            name = type(self).__name__
+            name, support = type(self).__name__, "target" if self._by_target else "dataset"
             raise RecipeError(
-                f'support="dataset" needs rows: give {name}(target=...), prepared as the training rows are. Where '
+                f'support="{support}" needs rows: give {name}(target=...), prepared as the training rows are. Where '
                 "they were given, restore_callback_states_from_checkpoint has lost them: leave it off, "
                 f"{name} reads its state from the checkpoint in any case."
             )

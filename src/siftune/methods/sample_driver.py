@@ -21,6 +21,7 @@ from siftune.engine.tape import SampleGradients, Tape
 from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss
 from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit, how_many
 from siftune.methods.support import Gradients, Support, support_gradient
+from siftune.methods.target_rows import TargetRows
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class SampleSelection:
         rule: Makes the rule from the layers.
         seed: Seed of the method's own generator.
         draws: Rows for the support set, where the rule has one.
+        target: Rows that the rule is to know in the batches, where it goes by such.
         loss: Loss of a batch, a scalar; by default the model's own.
         layers: Path of the decoder layers in `model`, where they are not found by structure.
         chunk: Rows per forward pass over the support set.
@@ -101,6 +103,7 @@ class SampleSelection:
         *,
         seed: int = 0,
         draws: Draws | None = None,
+        target: TargetRows | None = None,
         loss: Loss = model_loss,
         layers: str | None = None,
         chunk: int = 16,
@@ -120,7 +123,8 @@ class SampleSelection:
         self._opened: dict[str, Any] | None = None  # state of the draws before the step; None after it
         self._next_batch = 0
         self._told_of_few = False
-        self._handles: list[Any] = []
+        self._target = target
+        self._handles: list[Any] = [] if target is None else [target.watch(model)]
         if compiled or hasattr(model, "_orig_mod"):
             refuse_compiled(self.groups, "the model")
         self._tape = Tape(self.groups, self._begin_pass, self.rule.reduce, pairs, self.rule.whole)
@@ -222,7 +226,9 @@ class SampleSelection:
         generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
         wide = samples if self.rule.stream is None else 1
         uniform = torch.rand(len(self.rule.units), wide, generator=generator, dtype=torch.float64)
-        self._choosing = Choosing(self.steps, number, samples, count, uniform)
+        target = None if self._target is None else self._target.in_batch(samples)
+        self._choosing = Choosing(self.steps, number, samples, count, uniform, target)
+        count = self._choosing.count
         if not self.rule.follows_all(self.steps) and (count < samples or self.rule.always):
             return self._choosing
         self._follow_all(self._choosing)

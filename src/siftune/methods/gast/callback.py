@@ -47,7 +47,7 @@ class GAST(SampleCallback, GASTSettings):
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[GAST(select=0.75)])
         >>> output = trainer.train()
         >>> GAST(target=rows).support
-        'dataset'
+        'target'
         >>> with GAST(select=2, support="rest").attach(model) as sift:
         ...     model(**batch).loss.backward()
         ...     sift.last.scores.shape, sift.last.selected.shape  # four layers, two of four rows

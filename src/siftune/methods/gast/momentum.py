@@ -1,4 +1,7 @@
-"""GAST's support mode "momentum" (ours): a running mean of the gradients of all samples of earlier steps."""
+"""GAST's support modes "momentum" and "target" (ours): a running mean of the gradients of earlier steps' samples.
+
+Those are all samples, or those of a target alone.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,17 +18,17 @@ from siftune.numerics import all_finite
 def moved_mean(
     mean: Mapping[nn.Parameter, Tensor], sums: Gradients, groups: Sequence[LayerGroup], decay: float
 ) -> Gradients:
-    """Take a step's gradients of all samples, on all ranks, into the running mean of the active layers.
+    """Take a step's gradients, on all ranks, into the running mean of the active layers.
 
     All ranks exchange tensors of the same shapes, so a rank on which a layer recorded nothing, as where its batch had
-    no more samples than are to be selected, brings zeros; and a last number says whether any rank recorded at all.
-    Where none did, no sample's gradient was formed, and the mean stays. Layers that did not train keep their mean: no
-    gradient was formed for them, which is not a gradient of zero. A mean that takes in a NaN never loses it, so a step
-    with one is left out.
+    no more samples than are to be selected, or none of the target's, brings zeros; and a last number says whether any
+    rank recorded at all. Where none did, no sample's gradient was formed, and the mean stays. Layers that did not train
+    keep their mean: no gradient was formed for them, which is not a gradient of zero. A mean that takes in a NaN never
+    loses it, so a step with one is left out.
 
     Args:
         mean: The mean so far, float32 by parameter; a parameter that is not in it has a mean of zero.
-        sums: This rank's sums over the samples of the step, float32.
+        sums: This rank's sums over the samples of the step that count, float32.
         groups: The layers.
         decay: Share of the mean that stays.
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, NOT_NEGATIVE, OURS, Range, Settings
 
-Support = Literal["sample", "rest", "momentum", "dataset"]
+Support = Literal["sample", "rest", "momentum", "dataset", "target"]
 Choice = Literal["stochastic", "topk", "random"]
 Score = Literal["inner", "cosine", "preconditioned", "preconditioned-cosine"]
 Share = Literal["own", "above", "all"]
@@ -23,15 +23,14 @@ class GASTSettings(Settings):
 
     # ours: where the paper draws rows of the training set, these are few, known, and what the model is for
     with_target: ClassVar[Mapping[str, Any]] = {
-        "select": 0.5, "support": "dataset", "support_size": 8, "support_every": 4, "support_decay": 0.9,
-        "choice": "topk", "score": "cosine", "share": "above",
+        "select": 0.5, "support": "target", "choice": "topk", "score": "cosine", "share": "above",
     }  # fmt: skip
 
     select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
     """Rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75 (the paper's: 0.5)."""
     support: Support = "sample"
     """What rows are compared with: drawn training rows (the paper's), the batch's others, earlier gradients,
-    support_rows."""
+    support_rows, or the target's rows in this batch and earlier ones, which are followed in any case."""
     support_size: Annotated[int, COUNT] = 4
     """Rows that are compared with in a step, for support sample and dataset."""
     support_every: Annotated[int, COUNT, OURS] = 1
@@ -55,7 +54,7 @@ class GASTSettings(Settings):
     temperature: Annotated[float, Range(lambda v: v >= 1e-6, "0.000001 or more"), OURS] = 1.0
     """Of the draw; high draws more evenly."""
     decay: Annotated[float, BELOW_ONE, OURS] = 0.9
-    """Share of the running mean of earlier gradients that stays in a step, for support momentum."""
+    """Share of the running mean of earlier gradients that stays in a step, for support momentum and target."""
     select_after: Annotated[int, NOT_NEGATIVE, OURS] = 0
     """Optimizer steps at the start that follow all rows, before rows are selected."""
     among: Annotated[Among, OURS] = "batch"
@@ -74,7 +73,12 @@ class GASTSettings(Settings):
         yield (
             (self.support_every > 1 or self.support_decay > 0) and not self.needs_rows,
             "gast.support_every and gast.support_decay go with support sample or dataset, which draw rows: leave them "
-            "out, and with a target, which sets them, gast.support",
+            "out",
+        )
+        yield (
+            self.support == "target" and (self.choice != "topk" or self.among == "recent"),
+            "gast.support target follows the target's rows, and of the batch's others those that score highest: give "
+            "choice topk, and among batch",
         )
         yield (
             self.among == "recent" and isinstance(self.select, int),
@@ -101,6 +105,11 @@ class GASTSettings(Settings):
     def is_cosine(self) -> bool:
         """Whether inner products are divided by the lengths of both sides."""
         return self.score.endswith("cosine")
+
+    @property
+    def by_target(self) -> bool:
+        """Whether rows are compared with the target's rows in the batches."""
+        return self.support == "target"
 
     @property
     def needs_rows(self) -> bool:
