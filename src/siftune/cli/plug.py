@@ -1,15 +1,17 @@
 """`siftune plug`: put what a data owner returned into the base model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from rich.console import Console
 from tyro.conf import arg
 
+from siftune.offsite.protocol.settings import PlugSettings
 
-@dataclass
-class Options:
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PlugSettings):
     """Put a return into the model that its kit was made from, and save an ordinary model.
 
     The return must be for this kit and hold its tensors, no others, with finite numbers that did not move too far.
@@ -25,10 +27,6 @@ class Options:
     """Model that the kit was made from: a folder, a hub id, or smollm2."""
     public_key: Path | None = None
     """Your public key, a PEM file, to check that the kit is as you signed it."""
-    max_update: float = 1.0
-    """Largest ‖W' − W‖ / ‖W‖ of a matrix or a layer that is accepted; above 1 a matrix was replaced, not tuned."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the tuned model; auto: the base's own."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -37,17 +35,20 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.offsite.kit.folder import read_kit
     from siftune.offsite.protocol.plug import plug
 
+    settings = PlugSettings(**{field.name: getattr(options, field.name) for field in fields(PlugSettings)})
+    settings.check()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status("checking the return"):
-        result = plug(
-            options.model,
-            read_kit(options.kit, options.public_key),
-            options.returned,
-            options.out,
-            max_update=options.max_update,
-            dtype=options.dtype,
-        )
+        kit = read_kit(options.kit, options.public_key)
+        result = plug(options.model, kit, options.returned, options.out, settings)
     show_updates(result.report)
+    if result.report.loss is not None:
+        loss = result.report.loss
+        console.print(
+            f"loss on {loss.rows} rows of {options.eval}, in nats per token: {loss.before:.4f} before, {loss.after:.4f} "
+            "after",
+            markup=False,
+        )
     console.print(f"tuned model in {result.folder}, in {result.dtype}", markup=False)
     return {
         "model": result.folder,

@@ -4,19 +4,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from siftune.offsite.protocol.plug import UpdateReport
+from siftune.offsite.protocol.updates import UpdateReport
 
 
 def show_updates(report: UpdateReport) -> None:
-    """Print by how much every layer moved, and the matrix in it that moved most."""
+    """Print by how much every layer moved, and the tensor in it that moved most."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("layer")
     table.add_column("‖W' − W‖ / ‖W‖", justify="right")
-    table.add_column("largest of a matrix", justify="right")
-    table.add_column("matrix")
+    table.add_column("largest of a tensor", justify="right")
+    table.add_column("tensor")
     for layer, update in report.layers.items():
         name = max(
-            (name for name in report.matrices if name.startswith(f"{layer}.")),
+            (name for name in report.tensors if name.startswith(f"{layer}.")),
             key=lambda name: report.tensors[name].relative or 0.0,
         )
         table.add_row(

@@ -8,6 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from siftune.errors import KitError
+from siftune.offsite.protocol.settings import MAX_UPDATE
 
 if TYPE_CHECKING:
     from siftune.offsite.kit.folder import Kit
@@ -26,6 +27,8 @@ class Options:
     """Kit that a return is for."""
     public_key: Path | None = None
     """Public key of the owner, a PEM file; the kit must then be signed by the owner."""
+    max_update: float = MAX_UPDATE
+    """For a return: each tensor must have moved by less, relative to its norm, as for siftune plug."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -36,12 +39,14 @@ def run(options: Options) -> dict[str, Any]:
     if is_kit(options.path):
         if options.kit is not None:
             raise KitError(f"{options.path} is a kit itself: leave out --kit, which names the kit of a return")
+        if options.max_update != MAX_UPDATE:
+            raise KitError(f"{options.path} is a kit: leave out --max-update, which is about returns")
         return _show_kit(read_kit(options.path, options.public_key), console)
     if options.kit is None:
         if not options.path.is_dir():
             raise KitError(f"there is no folder {options.path}: give the folder of a kit or of a return")
         raise KitError(f"{options.path} is no kit; if it is a return, name its kit with --kit")
-    return _show_return(options.path, read_kit(options.kit, options.public_key), console)
+    return _show_return(options, read_kit(options.kit, options.public_key), console)
 
 
 def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
@@ -64,24 +69,28 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
         "frozen": f"{known['emulator_mb']:,.1f} MB in {known['dtype']}; all of the base would be "
         f"{known['base_mb']:,.1f} MB",
         "signature": signature[known["signature"]],
+        "chats": "no chat template" if kit.example is None else _escaped(kit.example),
     }
     _show(rows, console)
-    return known
+    return {**known, "example": kit.example}
 
 
-def _show_return(path: Path, kit: "Kit", console: Console) -> dict[str, Any]:
-    from safetensors.torch import load_file
+def _escaped(text: str) -> str:
+    """A stranger's text on one line, where nothing in it can move the cursor or turn the direction of writing."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
+
+def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:
     from siftune.cli.updates import show_updates
-    from siftune.offsite.protocol.plug import compare
     from siftune.offsite.protocol.returned import read_return
+    from siftune.offsite.protocol.updates import check_return
 
-    returned = read_return(path, kit)
-    before = load_file(kit.path / "adapter.safetensors")
-    report = compare(before, returned)
-    _show({"return": f"{path} is sound", "kit": f"{kit.path}, {kit.digest}", "tensors": str(len(returned))}, console)
+    returned = read_return(options.path, kit)
+    report = check_return(kit, returned, options.max_update)
+    count = str(len(returned))
+    _show({"return": f"{options.path} is sound", "kit": f"{kit.path}, {kit.digest}", "tensors": count}, console)
     show_updates(report)
-    return {"return": path, "kit": kit.path, "digest": kit.digest, "tensors": len(returned), **report.to_dict()}
+    return {"return": options.path, "kit": kit.path, "digest": kit.digest, **report.to_dict()}
 
 
 def _show(rows: dict[str, str], console: Console) -> None:

@@ -1,114 +1,36 @@
 """The owner's way back: check what a data owner returned, and put it into the base model.
 
-How far a returned tensor W' is from the base's W is measured by
-
-    ‖W' − W‖ / ‖W‖      (Frobenius norms)
-
-and limited, by default to 1 (ours). A matrix above 1 was replaced rather than tuned: one that has nothing to do with W
-has ‖W' − W‖² = ‖W'‖² + ‖W‖² on average, which is more whatever its scale. Fine-tuning stays far below. Vectors (norms,
-biases) have no limit of their own, since W may be zero in them; but the limit also holds for every layer, all of its
-tensors side by side.
+A return is refused for having moved a tensor too far (`updates`), and, where the owner gives rows to measure on, for a
+model that got worse on them.
 """
 
 import logging
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from siftune.errors import KitError, RecipeError, UnsupportedError
+from siftune.data.readers import load_rows
+from siftune.errors import KitError, UnsupportedError
+from siftune.evaluate.measure import PERPLEXITY
+from siftune.evaluate.prepare import prepare_rows
 from siftune.files import new_folder
 from siftune.models.source import load_model, quiet_bars
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit
+from siftune.offsite.protocol.own_rows import LossChange, OwnRows
 from siftune.offsite.protocol.returned import read_return
+from siftune.offsite.protocol.settings import MAX_UPDATE, PlugSettings
+from siftune.offsite.protocol.updates import UpdateReport, compare
 
 logger = logging.getLogger(__name__)
 
-MAX_UPDATE = 1.0
 _SHORT = 12  # hex digits of a hash in messages
 _TELL = 0.1  # (ours) share of the update that a rounding error may have without a word
-
-
-@dataclass(frozen=True)
-class Update:
-    """How far a tensor, or several side by side, moved.
-
-    Attributes:
-        change: ‖W' − W‖.
-        norm: ‖W‖.
-        lost: ‖round(W') − W'‖: the error of storing W' in W's dtype.
-    """
-
-    change: float
-    norm: float
-    lost: float = 0.0
-
-    @property
-    def relative(self) -> float | None:
-        """‖W' − W‖ / ‖W‖; None where W is zero and W' is not."""
-        if self.norm:
-            return self.change / self.norm
-        return None if self.change else 0.0
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """What a return changes in a base model.
-
-    Attributes:
-        tensors: Neutral name (see `emulator.split`) -> update.
-        layers: first.0 … last.N -> update of all its tensors.
-        matrices: Names of the tensors that have the limit.
-        limit: Largest relative update of a matrix or layer that is accepted.
-    """
-
-    tensors: Mapping[str, Update]
-    layers: Mapping[str, Update]
-    matrices: tuple[str, ...]
-    limit: float
-
-    @property
-    def largest(self) -> str:
-        """The matrix of the largest relative update."""
-        return max(self.matrices, key=lambda name: _size(self.tensors[name]))
-
-    @property
-    def rounding(self) -> float:
-        """Norm of the error of rounding to the base's dtype, over that of the whole update; 0 without an update."""
-        whole = _together(self.tensors.values())
-        return whole.lost / whole.change if whole.change else 0.0
-
-    def check(self) -> None:
-        """Refuse updates above the limit.
-
-        Raises:
-            KitError: A matrix or a layer is above it; the sentence names the largest.
-        """
-        limited = {name: self.tensors[name] for name in self.matrices} | {**self.layers}
-        above = {name: _size(update) for name, update in limited.items() if not _size(update) <= self.limit}
-        if above:
-            name = max(above, key=lambda name: above[name])
-            raise KitError(
-                f"adapter.safetensors of the return: {name} moved by {above[name]:.3g} times its norm, more than the "
-                f"limit of {self.limit:g}: refuse the return, or raise --max-update if you expect this"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON: relative updates by tensor and layer."""
-        return {
-            "tensors": {name: update.relative for name, update in self.tensors.items()},
-            "layers": {name: update.relative for name, update in self.layers.items()},
-            "largest": {"tensor": self.largest, "update": self.tensors[self.largest].relative},
-            "limit": self.limit,
-            "rounding": self.rounding,
-        }
 
 
 @dataclass(frozen=True)
@@ -129,13 +51,7 @@ class PlugResult:
 
 
 def plug(
-    model_source: str,
-    kit: Kit,
-    return_path: str | Path,
-    out: str | Path,
-    *,
-    max_update: float = MAX_UPDATE,
-    dtype: str = "auto",
+    model_source: str, kit: Kit, return_path: str | Path, out: str | Path, settings: PlugSettings | None = None
 ) -> PlugResult:
     """Put a return into the base model, and save an ordinary model that needs neither kit nor siftune.
 
@@ -144,18 +60,26 @@ def plug(
         kit: The kit that was handed out, from `read_kit`.
         return_path: The return's folder.
         out: Folder of the plugged model; must be new or empty.
-        max_update: Largest relative update of a matrix or layer that is accepted.
-        dtype: float32, bfloat16, float16, or auto: the checkpoint's, also where this machine computes in another.
+        settings: What the return must be like, rows to measure on, and the dtype, where auto is the checkpoint's, also
+            where this machine computes in another.
 
     Raises:
-        InputError: On a return, model or folder that cannot be used; nothing is written then.
+        InputError: On a return, model, folder or setting that cannot be used; nothing is written then.
     """
+    settings = settings or PlugSettings()
+    settings.check()
     returned = read_return(return_path, kit)
+    rows = settings.eval and load_rows(settings.eval, settings.eval_split, settings.eval_limit, settings.format)
     with new_folder(out) as partial:
-        model, tokenizer = load_model(model_source, dtype)
-        if dtype == "auto":
+        model, tokenizer = load_model(model_source, settings.dtype)
+        if settings.dtype == "auto":
             model = model.to(model.config.dtype or model.dtype)  # back from float32 without a loss
-        report = plug_in(model, kit, returned, max_update)
+        own = None
+        if rows:
+            own = OwnRows(prepare_rows(rows, tokenizer, (PERPLEXITY,), settings.template), settings.loss_limit)
+            if torch.accelerator.is_available():
+                model = model.to(torch.accelerator.current_accelerator())
+        report = plug_in(model, kit, returned, settings.max_update, own)
         with quiet_bars():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -164,7 +88,11 @@ def plug(
 
 
 def plug_in(
-    model: PreTrainedModel, kit: Kit, returned: Mapping[str, Tensor], max_update: float = MAX_UPDATE
+    model: PreTrainedModel,
+    kit: Kit,
+    returned: Mapping[str, Tensor],
+    max_update: float = MAX_UPDATE,
+    rows: OwnRows | None = None,
 ) -> UpdateReport:
     """Put returned tensors into the outer layers of a base model, in place and in the model's dtype.
 
@@ -172,14 +100,16 @@ def plug_in(
         model: The base model, without PEFT around it, its weights in memory.
         kit: The kit that was handed out.
         returned: The outer layers' tensors by neutral name, from `read_return`.
-        max_update: Largest relative update of a matrix or layer that is accepted.
+        max_update: Relative updates of tensors must stay below it; see `updates`.
+        rows: Rows on which the model must not get worse, measured before and after.
 
     Returns:
-        How far every tensor and layer moved.
+        How far every tensor and layer moved, and the loss on the rows.
 
     Raises:
-        KitError: The model is not the kit's base, the tensors are not those of the kit's outer layers, or an update is
-            above the limit. The model is as it was then.
+        KitError: The model is not the kit's base, the tensors are not those of the kit's outer layers, an update is not
+            below the limit, or the model got worse. The model is as it was then.
+        DataError: A row does not fit the model's window.
         RecipeError: The limit is no number above 0.
         UnsupportedError: Weights of the model are not in memory.
 
@@ -192,11 +122,12 @@ def plug_in(
     names = outer_names(model, kit.manifest.split)
     state = model.state_dict()
     before = {neutral: state[name] for neutral, name in names.items()}
-    report = compare(before, returned, max_update)
+    report = compare(before, returned, max_update, kit.manifest.model_type)
     report.check()
-    with torch.no_grad():
-        for neutral, tensor in returned.items():
-            before[neutral].copy_(tensor)
+    if rows is None:
+        _fill(before, returned)
+    else:
+        report = replace(report, loss=_fill_if_no_worse(model, before, returned, rows))
     if report.rounding > _TELL:
         logger.warning(
             "rounding to %s adds an error of %.0f %% of the update's norm; --dtype float32 avoids it",
@@ -206,28 +137,26 @@ def plug_in(
     return report
 
 
-def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor], limit: float = MAX_UPDATE) -> UpdateReport:
-    """Measure how far outer layers moved; nothing is refused for being above the limit.
+def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in values.items():
+            places[name].copy_(tensor)
 
-    Args:
-        before: Its tensors by neutral name; `lost` is what their dtypes round away.
-        after: The same, tuned.
-        limit: For the report.
 
-    Raises:
-        KitError: Names or shapes differ, or a tuned number is not finite.
-        RecipeError: The limit is no number above 0.
-    """
-    if not 0 < limit < math.inf:
-        raise RecipeError(f"the largest update is {limit}, but must be a finite number above 0")
-    for name in sorted(before.keys() ^ after.keys()):
-        fault = "is missing from" if name in before else "is none of the outer layers', but in"
-        raise KitError(f"tensor {name} {fault} the return: give a return of this kit")
-    tensors = {name: _measure(name, tensor, after[name]) for name, tensor in before.items()}
-    places = dict.fromkeys(map(_layer, tensors))
-    layers = {place: _together(u for name, u in tensors.items() if _layer(name) == place) for place in places}
-    matrices = tuple(name for name, tensor in before.items() if tensor.ndim > 1)
-    return UpdateReport(tensors, layers, matrices, limit)
+def _fill_if_no_worse(
+    model: PreTrainedModel, places: Mapping[str, Tensor], values: Mapping[str, Tensor], rows: OwnRows
+) -> LossChange:
+    """Measure before and after; where it is refused, or measuring fails, the model is as it was."""
+    kept = {name: tensor.clone() for name, tensor in places.items()}
+    before = rows.loss(model)
+    _fill(places, values)
+    try:
+        change = LossChange(before, rows.loss(model), len(rows.prepared.origins), rows.max_loss_increase)
+        change.check()
+    except BaseException:
+        _fill(places, kept)
+        raise
+    return change
 
 
 def _check_base(model: PreTrainedModel, kit: Kit) -> None:
@@ -240,33 +169,3 @@ def _check_base(model: PreTrainedModel, kit: Kit) -> None:
             f"the kit {kit.path} was made from a model with fingerprint {of_kit[:_SHORT]}…, but this one has "
             f"{own[:_SHORT]}…: give the kit's own base model, with the --dtype that the kit was made with"
         )
-
-
-def _measure(name: str, before: Tensor, after: Tensor) -> Update:
-    if before.shape != after.shape:
-        raise KitError(
-            f"tensor {name} of the return has the shape {tuple(after.shape)}, but the base model's has "
-            f"{tuple(before.shape)}: give a return of this kit"
-        )
-    old, new = before.detach().double(), after.detach().to(before.device).double()
-    rounded = new.to(before.dtype).double()
-    if not bool(rounded.isfinite().all()):
-        raise KitError(
-            f"tensor {name} of the return holds numbers that are not finite, or too large for {before.dtype}: refuse "
-            "the return"
-        )
-    return Update(float((new - old).norm()), float(old.norm()), float((rounded - new).norm()))
-
-
-def _together(updates: Iterable[Update]) -> Update:
-    """Several tensors side by side."""
-    parts = list(updates)
-    return Update(*(math.hypot(*(getattr(p, field) for p in parts)) for field in ("change", "norm", "lost")))
-
-
-def _layer(name: str) -> str:
-    return ".".join(name.split(".")[:2])
-
-
-def _size(update: Update) -> float:
-    return math.inf if update.relative is None else update.relative

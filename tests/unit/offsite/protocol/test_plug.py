@@ -15,8 +15,9 @@ from siftune.errors import KitError, ModelError, RecipeError, UnsupportedError
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.emulate import KitOptions, emulate
-from siftune.offsite.protocol.plug import compare, plug, plug_in
+from siftune.offsite.protocol.plug import plug, plug_in
 from siftune.offsite.protocol.returned import write_return
+from siftune.offsite.protocol.settings import PlugSettings
 
 
 def make_kit(model, out, dtype=None, **values):
@@ -51,7 +52,7 @@ def test_a_round_trip_changes_exactly_the_outer_tensors(family, mlp, tmp_path):
     original.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     kit = make_kit(copy.deepcopy(original).float(), tmp_path / "kit", torch.bfloat16, mlp=mlp)
-    tuned = moved(kit)
+    tuned = moved(kit, 0.004)
     write_return(tmp_path / "return", tuned, kit)
     result = plug(str(tmp_path / "base"), read_kit(tmp_path / "kit"), tmp_path / "return", tmp_path / "tuned")
     assert (result.folder, result.dtype, result.kit.digest) == (tmp_path / "tuned", "bfloat16", kit.digest)
@@ -77,70 +78,17 @@ def test_a_round_trip_changes_exactly_the_outer_tensors(family, mlp, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "kit", "return", "tuned"]
 
 
-def test_norms_against_sums_over_single_numbers():
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"first.0.w": (3, 4), "first.0.b": (3,), "last.0.w": (2, 5), "last.1.w": (2, 2)}
-    before = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
-    after = {name: t.float() + 0.1 * torch.randn(t.shape, generator=generator) for name, t in before.items()}
-    report = compare(before, after, limit=3.0)
-
-    def root(names, number):
-        return math.sqrt(sum(number(*pair) for name in names for pair in pairs[name]))
-
-    pairs = {n: list(zip(before[n].flatten().tolist(), after[n].flatten().tolist(), strict=True)) for n in before}
-    for names, found in [
-        *(([name], update) for name, update in report.tensors.items()),
-        *(([n for n in shapes if n.startswith(f"{layer}.")], update) for layer, update in report.layers.items()),
-    ]:
-        change, norm = root(names, lambda a, b: (b - a) ** 2), root(names, lambda a, _: a**2)
-        assert found.change == pytest.approx(change, rel=1e-9)
-        assert found.norm == pytest.approx(norm, rel=1e-9)
-        assert found.relative == pytest.approx(change / norm, rel=1e-9)
-        lost = root(names, lambda _, b: (float(torch.tensor(b).bfloat16()) - b) ** 2)
-        assert found.lost == pytest.approx(lost, rel=1e-9)
-    assert list(report.layers) == ["first.0", "last.0", "last.1"]
-    assert report.matrices == ("first.0.w", "last.0.w", "last.1.w")
-    assert report.largest == max(report.matrices, key=lambda n: report.tensors[n].relative)
-    assert report.to_dict()["tensors"] == {name: update.relative for name, update in report.tensors.items()}
-
-
-def test_a_tensor_of_zeros_has_no_relative_update_unless_it_stays():
-    before = {"first.0.w": torch.eye(3), "first.0.b": torch.zeros(3), "first.0.c": torch.zeros(3)}
-    report = compare(before, {**before, "first.0.b": torch.full((3,), 0.5)})
-    assert report.tensors["first.0.b"].relative is None
-    assert report.tensors["first.0.c"].relative == report.tensors["first.0.w"].relative == 0.0
-    assert report.layers["first.0"].relative == pytest.approx(0.5)
-    report.check()
-
-
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
-def test_a_matrix_that_was_replaced_is_above_the_default_limit(scale):
-    generator = torch.Generator().manual_seed(0)
-    before = {"first.0.w": torch.randn(40, 40, generator=generator), "first.0.v": torch.ones(400, 40)}
-    other = scale * torch.randn(40, 40, generator=generator)
-    with pytest.raises(KitError, match=r"first\.0\.w moved by .* more than the limit of 1"):
-        compare(before, {**before, "first.0.w": other}).check()
-
-
-def test_vectors_are_limited_by_their_layer():
-    before = {"first.0.w": torch.ones(4, 4), "first.0.norm": torch.ones(4), "last.0.w": torch.ones(2, 2)}
-    after = {**before, "first.0.norm": torch.full((4,), 2.0)}
-    compare(before, after).check()  # relative to itself 1, but the layer hardly moved
-    with pytest.raises(KitError, match=r"return: first\.0 moved by 4\.4"):
-        compare(before, {**before, "first.0.norm": torch.full((4,), 11.0)}).check()
-
-
 @pytest.mark.parametrize(
-    ("limit", "refused"), [(0.05, True), (0.2, False), (5.0, False)]
+    ("limit", "refused"), [(0.05, True), (0.25, False), (5.0, False)]
 )  # every number of the outer layers, about 0.1, moves by 0.01 to 0.02
 def test_the_limit_can_be_chosen(model, kit, limit, refused):
     plugged = copy.deepcopy(model)
     if refused:
-        with pytest.raises(KitError, match=r"more than the limit of 0\.05: refuse the return, or raise --max-update"):
+        with pytest.raises(KitError, match=r"must stay below 0\.05: refuse the return, or raise --max-update"):
             plug_in(plugged, kit, moved(kit), limit)
     else:
         report = plug_in(plugged, kit, moved(kit), limit)
-        assert 0.05 < report.to_dict()["largest"]["update"] < 0.2
+        assert 0.05 < report.to_dict()["largest"]["update"] < 0.25
         assert report.limit == limit
 
 
@@ -194,14 +142,6 @@ def test_a_limit_that_is_none_is_refused(model, kit, limit):
         plug_in(copy.deepcopy(model), kit, moved(kit), limit)
 
 
-def test_numbers_too_large_for_the_models_dtype_are_refused(kit):
-    tensors = load_file(kit.path / "adapter.safetensors")
-    before = {name: tensor.half() for name, tensor in tensors.items()}
-    tensors["first.0.input_layernorm.weight"][0] = 1e5
-    with pytest.raises(KitError, match=r"input_layernorm.*too large for torch\.float16"):
-        compare(before, tensors)
-
-
 @pytest.mark.parametrize(("dtype", "by", "lost"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-6, False)])
 def test_rounding_that_drowns_the_update_is_told(tmp_path, caplog, dtype, by, lost):
     model = base(layers=3, vocab_size=300).to(dtype)
@@ -225,7 +165,7 @@ def test_the_dtype_can_be_chosen(tmp_path):
     kit = make_kit(model.float(), tmp_path / "kit")
     tuned = moved(kit, 1e-5)
     write_return(tmp_path / "return", tuned, kit)
-    result = plug(source, kit, tmp_path / "return", tmp_path / "tuned", dtype="float32")
+    result = plug(source, kit, tmp_path / "return", tmp_path / "tuned", PlugSettings(dtype="float32"))
     assert result.dtype == "float32"
     assert result.report.rounding == 0.0
     found = load_file(tmp_path / "tuned" / "model.safetensors")
