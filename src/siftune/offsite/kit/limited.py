@@ -97,18 +97,19 @@ def _answer_of(done: "subprocess.CompletedProcess[bytes]", limits: Limits) -> An
         if "fault" in reply:
             raise KitError(reply["fault"])
         return reply["value"]
-    said = done.stderr.decode(errors="replace").strip().splitlines() or ["no word"]
+    said = _last_words(done.stderr.decode(errors="replace"))
     if done.returncode == _UNFIT:
-        raise SiftuneError(f"the process that tries out what came with the kit cannot work here ({brief_of(said[-1])})")
+        raise SiftuneError(f"the process that tries out what came with the kit cannot work here ({said})")
     raise KitError(
         f"it was tried in a process of its own, with {limits.memory_mb} MB and {limits.cpu_s} s of processor time; "
-        f"this {_end(done.returncode)} ({brief_of(said[-1])})"
+        f"this {_end(done.returncode)} ({said})"
     )
 
 
-def brief_of(text: str) -> str:
-    """A line that a process left behind, short and without control characters."""
-    return brief(ValueError(text))
+def _last_words(text: str) -> str:
+    """What a process said of its end; Rust adds a note on how to learn more."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("note:")]
+    return brief(ValueError(lines[-1])) if lines else "it said nothing"
 
 
 def _end(code: int) -> str:

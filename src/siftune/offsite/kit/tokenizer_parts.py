@@ -17,7 +17,7 @@ from siftune.offsite.kit.strict import as_int, as_list, as_object, shown
 TOKENIZER = "tokenizer.json"
 MAX_PIECES = 16  # normalizers, pre-tokenizers, post-processors or decoders in one chain
 MAX_DEPTH = 3  # sequences within sequences
-MAX_GROWTH = 100  # bytes that one byte of text may become in a chain
+MAX_GROWTH = 200  # bytes that one byte of text may become in a chain
 MAX_PATTERN = 2000  # characters of a pattern
 MAX_CONTENT = 64  # characters of what is put in a pattern's place, or before a text
 MAX_STRIPPED = 1024  # characters that a decoder takes off a token
