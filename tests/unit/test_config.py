@@ -19,6 +19,8 @@ from siftune.methods.ist.settings import ISTSettings
 from siftune.recipe_file import load_recipe, recipe_to_yaml
 from siftune.settings import ELSEWHERE, Range, help_of, marks_of, nearest
 
+_FEW = {"method": "gast", "target": "few.jsonl", "lr": 1e-3, "gast": GASTSettings(**GASTSettings.with_target)}
+
 
 @pytest.fixture
 def recipe_file(tmp_path):
@@ -158,7 +160,18 @@ def test_a_target_goes_with_every_method(tmp_path, method):
         ({"method": "gast", "support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
         ({"support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
         ({"target": "a", "support_rows": "b"}, "target and support_rows both say what rows are compared with"),
-        ({"target": "a", "method": "gast"}, "with a target, rows are compared with its rows, by support dataset"),
+        (
+            {"target": "a", "method": "gast"},
+            "with a target, rows are compared with its rows, by support target or dataset",
+        ),
+        (
+            {"method": "gast", "gast": GASTSettings(support="target", choice="topk")},
+            "gast.support target looks for a target's rows among the training rows: give --target FILE",
+        ),
+        (
+            {**_FEW, "target_share": 0.0},
+            "target_share is 0, which leaves the target's rows out of training, where gast.support target looks",
+        ),
         ({"target_share": 1.0}, "target_share is 1.0, but must be from 0 to below 1"),
         ({"keep_scores": True}, "keep_scores has no effect with method dense, which scores no rows"),
         (
@@ -244,7 +257,6 @@ def test_recipes_do_not_import_torch():
 
 
 # what is not a default in the recipes that are not named after their method
-_FEW = {"method": "gast", "target": "few.jsonl", "lr": 1e-3, "gast": GASTSettings(**GASTSettings.with_target)}
 OWN = {
     "kit": {"model": "KIT", "method": "dense"},
     "gast-paper": {"method": "gast", "gast": GASTSettings(select=0.5)},
