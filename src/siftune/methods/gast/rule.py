@@ -105,8 +105,13 @@ class AlignedSamples:
             chosen = maths.choose(scores_S, scored.live, uniform_S, self._count(choosing, unit), self.settings)
             scale = maths.factor(scored.live, chosen, self.settings.scale)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen)
-        scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
-        return {p: numerics.sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
+        sound = torch.isfinite(scored.scores).all()
+        if choosing.target is None:
+            scale = torch.where(sound, scale, torch.nan)
+            return {
+                p: numerics.sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()
+            }
+        return _beside_target(grads, scored.live, chosen, choosing.target.to(chosen.device), sound)
 
     def _count(self, choosing: Choosing, unit: Unit) -> int:
         """How many samples a unit follows: all of them until it has met one of the target's."""
@@ -156,6 +161,16 @@ class AlignedSamples:
         for parameter, flat in zip(parameters, totals, strict=True):
             total = flat.view_as(parameter)
             self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
+
+
+def _beside_target(
+    grads: SampleGradients, live_S: Tensor, chosen_K: Tensor, target_S: Tensor, sound: Tensor
+) -> Gradients:
+    """Sum of the target's samples as they are, and of the others that were chosen, in the place of all others."""
+    own_K, others_K = chosen_K[target_S[chosen_K]], chosen_K[~target_S[chosen_K]]
+    scale = torch.where(sound, maths.factor(live_S & ~target_S, others_K, "mean"), torch.nan)
+    sums = {p: (numerics.sum_of(part, own_K), numerics.sum_of(part, others_K)) for p, part in grads.items()}
+    return {p: own + others * scale.to(others.device) for p, (own, others) in sums.items()}
 
 
 def adam_metric(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:

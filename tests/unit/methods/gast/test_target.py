@@ -108,7 +108,9 @@ def test_against_a_loop_over_samples_batches_and_steps(share, decay):
                 assert sift.last.followed() == chosen
                 for parameters, numbers in zip(loop.layers, chosen, strict=True):
                     for p in parameters:
-                        wanted = 6 / len(numbers) * sum(single[p][i] for i in numbers)
+                        wanted = sum((single[p][i] for i in target), torch.zeros_like(p))
+                        if others := [i for i in numbers if i not in target]:  # in the place of all others
+                            wanted = wanted + (6 - len(target)) / len(others) * sum(single[p][i] for i in others)
                         torch.testing.assert_close(p.grad, wanted, rtol=1e-9, atol=1e-12)
                 singles.append(single)
             loop.end(singles, [target for _, target in step])
