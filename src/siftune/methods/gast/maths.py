@@ -42,10 +42,10 @@ the other); `scale="sum"` drops the factor; pools of modules instead of layers; 
 "preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400) and "preconditioned-cosine"; sums
 of scores over layers (`share`); support gradients averaged over steps (`support_every`, `support_decay`); the support
 modes "rest" (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the gradients of earlier steps), "dataset" and
-"target"; the temperature τ; steps at the start that follow every sample (`select_after`); std is that of the population; ε is 1e-5 of
-the largest |s|, so that neither the size of the loss nor that of a loss scale matters and rounding is not taken for a
-difference; samples without a gradient (no label) stand back: they are left out of mean, std and B, and drawn only where
-there are fewer than K others; rows that compete with recent rows.
+"target"; the temperature τ; steps at the start that follow every sample (`select_after`); std is that of the
+population; ε is 1e-5 of the largest |s|, so that neither the size of the loss nor that of a loss scale matters and
+rounding is not taken for a difference; samples without a gradient (no label) stand back: they are left out of mean, std
+and B, and drawn only where there are fewer than K others; rows that compete with recent rows.
 """
 
 import math
