@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, Method, all_parts
-from siftune.settings import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, Range, Settings, check_fields
+from siftune.settings import BELOW_ONE, CHANCE, COUNT, NOT_NEGATIVE, POSITIVE, PROMISE, Range, Settings, check_fields
 
 T = TypeVar("T", bound=type)
 
@@ -111,6 +111,14 @@ class Recipe:
     """Decay of the adapter weights."""
     clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    dp_epsilon: Annotated[float | None, PROMISE] = None
+    """Differential privacy for every training row: the largest ε of the run. Smaller protects more and learns less."""
+    dp_delta: Annotated[float | None, CHANCE] = None
+    """With dp_epsilon: its δ, the chance that the promise fails; well below one over the number of rows."""
+    dp_clip: Annotated[float, POSITIVE] = 0.1
+    """With dp_epsilon: largest norm of what one row adds to a step's gradient."""
+    dp_clipping: Literal["layer", "flat"] = "layer"
+    """With dp_epsilon: every layer has its part of dp_clip; or it is for all layers together, at more memory."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0
@@ -186,7 +194,7 @@ def check(recipe: Recipe) -> None:
     check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
     for settings in settings_of(recipe):
         settings.check()
-    for fault, sentence in (*_faults(recipe), *_idle(recipe)):
+    for fault, sentence in (*_faults(recipe), *_private_faults(recipe), *_idle(recipe)):
         if fault:
             raise RecipeError(sentence)
 
@@ -237,6 +245,47 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
         (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
     ]
+
+
+def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What does not go with differential privacy, and what goes with nothing else."""
+    if recipe.dp_epsilon is None:
+        for name, default in (("dp_delta", None), ("dp_clip", Recipe.dp_clip), ("dp_clipping", Recipe.dp_clipping)):
+            yield (
+                getattr(recipe, name) != default,
+                f"{name} has no effect without dp_epsilon: leave it out, or give --dp-epsilon",
+            )
+        return
+    yield (
+        any(part.by_data for part in method_of(recipe).parts),
+        f"method {recipe.method} looks at gradients or losses of the rows to choose, which no noise covers: with "
+        f"dp_epsilon take --method {', '.join(_blind())}",
+    )
+    yield (
+        recipe.target is not None,
+        "target repeats its rows among the training rows, but dp_epsilon is a promise about a row that is there once: "
+        "leave one of them out",
+    )
+    yield (
+        recipe.dp_delta is None,
+        "dp_epsilon needs dp_delta, the chance that the promise fails: give --dp-delta, well below one over the number "
+        "of training rows",
+    )
+    yield (
+        recipe.group_by_length,
+        "group_by_length puts rows together by what they are, but with dp_epsilon every row is drawn by itself: leave "
+        "group_by_length out",
+    )
+    yield (
+        bool(recipe.outside),
+        f"outside trains {' and '.join(recipe.outside)}, where gradients of single rows are not formed, so that they "
+        "cannot be clipped: with dp_epsilon leave outside out",
+    )
+
+
+def _blind() -> list[str]:
+    """Methods whose choices do not look at the rows."""
+    return [name for name, method in METHODS.items() if not any(part.by_data for part in method.parts)]
 
 
 def _idle(recipe: Recipe) -> Iterable[tuple[bool, str]]:

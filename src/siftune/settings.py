@@ -72,6 +72,8 @@ COUNT = Range(lambda v: v >= 1, "1 or more")
 SHARE = Range(lambda v: 0 < v <= 1, "above 0 and at most 1")
 BELOW_ONE = Range(lambda v: 0 <= v < 1, "from 0 to below 1")
 POSITIVE = Range(lambda v: v > 0, "above 0")
+CHANCE = Range(lambda v: 0 < v < 1, "above 0 and below 1")
+PROMISE = Range(lambda v: 0 < v <= 100, "above 0 and at most 100, beyond which it promises nothing")
 NOT_NEGATIVE = Range(lambda v: v >= 0, "0 or more")
 COUNT_OR_SHARE = Range(
     lambda v: v >= 1 if isinstance(v, int) else 0 < v <= 1,

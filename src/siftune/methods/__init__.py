@@ -28,12 +28,14 @@ class Part:
         callback: Class of its callback, as MODULE:NAME; imported when it is built.
         rows: It chooses rows; else it chooses layers.
         suppresses: It damps the response of adapters, and so needs to know a layer's weights before training.
+        by_data: What it chooses depends on what is in the rows, so that noise on gradients does not cover it.
     """
 
     settings: type[Settings]
     callback: str
     rows: bool = False
     suppresses: bool = False
+    by_data: bool = False
 
     def build(self, settings: Settings, **others: Any) -> Any:
         """Make the callback.
@@ -60,12 +62,12 @@ class Method:
 
 
 _RST = Part(RSTSettings, "siftune.methods.rst.callback:RST")
-_IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True)
+_IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True, by_data=True)
 _LISA = Part(LISASettings, "siftune.methods.lisa.callback:LISA")
 _CUT = Part(CutSettings, "siftune.methods.cut.callback:Cut")
 _STATIC = Part(StaticSettings, "siftune.methods.static.callback:Static")
-_GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True)
-_GREATS = Part(GREATSSettings, "siftune.methods.greats.callback:GREATS", rows=True)
+_GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True)
+_GREATS = Part(GREATSSettings, "siftune.methods.greats.callback:GREATS", rows=True, by_data=True)
 
 METHODS = {
     "dense": Method("all layers follow all rows"),

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from siftune.methods.layer_callback import LayerCallback
 from siftune.models.adapters import attach_adapter
 from siftune.models.full import OpenLayers
 from siftune.models.source import use_attention
+from siftune.trainer.private import privacy_of, refuse_scaled_or_split
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 
@@ -79,6 +80,9 @@ def build(
         InputError: The recipe does not fit the model.
     """
     refuse_all_weights(recipe)
+    privacy = privacy_of(recipe, len(data["train"]))
+    if privacy is not None:  # a batch is a step's, and there are no more steps than noise was found for
+        recipe = replace(recipe, accumulate=1, steps=privacy.mechanism.steps)
     use_attention(model, recipe.attention)
     set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
     opened = _opened(recipe, model)
@@ -87,12 +91,17 @@ def build(
     methods = methods_of(recipe, data.get("support"))
     kind = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=recipe.model)
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
+    if privacy is not None:
+        refuse_scaled_or_split(arguments)
+        kind = partial(kind, privacy=privacy)
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *methods])
     with ExitStack() as stack:  # undone from the last to the first: the casts were there before the methods
         stack.callback(end_checkpointing, tuned)
         if opened is not None:
             stack.callback(opened.close)
         stack.callback(use_base_dtype(tuned, groups).remove)
+        if privacy is not None:
+            stack.callback(privacy.remove)
         for method in methods:
             stack.callback(method.remove)
         release = stack.pop_all().close

@@ -37,7 +37,7 @@ class Outcome:
     followed: Followed
 
     def summary(self, seconds: float) -> dict[str, Any]:
-        """Steps, losses, seconds, tokens, peak memory in MB, and shares of rows followed, by source."""
+        """Steps, losses, seconds, tokens, peak memory in MB, shares of rows followed, and privacy."""
         state = self.trainer.state
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         evals = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -50,7 +50,13 @@ class Outcome:
             "tokens": int(state.num_input_tokens_seen),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "followed": self.followed.shares(),
+            **self._privacy(),
         }
+
+    def _privacy(self) -> dict[str, Any]:
+        """What may be said of a private run's steps, those that were done; else nothing."""
+        privacy = self.trainer.privacy
+        return {} if privacy is None else {"privacy": privacy.statement(self.trainer.state.global_step)}
 
     def words(self) -> str:
         """Say what will be where, for a run that ends early."""
@@ -115,7 +121,6 @@ def model_card(recipe: Recipe, summary: dict[str, Any], usage: str | None = None
         summary: The run's summary.
         usage: What to say on the use of the result; None for what holds for adapters and for tuned layers.
     """
-    loss = summary["loss_last"]
     tokens = ", ".join(f"{name} {number}" for name, number in versions().items())
     full = recipe.adapter == "full"
     return f"""---
@@ -133,12 +138,12 @@ Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 | | |
 |---|---|
 | optimizer steps | {summary["steps"]} |
-| training loss, last | {"not logged" if loss is None else f"{loss:.4f}"} |
+| training loss, last | {_training_loss(summary)} |
 | held-out loss | {"not measured" if summary["eval_loss"] is None else f"{summary['eval_loss']:.4f}"} |
 | time | {summary["seconds"]:.0f} s on {hardware()} |
 | peak memory | {summary["peak_memory_mb"]:,.0f} MB |
 
-## Use
+{_promise(summary)}## Use
 
 {usage or (_USE_LAYERS if full else _USE_ADAPTER)}
 ## Recipe
@@ -148,6 +153,30 @@ Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 
 Versions: {tokens}.
 """
+
+
+def _training_loss(summary: dict[str, Any]) -> str:
+    if "privacy" in summary:
+        return "not told: it has no noise"
+    loss = summary["loss_last"]
+    return "not logged" if loss is None else f"{loss:.4f}"
+
+
+_PROMISE = """## Privacy
+
+These weights are differentially private in the training rows ({unit}): ε = {epsilon:.4g}, δ = {delta:g}, counted by
+{accountant} {accountant_version}. Each of the {steps} steps drew every row with chance {sampling_rate:.4g}, clipped
+what a row adds to norm {clip:g} (clipping: {clipping}) and added Gaussian noise of {noise_multiplier:.4g} times that.
+
+Not covered are losses, counts and times in the run's folder, held-out rows, and settings that were chosen by looking at
+other runs on these rows.
+
+"""
+
+
+def _promise(summary: dict[str, Any]) -> str:
+    """Say what a private run promises, and of what."""
+    return _PROMISE.format(**summary["privacy"]) if "privacy" in summary else ""
 
 
 def _what(recipe: Recipe) -> str:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.data.tokenize import ROW
-from siftune.errors import InputError, TrainingError
+from siftune.errors import InputError, TrainingError, UnsupportedError
+from siftune.methods.dp.callback import DP
+from siftune.methods.dp.loss import row_loss
 from siftune.models.full import OpenLayers
 from siftune.models.loss import difference_from_model, label_positions, logits_at, token_loss
 from siftune.models.modes import evaluating
@@ -31,17 +33,35 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
 
     It takes the Trainer's arguments, but for `compute_loss_func`, which it sets.
 
+    Args:
+        privacy: Has every optimizer step draw its rows, clip their gradients and add noise. A batch is then a step's;
+            the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
+
     Attributes:
         rows: Numbers of the rows in the batch that was trained on last, where the training rows are numbered.
     """
 
     rows: Sequence[int] = ()
 
-    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        callbacks: list[TrainerCallback] | None = None,
+        privacy: DP | None = None,
+        **kwargs: Any,
+    ) -> None:
         # from the start: the Trainer counts the labels of a step before it asks for the first loss
-        kwargs["compute_loss_func"] = _label_loss
-        super().__init__(*args, callbacks=[FiniteGradients(), *(callbacks or [])], **kwargs)
+        kwargs["compute_loss_func"] = _label_loss if privacy is None else _row_loss
+        own = [FiniteGradients(), *(callbacks or []), *([] if privacy is None else [privacy])]
+        super().__init__(*args, callbacks=own, **kwargs)
+        self.privacy = privacy
         self._label_logits_only: bool | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's batches; those of whole steps in a private run."""
+        if self.privacy is None:
+            return super().get_train_dataloader()
+        return self.accelerator.prepare(self.privacy.loader(self.train_dataset, self.data_collator))
 
     def compute_loss(
         self,
@@ -54,7 +74,9 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         inputs = {name: value for name, value in inputs.items() if name != ROW}  # the model knows of no numbers
         if self._label_logits_only is None and label_positions(inputs["labels"]).any():
             self._label_logits_only = self._agrees(model, inputs)
-            self.compute_loss_func = _label_loss if self._label_logits_only else None
+            if not self._label_logits_only:
+                self._refuse_own_loss(model)
+                self.compute_loss_func = None
         if self._label_logits_only is False:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with logits_at(model, label_positions(inputs["labels"])):
@@ -65,13 +87,32 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """One forward and backward; raises TrainingError on a loss that is not finite."""
         self.rows = inputs[ROW].tolist() if ROW in inputs else []
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = (
+            super().training_step(model, inputs, num_items_in_batch)
+            if self.privacy is None
+            else self._private_step(model, inputs, self.privacy)
+        )
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"The loss is {float(loss)} at step {self.state.global_step + 1}; nothing of this step reached the "
                 "adapter. Lower --lr, or look for broken rows in the data."
             )
         return loss
+
+    def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
+        """Forward and backward on a step's rows, some at a time, and noise once."""
+        total = torch.zeros((), device=self.args.device)
+        for part in privacy.parts(inputs):
+            total += super().training_step(model, part)
+        privacy.release(self.state.global_step)  # before the Trainer clips, logs or applies the gradient
+        return total / max(1, len(inputs["labels"]))
+
+    def _refuse_own_loss(self, model: nn.Module) -> None:
+        if self.privacy is not None:
+            raise UnsupportedError(
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows may have a part in "
+                "each other's: train another model, or without dp_epsilon"
+            )
 
     def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether the label-only loss is the model's own, up to rounding."""
@@ -95,6 +136,10 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
 
 def _label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     return token_loss(outputs.logits, labels, num_items_in_batch)
+
+
+def _row_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    return row_loss(outputs.logits, labels)
 
 
 class LayerTrainer(SiftTrainer):

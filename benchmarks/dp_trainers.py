@@ -1,0 +1,123 @@
+"""Private steps as Opacus makes them, and drawn rows without privacy, in siftune's Trainer.
+
+Of a step all is siftune's but clipping and noise: rows, forward passes, loss, optimizer. So the times differ by these.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from opacus.grad_sample.grad_sample_module import GradSampleHooks
+from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+from torch import Tensor, nn
+
+from siftune.methods.callback import plain_optimizer
+from siftune.methods.dp.callback import DP
+from siftune.models.loss import label_positions, logits_at, next_labels
+from siftune.trainer.trainer import SiftTrainer
+
+
+class DrawnTrainer(SiftTrainer):
+    """Rows are drawn as in a private run, and their gradients added up as they are."""
+
+    @classmethod
+    def take_over(cls, trainer: SiftTrainer) -> "DrawnTrainer":
+        """Turn a Trainer that is set up for a private run into this one."""
+        trainer.__class__ = cls
+        return trainer
+
+    def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
+        privacy.remove()  # it begins with the training
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(privacy.parts(inputs)):
+            total += self._backward(model, part, privacy, number)
+        self._finish(model, privacy)
+        return total / max(1, len(inputs["labels"]))
+
+    def _backward(self, model: nn.Module, part: Mapping[str, Tensor], privacy: DP, number: int) -> Tensor:
+        loss = self._row_losses(model, part).sum()
+        loss.backward()
+        return loss.detach()
+
+    def _finish(self, model: nn.Module, privacy: DP) -> None:
+        for parameter in trainable(model):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad /= privacy.mechanism.batch
+
+    def _row_losses(self, model: nn.Module, part: Mapping[str, Tensor]) -> Tensor:
+        """Mean token loss of every row; (B,)."""
+        labels = part["labels"]
+        mask = label_positions(labels)
+        with self.compute_loss_context_manager(), logits_at(model, mask):
+            logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits[0].float()
+        losses = nn.functional.cross_entropy(logits, next_labels(labels), reduction="none")
+        sums = losses.new_zeros(len(labels)).index_add(0, mask.nonzero()[:, 0], losses)
+        return sums / mask.sum(1)
+
+
+class OpacusTrainer(DrawnTrainer):
+    """Opacus keeps the gradients of all rows for all layers, clips them when backward is through, and adds noise."""
+
+    hooks_kind: ClassVar[type] = GradSampleHooks
+    optimizer_kind: ClassVar[type] = DPOptimizer
+    own_hooks: ClassVar[tuple[str, ...]] = ()
+    _opacus: Any = None
+
+    def _backward(self, model: nn.Module, part: Mapping[str, Tensor], privacy: DP, number: int) -> Tensor:
+        if self._opacus is None:
+            self._begin(model, privacy)
+        losses = self._row_losses(model, part)
+        self._clip(losses, number)
+        return losses.detach().sum()
+
+    def _begin(self, model: nn.Module, privacy: DP) -> None:
+        numbers = privacy.mechanism
+        own = dict.fromkeys(self.own_hooks, numbers.clip)
+        self._hooks = self.hooks_kind(model, loss_reduction="sum", strict=False, **own)
+        self._opacus = self.optimizer_kind(
+            plain_optimizer(self.optimizer), noise_multiplier=numbers.noise, max_grad_norm=numbers.clip,
+            expected_batch_size=numbers.batch, loss_reduction="sum",
+        )  # fmt: skip
+
+    def _clip(self, losses: Tensor, number: int) -> None:
+        losses.sum().backward()
+        self._opacus.clip_and_accumulate()
+        for parameter in self._opacus.params:
+            parameter.grad_sample = None
+
+    def _finish(self, model: nn.Module, privacy: DP) -> None:
+        if self._opacus is None:
+            self._begin(model, privacy)
+        for parameter in self._opacus.params:
+            if parameter.summed_grad is None:  # no row was drawn
+                parameter.summed_grad = torch.zeros_like(parameter)
+        self._opacus.add_noise()
+        for parameter in self._opacus.params:
+            parameter.grad /= privacy.mechanism.batch
+            parameter.summed_grad = None
+
+
+class GhostTrainer(OpacusTrainer):
+    """Opacus' ghost clipping: one backward pass for the rows' norms, and one with the rows' losses weighted by them."""
+
+    hooks_kind = GradSampleHooksFastGradientClipping
+    optimizer_kind = DPOptimizerFastGradientClipping
+    own_hooks: ClassVar[tuple[str, ...]] = ("max_grad_norm",)
+
+    def _clip(self, losses: Tensor, number: int) -> None:
+        self._opacus._is_last_step_skipped = number > 0  # else it forgets the parts before
+        DPTensorFastGradientClipping(self._hooks, self._opacus, losses, "sum").backward()
+        self._opacus.accumulate()
+        self._opacus.original_optimizer.zero_grad()
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+TRAINERS = {"dense-drawn": DrawnTrainer, "opacus": OpacusTrainer, "opacus-ghost": GhostTrainer}

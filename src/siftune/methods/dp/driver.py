@@ -1,0 +1,97 @@
+"""Private gradients of one model: every row's clipped as backward forms it, noise on their sum before the update."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from siftune.engine.gate import is_active
+from siftune.engine.groups import LayerGroup, group_by_layer, outside
+from siftune.engine.tape import Gradients, SampleGradients, Tape
+from siftune.errors import UnsupportedError
+from siftune.methods.dp import maths
+from siftune.methods.dp.mechanism import Mechanism
+from siftune.methods.dp.sampling import Secret
+
+
+class PrivateGradients:
+    """Clips what single rows add to the gradients of a model, and adds noise to the sum, until `remove()`.
+
+    The loss must be a sum over rows, as `row_loss` is. Every backward pass adds the clipped gradients of its rows to
+    the parameters' `grad`; `release` makes of these what the optimizer may see. What chooses layers comes first.
+
+    Args:
+        model: Causal LM with adapters in its layers, or with layers that train themselves; nothing else may train.
+        mechanism: The numbers, noise among them.
+        secret: Where the noise comes from.
+        layers: Path of the decoder layers in `model`, where they are not found by structure.
+
+    Raises:
+        UnsupportedError: A parameter's gradients cannot be told apart by row, or it is in half precision.
+    """
+
+    def __init__(self, model: nn.Module, mechanism: Mechanism, secret: Secret, layers: str | None = None) -> None:
+        self.groups = group_by_layer(model, layers)
+        _refuse_outside(model, self.groups)
+        _refuse_half(self.groups)
+        self._mechanism = mechanism
+        self._secret = secret
+        whole = mechanism.clipping == "flat"
+        self._tape = Tape(self.groups, self._threshold, self._clip, whole=whole)
+
+    def release(self, step: int) -> None:
+        """Put noise on the gradients of a step, and divide them by the expected number of rows.
+
+        Call it once for each optimizer step, also where no row was drawn, before anything else reads the gradients.
+        Layers that do not train in this step get none.
+
+        Args:
+            step: Optimizer steps done before it.
+        """
+        std, batch = self._mechanism.noise * self._mechanism.clip, self._mechanism.batch
+        generators: dict[torch.device, torch.Generator] = {}
+        for group in self._active():
+            for parameter in group.parameters.values():
+                device = parameter.device
+                if device not in generators:
+                    generators[device] = self._secret.generator("noise", step, device)
+                total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = maths.noised_mean(total.detach(), std, batch, generators[device])
+
+    def remove(self) -> None:
+        """Take everything off the model; calling it twice does no harm."""
+        self._tape.remove()
+
+    def _active(self) -> list[LayerGroup]:
+        return [group for group in self.groups if is_active(group)]
+
+    def _threshold(self, samples: int) -> float:
+        """What norm the rows of a pass are clipped to: what the tape has to stand for the pass."""
+        return self._mechanism.threshold(len(self._active()))
+
+    def _clip(self, threshold: float, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
+        """Sum of the rows' gradients for the layers that are clipped together, each row's clipped."""
+        grads = {parameter: part for _, parts in layers for parameter, part in parts.items()}
+        if not grads:
+            return {}
+        factors = maths.clip_factors(list(grads.values()), threshold)
+        return {parameter: maths.clipped_sum(part, factors) for parameter, part in grads.items()}
+
+
+def _refuse_outside(model: nn.Module, groups: Sequence[LayerGroup]) -> None:
+    names = list(outside(model, groups))
+    if names:
+        raise UnsupportedError(
+            f"{names[0]} trains outside of the decoder layers, where the gradients of single rows are not formed, so "
+            "that they cannot be clipped: freeze it, and name targets within the layers"
+        )
+
+
+def _refuse_half(groups: Sequence[LayerGroup]) -> None:
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise UnsupportedError(
+                    f"{group.name}.{name} trains in {str(parameter.dtype).removeprefix('torch.')}, which would round "
+                    "sums of clipped gradients before noise is on them: keep what trains in float32"
+                )

@@ -1,0 +1,56 @@
+"""Clipping of rows' gradients, and noise on their sum.
+
+Shapes: B rows, D values of a parameter, in any number of dimensions. Sums run in float32, or float64 where the input
+is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from siftune import numerics
+
+
+def clip_factors(grads: Sequence[Tensor], threshold: float) -> Tensor:
+    """What each row's gradient is multiplied by, so that its norm is at most the threshold.
+
+    Args:
+        grads: (B, …) gradients of the rows, for each parameter of those that are clipped together.
+        threshold: Largest norm over all of them, above 0.
+
+    Returns:
+        (B,) min(1, threshold / norm); 0 for rows whose norm is not finite.
+
+    Example:
+        >>> clip_factors([torch.tensor([[3.0], [0.3], [torch.inf]]), torch.tensor([[4.0], [0.4], [0.0]])], 1.0)
+        tensor([0.2000, 1.0000, 0.0000])
+    """
+    first = grads[0].device
+    norms_B = numerics.added([numerics.squares(part).to(first) for part in grads]).sqrt()
+    return torch.where(norms_B.isfinite(), (threshold / norms_B).clamp(max=1.0), 0.0)
+
+
+def clipped_sum(grads_BD: Tensor, factors_B: Tensor) -> Tensor:
+    """Sum of the rows' gradients for one parameter, each times its factor; rows of factor 0 may hold anything.
+
+    Returns:
+        (D,) in the parameter's shape.
+    """
+    counts_B1 = (factors_B > 0)[:, None].to(grads_BD.device)
+    wide_BD = numerics.widened(grads_BD).flatten(1).where(counts_B1, 0.0)
+    total_D: Tensor = factors_B.to(wide_BD) @ wide_BD
+    return total_D.view(grads_BD.shape[1:])
+
+
+def noised_mean(total_D: Tensor, std: float, batch: float, generator: torch.Generator) -> Tensor:
+    """A sum over rows with Gaussian noise, divided by the number of rows that is expected.
+
+    Args:
+        total_D: The sum.
+        std: Standard deviation of the noise on each of its values, σ C.
+        batch: Expected rows b.
+        generator: Source of the noise, on the sum's device.
+    """
+    noise_D = torch.randn(total_D.shape, generator=generator, dtype=total_D.dtype, device=total_D.device)
+    return noise_D.mul_(std).add_(total_D).div_(batch)
