@@ -15,8 +15,11 @@ class Options(AuditOptions):
     """Audit a kit: what its emulator gives the data owner, what it gives away, and what comes back.
 
     Base model and emulator are measured before and after their outer layers are tuned on the same rows; those tuned on
-    the emulator are plugged into the base; and it is tried out what a data owner could recover, and what a return tells
-    about the rows that it was tuned on.
+    the emulator are plugged into the base; and it is tried out what a data owner could recover, what a return tells
+    about the rows that it was tuned on, and what the kit tells about those that calibrated it.
+
+    A data owner, who does not have the base, leaves --model out and gives --return: then it is tried out on the
+    emulator what the return tells about its rows.
     """
 
     returned: Annotated[Path | None, arg(name="return")] = None
@@ -27,11 +30,13 @@ class Options(AuditOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Audit, and print the page."""
+    options.check()
+    if not options.model:
+        return _own(options)
     from siftune.cli.stages import stages
     from siftune.offsite.audits.audit import audit_paths
     from siftune.report.audit import markdown, prepare_folder, write_audit
 
-    options.check()
     if options.out is not None:
         prepare_folder(options.out)  # before hours of work
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -39,13 +44,34 @@ def run(options: Options) -> dict[str, Any]:
         result = audit_paths(options, progress)
     if options.out is not None:
         write_audit(result, options.out)
+    _show(markdown(result))
+    if options.out is not None:
+        console.print(f"audit in {options.out}", markup=False)
+    return result.to_dict()
+
+
+def _own(options: Options) -> dict[str, Any]:
+    """What a data owner can see of a return without the base."""
+    from siftune.cli.stages import stages
+    from siftune.offsite.audits.own import own_audit_paths
+    from siftune.report.audit import markdown_of_own, prepare_folder, write_own
+
+    if options.out is not None:
+        prepare_folder(options.out)
+    with stages(Console(stderr=True, highlight=False, soft_wrap=True)) as progress:
+        result = own_audit_paths(options, progress)
+    if options.out is not None:
+        write_own(result, options.out)
+    _show(markdown_of_own(result))
+    return result.to_dict()
+
+
+def _show(text: str) -> None:
+    """Print a page: laid out on a terminal, as it is elsewhere."""
     page = Console(highlight=False, soft_wrap=True)
     if page.is_terminal:
         from rich.markdown import Markdown
 
-        page.print(Markdown(markdown(result)))
+        page.print(Markdown(text))
     else:
-        page.print(markdown(result), markup=False)
-    if options.out is not None:
-        console.print(f"audit in {options.out}", markup=False)
-    return result.to_dict()
+        page.print(text, markup=False)

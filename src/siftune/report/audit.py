@@ -3,17 +3,25 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from siftune.errors import RecipeError
-from siftune.evaluate.bootstrap import Estimate
 from siftune.files import writable_folder, write_beside
 from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.own import OwnAudit
 from siftune.offsite.audits.result import LABELS, Audit
+from siftune.report.audit_leaks import (
+    NOT_DEFINED,
+    calibration_section,
+    canary_section,
+    membership_section,
+    recovery_section,
+    shown,
+)
 from siftune.report.audit_picture import picture
 from siftune.report.table import Table, markdown_table
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
-_NOT_DEFINED = "not defined"
 
 _MEANINGS = """\
 ZS: nothing tuned. FT: the outer layers tuned on the same rows in the same order. Plug-in: the base with the
@@ -29,7 +37,12 @@ those of an accuracy are Wilson's. They say nothing of how another seed would ha
 
 _CAVEATS = """\
 Δ above 0 says that the data owner does better with the owner's help than without; it proves no privacy. An AUC near 0.5
-says that these two simple attacks fail on these rows; stronger ones exist."""
+says that these attacks fail on these rows; stronger ones exist. *Found at 1 % false alarms* is the share of members
+that an attack finds while it takes one in a hundred others for a member; guessing finds 1 %."""
+
+_OWN_CAVEAT = """\
+The emulator stands in for the model that its owner has: the same attacks on the plugged model may find more or less. An
+AUC near 0.5 says that these attacks fail on these rows; stronger ones exist (`--shadows 16` tries one)."""
 
 
 def write_audit(audit: Audit, out: str | Path) -> Path:
@@ -45,9 +58,20 @@ def write_audit(audit: Audit, out: str | Path) -> Path:
     Raises:
         RecipeError: It cannot be written to.
     """
-    folder = Path(out)
-    record = json.dumps(audit.to_dict(rows=True), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    contents = {"audit.json": record.encode(), "audit.md": markdown(audit).encode(), "audit.png": picture(audit)}
+    page = {"audit.md": markdown(audit).encode(), "audit.png": picture(audit)}
+    return _write({"audit.json": _json(audit.to_dict(rows=True)), **page}, Path(out))
+
+
+def write_own(audit: OwnAudit, out: str | Path) -> Path:
+    """Write a data owner's audit: audit.json and audit.md; as `write_audit`."""
+    return _write({"audit.json": _json(audit.to_dict()), "audit.md": markdown_of_own(audit).encode()}, Path(out))
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _write(contents: dict[str, bytes], folder: Path) -> Path:
     prepare_folder(folder)
     try:
         with write_beside(*(folder / name for name in contents)) as beside:
@@ -74,7 +98,7 @@ def markdown(audit: Audit) -> str:
     """The audit as a Markdown page."""
     parts = ["# Audit of an offsite-tuning set-up", _facts(audit), _conditions(audit), _comparisons(audit), _MEANINGS]
     parts += ["## What the outer layers' gradients have in common", _cosine(audit.cosine)]
-    parts += ["## What is given away", _given_away(audit), _CAVEATS]
+    parts += ["## What is given away", _given_away(audit), *_attacks(audit), _CAVEATS]
     return "\n\n".join(parts) + "\n"
 
 
@@ -95,24 +119,24 @@ def _conditions(audit: Audit) -> str:
     for name, label in LABELS.items():
         if name in audit.conditions:
             one = audit.conditions[name]
-            rows.append([label, _shown(one.nll), *([_shown(one.accuracy, percent=True)] if one.accuracy else [])])
+            rows.append([label, shown(one.nll), *([shown(one.accuracy, percent=True)] if one.accuracy else [])])
     return markdown_table(Table(header, rows))
 
 
 def _comparisons(audit: Audit) -> str:
     measures = [name for name in _MEASURES if name in audit.comparisons]
     header = ["", *(_MEASURES[name] for name in measures)]
-    rows = [["Δ", *(_shown(audit.comparisons[name].delta, name == "accuracy", signed=True) for name in measures)]]
+    rows = [["Δ", *(shown(audit.comparisons[name].delta, name == "accuracy", signed=True) for name in measures)]]
     for field, label in (("gain_share", "gain share"), ("cpl", "CPL"), ("recovery", "recovery")):
         estimates = [getattr(audit.comparisons[name], field) for name in measures]
         if None not in estimates:  # recovery was not tried
-            rows.append([label, *map(_shown, estimates)])
+            rows.append([label, *map(shown, estimates)])
     return markdown_table(Table(header, rows))
 
 
 def _cosine(cosine: GradientCosine) -> str:
     pairs = [*zip(cosine.layers, cosine.per_layer, strict=True), ("all", cosine.overall)]
-    rows = [[layer, _NOT_DEFINED if math.isnan(value) else f"{value:.3f}"] for layer, value in pairs]
+    rows = [[layer, NOT_DEFINED if math.isnan(value) else f"{value:.3f}"] for layer, value in pairs]
     losses = f"Loss per label token on these rows: base {cosine.loss_full:.3f}, emulator {cosine.loss_emulator:.3f}."
     return f"{markdown_table(Table(['outer layer', 'cosine'], rows))}\n\n{losses}"
 
@@ -120,27 +144,27 @@ def _cosine(cosine: GradientCosine) -> str:
 def _given_away(audit: Audit) -> str:
     rows = [["kept of the middle's parameters", f"{audit.kept.middle:.3f}"]]
     rows += [["kept of all parameters", f"{audit.kept.whole:.3f}"]]
-    if audit.membership is not None:
-        attacks = audit.membership
-        counts = f"{attacks.members} members, {attacks.others} others, {attacks.left_out} left out as both"
-        rows += [["membership AUC, by loss", _shown(attacks.loss)]]
-        rows += [["membership AUC, by loss against the base's", _shown(attacks.reference)]]
-        rows += [["rows in that", counts]]
     return markdown_table(Table(["", "figure"], rows))
 
 
-def _shown(estimate: Estimate, percent: bool = False, signed: bool = False) -> str:
-    """A figure with its interval in brackets."""
-    if estimate.value is None:
-        return _NOT_DEFINED
-    spec = ("+" if signed else "") + (".1f" if percent else ".3f")
-    value, *bounds = (
-        None if number is None else format(100 * number if percent else number, spec)
-        for number in (estimate.value, estimate.low, estimate.high)
-    )
-    unit = "" if not percent else " points" if signed else " %"
-    interval = f" [{bounds[0]}, {bounds[1]}]" if None not in bounds else " [no interval]"
-    return f"{value}{unit}{interval}"
+def _attacks(audit: Audit) -> list[str]:
+    """A section for every attack that was tried."""
+    sections: list[str] = []
+    if audit.recovery:
+        sections += ["### What the whole emulator can be made into", recovery_section(audit.recovery)]
+    if audit.membership is not None:
+        sections += ["### What the return tells of its rows", membership_section(audit.membership)]
+    if audit.canaries is not None:
+        sections += ["### What planted secrets come out again", canary_section(audit.canaries)]
+    if audit.calibration is not None:
+        sections += ["### What the kit tells of its calibration rows", calibration_section(audit.calibration)]
+    return sections
+
+
+def markdown_of_own(audit: OwnAudit) -> str:
+    """A data owner's audit as a Markdown page."""
+    parts = ["# What a return tells of the rows that it was tuned on", membership_section(audit.membership, "emulator")]
+    return "\n\n".join([*parts, _OWN_CAVEAT]) + "\n"
 
 
 def _cannot_write(folder: Path, error: OSError) -> RecipeError:

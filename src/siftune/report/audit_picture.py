@@ -51,8 +51,11 @@ def _cosine(axes: "Axes", audit: Audit) -> None:
 
 def _membership(axes: "Axes", audit: Audit) -> None:
     assert audit.membership is not None
-    attacks = [audit.membership.loss, audit.membership.reference]
-    _bars(axes, ["by loss", "against base"], attacks, [_PLUG_IN] * 2)
+    found = audit.membership
+    named = {"by loss": found.loss, "against base": found.reference, "LiRA": found.online, "blind": found.blind}
+    attacks = {label: one.auc for label, one in named.items() if one is not None}
+    colours = [_FLOOR if label == "blind" else _PLUG_IN for label in attacks]
+    _bars(axes, list(attacks), list(attacks.values()), colours)
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
     axes.set_ylim(0, 1)
     axes.set_title("membership AUC (0.5: guessing)")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from siftune.jsonable import jsonable
 from siftune.offsite.audits.sweep import SweepPoint, front
+from siftune.report.audit_leaks import shown
 from siftune.report.picture import COLOURS, new_figure, png
 from siftune.report.table import Table, markdown_table
 
@@ -18,9 +19,13 @@ _MEANINGS = """\
 kept: parameters of the middle that the emulator has, of the base's. cosine: between the outer layers' gradients on
 the base and on the emulator; 1 is tuning as on the base. gap: the emulator's loss − the base's, in nats per label
 token on held-out rows; the wider, the less the emulator is worth by itself. *: no other emulator here has both a
-higher cosine and a wider gap."""
+higher cosine and a wider gap. told: AUC, with its interval, of whoever has the base in telling the calibration rows
+from the held-out ones by the emulator (0.5 is guessing); the strongest of the attacks on attention, the MLPs, and both.
+"""
 
-_CAVEAT = "A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover."
+_CAVEAT = """\
+A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover. Nor does a *told* near 0.5: an
+attacker with a kit of his own sees more (`siftune audit --calibration FILE --reference KIT`)."""
 
 _MARKERS = {"layerdrop": "s", "crash": "D", "svd+flap": "^"}
 
@@ -56,15 +61,16 @@ def ordered(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 def table(points: Sequence[SweepPoint]) -> str:
     """The sweep as a Markdown table."""
     best = front(points)
-    header = ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap", ""]
+    header = ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap"]
+    header += ["told", ""]
     rows = []
     for p in ordered(points):
         has_lambda = p.basis is not None
         cells = [p.method, p.basis or "", p.mlp or "", f"{p.keep:g}", f"{p.kept:.3f}"]
         cells += [f"{p.lambda_attn:g}" if has_lambda else "", f"{p.lambda_mlp:g}" if has_lambda else ""]
         cells += [f"{p.parameters / 1e6:.1f} M", f"{p.cosine:.3f}", f"{p.loss:.3f}", f"{p.gap:+.3f}"]
-        rows.append([*cells, "*" if p in best else ""])
-    grid = markdown_table(Table(header, rows, words=(0, 1, 2, 11)))
+        rows.append([*cells, shown(p.told), "*" if p in best else ""])
+    grid = markdown_table(Table(header, rows, words=(0, 1, 2, 12)))
     return f"{grid}\n\nThe base's loss is {points[0].loss_full:.3f}."
 
 

@@ -9,7 +9,7 @@ import pytest
 from siftune.errors import RecipeError
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.offsite.audits.gradients import GradientCosine
-from siftune.offsite.audits.membership import Membership
+from siftune.offsite.audits.membership import Attack, Membership
 from siftune.offsite.audits.models import Kept
 from siftune.offsite.audits.result import LABELS, Audit, summarise
 from siftune.offsite.audits.rows import RowScores
@@ -31,6 +31,12 @@ WORTH = {
 }
 
 
+def attack(auc, members=30, others=18):
+    """An attack with an AUC, and intervals of a tenth to either side."""
+    figures = (Estimate(value, round(value - 0.1, 9), round(value + 0.1, 9)) for value in (auc, 0.1, 0.2))
+    return Attack(*figures, members, others)
+
+
 def made(accuracy="choices", recovery=True, **changes):
     """An audit of twenty rows of two tokens, all alike in their loss."""
     scores = {
@@ -49,7 +55,7 @@ def made(accuracy="choices", recovery=True, **changes):
         accuracy=accuracy,
         cosine=GradientCosine(["first.0", "last.0"], [0.75, math.nan], 0.5, 3.0, 4.0),
         kept=Kept(0.7, 0.8),
-        membership=Membership(Estimate(0.6, 0.5, 0.7), Estimate(0.65, 0.55, 0.75), 30, 18, 2),
+        membership=Membership(attack(0.6), attack(0.65), attack(0.52), 30, 18, 2),
         settings=SETTINGS,
         facts={"train_rows": 40, "tuned_rows": 30, "held_out_rows": 20, "returned": False, "model": "smollm2"},
     )
@@ -123,8 +129,15 @@ def test_markdown():
     assert table(text, "last.0") == ["not defined"]
     assert table(text, "all") == ["0.500"]
     assert table(text, "kept of the middle's parameters") == ["0.700"]
-    assert table(text, "membership AUC, by loss") == ["0.600 [0.500, 0.700]"]
-    assert table(text, "rows in that") == ["30 members, 18 others, 2 left out as both"]
+    assert table(text, "by loss") == [
+        "0.600 [0.500, 0.700]", "10.0 % [0.0, 20.0] (too few others)", "20.0 % [10.0, 30.0] (too few others)"
+    ]  # fmt: skip
+    assert table(text, "by loss against the base's")[0] == "0.650 [0.550, 0.750]"
+    assert table(text, "blind: the base's loss alone")[0] == "0.520 [0.420, 0.620]"
+    assert "Rows: 30 members, 18 others, 2 left out as both; no shadow models were tuned (--shadows N)." in text
+    assert "Training rows can be told from others: by loss against the base's" in text
+    assert "18 others are too few to resolve 1 % and 5 % false alarms" in text
+    assert "differ by source" not in text
     assert "base `smollm2`, 30 rows to tune on, 20 held-out rows; 100 steps of 16 rows" in text
     assert "all outer layers tuned here" in text
     assert "it proves no privacy" in text
@@ -135,7 +148,9 @@ def test_markdown_of_less():
     assert table(text, "Plug-in") == ["1.500 [1.500, 1.500]"]
     assert "| recovery |" not in text
     assert "| Recovered |" not in text
-    assert "membership AUC" not in text
+    assert "What the return tells" not in text
+    assert "calibration rows" not in text
+    assert "secrets" not in text
     facts = {**made().facts, "returned": True}
     assert "the emulator's outer layers are a return" in markdown(made(facts=facts))
 

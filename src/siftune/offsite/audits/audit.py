@@ -8,40 +8,44 @@ Five conditions on the same held-out rows, as in offsite-tuning (Xiao et al. 202
 
 and besides (ours): *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are
 the base's own in any kit, so nothing in them is left to recover); a floor of random weights; the cosine of the outer
-layers' gradients; membership inference on the plugged model. All tunings start from the base's outer layers and see
-the same rows in the same order.
+layers' gradients; membership inference on the plugged model, with shadow models if asked for; canaries, if asked for;
+and the attack on the kit's calibration rows where these are given. All tunings start from the base's outer layers and
+see the same rows in the same order.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from siftune.data.readers import load_rows
 from siftune.environment import hardware, versions
 from siftune.errors import KitError
 from siftune.files import Progress
 from siftune.models.source import load_model
-from siftune.offsite.audits.models import OffsiteModels, check_models, kept_fraction, plugged, read_outer
-from siftune.offsite.audits.result import FULL_ZS, RECOVERED, Audit, summarise
-from siftune.offsite.audits.rows import AuditRows, accuracy_name, tokenize_audit
-from siftune.offsite.audits.settings import AuditOptions, AuditSettings
-from siftune.offsite.audits.stages import (
-    Job,
-    bootstrap,
-    choose_candidates,
-    choose_rows,
-    recovered,
-    tuned_outer,
-    untuned,
+from siftune.offsite.audits.attacks import calibration_leak
+from siftune.offsite.audits.job import Job, choose_candidates, choose_rows
+from siftune.offsite.audits.models import (
+    OffsiteModels,
+    check_models,
+    kept_fraction,
+    on_accelerator,
+    plugged,
+    read_outer,
 )
+from siftune.offsite.audits.planting import plant
+from siftune.offsite.audits.recovery import recovered
+from siftune.offsite.audits.result import EMULATOR_ZS, FULL_FT, FULL_ZS, RECOVERED, Audit, RecoveryPoint, summarise
+from siftune.offsite.audits.rows import AuditRows, accuracy_name, tokenize_audit, with_calibration
+from siftune.offsite.audits.settings import AuditOptions, AuditSettings
+from siftune.offsite.audits.stages import tuned_outer, untuned
 from siftune.offsite.kit.fingerprint import fingerprint
-from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.kit.folder import Kit, read_kit
 from siftune.offsite.protocol.load import load_kit
-from siftune.offsite.protocol.plug import compare
 from siftune.offsite.protocol.returned import read_return
+from siftune.offsite.protocol.updates import compare
 
 
 def audit(
@@ -91,12 +95,18 @@ def audit(
         scores, cosine = untuned(job)
         tuned, membership = tuned_outer(job, returned, scores[FULL_ZS])
         scores |= tuned
+        points: tuple[RecoveryPoint, ...] = ()
         if settings.recovery:
-            scores[RECOVERED] = recovered(job)
-    conditions, comparisons = summarise(scores, bootstrap(settings))
+            found = recovered(job, scores[FULL_FT], scores[EMULATOR_ZS])
+            scores[RECOVERED], points = found.best, found.points
+        canaries = plant(job) if settings.canaries else None
+    calibration = calibration_leak(job)
+    conditions, comparisons = summarise(scores, job.bootstrap)
     facts = _facts(job, returned is not None)
     kept, accuracy = kept_fraction(models), accuracy_name(rows)
-    return Audit(conditions, comparisons, accuracy, cosine, kept, membership, settings, facts)
+    return Audit(
+        conditions, comparisons, accuracy, cosine, kept, membership, settings, facts, points, canaries, calibration
+    )
 
 
 def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audit:
@@ -123,19 +133,22 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
             "that the kit was made of, with the --dtype that it was made with"
         )
     emulator, _ = load_kit(kit, options.dtype)
-    models = _on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
+    models = on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer, _reference(options, kit)))
     settings = options.settings()
-    result = audit(models, tokenize_audit(train, held_out, tokenizer, settings), settings, returned, progress)
+    rows = with_calibration(tokenize_audit(train, held_out, tokenizer, settings), tokenizer, options)
+    result = audit(models, rows, settings, returned, progress)
     names = {"model": options.model, "kit": kit.digest, "train": options.train, "eval": options.eval}
     return replace(result, facts={**names, **result.facts})
 
 
-def _on_accelerator(models: OffsiteModels) -> OffsiteModels:
-    """Move both models to the accelerator if there is one."""
-    if not torch.accelerator.is_available():
-        return models
-    device: Any = torch.accelerator.current_accelerator()
-    return replace(models, base=models.base.to(device), emulator=models.emulator.to(device))
+def _reference(options: AuditOptions, kit: Kit) -> PreTrainedModel | None:
+    """The emulator of the kit that other rows calibrated."""
+    if not options.reference:
+        return None
+    other = read_kit(options.reference)
+    if (other.manifest.fingerprint, other.manifest.split) != (kit.manifest.fingerprint, kit.manifest.split):
+        raise KitError(f"{options.reference}: it is of another base or split than {options.kit}: make it with the same")
+    return load_kit(other, options.dtype)[0]
 
 
 def _facts(job: Job, returned: bool) -> dict[str, Any]:

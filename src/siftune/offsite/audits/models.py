@@ -7,7 +7,8 @@ comes back bit for bit.
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,14 @@ class OffsiteModels:
         emulator: The emulator; it may share tensors with the base.
         split: The split of both.
         tokenizer: The tokenizer of both.
+        reference: An emulator of the same settings that yet other rows calibrated, for the attack on calibration rows.
     """
 
     base: PreTrainedModel
     emulator: PreTrainedModel
     split: Split
     tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,15 @@ def random_floor(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         floor = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
     return floor.to(model.device).eval()
+
+
+def on_accelerator(models: OffsiteModels) -> OffsiteModels:
+    """Move the models to the accelerator if there is one."""
+    if not torch.accelerator.is_available():
+        return models
+    device: Any = torch.accelerator.current_accelerator()
+    reference = None if models.reference is None else models.reference.to(device)
+    return replace(models, base=models.base.to(device), emulator=models.emulator.to(device), reference=reference)
 
 
 def kept_fraction(models: OffsiteModels) -> Kept:

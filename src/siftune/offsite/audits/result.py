@@ -10,6 +10,8 @@ conditions' means and F the random-weights floor:
 | CPL        | (Emulator ZS − F) / (Full ZS − F)                        | part of the base's skill that is given away |
 | recovery   | (Recovered − Emulator ZS) / (Full FT − Emulator ZS)      | 1: tuning the whole emulator closes the gap |
 
+Recovered is the best of several learning rates on the held-out rows, as an attacker would choose (`recovery.py`).
+
 Δ and the five conditions are offsite-tuning's (Xiao et al. 2023) and GradOT's. The design names CPL as the ratio of
 the two zero-shot scores; taking the floor off both, so that guessing counts as nothing left, is ours, and so are gain
 share, recovery and the use of log-likelihood as a measure.
@@ -21,6 +23,8 @@ from typing import Any
 
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
 from siftune.jsonable import jsonable
+from siftune.offsite.audits.calibration_attack import CalibrationLeak
+from siftune.offsite.audits.canaries import Canaries
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import Kept
@@ -77,6 +81,23 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class RecoveryPoint:
+    """The whole emulator, tuned for a while at one learning rate.
+
+    Attributes:
+        lr: The peak learning rate.
+        tokens: Tokens of rows that it was tuned on until then, by the rows' mean length.
+        nll: Mean negative log-likelihood per label token of the held-out rows, in nats.
+        recovery: Share of the gap from Emulator ZS to Full FT that is closed, by log-likelihood.
+    """
+
+    lr: float
+    tokens: int
+    nll: Estimate
+    recovery: Estimate
+
+
+@dataclass(frozen=True)
 class Audit:
     """What an audit found.
 
@@ -89,6 +110,9 @@ class Audit:
         membership: Attacks on the return; None where they were not tried.
         settings: How models were tuned and measured.
         facts: Numbers of rows, versions, names: what the figures depend on besides.
+        recovery: The emulator's way to `recovered`, at every learning rate; empty where that was not tried.
+        canaries: What planted secrets came out again; None where there were none.
+        calibration: The attack on the kit's calibration rows; None where these were not given.
     """
 
     conditions: dict[str, Condition]
@@ -99,6 +123,9 @@ class Audit:
     membership: Membership | None
     settings: AuditSettings
     facts: dict[str, Any]
+    recovery: tuple[RecoveryPoint, ...] = ()
+    canaries: Canaries | None = None
+    calibration: CalibrationLeak | None = None
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
         """All of it in plain types for JSON; what is not a finite number is None.
@@ -136,7 +163,7 @@ def _condition(scores: RowScores, likelihood: Estimate, level: float) -> Conditi
     accuracy = None
     if scores.correct is not None:
         accuracy = Estimate(float(scores.correct.mean()), *accuracy_interval(scores.correct, level))
-    return Condition(_negative(likelihood), accuracy, scores)
+    return Condition(negative(likelihood), accuracy, scores)
 
 
 def _comparison(means: Means) -> Comparison:
@@ -148,7 +175,8 @@ def _comparison(means: Means) -> Comparison:
     )
 
 
-def _negative(estimate: Estimate) -> Estimate:
+def negative(estimate: Estimate) -> Estimate:
+    """The estimate with the other sign; its interval must be there."""
     assert estimate.value is not None
     assert estimate.low is not None
     assert estimate.high is not None

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.data.encoder import Encoder
+from siftune.data.readers import load_rows
 from siftune.data.rows import Row
 from siftune.data.tokenize import tokenize_rows
 from siftune.errors import DataError
@@ -17,7 +18,7 @@ from siftune.evaluate.bootstrap import Floats
 from siftune.evaluate.measure import measure
 from siftune.evaluate.perplexity import TokenRow, perplexity
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
-from siftune.offsite.audits.settings import AuditSettings
+from siftune.offsite.audits.settings import AuditOptions, AuditSettings
 
 _ACCURACIES = ("choices", "exact_match")
 
@@ -30,11 +31,15 @@ class AuditRows:
         train: Rows to tune on, as `tokenize_rows` makes them.
         held_out: Rows of the same source to measure the loss on, made in the same way.
         questions: The held-out rows for an accuracy; None where there is none to measure.
+        calibrated: Rows that the kit was calibrated on, cut as they were then; None to leave that attack out.
+        uncalibrated: Rows of the same source, cut alike, that it was not calibrated on.
     """
 
     train: Dataset
     held_out: Dataset
     questions: Prepared | None = None
+    calibrated: Dataset | None = None
+    uncalibrated: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,32 @@ def tokenize_audit(
     return AuditRows(sets[0], sets[1], questions)
 
 
+def with_calibration(rows: AuditRows, tokenizer: PreTrainedTokenizerBase, options: AuditOptions) -> AuditRows:
+    """Add the rows that the kit was calibrated on, and others, cut as they were then; nothing if none are named.
+
+    Raises:
+        DataError: They cannot be read, or no others are left.
+    """
+    if not options.calibration:
+        return rows
+    count, most = options.calibration_rows, options.membership_rows
+    reach = count if options.calibration_others else count + most
+    own = load_rows(options.calibration, options.train_split, reach, options.format)
+    others = own[count:]
+    if options.calibration_others:
+        others = load_rows(options.calibration_others, options.train_split, most, options.format)
+    if not others:
+        raise DataError(
+            f"{options.calibration} has {len(own)} rows, all of which calibrated the kit: give others of the same "
+            "source with --calibration-others FILE"
+        )
+    first, second = (
+        tokenize_rows(part, tokenizer, options.calibration_length, options.template, False)
+        for part in (own[:count], others)
+    )
+    return replace(rows, calibrated=first, uncalibrated=second.select(not_among(second, first)))
+
+
 def accuracy_name(rows: AuditRows) -> str | None:
     """Which accuracy `score_rows` measures: `choices`, `exact_match` or none."""
     if rows.questions is None:
@@ -114,6 +145,12 @@ def score_losses(model: nn.Module, data: Dataset, batch_size: int) -> RowScores:
 def token_rows(data: Dataset) -> list[TokenRow]:
     """Pairs of input ids and labels."""
     return list(zip(data["input_ids"], data["labels"], strict=True))
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up to one length."""
+    number: int | None = tokenizer.pad_token_id
+    return 0 if number is None else number
 
 
 def drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:

@@ -3,12 +3,13 @@
 *Useful* is the cosine between the outer layers' gradients on the base and on the emulator (`gradients.py`). *Given
 away* is measured by the loss gap, loss(emulator) − loss(base) on held-out rows, in nats per label token: the wider, the
 less the emulator is worth without the base. An emulator for which another has both a higher cosine and a wider gap is
-no choice; those that remain are the *front*.
+no choice; those that remain are the *front*. What an emulator tells of its calibration rows stands beside
+(`calibration_attack`).
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from siftune.errors import RecipeError
+from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.files import Progress
 from siftune.models.layers import find_layers
+from siftune.offsite.audits.calibration_attack import Kits, attack_calibration
 from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
-from siftune.offsite.emulator.assemble import EmulatorParts, materialise
+from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.compress import Method, Mlp
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import Allotment, EmulatorSettings
@@ -29,6 +32,7 @@ from siftune.offsite.maths.drd import Basis
 LambdaOn = Literal["both", "attn", "mlp"]
 Batches = Sequence[dict[str, Tensor]]
 
+_RESAMPLES = 2000
 _AT_ONCE = 4.0  # times the middle's weights that emulators may take while they wait to be measured
 
 
@@ -103,6 +107,8 @@ class SweepPoint:
         loss_full: The base's.
         parameters: Its parameters, outer layers and embeddings included; shared ones count once.
         kept: Parameters of its middle over those of the base's.
+        told: AUC of the attack on its calibration rows (`calibration_attack`), the held-out rows being the others; the
+            higher of that on attention and that on the MLPs. Without a value where it has nothing but whole layers.
     """
 
     method: str
@@ -116,6 +122,7 @@ class SweepPoint:
     loss_full: float
     parameters: int
     kept: float
+    told: Estimate = field(default_factory=Estimate)
 
     @property
     def gap(self) -> float:
@@ -154,7 +161,9 @@ def sweep(
     for chunk in _chunks(choices):
         parts = emulators(model, batches, chunk, progress=progress)
         for choice in chunk:
-            points.append(_measure(model, parts.pop(0), choice, held_out, full))
+            emulator = materialise(parts.pop(0)).to(model.device)
+            told = _told(Kits(model, emulator, choice.split), batches, held_out)
+            points.append(replace(_measure(model, emulator, choice, held_out, full), told=told))
             if progress is not None:
                 progress("measuring", len(points), len(choices))
     return points
@@ -172,9 +181,8 @@ def _beats(a: SweepPoint, b: SweepPoint) -> bool:
 
 
 def _measure(
-    model: PreTrainedModel, parts: EmulatorParts, choice: EmulatorSettings, held_out: Batches, full: OuterGradient
+    model: PreTrainedModel, emulator: PreTrainedModel, choice: EmulatorSettings, held_out: Batches, full: OuterGradient
 ) -> SweepPoint:
-    emulator = materialise(parts).to(model.device)
     likeness = cosine(full, outer_gradient(emulator, held_out, choice.split))
     return SweepPoint(
         method=choice.method,
@@ -189,6 +197,12 @@ def _measure(
         parameters=_count(emulator),
         kept=_count(_middle(emulator, choice.split)) / _count(_middle(model, choice.split)),
     )
+
+
+def _told(kits: Kits, batches: Batches, held_out: Batches) -> Estimate:
+    """How well calibration rows are told from held-out ones."""
+    strongest = attack_calibration(kits, batches, held_out, Bootstrap(_RESAMPLES)).strongest
+    return Estimate() if strongest is None else strongest.auc
 
 
 def _chunks(choices: Sequence[EmulatorSettings]) -> Iterator[list[EmulatorSettings]]:

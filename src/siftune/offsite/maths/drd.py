@@ -18,7 +18,9 @@ Ours, not the paper's:
 - The basis "whitened" decomposes W in the metric of the curvature. With L_G L_Gᵀ = G and L_A L_Aᵀ = A (both damped),
   and L_Gᵀ W L_A = U S Vᵀ: l_k = W L_A v_k = s_k L_G⁻ᵀ u_k, r_k = v_kᵀ L_A⁻¹, size s_k. The components are orthogonal
   under H: dropping a set of them costs ⟨δ, H δ⟩ = Σ s_k², so that the largest R are the best approximation of rank R.
-  (l_k from W L_A v_k takes one inverse less, so that float32 suffices.)
+  (l_k from W L_A v_k takes one inverse less, so that float32 suffices.) GFWSVD (Chekalina et al., 2025, arXiv
+  2505.17974) truncates the SVD of L_Gᵀ W L_A, with Kronecker factors of the Fisher information, to compress language
+  models; here the paper's score and its protected share still choose among the directions.
 - "Top 5 %" is rounded up, and never more than R.
 - `canonical` factors. Two factors tell more than their product: an order by score tells the scores, whitened factors
   tell A and G. So what leaves the house is the product's own SVD, its singular values shared evenly between the two.

@@ -146,10 +146,10 @@ def test_membership_is_that_of_the_plugged_model(audited, small):
         tokens = np.array([sum(label != -100 for label in labels[1:]) for labels in part["labels"]])
         sides.append([losses(model, part) / tokens for model in (both.base, plugged_in)])
     (base_in, tuned_in), (base_out, tuned_out) = sides
-    assert found.loss.value == pytest.approx(auc(-tuned_in, -tuned_out))
-    assert found.reference.value == pytest.approx(auc(base_in - tuned_in, base_out - tuned_out))
+    assert found.loss.auc.value == pytest.approx(auc(-tuned_in, -tuned_out))
+    assert found.reference.auc.value == pytest.approx(auc(base_in - tuned_in, base_out - tuned_out))
     assert (found.members, found.others, found.left_out) == (20, 8, 0)
-    assert found.loss.low <= found.loss.value <= found.loss.high
+    assert found.loss.auc.low <= found.loss.auc.value <= found.loss.auc.high
 
 
 def test_gradients_and_sizes(audited):
@@ -268,11 +268,12 @@ def test_an_overfitted_return_gives_its_rows_away():
     found = audit(both, data, settings)
     assert found.accuracy is None
     assert list(found.comparisons) == ["nll"]
-    assert found.membership.loss.value > 0.95
-    assert found.membership.reference.value > 0.95
+    assert found.membership.loss.auc.value > 0.95
+    assert found.membership.reference.auc.value > 0.95
     untuned = audit(both, data, replace(settings, steps=1), read_outer(both.base, SPLIT)).membership
-    assert untuned.loss.low < 0.5 < untuned.loss.high
-    assert untuned.reference.value == untuned.reference.low == untuned.reference.high == 0.5
+    assert untuned.loss.auc.low < 0.5 < untuned.loss.auc.high
+    same = untuned.reference.auc
+    assert same.value == same.low == same.high == 0.5
 
 
 def test_held_out_rows_that_are_training_rows_are_left_out():

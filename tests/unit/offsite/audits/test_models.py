@@ -96,7 +96,7 @@ def test_other_returns_are_refused():
         ("steps", 0, "steps is 0"),
         ("max_length", 1, "max_length is 1"),
         ("lr", 0.0, "lr is 0.0"),
-        ("recovery_lr", float("inf"), "recovery_lr is inf"),
+        ("recovery_lrs", (float("inf"),), "recovery_lrs is inf"),
         ("level", 1.0, "level is 1.0"),
         ("seed", -1, "seed is -1"),
     ],

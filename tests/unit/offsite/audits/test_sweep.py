@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from support.emulators import base, calibration
 
 from siftune.errors import InputError, RecipeError
+from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.offsite.audits import sweep as module
+from siftune.offsite.audits.calibration_attack import Kits, attack_calibration
 from siftune.offsite.audits.gradients import gradient_cosine
 from siftune.offsite.audits.sweep import SweepGrid, SweepPoint, front, sweep
 from siftune.offsite.emulator.assemble import materialise
@@ -109,9 +112,12 @@ def test_points_are_those_of_emulators_made_and_measured_alone(model, rows, poin
             alone.overall, alone.loss_emulator, alone.loss_full
         )  # fmt: skip
         assert found.gap == found.loss - found.loss_full
+        leak = attack_calibration(Kits(model, emulator, GRID.split), *rows, Bootstrap(2000)).strongest
+        assert found.told == (Estimate() if leak is None else leak.auc)
         assert found.parameters == sum({p.data_ptr(): p.numel() for p in emulator.parameters()}.values())
         assert found.kept == pytest.approx((found.parameters - outside) / sum(sizes[1:4]))
     assert len({p.cosine for p in points}) == len(points)
+    assert {p.method for p in points if p.told.value is None} == {"layerdrop", "crash"}
 
 
 def test_all_kept_is_the_base(model, rows):
@@ -179,7 +185,7 @@ def test_a_point_without_a_cosine_is_on_no_front_but_in_the_table():
 def test_the_table_is_sorted_and_marks_the_front():
     candidates = [
         point(0.2, 0.5, keep=0.3),
-        point(0.6, 0.1, keep=0.7, basis="whitened", attn=0.3),
+        replace(point(0.6, 0.1, keep=0.7, basis="whitened", attn=0.3), told=Estimate(0.75, 0.5, 0.9)),
         point(0.9, 0.1, keep=0.7, basis="whitened"),
         point(0.4, 2.0, keep=0.7, method="layerdrop", basis=None),
     ]
@@ -200,6 +206,7 @@ def test_the_table_is_sorted_and_marks_the_front():
         ("0.3", "0", "whitened", "refit"),
         ("", "", "", ""),
     ]
+    assert [row["told"] for row in rows] == ["not defined", "0.750 [0.500, 0.900]", "not defined", "not defined"]
     assert [row["gap"] for row in rows] == ["+0.100", "+0.100", "+2.000", "+0.500"]
 
 

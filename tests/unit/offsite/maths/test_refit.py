@@ -28,7 +28,13 @@ def scores(weight, x, g, lam, damping=0.1):
 def damped(x, damping):
     """A_δ, summed over tokens."""
     matrix = sum(torch.outer(row, row) for row in x) / len(x)
-    return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+    return matrix + damping * middling(x) * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def middling(x):
+    """The lower median of the channels' mean squares, of those that are not zero."""
+    sizes = sorted(size for size in x.square().mean(0).tolist() if size > 0)
+    return sizes[(len(sizes) - 1) // 2]
 
 
 def least_change(weight, matrix, channel):
@@ -76,7 +82,7 @@ def test_fitted_columns_are_the_ridge_solution(shape, damping, data):
     weight, x, _ = case(*shape)
     channels = weight.shape[1]
     kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, channels - 1), min_size=1))))
-    root = (damping * x.square().mean()).sqrt()  # the mean square is the mean of A's diagonal
+    root = (damping * middling(x)) ** 0.5
     left = torch.cat([x[:, kept] / len(x) ** 0.5, root * torch.eye(channels, dtype=x.dtype)[:, kept]])
     right = torch.cat([x @ weight.T / len(x) ** 0.5, root * weight.T])
     expected = torch.linalg.lstsq(left, right).solution.T
@@ -109,6 +115,27 @@ def test_what_does_not_matter(count):
 def test_everything_kept_is_left_as_it_was():
     weight, x, _ = case(0, 9, 4, 6)
     assert torch.equal(refit(weight, moments(x), torch.arange(6)), weight)
+
+
+def test_a_channel_that_is_far_larger_than_all_others_does_not_drown_the_fit():
+    """By the mean of the diagonal, the damping would be that one channel's, and the others would stay as they were."""
+    weight, x, g = case(5, 60, 4, 8)
+    x[:, 7] = x[:, 2] + 0.01 * x[:, 7]  # what 7 writes, 2 can write
+    kept = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+    x[:, 0] *= 1000.0
+    left = (x @ weight.T - x[:, kept] @ refit(weight, moments(x), kept, 0.01).T).square().sum()
+    untouched = (x[:, 7:] @ weight[:, 7:].T).square().sum()
+    assert left < 1e-2 * untouched
+    found = scores(weight, x, g, 0.0, 0.01)
+    assert set(found.argsort()[:2].tolist()) == {2, 7}  # either can go: the other takes over
+
+
+def test_channels_that_never_move_have_no_part_in_the_damping():
+    weight, x, _ = case(6, 30, 4, 4)
+    wide = torch.cat([x, torch.zeros(30, 9, dtype=x.dtype)], dim=1)
+    more = torch.cat([weight, torch.ones(4, 9, dtype=x.dtype)], dim=1)
+    kept = torch.tensor([0, 2, 3])
+    assert_close(refit(more, moments(wide), kept), refit(weight, moments(x), kept))
 
 
 def test_without_inputs_nothing_is_fitted():
