@@ -79,7 +79,12 @@ def _check_model(value: Any, numbered: Check, vocabulary: int) -> None:
 
 
 def _models(numbered: Check, vocabulary: int) -> dict[str, dict[str, Check]]:
+    def few(value: Any, where: str) -> None:
+        if isinstance(value, dict | list) and len(value) > vocabulary:
+            raise KitError(f"{where} has {len(value)} tokens, but there are {vocabulary} embeddings")
+
     def vocab(value: Any, where: str) -> None:
+        few(value, where)
         for token, place in as_map(value, where, vocabulary).items():
             if type(place) is not int or not 0 <= place < vocabulary:
                 numbered(place, f"{where}: {shown(token)}")
@@ -87,6 +92,7 @@ def _models(numbered: Check, vocabulary: int) -> dict[str, dict[str, Check]]:
                 raise KitError(f"{where} has a token of {len(token)} characters; it may have {MAX_TOKEN}")
 
     def scored(value: Any, where: str) -> None:
+        few(value, where)
         for place, entry in enumerate(as_list(value, where, vocabulary)):
             if len(as_list(entry, f"{where}.{place}", 2)) != 2 or not isinstance(entry[1], int | float):
                 raise KitError(f"{where}.{place} is {shown(entry)}, not a token and its score")

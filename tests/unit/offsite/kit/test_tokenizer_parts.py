@@ -240,7 +240,7 @@ def test_the_real_smollm2_is_accepted_with_room_to_spare():
     whole = json.loads(path.read_text())
     check_chains(whole)
     check_tokens(whole, 49152)
-    with pytest.raises(KitError, match="49152 entries"):
+    with pytest.raises(KitError, match="49152 tokens, but there are 49151 embeddings"):
         check_tokens(whole, 49151)
 
 

@@ -187,7 +187,7 @@ class Cut(Exception):
 
 
 def test_a_cut_run_goes_on_and_ends_as_an_uncut_one(tmp_path, monkeypatch):
-    model, tokenizer = base().float(), byte_tokenizer()
+    model, tokenizer = base(vocab_size=300).float(), byte_tokenizer()
     batches = calibration(model)
     uncut = emulate(model, tokenizer, batches, tmp_path / "uncut", settings(keep=0.5))
 
@@ -208,7 +208,7 @@ def test_a_cut_run_goes_on_and_ends_as_an_uncut_one(tmp_path, monkeypatch):
 
 
 def test_layers_of_other_settings_are_not_taken_for_these(tmp_path):
-    model, tokenizer = base().float(), byte_tokenizer()
+    model, tokenizer = base(vocab_size=300).float(), byte_tokenizer()
     batches = calibration(model)
 
     def cut(what, done, _):
@@ -225,7 +225,7 @@ def test_layers_of_other_settings_are_not_taken_for_these(tmp_path):
 def test_weights_that_accelerate_keeps_elsewhere_give_the_same_kit(tmp_path):
     from accelerate import cpu_offload
 
-    model, tokenizer = base().float(), byte_tokenizer()
+    model, tokenizer = base(vocab_size=300).float(), byte_tokenizer()
     batches = calibration(model)
     here = emulate(model, tokenizer, batches, tmp_path / "here", settings(keep=0.5))
     offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
@@ -237,7 +237,7 @@ def test_weights_that_accelerate_keeps_elsewhere_give_the_same_kit(tmp_path):
 def test_dtypes_of_the_kit(tmp_path):
     from support.kits import tensor_specs
 
-    model = base().float()
+    model = base(vocab_size=300).float()
     options = KitOptions(dtype=torch.bfloat16, outer_dtype=torch.float32)
     kit = emulate(model, byte_tokenizer(), calibration(model), tmp_path / "kit", settings(keep=0.5), options)
     assert {s.dtype for s in tensor_specs(kit.path / "emulator.safetensors").values()} == {"BF16"}
