@@ -1,8 +1,9 @@
 """What the user names to be measured: a run folder, an adapter folder, a kit, or a model."""
 
+import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, KitError, ModelError
-from siftune.offsite.kit.folder import Kit, is_kit, read_kit
-from siftune.offsite.protocol.tune import KitSource, put_in_return
+from siftune.offsite.kit.folder import Kit
+from siftune.offsite.protocol.tune import KitSource, find_kit, put_in_return
 from siftune.recipe_file import load_recipe
 from siftune.trainer.source import ModelSource
 from siftune.trainer.tuned_layers import holds_tuned, put_in, read_about, read_tuned
@@ -38,24 +39,33 @@ class Subject:
     kit: Kit | None = None
 
 
-def find_subject(source: str, read: Callable[[Path], Kit] = read_kit) -> Subject:
+def find_subjects(sources: Sequence[str], public_key: Path | None = None) -> list[Subject]:
+    """Tell what each of several names stands for; see `find_subject`. A kit that several name is read once."""
+    find = functools.cache(find_kit)
+    return [find_subject(source, public_key, find) for source in sources]
+
+
+def find_subject(
+    source: str, public_key: Path | None = None, find: Callable[[str, Path | None], Kit | None] = find_kit
+) -> Subject:
     """Tell what a name stands for.
 
     Args:
         source: A run folder (`recipe.yaml`, and `adapter/` or `return/`), a PEFT adapter folder
             (`adapter_config.json`), a folder of tuned layers (`tuned_layers.json`), a kit, or anything that
             `load_model` takes.
-        read: Reads and checks a kit; who names several subjects gives one that remembers.
+        public_key: PEM file of a model owner's public key: the subject must then be a kit that is signed with it, or
+            have been trained on one.
+        find: Finds, reads and checks a kit; who names several subjects gives one that remembers.
 
     Raises:
-        KitError: The kit is damaged.
+        KitError: The kit is damaged or not signed by the key, or a key was given and there is no kit.
         ModelError: A run folder has no adapter in it.
         AdapterError: An adapter's config can't be read, or names no base model.
         RecipeError: A run's recipe can't be read.
     """
     subject = _subject(source)
-    base = Path(subject.base).expanduser()
-    return replace(subject, kit=read(base)) if is_kit(base) else subject
+    return replace(subject, kit=find(subject.base, public_key))
 
 
 def _subject(source: str) -> Subject:

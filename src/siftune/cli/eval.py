@@ -1,7 +1,7 @@
 """`siftune eval`: measure runs, adapters and models on held-out rows, base against tuned."""
 
-import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -43,6 +43,8 @@ class Options:
     """Coverage of the intervals."""
     seed: int = 0
     """Seed of the bootstrap."""
+    public_key: Path | None = None
+    """Public key of a model's owner, a PEM file; what is measured must be kits signed by the owner, or runs on them."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,12 @@ class _Job:
 
 def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
-    from siftune.artifacts import find_subject
+    from siftune.artifacts import find_subjects
     from siftune.data.readers import load_rows
-    from siftune.offsite.kit.folder import read_kit
 
     _check(options)
     # everything that can be refused without loading a model comes first
-    read = functools.cache(read_kit)  # runs on one kit share it
-    subjects = [find_subject(name, read) for name in options.runs]
+    subjects = find_subjects(options.runs, options.public_key)
     tasks = [_task(subject, options) for subject in subjects]
     rows = {task: load_rows(task.data, task.split, task.limit, task.format) for task in dict.fromkeys(tasks)}
     known: dict[_Task, Metrics] = {}

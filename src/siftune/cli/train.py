@@ -1,6 +1,7 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from siftune.config import Recipe
@@ -16,6 +17,9 @@ class Options(Recipe):
     Give recipe files (.yaml), flags, or both: flags override recipes, a later recipe an earlier one.
     """
 
+    public_key: str | None = None
+    """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
+
 
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
@@ -24,7 +28,8 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.offsite.protocol.tune import source_of
     from siftune.trainer.run import train
 
-    finished = train(options, source_of=source_of)
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
     summary, path = finished.summary, finished.folder.path
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.config import Recipe
-from siftune.errors import RecipeError
+from siftune.errors import KitError, RecipeError
 from siftune.models.layers import find_layers, layer_numbers
 from siftune.offsite.emulator.split import Split, outer_names, places
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
@@ -84,14 +84,28 @@ class KitSource:
         return {"return": partial(save_return, model=model, kit=self.kit)}
 
 
-def source_of(name: str) -> Source:
+def source_of(name: str, public_key: str | Path | None = None) -> Source:
     """What a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
 
+    Args:
+        name: A folder, a hub id or smollm2.
+        public_key: PEM file of a model owner's public key: `name` must then be a kit that is signed with it.
+
     Raises:
-        KitError: The kit is damaged.
+        KitError: The kit is damaged or not signed by the key, or a key was given and it is no kit.
     """
+    kit = find_kit(name, public_key)
+    return ModelSource(name) if kit is None else KitSource(kit)
+
+
+def find_kit(name: str, public_key: str | Path | None = None) -> Kit | None:
+    """Read the kit that a model's name stands for, as `source_of`; None for another model."""
     path = Path(name).expanduser()
-    return KitSource(read_kit(path)) if is_kit(path) else ModelSource(name)
+    if is_kit(path):
+        return read_kit(path, None if public_key is None else Path(public_key).expanduser())
+    if public_key is not None:
+        raise KitError(f"{name} is no kit, and --public-key is to check a kit's signature: give a kit, or leave it out")
+    return None
 
 
 def save_return(folder: Path, model: nn.Module, kit: Kit) -> None:

@@ -8,13 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.emulators import FAMILIES, base, calibration, settings
+from support.tiny_run import save_rows
 from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftune.errors import KitError, ModelError, RecipeError, UnsupportedError
+from siftune.data.readers import load_rows
+from siftune.errors import DataError, KitError, ModelError, RecipeError, UnsupportedError
+from siftune.evaluate.prepare import prepare_rows
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.own_rows import LossChange, OwnRows
 from siftune.offsite.protocol.plug import plug, plug_in
 from siftune.offsite.protocol.returned import write_return
 from siftune.offsite.protocol.settings import PlugSettings
@@ -196,3 +200,112 @@ def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):
     with pytest.raises(KitError):  # a key was given, and the kit is not signed
         plug(source, read_kit(kit.path, tmp_path / "owner.pub.pem"), back, tmp_path / "tuned")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+# --- the owner's own rows
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Rows as a user has them, prepared."""
+    return prepare_rows(
+        load_rows(str(save_rows(tmp_path / "rows.jsonl", 9))), byte_tokenizer(), ("perplexity",), "none"
+    )
+
+
+def plain_loss(model, prepared):
+    """Mean over all labels, one row at a time."""
+    total = count = 0
+    for ids, labels in prepared.sequences:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+        wanted = torch.tensor(labels[1:])
+        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        count += int((wanted != -100).sum())
+    return total / count
+
+
+def test_losses_are_of_the_model_before_and_after(model, kit, own):
+    plugged = copy.deepcopy(model)
+    report = plug_in(plugged, kit, moved(kit), rows=OwnRows(own, max_loss_increase=10.0))
+    assert report.loss.before == pytest.approx(plain_loss(model, own), rel=1e-5)
+    assert report.loss.after == pytest.approx(plain_loss(plugged, own), rel=1e-5)
+    assert abs(report.loss.after - report.loss.before) > 1e-3
+    assert report.to_dict()["loss"] == {
+        "before": report.loss.before, "after": report.loss.after, "rows": 9, "limit": 10.0
+    }  # fmt: skip
+
+
+def worse(model, kit, own):
+    """Tensors that raise the loss on the rows: against its gradient."""
+    model = copy.deepcopy(model)
+    ids, labels = zip(*own.sequences, strict=True)
+    for row, label in zip(ids, labels, strict=True):
+        model(input_ids=torch.tensor([row]), labels=torch.tensor([label])).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * parameter.grad.sign()
+    state, names = model.state_dict(), outer_names(model, kit.manifest.split)
+    return {neutral: state[name] for neutral, name in names.items()}
+
+
+def test_a_model_that_got_worse_is_refused_and_left_as_it_was(model, kit, own):
+    plugged, returned = copy.deepcopy(model), worse(model, kit, own)
+    with pytest.raises(KitError, match=r"makes the model worse: on your 9 rows its loss goes from \S+ to \S+ nats"):
+        plug_in(plugged, kit, returned, rows=OwnRows(own))
+    assert all(torch.equal(plugged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    increase = plain_loss(filled(model, kit, returned), own) - plain_loss(model, own)
+    with pytest.raises(KitError, match="makes the model worse"):
+        plug_in(plugged, kit, returned, rows=OwnRows(own, 0.99 * increase))
+    plug_in(plugged, kit, returned, rows=OwnRows(own, 1.01 * increase))
+
+
+def filled(model, kit, returned):
+    model = copy.deepcopy(model)
+    names = outer_names(model, kit.manifest.split)
+    model.load_state_dict({names[name]: tensor for name, tensor in returned.items()}, strict=False)
+    return model
+
+
+def test_a_measurement_that_is_cut_short_leaves_the_model_as_it_was(model, kit, own, monkeypatch):
+    plugged, rows, losses = copy.deepcopy(model), OwnRows(own), iter([1.0])
+    monkeypatch.setattr(OwnRows, "loss", lambda *_: next(losses, None) or stop())
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plug_in(plugged, kit, moved(kit), rows=rows)
+    assert all(torch.equal(plugged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "limit", "refused"),
+    [
+        (2.0, 2.0, 0.0, False), (2.0, 2.1, 0.0, True), (2.0, 2.25, 0.25, False), (2.0, 1.0, 0.0, False),
+        (2.0, math.nan, 9.0, True), (2.0, math.inf, 9.0, True), (math.nan, 2.0, 9.0, True),
+    ],
+)  # fmt: skip
+def test_what_counts_as_worse(before, after, limit, refused):
+    change = LossChange(before, after, 3, limit)
+    if refused:
+        with pytest.raises(
+            KitError, match=rf"from {before:.4f} to {after:.4f} nats per token, and may rise by {limit:g}"
+        ):
+            change.check()
+    else:
+        change.check()
+
+
+@pytest.mark.parametrize("limit", [-0.1, math.nan, math.inf])
+def test_an_increase_that_is_none_is_refused(own, limit):
+    with pytest.raises(RecipeError, match="must be a finite number, 0 or more"):
+        OwnRows(own, limit)
+
+
+def test_rows_are_read_before_a_model_is_loaded(model, kit, tmp_path, monkeypatch):
+    write_return(tmp_path / "return", moved(kit), kit)
+    monkeypatch.setattr("siftune.offsite.protocol.plug.load_model", None)
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        plug("smollm2", kit, tmp_path / "return", tmp_path / "tuned", PlugSettings(eval=str(tmp_path / "none.jsonl")))
+    assert not (tmp_path / "tuned").exists()

@@ -1,0 +1,184 @@
+"""What an owner demands of a return, what a data owner of a kit: limits, own rows, public keys."""
+
+import math
+import re
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from support.commands import EMULATE, TRAIN, error_of, siftune
+from support.keys import make_keys
+from support.kits import edit
+from support.tiny_run import save_rows
+
+from siftune.cli.main import main
+from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.protocol.returned import write_return
+
+
+def spoiled(folder, kit, change):
+    """Write a return of the kit's own tensors with one change."""
+    tensors = load_file(kit / "adapter.safetensors")
+    change(tensors)
+    shutil.rmtree(folder, ignore_errors=True)
+    return write_return(folder, tensors, read_kit(kit))
+
+
+@pytest.mark.parametrize("options", [(), ("--max-update", "0.3"), ("--max-update", "1.5")])
+@pytest.mark.parametrize("name", ["last.0.input_layernorm.weight", "first.0.mlp.up_proj.weight"])
+def test_verify_refuses_what_plug_refuses_in_the_same_words(half, damaged, capsys, options, name):
+    kit, back, tuned = damaged / "kit", damaged / "back", damaged / "tuned"
+    spoiled(back, kit, lambda tensors: tensors[name].zero_())
+    checked = ("verify", back, "--kit", kit, *options)
+    plugged = ("plug", "--model", half, "--kit", kit, "--return", back, "--out", tuned, *options)
+    if options == ("--max-update", "1.5"):
+        assert siftune(capsys, *checked)[0]["largest"] == {"tensor": name, "update": 1.0}
+        siftune(capsys, *plugged)
+    else:
+        words = error_of(capsys, *checked)
+        assert words.startswith(f"adapter.safetensors of the return: {name} moved by 1 times its norm")
+        assert error_of(capsys, *plugged) == words
+        assert not tuned.exists()
+
+
+def test_verify_takes_a_limit_for_returns_alone(parties, damaged, capsys):
+    assert "leave out --max-update" in error_of(capsys, "verify", parties / "kit", "--max-update", "0.5")
+    way = ("verify", damaged / "return", "--kit", parties / "kit", "--max-update")
+    assert "the largest update is 0.0" in error_of(capsys, *way, "0")
+    assert "must stay below 1e-09" in error_of(capsys, *way, "1e-9")
+    assert siftune(capsys, *way, "0.5")[0]["limit"] == 0.5
+
+
+def test_plug_measures_the_owners_rows_before_and_after(half, damaged, rows, capsys):
+    kit, tuned = damaged / "kit", damaged / "tuned"
+    usual = ("plug", "--model", half, "--kit", kit, "--out", tuned, "--dtype", "bfloat16")
+    usual = (*usual, "--template", "none", "--eval-limit", "6", "--eval")
+    better = damaged / "return"  # two steps on rows like these
+    found, said = siftune(capsys, *usual, rows, "--return", better)
+    loss = found["loss"]
+    assert (loss["rows"], loss["limit"]) == (6, 0.0)
+    assert loss["after"] < loss["before"]
+    assert (
+        f"loss on 6 rows of {rows}, in nats per token: {loss['before']:.4f} before, {loss['after']:.4f} after" in said
+    )
+    for model, value in ((half, loss["before"]), (tuned, loss["after"])):
+        measure = (
+            "--data",
+            rows,
+            "--limit",
+            "6",
+            "--metrics",
+            "perplexity",
+            "--template",
+            "none",
+            "--dtype",
+            "bfloat16",
+        )
+        [run] = siftune(capsys, "eval", model, *measure)[0]["runs"]
+        assert run["metrics"][0]["base"] == pytest.approx(math.exp(value), rel=1e-6)
+
+
+def test_plug_refuses_a_model_that_got_worse(half, damaged, rows, capsys):
+    kit, back, tuned = damaged / "kit", damaged / "back", damaged / "tuned"
+    start, end = (load_file(folder / "adapter.safetensors") for folder in (kit, damaged / "return"))
+    spoiled(back, kit, lambda t: [t[n].copy_(start[n] - 20 * (end[n] - start[n])) for n in t])  # the other way
+    usual = ("plug", "--model", half, "--kit", kit, "--return", back, "--out", tuned, "--template", "none")
+    words = error_of(capsys, *usual, "--eval", rows)
+    numbers = re.fullmatch(
+        r"the return makes the model worse: on your 24 rows its loss goes from (\S+) to (\S+) nats per token, and may "
+        r"rise by 0: refuse the return, or raise --max-loss-increase if you expect this", words
+    )  # fmt: skip
+    before, after = map(float, numbers.groups())
+    assert after > before
+    assert not tuned.exists()
+    increase = after - before
+    assert "may rise by" in error_of(capsys, *usual, "--eval", rows, "--max-loss-increase", f"{0.8 * increase}")
+    assert not [path for path in damaged.iterdir() if "tuned" in path.name]
+    found, _ = siftune(capsys, *usual, "--eval", rows, "--max-loss-increase", f"{1.2 * increase}")
+    assert found["loss"]["after"] - found["loss"]["before"] == pytest.approx(increase, abs=2e-4)
+
+
+def test_a_return_that_changes_nothing_is_no_worse(half, damaged, rows, capsys):
+    spoiled(damaged / "back", damaged / "kit", lambda tensors: None)
+    arguments = ("--model", half, "--kit", damaged / "kit", "--return", damaged / "back", "--out", damaged / "tuned")
+    found, _ = siftune(capsys, "plug", *arguments, "--eval", rows, "--template", "none")
+    assert found["loss"]["after"] == found["loss"]["before"]
+
+
+# --- public keys ---
+
+
+@pytest.fixture(scope="module")
+def signed(half, tmp_path_factory):
+    """Rows, a signed kit, runs on it, the owner's key and another."""
+    pytest.importorskip("model_signing")
+    place = tmp_path_factory.mktemp("signed")
+    rows = save_rows(place / "rows.jsonl")
+    private, _ = make_keys(place, name="owner")
+    make_keys(place, name="other")
+    way = ["--model", half, "--calibration", rows, "--out", place / "kit", "--sign", private, *EMULATE]
+    assert main(["emulate", *map(str, way)]) == 0
+    for name, options in (("full", TRAIN), ("lora", (*TRAIN[:4], *TRAIN[6:], "--adapter", "lora", "--rank", "2"))):
+        way = ["--model", place / "kit", "--train", rows, "--out", place / name, *options]
+        assert main(["train", *map(str, way), "--public-key", f"{place}/owner.pub.pem"]) == 0
+        assert "public_key" not in (place / name / "recipe.yaml").read_text()
+    return place
+
+
+def commands(place, half, what, out):
+    """What takes a key, on a kit or model, or on a run."""
+    rows = place / "rows.jsonl"
+    if (place / what / "recipe.yaml").exists():
+        yield ("eval", place / what, "--data", rows, "--limit", "2", "--metrics", "perplexity")
+        yield ("export", place / what, "--out", out)
+        return
+    yield ("train", "--model", place / what, "--train", rows, "--out", out, *TRAIN)
+    yield ("eval", place / what, "--data", rows, "--limit", "2", "--metrics", "perplexity")
+
+
+@pytest.mark.parametrize("what", ["kit", "full", "lora"])
+def test_a_key_is_asked_whether_the_kit_is_the_owners(signed, half, tmp_path, capsys, what):
+    for arguments in commands(signed, half, what, tmp_path / "out"):
+        refusal = error_of(capsys, *arguments, "--public-key", signed / "other.pub.pem")
+        assert f"kit {signed}/kit: kit.sig is no signature of this folder by the key" in refusal
+        assert "is no public key" in error_of(capsys, *arguments, "--public-key", signed / "rows.jsonl")
+        assert arguments[0] != "train" or not (tmp_path / "out" / "recipe.yaml").exists()
+        if arguments[0] == "export":  # whose kit it is is known by then
+            assert "is of a kit" in error_of(capsys, *arguments, "--public-key", signed / "owner.pub.pem")
+        else:
+            siftune(capsys, *arguments, "--public-key", signed / "owner.pub.pem")
+
+
+@pytest.mark.parametrize("what", ["kit", "full"])
+def test_a_kit_that_was_forged_or_whose_signature_is_gone_is_refused_with_a_key(signed, half, tmp_path, capsys, what):
+    place = tmp_path / "place"
+    shutil.copytree(signed, place)
+    for recipe in place.glob("*/recipe.yaml"):
+        recipe.write_text(recipe.read_text().replace(str(signed), str(place)))
+    edit(place / "kit", "config.json", lambda config: config.update(rms_norm_eps=2e-5))
+    for arguments in commands(place, half, what, tmp_path / "out"):
+        assert "Hash mismatch" in error_of(capsys, *arguments, "--public-key", place / "owner.pub.pem")
+    (place / "kit" / "kit.sig").unlink()
+    for arguments in commands(place, half, what, tmp_path / "out"):
+        assert "it has no kit.sig" in error_of(capsys, *arguments, "--public-key", place / "owner.pub.pem")
+
+
+def test_a_key_with_what_is_no_kit_is_refused(signed, half, base, tmp_path, capsys):
+    key = ("--public-key", signed / "owner.pub.pem")
+    words = "is no kit, and --public-key is to check a kit's signature: give a kit, or leave it out"
+    rows = signed / "rows.jsonl"
+    options = ("--train", rows, "--steps", "1", "--batch-size", "2", "--rank", "2", "--template", "none")
+    train = ("train", "--model", base, "--out", tmp_path / "run", *options)
+    assert error_of(capsys, *train, *key) == f"{base} {words}"
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    siftune(capsys, *train)
+    measure = ("--data", rows, "--limit", "2", "--metrics", "perplexity")
+    for what in (base, tmp_path / "run"):
+        assert error_of(capsys, "eval", what, *measure, *key) == f"{base} {words}"
+    assert words in error_of(capsys, "eval", signed / "kit", base, *measure, *key)
+    assert error_of(capsys, "export", tmp_path / "run", *key) == f"{base} {words}"
+    # a kit that was moved away, or whose manifest no longer says what it is
+    shutil.copytree(signed / "kit", tmp_path / "kit")
+    (tmp_path / "kit" / "manifest.json").write_text("{}")
+    for model in (tmp_path / "kit", tmp_path / "gone"):
+        assert words in error_of(capsys, "train", "--model", model, "--out", tmp_path / "new", *options, *key)
