@@ -1,0 +1,89 @@
+"""`siftune audit` of what only one side has: the owner's calibration rows, the data owner's rows without the base."""
+
+import json
+
+import pytest
+from support.commands import EMULATE, error_of, siftune
+from support.tiny_run import save_rows
+
+from siftune.config import Recipe
+from siftune.errors import DataError, KitError
+from siftune.offsite.audits.audit import audit_paths
+from siftune.offsite.audits.own import audit_run, own_audit_paths
+from siftune.offsite.audits.settings import AuditOptions
+from siftune.report.audit_own import before_it_is_sent
+
+QUICK = {"steps": 1, "batch_size": 2, "resamples": 50, "template": "none", "recovery": False, "membership": False}
+
+
+@pytest.fixture
+def others(tmp_path):
+    path = tmp_path / "others.jsonl"
+    rows = [{"prompt": f"{i} less {i // 2}?", "completion": f"{i - i // 2}"} for i in range(40, 60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options(half, parties, others, **changes):
+    paths = {"kit": parties / "kit", "train": parties / "rows.jsonl", "eval": others}
+    return AuditOptions(**{"model": str(half), **{k: str(v) for k, v in paths.items()}, **QUICK, **changes})
+
+
+def test_an_owner_s_calibration_rows(half, parties, others, tmp_path, capsys):
+    calibration = {"calibration": str(parties / "rows.jsonl"), "calibration_rows": 6, "calibration_others": str(others)}
+    found = audit_paths(options(half, parties, others, **calibration)).calibration
+    assert (found.attacks["all"].members, found.attacks["all"].others) == (6, 20)
+    assert set(found.attacks) == {"attention", "mlp", "all"}
+    assert found.beside == {}
+    assert found.blind is not None
+    siftune(capsys, "emulate", "--model", half, "--calibration", others, "--out", tmp_path / "other", *EMULATE)
+    beside = audit_paths(options(half, parties, others, **calibration, reference=str(tmp_path / "other"))).calibration
+    assert beside.attacks == found.attacks
+    assert set(beside.beside) == {"attention", "mlp", "all"}
+    assert audit_paths(options(half, parties, others)).calibration is None
+
+
+def test_rows_that_follow_are_the_others(half, parties, tmp_path):
+    rows = save_rows(tmp_path / "many.jsonl", 11)
+    found = audit_paths(options(half, parties, rows, calibration=str(rows), calibration_rows=6)).calibration
+    assert (found.attacks["all"].members, found.attacks["all"].others) == (6, 5)
+    with pytest.raises(DataError, match="all of which calibrated the kit"):
+        audit_paths(options(half, parties, rows, calibration=str(rows), calibration_rows=11))
+
+
+def test_a_reference_of_another_split_is_refused(half, parties, others, tmp_path, capsys):
+    split = ("--first", "1", "--last", "2", *EMULATE[4:])
+    siftune(capsys, "emulate", "--model", half, "--calibration", others, "--out", tmp_path / "other", *split)
+    calibration = {"calibration": str(parties / "rows.jsonl"), "reference": str(tmp_path / "other")}
+    with pytest.raises(KitError, match="of another base or split"):
+        audit_paths(options(half, parties, others, **calibration))
+
+
+def test_a_data_owner_s_audit(parties, others, tmp_path, capsys):
+    arguments = ("--kit", parties / "kit", "--return", parties / "run" / "return", "--train", parties / "rows.jsonl")
+    more = ("--eval", others, "--template", "none", "--resamples", "50", "--out", tmp_path / "audit")
+    found, said = siftune(capsys, "audit", *arguments, *more)
+    assert {path.name for path in (tmp_path / "audit").iterdir()} == {"audit.json", "audit.md"}
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text()) == found
+    assert found["membership"]["others"] == 20
+    for words in ("What a return tells", "blind: the emulator's loss alone", "The emulator stands in"):
+        assert words in said
+    assert "neither model nor return" in error_of(capsys, "audit", *arguments[:2], *arguments[4:], "--eval", others)
+
+
+def test_what_is_said_before_a_return_is_sent(parties, others):
+    given = {"model": str(parties / "kit"), "train": str(parties / "rows.jsonl"), "template": "none", "seed": 3}
+    returned = parties / "run" / "return"
+    recipe = Recipe(**given, eval=str(others), out="unused")
+    found = audit_run(recipe, returned)
+    named = {"kit": given["model"], "train": given["train"], "eval": str(others), "template": "none", "seed": 3}
+    same = own_audit_paths(AuditOptions(**named, returned=returned, membership_rows=128, eval_limit=128))
+    assert found.membership == same.membership
+    said = before_it_is_sent(recipe, returned)
+    assert f"{max(found.membership.loss.auc.value, found.membership.reference.auc.value):.3f} [" in said
+    assert "0.5 is guessing" in said
+    bare = Recipe(**given, out="unused")
+    assert audit_run(bare, returned) is None
+    assert "--eval" in before_it_is_sent(bare, returned)
+    twice = Recipe(**given, eval=given["train"], out="unused")
+    assert "every held-out row is a training row" in before_it_is_sent(twice, returned)
