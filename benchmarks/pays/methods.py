@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
         "rows": "pool+weighted",
     },
     "gast-target": {**_gast(support="target", share="above", select=0.5, **_PLAIN), "rows": "pool+weighted"},
-    "gast-target-own": {**_gast(support="target", select=0.5, **_PLAIN), "rows": "pool+weighted"},
+    "gast-target-own": {**_gast(support="target", share="own", select=0.5, **_PLAIN), "rows": "pool+weighted"},
     "gast-relu": {**_gast(), "rule": "relu"},
     "gast-above-zero": {**_gast(), "rule": "above-zero"},
     "gast-joined": {**_gast(share="above"), "rule": "joined"},
