@@ -13,7 +13,7 @@ _TOKENS = 2  # in the row that is tried
 
 
 def try_model(model: PreTrainedModel, name: str) -> None:
-    """Run a model once forwards and back on the meta device, and its rotary embeddings with numbers.
+    """Run a model once on the meta device, and its rotary embeddings with numbers.
 
     Args:
         model: On the meta device, from `build`; its buffers are limited already. It is spent afterwards.
@@ -29,8 +29,8 @@ def try_model(model: PreTrainedModel, name: str) -> None:
             module.rope_type = _plain(module.rope_type)  # others look at the positions, which have no numbers here
         model.float().train()  # not all of it was built in the same dtype
         ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-        embeddings = model.get_input_embeddings()(ids)
-        model(inputs_embeds=embeddings, labels=ids, use_cache=True).loss.backward()
+        with torch.no_grad():
+            model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids, use_cache=True)
     except Exception as error:  # transformers runs on a stranger's values
         raise KitError(f"{name}: the model of it cannot run ({brief(error)})") from error
     if not all(bool(angle.isfinite().all()) for angle in angles):
