@@ -3,9 +3,9 @@
     python benchmarks/refit_damping.py --calibration ARC-Easy.train.json
 
 A few channels can be so large that the mean is theirs; one of SmolLM2's layer 11 is. The table has, for some layers,
-the share of the trace in the largest channel, and what `--mlp refit` at 0.7 loses of what the MLP writes, on calibration
-rows and on others: the geometric mean over tokens of ‖d x − d̂ x_K‖² / ‖d x‖², so that the few tokens on which that
-channel fires do not decide. *No fit* keeps the same channels' columns as they were.
+the share of the trace in the largest channel, and what `--mlp refit` at 0.7 loses of what the MLP writes, on the
+calibration rows and on others: the geometric mean over tokens of ‖d x − d̂ x_K‖² / ‖d x‖², so that the few tokens on
+which that channel fires do not decide. *No fit* keeps the same channels' columns as they were.
 """
 
 import argparse

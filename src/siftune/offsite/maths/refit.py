@@ -41,12 +41,13 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
         (C,) scores, in the dtype of the curvature.
     """
     write_OC = write_OC.to(curvature.inputs.values.dtype)
-    damped_CC = _damped(curvature.inputs, damping)
-    if damped_CC is None:
+    damped = _damped(curvature.inputs, damping)
+    if damped is None:
         return write_OC.new_zeros(write_OC.shape[1])
-    one_CC = torch.eye(len(damped_CC), dtype=damped_CC.dtype, device=damped_CC.device)
+    lower_CC = damped[1]
+    one_CC = torch.eye(len(lower_CC), dtype=lower_CC.dtype, device=lower_CC.device)
     # L⁻¹ with L Lᵀ = A_δ, for A_δ⁻¹ = L⁻ᵀ L⁻¹: torch.cholesky_inverse takes a hundred times longer on processors.
-    root_CC = torch.linalg.solve_triangular(torch.linalg.cholesky(damped_CC), one_CC, upper=False).to(write_OC.dtype)
+    root_CC = torch.linalg.solve_triangular(lower_CC, one_CC, upper=False).to(write_OC.dtype)
     share_C = root_CC.square().sum(0).reciprocal()
     cost_C = (write_OC * curvature.gradients.times(write_OC)).sum(0) * share_C
     rise_C = -(write_OC * (curvature.slope_OI @ root_CC.T @ root_CC)).sum(0) * share_C
@@ -66,9 +67,10 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
         d̂, (O, K), in float32, or float64 where A is. Solved in float64.
     """
     dtype = inputs.values.dtype
-    damped_CC = _damped(inputs, damping)
-    if damped_CC is None:
+    damped = _damped(inputs, damping)
+    if damped is None:
         return write_OC[:, kept_K].to(dtype)
+    damped_CC = damped[0]
     dropped = torch.ones(len(damped_CC), dtype=torch.bool, device=kept_K.device)
     dropped[kept_K] = False
     lower_KK = torch.linalg.cholesky(damped_CC[kept_K][:, kept_K])
@@ -77,11 +79,20 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
     return (write_OC[:, kept_K] + write_OC[:, dropped] @ taken_KR.T).to(dtype)
 
 
-def _damped(inputs: Moments, damping: float) -> Tensor | None:
-    """A_δ in float64; None where A is zero: nothing comes in, so nothing is written."""
+def _damped(inputs: Moments, damping: float) -> tuple[Tensor, Tensor] | None:
+    """A_δ and its Cholesky factor, in float64; None where A is zero: nothing comes in, so nothing is written.
+
+    A was summed in float32, and a channel that is very large leaves an error there that may exceed the damping. Where
+    A_δ is not positive definite, the damping is raised tenfold until it is.
+    """
     matrix_CC = inputs.dense().double()
     moving_C = matrix_CC.diagonal()[matrix_CC.diagonal() > 0]
     if not len(moving_C):
         return None
-    one_CC = torch.eye(len(matrix_CC), dtype=matrix_CC.dtype, device=matrix_CC.device)
-    return matrix_CC + damping * moving_C.median() * one_CC
+    step_CC = moving_C.median() * torch.eye(len(matrix_CC), dtype=matrix_CC.dtype, device=matrix_CC.device)
+    while True:
+        damped_CC = matrix_CC + damping * step_CC
+        lower_CC, failed = torch.linalg.cholesky_ex(damped_CC)
+        if not failed:
+            return damped_CC, lower_CC
+        damping = max(10 * damping, 1e-14)

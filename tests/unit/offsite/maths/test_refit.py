@@ -130,6 +130,21 @@ def test_a_channel_that_is_far_larger_than_all_others_does_not_drown_the_fit():
     assert set(found.argsort()[:2].tolist()) == {2, 7}  # either can go: the other takes over
 
 
+def test_rounding_that_exceeds_the_damping_raises_it():
+    """Sums in float32 beside a channel that fires with all others at once leave a matrix that is not definite."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 200, generator=generator) * 1e-3
+    x[::40] += 300.0 * torch.rand(200, generator=generator)
+    weight, kept, seen = torch.randn(5, 200, generator=generator), torch.arange(140), moments(x)
+    matrix = seen.dense().double()
+    small = 1e-6 * matrix.diagonal().median() * torch.eye(200, dtype=torch.float64)
+    assert torch.linalg.cholesky_ex(matrix + small).info > 0  # else there is nothing to raise
+    found = scores(weight, x, torch.randn(400, 5, generator=generator), 0.0, 1e-9)
+    assert found.isfinite().all()
+    fitted = refit(weight, seen, kept, 1e-9)
+    assert (x @ weight.T - x[:, kept] @ fitted.T).norm() < 0.1 * (x[:, 140:] @ weight[:, 140:].T).norm()
+
+
 def test_channels_that_never_move_have_no_part_in_the_damping():
     weight, x, _ = case(6, 30, 4, 4)
     wide = torch.cat([x, torch.zeros(30, 9, dtype=x.dtype)], dim=1)
