@@ -85,7 +85,8 @@ class Outcome:
         if isinstance(self.trainer, LayerTrainer):
             self.trainer.save_layers(path)
         else:
-            self.trainer.model.save_pretrained(path)
+            # embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out
+            self.trainer.model.save_pretrained(path, save_embedding_layers=False)
         self.trainer.processing_class.save_pretrained(path)
         (path / "README.md").write_text(card, encoding="utf-8")
 
