@@ -14,9 +14,16 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of tests that are marked `matrix` leave one in three, the same in every run, unless -m asks for them."""
-    if "matrix" in config.getoption("-m"):
-        return
-    left_out = {i for i in items if i.get_closest_marker("matrix") and crc32(i.nodeid.encode()) % 3 != 2}
+    """Of tests that are marked `matrix` leave one in three, the same in every run, and none marked `fuzz`.
+
+    Where -m asks for either, all of it is left.
+    """
+    asked = config.getoption("-m")
+
+    def is_left_out(item):
+        third = item.get_closest_marker("matrix") and crc32(item.nodeid.encode()) % 3 != 2
+        return ("matrix" not in asked and third) or ("fuzz" not in asked and item.get_closest_marker("fuzz"))
+
+    left_out = {item for item in items if is_left_out(item)}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]

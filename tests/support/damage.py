@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 
-from support.kits import repair, write_header
+from support.kits import repair
 
 from siftune.errors import KitError
 from siftune.offsite.kit.manifest import canonical
@@ -72,11 +72,6 @@ class Subject:
     def put(self, name, data):
         """Change a file."""
         (self.folder / name).write_bytes(data)
-        self._changed.add(name)
-
-    def put_tensors(self, name, header, data):
-        """Change a tensor file."""
-        write_header(self.folder / name, header, data)
         self._changed.add(name)
 
     def repair(self):
