@@ -31,6 +31,10 @@ class Options(CalibrationOptions):
     """Fraction of the middle's parameters that the kit holds; 0.7 if --size-mb is not given either."""
     size_mb: float | None = None
     """In place of --keep: size of emulator.safetensors in MB."""
+    keep_attn: float | None = None
+    """gradot, svd+flap: in place of --keep for attention alone; 1 compresses the MLPs only (the paper's SCP alone)."""
+    keep_mlp: float | None = None
+    """gradot, svd+flap: in place of --keep for the MLPs alone; 1 compresses attention only (the paper's DRD alone)."""
     method: Literal["gradot", "layerdrop", "crash", "svd+flap"] = "gradot"
     """gradot keeps outer layers' gradients; layerdrop drops whole layers, crash shares them, svd+flap keeps outputs."""
     basis: Literal["whitened", "svd"] = "whitened"
@@ -53,6 +57,8 @@ class Options(CalibrationOptions):
         super().check()
         if self.keep is not None and self.size_mb is not None:
             raise RecipeError("--keep and --size-mb were both given: give one of them")
+        if self.size_mb is not None and (self.keep_attn, self.keep_mlp) != (None, None):
+            raise RecipeError("--size-mb sets one fraction for all matrices: leave out --keep-attn and --keep-mlp")
         self.settings().check()
         if self.sign is not None:
             from siftune.offsite.kit.signing import load_signer
@@ -75,6 +81,8 @@ class Options(CalibrationOptions):
             lambda_mlp=self.lambda_mlp,
             basis=self.basis,
             mlp=self.mlp,
+            keep_attn=self.keep_attn,
+            keep_mlp=self.keep_mlp,
             split=Split(self.first, self.last),
             allot=self.allot,
         )
@@ -115,6 +123,7 @@ def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console)
         f"emulator {result['emulator_mb']:,.1f} MB, layers to tune {result['outer_mb']:,.1f} MB; "
         f"the base model would be {result['base_mb']:,.1f} MB in {result['dtype']}",
         f"kit in {kit.path}: hand out all of this folder, and nothing else",
+        "whoever has the base model can tell which rows calibrated a kit: --calibration is best text that may be known",
         f"next, you: `siftune audit --model {options.model} --kit {kit.path} --train FILE --eval FILE`, "
         "to see what the kit gives away",
         "the data owner: `siftune verify KIT`, then `siftune train --model KIT --train FILE`, and sends RUN/return",

@@ -42,6 +42,8 @@ class Compression:
             what the others wrote, or factors its matrices by DRD.
         protect: Share of the largest singular values that always stay.
         damping: *(ours)* Relative damping of those roots.
+        keep_attn: Fraction for attention alone, in place of `keep`; at 1 only the MLP is compressed (SCP alone).
+        keep_mlp: Fraction for the MLP alone; at 1 only attention is compressed (DRD alone).
     """
 
     method: Method = "gradot"
@@ -52,6 +54,13 @@ class Compression:
     mlp: Mlp = "refit"
     protect: float = 0.05
     damping: float = DAMPING
+    keep_attn: float | None = None
+    keep_mlp: float | None = None
+
+    def share(self, attention: bool) -> float:
+        """What stays of attention, or of the MLP."""
+        own = self.keep_attn if attention else self.keep_mlp
+        return self.keep if own is None else own
 
 
 @dataclass
@@ -129,7 +138,10 @@ def compress_layer(
     for path in family.matrices if factors_all else family.attention:
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)
-        rank = rank_of(how.keep, outputs, inputs)
+        share = how.share(path in family.attention)
+        if share >= 1:
+            continue
+        rank = rank_of(share, outputs, inputs)
         lam = how.lambda_attn if path in family.attention else how.lambda_mlp
         up_OR, down_RI = _factors(path, weight_OI(matrix), seen, rank, how, lam)
         weight = tensors.pop(f"{path}.weight")
@@ -137,7 +149,7 @@ def compress_layer(
         if f"{path}.bias" in tensors:
             tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
-    if factors_all:
+    if factors_all or how.keep_mlp == 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
     channels, biased = _narrow(tensors, layer, family, seen, how)
     return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
@@ -163,7 +175,7 @@ def _narrow(
     """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
     matrices = {path: layer.get_submodule(path) for path in (*family.reads, family.writes)}
     weights = {path: weight_OI(matrix).detach() for path, matrix in matrices.items()}
-    count = max(1, int(how.keep * weights[family.writes].shape[1] + 1e-9))
+    count = max(1, int(how.share(False) * weights[family.writes].shape[1] + 1e-9))
     staying = _channels(weights, family, seen, count, how)
     biased: tuple[str, ...] = ()
     if how.method == "svd+flap":

@@ -44,6 +44,7 @@ class EmulatorSettings(Compression):
         """
         if not 0 < self.keep <= 1:
             raise RecipeError(f"keep is {self.keep}, but must be above 0 and at most 1")
+        self._check_parts()
         for name in ("lambda_attn", "lambda_mlp"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise RecipeError(f"{name} is {getattr(self, name)}, but must be a finite number of 0 or more")
@@ -54,6 +55,20 @@ class EmulatorSettings(Compression):
         whole_layers = self.method in ("layerdrop", "crash")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot by score")
+
+    def _check_parts(self) -> None:
+        """Check the fractions of attention and MLP by themselves."""
+        parts = {name: getattr(self, name) for name in ("keep_attn", "keep_mlp") if getattr(self, name) is not None}
+        for name, share in parts.items():
+            if not 0 < share <= 1:
+                raise RecipeError(f"{name} is {share}, but must be above 0 and at most 1")
+        if parts and (self.method in ("layerdrop", "crash") or self.allot != "uniform" or self.keep >= 1):
+            raise RecipeError(
+                f"{next(iter(parts))} says what stays of a part of every layer: leave out allot by score, methods that "
+                "drop whole layers, and a keep of 1"
+            )
+        if parts and self.share(True) == self.share(False) == 1:
+            raise RecipeError("keep_attn and keep_mlp are both 1, so that nothing is compressed: lower one of them")
 
 
 @dataclass(frozen=True)

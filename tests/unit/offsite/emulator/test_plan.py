@@ -56,3 +56,20 @@ def test_a_size_out_of_range_names_the_range():
         keep_for_size(base(), Split(1, 1), 10, 8)
     with pytest.raises(RecipeError, match="give a size between"):
         keep_for_size(base(), Split(1, 1), 1e9, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"keep_attn": 0.0}, r"keep_attn is 0\.0"),
+        ({"keep_mlp": 1.5}, r"keep_mlp is 1\.5"),
+        ({"keep_attn": 1.0, "keep_mlp": 1.0}, "both 1"),
+        ({"keep_mlp": 0.5, "method": "layerdrop"}, "keep_mlp says what stays"),
+        ({"keep_attn": 0.5, "allot": "score"}, "keep_attn says what stays"),
+        ({"keep_attn": 0.5, "keep": 1.0}, "a keep of 1"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(values, words):
+    with pytest.raises(RecipeError, match=words):
+        settings(**values).check()
+    settings(keep_attn=1.0, keep_mlp=0.5).check()
