@@ -20,10 +20,6 @@ class OwnRows:
 
     Raises:
         RecipeError: The increase is no finite number from 0.
-
-    Example:
-        >>> rows = OwnRows(prepare_rows(load_rows("own.jsonl"), tokenizer, ("perplexity",)))  # doctest: +SKIP
-        >>> report = plug_in(base, kit, returned, rows=rows)  # doctest: +SKIP
     """
 
     prepared: Prepared

@@ -117,6 +117,15 @@ def plug_in(
         >>> report = plug_in(base, kit, returned)  # from `read_return`; here nothing was tuned
         >>> report.rounding
         0.0
+
+        With rows on which the model must not get worse:
+
+        >>> from siftune.evaluate.prepare import prepare_rows
+        >>> from siftune.offsite.protocol.own_rows import OwnRows
+        >>> rows = OwnRows(prepare_rows(held_out_rows, tokenizer, ("perplexity",)))
+        >>> report = plug_in(base, kit, returned, rows=rows)
+        >>> report.loss.after == report.loss.before
+        True
     """
     _check_base(model, kit)
     names = outer_names(model, kit.manifest.split)
