@@ -136,12 +136,11 @@ def _minus(means: Means, name: str, form: str, sign: int = 1) -> str:
 
 
 def _percent(share: Estimate) -> str:
-    if share.value is None:
+    """A share of the way to the ceiling; without bounds there is none: the ceiling is no further than chance goes."""
+    if share.value is None or share.low is None:
         return _NONE
-    bounds = (
-        f" [{100 * share.low:.0f}, {100 * share.high:.0f}]" if share.low is not None and share.high is not None else ""
-    )
-    return f"{100 * share.value:.0f} %{bounds}"
+    assert share.high is not None
+    return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
 def _mean_share(runs: Runs, *keys: str) -> str:

@@ -62,10 +62,9 @@ class Recipe:
     """Learn the completions alone, not the prompts."""
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
-    """How to train; each has options of its own below, but for dense, where all layers follow all rows. Where a
-    target is given and no method: gast."""
+    """How to train; each has options of its own below, but for dense, where all layers follow all rows."""
     target: str | None = None
-    """File or hub id of few clean rows of the task that counts: they are trained on too, and with gast and greats
+    """File or hub id of few clean rows of the task that counts: they are trained on too, and with method gast or greats
     decide which rows of the others are followed."""
     target_share: Annotated[float, BELOW_ONE] = 0.25
     """Share of the training rows that target's rows are repeated to make up, each 30 times at the most; 0: they are not

@@ -30,8 +30,8 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe, target: bool = False
         paths: YAML files, each a mapping from field to value, and for each method's settings a mapping of its own; an
             empty file is a recipe of defaults.
         kind: The dataclass to fill: `Recipe` or a subclass with further fields.
-        target: A target will be given besides. With one, here or in a file, the method is gast where none is named, and
-            methods have the defaults that their settings name in `with_target`.
+        target: A target will be given besides. With one, here or in a file, methods have the defaults that their
+            settings name in `with_target`.
 
     Raises:
         RecipeError: A file is missing, unreadable or not YAML; a key is unknown or given twice; a value has
@@ -58,7 +58,7 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe, target: bool = False
 def _aimed(values: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     """Put the defaults of a run with a target below what was given."""
     groups = {key: hint.with_target for key, hint in hints.items() if _is_group(hint) and hint.with_target}
-    return {"method": "gast", **values, **{key: {**below, **values.get(key, {})} for key, below in groups.items()}}
+    return {**values, **{key: {**below, **values.get(key, {})} for key, below in groups.items()}}
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -121,3 +121,13 @@ def test_the_overview_has_every_cell_and_the_worst():
 def test_an_empty_file_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no finished jobs"):
         tables.main([str(tmp_path / "none.jsonl")])
+
+
+def test_no_share_of_a_way_that_may_be_none():
+    """The ceiling is better on one question and worse on another: the way there has no length to speak of."""
+    lines = [
+        line("dense", 0, [0, 1], [1.0, 3.0]),
+        line("ceiling", 0, [1, 1], [3.0, 0.5]),
+        line("gast", 0, [1, 1], [0.5, 2.5]),
+    ]
+    assert cells(tables.report(lines), "## mix, 8 known")["gast"]["dense → ceiling"] == "–"

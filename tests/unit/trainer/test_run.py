@@ -124,7 +124,10 @@ def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
     few.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
     run = tmp_path / "run"
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"train: {rows}\ntarget: {few}\ntemplate: none\nbatch_size: 4\nsteps: 8\nrank: 2\nout: {run}\n")
+    own = f"train: {rows}\ntarget: {few}\ntemplate: none\nbatch_size: 4\nsteps: 8\nrank: 2\nout: {run}\n"
+    file.write_text(own)
+    assert load_recipe(file).method == "dense"
+    file.write_text(f"{own}method: gast\n")
     done = train(replace(load_recipe(file), model=str(base)), QUIET)
     count = len(rows.read_text().splitlines())
     numbers = {row for record in lines(run / "selection.jsonl") for row in record["rows"]}
