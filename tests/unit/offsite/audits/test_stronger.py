@@ -10,7 +10,9 @@ from support.audits import QUICK, SPLIT, TOKENIZER, losses, models, rows, same, 
 
 from siftune.data.rows import rows_from
 from siftune.errors import DataError, KitError, RecipeError
+from siftune.offsite.audits import attacks
 from siftune.offsite.audits.audit import audit
+from siftune.offsite.audits.lira import halves
 from siftune.offsite.audits.models import OffsiteModels, read_outer
 from siftune.offsite.audits.own import own_audit
 from siftune.offsite.audits.rows import AuditRows, tokenize_audit
@@ -51,6 +53,20 @@ def test_shadow_models_tell_members_that_were_memorised():
     assert found.offline.auc.value > 0.95
     assert (found.shadows, found.online.members, found.online.others) == (4, 8, 8)
     assert [what for what in told if what[0] == "shadow models"][-1] == ("shadow models", 4, 4)
+
+
+def test_every_shadow_model_is_tuned_on_its_half_as_often_as_the_return(monkeypatch):
+    settings = replace(LEARNT, steps=4, lr=5e-3, shadows=2, membership=True)
+    data = cut(12, 8, settings)
+    seen = []
+    original = attacks.Tuning
+    monkeypatch.setattr(attacks, "Tuning", lambda *parts: seen.append(parts) or original(*parts))
+    audit(models(), data, settings)
+    pool = [*data.train["input_ids"], *data.held_out["input_ids"]]
+    for chosen, (part, _, how) in zip(halves(2, 20, settings.seed), seen, strict=True):
+        assert list(part["input_ids"]) == [pool[i] for i in np.flatnonzero(chosen)]
+        assert how.steps == 3  # four steps for twelve rows are three for ten
+    assert seen[0][2].seed != seen[1][2].seed != settings.seed
 
 
 def test_shadow_models_tell_nothing_of_a_return_that_was_not_tuned():
