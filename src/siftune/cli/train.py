@@ -26,15 +26,19 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.offsite.protocol.tune import source_of
+    from siftune.report.audit_own import before_it_is_sent
     from siftune.trainer.run import train
 
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
     summary, path = finished.summary, finished.folder.path
+    returned = finished.folder.returned
+    told = f"{before_it_is_sent(recipe, returned)}\n" if returned.exists() else ""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
         f"done: {summary['steps']} steps in {summary['seconds']:.0f} s, peak {summary['peak_memory_mb']:,.0f} MB\n"
         f"{_followed(summary['followed'])}"
+        f"{told}"
         f"{_whereabouts(finished)}",
         markup=False,
     )
