@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worker.main(words[1:], build)
     args = _parse(words)
     try:
-        methods = _methods(args.methods)
+        methods = _methods(args.methods, args.dtype)
         case = _case(args)
         check_workload(case.work, args.rounds, args.threads)
         results = collect([case], methods, args.rounds, args.threads, args.out, measure_here)
@@ -99,8 +99,13 @@ def _case(args: argparse.Namespace) -> Case:
     return Case(args.model, Workload(args.model, **names), str(resolve(args.model)))
 
 
-def _methods(text: str) -> list[str]:
+def _methods(text: str, dtype: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if dtype != "float32" and any(name.startswith("opacus") for name in names):
+        raise RecipeError(
+            f"the adapters of a {dtype} model are cast while they run, which Opacus' hooks do not see: give --dtype "
+            "float32, or --methods without opacus and opacus-ghost"
+        )
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise RecipeError(f"unknown method {', '.join(unknown) or text!r}; known: {', '.join(METHODS)}")
@@ -118,7 +123,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--warmup", type=int, default=2, help="steps before these")
     add("--rounds", type=int, default=5, help="times that each method is measured")
     add("--model", default="smollm2", help="folder, hub id, or smollm2 (packaged)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the frozen weights")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen weights; opacus: float32")
     add("--threads", type=int, help="processor threads of each process; as in the environment if absent")
     add("--out", type=Path, help="file that finished measurements are added to, one line of JSON each")
     return parser.parse_args(argv)

@@ -57,6 +57,8 @@ def test_every_method_is_assembled(tmp_path, method, monkeypatch):
 
 
 def test_unknown_methods_are_refused():
-    assert dp_cost._methods("dense, dp-flat,dense") == ["dense", "dp-flat"]
-    with pytest.raises(RecipeError, match="unknown method dp-ghost; known: dense, dense-drawn"):
-        dp_cost._methods("dense,dp-ghost")
+    assert dp_cost._methods("dense, dp-flat,dense", "bfloat16") == ["dense", "dp-flat"]
+    with pytest.raises(RecipeError, match="unknown method 'dp-ghost'; known: dense, dense-drawn"):
+        dp_cost._methods("dense,dp-ghost", "float32")
+    with pytest.raises(RecipeError, match="which Opacus' hooks do not see: give --dtype float32"):
+        dp_cost._methods("dense,opacus", "bfloat16")
