@@ -9,8 +9,10 @@ than a quarter (ours):
     another vector                     as a matrix
 
 So tensors of zeros, of another layer or without relation to W are refused: they come to 1 or more. A bias of zeros is
-measured by its weight, a norm of Gemma's by its gain, so that neither needs a floor of its own. Fine-tuning stays far
-below: docs/offsite.md has what was measured.
+measured by its weight, a norm of Gemma's by its gain, so that neither needs a floor of its own. Fine-tuning stays
+below: of SmolLM2-135M's two first and two last layers, 120 steps of 8 rows of arithmetic move none of the tensors by
+more than 0.061 with LoRA of rank 32 at a rate of 1e-3, and 0.026 with whole layers at 1e-4 (0.18 at 1e-3, ten times the
+usual). `siftune verify` tells it of any return. A tiny model of small random weights, as in tests, moves further.
 """
 
 import math
