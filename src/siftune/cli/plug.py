@@ -42,12 +42,10 @@ def run(options: Options) -> dict[str, Any]:
         kit = read_kit(options.kit, options.public_key)
         result = plug(options.model, kit, options.returned, options.out, settings)
     show_updates(result.report)
-    if result.report.loss is not None:
-        loss = result.report.loss
+    if (loss := result.report.loss) is not None:
+        rows = f"{loss.rows} rows of {options.eval}"
         console.print(
-            f"loss on {loss.rows} rows of {options.eval}, in nats per token: {loss.before:.4f} before, {loss.after:.4f} "
-            "after",
-            markup=False,
+            f"loss on {rows}, in nats per token: {loss.before:.4f} before, {loss.after:.4f} after", markup=False
         )
     console.print(f"tuned model in {result.folder}, in {result.dtype}", markup=False)
     return {
