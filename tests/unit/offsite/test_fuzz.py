@@ -15,7 +15,7 @@ from support.fuzz_cases import CLASSES, cases
 from support.fuzz_child import Child
 from support.fuzz_kits import SUBJECTS, write_subject, write_tuned
 
-SAMPLE = 3  # of each class
+SAMPLE = 6  # of each class
 # said by plug alone, of a kit that is sound by itself: another base, and weights that are not the base's
 OWNERS = ("was made from a model with fingerprint", "base.layers is", "layer_types are not those", "moved by")
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from support.kits import contents
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from siftune.errors import KitError
 from siftune.offsite.emulator.model import build
@@ -37,6 +38,19 @@ def test_numbers_that_do_not_fit_the_long_rows_are_refused():
     settings = {**KINDS["longrope"], "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0] * 3}
     with pytest.raises(KitError, match=r"f: the model of it cannot run \("):
         try_model(model(rope_parameters=settings), "f")
+
+
+def test_a_position_past_the_last_is_tried(monkeypatch):
+    """Only there `dynamic` takes other numbers."""
+    seen, compute = [], ROPE_INIT_FUNCTIONS["dynamic"]
+
+    def watched(config, device=None, seq_len=None, **options):
+        seen.append(None if seq_len is None else int(seq_len))
+        return compute(config, device, seq_len, **options)
+
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "dynamic", watched)
+    try_model(model(rope_parameters={"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}), "f")
+    assert seen[-1] == 65  # of 64
 
 
 def test_angles_must_be_finite():
