@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from support.tokenizer import byte_tokenizer
+from support.tokenizer import CHATML, byte_tokenizer
 
 from siftune.errors import KitError, SiftuneError
 from siftune.offsite.kit import limited
@@ -53,7 +53,7 @@ def test_ten_thousand_times_ten_thousand_numbers_kill_the_child_and_not_us():
     ids = {"id": "x", "ids": [1] * 10_000, "tokens": ["x"] * 10_000}
     pieces = [{"SpecialToken": {"id": "x", "type_id": 0}}] * 10_000 + [{"Sequence": {"id": "A", "type_id": 0}}]
     post = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": {"x": ids}}
-    with pytest.raises(KitError, match=r"was ended by SIG|needed more than"):
+    with pytest.raises(KitError, match=r"was ended by SIG|needed more memory"):
         try_out(files_with(post_processor=post), SMALL)
 
 
@@ -68,6 +68,12 @@ def test_a_pattern_that_panics_is_a_sentence():
     with pytest.raises(
         KitError, match=r"it fails when a text .* is tokenised, .* \(Onig: .*retry-limit-in-match over\)"
     ):
+        try_out(files_with(pre_tokenizer=split), SMALL)
+
+
+def test_a_pattern_that_panics_on_a_long_run_alone_is_a_sentence():
+    split = {"type": "Split", "pattern": {"Regex": r"^(\d|\d)*$"}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(KitError, match=r"it fails when a text of 4097 .*'1111.*retry-limit-in-match"):
         try_out(files_with(pre_tokenizer=split), SMALL)
 
 
@@ -96,8 +102,16 @@ def test_a_template_without_end_is_stopped_by_the_clock():
     ],
 )
 def test_a_template_that_wants_all_memory_is_a_sentence(template):
-    with pytest.raises(KitError, match="needed more than 100 MB of memory"):
+    with pytest.raises(KitError, match="needed more memory than it may have"):
         try_out(files_with(template), SMALL)
+
+
+@limits_memory
+def test_a_template_has_less_memory_than_a_tokenizer():
+    """What it multiplies is multiplied when it is compiled, in every process, even if it is never written."""
+    hidden = "{% if messages | length == 77 %}{{ 'a' * 150000000 }}{% endif %}"
+    with pytest.raises(KitError, match="needed more memory than it may have"):
+        try_out(files_with(CHATML + hidden), Limits(wall_s=300))
 
 
 def test_a_trial_is_made_once_for_the_same_bytes_and_again_after_a_failure(monkeypatch):

@@ -136,6 +136,7 @@ def test_a_template_that_outgrows_what_is_said_is_refused(name):
         ("{{ '' | nothing }}", "is no template"),
         (ALL + "{{ raise_exception('never') }}", r"fails on a conversation of 1 turns \(user\): never"),
         (ALL + "{% if messages[1] is defined %}{{ 1 // 0 }}{% endif %}", "2 turns .*by zero"),
+        (ALL + "{{ dict.get({'a': 1}, 'a') }}", "fails .*get"),
         (ALL + "{{ messages.append(1) }}", "fails .*not safe|fails .*append"),
         (ALL + "{{ ''.__class__.__mro__ }}", "fails .*__class__"),
         (ALL + "{% set n = namespace(_x=1) %}", "fails .*namespace"),
