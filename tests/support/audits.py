@@ -19,7 +19,14 @@ from siftune.offsite.emulator.split import Split
 SPLIT = Split(1, 1)
 TOKENIZER = byte_tokenizer()
 SETTINGS = AuditSettings(
-    steps=6, lr=3e-3, batch_size=4, max_length=48, template="none", recovery_lrs=(1e-3,), eval_batch_size=20, resamples=300
+    steps=6,
+    lr=3e-3,
+    batch_size=4,
+    max_length=48,
+    template="none",
+    recovery_lrs=(1e-3,),
+    eval_batch_size=20,
+    resamples=300,
 )
 QUICK = replace(SETTINGS, steps=3, recovery=False, membership=False, resamples=50)
 

@@ -82,15 +82,18 @@ def _escaped(text: str) -> str:
 
 def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:
     from siftune.cli.updates import show_updates
-    from siftune.offsite.protocol.returned import read_return
+    from siftune.offsite.kit.promise import in_words
+    from siftune.offsite.protocol.returned import promise_of, read_return
     from siftune.offsite.protocol.updates import check_return
 
     returned = read_return(options.path, kit)
     report = check_return(kit, returned, options.max_update)
-    count = str(len(returned))
-    _show({"return": f"{options.path} is sound", "kit": f"{kit.path}, {kit.digest}", "tensors": count}, console)
+    count, promise = str(len(returned)), promise_of(options.path)
+    rows = {"return": f"{options.path} is sound", "kit": f"{kit.path}, {kit.digest}", "tensors": count}
+    _show(rows | ({"privacy": in_words(promise)} if promise else {}), console)
     show_updates(report)
-    return {"return": options.path, "kit": kit.path, "digest": kit.digest, **report.to_dict()}
+    told = {"privacy": promise} if promise else {}
+    return {"return": options.path, "kit": kit.path, "digest": kit.digest, **told, **report.to_dict()}
 
 
 def _show(rows: dict[str, str], console: Console) -> None:

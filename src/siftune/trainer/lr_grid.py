@@ -158,6 +158,11 @@ def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
             "no held-out rows: the best rate is the best on rows that are not trained on; give --eval FILE, or "
             "`eval: FILE` in the recipe"
         )
+    if recipe.dp_epsilon is not None:
+        raise RecipeError(
+            "a sweep trains on the rows once for every rate, and ε of one run does not cover the choice between them: "
+            "leave dp_epsilon out, on rows that need no protection"
+        )
     candidates = {method: replace(recipe, method=method) for method in methods}
     made = {}
     for method, one in candidates.items():

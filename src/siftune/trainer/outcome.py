@@ -76,7 +76,7 @@ class Outcome:
 
     def _parts(self, card: str) -> dict[str, Callable[[Path], None]]:
         """What is left in subfolders, and how: the adapter first, then what the source adds or has in its place."""
-        leaves = self.source.leaves(self.trainer.model)
+        leaves = self.source.leaves(self.trainer.model, self._privacy().get("privacy"))
         if leaves and not isinstance(self.trainer.model, PeftModel):
             return dict(leaves)
         return {self.folder.adapter.name: partial(self._save_adapter, card), **leaves}

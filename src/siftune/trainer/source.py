@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,13 +30,16 @@ class Source(Protocol):
     def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer; `dtype` as for `load_model`."""
 
-    def leaves(self, model: nn.Module) -> Mapping[str, Callable[[Path], None]]:
+    def leaves(
+        self, model: nn.Module, privacy: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Callable[[Path], None]]:
         """What a run on it leaves besides an adapter: name of a subfolder of the run -> what writes that folder.
 
         Where there is any, it stands for layers that were tuned themselves: these are not saved once more.
 
         Args:
             model: The tuned model.
+            privacy: What a private run says of itself; see `methods.dp.accounting.statement`.
         """
 
 
@@ -60,6 +63,8 @@ class ModelSource:
         """Load it by `load_model`."""
         return load_model(self.name, dtype)
 
-    def leaves(self, model: nn.Module) -> Mapping[str, Callable[[Path], None]]:
+    def leaves(
+        self, model: nn.Module, privacy: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Callable[[Path], None]]:
         """Nothing: the adapter, or the layers that were tuned themselves, say it all."""
         return {}

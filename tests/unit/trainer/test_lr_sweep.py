@@ -355,6 +355,7 @@ def test_each_method_gets_its_own_settings_and_no_others():
         ({"eval": None}, ("dense",), "no held-out rows: .* give --eval FILE"),
         ({"train": ""}, ("dense",), "no training data"),
         ({"resume": True, "out": "x"}, ("dense",), "resume has no effect on a sweep"),
+        ({"dp_epsilon": 8.0, "dp_delta": 1e-5}, ("dense",), "does not cover the choice between them: leave dp_epsilon"),
         ({"gast": GASTSettings(select=2)}, ("dense", "ist"), "gast.select is 2, which has no effect with method dense"),
         ({"support_rows": "c"}, ("dense", "gast"), "support dataset and support_rows go together"),
         ({"keep_scores": True}, ("dense",), "keep_scores has no effect"),

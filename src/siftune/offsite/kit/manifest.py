@@ -148,7 +148,7 @@ def parse_manifest(data: bytes) -> Manifest:
     )
 
 
-def parse_protocol(data: bytes, key: str, others: tuple[str, ...]) -> dict[str, Any]:
+def parse_protocol(data: bytes, key: str, others: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """Parse a manifest as far as its keys: first its protocol, since another one may have other keys."""
     whole = parse_json(data, MANIFEST)
     if not isinstance(whole, dict) or key not in whole:
@@ -157,7 +157,7 @@ def parse_protocol(data: bytes, key: str, others: tuple[str, ...]) -> dict[str, 
         raise KitError(
             f"{MANIFEST}: {key} is {shown(whole[key])}, a protocol that this siftune does not know; it knows {PROTOCOL}"
         )
-    as_object(whole, MANIFEST, (key, *others))
+    as_object(whole, MANIFEST, (key, *others), optional)
     if data != canonical(whole):
         raise KitError(f"{MANIFEST} is not in the form that siftune writes: keys sorted, indent 2")
     return whole

@@ -30,6 +30,7 @@ from siftune.offsite.emulator.model import LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
+from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def emulate(
     settings.check()
     middle_of(model, settings.split)
     refuse_full(out)
+    make_tokenizer(tokenizer_files(tokenizer), model.config.get_text_config().vocab_size)  # refused now, not at the end
     identity = fingerprint(model)
     work = _Work(out, _key(identity, settings, options, batches))
     try:

@@ -1,12 +1,14 @@
 """Returns on disk: what the data owner hands back, the tuned outer layers and nothing else.
 
 RETURN/
-  manifest.json            {"siftune_return": 1, "kit": "<sha256 of the kit's manifest.json>", "files": {…}}
+  manifest.json            {"siftune_return": 1, "kit": "<sha256 of the kit's manifest.json>", "files": {…}}, and
+                           "privacy" where it was tuned with differential privacy: see `kit.promise`
   adapter.safetensors      exactly the names, shapes and dtypes of the kit's manifest
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from siftune.offsite.kit.manifest import (
     parse_files,
     parse_protocol,
 )
+from siftune.offsite.kit.promise import KEY as PRIVACY
+from siftune.offsite.kit.promise import check_promise
 from siftune.offsite.kit.strict import as_text, fresh_folder, list_files, naming, read_bytes, sha256_of
 from siftune.offsite.kit.tensor_file import open_tensors
 from siftune.offsite.kit.tensors import MAX_HEADER, check_finite, check_specs, spec_of, write_tensors
@@ -29,13 +33,16 @@ from siftune.offsite.kit.tensors import MAX_HEADER, check_finite, check_specs, s
 _KIT_MANIFEST = f"{MANIFEST} of the kit"
 
 
-def write_return(out: str | Path, tensors: Mapping[str, Tensor], kit: Kit) -> Path:
+def write_return(
+    out: str | Path, tensors: Mapping[str, Tensor], kit: Kit, privacy: Mapping[str, Any] | None = None
+) -> Path:
     """Write a return, beside its place and then in one move.
 
     Args:
         out: Its folder; missing or empty.
         tensors: Neutral name -> tuned tensor, on any device; names, shapes and dtypes as the kit's manifest has them.
         kit: The kit that was tuned.
+        privacy: What a private run says of itself; see `kit.promise`.
 
     Returns:
         The folder.
@@ -51,7 +58,9 @@ def write_return(out: str | Path, tensors: Mapping[str, Tensor], kit: Kit) -> Pa
         path = folder / OUTER
         write_tensors(path, tensors)
         entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        whole = {"siftune_return": PROTOCOL, "kit": kit.digest, "files": {OUTER: entry}}
+        whole: dict[str, Any] = {"siftune_return": PROTOCOL, "kit": kit.digest, "files": {OUTER: entry}}
+        if privacy:
+            whole[PRIVACY] = check_promise(dict(privacy))
         (folder / MANIFEST).write_bytes(canonical(whole))
     return Path(out)
 
@@ -81,8 +90,7 @@ def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
         for name in (MANIFEST, OUTER):
             if name not in sizes:
                 raise KitError(f"it has no {name}")
-        text = read_bytes(folder / MANIFEST, LIMITS[MANIFEST])
-        whole = parse_protocol(text, "siftune_return", ("kit", "files"))
+        whole = _read_manifest(folder)
         _check_kit(as_text(whole["kit"], f"{MANIFEST}: kit", HASH), kit)
         spec = parse_files(whole["files"], (OUTER,))[OUTER]
         spec.check_size(OUTER, sizes[OUTER])
@@ -92,6 +100,24 @@ def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
         for name, tensor in tensors.items():
             check_finite(tensor, f"{OUTER}: {name}")
         return tensors
+
+
+def promise_of(path: str | Path) -> dict[str, Any] | None:
+    """What a return says of its differential privacy; None where it says nothing.
+
+    Raises:
+        KitError: Its manifest is out of order.
+    """
+    with naming(f"return {path}"):
+        return _read_manifest(Path(path)).get(PRIVACY)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    text = read_bytes(folder / MANIFEST, LIMITS[MANIFEST])
+    whole = parse_protocol(text, "siftune_return", ("kit", "files"), (PRIVACY,))
+    if PRIVACY in whole:
+        check_promise(whole[PRIVACY])
+    return whole
 
 
 def _check_kit(digest: str, kit: Kit) -> None:

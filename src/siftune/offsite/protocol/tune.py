@@ -1,10 +1,11 @@
 """Kits in training: which layers of one train, and what goes back to the owner of the base model."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -79,9 +80,9 @@ class KitSource:
         model.name_or_path = str(self.kit.path)
         return model, tokenizer
 
-    def leaves(self, model: nn.Module) -> dict[str, Callable[[Path], None]]:
+    def leaves(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
         """The return."""
-        return {"return": partial(save_return, model=model, kit=self.kit)}
+        return {"return": partial(save_return, model=model, kit=self.kit, privacy=privacy)}
 
 
 def source_of(name: str, public_key: str | Path | None = None) -> Source:
@@ -108,20 +109,21 @@ def find_kit(name: str, public_key: str | Path | None = None) -> Kit | None:
     return None
 
 
-def save_return(folder: Path, model: nn.Module, kit: Kit) -> None:
+def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, Any] | None = None) -> None:
     """Write what goes back to the owner: the outer layers as they are now, in the dtypes of the kit.
 
     Args:
         folder: Where to; it must not exist.
         model: The kit's emulator, with or without PEFT adapters; left as it is.
         kit: The kit.
+        privacy: What a private run says of itself.
 
     Raises:
         KitError: A value is not finite in the kit's dtype.
     """
     merged = merged_layers(model, kit.manifest.split)
     specs = kit.manifest.outer
-    write_return(folder, {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in specs.items()}, kit)
+    write_return(folder, {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in specs.items()}, kit, privacy)
 
 
 def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:

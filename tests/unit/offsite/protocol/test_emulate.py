@@ -7,7 +7,7 @@ import torch
 from support.emulators import FAMILIES, base, calibration, emulator, logits, settings
 from support.tokenizer import byte_tokenizer
 
-from siftune.errors import LayerError, ModelError, RecipeError, UnsupportedError
+from siftune.errors import KitError, LayerError, ModelError, RecipeError, UnsupportedError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator import make
@@ -292,3 +292,11 @@ def test_materialised_dtype():
     model = base().float()
     (parts,) = emulators(model, calibration(model), [settings(keep=0.5)])
     assert materialise(parts, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_tokenizer_that_may_not_leave_is_refused_before_any_work(tmp_path):
+    model = base("llama")  # 96 embeddings for more than 256 tokens
+    told = []
+    with pytest.raises(KitError, match="embeddings"):
+        emulate(model, byte_tokenizer(), calibration(model), tmp_path / "kit", progress=lambda *one: told.append(one))
+    assert told == list(tmp_path.iterdir()) == []

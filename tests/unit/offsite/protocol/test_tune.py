@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from support.kits import read_json
 from support.tiny_kit import OUTER, SPLIT, base_model, save_kit
 from support.tiny_run import lines, recipe, save_rows
 from support.trainers import At, stop
@@ -19,9 +20,10 @@ from siftune.models.adapters import attach_adapter
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.protocol import tune as module
 from siftune.offsite.protocol.load import load_emulator
-from siftune.offsite.protocol.returned import read_return
+from siftune.offsite.protocol.returned import promise_of, read_return
 from siftune.offsite.protocol.tune import merged_layers, save_return, source_of
 from siftune.recipe_file import load_recipe
 from siftune.trainer import run as training
@@ -201,7 +203,7 @@ def test_a_return_that_cannot_be_written_leaves_the_old_pair(kit, rows, tmp_path
     folder = tmp_path / "run"
     before = {p: p.read_bytes() for name in ("adapter", "return") for p in (folder / name).iterdir()}
 
-    def fails(path, model, kit):
+    def fails(path, model, kit, privacy):
         save_return(path, model, kit)
         raise KitError("no room")
 
@@ -315,3 +317,42 @@ def test_before_a_return_is_sent_it_is_attacked(kit, rows, tmp_path, capsys):
     assert " by the return" in told
     assert "0.5 is guessing; two attacks, at most 128 rows of either kind, on the emulator" in told
     assert f"--return {tmp_path}/run/return --train {rows}" in told
+
+
+@pytest.fixture(scope="module")
+def private(kit, tmp_path_factory):
+    """A run with differential privacy on a kit."""
+    folder = tmp_path_factory.mktemp("private")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(24, seed=5)))
+    words = ["train", "--model", str(kit.path), "--train", str(folder / "rows.jsonl"), "--template", "none"]
+    words += ["--steps", "2", "--batch-size", "4", "--rank", "2", "--dp-epsilon", "8", "--dp-delta", "0.01"]
+    assert main([*words, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_a_private_run_says_so_in_its_return(kit, private, capsys):
+    told = read_json(private / "return" / "manifest.json")["privacy"]
+    assert told == read_json(private / "run.json")["summary"]["privacy"] == promise_of(private / "return")
+    assert (told["delta"], told["steps"]) == (0.01, 2)
+    assert 0 < told["epsilon"] <= 8
+    assert main(["verify", str(private / "return"), "--kit", str(kit.path), "--max-update", "100"]) == 0
+    out = capsys.readouterr().out
+    assert "δ = 0.01 for one training row, there or not, after 2 steps: the data owner's word" in out
+
+
+def test_other_runs_promise_nothing(finished):
+    assert promise_of(finished / "lora" / "return") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epsilon", -1.0), ("epsilon", True), ("delta", 1), ("clipping", "none"), ("steps", 2.5), ("unit", "a person"),
+     ("accountant_version", "1.6 or so"), ("accountant", "mine"), ("name", "of the data owner")],
+)  # fmt: skip
+def test_a_promise_is_held_to_its_keys_and_ranges(kit, private, tmp_path, name, value):
+    shutil.copytree(private / "return", tmp_path / "return")
+    path = tmp_path / "return" / "manifest.json"
+    whole = read_json(path)
+    path.write_bytes(canonical({**whole, "privacy": {**whole["privacy"], name: value}}))
+    with pytest.raises(KitError, match=r"manifest\.json: privacy"):
+        read_return(tmp_path / "return", kit)
