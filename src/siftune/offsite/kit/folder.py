@@ -8,8 +8,8 @@
       adapter.safetensors      the layers to tune, under names that do not depend on the depth
       kit.sig                  optional, see signing.py
 
-`read_kit` checks all that can be checked without allocating a tensor. What it cannot see is whether weights are
-sensible numbers: a kit without a checked signature is as good as the way it came.
+`read_kit` checks all that can be checked without allocating a tensor. What it cannot see is whether weights, which are
+finite and no larger than 65504, are the base's: a kit without a checked signature is as good as the way it came.
 """
 
 import dataclasses

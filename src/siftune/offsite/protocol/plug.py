@@ -20,8 +20,10 @@ from siftune.evaluate.prepare import prepare_rows
 from siftune.files import new_folder
 from siftune.models.source import load_model, quiet_bars
 from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.kit.config import check_of_base
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit
+from siftune.offsite.kit.strict import naming
 from siftune.offsite.protocol.own_rows import LossChange, OwnRows
 from siftune.offsite.protocol.returned import read_return
 from siftune.offsite.protocol.settings import MAX_UPDATE, PlugSettings
@@ -178,3 +180,5 @@ def _check_base(model: PreTrainedModel, kit: Kit) -> None:
             f"the kit {kit.path} was made from a model with fingerprint {of_kit[:_SHORT]}…, but this one has "
             f"{own[:_SHORT]}…: give the kit's own base model, with the --dtype that the kit was made with"
         )
+    with naming(f"kit {kit.path}"):
+        check_of_base(kit.config, kit.manifest, model.config)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,12 @@ def test_another_base_model_is_refused(model, kit, where):
     wanted = kit.manifest.fingerprint[:12]
     with pytest.raises(KitError, match=rf"fingerprint {wanted}…, but this one has [0-9a-f]{{12}}…"):
         plug_in(other, kit, moved(kit))
+
+
+def test_a_kit_that_gives_another_depth_for_its_base_is_refused(model, kit):
+    other = replace(kit, manifest=replace(kit.manifest, depth=5))
+    with pytest.raises(KitError, match=r"base\.layers is 5, but the base model's is 3"):
+        plug_in(copy.deepcopy(model), other, moved(kit))
 
 
 def test_weights_that_accelerate_keeps_elsewhere_are_refused(model, kit):
