@@ -211,7 +211,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if not self._by_target:
             return None
         rows = list(self._given_rows())
-        return TargetRows(RowDraws(rows, collate, torch.Generator()).draw(len(rows), _CHUNK))
+        return TargetRows(RowDraws(rows, collate, torch.Generator()).draw(len(rows), _CHUNK) if rows else ())
 
     def _support_rows(self, loader: Any) -> Any:
         return loader.dataset if self.support_source == "sample" else self._given_rows()

@@ -1,10 +1,10 @@
-"""Where a decoder layer keeps its attention and MLP matrices: one table for all families.
+"""Where a decoder layer keeps its matrices, and what its norms multiply by: one table for all families.
 
 Paths are relative to the decoder layer. Fused projections (gpt2's and GPT-NeoX's query, key and value) count as one
 matrix. MLP channels are rows of every matrix in `reads` and columns of `writes`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from siftune.errors import UnsupportedError
@@ -18,11 +18,13 @@ class Family:
         attention: The projections of attention.
         reads: MLP matrices that read the hidden state, one row per channel.
         writes: The MLP matrix that writes to it, one column per channel.
+        centred_norms: Its norms multiply by 1 + weight, not by the weight.
     """
 
     attention: tuple[str, ...]
     reads: tuple[str, ...]
     writes: str
+    centred_norms: bool = False
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -38,7 +40,8 @@ _LLAMA = Family(
 
 # transformers' model type -> its matrices
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), replace(_LLAMA, centred_norms=True)),
     "opt": Family(
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         reads=("fc1",),

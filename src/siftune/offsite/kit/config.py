@@ -3,7 +3,7 @@
 Allowed are the settings that the config's own class declares, besides `model_type` and `dtype`. So everything that
 is not the architecture's stays out: paths and names (`_name_or_path`), versions, labels, quantisation, code
 (`auto_map`), attributes that somebody has added. Which values a setting may have stands in ranges.py. The model that
-a stranger's config describes is built and run once without memory (trial.py) before a kit counts as sound.
+a stranger's config describes is built and run once without memory (model_trial.py) before a kit counts as sound.
 """
 
 import copy
@@ -19,10 +19,10 @@ from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.model import build, emulator_config, frozen_names
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.manifest import EMULATOR, MANIFEST, Manifest
+from siftune.offsite.kit.model_trial import try_model
 from siftune.offsite.kit.ranges import LAYER_KINDS, ROTARY, check_range
 from siftune.offsite.kit.strict import brief, shown
 from siftune.offsite.kit.tensors import DTYPES, TensorSpec
-from siftune.offsite.kit.trial import try_model
 
 CONFIG = "config.json"
 MAX_BUFFERS = 64 << 20  # bytes that a model computes for itself, such as the frequencies of rotary embeddings

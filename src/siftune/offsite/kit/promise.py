@@ -5,8 +5,8 @@ The keys are those of `methods.dp.accounting.statement`, all of them and no othe
 
 from typing import Any
 
+from siftune.offsite.kit.checks import Check, number, one_of, whole
 from siftune.offsite.kit.manifest import MANIFEST
-from siftune.offsite.kit.ranges import Check, number, one_of, whole
 from siftune.offsite.kit.strict import as_object, as_text
 
 KEY = "privacy"

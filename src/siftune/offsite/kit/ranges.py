@@ -5,17 +5,15 @@ power in transformers' models overflows or has no result. Whether settings fit e
 when the model is built and run without memory; see config.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from siftune.errors import KitError
+from siftune.offsite.kit.checks import MAX_ITEMS, Check, list_of, null_or, number, one_of, truth, whole
 from siftune.offsite.kit.manifest import MAX_LAYERS
-from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, shown
+from siftune.offsite.kit.strict import as_list, as_object, as_text, shown
 from siftune.offsite.kit.tensors import MAX_SIZE
 
-Check = Callable[[Any, str], object]
-
-MAX_ITEMS = 1024  # in a list
 WORD = r"[A-Za-z0-9_.+-]{1,64}"
 LAYER_KINDS = ("full_attention", "sliding_attention")  # families with two kinds have two sets of rotary settings
 # those without weights of their own, and with a finite slope everywhere
@@ -24,54 +22,6 @@ _ACTIVATIONS = (
     *("gelu_accurate", "hardswish", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6"),
     *("sigmoid", "silu", "swish", "tanh"),
 )
-
-
-def whole(low: int, high: int) -> Check:
-    """A whole number from `low` to `high`."""
-    return lambda value, where: as_int(value, where, low, high)
-
-
-def number(low: float, high: float) -> Check:
-    """A number from `low` to `high`."""
-
-    def check(value: Any, where: str) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise KitError(f"{where} is {shown(value)}, not a number from {low:g} to {high:g}")
-
-    return check
-
-
-def one_of(*words: str) -> Check:
-    """One of some words."""
-
-    def check(value: Any, where: str) -> None:
-        if value not in words:
-            raise KitError(f"{where} is {shown(value)}; known are {', '.join(words)}")
-
-    return check
-
-
-def null_or(check: Check) -> Check:
-    """Null, or what another check lets through."""
-    return lambda value, where: None if value is None else check(value, where)
-
-
-def list_of(check: Check) -> Check:
-    """A list of at least one item, each of which another check lets through."""
-
-    def each(value: Any, where: str) -> None:
-        if not as_list(value, where, MAX_ITEMS):
-            raise KitError(f"{where} is empty")
-        for item in value:
-            check(item, where)
-
-    return each
-
-
-def truth(value: Any, where: str) -> None:
-    """True or false; 1 and 0 are neither."""
-    if not isinstance(value, bool):
-        raise KitError(f"{where} is {shown(value)}, not true or false")
 
 
 def _word(value: Any, where: str) -> None:

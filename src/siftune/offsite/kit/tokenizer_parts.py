@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from siftune.errors import KitError
-from siftune.offsite.kit.strict import as_int, as_list, as_object, shown
+from siftune.offsite.kit.checks import Check, null_or, one_of, truth, whole
+from siftune.offsite.kit.strict import as_list, as_object, shown
 
 TOKENIZER = "tokenizer.json"
 MAX_PIECES = 16  # normalizers, pre-tokenizers, post-processors or decoders in one chain
@@ -21,8 +22,6 @@ MAX_GROWTH = 200  # bytes that one byte of text may become in a chain
 MAX_PATTERN = 2000  # characters of a pattern
 MAX_CONTENT = 64  # characters of what is put in a pattern's place, or before a text
 MAX_STRIPPED = 1024  # characters that a decoder takes off a token
-
-Check = Callable[[Any, str], object]
 
 
 class Growth(NamedTuple):
@@ -57,15 +56,6 @@ class Room:
     parts: Mapping[str, Part]
 
 
-# these checks are not those of ranges.py: the child that tries a tokenizer imports this file, and no torch with it
-
-
-def flag(value: Any, where: str) -> None:
-    """True or false."""
-    if not isinstance(value, bool):
-        raise KitError(f"{where} is {shown(value)}, not true or false")
-
-
 def text(least: int, most: int) -> Check:
     """A text of so many characters."""
 
@@ -75,26 +65,6 @@ def text(least: int, most: int) -> Check:
             raise KitError(f"{where} {fault}; it must be a text of {least} to {most}")
 
     return check
-
-
-def one_of(*words: str) -> Check:
-    """One of these words."""
-
-    def check(value: Any, where: str) -> None:
-        if value not in words:
-            raise KitError(f"{where} is {shown(value)}, none of {', '.join(words)}")
-
-    return check
-
-
-def number(low: int, high: int) -> Check:
-    """A whole number in a range."""
-    return lambda value, where: as_int(value, where, low, high)
-
-
-def or_null(check: Check) -> Check:
-    """The same, or null."""
-    return lambda value, where: None if value is None else check(value, where)
 
 
 def _pattern(value: Any, where: str) -> None:
@@ -131,14 +101,14 @@ def _metaspace(part: Mapping[str, Any]) -> Growth:
     return Growth(2 * _size(part.get("replacement", "▁")))
 
 
-_BYTES = {"add_prefix_space": flag, "trim_offsets": flag, "use_regex": flag}
+_BYTES = {"add_prefix_space": truth, "trim_offsets": truth, "use_regex": truth}
 _BEHAVIOR = {"behavior": one_of("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")}
 _REPLACE = Part({"pattern": _pattern, "content": text(0, MAX_CONTENT)}, _replaced)
 _META = {
-    **{"replacement": text(1, 1), "str_rep": text(1, 1), "add_prefix_space": flag, "split": flag},
+    **{"replacement": text(1, 1), "str_rep": text(1, 1), "add_prefix_space": truth, "split": truth},
     "prepend_scheme": one_of("first", "never", "always"),
 }
-_BERT = dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), flag)
+_BERT = dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), truth)
 
 # growths of the normal forms are those of Unicode in UTF-8: U+1D1C0, U+0DDD and U+FDFA grow the most
 NORMALIZERS = Room(
@@ -150,13 +120,13 @@ NORMALIZERS = Room(
         "NFKD": Part(growth=_by(11)),
         "Nmt": Part(),
         "Lowercase": Part(growth=_by(1.5)),
-        "Strip": Part({"strip_left": flag, "strip_right": flag}),
+        "Strip": Part({"strip_left": truth, "strip_right": truth}),
         "StripAccents": Part(),
         "Replace": _REPLACE,
         "Prepend": Part({"prepend": text(0, MAX_CONTENT)}, lambda part: Growth(1, _size(part.get("prepend", "")))),
         "ByteLevel": Part(growth=_by(2)),
         # spaces around a character of three bytes, then NFD, then lower case
-        "BertNormalizer": Part({**_BERT, "strip_accents": or_null(flag)}, _by(5 / 3 * 3 * 1.5)),
+        "BertNormalizer": Part({**_BERT, "strip_accents": null_or(truth)}, _by(5 / 3 * 3 * 1.5)),
     },
 )
 PRE_TOKENIZERS = Room(
@@ -164,15 +134,15 @@ PRE_TOKENIZERS = Room(
     {
         "ByteLevel": Part(_BYTES, _in_bytes),
         "Metaspace": Part(_META, _metaspace),
-        "Split": Part({"pattern": _pattern, **_BEHAVIOR, "invert": flag}),
-        "Digits": Part({"individual_digits": flag}),
+        "Split": Part({"pattern": _pattern, **_BEHAVIOR, "invert": truth}),
+        "Digits": Part({"individual_digits": truth}),
         "Punctuation": Part(_BEHAVIOR),
         "Whitespace": Part(),
         "WhitespaceSplit": Part(),
         "BertPreTokenizer": Part(),
         "CharDelimiterSplit": Part({"delimiter": text(1, 1)}),
         "UnicodeScripts": Part(),
-        "FixedLength": Part({"length": number(1, 1 << 20)}),
+        "FixedLength": Part({"length": whole(1, 1 << 20)}),
     },
 )
 DECODERS = Room(
@@ -184,7 +154,7 @@ DECODERS = Room(
         "ByteFallback": Part(),
         "Fuse": Part(),
         # from one end only: a token that is shorter than what both ends take makes the library panic
-        "Strip": Part({"content": text(1, 1), "start": number(0, MAX_STRIPPED), "stop": number(0, 0)}),
+        "Strip": Part({"content": text(1, 1), "start": whole(0, MAX_STRIPPED), "stop": whole(0, 0)}),
     },
 )
 

@@ -9,18 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from siftune.errors import KitError
+from siftune.offsite.kit.checks import Check, null_or, truth
 from siftune.offsite.kit.strict import as_int, as_list, as_map, as_object, shown
-from siftune.offsite.kit.tokenizer_parts import (
-    TOKENIZER,
-    Check,
-    Part,
-    Room,
-    check_fields,
-    flag,
-    leaves,
-    or_null,
-    text,
-)
+from siftune.offsite.kit.tokenizer_parts import TOKENIZER, Part, Room, check_fields, leaves, text
 
 MAX_TOKEN = 1024  # characters of a token
 MAX_AFFIX = 16  # characters of what marks a token that continues or ends a word
@@ -59,7 +50,7 @@ def _of_embeddings(vocabulary: int) -> Check:
 def _check_added(value: Any, numbered: Check) -> None:
     where = f"{TOKENIZER}: added_tokens"
     fields = {"id": numbered, "content": _token}
-    fields |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), flag)
+    fields |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), truth)
     for place, token in enumerate(as_list(value, where, MAX_ADDED)):
         as_object(token, f"{where}.{place}", tuple(fields))
         for name, check in fields.items():
@@ -98,14 +89,14 @@ def _models(numbered: Check, vocabulary: int) -> dict[str, dict[str, Check]]:
                 raise KitError(f"{where}.{place} is {shown(entry)}, not a token and its score")
             text(0, MAX_TOKEN)(entry[0], f"{where}.{place}")
 
-    unknown, affix = or_null(text(0, MAX_TOKEN)), or_null(text(0, MAX_AFFIX))
+    unknown, affix = null_or(text(0, MAX_TOKEN)), null_or(text(0, MAX_AFFIX))
     return {
         "BPE": {
             **{"vocab": vocab, "merges": _merges, "dropout": _no_dropout, "unk_token": unknown},
             **{"continuing_subword_prefix": affix, "end_of_word_suffix": affix},
-            **{"fuse_unk": flag, "byte_fallback": flag, "ignore_merges": flag},
+            **{"fuse_unk": truth, "byte_fallback": truth, "ignore_merges": truth},
         },
-        "Unigram": {"vocab": scored, "unk_id": or_null(numbered), "byte_fallback": flag},
+        "Unigram": {"vocab": scored, "unk_id": null_or(numbered), "byte_fallback": truth},
         "WordLevel": {"vocab": vocab, "unk_token": unknown},
     }
 
@@ -139,11 +130,11 @@ def _posts(numbered: Check) -> dict[str, Part]:
             for token in as_list(entry["tokens"], f"{where}.{shown(name)}.tokens", MAX_AROUND):
                 _token(token, f"{where}.{shown(name)}.tokens")
 
-    switches: dict[str, Check] = {"trim_offsets": flag, "add_prefix_space": flag}
+    switches: dict[str, Check] = {"trim_offsets": truth, "add_prefix_space": truth}
     ends: dict[str, Check] = {"sep": named, "cls": named}
     template: dict[str, Check] = {"special_tokens": specials, "single": _template, "pair": _template}
     return {
-        "ByteLevel": Part({**switches, "use_regex": flag}),
+        "ByteLevel": Part({**switches, "use_regex": truth}),
         "RobertaProcessing": Part({**ends, **switches}),
         "BertProcessing": Part(ends),
         "TemplateProcessing": Part(template),

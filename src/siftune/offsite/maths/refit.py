@@ -23,6 +23,7 @@ Shapes: C channels, O outputs, K channels kept, R dropped.
 import torch
 from torch import Tensor
 
+from siftune.errors import ModelError
 from siftune.offsite.maths.kfac import Curvature, Moments, score
 
 DAMPING = 0.1  # relative; a thousand tokens tell little of how 1536 channels go together, and less would fit noise
@@ -84,8 +85,13 @@ def _damped(inputs: Moments, damping: float) -> tuple[Tensor, Tensor] | None:
 
     A was summed in float32, and a channel that is very large leaves an error there that may exceed the damping. Where
     A_δ is not positive definite, the damping is raised tenfold until it is.
+
+    Raises:
+        ModelError: A holds a number that is not finite, which no damping mends.
     """
     matrix_CC = inputs.dense().double()
+    if not matrix_CC.isfinite().all():
+        raise ModelError("an MLP's activations on the calibration rows are not finite: try --dtype float32")
     moving_C = matrix_CC.diagonal()[matrix_CC.diagonal() > 0]
     if not len(moving_C):
         return None

@@ -24,13 +24,11 @@ import torch
 from torch import Tensor
 
 from siftune.errors import KitError
+from siftune.models.families import FAMILIES
 from siftune.offsite.kit.folder import Kit, load_weights
 from siftune.offsite.kit.manifest import OUTER
 from siftune.offsite.protocol.own_rows import LossChange
 from siftune.offsite.protocol.settings import MAX_UPDATE, check_max_update
-
-# families whose norms multiply by 1 + weight
-CENTRED = ("gemma", "gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def compare(
     for name in sorted(before.keys() ^ after.keys()):
         fault = "is missing from" if name in before else "is none of the outer layers', but in"
         raise KitError(f"tensor {name} {fault} the return: give a return of this kit")
-    shift = 1.0 if model_type in CENTRED else 0.0
+    shift = 1.0 if model_type in FAMILIES and FAMILIES[model_type].centred_norms else 0.0
     names = sorted(before)  # so that of two that moved alike the same is named, whatever the order they come in
     old = {name: before[name].detach().to(after[name].dtype) for name in names}
     alone = {name: _measure(name, old[name], after[name], dtype or before[name].dtype) for name in names}

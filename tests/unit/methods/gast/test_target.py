@@ -230,6 +230,8 @@ def test_refusals():
 
 
 def test_without_its_rows_a_trainer_refuses(tmp_path):
+    with pytest.raises(RecipeError, match="was given no rows of a target"):
+        train(tmp_path, GAST(2, target=[]))
     with pytest.raises(RecipeError, match='support="target" needs rows: give GAST'):
         train(tmp_path, GAST(2, "target", choice="topk"))
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from siftune.errors import ModelError
 from siftune.offsite.maths.kfac import curvature, moments
 from siftune.offsite.maths.refit import refit, refit_scores
 
@@ -167,3 +168,11 @@ def test_half_precision_is_computed_in_float32():
     weight, x, g = weight.double(), x.double(), g.double()
     assert_close(found.double(), scores(weight, x, g, 0.4), rtol=1e-4, atol=1e-4)
     assert_close(fitted.double(), refit(weight, moments(x), kept), rtol=1e-5, atol=1e-5)
+
+
+def test_activations_that_are_not_finite_are_refused():
+    """No damping mends them: a search for one would never end."""
+    inputs = moments(torch.ones(4, 3))
+    inputs.values[0, 1] = torch.inf
+    with pytest.raises(ModelError, match="activations on the calibration rows are not finite"):
+        refit(torch.ones(2, 3), inputs, torch.tensor([0, 1]))

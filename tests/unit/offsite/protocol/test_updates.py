@@ -10,11 +10,12 @@ from support.emulators import FAMILIES, base, calibration, settings
 from support.tokenizer import byte_tokenizer
 
 from siftune.errors import KitError
+from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.protocol.emulate import KitOptions, emulate
 from siftune.offsite.protocol.plug import plug_in
-from siftune.offsite.protocol.updates import CENTRED, check_return, compare
+from siftune.offsite.protocol.updates import check_return, compare
 
 GAIN, UP = "first.0.input_layernorm.weight", "first.0.mlp.up_proj.weight"
 
@@ -71,7 +72,7 @@ def test_a_quarter_is_too_far(to, refused, shape):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_without_weight_are_silent_but_for_those_that_are_centred(family):
-    """What `CENTRED` says is what transformers does."""
+    """What the table of families says is what transformers does."""
     model = base(family)
     norms = {n: m for n, m in find_layers(model).layers[0].named_modules() if getattr(m, "weight", None) is not None}
     norms = {name: module for name, module in norms.items() if module.weight.ndim == 1}
@@ -81,7 +82,7 @@ def test_norms_without_weight_are_silent_but_for_those_that_are_centred(family):
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
-            assert bool(module(x).any()) == (model.config.model_type in CENTRED)
+            assert bool(module(x).any()) == family_of(model.config).centred_norms
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +92,7 @@ def test_every_tensor_that_is_silenced_is_refused_by_name(family):
     before, kind = outer_of(model), model.config.model_type
     for name, tensor in before.items():
         if name.endswith("weight"):
-            silent = -1.0 if tensor.ndim == 1 and kind in CENTRED else 0.0
+            silent = -1.0 if tensor.ndim == 1 and family_of(model.config).centred_norms else 0.0
             with pytest.raises(KitError, match=rf"return: {name} moved by 1 times its norm"):
                 compare(before, {**before, name: torch.full_like(tensor, silent)}, 0.25, kind).check()
 
