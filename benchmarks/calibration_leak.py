@@ -94,7 +94,7 @@ class Setting:
     def clips(self) -> dict[int, dict[str, tuple[float, float]]]:
         """Median norms of inputs and output gradients on public rows, by layer and matrix."""
         numbers = middle_of(self.model, self.split)
-        recording = record_middle(self.model, self.batches(self.public[-16:]), self.split, torch.bfloat16, None)
+        recording = record_middle(self.model, self.batches(self.public[-16:]), self.split)
         found = {}
         for number in numbers:
             captured = replay(find_layers(self.model).layers[number], recording, number, self.family.matrices)
@@ -184,7 +184,7 @@ def measure_set(setting: Setting, name: str, ways: Sequence[str]) -> Iterator[di
 def emulators(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dict[str, PreTrainedModel]:
     """One emulator per way, from one pass over the rows."""
     model, numbers = setting.model, middle_of(setting.model, setting.split)
-    recording = record_middle(model, setting.batches(rows), setting.split, torch.bfloat16, None)
+    recording = record_middle(model, setting.batches(rows), setting.split)
     made: dict[str, list[CompressedLayer]] = {way: [] for way in ways}
     for number in numbers:
         layer = find_layers(model).layers[number]
@@ -192,7 +192,7 @@ def emulators(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dic
         seen = layer_curvature(captured, slopes=False)
         for way in ways:
             made[way].append(compressed(setting, layer, number, seen, way))
-        recording.visits[number].clear()
+        recording.forget(number)
     return {way: materialise(assemble(model, setting.split, layers)) for way, layers in made.items()}
 
 

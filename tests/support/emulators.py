@@ -45,7 +45,7 @@ def emulator(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], **val
     """An emulator in memory."""
     from siftune.offsite.emulator.assemble import materialise
 
-    return materialise(emulators(model, batches, [settings(**values)], store=None)[0])
+    return materialise(emulators(model, batches, [settings(**values)])[0])
 
 
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

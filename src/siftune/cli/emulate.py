@@ -103,7 +103,7 @@ def run(options: Options) -> dict[str, Any]:
     started = time.monotonic()
     rows = calibration_rows(options)
     with console.status(f"loading {options.model}"):
-        model, tokenizer = load_base(options)
+        model, tokenizer = load_base(options, streamed=True)
     batches = batches_of(rows, tokenizer, options)
     dtype, settings = _kit_dtype(options, model), options.settings()
     if options.size_mb is not None:

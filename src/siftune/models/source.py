@@ -24,46 +24,74 @@ logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(source: str, dtype: str = "auto") -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load_model(
+    source: str, dtype: str = "auto", streamed: bool = False
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer; code that a repository brings along is never run.
 
     Args:
         source: A folder with `config.json`, a hub id, or `smollm2`, which is fetched on first use.
         dtype: Number format of the weights: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's, but
             float32 where only a processor is there that cannot multiply in the checkpoint's.
+        streamed: Leave the decoder layers' weights in their files until they run; see `streamed.py`.
 
     Returns:
-        The model, on the CPU and in eval mode, and the tokenizer, which has a padding token.
+        The model in eval mode, on the CPU, or a streamed one where it will run; and the tokenizer, which has a padding
+        token.
 
     Raises:
         ModelError: The source does not exist, cannot be reached, is no causal language model, or needs
             code of its own. The message says what was tried and what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     name = resolve(source)
     try:
-        with quiet_bars():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        model = _streamed(name, dtype) if streamed else _whole(name, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if dtype == "auto":
-            model = fit_for_this_machine(model)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_reason(name, error)) from error
     set_padding(tokenizer, source)
     return model, tokenizer
 
 
+def _whole(name: str | Path, dtype: str) -> "PreTrainedModel":
+    """Load a model with all its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    return fit_for_this_machine(model) if dtype == "auto" else model
+
+
+def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
+    """Load a model without its decoder layers' weights."""
+    from transformers import AutoModelForCausalLM
+
+    from siftune.models.streamed import streamed_map, without_advice
+
+    with quiet_bars(), without_advice():
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, device_map=streamed_map(name)
+        )
+    return _streamed(name, "float32") if dtype == "auto" and not _suits(model.dtype) else model
+
+
 def fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
     """Use float32 on a processor without half-precision products, on which torch is far slower."""
+    return model if _suits(model.dtype) else model.float()
+
+
+def _suits(dtype: Any) -> bool:
+    """Whether this machine has fast products in a dtype."""
     import torch
 
-    if torch.accelerator.is_available() or _multiplies(model.dtype):
-        return model
-    logger.info("this processor cannot multiply in %s; the model is used in float32", model.dtype)
-    return model.float()
+    if torch.accelerator.is_available() or _multiplies(dtype):
+        return True
+    logger.info("this processor cannot multiply in %s; the model is used in float32", dtype)
+    return False
 
 
 def _multiplies(dtype: Any) -> bool:

@@ -1,7 +1,8 @@
 """Put compressed layers and the rest of a base model together to an emulator, in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from siftune.models.layers import find_layers
+from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.compress import CompressedLayer
 from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
 from siftune.offsite.emulator.split import Split, outer_names
@@ -24,13 +26,38 @@ class EmulatorParts:
         middle: Shapes of the layers between.
         frozen: Tensors of everything but the outer layers, by name in the emulator's state dict.
         outer: Tensors of the outer layers, by the names of `split.outer_names`.
+
+    The tensors are got one at a time, as they are asked for: those of a base whose layers are not loaded are read.
     """
 
     config: PreTrainedConfig
     split: Split
     middle: tuple[LayerShape, ...]
-    frozen: dict[str, Tensor]
-    outer: dict[str, Tensor]
+    frozen: Mapping[str, Tensor]
+    outer: Mapping[str, Tensor]
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors that are got as they are asked for, and not kept.
+
+    Args:
+        sources: Name -> what gives the tensor.
+    """
+
+    def __init__(self, sources: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Get a tensor."""
+        return self._sources[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self._sources)
 
 
 def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLayer]) -> EmulatorParts:
@@ -44,26 +71,25 @@ def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLa
     middle = tuple(layer.shape for layer in layers)
     config = emulator_config(model.config, split, middle)
     skeleton = build(config, split, middle)
-    base = state_of(model)
     path = find_layers(skeleton).path
     depth = len(find_layers(skeleton).layers)
     made = {
-        f"{path}.{number}.{name}": tensor
+        f"{path}.{number}.{name}": partial(layer.tensors.__getitem__, name)
         for number, layer in zip(split.middle(depth), layers, strict=True)
-        for name, tensor in layer.tensors.items()
+        for name in layer.tensors
     }
-    frozen = {name: made[name] if name in made else base[name] for name in frozen_names(skeleton, split, middle)}
-    outer = {neutral: base[name] for neutral, name in outer_names(model, split).items()}
-    return EmulatorParts(config, split, middle, frozen, outer)
+    frozen = {name: made.get(name) or partial(tensor_of, model, name) for name in frozen_names(skeleton, split, middle)}
+    outer = {neutral: partial(tensor_of, model, name) for neutral, name in outer_names(model, split).items()}
+    return EmulatorParts(config, split, middle, Tensors(frozen), Tensors(outer))
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state dict, also where accelerate keeps weights elsewhere."""
-    if not any(p.device.type == "meta" for p in model.parameters()):
-        return {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
+def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensors:
+    """Tensors in a dtype, converted as they are asked for; None leaves them."""
 
-    return dict(get_state_dict_offloaded_model(model))
+    def get(name: str) -> Tensor:
+        return cast(tensors[name], dtype)
+
+    return Tensors({name: partial(get, name) for name in tensors})
 
 
 def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTrainedModel:

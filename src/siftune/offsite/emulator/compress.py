@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from siftune.models.families import Family
 from siftune.offsite.emulator.model import LayerShape, features, weight_OI
-from siftune.offsite.emulator.record import Captured
+from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.maths.kfac import DAMPING, Curvature, Moments, moments
@@ -73,8 +73,8 @@ class LayerCurvature:
         known: Components by path and basis, so that several λ and ranks cost one decomposition.
     """
 
-    captured: Mapping[str, Captured]
-    curvature: Mapping[str, Curvature]
+    captured: Mapping[str, Captured] = field(default_factory=dict)
+    curvature: Mapping[str, Curvature] = field(default_factory=dict)
     known: dict[tuple[str, str, float], Components] = field(default_factory=dict)
 
 
@@ -88,7 +88,7 @@ class CompressedLayer:
     """
 
     shape: LayerShape
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
 
 def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> LayerCurvature:
@@ -124,7 +124,7 @@ def compress_layer(
         layer: A decoder layer of the base model.
         number: Its number.
         family: Where its matrices are.
-        seen: Their curvature.
+        seen: Their curvature; not needed where all is kept.
         how: Settings.
 
     Returns:

@@ -1,14 +1,15 @@
 """Make a model's compressed middle: one pass over calibration rows, then one layer after the other.
 
-Peak memory is the model, the hidden states and gradients that the pass keeps, and one layer's factors.
+Peak memory is the model, or one layer of a model whose layers are loaded as they run (`models/streamed.py`); the hidden
+states and gradients that the pass keeps, or one layer's where they lie in a folder; and one layer's factors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,9 +18,17 @@ from siftune.files import Progress
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble
-from siftune.offsite.emulator.compress import CompressedLayer, compress_layer, layer_curvature, whole
+from siftune.offsite.emulator.compress import (
+    CompressedLayer,
+    Compression,
+    LayerCurvature,
+    compress_layer,
+    layer_curvature,
+    whole,
+)
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
-from siftune.offsite.emulator.record import Recording, record, replay
+from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.emulator.recording import Recording
 from siftune.offsite.emulator.split import Split
 
 
@@ -27,7 +36,6 @@ def emulators(
     model: PreTrainedModel,
     batches: Sequence[dict[str, Tensor]],
     choices: Sequence[EmulatorSettings],
-    store: torch.dtype | None = torch.bfloat16,
     progress: Progress | None = None,
 ) -> list[EmulatorParts]:
     """Make several emulators of one model in memory, from one pass.
@@ -36,7 +44,6 @@ def emulators(
         model: The base model, without adapters.
         batches: Calibration rows, as for `protocol.emulate`.
         choices: Settings of each; their splits must be the same.
-        store: Dtype in which hidden states and gradients are kept; None keeps the model's.
         progress: Told of every batch and layer.
 
     Raises:
@@ -47,13 +54,14 @@ def emulators(
     split = choices[0].split
     if any(choice.split != split for choice in choices):
         raise RecipeError("emulators made together have one split; make those of another split apart")
-    recording = record_middle(model, batches, split, store, progress)
+    recording = record_middle(model, batches, split, progress)
     plans = [plan(model, recording, choice) for choice in choices]
     made: list[dict[int, CompressedLayer]] = [{} for _ in choices]
-    for number, layers in compressed_layers(model, recording, list(zip(choices, plans, strict=True)), progress):
-        for by_number, layer in zip(made, layers, strict=True):
-            if layer is not None:
-                by_number[number] = layer
+
+    def take(place: int, number: int, layer: CompressedLayer) -> None:
+        made[place][number] = layer
+
+    compress_middle(model, recording, list(zip(choices, plans, strict=True)), take, progress)
     return [assemble(model, split, in_places(model, steps, by)) for steps, by in zip(plans, made, strict=True)]
 
 
@@ -61,11 +69,11 @@ def record_middle(
     model: PreTrainedModel,
     batches: Sequence[dict[str, Tensor]],
     split: Split,
-    store: torch.dtype | None,
-    progress: Progress | None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Recording:
-    """Run the calibration rows through the model, once."""
-    return record(model, batches, middle_of(model, split), store, progress)
+    """Run the calibration rows through the model, once; see `record`."""
+    return record(model, batches, middle_of(model, split), progress, folder)
 
 
 def middle_of(model: PreTrainedModel, split: Split) -> range:
@@ -79,35 +87,54 @@ def middle_of(model: PreTrainedModel, split: Split) -> range:
     return split.middle(len(find_layers(model).layers))
 
 
-def compressed_layers(
+def compress_middle(
     model: PreTrainedModel,
     recording: Recording,
     jobs: Sequence[tuple[EmulatorSettings, Sequence[Step]]],
+    take: Callable[[int, int, CompressedLayer], None],
     progress: Progress | None,
-) -> Iterator[tuple[int, list[CompressedLayer | None]]]:
-    """Go through the middle layers once; compress each for every job that has it."""
-    layers, family = find_layers(model).layers, family_of(model.config)
-    own = [{step.number: step for step in steps if step.same_as is None} for _, steps in jobs]
-    numbers = sorted(set().union(*own))
+) -> None:
+    """Go through the middle layers once; compress each for every job that has it.
+
+    Args:
+        model: The base model.
+        recording: What its middle layers saw; a layer's part is freed when it is done.
+        jobs: Settings of each, and the layers that it wants.
+        take: Given each layer with the job's place and its number.
+        progress: Told of every layer.
+    """
+    wanted = [
+        (settings, {step.number: step.keep for step in steps if step.same_as is None}) for settings, steps in jobs
+    ]
+    numbers = sorted(set().union(*(keeps for _, keeps in wanted)))
     slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
     for done, number in enumerate(numbers, 1):
-        layer = layers[number]
-        needed = any(number in steps and steps[number].keep < 1 for steps in own)
-        seen = layer_curvature(replay(layer, recording, number, family.matrices), slopes) if needed else None
-        compressed: list[CompressedLayer | None] = []
-        with _here(layer):
-            for (settings, _), steps in zip(jobs, own, strict=True):
-                step = steps.get(number)
-                if step is None:
-                    compressed.append(None)
-                elif step.keep >= 1 or seen is None:
-                    compressed.append(whole(layer, number))
-                else:
-                    compressed.append(compress_layer(layer, number, family, seen, replace(settings, keep=step.keep)))
-        recording.visits[number].clear()  # used; memory goes down as the work goes on
-        yield number, compressed
+        here = {
+            place: replace(settings, keep=keeps[number])
+            for place, (settings, keeps) in enumerate(wanted)
+            if number in keeps
+        }
+        _compress_one(model, recording, number, here, slopes, take)
+        recording.forget(number)  # used; memory goes down as the work goes on
         if progress is not None:
             progress("compression", done, len(numbers))
+
+
+def _compress_one(
+    model: PreTrainedModel,
+    recording: Recording,
+    number: int,
+    jobs: Mapping[int, Compression],
+    slopes: bool,
+    take: Callable[[int, int, CompressedLayer], None],
+) -> None:
+    """Compress a layer for every job; nothing of it is left in memory."""
+    layer, family = find_layers(model).layers[number], family_of(model.config)
+    some = any(how.keep < 1 for how in jobs.values())
+    seen = layer_curvature(replay(layer, recording, number, family.matrices), slopes) if some else LayerCurvature()
+    with _here(layer):
+        for place, how in jobs.items():
+            take(place, number, compress_layer(layer, number, family, seen, how))
 
 
 def in_places(

@@ -11,7 +11,7 @@ from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.compress import Compression
 from siftune.offsite.emulator.model import features
-from siftune.offsite.emulator.record import Recording
+from siftune.offsite.emulator.recording import Recording
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
 
@@ -97,7 +97,7 @@ def plan(model: nn.Module, recording: Recording, settings: EmulatorSettings) -> 
     Raises:
         UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
     """
-    numbers = sorted(recording.visits)
+    numbers = recording.numbers
     count = max(1, round(settings.keep * len(numbers)))
     if settings.method in ("layerdrop", "crash"):
         _refuse_numbered(getattr(model, "config", None), settings.method)
@@ -107,7 +107,7 @@ def plan(model: nn.Module, recording: Recording, settings: EmulatorSettings) -> 
         sources = crash_sources(neighbour_similarities(recording.outputs(number) for number in numbers), count)
         return [Step(numbers[s], same_as=None if s == place else s) for place, s in enumerate(sources)]
     if settings.allot == "score" and settings.keep < 1:
-        shares = allot([recording.effect[number] ** 0.5 for number in numbers], settings.keep)
+        shares = allot([recording.effect(number) ** 0.5 for number in numbers], settings.keep)
         return [Step(number, share) for number, share in zip(numbers, shares, strict=True)]
     return [Step(number, settings.keep) for number in numbers]
 

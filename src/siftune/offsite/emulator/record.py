@@ -1,18 +1,20 @@
-"""One pass over calibration rows: what goes into every middle layer, and the gradient of what comes out.
+"""Calibration rows through a model layer by layer: what goes into a layer, and the gradient of what comes out of it.
 
 With those two a layer can be run forward and backward alone afterwards, so curvature, scores and compression need one
-layer's activations at a time. The pass itself is an ordinary forward and backward over a batch; no gradient of a weight
-is formed.
+layer's activations at a time. So does the pass itself: all batches go through one layer before the next one, upwards
+without a graph, and downwards once more layer by layer; no gradient of a weight is formed. A model whose layers are
+loaded when they run (`models/streamed.py`) has one of them in memory at any time.
 
     model --pass--> Recording --replay(layer)--> inputs x and output gradients g of each of the layer's matrices
 
 Shapes: B rows, T positions, H hidden size, N real tokens of all batches, I and O in and out features of a matrix.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,70 +22,23 @@ from torch import Tensor, nn
 
 from siftune.errors import DataError
 from siftune.files import Progress
-from siftune.models.layers import find_layers, hidden_states, with_hidden
+from siftune.models.layers import find_layers, hidden_states
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.models.modes import evaluating, trainable_only
+from siftune.offsite.emulator.recording import Call, Captured, Recording, Visit, own, rows_of
+from siftune.offsite.emulator.states import States
 
-
-@dataclass
-class Visit:
-    """One batch's visit to one layer: the call, and the gradient that came back; hidden states wait on the CPU."""
-
-    args: tuple[Any, ...]  # hidden states apart
-    kwargs: dict[str, Any]
-    hidden_BTH: Tensor
-    grad_BTH: Tensor | None = None
-
-
-@dataclass
-class Recording:
-    """What the middle layers saw.
-
-    Attributes:
-        visits: By number of the layer, one visit per batch.
-        real: (B, T) bool per batch: false on padding.
-        tokens: Labels of all batches.
-        loss: Mean loss per label.
-        effect: By number of the layer: the sum over tokens of ⟨∂ℓ/∂y, y − x⟩², x and y the layer's input and output.
-            Its root is, to first order, by how much the loss of a token would move if the layer were skipped.
-        last_BTH: Outputs of the last of these layers, one per batch.
-    """
-
-    visits: dict[int, list[Visit]]
-    real: list[Tensor] = field(default_factory=list)
-    tokens: int = 0
-    loss: float = 0.0
-    effect: dict[int, float] = field(default_factory=dict)
-    last_BTH: list[Tensor] = field(default_factory=list)
-
-    def outputs(self, number: int) -> Tensor:
-        """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
-        following = self.visits.get(number + 1)
-        outputs = [visit.hidden_BTH for visit in following] if following is not None else self.last_BTH
-        return torch.cat([_rows(h, real) for h, real in zip(outputs, self.real, strict=True)])
-
-
-@dataclass(frozen=True)
-class Captured:
-    """What one matrix saw: float32, where the layer is; padding is left out.
-
-    Attributes:
-        x_NI: Its inputs.
-        g_NO: Gradients of the summed loss for its outputs.
-    """
-
-    x_NI: Tensor
-    g_NO: Tensor
+Batch = dict[str, Tensor]
 
 
 def record(
     model: nn.Module,
-    batches: Sequence[dict[str, Tensor]],
+    batches: Sequence[Batch],
     numbers: Sequence[int],
-    store: torch.dtype | None = torch.bfloat16,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Recording:
-    """Run the calibration batches through the model once, forward and backward.
+    """Run the calibration batches through the model once, forward and backward, layer by layer.
 
     The model is left as it was: mode, `requires_grad` and gradients.
 
@@ -91,28 +46,31 @@ def record(
         model: A causal language model without adapters; also spread over devices by accelerate.
         batches: Each with (B, T) `input_ids`, `attention_mask` and `labels` (-100 where nothing is learned).
         numbers: Numbers of the layers to record, without a gap.
-        store: Dtype in which hidden states and gradients are kept; None keeps the model's.
-        progress: Told after each batch.
+        progress: Told after each layer.
+        folder: Where hidden states and gradients lie; layers that are there already are not run again. None keeps them
+            in memory.
 
     Raises:
         DataError: There is no batch, or not one label in all of them, or the loss is not finite.
     """
-    recording = Recording({number: [] for number in numbers}, effect=dict.fromkeys(numbers, 0.0))
+    recording = Recording(numbers, States(folder, "hidden"), States(folder, "grad"))
     layers = find_layers(model).layers
-    with ExitStack() as undo:
-        undo.enter_context(trainable_only(model))
-        undo.enter_context(evaluating(model))
-        undo.enter_context(torch.enable_grad())
-        for number in numbers:
-            first = number == numbers[0]
-            before = partial(_arrive, recording, number, first, store)
-            undo.callback(layers[number].register_forward_pre_hook(before, with_kwargs=True).remove)
-            undo.callback(layers[number].register_forward_hook(partial(_leave, recording, number)).remove)
-        for done, batch in enumerate(batches, 1):
-            _run(model, batch, recording)
-            if progress is not None:
-                progress("calibration", done, len(batches))
-    return _checked(recording)
+    used = [batch for batch in batches if bool(label_positions(batch["labels"]).any())]
+    if not used:
+        raise DataError("the calibration rows hold no token to learn: give rows with text")
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress("calibration", done, 2 * len(layers) - numbers[0])
+
+    with trainable_only(model), evaluating(model):
+        _upwards(recording, layers, _enter(model, layers, used, recording), tell)
+        _downwards(recording, layers, _losses(model, layers, used, recording), tell)
+    for number in range(numbers[-1] + 1, len(layers) + 1):  # above the middle nothing is needed any more
+        recording.grads.drop(number)
+        if number > numbers[-1] + 1:
+            recording.hidden.drop(number)
+    return recording
 
 
 def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
@@ -129,11 +87,11 @@ def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[
     parts: dict[str, list[Captured]] = {path: [] for path in paths}
     shared: dict[int, Tensor] = {}
     with trainable_only(layer), torch.enable_grad():
-        for visit, real in zip(recording.visits[number], recording.real, strict=True):
+        for visit in recording.visits(number):
             inputs, outputs, grads = _backward(layer, visit, paths)
-            shared = {id(x): _rows(x, real) for x in inputs.values()}
+            shared = {id(x): rows_of(x, visit.real_BT) for x in inputs.values()}
             for path, g in zip(outputs, grads, strict=True):
-                parts[path].append(Captured(shared[id(inputs[path])], _rows(g, real)))
+                parts[path].append(Captured(shared[id(inputs[path])], rows_of(g, visit.real_BT)))
     joined: dict[tuple[int, ...], Tensor] = {}
     captured = {}
     for path in paths:
@@ -144,72 +102,137 @@ def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[
     return captured
 
 
-def _arrive(
-    recording: Recording,
-    number: int,
-    first: bool,
-    store: torch.dtype | None,
-    _: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Before a layer: keep the call; the first one cuts the graph, so that backward ends there."""
-    hidden = hidden_states(args, kwargs)
-    copy_BTH = hidden.detach().to("cpu", store or hidden.dtype)
-    if copy_BTH.data_ptr() == hidden.data_ptr():
-        copy_BTH = copy_BTH.clone()  # the model may go on in place
-    rest = args[1:] if args and isinstance(args[0], Tensor) else args
-    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    recording.visits[number].append(Visit(rest, others, copy_BTH))
-    return with_hidden(args, kwargs, lambda h: h.detach().requires_grad_()) if first else None
+def _enter(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], to: Recording) -> list[Tensor]:
+    """What goes into the first layer; the calls of all layers go into the recording.
+
+    Masks and positions do not depend on hidden states, so that the layers themselves need not run for that.
+    """
+    entering: list[Tensor] = []
+
+    def note(number: int, hidden: Tensor, call: Call) -> Tensor:
+        if number == 0:
+            entering.append(own(hidden))
+            to.calls.append([])
+        to.calls[-1].append(call)
+        return hidden
+
+    for batch in batches:
+        _logits(model, layers, batch, note)
+        to.real.append(batch.get("attention_mask", torch.ones_like(batch["labels"])).bool().cpu())
+    return entering
 
 
-def _leave(recording: Recording, number: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """After a layer: have the gradient of its output kept when backward gets there."""
-    visit, place = recording.visits[number][-1], len(recording.real) - 1
-    if number == max(recording.visits):
-        recording.last_BTH.append(_tensor(output).detach().to("cpu", visit.hidden_BTH.dtype, copy=True))
+def _upwards(
+    recording: Recording, layers: Sequence[nn.Module], states: list[Tensor], tell: Callable[[int], None]
+) -> None:
+    """All batches through one layer after the other; what goes into the middle layers and those above is kept."""
+    first, depth = recording.numbers[0], len(layers)
+    start = max((number for number in range(first, depth + 1) if recording.hidden.has(number)), default=0)
+    if recording.hidden.has(start):
+        states = recording.hidden.get(start)
+    for number in range(start, depth):
+        if number >= first:
+            recording.hidden.put(number, states)
+        calls = [calls[number] for calls in recording.calls]
+        states = [call.run(layers[number], own(hidden)) for call, hidden in zip(calls, states, strict=True)]
+        tell(number + 1)
+    recording.hidden.put(depth, states)
 
-    def keep(grad: Tensor) -> None:
-        visit.grad_BTH = grad.detach().to("cpu", visit.hidden_BTH.dtype, copy=True)
-        change = (out.detach() - visit.hidden_BTH.to(out.device)).float()
-        real = recording.real[place].to(out.device)
-        recording.effect[number] += float(((grad.float() * change).sum(-1) ** 2)[real].sum())
 
-    out = _tensor(output)
-    out.register_hook(keep)  # type: ignore[no-untyped-call]
+def _losses(
+    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], recording: Recording
+) -> list[Tensor]:
+    """The loss of every batch, and its gradient for what comes out of the last layer.
 
-
-def _run(model: nn.Module, batch: dict[str, Tensor], recording: Recording) -> None:
-    """Forward and backward of the summed loss over one batch."""
-    labels_BT = batch["labels"]
-    mask_BT = label_positions(labels_BT)
-    real = batch.get("attention_mask", torch.ones_like(labels_BT)).bool()
-    if not bool(mask_BT.any()):
-        return
-    recording.real.append(real.cpu())
-    device = next(model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
-    with logits_at(model, mask_BT):
-        logits_NV = model(**inputs, use_cache=False).logits[0]
-    targets_N = next_labels(labels_BT).to(logits_NV.device)
-    loss = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
-    loss.backward()  # type: ignore[no-untyped-call]
-    total = recording.loss * recording.tokens + float(loss.detach())
-    recording.tokens += targets_N.numel()
+    Raises:
+        DataError: The loss is not finite.
+    """
+    total, grads = 0.0, []
+    for batch, hidden in zip(batches, recording.hidden.get(len(layers)), strict=True):
+        loss, grad = _loss(model, layers, batch, own(hidden).requires_grad_())
+        grads.append(grad)
+        total += loss
+    recording.tokens = sum(int(label_positions(batch["labels"]).sum()) for batch in batches)
     recording.loss = total / recording.tokens
-
-
-def _checked(recording: Recording) -> Recording:
-    if not recording.tokens:
-        raise DataError("the calibration rows hold no token to learn: give rows with text")
-    if not torch.isfinite(torch.tensor(recording.loss)):
+    if not math.isfinite(recording.loss):
         raise DataError(
             f"the loss on the calibration rows is {recording.loss}: nothing can be learned from it about the model; "
             "give other rows, or load the model with --dtype float32"
         )
-    return recording
+    return grads
+
+
+def _loss(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, last_BTH: Tensor) -> tuple[float, Tensor]:
+    """The summed loss of a batch, and its gradient for what comes out of the last layer."""
+
+    def end(number: int, hidden: Tensor, _: Call) -> Tensor:
+        return last_BTH.to(hidden.device) if number == len(layers) - 1 else hidden
+
+    with torch.enable_grad():
+        logits_NV = _logits(model, layers, batch, end)
+        targets_N = next_labels(batch["labels"]).to(logits_NV.device)
+        loss = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    return float(loss.detach()), torch.autograd.grad(loss, last_BTH)[0]
+
+
+def _downwards(
+    recording: Recording, layers: Sequence[nn.Module], grads: list[Tensor], tell: Callable[[int], None]
+) -> None:
+    """The gradient of the loss for what comes out of the layers, from the last one to the first of the middle."""
+    first, depth = recording.numbers[0], len(layers)
+    start = min((number for number in range(first, depth) if recording.grads.has(number)), default=depth - 1)
+    if recording.grads.has(start):
+        grads = recording.grads.get(start)
+    for number in range(start, first - 1, -1):
+        recording.grads.put(number, grads)
+        tell(2 * depth - number)
+        if number > first:
+            grads = [_input_gradient(layers[number], visit) for visit in recording.visits(number)]
+
+
+def _input_gradient(layer: nn.Module, visit: Visit) -> Tensor:
+    """The gradient for what goes into a layer, from that for what comes out."""
+    hidden = own(visit.hidden_BTH).requires_grad_()
+    with torch.enable_grad():
+        out = visit.call.run(layer, hidden)
+    return torch.autograd.grad(out, hidden, visit.grad_BTH.to(out.device))[0]
+
+
+def _logits(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    instead: Callable[[int, Tensor, Call], Tensor],
+) -> Tensor:
+    """Logits at the labels of a batch, (N, V), with something else in the place of every layer."""
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+    with _replaced(layers, instead), logits_at(model, label_positions(batch["labels"])):
+        logits: Tensor = model(**inputs, use_cache=False).logits[0]
+    return logits
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Module], instead: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+    """Have something else computed in the place of layers, whose weights are not touched."""
+
+    def forward(number: int, *args: Any, **kwargs: Any) -> Tensor:
+        rest = args[1:] if args and isinstance(args[0], Tensor) else args
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        return instead(number, hidden_states(args, kwargs), Call(rest, others))
+
+    before = [vars(layer).get("forward") for layer in layers]  # accelerate leaves one of its own there
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = partial(forward, number)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = own
 
 
 def _backward(
@@ -222,25 +245,10 @@ def _backward(
     def keep(path: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs[path], outputs[path] = args[0], output
 
-    like = next(p for p in layer.parameters())
-    dtype = like.dtype
-    device = visit.hidden_BTH.device if like.device.type == "meta" else like.device
-    hidden = visit.hidden_BTH.to(device, dtype).requires_grad_()
+    hidden = own(visit.hidden_BTH).requires_grad_()
     with ExitStack() as undo:
         for path in paths:
             undo.callback(layer.get_submodule(path).register_forward_hook(partial(keep, path)).remove)
-        out = _tensor(layer(hidden, *visit.args, **visit.kwargs))
-    assert visit.grad_BTH is not None
-    grads = torch.autograd.grad(out, list(outputs.values()), visit.grad_BTH.to(out.device, out.dtype))
+        out = visit.call.run(layer, hidden)
+    grads = torch.autograd.grad(out, list(outputs.values()), visit.grad_BTH.to(out.device))
     return inputs, outputs, grads
-
-
-def _rows(x_BTF: Tensor, real_BT: Tensor) -> Tensor:
-    """Real tokens of a (B, T, F) tensor as float32 rows (N, F); OPT hands its MLP rows that are flat already."""
-    flat = x_BTF.detach().reshape(-1, x_BTF.shape[-1])
-    return flat[real_BT.flatten().to(flat.device)].float()
-
-
-def _tensor(output: Any) -> Tensor:
-    """The hidden states in a decoder layer's output."""
-    return output if isinstance(output, Tensor) else output[0]

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 
 from siftune.errors import KitError
+from siftune.models.streamed import tensor_of
 
 _CHUNK = 1 << 22  # values that are hashed at a time
 
@@ -30,12 +31,13 @@ def fingerprint(model: nn.Module) -> str:
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     digest = hashlib.sha256()
     for name in sorted(model.state_dict().keys() - set(tied)):
-        owner, _, leaf = name.rpartition(".")
-        with align_module_device(model.get_submodule(owner)):  # fetches what accelerate keeps elsewhere
-            tensor = getattr(model.get_submodule(owner), leaf).detach()
-            if tensor.is_meta:
-                raise KitError(f"{name} of the model has no values; load the model with its weights")
-            digest.update(json.dumps([name, list(tensor.shape)]).encode())
-            for piece in tensor.reshape(-1).split(_CHUNK):
-                digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)
+        _add(digest, name, tensor_of(model, name))
     return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise KitError(f"{name} of the model has no values; load the model with its weights")
+    digest.update(json.dumps([name, list(tensor.shape)]).encode())
+    for piece in torch.split(tensor.reshape(-1), _CHUNK):
+        digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)

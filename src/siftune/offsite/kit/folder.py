@@ -56,8 +56,8 @@ class KitContents:
         middle: Shapes of the emulator's layers between.
         depth: Decoder layers of the base.
         fingerprint: Of the base's weights.
-        frozen: Name in the emulator's state dict -> tensor, of `frozen_names`.
-        outer: Neutral name -> tensor, of `outer_names`.
+        frozen: Name in the emulator's state dict -> tensor, of `frozen_names`; may be lazy, so one at a time is taken.
+        outer: Neutral name -> tensor, of `outer_names`; the same.
     """
 
     config: PreTrainedConfig
@@ -143,14 +143,14 @@ def _fill(folder: Path, contents: KitContents) -> None:
         fingerprint=contents.fingerprint,
         split=contents.split,
         middle=tuple(contents.middle),
-        outer={name: spec_of(tensor) for name, tensor in contents.outer.items()},
+        outer={name: spec_of(contents.outer[name]) for name in contents.outer},
         files={name: FileSpec((folder / name).stat().st_size, sha256_of(folder / name)) for name in names},
     )
     (folder / MANIFEST).write_bytes(dump_manifest(manifest))
 
 
 def _one_dtype(tensors: Iterable[Tensor]) -> str:
-    dtypes = {spec_of(tensor).dtype for tensor in tensors}
+    dtypes = {spec.dtype for spec in map(spec_of, tensors)}  # which lets go of each before the next
     if len(dtypes) != 1:
         raise KitError(f"the frozen tensors have the dtypes {', '.join(sorted(dtypes))}; bring them to one")
     return dtypes.pop()

@@ -5,17 +5,16 @@ header maps a name to {"dtype", "shape", "data_offsets"} and "__metadata__" to s
 {"format": "pt"}; the tensors follow each other without gaps and fill the file.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from siftune.errors import KitError
@@ -172,25 +171,45 @@ def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSp
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, as the library writes it; one tensor is looked at at a time, so that they may be lazy.
 
     Args:
         path: The file, in a folder that exists.
-        tensors: Name -> tensor, on any device.
+        tensors: Name -> tensor, on any device; each is asked for several times.
 
     Raises:
-        KitError: A value is NaN, infinite or too large, two tensors share memory, or the file cannot be written.
+        KitError: A value is NaN, infinite or too large, or the file cannot be written.
     """
-    for name, tensor in tensors.items():
-        check_finite(tensor, f"{path.name}: {name}")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    specs = {name: _checked_spec(tensors[name], f"{path.name}: {name}") for name in tensors}
     try:
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(plain, path, metadata=METADATA)
-        path.chmod(mode)  # safetensors leaves files that no one else may read, and these are to be handed out
-    except (SafetensorError, RuntimeError, OSError) as error:
+        with path.open("wb") as file:
+            _fill(file, specs, tensors)
+    except OSError as error:
         raise KitError(f"{path.name} cannot be written ({brief(error)})") from error
+
+
+def _checked_spec(tensor: Tensor, where: str) -> TensorSpec:
+    check_finite(tensor, where)
+    return spec_of(tensor)
+
+
+def _fill(file: BufferedWriter, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]) -> None:
+    """Write header and tensors; the widest numbers come first, then the order is that of the names."""
+    order = sorted(specs, key=lambda name: ([*DTYPES].index(specs[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for name in order:
+        begin, end = end, end + specs[name].bytes
+        header[name] = {"dtype": specs[name].dtype, "shape": specs[name].shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are to lie at multiples of eight bytes
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        file.write(_bytes(tensors[name]))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def check_finite(tensor: Tensor, where: str) -> None:

@@ -113,8 +113,12 @@ def calibration_and_held_out(
     return rows[: options.rows], rows[options.rows :]
 
 
-def load_base(options: CalibrationOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load the model, to the accelerator if there is one, and its tokenizer.
+
+    Args:
+        options: Which one.
+        streamed: Leave its layers' weights in their files until they run.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -123,8 +127,8 @@ def load_base(options: CalibrationOptions) -> "tuple[PreTrainedModel, PreTrained
 
     from siftune.models.source import load_model
 
-    model, tokenizer = load_model(options.model, options.dtype)
-    if torch.accelerator.is_available():
+    model, tokenizer = load_model(options.model, options.dtype, streamed)
+    if not streamed and torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model, tokenizer
 

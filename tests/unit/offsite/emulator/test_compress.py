@@ -19,7 +19,7 @@ NUMBER = 2
 
 def seen(model, batches=None, slopes=True):
     family = family_of(model.config)
-    recording = record(model, batches or calibration(model, count=4, rows=4), range(1, 4), store=None)
+    recording = record(model, batches or calibration(model, count=4, rows=4), range(1, 4))
     layer = find_layers(model).layers[NUMBER]
     captured = replay(layer, recording, NUMBER, family.matrices)
     return layer, family, captured, layer_curvature(captured, slopes)

@@ -35,7 +35,7 @@ def seen_by_hooks(model, batches, number, path):
 def test_a_layer_alone_sees_what_it_saw_in_the_model(family):
     model = base(family)
     batches = calibration(model)
-    recording = record(model, batches, range(1, 4), store=None)
+    recording = record(model, batches, range(1, 4))
     paths = family_of(model.config).matrices
     for number in (1, 3):
         found = replay(find_layers(model).layers[number], recording, number, paths)
@@ -57,7 +57,7 @@ def test_matrices_that_read_one_tensor_share_it():
 def test_effect_is_the_first_order_change_of_the_loss_when_a_layer_is_skipped():
     model = base()
     batches = calibration(model, count=1)
-    recording = record(model, batches, range(1, 4), store=None)
+    recording = record(model, batches, range(1, 4))
     kept = {}
 
     def keep(_, args, output):
@@ -74,7 +74,7 @@ def test_effect_is_the_first_order_change_of_the_loss_when_a_layer_is_skipped():
         float(kept["y"].grad[b, t] @ (kept["y"].detach()[b, t] - kept["x"][b, t])) ** 2
         for b, t in inputs["attention_mask"].nonzero().tolist()
     )
-    assert recording.effect[2] == pytest.approx(expected, rel=1e-4)
+    assert recording.effect(2) == pytest.approx(expected, rel=1e-4)
 
 
 def test_loss_is_the_mean_over_labels():
@@ -98,7 +98,7 @@ def test_loss_is_the_mean_over_labels():
 def test_outputs_of_a_layer_are_the_inputs_of_the_next_and_the_last_has_its_own():
     model = base()
     batches = calibration(model)
-    short, longer = record(model, batches, range(1, 3), store=None), record(model, batches, range(1, 4), store=None)
+    short, longer = record(model, batches, range(1, 3)), record(model, batches, range(1, 4))
     assert torch.equal(short.outputs(2), longer.outputs(2))
     assert torch.equal(short.outputs(1), longer.outputs(1))
     assert not torch.equal(short.outputs(1), short.outputs(2))
@@ -107,14 +107,14 @@ def test_outputs_of_a_layer_are_the_inputs_of_the_next_and_the_last_has_its_own(
 def test_a_model_that_goes_on_in_place_does_not_change_what_was_kept():
     model = base()
     batches = calibration(model)
-    untouched = record(model, batches, range(1, 4), store=None)
+    untouched = record(model, batches, range(1, 4))
 
     def go_on(_, args, __):
         args[0].data.zero_()
 
     with find_layers(model).layers[2].register_forward_hook(go_on):
-        touched = record(model, batches, range(1, 4), store=None)
-    for before, after in zip(untouched.visits[2], touched.visits[2], strict=True):
+        touched = record(model, batches, range(1, 4))
+    for before, after in zip(untouched.visits(2), touched.visits(2), strict=True):
         assert torch.equal(before.hidden_BTH, after.hidden_BTH)
 
 

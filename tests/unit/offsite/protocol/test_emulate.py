@@ -128,10 +128,10 @@ def test_kinds_of_attention_go_with_the_layers():
 def test_what_is_allotted_by_score_goes_to_the_layers_that_matter():
     model = base()
     batches = calibration(model)
-    effect = record(model, batches, range(1, 4), store=None).effect
-    (parts,) = emulators(model, batches, [settings(keep=0.5, allot="score")], store=None)
+    effect = record(model, batches, range(1, 4)).effect
+    (parts,) = emulators(model, batches, [settings(keep=0.5, allot="score")])
     channels = [shape.channels for shape in parts.middle]
-    shares = allot([effect[number] ** 0.5 for number in (1, 2, 3)], 0.5)
+    shares = allot([effect(number) ** 0.5 for number in (1, 2, 3)], 0.5)
     assert channels == [int(48 * share + 1e-9) for share in shares]
     assert len(set(channels)) == 3
 
@@ -163,8 +163,8 @@ def test_several_at_once_are_those_made_one_by_one():
         settings(method="layerdrop", keep=0.4),
         settings(keep=0.6, allot="score"),
     ]
-    for choice, parts in zip(choices, emulators(model, batches, choices, store=None), strict=True):
-        (alone,) = emulators(model, batches, [choice], store=None)
+    for choice, parts in zip(choices, emulators(model, batches, choices), strict=True):
+        (alone,) = emulators(model, batches, [choice])
         assert alone.middle == parts.middle
         for name, tensor in alone.frozen.items():
             assert torch.equal(tensor, parts.frozen[name])
@@ -205,21 +205,6 @@ def test_a_cut_run_goes_on_and_ends_as_an_uncut_one(tmp_path, monkeypatch):
     assert made == [3]
     assert kit.digest == uncut.digest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kit", "uncut"]
-
-
-def test_layers_of_other_settings_are_not_taken_for_these(tmp_path):
-    model, tokenizer = base(vocab_size=300).float(), byte_tokenizer()
-    batches = calibration(model)
-
-    def cut(what, done, _):
-        if (what, done) == ("compression", 2):
-            raise Cut
-
-    with pytest.raises(Cut):
-        emulate(model, tokenizer, batches, tmp_path / "kit", settings(keep=0.5), progress=cut)
-    kit = emulate(model, tokenizer, batches, tmp_path / "kit", settings(keep=0.7))
-    other = emulate(model, tokenizer, batches, tmp_path / "other", settings(keep=0.7))
-    assert kit.digest == other.digest
 
 
 def test_weights_that_accelerate_keeps_elsewhere_give_the_same_kit(tmp_path):

@@ -17,7 +17,7 @@ from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.kit import folder as kit_folder
 from siftune.offsite.kit.folder import read_kit, write_kit
 from siftune.offsite.kit.manifest import EMULATOR, OUTER
-from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.emulate import emulate
 from siftune.offsite.protocol.load import load_emulator, load_kit
 
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
@@ -27,7 +27,7 @@ METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
 def test_a_loaded_kit_is_the_emulator(tmp_path, family):
     model = base(family, vocab_size=300).float()
     batches = calibration(model)
-    emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=0.6), KitOptions(store=None))
+    emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=0.6))
     expected = emulator(model, batches, keep=0.6)
     loaded = load_emulator(tmp_path / "kit")
     torch.testing.assert_close(logits(loaded, batches[0]), logits(expected, batches[0]), rtol=1e-5, atol=1e-5)
@@ -38,9 +38,7 @@ def test_a_loaded_kit_is_the_emulator(tmp_path, family):
 def test_every_method_comes_back_from_disk(tmp_path, method):
     model = base(layers=6, vocab_size=300).float()
     batches = calibration(model)
-    emulate(
-        model, byte_tokenizer(), batches, tmp_path / "kit", settings(method=method, keep=0.5), KitOptions(store=None)
-    )
+    emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(method=method, keep=0.5))
     loaded, expected = load_emulator(tmp_path / "kit"), emulator(model, batches, method=method, keep=0.5)
     torch.testing.assert_close(logits(loaded, batches[0]), logits(expected, batches[0]), rtol=1e-5, atol=1e-5)
     if method == "crash":  # shared on disk, and shared again in memory

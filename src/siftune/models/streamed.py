@@ -1,0 +1,58 @@
+"""Models larger than memory: the decoder layers' weights stay in their safetensors files, and are read as they run.
+
+Everything else, embeddings and head, is loaded. `accelerate` reads a module's weights before its forward and lets go of
+them after it; while a graph needs them, they stay. So a pass that goes layer by layer has one layer in memory.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from siftune.models.layers import find_layers
+
+
+def streamed_map(source: Any) -> dict[str, Any]:
+    """A device map that leaves a model's decoder layers on disk, and has the rest on the accelerator, or the CPU.
+
+    Args:
+        source: Folder or hub id.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(config)
+    path = find_layers(model).path
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    rest = {name for name, module in model.named_modules() if _has_tensors(module) and not name.startswith(f"{path}.")}
+    return {**dict.fromkeys(rest, str(here)), path: "disk"}
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Keep accelerate from telling that weights are on disk, which is what was asked for."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A tensor of a model, by its name in the state dict; read from its file where the layer is not loaded."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module):
+        tensor: Tensor = getattr(module, leaf)
+        return tensor.detach()
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return bool([*module.parameters(recurse=False), *module.buffers(recurse=False)])

@@ -1,0 +1,119 @@
+"""What the middle layers saw of the calibration rows, as `record` leaves it.
+
+Shapes: B rows, T positions, H hidden size, N real tokens of all batches, F features.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siftune.offsite.emulator.states import States
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a layer is called, hidden states apart: masks, positions, and what else its model hands it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden_BTH: Tensor) -> Tensor:
+        """Run a layer so; (B, T, H)."""
+        device = next(layer.parameters()).device
+        if device.type != "meta":  # else accelerate moves it
+            hidden_BTH = hidden_BTH.to(device)
+        output: Tensor = layer(hidden_BTH, *self.args, **self.kwargs)
+        return output
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One batch's visit to one layer.
+
+    Attributes:
+        call: How the layer was called.
+        hidden_BTH: What went in.
+        grad_BTH: Gradient of the summed loss for what came out.
+        real_BT: bool; false on padding.
+    """
+
+    call: Call
+    hidden_BTH: Tensor
+    grad_BTH: Tensor
+    real_BT: Tensor
+
+
+@dataclass
+class Recording:
+    """What the middle layers saw; hidden states and gradients in the model's dtype.
+
+    Attributes:
+        numbers: Numbers of these layers.
+        hidden: What goes into a layer, by its number; what comes out is what goes into the next.
+        grads: Gradients of the summed loss for what comes out, by number of the layer.
+        calls: By batch, then by number of the layer.
+        real: (B, T) bool per batch: false on padding.
+        tokens: Labels of all batches.
+        loss: Mean loss per label.
+    """
+
+    numbers: Sequence[int]
+    hidden: States
+    grads: States
+    calls: list[list[Call]] = field(default_factory=list)
+    real: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+    loss: float = 0.0
+
+    def visits(self, number: int) -> Iterator[Visit]:
+        """The visits to a layer, one per batch."""
+        calls = [calls[number] for calls in self.calls]
+        for parts in zip(calls, self.hidden.get(number), self.grads.get(number), self.real, strict=True):
+            yield Visit(*parts)
+
+    def outputs(self, number: int) -> Tensor:
+        """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
+        return torch.cat([rows_of(h, real) for h, real in zip(self.hidden.get(number + 1), self.real, strict=True)])
+
+    def effect(self, number: int) -> float:
+        """The sum over tokens of ⟨∂ℓ/∂y, y − x⟩², x and y a layer's input and output.
+
+        Its root is, to first order, by how much the loss of a token would move if the layer were skipped.
+        """
+        total = 0.0
+        for visit, out_BTH in zip(self.visits(number), self.hidden.get(number + 1), strict=True):
+            change_BTH = (out_BTH - visit.hidden_BTH).float()
+            total += float(((visit.grad_BTH.float() * change_BTH).sum(-1) ** 2)[visit.real_BT].sum())
+        return total
+
+    def forget(self, number: int) -> None:
+        """Free the memory of a layer that is done with."""
+        self.hidden.drop(number)
+        self.grads.drop(number)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one matrix saw: float32, where the layer is; padding is left out.
+
+    Attributes:
+        x_NI: Its inputs.
+        g_NO: Gradients of the summed loss for its outputs.
+    """
+
+    x_NI: Tensor
+    g_NO: Tensor
+
+
+def rows_of(x_BTF: Tensor, real_BT: Tensor) -> Tensor:
+    """Real tokens of a (B, T, F) tensor as float32 rows (N, F); OPT hands its MLP rows that are flat already."""
+    flat = x_BTF.detach().reshape(-1, x_BTF.shape[-1])
+    return flat[real_BT.flatten().to(flat.device)].float()
+
+
+def own(hidden: Tensor) -> Tensor:
+    """A copy that a layer may go on with in place."""
+    return hidden.detach().clone()
