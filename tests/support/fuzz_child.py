@@ -186,7 +186,7 @@ class Route:
 
         self.stage = "plug"
         base = base_of(subject)
-        plug_in(base, kit, read_return(folder, kit))
+        plug_in(base, kit, [read_return(folder, kit)])
         assert all(bool(p.isfinite().all()) for p in base.parameters())
 
     def _batches(self, tokenizer):

@@ -1,46 +1,58 @@
-"""`siftune plug`: put what a data owner returned into the base model."""
+"""`siftune plug`: put what data owners returned into the base model."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from siftune.offsite.protocol.settings import PlugSettings
+
+_NUMBERS = PrimitiveConstructorSpec[tuple[float, ...] | None](
+    nargs="*",
+    metavar="FLOAT,FLOAT,...",
+    instance_from_str=lambda words: tuple(float(part) for word in words for part in word.split(",") if part),
+    is_instance=lambda value: value is None or isinstance(value, tuple),
+    str_from_instance=lambda value: ["None"] if value is None else [",".join(map(str, value))],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PlugSettings):
-    """Put a return into the model that its kit was made from, and save an ordinary model.
+    """Put one return, or several merged, into the model that their kit was made from, and save an ordinary model.
 
-    The return must be for this kit and hold its tensors, no others, with finite numbers that did not move too far.
+    Each return must be for this kit and hold its tensors, no others, with finite numbers that did not move too far.
     """
 
     kit: Path
     """Folder of the kit that was handed out."""
-    returned: Annotated[Path, arg(name="return")]
-    """Folder of what came back."""
+    returned: Annotated[UseAppendAction[tuple[Path, ...]], arg(name="return")]
+    """Folder of what came back; once for every data owner."""
     out: Path
     """Folder of the tuned model; must be new or empty."""
     model: str = "smollm2"
     """Model that the kit was made from: a folder, a hub id, or smollm2."""
     public_key: Path | None = None
     """Your public key, a PEM file, to check that the kit is as you signed it."""
+    weights: Annotated[tuple[float, ...] | None, _NUMBERS] = None
+    """Of several returns: what each counts, in their order, such as its number of rows; all alike if not given."""
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Check, plug in, save."""
-    from siftune.cli.updates import show_updates
+    """Check, merge, plug in, save."""
+    from siftune.cli.updates import show_returns, show_updates
     from siftune.offsite.kit.folder import read_kit
     from siftune.offsite.protocol.plug import plug
 
     settings = PlugSettings(**{field.name: getattr(options, field.name) for field in fields(PlugSettings)})
-    settings.check()
+    settings.check(len(options.returned))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with console.status("checking the return"):
+    with console.status("checking what came back"):
         kit = read_kit(options.kit, options.public_key)
         result = plug(options.model, kit, options.returned, options.out, settings)
+    show_returns(result.report.parts)
     show_updates(result.report)
     if (loss := result.report.loss) is not None:
         rows = f"{loss.rows} rows of {options.eval}"
@@ -54,4 +66,5 @@ def run(options: Options) -> dict[str, Any]:
         "kit": result.kit.digest,
         "verified": result.kit.verified,
         **result.report.to_dict(),
+        "returns": [part.to_dict() for part in result.report.parts],
     }

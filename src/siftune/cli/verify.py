@@ -83,16 +83,19 @@ def _escaped(text: str) -> str:
 def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:
     from siftune.cli.updates import show_updates
     from siftune.offsite.kit.promise import in_words
-    from siftune.offsite.protocol.returned import promise_of, read_return
+    from siftune.offsite.protocol.returned import open_return
+    from siftune.offsite.protocol.thin import ranks_of
     from siftune.offsite.protocol.updates import check_return
 
-    returned = read_return(options.path, kit)
-    report = check_return(kit, returned, options.max_update)
-    count, promise = str(len(returned)), promise_of(options.path)
+    with open_return(options.path, kit) as returned:
+        report = check_return(kit, returned, options.max_update)
+        promise, ranks, count = returned.privacy, ranks_of(returned), str(len(returned))
+    if ranks:
+        count = f"factors of {len(ranks)} matrices, of rank {max(ranks.values())} at most"
     rows = {"return": f"{options.path} is sound", "kit": f"{kit.path}, {kit.digest}", "tensors": count}
     _show(rows | ({"privacy": in_words(promise)} if promise else {}), console)
     show_updates(report)
-    told = {"privacy": promise} if promise else {}
+    told = ({"privacy": promise} if promise else {}) | ({"ranks": ranks} if ranks else {})
     return {"return": options.path, "kit": kit.path, "digest": kit.digest, **told, **report.to_dict()}
 
 

@@ -315,7 +315,9 @@ def test_what_plug_refuses(damaged, parties, half, base, capsys):
         assert words in error_of(capsys, "plug", *arguments), flags
         assert sorted(path.name for path in damaged.iterdir()) == before, flags
     arguments = [word for pair in list(usual.items())[:2] for word in pair]
-    assert error_of(capsys, "plug", *arguments) == "--return and --out must be given; see `siftune plug --help`"
+    assert error_of(capsys, "plug", *arguments) == "--out must be given; see `siftune plug --help`"
+    words = error_of(capsys, "plug", *arguments, "--out", damaged / "tuned")
+    assert words == "no return was given: name one or more with --return"
     tensors = load_file(damaged / "return" / "adapter.safetensors")
     tensors.pop("first.0.mlp.up_proj.weight")
     save_file(tensors, damaged / "return" / "adapter.safetensors", {"format": "pt"})

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,19 @@ from siftune.offsite.kit.tensors import DTYPES, TensorSpec, check_finite, read_h
 _PIECE = 1 << 20  # bytes that are looked at at a time
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """Where a tensor begins, and the hash of the file up to there and up to the tensor's end."""
+
+    place: int
+    before: Any
+    after: bytes
+
+
 class TensorFile:
-    """An open safetensors file whose header has passed every check; its tensors are read once, by either method.
+    """An open safetensors file whose header has passed every check.
+
+    All of it is read once, by `check` or by `load`. What `check` has passed can be read `again`, tensor by tensor.
 
     Args:
         file: The file, just opened.
@@ -43,6 +55,7 @@ class TensorFile:
         self._file, self._order = file, header.order
         self._name, self._size = name, os.fstat(file.fileno()).st_size
         self._digest = hashlib.sha256(header.data)
+        self._marks: dict[str, _Mark] = {}
 
     def check(self, expected: FileSpec) -> None:
         """Hash the file to its end and look at every number in it, a piece at a time: no tensor is allocated.
@@ -52,9 +65,25 @@ class TensorFile:
         """
         expected.check_size(self._name, self._size)
         for name in self._order:
+            place, before = self._file.tell(), self._digest.copy()
             for piece in self._pieces(self.specs[name]):
                 check_finite(piece, f"{self._name}: {name}")
+            self._marks[name] = _Mark(place, before, self._digest.digest())
         self._end(expected)
+
+    def again(self, name: str) -> Tensor:
+        """Read a tensor of a file that `check` has passed; its bytes must be those that were checked.
+
+        Raises:
+            KitError: The file has changed since.
+        """
+        mark = self._marks[name]
+        self._file.seek(mark.place)
+        self._digest = mark.before.copy()
+        tensor = self._read(self.specs[name])
+        if self._digest.digest() != mark.after:
+            raise KitError(f"{self._name}: {name} changed after it was checked")
+        return tensor
 
     def load(self, expected: FileSpec) -> dict[str, Tensor]:
         """Read the tensors, each into memory of its own, and hash what was read.

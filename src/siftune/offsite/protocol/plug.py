@@ -1,11 +1,13 @@
-"""The owner's way back: check what a data owner returned, and put it into the base model.
+"""The owner's way back: check what data owners returned, and put it into the base model.
 
 A return is refused for having moved a tensor too far (`updates`), and, where the owner gives rows to measure on, for a
-model that got worse on them.
+model that got worse on them. Of several returns each must pass by itself, and so must what they are merged to
+(`merge`).
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,15 +26,17 @@ from siftune.offsite.kit.config import check_of_base
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit
 from siftune.offsite.kit.strict import naming
+from siftune.offsite.protocol.merge import Candidate, about, candidates, merged
 from siftune.offsite.protocol.own_rows import LossChange, OwnRows
-from siftune.offsite.protocol.returned import read_return
-from siftune.offsite.protocol.settings import MAX_UPDATE, PlugSettings
+from siftune.offsite.protocol.returned import open_return
+from siftune.offsite.protocol.settings import MAX_UPDATE, Merging, PlugSettings
 from siftune.offsite.protocol.updates import UpdateReport, compare
 
 logger = logging.getLogger(__name__)
 
 _SHORT = 12  # hex digits of a hash in messages
 _TELL = 0.1  # (ours) share of the update that a rounding error may have without a word
+_MERGED = "the returns, merged"
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class PlugResult:
     Attributes:
         folder: Where it is.
         dtype: Its dtype, such as bfloat16.
-        kit: The kit that the return answers.
-        report: What changed.
+        kit: The kit that the returns answer.
+        report: What changed, and what each return had to do with it.
     """
 
     folder: Path
@@ -53,26 +57,30 @@ class PlugResult:
 
 
 def plug(
-    model_source: str, kit: Kit, return_path: str | Path, out: str | Path, settings: PlugSettings | None = None
+    model_source: str,
+    kit: Kit,
+    returns: Sequence[str | Path],
+    out: str | Path,
+    settings: PlugSettings | None = None,
 ) -> PlugResult:
-    """Put a return into the base model, and save an ordinary model that needs neither kit nor siftune.
+    """Put returns into the base model, and save an ordinary model that needs neither kit nor siftune.
 
     Args:
         model_source: The base model that the kit was made from, for `load_model`.
         kit: The kit that was handed out, from `read_kit`.
-        return_path: The return's folder.
+        returns: The folder of the return, or those of several that are merged.
         out: Folder of the plugged model; must be new or empty.
-        settings: What the return must be like, rows to measure on, and the dtype, where auto is the checkpoint's, also
-            where this machine computes in another.
+        settings: What returns must be like, how several are merged, rows to measure on, and the dtype, where auto is
+            the checkpoint's, also where this machine computes in another.
 
     Raises:
         InputError: On a return, model, folder or setting that cannot be used; nothing is written then.
     """
     settings = settings or PlugSettings()
-    settings.check()
-    returned = read_return(return_path, kit)
+    settings.check(len(returns))
     rows = settings.eval and load_rows(settings.eval, settings.eval_split, settings.eval_limit, settings.format)
-    with new_folder(out) as partial:
+    with new_folder(out) as partial, ExitStack() as stack:
+        opened = [stack.enter_context(open_return(path, kit)) for path in returns]
         model, tokenizer = load_model(model_source, settings.dtype)
         if settings.dtype == "auto":
             model = model.to(model.config.dtype or model.dtype)  # back from float32 without a loss
@@ -81,7 +89,7 @@ def plug(
             own = OwnRows(prepare_rows(rows, tokenizer, (PERPLEXITY,), settings.template), settings.loss_limit)
             if torch.accelerator.is_available():
                 model = model.to(torch.accelerator.current_accelerator())
-        report = plug_in(model, kit, returned, settings.max_update, own)
+        report = plug_in(model, kit, opened, settings.max_update, own, settings)
         with quiet_bars():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -92,31 +100,35 @@ def plug(
 def plug_in(
     model: PreTrainedModel,
     kit: Kit,
-    returned: Mapping[str, Tensor],
+    returns: Sequence[Mapping[str, Tensor]],
     max_update: float = MAX_UPDATE,
     rows: OwnRows | None = None,
+    merging: Merging | None = None,
 ) -> UpdateReport:
     """Put returned tensors into the outer layers of a base model, in place and in the model's dtype.
 
     Args:
         model: The base model, without PEFT around it, its weights in memory.
         kit: The kit that was handed out.
-        returned: The outer layers' tensors by neutral name, from `read_return`.
+        returns: What the return holds, or what each of several holds that are merged: from `open_return`, so that one
+            tensor of each is in memory at a time; or the outer layers' tensors by neutral name, as of `read_return`.
         max_update: Relative updates of tensors must stay below it; see `updates`.
-        rows: Rows on which the model must not get worse, measured before and after.
+        rows: Rows on which the model must not get worse, measured before and after: with every return by itself, then
+            with all of them.
+        merging: How several returns are merged; by their mean if not given.
 
     Returns:
-        How far every tensor and layer moved, and the loss on the rows.
+        How far every tensor and layer moved, the loss on the rows, and the part of every return.
 
     Raises:
         KitError: The model is not the kit's base, the tensors are not those of the kit's outer layers, an update is not
-            below the limit, or the model got worse. The model is as it was then.
+            below the limit, the model got worse, or returns cannot be merged. The model is as it was then.
         DataError: A row does not fit the model's window.
-        RecipeError: The limit is no number above 0.
+        RecipeError: A setting is out of range.
         UnsupportedError: Weights of the model are not in memory.
 
     Example:
-        >>> report = plug_in(base, kit, returned)  # from `read_return`; here nothing was tuned
+        >>> report = plug_in(base, kit, [returned])  # from `read_return`; here nothing was tuned
         >>> report.rounding
         0.0
 
@@ -125,20 +137,28 @@ def plug_in(
         >>> from siftune.evaluate.prepare import prepare_rows
         >>> from siftune.offsite.protocol.own_rows import OwnRows
         >>> rows = OwnRows(prepare_rows(held_out_rows, tokenizer, ("perplexity",)))
-        >>> report = plug_in(base, kit, returned, rows=rows)
+        >>> report = plug_in(base, kit, [returned], rows=rows)
         >>> report.loss.after == report.loss.before
         True
     """
+    merging = merging or Merging()
+    merging.check_merging(len(returns))
     _check_base(model, kit)
     names = outer_names(model, kit.manifest.split)
     state = model.state_dict()
     before = {neutral: state[name] for neutral, name in names.items()}
-    report = compare(before, returned, max_update, kit.manifest.model_type)
-    report.check()
+    found = candidates(before, returns, max_update, kit.manifest.model_type)
+    values, parts = merged(before, found, merging)
+    report = parts[0].report
+    if len(parts) > 1:
+        report = compare(before, values, max_update, kit.manifest.model_type)
+        with about(_MERGED):
+            report.check()
+    report = replace(report, parts=tuple(parts))
     if rows is None:
-        _fill(before, returned)
+        _fill(before, values)
     else:
-        report = replace(report, loss=_fill_if_no_worse(model, before, returned, rows))
+        report = _with_losses(report, _fill_if_no_worse(model, before, found, values, rows))
     if report.rounding > _TELL:
         logger.warning(
             "rounding to %s adds an error of %.0f %% of the update's norm; --dtype float32 avoids it",
@@ -150,24 +170,42 @@ def plug_in(
 
 def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in values.items():
-            places[name].copy_(tensor)
+        for name in places:
+            places[name].copy_(values[name])
 
 
 def _fill_if_no_worse(
-    model: PreTrainedModel, places: Mapping[str, Tensor], values: Mapping[str, Tensor], rows: OwnRows
-) -> LossChange:
-    """Measure before and after; where it is refused, or measuring fails, the model is as it was."""
+    model: PreTrainedModel,
+    places: Mapping[str, Tensor],
+    found: Sequence[Candidate],
+    values: Mapping[str, Tensor],
+    rows: OwnRows,
+) -> list[LossChange]:
+    """Measure before, with every one of several returns, and at last with what is to stay in the model.
+
+    Where it is refused, or measuring fails, the model is as it was.
+    """
     kept = {name: tensor.clone() for name, tensor in places.items()}
-    before = rows.loss(model)
-    _fill(places, values)
+    several = [(f"return {one.part.name}", one.tuned) for one in found] if len(found) > 1 else []
+    before, changes = rows.loss(model), []
     try:
-        change = LossChange(before, rows.loss(model), len(rows.prepared.origins), rows.max_loss_increase)
-        change.check()
+        for what, after in [*several, (_MERGED if several else "", values)]:
+            _fill(places, kept)
+            _fill(places, after)
+            changes.append(LossChange(before, rows.loss(model), len(rows.prepared.origins), rows.max_loss_increase))
+            with about(what):
+                changes[-1].check()
     except BaseException:
         _fill(places, kept)
         raise
-    return change
+    return changes
+
+
+def _with_losses(report: UpdateReport, changes: Sequence[LossChange]) -> UpdateReport:
+    """A report with the losses of every return, and that of all of them at the end."""
+    pairs = zip(report.parts, changes, strict=False)  # the merged update's follows those of several
+    parts = (replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs)
+    return replace(report, loss=changes[-1], parts=tuple(parts))
 
 
 def _check_base(model: PreTrainedModel, kit: Kit) -> None:

@@ -1,13 +1,14 @@
 """Kits in training: which layers of one train, and what goes back to the owner of the base model."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,9 +18,11 @@ from siftune.errors import KitError, RecipeError
 from siftune.models.layers import find_layers, layer_numbers
 from siftune.offsite.emulator.split import Split, outer_names, places
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
-from siftune.offsite.kit.tensors import DTYPES
+from siftune.offsite.kit.tensors import DTYPES, check_finite
+from siftune.offsite.maths.drd import canonical
 from siftune.offsite.protocol.load import load_kit
 from siftune.offsite.protocol.returned import read_return, write_return
+from siftune.offsite.protocol.thin import DOWN, UP, largest_rank
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.tuned_layers import put_in
 
@@ -110,7 +113,7 @@ def find_kit(name: str, public_key: str | Path | None = None) -> Kit | None:
 
 
 def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, Any] | None = None) -> None:
-    """Write what goes back to the owner: the outer layers as they are now, in the dtypes of the kit.
+    """Write what goes back to the owner: what LoRA adds to the outer layers, or else these as they are now.
 
     Args:
         folder: Where to; it must not exist.
@@ -121,9 +124,11 @@ def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, 
     Raises:
         KitError: A value is not finite in the kit's dtype.
     """
-    merged = merged_layers(model, kit.manifest.split)
-    specs = kit.manifest.outer
-    write_return(folder, {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in specs.items()}, kit, privacy)
+    tensors = thin_layers(model, kit)
+    if tensors is None:
+        merged = merged_layers(model, kit.manifest.split)
+        tensors = {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in kit.manifest.outer.items()}
+    write_return(folder, tensors, kit, privacy)
 
 
 def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:
@@ -157,6 +162,55 @@ def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
         for name, tensor in _merged(layers[number]).items():
             tensors[f"{place}.{name}"] = tensor.detach().cpu()
     return tensors
+
+
+def thin_layers(model: nn.Module, kit: Kit) -> dict[str, Tensor] | None:
+    """What LoRA adds to the outer layers, as factors; see `thin`.
+
+    Args:
+        model: The kit's emulator; left as it is.
+        kit: The kit.
+
+    Returns:
+        The tensors of a thin return, on the CPU. None where something else than plain LoRA was trained, or where the
+        factors of a matrix are not smaller than itself.
+
+    Raises:
+        KitError: A value is not finite.
+    """
+    layers = find_layers(model).layers
+    tensors: dict[str, Tensor] = {}
+    for place, number in places(kit.manifest.split, len(layers)):
+        tuners = {path: m for path, m in layers[number].named_modules() if isinstance(m, BaseTunerLayer)}
+        factors = {path: _factors(module) for path, module in tuners.items()}
+        if _trains_more(layers[number], tuners.values()):
+            return None
+        for path, pair in factors.items():
+            name = f"{place}.{path}.weight"
+            if pair is None or len(pair[1]) > largest_rank(kit.manifest.outer[name]):
+                return None
+            for end, factor in zip((UP, DOWN), pair, strict=True):
+                check_finite(factor, f"what was tuned: {name}{end}")
+            tensors |= zip((f"{name}{UP}", f"{name}{DOWN}"), (f.float() for f in canonical(*pair)), strict=True)
+    return tensors or None
+
+
+def _factors(module: BaseTunerLayer) -> tuple[Tensor, Tensor] | None:
+    """A plain LoRA's factors with its scale in them, in float64 and as the weight lies; None for another adapter."""
+    if not isinstance(module, LoraLayer) or len(module.active_adapters) != 1 or module.merged:
+        return None
+    [name] = module.active_adapters
+    if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:
+        return None
+    a_RI, b_OR = (part[name].weight.detach().cpu().double() for part in (module.lora_A, module.lora_B))
+    scaled_OR = b_OR * module.scaling[name]
+    return (a_RI.T, scaled_OR.T) if getattr(module, "fan_in_fan_out", False) else (scaled_OR, a_RI)
+
+
+def _trains_more(layer: nn.Module, tuners: Iterable[nn.Module]) -> bool:
+    """Whether something of a layer can have been trained besides LoRA's factors: PEFT freezes all else."""
+    own = {id(p) for m in tuners if isinstance(m, LoraLayer) for p in (*m.lora_A.parameters(), *m.lora_B.parameters())}
+    return any(parameter.requires_grad and id(parameter) not in own for parameter in layer.parameters())
 
 
 def _merged(layer: nn.Module) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from siftune.offsite.kit.folder import Kit, load_weights
 from siftune.offsite.kit.manifest import OUTER
 from siftune.offsite.protocol.own_rows import LossChange
 from siftune.offsite.protocol.settings import MAX_UPDATE, check_max_update
+from siftune.offsite.protocol.thin import Tuned
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,19 @@ class UpdateReport:
         layers: first.0 … last.N -> update of all its tensors.
         limit: Relative updates of tensors must stay below it.
         loss: On the owner's rows; None where none were given.
+        parts: The returns that it is the merged update of, or the one that it is the update of; none without a model.
     """
 
     tensors: Mapping[str, Update]
     layers: Mapping[str, Update]
     limit: float
     loss: LossChange | None = None
+    parts: "tuple[Part, ...]" = ()
+
+    @property
+    def whole(self) -> Update:
+        """The update of all tensors side by side."""
+        return _together(self.tensors.values())
 
     @property
     def largest(self) -> str:
@@ -79,7 +87,7 @@ class UpdateReport:
     @property
     def rounding(self) -> float:
         """Norm of the error of rounding to the base's dtype, over that of the whole update; 0 without an update."""
-        whole = _together(self.tensors.values())
+        whole = self.whole
         return whole.lost / whole.change if whole.change else 0.0
 
     def check(self) -> None:
@@ -110,6 +118,42 @@ class UpdateReport:
         }
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the returns that were merged.
+
+    Attributes:
+        name: Its folder, or its number where it has none.
+        report: What it would change by itself.
+        weight: Its share of the mean.
+        factor: What its update was scaled by; below 1 where it was clipped.
+        cosine: Between its update and the merged one; None where either is zero.
+        privacy: What it says of its differential privacy.
+    """
+
+    name: str
+    report: UpdateReport
+    weight: float = 1.0
+    factor: float = 1.0
+    cosine: float | None = None
+    privacy: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        own = self.report
+        return {
+            "return": self.name,
+            "update": own.whole.relative,
+            "largest": {"tensor": own.largest, "update": own.tensors[own.largest].relative},
+            "cosine": self.cosine,
+            "weight": self.weight,
+            "factor": self.factor,
+            "clipped": self.factor < 1,
+            "loss": None if own.loss is None else asdict(own.loss),
+            "privacy": self.privacy,
+        }
+
+
 def compare(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
@@ -122,7 +166,7 @@ def compare(
     Args:
         before: Their tensors by neutral name; they are rounded to the dtype in which each came back, that of the kit,
             so that the base and the kit's copy of it give the same report.
-        after: The same, tuned.
+        after: The same, tuned; each tensor is asked for once and not kept, but for vectors.
         limit: For the report.
         model_type: Family of the base, in transformers' words.
         dtype: That of the base, by which `lost` is measured; if None, that of `before`.
@@ -137,9 +181,14 @@ def compare(
         raise KitError(f"tensor {name} {fault} the return: give a return of this kit")
     shift = 1.0 if model_type in FAMILIES and FAMILIES[model_type].centred_norms else 0.0
     names = sorted(before)  # so that of two that moved alike the same is named, whatever the order they come in
-    old = {name: before[name].detach().to(after[name].dtype) for name in names}
-    alone = {name: _measure(name, old[name], after[name], dtype or before[name].dtype) for name in names}
-    tensors = {name: replace(update, scale=_scale(name, old, alone, shift)) for name, update in alone.items()}
+    alone, vectors = {}, {}
+    for name in names:
+        new = after[name]
+        old = before[name].detach().to(new.dtype)
+        alone[name] = _measure(name, old, new, dtype or before[name].dtype)
+        if old.ndim == 1:
+            vectors[name] = old
+    tensors = {name: replace(update, scale=_scale(name, vectors, alone, shift)) for name, update in alone.items()}
     places = dict.fromkeys(map(_layer, tensors))
     layers = {place: _together(u for name, u in tensors.items() if _layer(name) == place) for place in places}
     return UpdateReport(tensors, layers, limit)
@@ -153,7 +202,7 @@ def check_return(kit: Kit, returned: Mapping[str, Tensor], limit: float = MAX_UP
 
     Args:
         kit: The kit, from `read_kit`.
-        returned: The outer layers' tensors by neutral name, from `read_return`.
+        returned: What a return holds, from `open_return`, or the outer layers' tensors by neutral name.
         limit: Relative updates of tensors must stay below it.
 
     Raises:
@@ -161,7 +210,8 @@ def check_return(kit: Kit, returned: Mapping[str, Tensor], limit: float = MAX_UP
         RecipeError: The limit is no number above 0.
     """
     dtype: torch.dtype = getattr(torch, kit.config["dtype"])
-    report = compare(load_weights(kit, OUTER), returned, limit, kit.manifest.model_type, dtype)
+    before = load_weights(kit, OUTER)
+    report = compare(before, Tuned(before, returned), limit, kit.manifest.model_type, dtype)
     report.check()
     return report
 
@@ -183,14 +233,14 @@ def _measure(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> Up
     return Update(float((new - old).norm()), norm, norm, float((rounded - new).norm()))
 
 
-def _scale(name: str, before: Mapping[str, Tensor], alone: Mapping[str, Update], shift: float) -> float:
+def _scale(name: str, vectors: Mapping[str, Tensor], alone: Mapping[str, Update], shift: float) -> float:
     """What the change of a tensor is measured by."""
     path, _, kind = name.rpartition(".")
     weight = f"{path}.weight"
-    if kind == "bias" and weight in before:
+    if kind == "bias" and weight in alone:
         return math.hypot(alone[name].norm, alone[weight].norm)
-    if kind == "weight" and before[name].ndim == 1:
-        return float((before[name].double() + shift).norm())
+    if kind == "weight" and name in vectors:
+        return float((vectors[name].double() + shift).norm())
     return alone[name].norm
 
 

@@ -59,7 +59,7 @@ def test_a_round_trip_changes_exactly_the_outer_tensors(family, mlp, tmp_path):
     kit = make_kit(copy.deepcopy(original).float(), tmp_path / "kit", torch.bfloat16, mlp=mlp)
     tuned = moved(kit, 0.004)
     write_return(tmp_path / "return", tuned, kit)
-    result = plug(str(tmp_path / "base"), read_kit(tmp_path / "kit"), tmp_path / "return", tmp_path / "tuned")
+    result = plug(str(tmp_path / "base"), read_kit(tmp_path / "kit"), [tmp_path / "return"], tmp_path / "tuned")
     assert (result.folder, result.dtype, result.kit.digest) == (tmp_path / "tuned", "bfloat16", kit.digest)
 
     plugged = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype="auto")
@@ -90,9 +90,9 @@ def test_the_limit_can_be_chosen(model, kit, limit, refused):
     plugged = copy.deepcopy(model)
     if refused:
         with pytest.raises(KitError, match=r"must stay below 0\.05: refuse the return, or raise --max-update"):
-            plug_in(plugged, kit, moved(kit), limit)
+            plug_in(plugged, kit, [moved(kit)], limit)
     else:
-        report = plug_in(plugged, kit, moved(kit), limit)
+        report = plug_in(plugged, kit, [moved(kit)], limit)
         assert 0.05 < report.to_dict()["largest"]["update"] < 0.25
         assert report.limit == limit
 
@@ -117,7 +117,7 @@ def test_what_is_refused_leaves_the_model_untouched(model, kit, name):
     spoil(tensors)
     plugged = copy.deepcopy(model)
     with pytest.raises(KitError, match=words):
-        plug_in(plugged, kit, tensors)
+        plug_in(plugged, kit, [tensors])
     for key, tensor in model.state_dict().items():
         assert torch.equal(plugged.state_dict()[key], tensor)
 
@@ -129,13 +129,13 @@ def test_another_base_model_is_refused(model, kit, where):
         other.state_dict()[where][0, 0] += 1e-3
     wanted = kit.manifest.fingerprint[:12]
     with pytest.raises(KitError, match=rf"fingerprint {wanted}…, but this one has [0-9a-f]{{12}}…"):
-        plug_in(other, kit, moved(kit))
+        plug_in(other, kit, [moved(kit)])
 
 
 def test_a_kit_that_gives_another_depth_for_its_base_is_refused(model, kit):
     other = replace(kit, manifest=replace(kit.manifest, depth=5))
     with pytest.raises(KitError, match=r"base\.layers is 5, but the base model's is 3"):
-        plug_in(copy.deepcopy(model), other, moved(kit))
+        plug_in(copy.deepcopy(model), other, [moved(kit)])
 
 
 def test_weights_that_accelerate_keeps_elsewhere_are_refused(model, kit):
@@ -144,13 +144,13 @@ def test_weights_that_accelerate_keeps_elsewhere_are_refused(model, kit):
 
     offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     with pytest.raises(UnsupportedError, match="not in memory"):
-        plug_in(offloaded, kit, moved(kit))
+        plug_in(offloaded, kit, [moved(kit)])
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
 def test_a_limit_that_is_none_is_refused(model, kit, limit):
     with pytest.raises(RecipeError, match="must be a finite number above 0"):
-        plug_in(copy.deepcopy(model), kit, moved(kit), limit)
+        plug_in(copy.deepcopy(model), kit, [moved(kit)], limit)
 
 
 @pytest.mark.parametrize(("dtype", "by", "lost"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-6, False)])
@@ -158,7 +158,7 @@ def test_rounding_that_drowns_the_update_is_told(tmp_path, caplog, dtype, by, lo
     model = base(layers=3, vocab_size=300).to(dtype)
     kit = make_kit(copy.deepcopy(model).float(), tmp_path / "kit")
     with caplog.at_level(logging.WARNING, logger="siftune"):
-        report = plug_in(model, kit, moved(kit, by))
+        report = plug_in(model, kit, [moved(kit, by)])
     assert (report.rounding > 0.9) == lost
     assert (report.rounding < 0.1) == (not lost)
     assert ("--dtype float32 avoids it" in caplog.text) == lost
@@ -176,7 +176,7 @@ def test_the_dtype_can_be_chosen(tmp_path):
     kit = make_kit(model.float(), tmp_path / "kit")
     tuned = moved(kit, 1e-5)
     write_return(tmp_path / "return", tuned, kit)
-    result = plug(source, kit, tmp_path / "return", tmp_path / "tuned", PlugSettings(dtype="float32"))
+    result = plug(source, kit, [tmp_path / "return"], tmp_path / "tuned", PlugSettings(dtype="float32"))
     assert result.dtype == "float32"
     assert result.report.rounding == 0.0
     found = load_file(tmp_path / "tuned" / "model.safetensors")
@@ -193,7 +193,7 @@ def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):
     other = saved(base(layers=3, vocab_size=300, initializer_range=0.2).float(), tmp_path / "other")
     back = tmp_path / "return"
     before = sorted(path.name for path in tmp_path.iterdir())
-    for (model_source, folder, *rest), kind, words in [
+    for (model_source, folder, back_from, to), kind, words in [
         ((source, kit.path, tmp_path / "far", tmp_path / "tuned"), KitError, "--max-update"),
         ((other, kit.path, back, tmp_path / "tuned"), KitError, "fingerprint"),
         ((source, kit.path, kit.path, tmp_path / "tuned"), KitError, "return"),
@@ -202,10 +202,10 @@ def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):
         ((str(tmp_path / "none"), kit.path, back, tmp_path / "tuned"), ModelError, "does not exist"),
     ]:
         with pytest.raises(kind, match=words):
-            plug(model_source, read_kit(folder), *rest)
+            plug(model_source, read_kit(folder), [back_from], to)
         assert sorted(path.name for path in tmp_path.iterdir()) == before
     with pytest.raises(KitError):  # a key was given, and the kit is not signed
-        plug(source, read_kit(kit.path, tmp_path / "owner.pub.pem"), back, tmp_path / "tuned")
+        plug(source, read_kit(kit.path, tmp_path / "owner.pub.pem"), [back], tmp_path / "tuned")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -234,7 +234,7 @@ def plain_loss(model, prepared):
 
 def test_losses_are_of_the_model_before_and_after(model, kit, own):
     plugged = copy.deepcopy(model)
-    report = plug_in(plugged, kit, moved(kit), rows=OwnRows(own, max_loss_increase=10.0))
+    report = plug_in(plugged, kit, [moved(kit)], rows=OwnRows(own, max_loss_increase=10.0))
     assert report.loss.before == pytest.approx(plain_loss(model, own), rel=1e-5)
     assert report.loss.after == pytest.approx(plain_loss(plugged, own), rel=1e-5)
     assert abs(report.loss.after - report.loss.before) > 1e-3
@@ -259,12 +259,12 @@ def worse(model, kit, own):
 def test_a_model_that_got_worse_is_refused_and_left_as_it_was(model, kit, own):
     plugged, returned = copy.deepcopy(model), worse(model, kit, own)
     with pytest.raises(KitError, match=r"makes the model worse: on your 9 rows its loss goes from \S+ to \S+ nats"):
-        plug_in(plugged, kit, returned, rows=OwnRows(own))
+        plug_in(plugged, kit, [returned], rows=OwnRows(own))
     assert all(torch.equal(plugged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     increase = plain_loss(filled(model, kit, returned), own) - plain_loss(model, own)
     with pytest.raises(KitError, match="makes the model worse"):
-        plug_in(plugged, kit, returned, rows=OwnRows(own, 0.99 * increase))
-    plug_in(plugged, kit, returned, rows=OwnRows(own, 1.01 * increase))
+        plug_in(plugged, kit, [returned], rows=OwnRows(own, 0.99 * increase))
+    plug_in(plugged, kit, [returned], rows=OwnRows(own, 1.01 * increase))
 
 
 def filled(model, kit, returned):
@@ -282,7 +282,7 @@ def test_a_measurement_that_is_cut_short_leaves_the_model_as_it_was(model, kit, 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plug_in(plugged, kit, moved(kit), rows=rows)
+        plug_in(plugged, kit, [moved(kit)], rows=rows)
     assert all(torch.equal(plugged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -314,5 +314,5 @@ def test_rows_are_read_before_a_model_is_loaded(model, kit, tmp_path, monkeypatc
     write_return(tmp_path / "return", moved(kit), kit)
     monkeypatch.setattr("siftune.offsite.protocol.plug.load_model", None)
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
-        plug("smollm2", kit, tmp_path / "return", tmp_path / "tuned", PlugSettings(eval=str(tmp_path / "none.jsonl")))
+        plug("smollm2", kit, [tmp_path / "return"], tmp_path / "tuned", PlugSettings(eval=str(tmp_path / "none.jsonl")))
     assert not (tmp_path / "tuned").exists()

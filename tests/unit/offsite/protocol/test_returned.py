@@ -4,7 +4,6 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from support.kits import copied, edit, header_of, read_json, repair, small_kit, small_return, tuned, write_header
 
 from siftune.errors import KitError, ModelError
@@ -81,18 +80,15 @@ def test_tensors_that_do_not_fit_are_not_written(kit, tmp_path, change, words):
 
 
 def test_a_full_disk_leaves_nothing_behind(kit, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise SafetensorError("No space left on device")
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(kit_tensors, "save_file", full)
+    monkeypatch.setattr(kit_tensors, "_fill", full)
     with pytest.raises(KitError, match="No space left on device"):
         write_return(tmp_path / "return", tuned(kit), kit)
     monkeypatch.undo()
 
-    def later(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(returned_module, "canonical", later)
+    monkeypatch.setattr(returned_module, "canonical", full)
     with pytest.raises(KitError, match="No space left on device"):
         write_return(tmp_path / "return", tuned(kit), kit)
     assert [*tmp_path.iterdir()] == []

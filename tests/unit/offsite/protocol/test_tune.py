@@ -23,7 +23,7 @@ from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.protocol import tune as module
 from siftune.offsite.protocol.load import load_emulator
-from siftune.offsite.protocol.returned import promise_of, read_return
+from siftune.offsite.protocol.returned import open_return, read_return
 from siftune.offsite.protocol.tune import merged_layers, save_return, source_of
 from siftune.recipe_file import load_recipe
 from siftune.trainer import run as training
@@ -47,6 +47,11 @@ def half_kit(tmp_path_factory):
 def train(given, console=QUIET):
     """Train as the command line does."""
     return training.train(given, console, source_of)
+
+
+def promise_of(folder, kit):
+    with open_return(folder, kit) as found:
+        return found.privacy
 
 
 def logits(model):
@@ -332,7 +337,7 @@ def private(kit, tmp_path_factory):
 
 def test_a_private_run_says_so_in_its_return(kit, private, capsys):
     told = read_json(private / "return" / "manifest.json")["privacy"]
-    assert told == read_json(private / "run.json")["summary"]["privacy"] == promise_of(private / "return")
+    assert told == read_json(private / "run.json")["summary"]["privacy"] == promise_of(private / "return", kit)
     assert (told["delta"], told["steps"]) == (0.01, 2)
     assert 0 < told["epsilon"] <= 8
     assert main(["verify", str(private / "return"), "--kit", str(kit.path), "--max-update", "100"]) == 0
@@ -340,8 +345,8 @@ def test_a_private_run_says_so_in_its_return(kit, private, capsys):
     assert "δ = 0.01 for one training row, there or not, after 2 steps: the data owner's word" in out
 
 
-def test_other_runs_promise_nothing(finished):
-    assert promise_of(finished / "lora" / "return") is None
+def test_other_runs_promise_nothing(kit, finished):
+    assert promise_of(finished / "lora" / "return", kit) is None
 
 
 @pytest.mark.parametrize(
