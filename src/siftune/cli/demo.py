@@ -1,7 +1,8 @@
-"""`siftune demo`: the main job, on a real model and a real task, in minutes."""
+"""`siftune demo`: the case that pays, on a real model, in minutes."""
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,115 +14,165 @@ from siftune.methods import METHODS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from siftune.evaluate.measure import MetricRow
-    from siftune.trainer.run_folder import RunFolder
+    from siftune.data.rows import Row
+    from siftune.evaluate.measure import MetricRow, Metrics
 
 _MODEL = "smollm2"
+_TASK = "two-digit arithmetic, held out"
+_NAMES = {"base": "base", "pool": "pool", "target": "pool and few"}
+_ROWS = 16  # of a step
+_BATCH = 64  # rows per forward pass when measuring
+_SHOWN = 4  # questions whose answers are shown
 
 
 @dataclass
 class Options:
-    """Tune SmolLM2-135M on two-digit arithmetic, and measure it before and after.
+    """Tune SmolLM2-135M on a mixed pool, and on the same pool with few rows of the task that counts.
 
-    Fetches the model on first use. Leaves a run folder behind, like `siftune train`.
+    Of the pool a quarter is two-digit arithmetic, a quarter arithmetic with wrong answers, and half other tasks. Both
+    are measured on held-out arithmetic. Fetches the model on first use. Leaves two run folders behind, as
+    `siftune train --train pool.jsonl` and `siftune train --train pool.jsonl --target few.jsonl` make them.
     """
 
-    method: Literal[tuple(METHODS)] = "ist"  # type: ignore[valid-type]
-    """How to train, as for siftune train."""
-    steps: int = 150
-    """Optimizer steps of 16 rows."""
-    lr: float = 2e-3
+    method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
+    """How to train with the few rows, as for siftune train."""
+    steps: int = 120
+    """Optimizer steps of 16 rows, for each of the two."""
+    lr: float = 1e-3
     """Peak learning rate."""
+    known: int = 100
+    """Rows of the task that are known to be right."""
     rows: int = 200
     """Held-out questions; none of their problems is in the training rows."""
     seed: int = 0
     """Seed of the task's rows, the adapter and the method."""
     out: str | None = None
-    """Run folder; runs/DATE-demo if not given."""
+    """Folder of rows and runs; runs/DATE-demo if not given."""
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measure, tune, measure again."""
+    """Tune twice, and compare the base model and both."""
     import time
 
     from rich.console import Console
 
     from siftune.data.readers import load_rows
-    from siftune.evaluate.measure import compare, measure, measure_base
-    from siftune.evaluate.prepare import prepare_rows
-    from siftune.trainer.run import train
+    from siftune.evaluate.measure import compare
 
-    if options.steps < 1 or options.rows < 1 or options.lr <= 0:
-        raise RecipeError("--steps and --rows must be at least 1, and --lr above 0")
+    _check(options)
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
-    recipe = _recipe(options)
-    tuned = train(recipe, console)
-    questions = load_rows(str(recipe.eval))
-    prepared = prepare_rows(questions, tuned.tokenizer, ("exact_match", "choices"), recipe.template)
-    console.print(f"measuring on {len(questions)} held-out questions: base model, tuned model")
-    base, after = measure_base(tuned.model, prepared, 64), measure(tuned.model, prepared, 64)
-    compared = compare(base, after)
+    folder = _write_rows(options)
+    questions = load_rows(str(folder / "test.jsonl"))
+    measured, summaries = _measure(_recipes(options, folder), questions, console)
+    compared = [compare(measured[first], measured[second]) for first, second in pairwise(_NAMES)]
+    _show(console, questions, measured, compared)
     seconds = time.monotonic() - started
-    _show(console, compared, questions, base["exact_match"].texts, after["exact_match"].texts)
-    console.print(f"{seconds:.0f} s in all; everything is in {tuned.folder.path}")
+    console.print(f"{seconds:.0f} s in all; everything is in {folder}", markup=False)
     result = {
-        "run": tuned.folder.path,
-        "metrics": jsonable(compared),
-        **tuned.summary,
+        "folder": str(folder),
+        "metrics": {f"{a}-{b}": jsonable(rows) for (a, b), rows in zip(pairwise(_NAMES), compared, strict=True)},
+        "runs": summaries,
         "seconds": round(seconds, 1),
     }
-    _record(tuned.folder, result)
+    (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def _recipe(options: Options) -> Recipe:
-    """Write the task's rows into the run folder, and make a recipe of them."""
+def _check(options: Options) -> None:
+    """Check the ranges of the options, before a folder is made."""
+    from siftune.data.arithmetic import PROBLEMS
+
+    if min(options.steps, options.rows, options.known) < 1 or options.lr <= 0:
+        raise RecipeError("--steps, --rows and --known must be at least 1, and --lr above 0")
+    needed = options.steps * _ROWS // 2 + options.rows + options.known
+    if needed > PROBLEMS - 4:  # the four kinds are asked for equally often
+        raise RecipeError(
+            f"--steps {options.steps} takes {needed} problems of arithmetic with --rows and --known, but there are "
+            f"only {PROBLEMS}; lower --steps"
+        )
+
+
+def _write_rows(options: Options) -> Path:
+    """Draw the pool, the known rows and the questions, and write them into the folder."""
     from datetime import datetime
 
-    from siftune.data.arithmetic import split
-    from siftune.trainer.run_folder import RunFolder
+    from siftune.data.mixed_pool import mixed_pool
+    from siftune.files import writable_folder
 
-    folder = RunFolder(options.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-demo")
-    if not folder.is_fresh():
-        raise RecipeError(f"{folder.path} holds a run already; give another folder with --out.")
-    train_rows, test_rows = split(options.steps * 16, options.rows, options.seed)
-    for name, rows in (("train.jsonl", train_rows), ("test.jsonl", test_rows)):
-        folder.write(name, "".join(json.dumps(row) + "\n" for row in rows))
-    return Recipe(
-        model=_MODEL,
-        train=str(folder.path / "train.jsonl"),
-        eval=str(folder.path / "test.jsonl"),
-        template="none",
-        method=options.method,
-        lr=options.lr,
-        steps=options.steps,
-        seed=options.seed,
-        out=str(folder.path),
-    )
+    folder = Path(options.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-demo")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"{folder} is there already; give another folder with --out.")
+    parts = mixed_pool(options.steps * _ROWS, options.known, options.rows, options.seed)
+    try:
+        writable_folder(folder)
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be written to ({error.strerror}); give another with --out.") from error
+    for name, rows in zip(("pool", "few", "test"), parts, strict=True):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
+    """One for the pool alone, and one for the pool and the known rows."""
+    both: dict[str, Any] = {
+        "model": _MODEL,
+        "train": str(folder / "pool.jsonl"),
+        "eval": str(folder / "test.jsonl"),
+        "template": "none",
+        "lr": options.lr,
+        "steps": options.steps,
+        "seed": options.seed,
+    }
+    few: dict[str, Any] = {"method": options.method, "target": str(folder / "few.jsonl")}
+    aimed: dict[str, Any] = {
+        part.settings.group: part.settings(**part.settings.with_target) for part in METHODS[options.method].parts
+    }
+    return {
+        "pool": Recipe(**both, out=str(folder / "pool")),
+        "target": Recipe(**both, **few, **aimed, out=str(folder / "target")),
+    }
+
+
+def _measure(
+    recipes: dict[str, Recipe], questions: "list[Row]", console: "Console"
+) -> "tuple[dict[str, Metrics], dict[str, Any]]":
+    """Train by each recipe, and measure what comes out, and the base model; the runs' summaries as well."""
+    from siftune.evaluate.measure import measure, measure_base
+    from siftune.evaluate.prepare import prepare_rows
+    from siftune.trainer.run import train
+
+    measured: dict[str, Metrics] = {}
+    summaries = {}
+    for name, recipe in recipes.items():
+        tuned = train(recipe, console)
+        prepared = prepare_rows(questions, tuned.tokenizer, ("exact_match", "choices"), recipe.template)
+        console.print(f"measuring on {len(questions)} held-out questions")
+        if not measured:
+            measured["base"] = measure_base(tuned.model, prepared, _BATCH)
+        measured[name] = measure(tuned.model, prepared, _BATCH)
+        summaries[name] = tuned.summary
+    return measured, summaries
 
 
 def _show(
     console: "Console",
-    compared: "list[MetricRow]",
-    questions: list[Any],
-    before: tuple[str, ...],
-    after: tuple[str, ...],
+    questions: "list[Row]",
+    measured: "dict[str, Metrics]",
+    compared: "list[list[MetricRow]]",
 ) -> None:
-    """Show a few answers and the table."""
+    """Show a few answers and a table of each comparison."""
     from siftune.report.metrics import metric_table
     from siftune.report.table import print_table
 
-    for row, base, tuned in list(zip(questions, before, after, strict=True))[:4]:
-        question = row.prompt[-1].content.strip()
-        console.print(f"  {question}  before: {_short(base)}  after: {_short(tuned)}", markup=False)
-    print_table(metric_table("two-digit arithmetic, held out", compared), console)
+    texts = [measured[name]["exact_match"].texts for name in _NAMES]
+    for row, *answers in list(zip(questions, *texts, strict=True))[:_SHOWN]:
+        told = "  ".join(f"{name}: {_short(text)}" for name, text in zip(_NAMES.values(), answers, strict=True))
+        console.print(f"  {row.prompt[-1].content.splitlines()[0]}  {told}", markup=False)
+    for names, rows in zip(pairwise(_NAMES.values()), compared, strict=True):
+        print_table(metric_table(_TASK, rows, names=names), console)
 
 
 def _short(text: str) -> str:
     words = " ".join(text.split())
     return repr(words if len(words) <= 24 else words[:23] + "…")
-
-
-def _record(folder: "RunFolder", result: dict[str, Any]) -> None:
-    """Leave the result in the run folder."""
-    folder.write("demo.json", json.dumps({**result, "run": str(Path(result["run"]))}, indent=2) + "\n")

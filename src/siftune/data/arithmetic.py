@@ -23,6 +23,7 @@ _WORDINGS = {
 }
 _NUMBERS = range(10, 100)
 _PAIRS = [(low, high) for low in _NUMBERS for high in _NUMBERS if low < high]
+PROBLEMS = len(KINDS) * len(_PAIRS)  # all that there are
 
 Problem = tuple[str, int, int]  # kind, lower number, higher number
 

@@ -12,18 +12,21 @@ _LABELS = {
 }
 
 
-def metric_table(title: str, rows: Sequence[MetricRow], level: float = 0.95) -> Table:
+def metric_table(
+    title: str, rows: Sequence[MetricRow], level: float = 0.95, names: tuple[str, str] = ("base", "tuned")
+) -> Table:
     """Make a table of the metrics of one model, or of a base model against a tuned one.
 
     Args:
         title: What was measured.
         rows: One per metric, from `compare`.
         level: Coverage of their intervals.
+        names: What the two models are called.
     """
     interval = f"{100 * level:g} % interval"
     if all(row.tuned is None for row in rows):
         return Table(["metric", "rows", "value", interval], [_single(row) for row in rows], title)
-    header = ["metric", "rows", "base", "tuned", "difference", interval]
+    header = ["metric", "rows", *names, "difference", interval]
     return Table(header, [_pair(row) for row in rows], title)
 
 

@@ -18,73 +18,76 @@ def tiny_model(base, monkeypatch):
     monkeypatch.setattr(demo, "_MODEL", str(base))
 
 
-def test_it_measures_tunes_and_measures_again(base, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(["demo", "--steps", "2", "--rows", "8", "--out", str(out), "--json"]) == 0
+def test_it_tunes_twice_and_compares_the_base_with_both(base, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--steps", "2", "--rows", "8", "--known", "4", "--out", str(out), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert json.loads((out / "demo.json").read_text()) == result
-    assert result["run"] == str(out)
-    assert result["steps"] == 2
-    metrics = {row["metric"]: row for row in result["metrics"]}
-    assert set(metrics) == {"exact_match", "choices", "choices_per_token"}
-    for row in metrics.values():
-        assert 0 <= row["base"] <= 1
-        assert row["difference"] == pytest.approx(row["tuned"] - row["base"])
-    assert len(lines(out / "train.jsonl")) == 32
-    assert len(lines(out / "test.jsonl")) == 8
-    train, test = (
-        {(row["kind"], *sorted((row["a"], row["b"]))) for row in lines(out / name)}
-        for name in ("train.jsonl", "test.jsonl")
-    )
-    assert not train & test
-    recipe = load_recipe(out / "recipe.yaml")
-    assert (recipe.method, recipe.steps, recipe.model) == ("ist", 2, str(base))
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
-    assert captured.err.count("before: ") == captured.err.count("after: ") == 4
-    assert "two-digit arithmetic, held out" in captured.err
+    assert result["folder"] == str(out)
+    assert {name: summary["steps"] for name, summary in result["runs"].items()} == {"pool": 2, "target": 2}
+    first, second = ({row["metric"]: row for row in result["metrics"][pair]} for pair in ("base-pool", "pool-target"))
+    assert set(first) == set(second) == {"exact_match", "choices", "choices_per_token"}
+    for name in first:
+        assert first[name]["tuned"] == second[name]["base"]
+        assert second[name]["difference"] == pytest.approx(second[name]["tuned"] - second[name]["base"])
+    assert [len(lines(out / f"{name}.jsonl")) for name in ("pool", "few", "test")] == [32, 4, 8]
+    for name in ("pool", "target"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / name / "adapter")
+    assert captured.err.count("base: ") == captured.err.count("pool and few: ") == 4
+    assert captured.err.count("two-digit arithmetic, held out") == 2
     assert f"everything is in {out}" in captured.err
     assert "Traceback" not in captured.err
 
 
-def test_its_run_can_be_evaluated(tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(["demo", "--steps", "2", "--rows", "4", "--out", str(out), "--method", "dense"]) == 0
-    told = capsys.readouterr().err
-    assert f"everything is in {out}" in told
-    measured = {row["metric"]: row["tuned"] for row in json.loads((out / "demo.json").read_text())["metrics"]}
-    assert main(["eval", str(out), "--data", str(out / "test.jsonl"), "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    (run,) = again["runs"]
-    for row in run["metrics"]:
-        if row["metric"] in measured:
-            assert row["tuned"] == measured[row["metric"]]
+def test_the_two_runs_differ_in_the_target_alone(base, tmp_path):
+    out = tmp_path / "demo"
+    given = ["demo", "--steps", "2", "--rows", "4", "--out", str(out), "--method", "gast"]
+    assert main(given) == 0
+    pool, target = (load_recipe(out / name / "recipe.yaml") for name in ("pool", "target"))
+    assert (pool.method, pool.target) == ("dense", None)
+    assert (target.method, target.target, target.gast.support) == ("gast", str(out / "few.jsonl"), "target")
+    assert (pool.train, pool.steps, pool.lr, pool.seed) == (target.train, target.steps, target.lr, target.seed)
+
+
+def test_its_runs_can_be_evaluated(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--steps", "2", "--rows", "4", "--out", str(out)]) == 0
+    rows = json.loads((out / "demo.json").read_text())["metrics"]["pool-target"]
+    measured = {row["metric"]: row["tuned"] for row in rows}
+    capsys.readouterr()
+    assert main(["eval", str(out / "target"), "--data", str(out / "test.jsonl"), "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    again = {row["metric"]: row["tuned"] for row in run["metrics"]}
+    assert {name: again[name] for name in measured if name in again} == {
+        name: value for name, value in measured.items() if name in again
+    }
+    assert "exact_match" in again or "choices" in again
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps", "0"], "--steps and --rows must be at least 1, and --lr above 0"),
-        (["--rows", "0"], "--steps and --rows must be at least 1, and --lr above 0"),
-        (["--lr", "-1"], "--steps and --rows must be at least 1, and --lr above 0"),
-        (["--steps", "5000"], "80000 arithmetic rows"),
+        (["--steps", "0"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
+        (["--rows", "0"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
+        (["--known", "0"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
+        (["--lr", "-1"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
+        (["--steps", "5000"], "--steps 5000 takes 40300 problems of arithmetic"),
         (["--method", "lissa"], f"--method must be one of {', '.join(METHODS)}, not 'lissa'"),
     ],
 )
 def test_what_it_refuses(tmp_path, capsys, flags, message):
-    assert main(["demo", "--out", str(tmp_path / "run"), *flags]) == 2
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), *flags]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("siftune: error: ")
     assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not out.exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused(tmp_path, capsys):
-    arguments = ["demo", "--steps", "1", "--rows", "4", "--out", str(tmp_path / "run")]
-    assert main(arguments) == 0
-    before = (tmp_path / "run" / "train.jsonl").read_bytes()
-    capsys.readouterr()
-    assert main(arguments) == 2
-    assert capsys.readouterr().err == (
-        f"siftune: error: {tmp_path}/run holds a run already; give another folder with --out.\n"
-    )
-    assert (tmp_path / "run" / "train.jsonl").read_bytes() == before
+def test_a_folder_that_is_there_stays_as_it_is(tmp_path, capsys):
+    (tmp_path / "kept.txt").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
