@@ -56,7 +56,8 @@ from siftune.offsite.emulator.compress import CompressedLayer, LayerCurvature, c
 from siftune.offsite.emulator.make import middle_of, record_middle
 from siftune.offsite.emulator.model import weight_OI
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.record import Captured, replay
+from siftune.offsite.emulator.record import replay
+from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths import refit as fit
 from siftune.offsite.maths.kfac import Curvature, Moments

@@ -19,7 +19,8 @@ from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
 from siftune.offsite.emulator.model import weight_OI
-from siftune.offsite.emulator.record import Captured, record, replay
+from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.maths.kfac import curvature
 from siftune.offsite.maths.refit import DAMPING, refit, refit_scores
 from siftune.offsite.maths.scp import keep_channels
