@@ -143,9 +143,9 @@ def plug_in(
     """
     merging = merging or Merging()
     merging.check_merging(len(returns))
-    _check_base(model, kit)
+    state = _in_memory(model)
+    check_base(model, kit)
     names = outer_names(model, kit.manifest.split)
-    state = model.state_dict()
     before = {neutral: state[name] for neutral, name in names.items()}
     found = candidates(before, returns, max_update, kit.manifest.model_type)
     values, parts = merged(before, found, merging)
@@ -208,10 +208,12 @@ def _with_losses(report: UpdateReport, changes: Sequence[LossChange]) -> UpdateR
     return replace(report, loss=changes[-1], parts=tuple(parts))
 
 
-def _check_base(model: PreTrainedModel, kit: Kit) -> None:
-    """Refuse a model that the kit was not made from."""
-    if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
-        raise UnsupportedError("weights of the model are not in memory: load it on one device, the processor will do")
+def check_base(model: PreTrainedModel, kit: Kit) -> None:
+    """Refuse a model that a kit was not made from.
+
+    Raises:
+        KitError: It is another one.
+    """
     own, of_kit = fingerprint(model), kit.manifest.fingerprint
     if own != of_kit:
         raise KitError(
@@ -220,3 +222,11 @@ def _check_base(model: PreTrainedModel, kit: Kit) -> None:
         )
     with naming(f"kit {kit.path}"):
         check_of_base(kit.config, kit.manifest, model.config)
+
+
+def _in_memory(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors, to be written to."""
+    state: dict[str, Tensor] = model.state_dict()
+    if any(tensor.device.type == "meta" for tensor in state.values()):
+        raise UnsupportedError("weights of the model are not in memory: load it on one device, the processor will do")
+    return state
