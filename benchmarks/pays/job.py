@@ -109,12 +109,13 @@ class Work:
     def run(self) -> Record:
         """Train and measure."""
         known, held = _apart(self.pool.known, self.method.get("stop", 0.0))
+        known, steering = _apart(known, self.method.get("steer", 0.0))
         count = self.job["steps"] * self.job["batch"]
         rows = training_rows(
             self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
         )
         recipe = recipe_of(self.job, self.folder, len(rows))
-        data = {"train": self.tokenized(rows), **({"support": self.tokenized(known)} if compares(recipe) else {})}
+        data = {"train": self.tokenized(rows), **({"support": self.tokenized(steering or known)} if compares(recipe) else {})}
         built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
         trainer = self._take_over(built, rows)
         found = {"steps": 0} if self.method.get("untrained") else self._train(trainer, built, held)

@@ -7,6 +7,7 @@ rows       what is trained on: see `training_rows.py`; the pool where it is not 
 nearest    for rows "retrieved": similarity to the "max" or the "mean" of the known rows
 once       for rows "retrieved": one pass over the rows, where that is fewer steps
 stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
+steer      share of the known rows that rows are compared with, and that are not trained on; else all are, and may be
 rule       an experimental rule in the place of GAST's choice: see `rules.py`
 loss       "dft": tokens weigh as the model finds them likely
 untrained  measure the model as it is
@@ -59,6 +60,11 @@ METHODS: dict[str, Method] = {
         **_gast(share="above", support_every=4, support_decay=0.9, select=0.5),
         "rows": "pool+weighted",
     },
+    "gast-steered": {
+        **_gast(share="above", support_every=2, support_decay=0.9, select=0.5),
+        "rows": "pool+weighted",
+        "steer": 0.5,
+    },
     "gast-target": {**_gast(support="target", share="above", select=0.5, **_PLAIN), "rows": "pool+weighted"},
     "gast-target-own": {**_gast(support="target", share="own", select=0.5, **_PLAIN), "rows": "pool+weighted"},
     "gast-relu": {**_gast(), "rule": "relu"},
@@ -95,6 +101,7 @@ _OWN = (
     "nearest",
     "once",
     "stop",
+    "steer",
     "rule",
     "masked",
     "loss",

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from siftune.config import Recipe
@@ -30,6 +31,8 @@ class Options(Recipe):
     """Seeds to try each with, with commas between; the recipe's seed if not given."""
     out: str | None = None
     """Folder for results, table and picture; runs/DATE-sweep-lr if not given."""
+    public_key: str | None = None
+    """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -46,7 +49,8 @@ def run(options: Options) -> dict[str, Any]:
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     grid = grid_of(recipe, options.methods, options.rates, options.seeds)
-    sweep = open_sweep(recipe, grid, options.out or _new_folder(), source_of)
+    source = partial(source_of, public_key=options.public_key)
+    sweep = open_sweep(recipe, grid, options.out or _new_folder(), source)
     _work_off(sweep, console)
     result = write_report(sweep.folder)
     runs, base, path = sweep.folder.runs(), sweep.folder.base_loss, sweep.folder.path

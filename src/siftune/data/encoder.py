@@ -16,8 +16,8 @@ alone. `encode_prompt` and `encode_completion` give evaluation the same tokens a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from siftune.data.rows import Message, Row
 from siftune.errors import DataError, ModelError, RecipeError
@@ -31,6 +31,19 @@ _REOPENED = (
     "prompt of generation time"
 )
 _REWRITTEN = "the chat template rewrites earlier turns; only the last turn is learned"
+
+
+T = TypeVar("T")
+
+
+def attempt(call: Callable[[], T]) -> T | BaseException:
+    """Have a tokenizer do something; return what it raises, be it a panic in Rust, which is no Exception."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        return error
 
 
 class _Part(NamedTuple):
@@ -187,13 +200,10 @@ class Encoder:
     def _try(self, texts: list[str], special: bool) -> list[list[int]] | BaseException:
         if not texts:
             return []
-        try:
-            encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # a panic in Rust, on a pattern that backtracks without end, is no Exception
-            return error
-        return list(encoded["input_ids"])
+        encoded = attempt(
+            lambda: self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        )
+        return encoded if isinstance(encoded, BaseException) else list(encoded["input_ids"])
 
     def _leading_ids(self) -> list[int]:
         """The ids that the tokenizer puts before a text by itself, such as a beginning-of-sequence token."""

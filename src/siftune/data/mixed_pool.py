@@ -54,9 +54,10 @@ def _asked(rows: list[Record]) -> list[Record]:
     """Write rows as questions that wait for their answer: pretrained models know that form."""
     asked = []
     for row in rows:
-        texts = {name: f" {row[name]}" for name in ("completion", "answer") if name in row}
-        choices = {"choices": [f" {choice}" for choice in row["choices"]]} if "choices" in row else {}
-        asked.append({**row, "prompt": f"{row['prompt']}\nAnswer:", **texts, **choices})
+        texts: Record = {name: f" {row[name]}" for name in ("completion", "answer") if name in row}
+        if "choices" in row:
+            texts["choices"] = [f" {choice}" for choice in row["choices"]]
+        asked.append({**row, "prompt": f"{row['prompt']}\nAnswer:", **texts})
     return asked
 
 

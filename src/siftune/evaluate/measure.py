@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from siftune.data.encoder import attempt
 from siftune.data.rows import Row
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.batching import model_window
@@ -187,10 +188,22 @@ def _exact_match(model: Any, questions: Questions, tokenizer: PreTrainedTokenize
     written = greedy(
         model, questions.prompts_ids, questions.max_new_tokens, batch_size, questions.pad_id, tuple(eos_ids)
     )
-    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
+    texts = [_decoded(tokenizer, ids) for ids in written]
     pairs = zip(texts, questions.accepted, strict=True)
     correct = [bool(exact_match([text] * len(right), right).any()) for text, right in pairs]
     return _rate("exact_match", np.array(correct, dtype=np.bool_), texts)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of what the model wrote; a tokenizer may be a stranger's."""
+    text = attempt(lambda: tokenizer.decode(ids, skip_special_tokens=True))
+    if isinstance(text, BaseException):
+        told = " ".join(str(text).split())[:99]
+        raise DataError(
+            f"the tokenizer fails on tokens that the model wrote, {list(ids)[:8]} ({told}); "
+            "take another tokenizer, or leave exact_match out"
+        ) from text
+    return str(text)
 
 
 def _check_window(model: Any, prepared: Prepared) -> None:

@@ -134,6 +134,8 @@ def commands(place, half, what, out):
         yield ("export", place / what, "--out", out)
         return
     yield ("train", "--model", place / what, "--train", rows, "--out", out, *TRAIN)
+    sweep = ("--eval", rows, "--rates", "1e-3", "--out", f"{out}-sweep")
+    yield ("sweep-lr", "--model", place / what, "--train", rows, *sweep, *TRAIN)
     yield ("eval", place / what, "--data", rows, "--limit", "2", "--metrics", "perplexity")
 
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from peft import LoraConfig, get_peft_model
 from support.tiny import tiny
@@ -143,3 +144,15 @@ def test_compare_refuses_what_cannot_be_compared():
         compare({"perplexity": nll([1.0, 1.0, 1.0])}, {"perplexity": nll([1.0, 1.0, 1.0], (1.0, 2.0, 4.0))})
     with pytest.raises(ValueError, match="other rows"):
         compare({"choices": rate([1, 0])}, {"choices": rate([1])})
+
+
+def test_a_tokenizer_that_panics_on_what_was_written_is_a_sentence(model, monkeypatch):
+    broken = byte_tokenizer()
+    parts = [tokenizers.decoders.Fuse(), tokenizers.decoders.Strip("!", 2, 2)]
+    broken.backend_tokenizer.decoder = tokenizers.decoders.Sequence(parts)
+    written = [[broken.convert_tokens_to_ids("!")]]
+    monkeypatch.setattr("siftune.evaluate.measure.greedy", lambda *_: written)
+    prepared = prepare_rows(rows_from([{"prompt": "1?", "completion": "!"}]), broken, ("exact_match",))
+    with pytest.raises(DataError, match=r"^the tokenizer fails on tokens that the model wrote, \[") as caught:
+        measure(model, prepared)
+    assert type(caught.value.__cause__).__name__ == "PanicException"
