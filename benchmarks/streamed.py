@@ -4,8 +4,8 @@
 
 A random llama in bfloat16 is written to FOLDER/base, if it is not there, in a shard for each layer, and random rows;
 then `siftune emulate` runs in a process of its own. Printed are the sizes of the model, of its embeddings and head, and
-of a layer; the resident memory that libraries take without any model; and the process's at its peak. Pages of files are
-resident, too, which the system takes back when it needs them: the peak of what it cannot take back is printed beside it.
+of a layer; the resident memory that libraries take without any model; and the process's at its peak. Pages of files
+are resident too, though the system takes them back when it needs them: the peak without those is printed beside it.
 """
 
 import argparse

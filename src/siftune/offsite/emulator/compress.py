@@ -9,18 +9,20 @@ Whole layers are dropped or shared elsewhere (`plan.py`); such layers come throu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from siftune.models.families import Family
+from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.model import LayerShape, features, weight_OI
+from siftune.offsite.emulator.prefix import Prefix, Unfinished
 from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.maths.kfac import DAMPING, Curvature, Moments, moments
-from siftune.offsite.maths.refit import refit, refit_scores
+from siftune.offsite.maths.refit import correct, refit, refit_scores
 from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
@@ -44,6 +46,8 @@ class Compression:
         damping: *(ours)* Relative damping of those roots.
         keep_attn: Fraction for attention alone, in place of `keep`; at 1 only the MLP is compressed (SCP alone).
         keep_mlp: Fraction for the MLP alone; at 1 only attention is compressed (DRD alone).
+        sequential: *(ours)* Whether gradot fits the matrices that write to the hidden state on what the compressed
+            layers below give, before it takes anything out of them.
     """
 
     method: Method = "gradot"
@@ -56,6 +60,7 @@ class Compression:
     damping: float = DAMPING
     keep_attn: float | None = None
     keep_mlp: float | None = None
+    sequential: bool = False
 
     def share(self, attention: bool) -> float:
         """What stays of attention, or of the MLP."""
@@ -111,12 +116,18 @@ def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> La
 
 def whole(layer: nn.Module, number: int, same_as: int | None = None) -> CompressedLayer:
     """A layer as it is, or one that takes the weights of another."""
-    tensors = {} if same_as is not None else {name: t.detach() for name, t in layer.state_dict().items()}
-    return CompressedLayer(LayerShape(number, same_as=same_as), tensors)
+    if same_as is not None:
+        return CompressedLayer(LayerShape(number, same_as=same_as), {})
+    return CompressedLayer(LayerShape(number), {name: tensor_of(layer, name) for name in layer.state_dict()})
 
 
 def compress_layer(
-    layer: nn.Module, number: int, family: Family, seen: LayerCurvature, how: Compression
+    layer: nn.Module,
+    number: int,
+    family: Family,
+    seen: LayerCurvature,
+    how: Compression,
+    prefix: Prefix | None = None,
 ) -> CompressedLayer:
     """Compress a layer; the layer itself stays as it is.
 
@@ -126,6 +137,8 @@ def compress_layer(
         family: Where its matrices are.
         seen: Their curvature; not needed where all is kept.
         how: Settings.
+        prefix: What the compressed layers below give, to fit the matrices on that write to the hidden state; None has
+            them stay as they are.
 
     Returns:
         The layer's shape and tensors, in the dtype of the layer's.
@@ -133,7 +146,8 @@ def compress_layer(
     result = whole(layer, number)
     if how.keep >= 1:
         return result
-    tensors, ranks = dict(result.tensors), {}
+    tensors, ranks = dict(result.tensors), dict[str, int]()
+    made = Unfinished(layer, family, LayerShape(number, ranks), tensors)
     factors_all = how.method == "gradot" and how.mlp == "factors"
     for path in family.matrices if factors_all else family.attention:
         matrix = layer.get_submodule(path)
@@ -143,23 +157,42 @@ def compress_layer(
             continue
         rank = rank_of(share, outputs, inputs)
         lam = how.lambda_attn if path in family.attention else how.lambda_mlp
-        up_OR, down_RI = _factors(path, weight_OI(matrix), seen, rank, how, lam)
-        weight = tensors.pop(f"{path}.weight")
-        tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(weight.dtype), up_OR.to(weight.dtype)
+        weight, known = _corrected(path, made, seen, prefix)
+        up_OR, down_RI = _factors(path, weight, known, rank, how, lam)
+        dtype = tensors.pop(f"{path}.weight").dtype
+        tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(dtype), up_OR.to(dtype)
         if f"{path}.bias" in tensors:
             tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
     if factors_all or how.keep_mlp == 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
-    channels, biased = _narrow(tensors, layer, family, seen, how)
+    weight, known = _corrected(family.writes, made, seen, prefix)
+    channels, biased = _narrow(made, tensors, known, how, weight)
     return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
+
+
+def _corrected(
+    path: str, made: Unfinished, seen: LayerCurvature, prefix: Prefix | None
+) -> tuple[Tensor, LayerCurvature]:
+    """A matrix's weight, and curvature; one that writes to the hidden state is fitted to what it reads by now."""
+    weight = _weight(made, path)
+    if prefix is None or path not in (made.family.attention[-1], made.family.writes):
+        return weight, seen
+    x_NI, known = prefix.inputs(made, path), seen.curvature[path]
+    curvature = {**seen.curvature, path: replace(known, inputs=moments(x_NI))}
+    return correct(weight, seen.captured[path].x_NI, x_NI), LayerCurvature(seen.captured, curvature)
+
+
+def _weight(made: Unfinished, path: str) -> Tensor:
+    """The weight of a matrix that is not compressed yet, as (out, in)."""
+    return weight_OI(made.layer.get_submodule(path), made.tensors[f"{path}.weight"])
 
 
 def _factors(
     path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression, lam: float
 ) -> tuple[Tensor, Tensor]:
     """A matrix as a product of two thinner ones."""
-    weight = weight.detach().float()
+    weight = weight.float()
     if how.method == "svd+flap":
         return svd_factor(weight, rank)
     curvature = seen.curvature[path]
@@ -170,11 +203,12 @@ def _factors(
 
 
 def _narrow(
-    tensors: dict[str, Tensor], layer: nn.Module, family: Family, seen: LayerCurvature, how: Compression
+    made: Unfinished, tensors: dict[str, Tensor], seen: LayerCurvature, how: Compression, write_OC: Tensor
 ) -> tuple[int, tuple[str, ...]]:
     """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
-    matrices = {path: layer.get_submodule(path) for path in (*family.reads, family.writes)}
-    weights = {path: weight_OI(matrix).detach() for path, matrix in matrices.items()}
+    family = made.family
+    weights = {path: _weight(made, path) for path in family.reads}
+    weights[family.writes] = write_OC
     count = max(1, int(how.share(False) * weights[family.writes].shape[1] + 1e-9))
     staying = _channels(weights, family, seen, count, how)
     biased: tuple[str, ...] = ()
@@ -183,17 +217,17 @@ def _narrow(
         extra = flap_bias(seen.captured[family.writes].x_NI, weights[family.writes].float(), dropped)
         name = f"{family.writes}.bias"
         biased = () if name in tensors else (family.writes,)
-        dtype = weights[family.writes].dtype
+        dtype = tensors[f"{family.writes}.weight"].dtype
         tensors[name] = (tensors[name].float() + extra if name in tensors else extra).to(dtype)
     for path in family.reads:
         tensors[f"{path}.weight"] = weights[path][staying].contiguous()
         if f"{path}.bias" in tensors:
             tensors[f"{path}.bias"] = tensors[f"{path}.bias"][staying].contiguous()
-    written = weights[family.writes][:, staying]
+    written = write_OC[:, staying]
     if how.method == "gradot" and how.mlp == "refit":
-        fitted = refit(weights[family.writes], seen.curvature[family.writes].inputs, staying)
-        written = fitted.to(written.dtype)
-    tensors[f"{family.writes}.weight"] = written.contiguous()
+        written = refit(write_OC, seen.curvature[family.writes].inputs, staying)
+    name = f"{family.writes}.weight"
+    tensors[name] = written.to(tensors[name].dtype).contiguous()
     return count, biased
 
 

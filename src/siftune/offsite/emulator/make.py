@@ -5,10 +5,8 @@ states and gradients that the pass keeps, or one layer's where they lie in a fol
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +25,7 @@ from siftune.offsite.emulator.compress import (
     whole,
 )
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
+from siftune.offsite.emulator.prefix import Prefix, Unfinished
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.emulator.recording import Recording
 from siftune.offsite.emulator.split import Split
@@ -132,9 +131,19 @@ def _compress_one(
     layer, family = find_layers(model).layers[number], family_of(model.config)
     some = any(how.keep < 1 for how in jobs.values())
     seen = layer_curvature(replay(layer, recording, number, family.matrices), slopes) if some else LayerCurvature()
-    with _here(layer):
-        for place, how in jobs.items():
-            take(place, number, compress_layer(layer, number, family, seen, how))
+    for place, how in jobs.items():
+        prefix = _prefix(recording, number, place) if how.sequential else None
+        made = compress_layer(layer, number, family, seen, how, prefix)
+        if prefix is not None:
+            states = prefix.outputs(Unfinished(layer, family, made.shape, made.tensors))
+            recording.carried(place).put(number + 1, states)
+        take(place, number, made)
+
+
+def _prefix(recording: Recording, number: int, place: int) -> Prefix:
+    """What a job's compressed layers below give; the first of the middle has none below."""
+    states = recording.hidden if number == recording.numbers[0] else recording.carried(place)
+    return Prefix(number, recording, states.get(number))
 
 
 def in_places(
@@ -146,13 +155,3 @@ def in_places(
         by_number[step.number] if step.same_as is None else whole(layers[step.number], step.number, step.same_as)
         for step in steps
     ]
-
-
-def _here(layer: Any) -> ExitStack:
-    """Have the weights of a layer here that accelerate keeps elsewhere, for the time of a block."""
-    from accelerate.utils import align_module_device
-
-    stack = ExitStack()
-    for module in layer.modules():
-        stack.enter_context(align_module_device(module))
-    return stack

@@ -125,9 +125,9 @@ def features(module: nn.Module) -> tuple[int, int, bool]:
     return inputs, outputs, module.bias is not None
 
 
-def weight_OI(module: nn.Module) -> Tensor:
-    """The weight of a Linear or a Conv1D as (out, in)."""
-    weight: Any = module.weight
+def weight_OI(module: nn.Module, weight: Any = None) -> Tensor:
+    """The weight of a Linear or a Conv1D as (out, in); `weight` where it was loaded apart."""
+    weight = module.weight if weight is None else weight
     return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]
 
 

@@ -55,6 +55,8 @@ class EmulatorSettings(Compression):
         whole_layers = self.method in ("layerdrop", "crash")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot by score")
+        if self.sequential and self.method != "gradot":
+            raise RecipeError(f"method {self.method} fits no matrices: leave out sequential, or use method gradot")
 
     def _check_parts(self) -> None:
         """Check the fractions of attention and MLP by themselves."""

@@ -54,6 +54,7 @@ class Recording:
         numbers: Numbers of these layers.
         hidden: What goes into a layer, by its number; what comes out is what goes into the next.
         grads: Gradients of the summed loss for what comes out, by number of the layer.
+        after: By place of a job, what goes into a layer after compressed ones, by its number.
         calls: By batch, then by number of the layer.
         real: (B, T) bool per batch: false on padding.
         tokens: Labels of all batches.
@@ -63,6 +64,7 @@ class Recording:
     numbers: Sequence[int]
     hidden: States
     grads: States
+    after: dict[int, States] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)
     real: list[Tensor] = field(default_factory=list)
     tokens: int = 0
@@ -73,6 +75,10 @@ class Recording:
         calls = [calls[number] for calls in self.calls]
         for parts in zip(calls, self.hidden.get(number), self.grads.get(number), self.real, strict=True):
             yield Visit(*parts)
+
+    def carried(self, place: int) -> States:
+        """What goes into a layer after the compressed ones of a job."""
+        return self.after.setdefault(place, self.hidden.beside(f"carried-{place}"))
 
     def outputs(self, number: int) -> Tensor:
         """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
@@ -93,6 +99,8 @@ class Recording:
         """Free the memory of a layer that is done with."""
         self.hidden.drop(number)
         self.grads.drop(number)
+        for states in self.after.values():
+            states.drop(number)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ class States:
         self._folder, self._name = folder, name
         self._here: dict[int, list[Tensor]] = {}
 
+    def beside(self, name: str) -> "States":
+        """Others of another name, kept as these are."""
+        return States(self._folder, name)
+
     def put(self, number: int, batches: Sequence[Tensor]) -> None:
         """Keep a layer's tensors."""
         plain = [tensor.detach().cpu() for tensor in batches]

@@ -75,11 +75,13 @@ class Alive:
         monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", get)
 
 
-@pytest.mark.parametrize("method", ["gradot", "crash", "layerdrop"])
-def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    "how", [{"method": "gradot"}, {"method": "crash"}, {"method": "layerdrop"}, {"sequential": True}]
+)
+def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, how):
     model, tokenizer = load_model(saved(tmp_path / "base", layers=8), "float32", streamed=True)
     alive = Alive(monkeypatch)
-    emulate(model, tokenizer, calibration(model), tmp_path / "kit", settings(keep=0.5, method=method))
+    emulate(model, tokenizer, calibration(model), tmp_path / "kit", settings(keep=0.5, **how))
     assert alive.read == {str(number) for number in range(8)}
     assert alive.most == 1
 
@@ -109,28 +111,38 @@ import os, signal, sys
 from support.emulators import calibration, settings
 from siftune.models.source import load_model
 from siftune.offsite.protocol.emulate import KitOptions, emulate
-name, out, what, at = sys.argv[1:]
+name, out, what, at, sequential = sys.argv[1:]
 def tell(stage, done, _):
     if stage == what and done == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
 model, tokenizer = load_model(name, "float32", streamed=True)
-emulate(model, tokenizer, calibration(model), out, settings(keep=0.5), progress=tell)
+emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, sequential=bool(sequential)), progress=tell)
 """
 
 
-@pytest.mark.parametrize(("what", "at", "rest"), [("calibration", 3, 3), ("calibration", 7, 7), ("compression", 2, 9)])
-def test_a_killed_run_goes_on(tmp_path, monkeypatch, what, at, rest):
+@pytest.mark.parametrize(
+    ("what", "at", "rest", "sequential"),
+    [
+        ("calibration", 3, 3, False),
+        ("calibration", 7, 7, False),
+        ("compression", 2, 9, False),
+        ("compression", 2, 9, True),
+    ],
+)
+def test_a_killed_run_goes_on(tmp_path, what, at, rest, sequential):
     """The pass goes up five layers and down four, and on from the one that it was at."""
     name, out = saved(tmp_path / "base"), tmp_path / "kit"
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, "-c", SCRIPT, name, str(out), what, str(at)], env=path, check=False)
+    words = [name, str(out), what, str(at), "yes" if sequential else ""]
+    ended = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=path, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert not out.exists()
     model, tokenizer = load_model(name, "float32", streamed=True)
-    told = []
-    kit = emulate(model, tokenizer, calibration(model), out, settings(keep=0.5), progress=lambda *one: told.append(one))
+    told, batches = [], calibration(model)
+    how = settings(keep=0.5, sequential=sequential)
+    kit = emulate(model, tokenizer, batches, out, how, progress=lambda *one: told.append(one))
     assert [*tmp_path.glob(".kit*")] == []
-    uncut = emulate(model, tokenizer, calibration(model), tmp_path / "uncut", settings(keep=0.5))
+    uncut = emulate(model, tokenizer, batches, tmp_path / "uncut", how)
     assert kit.digest == uncut.digest
     assert [done for stage, done, _ in told if stage == "calibration"] == [*range(rest, 10)]
     layers = 1 if what == "compression" else 3
