@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -106,6 +107,19 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             total += super().training_step(model, part)
         privacy.release(self.state.global_step)  # before the Trainer clips, logs or applies the gradient
         return total / max(1, len(inputs["labels"]))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter and the tokenizer; PEFT by itself would open the base's config once more.
+
+        It looks there whether embeddings were resized, which they never are here.
+        """
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
 
     def _refuse_own_loss(self, model: nn.Module) -> None:
         if self.privacy is not None:

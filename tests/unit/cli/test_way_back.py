@@ -200,7 +200,7 @@ def test_no_file_of_a_kit_is_opened_but_to_be_checked_and_to_be_loaded(
     back = signed / "full" / "return"
     arguments = {
         "train full": (*train, "--adapter", "full"),
-        "train lora": (*train, "--adapter", "lora", "--rank", "2"),
+        "train lora": (*train, "--adapter", "lora", "--rank", "2", "--save-every", "1"),
         "eval": ("eval", kit, *measure),
         "eval of a run": ("eval", signed / "lora", *measure),
         "plug": ("plug", "--model", half, "--kit", kit, "--return", back, "--out", tmp_path / "tuned"),
