@@ -113,7 +113,7 @@ class Baseline(ABC):
         count = how_many(self.settings.select, rows)
         uniform_LB = self._uniform(rows)
         self.last = None
-        if count == rows and not self.settings.replacement:
+        if count == rows:
             return run(batch)
         return self._select(batch, run, count, uniform_LB)
 
@@ -140,7 +140,7 @@ class Baseline(ABC):
         for layer, uniform_B in zip(scored, uniform_LB, strict=True):
             uniform_B = uniform_B.to(layer.scores.device)
             rows_K = maths.choose(layer.scores, layer.live, uniform_B, count, self.settings)
-            chosen.append((rows_K, maths.factor(layer.live, rows_K, self.settings.scale)))
+            chosen.append((rows_K, maths.factor(layer.live, rows_K)))
         self.last = Choice(torch.stack([s.scores for s in scored]), torch.stack([rows_K for rows_K, _ in chosen]))
         return chosen
 
@@ -189,8 +189,7 @@ def _added(parts: Sequence[Scored]) -> Scored:
 
 
 def _refuse_settings(name: str, settings: GASTSettings) -> None:
-    known = {"support": ("rest", "sample"), "choice": ("stochastic", "topk"), "score": ("inner",), "pool": ("layer",)}
-    known |= {"among": ("batch",)}
+    known = {"support": ("rest", "sample"), "choice": ("stochastic", "topk"), "score": ("inner",), "among": ("batch",)}
     for key, values in known.items():
         if getattr(settings, key) not in values:
             raise RecipeError(

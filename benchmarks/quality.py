@@ -1,7 +1,7 @@
 """Which way of selecting rows and layers makes the better model, on a small model and with seeds and intervals?
 
     python benchmarks/quality.py --task arithmetic --noise 0.3 --methods dense,random,rest --seeds 0,1,2 --out FILE
-    python benchmarks/quality.py --methods dense hot=method:gast,support:rest,temperature:0.33 --set lr=1e-3
+    python benchmarks/quality.py --methods dense few=method:gast,support:rest,select:0.25 --set lr=1e-3
     python benchmarks/quality.py --report FILE --against "sample 12 of 16"
 
 Each (task, method, seed) is trained on siftune's own training path in a fresh process and measured on held-out rows; a

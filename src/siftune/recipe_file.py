@@ -11,7 +11,7 @@ import yaml
 from siftune.config import R, Recipe, method_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
-from siftune.settings import Settings, in_words, nearest
+from siftune.settings import Gone, Settings, in_words, nearest
 
 
 class _Entry(NamedTuple):
@@ -45,6 +45,8 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe, target: bool = False
             where = f"{path}:{entry.line}"
             if key not in hints and key in _options_by_name():
                 flat[key] = where, entry
+            elif key not in hints and key in _gone_by_name():
+                _pass_over(key, entry.value, _gone_by_name()[key], where)
             else:
                 values[key] = _value(key, entry, hints, values.get(key), where)
     if target or values.get("target") is not None:
@@ -105,14 +107,33 @@ def _value(key: str, entry: _Entry, hints: Mapping[str, Any], before: Any, where
         shown = _shown(entry.value)
         raise RecipeError(f"{where}: {key} must hold options of its own, each on a line of its own, not {shown}")
     inner, path = get_type_hints(hints[key]), where.rpartition(":")[0]
-    names = Settings.names(hints[key])
+    names, gone = Settings.names(hints[key]), hints[key].gone
     values = dict(before or {})
     for name, part in entry.value.items():
         place = f"{path}:{part.line}"
-        if name not in names:
+        if name in names:
+            values[name] = _converted(f"{key}.{name}", part.value, inner[name], place)
+        elif name in gone:
+            _pass_over(f"{key}.{name}", part.value, gone[name], place)
+        else:
             raise RecipeError(f"{place}: unknown key '{key}.{name}'; {_hint(name, names)}")
-        values[name] = _converted(f"{key}.{name}", _plain(part.value), inner[name], place)
     return values
+
+
+def _gone_by_name() -> dict[str, Gone]:
+    """Name of an option that some method had -> what is in its place."""
+    return {name: gone for part in all_parts() for name, gone in part.settings.gone.items()}
+
+
+def _pass_over(key: str, value: Any, gone: Gone, where: str) -> None:
+    """Refuse an option that is gone, unless it says what holds anyway: older versions wrote all options out."""
+    plain = _plain(value)
+    try:
+        same = _convert(plain, type(gone.value)) == gone.value
+    except TypeError:
+        same = False
+    if not same:
+        raise RecipeError(f"{where}: {key} {plain}: this option is gone, siftune {gone.words}: leave it out")
 
 
 def _lift(key: str, entry: _Entry, where: str, method: str, values: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from siftune.errors import RecipeError
 
@@ -81,6 +81,18 @@ COUNT_OR_SHARE = Range(
 )
 
 
+class Gone(NamedTuple):
+    """What is in the place of an option that was taken out, which older recipes and checkpoints still name.
+
+    Attributes:
+        value: The value that it has for good.
+        words: What that means, to follow "siftune".
+    """
+
+    value: Any
+    words: str
+
+
 @dataclass
 class Settings:
     """Base of a method's settings; checked when they are made.
@@ -94,6 +106,9 @@ class Settings:
 
     with_target: ClassVar[Mapping[str, Any]] = {}
     """Defaults where few rows of a target are given: what a recipe's `target` puts in their place."""
+
+    gone: ClassVar[Mapping[str, Gone]] = {}
+    """Options that earlier versions had, by name."""
 
     def __post_init__(self) -> None:
         """Check every field."""

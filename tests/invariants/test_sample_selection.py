@@ -160,7 +160,7 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
 
     def methods():
         before = [IST(active=0.5, interval=2, score_batch_size=6)] if with_ist else []
-        return [*before, method(support, replacement=support == "rest")]
+        return [*before, method(support)]
 
     whole, broken, again = methods(), methods(), methods()
     unbroken, _ = train(tmp_path / "whole", *whole, model=adapted(dropout=0.2), **settings)
@@ -261,15 +261,23 @@ def test_training_once_more_begins_anew(tmp_path):
     assert all(torch.equal(a.selected, b.selected) for a, b in zip(first, second, strict=True))
 
 
-def test_resume_by_the_trainers_own_restoring(tmp_path):
+OLD = {"pool": "layer", "scale": "mean", "replacement": False, "temperature": 1.0}  # options that are gone
+
+
+@pytest.mark.parametrize("old", [{}, OLD], ids=["now", "before options were taken out"])
+def test_resume_by_the_trainers_own_restoring(tmp_path, old):
     settings = {
         "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": True,
     }  # fmt: skip
     unbroken, _ = train(tmp_path / "whole", method("momentum"), **settings)
     train(tmp_path / "broken", method("momentum"), **settings)
     checkpoint = tmp_path / "broken" / "checkpoint-3"
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["GAST"]["args"]["support"] == "momentum"
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text())
+    saved = state["stateful_callbacks"]["GAST"]["args"]
+    assert saved["support"] == "momentum"
+    saved |= old
+    file.write_text(json.dumps(state))
     model, _ = train(tmp_path / "broken", method("momentum"), resume=str(checkpoint), **settings)
     assert_same(weights(unbroken), weights(model))
 

@@ -4,17 +4,21 @@ import itertools
 import math
 
 
-def chance_by_bisection(score, recent, share, temperature=1.0):
-    """min(1, c exp(z/τ)) of a row, c found by halving: the mean over the recent rows and this one is the share."""
+def chance_by_bisection(score, recent, share):
+    """min(1, c exp(z)) of a row in the company of recent ones."""
     rows = [*recent, score]
     mean = math.fsum(rows) / len(rows)
     deviation = math.sqrt(math.fsum((row - mean) ** 2 for row in rows) / len(rows))
     around = deviation + 1e-5 * max(map(abs, rows))
-    logits = [(row - mean) / around / temperature if around else 0.0 for row in rows]
+    return last_by_bisection([(row - mean) / around if around else 0.0 for row in rows], share)
+
+
+def last_by_bisection(logits, share):
+    """min(1, c exp(logit)) of the last row, c found by halving: the mean over all of them is the share."""
     low, high = -max(logits) - 100.0, -min(logits) + 100.0
     for _ in range(200):
         middle = (low + high) / 2
-        reached = math.fsum(math.exp(min(0.0, middle + logit)) for logit in logits) / len(rows)
+        reached = math.fsum(math.exp(min(0.0, middle + logit)) for logit in logits) / len(logits)
         low, high = (middle, high) if reached < share else (low, middle)
     return math.exp(min(0.0, high + logits[-1]))
 
@@ -48,7 +52,7 @@ class SlowStream:
             return share
         if choice == "topk":
             return top_chance(score, recent, share)
-        return chance_by_bisection(score, recent, share, self.settings.temperature)
+        return chance_by_bisection(score, recent, share)
 
     def follow(self, scores, live, uniform):
         """Which rows of a batch are followed, their chances (None: all are followed), and the factor."""
@@ -63,7 +67,7 @@ class SlowStream:
             if math.floor(self.total + chance) > math.floor(self.total):
                 chosen.append(row)
             self.total += chance
-        return chosen, chances, 1.0 if self.settings.scale == "sum" else 1 / self.settings.select
+        return chosen, chances, 1 / self.settings.select
 
     def end(self):
         if self.step:

@@ -16,6 +16,7 @@ from siftune.methods import METHODS, all_parts
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
+from siftune.methods.lisa.settings import LISASettings
 from siftune.recipe_file import load_recipe, recipe_to_yaml
 from siftune.settings import ELSEWHERE, Range, help_of, marks_of, nearest
 
@@ -86,6 +87,18 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("gast:\n  seed: 3\n", "r.yaml:2: unknown key 'gast.seed'"),
         ("gast:\n  select: 3\n  select: 4\n", "r.yaml:3: select is given twice, first in line 2"),
         ("method: dense\nselect: 3\n", "r.yaml:2: select belongs to the settings of a method, and method dense has"),
+        (
+            "# c\ngast:\n  temperature: 0.5\n",
+            "r.yaml:3: gast.temperature 0.5: this option is gone, siftune draws at temperature 1: leave it out",
+        ),
+        ("gast: {temperature: true}\n", "r.yaml:1: gast.temperature True: this option is gone"),
+        ("gast: {temperature: [1]}\n", "r.yaml:1: gast.temperature [1]: this option is gone"),
+        ("gast: {pool: {layer: 1}}\n", "r.yaml:1: gast.pool {'layer': 1}: this option is gone, siftune lets every"),
+        ("gast: {scale: sum}\n", "r.yaml:1: gast.scale sum: this option is gone, siftune scales"),
+        ("gast: {replacement: true}\n", "r.yaml:1: gast.replacement True: this option is gone, siftune draws without"),
+        ("method: gast\npool: module\n", "r.yaml:2: pool module: this option is gone, siftune lets every layer choose"),
+        ("temperature: 2.0\n", "r.yaml:1: temperature 2.0: this option is gone, siftune draws at temperature 1"),
+        ("greats: {temperature: 1.0}\n", "r.yaml:1: unknown key 'greats.temperature'"),
         (b"model: \xff\n", "r.yaml is not UTF-8 text: byte 7 is invalid"),
         ("model: \x00\n", "r.yaml: not valid YAML:"),
     ],
@@ -234,12 +247,21 @@ def test_a_recipe_of_0_1_is_read_with_what_its_method_looks_at(recipe_file):
     assert load_recipe(recipe_file(old.format(method="gast", active=0.25, select=8))).gast.select == 8
 
 
+@pytest.mark.parametrize("one", ["1.0", "1", "1e0"])
+def test_options_that_are_gone_may_say_what_holds_anyway(recipe_file, one):
+    gone = f"pool: layer, scale: mean, replacement: false, temperature: {one}"
+    recipe = load_recipe(recipe_file(f"method: gast\ngast: {{select: 8, {gone}}}\n"))
+    assert recipe == Recipe(method="gast", gast=GASTSettings(select=8))
+    flat = gone.replace(", ", "\n")
+    assert load_recipe(recipe_file(f"method: gast\nselect: 8\n{flat}\n")) == recipe
+
+
 def test_settings_of_the_wrong_type_are_refused():
     for settings, words in (({"interval": 2.5}, "a whole number or nothing"), ({"active": "half"}, "a number")):
         with pytest.raises(RecipeError, match=f"but must be {words}"):
             ISTSettings(**settings)
-    with pytest.raises(RecipeError, match=r"gast\.replacement is 1, but must be true or false"):
-        GASTSettings(replacement=1)
+    with pytest.raises(RecipeError, match=r"lisa\.in_turn is 1, but must be true or false"):
+        LISASettings(in_turn=1)
 
 
 def test_nearest_knows_the_names_of_other_trainers():

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from siftune.engine.groups import LayerGroup
-from siftune.engine.substitution import units
 from siftune.jsonable import jsonable
 
 WHOLE = -1  # in the place of a layer's number: one choice for all layers
@@ -18,12 +17,12 @@ WHOLE = -1  # in the place of a layer's number: one choice for all layers
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What chooses samples together: a layer, an adapted module, or the model.
+    """What chooses samples together: a layer, or the model.
 
     Attributes:
         place: Its number among the units of the model.
         layer: Number of its layer; `WHOLE` for the model.
-        name: Full name of the layer or module.
+        name: Full name of the layer.
         parameters: Its trainable parameters.
     """
 
@@ -40,7 +39,7 @@ class SampleChoice:
     Attributes:
         step: Optimizer steps done before it.
         batch: Number of the batch within the step, over all ranks.
-        units: (U,) names of the layers, or of the modules with `pool="module"`, from the embeddings; or "model".
+        units: (U,) names of the layers, from the embeddings; or "model".
         layers: (U,) numbers of the layers; `WHOLE` for the model.
         scores: (U, S) scores, float32, or float64 where the gradients are; NaN where none were needed: all samples
             are followed, or a random choice.
@@ -139,10 +138,9 @@ def how_many(select: int | float, samples: int) -> int:
     return min(count, samples)
 
 
-def units_of(groups: Sequence[LayerGroup], by_module: bool = False) -> list[Unit]:
-    """Divide the layers into units, a layer each or an adapted module each, numbered through the model."""
-    parts = [part for group in groups for part in (units(group) if by_module else [group])]
-    return [Unit(place, part.index, part.name, tuple(part.parameters.values())) for place, part in enumerate(parts)]
+def units_of(groups: Sequence[LayerGroup]) -> list[Unit]:
+    """Each layer as a unit, numbered through the model."""
+    return [Unit(place, part.index, part.name, tuple(part.parameters.values())) for place, part in enumerate(groups)]
 
 
 def whole_model(groups: Sequence[LayerGroup]) -> Unit:

@@ -34,9 +34,7 @@ SETTINGS = {
     "rest, highest": {"support": "rest", "choice": "topk", "select": 3},
     "sample": {"support": "sample"},
     "sample, highest": {"support": "sample", "choice": "topk"},
-    "with replacement": {"support": "rest", "replacement": True, "select": 5},
-    "all, with replacement": {"support": "rest", "replacement": True, "select": 1.0},
-    "sum, cold, other seed": {"support": "rest", "scale": "sum", "temperature": 0.3, "seed": 5},
+    "most rows, other seed": {"support": "rest", "select": 5, "seed": 5},
 }
 
 

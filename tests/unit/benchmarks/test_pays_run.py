@@ -179,16 +179,16 @@ def test_variants_of_methods():
 
 
 def test_groups_reach_the_recipe_as_they_are(tmp_path):
-    made = job("smollm2", "own=gast,gast.temperature:0.5,gast.choice:stochastic,schedule:constant")
+    made = job("smollm2", "own=gast,gast.decay:0.5,gast.choice:stochastic,schedule:constant")
     recipe = recipe_of(made, tmp_path)
-    assert (recipe.gast.temperature, recipe.gast.choice, recipe.schedule, recipe.lr) == (
+    assert (recipe.gast.decay, recipe.gast.choice, recipe.schedule, recipe.lr) == (
         0.5,
         "stochastic",
         "constant",
         0.01,
     )
-    with pytest.raises(RecipeError, match=r"unknown key 'gast\.temprature'"):
-        recipe_of(job("smollm2", "own=gast,gast.temprature:0.5"), tmp_path)
+    with pytest.raises(RecipeError, match=r"unknown key 'gast\.decya'"):
+        recipe_of(job("smollm2", "own=gast,gast.decya:0.5"), tmp_path)
 
 
 def listed(capsys, *words):

@@ -9,7 +9,7 @@ from support.tiny import FAMILIES, batch, tiny
 from torch import nn
 
 from siftune.engine.groups import group_by_layer
-from siftune.engine.substitution import ForwardSubstitution, Substitution, parameter_owners, use_base_dtype
+from siftune.engine.substitution import ForwardSubstitution, Substitution, parameter_owners, units, use_base_dtype
 from siftune.models.adapters import attach_adapter
 
 
@@ -135,6 +135,32 @@ def test_replace_is_told_the_layer_and_the_input_dtype():
     with ForwardSubstitution(group_by_layer(model), lambda slot, p, x: seen.add((slot.layer, x.dtype)) or p):
         step(model)
     assert seen == {(index, torch.bfloat16) for index in range(4)}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_every_parameter_of_a_layer_is_in_one_unit(kind):
+    for group in group_by_layer(ADAPTED[kind]()):
+        parts = units(group)
+        found = [p for part in parts for p in part.parameters.values()]
+        assert sorted(map(id, found)) == sorted(map(id, group.parameters.values()))
+        for part in parts:
+            assert part.index == group.index
+            assert all(part.module.get_parameter(name) is p for name, p in part.parameters.items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "two adapters", "lora and dora", "ia3", "lora gpt2", "dora gpt2"])
+def test_a_unit_is_an_adapted_module(kind):
+    model = ADAPTED[kind]()
+    expected = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    found = [unit.name for group in group_by_layer(model) for unit in units(group)]
+    assert sorted(found) == sorted(expected)
+    assert len(found) >= 4
+
+
+def test_plain_parameters_are_units_by_their_module():
+    (group,) = group_by_layer(tiny("llama", layers=1))
+    assert "model.layers.0.input_layernorm" in {unit.name for unit in units(group)}
+    assert all(len(unit.parameters) == 1 for unit in units(group))
 
 
 def test_adapter_modules_are_hooked_once_each():

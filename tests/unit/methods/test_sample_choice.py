@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from support.adapted import ADAPTED
 from support.tiny import tiny
 
@@ -21,16 +20,15 @@ def in_layers(model):
 
 
 @pytest.mark.parametrize("kind", ADAPTED)
-@pytest.mark.parametrize("pool", ["layer", "module"])
-def test_every_trainable_parameter_is_in_one_unit(kind, pool):
+def test_every_trainable_parameter_is_in_one_unit(kind):
     model = ADAPTED[kind]()
     groups = group_by_layer(model)
-    units = units_of(groups, by_module=pool == "module")
+    units = units_of(groups)
     in_units = [id(p) for unit in units for p in unit.parameters]
     assert len(in_units) == len(set(in_units))
     assert set(in_units) == set(in_layers(model))
     assert [unit.place for unit in units] == list(range(len(units)))
-    assert list(dict.fromkeys(unit.layer for unit in units)) == [group.index for group in groups]
+    assert [unit.layer for unit in units] == [group.index for group in groups]
     modules = dict(model.named_modules())
     for unit in units:
         assert re.search(rf"\.(layers|h)\.{unit.layer}(\.|$)", unit.name)
@@ -38,17 +36,6 @@ def test_every_trainable_parameter_is_in_one_unit(kind, pool):
         assert unit.parameters
         assert all(id(p) in inside for p in unit.parameters)
     assert len({unit.name for unit in units}) == len(units)
-
-
-@pytest.mark.parametrize("kind", ["lora", "dora", "two adapters", "lora and dora", "ia3", "lora gpt2", "dora gpt2"])
-def test_a_module_is_an_adapted_module(kind):
-    model = ADAPTED[kind]()
-    expected = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    units = units_of(group_by_layer(model), by_module=True)
-    assert sorted(unit.name for unit in units) == sorted(expected)
-    assert len(units) >= 4
-    numbers = [unit.layer for unit in units]
-    assert numbers == sorted(numbers)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora gpt2"])
@@ -62,24 +49,13 @@ def test_a_layer_is_one_unit(kind):
         assert unit.parameters == tuple(group.parameters.values())
 
 
-@pytest.mark.parametrize("pool", ["layer", "module"])
-def test_places_count_units_and_layers_keep_their_numbers(pool):
+def test_places_count_units_and_layers_keep_their_numbers():
     """Layer 1 does not train."""
     model = attach_adapter(tiny("llama"), rank=2, targets=["q_proj", "v_proj"])
     for name, parameter in model.named_parameters():
         if ".layers.1." in name:
             parameter.requires_grad_(False)
-    units = units_of(group_by_layer(model), by_module=pool == "module")
-    each = 1 if pool == "layer" else 2
-    assert [unit.place for unit in units] == list(range(3 * each))
-    assert [unit.layer for unit in units] == [layer for layer in (0, 2, 3) for _ in range(each)]
-
-
-def test_plain_parameters_are_units_by_their_module():
-    model = tiny("llama", layers=1)
-    units = units_of(group_by_layer(model), by_module=True)
-    assert "model.layers.0.input_layernorm" in {unit.name for unit in units}
-    assert all(len(unit.parameters) == 1 for unit in units)
+    assert [(unit.place, unit.layer) for unit in units_of(group_by_layer(model))] == [(0, 0), (1, 2), (2, 3)]
 
 
 # the record of a batch

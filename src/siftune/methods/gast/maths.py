@@ -7,11 +7,11 @@ of sample i's share of the loss for the adapter parameters of layer ℓ, and h_�
 
     score      s_i = ⟨h, g_i⟩
     z-score    z_i = (s_i − mean_i s) / (std_i s + ε)
-    draw       K of B samples with probability p = softmax(z / τ)
+    draw       K of B samples with probability p = softmax(z)
     gradient   (B / K) · Σ_{i drawn} g_i
 
 Without a support gradient, each sample's support are the others: h_i = Σ_j g_j − g_i, so that ⟨h_i, g_i⟩ =
-⟨Σ_j g_j, g_i⟩ − ⟨g_i, g_i⟩. In a metric m, ⟨a, b⟩ is Σ m a b. Scores add up over the parameters of a layer or module.
+⟨Σ_j g_j, g_i⟩ − ⟨g_i, g_i⟩. In a metric m, ⟨a, b⟩ is Σ m a b. Scores add up over the parameters of a layer.
 
 A layer may go by more than its own scores: with `share="above"` by the sum over itself and the layers that backward has
 passed already, which needs no further pass, Σ_{m ≥ ℓ} s_{m,i}; with "all" by the sum over all layers.
@@ -27,7 +27,7 @@ so that the target's share of the gradient is its share of the rows, whatever is
 With `among="recent"` rows compete not with their batch but with the N rows that came last, so that a batch may have one
 row. A row's z-score is the one in the company of those N, and with M = N + 1 rows and the share p to be followed
 
-    chance     π_i = min(1, c exp(z_i/τ)), with c such that the mean of π over the M rows is p
+    chance     π_i = min(1, c exp(z_i)), with c such that the mean of π over the M rows is p
     top        π_i = 1 for the highest pM of the M rows; rows of the same score share what places they take
     draw       row i, where π_1 + … + π_i + u passes a whole number, u uniform (Madow's systematic sampling)
     gradient   (1/p) · Σ_{i drawn} g_i
@@ -37,15 +37,14 @@ As the row itself is one of the M, the expected share is p for any N where rows 
 Symbols: B (or S) samples, K drawn, N rows that came last, M = N + 1, D values of one parameter; lists hold one tensor
 per parameter. s `scores_B`, z `zscores_B`, π `chances_S`.
 
-Ours, not the paper's: drawing without replacement is the default (Gumbel top-K, which is the same as drawing one after
-the other); `scale="sum"` drops the factor; pools of modules instead of layers; the scores "cosine" and
-"preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400) and "preconditioned-cosine"; sums
-of scores over layers (`share`); support gradients averaged over steps (`support_every`, `support_decay`); the support
-modes "rest" (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the gradients of earlier steps), "dataset" and
-"target"; the temperature τ; steps at the start that follow every sample (`select_after`); std is that of the
-population; ε is 1e-5 of the largest |s|, so that neither the size of the loss nor that of a loss scale matters and
-rounding is not taken for a difference; samples without a gradient (no label) stand back: they are left out of mean, std
-and B, and drawn only where there are fewer than K others; rows that compete with recent rows.
+Ours, not the paper's: drawing without replacement (Gumbel top-K, which is the same as drawing one after the other);
+the factor B/K; the scores "cosine", "preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400)
+and "preconditioned-cosine"; sums of scores over layers (`share`); support gradients averaged over steps
+(`support_every`, `support_decay`); the support modes "rest" (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the
+gradients of earlier steps), "dataset" and "target"; steps at the start that follow every sample (`select_after`); std
+is that of the population; ε is 1e-5 of the largest |s|, so that neither the size of the loss nor that of a loss scale
+matters and rounding is not taken for a difference; samples without a gradient (no label) stand back: they are left out
+of mean, std and B, and drawn only where there are fewer than K others; rows that compete with recent rows.
 """
 
 import math
@@ -56,7 +55,7 @@ import torch
 from torch import Tensor
 
 from siftune import numerics
-from siftune.methods.gast.settings import GASTSettings, Scale
+from siftune.methods.gast.settings import GASTSettings
 from siftune.numerics import gumbel_top_k, widened
 
 _EPSILON = 1e-5  # of the largest score
@@ -90,30 +89,10 @@ def zscores(scores_B: Tensor, live_B: Tensor) -> Tensor:
     return z_B
 
 
-def log_probabilities(zscores_B: Tensor, live_B: Tensor, temperature: float) -> Tensor:
-    """Log softmax(z/τ) over the samples that have a gradient; the others stand far behind them."""
-    logits_B = zscores_B / temperature
-    behind = logits_B.min() - 1e9
-    return torch.log_softmax(logits_B.where(live_B, behind), 0)
-
-
-def draw(log_p_B: Tensor, uniform_B: Tensor, count: int, replacement: bool) -> Tensor:
-    """Draw samples.
-
-    Args:
-        log_p_B: (B,) logarithms of the probabilities.
-        uniform_B: (B,) uniform numbers in [0, 1), the only source of chance; B ≥ count.
-        count: Samples to draw.
-        replacement: Draw each time from all.
-
-    Returns:
-        (count,) int64 sample numbers, ascending.
-    """
-    if replacement:
-        ends_B = log_p_B.exp().cumsum(0)
-        drawn_K = torch.searchsorted(ends_B, uniform_B[:count] * ends_B[-1], right=True)
-        return drawn_K.clamp_max(log_p_B.numel() - 1).sort().values
-    return gumbel_top_k(log_p_B, uniform_B, count)
+def log_probabilities(zscores_B: Tensor, live_B: Tensor) -> Tensor:
+    """Log softmax(z) over the samples that have a gradient; the others stand far behind them."""
+    behind = zscores_B.min() - 1e9
+    return torch.log_softmax(zscores_B.where(live_B, behind), 0)
 
 
 def choose(scores_B: Tensor, live_B: Tensor, uniform_B: Tensor, count: int, settings: GASTSettings) -> Tensor:
@@ -133,13 +112,11 @@ def choose(scores_B: Tensor, live_B: Tensor, uniform_B: Tensor, count: int, sett
         return scores_B.where(live_B, -torch.inf).topk(count).indices.sort().values
     even = settings.choice == "random"
     z_B = torch.zeros_like(uniform_B) if even else zscores(scores_B.to(uniform_B.dtype), live_B)
-    return draw(log_probabilities(z_B, live_B, settings.temperature), uniform_B, count, settings.replacement)
+    return gumbel_top_k(log_probabilities(z_B, live_B), uniform_B, count)
 
 
-def factor(live_B: Tensor, chosen_K: Tensor, scale: Scale) -> Tensor:
-    """What the sum over the chosen samples is multiplied by: B/K over samples that have a gradient, or 1."""
-    if scale == "sum":
-        return torch.ones((), dtype=torch.float32, device=live_B.device)
+def factor(live_B: Tensor, chosen_K: Tensor) -> Tensor:
+    """What the sum over the chosen samples is multiplied by: B/K over samples that have a gradient."""
     return live_B.sum() / live_B[chosen_K].sum().clamp_min(1)
 
 
@@ -165,7 +142,7 @@ def chances(scores_S: Tensor, recent_N: Tensor, settings: GASTSettings) -> Tenso
         equal_S = (recent_N == scores_S[:, None]).sum(1) + 1
         return ((share * (len(recent_N) + 1) - above_S) / equal_S).clamp(0, 1)
     company_SM = torch.cat([recent_N.expand(len(scores_S), -1), scores_S[:, None]], 1)
-    logits_SM = zscores(company_SM, torch.ones_like(company_SM, dtype=torch.bool)) / settings.temperature
+    logits_SM = zscores(company_SM, torch.ones_like(company_SM, dtype=torch.bool))
     return (log_factor(logits_SM, share) + logits_SM[:, -1]).clamp_max(0).exp()
 
 

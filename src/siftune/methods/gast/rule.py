@@ -1,4 +1,4 @@
-"""GAST's rule: every layer, or adapted module, chooses the samples that it follows; or all layers together."""
+"""GAST's rule: every layer chooses the samples that it follows; or all layers together."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from siftune.methods.support import Gradients, Support
 
 
 class AlignedSamples:
-    """Chooses samples by how their gradients align with the support's, for each unit by itself.
+    """Chooses samples by how their gradients align with the support's, for each layer by itself.
 
     With `share="all"` there is one choice for all layers, made when backward has passed them.
 
@@ -31,15 +31,15 @@ class AlignedSamples:
     def __init__(self, settings: GASTSettings, groups: Sequence[LayerGroup]) -> None:
         self.settings = settings
         self.whole = settings.share == "all"
-        by_module = settings.pool == "module"
-        self.units: Sequence[Unit] = [whole_model(groups)] if self.whole else units_of(groups, by_module)
+        self.units: Sequence[Unit] = [whole_model(groups)] if self.whole else units_of(groups)
         self.select = settings.select
         self.stream = Stream(settings, self.units) if settings.among == "recent" else None
-        self.always = settings.replacement or (self.stream is not None and settings.select < 1)
+        self.always = self.stream is not None and settings.select < 1
         averaged = (settings.support_size, settings.support_every, settings.support_decay)
         self.support = Support(*averaged) if settings.needs_rows else None
         self.optimizer: torch.optim.Optimizer | None = None
         self._groups = groups
+        self._unit = {unit.layer: unit for unit in self.units}
         self._moves = settings.support in ("momentum", "target") and settings.needs_scores
         self._mean: Gradients = {}
         self._sums: Gradients = {}
@@ -66,17 +66,17 @@ class AlignedSamples:
         return steps < self.settings.select_after
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
-        """Choose the samples that each unit of some layers follows, and add up their gradients."""
+        """Choose the samples that some layers follow, and add up their gradients."""
         if self.whole:
             scored = [self._score(choosing, grads) for _, grads in layers if grads]
             every = {p: part for _, grads in layers for p, part in grads.items()}
             return self._follow(choosing, self.units[0], together(scored), every) if every else {}
         reduced: Gradients = {}
         for group, grads in layers:
-            for unit in self.units:
-                parameters = [p for p in unit.parameters if p in grads] if unit.layer == group.index else []
-                if parameters:
-                    reduced |= self._reduce_unit(choosing, unit, {p: grads[p] for p in parameters})
+            unit = self._unit[group.index]
+            own = {p: grads[p] for p in unit.parameters if p in grads}
+            if own:
+                reduced |= self._reduce_unit(choosing, unit, own)
         return reduced
 
     def end(self) -> None:
@@ -103,7 +103,7 @@ class AlignedSamples:
         else:
             scores_S = choosing.with_target_first(scored.scores)
             chosen = maths.choose(scores_S, scored.live, uniform_S, self._count(choosing, unit), self.settings)
-            scale = maths.factor(scored.live, chosen, self.settings.scale)
+            scale = maths.factor(scored.live, chosen)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen)
         sound = torch.isfinite(scored.scores).all()
         if choosing.target is None:
@@ -168,7 +168,7 @@ def _beside_target(
 ) -> Gradients:
     """Sum of the target's samples as they are, and of the others that were chosen, in the place of all others."""
     own_K, others_K = chosen_K[target_S[chosen_K]], chosen_K[~target_S[chosen_K]]
-    scale = torch.where(sound, maths.factor(live_S & ~target_S, others_K, "mean"), torch.nan)
+    scale = torch.where(sound, maths.factor(live_S & ~target_S, others_K), torch.nan)
     sums = {p: (numerics.sum_of(part, own_K), numerics.sum_of(part, others_K)) for p, part in grads.items()}
     return {p: own + others * scale.to(others.device) for p, (own, others) in sums.items()}
 

@@ -4,14 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, NOT_NEGATIVE, OURS, Range, Settings
+from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, NOT_NEGATIVE, OURS, Gone, Settings
 
 Support = Literal["sample", "rest", "momentum", "dataset", "target"]
 Choice = Literal["stochastic", "topk", "random"]
 Score = Literal["inner", "cosine", "preconditioned", "preconditioned-cosine"]
 Share = Literal["own", "above", "all"]
-Pool = Literal["layer", "module"]
-Scale = Literal["mean", "sum"]
 Among = Literal["batch", "recent"]
 
 
@@ -25,6 +23,13 @@ class GASTSettings(Settings):
     with_target: ClassVar[Mapping[str, Any]] = {
         "select": 0.5, "support": "target", "choice": "topk", "score": "cosine", "share": "above",
     }  # fmt: skip
+
+    gone: ClassVar[Mapping[str, Gone]] = {
+        "pool": Gone("layer", "lets every layer choose once"),
+        "scale": Gone("mean", "scales the chosen rows' gradients up to the whole batch"),
+        "replacement": Gone(False, "draws without replacement"),
+        "temperature": Gone(1.0, "draws at temperature 1"),
+    }
 
     select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
     """Rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75 (the paper's: 0.5)."""
@@ -45,14 +50,6 @@ class GASTSettings(Settings):
     share: Annotated[Share, OURS] = "own"
     """Whose scores a layer goes by: its own (the paper's), those of the layers above it and its own added up, or those
     of all layers, which then follow the same rows and hold all rows' gradients at a time."""
-    pool: Annotated[Pool, OURS] = "layer"
-    """Choose rows once per layer, or for each adapted module."""
-    scale: Annotated[Scale, OURS] = "mean"
-    """Scale the chosen rows' gradients up to the whole batch, or leave their sum."""
-    replacement: Annotated[bool, OURS] = False
-    """Draw rows with replacement."""
-    temperature: Annotated[float, Range(lambda v: v >= 1e-6, "0.000001 or more"), OURS] = 1.0
-    """Of the draw; high draws more evenly."""
     decay: Annotated[float, BELOW_ONE, OURS] = 0.9
     """Share of the running mean of earlier gradients that stays in a step, for support momentum and target."""
     select_after: Annotated[int, NOT_NEGATIVE, OURS] = 0
@@ -63,12 +60,8 @@ class GASTSettings(Settings):
 
     def _faults(self) -> Iterable[tuple[bool, str]]:
         yield (
-            self.replacement and self.choice == "topk",
-            "gast.replacement goes with choice stochastic or random: topk draws nothing",
-        )
-        yield (
-            self.share != "own" and (self.pool == "module" or not self.needs_scores),
-            f"gast.share {self.share} adds up scores of layers: it goes with pool layer, and not with choice random",
+            self.share != "own" and not self.needs_scores,
+            f"gast.share {self.share} adds up scores of layers: it does not go with choice random",
         )
         yield (
             (self.support_every > 1 or self.support_decay > 0) and not self.needs_rows,
@@ -86,9 +79,9 @@ class GASTSettings(Settings):
             f"as {self.select} rows of a batch",
         )
         yield (
-            self.among == "recent" and (self.replacement or (self.needs_scores and self.support == "rest")),
-            "gast.among recent looks at one row at a time: it goes without gast.replacement and with support sample, "
-            "dataset or momentum, as rest compares a row with its batch",
+            self.among == "recent" and self.needs_scores and self.support == "rest",
+            "gast.among recent looks at one row at a time: it goes with support sample, dataset or momentum, as rest "
+            "compares a row with its batch",
         )
 
     @property

@@ -61,7 +61,7 @@ class Stream:
         chances_S = maths.chances(scored.scores.to(uniform.dtype), recent_N.to(uniform.dtype), self._settings)
         begun = self._sums.get(unit.place, (uniform * maths.TURN).long().squeeze(0))
         followed_S, self._sums[unit.place] = maths.systematic(chances_S.where(counted_S, 0.0), begun)
-        return followed_S, one if self._settings.scale == "sum" else one / float(self._settings.select)
+        return followed_S, one / float(self._settings.select)
 
     def end(self) -> None:
         """Take the step's rows, those of all ranks, into the windows, and let the next one begin its sums anew."""

@@ -398,8 +398,7 @@ def test_dora_with_torch_compile_is_refused(tmp_path):
     [
         ({"select": 0}, "select is 0"), ({"select": 1.5}, "select is 1.5"), ({"select": True}, "select is True"),
         ({"support": "rset"}, "support is 'rset', but must be one of sample, rest"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"choice": "best"}, "choice"), ({"choice": "topk", "replacement": True}, "replacement"),
+        ({"decay": 1.0}, "decay"), ({"choice": "best"}, "choice"), ({"choice": "random", "share": "all"}, "share"),
     ],
 )  # fmt: skip
 def test_bad_settings(settings, words):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.recent import chance_by_bisection, top_chance_by_orders
+from support.recent import chance_by_bisection, last_by_bisection, top_chance_by_orders
 
 from siftune.methods.gast import maths
 from siftune.methods.gast.settings import GASTSettings
@@ -22,11 +22,23 @@ def chances(company, recent, share, **settings):
     return maths.chances(*(torch.tensor(s, dtype=torch.float64) for s in (company, recent)), settings)
 
 
-@given(company=scores, recent=scores, share=shares, temperature=st.sampled_from([0.05, 0.5, 1.0, 3.0, 50.0]))
-def test_stochastic_chances_are_those_of_a_bisection(company, recent, share, temperature):
-    wanted = [chance_by_bisection(score, recent, share, temperature) for score in company]
-    got = chances(company, recent, share, temperature=temperature)
+@given(company=scores, recent=scores, share=shares)
+def test_stochastic_chances_are_those_of_a_bisection(company, recent, share):
+    wanted = [chance_by_bisection(score, recent, share) for score in company]
+    got = chances(company, recent, share)
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-8, atol=1e-11)
+
+
+def last_of(rows, share):
+    logits = torch.tensor([rows], dtype=torch.float64)
+    return (maths.log_factor(logits, share) + logits[:, -1]).clamp_max(0).exp()
+
+
+@given(rows=scores, share=shares, spread=st.sampled_from([0.02, 0.3, 1.0, 2.0, 20.0]))
+def test_the_factor_is_that_of_a_bisection_however_far_apart_the_logits_are(rows, share, spread):
+    logits = [row * spread for row in rows]
+    wanted = torch.tensor([last_by_bisection(logits, share)], dtype=torch.float64)
+    torch.testing.assert_close(last_of(logits, share), wanted, rtol=1e-8, atol=1e-11)
 
 
 @given(company=scores, recent=scores.filter(lambda s: len(s) < 6), share=shares)
@@ -45,11 +57,11 @@ def test_the_share_is_exact_for_rows_that_are_alike(choice, rows, share):
 
 
 @given(recent=st.permutations(range(9)), score=st.sampled_from([-0.5, 3.5, 4.5, 8.5]), share=shares)
-def test_cold_draws_take_the_top_and_hot_draws_are_even(recent, score, share):
+def test_logits_far_apart_take_the_top_and_logits_that_are_close_draw_evenly(recent, score, share):
     top = chances([score], recent, share, choice="topk")
-    torch.testing.assert_close(chances([score], recent, share, temperature=1e-6), top, rtol=0, atol=1e-6)
-    hot = chances([score], recent, share, temperature=1e9)
-    torch.testing.assert_close(hot, torch.full_like(hot, share), rtol=1e-6, atol=0)
+    far, close = (last_of([row * spread for row in [*recent, score]], share) for spread in (1e6, 1e-9))
+    torch.testing.assert_close(far, top, rtol=0, atol=1e-6)
+    torch.testing.assert_close(close, torch.full_like(close, share), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e20])

@@ -56,8 +56,6 @@ _NAMES = {
     "support": ("sample", "rest", "momentum", "dataset"),
     "choice": ("stochastic", "topk", "random"),
     "score": ("inner", "cosine", "preconditioned"),
-    "pool": ("layer", "module"),
-    "scale": ("mean", "sum"),
     "among": ("batch", "recent"),
 }
 
@@ -76,9 +74,8 @@ def test_names(name):
     [
         ("support_size", [1, 4, 1000], [0, -3], "1 or more"),
         ("support_size", [], [2.5, 2.0, True, math.nan], "a whole number"),
-        ("temperature", [1e-6, 1, 50.0], [0, -1.0, 1e-7], "0.000001 or more"),
-        ("temperature", [], [math.nan, math.inf], "a finite number"),
         ("decay", [0, 0.0, 0.5, 0.999], [1, 1.0, -0.1], "from 0 to below 1"),
+        ("decay", [], [math.nan, math.inf], "a finite number"),
         ("select_after", [0, 1, 100], [-1], "0 or more"),
         ("select_after", [], [2.5, math.nan], "a whole number"),
     ],
@@ -91,23 +88,15 @@ def test_ranges(name, good, bad, advice):
             GASTSettings(**{name: value})
 
 
-def test_replacement_goes_with_a_draw():
-    for choice in ("stochastic", "random"):
-        assert GASTSettings(choice=choice, replacement=True).replacement
-    with pytest.raises(RecipeError, match=r"gast\.replacement goes with choice stochastic or random"):
-        GASTSettings(choice="topk", replacement=True)
-
-
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({"share": "above", "pool": "module"}, "gast.share above adds up scores of layers"),
+        ({"share": "above", "choice": "random"}, "gast.share above adds up scores of layers"),
         ({"share": "all", "choice": "random"}, "gast.share all adds up scores of layers"),
         ({"support_every": 2, "support": "rest"}, "gast.support_every and gast.support_decay go with support sample"),
         ({"support_decay": 0.5, "support": "momentum"}, "gast.support_every and gast.support_decay go with"),
         ({"among": "recent", "select": 8}, "give gast.select as a share such as 0.5, not as 8 rows of a batch"),
         ({"among": "recent", "support": "rest"}, "gast.among recent looks at one row at a time"),
-        ({"among": "recent", "replacement": True}, "gast.among recent looks at one row at a time"),
     ],
 )
 def test_what_goes_together(settings, advice):
@@ -115,8 +104,8 @@ def test_what_goes_together(settings, advice):
         GASTSettings(**settings)
 
 
-def test_the_defaults_are_the_papers_but_for_replacement_and_the_share_of_rows():
-    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", "layer", "mean", False, 1.0, 0.9, 0, "batch")
+def test_the_defaults_are_the_papers_but_for_the_share_of_rows():
+    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", 0.9, 0, "batch")
     assert dataclasses.astuple(GASTSettings()) == expected
 
 
@@ -196,31 +185,30 @@ def test_scores_without_a_gradient_do_not_matter(given_scores, other):
 def test_no_sample_with_a_gradient():
     none = torch.zeros(3, dtype=torch.bool)
     assert torch.equal(maths.zscores(float64([1.0, 2.0, 3.0]), none), torch.zeros(3, dtype=torch.float64))
-    assert_close(maths.log_probabilities(torch.zeros(3), none, 1.0).exp(), torch.full((3,), 1 / 3))
+    assert_close(maths.log_probabilities(torch.zeros(3), none).exp(), torch.full((3,), 1 / 3))
 
 
 @given(scores_and_live(), st.floats(0.05, 20))
-def test_chances_are_the_softmax_over_those_with_a_gradient(given_scores, temperature):
+def test_chances_are_the_softmax_over_those_with_a_gradient(given_scores, spread):
     scores, live = given_scores
-    z = maths.zscores(scores, live)
-    log_p = maths.log_probabilities(z, live, temperature)
-    weights = [math.exp(float(v) / temperature) if kept else 0.0 for v, kept in zip(z, live, strict=True)]
+    z = maths.zscores(scores, live) * spread
+    log_p = maths.log_probabilities(z, live)
+    weights = [math.exp(float(v)) if kept else 0.0 for v, kept in zip(z, live, strict=True)]
     expected = [weight / sum(weights) for weight in weights]
     assert_close(log_p.exp(), float64(expected), rtol=1e-9, atol=1e-12)
     assert (log_p[~live] < log_p[live].min() - 1e6).all()
 
 
-def chances_of(weights, count, replacement):
+def chances_of(weights, count):
     """Exact chance of every outcome, by summing over the orders in which it can be drawn one after the other."""
     chances = {}
-    for order in itertools.product([i for i, w in enumerate(weights) if w > 0], repeat=count):
+    for order in itertools.permutations([i for i, w in enumerate(weights) if w > 0], count):
         left, chance = sum(weights), 1.0
         for sample in order:
             chance *= weights[sample] / left
-            left -= 0 if replacement else weights[sample]
-        if replacement or len(set(order)) == count:
-            key = tuple(sorted(order))
-            chances[key] = chances.get(key, 0.0) + chance
+            left -= weights[sample]
+        key = tuple(sorted(order))
+        chances[key] = chances.get(key, 0.0) + chance
     assert sum(chances.values()) == pytest.approx(1)
     return chances
 
@@ -236,27 +224,19 @@ def assert_follows(draw, chances, draws=5000):
     assert found < (len(chances) - 1) * (1 - spread + 3.09 * math.sqrt(spread)) ** 3
 
 
-@pytest.mark.parametrize(("replacement", "count"), [(False, 1), (False, 2), (False, 3), (True, 1), (True, 3)])
-def test_draws_follow_the_chances(replacement, count):
-    weights = [0.1, 0.4, 0.05, 0.25, 0.2]
-    log_p = float64(weights).log()
-    chances = chances_of(weights, count, replacement)
-    assert_follows(lambda source: maths.draw(log_p, uniform(5, source), count, replacement), chances)
-
-
-@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("choice", ["stochastic", "random"])
-def test_choices_follow_the_softmax_of_the_zscores(choice, replacement):
+def test_choices_follow_the_softmax_of_the_zscores(choice, count):
     scores, live = torch.tensor([0.3, -1.0, 9.0, 0.1, 1.2]), torch.tensor([True, True, False, True, True])
-    settings = GASTSettings(choice=choice, replacement=replacement, temperature=0.7)
+    settings = GASTSettings(choice=choice)
     z = oracle_zscores(scores.double(), live)
     even = [float(kept) for kept in live]
-    weights = even if choice == "random" else [w * math.exp(v / 0.7) for w, v in zip(even, z.tolist(), strict=True)]
-    chances = chances_of(weights, 2, replacement)
-    assert_follows(lambda source: maths.choose(scores, live, uniform(5, source), 2, settings), chances)
+    weights = even if choice == "random" else [w * math.exp(v) for w, v in zip(even, z.tolist(), strict=True)]
+    chances = chances_of(weights, count)
+    assert_follows(lambda source: maths.choose(scores, live, uniform(5, source), count, settings), chances)
 
 
-@pytest.mark.parametrize("settings", [{}, {"choice": "topk"}, {"choice": "random"}, {"temperature": 1e-6}])
+@pytest.mark.parametrize("settings", [{}, {"choice": "topk"}, {"choice": "random"}])
 @given(given_scores=scores_and_live(), data=st.data(), seed=st.integers(0, 999))
 def test_a_choice_is_of_different_samples_and_first_of_those_with_a_gradient(settings, given_scores, data, seed):
     scores, live = given_scores
@@ -268,22 +248,11 @@ def test_a_choice_is_of_different_samples_and_first_of_those_with_a_gradient(set
     assert int(live[chosen].sum()) == min(count, int(live.sum()))
 
 
-@given(given_scores=scores_and_live(), data=st.data(), seed=st.integers(0, 999))
-def test_with_replacement_none_without_a_gradient_is_drawn(given_scores, data, seed):
-    scores, live = given_scores
-    count = data.draw(st.integers(1, len(scores)))
-    for edge in (uniform(len(scores), seed), 0 * scores, torch.full_like(scores, 1 - 2**-53)):
-        chosen = maths.choose(scores, live, edge, count, GASTSettings(replacement=True))
-        assert chosen.tolist() == sorted(chosen.tolist())
-        assert len(chosen) == count
-        assert live[chosen].all()
-
-
 def test_a_uniform_number_of_zero_is_the_least_likely_and_not_an_error():
-    log_p = float64([0.25] * 4).log()
-    assert maths.draw(log_p, float64([0.5, 0.0, 0.5, 0.5]), 3, False).tolist() == [0, 2, 3]
+    equal, edge = torch.ones(4, dtype=torch.float64), float64([0.5, 0.0, 0.5, 0.5])
+    assert maths.choose(equal, all_live(equal), edge, 3, GASTSettings()).tolist() == [0, 2, 3]
     live = torch.tensor([True, False, False, False])  # and yet before those without a gradient
-    assert maths.choose(log_p, live, float64([0.0, 0.9, 0.9, 0.9]), 1, GASTSettings()).tolist() == [0]
+    assert maths.choose(equal, live, float64([0.0, 0.9, 0.9, 0.9]), 1, GASTSettings()).tolist() == [0]
 
 
 @given(scores=st.lists(st.integers(-99, 99), min_size=1, max_size=9, unique=True), data=st.data())
@@ -295,7 +264,7 @@ def test_topk_takes_the_highest(scores, data):
     assert [i for i in chosen if live[i]] == sorted(ranked[:count])
 
 
-@pytest.mark.parametrize("settings", [GASTSettings(), GASTSettings(choice="random"), GASTSettings(replacement=True)])
+@pytest.mark.parametrize("settings", [GASTSettings(), GASTSettings(choice="random")])
 def test_uniform_numbers_decide_alone_at_any_scale_of_the_scores(settings):
     scores, before = torch.linspace(-1, 1, 12), torch.get_rng_state()
     first, *others = (
@@ -310,10 +279,8 @@ def test_uniform_numbers_decide_alone_at_any_scale_of_the_scores(settings):
 @given(scores_and_live(), st.data())
 def test_factor(given_scores, data):
     live = given_scores[1]
-    chosen = data.draw(st.lists(st.integers(0, len(live) - 1), min_size=1, max_size=9))
-    kept = sum(bool(live[i]) for i in chosen)  # as often as it is named
-    got = maths.factor(live, torch.tensor(chosen), "mean")
+    chosen = data.draw(st.lists(st.integers(0, len(live) - 1), min_size=1, unique=True))
+    kept = sum(bool(live[i]) for i in chosen)
+    got = maths.factor(live, torch.tensor(chosen))
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(int(live.sum()) / max(kept, 1))
-    alone = maths.factor(live, torch.tensor(chosen), "sum")
-    assert (alone.dtype, alone.shape, alone.item()) == (torch.float32, (), 1.0)

@@ -72,8 +72,8 @@ def layers(model):
         {},
         {"choice": "topk", "share": "above"},
         {"choice": "random", "select": 0.3},
-        {"share": "all", "temperature": 0.5, "scale": "sum"},
-        {"pool": "module", "score": "cosine", "select": 0.75},
+        {"share": "all"},
+        {"score": "cosine", "select": 0.75},
         {"pairs": True},
     ],
 )
