@@ -134,7 +134,7 @@ class Work:
             keep = Keep(method["keep"], method.get("select", 0.25), self.job["seed"])
         followed = Followed([row["group"] for row in rows])
         trainer = SubsetTrainer.take_over(built.trainer, Book(built.trainer.train_dataset, rows), followed, keep)
-        trainer.dft = method.get("loss") == "dft"
+        trainer.loss = method.get("loss")
         if "rule" in method:
             trainer.score = SCORES.get(method["rule"])
             use_rule(built.methods, method["rule"], lambda: trainer.scores)

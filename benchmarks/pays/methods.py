@@ -9,7 +9,7 @@ once       for rows "retrieved": one pass over the rows, where that is fewer ste
 stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
 steer      share of the known rows that rows are compared with, and that are not trained on; else all are, and may be
 rule       an experimental rule in the place of GAST's choice: see `rules.py`
-loss       "dft": tokens weigh as the model finds them likely
+loss       "dft": tokens weigh as the model finds them likely; "rows": every row weighs alike, however long it is
 untrained  measure the model as it is
 """
 

@@ -23,6 +23,7 @@ from pays.followed import Followed
 from pays.measure import row_losses
 from siftune.errors import RecipeError
 from siftune.methods.sample_choice import how_many
+from siftune.methods.dp.loss import row_loss
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.trainer.trainer import SiftTrainer
 
@@ -118,7 +119,7 @@ class SubsetTrainer(SiftTrainer):
         seen: Rows of the last batch.
         score: Scores the rows of every batch before it is trained on, where something goes by that.
         scores: These, (B,).
-        dft: The loss is that of dynamic fine-tuning.
+        loss: Another loss than siftune's: "dft", dynamic fine-tuning's; "rows", the mean over rows of each row's mean.
     """
 
     book: Book
@@ -127,7 +128,7 @@ class SubsetTrainer(SiftTrainer):
     seen: Sequence[Record]
     score: Score | None = None
     scores: Tensor
-    dft = False
+    loss: str | None = None
 
     @classmethod
     def take_over(cls, trainer: SiftTrainer, book: Book, followed: Followed, keep: Keep | None) -> "SubsetTrainer":
@@ -167,12 +168,14 @@ class SubsetTrainer(SiftTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss that siftune takes, or DFT's."""
-        if not self.dft:
+        """The loss that siftune takes, or another."""
+        if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with logits_at(model, label_positions(inputs["labels"])):
-            logits_NV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
-        return dft_loss(logits_NV, next_labels(inputs["labels"]), num_items_in_batch)
+            logits_1NV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        if self.loss == "rows":
+            return row_loss(logits_1NV, inputs["labels"]) / len(inputs["labels"])
+        return dft_loss(logits_1NV[0], next_labels(inputs["labels"]), num_items_in_batch)
 
 
 def dft_loss(logits_NV: Tensor, targets_N: Tensor, items: Tensor | int | None = None) -> Tensor:

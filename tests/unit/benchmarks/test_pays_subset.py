@@ -43,7 +43,7 @@ class Grads(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
-def subset_run(folder, keep, model=None, data=None, dft=False, score=None, **settings):
+def subset_run(folder, keep, model=None, data=None, loss=None, score=None, **settings):
     """Train with a rule on a tiny model; the model, its Trainer, and the gradients of every step."""
     model = (model if model is not None else adapted()).double()
     data, rows = data or ragged()
@@ -52,7 +52,7 @@ def subset_run(folder, keep, model=None, data=None, dft=False, score=None, **set
     args = arguments(folder, **{"max_steps": 3, **usual, **settings})
     trainer = SiftTrainer(model, args, Collator(0), data, callbacks=[grads])
     trainer = SubsetTrainer.take_over(trainer, Book(data, rows), Followed([row["group"] for row in rows]), keep)
-    trainer.dft, trainer.score = dft, score
+    trainer.loss, trainer.score = loss, score
     seen, step = [], trainer.training_step
 
     def note(model, inputs, items):
@@ -146,15 +146,19 @@ def test_dft_weighs_tokens_by_their_probability(tmp_path):
     assert float(dft_loss(logits, targets, 10).detach()) == pytest.approx(float(loss.detach()) / 2)
 
 
-def test_training_with_dft_takes_its_gradients(tmp_path):
+@pytest.mark.parametrize("loss", ["dft", "rows"])
+def test_training_with_another_loss_takes_its_gradients(tmp_path, loss):
     _, _, plain, _ = subset_run(tmp_path / "plain", None)
-    _, _, steps, seen = subset_run(tmp_path / "dft", None, dft=True)
+    _, _, steps, seen = subset_run(tmp_path / "other", None, loss=loss)
     batch, _ = seen[0]
     oracle = adapted().double()
     logits = oracle(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     log_p = logits.log_softmax(-1).gather(-1, batch["labels"][:, 1:].clamp_min(0)[..., None])[..., 0]
     labelled = batch["labels"][:, 1:] != -100
-    (-(log_p.detach().exp() * log_p)[labelled].sum() / labelled.sum()).backward()
+    if loss == "dft":
+        (-(log_p.detach().exp() * log_p)[labelled].sum() / labelled.sum()).backward()
+    else:
+        (sum(-one[kept].mean() for one, kept in zip(log_p, labelled, strict=True)) / len(log_p)).backward()
     for name, parameter in oracle.named_parameters():
         if name in steps[0]:
             torch.testing.assert_close(steps[0][name], parameter.grad, rtol=1e-5, atol=1e-7)
