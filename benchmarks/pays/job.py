@@ -115,7 +115,9 @@ class Work:
             self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
         )
         recipe = recipe_of(self.job, self.folder, len(rows))
-        data = {"train": self.tokenized(rows), **({"support": self.tokenized(steering or known)} if compares(recipe) else {})}
+        data = {"train": self.tokenized(rows)}
+        if compares(recipe):
+            data["support"] = self.tokenized(steering or known)
         built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
         trainer = self._take_over(built, rows)
         found = {"steps": 0} if self.method.get("untrained") else self._train(trainer, built, held)
