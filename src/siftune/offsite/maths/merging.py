@@ -27,6 +27,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -44,19 +45,24 @@ def clip_factors(norms: Sequence[float], multiple: float) -> list[float]:
     return [1.0 if norm <= bound else bound / norm for norm in norms]
 
 
+def shares(weights: Sequence[float]) -> list[float]:
+    """Weights, any finite numbers above 0, brought to a sum of 1."""
+    largest = max(weights)  # numbers may be so large that their sum is none
+    total = math.fsum(weight / largest for weight in weights)
+    return [weight / largest / total for weight in weights]
+
+
 def mean(updates_NX: Tensor, weights: Sequence[float]) -> Tensor:
     """The weighted mean.
 
     Args:
         updates_NX: (N, …).
-        weights: N numbers above 0, of any sum.
+        weights: N numbers above 0, of a sum of 1.
 
     Returns:
         (…), in the dtype of the updates.
     """
-    total = math.fsum(weights)
-    shares_N = updates_NX.new_tensor([weight / total for weight in weights])
-    return (shares_N @ updates_NX.flatten(1)).reshape(updates_NX.shape[1:])
+    return torch.tensordot(updates_NX.new_tensor(weights), updates_NX, dims=1)
 
 
 def trimmed_count(count: int, share: float) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from siftune.errors import KitError
-from siftune.offsite.maths.merging import clip_factors, mean, trimmed_mean
+from siftune.offsite.maths.merging import clip_factors, mean, shares, trimmed_mean
 from siftune.offsite.protocol.returned import OpenReturn
 from siftune.offsite.protocol.settings import Merging
 from siftune.offsite.protocol.thin import Tuned, is_thin
@@ -116,19 +116,19 @@ def merged(
         return values, [replace(one.part, cosine=1.0 if moves else None)]
     norms = [candidate.part.report.whole.change for candidate in found]
     factors = _factors(norms, how)
-    weights = [1.0] * len(found) if how.weights is None else how.weights
+    weights = shares(how.weights or [1.0] * len(found))
     values, dots, square = {}, torch.zeros(len(found), dtype=torch.float64), 0.0
     for name, old in before.items():
         updates_NX = _updates(old, [candidate.tuned[name] for candidate in found])
         scaled_NX = updates_NX * updates_NX.new_tensor(factors).reshape(-1, *[1] * old.ndim)
         update_X = trimmed_mean(scaled_NX, how.trim) if how.merge == "trimmed" else mean(scaled_NX, weights)
         values[name] = _stored(old.detach().double() + update_X, old)
-        dots += (updates_NX.flatten(1) @ update_X.flatten()).cpu()
+        dots += (updates_NX.reshape(len(found), -1) @ update_X.flatten()).cpu()
         square += float(update_X.square().sum())
     return values, [
         replace(
             candidate.part,
-            weight=weight / math.fsum(weights),
+            weight=weight,
             factor=factor,
             cosine=float(dot) / (norm * math.sqrt(square)) if norm * square else None,
         )
