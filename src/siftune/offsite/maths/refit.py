@@ -55,6 +55,7 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
     if damped is None:
         return write_OC.new_zeros(write_OC.shape[1])
     lower_CC = damped[1]
+    del damped  # where there are many channels, one matrix of theirs is large
     one_CC = torch.eye(len(lower_CC), dtype=lower_CC.dtype, device=lower_CC.device)
     # L⁻¹ with L Lᵀ = A_δ, for A_δ⁻¹ = L⁻ᵀ L⁻¹: torch.cholesky_inverse takes a hundred times longer on processors.
     root_CC = torch.linalg.solve_triangular(lower_CC, one_CC, upper=False).to(write_OC.dtype)
@@ -119,16 +120,16 @@ def _damped(inputs: Moments, damping: float) -> tuple[Tensor, Tensor] | None:
     Raises:
         ModelError: A holds a number that is not finite, which no damping mends.
     """
-    matrix_CC = inputs.dense().double()
+    matrix_CC = inputs.dense().to(torch.float64, copy=True)
     if not matrix_CC.isfinite().all():
         raise ModelError("an MLP's activations on the calibration rows are not finite: try --dtype float32")
     moving_C = matrix_CC.diagonal()[matrix_CC.diagonal() > 0]
     if not len(moving_C):
         return None
-    step_CC = moving_C.median() * torch.eye(len(matrix_CC), dtype=matrix_CC.dtype, device=matrix_CC.device)
+    step, bare_C = moving_C.median(), matrix_CC.diagonal().clone()
     while True:
-        damped_CC = matrix_CC + damping * step_CC
-        lower_CC, failed = torch.linalg.cholesky_ex(damped_CC)
+        matrix_CC.diagonal().copy_(bare_C + damping * step)
+        lower_CC, failed = torch.linalg.cholesky_ex(matrix_CC)
         if not failed:
-            return damped_CC, lower_CC
+            return matrix_CC, lower_CC
         damping = max(10 * damping, 1e-14)
