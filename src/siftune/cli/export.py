@@ -32,6 +32,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.artifacts import find_subject, is_of_kit, load_subject
     from siftune.files import new_folder
+    from siftune.models.portable import save_model, save_tokenizer
     from siftune.models.source import quiet_bars
 
     subject = find_subject(options.run, options.public_key)
@@ -52,7 +53,7 @@ def run(options: Options) -> dict[str, Any]:
         except ValueError as error:  # PEFT looks for NaN and infinity
             raise AdapterError(f"the adapter in {subject.adapter} cannot be merged: {error}") from error
         with quiet_bars():
-            merged.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+            save_model(merged, partial)
+        save_tokenizer(tokenizer, partial)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}

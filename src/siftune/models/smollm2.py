@@ -227,13 +227,15 @@ def _convert(gguf: Path, model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from siftune.models.portable import save_model, save_tokenizer
+
     # without dequantize=True the model would refuse to be saved and to be trained
     plain = GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no setting turns off
         network = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
         )
-        network.save_pretrained(model)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(model)
+        save_model(network, model)
+        save_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), model)
     for path in model.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, which would shut others out of a shared cache

@@ -11,6 +11,7 @@ from peft import PeftModel
 from siftune.config import Recipe, method_of
 from siftune.environment import hardware, peak_memory_mb, versions
 from siftune.files import disk_faults
+from siftune.models.portable import save_tokenizer
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.followed import Followed
 from siftune.trainer.run_folder import RunFolder
@@ -87,7 +88,7 @@ class Outcome:
         else:
             # embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out
             self.trainer.model.save_pretrained(path, save_embedding_layers=False)
-        self.trainer.processing_class.save_pretrained(path)
+        save_tokenizer(self.trainer.processing_class, path)
         (path / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from siftune.errors import KitError, UnsupportedError
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.evaluate.prepare import prepare_rows
 from siftune.files import new_folder
+from siftune.models.portable import save_model, save_tokenizer
 from siftune.models.source import load_model, quiet_bars
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.config import check_of_base
@@ -91,8 +92,8 @@ def plug(
                 model = model.to(torch.accelerator.current_accelerator())
         report = plug_in(model, kit, opened, settings.max_update, own, settings)
         with quiet_bars():
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+            save_model(model, partial)
+        save_tokenizer(tokenizer, partial)
     logger.info("plugged model in %s", out)
     return PlugResult(Path(out), str(model.dtype).removeprefix("torch."), kit, report)
 
