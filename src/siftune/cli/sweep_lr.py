@@ -78,10 +78,11 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
 
     from siftune.cli.stages import stages
     from siftune.trainer.lr_sweep import run_missing
+    from siftune.words import counted
 
     count, path = len(sweep.missing()), sweep.folder.path
     done, seconds = 0, 0.0
-    console.print(f"{count} runs to do, {len(sweep.folder.runs())} done; results in {path}", markup=False)
+    console.print(f"{counted(count, 'run')} to do, {len(sweep.folder.runs())} done; results in {path}", markup=False)
     try:
         # elsewhere than on a terminal a line for each run is enough
         with stages(console) if console.is_terminal else nullcontext(lambda *_: None) as progress:

@@ -28,6 +28,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.offsite.protocol.tune import source_of
     from siftune.report.audit_own import before_it_is_sent
     from siftune.trainer.run import train
+    from siftune.words import counted
 
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
@@ -36,7 +37,8 @@ def run(options: Options) -> dict[str, Any]:
     told = f"{before_it_is_sent(recipe, returned)}\n" if returned.exists() else ""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
-        f"done: {summary['steps']} steps in {summary['seconds']:.0f} s, peak {summary['peak_memory_mb']:,.0f} MB\n"
+        f"done: {counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s, {_losses(summary)}"
+        f"peak {summary['peak_memory_mb']:,.0f} MB\n"
         f"{_followed(summary['followed'])}"
         f"{told}"
         f"{_whereabouts(finished)}",
@@ -44,6 +46,13 @@ def run(options: Options) -> dict[str, Any]:
     )
     left = {"adapter": finished.folder.adapter, "return": finished.folder.returned}
     return {"run": path, **{name: folder for name, folder in left.items() if folder.exists()}, **summary}
+
+
+def _losses(summary: dict[str, Any]) -> str:
+    """Say what training came to."""
+    first, last, held_out = (summary[name] for name in ("loss_first", "loss_last", "eval_loss"))
+    told = "" if last is None else f"loss {first:.4f} to {last:.4f}, "
+    return told if held_out is None else f"{told}held-out loss {held_out:.4f}, "
 
 
 def _followed(shares: dict[str, float]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from siftune.data.rows import Row, parse_rows
 from siftune.errors import DataError
+from siftune.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None, forma
     rows = parse_rows(islice(_open(source, split), limit), format)
     if not rows:
         raise DataError(f"{source} is empty: no rows found; give a file with at least one row.")
-    logger.info("%s: %d rows", source, len(rows))
+    logger.info("%s: %s", source, counted(len(rows), "row"))
     return rows
 
 

@@ -44,6 +44,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             logs["peak_memory_mb"] = round(peak_memory_mb(), 1)
             logs["active_layers"] = self._active()
             self._mark(state)
+        logs.pop("train_tokens_per_second", None)  # the Trainer's, which takes evaluations for training time
         if state.is_world_process_zero:
             self._folder.append("metrics.jsonl", {"step": state.global_step, **logs})
 
@@ -62,6 +63,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         self._task = TaskID(0)
         self._started = 0.0
         self._first_step = 0
+        self._newest: dict[str, str] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Show the bar."""
@@ -71,7 +73,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
             return
         columns = (
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(), TextColumn("left"),
         )  # fmt: skip
         self._bar = Progress(*columns, console=self._console)
         self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
@@ -85,14 +87,15 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the newest figures."""
         logs: dict[str, Any] = kwargs["logs"]
-        if "loss" not in logs or not state.is_world_process_zero:
+        if not {"loss", "eval_loss"} & logs.keys() or not state.is_world_process_zero:
             return
-        figures = describe(logs)
+        kind = "loss" if "loss" in logs else "eval_loss"
+        self._newest[kind] = describe(logs) if kind == "loss" else f"held-out loss {float(logs[kind]):.4f}"
         if self._bar is not None:
-            self._bar.update(self._task, figures=figures)
+            self._bar.update(self._task, figures="  ".join(self._newest.values()))
         else:
-            left = self._seconds_left(state)
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {figures}  {left:.0f} s left")
+            left = f"  {self._seconds_left(state):.0f} s left" if kind == "loss" else ""
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {self._newest[kind]}{left}")
 
     def close(self) -> None:
         """Take the bar down, also where training ended in an exception."""

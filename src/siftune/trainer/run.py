@@ -28,6 +28,7 @@ from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.run_folder import RunFolder
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
+from siftune.words import counted
 
 
 @dataclass
@@ -71,7 +72,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     model, tokenizer = source.load(recipe.dtype)
     data = {name: tokenized(recipe, tokenizer, part) for name, part in rows.items()}
     data["train"] = numbered(data["train"])
-    console.print(f"{recipe.model}: {len(data['train'])} rows to train on, run folder {folder.path}")
+    console.print(f"{recipe.model}: {counted(len(data['train']), 'row')} to train on, run folder {folder.path}")
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
     built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view])

@@ -78,6 +78,17 @@ def test_a_run(words, base, tmp_path, capsys):
     assert loads(base, result["adapter"])
 
 
+def test_what_it_came_to_is_told(words, rows, capsys):
+    assert main([*words, "--eval", str(rows), "--eval-limit", "1", "--eval-every", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    done = re.search(r"done: 6 steps in \d+ s, loss (\S+) to (\S+), held-out loss (\S+), peak [\d,]+ MB", captured.err)
+    assert done is not None, captured.err
+    assert done.groups() == tuple(f"{result[name]:.4f}" for name in ("loss_first", "loss_last", "eval_loss"))
+    assert f"step 3/6  held-out loss {result['eval_loss']:.4f}"[:20] in captured.err
+    assert f"{rows}: 1 row\n" in captured.err
+
+
 def test_the_recipe_of_a_run_gives_the_run_again(words, base, tmp_path):
     assert main(words) == 0
     recipe = str(tmp_path / "run" / "recipe.yaml")

@@ -92,7 +92,7 @@ def test_plain_lines_without_a_terminal(clock):
     send(view, "on_log", state(6), {"eval_loss": 1.0})
     send(view, "on_train_end", state(10))
     # two of the six steps that are left took six seconds
-    assert output.getvalue() == f"step 6/10  {describe(FIGURES)}  12 s left\n"
+    assert output.getvalue() == f"step 6/10  {describe(FIGURES)}  12 s left\nstep 6/10  held-out loss 1.0000\n"
 
 
 def test_a_bar_on_a_terminal():
@@ -101,13 +101,15 @@ def test_a_bar_on_a_terminal():
     send(view, "on_train_begin", state(0))
     for step in range(1, 11):
         send(view, "on_step_end", state(step))
+        send(view, "on_log", state(step), {"eval_loss": 0.25})
         send(view, "on_log", state(step), dict(FIGURES))
     view.close()
     view.close()
     text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", output.getvalue())
     assert "10/10" in text
     assert "loss 1.2346" in text
-    assert "s left" not in text
+    assert "held-out loss 0.2500" in text
+    assert re.search(r"\d:\d\d:\d\d left", text)
 
 
 def test_runs_on_a_terminal_and_elsewhere(base, rows, tmp_path):
