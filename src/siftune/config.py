@@ -133,8 +133,8 @@ class Recipe:
     """Optimizer steps between two evaluations; after every epoch if not given."""
     log_every: Annotated[int, COUNT] = 10
     """Optimizer steps between two log lines."""
-    report_to: str = "none"
-    """Experiment tracker by its transformers name, such as tensorboard or wandb."""
+    report_to: tuple[str, ...] = ("none",)
+    """Experiment trackers by their transformers names, such as tensorboard or wandb."""
 
 
 R = TypeVar("R", bound=Recipe)

@@ -235,7 +235,8 @@ def _convert(value: Any, hint: Any) -> Any:
                 return _convert(value, part)
             except TypeError:
                 continue
-    elif origin is tuple and isinstance(value, list):
+    elif origin is tuple and isinstance(value, list | str):  # a word is a list of one
+        value = [value] if isinstance(value, str) else value
         return tuple(_convert(part, arguments[0]) for part in value)
     elif (origin is Literal and value in arguments) or type(value) is hint:
         return value

@@ -70,7 +70,7 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("lr: true\n", "r.yaml:1: lr must be a number, not True (bool)"),
         ("steps: many\n", "r.yaml:1: steps must be a whole number or nothing, not 'many' (str)"),
         ("method: lsa\n", f"r.yaml:1: method must be one of {', '.join(METHODS)}, not 'lsa' (str)"),
-        ("targets: q_proj\n", "r.yaml:1: targets must be a list of names or nothing, not 'q_proj' (str)"),
+        ("targets: 3\n", "r.yaml:1: targets must be a list of names or nothing, not 3 (int)"),
         ("layers: [0, x]\n", "r.yaml:1: layers must be a list, each a whole number or nothing, not [0, 'x'] (list)"),
         ("targets: [1]\n", "r.yaml:1: targets must be a list of names or nothing, not [1] (list)"),
         ("checkpointing: 1\n", "r.yaml:1: checkpointing must be true or false, not 1 (int)"),

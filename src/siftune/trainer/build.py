@@ -198,7 +198,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         remove_unused_columns=False,  # the collator knows which it needs
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
-        report_to=recipe.report_to,
+        report_to=list(recipe.report_to),
     )
     if arguments.n_gpu > 1:
         logger.warning("%d GPUs are there, the first is used; CUDA_VISIBLE_DEVICES names another", arguments.n_gpu)

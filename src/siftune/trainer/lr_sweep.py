@@ -32,6 +32,7 @@ from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
 from siftune.trainer.progress import StepsTold
 from siftune.trainer.run import read_rows, tokenized
 from siftune.trainer.source import ModelSource, Source
+from siftune.trainer.trackers import NONE
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _tuned(
         The tuned model, methods and casts taken off, and the mean training loss of the last tenth of the steps.
     """
     quiet = replace(
-        recipe, eval=None, eval_every=None, save_every=None, log_every=1, report_to="none", keep_scores=False
+        recipe, eval=None, eval_every=None, save_every=None, log_every=1, report_to=(NONE,), keep_scores=False
     )
     parts = {"train", *(["support"] if compares(recipe) else [])}
     model, tokenizer = source.load(recipe.dtype)

@@ -27,6 +27,7 @@ from siftune.trainer.outcome import Outcome
 from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.run_folder import RunFolder
 from siftune.trainer.source import ModelSource, Source
+from siftune.trainer.trackers import check_trackers
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 from siftune.words import counted
 
@@ -62,6 +63,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     """
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     check(recipe)
+    check_trackers(recipe.report_to)
     recipe = resolve_recipe(recipe)
     folder = RunFolder(str(recipe.out))
     checkpoint = find_checkpoint(recipe, folder) if recipe.resume else None

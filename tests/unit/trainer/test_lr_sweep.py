@@ -368,7 +368,7 @@ def test_recipes_that_cannot_be_swept(settings, methods, message):
 
 def test_what_may_differ_within_a_sweep():
     one = Recipe(method="gast", train="a")
-    free = replace(one, lr=1.0, seed=3, out="x", resume=True, save_every=1, log_every=3, report_to="wandb")
+    free = replace(one, lr=1.0, seed=3, out="x", resume=True, save_every=1, log_every=3, report_to=("wandb",))
     assert difference(one, free) is None
     assert difference(one, replace(one, ist=ISTSettings(active=0.5))) is None
     assert difference(one, replace(one, method="dense", gast=GASTSettings(select=2), support_rows="c")) is None
