@@ -7,7 +7,7 @@ import struct
 
 import torch
 from support.damage import at, byte_mutations, dump, mutations, places, some_of, with_value
-from support.fuzz_kits import HALF, RETURN, SUBJECTS
+from support.fuzz_kits import HALF, RETURN, SUBJECTS, THIN
 from support.fuzz_texts import dumped, some, templates, tokenizer_configs, tokenizers
 from support.kits import header_of
 
@@ -67,7 +67,8 @@ def _one(subject, name, pairs, repaired=True):
 
 def with_bytes(sound, generator):
     """Bits flipped, pieces cut out, in every file of a kit and a return."""
-    for subject, names in ((KIT, (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, EMULATOR, OUTER)), (RETURN, (OUTER,))):
+    of_kit = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, EMULATOR, OUTER)
+    for subject, names in ((KIT, of_kit), (RETURN, (OUTER,)), (THIN, (OUTER,))):
         for name in names:
             data = (sound / subject / name).read_bytes()
             pairs = [pair for pair in byte_mutations(data, generator, 12) if pair[1] != data]
@@ -76,7 +77,7 @@ def with_bytes(sound, generator):
 
 def manifests(sound, generator):
     """Values, keys and lists of manifests; whole numbers as floats and truth values, and others of a sane size."""
-    for subject in (KIT, RETURN):
+    for subject in (KIT, RETURN, THIN):
         whole = _json(sound, subject, MANIFEST)
         among = some_of(whole["adapter"], generator) if subject == KIT else lambda path: True
         pairs = some(mutations(whole, among), 90 if subject == KIT else 40, generator)
@@ -165,7 +166,7 @@ def header_mutations(header, generator):
 
 def headers(sound, generator):
     """Headers of tensor files: what they say, how it is written, and how long they are."""
-    for subject, name in ((KIT, EMULATOR), (KIT, OUTER), (RETURN, OUTER)):
+    for subject, name in ((KIT, EMULATOR), (KIT, OUTER), (RETURN, OUTER), (THIN, OUTER)):
         header, data = header_of(sound / subject / name)
         pairs = [(what, value) for what, value in header_mutations(header, generator) if value != header]
         texts = dumped(some(pairs, 45, generator))
@@ -188,7 +189,7 @@ _NUMBERS = (*(float("nan"), float("inf"), float("-inf"), 3e38, -1e38, 1e30, 6550
 
 def values(sound, generator):
     """Numbers in tensors: one that is none, infinite, huge or tiny; all of them zero, turned round or far too large."""
-    for subject, name in ((KIT, EMULATOR), (KIT, OUTER), (HALF, EMULATOR), (RETURN, OUTER)):
+    for subject, name in ((KIT, EMULATOR), (KIT, OUTER), (HALF, EMULATOR), (RETURN, OUTER), (THIN, OUTER)):
         header, data = header_of(sound / subject / name)
         names = [key for key in header if key != "__metadata__"]
         text = json.dumps(header).encode()

@@ -172,21 +172,22 @@ class Route:
         from siftune.cli import verify
         from siftune.offsite.kit.folder import read_kit
 
-        path = self.sound / subject.removesuffix(".return")
+        path = self.sound / subject.partition(".")[0]
         kit = read_kit(path)
         self.stage = "verify"
         verify.run(verify.Options(target, kit=path))
-        self._plug(target, kit, subject.removesuffix(".return"))
+        self._plug(target, kit, subject.partition(".")[0])
 
     def _plug(self, folder, kit, subject):
         from support.fuzz_kits import base_of
 
         from siftune.offsite.protocol.plug import plug_in
-        from siftune.offsite.protocol.returned import read_return
+        from siftune.offsite.protocol.returned import open_return
 
         self.stage = "plug"
         base = base_of(subject)
-        plug_in(base, kit, [read_return(folder, kit)])
+        with open_return(folder, kit) as returned:
+            plug_in(base, kit, [returned])
         assert all(bool(p.isfinite().all()) for p in base.parameters())
 
     def _batches(self, tokenizer):

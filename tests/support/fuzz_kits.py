@@ -1,4 +1,4 @@
-"""Sound kits of every family, with bases that they are of, and a sound return; for fuzz tests."""
+"""Sound kits of every family, with bases that they are of, and sound returns; for fuzz tests."""
 
 import dataclasses
 
@@ -15,6 +15,7 @@ from siftune.offsite.protocol.returned import write_return
 HALF = "half"  # a llama with an emulator in bfloat16
 SUBJECTS = (*(kind for kind in FAMILIES if kind != "gemma"), HALF)
 RETURN = "llama.return"
+THIN = "llama.thin.return"  # of LoRA: factors
 
 
 def base_of(subject):
@@ -36,10 +37,16 @@ def write_subject(folder, subject):
 
 
 def write_tuned(folder, kit):
-    """Write a return that has moved a little."""
+    """Write returns that have moved a little: of whole tensors, and of factors."""
     state, generator = base_of("llama").state_dict(), torch.Generator().manual_seed(2)
     names = outer_names(base_of("llama"), kit.manifest.split)
     tensors = {neutral: state[name].clone() for neutral, name in names.items()}
     for tensor in tensors.values():
         tensor += 0.02 * tensor.norm() / tensor.numel() ** 0.5 * torch.randn(tensor.shape, generator=generator)
-    return write_return(folder / RETURN, tensors, kit)
+    write_return(folder / RETURN, tensors, kit)
+    factors = {}
+    for name, (rows, columns) in ((n, s.shape) for n, s in kit.manifest.outer.items() if len(s.shape) == 2):
+        size = 0.1 * (tensors[name].norm() / (2 * rows * columns) ** 0.5) ** 0.5
+        factors[f"{name}.up"] = size * torch.randn(rows, 2, generator=generator)
+        factors[f"{name}.down"] = size * torch.randn(2, columns, generator=generator)
+    write_return(folder / THIN, factors, kit)

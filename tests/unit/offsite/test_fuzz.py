@@ -63,7 +63,7 @@ def test_they_are_many(sound):
 def test_what_is_left_alone_gets_to_the_end(child):
     from support.fuzz_cases import Case
 
-    for subject in ("llama", "llama.return"):
+    for subject in ("llama", "llama.return", "llama.thin.return"):
         outcome = child.outcome(Case(subject, "nothing", {}))
         assert (outcome.end, outcome.words) == ("fine", "")
 
