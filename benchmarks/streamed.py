@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--intermediate", type=int, default=5504)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--outer", type=int, default=2, help="layers at either end; only those between are compressed")
     args = parser.parse_args(argv)
     base, rows = args.folder / "base", args.folder / "rows.jsonl"
     if not base.exists():
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.folder / "kit"
     command = ["-c", _EMULATE, "emulate", "--model", base, "--calibration", rows, "--out", out]
     options = ["--rows", args.rows, "--max-length", args.length, "--format", "text", "--template", "none"]
+    options += ["--first", args.outer, "--last", args.outer]
     bare, started = peak(["-c", _BARE]), time.monotonic()
     found = peak([*map(str, command), *map(str, options)])
     sizes = {file.name: file.stat().st_size / 1e6 for file in sorted(base.glob("*.safetensors"))}
