@@ -128,7 +128,8 @@ class Recipe:
     resume: bool | str = False
     """Go on from the newest checkpoint in out, or from this checkpoint folder."""
     save_every: Annotated[int | None, COUNT] = None
-    """Optimizer steps between two checkpoints; only at the end if not given."""
+    """Optimizer steps between two checkpoints, all of which are kept; if not given, after every tenth of the run, every
+    15 minutes, at the least held-out loss and at the end, of which the last two and the best are kept."""
     eval_every: Annotated[int | None, COUNT] = None
     """Optimizer steps between two evaluations; after every epoch if not given."""
     log_every: Annotated[int, COUNT] = 10

@@ -194,6 +194,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         save_steps=recipe.save_every or 500,
         eval_strategy="no" if not recipe.eval else "steps" if recipe.eval_every else "epoch",
         eval_steps=recipe.eval_every,
+        metric_for_best_model="loss" if recipe.eval else None,
         prediction_loss_only=True,
         remove_unused_columns=False,  # the collator knows which it needs
         dataloader_pin_memory=torch.accelerator.is_available(),

@@ -1,9 +1,14 @@
-"""Going on from a checkpoint: which one, from which step, and whether it is of this run."""
+"""Checkpoints: when they are made, from which one a run goes on, and whether it is of this run."""
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
@@ -18,6 +23,46 @@ _SAME = {
     "use_rslora": "adapter",
     "target_modules": "targets and layers",
 }
+
+
+_PARTS = 10  # of a run, after each of which it is saved
+_LEAST = 10  # steps between two of these, so that short runs do not save more than they train
+_SECONDS = 15 * 60  # after which a step is saved in any case
+_KEPT = 2  # newest checkpoints, besides that of the least held-out loss
+
+
+class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Has the Trainer save what a killed run goes on from, where a recipe does not say how often (ours).
+
+    After every tenth of the run, after a quarter of an hour at the latest, at its end, and where an evaluation finds
+    less loss than all before; kept are the last two, and that of the least loss.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set how often, now that the Trainer knows its steps."""
+        args.save_strategy, args.save_total_limit = SaveStrategy.STEPS, _KEPT
+        state.save_steps = max(_LEAST, math.ceil(state.max_steps / _PARTS))
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save a step that comes late after the last one."""
+        if time.monotonic() - self._saved >= _SECONDS:
+            control.should_save = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save where the held-out loss is the least so far."""
+        loss = kwargs["metrics"].get("eval_loss")
+        if loss is not None and (state.best_metric is None or loss < state.best_metric):
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note when it was."""
+        self._saved = time.monotonic()
 
 
 def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
@@ -37,6 +82,26 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps done at a complete checkpoint."""
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def check_unfinished(checkpoint: Path, arguments: TrainingArguments, batches: int) -> None:
+    """Refuse to go on from where nothing is left to do.
+
+    Args:
+        checkpoint: A complete checkpoint.
+        arguments: The run's.
+        batches: Batches in an epoch.
+
+    Raises:
+        RecipeError: The run has done its steps.
+    """
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    if step_of(checkpoint) >= steps:
+        raise RecipeError(
+            f"{checkpoint} is the end of its run: all of {steps} steps are done, and nothing was touched; give more "
+            "--steps or --epochs to go on"
+        )
 
 
 def check_layers(checkpoint: Path, layers: Sequence[int], outside: Sequence[str] = ()) -> None:

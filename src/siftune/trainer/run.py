@@ -21,7 +21,14 @@ from siftune.files import disk_faults
 from siftune.methods.sample_choice import SampleChoice
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.build import Built, build
-from siftune.trainer.checkpoints import check_adapter, check_layers, find_checkpoint, step_of
+from siftune.trainer.checkpoints import (
+    RegularCheckpoints,
+    check_adapter,
+    check_layers,
+    check_unfinished,
+    find_checkpoint,
+    step_of,
+)
 from siftune.trainer.followed import Followed
 from siftune.trainer.outcome import Outcome
 from siftune.trainer.progress import Metrics, ProgressView
@@ -77,9 +84,11 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     console.print(f"{recipe.model}: {counted(len(data['train']), 'row')} to train on, run folder {folder.path}")
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
-    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view])
+    regular = [] if recipe.save_every else [RegularCheckpoints()]
+    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *regular])
     if checkpoint is not None:
         _check_checkpoint(checkpoint, built.trainer)
+        check_unfinished(checkpoint, built.trainer.args, len(built.trainer.get_train_dataloader()))
     followed = Followed(sources(rows["train"]))
     if built.trainer.is_world_process_zero():
         _record(built, folder, recipe.keep_scores, followed)
