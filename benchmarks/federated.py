@@ -20,7 +20,6 @@ one that is there already is not made again.
 
 import argparse
 import json
-import math
 import random
 import sys
 import tempfile
@@ -176,8 +175,8 @@ def _shards(tasks: Sequence[Records], owners: int) -> list[Records]:
     """The rows of every owner: of whole tasks, or a shard of one where there are more owners than tasks."""
     if owners <= len(tasks):
         return [[row for task in tasks[owner::owners] for row in task] for owner in range(owners)]
-    per_task = math.ceil(owners / len(tasks))
-    return [tasks[owner % len(tasks)][owner // len(tasks) :: per_task] for owner in range(owners)]
+    count = len(tasks)
+    return [tasks[o % count][o // count :: len(range(o % count, owners, count))] for o in range(owners)]
 
 
 def _rows(job: Job, data: Path | None) -> tuple[list[Records], Records]:
