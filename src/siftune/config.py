@@ -126,7 +126,10 @@ class Recipe:
     out: str | None = None
     """Run folder; runs/DATE-METHOD if not given."""
     resume: bool | str = False
-    """Go on from the newest checkpoint in out, or from this checkpoint folder."""
+    """Go on from the newest checkpoint in out, from that of this run folder, by its own recipe, or from this checkpoint
+    folder."""
+    allow_change: bool = False
+    """With resume: go on although method, rows, model, learning rate or other settings are not those of the run."""
     save_every: Annotated[int | None, COUNT] = None
     """Optimizer steps between two checkpoints, all of which are kept; if not given, after every tenth of the run, every
     15 minutes, at the least held-out loss and at the end, of which the last two and the best are kept."""
@@ -210,6 +213,10 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (
             recipe.resume is True and not recipe.out,
             "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
+        ),
+        (
+            recipe.allow_change and not recipe.resume,
+            "allow_change has no effect without resume: leave it out, or give --resume",
         ),
         (
             recipe.target is not None and recipe.support_rows is not None,

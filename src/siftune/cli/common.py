@@ -55,7 +55,8 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
 
     given: dict[str, Any] = {}
     if issubclass(kind, Recipe):
-        files = [word for word in arguments if _is_recipe(word)]
+        own, arguments = _of_run(arguments)
+        files = [*own, *(word for word in arguments if _is_recipe(word))]
         arguments = [word for word in arguments if not _is_recipe(word)]
         given["default"] = load_recipe(*files, kind=kind, target=any(_name(word) == "--target" for word in arguments))
     arguments = _spell_out(kind, arguments)
@@ -95,6 +96,20 @@ def stdout_to_stderr() -> Iterator[None]:
 
 def _is_recipe(word: str) -> bool:
     return not word.startswith("-") and Path(word).suffix in (".yaml", ".yml")
+
+
+def _of_run(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Read `--resume RUN`, a run folder, as what it stands for: the run's recipe, and `--resume --out RUN`."""
+    words = list(arguments)
+    for place, word in enumerate(words):
+        flag, joined, value = word.partition("=")
+        value = value if joined else next(iter(words[place + 1 :]), "")
+        recipe = Path(value) / "recipe.yaml"
+        if _name(flag) == "--resume" and recipe.is_file():
+            there = any(_name(other) == "--out" for other in words)
+            rest = words[place + (1 if joined else 2) :]
+            return [str(recipe)], [*words[:place], "--resume", "True", *([] if there else ["--out", value]), *rest]
+    return [], words
 
 
 def _name(flag: str) -> str:

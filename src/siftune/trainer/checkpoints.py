@@ -1,20 +1,32 @@
 """Checkpoints: when they are made, from which one a run goes on, and whether it is of this run."""
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from siftune.config import Recipe
+from siftune.config import Recipe, settings_of
 from siftune.errors import RecipeError
-from siftune.trainer.run_folder import RunFolder, is_complete, newest_checkpoint
+from siftune.recipe_file import load_recipe
+from siftune.settings import Settings
+from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder, is_complete, newest_checkpoint
 from siftune.trainer.tuned_layers import holds_tuned, read_about
 
+# of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
+_MAY_CHANGE = {
+    "out", "resume", "allow_change", "save_every", "eval_every", "log_every", "report_to", "keep_scores", "steps",
+    "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside", "train",
+    "train_split", "limit", "format", "target", "target_share", "support_rows", "method",
+}  # fmt: skip
 # what makes an adapter another one -> how a recipe calls it
 _SAME = {
     "r": "rank",
@@ -82,6 +94,59 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps done at a complete checkpoint."""
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
+    """Refuse to go on with other settings or rows than the checkpoint's run was begun with.
+
+    What makes an adapter another one is seen from the checkpoint itself: see `check_adapter`.
+
+    Args:
+        checkpoint: A complete checkpoint, in a run folder or not.
+        recipe: Resolved settings to go on with.
+        rows: Digest of the training rows, from `digest_of`.
+
+    Raises:
+        RecipeError: They differ; the message names what, and both values.
+    """
+    run = checkpoint.absolute().parents[1]
+    if recipe.allow_change or not (run / RECIPE).is_file():
+        return
+    before: Recipe = load_recipe(run / RECIPE)
+    for name, was, now in _differences(before, recipe):
+        raise RecipeError(
+            f"{checkpoint} is of a run with {name} {was}, this recipe has {now}: set it as that run did, or give "
+            "--allow-change"
+        )
+    if (run / ROWS).is_file() and (run / ROWS).read_text(encoding="utf-8").strip() != rows:
+        raise RecipeError(
+            f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: bring these back, or give "
+            "--allow-change"
+        )
+
+
+def _differences(before: Recipe, after: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """What differs of two recipes that decides what is learned: name, one value, the other."""
+    if before.method != after.method:
+        yield "method", before.method, after.method
+    for field in fields(Recipe):
+        if field.name not in _MAY_CHANGE and not isinstance(getattr(after, field.name), Settings):
+            was, now = getattr(before, field.name), getattr(after, field.name)
+            if was != now and not (field.name == "model" and Path(was).resolve() == Path(now).resolve()):
+                yield field.name, was, now
+    for one, other in zip(settings_of(before), settings_of(after), strict=True):
+        for name in Settings.names(type(one)):
+            if getattr(one, name) != getattr(other, name):
+                yield f"{one.group}.{name}", getattr(one, name), getattr(other, name)
+
+
+def digest_of(data: Dataset) -> str:
+    """What tells tokenised rows from others: a hash of their tokens and of what is learned of them."""
+    digest = hashlib.sha256()
+    for column in ("input_ids", "labels"):
+        for row in data[column]:
+            digest.update(array("q", [len(row), *row]).tobytes())
+    return digest.hexdigest()
 
 
 def check_unfinished(checkpoint: Path, arguments: TrainingArguments, batches: int) -> None:

@@ -25,14 +25,16 @@ from siftune.trainer.checkpoints import (
     RegularCheckpoints,
     check_adapter,
     check_layers,
+    check_same,
     check_unfinished,
+    digest_of,
     find_checkpoint,
     step_of,
 )
 from siftune.trainer.followed import Followed
 from siftune.trainer.outcome import Outcome
 from siftune.trainer.progress import Metrics, ProgressView
-from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.trackers import check_trackers
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
@@ -86,13 +88,16 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     metrics = Metrics(folder, lambda: built.active_layers())
     regular = [] if recipe.save_every else [RegularCheckpoints()]
     built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *regular])
+    digest = digest_of(data["train"])
     if checkpoint is not None:
+        check_same(checkpoint, recipe, digest)
         _check_checkpoint(checkpoint, built.trainer)
         check_unfinished(checkpoint, built.trainer.args, len(built.trainer.get_train_dataloader()))
     followed = Followed(sources(rows["train"]))
     if built.trainer.is_world_process_zero():
         _record(built, folder, recipe.keep_scores, followed)
-    folder.write("recipe.yaml", recipe_to_yaml(replace(recipe, resume=False)))
+    folder.write(RECIPE, recipe_to_yaml(replace(recipe, resume=False, allow_change=False)))
+    folder.write(ROWS, f"{digest}\n")
 
     def release() -> None:
         view.close()

@@ -3,6 +3,7 @@
     RUN/
       recipe.yaml       every setting, resolved
       run.json          status, versions, hardware, summary
+      rows.sha256       what tells its training rows from others
       metrics.jsonl     one line per log: step, loss, learning rate, tokens per second, peak memory
       selection.jsonl   one line per step: the layers that trained; scores where they were taken
       adapter/          the adapter in PEFT's format, or the layers that were tuned themselves; and the tokenizer
@@ -23,6 +24,8 @@ from typing import Any
 from siftune.environment import hardware, versions
 from siftune.errors import InputError, RecipeError
 from siftune.files import writable_folder, write_beside
+
+RECIPE, ROWS = "recipe.yaml", "rows.sha256"
 
 
 class RunFolder:
@@ -62,7 +65,7 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         """The resolved recipe."""
-        return self.path / "recipe.yaml"
+        return self.path / RECIPE
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to a .jsonl file."""
@@ -118,7 +121,7 @@ def newest_checkpoint(folder: Path) -> Path:
     for path in reversed(_checkpoints(folder)):
         if is_complete(path):
             return path
-    raise InputError(f"No complete checkpoint in {folder}; train without --resume, and with --save-every.")
+    raise InputError(f"No complete checkpoint in {folder}; train without --resume.")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

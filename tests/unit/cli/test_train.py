@@ -153,7 +153,7 @@ def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
         (["--ist.active", "0"], "ist.active is 0.0, but must be above 0 and at most 1"),
         (["--lr", "nan"], "lr is nan, but must be a finite number"),
         (["--rank", "0"], "rank is 0, but must be 1 or more"),
-        (["--resume"], "No complete checkpoint in {run}/checkpoints; train without --resume, and with --save-every."),
+        (["--resume"], "No complete checkpoint in {run}/checkpoints; train without --resume."),
         (["--resume", "nowhere"], "nowhere is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N."),
     ],
 )

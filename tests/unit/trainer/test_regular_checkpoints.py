@@ -8,7 +8,9 @@ from rich.console import Console
 from support.tiny_run import recipe
 from transformers import TrainerCallback
 
+from siftune.cli.main import main
 from siftune.errors import RecipeError
+from siftune.recipe_file import load_recipe
 from siftune.trainer import checkpoints
 from siftune.trainer.run import train
 
@@ -88,3 +90,45 @@ def test_epochs_that_are_done(base, rows, tmp_path):
     done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
     with pytest.raises(RecipeError, match=f"all of {done.summary['steps']} steps are done"):
         train(recipe(base, rows, tmp_path / "run", resume=True, **settings), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lr": 0.02}, "lr 0.01, this recipe has 0.02"),
+        ({"method": "rst"}, "method ist, this recipe has rst"),
+        ({"active": 1}, "ist.active 0.5, this recipe has 1"),
+        ({"batch_size": 2}, "batch_size 4, this recipe has 2"),
+        ({"limit": 12}, "is of a run on other training rows than"),
+    ],
+)
+def test_another_recipe_or_other_rows_are_refused_unless_they_are_meant(base, rows, tmp_path, change, said):
+    train(recipe(base, rows, tmp_path / "run", steps=3), QUIET)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RecipeError, match=r"checkpoint-3 is of a run .*--allow-change") as caught:
+        train(recipe(base, rows, tmp_path / "run", **{"steps": 4, "resume": True, **change}), QUIET)
+    assert said in str(caught.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    meant = {"steps": 4, "resume": True, "allow_change": True, **change}
+    if "method" not in change:  # another method's state is another matter
+        assert train(recipe(base, rows, tmp_path / "run", **meant), QUIET).summary["steps"] == 4
+
+
+def test_what_is_told_and_measured_may_change(base, rows, tmp_path):
+    train(recipe(base, rows, tmp_path / "run", steps=3), QUIET)
+    more = {"steps": 4, "resume": True, "eval": str(rows), "eval_limit": 2, "log_every": 3, "save_every": 1}
+    assert train(recipe(base, rows, tmp_path / "run", **more), QUIET).summary["eval_loss"] is not None
+
+
+def test_a_run_folder_alone_goes_on_by_its_own_recipe(base, rows, tmp_path, capsys):
+    given = ["--model", str(base), "--train", str(rows), "--template", "none", "--rank", "2", "--batch-size", "4"]
+    assert main(["train", *given, "--lr", "0.01", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
+    for words in (["--resume", str(tmp_path / "run")], [f"--resume={tmp_path}/run"]):
+        assert main(["train", *words]) == 2
+        assert "all of 3 steps are done" in capsys.readouterr().err
+    assert main(["train", "--steps", "4", "--resume", str(tmp_path / "run"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["steps"], result["run"]) == (4, str(tmp_path / "run"))
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").lr == 0.01
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "5", "--lr", "1"]) == 2
+    assert "is of a run with lr 0.01, this recipe has 1.0" in capsys.readouterr().err
