@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from siftune.errors import InputError
 from siftune.files import Progress, refuse_full
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import assemble, converted
@@ -84,14 +83,8 @@ def emulate(
     refuse_full(out)
     make_tokenizer(tokenizer_files(tokenizer), model.config.get_text_config().vocab_size)  # refused now, not at the end
     identity = fingerprint(model)
-    work = Work(out, _made_of(identity, settings, options, batches))
-    try:
+    with Work(out, _made_of(identity, settings, options, batches)) as work:
         layers = _compressed(model, batches, settings, options, work, progress)
-    except InputError:  # nothing can be made of this, so nothing is to go on with
-        work.remove()
-        raise
-    finally:
-        work.tidy()
     parts = assemble(model, settings.split, layers)
     contents = KitContents(
         parts.config, tokenizer, parts.split, parts.middle, len(find_layers(model).layers), identity,

@@ -18,7 +18,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from siftune.errors import ModelError, RecipeError
+from siftune.errors import InputError, ModelError, RecipeError
 from siftune.files import write_beside
 from siftune.offsite.emulator.assemble import cast
 from siftune.offsite.emulator.compress import CompressedLayer
@@ -93,9 +93,13 @@ class Work:
         shape["biased"] = tuple(shape["biased"])
         return CompressedLayer(LayerShape(**shape), OffloadedWeightsLoader(index=index))
 
-    def tidy(self) -> None:
-        """Leave nothing where nothing was made."""
-        if not self._is_worth_keeping():
+    def __enter__(self) -> "Work":
+        """Begin, or go on."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave nothing where nothing was made, or can be made: of rows, say, whose loss is not a number."""
+        if (kind is not None and issubclass(kind, InputError)) or not self._is_worth_keeping():
             self.remove()
 
     def remove(self) -> None:
