@@ -2,7 +2,7 @@
 
 python benchmarks/picture.py --ist RUN --gast RUN --out docs/images/selection.png
 
-Both are folders of `siftune train` or `siftune demo`; GAST's run needs `--keep-scores`. Each panel has its colour
+Both are folders of `siftune train`; GAST's run needs `--keep-scores`. Each panel has its colour
 bar: IST's importance logits as they were at the step, GAST's scores as z-scores within the layer.
 """
 

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from siftune import GAST
 
-DEFAULTS = [str(Path("~/.cache/siftune/smollm2-135m-instruct").expanduser()), "runs/demo/train.jsonl", "20"]
+DEFAULTS = [str(Path("~/.cache/siftune/smollm2-135m-instruct").expanduser()), "runs/demo/pool.jsonl", "20"]
 model_name, rows_file, steps = sys.argv[1:] + DEFAULTS[len(sys.argv) - 1 :]
 
 method = GAST(select=0.75, keep=True)

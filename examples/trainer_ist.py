@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from siftune import IST
 
-DEFAULTS = [str(Path("~/.cache/siftune/smollm2-135m-instruct").expanduser()), "runs/demo/train.jsonl", "30"]
+DEFAULTS = [str(Path("~/.cache/siftune/smollm2-135m-instruct").expanduser()), "runs/demo/pool.jsonl", "30"]
 model_name, rows_file, steps = sys.argv[1:] + DEFAULTS[len(sys.argv) - 1 :]
 
 tokenizer = AutoTokenizer.from_pretrained(model_name)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from siftune import find_layers
 from siftune.offsite import EmulatorSettings, emulate, load_emulator, plug_in
 
-DEFAULTS = [str(Path("~/.cache/siftune/smollm2-135m-instruct").expanduser()), "runs/demo/train.jsonl", "20"]
+DEFAULTS = [str(Path("~/.cache/siftune/smollm2-135m-instruct").expanduser()), "runs/demo/pool.jsonl", "20"]
 model_name, rows_file, steps = sys.argv[1:] + DEFAULTS[len(sys.argv) - 1 :]
 folder = Path("runs/two_parties")
 

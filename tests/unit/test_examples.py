@@ -82,7 +82,7 @@ def test_the_readmes_script(folder):
     assert len(script.splitlines()) <= 15
     for path, stand_in in (
         ("~/.cache/siftune/smollm2-135m-instruct", "model"),
-        ("runs/demo/train.jsonl", "rows.jsonl"),
+        ("runs/demo/pool.jsonl", "rows.jsonl"),
     ):
         assert path in script
         script = script.replace(path, stand_in)
