@@ -62,7 +62,8 @@ def mean(updates_NX: Tensor, weights: Sequence[float]) -> Tensor:
     Returns:
         (…), in the dtype of the updates.
     """
-    return torch.tensordot(updates_NX.new_tensor(weights), updates_NX, dims=1)
+    merged_X: Tensor = torch.tensordot(updates_NX.new_tensor(weights), updates_NX, dims=1)
+    return merged_X
 
 
 def trimmed_count(count: int, share: float) -> int:
