@@ -38,7 +38,7 @@ class Options:
     """How to train with the few rows, as for siftune train."""
     steps: int = 120
     """Optimizer steps of 16 rows, for each of the two."""
-    lr: float = 1e-3
+    lr: float = Recipe.lr
     """Peak learning rate."""
     known: int = 100
     """Rows of the task that are known to be right."""
