@@ -234,14 +234,20 @@ def _gain(cell: Cell, name: str) -> float | None:
     return means.point[BASE] - means.point[name] if BASE in means.point else None
 
 
+def _is_wanted(job: Line, lr: float | None, methods: str | None) -> bool:
+    return lr in (None, job["lr"]) and (methods is None or job["method"]["name"] in methods.split(","))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of a file; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
+    parser.add_argument("--lr", type=float, help="runs at this rate alone, for tables over more seeds")
+    parser.add_argument("--methods", help="these methods alone, with commas between: all are compared on shared seeds")
     args = parser.parse_args(argv)
-    lines = read(args.file)
+    lines = [line for line in read(args.file) if _is_wanted(line["job"], args.lr, args.methods)]
     if not lines:
-        raise SystemExit(f"{args.file} has no finished jobs; give the --out of run.py")
+        raise SystemExit(f"{args.file} has no such finished jobs; give the --out of run.py")
     print(report(lines))
     return 0
 

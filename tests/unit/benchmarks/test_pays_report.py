@@ -1,5 +1,7 @@
 """Tables of pays: intervals over seeds and questions by hand, what is compared with what, which rate is taken."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -119,7 +121,7 @@ def test_the_overview_has_every_cell_and_the_worst():
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no finished jobs"):
+    with pytest.raises(SystemExit, match="no such finished jobs"):
         tables.main([str(tmp_path / "none.jsonl")])
 
 
@@ -131,3 +133,16 @@ def test_no_share_of_a_way_that_may_be_none():
         line("gast", 0, [1, 1], [0.5, 2.5]),
     ]
     assert cells(tables.report(lines), "## mix, 8 known")["gast"]["dense → ceiling"] == "–"
+
+
+def test_a_table_of_some_rates_and_methods(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    runs = [line("dense", 0, [0], [4.0]), line("dense", 1, [0], [4.0]), line("ceiling", 0, [1], [1.0])]
+    runs += [{**run, "job": {**run["job"], "lr": 0.25}} for run in runs[:1]]
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    seeds = {}
+    for words in ([], ["--methods", "dense"], ["--methods", "dense", "--lr", "0.25"]):
+        assert tables.main([str(path), *words]) == 0
+        found = cells(capsys.readouterr().out, "## mix")
+        seeds[len(words)] = (list(found), found["dense"]["seeds"])
+    assert seeds == {0: (["dense", "ceiling"], "1"), 2: (["dense"], "2"), 4: (["dense"], "1")}
