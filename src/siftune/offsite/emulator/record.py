@@ -98,7 +98,7 @@ def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[
         key = tuple(id(part.x_NI) for part in parts[path])
         if key not in joined:
             joined[key] = torch.cat([part.x_NI for part in parts[path]])
-        captured[path] = Captured(joined[key], torch.cat([part.g_NO for part in parts[path]]))
+        captured[path] = Captured(joined[key], torch.cat([part.g_NO for part in parts.pop(path)]))
     return captured
 
 

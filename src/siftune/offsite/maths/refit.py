@@ -13,6 +13,8 @@ ZipLM (Kurtic, Frantar and Alistarh, NeurIPS 2023, arXiv 2302.04089) prunes a tr
 of the output alone (G = I) and one after the other; here G weighs in, and all columns are chosen at once.
 The median *(ours)*, since a few channels may be so large that the mean is theirs: one of SmolLM2's layer 11 has 89 % of
 the trace, and a damping by the mean drowns all others. Channels that never move are left out of the median.
+Where tokens are fewer than channels, A is rows X with A = Xᵀ X, and A_δ⁻¹ = (I − Xᵀ (δ I + X Xᵀ)⁻¹ X) / δ (Woodbury):
+no matrix of channels by channels is formed, which of a large model would be the largest of all.
 The rows of the read matrices have no part in the score: they go without any further change of what the MLP writes.
 Scores are for one channel alone; the fit is made once, for all that are dropped.
 
@@ -28,6 +30,8 @@ what the shortcut around the matrix carries is not made up for here, since some 
 Symbols: d `write_OC`, d_j its column of channel j. A, G, D, H, λ as in `kfac`, of d.
 Shapes: C channels, O outputs, K channels kept, R dropped.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,18 +54,13 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
     Returns:
         (C,) scores, in the dtype of the curvature.
     """
-    write_OC = write_OC.to(curvature.inputs.values.dtype)
-    damped = _damped(curvature.inputs, damping)
-    if damped is None:
-        return write_OC.new_zeros(write_OC.shape[1])
-    lower_CC = damped[1]
-    del damped  # where there are many channels, one matrix of theirs is large
-    one_CC = torch.eye(len(lower_CC), dtype=lower_CC.dtype, device=lower_CC.device)
-    # L⁻¹ with L Lᵀ = A_δ, for A_δ⁻¹ = L⁻ᵀ L⁻¹: torch.cholesky_inverse takes a hundred times longer on processors.
-    root_CC = torch.linalg.solve_triangular(lower_CC, one_CC, upper=False).to(write_OC.dtype)
-    share_C = root_CC.square().sum(0).reciprocal()
+    dtype = curvature.inputs.values.dtype
+    known = _damped(curvature.inputs, damping)
+    if known is None:
+        return write_OC.new_zeros(write_OC.shape[1], dtype=dtype)
+    write_OC, share_C = write_OC.to(dtype), known.inverse_diagonal().reciprocal().to(dtype)
     cost_C = (write_OC * curvature.gradients.times(write_OC)).sum(0) * share_C
-    rise_C = -(write_OC * (curvature.slope_OI @ root_CC.T @ root_CC)).sum(0) * share_C
+    rise_C = -(write_OC * known.solve(curvature.slope_OI.T).T.to(dtype)).sum(0) * share_C if lam else 0 * cost_C
     return score(cost_C, rise_C, lam)
 
 
@@ -77,17 +76,19 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
     Returns:
         d̂, (O, K), in float32, or float64 where A is. Solved in float64.
     """
-    dtype = inputs.values.dtype
-    damped = _damped(inputs, damping)
-    if damped is None:
+    dtype, step = inputs.values.dtype, _step(inputs)
+    if step is None:
         return write_OC[:, kept_K].to(dtype)
-    damped_CC = damped[0]
-    dropped = torch.ones(len(damped_CC), dtype=torch.bool, device=kept_K.device)
+    dropped = torch.ones(inputs.features, dtype=torch.bool, device=kept_K.device)
     dropped[kept_K] = False
-    lower_KK = torch.linalg.cholesky(damped_CC[kept_K][:, kept_K])
-    taken_KR = torch.cholesky_solve(damped_CC[kept_K][:, dropped], lower_KK)
-    write_OC = write_OC.double()
-    return (write_OC[:, kept_K] + write_OC[:, dropped] @ taken_KR.T).to(dtype)
+    write_OC, values = write_OC.double(), inputs.values.double()
+    if inputs.formed:
+        kept, lost_KO = values[kept_K][:, kept_K], values[kept_K][:, dropped] @ write_OC[:, dropped].T
+    else:
+        kept = values[:, kept_K]
+        lost_KO = kept.T @ (values[:, dropped] @ write_OC[:, dropped].T)
+    known = _raised(Moments(kept, inputs.formed), damping, step)
+    return (write_OC[:, kept_K] + known.solve(lost_KO).T).to(dtype)
 
 
 def correct(weight_OI: Tensor, whole_NI: Tensor, seen_NI: Tensor, damping: float = DAMPING) -> Tensor:
@@ -102,34 +103,82 @@ def correct(weight_OI: Tensor, whole_NI: Tensor, seen_NI: Tensor, damping: float
     Returns:
         W′, (O, I), in float32, or float64 where x̂ is. Solved in float64. W itself where x̂ is x.
     """
-    damped = _damped(moments(seen_NI), damping)
+    known = _damped(moments(seen_NI), damping)
     weight_OI = weight_OI.to(seen_NI.dtype)
-    if damped is None:
+    if known is None:
         return weight_OI
     missed_NO = (whole_NI - seen_NI) @ weight_OI.T
-    slope_OI = missed_NO.T.double() @ seen_NI.double() / len(seen_NI)
-    return weight_OI + torch.cholesky_solve(slope_OI.T, damped[1]).T.to(seen_NI.dtype)
+    slope_IO = seen_NI.double().T @ missed_NO.double() / len(seen_NI)
+    return weight_OI + known.solve(slope_IO).T.to(seen_NI.dtype)
 
 
-def _damped(inputs: Moments, damping: float) -> tuple[Tensor, Tensor] | None:
-    """A_δ and its Cholesky factor, in float64; None where A is zero: nothing comes in, so nothing is written.
+@dataclass(frozen=True)
+class _Damped:
+    """A_δ in float64.
 
-    A was summed in float32, and a channel that is very large leaves an error there that may exceed the damping. Where
-    A_δ is not positive definite, the damping is raised tenfold until it is.
+    Attributes:
+        values: A_δ itself, (C, C); or X, (N, C).
+        lower: Cholesky factor of A_δ, or of δ I + X Xᵀ.
+        delta: δ.
+        formed: Whether it is A_δ itself.
+    """
+
+    values: Tensor
+    lower: Tensor
+    delta: Tensor
+    formed: bool
+
+    def solve(self, b_CK: Tensor) -> Tensor:
+        """A_δ⁻¹ b; (C, K)."""
+        b_CK = b_CK.double()
+        if self.formed:
+            return torch.cholesky_solve(b_CK, self.lower)
+        known_CK: Tensor = self.values.T @ torch.cholesky_solve(self.values @ b_CK, self.lower)
+        return (b_CK - known_CK) / self.delta
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of A_δ⁻¹; (C,)."""
+        if not self.formed:
+            inner_NC: Tensor = torch.linalg.solve_triangular(self.lower, self.values, upper=False)
+            return (1 - inner_NC.square().sum(0)) / self.delta
+        one_CC = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        # torch.cholesky_inverse takes a hundred times longer on processors
+        root_CC: Tensor = torch.linalg.solve_triangular(self.lower, one_CC, upper=False)
+        return root_CC.square().sum(0)
+
+
+def _damped(inputs: Moments, damping: float) -> _Damped | None:
+    """A_δ; None where A is zero: nothing comes in, so nothing is written."""
+    step = _step(inputs)
+    return None if step is None else _raised(inputs, damping, step)
+
+
+def _step(inputs: Moments) -> Tensor | None:
+    """The median of A's diagonal, without what is zero; None where all is.
 
     Raises:
         ModelError: A holds a number that is not finite, which no damping mends.
     """
-    matrix_CC = inputs.dense().to(torch.float64, copy=True)
-    if not matrix_CC.isfinite().all():
+    if not inputs.values.isfinite().all():
         raise ModelError("an MLP's activations on the calibration rows are not finite: try --dtype float32")
-    moving_C = matrix_CC.diagonal()[matrix_CC.diagonal() > 0]
-    if not len(moving_C):
-        return None
-    step, bare_C = moving_C.median(), matrix_CC.diagonal().clone()
+    values = inputs.values
+    sizes_C = (values.diagonal() if inputs.formed else values.square().sum(0)).double()
+    moving_C = sizes_C[sizes_C > 0]
+    return moving_C.median() if len(moving_C) else None
+
+
+def _raised(inputs: Moments, damping: float, step: Tensor) -> _Damped:
+    """A_δ with δ = damping · step.
+
+    A was summed in float32, and a channel that is very large leaves an error there that may exceed the damping. Where
+    A_δ is not positive definite, the damping is raised tenfold until it is.
+    """
+    values = inputs.values.to(torch.float64, copy=True)
+    matrix = values if inputs.formed else values @ values.T
+    bare = matrix.diagonal().clone()
     while True:
-        matrix_CC.diagonal().copy_(bare_C + damping * step)
-        lower_CC, failed = torch.linalg.cholesky_ex(matrix_CC)
+        matrix.diagonal().copy_(bare + damping * step)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            return matrix_CC, lower_CC
+            return _Damped(values, lower, damping * step, inputs.formed)
         damping = max(10 * damping, 1e-14)
