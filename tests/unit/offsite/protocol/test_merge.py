@@ -380,17 +380,21 @@ def against(model, kit, own, sign):
     return {name: tensor.clone() for name, tensor in outer_of(model, kit).items()}
 
 
-def test_each_is_measured_alone_and_then_all_together(model, kit, own):
+@pytest.mark.parametrize("kind", ["whole", "thin"])
+def test_each_is_measured_alone_and_then_all_together(model, kit, own, kind):
+    """Factors are added to what is there: that must be the base each time."""
     returns = [against(model, kit, own, -1), against(model, kit, own, -0.5)]
-    plugged = copy.deepcopy(model)
-    report = plug_in(plugged, kit, returns, LIMIT, rows=OwnRows(own))
-    alone = []
-    for one in returns:
-        fresh = copy.deepcopy(model)
-        alone.append(plug_in(fresh, kit, [one], LIMIT, rows=OwnRows(own)).loss)
-    assert [part.report.loss for part in report.parts] == alone
-    assert report.loss.after == pytest.approx(OwnRows(own).loss(plugged))
-    assert alone[0].after < report.loss.after < alone[1].after < report.loss.before
+    if kind == "thin":
+        returns = [thin(kit, seed, 0.2) for seed in range(2)]
+    plugged, rows = copy.deepcopy(model), OwnRows(own, 10.0)
+    report = plug_in(plugged, kit, returns, LIMIT, rows=rows)
+    alone = [plug_in(copy.deepcopy(model), kit, [one], LIMIT, rows=rows).loss for one in returns]
+    assert [part.report.loss.after for part in report.parts] == pytest.approx([one.after for one in alone], abs=1e-6)
+    assert abs(alone[0].after - alone[1].after) > 1e-3
+    assert report.loss.after == pytest.approx(rows.loss(plugged))
+    without = copy.deepcopy(model)
+    plug_in(without, kit, returns, LIMIT)
+    assert all(torch.equal(without.state_dict()[name], tensor) for name, tensor in plugged.state_dict().items())
 
 
 def test_one_that_makes_it_worse_is_refused_by_name(model, kit, own):
