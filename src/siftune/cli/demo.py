@@ -120,6 +120,7 @@ def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
         "train": str(folder / "pool.jsonl"),
         "eval": str(folder / "test.jsonl"),
         "template": "none",
+        "attention": "eager",  # for short rows on processors
         "lr": options.lr,
         "steps": options.steps,
         "seed": options.seed,
