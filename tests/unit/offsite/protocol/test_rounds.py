@@ -22,7 +22,7 @@ from siftune.offsite.kit.manifest import EMULATOR, OUTER
 from siftune.offsite.protocol.emulate import KitOptions, emulate
 from siftune.offsite.protocol.load import load_emulator
 from siftune.offsite.protocol.plug import plug_in
-from siftune.offsite.protocol.rounds import next_kit
+from siftune.offsite.protocol.rounds import _rows_of, next_kit
 
 WAYS = [
     *((family, {"mlp": "refit"}) for family in ("llama", "gpt2", "opt", "gpt_neox", "qwen2", "gemma2")),
@@ -181,8 +181,11 @@ def test_a_kit_of_half_precision_stays_as_it_was(tmp_path, dtype):
     model, kit = made(tmp_path / "first", dtype=dtype)
     second = next_kit(model, tuned_layers(model, kit), kit, tmp_path / "second")
     assert second.moved == ()
-    moved = next_kit(model, changed(model), kit, tmp_path / "third").kit
-    assert {t.dtype for t in load_file(moved.path / EMULATOR).values()} == {dtype}
+    tuned = changed(model)
+    moved = load_file(next_kit(model, tuned, kit, tmp_path / "third").kit.path / EMULATOR)
+    assert {t.dtype for t in moved.values()} == {dtype}
+    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):  # rounded once, not twice
+        assert torch.equal(moved[name], tuned.state_dict()[name].to(dtype))
 
 
 def test_a_tuned_model_in_fewer_bits_did_not_move_for_that(tmp_path):
@@ -242,6 +245,15 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(KitError, match=r"kit .*/first: emulator\.safetensors has the SHA-256"):
         next_kit(model, tuned, kit, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "used"]
+
+
+def test_channels_that_are_alike_are_told_apart_by_their_order():
+    """As where several never move, and their rows are zero."""
+    every = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    assert _rows_of(every[[0, 1, 2, 3]], every, "").tolist() == [0, 1, 2, 3]
+    assert _rows_of(every[[1, 2, 4]], every, "").tolist() == [1, 2, 4]
+    with pytest.raises(KitError, match="none of the base's"):
+        _rows_of(every[[3, 1]], every, "")
 
 
 def test_channels_of_another_base_are_refused(tmp_path):

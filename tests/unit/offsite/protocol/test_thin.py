@@ -111,6 +111,7 @@ def trained_norm(model):
 
 WHOLE = {
     "dora": lambda kit: adapted(kit, "dora"),
+    "dora that does not train any more": lambda kit: adapted(kit, "dora").requires_grad_(False),
     "no adapter": lambda kit: load_emulator(kit.path),
     "a rank that saves nothing": lambda kit: adapted(kit, rank=32),
     "a norm that trains": lambda kit: trained_norm(adapted(kit)),
