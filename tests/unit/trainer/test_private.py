@@ -220,12 +220,12 @@ def test_another_runs_checkpoint_is_refused(told, tmp_path):
         ("dp_epsilon", 3.0, r"private run with epsilon = 8\.0, this one has 3\.0"),
     ):
         with pytest.raises(RecipeError, match=message):
-            train(replace(given, resume=checkpoint, **{name: value}), QUIET)
+            train(replace(given, resume=checkpoint, allow_change=True, **{name: value}), QUIET)
     open_run = replace(given, dp_epsilon=None, dp_delta=None, out=str(tmp_path / "open"))
     train(open_run, QUIET)
     checkpoint = str(tmp_path / "open" / "checkpoints" / "checkpoint-2")
     with pytest.raises(RecipeError, match="of a run without dp_epsilon, so that its steps had no noise"):
-        train(replace(given, resume=checkpoint), QUIET)
+        train(replace(given, resume=checkpoint, allow_change=True), QUIET)
 
 
 REFUSED = [
