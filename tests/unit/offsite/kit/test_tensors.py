@@ -47,7 +47,7 @@ def test_headers_are_read_as_the_library_reads_them(tmp_path_factory, wanted):
 
 def test_files_are_those_of_the_library_bit_for_bit(tmp_path):
     drawn = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    parts = {"b.w": drawn.bfloat16(), "a": drawn, "c": drawn[0].half(), "a.b": drawn[:, :1].contiguous()}
+    parts = {"b.w": drawn.bfloat16(), "z": drawn, "c": drawn[0].half(), "a.b": drawn[:, :1].contiguous()}
     write_tensors(tmp_path / "ours", parts)
     save_file(parts, tmp_path / "theirs", {"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
