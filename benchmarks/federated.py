@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offsite import text_batches
+from pays.results import append, key, read
 from siftune.config import Recipe
 from siftune.data.arithmetic import split
 from siftune.data.rows import rows_from
@@ -73,17 +74,16 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what is missing, or print the report; return the exit code."""
     args = _parse(argv)
     if args.report:
-        print(report(_read(args.report)))
+        print(report(read(args.report)))
         return 0
-    done = [line["job"] for line in _read(args.out)] if args.out.exists() else []
+    done = {key(line["job"]) for line in read(args.out)}
     for job in _jobs(args):
-        if job not in done:
+        if key(job) not in done:
             started = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="siftune-federated-") as folder:
                 rounds = _measure(job, args, Path(folder))
             facts = {"versions": versions(), "hardware": hardware(), "seconds": time.monotonic() - started}
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"job": job, "rounds": rounds, "facts": facts}) + "\n")
+            append(args.out, {"job": job, "rounds": rounds, "facts": facts})
             shown = [round(found["nll"], 3) for found in rounds]
             print(f"{job['owners']} owners, {job['merge']}, bad: {job['bad']}, seed {job['seed']}: {shown}", flush=True)
     return 0
@@ -252,10 +252,6 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
                     if merge == "mean" or owners >= ROBUST:
                         size = None if bad is None else args.bad_size
                         yield {**common, "seed": seed, "owners": owners, "merge": merge, "bad": bad, "bad_size": size}
-
-
-def _read(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

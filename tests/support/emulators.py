@@ -1,16 +1,20 @@
 """What tests of offsite-tuning share: families, calibration batches, emulators in memory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from support.tiny import batch, tiny
+from support.tokenizer import byte_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import Split
+from siftune.offsite.kit.folder import Kit
+from siftune.offsite.protocol.emulate import KitOptions, emulate
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "gpt_neox", "gpt2")
 
@@ -53,3 +57,10 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     return found[inputs["attention_mask"].bool()]
+
+
+def made_kit(model: PreTrainedModel, out: Path, options: KitOptions | None = None, **values: Any) -> Kit:
+    """A kit of a model, half of whose middle is kept."""
+    return emulate(
+        model, byte_tokenizer(), calibration(model), out, settings(keep=0.5, **values), options or KitOptions()
+    )

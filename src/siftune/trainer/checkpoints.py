@@ -10,11 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from siftune.config import Recipe, settings_of
+from siftune.engine.distributed import mean_over_ranks
 from siftune.errors import RecipeError
 from siftune.recipe_file import load_recipe
 from siftune.settings import Settings
@@ -63,7 +65,8 @@ class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save a step that comes late after the last one."""
-        if time.monotonic() - self._saved >= _SECONDS:
+        late = torch.tensor(float(time.monotonic() - self._saved >= _SECONDS), dtype=torch.float64)
+        if float(mean_over_ranks(late, args.device)) > 0:  # clocks differ, and ranks save together or not at all
             control.should_save = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -149,17 +152,18 @@ def digest_of(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def check_unfinished(checkpoint: Path, arguments: TrainingArguments, batches: int) -> None:
+def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int) -> None:
     """Refuse to go on from where nothing is left to do.
 
     Args:
         checkpoint: A complete checkpoint.
         arguments: The run's.
-        batches: Batches in an epoch.
+        rows: Training rows, all of which come in an epoch.
 
     Raises:
         RecipeError: The run has done its steps.
     """
+    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
     if step_of(checkpoint) >= steps:

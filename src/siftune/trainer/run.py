@@ -92,7 +92,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     if checkpoint is not None:
         check_same(checkpoint, recipe, digest)
         _check_checkpoint(checkpoint, built.trainer)
-        check_unfinished(checkpoint, built.trainer.args, len(built.trainer.get_train_dataloader()))
+        check_unfinished(checkpoint, built.trainer.args, len(data["train"]))
     followed = Followed(sources(rows["train"]))
     if built.trainer.is_world_process_zero():
         _record(built, folder, recipe.keep_scores, followed)

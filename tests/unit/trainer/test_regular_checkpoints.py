@@ -61,6 +61,13 @@ def test_a_quarter_of_an_hour_is_the_most_that_is_lost(base, rows, tmp_path, sav
     assert saves.steps == [3, 6, 8]
 
 
+def test_ranks_save_together_where_one_is_late(base, rows, tmp_path, saves, monkeypatch):
+    others = iter([0.0, 0.5, *[0.0] * 9])  # at the second step the other of two ranks is late
+    monkeypatch.setattr(checkpoints, "mean_over_ranks", lambda late, device: late / 2 + next(others))
+    train(recipe(base, rows, tmp_path / "run", method="dense", steps=4), QUIET)
+    assert saves.steps == [2, 4]
+
+
 def test_the_best_stays(base, rows, tmp_path, saves):
     settings = {"method": "dense", "steps": 8, "eval": str(rows), "eval_limit": 4, "eval_every": 1, "lr": 0.5}
     train(recipe(base, rows, tmp_path / "run", **settings), QUIET)

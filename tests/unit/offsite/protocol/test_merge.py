@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.emulators import base, calibration, settings
+from support.emulators import base, made_kit
 from support.tiny_run import save_rows
 from support.tokenizer import byte_tokenizer
 
@@ -17,7 +17,7 @@ from siftune.data.readers import load_rows
 from siftune.errors import KitError, RecipeError
 from siftune.evaluate.prepare import prepare_rows
 from siftune.offsite.emulator.split import outer_names
-from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.emulate import KitOptions
 from siftune.offsite.protocol.own_rows import OwnRows
 from siftune.offsite.protocol.plug import plug, plug_in
 from siftune.offsite.protocol.returned import OpenReturn, open_return, write_return
@@ -25,20 +25,6 @@ from siftune.offsite.protocol.settings import Merging, PlugSettings
 
 UP = "last.0.mlp.up_proj.weight"
 LIMIT = 100.0
-
-
-def make_kit(model, out, **options):
-    return emulate(model, byte_tokenizer(), calibration(model), out, settings(keep=0.5), KitOptions(**options))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return base(layers=3, vocab_size=300).float()
-
-
-@pytest.fixture(scope="module")
-def kit(model, tmp_path_factory):
-    return make_kit(model, tmp_path_factory.mktemp("owner") / "kit")
 
 
 def whole(kit, seed, size=0.01):
@@ -193,7 +179,7 @@ def test_one_bad_return_is_held_back(model, kit, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_kit_of_half_precision_does_not_round_the_base(model, tmp_path, dtype):
     """The kit's copy is rounded; what is added to the base is what moved since."""
-    kit = make_kit(model, tmp_path / "kit", outer_dtype=dtype)
+    kit = made_kit(model, tmp_path / "kit", KitOptions(outer_dtype=dtype))
     returns = [whole(kit, seed) for seed in range(2)]
     before = {name: tensor.clone() for name, tensor in outer_of(model, kit).items()}
     plugged = copy.deepcopy(model)
@@ -335,7 +321,7 @@ def test_the_same_return_twice_is_told(model, kit, written, tmp_path):
 
 
 def test_a_return_of_another_kit_is_named(model, kit, written, tmp_path):
-    other = make_kit(base(layers=3, vocab_size=300, initializer_range=0.2).float(), tmp_path / "other")
+    other = made_kit(base(layers=3, vocab_size=300, initializer_range=0.2).float(), tmp_path / "other")
     strange = write_return(tmp_path / "strange", thin(other, 5), other)
     with pytest.raises(KitError, match=rf"return {strange}: manifest\.json: kit is .* was made for another kit"):
         plug(saved(model, tmp_path / "base"), kit, [written[0], strange], tmp_path / "tuned")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.emulators import FAMILIES, base, calibration, settings
+from support.emulators import FAMILIES, base, calibration, made_kit, settings
 from support.tiny_run import save_rows
 from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,16 +18,11 @@ from siftune.errors import DataError, KitError, ModelError, RecipeError, Unsuppo
 from siftune.evaluate.prepare import prepare_rows
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.protocol.emulate import KitOptions, emulate
+from siftune.offsite.protocol.emulate import KitOptions
 from siftune.offsite.protocol.own_rows import LossChange, OwnRows
 from siftune.offsite.protocol.plug import plug, plug_in
 from siftune.offsite.protocol.returned import write_return
 from siftune.offsite.protocol.settings import PlugSettings
-
-
-def make_kit(model, out, dtype=None, **values):
-    options = KitOptions(dtype=dtype)
-    return emulate(model, byte_tokenizer(), calibration(model), out, settings(keep=0.5, **values), options)
 
 
 def moved(kit, by=0.01, seed=0):
@@ -35,16 +30,6 @@ def moved(kit, by=0.01, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(kit.path / "adapter.safetensors")
     return {name: t + by * (1 + torch.rand(t.shape, generator=generator)) for name, t in tensors.items()}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return base(layers=3, vocab_size=300).float()
-
-
-@pytest.fixture(scope="module")
-def kit(model, tmp_path_factory):
-    return make_kit(model, tmp_path_factory.mktemp("owner") / "kit")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +41,7 @@ def test_a_round_trip_changes_exactly_the_outer_tensors(family, mlp, tmp_path):
     original = base(family, layers=4, vocab_size=300, pad_token_id=0).to(torch.bfloat16)
     original.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    kit = make_kit(copy.deepcopy(original).float(), tmp_path / "kit", torch.bfloat16, mlp=mlp)
+    kit = made_kit(copy.deepcopy(original).float(), tmp_path / "kit", KitOptions(torch.bfloat16), mlp=mlp)
     tuned = moved(kit, 0.004)
     write_return(tmp_path / "return", tuned, kit)
     result = plug(str(tmp_path / "base"), read_kit(tmp_path / "kit"), [tmp_path / "return"], tmp_path / "tuned")
@@ -156,7 +141,7 @@ def test_a_limit_that_is_none_is_refused(model, kit, limit):
 @pytest.mark.parametrize(("dtype", "by", "lost"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-6, False)])
 def test_rounding_that_drowns_the_update_is_told(tmp_path, caplog, dtype, by, lost):
     model = base(layers=3, vocab_size=300).to(dtype)
-    kit = make_kit(copy.deepcopy(model).float(), tmp_path / "kit")
+    kit = made_kit(copy.deepcopy(model).float(), tmp_path / "kit")
     with caplog.at_level(logging.WARNING, logger="siftune"):
         report = plug_in(model, kit, [moved(kit, by)])
     assert (report.rounding > 0.9) == lost
@@ -173,7 +158,7 @@ def saved(model, folder):
 def test_the_dtype_can_be_chosen(tmp_path):
     model = base(layers=3, vocab_size=300).to(torch.bfloat16)
     source = saved(model, tmp_path / "base")
-    kit = make_kit(model.float(), tmp_path / "kit")
+    kit = made_kit(model.float(), tmp_path / "kit")
     tuned = moved(kit, 1e-5)
     write_return(tmp_path / "return", tuned, kit)
     result = plug(source, kit, [tmp_path / "return"], tmp_path / "tuned", PlugSettings(dtype="float32"))
