@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from support.every_method import NAMES, trained
+from support.trainers import leave
 
 if __name__ == "__main__":
     out, results = Path(sys.argv[1]), {}
     for name in NAMES:
         results[name], trainer = trained(out, name)
     torch.save(results, out / f"rank{os.environ['RANK']}.pt")
-    trainer.accelerator.end_training()  # else gloo's threads may still run when the process ends, which aborts it
+    leave(trainer)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from support.trainers import adapted, rows, train, weights
+from support.trainers import adapted, leave, rows, train, weights
 
 from siftune import GAST, IST
 
@@ -42,4 +42,4 @@ if __name__ == "__main__":
         },
         out / f"rank{trainer.args.process_index}.pt",
     )
-    trainer.accelerator.end_training()  # else gloo's threads may still run when the process ends, which aborts it
+    leave(trainer)

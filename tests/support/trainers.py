@@ -1,5 +1,7 @@
 """Trainers on tiny models, for the tests of callbacks."""
 
+import gc
+
 import torch
 from datasets import Dataset
 from support.tiny import VOCAB, tiny
@@ -92,3 +94,14 @@ class At(TrainerCallback):
 def stop(_):
     """What Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def leave(trainer):
+    """End a rank's process group; gloo's threads that outlive it abort the process.
+
+    The wrapper for several ranks holds the group, so it goes first.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
+    trainer.accelerator.end_training()

@@ -20,17 +20,16 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from siftune.bench.workload import Workload
+from siftune.bench.workload import SUPPORTS, Workload
 from siftune.config import check
 from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.methods import METHODS
 from siftune.settings import nearest
 
-_SUPPORTS = ("sample", "rest", "momentum")  # GAST's, each of which has a price of its own
 # method -> what it is
 MEASURED = {
     **{name: f"siftune: {method.line}" for name, method in METHODS.items() if name != "gast"},
-    **{f"gast-{support}": f"siftune: {METHODS['gast'].line}, support {support}" for support in _SUPPORTS},
+    **{f"gast-{support}": f"siftune: {METHODS['gast'].line}, support {support}" for support in SUPPORTS},
     "trl": "TRL's SFTTrainer with a PEFT LoRA, TRL's defaults",
     "trl-no-checkpointing": "the same with activation checkpointing off, which TRL turns on by default",
 }

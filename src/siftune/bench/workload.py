@@ -7,6 +7,14 @@ from siftune.config import Recipe, resolve_recipe
 from siftune.methods import METHODS
 from siftune.settings import Settings
 
+# what GAST is measured with, each of which has a price of its own -> its settings
+SUPPORTS: dict[str, dict[str, Any]] = {
+    "sample": {"support": "sample"},
+    "averaged": {"support": "sample", "support_every": 4, "support_decay": 0.9},
+    "rest": {"support": "rest"},
+    "momentum": {"support": "momentum"},
+}
+
 
 @dataclass
 class Workload:
@@ -46,7 +54,7 @@ class Workload:
         options: dict[str, Any] = {"active": self.active, "interval": self.interval}
         options |= {"select": 0.5}  # the papers' share of rows, for their own ways to run it as well
         if name.endswith("gast"):
-            options["support"] = support or "rest"
+            options |= SUPPORTS[support or "rest"]
         for part in METHODS[name].parts:
             own = Settings.names(part.settings)
             settings = {option: value for option, value in options.items() if option in own}

@@ -36,7 +36,7 @@ class Options:
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
     """How to train with the few rows, as for siftune train."""
-    steps: int = 120
+    steps: int = 90
     """Optimizer steps of 16 rows, for each of the two."""
     lr: float = Recipe.lr
     """Peak learning rate."""
