@@ -58,6 +58,8 @@ class Options(CalibrationOptions):
     """gradot: the same in the MLPs."""
     sequential: bool = False
     """gradot: fit the matrices that write to the hidden state on what the compressed layers below give."""
+    distil: int = 0
+    """gradot: train each compressed layer for so many steps on the calibration rows; the paper trains nothing."""
     kit_dtype: Dtype = "auto"
     """Number format of the kit's frozen part; auto: the checkpoint's."""
     outer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -120,6 +122,7 @@ class Options(CalibrationOptions):
             keep_attn=self.keep_attn,
             keep_mlp=self.keep_mlp,
             sequential=self.sequential,
+            distil=self.distil,
             split=Split(self.first, self.last),
             allot=self.allot,
         )
@@ -187,7 +190,9 @@ def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console)
         f"emulator {result['emulator_mb']:,.1f} MB, layers to tune {result['outer_mb']:,.1f} MB; "
         f"the base model would be {result['base_mb']:,.1f} MB in {result['dtype']}",
         f"kit in {kit.path}: hand out all of this folder, and nothing else",
-        "whoever has the base model can tell which rows calibrated a kit: --calibration is best text that may be known",
+        "whoever has the base model can tell which rows calibrated a kit"
+        f"{', the more so since it was trained on them' if options.distil else ''}: "
+        "--calibration is best text that may be known",
         f"next, you: `siftune audit --model {options.model} --kit {kit.path} --train FILE --eval FILE`, "
         "to see what the kit gives away",
         "the data owner: `siftune verify KIT`, then `siftune train --model KIT --train FILE`, and sends RUN/return",

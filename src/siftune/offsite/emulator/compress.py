@@ -22,6 +22,7 @@ from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.maths.kfac import DAMPING, Curvature, Moments, moments
+from siftune.offsite.maths.refit import DAMPING as REFIT_DAMPING
 from siftune.offsite.maths.refit import correct, refit, refit_scores
 from siftune.offsite.maths.scp import channel_scores, keep_channels
 
@@ -44,10 +45,14 @@ class Compression:
             what the others wrote, or factors its matrices by DRD.
         protect: Share of the largest singular values that always stay.
         damping: *(ours)* Relative damping of those roots.
+        refit_damping: *(ours)* Relative damping of the channels' fit.
         keep_attn: Fraction for attention alone, in place of `keep`; at 1 only the MLP is compressed (SCP alone).
         keep_mlp: Fraction for the MLP alone; at 1 only attention is compressed (DRD alone).
         sequential: *(ours)* Whether gradot fits the matrices that write to the hidden state on what the compressed
             layers below give, before it takes anything out of them.
+        distil: *(ours)* Steps by which each layer is trained, once compressed (`distil.py`); 0 leaves it as it is.
+        shares: *(ours)* Fractions in place of all these, by path of the matrix; that of the one that writes to the
+            hidden state is the MLP's channels'. From a plan (`plan.py`), and not to be set.
     """
 
     method: Method = "gradot"
@@ -58,14 +63,23 @@ class Compression:
     mlp: Mlp = "refit"
     protect: float = 0.05
     damping: float = DAMPING
+    refit_damping: float = REFIT_DAMPING
     keep_attn: float | None = None
     keep_mlp: float | None = None
     sequential: bool = False
+    distil: int = 0
+    shares: Mapping[str, float] | None = field(default=None, hash=False)
 
-    def share(self, attention: bool) -> float:
-        """What stays of attention, or of the MLP."""
-        own = self.keep_attn if attention else self.keep_mlp
+    def share(self, path: str, family: Family) -> float:
+        """What stays of a matrix."""
+        if self.shares is not None:
+            return self.shares[path]
+        own = self.keep_attn if path in family.attention else self.keep_mlp
         return self.keep if own is None else own
+
+    def factored(self, family: Family) -> tuple[str, ...]:
+        """Matrices that become products of two; an MLP with none of them loses channels."""
+        return family.matrices if self.method == "gradot" and self.mlp == "factors" else family.attention
 
 
 @dataclass
@@ -148,11 +162,10 @@ def compress_layer(
         return result
     tensors, ranks = dict(result.tensors), dict[str, int]()
     made = Unfinished(layer, family, LayerShape(number, ranks), tensors)
-    factors_all = how.method == "gradot" and how.mlp == "factors"
-    for path in family.matrices if factors_all else family.attention:
+    for path in how.factored(family):
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)
-        share = how.share(path in family.attention)
+        share = how.share(path, family)
         if share >= 1:
             continue
         rank = rank_of(share, outputs, inputs)
@@ -164,7 +177,7 @@ def compress_layer(
         if f"{path}.bias" in tensors:
             tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
-    if factors_all or how.keep_mlp == 1:
+    if family.writes in how.factored(family) or how.share(family.writes, family) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
     weight, known = _corrected(family.writes, made, seen, prefix)
     channels, biased = _narrow(made, tensors, known, how, weight)
@@ -209,8 +222,8 @@ def _narrow(
     family = made.family
     weights = {path: _weight(made, path) for path in family.reads}
     weights[family.writes] = write_OC
-    count = max(1, int(how.share(False) * weights[family.writes].shape[1] + 1e-9))
-    staying = _channels(weights, family, seen, count, how)
+    count = channel_count(how.share(family.writes, family), weights[family.writes].shape[1])
+    staying = keep_channels(score_channels(weights, family, seen, how), count)
     biased: tuple[str, ...] = ()
     if how.method == "svd+flap":
         dropped = _others(staying, weights[family.writes].shape[1])
@@ -223,27 +236,33 @@ def _narrow(
         tensors[f"{path}.weight"] = weights[path][staying].contiguous()
         if f"{path}.bias" in tensors:
             tensors[f"{path}.bias"] = tensors[f"{path}.bias"][staying].contiguous()
-    written = write_OC[:, staying]
-    if how.method == "gradot" and how.mlp == "refit":
-        written = refit(write_OC, seen.curvature[family.writes].inputs, staying)
     name = f"{family.writes}.weight"
-    tensors[name] = written.to(tensors[name].dtype).contiguous()
+    columns = write_columns(write_OC, seen.curvature[family.writes], staying, how)
+    tensors[name] = columns.to(tensors[name].dtype).contiguous()
     return count, biased
 
 
-def _channels(
-    weights: Mapping[str, Tensor], family: Family, seen: LayerCurvature, count: int, how: Compression
-) -> Tensor:
-    """Channels that stay, ascending."""
+def channel_count(share: float, channels: int) -> int:
+    """How many of an MLP's channels a share is; at least one."""
+    return max(1, int(share * channels + 1e-9))
+
+
+def score_channels(weights: Mapping[str, Tensor], family: Family, seen: LayerCurvature, how: Compression) -> Tensor:
+    """Scores of an MLP's channels; high ones should stay."""
     writes, known = weights[family.writes].float(), seen.curvature[family.writes]
     if how.method == "svd+flap":
-        scores = flap_scores(seen.captured[family.writes].x_NI, writes)
-    elif how.mlp == "refit":
-        scores = refit_scores(writes, known, how.lambda_mlp)
-    else:
-        reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
-        scores = channel_scores(reads, (writes, known), how.lambda_mlp)
-    return keep_channels(scores, count)
+        return flap_scores(seen.captured[family.writes].x_NI, writes)
+    if how.mlp == "refit":
+        return refit_scores(writes, known, how.lambda_mlp, how.refit_damping)
+    reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
+    return channel_scores(reads, (writes, known), how.lambda_mlp)
+
+
+def write_columns(write_OC: Tensor, known: Curvature, staying: Tensor, how: Compression) -> Tensor:
+    """The columns by which the channels that stay write."""
+    if how.method == "gradot" and how.mlp == "refit":
+        return refit(write_OC, known.inputs, staying, how.refit_damping)
+    return write_OC[:, staying]
 
 
 def _others(staying: Tensor, count: int) -> Tensor:

@@ -24,6 +24,7 @@ from siftune.offsite.emulator.compress import (
     layer_curvature,
     whole,
 )
+from siftune.offsite.emulator.distil import distil
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.prefix import Prefix, Unfinished
 from siftune.offsite.emulator.record import record, replay
@@ -54,7 +55,7 @@ def emulators(
     if any(choice.split != split for choice in choices):
         raise RecipeError("emulators made together have one split; make those of another split apart")
     recording = record_middle(model, batches, split, progress)
-    plans = [plan(model, recording, choice) for choice in choices]
+    plans = [plan(model, recording, choice, progress) for choice in choices]
     made: list[dict[int, CompressedLayer]] = [{} for _ in choices]
 
     def take(place: int, number: int, layer: CompressedLayer) -> None:
@@ -102,16 +103,14 @@ def compress_middle(
         take: Given each layer with the job's place and its number.
         progress: Told of every layer.
     """
-    wanted = [
-        (settings, {step.number: step.keep for step in steps if step.same_as is None}) for settings, steps in jobs
-    ]
-    numbers = sorted(set().union(*(keeps for _, keeps in wanted)))
+    wanted = [(settings, {step.number: step for step in steps if step.same_as is None}) for settings, steps in jobs]
+    numbers = sorted(set().union(*(steps for _, steps in wanted)))
     slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
     for done, number in enumerate(numbers, 1):
         here = {
-            place: replace(settings, keep=keeps[number])
-            for place, (settings, keeps) in enumerate(wanted)
-            if number in keeps
+            place: replace(settings, keep=steps[number].keep, shares=steps[number].shares)
+            for place, (settings, steps) in enumerate(wanted)
+            if number in steps
         }
         _compress_one(model, recording, number, here, slopes, take)
         recording.forget(number)  # used; memory goes down as the work goes on
@@ -132,9 +131,11 @@ def _compress_one(
     some = any(how.keep < 1 for how in jobs.values())
     seen = layer_curvature(replay(layer, recording, number, family.matrices), slopes) if some else LayerCurvature()
     for place, how in jobs.items():
-        prefix = _prefix(recording, number, place) if how.sequential else None
-        made = compress_layer(layer, number, family, seen, how, prefix)
+        prefix = _prefix(recording, number, place) if how.sequential or how.distil else None
+        made = compress_layer(layer, number, family, seen, how, prefix if how.sequential else None)
         if prefix is not None:
+            if how.distil:
+                made = distil(made, Unfinished(layer, family, made.shape, made.tensors), prefix, how.distil)
             states = prefix.outputs(Unfinished(layer, family, made.shape, made.tensors))
             recording.carried(place).put(number + 1, states)
         take(place, number, made)

@@ -1,21 +1,23 @@
 """Plan an emulator's middle: which layers it has, and how much of each stays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
 from siftune.errors import RecipeError, UnsupportedError
+from siftune.files import Progress
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.compress import Compression
+from siftune.offsite.emulator.costs import SHARES, measured_shares
 from siftune.offsite.emulator.model import features
 from siftune.offsite.emulator.recording import Recording
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
 
-Allotment = Literal["uniform", "score"]
+Allotment = Literal["uniform", "score", "measured"]
 
 _LEAST = 0.5  # (ours) no layer keeps less than this part of the average share
 
@@ -26,7 +28,8 @@ class EmulatorSettings(Compression):
 
     Attributes:
         split: Outer layers at either end.
-        allot: Whether all layers keep the same share, or *(ours)* more where skipping a layer would move the loss more.
+        allot: Whether all matrices keep the same share; or *(ours)* layers more where skipping one would move the loss
+            more; or *(ours)* every matrix as much as pays by its measured cost (gradot).
 
     Example:
         >>> EmulatorSettings(keep=0.5, split=Split(first=1, last=1)).keep
@@ -50,13 +53,26 @@ class EmulatorSettings(Compression):
                 raise RecipeError(f"{name} is {getattr(self, name)}, but must be a finite number of 0 or more")
         if not 0 <= self.protect <= 1:
             raise RecipeError(f"protect is {self.protect}, but must be from 0 to 1")
-        if not self.damping > 0:
-            raise RecipeError(f"damping is {self.damping}, but must be above 0")
+        for name in ("damping", "refit_damping"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}, but must be above 0")
         whole_layers = self.method in ("layerdrop", "crash")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot by score")
+        if self.distil < 0:
+            raise RecipeError(f"distil is {self.distil}, but must be a number of steps, 0 or more")
+        if self.distil and self.method != "gradot":
+            raise RecipeError(f"distil is for method gradot, but method is {self.method}: leave one of them out")
         if self.sequential and self.method != "gradot":
             raise RecipeError(f"method {self.method} fits no matrices: leave out sequential, or use method gradot")
+        if self.allot == "measured":
+            self._check_measured()
+
+    def _check_measured(self) -> None:
+        if self.method != "gradot":
+            raise RecipeError(f"allot measured is for method gradot, but method is {self.method}: use allot score")
+        if self.keep < SHARES[0]:
+            raise RecipeError(f"keep is {self.keep}, but allot measured leaves {SHARES[0]} of every matrix or more")
 
     def _check_parts(self) -> None:
         """Check the fractions of attention and MLP by themselves."""
@@ -66,10 +82,10 @@ class EmulatorSettings(Compression):
                 raise RecipeError(f"{name} is {share}, but must be above 0 and at most 1")
         if parts and (self.method in ("layerdrop", "crash") or self.allot != "uniform" or self.keep >= 1):
             raise RecipeError(
-                f"{next(iter(parts))} says what stays of a part of every layer: leave out allot by score, methods that "
+                f"{next(iter(parts))} says what stays of a part of every layer: leave out allot, methods that "
                 "drop whole layers, and a keep of 1"
             )
-        if parts and self.share(True) == self.share(False) == 1:
+        if parts.get("keep_attn") == parts.get("keep_mlp") == 1:
             raise RecipeError("keep_attn and keep_mlp are both 1, so that nothing is compressed: lower one of them")
 
 
@@ -81,20 +97,25 @@ class Step:
         number: Number of the base's layer that it comes from.
         keep: Fraction of its matrices' parameters that stays.
         same_as: Place in the middle of the layer whose weights it has; None for its own.
+        shares: Fractions by path of the matrix, in place of one for all; see `Compression`.
     """
 
     number: int
     keep: float = 1.0
     same_as: int | None = None
+    shares: Mapping[str, float] | None = None
 
 
-def plan(model: nn.Module, recording: Recording, settings: EmulatorSettings) -> list[Step]:
+def plan(
+    model: nn.Module, recording: Recording, settings: EmulatorSettings, progress: Progress | None = None
+) -> list[Step]:
     """Plan the middle.
 
     Args:
         model: The base model.
         recording: What its middle layers saw.
         settings: Checked settings.
+        progress: Told of every layer, where each is measured.
 
     Raises:
         UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
@@ -111,6 +132,9 @@ def plan(model: nn.Module, recording: Recording, settings: EmulatorSettings) -> 
     if settings.allot == "score" and settings.keep < 1:
         shares = allot([recording.effect(number) ** 0.5 for number in numbers], settings.keep)
         return [Step(number, share) for number, share in zip(numbers, shares, strict=True)]
+    if settings.allot == "measured" and settings.keep < 1:
+        measured = measured_shares(model, recording, settings, progress)
+        return [Step(number, settings.keep, shares=measured[number]) for number in numbers]
     return [Step(number, settings.keep) for number in numbers]
 
 

@@ -64,12 +64,12 @@ class Prefix:
     def outputs(self, of: Unfinished) -> list[Tensor]:
         """What comes out of the layer, as far as it is done; (B, T, H) per batch."""
         calls = [calls[self.number] for calls in self.recording.calls]
-        with torch.no_grad(), _in_place(of):
+        with torch.no_grad(), in_place(of):
             return [call.run(of.layer, own(hidden)) for call, hidden in zip(calls, self.hidden, strict=True)]
 
 
 @contextmanager
-def _in_place(of: Unfinished) -> Iterator[None]:
+def in_place(of: Unfinished) -> Iterator[None]:
     """Have a layer use its compressed matrices, for the time of a block."""
     narrow = (*of.family.reads, of.family.writes) if of.shape.channels is not None else ()
     before = {path: of.layer.get_submodule(path) for path in (*of.shape.ranks, *narrow)}

@@ -80,6 +80,10 @@ class Recording:
         """What goes into a layer after the compressed ones of a job."""
         return self.after.setdefault(place, self.hidden.beside(f"carried-{place}"))
 
+    def costs(self) -> States:
+        """Where measured costs of layers are kept, by number: empty in memory, in a folder what is there."""
+        return self.hidden.beside("cost")
+
     def outputs(self, number: int) -> Tensor:
         """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
         return torch.cat([rows_of(h, real) for h, real in zip(self.hidden.get(number + 1), self.real, strict=True)])

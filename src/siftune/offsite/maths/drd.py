@@ -27,6 +27,7 @@ Ours, not the paper's:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,6 +116,30 @@ def keep_components(scores_K: Tensor, sizes_K: Tensor, rank: int, protect: float
     order_K = scores_K.clone()
     order_K[sizes_K.argsort(descending=True, stable=True)[:safe]] = torch.inf
     return order_K.argsort(descending=True, stable=True)[:rank].sort().values
+
+
+def joint_costs(parts: Components, curvature: Curvature, kept: Sequence[Tensor]) -> list[float]:
+    """What is lost where only some components stay: ⟨δ, H δ⟩ of all that are dropped, together.
+
+    ⟨δ, H δ⟩ = Σ_k,m (l_kᵀ G l_m)(r_k A r_mᵀ) over the dropped ones, so that a (K, K) matrix tells it of every choice.
+
+    Args:
+        parts: Components of W; the curvature in which they were chosen may be another.
+        curvature: Of W; not damped.
+        kept: For every choice the (R,) numbers of those that stay.
+
+    Returns:
+        A cost for every choice, summed in float64.
+    """
+    left_OK, right_IK = parts.left_OK, parts.right_KI.T
+    both_KK = (left_OK.T @ curvature.gradients.times(left_OK)) * (right_IK.T @ curvature.inputs.times(right_IK))
+    both_KK = both_KK.double()
+    found = []
+    for kept_R in kept:
+        lost_K = both_KK.new_ones(len(both_KK))
+        lost_K[kept_R] = 0
+        found.append(max(0.0, float(lost_K @ both_KK @ lost_K)))
+    return found
 
 
 def factor(

@@ -158,6 +158,11 @@ def apply(curvature: Curvature, delta_OI: Tensor) -> Tensor:
     return curvature.gradients.times(curvature.inputs.times(delta_OI.T).T)
 
 
+def cost(curvature: Curvature, delta_OI: Tensor) -> float:
+    """⟨δ, H δ⟩: E (gᵀ δ x)² where x and g are independent, by how much a change δ of W moves the loss of a token."""
+    return float((delta_OI.double() * apply(curvature, delta_OI)).sum())
+
+
 def score(shift_C: Tensor, rise_C: Tensor, lam: float) -> Tensor:
     """The GCS of dropping candidates, either term relative to its mean absolute value; high ones should stay.
 

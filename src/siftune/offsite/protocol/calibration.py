@@ -36,8 +36,9 @@ class CalibrationOptions:
     """Layers next to the embeddings that are to be tuned."""
     last: int = 2
     """Layers before the head that are to be tuned."""
-    allot: Literal["uniform", "score"] = "uniform"
-    """gradot, svd+flap: keep the same share of all layers, or more of those that matter more."""
+    allot: Literal["uniform", "score", "measured"] = "uniform"
+    """gradot, svd+flap: keep the same share of all layers, or by score more of those that matter more; gradot: measured
+    shares out among all matrices, attention and MLPs alike, by what each loses on half of the rows."""
     rows: int = 32
     """Use the first so many rows."""
     max_length: int = 128

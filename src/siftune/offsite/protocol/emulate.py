@@ -108,7 +108,7 @@ def _compressed(
     numbers = {step.number for step in steps} if steps else set()
     if steps is None or any(not work.has(number) for number in numbers):
         recording = record_middle(model, batches, settings.split, progress, work.states)
-        steps = steps or plan(model, recording, settings)
+        steps = steps or plan(model, recording, settings, progress)
         work.begin(steps)
         missing = [step for step in steps if not work.has(step.number)]
         if len(missing) < len(steps):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Work:
 
     def begin(self, steps: Sequence[Step]) -> None:
         """Keep the plan."""
-        self._keep([[step.number, step.keep, step.same_as] for step in steps])
+        self._keep([astuple(step) for step in steps])
 
     def has(self, number: int) -> bool:
         """Whether a layer is there."""

@@ -9,8 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.offsite.maths.drd import canonical, component_scores, components, factor, keep_components, rank_of
+from siftune.offsite.maths.drd import (
+    canonical,
+    component_scores,
+    components,
+    factor,
+    joint_costs,
+    keep_components,
+    rank_of,
+)
 from siftune.offsite.maths.kfac import DAMPING, curvature
+from siftune.offsite.maths.kfac import cost as cost_of_change
 
 BASES = ("svd", "whitened")
 
@@ -268,3 +277,19 @@ def test_what_is_protected_stays_in_the_factors(basis):
     product = torch.matmul(*factor(parts, known, 3, 1e6, protect=0.5))
     assert_close(product, sum(pieces(parts)[:3]).float())
     assert (torch.matmul(*factor(parts, known, 3, 1e6, protect=0.0)) - product).abs().max() > 1e-3
+
+
+@given(cases(), st.sampled_from(BASES), st.data())
+def test_joint_costs_of_what_is_dropped(case, basis, data):
+    """By changes formed densely, in another curvature than the one that chose the basis."""
+    weight, x, g = case
+    parts = components(weight, curvature(x, g), basis)
+    other = curvature(*tokens(data.draw(st.integers(0, 99)), 7, *weight.shape[::-1]))
+    count = len(parts.size_K)
+    kept = [sorted(data.draw(st.sets(st.integers(0, count - 1)))) for _ in range(3)]
+    found = joint_costs(parts, other, [torch.tensor(one, dtype=torch.int64) for one in kept])
+    for one, lost in zip(kept, found, strict=True):
+        delta = sum((piece for k, piece in enumerate(pieces(parts)) if k not in one), torch.zeros_like(weight))
+        hessian = torch.kron(other.gradients.dense(), other.inputs.dense())
+        assert lost == pytest.approx((delta.flatten() @ hessian @ delta.flatten()).item(), rel=1e-6, abs=1e-7)
+        assert lost == pytest.approx(cost_of_change(other, delta), rel=1e-6, abs=1e-7)

@@ -29,6 +29,7 @@ WAYS = [
     ("llama", {"mlp": "channels"}), ("gpt2", {"mlp": "channels"}), ("llama", {"mlp": "factors"}),
     ("gpt2", {"mlp": "factors"}), ("llama", {"method": "svd+flap"}), ("opt", {"method": "svd+flap"}),
     ("llama", {"method": "layerdrop"}), ("llama", {"method": "crash"}), ("llama", {"keep_mlp": 1.0}),
+    ("llama", {"distil": 5}), ("gpt2", {"distil": 5, "mlp": "channels"}), ("llama", {"allot": "measured"}),
 ]  # fmt: skip
 IDS = [f"{family} {' '.join(map(str, how.values()))}" for family, how in WAYS]
 

@@ -76,7 +76,15 @@ class Alive:
 
 
 @pytest.mark.parametrize(
-    "how", [{"method": "gradot"}, {"method": "crash"}, {"method": "layerdrop"}, {"sequential": True}]
+    "how",
+    [
+        {"method": "gradot"},
+        {"method": "crash"},
+        {"method": "layerdrop"},
+        {"sequential": True},
+        {"allot": "measured"},
+        {"distil": 3},
+    ],
 )
 def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, how):
     model, tokenizer = load_model(saved(tmp_path / "base", layers=8), "float32", streamed=True)
@@ -163,6 +171,29 @@ def cut_after(what: str, at: int):
     return tell
 
 
+@pytest.mark.parametrize(
+    ("how", "what", "left"),
+    [
+        ({"allot": "measured"}, "measuring", ["measuring"] * 3 + ["compression"] * 3),
+        ({"distil": 3}, "compression", ["compression"]),
+    ],
+)
+def test_a_cut_run_goes_on_with_measuring_and_with_distillation(tmp_path, monkeypatch, how, what, left):
+    """Layers that are measured are not run again for it, and the kit is that of a run that was not cut."""
+    from siftune.offsite.emulator import costs
+
+    model, tokenizer, choice = base(vocab_size=300).float(), byte_tokenizer(), settings(keep=0.5, **how)
+    batches, told, measured = calibration(model), [], []
+    with pytest.raises(Cut):
+        emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=cut_after(what, 2))
+    original = costs.layer_costs
+    monkeypatch.setattr(costs, "layer_costs", lambda *args: measured.append(1) or original(*args))
+    kit = emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=lambda *one: told.append(one))
+    assert [stage for stage, *_ in told if stage != "calibration"] == left
+    assert len(measured) == (1 if what == "measuring" else 0)
+    assert kit.digest == emulate(model, tokenizer, batches, tmp_path / "uncut", choice).digest
+
+
 def test_unfinished_work_of_another_kit_is_refused_by_what_differs(tmp_path):
     model, tokenizer, out = base(vocab_size=300).float(), byte_tokenizer(), tmp_path / "kit"
     batches = calibration(model)
@@ -171,6 +202,8 @@ def test_unfinished_work_of_another_kit_is_refused_by_what_differs(tmp_path):
     left = sorted((file, file.read_bytes()) for file in tmp_path.rglob("*.*") if file.is_file())
     with pytest.raises(RecipeError, match=r"work in which keep is 0\.5, but now it is 0\.7: give what was given then"):
         emulate(model, tokenizer, batches, out, settings(keep=0.7))
+    with pytest.raises(RecipeError, match=r"work in which distil is 0, but now it is 5"):
+        emulate(model, tokenizer, batches, out, settings(keep=0.5, distil=5))
     with pytest.raises(RecipeError, match=r"the calibration is [0-9a-f]{12}…, but now it is [0-9a-f]{12}…"):
         emulate(model, tokenizer, batches[:1], out, settings(keep=0.5))
     with pytest.raises(RecipeError, match=r'the dtype is "None", but now it is "torch\.bfloat16"'):

@@ -1,0 +1,159 @@
+"""What matrices would cost at several sizes: against changes formed densely, on tokens that did not choose them."""
+
+import pytest
+import torch
+from support.emulators import base, calibration, emulator, settings
+
+from siftune.errors import RecipeError
+from siftune.models.families import family_of
+from siftune.models.layers import find_layers
+from siftune.offsite.emulator.compress import Compression
+from siftune.offsite.emulator.costs import SHARES, layer_costs, measured_paths
+from siftune.offsite.emulator.make import emulators, record_middle
+from siftune.offsite.emulator.model import weight_OI
+from siftune.offsite.emulator.plan import plan
+from siftune.offsite.emulator.record import replay
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.maths.drd import components, factor, rank_of
+from siftune.offsite.maths.kfac import curvature
+from siftune.offsite.maths.refit import refit, refit_scores
+from siftune.offsite.maths.scp import channel_scores, keep_channels
+
+NUMBER = 2
+MEASURED = {"allot": "measured", "keep": 0.5}
+
+
+def seen(family):
+    model = base(family)
+    recording = record_middle(model, calibration(model, count=4, rows=4), Split(1, 1))
+    layer, matrices = find_layers(model).layers[NUMBER], family_of(model.config)
+    return layer, matrices, replay(layer, recording, NUMBER, matrices.matrices)
+
+
+def half(captured, second):
+    """Inputs and output gradients of half of the tokens."""
+    middle = len(captured.x_NI) // 2
+    part = slice(middle, None) if second else slice(0, middle)
+    return captured.x_NI[part], captured.g_NO[part]
+
+
+def lost(change, captured):
+    """The mean square of what a change writes, weighed by G: both moments token by token, in float64."""
+    x, g = (rows.double() for rows in half(captured, True))
+    inputs = sum(torch.outer(row, row) for row in x) / len(x)
+    gradients = sum(torch.outer(row, row) for row in g) / len(g)
+    return torch.trace(change.double().T @ gradients @ change.double() @ inputs).item()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("basis", ["whitened", "svd"])
+def test_costs_of_factored_matrices(family, basis):
+    layer, matrices, captured = seen(family)
+    how = Compression(basis=basis, mlp="factors", lambda_attn=0.3, protect=0.1)
+    tables = layer_costs(layer, matrices, captured, how)
+    for path, (sizes, costs) in zip(measured_paths(how, matrices), tables, strict=True):
+        weight = weight_OI(layer.get_submodule(path)).detach().float()
+        known = curvature(*half(captured[path], False))
+        for share, size, cost in [*zip(SHARES, sizes.tolist(), costs.tolist(), strict=True)][::6]:
+            rank = rank_of(share, *weight.shape)
+            lam = 0.3 if path in matrices.attention else 0.0
+            up, down = factor(components(weight, known, basis), known, rank, lam, 0.1)
+            assert size == (up.numel() + down.numel() if share < 1 else weight.numel())
+            expected = lost(weight - up @ down, captured[path]) if share < 1 else 0.0
+            assert cost == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("mlp", ["refit", "channels"])
+def test_costs_of_channels(family, mlp):
+    layer, matrices, captured = seen(family)
+    how = Compression(mlp=mlp)
+    assert measured_paths(how, matrices) == (*matrices.attention, matrices.writes)
+    sizes, costs = layer_costs(layer, matrices, captured, how)[-1].tolist()
+    known = {path: curvature(*half(captured[path], False)) for path in matrices.matrices}
+    weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in matrices.matrices}
+    writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
+    if mlp == "refit":
+        scores = refit_scores(writes, known[matrices.writes], 0.0)
+    else:
+        reads = [(weights[path], known[path]) for path in matrices.reads]
+        scores = channel_scores(reads, (writes, known[matrices.writes]), 0.0)
+    for share, size, cost in [*zip(SHARES, sizes, costs, strict=True)][:-1:4]:
+        kept = keep_channels(scores, int(share * 48 + 1e-9))
+        change = writes.clone()
+        change[:, kept] -= refit(writes, inputs, kept) if mlp == "refit" else writes[:, kept]
+        assert size == len(kept) * 32 * (len(matrices.reads) + 1)
+        assert cost == pytest.approx(lost(change, captured[matrices.writes]), rel=1e-3, abs=1e-7)
+    assert (sizes[-1], costs[-1]) == (48 * 32 * (len(matrices.reads) + 1), 0.0)
+
+
+@pytest.mark.parametrize("mlp", ["refit", "channels", "factors"])
+def test_what_is_shared_out_is_what_is_kept(mlp):
+    model = base()
+    batches = calibration(model)
+    how = settings(**MEASURED, mlp=mlp)
+    steps = plan(model, record_middle(model, batches, how.split), how)
+    (parts,) = emulators(model, batches, [how])
+    family, kept, every = family_of(model.config), 0, 0
+    for step, shape in zip(steps, parts.middle, strict=True):
+        layer = find_layers(model).layers[step.number]
+        for path in family.matrices:
+            weight = weight_OI(layer.get_submodule(path))
+            part = path if mlp == "factors" or path in family.attention else family.writes
+            share, every = step.shares[part], every + weight.numel()
+            assert share in SHARES
+            if share == 1:
+                assert path not in shape.ranks
+                kept += weight.numel()
+            elif part == path and path in how.factored(family):
+                assert shape.ranks[path] == rank_of(share, *weight.shape)
+                kept += shape.ranks[path] * sum(weight.shape)
+            else:
+                assert shape.channels == int(share * 48 + 1e-9)
+                kept += shape.channels * 32
+    assert 0.45 * every < kept <= 0.5 * every
+    assert len({share for step in steps for share in step.shares.values()}) > 2
+
+
+def test_it_costs_less_than_equal_shares():
+    """Summed over all matrices, on the tokens that are measured on: what the split is chosen for."""
+    model = base()
+    how = settings(**MEASURED)
+    recording = record_middle(model, calibration(model, count=4, rows=4), how.split)
+    family, sums = family_of(model.config), {"measured": 0.0, "equal": 0.0}
+    for step in plan(model, recording, how):
+        layer = find_layers(model).layers[step.number]
+        tables = layer_costs(layer, family, replay(layer, recording, step.number, family.matrices), how)
+        for path, (_, costs) in zip(measured_paths(how, family), tables, strict=True):
+            sums["measured"] += costs[SHARES.index(step.shares[path])].item()
+            sums["equal"] += costs[SHARES.index(0.5)].item()
+    assert sums["measured"] < 0.8 * sums["equal"]
+
+
+def test_several_at_once_go_their_own_ways():
+    model = base()
+    batches = calibration(model)
+    choices = [settings(**MEASURED), settings(keep=0.5), settings(keep=0.8, allot="measured", mlp="channels")]
+    for choice, parts in zip(choices, emulators(model, batches, choices), strict=True):
+        (alone,) = emulators(model, batches, [choice])
+        assert all(torch.equal(alone.frozen[name], parts.frozen[name]) for name in alone.frozen)
+
+
+def test_it_goes_with_the_fit_in_sequence():
+    model = base()
+    found = emulator(model, calibration(model), **MEASURED, sequential=True)
+    assert all(parameter.isfinite().all() for parameter in found.parameters())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"method": "svd+flap"}, r"measured is for method gradot, but method is svd\+flap"),
+        ({"method": "layerdrop"}, "drops whole layers"),
+        ({"keep": 0.05}, r"keep is 0\.05, but allot measured leaves 0\.1"),
+        ({"keep_mlp": 0.5}, "leave out allot"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(values, words):
+    with pytest.raises(RecipeError, match=words):
+        settings(**{"allot": "measured", **values}).check()
