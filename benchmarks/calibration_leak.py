@@ -12,10 +12,10 @@ his own, of the same settings, from as many other rows of the owner's source. A 
     own-N+generated-M  the same, with M texts that the model itself wrote
     generated-N        N of those alone
 
-and a *way* says how the middle is compressed: `default`; `keep-0.5`; `damping-X` of the whitened basis and of the
-refit; `paper`, which is `--basis svd --mlp channels`, and its halves; `noise-X`: clipped tokens, and noise on A and G
-with noise multiplier X (`siftune.offsite.maths.private`), for which ε is printed at δ = 1e-5, for the layers made here
-and for 26 of them. Clipping is at the median norm of 16 public rows, so that it tells nothing of the owner's.
+and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`. `noise-X` is of
+clipped tokens, and noise on A and G with noise multiplier X (`siftune.offsite.maths.private`), for which ε is printed
+at δ = 1e-5, for the layers made here and for 26 of them. Clipping is at the median norm of 16 public rows, so that it
+tells nothing of the owner's.
 
 Only `--layers` layers in the model's middle are compressed, so that a set takes minutes. Quality is the loss of other
 rows of the owner's source on that emulator, over the base's (*gap*, nats per token), and what its matrices lose there
@@ -23,7 +23,6 @@ of the base's outputs (*lost*, geometric mean). A set and way that are in the fi
 """
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -36,9 +35,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pays.results import append, read
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tokenize import tokenize_rows
@@ -51,24 +51,24 @@ from siftune.models.source import load_model, use_attention
 from siftune.offsite.audits.calibration_attack import KINDS, Compared, compared, row_residuals
 from siftune.offsite.audits.membership import measure_attack
 from siftune.offsite.audits.rows import token_rows
-from siftune.offsite.emulator.assemble import assemble, materialise
-from siftune.offsite.emulator.compress import CompressedLayer, LayerCurvature, compress_layer, layer_curvature
-from siftune.offsite.emulator.make import middle_of, record_middle
-from siftune.offsite.emulator.model import weight_OI
+from siftune.offsite.emulator.assemble import EmulatorParts, assemble, materialise
+from siftune.offsite.emulator.compress import LayerCurvature, compress_layer, layer_curvature
+from siftune.offsite.emulator.make import emulators, middle_of, record_middle
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.record import replay
 from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.emulator.split import Split
-from siftune.offsite.maths import refit as fit
 from siftune.offsite.maths.kfac import Curvature, Moments
 from siftune.offsite.maths.private import gaussian_epsilon, private_moments
-from siftune.offsite.maths.scp import keep_channels
 from siftune.offsite.protocol.calibration import in_batches
+from siftune.report.table import Table, markdown_table
 
-WAYS = (
-    "default", "paper", "keep-0.5", "damping-1", "noise-0.01", "noise-1", "damping-0.01", "whitened+channels",
-    "svd+refit",
-)  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {}, "paper": {"basis": "svd", "mlp": "channels"}, "keep-0.5": {"keep": 0.5},
+    "damping-1": {"damping": 1.0, "refit_damping": 1.0}, "noise-0.01": {}, "noise-1": {},
+    "damping-0.01": {"damping": 0.01, "refit_damping": 0.01}, "whitened+channels": {"mlp": "channels"},
+    "svd+refit": {"basis": "svd"}, "measured": {"allot": "measured"}, "distil-30": {"distil": 30},
+}  # fmt: skip
 SETS = (
     "own-32", "own-128", "own-512", "own-1024", "own-32+public-96", "own-32+generated-96", "public-32", "public-128",
     "generated-128",
@@ -128,13 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sets", nargs="+", default=SETS)
-    parser.add_argument("--ways", nargs="+", default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(argv)
     if args.report:
-        print(report([json.loads(line) for line in args.report.read_text(encoding="utf-8").splitlines()]))
+        print(report(read(args.report)))
         return 0
     if not (args.own and args.public and args.out):
         parser.error("--own, --public and --out must be given")
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure_all(args: argparse.Namespace) -> None:
     """Measure what is not in the file."""
-    known = {(j["set"], j["way"], j["seed"]) for j in _lines(args.out)}
+    known = {(j["set"], j["way"], j["seed"]) for j in read(args.out)}
     model, tokenizer = load_model(args.model, "float32")
     use_attention(model, "eager" if model.device.type == "cpu" else "auto")  # rows are short
     first = (len(find_layers(model).layers) - args.layers) // 2
@@ -159,8 +159,7 @@ def measure_all(args: argparse.Namespace) -> None:
             facts = {"model": args.model, "own": Path(args.own).name, "public": Path(args.public).name}
             facts |= {"layers": args.layers, "length": args.length, **versions()}
             for line in measure_set(setting, name, ways) if ways else []:
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"set": name, "seed": seed, **line, "facts": facts}) + "\n")
+                append(args.out, {"set": name, "seed": seed, **line, "facts": facts})
                 print(name, line["way"], line["auc"], line["beside"], line["gap"], flush=True)
 
 
@@ -175,57 +174,37 @@ def measure_set(setting: Setting, name: str, ways: Sequence[str]) -> Iterator[di
         raise SystemExit(f"{name} needs {need} rows of the owner's, but there are {len(setting.own)}")
     others = setting.own[members : members + MOST]
     kits = setting.own[:own], setting.own[members + MOST : need]
-    extra = [row for kind, n in rest.items() for row in _extra(setting, kind, n)]
-    made = [emulators(setting, [*rows, *extra], ways) for rows in kits]
+    more = [setting.public[:n] if kind == "public" else generated(setting, n) for kind, n in rest.items()]
+    made = [made_of(setting, sum(more, rows), ways) for rows in kits]
     sides = [looked_at(setting, made, rows) for rows in (setting.own[:members][:MOST], others)]
     for way in ways:
         yield {"way": way, **scores(way, sides), "gap": gap(setting, made[0][way], others[:8]), **_bound(setting, way)}
 
 
-def emulators(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dict[str, PreTrainedModel]:
-    """One emulator per way, from one pass over the rows."""
-    model, numbers = setting.model, middle_of(setting.model, setting.split)
-    recording = record_middle(model, setting.batches(rows), setting.split)
-    made: dict[str, list[CompressedLayer]] = {way: [] for way in ways}
-    for number in numbers:
-        layer = find_layers(model).layers[number]
-        captured = replay(layer, recording, number, setting.family.matrices)
-        seen = layer_curvature(captured, slopes=False)
-        for way in ways:
-            made[way].append(compressed(setting, layer, number, seen, way))
-        recording.forget(number)
-    return {way: materialise(assemble(model, setting.split, layers)) for way, layers in made.items()}
+def made_of(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dict[str, PreTrainedModel]:
+    """One emulator per way."""
+    plain = [way for way in ways if not way.startswith("noise")]
+    batches = setting.batches(rows)
+    parts = (
+        emulators(setting.model, batches, [EmulatorSettings(split=setting.split, **WAYS[way]) for way in plain])
+        if plain
+        else []
+    )
+    found = dict(zip(plain, parts, strict=True))
+    found |= {way: with_noise(setting, batches, float(way[6:])) for way in ways if way not in plain}
+    return {way: materialise(found[way]) for way in ways}
 
 
-def compressed(setting: Setting, layer: nn.Module, number: int, seen: LayerCurvature, way: str) -> CompressedLayer:
-    """A layer, compressed in one of the ways."""
-    kind, _, value = way.partition("-")
-    how = EmulatorSettings(split=setting.split)
-    if kind == "keep":
-        how = replace(how, keep=float(value))
-    elif way in ("paper", "svd+refit", "whitened+channels"):
-        basis, mlp = ("svd", "channels") if way == "paper" else way.split("+")
-        how = replace(how, basis=basis, mlp=mlp)  # type: ignore[arg-type]
-    elif kind == "noise":
-        seen = noised(setting, seen, float(value), number)
-    elif kind == "damping":
-        done = compress_layer(layer, number, setting.family, seen, replace(how, damping=float(value)))
-        return refitted(layer, setting.family, seen, done, float(value))
-    return compress_layer(layer, number, setting.family, seen, how)
-
-
-def refitted(
-    layer: nn.Module, family: Family, seen: LayerCurvature, done: CompressedLayer, damping: float
-) -> CompressedLayer:
-    """The same layer, its MLP refitted with another damping."""
-    curvature, write = seen.curvature[family.writes], weight_OI(layer.get_submodule(family.writes)).detach()
-    assert done.shape.channels is not None
-    kept = keep_channels(fit.refit_scores(write, curvature, 0.0, damping), done.shape.channels)
-    tensors = {
-        f"{path}.weight": weight_OI(layer.get_submodule(path)).detach()[kept].contiguous() for path in family.reads
-    }
-    tensors[f"{family.writes}.weight"] = fit.refit(write, curvature.inputs, kept, damping)
-    return replace(done, tensors={**done.tensors, **tensors})
+def with_noise(setting: Setting, batches: Sequence[dict[str, Tensor]], noise: float) -> EmulatorParts:
+    """An emulator from curvature with clipped tokens and noise."""
+    model, family, layers = setting.model, setting.family, find_layers(setting.model).layers
+    recording = record_middle(model, batches, setting.split)
+    made = []
+    for number in middle_of(model, setting.split):
+        captured = replay(layers[number], recording, number, family.matrices)
+        seen = noised(setting, layer_curvature(captured, slopes=False), noise, number)
+        made.append(compress_layer(layers[number], number, family, seen, EmulatorSettings(split=setting.split)))
+    return assemble(model, setting.split, made)
 
 
 def noised(setting: Setting, seen: LayerCurvature, noise: float, number: int) -> LayerCurvature:
@@ -296,29 +275,16 @@ def generated(setting: Setting, count: int) -> list[Row]:
 def report(lines: Sequence[dict[str, Any]]) -> str:
     """The file as a Markdown table."""
     header = [
-        "rows",
-        "way",
-        "attention",
-        "MLP",
-        "beside: attention",
-        "beside: MLP",
-        "gap",
-        "lost: attention",
-        "lost: MLP",
-        "ε",
-    ]
-    table = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
+        "rows", "way", "attention", "MLP", "beside: attention", "beside: MLP", "gap", "lost: attention", "lost: MLP", "ε",
+    ]  # fmt: skip
+    table = []
     for line in lines:
         cells = [line["set"], line["way"]]
         cells += [_shown(line[part].get(kind)) for part in ("auc", "beside") for kind in ("attention", "mlp")]
         cells += [_shown(line["gap"], "+.4f"), *(f"{100 * line['lost'][kind]:.2f} %" for kind in ("attention", "mlp"))]
         cells += [line.get("epsilon_whole", "")]
-        table.append(f"| {' | '.join(cells)} |")
-    return "\n".join(table)
-
-
-def _extra(setting: Setting, kind: str, count: int) -> list[Row]:
-    return setting.public[:count] if kind == "public" else generated(setting, count)
+        table.append(cells)
+    return markdown_table(Table(header, table, words=(0, 1)))
 
 
 def _bound(setting: Setting, way: str) -> dict[str, str]:
@@ -340,10 +306,6 @@ def _shown(figures: Sequence[float] | None, spec: str = ".3f") -> str:
         return ""
     value, low, high = (format(figure, spec) for figure in figures)
     return f"{value} [{low}, {high}]"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

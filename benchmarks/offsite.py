@@ -235,7 +235,14 @@ def _method(words: str) -> tuple[str, dict[str, Any]]:
             raise SystemExit(f"unknown method {name!r}; use {'; '.join(METHODS)}, or name=key:value,key:value")
         return name, METHODS[name]
     pairs = (pair.partition(":") for pair in options.split(",") if pair)
-    return name, {key: float(text) if text.replace(".", "").isdigit() else text for key, _, text in pairs}
+    return name, {key: _value(text) for key, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    """A number where it is one; steps are whole."""
+    if text.isdigit():
+        return int(text)
+    return float(text) if text.replace(".", "").isdigit() else text
 
 
 def _read(path: Path) -> list[Line]:

@@ -34,7 +34,7 @@ from siftune.models.source import load_model
 from siftune.offsite.emulator.model import weight_OI
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.maths.drd import Components, component_scores, components, keep_components, rank_of
-from siftune.offsite.maths.kfac import Curvature, apply, curvature
+from siftune.offsite.maths.kfac import Curvature, cost, curvature
 from siftune.offsite.maths.refit import refit, refit_scores
 from siftune.offsite.maths.scp import channel_scores, keep_channels
 
@@ -102,8 +102,8 @@ def _shares(parts: Components, kept: Tensor, known: Curvature, other: Curvature)
     lefts_K = (left_OK * known.gradients.times(left_OK)).sum(0)
     rights_K = (right_KI.T * known.inputs.times(right_KI.T)).sum(0)
     delta_OI, whole_OI = left_OK @ right_KI, parts.left_OK @ parts.right_KI
-    summed = float((lefts_K * rights_K).sum()) / _cost(whole_OI, known)
-    return summed, *(_cost(delta_OI, at) / _cost(whole_OI, at) for at in (known, other))
+    summed = float((lefts_K * rights_K).sum()) / cost(known, whole_OI)
+    return summed, *(cost(at, delta_OI) / cost(at, whole_OI) for at in (known, other))
 
 
 def _channel_costs(
@@ -124,12 +124,8 @@ def _channel_costs(
         delta_OC = -write_OC
         delta_OC[:, kept] += columns
         ends = [c[family.writes] for c in curvatures]
-        found[choice] = tuple(_cost(delta_OC, at) / _cost(write_OC, at) for at in ends)
+        found[choice] = tuple(cost(at, delta_OC) / cost(at, write_OC) for at in ends)
     return found
-
-
-def _cost(delta_OI: Tensor, known: Curvature) -> float:
-    return float((delta_OI * apply(known, delta_OI)).sum())
 
 
 def _print(columns: Sequence[str], found: Found) -> None:
