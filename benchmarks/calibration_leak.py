@@ -238,7 +238,8 @@ def scores(way: str, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"auc": {}, "beside": {}, "tpr_5_beside": {}, "lost": {}}
     for kind in KINDS:
         start = tuple(f"0/{way}/{k}/" for k in KINDS if kind in (k, "all"))
-        names = [name for name in sides[0] if name.startswith(start)]
+        # shares that were measured may leave a matrix whole in one of the kits
+        names = [name for name in sides[0] if name.startswith(start) and "1" + name[1:] in sides[0]]
         if not names:
             continue
         alone = [np.mean([side[name] for name in names], axis=0) for side in sides]
@@ -275,7 +276,8 @@ def generated(setting: Setting, count: int) -> list[Row]:
 def report(lines: Sequence[dict[str, Any]]) -> str:
     """The file as a Markdown table."""
     header = [
-        "rows", "way", "attention", "MLP", "beside: attention", "beside: MLP", "gap", "lost: attention", "lost: MLP", "ε",
+        "rows", "way", "attention", "MLP", "beside: attention", "beside: MLP", "gap", "lost: attention", "lost: MLP",
+        "ε",
     ]  # fmt: skip
     table = []
     for line in lines:
