@@ -1,12 +1,11 @@
 """Trainers on tiny models, for the tests of callbacks."""
 
-import gc
-
 import torch
 from datasets import Dataset
 from support.tiny import VOCAB, tiny
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from siftune.engine.distributed import leave_launch, let_go
 from siftune.models.adapters import attach_adapter
 
 ROWS = 24
@@ -97,11 +96,6 @@ def stop(_):
 
 
 def leave(trainer):
-    """End a rank's process group; gloo's threads that outlive it abort the process.
-
-    The wrapper for several ranks holds the group, so it goes first.
-    """
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-    gc.collect()
-    trainer.accelerator.end_training()
+    """End a rank's process group; gloo's threads that outlive it abort the process."""
+    let_go(trainer)
+    leave_launch()

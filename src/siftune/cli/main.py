@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 from siftune.cli.common import COMMANDS, parse, stdout_to_stderr
 from siftune.errors import InputError, SiftuneError
 from siftune.jsonable import jsonable
+from siftune.ranks import launch_rank, launch_size, told_by_parent
 from siftune.settings import nearest
 
 # faults of the machine that the user can mend -> what to do
@@ -31,6 +33,9 @@ _MACHINE = {
     errno.EACCES: "choose a folder or file that you may use",
     errno.EPERM: "choose a folder or file that you may use",
 }
+_FIRST_SPEAKS = 2.0  # seconds; what all ranks find, rank 0 says, and the launcher ends the others meanwhile
+# what gloo says where another process is gone
+_ALONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # safetensors and torch.save say in their own words that a write failed
 _FULL = ("os error 28", "inline_container.cc")
 
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _logs(), stdout_to_stderr() if as_json else contextlib.nullcontext():
             code, result = _guarded(arguments)
-        if as_json and result is not None:
+        if as_json and result is not None and (told_by_parent() or not launch_rank()):
             plain = not (sys.stdout.encoding or "").lower().startswith("utf")
             sys.stdout.write(json.dumps(jsonable(result), allow_nan=False, ensure_ascii=plain) + "\n")
         sys.stdout.flush()
@@ -111,6 +116,8 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return _explain_missing(error.name or "")
+    if launch_size() > 1 and any(words in str(error) for words in _ALONE):
+        return "another process of the run ended, and this one cannot go on without it"
     if any(words in str(error) for words in _FULL):
         return f"the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:
@@ -132,7 +139,10 @@ def _explain_missing(module: str) -> str | None:
 
 def _say(sentence: str, prefix: str = "siftune: error: ") -> dict[str, Any]:
     """Write a failure to standard error, and return it for `--json`."""
-    sys.stderr.write(f"{prefix}{sentence}\n")
+    if not told_by_parent():
+        if launch_rank():
+            time.sleep(_FIRST_SPEAKS)
+        sys.stderr.write(f"{prefix}{sentence}\n")
     return {"error": sentence}
 
 

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from siftune.config import Recipe
+from siftune.ranks import launch_rank, launch_size
 
 if TYPE_CHECKING:
     from siftune.trainer.run import Run
@@ -19,10 +21,17 @@ class Options(Recipe):
 
     public_key: str | None = None
     """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
+    processes: int = 1
+    """Processes of this machine that train together, one for each GPU or for some of the processor's cores; each takes
+    batch_size rows in a step. torchrun and accelerate launch do the same, also on several machines."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    if options.processes > 1 and launch_size() == 1:
+        return _in_processes(options, recipe)
+
     from rich.console import Console
 
     from siftune.offsite.protocol.tune import source_of
@@ -30,8 +39,9 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.trainer.run import train
     from siftune.words import counted
 
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
+    if launch_rank():
+        return {}
     summary, path = finished.summary, finished.folder.path
     returned = finished.folder.returned
     told = f"{before_it_is_sent(recipe, returned)}\n" if returned.exists() else ""
@@ -46,6 +56,22 @@ def run(options: Options) -> dict[str, Any]:
     )
     left = {"adapter": finished.folder.adapter, "return": finished.folder.returned}
     return {"run": path, **{name: folder for name, folder in left.items() if folder.exists()}, **summary}
+
+
+def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
+    """Have several processes do it, by a recipe in which everything is settled."""
+    import tempfile
+
+    from siftune.cli.launch import launch
+    from siftune.config import check, resolve_recipe
+    from siftune.recipe_file import recipe_to_yaml
+
+    check(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(recipe_to_yaml(resolve_recipe(recipe)), encoding="utf-8")
+        key = [] if options.public_key is None else ["--public-key", options.public_key]
+        return launch(["train", str(path), *key], options.processes)
 
 
 def _losses(summary: dict[str, Any]) -> str:

@@ -1,10 +1,66 @@
 """What siftune needs of torch.distributed; the only file that touches it."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from siftune.ranks import launch_size
+
+T = TypeVar("T")
+
+
+def join_launch() -> bool:
+    """Meet the other ranks of a launch by torchrun, accelerate or `--processes`, before a Trainer does so.
+
+    Returns:
+        Whether there was something to join; `leave_launch` is then to be called.
+    """
+    if launch_size() == 1 or dist.is_initialized():
+        return False
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available())
+    return True
+
+
+def let_go(trainer: Any) -> None:
+    """Free a Trainer's wrapper for several ranks, which holds the process group beyond its end.
+
+    Args:
+        trainer: A transformers Trainer that has trained.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
+
+
+def leave_launch() -> None:
+    """End the process group, if there is one: gloo's threads that outlive it abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Have rank 0 make a value that can be pickled, and give it to all ranks."""
+    values = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Have rank 0 do what is in the block before the others, which find then what it left on disk."""
+    if rank():
+        dist.barrier()
+    yield
+    if world_size() > 1 and not rank():
+        dist.barrier()
 
 
 def world_size() -> int:

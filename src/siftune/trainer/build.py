@@ -200,6 +200,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
         report_to=list(recipe.report_to),
+        use_cpu=not torch.accelerator.is_available(),  # else ranks without one do not find each other
+        ddp_find_unused_parameters=False,  # gates give a gradient of every layer that trains, and none is looked for
     )
     if arguments.n_gpu > 1:
         logger.warning("%d GPUs are there, the first is used; CUDA_VISIBLE_DEVICES names another", arguments.n_gpu)

@@ -16,6 +16,7 @@ from siftune.data.readers import load_rows
 from siftune.data.rows import Row
 from siftune.data.target import sources, with_target
 from siftune.data.tokenize import numbered, tokenize_rows
+from siftune.engine.distributed import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
 from siftune.errors import RecipeError, TrainingError
 from siftune.files import disk_faults
 from siftune.methods.sample_choice import SampleChoice
@@ -73,14 +74,23 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     check(recipe)
     check_trackers(recipe.report_to)
-    recipe = resolve_recipe(recipe)
-    folder = RunFolder(str(recipe.out))
+    joined = join_launch()
+    run = _train(recipe, console if rank() == 0 else Console(quiet=True), source_of)
+    if joined:
+        leave_launch()
+    return run
+
+
+def _train(recipe: Recipe, console: Console, source_of: Callable[[str], Source]) -> Run:
+    recipe = from_first(lambda: resolve_recipe(recipe))
+    folder = from_first(lambda: RunFolder(str(recipe.out)))
     checkpoint = find_checkpoint(recipe, folder) if recipe.resume else None
     _refuse_overwriting(recipe, folder)
     source = source_of(recipe.model)
     recipe = source.settle(recipe)
     rows = read_rows(recipe)  # before the model, which may have to be fetched
-    model, tokenizer = source.load(recipe.dtype)
+    with first_rank_first():
+        model, tokenizer = source.load(recipe.dtype)
     data = {name: tokenized(recipe, tokenizer, part) for name, part in rows.items()}
     data["train"] = numbered(data["train"])
     console.print(f"{recipe.model}: {counted(len(data['train']), 'row')} to train on, run folder {folder.path}")
@@ -96,21 +106,25 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     followed = Followed(sources(rows["train"]))
     if built.trainer.is_world_process_zero():
         _record(built, folder, recipe.keep_scores, followed)
-    folder.write(RECIPE, recipe_to_yaml(replace(recipe, resume=False, allow_change=False)))
-    folder.write(ROWS, f"{digest}\n")
+    if rank() == 0:
+        folder.write(RECIPE, recipe_to_yaml(replace(recipe, resume=False, allow_change=False)))
+        folder.write(ROWS, f"{digest}\n")
 
     def release() -> None:
         view.close()
         built.release()
 
     summary = _fit(Outcome(built.trainer, folder, recipe, source, followed), checkpoint, release)
+    if world_size() > 1:
+        let_go(built.trainer)
     return Run(folder, built.trainer.model, tokenizer, summary)
 
 
 def _fit(outcome: Outcome, checkpoint: Path | None, release: Callable[[], None]) -> dict[str, Any]:
     """Train, take everything off the model, and leave result, card and summary behind however training ends."""
     trainer, folder = outcome.trainer, outcome.folder
-    folder.cut_records(step_of(checkpoint) if checkpoint is not None else 0)  # of a run that got no further
+    if rank() == 0:
+        folder.cut_records(step_of(checkpoint) if checkpoint is not None else 0)  # of a run that got no further
     started = time.monotonic()
     status = "interrupted"
     try:

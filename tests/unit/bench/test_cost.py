@@ -146,7 +146,8 @@ def test_the_workload_reaches_the_settings_of_every_method(work, name):
         assert {key: options[key] for key in given if key in options}.items() <= given.items()
     if name.startswith("gast-"):
         own = SUPPORTS[name.removeprefix("gast-")]
-        assert own and own.items() <= recipe.gast.to_dict().items()
+        assert own
+        assert own.items() <= recipe.gast.to_dict().items()
 
 
 def test_a_fresh_process_measures_a_method(work):

@@ -1,0 +1,56 @@
+"""The documentation as a site: `pip install -e ".[docs]" && sphinx-build -W docs site`.
+
+The pages are the same that read well in a repository's browser: they link to each other, and to files of the
+repository, by relative paths. What a site cannot show, a folder or a file outside of `docs/`, becomes its name.
+"""
+
+import re
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+
+project, author, copyright = "siftune", "the siftune developers", "the siftune developers"
+version = release = version_of("siftune")
+
+extensions = [
+    "myst_nb",  # Markdown, and the notebook as it was run
+    "sphinx.ext.autodoc",  # the reference, from docstrings
+    "sphinx.ext.napoleon",  # which are written in Google's form
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["site"]
+suppress_warnings = ["myst.header"]  # pages that are parts of others begin lower
+
+nb_execution_mode = "off"  # tests run it
+nb_output_stderr = "remove"  # progress bars
+myst_heading_anchors = 4  # links to headings, as repositories' browsers make them
+myst_links_external_new_tab = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_class_signature = "separated"
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"siftune {version}"
+html_static_path: list[str] = []
+
+_LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]*)\)")
+
+
+def _inside(match: re.Match[str]) -> str:
+    """A link that leaves `docs/`: to the README its part of the site, else the words alone."""
+    words, target = match.groups()
+    return f"[{words}](index.md)" if target.partition("#")[0] == "../README.md" else words
+
+
+def _keep_inside(app: Sphinx, name: str, source: list[str]) -> None:
+    source[0] = _LINK.sub(_inside, source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """Rewrite links as pages are read."""
+    app.connect("source-read", _keep_inside)

@@ -1,0 +1,143 @@
+"""`siftune train` in two processes, however they were started, is one run, and ends as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tiny_run import lines, save_base, save_rows
+
+pytestmark = pytest.mark.distributed
+
+RECIPE = """\
+template: none
+max_length: 64
+rank: 2
+method: ist
+interval: 2
+score_batch_size: 4
+active: 0.5
+lr: 0.01
+log_every: 1
+save_every: 2
+"""
+SIFTUNE = [sys.executable, "-m", "siftune"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "siftune"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Words that stand after `siftune train`, but for batch size, steps and folder."""
+    place = tmp_path_factory.mktemp("given")
+    recipe = place / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    base, rows = save_base(place / "base"), save_rows(place / "rows.jsonl")
+    return [str(recipe), "--model", str(base), "--train", str(rows)]
+
+
+def start(command, words, folder):
+    """Start a command in a folder; it is killed where the test ends before it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, "train", *words], cwd=folder, env=environment, **pipes)
+
+
+def finish(process, seconds=280):
+    """Wait for a command; its output and what it said."""
+    try:
+        return process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(given, tmp_path_factory):
+    """Weights of a run in one process, with the batch of both."""
+    folder = tmp_path_factory.mktemp("alone")
+    process = start(SIFTUNE, [*given, "--batch-size", "8", "--steps", "4", "--out", "run"], folder)
+    _, said = finish(process)
+    assert process.returncode == 0, said
+    return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+
+
+def is_one_run(run, alone):
+    """Weights are those of one process, and nothing was written twice."""
+    tuned = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert tuned.keys() == alone.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(tuned[name], value, rtol=1e-4, atol=1e-5)
+    assert [line["step"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(run / "selection.jsonl")] == [0, 1, 2, 3]
+    assert not list(run.rglob("*.partial"))
+
+
+def test_processes_are_one_run(given, alone, tmp_path):
+    words = [*given, "--batch-size", "4", "--steps", "4", "--out", "run", "--processes", "2", "--json"]
+    process = start(SIFTUNE, words, tmp_path)
+    told, said = finish(process)
+    assert process.returncode == 0, said
+    assert json.loads(told)["steps"] == 4
+    assert said.count("done: 4 steps") == said.count("step 4/4") == 1
+    is_one_run(tmp_path / "run", alone)
+
+
+def test_torchrun_is_one_run_in_a_folder_that_rank_0_names(given, alone, tmp_path):
+    process = start(TORCHRUN, [*given, "--batch-size", "4", "--steps", "4"], tmp_path)
+    _, said = finish(process)
+    assert process.returncode == 0, said
+    assert said.count("done: 4 steps") == said.count("step 4/4") == 1
+    (run,) = (tmp_path / "runs").iterdir()
+    is_one_run(run, alone)
+
+
+@pytest.mark.parametrize("command", [SIFTUNE, TORCHRUN], ids=["processes", "torchrun"])
+def test_what_all_ranks_refuse_is_said_once(given, tmp_path, command):
+    words = [*given, "--eval", "nowhere.jsonl", *(["--processes", "2"] if command is SIFTUNE else [])]
+    process = start(command, words, tmp_path)
+    _, said = finish(process)
+    assert process.returncode == (2 if command is SIFTUNE else 1)  # torchrun has a code of its own
+    assert said.count("siftune: error: ") == 1
+    assert "nowhere.jsonl" in said
+
+
+def wait_for(path, process, seconds=240):
+    """Wait until a file is there."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} never came"
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.1)
+
+
+def test_a_process_that_dies_ends_the_run_and_keeps_what_was_saved(given, tmp_path):
+    words = [*given, "--batch-size", "4", "--steps", "4000", "--out", "run", "--processes", "2"]
+    process = start(SIFTUNE, words, tmp_path)
+    wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json", process)
+    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    _, said = finish(process, 60)
+    assert process.returncode == 1
+    assert said.count("siftune: error: ") == 1
+    assert "process 1 of the run was ended by SIGKILL" in said
+    assert "Traceback" not in said
+    assert not ranks["0"].is_running()
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["steps"] >= 4
+
+
+def test_an_interrupt_reaches_all_and_saves_what_was_trained(given, tmp_path):
+    words = [*given, "--batch-size", "4", "--steps", "4000", "--out", "run", "--processes", "2"]
+    process = start(SIFTUNE, words, tmp_path)
+    wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json", process)
+    process.send_signal(signal.SIGINT)
+    _, said = finish(process, 60)
+    assert process.returncode == 130, said
+    assert "the adapter after step" in said.splitlines()[-1]
+    assert Path(tmp_path, "run", "adapter", "adapter_model.safetensors").is_file()
