@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.bench.worker import Clock
-from siftune.config import Recipe, check, resolve_recipe
+from siftune.config import Recipe, resolve_recipe
 from siftune.data.arithmetic import arithmetic_rows, split
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
@@ -33,6 +33,7 @@ from siftune.methods.gast.callback import GAST
 from siftune.methods.gast.maths import zscores
 from siftune.methods.sample_choice import SampleChoice
 from siftune.models.source import load_model
+from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe
 from siftune.trainer.build import build
 

@@ -29,7 +29,7 @@ from pays.stopping import KeepBest
 from pays.subset import Book, Keep, SubsetTrainer, excess
 from pays.training_rows import training_rows
 from siftune.bench.worker import Clock
-from siftune.config import Recipe, check, compares, resolve_recipe
+from siftune.config import Recipe, compares, resolve_recipe
 from siftune.data.rows import rows_from
 from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.engine.groups import group_by_layer
@@ -39,6 +39,7 @@ from siftune.errors import SiftuneError
 from siftune.methods.sample_callback import SampleCallback
 from siftune.methods.sample_choice import WHOLE, SampleChoice
 from siftune.models.source import load_model
+from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe
 from siftune.trainer.build import Built, build
 

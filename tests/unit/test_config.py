@@ -10,13 +10,14 @@ from typing import get_args, get_origin, get_type_hints
 import pytest
 from support.of_0_1 import RECIPE
 
-from siftune.config import Recipe, check, compared_with, resolve_recipe, settings_of
+from siftune.config import Recipe, compared_with, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
 from siftune.methods.lisa.settings import LISASettings
+from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe, recipe_to_yaml
 from siftune.settings import ELSEWHERE, Range, help_of, marks_of, nearest
 

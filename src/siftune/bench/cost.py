@@ -21,9 +21,9 @@ from statistics import fmean, median
 from typing import Any
 
 from siftune.bench.workload import SUPPORTS, Workload
-from siftune.config import check
 from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.methods import METHODS
+from siftune.recipe_checks import check
 from siftune.settings import nearest
 
 # method -> what it is

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from siftune.config import Recipe, check, chooses_rows, compares, method_of, resolve_recipe, settings_of
+from siftune.config import Recipe, chooses_rows, compares, method_of, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
+from siftune.recipe_checks import check
 from siftune.settings import nearest
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from siftune.config import Recipe, check, compared_with, resolve_recipe
+from siftune.config import Recipe, compared_with, resolve_recipe
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row
 from siftune.data.target import sources, with_target
@@ -20,6 +20,7 @@ from siftune.engine.distributed import first_rank_first, from_first, join_launch
 from siftune.errors import RecipeError, TrainingError
 from siftune.files import disk_faults
 from siftune.methods.sample_choice import SampleChoice
+from siftune.recipe_checks import check
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import (

@@ -17,11 +17,12 @@ from trl import SFTTrainer
 from siftune.bench import cost, worker
 from siftune.bench.cost import FLOOR, MEASURED, Measurement, check_workload, measure, parse_methods, schedule
 from siftune.bench.workload import SUPPORTS, Workload
-from siftune.config import check, settings_of
+from siftune.config import settings_of
 from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.methods import METHODS
 from siftune.methods.ist.callback import IST
 from siftune.methods.layer_driver import LayerSelection
+from siftune.recipe_checks import check
 from siftune.trainer.trainer import SiftTrainer
 
 VOCAB = 300

@@ -14,7 +14,7 @@ from support.of_0_1 import RECIPE
 from support.tiny import batch, tiny
 
 from siftune import GAST, IST, RST
-from siftune.config import check
+from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe
 from siftune.trainer.tuned_layers import put_in, read_about, read_tuned
 

@@ -14,7 +14,7 @@ from support.tiny_run import lines, recipe, save_rows
 from support.trainers import At, adapted, arguments, rows, stop, weights
 from transformers import TrainerCallback
 
-from siftune.config import Recipe, check
+from siftune.config import Recipe
 from siftune.data.tokenize import Collator, numbered
 from siftune.engine.groups import group_by_layer
 from siftune.errors import RecipeError, UnsupportedError
@@ -23,6 +23,7 @@ from siftune.methods.dp.accounting import spent
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import PoissonBatches, Secret
+from siftune.recipe_checks import check
 from siftune.trainer import private
 from siftune.trainer.private import privacy_of
 from siftune.trainer.run import train

@@ -1,0 +1,136 @@
+"""What of a recipe cannot be used: ranges, and what its fields say about each other.
+
+Nothing here imports torch, so that a mistake is told at once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+
+from siftune.config import Recipe, chooses_rows, compares, method_of, settings_of
+from siftune.errors import RecipeError
+from siftune.methods import METHODS, all_parts
+from siftune.settings import Settings, check_fields
+
+
+def check(recipe: Recipe) -> None:
+    """Check every range and what fields say about each other.
+
+    Raises:
+        RecipeError: With one sentence on the first value that cannot be used.
+    """
+    groups = {part.settings.group for part in all_parts()}
+    check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
+    for settings in settings_of(recipe):
+        settings.check()
+    for fault, sentence in (*_faults(recipe), *_private_faults(recipe), *_idle(recipe)):
+        if fault:
+            raise RecipeError(sentence)
+
+
+def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
+    by_target = any(getattr(settings, "by_target", False) for settings in settings_of(recipe))
+    return [
+        (not recipe.train, "no training data: give --train FILE, or `train: FILE` in the recipe"),
+        (
+            recipe.eval_every is not None and not recipe.eval,
+            "eval_every needs held-out rows: give --eval FILE, or leave eval_every out",
+        ),
+        (
+            recipe.resume is True and not recipe.out,
+            "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
+        ),
+        (
+            recipe.allow_change and not recipe.resume,
+            "allow_change has no effect without resume: leave it out, or give --resume",
+        ),
+        (
+            recipe.target is not None and recipe.support_rows is not None,
+            "target and support_rows both say what rows are compared with: give one of them",
+        ),
+        (
+            recipe.target is not None and chooses_rows(recipe) and not compares(recipe),
+            "with a target, rows are compared with its rows, by support target or dataset: leave the option support "
+            "out",
+        ),
+        (
+            by_target and recipe.target is None,
+            "gast.support target looks for a target's rows among the training rows: give --target FILE",
+        ),
+        (
+            by_target and recipe.target_share == 0,
+            "target_share is 0, which leaves the target's rows out of training, where gast.support target looks for "
+            "them: give --gast.support dataset, or a share above 0",
+        ),
+        (
+            recipe.target is None and compares(recipe) != (recipe.support_rows is not None),
+            "support dataset and support_rows go together: give --gast.support dataset (or --greats.support dataset) "
+            "and --support-rows FILE, or neither",
+        ),
+        (
+            recipe.keep_scores and not chooses_rows(recipe),
+            f"keep_scores has no effect with method {recipe.method}, which scores no rows: leave it out",
+        ),
+        (
+            bool(recipe.outside) and recipe.adapter != "full",
+            f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
+        ),
+        (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
+        (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
+    ]
+
+
+def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What does not go with differential privacy, and what goes with nothing else."""
+    if recipe.dp_epsilon is None:
+        for name, default in (("dp_delta", None), ("dp_clip", Recipe.dp_clip), ("dp_clipping", Recipe.dp_clipping)):
+            yield (
+                getattr(recipe, name) != default,
+                f"{name} has no effect without dp_epsilon: leave it out, or give --dp-epsilon",
+            )
+        return
+    yield (
+        any(part.by_data for part in method_of(recipe).parts),
+        f"method {recipe.method} looks at gradients or losses of the rows to choose, which no noise covers: with "
+        f"dp_epsilon take --method {', '.join(_blind())}",
+    )
+    yield (
+        recipe.target is not None,
+        "target repeats its rows among the training rows, but dp_epsilon is a promise about a row that is there once: "
+        "leave one of them out",
+    )
+    yield (
+        recipe.dp_delta is None,
+        "dp_epsilon needs dp_delta, the chance that the promise fails: give --dp-delta, well below one over the number "
+        "of training rows",
+    )
+    yield (
+        recipe.group_by_length,
+        "group_by_length puts rows together by what they are, but with dp_epsilon every row is drawn by itself: leave "
+        "group_by_length out",
+    )
+    yield (
+        bool(recipe.outside),
+        f"outside trains {' and '.join(recipe.outside)}, where gradients of single rows are not formed, so that they "
+        "cannot be clipped: with dp_epsilon leave outside out",
+    )
+
+
+def _blind() -> list[str]:
+    """Methods whose choices do not look at the rows."""
+    return [name for name, method in METHODS.items() if not any(part.by_data for part in method.parts)]
+
+
+def _idle(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """Options of methods that are not chosen: refused, since somebody meant them to do something."""
+    chosen = method_of(recipe).parts
+    for part in all_parts():
+        settings, default = getattr(recipe, part.settings.group), part.settings().to_dict()
+        aimed = {**default, **part.settings.with_target} if recipe.target else default
+        for name in () if part in chosen else Settings.names(part.settings):
+            key, value = f"{part.settings.group}.{name}", getattr(settings, name)
+            methods = " or ".join(name for name, method in METHODS.items() if part in method.parts)
+            yield (
+                value not in (default[name], aimed[name]),
+                f"{key} is {value}, which has no effect with method {recipe.method}: leave it out, or take --method "
+                f"{methods}",
+            )
