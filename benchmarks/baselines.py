@@ -24,10 +24,10 @@ from siftune.engine import per_sample
 from siftune.engine.distributed import world_size
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.methods.batches import Batch, Draws, Loss, model_loss
+from siftune.methods.followed import how_many
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, score_samples
 from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.sample_choice import how_many
 from siftune.methods.support import support_gradient
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss

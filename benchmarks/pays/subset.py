@@ -23,7 +23,7 @@ from pays.followed import Followed
 from pays.measure import row_losses
 from siftune.errors import RecipeError
 from siftune.methods.dp.loss import row_loss
-from siftune.methods.sample_choice import how_many
+from siftune.methods.followed import how_many
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.trainer.trainer import SiftTrainer
 

@@ -9,7 +9,9 @@ from dataclasses import fields
 from siftune.config import Recipe, chooses_rows, compares, method_of, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
+from siftune.methods.followed import can_look_back, chooses_nothing
 from siftune.settings import Settings, check_fields
+from siftune.words import counted
 
 
 def check(recipe: Recipe) -> None:
@@ -22,7 +24,7 @@ def check(recipe: Recipe) -> None:
     check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
     for settings in settings_of(recipe):
         settings.check()
-    for fault, sentence in (*_faults(recipe), *_private_faults(recipe), *_idle(recipe)):
+    for fault, sentence in (*_faults(recipe), *_private_faults(recipe), *_idle(recipe), *_all_rows(recipe)):
         if fault:
             raise RecipeError(sentence)
 
@@ -34,6 +36,10 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (
             recipe.eval_every is not None and not recipe.eval,
             "eval_every needs held-out rows: give --eval FILE, or leave eval_every out",
+        ),
+        (
+            recipe.patience is not None and not recipe.eval,
+            "patience waits for less held-out loss: give --eval FILE, or leave patience out",
         ),
         (
             recipe.resume is True and not recipe.out,
@@ -134,3 +140,16 @@ def _idle(recipe: Recipe) -> Iterable[tuple[bool, str]]:
                 f"{key} is {value}, which has no effect with method {recipe.method}: leave it out, or take --method "
                 f"{methods}",
             )
+
+
+def _all_rows(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """Methods that choose rows, of batches that have no more than are followed."""
+    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
+        group, select = settings.group, getattr(settings, "select", 1.0)
+        back = f"--{group}.among recent, by which a row competes with those of the last steps, or "
+        fewer = f", or a --{group}.select below {select}" if isinstance(select, int) and recipe.batch_size > 1 else ""
+        yield (
+            part.rows and chooses_nothing(settings, recipe.batch_size),
+            f"{group}.select {select} follows every row of a forward pass of {counted(recipe.batch_size, 'row')}, so "
+            f"that nothing is chosen: give {back if can_look_back(settings) else ''}a larger --batch-size{fewer}",
+        )

@@ -38,7 +38,7 @@ class Options:
     """How to train with the few rows, as for siftune train."""
     steps: int = 90
     """Optimizer steps of 16 rows, for each of the two."""
-    lr: float = Recipe.lr
+    lr: float = METHODS["dense"].lr
     """Peak learning rate."""
     known: int = 100
     """Rows of the task that are known to be right."""

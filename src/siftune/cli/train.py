@@ -78,7 +78,8 @@ def _losses(summary: dict[str, Any]) -> str:
     """Say what training came to."""
     first, last, held_out = (summary[name] for name in ("loss_first", "loss_last", "eval_loss"))
     told = "" if last is None else f"loss {first:.4f} to {last:.4f}, "
-    return told if held_out is None else f"{told}held-out loss {held_out:.4f}, "
+    kept = f" at step {summary['kept_step']}, which is kept" if "kept_step" in summary else ""
+    return told if held_out is None else f"{told}held-out loss {held_out:.4f}{kept}, "
 
 
 def _followed(shares: dict[str, float]) -> str:

@@ -55,10 +55,13 @@ class Method:
     Attributes:
         line: What it does, for help and model cards.
         parts: What it is made of, in the order of the callbacks.
+        lr: Peak learning rate where none is given (ours): of those that were tried one that did well on held-out rows
+            (docs/guide.md says which were); that of dense where none were.
     """
 
     line: str
     parts: tuple[Part, ...] = ()
+    lr: float = 5e-4
 
 
 _RST = Part(RSTSettings, "siftune.methods.rst.callback:RST")
@@ -71,14 +74,14 @@ _GREATS = Part(GREATSSettings, "siftune.methods.greats.callback:GREATS", rows=Tr
 
 METHODS = {
     "dense": Method("all layers follow all rows"),
-    "rst": Method("layers drawn at random in every step (IST's ablation)", (_RST,)),
-    "ist": Method("layers drawn by their importance in every step (arXiv 2410.11772)", (_IST,)),
+    "rst": Method("layers drawn at random in every step (IST's ablation)", (_RST,), lr=1e-3),
+    "ist": Method("layers drawn by their importance in every step (arXiv 2410.11772)", (_IST,), lr=2e-3),
     "lisa": Method("layers drawn at random and held for some steps (arXiv 2403.17919)", (_LISA,)),
-    "cut": Method("all layers above a random depth, at which backward ends (ours)", (_CUT,)),
+    "cut": Method("all layers above a random depth, at which backward ends (ours)", (_CUT,), lr=1e-3),
     "static": Method("the same layers in every step", (_STATIC,)),
     "gast": Method("every layer follows the rows whose gradients point its way (arXiv 2603.09865)", (_GAST,)),
     "greats": Method("all layers follow the rows that most help a support set (NeurIPS 2024)", (_GREATS,)),
-    "ist+gast": Method("layers drawn by importance, and in each the rows that point its way", (_IST, _GAST)),
+    "ist+gast": Method("layers drawn by importance, and in each the rows that point its way", (_IST, _GAST), lr=2e-3),
 }
 
 

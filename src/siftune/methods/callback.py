@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from siftune.errors import UnsupportedError
 from siftune.methods.batches import Batch, Loss, model_loss
+from siftune.methods.log_lines import LogLines, Means
 from siftune.settings import Settings
 
 
@@ -43,9 +44,16 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         super().__post_init__()
         self._selection: T | None = None
         self._resumed: Mapping[str, Any] | None = None
+        self._means = Means()
+        self._lines = LogLines(self.group, self._figures)
+
+    def _figures(self) -> dict[str, float]:
+        """What the Trainer's log is told, since it was last."""
+        return self._means.take()
 
     def remove(self) -> None:
-        """Take everything off the model: needed only where training ended in an exception."""
+        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        self._lines.remove()
         if self._selection is not None:
             self._selection.remove()
 

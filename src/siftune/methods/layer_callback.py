@@ -11,18 +11,35 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import RecipeError
 from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
-from siftune.methods.callback import SelectionCallback, plain_optimizer, refuse_wrappers, trainer_loss
+from siftune.methods.callback import (
+    SelectionCallback,
+    calling_trainer,
+    plain_optimizer,
+    refuse_wrappers,
+    trainer_loss,
+)
 from siftune.methods.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
 
 
 @dataclass(eq=False, repr=False)
 class LayerCallback(SelectionCallback[LayerSelection]):
-    """A callback that chooses the layers of every step; subclasses bring settings and a policy."""
+    """A callback that chooses the layers of every step; subclasses bring settings and a policy.
+
+    The Trainer's log gets `GROUP/layers`, the layers that trained in a step, a mean since the last line; and where
+    there is importance `GROUP/importance_spread`, the highest less the lowest.
+    """
 
     def __post_init__(self) -> None:
         """Check the settings, and begin without a model."""
         super().__post_init__()
         self.on_select: Callable[[LayerChoice], None] | None = None
+
+    def _figures(self) -> dict[str, float]:
+        """`layers`, how many trained in a step; `importance_spread`, how far apart the layers' importance is."""
+        figures, importance = super()._figures(), self.importance
+        if figures and importance is not None:
+            figures["importance_spread"] = float(importance.max() - importance.min())
+        return figures
 
     @abstractmethod
     def policy(self, stack: LayerStack, generator: torch.Generator) -> LayerPolicy:
@@ -84,6 +101,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         """Find the layers, set the gates, and continue from a checkpoint's state."""
         self.remove()
         refuse_wrappers(args)
+        self._lines.begin(calling_trainer(self))
         selection = self._selection = LayerSelection(
             kwargs["model"],
             self.policy,
@@ -108,6 +126,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         assert self._selection is not None
         self._selection.steps = state.global_step
         choice = self._selection.begin()
+        self._means.note({"layers": len(choice.layers)})
         if self.on_select is not None:
             self.on_select(choice)
 

@@ -1,5 +1,6 @@
 """What the callbacks that choose samples share: a `SampleSelection` that lives as long as a training run."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,9 +24,13 @@ from siftune.methods.callback import (
     resumed_from,
     trainer_loss,
 )
+from siftune.methods.followed import can_look_back, chooses_nothing
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.sample_driver import SampleRule, SampleSelection
 from siftune.methods.target_rows import TargetRows
+from siftune.words import counted
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=type)
 
@@ -57,7 +62,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
     """A callback that chooses the samples of every batch; subclasses bring settings and a rule.
 
     Choices are made per forward pass: with gradient accumulation in each micro-batch, with several ranks in each rank's
-    part of the batch. Parameters outside of the decoder layers follow all samples.
+    part of the batch. Parameters outside of the decoder layers follow all samples. The Trainer's log gets the choices'
+    `figures`, means since the last line over this rank's batches, as `GROUP/followed` and so on.
     """
 
     support_set: Any = field(default=None, repr=False)
@@ -141,7 +147,9 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         """Find the layers, set the tape, and continue from a checkpoint's state."""
         self.remove()
         refuse_wrappers(args)
+        self._warn_of_nothing_to_choose(args.per_device_train_batch_size)
         loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
+        self._lines.begin(trainer)
         collate = getattr(loader, "collate_fn", None)
         _refuse_packing(args, collate)
         selection = self._selection = SampleSelection(
@@ -195,6 +203,19 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if tensors and state.is_world_process_zero and folder.is_dir():
             save_file({name: mean.contiguous() for name, mean in tensors.items()}, folder / self._mean_file)
 
+    def _warn_of_nothing_to_choose(self, samples: int) -> None:
+        if chooses_nothing(self, samples):
+            logger.warning(
+                "%s(select=%s) follows every row of a forward pass of %s, so that nothing is chosen: %sraise "
+                "per_device_train_batch_size",
+                type(self).__name__,
+                self.select,  # type: ignore[attr-defined]
+                counted(samples, "row"),
+                'set among="recent", by which a row competes with those of the last steps, or '
+                if can_look_back(self)
+                else "",
+            )
+
     @property
     def _mean_file(self) -> str:
         """Name of the running mean in a checkpoint."""
@@ -204,6 +225,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         choice = self.last
         if choice is None:
             return
+        self._means.note(choice.figures())
         if self.keep:
             self.history.append(choice)
         if self.on_select is not None:

@@ -1,6 +1,5 @@
 """What sample selection chose: its units, and the choice in one batch."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +56,23 @@ class SampleChoice:
     def followed(self) -> list[list[int]]:
         """Numbers of the samples that each unit follows, ascending: `selected` without the -1."""
         return [[number for number in numbers if number >= 0] for numbers in self.selected.tolist()]
+
+    def figures(self) -> dict[str, float]:
+        """The choice in a few figures.
+
+        Returns:
+            `followed`, the share of the samples that were followed, 0 to 1; and where there are scores `score`, their
+            mean, and `score_followed`, that of the samples that were followed. All over the units together.
+        """
+        real, samples = self.selected >= 0, self.scores.shape[1]
+        found = {"followed": float(real.sum()) / self.scores.numel()}
+        known = torch.isfinite(self.scores)
+        chosen = torch.zeros(len(self.scores), samples + 1, dtype=torch.bool)  # one place more, for what is none
+        chosen.scatter_(1, self.selected.where(real, samples), True)
+        for name, which in (("score", known), ("score_followed", known & chosen[:, :samples])):
+            if which.any():
+                found[name] = float(self.scores[which].mean())
+        return found
 
     def record(self, scores: bool = False) -> dict[str, Any]:
         """JSON-ready form, for a run's selection records; scores with four digits, null where they are not finite."""
@@ -130,12 +146,6 @@ class Choosing:
 def _numbers(chosen: Tensor) -> Tensor:
     """Numbers of chosen samples, (K,), which they may be already."""
     return chosen.nonzero().squeeze(1) if chosen.dtype == torch.bool else chosen
-
-
-def how_many(select: int | float, samples: int) -> int:
-    """K for a batch: the count, or max(1, ⌊share·B⌋); never more than B."""
-    count = select if isinstance(select, int) else max(1, math.floor(select * samples + 1e-9))
-    return min(count, samples)
 
 
 def units_of(groups: Sequence[LayerGroup]) -> list[Unit]:

@@ -19,7 +19,8 @@ from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.per_sample import refuse_compiled
 from siftune.engine.tape import SampleGradients, Tape
 from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss
-from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit, how_many
+from siftune.methods.followed import how_many
+from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit
 from siftune.methods.support import Gradients, Support, support_gradient
 from siftune.methods.target_rows import TargetRows
 

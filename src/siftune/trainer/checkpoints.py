@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import time
 from array import array
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from siftune.config import Recipe, settings_of
 from siftune.engine.distributed import mean_over_ranks
@@ -22,10 +23,13 @@ from siftune.recipe_file import load_recipe
 from siftune.settings import Settings
 from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder, is_complete, newest_checkpoint
 from siftune.trainer.tuned_layers import holds_tuned, read_about
+from siftune.words import counted
+
+logger = logging.getLogger(__name__)
 
 # of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
 _MAY_CHANGE = {
-    "out", "resume", "allow_change", "save_every", "eval_every", "log_every", "report_to", "keep_scores", "steps",
+    "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores", "steps",
     "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside", "train",
     "train_split", "limit", "format", "target", "target_share", "support_rows", "method",
 }  # fmt: skip
@@ -71,13 +75,56 @@ class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save where the held-out loss is the least so far."""
-        loss = kwargs["metrics"].get("eval_loss")
-        if loss is not None and (state.best_metric is None or loss < state.best_metric):
+        if evaluations_since_best(state) == 0:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note when it was."""
         self._saved = time.monotonic()
+
+
+class EarlyStop(TrainerCallback):  # type: ignore[misc]
+    """Stops training where evaluations find no less held-out loss any more, and has the best kept.
+
+    Not transformers' own, whose count begins anew when a run goes on: this one counts in the Trainer's history, which
+    stands in every checkpoint.
+
+    Args:
+        patience: Evaluations in a row without less loss, after which training stops.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the Trainer put the best in the place of the last, and say where there are too few evaluations."""
+        args.load_best_model_at_end = True
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        evaluations = math.ceil(state.max_steps / state.eval_steps) if by_steps else state.num_train_epochs
+        if (
+            evaluations <= self._patience + 1
+        ):  # the first is the best so far, and after the last there is nothing to stop
+            logger.warning(
+                "patience %d cannot stop this run, which has %s: the best is kept all the same; evaluate more often with "
+                "eval_every",
+                self._patience,
+                counted(evaluations, "evaluation"),
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save where the loss is the least so far, and where training stops."""
+        since = evaluations_since_best(state)
+        if since >= self._patience:
+            control.should_training_stop = True
+        control.should_save |= since == 0 or since >= self._patience
+
+
+def evaluations_since_best(state: TrainerState) -> int:
+    """Evaluations after the first one of least loss; 0 where the last is it, and before the first."""
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
@@ -152,16 +199,17 @@ def digest_of(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int) -> None:
+def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> None:
     """Refuse to go on from where nothing is left to do.
 
     Args:
         checkpoint: A complete checkpoint.
         arguments: The run's.
         rows: Training rows, all of which come in an epoch.
+        patience: The recipe's.
 
     Raises:
-        RecipeError: The run has done its steps.
+        RecipeError: The run has done its steps, or was stopped early.
     """
     batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
@@ -170,6 +218,12 @@ def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int) 
         raise RecipeError(
             f"{checkpoint} is the end of its run: all of {steps} steps are done, and nothing was touched; give more "
             "--steps or --epochs to go on"
+        )
+    since = evaluations_since_best(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+    if patience is not None and since >= patience:
+        raise RecipeError(
+            f"{checkpoint} is the end of its run: {counted(since, 'evaluation')} in a row found no less held-out loss, and "
+            "nothing was touched; give more --patience to go on"
         )
 
 

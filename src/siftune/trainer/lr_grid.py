@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from siftune.config import Recipe, chooses_rows, compares, method_of, resolve_recipe, settings_of
+from siftune.config import Recipe, chooses_rows, compares, method_of, rate_of, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.recipe_checks import check
@@ -16,7 +16,19 @@ T = TypeVar("T")
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # ours: the default grid around a recipe's rate
 
 # what a sweep varies, and what leaves no mark on its results
-_FREE = {"method", "lr", "seed", "out", "resume", "save_every", "eval_every", "log_every", "report_to", "keep_scores"}
+_FREE = {
+    "method",
+    "lr",
+    "seed",
+    "out",
+    "resume",
+    "save_every",
+    "eval_every",
+    "patience",
+    "log_every",
+    "report_to",
+    "keep_scores",
+}
 
 
 @dataclass(frozen=True)
@@ -74,13 +86,14 @@ def grid_of(recipe: Recipe, methods: str | None = None, rates: str | None = None
     Args:
         recipe: Names the method and the seed that are taken by default, and the rate that the default grid is around.
         methods: Such as "dense,gast".
-        rates: Such as "5e-4,1e-3"; by default a quarter, half, once, twice and four times the recipe's.
+        rates: Such as "5e-4,1e-3"; by default a quarter, half, once, twice and four times the recipe's, or that of its
+            method.
         seeds: Such as "0,1".
 
     Raises:
         RecipeError: A list is empty, names something twice, or names what it cannot.
     """
-    given = _listed("rates", rates, _rate) if rates is not None else tuple(recipe.lr * f for f in _FACTORS)
+    given = _listed("rates", rates, _rate) if rates is not None else tuple(rate_of(recipe) * f for f in _FACTORS)
     return Grid(
         methods=_listed("methods", methods, _method) if methods is not None else (recipe.method,),
         rates=tuple(sorted(given)),

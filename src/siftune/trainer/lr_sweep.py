@@ -182,7 +182,14 @@ def _tuned(
         The tuned model, methods and casts taken off, and the mean training loss of the last tenth of the steps.
     """
     quiet = replace(
-        recipe, eval=None, eval_every=None, save_every=None, log_every=1, report_to=(NONE,), keep_scores=False
+        recipe,
+        eval=None,
+        eval_every=None,
+        patience=None,
+        save_every=None,
+        log_every=1,
+        report_to=(NONE,),
+        keep_scores=False,
     )
     parts = {"train", *(["support"] if compares(recipe) else [])}
     model, tokenizer = source.load(recipe.dtype)

@@ -38,15 +38,20 @@ class Outcome:
     followed: Followed
 
     def summary(self, seconds: float) -> dict[str, Any]:
-        """Steps, losses, seconds, tokens, peak memory in MB, shares of rows followed, and privacy."""
+        """Steps, losses, seconds, tokens, peak memory in MB, shares of rows followed, and privacy.
+
+        Where the weights of an earlier step than the last were kept, `kept_step` says which, and `eval_loss` is theirs.
+        """
         state = self.trainer.state
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        evals = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        evals = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        kept = self.trainer.kept_step
         return {
             "steps": state.global_step,
+            **({} if kept is None else {"kept_step": kept}),
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
-            "eval_loss": evals[-1] if evals else None,
+            "eval_loss": (evals[max(evals)] if kept is None else evals[kept]) if evals else None,
             "seconds": round(seconds, 2),
             "tokens": int(state.num_input_tokens_seen),
             "peak_memory_mb": round(peak_memory_mb(), 1),
@@ -139,7 +144,7 @@ Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 
 | | |
 |---|---|
-| optimizer steps | {summary["steps"]} |
+| optimizer steps | {_steps(summary)} |
 | training loss, last | {_training_loss(summary)} |
 | held-out loss | {"not measured" if summary["eval_loss"] is None else f"{summary['eval_loss']:.4f}"} |
 | time | {summary["seconds"]:.0f} s on {hardware()} |
@@ -155,6 +160,11 @@ Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}.
 
 Versions: {tokens}.
 """
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    kept = summary.get("kept_step")
+    return str(summary["steps"]) if kept is None else f"{summary['steps']}; kept is step {kept}, of least held-out loss"
 
 
 def _training_loss(summary: dict[str, Any]) -> str:

@@ -19,11 +19,13 @@ from siftune.data.tokenize import numbered, tokenize_rows
 from siftune.engine.distributed import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
 from siftune.errors import RecipeError, TrainingError
 from siftune.files import disk_faults
+from siftune.methods.log_lines import stand_first
 from siftune.methods.sample_choice import SampleChoice
 from siftune.recipe_checks import check
 from siftune.recipe_file import recipe_to_yaml
 from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import (
+    EarlyStop,
     RegularCheckpoints,
     check_adapter,
     check_layers,
@@ -97,13 +99,15 @@ def _train(recipe: Recipe, console: Console, source_of: Callable[[str], Source])
     console.print(f"{recipe.model}: {counted(len(data['train']), 'row')} to train on, run folder {folder.path}")
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
-    regular = [] if recipe.save_every else [RegularCheckpoints()]
-    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *regular])
+    saving = [] if recipe.save_every else [RegularCheckpoints()]
+    saving += [] if recipe.patience is None else [EarlyStop(recipe.patience)]
+    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *saving])
+    stand_first(built.trainer, metrics)  # trackers read a line before other callbacks extend it
     digest = digest_of(data["train"])
     if checkpoint is not None:
         check_same(checkpoint, recipe, digest)
         _check_checkpoint(checkpoint, built.trainer)
-        check_unfinished(checkpoint, built.trainer.args, len(data["train"]))
+        check_unfinished(checkpoint, built.trainer.args, len(data["train"]), recipe.patience)
     followed = Followed(sources(rows["train"]))
     if built.trainer.is_world_process_zero():
         _record(built, folder, recipe.keep_scores, followed)

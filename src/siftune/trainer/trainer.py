@@ -24,6 +24,7 @@ from siftune.models.full import OpenLayers
 from siftune.models.loss import difference_from_model, label_positions, logits_at, token_loss
 from siftune.models.modes import evaluating
 from siftune.numerics import all_finite
+from siftune.trainer.run_folder import is_complete
 from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
 
     Attributes:
         rows: Numbers of the rows in the batch that was trained on last, where the training rows are numbered.
+        kept_step: The step whose weights the model was given at the end, those of least held-out loss; None: the last.
     """
 
     rows: Sequence[int] = ()
+    kept_step: int | None = None
 
     def __init__(
         self,
@@ -120,6 +123,17 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+
+    def _load_best_model(self) -> None:
+        """Put the weights of least held-out loss in the place of the last, as resuming does."""
+        best = Path(self.state.best_model_checkpoint)
+        if is_complete(best):
+            self._load_from_checkpoint(str(best))
+            self.kept_step = self.state.best_global_step
+        else:
+            logger.warning(
+                "the checkpoint of least held-out loss, %s, is not there: what the last step left is kept", best
+            )
 
     def _refuse_own_loss(self, model: nn.Module) -> None:
         if self.privacy is not None:

@@ -15,11 +15,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from siftune.errors import RecipeError
-from siftune.methods.callback import refuse_wrappers, saved_state
-from siftune.methods.dp.accounting import statement
+from siftune.methods.callback import calling_trainer, refuse_wrappers, saved_state
+from siftune.methods.dp.accounting import spent, statement
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
+from siftune.methods.log_lines import LogLines
 
 
 class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -36,6 +37,8 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._most = most
         self._secret = secret or Secret()
         self._gradients: PrivateGradients | None = None
+        self._steps = 0
+        self._lines = LogLines("dp", lambda: {"epsilon": spent(self.mechanism, self._steps)})
 
     def loader(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]]) -> DataLoader[Any]:
         """Batches of whole steps, the rows of each drawn by themselves; a batch may have none."""
@@ -56,7 +59,8 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
         return statement(self.mechanism, steps)
 
     def remove(self) -> None:
-        """Take everything off the model: needed only where training ended in an exception."""
+        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        self._lines.remove()
         if self._gradients is not None:
             self._gradients.remove()
 
@@ -74,6 +78,11 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
             _refuse_other(saved_state(state, type(self).__name__), asdict(self.mechanism))
         self._gradients = PrivateGradients(kwargs["model"], self.mechanism, self._secret)
         self._secret.seed_dropout(state.global_step)
+        self._lines.begin(calling_trainer(self))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note how many steps have spent of the promise: the log tells their ε."""
+        self._steps = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

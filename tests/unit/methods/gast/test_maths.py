@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from siftune.errors import RecipeError
+from siftune.methods.followed import how_many
 from siftune.methods.gast import maths
 from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.sample_choice import how_many
 
 EPS = 1e-5  # of the largest score, in the z-scores' denominator
 
