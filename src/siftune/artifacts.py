@@ -12,11 +12,16 @@ import torch
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, KitError, ModelError
+from siftune.models.hub import similar_folder, why_missing
+from siftune.models.smollm2 import NAME as SMOLLM2
+from siftune.models.source import resolve
 from siftune.offsite.kit.folder import Kit
 from siftune.offsite.protocol.tune import KitSource, find_kit, put_in_return
 from siftune.recipe_file import load_recipe
 from siftune.trainer.source import ModelSource
 from siftune.trainer.tuned_layers import holds_tuned, put_in, read_about, read_tuned
+
+_SIGNS = ("recipe.yaml", "adapter_config.json", "tuned_layers.json", "config.json")  # of run, adapter, layers, model
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,17 @@ class Subject:
     kit: Kit | None = None
 
 
-def find_subjects(sources: Sequence[str], public_key: Path | None = None) -> list[Subject]:
+def find_subjects(sources: Sequence[str], public_key: Path | None = None, base: str | None = None) -> list[Subject]:
     """Tell what each of several names stands for; see `find_subject`. A kit that several name is read once."""
     find = functools.cache(find_kit)
-    return [find_subject(source, public_key, find) for source in sources]
+    return [find_subject(source, public_key, base, find) for source in sources]
 
 
 def find_subject(
-    source: str, public_key: Path | None = None, find: Callable[[str, Path | None], Kit | None] = find_kit
+    source: str,
+    public_key: Path | None = None,
+    base: str | None = None,
+    find: Callable[[str, Path | None], Kit | None] = find_kit,
 ) -> Subject:
     """Tell what a name stands for.
 
@@ -56,15 +64,20 @@ def find_subject(
             `load_model` takes.
         public_key: PEM file of a model owner's public key: the subject must then be a kit that is signed with it, or
             have been trained on one.
+        base: What something was trained on, in the place of what it names itself: a model or a kit.
         find: Finds, reads and checks a kit; who names several subjects gives one that remembers.
 
     Raises:
         KitError: The kit is damaged or not signed by the key, or a key was given and there is no kit.
-        ModelError: A run folder has no adapter in it.
+        ModelError: There is nothing of that name, a run folder has no adapter in it, or its base is gone.
         AdapterError: An adapter's config can't be read, or names no base model.
         RecipeError: A run's recipe can't be read.
     """
     subject = _subject(source)
+    if subject.adapter is not None and base is not None:
+        subject = replace(subject, base=base)
+    elif subject.adapter is not None:
+        _refuse_gone(subject)
     return replace(subject, kit=find(subject.base, public_key))
 
 
@@ -78,7 +91,35 @@ def _subject(source: str) -> Subject:
         return Subject(source, _base_of(path), path)
     if holds_tuned(path):
         return Subject(source, read_about(path).base, path)
+    _refuse_unknown(source)
     return Subject(source, source)
+
+
+def _refuse_gone(subject: Subject) -> None:
+    """Refuse what was trained on a folder that is not there any more."""
+    place = Path(subject.base).expanduser()
+    if place.is_absolute() and not place.exists():
+        raise ModelError(
+            f"{subject.name} was trained on {subject.base}, which is not there: say with --base where it is."
+        )
+
+
+def _refuse_unknown(source: str) -> None:
+    """Refuse a name that stands for no folder and for no model."""
+    if Path(source).expanduser().exists() or source == SMOLLM2:
+        return
+    try:
+        name = resolve(source)
+        why = why_missing(name) if isinstance(name, str) else None
+    except ModelError:
+        why = "that is no hub id"
+    if why is not None:
+        similar = similar_folder(source, lambda path: any((path / name).is_file() for name in _SIGNS))
+        guess = f"; did you mean {similar}?" if similar else ""
+        raise ModelError(
+            f"there is no run {source}: no such folder (working directory: {Path.cwd()}), and no model of that name "
+            f"({why}){guess}"
+        )
 
 
 def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -11,6 +11,7 @@ import yaml
 from siftune.config import R, Recipe, method_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
+from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.settings import Gone, Settings, in_words, nearest
 
 
@@ -61,6 +62,27 @@ def _aimed(values: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     """Put the defaults of a run with a target below what was given."""
     groups = {key: hint.with_target for key, hint in hints.items() if _is_group(hint) and hint.with_target}
     return {**values, **{key: {**below, **values.get(key, {})} for key, below in groups.items()}}
+
+
+_PLACES = ("model", "train", "eval", "target", "support_rows")  # what may be a file or folder
+
+
+def anchored(recipe: R) -> R:
+    """The recipe with files and folders that are there named in full, so that it holds wherever it is read.
+
+    Hub ids and names of packaged models stay as they are.
+    """
+    found = {name: _in_full(getattr(recipe, name)) for name in _PLACES}
+    if recipe.model == SMOLLM2:
+        del found["model"]
+    return replace(recipe, **found, out=recipe.out and str(Path(recipe.out).expanduser().absolute()))
+
+
+def _in_full(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_in_full, value))
+    path = Path(value).expanduser() if isinstance(value, str) and value else None
+    return str(path.absolute()) if path is not None and path.exists() else value
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -20,8 +20,9 @@ from siftune.methods.lisa.settings import LISASettings
 from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe, recipe_to_yaml
 from siftune.settings import ELSEWHERE, Range, help_of, marks_of, nearest
+from siftune.trainer.lr_grid import rate_text
 
-_FEW = {"method": "gast", "target": "few.jsonl", "lr": 1e-3, "gast": GASTSettings(**GASTSettings.with_target)}
+_FEW = {"method": "gast", "target": "few.jsonl", "gast": GASTSettings(**GASTSettings.with_target)}
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("# c\nrank: eight\n", "r.yaml:2: rank must be a whole number, not 'eight' (str)"),
         ("rank: 8.0\n", "r.yaml:1: rank must be a whole number, not 8.0 (float)"),
         ("rank: true\n", "r.yaml:1: rank must be a whole number, not True (bool)"),
-        ("lr: fast\n", "r.yaml:1: lr must be a number, not 'fast' (str)"),
-        ("lr: true\n", "r.yaml:1: lr must be a number, not True (bool)"),
+        ("lr: fast\n", "r.yaml:1: lr must be a number or nothing, not 'fast' (str)"),
+        ("lr: true\n", "r.yaml:1: lr must be a number or nothing, not True (bool)"),
         ("steps: many\n", "r.yaml:1: steps must be a whole number or nothing, not 'many' (str)"),
         ("method: lsa\n", f"r.yaml:1: method must be one of {', '.join(METHODS)}, not 'lsa' (str)"),
         ("targets: 3\n", "r.yaml:1: targets must be a list of names or nothing, not 3 (int)"),
@@ -130,8 +131,17 @@ def test_resolving_fills_in_what_depends_on_other_fields():
     recipe = resolve_recipe(Recipe(rank=8, method="rst"), now)
     assert (recipe.alpha, recipe.out) == (16, "runs/20250304-050607-rst")
     assert resolve_recipe(Recipe(adapter="full"), now).alpha is None
-    given = Recipe(alpha=3, out="here")
+    given = Recipe(alpha=3, out="here", lr=1e-4)
     assert resolve_recipe(given, now) == given
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_method_decides_the_learning_rate_where_none_is_given(method):
+    assert resolve_recipe(Recipe(method=method)).lr == METHODS[method].lr
+    assert resolve_recipe(Recipe(method=method, lr=3e-5)).lr == 3e-5
+    words = help_of(Recipe)["lr"]
+    assert f"{rate_text(METHODS[method].lr)} for" in words or METHODS[method].lr == METHODS["dense"].lr
+    assert words.endswith(f"else {rate_text(METHODS['dense'].lr)}.")
 
 
 def test_a_plain_recipe_passes_the_check():
@@ -293,4 +303,5 @@ def test_a_shipped_recipe_is_valid_and_shows_the_defaults(path):
     recipe = load_recipe(path)
     check(recipe)
     # a recipe shows the defaults, so that they can be learned from it
-    assert replace(recipe, train="", save_every=None) == Recipe(**OWN.get(path.stem, {"method": path.stem}))
+    assert recipe.lr == METHODS[recipe.method].lr
+    assert replace(recipe, train="", save_every=None, lr=None) == Recipe(**OWN.get(path.stem, {"method": path.stem}))

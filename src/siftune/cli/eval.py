@@ -35,6 +35,8 @@ class Options:
     """Chat template: as in a run's recipe, or auto, if not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Number format of the weights: as in a run's recipe, or auto, if not given."""
+    base: str | None = None
+    """What was trained on, where it is not where the runs say: a folder, hub id, smollm2 or a kit."""
     batch_size: int = 16
     """Rows in a forward pass."""
     max_new_tokens: int | None = None
@@ -76,7 +78,7 @@ def run(options: Options) -> dict[str, Any]:
 
     _check(options)
     # everything that can be refused without loading a model comes first
-    subjects = find_subjects(options.runs, options.public_key)
+    subjects = find_subjects(options.runs, options.public_key, options.base)
     tasks = [_task(subject, options) for subject in subjects]
     rows = {task: load_rows(task.data, task.split, task.limit, task.format) for task in dict.fromkeys(tasks)}
     known: dict[_Task, Metrics] = {}

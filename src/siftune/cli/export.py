@@ -1,6 +1,6 @@
 """`siftune export`: put what was trained into its base model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,13 +29,17 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     import logging
+    import shutil
 
     from siftune.artifacts import find_subject, is_of_kit, load_subject
+    from siftune.data.encoder import writes_chat
     from siftune.files import new_folder
+    from siftune.models.origin import origin_of
     from siftune.models.portable import save_model, save_tokenizer
     from siftune.models.source import quiet_bars
+    from siftune.trainer.card import merged_card
 
-    subject = find_subject(options.run, options.public_key)
+    subject = find_subject(options.run, options.public_key, options.base)
     if is_of_kit(subject):
         raise ModelError(
             f"{options.run} is of a kit, an emulator that only stands in for a model: send the folder `return` of the "
@@ -44,7 +48,7 @@ def run(options: Options) -> dict[str, Any]:
     if subject.adapter is None:
         raise ModelError(f"{options.run} holds no adapter; give a run folder, or a folder in PEFT's format.")
     out = Path(options.out or Path(options.run) / "merged").expanduser()
-    subject = replace(subject, base=options.base or subject.base)
+    origin = origin_of(subject.base)
     with new_folder(out) as partial:
         model, tokenizer = load_subject(subject, options.dtype, exact=True)
         try:
@@ -55,5 +59,9 @@ def run(options: Options) -> dict[str, Any]:
         with quiet_bars():
             save_model(merged, partial)
         save_tokenizer(tokenizer, partial)
+        chat = writes_chat(subject.recipe.template if subject.recipe else "auto", tokenizer)
+        (partial / "README.md").write_text(merged_card(subject.recipe, origin, out.absolute(), chat), encoding="utf-8")
+        for paper in origin.papers:
+            shutil.copyfile(paper, partial / paper.name)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}

@@ -83,7 +83,7 @@ class Encoder:
         if template not in ("auto", "chat", "none"):
             raise RecipeError(f"unknown template {template!r}; use auto, chat or none.")
         self.tokenizer = tokenizer
-        self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+        self.chat = writes_chat(template, tokenizer)
         self.notes: Counter[str] = Counter()
         if self.chat and not tokenizer.chat_template:
             raise RecipeError(
@@ -219,6 +219,11 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> list[_Part]:
         parts += [_Part(text[position:start], False), _Part(text[start:end], True)]
         position = end
     return parts
+
+
+def writes_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether rows are written by a tokenizer's chat template; `template` as for `Encoder`."""
+    return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
 
 
 def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> list[int]:

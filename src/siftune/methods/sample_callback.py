@@ -209,7 +209,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
                 "%s(select=%s) follows every row of a forward pass of %s, so that nothing is chosen: %sraise "
                 "per_device_train_batch_size",
                 type(self).__name__,
-                self.select,  # type: ignore[attr-defined]
+                self.select,
                 counted(samples, "row"),
                 'set among="recent", by which a row competes with those of the last steps, or '
                 if can_look_back(self)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from siftune.errors import ModelError
+from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.smollm2 import pull_smollm2
 from siftune.settings import nearest
@@ -47,6 +48,7 @@ def load_model(
 
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    check_source(source)
     name = resolve(source)
     try:
         model = _streamed(name, dtype) if streamed else _whole(name, dtype)
@@ -139,7 +141,7 @@ def resolve(source: str) -> str | Path:
         raise ModelError(f"no model given: name a folder, a hub id or {SMOLLM2}")
     path = Path(source).expanduser()
     if path.is_dir():
-        return _model_folder(path)
+        return _model_folder(path.absolute())
     if path.is_file():
         raise ModelError(f"{source} is a file: give the folder that holds it and a config.json")
     if source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1 or "\\" in source:
@@ -168,14 +170,35 @@ def _reason(name: str | Path, error: Exception) -> str:
     first = re.split(r"[.!] ", text, maxsplit=1)[0].rstrip(".")
     if isinstance(name, Path):
         return f"cannot load a causal language model from the folder {name}: {first}"
-    close = nearest(name.lower(), [SMOLLM2])
-    guess = f"did you mean {SMOLLM2}? If not, " if close else ""
+    return _not_there(name, first)
+
+
+def _not_there(name: str, why: str) -> str:
+    """Say in one sentence that neither a folder nor the hub nor its cache has a model, and what to do."""
+    close = similar_folder(name, lambda path: (path / "config.json").is_file()) or nearest(name.lower(), [SMOLLM2])
+    guess = f"did you mean {close}? If not, " if close else ""
     cache = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     return (
-        f"cannot load the model {name!r}: no such folder, and neither the hub nor its cache in {cache} "
-        f"gave a causal language model ({first}); {guess}give a folder, point HF_HOME at a filled cache, or "
-        f"use {SMOLLM2}, which needs no hub (`siftune pull {SMOLLM2}`)"
+        f"cannot load the model {name!r}: no such folder (working directory: {Path.cwd()}), and neither the hub nor "
+        f"its cache in {cache} gave a causal language model ({why}); {guess}give a folder, point HF_HOME at a filled "
+        f"cache, or use {SMOLLM2}, which needs no hub (`siftune pull {SMOLLM2}`)"
     )
+
+
+def check_source(source: str) -> None:
+    """Refuse what is no model, shortly and before anything is fetched or loaded.
+
+    Args:
+        source: As for `load_model`.
+
+    Raises:
+        ModelError: As `load_model`, but that what a folder holds is not looked at.
+    """
+    if source == SMOLLM2:
+        return
+    name = resolve(source)
+    if isinstance(name, str) and (why := why_missing(name)):
+        raise ModelError(_not_there(name, why))
 
 
 def set_padding(tokenizer: Any, source: str) -> None:

@@ -31,6 +31,7 @@ from siftune.methods.layer_callback import LayerCallback
 from siftune.models.adapters import attach_adapter
 from siftune.models.full import OpenLayers
 from siftune.models.source import use_attention
+from siftune.recipe_file import anchored
 from siftune.trainer.private import privacy_of, refuse_scaled_or_split
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
@@ -89,7 +90,7 @@ def build(
     tuned = _adapted(recipe, model) if opened is None else model
     groups = group_by_layer(tuned)
     methods = methods_of(recipe, data.get("support"))
-    kind = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=recipe.model)
+    kind = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     if privacy is not None:
         refuse_scaled_or_split(arguments)

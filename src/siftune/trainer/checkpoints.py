@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 # of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
 _MAY_CHANGE = {
-    "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores", "steps",
-    "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside", "train",
-    "train_split", "limit", "format", "target", "target_share", "support_rows", "method",
+    "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
+    "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
+    "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method",
 }  # fmt: skip
 # what makes an adapter another one -> how a recipe calls it
 _SAME = {
@@ -103,12 +103,10 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
         args.load_best_model_at_end = True
         by_steps = args.eval_strategy == IntervalStrategy.STEPS
         evaluations = math.ceil(state.max_steps / state.eval_steps) if by_steps else state.num_train_epochs
-        if (
-            evaluations <= self._patience + 1
-        ):  # the first is the best so far, and after the last there is nothing to stop
+        if evaluations <= self._patience + 1:  # after the last nothing is left to stop
             logger.warning(
-                "patience %d cannot stop this run, which has %s: the best is kept all the same; evaluate more often with "
-                "eval_every",
+                "patience %d cannot stop this run, which has %s: the best is kept all the same; evaluate more often, "
+                "with eval_every",
                 self._patience,
                 counted(evaluations, "evaluation"),
             )
@@ -222,8 +220,8 @@ def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int, 
     since = evaluations_since_best(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
     if patience is not None and since >= patience:
         raise RecipeError(
-            f"{checkpoint} is the end of its run: {counted(since, 'evaluation')} in a row found no less held-out loss, and "
-            "nothing was touched; give more --patience to go on"
+            f"{checkpoint} is the end of its run: {counted(since, 'evaluation')} in a row found no less held-out loss, "
+            "and nothing was touched; give more --patience to go on"
         )
 
 

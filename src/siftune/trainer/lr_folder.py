@@ -10,6 +10,7 @@ results.json, results.md, results.png   what `siftune.report.lr` makes of them
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ class LRFolder:
     def begun(self) -> bool:
         """Whether the base model has been measured."""
         return self._start is not None
+
+    def taken_back(self) -> AbstractContextManager[None]:
+        """Leave no folder behind where the block fails before anything is in it."""
+        return self._folder.taken_back()
 
     def refuse_others(self, recipes: Mapping[str, Recipe]) -> None:
         """Refuse recipes that would not train as the sweep in this folder did.

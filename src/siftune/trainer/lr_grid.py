@@ -9,6 +9,7 @@ from siftune.config import Recipe, chooses_rows, compares, method_of, rate_of, r
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.recipe_checks import check
+from siftune.recipe_file import anchored
 from siftune.settings import nearest
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
         others = [other for name, other in candidates.items() if name != method]
         made[method] = replace(one, **_not_its_own(one, others))
         check(made[method])
-        made[method] = replace(resolve_recipe(made[method]), out=None)
+        made[method] = replace(anchored(resolve_recipe(made[method])), out=None)
     return made
 
 

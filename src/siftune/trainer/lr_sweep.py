@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from siftune.config import Recipe, compares
+from siftune.config import Recipe, compares, rate_of
 from siftune.data.rows import Row
 from siftune.errors import RecipeError, TrainingError
 from siftune.evaluate.perplexity import perplexity
@@ -81,9 +81,10 @@ def open_sweep(
     source = source_of(recipe.model)
     recipes = {method: source.settle(one) for method, one in recipes.items()}
     folder = LRFolder(out)
-    folder.refuse_others(recipes)
-    rows = read_rows(next(filter(compares, recipes.values()), recipes[grid.methods[0]]))
-    folder.refuse_other_rows(_digests(rows))
+    with folder.taken_back():
+        folder.refuse_others(recipes)
+        rows = read_rows(next(filter(compares, recipes.values()), recipes[grid.methods[0]]))
+        folder.refuse_other_rows(_digests(rows))
     _tell_overlap(rows)
     return LRSweep(grid, recipes, folder, source, rows)
 
@@ -104,7 +105,8 @@ def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
     missing = sweep.missing()
     if not missing:
         return
-    data = _begin(sweep, progress)
+    with sweep.folder.taken_back():
+        data = _begin(sweep, progress)
     for method in dict.fromkeys(method for method, _, _ in missing):
         if not sweep.folder.has(method):
             _try(sweep, method, data, progress)
@@ -163,7 +165,7 @@ def _run(source: Source, recipe: Recipe, data: Mapping[str, Dataset], steps: Cal
         diverged = str(error).partition(";")[0]  # what follows is advice on one rate
     return LRRun(
         method=recipe.method,
-        lr=recipe.lr,
+        lr=rate_of(recipe),
         seed=recipe.seed,
         heldout_loss=None if diverged else heldout,
         train_loss=None if diverged else train,

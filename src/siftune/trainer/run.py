@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from siftune.files import disk_faults
 from siftune.methods.log_lines import stand_first
 from siftune.methods.sample_choice import SampleChoice
 from siftune.recipe_checks import check
-from siftune.recipe_file import recipe_to_yaml
+from siftune.recipe_file import anchored, recipe_to_yaml
 from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import (
     EarlyStop,
@@ -72,21 +73,23 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
 
     Raises:
         InputError: On anything in the recipe, the data or the model that cannot be used. Where training had
-            begun, the adapter as it stood after the last whole step is in the run folder.
+            begun, the adapter as it stood after the last whole step is in the run folder; else there is none.
     """
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     check(recipe)
     check_trackers(recipe.report_to)
     joined = join_launch()
-    run = _train(recipe, console if rank() == 0 else Console(quiet=True), source_of)
+    recipe = from_first(lambda: resolve_recipe(recipe))
+    folder = from_first(lambda: RunFolder(str(recipe.out)))
+    with folder.taken_back() if rank() == 0 else nullcontext():
+        run = _train(recipe, folder, console if rank() == 0 else Console(quiet=True), source_of)
     if joined:
         leave_launch()
     return run
 
 
-def _train(recipe: Recipe, console: Console, source_of: Callable[[str], Source]) -> Run:
-    recipe = from_first(lambda: resolve_recipe(recipe))
-    folder = from_first(lambda: RunFolder(str(recipe.out)))
+def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
+    """Train by a resolved recipe, into a folder that is there."""
     checkpoint = find_checkpoint(recipe, folder) if recipe.resume else None
     _refuse_overwriting(recipe, folder)
     source = source_of(recipe.model)
@@ -111,15 +114,16 @@ def _train(recipe: Recipe, console: Console, source_of: Callable[[str], Source])
     followed = Followed(sources(rows["train"]))
     if built.trainer.is_world_process_zero():
         _record(built, folder, recipe.keep_scores, followed)
+    recorded = anchored(replace(recipe, resume=False, allow_change=False))
     if rank() == 0:
-        folder.write(RECIPE, recipe_to_yaml(replace(recipe, resume=False, allow_change=False)))
+        folder.write(RECIPE, recipe_to_yaml(recorded))
         folder.write(ROWS, f"{digest}\n")
 
     def release() -> None:
         view.close()
         built.release()
 
-    summary = _fit(Outcome(built.trainer, folder, recipe, source, followed), checkpoint, release)
+    summary = _fit(Outcome(built.trainer, folder, recorded, source, followed), checkpoint, release)
     if world_size() > 1:
         let_go(built.trainer)
     return Run(folder, built.trainer.model, tokenizer, summary)

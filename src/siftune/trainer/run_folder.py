@@ -14,10 +14,11 @@
 Single files are written beside their place and moved into it, so that a full disk leaves the old one intact.
 """
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from siftune.errors import InputError, RecipeError
 from siftune.files import writable_folder, write_beside
 
 RECIPE, ROWS = "recipe.yaml", "rows.sha256"
+METRICS, SELECTION = "metrics.jsonl", "selection.jsonl"
 
 
 class RunFolder:
@@ -40,6 +42,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]  # the deepest first
+        self._found = {place.name for place in self.path.iterdir()} if self.path.is_dir() else set()
         try:
             writable_folder(self.path)
         except OSError as error:
@@ -94,7 +98,7 @@ class RunFolder:
 
     def cut_records(self, step: int) -> None:
         """Drop metrics and selections after `step`, which a resumed run will write again."""
-        for name, first_dropped in (("metrics.jsonl", step + 1), ("selection.jsonl", step)):
+        for name, first_dropped in ((METRICS, step + 1), (SELECTION, step)):
             path = self.path / name
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
@@ -110,6 +114,25 @@ class RunFolder:
         """Whether no run has left anything here that was trained."""
         left = self.adapter.exists() or self.returned.exists()
         return not left and not any(self.checkpoints.glob("checkpoint-*"))
+
+    @contextlib.contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """Leave no file and no new folder behind where the block fails before anything was learned."""
+        try:
+            yield
+        except BaseException:
+            if self.is_fresh() and not (self.path / METRICS).exists():
+                self._take_back()
+            raise
+
+    def _take_back(self) -> None:
+        for name in {RECIPE, ROWS, SELECTION} - self._found:
+            (self.path / name).unlink(missing_ok=True)
+        if self.checkpoints.name not in self._found:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.config import Recipe
-from siftune.models.source import load_model
+from siftune.models.source import check_source, load_model
 from siftune.trainer.build import refuse_all_weights
 
 
@@ -55,8 +55,9 @@ class ModelSource:
     usage: str | None = None
 
     def settle(self, recipe: Recipe) -> Recipe:
-        """Leave the recipe as it is; see `refuse_all_weights` for what is refused."""
+        """Leave the recipe as it is; see `refuse_all_weights` and `check_source` for what is refused."""
         refuse_all_weights(recipe)
+        check_source(self.name)
         return recipe
 
     def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -117,7 +117,7 @@ def test_what_cannot_be_merged(run, base, tmp_path, capsys):
     assert error_of(capsys, base) == f"{base} holds no adapter; give a run folder, or a folder in PEFT's format."
     found = error_of(capsys, run.path, "--out", tmp_path / "x", "--base", tmp_path / "none")
     assert found.startswith(f"model folder {tmp_path}/none does not exist")
-    assert "nowhere holds no adapter" in error_of(capsys, tmp_path / "nowhere")
+    assert error_of(capsys, tmp_path / "nowhere").startswith(f"there is no run {tmp_path}/nowhere: no such folder")
     path = run.adapter / "adapter_model.safetensors"
     save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
     found = error_of(capsys, run.path, "--out", tmp_path / "x")

@@ -124,7 +124,7 @@ def test_resume_stands_alone_or_takes_a_folder(ran, recipe):
         (["--rank"], "--rank must be a whole number, not left empty"),
         (["--rank", "--lr", "1"], "--rank must be a whole number, not left empty"),
         (["--steps=many"], "--steps must be a whole number or nothing, not 'many'"),
-        (["--lr", "fast"], "--lr must be a number, not 'fast'"),
+        (["--lr", "fast"], "--lr must be a number or nothing, not 'fast'"),
         (["--ist.score-lr", "fast"], "--ist.score-lr must be a number, not 'fast'"),
         (["--method", "lora"], f"--method must be one of {', '.join(METHODS)}, not 'lora'"),
         (["rows.jsonl"], "Unrecognized options: rows.jsonl; see `siftune train --help`"),

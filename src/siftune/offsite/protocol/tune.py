@@ -80,7 +80,7 @@ class KitSource:
     def load(self, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load emulator and tokenizer; the model knows where it is from, for the adapter's config."""
         model, tokenizer = load_kit(self.kit, dtype)
-        model.name_or_path = str(self.kit.path)
+        model.name_or_path = str(self.kit.path.absolute())
         return model, tokenizer
 
     def leaves(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
