@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from siftune.methods.gast.callback import GAST
     from siftune.methods.greats.callback import GREATS
     from siftune.methods.ist.callback import IST
+    from siftune.methods.label_logits import LabelLogits
     from siftune.methods.lisa.callback import LISA
     from siftune.methods.rst.callback import RST
     from siftune.methods.static.callback import Static
@@ -23,6 +24,7 @@ _LAZY = {
     "GAST": "siftune.methods.gast.callback",
     "GREATS": "siftune.methods.greats.callback",
     "IST": "siftune.methods.ist.callback",
+    "LabelLogits": "siftune.methods.label_logits",
     "LISA": "siftune.methods.lisa.callback",
     "RST": "siftune.methods.rst.callback",
     "SiftuneError": "siftune.errors",
@@ -31,7 +33,19 @@ _LAZY = {
     "find_layers": "siftune.models.layers",
 }
 
-__all__ = ["Cut", "GAST", "GREATS", "IST", "LISA", "RST", "SiftuneError", "Static", "attach_adapter", "find_layers"]  # noqa: RUF022
+__all__ = [
+    "GAST",
+    "GREATS",
+    "IST",
+    "LISA",
+    "RST",
+    "Cut",
+    "LabelLogits",
+    "SiftuneError",
+    "Static",
+    "attach_adapter",
+    "find_layers",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

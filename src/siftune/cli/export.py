@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from siftune.errors import AdapterError, ModelError
+
+if TYPE_CHECKING:
+    from siftune.artifacts import Subject
 
 
 @dataclass
@@ -29,15 +32,11 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     import logging
-    import shutil
 
     from siftune.artifacts import find_subject, is_of_kit, load_subject
-    from siftune.data.encoder import writes_chat
     from siftune.files import new_folder
-    from siftune.models.origin import origin_of
     from siftune.models.portable import save_model, save_tokenizer
     from siftune.models.source import quiet_bars
-    from siftune.trainer.card import merged_card
 
     subject = find_subject(options.run, options.public_key, options.base)
     if is_of_kit(subject):
@@ -48,7 +47,6 @@ def run(options: Options) -> dict[str, Any]:
     if subject.adapter is None:
         raise ModelError(f"{options.run} holds no adapter; give a run folder, or a folder in PEFT's format.")
     out = Path(options.out or Path(options.run) / "merged").expanduser()
-    origin = origin_of(subject.base)
     with new_folder(out) as partial:
         model, tokenizer = load_subject(subject, options.dtype, exact=True)
         try:
@@ -59,9 +57,21 @@ def run(options: Options) -> dict[str, Any]:
         with quiet_bars():
             save_model(merged, partial)
         save_tokenizer(tokenizer, partial)
-        chat = writes_chat(subject.recipe.template if subject.recipe else "auto", tokenizer)
-        (partial / "README.md").write_text(merged_card(subject.recipe, origin, out.absolute(), chat), encoding="utf-8")
-        for paper in origin.papers:
-            shutil.copyfile(paper, partial / paper.name)
+        _write_papers(subject, tokenizer, partial, out)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}
+
+
+def _write_papers(subject: "Subject", tokenizer: Any, folder: Path, out: Path) -> None:
+    """Write a card to the folder that will be `out`, and the base model's licence and notice beside it."""
+    import shutil
+
+    from siftune.data.encoder import writes_chat
+    from siftune.models.origin import origin_of
+    from siftune.trainer.card import merged_card
+
+    origin = origin_of(subject.base)
+    chat = writes_chat(subject.recipe.template if subject.recipe else "auto", tokenizer)
+    (folder / "README.md").write_text(merged_card(subject.recipe, origin, out.absolute(), chat), encoding="utf-8")
+    for paper in origin.papers:
+        shutil.copyfile(paper, folder / paper.name)

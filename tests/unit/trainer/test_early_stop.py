@@ -82,7 +82,9 @@ def test_it_stops_after_patience_and_keeps_the_best(base, rows, tmp_path, found,
     best, last = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (2, 4))
     name = "tuned_layers.safetensors" if adapter else "adapter_model.safetensors"
     assert_equal(load_file(left / name), load_file(best / name))
-    assert not all(torch.equal(a, b) for a, b in zip(load_file(left / name).values(), load_file(last / name).values()))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(*(load_file(place / name).values() for place in (left, last)), strict=True)
+    )
     state = done.model.state_dict()
     kept = {key: value for key, value in load_file(left / name).items() if key in state}
     assert_equal({key: state[key] for key in kept}, kept)

@@ -1,0 +1,154 @@
+"""A causal LM that computes logits only where labels are, with the loss and gradients that it has anyway.
+
+`logits_at` wants the loss to be computed outside of the model. Here the model computes its own, as every Trainer has it
+do: it is handed the labels of fewer positions, and its head the hidden states of the same.
+
+    hidden states   (B, T, H) → (1, N + 1, H)   those before a label, in row-major order, and any one more
+    labels          (B, T)    → (1, N + 1)      -100, and the N labels that follow them
+
+A causal LM's loss compares position i with label i + 1: the N positions with their labels, and the one more with none.
+So the loss is the same sum over the same terms, divided by the same number, and all else of the forward pass is as it
+was: auxiliary losses, caps and scales of logits.
+
+TRL's trainers have the model return log-probabilities and no logits (`fused_lm_head=True`); then it is the backbone's
+output that is made smaller, and what TRL is given has shape (1, N).
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siftune.errors import LayerError
+from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, next_labels
+from siftune.models.modes import evaluating
+
+logger = logging.getLogger(__name__)
+
+_FUSED = "fused_lm_head"  # TRL's argument of `forward`
+
+
+class LabelHead:
+    """Hooks on a causal LM, until `remove()`, that leave out the logits of positions without a label.
+
+    They act in training mode, where the model is called with `labels`. The outputs' logits then have shape (1, N + 1,
+    V), those of the N positions first. Before they act for the first time the two losses are compared on one row; where
+    they differ the hooks step aside for good, and a warning says so.
+
+    Args:
+        model: A causal LM, PEFT-wrapped or not.
+
+    Raises:
+        LayerError: The model has no output embeddings.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = _causal_lm(model)
+        head = find_output_embeddings(self._model)
+        self._positions: Tensor | None = None  # of the hidden states to keep, in the pass that is going on
+        self._used = 0
+        self._fused = False
+        self._comparing = False
+        self._agrees: bool | None = None
+        hooks = ExitStack()
+        for handle in (
+            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            head.register_forward_pre_hook(self._for_head),
+            getattr(self._model, "base_model", self._model).register_forward_hook(self._for_trl),
+            self._model.register_forward_hook(self._end, always_call=True),
+        ):
+            hooks.callback(handle.remove)
+        self.remove = hooks.close
+
+    def __enter__(self) -> "LabelHead":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take away the labels of the model's own positions, and give it those of fewer."""
+        labels = kwargs.get("labels")
+        acts = model.training or self._comparing
+        if not acts or not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:
+            return None
+        if self._agrees is None and label_positions(labels).any():
+            self._agrees = self._compare(kwargs)
+        if not self._agrees:
+            return None
+        where = label_positions(labels).flatten().nonzero().squeeze(1)
+        self._positions, self._used = torch.cat([where, where.new_zeros(1)]), 0
+        self._fused = bool(kwargs.get(_FUSED))
+        return args, {**kwargs, "labels": torch.cat([labels.new_tensor([IGNORED]), next_labels(labels)])[None]}
+
+    def _for_head(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._positions is None or self._fused:
+            return None
+        return (self._picked(args[0]), *args[1:])
+
+    def _for_trl(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._positions is not None and self._fused:
+            output.last_hidden_state = self._picked(output.last_hidden_state)
+
+    def _picked(self, hidden_BTH: Tensor) -> Tensor:
+        assert self._positions is not None
+        self._used += 1
+        flat = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
+        return flat.index_select(0, self._positions.to(flat.device))[None]
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        begun, self._positions = self._positions is not None, None
+        if begun and output is not None and self._used != 1:
+            raise LayerError(
+                f"{type(model).__name__} called its head {self._used} times in a forward pass, where once is "
+                "supported; leave LabelLogits off"
+            )
+
+    def _compare(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether both ways give one loss, on the row that has most labels, up to rounding."""
+        row = int(label_positions(kwargs["labels"]).sum(1).argmax())
+        rows = kwargs["labels"].shape[0]
+        one = {name: _of_row(value, row, rows) for name, value in kwargs.items() if name != "num_items_in_batch"}
+        try:
+            with evaluating(self._model):
+                theirs, ours = (float(self._loss(one, smaller)) for smaller in (False, True))
+        except (LayerError, ValueError, RuntimeError, IndexError) as error:  # what the model makes of fewer positions
+            logger.warning("logits are computed at all positions: %s", error)
+            return False
+        half = next(self._model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        agree = math.isclose(ours, theirs, rel_tol=1e-2 if half else 1e-4, abs_tol=1e-4)
+        if not agree:
+            logger.warning(
+                "logits are computed at all positions: the loss of %s is %.5g, and %.5g over its label positions alone",
+                type(self._model).__name__,
+                theirs,
+                ours,
+            )
+        return agree
+
+    def _loss(self, kwargs: Mapping[str, Any], smaller: bool) -> Tensor:
+        """The model's loss in either way, whatever mode it is in."""
+        self._agrees = self._comparing = smaller
+        try:
+            loss: Tensor = self._model(**kwargs).loss
+            return loss
+        finally:
+            self._comparing = False
+
+
+def _of_row(value: Any, row: int, rows: int) -> Any:
+    """One row of a batch's tensor; other arguments as they are."""
+    return value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+
+
+def _causal_lm(model: Any) -> Any:
+    """The model inside of what PEFT and others put around it."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
