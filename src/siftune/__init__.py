@@ -33,19 +33,19 @@ _LAZY = {
     "find_layers": "siftune.models.layers",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022
+    "Cut",
     "GAST",
     "GREATS",
     "IST",
     "LISA",
-    "RST",
-    "Cut",
     "LabelLogits",
+    "RST",
     "SiftuneError",
     "Static",
     "attach_adapter",
     "find_layers",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

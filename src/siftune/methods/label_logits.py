@@ -33,7 +33,7 @@ class LabelLogits(TrainerCallback):  # type: ignore[misc]
         >>> with LabelLogits().attach(model):
         ...     output = model(**batch)
         >>> (batch["labels"][:, 1:] != -100).sum(), output.logits.shape  # those of 24 labels, and one more
-        (tensor(24), torch.Size([1, 25, 32]))
+        (tensor(24), torch.Size([1, 25, 96]))
     """
 
     def __init__(self) -> None:

@@ -132,8 +132,7 @@ def test_a_head_that_is_called_otherwise_later_is_refused():
     model, inputs = built("llama"), batch(tiny("llama"))
     with LabelHead(model):
         result(model, inputs)
-
-        model.loss_function = lambda **_: model.lm_head(torch.zeros(1, 1, 32).double()).sum()
+        model.loss_function = lambda **_: model.lm_head(torch.zeros(3, 7, 32).double()).sum()
         with pytest.raises(LayerError, match="called its head 2 times in a forward pass, where once is supported"):
             model(**inputs)
 
