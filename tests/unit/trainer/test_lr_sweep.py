@@ -223,7 +223,7 @@ def test_a_line_that_a_crash_cut_off_is_done_again(plain, tmp_path, caplog):
     [
         ({"rank": 4}, r"rank = 2, but now rank is 4: set rank as it was"),
         ({"steps": 7}, "steps = 6, but now steps is 7"),
-        ({"model": "other"}, "model = .*base.*, but now model is other"),
+        ({"model": "smollm2"}, "model = .*base.*, but now model is smollm2"),
         (
             {"ist": ISTSettings(interval=3, active=0.5, score_batch_size=4)},
             "ist.interval = 2, but now ist.interval is 3",

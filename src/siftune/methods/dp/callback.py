@@ -38,7 +38,14 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._secret = secret or Secret()
         self._gradients: PrivateGradients | None = None
         self._steps = 0
-        self._lines = LogLines("dp", lambda: {"epsilon": spent(self.mechanism, self._steps)})
+        self._lines = LogLines("dp", self._figures)
+
+    def _figures(self) -> dict[str, float]:
+        """ε so far, for the log; nothing where the accountant cannot tell, as of next to no noise."""
+        try:
+            return {"epsilon": spent(self.mechanism, self._steps)}
+        except (MemoryError, ValueError, RuntimeError):
+            return {}
 
     def loader(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]]) -> DataLoader[Any]:
         """Batches of whole steps, the rows of each drawn by themselves; a batch may have none."""
