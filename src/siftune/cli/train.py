@@ -63,7 +63,8 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
     import tempfile
 
     from siftune.cli.launch import launch
-    from siftune.recipe_checks import check, resolve_recipe
+    from siftune.config import resolve_recipe
+    from siftune.recipe_checks import check
     from siftune.recipe_file import recipe_to_yaml
 
     check(recipe)
