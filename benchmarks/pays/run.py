@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing; return the exit code."""
     args = _parse(argv)
     try:
-        jobs = list(_from_file(args.jobs) if args.jobs else _of_scenario(args))
+        jobs = list(from_file(args.jobs) if args.jobs else _of_scenario(args))
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if args.list:
@@ -71,7 +71,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _from_file(path: Path) -> Iterator[Job]:
+def from_file(path: Path) -> Iterator[Job]:
+    """Read jobs, one a line, as `--list` prints them."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; --list prints jobs for such a file")
     for text in path.read_text(encoding="utf-8").splitlines():
@@ -134,6 +135,8 @@ class Queue:
         data: Folder of the commonsense suite.
     """
 
+    module = "pays.job"  # what works off a job in its own process
+
     def __init__(self, jobs: list[Job], out: Path, data: Path) -> None:
         self._jobs, self._out, self._data = jobs, out.resolve(), data.resolve()
         self._lock = threading.Lock()
@@ -183,7 +186,7 @@ class Queue:
     def _start(self) -> "subprocess.Popen[str]":
         path = os.pathsep.join([str(_BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command = [sys.executable, "-m", "pays.job", str(self._out), str(self._data)]
+        command = [sys.executable, "-m", self.module, str(self._out), str(self._data)]
         with self._lock:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             process = subprocess.Popen(command, env=environment, **pipes)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from siftune.methods.static.callback import Static
     from siftune.models.adapters import attach_adapter
     from siftune.models.layers import find_layers
+    from siftune.rows.record import RowRecord
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _LAZY = {
     "LabelLogits": "siftune.methods.label_logits",
     "LISA": "siftune.methods.lisa.callback",
     "RST": "siftune.methods.rst.callback",
+    "RowRecord": "siftune.rows.record",
     "SiftuneError": "siftune.errors",
     "Static": "siftune.methods.static.callback",
     "attach_adapter": "siftune.models.adapters",
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022
     "LISA",
     "LabelLogits",
     "RST",
+    "RowRecord",
     "SiftuneError",
     "Static",
     "attach_adapter",

@@ -73,6 +73,12 @@ class Recipe:
     keep_scores: bool = False
     """gast, greats: record every row's score, not the choices alone."""
 
+    drop_rows: str | None = None
+    """File of training rows to leave out: places such as rows.jsonl:17, one a line, or a CSV file with a column place,
+    as siftune rows --csv writes it."""
+    record_rows: bool = True
+    """Record every row's loss at each visit, for siftune rows; with dp_epsilon nothing is recorded."""
+
     adapter: Literal["lora", "rslora", "dora", "full"] = "lora"
     """Kind of adapter; full: none, the weights of the chosen layers themselves train."""
     layers: tuple[int, ...] | None = None

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.every_method import NAMES, chooses_rows, trained
+from support.recorded import recorded
 
 from siftune.methods.gast.stream import _scores
+from siftune.rows.visits import read_visits
 
 pytestmark = pytest.mark.distributed
 
@@ -163,3 +166,17 @@ def test_with_every_method_two_ranks_are_one(tmp_path, both, name):
     for key, value in alone["weights"].items():
         assert torch.equal(first["weights"][key], second["weights"][key])
         torch.testing.assert_close(first["weights"][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_two_ranks_have_one_record_of_all_rows(tmp_path):
+    alone, _ = recorded(tmp_path / "one", 4)
+    ranks = run(tmp_path / "two", 2, "row_record.py")
+    wanted, found = (read_visits(tmp_path / name / "rows.parquet").visits for name in ("one", "two"))
+    assert len(found) == 64
+    for name in ("row", "step", "tokens", "followed"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-3)
+    half = read_visits(tmp_path / "two" / "checkpoint-2" / "rows.parquet").visits
+    assert half.row.tolist() == found.row[:32].tolist()
+    seen = [row for choices in ranks for rows in choices for row in rows.tolist()]
+    assert sorted(seen) == sorted(row for rows in alone for row in rows.tolist()) == list(range(64))

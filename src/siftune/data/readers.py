@@ -115,7 +115,7 @@ def _read_csv(path: Path, source: str) -> Records:
 
 
 def _read_parquet(path: Path, source: str) -> Records:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     try:

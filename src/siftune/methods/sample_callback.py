@@ -25,6 +25,7 @@ from siftune.methods.callback import (
     trainer_loss,
 )
 from siftune.methods.followed import can_look_back, chooses_nothing
+from siftune.methods.row_numbers import RowNumbers, row_numbers
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.sample_driver import SampleRule, SampleSelection
 from siftune.methods.target_rows import TargetRows
@@ -75,6 +76,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         super().__post_init__()
         self.history: list[SampleChoice] = []
         self.on_select: Callable[[SampleChoice], None] | None = None
+        self._numbers: RowNumbers | None = None
 
     @abstractmethod
     def rule(self, groups: Sequence[LayerGroup]) -> SampleRule:
@@ -164,12 +166,27 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             compiled=bool(args.torch_compile),
         )
         selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
+        selection.numbers = self._numbers = None if trainer is None else row_numbers(trainer)
         if self.support_source is not None:
             draws = RowDraws(self._support_rows(loader), collate, selection.generator)  # type: ignore[arg-type]
             draws.check()
             selection.draws = draws
         if self._resume(state) and not selection.rule.follows_all(state.global_step - 1):  # before, there is no mean
             self._load_mean(selection)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the batches tell of which rows they are, where they can."""
+        if self._numbers is not None:
+            self._numbers.number(kwargs.get("train_dataloader"))
+
+    def remove(self) -> None:
+        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        super().remove()
+        if self._numbers is not None:
+            self._numbers.release()
+            self._numbers = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

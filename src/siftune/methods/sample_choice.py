@@ -44,6 +44,8 @@ class SampleChoice:
             are followed, or a random choice.
         selected: (U, K) int64 numbers of the samples in the batch, ascending. Where units follow different numbers of
             samples, as GAST's do with `among="recent"`, K is the largest, and -1 stands behind the others' numbers.
+        rows: (S,) int64, which row of the training set each sample is, from 0; None where that is not known: see
+            `methods.row_numbers`.
     """
 
     step: int
@@ -52,6 +54,7 @@ class SampleChoice:
     layers: tuple[int, ...]
     scores: Tensor
     selected: Tensor
+    rows: Tensor | None = None
 
     def followed(self) -> list[list[int]]:
         """Numbers of the samples that each unit follows, ascending: `selected` without the -1."""
@@ -105,6 +108,7 @@ class Choosing:
         self._uniform = uniform
         self._step = step
         self._number = number
+        self.rows: Tensor | None = None  # (S,), their numbers in the training set
         self._added: Tensor | None = None
         self._choices: dict[Unit, tuple[Tensor, Tensor]] = {}
 
@@ -140,6 +144,7 @@ class Choosing:
             tuple(unit.layer for unit in chosen),
             torch.stack([self._choices[unit][0].cpu() for unit in chosen]),
             pad_sequence([_numbers(self._choices[unit][1].cpu()) for unit in chosen], True, -1),
+            None if self.rows is None else self.rows.cpu(),
         )
 
 

@@ -20,6 +20,7 @@ from siftune.engine.per_sample import refuse_compiled
 from siftune.engine.tape import SampleGradients, Tape
 from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, model_loss
 from siftune.methods.followed import how_many
+from siftune.methods.row_numbers import RowNumbers
 from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit
 from siftune.methods.support import Gradients, Support, support_gradient
 from siftune.methods.target_rows import TargetRows
@@ -118,6 +119,7 @@ class SampleSelection:
         self.draws = draws
         self.loss = loss
         self.steps = 0
+        self.numbers: RowNumbers | None = None  # of the batches' rows, where a Trainer gives them
         self._chunk = chunk
         self._choosing: Choosing | None = None
         self._seed: int | None = None  # of the step; None before the first
@@ -229,6 +231,8 @@ class SampleSelection:
         uniform = torch.rand(len(self.rule.units), wide, generator=generator, dtype=torch.float64)
         target = None if self._target is None else self._target.in_batch(samples)
         self._choosing = Choosing(self.steps, number, samples, count, uniform, target)
+        if self.numbers is not None and self.numbers.rows is not None and len(self.numbers.rows) == samples:
+            self._choosing.rows = self.numbers.rows
         count = self._choosing.count
         if not self.rule.follows_all(self.steps) and (count < samples or self.rule.always):
             return self._choosing

@@ -145,12 +145,21 @@ def token_loss(logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None
     Returns:
         Scalar float32; 0 where there is no label at all.
     """
+    return mean_loss(token_losses(logits_1NV, labels_BT), items)
+
+
+def token_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross entropy of each label, in their order; (N,) float32. Arguments are those of `token_loss`."""
     targets_N = next_labels(labels_BT).to(logits_1NV.device)
-    total = nn.functional.cross_entropy(logits_1NV[0].float(), targets_N, reduction="sum")
-    divisor = targets_N.numel() if items is None else items
+    return nn.functional.cross_entropy(logits_1NV[0].float(), targets_N, reduction="none")
+
+
+def mean_loss(losses_N: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Sum of the labels' losses over their number, or over `items`; a scalar, 0 where there is no label at all."""
+    divisor = losses_N.numel() if items is None else items
     if isinstance(divisor, Tensor):
-        return total / divisor.to(total.device).clamp_min(1)
-    return total / max(1, divisor)
+        return losses_N.sum() / divisor.to(losses_N.device).clamp_min(1)
+    return losses_N.sum() / max(1, divisor)
 
 
 def difference_from_model(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float]:

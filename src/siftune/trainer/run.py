@@ -24,6 +24,10 @@ from siftune.methods.log_lines import stand_first
 from siftune.methods.sample_choice import SampleChoice
 from siftune.recipe_checks import check
 from siftune.recipe_file import anchored, recipe_to_yaml
+from siftune.rows.lists import named_rows, without
+from siftune.rows.record import RowRecord
+from siftune.rows.texts import digest_of as digest_of_texts
+from siftune.rows.visits import NAME
 from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import (
     EarlyStop,
@@ -104,7 +108,8 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     metrics = Metrics(folder, lambda: built.active_layers())
     saving = [] if recipe.save_every else [RegularCheckpoints()]
     saving += [] if recipe.patience is None else [EarlyStop(recipe.patience)]
-    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *saving])
+    record = _row_record(recipe, folder, rows["train"])
+    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *saving, *record])
     stand_first(built.trainer, metrics)  # trackers read a line before other callbacks extend it
     digest = digest_of(data["train"])
     if checkpoint is not None:
@@ -122,6 +127,8 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     def release() -> None:
         view.close()
         built.release()
+        for part in record:
+            part.leave()
 
     summary = _fit(Outcome(built.trainer, folder, recorded, source, followed), checkpoint, release)
     if world_size() > 1:
@@ -163,14 +170,27 @@ def read_rows(recipe: Recipe) -> dict[str, list[Row]]:
     if recipe.target:
         target = load_rows(recipe.target, recipe.train_split, None, recipe.format)
         rows["train"] = with_target(rows["train"], target, recipe.target_share)
+    rows["train"] = _listed(recipe, rows["train"])
     if support := compared_with(recipe):
         rows["support"] = target if recipe.target else load_rows(support, recipe.train_split, None, recipe.format)
     return rows
 
 
+def _listed(recipe: Recipe, rows: list[Row]) -> list[Row]:
+    """Leave out the training rows that a recipe's file names."""
+    return without(rows, named_rows(recipe.drop_rows), recipe.drop_rows) if recipe.drop_rows else rows
+
+
 def tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Dataset:
     """Tokenise rows as a recipe says."""
     return tokenize_rows(rows, tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
+
+
+def _row_record(recipe: Recipe, folder: RunFolder, rows: list[Row]) -> list[RowRecord]:
+    """What records every row's losses, where the recipe has it; in a private run nothing, as no noise covers them."""
+    if not recipe.record_rows or recipe.dp_epsilon is not None:
+        return []
+    return [RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows))]
 
 
 def _record(built: Built, folder: RunFolder, scores: bool, followed: Followed) -> None:

@@ -5,6 +5,7 @@
       run.json          status, versions, hardware, summary
       rows.sha256       what tells its training rows from others
       metrics.jsonl     one line per log: step, loss, learning rate, tokens per second, peak memory
+      rows.parquet      one line per row and visit: its loss, and what methods made of it; for siftune rows
       selection.jsonl   one line per step: the layers that trained; scores where they were taken
       adapter/          the adapter in PEFT's format, or the layers that were tuned themselves; and the tokenizer
       return/           of a run on a kit: what goes back to the model's owner

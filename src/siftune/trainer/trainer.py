@@ -21,7 +21,7 @@ from siftune.errors import InputError, TrainingError, UnsupportedError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss
 from siftune.models.full import OpenLayers
-from siftune.models.loss import difference_from_model, label_positions, logits_at, token_loss
+from siftune.models.loss import difference_from_model, label_positions, logits_at, mean_loss, token_losses
 from siftune.models.modes import evaluating
 from siftune.numerics import all_finite
 from siftune.trainer.run_folder import is_complete
@@ -42,10 +42,12 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     Attributes:
         rows: Numbers of the rows in the batch that was trained on last, where the training rows are numbered.
         kept_step: The step whose weights the model was given at the end, those of least held-out loss; None: the last.
+        label_losses: Losses of its labels in row-major order, (N,) float32; None where the loss is not made of them.
     """
 
     rows: Sequence[int] = ()
     kept_step: int | None = None
+    label_losses: Tensor | None = None
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         # from the start: the Trainer counts the labels of a step before it asks for the first loss
-        kwargs["compute_loss_func"] = _label_loss if privacy is None else _row_loss
+        kwargs["compute_loss_func"] = self._label_loss if privacy is None else _row_loss
         own = [FiniteGradients(), *(callbacks or []), *([] if privacy is None else [privacy])]
         super().__init__(*args, callbacks=own, **kwargs)
         self.privacy = privacy
@@ -91,6 +93,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """One forward and backward; raises TrainingError on a loss that is not finite."""
         self.rows = inputs[ROW].tolist() if ROW in inputs else []
+        self.label_losses = None
         loss: Tensor = (
             super().training_step(model, inputs, num_items_in_batch)
             if self.privacy is None
@@ -102,6 +105,12 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
                 "adapter. Lower --lr, or look for broken rows in the data."
             )
         return loss
+
+    def _label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        losses_N = token_losses(outputs.logits, labels)
+        if torch.is_grad_enabled():
+            self.label_losses = losses_N.detach()
+        return mean_loss(losses_N, num_items_in_batch)
 
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
         """Forward and backward on a step's rows, some at a time, and noise once."""
@@ -160,10 +169,6 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
                 ours,
             )
         return agrees
-
-
-def _label_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    return token_loss(outputs.logits, labels, num_items_in_batch)
 
 
 def _row_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

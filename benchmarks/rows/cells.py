@@ -1,0 +1,81 @@
+"""The cells: of what kind the planted errors are, how many there are, and among which rows they stand.
+
+A cell is one of `pays.cells`, with what is planted besides:
+
+    name     KIND-PERCENT, such as near-15; with -epochs, a quarter of the rows is passed over four times
+    kind     what is wrong with the planted rows, see below
+    planted  their share of all rows
+
+    uniform    two-digit arithmetic with an answer drawn evenly from 0 to 198
+    near       two-digit arithmetic with a near miss for an answer
+    option     questions of ARC and OpenBookQA with the text of a wrong option
+    mixed      uniform among arithmetic that makes up half of the rows; texts of options are the other half
+    off-task   texts of options among arithmetic
+    truncated  texts of options of which the last half is missing
+    duplicate  arithmetic that stands there twice: the copy is the error
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+Cell = dict[str, Any]
+Row = dict[str, Any]
+
+KINDS = ("uniform", "near", "option", "mixed", "off-task", "truncated", "duplicate")
+PERCENTS = (5, 15, 30)
+_TEXTS = ("option", "truncated")
+_EPOCHS = 4
+
+
+def cell_of(name: str) -> Cell:
+    """Look up a cell.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    kind, _, percent = name.removesuffix("-epochs").rpartition("-")
+    if kind not in KINDS or not percent.isdecimal() or not 0 < int(percent) < 100:
+        raise ValueError(
+            f"there is no cell {name!r}; use KIND-PERCENT or KIND-PERCENT-epochs, KIND: {', '.join(KINDS)}"
+        )
+    planted = int(percent) / 100
+    wrong = planted if kind in ("uniform", "near", "option", "mixed") else 0.0
+    rest = {"mixed": ["options"], "off-task": ["options"]}.get(kind, [])
+    share = {"mixed": 0.5 - wrong, "off-task": 1 - planted}.get(kind, 1 - wrong)
+    target = "options" if kind in _TEXTS else "arithmetic"
+    plain = {"others": [], "known": 0, "longest": 28, "rows": None}
+    made = {"target": target, "share": share, "wrong": wrong, "near": kind == "near", "rest": rest}
+    return {"name": name, "kind": kind, "planted": planted, "epochs": name.endswith("-epochs"), **made, **plain}
+
+
+def rows_in(cell: Cell, steps: int, batch: int) -> int:
+    """Rows of a cell for so many steps."""
+    return steps * batch // (_EPOCHS if cell["epochs"] else 1)
+
+
+def plant(rows: Sequence[Row], cell: Cell, seed: int) -> list[Row]:
+    """Spoil rows where the pool has not done so; each then says whether it is `bad`.
+
+    Args:
+        rows: Rows of the pool, shuffled.
+        cell: The cell.
+        seed: Of the job.
+    """
+    rng, count = random.Random(f"planted {seed}"), round(cell["planted"] * len(rows))
+    if cell["kind"] == "truncated":
+        chosen = set(rng.sample(range(len(rows)), count))
+        return [_cut(row) if at in chosen else {**row, "bad": False} for at, row in enumerate(rows)]
+    if cell["kind"] == "duplicate":
+        kept = [{**row, "bad": False} for row in rows[count:]]
+        copies = [{**row, "bad": True} for row in rng.sample(kept, count)]
+        return rng.sample([*kept, *copies], len(rows))
+    groups = ("options",) if cell["kind"] == "off-task" else ("wrong",)
+    return [{**row, "bad": row["group"] in groups} for row in rows]
+
+
+def _cut(row: Row) -> Row:
+    """Leave the first half of a completion, words where it has several."""
+    text, words = row["completion"], row["completion"].split()
+    half = " ".join(words[: len(words) // 2]) if len(words) > 1 else text[: -(-len(text) // 2)]
+    return {**row, "completion": half, "bad": half != row["completion"]}

@@ -1,0 +1,161 @@
+"""One job in a process of its own: `python -m rows.job OUT DATA` reads it from stdin and adds a line to OUT.
+
+A job "scores" trains once on a pool with planted errors, and scores its rows in every way. A job "drop" trains on the
+same pool as it is, and then without the rows that a score names, against as many dropped otherwise.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pays.gemma import folder as gemma_folder
+from pays.job import Work
+from pays.measure import measure_rows, nats_per_token
+from pays.pool import Pool, asked, make_pool
+from pays.results import append
+from pays.subset import SubsetTrainer
+from rows.cells import plant, rows_in
+from rows.metrics import all_of, named
+from rows.scores import all_scores
+from rows.watch import Watch
+from siftune.environment import hardware, versions
+from siftune.errors import SiftuneError
+from siftune.models.source import load_model
+from siftune.rows.record import RowRecord
+from siftune.rows.suspects import LEAST
+from siftune.rows.texts import Text
+from siftune.trainer.build import Built
+
+Job = dict[str, Any]
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+ARMS = ("named", "loss", "random", "truth")  # what is left out, but for the arm "all"
+
+
+@dataclass
+class Recorded(Work):
+    """Work that records its rows, and watches their gradients where it is told to."""
+
+    watch: Watch | None = None
+    record: RowRecord = field(default_factory=RowRecord)
+
+    def _take_over(self, built: Built, rows: Sequence[Row]) -> SubsetTrainer:
+        trainer = super()._take_over(built, rows)
+        for part in (self.record, self.watch):
+            if part is not None:
+                trainer.add_callback(part)
+        return trainer
+
+
+def pool_of(job: Job, data: Path, tokenizer: Any) -> Pool:
+    """Draw the rows of a job, and plant its errors."""
+    cell = {**job["cell"], "rows": rows_in(job["cell"], job["steps"], job["batch"])}
+
+    def length(row: Row) -> int:
+        return len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1
+
+    pool = make_pool({**job, "cell": cell}, data, length)
+    return replace(pool, train=plant(pool.train, job["cell"], job["seed"]))
+
+
+def scored(job: Job, data: Path, folder: Path) -> Record:
+    """Train once, and score all rows."""
+    model, tokenizer = load(job)
+    pool = pool_of(job, data, tokenizer)
+    work = Recorded(job, model, tokenizer, pool, folder, watch=Watch())
+    base = measure_rows(model, work.tokenized(pool.train), work.collate)
+    measured = work.run()
+    texts = [Text(row["prompt"], row["completion"]) for row in pool.train]
+    before = np.array(base["nll"]) / np.array(base["tokens"])
+    scores = all_scores(work.record.visits(), work.watch.columns(), before, texts)
+    bad = np.array([row["bad"] for row in pool.train])[np.unique(work.record.visits().row)]
+    return {
+        "rows": len(bad),
+        "bad": int(bad.sum()),
+        "scores": {name: all_of(values, bad) for name, values in scores.items()},
+        "named": named(scores["z"], bad, LEAST),
+        "nats": round(nats_per_token(measured), 5),
+        "seconds_per_step": measured.get("seconds_per_step"),
+    }
+
+
+def dropped(job: Job, data: Path, folder: Path) -> Record:
+    """Train on all rows, and without those that are named; each arm has the same steps."""
+    model, tokenizer = load(job)
+    pool = pool_of(job, data, tokenizer)
+    first = Recorded(job, model, tokenizer, pool, folder)
+    arms = {"all": _quality(first.run())}
+    visits = first.record.visits()
+    z, loss = _first(visits)
+    bad = np.array([row["bad"] for row in pool.train])
+    gone = leave_out(z, loss, bad, job["seed"])
+    for name in ARMS:
+        kept = [row for at, row in enumerate(pool.train) if at not in gone[name]]
+        arms[name] = _quality(Work(job, *load(job), replace(pool, train=kept), folder).run())
+    counts = {name: {"rows": len(rows), "bad": int(bad[sorted(rows)].sum())} for name, rows in gone.items()}
+    return {"rows": len(bad), "bad": int(bad.sum()), "gone": counts, "arms": arms}
+
+
+def leave_out(z: Any, loss: Any, bad: Any, seed: int) -> dict[str, set[int]]:
+    """Numbers of the rows that each arm goes without: those that are named, and as many by loss and at random.
+
+    Args:
+        z: (R,) siftune's score.
+        loss: (R,) the loss at first sight.
+        bad: (R,) whether a row is bad.
+        seed: Of the job.
+    """
+    named_rows = np.flatnonzero(z >= LEAST)
+    count = len(named_rows)
+    drawn = np.random.default_rng(seed).permutation(len(z))[:count]
+    chosen = {"named": named_rows, "loss": np.argsort(-loss, kind="stable")[:count], "random": drawn}
+    return {name: set(map(int, rows)) for name, rows in {**chosen, "truth": np.flatnonzero(bad)}.items()}
+
+
+def _first(visits: Any) -> tuple[Any, Any]:
+    """Score and loss of every row at first sight; a row that was never seen is not named."""
+    from siftune.rows.scores import by_time, seen
+
+    gathered, z = seen(visits.row), by_time(visits.loss, visits.step)
+    both = np.full((2, int(visits.row.max()) + 1), -np.inf)
+    both[:, gathered.rows] = z[gathered.first], visits.loss[gathered.first]
+    return both[0], both[1]
+
+
+def _quality(measured: Record) -> Record:
+    return {name: measured[name] for name in ("right", "nll", "tokens", "dev_nats")}
+
+
+def load(job: Job) -> tuple[Any, Any]:
+    """The model of a job, fresh."""
+    return load_model(str(gemma_folder()) if job["model"] == "gemma3" else job["model"])
+
+
+RUN: dict[str, Callable[[Job, Path, Path], Record]] = {"scores": scored, "drop": dropped}
+
+
+def main(argv: list[str]) -> int:
+    """Work off the job of standard input; return the exit code."""
+    job, started = json.loads(sys.stdin.read()), time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = RUN[job["scenario"]](job, Path(argv[1]), Path(folder))
+    except SiftuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    seconds = round(time.monotonic() - started, 1)
+    append(Path(argv[0]), {"job": job, **found, "seconds": seconds, "hardware": hardware(), "versions": versions()})
+    print(f"{found['bad']} of {found['rows']} rows are bad")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""`siftune rows`: rows of a run that look wrong, with what they say and where they stand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from siftune.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from siftune.rows.suspects import Suspect
+
+
+@dataclass
+class Options:
+    """Name the training rows of a run that may be wrong: those that cost far more than others when first seen.
+
+    Look at them before you drop any: rows that are hard or rare cost much, too. `siftune train --drop-rows FILE` trains
+    without the rows of a list.
+    """
+
+    run: Positional[str]
+    """Run folder, or any folder with the rows.parquet that RowRecord wrote."""
+    top: int | None = None
+    """Name so many at the most; if not given, 20 on the screen and all in files."""
+    csv: Path | None = None
+    """Write them to this CSV file, texts whole."""
+    html: Path | None = None
+    """Write them to this page, texts whole."""
+
+
+_SHOWN = 20
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Find them, show them, and write what was asked for."""
+    from rich.console import Console
+
+    from siftune.report.rows import table, to_csv, to_html
+    from siftune.report.table import print_table
+    from siftune.rows.suspects import Rows
+
+    if options.top is not None and options.top < 1:
+        raise RecipeError(f"--top is {options.top}, but must be 1 or more")
+    folder = Path(options.run).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
+    rows = Rows(folder)
+    found = rows.suspects(options.top)
+    title = f"{len(found):,} of {len(rows.places):,} rows of {options.run} may be wrong"
+    shown = found[: options.top or _SHOWN]
+    console = Console(highlight=False, soft_wrap=True)
+    if shown:
+        print_table(table(shown, title), console)
+    _tell(Console(stderr=True, highlight=False, soft_wrap=True), found, shown, len(rows.places))
+    if options.csv is not None:
+        _write(options.csv, to_csv(found))
+    if options.html is not None:
+        _write(options.html, to_html(found, title, NOTE))
+    return {"run": folder, "rows": len(rows.places), "suspects": found}
+
+
+NOTE = (
+    "Rows that cost far more than others when they were first seen. Hard and rare rows do so, too: look before you "
+    "drop any."
+)
+
+
+def _tell(console: Any, found: "list[Suspect]", shown: "list[Suspect]", rows: int) -> None:
+    """Say what the table is, and what to do with it."""
+    if not found:
+        console.print(f"none of {rows:,} rows stands out by its loss when it was first seen")
+        return
+    more = f"{len(found) - len(shown):,} more with --top or --csv FILE; " if len(found) > len(shown) else ""
+    console.print(f"{NOTE}\n{more}`siftune train --drop-rows FILE` trains without those of a list", markup=False)
+
+
+def _write(path: Path, text: str) -> None:
+    from siftune.files import write_beside
+
+    path = path.expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_beside(path) as [beside]:
+        beside.write_text(text, encoding="utf-8")

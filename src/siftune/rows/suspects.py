@@ -1,0 +1,165 @@
+"""Rows of a run that look wrong, with what they say: for the command `siftune rows`, for pages, and for your own use.
+
+A row's score is its loss when it was first seen, in deviations above what was usual for rows at that time
+(`scores.by_time`): in that moment nothing had been learned from it. Rows that stand in one place, as those of a target
+that are repeated, are one row here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftune.errors import DataError
+from siftune.rows.scores import Seen, by_time, company, seen
+from siftune.rows.texts import Text, digest_of, text_of
+from siftune.rows.twins import Twins
+from siftune.rows.visits import NAME, Record, read_visits
+
+LEAST = 3.0  # deviations above what is usual from which a row is a suspect (ours)
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A row that may be wrong.
+
+    Attributes:
+        place: Where it stands, such as "rows.jsonl:17"; "row 17", its number from 0, where that was not recorded.
+        text: What it says; empty where only numbers were recorded.
+        reason: Why it is here, in words.
+        score: Its loss at first sight, in deviations above what was usual for rows at that time.
+        duplicates: Places of rows that say nearly the same.
+    """
+
+    place: str
+    text: Text
+    reason: str
+    score: float
+    duplicates: tuple[str, ...] = ()
+
+
+def suspects(run: Path, top: int | None = None) -> list[Suspect]:
+    """Rows of a run that may be wrong, the likeliest first.
+
+    Args:
+        run: Folder of a run of `siftune train`, or any folder with the `rows.parquet` that `RowRecord` writes. What
+            rows say is read again from where the run's recipe found them; without a recipe it is not known.
+        top: So many at the most; None: all that cost three deviations more than was usual when first seen.
+
+    Raises:
+        DataError: The run has no record of its rows, or the rows have changed since.
+        RecipeError: The run's recipe can't be read.
+
+    Example:
+        >>> for suspect in suspects(Path("runs/first"), top=20):  # doctest: +SKIP
+        ...     print(suspect.place, suspect.reason)
+    """
+    return Rows(run).suspects(top)
+
+
+class Rows:
+    """The rows of a run, with their record.
+
+    Args:
+        run: As for `suspects`.
+
+    Raises:
+        DataError, RecipeError: As `suspects`.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.record = read_visits(run / NAME)
+        self.texts = texts_of(run, self.record)
+        self.places, self._who = _whereabouts(self.record)
+        self._z = by_time(self.record.visits.loss, self.record.visits.step)
+        self._company = company(self.record.visits.loss, self.record.visits.step)
+
+    def suspects(self, top: int | None = None) -> list[Suspect]:
+        """As the function `suspects`."""
+        gathered = seen(self._who)
+        scores_R = self._z[gathered.first]
+        order = [at for at in np.argsort(-scores_R, kind="stable") if scores_R[at] >= LEAST]  # NaN is not
+        return [self._suspect(gathered, int(at)) for at in order[:top]]
+
+    def _suspect(self, gathered: Seen, at: int) -> Suspect:
+        place, visit = self.places[gathered.rows[at]], int(gathered.first[at])
+        text = self.texts.get(place, Text("", ""))
+        reason = "; ".join([self._why(visit), *self._contradicted(text)])
+        return Suspect(place, text, reason, round(float(self._z[visit]), 4), tuple(self._twins_of(place)))
+
+    def _why(self, visit: int) -> str:
+        """Say what a row cost at first sight, and what is known besides."""
+        visits, (usual, deviation) = self.record.visits, (part[visit] for part in self._company)
+        words = (
+            f"cost {visits.loss[visit]:.2f} nats a token when first seen, in step {visits.step[visit] + 1}, where "
+            f"{usual:.2f} ± {deviation:.2f} was usual"
+        )
+        followed = float(visits.followed[visit])
+        return words if np.isnan(followed) else f"{words}; {followed:.0%} of the layers followed it"
+
+    def _contradicted(self, text: Text) -> list[str]:
+        """Say where the same prompt has another completion."""
+        asked = self._asked.get(text.prompt, ())
+        others = [place for place in asked if self.texts[place].completion != text.completion]
+        return [f"{others[0]} has the same prompt and another completion"] if text.prompt and others else []
+
+    def _twins_of(self, place: str) -> list[str]:
+        return [self._known[other] for other in self._twins.of(self._number[place])] if place in self.texts else []
+
+    @cached_property
+    def _known(self) -> list[str]:
+        return list(self.texts)
+
+    @cached_property
+    def _number(self) -> Mapping[str, int]:
+        return {place: number for number, place in enumerate(self.texts)}
+
+    @cached_property
+    def _twins(self) -> Twins:
+        return Twins([f"{text.prompt}\n{text.completion}" for text in self.texts.values()])
+
+    @cached_property
+    def _asked(self) -> Mapping[str, list[str]]:
+        places: dict[str, list[str]] = {}
+        for place, text in self.texts.items():
+            places.setdefault(text.prompt, []).append(place)
+        return places
+
+
+def _whereabouts(record: Record) -> tuple[list[str], NDArray[np.int64]]:
+    """Places of the rows, and for every visit the number of its place among these."""
+    known: dict[str, int] = {}
+    who = np.array([known.setdefault(place, len(known)) for place in _words(record)], dtype=np.int64)
+    return list(known), who
+
+
+def _words(record: Record) -> Sequence[str]:
+    """Where each visit's row stands; its number where that was not recorded."""
+    return record.places or [f"row {number}" for number in record.visits.row.tolist()]
+
+
+def texts_of(run: Path, record: Record) -> dict[str, Text]:
+    """What the rows of a run say, by their places in the record; empty where the folder has no recipe.
+
+    A row that was never seen is named as it is now, maybe by another path of the same file.
+
+    Raises:
+        DataError: The rows are others than the record is of.
+        RecipeError: The recipe can't be read.
+    """
+    if not (run / "recipe.yaml").is_file():
+        return {}
+    from siftune.recipe_file import load_recipe
+    from siftune.trainer.run import read_rows
+
+    rows = read_rows(load_recipe(run / "recipe.yaml"))["train"]
+    if record.about and digest_of(rows) != record.about:
+        raise DataError(
+            f"the training rows have changed since {run} was trained, so that its record is of others: bring them "
+            "back, or train again."
+        )
+    recorded = dict(zip(record.visits.row.tolist(), _words(record), strict=True))
+    return {recorded.get(number, row.origin): text_of(row) for number, row in enumerate(rows)}

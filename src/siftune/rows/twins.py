@@ -1,0 +1,118 @@
+"""Near-duplicates: rows that share most of what is peculiar to them.
+
+Two texts are compared by their shingles, runs of eight bytes, in lower case and with single spaces: the share of those
+that both have among those that either has (Broder, "On the resemblance and containment of documents", 1997). Shingles
+that many rows have, such as those of a template, tell nothing and are left out (ours). Of large data a fixed part of
+all shingles is looked at, the same of every text, which leaves the share as it is on average (FracMinHash, Irber et al.
+2022).
+
+Eight bytes are a 64-bit number, so nothing is hashed, and the share is exact where all shingles are looked at. That is
+a few sorts in numpy; libraries of MinHash sign one text after another in Python, and give an estimate.
+
+Shapes: N texts, W shingles of all texts, one for each text that has it.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALIKE = 0.8  # share of shingles from which two rows are near-duplicates
+_COMMON, _LEAST = 0.05, 10  # a shingle of more than 5 % of the rows, and of more than ten, is left out
+_MOST = 2**24  # shingles to look at, about
+_CHUNK = 2**22  # bytes of text at a time
+_BYTES = 8
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+Ints = NDArray[np.int64]
+Keys = NDArray[np.uint64]
+
+
+class Twins:
+    """Finds near-duplicates among texts.
+
+    Args:
+        texts: (N,) of these.
+
+    Example:
+        >>> twins = Twins(["Name the capital of France. Paris", "name the capital of  France. Paris!", "2 + 2? 4"])
+        >>> twins.of(0), twins.of(2)
+        ([1], [])
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        plain = [" ".join(text.lower().split()).encode() for text in texts]
+        self._equal: dict[bytes, list[int]] = {}
+        for number, text in enumerate(plain):
+            self._equal.setdefault(text, []).append(number)
+        self._plain = plain
+        rows_W, keys_W = _shingles(plain)
+        order = np.argsort(keys_W, kind="stable")
+        keys_W, self._rows = keys_W[order], rows_W[order]
+        starts = np.flatnonzero(np.concatenate([[True], keys_W[1:] != keys_W[:-1]])) if len(keys_W) else order
+        counts = np.diff(np.append(starts, len(keys_W)))
+        kept = counts <= max(_LEAST, _COMMON * len(texts))
+        self._starts, self._counts = starts[kept], counts[kept]
+        member = np.repeat(np.flatnonzero(kept), self._counts)
+        own = self._rows[np.repeat(kept, counts)]
+        by_row = np.argsort(own, kind="stable")
+        self._shingles = np.searchsorted(
+            np.flatnonzero(kept), member[by_row]
+        )  # of each row, by their places in _starts
+        self._sizes = np.bincount(own, minlength=len(texts))
+        self._ends = np.cumsum(self._sizes)
+
+    def of(self, number: int) -> list[int]:
+        """Numbers of the texts that are nearly the same as one of them, ascending, without itself."""
+        same = set(self._equal[self._plain[number]])
+        size, end = self._sizes[number], self._ends[number]
+        if size:
+            shingles = self._shingles[end - size : end]
+            shared = [self._rows[self._starts[at] : self._starts[at] + self._counts[at]] for at in shingles]
+            others, both = np.unique(np.concatenate(shared), return_counts=True)
+            alike = both / (size + self._sizes[others] - both) >= ALIKE
+            same |= set(others[alike].tolist())
+        return sorted(same - {number})
+
+
+def _shingles(texts: Sequence[bytes]) -> tuple[Ints, Keys]:
+    """Shingles of all texts, each once for every text that has it: whose they are, and they; (W,) both."""
+    total = sum(map(len, texts))
+    skip = max(0, int(np.ceil(np.log2(max(1, total) / _MOST))))  # all but one in 2^skip are passed over
+    parts = [_of_chunk(first, chunk, skip) for first, chunk in _chunks(texts)]
+    if not parts:
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    rows, keys = zip(*parts, strict=True)
+    return np.concatenate(rows), np.concatenate(keys)
+
+
+def _chunks(texts: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
+    """Texts in parts of some megabytes, with the number of the first."""
+    first = size = 0
+    for number, text in enumerate(texts):
+        size += len(text)
+        if size >= _CHUNK or number == len(texts) - 1:
+            yield first, texts[first : number + 1]
+            first, size = number + 1, 0
+
+
+def _of_chunk(first: int, texts: Sequence[bytes], skip: int) -> tuple[Ints, Keys]:
+    """Shingles of some texts; a shorter text is one, filled up with zeros."""
+    padding = bytes(_BYTES - 1)
+    data = np.frombuffer(padding.join(texts) + padding, dtype=np.uint8).astype(np.uint64)
+    count = len(data) - len(padding)
+    keys = np.zeros(count, np.uint64)
+    for place in range(_BYTES):
+        keys = (keys << np.uint64(8)) | data[place : place + count]
+    lengths = np.array([len(text) for text in texts])
+    wide = lengths + len(padding)
+    rows = np.repeat(np.arange(first, first + len(texts)), wide)[:count]
+    ends = np.repeat(np.cumsum(wide) - wide + np.maximum(1, lengths - len(padding)), wide)[:count]
+    kept = np.arange(count) < ends
+    if skip:
+        kept &= (keys * _MIX) >> np.uint64(64 - skip) == 0
+    rows, keys = rows[kept], keys[kept]
+    order = np.lexsort((keys, rows))
+    rows, keys = rows[order], keys[order]
+    fresh = np.concatenate([[True], (rows[1:] != rows[:-1]) | (keys[1:] != keys[:-1])])[: len(rows)]
+    return rows[fresh], keys[fresh]

@@ -1,0 +1,106 @@
+"""Files that name rows, and what is done with these."""
+
+import pytest
+from rich.console import Console
+from support.tiny_run import recipe, save_rows
+
+from siftune.data.readers import load_rows
+from siftune.errors import DataError
+from siftune.rows.lists import named_rows, row_weights, weighed, without
+from siftune.rows.suspects import suspects
+from siftune.rows.visits import read_visits
+from siftune.trainer.run import train
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": "three"}\n')
+    return path
+
+
+def said(rows):
+    return [row.completion for row in rows]
+
+
+def test_places_are_read_from_lines_and_from_csv(tmp_path):
+    lines, table = tmp_path / "bad.txt", tmp_path / "bad.csv"
+    lines.write_text("# looked at\n\nrows.jsonl:3\n  rows.jsonl:4 \n")
+    table.write_text('score,place,prompt\n2.1,rows.jsonl:3,"a, b"\n1,rows.jsonl:4,"c\nd"\n')
+    assert named_rows(str(lines)) == named_rows(str(table)) == ["rows.jsonl:3", "rows.jsonl:4"]
+
+
+def test_rows_are_left_out_by_their_place_from_wherever_it_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for named, read in ((str(data), "rows.jsonl"), ("rows.jsonl", str(data)), ("./rows.jsonl", "rows.jsonl")):
+        assert said(without(load_rows(read), [f"{named}:3"], "bad.txt")) == ["one", "three"]
+
+
+def test_weights_go_to_the_rows_that_are_named(data, tmp_path):
+    table = tmp_path / "weights.csv"
+    table.write_text(f"place,weight\n{data}:3,0.25\n{data}:4,2\n")
+    found = weighed(load_rows(str(data)), row_weights(str(table)), str(table))
+    assert [row.extra.get("weight") for row in found] == [None, 0.25, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no column 'place' in its first line"),
+        ("place\nrows.jsonl:1\n", "has no column 'weight' in its first line (found: place)"),
+        ("place,weight\n", "weighs no rows"),
+        ("place,weight\na:1,x\n", "weights.csv:2: the weight is 'x'; give a number from 0 on"),
+        ("place,weight\na:1,-1\n", "the weight is '-1'"),
+        ("place,weight\na:1,inf\n", "the weight is 'inf'"),
+        ("place,weight\na:1\n", "the weight is None"),
+        ("place,weight\na:1,1\na:1,2\n", "weights.csv:3: a:1 has the weight 2 here and 1 before"),
+    ],
+)
+def test_tables_of_weights_that_are_wrong(tmp_path, text, words):
+    path = tmp_path / "weights.csv"
+    path.write_text(text)
+    with pytest.raises(DataError) as raised:
+        row_weights(str(path))
+    assert words in str(raised.value)
+
+
+def test_places_that_are_no_rows_are_refused(data):
+    rows = load_rows(str(data))
+    with pytest.raises(
+        DataError, match=r"bad.txt names 4 that are no training rows \(a:1, b, .*rows.jsonl:2, …\); the first"
+    ):
+        without(rows, ["a:1", "b", f"{data}:2", "c"], "bad.txt")
+    with pytest.raises(DataError, match="names 1 that are no training rows"):
+        weighed(rows, {f"{data}:9": 1.0}, "w.csv")
+    with pytest.raises(DataError, match="names all training rows"):
+        without(rows, [row.origin for row in rows], "bad.txt")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for make, words in (
+        (lambda path: None, "cannot be read: No such file"),
+        (lambda path: path.write_text("#\n"), "names no rows"),
+        (lambda path: path.write_bytes(b"\xff"), "is not UTF-8 text: byte 0"),
+    ):
+        path = tmp_path / f"{len(words)}.txt"
+        make(path)
+        with pytest.raises(DataError, match=words):
+            named_rows(str(path))
+
+
+def test_a_run_trains_without_the_rows_of_a_list(base, tmp_path):
+    path, bad = save_rows(tmp_path / "rows.jsonl"), tmp_path / "bad.csv"
+    bad.write_text("place,score\n" + "".join(f"{path}:{line},1\n" for line in (3, 5, 24)))
+    settings = {"method": "dense", "drop_rows": str(bad)}
+    train(recipe(base, path, tmp_path / "run", steps=None, **settings), Console(quiet=True))
+    found = read_visits(tmp_path / "run" / "rows.parquet")
+    assert {int(place.rpartition(":")[2]) for place in found.places} == set(range(1, 25)) - {3, 5, 24}
+    assert len(suspects(tmp_path / "run", 3)) <= 3  # their texts are found again without the rows of the list
+
+
+def test_nothing_is_recorded_where_nobody_wants_it(base, tmp_path):
+    path = save_rows(tmp_path / "rows.jsonl")
+    train(recipe(base, path, tmp_path / "run", method="dense", steps=1, record_rows=False), Console(quiet=True))
+    private = {"dp_epsilon": 8.0, "dp_delta": 1e-3, "steps": 1}
+    train(recipe(base, path, tmp_path / "private", method="dense", **private), Console(quiet=True))
+    assert not list(tmp_path.rglob("rows.parquet"))
