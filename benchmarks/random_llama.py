@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def save_llama(folder: Path, layers: int, hidden: int, longest: int) -> str:
+def save_llama(folder: Path, layers: int, hidden: int, longest: int, spread: float = 0.02) -> str:
     """Save a random llama with a tokenizer of single bytes.
 
     Args:
@@ -20,6 +20,7 @@ def save_llama(folder: Path, layers: int, hidden: int, longest: int) -> str:
         layers: Its decoder layers.
         hidden: Its hidden size, a multiple of 4.
         longest: Tokens that a row may have.
+        spread: Deviation of its weights; with the usual one no training of adapters moves its losses far.
 
     Returns:
         The folder.
@@ -27,7 +28,7 @@ def save_llama(folder: Path, layers: int, hidden: int, longest: int) -> str:
     config = LlamaConfig(
         vocab_size=4096, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=longest, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=spread,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

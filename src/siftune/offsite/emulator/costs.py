@@ -6,6 +6,7 @@ costs are those on the other half. The kit itself is made from all of them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,8 @@ def measured_shares(
     Returns:
         Number of the layer -> path -> share.
     """
-    family, layers, known = family_of(getattr(model, "config", None)), find_layers(model).layers, recording.costs()
+    family, layers = family_of(getattr(model, "config", None)), find_layers(model).layers
+    known = recording.costs(replace(how, keep=1.0, sequential=False, distil=0))  # costs do not depend on these
     tables: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
     for done, number in enumerate(recording.numbers, 1):
         if not known.has(number):

@@ -3,7 +3,7 @@
 Shapes: B rows, T positions, H hidden size, N real tokens of all batches, F features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class Recording:
         hidden: What goes into a layer, by its number; what comes out is what goes into the next.
         grads: Gradients of the summed loss for what comes out, by number of the layer.
         after: By place of a job, what goes into a layer after compressed ones, by its number.
+        measured: What layers' matrices would cost, by what that depends on.
         calls: By batch, then by number of the layer.
         real: (B, T) bool per batch: false on padding.
         tokens: Labels of all batches.
@@ -65,6 +66,7 @@ class Recording:
     hidden: States
     grads: States
     after: dict[int, States] = field(default_factory=dict)
+    measured: dict[Hashable, States] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)
     real: list[Tensor] = field(default_factory=list)
     tokens: int = 0
@@ -80,9 +82,9 @@ class Recording:
         """What goes into a layer after the compressed ones of a job."""
         return self.after.setdefault(place, self.hidden.beside(f"carried-{place}"))
 
-    def costs(self) -> States:
-        """Where measured costs of layers are kept, by number: empty in memory, in a folder what is there."""
-        return self.hidden.beside("cost")
+    def costs(self, of: Hashable) -> States:
+        """Where measured costs of layers are kept, by number; jobs of which `of` is the same share them."""
+        return self.measured.setdefault(of, self.hidden.beside("cost"))
 
     def outputs(self, number: int) -> Tensor:
         """Outputs of a layer at the real tokens of all batches; (N, H) float32."""

@@ -7,6 +7,7 @@ from support.emulators import base, calibration, emulator, settings
 from siftune.errors import RecipeError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
+from siftune.offsite.emulator import costs
 from siftune.offsite.emulator.compress import Compression
 from siftune.offsite.emulator.costs import SHARES, layer_costs, measured_paths
 from siftune.offsite.emulator.make import emulators, record_middle
@@ -51,10 +52,10 @@ def test_costs_of_factored_matrices(family, basis):
     layer, matrices, captured = seen(family)
     how = Compression(basis=basis, mlp="factors", lambda_attn=0.3, protect=0.1)
     tables = layer_costs(layer, matrices, captured, how)
-    for path, (sizes, costs) in zip(measured_paths(how, matrices), tables, strict=True):
+    for path, (sizes, lost_at) in zip(measured_paths(how, matrices), tables, strict=True):
         weight = weight_OI(layer.get_submodule(path)).detach().float()
         known = curvature(*half(captured[path], False))
-        for share, size, cost in [*zip(SHARES, sizes.tolist(), costs.tolist(), strict=True)][::6]:
+        for share, size, cost in [*zip(SHARES, sizes.tolist(), lost_at.tolist(), strict=True)][::6]:
             rank = rank_of(share, *weight.shape)
             lam = 0.3 if path in matrices.attention else 0.0
             up, down = factor(components(weight, known, basis), known, rank, lam, 0.1)
@@ -69,7 +70,7 @@ def test_costs_of_channels(family, mlp):
     layer, matrices, captured = seen(family)
     how = Compression(mlp=mlp)
     assert measured_paths(how, matrices) == (*matrices.attention, matrices.writes)
-    sizes, costs = layer_costs(layer, matrices, captured, how)[-1].tolist()
+    sizes, lost_at = layer_costs(layer, matrices, captured, how)[-1].tolist()
     known = {path: curvature(*half(captured[path], False)) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in matrices.matrices}
     writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
@@ -78,13 +79,13 @@ def test_costs_of_channels(family, mlp):
     else:
         reads = [(weights[path], known[path]) for path in matrices.reads]
         scores = channel_scores(reads, (writes, known[matrices.writes]), 0.0)
-    for share, size, cost in [*zip(SHARES, sizes, costs, strict=True)][:-1:4]:
+    for share, size, cost in [*zip(SHARES, sizes, lost_at, strict=True)][:-1:4]:
         kept = keep_channels(scores, int(share * 48 + 1e-9))
         change = writes.clone()
         change[:, kept] -= refit(writes, inputs, kept) if mlp == "refit" else writes[:, kept]
         assert size == len(kept) * 32 * (len(matrices.reads) + 1)
         assert cost == pytest.approx(lost(change, captured[matrices.writes]), rel=1e-3, abs=1e-7)
-    assert (sizes[-1], costs[-1]) == (48 * 32 * (len(matrices.reads) + 1), 0.0)
+    assert (sizes[-1], lost_at[-1]) == (48 * 32 * (len(matrices.reads) + 1), 0.0)
 
 
 @pytest.mark.parametrize("mlp", ["refit", "channels", "factors"])
@@ -124,16 +125,23 @@ def test_it_costs_less_than_equal_shares():
     for step in plan(model, recording, how):
         layer = find_layers(model).layers[step.number]
         tables = layer_costs(layer, family, replay(layer, recording, step.number, family.matrices), how)
-        for path, (_, costs) in zip(measured_paths(how, family), tables, strict=True):
-            sums["measured"] += costs[SHARES.index(step.shares[path])].item()
-            sums["equal"] += costs[SHARES.index(0.5)].item()
+        for path, (_, lost_at) in zip(measured_paths(how, family), tables, strict=True):
+            sums["measured"] += lost_at[SHARES.index(step.shares[path])].item()
+            sums["equal"] += lost_at[SHARES.index(0.5)].item()
     assert sums["measured"] < 0.8 * sums["equal"]
 
 
-def test_several_at_once_go_their_own_ways():
+def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(monkeypatch):
     model = base()
     batches = calibration(model)
-    choices = [settings(**MEASURED), settings(keep=0.5), settings(keep=0.8, allot="measured", mlp="channels")]
+    choices = [
+        settings(**MEASURED), settings(keep=0.5), settings(**MEASURED, mlp="channels"),
+        settings(keep=0.8, allot="measured", sequential=True), settings(**MEASURED, damping=0.1),
+    ]  # fmt: skip
+    original, measured = costs.layer_costs, []
+    monkeypatch.setattr(costs, "layer_costs", lambda *args: measured.append(1) or original(*args))
+    emulators(model, batches, choices)
+    assert len(measured) == 3 * 3
     for choice, parts in zip(choices, emulators(model, batches, choices), strict=True):
         (alone,) = emulators(model, batches, [choice])
         assert all(torch.equal(alone.frozen[name], parts.frozen[name]) for name in alone.frozen)
