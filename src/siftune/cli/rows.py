@@ -37,7 +37,7 @@ def run(options: Options) -> dict[str, Any]:
     """Find them, show them, and write what was asked for."""
     from rich.console import Console
 
-    from siftune.report.rows import table, to_csv, to_html
+    from siftune.report.rows import table, tests_table, to_csv, to_html
     from siftune.report.table import print_table
     from siftune.rows.suspects import Rows
 
@@ -53,6 +53,9 @@ def run(options: Options) -> dict[str, Any]:
     console = Console(highlight=False, soft_wrap=True)
     if shown:
         print_table(table(shown, title), console)
+        for part in tests_table():
+            console.print()
+            print_table(part, console)
     _tell(Console(stderr=True, highlight=False, soft_wrap=True), found, shown, len(rows.places))
     if options.csv is not None:
         _write(options.csv, to_csv(found))
