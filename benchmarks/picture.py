@@ -2,14 +2,12 @@
 
 python benchmarks/picture.py --ist RUN --gast RUN --out docs/images/selection.png
 
-Both are folders of `siftune train`; GAST's run needs `--keep-scores`. Each panel has its colour
-bar: IST's importance logits as they were at the step, GAST's scores as z-scores within the layer.
+Both are folders of `siftune train`. Each panel has its colour bar: IST's importance logits as they were at the step,
+GAST's scores as z-scores within the layer.
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -20,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
 
+from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
+
 _RECORDS = Path(__file__).parent / "results" / "picture"
 _EMPTY = "#f8f9fa"  # a cell in which nothing trained
 _SIZE = (10.0, 3.8)  # inches, 100 px each
@@ -28,8 +28,8 @@ _SIZE = (10.0, 3.8)  # inches, 100 px each
 def main() -> None:
     """Read both runs' selection records and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ist", type=Path, default=_RECORDS / "ist", help="run folder with IST's selection.jsonl")
-    parser.add_argument("--gast", type=Path, default=_RECORDS / "gast", help="run folder with GAST's, scores kept")
+    parser.add_argument("--ist", type=Path, default=_RECORDS / "ist", help="folder of a run with IST")
+    parser.add_argument("--gast", type=Path, default=_RECORDS / "gast", help="folder of a run with GAST")
     parser.add_argument("--steps", type=int, default=60, help="last so many steps of IST's run to show")
     parser.add_argument("--out", type=Path, default=Path("docs/images/selection.png"), help=".svg or .png")
     options = parser.parse_args()
@@ -41,31 +41,31 @@ def main() -> None:
     figure.savefig(options.out, facecolor="white", dpi=200, metadata={"Date": None} if _is_svg(options.out) else None)
 
 
-def records(run: Path) -> list[dict[str, Any]]:
+def records(run: Path) -> list[LayersOfStep | RowsOfBatch]:
     """Read the selection records of a run folder."""
-    path = run / "selection.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"{run} has no selection.jsonl; give the folder of a run with IST or GAST")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = list(read_selection(run))
+    if not found:
+        raise SystemExit(f"{run} has no record of selection; give the folder of a run with IST or GAST")
+    return found
 
 
-def importance_by_step(steps: list[dict[str, Any]]) -> np.ndarray:
+def importance_by_step(steps: list[LayersOfStep]) -> np.ndarray:
     """(S, L) importance logits at each step; only steps that scored record them, before the first they are zero."""
-    updates = [record["importance"] for record in steps if "importance" in record]
+    updates = [record.importance for record in steps if record.importance is not None]
     if not updates:
         raise SystemExit("no step of IST's run scored its layers; give a run of more than --ist.interval steps")
     current, rows = np.zeros(len(updates[0])), []
     for record in steps:
-        current = np.asarray(record.get("importance", current))
+        current = current if record.importance is None else record.importance
         rows.append(current)
     return np.stack(rows)
 
 
-def draw_layers(axes: Axes, steps: list[dict[str, Any]], count: int) -> None:
+def draw_layers(axes: Axes, steps: list[LayersOfStep], count: int) -> None:
     """Draw layers × steps: a cell is filled where the layer trained, in the colour of its importance."""
     importance_SL = importance_by_step(steps)[-count:]
     first, layers = max(0, len(steps) - count), importance_SL.shape[1]
-    cells = [(s, layer) for s, record in enumerate(steps[-count:]) for layer in record["layers"]]
+    cells = [(s, layer) for s, record in enumerate(steps[-count:]) for layer in record.layers]
     bound = float(np.abs(importance_SL).max())
     axes.set_facecolor(_EMPTY)
     filled = _squares([(first + s, layer, 0.9) for s, layer in cells])
@@ -74,15 +74,15 @@ def draw_layers(axes: Axes, steps: list[dict[str, Any]], count: int) -> None:
     axes.set(xlabel="optimizer step", ylabel="layer", title="IST: layers that train")
 
 
-def draw_rows(axes: Axes, batch: dict[str, Any]) -> None:
+def draw_rows(axes: Axes, batch: RowsOfBatch) -> None:
     """Draw rows × layers of one batch: the score as colour, a full cell where the layer followed the row."""
-    if "scores" not in batch:
-        raise SystemExit("GAST's run has no scores; run it with --keep-scores")
-    scores_UB = np.asarray(batch["scores"], dtype=float)
+    if batch.scores is None:
+        raise SystemExit("GAST's run has no scores; run it without --no-keep-scores")
+    scores_UB = batch.scores.astype(float)
     z_UB = (scores_UB - scores_UB.mean(1, keepdims=True)) / scores_UB.std(1, keepdims=True)
     layers, rows = z_UB.shape
     cells = [
-        (layer, row, 0.9 if row in batch["selected"][layer] else 0.35) for layer in range(layers) for row in range(rows)
+        (layer, row, 0.9 if batch.followed[layer, row] else 0.35) for layer in range(layers) for row in range(rows)
     ]
     _colour(axes, _squares(cells), [z_UB[layer, row] for layer, row, _ in cells], 2.0, "score (z)")
     axes.set(xlim=(-0.5, layers - 0.5), ylim=(-0.5, rows - 0.5), facecolor=_EMPTY)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+_BEYOND = 1e100
+
 
 def jsonable(value: Any, digits: int | None = None) -> Any:
     """Bring a value into the types of JSON, at any depth.
@@ -32,6 +34,22 @@ def jsonable(value: Any, digits: int | None = None) -> Any:
     if isinstance(value, float):
         return _number(value, digits)
     return value if isinstance(value, str | int | None) else str(value)
+
+
+def finite(value: Any) -> float:
+    """A number from JSON that may be a stranger's: one that can be drawn.
+
+    Raises:
+        ValueError, TypeError: It is none, not finite, or beyond all measure.
+
+    Example:
+        >>> finite(3)
+        3.0
+    """
+    number = float(value)
+    if not abs(number) < _BEYOND:
+        raise ValueError(f"{value} is no figure")
+    return number
 
 
 def _number(value: float, digits: int | None) -> float | None:

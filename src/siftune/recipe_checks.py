@@ -73,10 +73,6 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "and --support-rows FILE, or neither",
         ),
         (
-            recipe.keep_scores and not chooses_rows(recipe),
-            f"keep_scores has no effect with method {recipe.method}, which scores no rows: leave it out",
-        ),
-        (
             bool(recipe.outside) and recipe.adapter != "full",
             f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
         ),

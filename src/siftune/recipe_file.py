@@ -90,6 +90,11 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
     Of the methods' settings those of the chosen one are written: others have no effect.
     """
+    return yaml.safe_dump(recipe_values(recipe), sort_keys=False, allow_unicode=True)
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """Field -> value of a recipe, as YAML can hold it; of the methods' settings the chosen one's, under its name."""
     groups = {part.settings.group for part in all_parts()}
     chosen = {part.settings.group for part in method_of(recipe).parts}
     values: dict[str, Any] = {}
@@ -99,7 +104,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
             values[field.name] = _yaml(value)
         elif field.name in chosen:
             values[field.name] = {name: _yaml(part) for name, part in value.to_dict().items()}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return values
 
 
 def _yaml(value: Any) -> Any:

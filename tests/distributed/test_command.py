@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny_run import lines, save_base, save_rows
+from support.tiny_run import choices_of, lines, save_base, save_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -74,7 +74,7 @@ def is_one_run(run, alone):
     for name, value in alone.items():
         torch.testing.assert_close(tuned[name], value, rtol=1e-4, atol=1e-5)
     assert [line["step"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
-    assert [line["step"] for line in lines(run / "selection.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in choices_of(run)] == [0, 1, 2, 3]
     assert not list(run.rglob("*.partial"))
 
 

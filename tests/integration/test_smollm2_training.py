@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from support.tiny_run import lines
+from support.tiny_run import choices_of, lines
 from transformers import AutoModelForCausalLM
 
 from siftune.config import Recipe
@@ -30,7 +30,7 @@ def test_three_steps_of_ist(smollm2, tmp_path, adapter):
     losses = [line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 3
     assert all(math.isfinite(loss) and 0 < loss < 8 for loss in losses)
-    selection = lines(tmp_path / "run" / "selection.jsonl")
+    selection = choices_of(tmp_path / "run")
     assert [len(line["layers"]) for line in selection] == [7, 7, 7]
     assert len(selection[2]["importance"]) == 30
     base = AutoModelForCausalLM.from_pretrained(smollm2)

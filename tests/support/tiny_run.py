@@ -1,7 +1,7 @@
 """A tiny model in a folder, rows in a file, and recipes of runs on them that take seconds."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.config import Recipe
 from siftune.methods import METHODS
+from siftune.trainer.selection_file import read_selection
 
 
 def save_base(folder: Path) -> Path:
@@ -40,6 +41,14 @@ def recipe(base: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
     own = {"interval": 2, "score_batch_size": 4, "active": 0.5, **own}
     groups = {kind.group: kind(**{name: own[name] for name in names[kind] & own.keys()}) for kind in kinds}
     return Recipe(**given, **groups)
+
+
+def choices_of(run: Path) -> list[dict[str, Any]]:
+    """Read what a run chose; arrays as lists, so that records can be compared."""
+    return [
+        {key: value.tolist() if hasattr(value, "tolist") else value for key, value in asdict(record).items()}
+        for record in read_selection(run)
+    ]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

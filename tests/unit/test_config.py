@@ -197,7 +197,6 @@ def test_a_target_goes_with_every_method(tmp_path, method):
             "target_share is 0, which leaves the target's rows out of training, where gast.support target looks",
         ),
         ({"target_share": 1.0}, "target_share is 1.0, but must be from 0 to below 1"),
-        ({"keep_scores": True}, "keep_scores has no effect with method dense, which scores no rows"),
         (
             {"gast": GASTSettings(select=8)},
             "gast.select is 8, which has no effect with method dense: leave it out, or take --method gast or ist+gast",

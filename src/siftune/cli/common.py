@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep-lr": ("siftune.cli.sweep_lr", "Find the learning rate of each method, on held-out rows"),
     "eval": ("siftune.cli.eval", "Measure a base model and tuned ones on held-out rows"),
     "rows": ("siftune.cli.rows", "Name the training rows of a run that look wrong"),
+    "report": ("siftune.cli.report", "Write a page on runs, kits, sweeps and audits, to read in a browser"),
     "export": ("siftune.cli.export", "Merge an adapter into its base model"),
     "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
     "sweep": ("siftune.cli.sweep", "Compare emulators of a model, to choose a kit by"),

@@ -22,6 +22,7 @@ _TASK = "two-digit arithmetic, held out"
 _NAMES = {"base": "base", "pool": "pool", "target": "pool and few"}
 _ROWS = 16  # of a step
 _BATCH = 64  # rows per forward pass when measuring
+_LEVEL = 0.95  # coverage of the intervals
 _SHOWN = 4  # questions whose answers are shown
 
 
@@ -58,6 +59,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.data.readers import load_rows
     from siftune.evaluate.measure import compare
+    from siftune.report.page.page import write_page
 
     _check(options)
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
@@ -66,6 +68,7 @@ def run(options: Options) -> dict[str, Any]:
     measured, summaries = _measure(_recipes(options, folder), questions, console)
     compared = [compare(measured[first], measured[second]) for first, second in pairwise(_NAMES)]
     _show(console, questions, measured, compared)
+    page = write_page([str(folder)], folder / "report.html")
     seconds = time.monotonic() - started
     console.print(f"{seconds:.0f} s in all; everything is in {folder}", markup=False)
     result = {
@@ -73,8 +76,10 @@ def run(options: Options) -> dict[str, Any]:
         "metrics": {f"{a}-{b}": jsonable(rows) for (a, b), rows in zip(pairwise(_NAMES), compared, strict=True)},
         "runs": summaries,
         "seconds": round(seconds, 1),
+        "report": str(page),
     }
     (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(f"report, for a browser: {page}", markup=False)
     return result
 
 
@@ -153,7 +158,18 @@ def _measure(
             measured["base"] = measure_base(tuned.model, prepared, _BATCH)
         measured[name] = measure(tuned.model, prepared, _BATCH)
         summaries[name] = tuned.summary
+        _keep(recipe, questions, measured["base"], measured[name])
     return measured, summaries
+
+
+def _keep(recipe: Recipe, questions: "list[Row]", base: "Metrics", tuned: "Metrics") -> None:
+    """Keep figures and answers in the run's folder, as siftune eval does."""
+    from siftune.evaluate.measure import compare
+    from siftune.report.evals import Eval, answers_of, record_eval
+
+    answers = answers_of(questions, base, tuned)
+    found = Eval(str(recipe.eval), len(questions), _LEVEL, tuple(compare(base, tuned, _LEVEL)), answers)
+    record_eval(Path(str(recipe.out)), found)
 
 
 def _show(

@@ -128,11 +128,15 @@ def _evaluate(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> dic
     from rich.console import Console
 
     from siftune.evaluate.measure import compare
+    from siftune.report.evals import Eval, answers_of, record_eval
     from siftune.report.metrics import metric_table
     from siftune.report.table import print_table
 
     base, tuned = _measure(job, options, known)
     compared = compare(base, tuned, options.level, options.seed)
+    if job.subject.recipe is not None and tuned is not None:  # a run folder, which `siftune report` reads
+        found = Eval(job.task.data, len(job.rows), options.level, tuple(compared), answers_of(job.rows, base, tuned))
+        record_eval(Path(job.subject.name).expanduser(), found)
     table = metric_table(f"{job.subject.name} on {job.task.data}", compared, options.level)
     print_table(table, Console(highlight=False, soft_wrap=True))
     settings = {"run": job.subject.name, "model": job.task.base, "data": job.task.data}

@@ -1,14 +1,20 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siftune.config import Recipe
+from siftune.config import Recipe, resolve_recipe
 from siftune.ranks import launch_rank, launch_size
+from siftune.recipe_checks import check
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
     from siftune.trainer.run import Run
 
 
@@ -24,6 +30,8 @@ class Options(Recipe):
     processes: int = 1
     """Processes of this machine that train together, one for each GPU or for some of the processor's cores; each takes
     batch_size rows in a step. torchrun and accelerate launch do the same, also on several machines."""
+    watch: bool = False
+    """Serve the run's report to a browser on this machine while it trains; the address is told."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -39,13 +47,14 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.trainer.run import train
     from siftune.words import counted
 
-    finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with _watched(recipe, console) if options.watch else nullcontext(recipe) as recipe:
+        finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
     if launch_rank():
         return {}
     summary, path = finished.summary, finished.folder.path
     returned = finished.folder.returned
     told = f"{before_it_is_sent(recipe, returned)}\n" if returned.exists() else ""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(
         f"done: {counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s, {_losses(summary)}"
         f"peak {summary['peak_memory_mb']:,.0f} MB\n"
@@ -63,8 +72,6 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
     import tempfile
 
     from siftune.cli.launch import launch
-    from siftune.config import resolve_recipe
-    from siftune.recipe_checks import check
     from siftune.recipe_file import recipe_to_yaml
 
     check(recipe)
@@ -72,7 +79,23 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
         path = Path(folder) / "recipe.yaml"
         path.write_text(recipe_to_yaml(resolve_recipe(recipe)), encoding="utf-8")
         key = [] if options.public_key is None else ["--public-key", options.public_key]
-        return launch(["train", str(path), *key], options.processes)
+        watch = ["--watch"] if options.watch else []
+        return launch(["train", str(path), *key, *watch], options.processes)
+
+
+@contextmanager
+def _watched(recipe: Recipe, console: "Console") -> "Iterator[Recipe]":
+    """Serve the report of the run while it goes on; of several processes the first one does."""
+    from siftune.report.page.serve import serve
+
+    check(recipe)
+    recipe = resolve_recipe(recipe)  # which names the run folder
+    if launch_rank():
+        yield recipe
+        return
+    with serve(str(recipe.out)) as address:
+        console.print(f"report, for a browser on this machine: {address}", markup=False)
+        yield recipe
 
 
 def _losses(summary: dict[str, Any]) -> str:
@@ -94,7 +117,8 @@ def _whereabouts(finished: "Run") -> str:
     path, adapter, returned = finished.folder.path, finished.folder.adapter, finished.folder.returned
     lines = [f"adapter in {adapter}"] if adapter.exists() else []
     if not returned.exists():
-        return "\n".join([*lines, f"next: `siftune eval {path} --data FILE`, `siftune export {path}`"])
+        commands = (f"eval {path} --data FILE", f"report {path}", f"export {path}")
+        return "\n".join([*lines, f"next: {', '.join(f'`siftune {command}`' for command in commands)}"])
     return "\n".join(
         [
             *lines,

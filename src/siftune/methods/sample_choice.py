@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from siftune.engine.groups import LayerGroup
-from siftune.jsonable import jsonable
 
 WHOLE = -1  # in the place of a layer's number: one choice for all layers
 
@@ -76,14 +74,6 @@ class SampleChoice:
             if which.any():
                 found[name] = float(self.scores[which].mean())
         return found
-
-    def record(self, scores: bool = False) -> dict[str, Any]:
-        """JSON-ready form, for a run's selection records; scores with four digits, null where they are not finite."""
-        record: dict[str, Any] = {"step": self.step, "batch": self.batch, "layers": list(self.layers)}
-        record["selected"] = self.followed()
-        if scores:
-            record["scores"] = jsonable(self.scores, digits=4)
-        return record
 
 
 class Choosing:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.report.table import Table
 
-_LABELS = {
+LABELS = {
     "choices": "multiple choice",
     "choices_per_token": "multiple choice, per token",
     "exact_match": "exact match",
@@ -45,7 +45,7 @@ def _pair(row: MetricRow) -> list[str]:
 
 
 def _label(row: MetricRow) -> str:
-    return _LABELS.get(row.metric, row.metric)
+    return LABELS.get(row.metric, row.metric)
 
 
 def _value(metric: str) -> Callable[[float], str]:

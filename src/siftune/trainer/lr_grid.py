@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from siftune.config import Recipe, chooses_rows, compares, method_of, rate_of, resolve_recipe, settings_of
+from siftune.config import Recipe, compares, method_of, rate_of, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.recipe_checks import check
@@ -194,8 +194,6 @@ def _not_its_own(recipe: Recipe, others: Sequence[Recipe]) -> dict[str, Any]:
     values: dict[str, Any] = {part.settings.group: part.settings() for part in parts}
     if not compares(recipe) and any(map(compares, others)):
         values["support_rows"] = None
-    if not chooses_rows(recipe) and any(map(chooses_rows, others)):
-        values["keep_scores"] = False
     return values
 
 

@@ -44,6 +44,7 @@ from siftune.trainer.followed import Followed
 from siftune.trainer.outcome import Outcome
 from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder
+from siftune.trainer.selection_file import SelectionFile
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.trackers import check_trackers
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
@@ -116,9 +117,10 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         check_same(checkpoint, recipe, digest)
         _check_checkpoint(checkpoint, built.trainer)
         check_unfinished(checkpoint, built.trainer.args, len(data["train"]), recipe.patience)
-    followed = Followed(sources(rows["train"]))
+    kinds = sources(rows["train"])
+    followed = Followed(kinds)
     if built.trainer.is_world_process_zero():
-        _record(built, folder, recipe.keep_scores, followed)
+        _record(built, SelectionFile(folder.path, kinds, recipe.keep_scores), followed)
     recorded = anchored(replace(recipe, resume=False, allow_change=False))
     if rank() == 0:
         folder.write(RECIPE, recipe_to_yaml(recorded))
@@ -193,15 +195,15 @@ def _row_record(recipe: Recipe, folder: RunFolder, rows: list[Row]) -> list[RowR
     return [RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows))]
 
 
-def _record(built: Built, folder: RunFolder, scores: bool, followed: Followed) -> None:
+def _record(built: Built, record: SelectionFile, followed: Followed) -> None:
     """Have every choice written to the run folder; of rows by their numbers in the training rows, too."""
 
     def note(choice: Any) -> None:
-        record = choice.record(scores)
         if isinstance(choice, SampleChoice):
-            record["rows"] = built.trainer.rows
+            record.rows(choice, built.trainer.rows)
             followed.note(choice, built.trainer.rows)
-        folder.append("selection.jsonl", record)
+        else:
+            record.layers(choice)
 
     for method in built.methods:
         method.on_select = note

@@ -6,7 +6,8 @@
       rows.sha256       what tells its training rows from others
       metrics.jsonl     one line per log: step, loss, learning rate, tokens per second, peak memory
       rows.parquet      one line per row and visit: its loss, and what methods made of it; for siftune rows
-      selection.jsonl   one line per step: the layers that trained; scores where they were taken
+      selection.bin     what every step chose: see selection_file.py; selection.jsonl in runs of 0.1
+      eval.json         what siftune eval found, with answers: see report/evals.py
       adapter/          the adapter in PEFT's format, or the layers that were tuned themselves; and the tokenizer
       return/           of a run on a kit: what goes back to the model's owner
       checkpoints/      the Trainer's checkpoints, for --resume
@@ -26,9 +27,10 @@ from typing import Any
 from siftune.environment import hardware, versions
 from siftune.errors import InputError, RecipeError
 from siftune.files import writable_folder, write_beside
+from siftune.trainer.selection_file import OF_0_1, SELECTION, cut_selection
 
 RECIPE, ROWS = "recipe.yaml", "rows.sha256"
-METRICS, SELECTION = "metrics.jsonl", "selection.jsonl"
+METRICS = "metrics.jsonl"
 
 
 class RunFolder:
@@ -99,7 +101,8 @@ class RunFolder:
 
     def cut_records(self, step: int) -> None:
         """Drop metrics and selections after `step`, which a resumed run will write again."""
-        for name, first_dropped in ((METRICS, step + 1), (SELECTION, step)):
+        cut_selection(self.path, step)
+        for name, first_dropped in ((METRICS, step + 1), (OF_0_1, step)):
             path = self.path / name
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.tiny_run import lines
+from support.tiny_run import choices_of
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_checkpoints_and_adapter_whole(words, base, tmp_path,
     assert main([*words, "--out", str(tmp_path / "whole"), "--schedule", "constant"]) == 0
     whole = loads(base, tmp_path / "whole" / "adapter")
     assert all(torch.equal(value, whole[name]) for name, value in loads(base, out / "adapter").items())
-    assert [line["step"] for line in lines(out / "selection.jsonl")] == list(range(6))
+    assert [line["step"] for line in choices_of(out)] == list(range(6))
 
 
 # --- Ctrl-C ---

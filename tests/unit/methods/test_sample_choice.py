@@ -1,7 +1,5 @@
 """Units of every kind of adapter, and the record of one batch's choice."""
 
-import json
-import math
 import re
 
 import pytest
@@ -10,7 +8,7 @@ from support.adapted import ADAPTED
 from support.tiny import tiny
 
 from siftune.engine.groups import group_by_layer
-from siftune.methods.sample_choice import Choosing, SampleChoice, Unit, units_of
+from siftune.methods.sample_choice import Choosing, Unit, units_of
 from siftune.models.adapters import attach_adapter
 
 
@@ -120,14 +118,14 @@ def test_scores_keep_their_dtype(dtype):
 
 
 def test_units_that_follow_different_numbers_of_samples():
-    """Told by which samples they follow; -1 stands behind the numbers, and is not in the record."""
+    """Told by which samples they follow; -1 stands behind the numbers."""
     batch = choosing(4)
     for place, follows in enumerate([[True, False, True, True], [False] * 4, [False, True, False, False]]):
         batch.note(unit(place), torch.zeros(4), torch.tensor(follows))
     done = batch.done()
     assert done.selected.tolist() == [[0, 2, 3], [-1, -1, -1], [1, -1, -1]]
     assert done.selected.dtype == torch.int64
-    assert done.followed() == done.record()["selected"] == [[0, 2, 3], [], [1]]
+    assert done.followed() == [[0, 2, 3], [], [1]]
 
 
 def test_a_choice_without_scores():
@@ -136,19 +134,3 @@ def test_a_choice_without_scores():
     done = batch.done()
     assert done.scores.shape == (1, 4)
     assert done.scores.isnan().all()
-    record = done.record(scores=True)
-    assert record["scores"] == [[None] * 4]
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
-
-
-def test_record():
-    scores = torch.tensor([[1.23456789, -0.000123456, 98765.4], [math.nan, 0.0, 1e-30], [math.inf, -math.inf, 1.0]])
-    selected = torch.tensor([[0, 2], [1, 2], [0, 1]])
-    done = SampleChoice(3, 1, ("first", "second", "third"), (0, 2, 3), scores, selected)
-    expected = {"step": 3, "batch": 1, "layers": [0, 2, 3], "selected": [[0, 2], [1, 2], [0, 1]]}
-    assert done.record() == done.record(scores=False) == expected
-    record = done.record(scores=True)
-    rounded = [[1.235, -0.0001235, 98770.0], [None, 0.0, 1e-30], [None, None, 1.0]]
-    assert record == {**expected, "scores": rounded}
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert "units" not in record

@@ -337,7 +337,7 @@ def test_a_rate_reads_back_as_it_was(rate):
 
 def test_each_method_gets_its_own_settings_and_no_others():
     shared = Recipe(
-        train="a", eval="b", out="x", support_rows="c", keep_scores=True, method="gast",
+        train="a", eval="b", out="x", support_rows="c", method="gast",
         gast=GASTSettings(support="dataset"), ist=ISTSettings(active=0.5),
     )  # fmt: skip
     made = recipes_of(shared, ("dense", "ist", "gast"))
@@ -345,7 +345,6 @@ def test_each_method_gets_its_own_settings_and_no_others():
     assert made["gast"].gast.support == "dataset"
     assert made["ist"].ist.active == 0.5
     assert [one.support_rows for one in made.values()] == [None, None, "c"]
-    assert [one.keep_scores for one in made.values()] == [False, False, True]
     assert {one.out for one in made.values()} == {None}
 
 
@@ -358,7 +357,6 @@ def test_each_method_gets_its_own_settings_and_no_others():
         ({"dp_epsilon": 8.0, "dp_delta": 1e-5}, ("dense",), "does not cover the choice between them: leave dp_epsilon"),
         ({"gast": GASTSettings(select=2)}, ("dense", "ist"), "gast.select is 2, which has no effect with method dense"),
         ({"support_rows": "c"}, ("dense", "gast"), "support dataset and support_rows go together"),
-        ({"keep_scores": True}, ("dense",), "keep_scores has no effect"),
     ],
 )
 def test_recipes_that_cannot_be_swept(settings, methods, message):

@@ -11,7 +11,7 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from support.tiny_run import lines, recipe, save_rows
+from support.tiny_run import choices_of, lines, recipe, save_rows
 from support.trainers import At, stop, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,7 +83,7 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     done = train(given, QUIET)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "rows.sha256", "rows.parquet", "run.json", "metrics.jsonl", "selection.jsonl", "adapter",
+        "recipe.yaml", "rows.sha256", "rows.parquet", "run.json", "metrics.jsonl", "selection.bin", "adapter",
         "checkpoints", "README.md",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == resolve_recipe(given)
@@ -104,20 +104,23 @@ def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
         keep_scores=True,
     )  # fmt: skip
     train(given, QUIET)
-    records = lines(tmp_path / "run" / "selection.jsonl")
+    records = choices_of(tmp_path / "run")
     assert [(record["step"], record["batch"]) for record in records] == [(s, b) for s in range(6) for b in range(2)]
     for record in records:
-        assert record["layers"] == [0, 1, 2, 3]
-        assert [len(chosen) for chosen in record["selected"]] == [1] * 4
+        assert record["layers"] == (0, 1, 2, 3)
+        assert [sum(chosen) for chosen in record["followed"]] == [1] * 4
         assert [len(scores) for scores in record["scores"]] == [4] * 4
     assert "every layer follows the rows whose gradients point its way" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_gast_without_scores_records_choices_alone(base, rows, tmp_path):
-    train(recipe(base, rows, tmp_path / "run", method="gast", support="rest"), QUIET)
-    records = lines(tmp_path / "run" / "selection.jsonl")
+    train(recipe(base, rows, tmp_path / "run", method="gast", support="rest", keep_scores=False), QUIET)
+    records = choices_of(tmp_path / "run")
     assert len(records) == 6
-    assert all(set(record) == {"step", "batch", "layers", "selected", "rows"} for record in records)
+    for record in records:
+        assert record["scores"] is None
+        assert len(record["rows"]) == len(record["followed"][0]) == 4
+        assert record["sources"] == ("other",) * 4
 
 
 def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
@@ -131,7 +134,7 @@ def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
     file.write_text(f"{own}method: gast\n")
     done = train(replace(load_recipe(file), model=str(base)), QUIET)
     count = len(rows.read_text().splitlines())
-    numbers = {row for record in lines(run / "selection.jsonl") for row in record["rows"]}
+    numbers = {row for record in choices_of(run) for row in record["rows"]}
     assert max(numbers) < count + max(3, round(count / 3))
     assert any(row >= count for row in numbers)
     assert set(done.summary["followed"]) == {"other", "target"}
@@ -156,10 +159,10 @@ def test_the_records_have_a_line_per_step(base, rows, tmp_path):
     summary = done.summary
     assert (summary["loss_first"], summary["loss_last"]) == (logs[0]["loss"], logs[-1]["loss"])
     assert summary["eval_loss"] == evals[-1]["eval_loss"]
-    selection = lines(tmp_path / "run" / "selection.jsonl")
+    selection = choices_of(tmp_path / "run")
     assert [line["step"] for line in selection] == list(range(6))
     assert all(len(line["layers"]) == 2 and set(line["layers"]) <= set(range(4)) for line in selection)
-    assert [line["step"] for line in selection if "importance" in line] == [2, 4]
+    assert [line["step"] for line in selection if line["importance"] is not None] == [2, 4]
 
 
 def test_tokens_are_counted_without_padding(base, rows, tmp_path):
@@ -190,7 +193,7 @@ def test_the_seed_decides_everything(base, rows, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(runs))  # what was drawn before must not matter
         train(recipe(base, rows, tmp_path / name, seed=seed, **settings), QUIET)
-        runs.append((adapter(tmp_path / name / "adapter"), lines(tmp_path / name / "selection.jsonl")))
+        runs.append((adapter(tmp_path / name / "adapter"), choices_of(tmp_path / name)))
     assert_equal(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1] != runs[2][1]
     name = next(name for name in runs[0][0] if "lora_A" in name)
@@ -246,9 +249,9 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
     done = train(recipe(base, rows, tmp_path / "broken", resume=True, **settings), QUIET)
     assert_equal(adapter(tmp_path / "broken" / "adapter"), adapter(tmp_path / "whole" / "adapter"))
     assert figures(tmp_path / "broken") == figures(tmp_path / "whole")
-    chosen, wanted = (tmp_path / name / "selection.jsonl" for name in ("broken", "whole"))
-    assert chosen.exists() == wanted.exists() == (settings.get("method") != "dense")
-    assert not wanted.exists() or lines(chosen) == lines(wanted)
+    chosen, wanted = (choices_of(tmp_path / name) for name in ("broken", "whole"))
+    assert chosen == wanted
+    assert bool(wanted) == (settings.get("method") != "dense")
     assert done.summary["steps"] == 8
     assert done.summary["loss_first"] == figures(tmp_path / "whole")[0]["loss"]
     whole, resumed = (load_recipe(tmp_path / name / "recipe.yaml") for name in ("whole", "broken"))
@@ -265,7 +268,7 @@ def test_a_half_written_checkpoint_is_passed_over(base, rows, tmp_path):
     state.write_text(state.read_text()[:-20])
     train(recipe(base, rows, tmp_path / "run", resume=True, **settings), QUIET)
     assert_equal(adapter(tmp_path / "run" / "adapter"), whole)
-    assert [line["step"] for line in lines(tmp_path / "run" / "selection.jsonl")] == list(range(6))
+    assert [line["step"] for line in choices_of(tmp_path / "run")] == list(range(6))
 
 
 def test_a_checkpoint_can_be_named(base, rows, tmp_path):

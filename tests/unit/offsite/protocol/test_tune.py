@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.kits import read_json
 from support.tiny_kit import OUTER, SPLIT, base_model, save_kit
-from support.tiny_run import lines, recipe, save_rows
+from support.tiny_run import choices_of, recipe, save_rows
 from support.trainers import At, stop
 
 from siftune.cli.main import main
@@ -199,7 +199,7 @@ def test_stopped_and_resumed(kit, rows, tmp_path, interfere, adapter):
     whole = read_return(tmp_path / "whole" / "return", kit)
     assert_equal(read_return(tmp_path / "run" / "return", kit), whole)
     assert any(not torch.equal(value, half[name]) for name, value in whole.items())
-    assert lines(tmp_path / "run" / "selection.jsonl") == lines(tmp_path / "whole" / "selection.jsonl")
+    assert choices_of(tmp_path / "run") == choices_of(tmp_path / "whole")
 
 
 def test_a_return_that_cannot_be_written_leaves_the_old_pair(kit, rows, tmp_path, monkeypatch):

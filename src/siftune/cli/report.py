@@ -1,0 +1,40 @@
+"""`siftune report`: one page on runs, kits, sweeps and audits."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+
+@dataclass
+class Options:
+    """Write a page on what was trained, made or measured: one file, which needs no network, for any browser.
+
+    Runs that are still under way can be shown, too.
+    """
+
+    folders: Positional[tuple[str, ...]]
+    """Folders of siftune train, demo, emulate, sweep or audit; several runs are compared."""
+    out: Annotated[str, arg(aliases=["-o"])] = "report.html"
+    """File to write; one that is there is replaced."""
+    figures: str | None = None
+    """Folder to write the figures to as well, each as an SVG file, and as PNG where resvg-py is installed."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Write the page, and the figures where they are asked for."""
+    from rich.console import Console
+
+    from siftune.report.page.export import write_figures
+    from siftune.report.page.page import write_page
+    from siftune.words import counted
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    page = write_page(options.folders, options.out)
+    console.print(f"report in {page} ({page.stat().st_size / 1000:,.0f} kB): open it in a browser", markup=False)
+    result: dict[str, Any] = {"report": page, "bytes": page.stat().st_size}
+    if options.figures is not None:
+        files = write_figures(options.folders, options.figures)
+        console.print(f"{counted(len(files), 'file')} of figures in {options.figures}", markup=False)
+        result["figures"] = files
+    return result

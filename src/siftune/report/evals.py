@@ -1,0 +1,150 @@
+"""What `siftune eval` and the demo found of a run, kept in its folder for reports: RUN/eval.json.
+
+A list of measurements, the newest last, one for each file of held-out rows: `data`, `rows`, `level`, `metrics` (see
+`MetricRow`), and the first answers of base and tuned model, where they wrote any.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from siftune.data.rows import Row
+from siftune.errors import InputError
+from siftune.evaluate.measure import Metric, MetricRow
+from siftune.files import write_beside
+from siftune.jsonable import finite, jsonable
+
+logger = logging.getLogger(__name__)
+
+EVALS = "eval.json"
+_SHOWN = 20  # answers that are kept: the first rows, not chosen ones
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What two models wrote for a row.
+
+    Attributes:
+        prompt: The row's turns before the completion.
+        right: What counts as right: the row's answer, or its completion.
+        base: The base model's text.
+        tuned: The tuned model's.
+        base_right: Whether that is right.
+        tuned_right: The same of the tuned model's.
+    """
+
+    prompt: str
+    right: str
+    base: str
+    tuned: str
+    base_right: bool
+    tuned_right: bool
+
+
+@dataclass(frozen=True)
+class Eval:
+    """A base model and a tuned one, measured on the same rows.
+
+    Attributes:
+        data: The rows' file or hub id, as it was given.
+        rows: How many they are.
+        level: Coverage of the intervals.
+        metrics: One for each metric.
+        answers: The first rows' answers; empty where the models wrote none.
+    """
+
+    data: str
+    rows: int
+    level: float
+    metrics: tuple[MetricRow, ...]
+    answers: tuple[Answer, ...] = ()
+
+
+def answers_of(rows: Sequence[Row], base: Mapping[str, Metric], tuned: Mapping[str, Metric]) -> tuple[Answer, ...]:
+    """The first rows' answers, where the models wrote any.
+
+    Args:
+        rows: The rows.
+        base: Metrics of the base model on them.
+        tuned: Metrics of the tuned model on them.
+    """
+    if "exact_match" not in base or not base["exact_match"].texts:
+        return ()
+    before, after = base["exact_match"], tuned["exact_match"]
+    return tuple(
+        Answer(
+            prompt_of(row), _right(row), before.texts[i], after.texts[i], bool(before.values[i]), bool(after.values[i])
+        )
+        for i, row in enumerate(rows[:_SHOWN])
+    )
+
+
+def prompt_of(row: Row) -> str:
+    """A row's turns before the completion; with their speakers where there are several."""
+    if len(row.prompt) == 1:
+        return row.prompt[0].content
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in row.prompt)
+
+
+def _right(row: Row) -> str:
+    answer = row.extra.get("answer")
+    return answer.strip() if isinstance(answer, str) and answer.strip() else row.completion.strip()
+
+
+def record_eval(run: Path, found: Eval) -> None:
+    """Keep a measurement in a run's folder, in the place of an earlier one on the same rows.
+
+    A folder that cannot be written to is told of, and is no reason to fail: the measurement was made.
+    """
+    try:
+        others = [one for one in read_evals(run) if one.data != found.data]
+        text = json.dumps([jsonable(asdict(one)) for one in (*others, found)], indent=1) + "\n"
+        with write_beside(run / EVALS) as [beside]:
+            beside.write_text(text, encoding="utf-8")
+    except (OSError, InputError) as error:
+        logger.warning("%s keeps no record of this measurement: %s", run, error)
+
+
+def read_evals(run: Path) -> list[Eval]:
+    """What was measured of a run; none where nothing was.
+
+    Raises:
+        InputError: The record is damaged.
+    """
+    path = run / EVALS
+    if not path.is_file():
+        return []
+    try:
+        return [_eval(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} can't be read ({error}): measure again with siftune eval, or remove it") from error
+
+
+def _eval(record: Mapping[str, Any]) -> Eval:
+    """A measurement from a file that may be a stranger's: every value becomes what it ought to be, or fails."""
+    metrics = tuple(_metric(metric) for metric in record["metrics"])
+    answers = tuple(_answer(answer) for answer in record["answers"])
+    return Eval(str(record["data"]), int(record["rows"]), finite(record["level"]), metrics, answers)
+
+
+def _answer(record: Mapping[str, Any]) -> Answer:
+    prompt, right, base, tuned = (str(record[name]) for name in ("prompt", "right", "base", "tuned"))
+    return Answer(prompt, right, base, tuned, bool(record["base_right"]), bool(record["tuned_right"]))
+
+
+def _metric(record: Mapping[str, Any]) -> MetricRow:
+    tuned, difference, low, high = (_number(record.get(name)) for name in ("tuned", "difference", "low", "high"))
+    pairs = (_pair(record.get(name)) for name in ("base_interval", "tuned_interval"))
+    base = finite(record["base"])
+    return MetricRow(str(record["metric"]), int(record["rows"]), base, tuned, difference, low, high, *pairs)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else finite(value)
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    return None if value is None else (finite(value[0]), finite(value[1]))

@@ -1,0 +1,90 @@
+"""A plot's area and axes: from values to pixels, and the lines and texts around."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from markupsafe import Markup
+
+from siftune.report.page.svg import tag
+from siftune.report.page.words import percent_texts, tick_texts, ticks
+
+LETTER, BOLD = 6.2, 7.2  # pixels that a letter takes, more or less
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The area that data are drawn in.
+
+    Attributes:
+        left: Its left edge, in pixels.
+        top: Its upper edge.
+        width: Pixels across.
+        height: Pixels down.
+        x: Values at its left and right edge.
+        y: Values at its lower and upper edge.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def at_x(self, value: float) -> float:
+        """Where a value stands across."""
+        low, high = self.x
+        return self.left + self.width * (value - low) / (high - low)
+
+    def at_y(self, value: float) -> float:
+        """Where a value stands down."""
+        low, high = self.y
+        return self.top + self.height * (high - value) / (high - low)
+
+
+def room(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
+    """Bounds with a little room around values; from zero where it is to be seen."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    low = min(0.0, low) if zero else low
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return (low if zero and low == 0 else low - margin), high + margin
+
+
+def y_axis(plot: Plot, label: str, count: int = 4, percent: bool = False) -> list[Markup]:
+    """Lines across with their values on the left, and what they are of above."""
+    values = ticks(*plot.y, count)
+    texts = percent_texts(values) if percent else tick_texts(values)
+    parts = [tag("text", label, x=0.0, y=10.0, class_="axis")]
+    for value, text in zip(values, texts, strict=True):
+        y = plot.at_y(value)
+        parts.append(tag("line", x1=plot.left, x2=plot.left + plot.width, y1=y, y2=y, class_="grid"))
+        parts.append(tag("text", text, x=plot.left - 6, y=y + 3.5, class_="tick end"))
+    return parts
+
+
+def x_axis(plot: Plot, label: str, count: int = 4) -> list[Markup]:
+    """Values below, and what they are of."""
+    values, bottom = ticks(*plot.x, count), plot.top + plot.height
+    parts = [tag("line", x1=plot.left, x2=plot.left + plot.width, y1=bottom, y2=bottom, class_="base")]
+    for value, text in zip(values, tick_texts(values), strict=True):
+        parts.append(tag("text", text, x=plot.at_x(value), y=bottom + 15, class_="tick middle"))
+    return [*parts, tag("text", label, x=plot.left + plot.width, y=bottom + 29, class_="axis end")]
+
+
+def spread(places: Sequence[float], least: float, low: float, high: float) -> list[float]:
+    """Move places apart until they are `least` pixels from each other, between two bounds where there is room.
+
+    Example:
+        >>> spread([10, 12, 40], 10, 0, 100)
+        [10, 20, 40]
+    """
+    order = sorted(range(len(places)), key=lambda number: places[number])
+    moved = list(places)
+    for before, now in pairwise(order):
+        moved[now] = max(moved[now], moved[before] + least)
+    if order and moved[order[-1]] > high:
+        moved[order[-1]] = high
+        for after, now in pairwise(order[::-1]):
+            moved[now] = min(moved[now], moved[after] - least)
+    return [max(low, place) for place in moved]

@@ -1,0 +1,59 @@
+"""What a figure is: a drawing that is made for two widths of the page, and as a file of its own."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from markupsafe import Markup
+
+from siftune.report.page.svg import tag
+
+Size = Literal["third", "half", "two-thirds", "full"]
+
+# pixels across: on a phone every figure is as wide as a third of the page
+NARROW = 358
+WIDTHS: dict[Size, int] = {"third": NARROW, "half": 548, "two-thirds": 739, "full": 1120}
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        name: What it is called among the figures of a page: small letters, digits and hyphens.
+        title: What it shows.
+        draw: Draws it so many pixels wide.
+        note: What to look for, or how to read it.
+        size: Part of the page's width that it takes on a large screen.
+        hover: What the page's script tells under the pointer; see page.js. None: nothing.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[int], Markup]
+    note: str = ""
+    size: Size = "third"
+    hover: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def drawings(self) -> list[tuple[str, Markup]]:
+        """Class of the drawing -> the drawing: one for all screens, or one for small and one for large."""
+        if self.size == "third":
+            return [("any", self.draw(NARROW))]
+        return [("small", self.draw(NARROW)), ("large", self.draw(WIDTHS[self.size]))]
+
+
+def canvas(width: int, height: float, label: str, *children: Markup) -> Markup:
+    """A drawing of its own coordinates, in pixels."""
+    return tag(
+        "svg", tag("title", label), *children, viewBox=f"0 0 {width} {height:.0f}", role="img", class_="chart"
+    )  # fmt: skip
+
+
+def slug(text: str) -> str:
+    """A text as part of a figure's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "figure"

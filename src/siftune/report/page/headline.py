@@ -1,0 +1,112 @@
+"""The result in a sentence, and the commands that repeat it."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from siftune.evaluate.measure import PERPLEXITY
+from siftune.report.metrics import LABELS
+from siftune.report.page.quality import measured, shared_metric, value_text
+from siftune.report.page.sections.audit import in_a_sentence as audit_sentence
+from siftune.report.page.sections.kit import in_a_sentence as kit_sentence
+from siftune.report.page.sections.sweep import in_a_sentence as sweep_sentence
+from siftune.report.page.subjects import Other, RunData, Subjects
+from siftune.report.page.words import points, short
+from siftune.words import counted
+
+_SENTENCES: dict[str, Callable[[Any], str]] = {"audit": audit_sentence, "kit": kit_sentence, "sweep": sweep_sentence}
+
+
+def headline(subjects: Subjects) -> str:
+    """What came out, in a sentence."""
+    if len(subjects.runs) == 1:
+        return _of_run(subjects.runs[0])
+    if subjects.runs:
+        return _of_runs(subjects.runs)
+    return _of_other(subjects.others[0])
+
+
+def commands(subjects: Subjects) -> list[str]:
+    """What repeats it: for every run the recipe that it left, into another folder."""
+    return [
+        shlex.join(["siftune", "train", str(run.path / "recipe.yaml"), "--out", f"{run.path}-again"])
+        for run in subjects.runs
+    ]
+
+
+def _of_run(run: RunData) -> str:
+    shared = shared_metric([run])
+    if run.status == "running":
+        return _under_way(run)
+    if shared is None:
+        return _by_loss(run)
+    row = measured(run, *shared)
+    if row.tuned is None or row.difference is None or row.low is None or row.high is None:
+        return _by_loss(run)
+    change = short if row.metric == PERPLEXITY else points
+    return (
+        f"On {counted(row.rows, 'held-out row')}, {LABELS.get(row.metric, row.metric)} went from "
+        f"{value_text(row.metric, row.base)} to {value_text(row.metric, row.tuned)}: {change(row.difference)}"
+        f"{'' if row.metric == PERPLEXITY else ' points'}, 95 % interval {change(row.low)} to {change(row.high)}."
+    )
+
+
+def _under_way(run: RunData) -> str:
+    steps, losses = run.course("loss")
+    if not losses:
+        return f"“{run.name}” has begun; no step is logged yet."
+    total = f" of {run.recipe.steps:,}" if run.recipe.steps else ""
+    held_out = run.course("eval_loss")[1]
+    told = f", held-out loss {short(held_out[-1], 4)}" if held_out else ""
+    return f"“{run.name}” is at step {steps[-1]:,.0f}{total}: training loss {short(losses[-1], 4)}{told}."
+
+
+def _by_loss(run: RunData) -> str:
+    steps = counted(int(run.figure("steps") or 0), "step")
+    first, last, held_out = (run.figure(name) for name in ("loss_first", "loss_last", "eval_loss"))
+    ended = "" if run.status == "finished" else f" (the run was {run.status})"
+    if held_out is not None:
+        return f"After {steps} the held-out loss is {short(held_out, 4)} nats per token{ended}."
+    if first is None or last is None:
+        return f"{steps.capitalize()} were done; no loss was logged{ended}."
+    return (
+        f"In {steps} the training loss went from {short(first)} to {short(last)}{ended}; nothing was held out, so that "
+        "it says little of quality."
+    )
+
+
+def _of_runs(runs: Sequence[RunData]) -> str:
+    shared = shared_metric(runs)
+    if shared is None:
+        return _by_losses(runs)
+    data, metric = shared
+    found = {run.name: measured(run, data, metric) for run in runs}
+    valued = {name: row.tuned for name, row in found.items() if row.tuned is not None}
+    order = sorted(valued, key=lambda name: valued[name], reverse=metric != PERPLEXITY)
+    best = found[order[0]]
+    others = ", ".join(f"{value_text(metric, valued[name])} for “{name}”" for name in order[1:4])
+    interval = ""
+    if best.tuned_interval is not None:
+        low, high = (value_text(metric, bound) for bound in best.tuned_interval)
+        interval = f" (95 % interval {low} to {high})"
+    return (
+        f"“{order[0]}” is best of {len(runs)} runs: {value_text(metric, valued[order[0]])} "
+        f"{LABELS.get(metric, metric)}{interval} on {counted(best.rows, 'held-out row')}, against {others} and "
+        f"{value_text(metric, best.base)} for the base model."
+    )
+
+
+def _by_losses(runs: Sequence[RunData]) -> str:
+    losses = {run.name: loss for run in runs if (loss := run.figure("eval_loss")) is not None}
+    if len({run.recipe.eval for run in runs}) > 1 or len(losses) < 2:
+        return f"{len(runs)} runs, which were not measured on the same held-out rows."
+    order = sorted(losses, key=lambda name: losses[name])
+    others = ", ".join(f"{short(losses[name], 4)} for “{name}”" for name in order[1:4])
+    return (
+        f"“{order[0]}” has the least held-out loss of {len(runs)} runs, {short(losses[order[0]], 4)} nats per token, "
+        f"against {others}."
+    )
+
+
+def _of_other(other: Other) -> str:
+    return _SENTENCES[other.kind](other.content)

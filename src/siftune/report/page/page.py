@@ -1,0 +1,146 @@
+"""From names of folders to one page, a file, or what a notebook shows."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from siftune import __version__
+from siftune.errors import RecipeError
+from siftune.files import write_beside
+from siftune.report.page.figure import TEMPLATES
+from siftune.report.page.headline import commands, headline
+from siftune.report.page.section import Section
+from siftune.report.page.sections.answers import answers
+from siftune.report.page.sections.audit import audit
+from siftune.report.page.sections.compare import compare_runs
+from siftune.report.page.sections.kit import kit
+from siftune.report.page.sections.layers import layers
+from siftune.report.page.sections.rows import rows
+from siftune.report.page.sections.setup import setup
+from siftune.report.page.sections.suspects import suspects
+from siftune.report.page.sections.sweep import sweep
+from siftune.report.page.sections.training import training
+from siftune.report.page.subjects import RunData, Subjects, find_subjects
+from siftune.report.page.words import duration, memory
+
+_OF_A_RUN = (layers, rows, suspects, answers)
+_OTHERS = {"kit": kit, "sweep": sweep, "audit": audit}
+_STYLES = ("theme.css", "dark.css", "figure.css", "page.css")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report; the last line of a notebook's cell shows it.
+
+    Attributes:
+        html: The page, complete.
+    """
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that its styles stay there and its script reaches nothing else."""
+        return (
+            f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" title="siftune report" '
+            'style="width: 100%; height: 80vh; border: 1px solid #8884"></iframe>'
+        )
+
+    def write(self, out: str | Path) -> Path:
+        """Write the page to a file, which is there whole or not at all.
+
+        Raises:
+            RecipeError: It cannot be written.
+        """
+        path = Path(out).expanduser()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+            with write_beside(path) as [beside]:
+                beside.write_bytes(self.html.encode("utf-8", "replace"))
+        except OSError as error:
+            raise RecipeError(f"{out} cannot be written ({error.strerror}); give another file with --out") from error
+        return path
+
+
+def make_page(names: Sequence[str]) -> Page:
+    """Make a report.
+
+    Args:
+        names: Folders of runs, demos, kits, sweeps and audits.
+
+    Raises:
+        InputError: A folder holds nothing to report on, or a file in it is damaged.
+    """
+    return page_of(find_subjects(names))
+
+
+def write_page(names: Sequence[str], out: str | Path) -> Path:
+    """Make a report and write it; see `make_page` and `Page.write`."""
+    return make_page(names).write(out)
+
+
+def page_of(subjects: Subjects) -> Page:
+    """The page of what was read."""
+    script = _asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = _template().render(
+        headline=headline(subjects),
+        commands=commands(subjects),
+        facts=_facts(subjects.runs),
+        sections=sections(subjects),
+        styles="\n".join(map(_asset, _STYLES)),
+        script=script,
+        digest=digest,
+        version=__version__,
+        made=f"{datetime.now():%Y-%m-%d %H:%M}",
+    )
+    return Page(html)
+
+
+def sections(subjects: Subjects) -> list[Section]:
+    """The parts of the page that have something to say."""
+    runs, several = subjects.runs, len(subjects.runs) > 1
+    every = [compare_runs(runs), training(runs)]
+    every += [part(run, several) for run in runs for part in _OF_A_RUN]
+    every += [_OTHERS[other.kind](other) for other in subjects.others]
+    return [section for section in (*every, setup(runs)) if section is not None]
+
+
+def _facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    """What a single run was, in a few words each."""
+    if len(runs) != 1:
+        return []
+    (run,) = runs
+    steps = run.figure("steps")
+    return [
+        ("method", run.recipe.method),
+        ("model", run.recipe.model),
+        ("steps", "–" if steps is None else f"{steps:,.0f}"),
+        ("time", duration(run.figure("seconds"))),
+        ("peak memory", memory(run.figure("peak_memory_mb"))),
+        ("status", run.status),
+    ]
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    # everything is escaped: what a page tells of may come from strangers
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(
+        autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html")
+
+
+@cache
+def _asset(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")

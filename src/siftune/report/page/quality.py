@@ -1,0 +1,33 @@
+"""By what runs can be compared: the held-out rows and the metric that all of them were measured by."""
+
+from collections.abc import Sequence
+
+from siftune.evaluate.measure import PERPLEXITY, MetricRow
+from siftune.report.page.subjects import RunData
+from siftune.report.page.words import percent, short
+
+_FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
+
+
+def shared_metric(runs: Sequence[RunData]) -> tuple[str, str] | None:
+    """Held-out rows and metric that all runs were measured by; the newest rows, and the metric that tells most."""
+    if not all(run.evals for run in runs):
+        return None
+    for one in reversed(runs[0].evals):
+        measured = [{row.metric for row in of.metrics} for run in runs for of in run.evals if of.data == one.data]
+        if len(measured) == len(runs):
+            for metric in _FIRST:
+                if all(metric in names for names in measured):
+                    return one.data, metric
+    return None
+
+
+def measured(run: RunData, data: str, metric: str) -> MetricRow:
+    """What a run has by a metric on held-out rows, where `shared_metric` found them."""
+    (found,) = (row for one in run.evals if one.data == data for row in one.metrics if row.metric == metric)
+    return found
+
+
+def value_text(metric: str, value: float) -> str:
+    """A metric's value in words."""
+    return short(value, 4) if metric == PERPLEXITY else percent(value)

@@ -1,0 +1,100 @@
+"""An audit: what a kit gives, and what attacks find."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from siftune.jsonable import finite
+from siftune.offsite.audits.result import LABELS
+from siftune.report.page.figure import Figure, slug
+from siftune.report.page.points import Point, Scale, listed_points
+from siftune.report.page.section import Section
+from siftune.report.page.subjects import Other
+from siftune.report.page.words import short
+
+_ATTACKS = {
+    "loss": "by loss", "reference": "by loss against the base's", "online": "LiRA, online", "offline": "LiRA, offline",
+    "blind": "blind: the base's loss alone",
+}  # fmt: skip
+_GUESSING = 0.5
+
+
+def in_a_sentence(record: Mapping[str, Any]) -> str:
+    """What came out."""
+    delta = _estimate(_at(record, "comparisons", "nll", "delta"))
+    strongest = max((point for point in _attacks(record)), key=lambda point: point.value, default=None)
+    parts = []
+    if delta is not None:
+        parts.append(f"the plugged-in layers do {short(delta.value)} nats per token better than the emulator alone")
+    if strongest is not None:
+        parts.append(f"the strongest attack tells rows apart with an AUC of {short(strongest.value)} (0.5 is guessing)")
+    return f"Audit: {'; '.join(parts) or 'no figure was found'}."
+
+
+def audit(other: Other) -> Section:
+    """Conditions and attacks."""
+    record, name = other.content, slug(other.name)
+    figures = [*_conditions(record, name), *_attack_figures(record, name)]
+    words = [
+        in_a_sentence(record),
+        "ZS: nothing tuned. FT: the outer layers tuned. Plug-in: the base with the layers that were tuned on the "
+        "emulator. An AUC near 0.5 says that these attacks fail on these rows; stronger ones exist.",
+    ]
+    return Section(f"audit-{name}", f"Audit {other.name}", words, figures)
+
+
+def _conditions(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
+    conditions = _at(record, "conditions") or {}
+    for measure, title, scale in (
+        ("nll", "Loss of the models", Scale("nats per label token; less is better")),
+        ("accuracy", "Accuracy of the models", Scale("share of right rows", percent=True)),
+    ):
+        points = [
+            Point(label, found.value, found.low, found.high, colour=0 if key.startswith("full") else 1)
+            for key, label in LABELS.items()
+            if (found := _estimate(_at(conditions, key, measure))) is not None
+        ]
+        if points:
+            yield listed_points(f"{measure}-{name}", title, points, scale)
+
+
+def _attack_figures(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
+    points = _attacks(record)
+    if points:
+        scale = Scale("AUC", reference=_GUESSING, reference_name="guessing")
+        note = "How well each attack tells members from others."
+        yield listed_points(f"attacks-{name}", "Attacks", points, scale, note)
+
+
+def _attacks(record: Mapping[str, Any]) -> list[Point]:
+    """AUC of every attack that was tried: on the return's rows, and on the kit's calibration rows."""
+    points = []
+    for key, label in _ATTACKS.items():
+        found = _estimate(_at(record, "membership", key, "auc"))
+        if found is not None:
+            points.append(Point(label, found.value, found.low, found.high, colour=5 if key == "blind" else 1))
+    for key in _at(record, "calibration", "attacks") or {}:
+        found = _estimate(_at(record, "calibration", "attacks", key, "auc"))
+        if found is not None:
+            points.append(Point(f"calibration, by {key}", found.value, found.low, found.high, colour=2))
+    return points
+
+
+def _at(record: Any, *keys: str) -> Any:
+    """What stands behind keys; None where anything on the way is missing or of another kind."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, Mapping) else None
+    return record
+
+
+def _estimate(value: Any) -> Point | None:
+    """A figure with its interval, as a point without a name; None where there is none."""
+    if not isinstance(value, Mapping) or (middle := _finite(value.get("value"))) is None:
+        return None
+    return Point("", middle, _finite(value.get("low")), _finite(value.get("high")))
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        return finite(value)
+    except (ValueError, TypeError):
+        return None

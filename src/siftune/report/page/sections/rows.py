@@ -1,0 +1,176 @@
+"""Which rows the layers followed: in a batch, by where rows are from, and how far layers agree."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftune.methods.sample_choice import WHOLE
+from siftune.report.page.figure import Figure, slug
+from siftune.report.page.heat import Cells, heat_map
+from siftune.report.page.lines import COLOURS, Chart, Line, line_chart
+from siftune.report.page.section import Section
+from siftune.report.page.subjects import RunData
+from siftune.report.page.words import listed, percent
+from siftune.trainer.selection_file import RowsOfBatch
+
+_BINS = 24  # points of a line of shares
+_SOURCES = COLOURS  # sources that have a line of their own; the rarer ones stand together
+_OTHERS = "others"
+_LARGEST = 64  # rows of a batch that are shown
+_BOUND = 2.0  # z-scores at which the colours end
+
+
+def rows(run: RunData, several: bool) -> Section | None:
+    """Alignment, shares followed and agreement; None where rows were not chosen."""
+    batches = run.batches
+    if not batches:
+        return None
+    sources = _Sources(batches)
+    figures = [_one_batch(run, batches[-1], sources), *_agreement(run, batches)]
+    figures += [*_shares(run, batches, sources), *_by_source(run, batches, sources)]
+    title = f"Rows that were followed{f': {run.name}' if several else ''}"
+    return Section(f"rows-{slug(run.name)}", title, _words(run, batches, sources), figures)
+
+
+class _Sources:
+    """The sources that are told apart: the most frequent ones, and what stands for the rest."""
+
+    def __init__(self, batches: Sequence[RowsOfBatch]) -> None:
+        counts: dict[str, int] = {}
+        for batch in batches:
+            for source in batch.sources:
+                counts[source] = counts.get(source, 0) + 1
+        order = sorted(counts, key=lambda source: (-counts[source], source))
+        most = _SOURCES if len(order) <= _SOURCES else _SOURCES - 1
+        self.names = [*order[:most], *([_OTHERS] if len(order) > most else [])]
+        self._kept = set(order[:most])
+
+    def of(self, batch: RowsOfBatch) -> list[str]:
+        """The sources of a batch's samples; empty where they were not recorded."""
+        if len(batch.sources) != batch.followed.shape[1]:
+            return []
+        return [source if source in self._kept else _OTHERS for source in batch.sources]
+
+
+def _words(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[str]:
+    share = float(np.mean([batch.followed.mean() for batch in batches]))
+    who = "one choice for all layers" if batches[0].layers == (WHOLE,) else "every layer for itself"
+    words = [f"Method {run.recipe.method}: of a batch's rows {percent(share)} were followed, {who}."]
+    totals = {name: _share(batches, sources, name) for name in sources.names}
+    if len(totals) > 1:
+        parts = [f"“{name}” {percent(value)}" for name, value in totals.items() if value is not None]
+        words.append(f"Of the rows that came, by their column source: {listed(parts)}.")
+    elif not sources.names:
+        words.append("Where rows are from was not recorded, so that they stand together.")
+    if all(batch.scores is None for batch in batches):
+        words.append("Scores were not kept (keep_scores) or not needed, so that choices alone can be shown.")
+    return words
+
+
+def _share(batches: Iterable[RowsOfBatch], sources: _Sources, name: str) -> float | None:
+    """Share of a source's rows that were followed: the mean over layers; None where none came."""
+    seen, followed = 0, 0.0
+    for batch in batches:
+        own = np.array([source == name for source in sources.of(batch)], bool)
+        if own.any():
+            seen += int(own.sum())
+            followed += float(batch.followed[:, own].mean(0).sum())
+    return followed / seen if seen else None
+
+
+def _shares(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[Figure]:
+    """Shares followed by source over the run, in parts of it."""
+    if not sources.names:
+        return []
+    parts = [part for part in np.array_split(np.arange(len(batches)), min(_BINS, len(batches))) if len(part)]
+    lines = []
+    for colour, name in enumerate(sources.names):
+        points = [(batches[part[-1]].step, _share([batches[i] for i in part], sources, name)) for part in parts]
+        kept = [(float(step), share) for step, share in points if share is not None]
+        lines.append(Line(name, [step for step, _ in kept], [share for _, share in kept], colour))
+    note = "Of the rows from each source that came in these steps, how many a layer followed, on average."
+    chart = Chart("share followed", percent=True)
+    return [line_chart(f"followed-{slug(run.name)}", "Shares followed", lines, chart, note, "half")]
+
+
+def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
+    """Rows × layers of the last batch: z-scores, and a dot where a layer follows a row."""
+    kinds = sources.of(batch)
+    order = sorted(range(batch.followed.shape[1]), key=lambda i: (kinds[i] if kinds else "", i))[:_LARGEST]
+    labels = [kinds[i] if kinds else f"row {batch.rows[i] if batch.rows else i}" for i in order]
+    values_US = zscores(batch.scores) if batch.scores is not None else batch.followed.astype(float)
+    low, unit = (-_BOUND, "z-score") if batch.scores is not None else (0.0, "followed")
+    high = _BOUND if batch.scores is not None else 1.0
+    marks = batch.followed.T[order] if batch.scores is not None else None
+    cells = Cells(values_US.T[order], labels, _layers(batch), low, high, "layer", "row", unit, marks)
+    note = f"The last batch, at step {batch.step:,}." + (
+        " Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else ""
+    )
+    return heat_map(f"batch-{slug(run.name)}", "Rows and layers of one batch", cells, note, "two-thirds")
+
+
+def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[Figure]:
+    """Sources × layers: mean z-scores over the run."""
+    units = batches[0].layers
+    sums = {name: np.zeros(len(units)) for name in sources.names}
+    counts = dict.fromkeys(sources.names, 0)
+    for batch in batches:
+        kinds = sources.of(batch)
+        if batch.scores is None or batch.layers != units or not kinds:
+            continue
+        z_US = np.nan_to_num(zscores(batch.scores))
+        for place, name in enumerate(kinds):
+            sums[name] += z_US[:, place]
+            counts[name] += 1
+    names = [name for name in sources.names if counts[name]]
+    if len(names) < 2:
+        return []
+    values = np.stack([sums[name] / counts[name] for name in names])
+    bound = float(np.abs(values).max()) or 1.0
+    cells = Cells(values, names, _layers(batches[0]), -bound, bound, "layer", "source", "mean z-score")
+    note = "Above zero: rows of this source point the support's way more than others in their batch."
+    return [heat_map(f"alignment-{slug(run.name)}", "Alignment by source", cells, note, "half")]
+
+
+def _agreement(run: RunData, batches: Sequence[RowsOfBatch]) -> list[Figure]:
+    """Layers × layers: how far two layers follow the same rows."""
+    same = [batch for batch in batches if batch.layers == batches[0].layers and len(batch.layers) > 1]
+    tables = [one for batch in same if (one := agreement(batch)) is not None]
+    if not tables:
+        return []
+    mean, labels = np.nanmean(np.stack(tables), 0), _layers(same[0])
+    np.fill_diagonal(mean, np.nan)  # a layer agrees with itself
+    low, high = (np.floor(10 * np.nanmin(mean)) / 10, np.ceil(10 * np.nanmax(mean)) / 10)
+    low, high = (-max(-low, high), max(-low, high)) if low < 0 else (low, high)
+    cells = Cells(mean[::-1], labels[::-1], labels, float(low), float(high), "layer", "layer", "correlation")
+    scored = same[0].scores is not None
+    note = f"Correlation of two layers' {'scores' if scored else 'choices'} over a batch's rows, the mean over batches."
+    return [heat_map(f"agreement-{slug(run.name)}", "Agreement of layers", cells, note)]
+
+
+def agreement(batch: RowsOfBatch) -> NDArray[np.float64] | None:
+    """(U, U) correlations between layers over the rows of a batch: of scores, or of choices where there are none.
+
+    None where rows are too few, or all alike, so that nothing can be correlated.
+    """
+    if batch.followed.shape[1] < 3:
+        return None
+    z_US = zscores(batch.scores if batch.scores is not None else batch.followed.astype(np.float64))
+    if np.isnan(z_US).all():
+        return None
+    table: NDArray[np.float64] = z_US @ z_US.T / z_US.shape[1]
+    return table
+
+
+def zscores(scores_US: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Scores as standard deviations from their mean over the batch, layer by layer; NaN where all are alike."""
+    values = np.where(np.isfinite(scores_US), scores_US, np.nan).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = values.std(1, keepdims=True)
+        z: NDArray[np.float64] = np.where(spread > 0, (values - values.mean(1, keepdims=True)) / spread, np.nan)
+    return z
+
+
+def _layers(batch: RowsOfBatch) -> list[str]:
+    return ["all" if layer == WHOLE else str(layer) for layer in batch.layers]

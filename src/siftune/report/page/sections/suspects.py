@@ -1,0 +1,54 @@
+"""Rows that may be wrong, with their text: what `siftune rows` names."""
+
+from importlib import import_module
+from typing import Any
+
+from siftune.errors import InputError
+from siftune.report.page.figure import slug
+from siftune.report.page.section import Cell, Grid, Section
+from siftune.report.page.subjects import RunData
+from siftune.report.page.words import cut, short
+
+_SHOWN = 20
+_LONG = 600  # letters of a text
+
+
+def suspects(run: RunData, several: bool) -> Section | None:
+    """The rows that most look wrong; None where the run kept no record of its rows."""
+    found = _found(run)
+    if found is None:
+        return None
+    title = f"Suspect rows{f': {run.name}' if several else ''}"
+    anchor = f"suspects-{slug(run.name)}"
+    if not found:
+        return Section(anchor, title, ["No row stands out."])
+    rows = [
+        [
+            Cell(one.place),
+            Cell(cut(_text(one.text), _LONG)),
+            Cell(one.reason),
+            Cell(short(one.score), one.score),
+            Cell(", ".join(map(str, one.duplicates)) or "none"),
+        ]
+        for one in found
+    ]
+    caption = f"The {len(rows)} rows that stand out most; right rows can be among them: read before you drop."
+    header = ["row", "text", "why", "score", "near-duplicates"]
+    words = [f"`siftune rows {run.path}` lists more of them, and writes files for --drop-rows and --row-weights."]
+    return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
+
+
+def _found(run: RunData) -> list[Any] | None:
+    try:
+        find = import_module("siftune.rows.suspects").suspects
+    except ModuleNotFoundError:
+        return None
+    try:
+        return list(find(run.path, _SHOWN))
+    except InputError:  # no record of rows, or rows that are no longer where they were
+        return None
+
+
+def _text(text: Any) -> str:
+    """Prompt and completion, with an arrow between."""
+    return " → ".join(filter(None, (text.prompt.strip(), text.completion.strip())))

@@ -1,0 +1,217 @@
+"""What a report is made of: runs, kits, sweeps and audits, read with suspicion, since a folder may be a stranger's."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from siftune.config import Recipe
+from siftune.errors import InputError, RecipeError
+from siftune.jsonable import finite
+from siftune.offsite.kit.folder import is_kit
+from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manifest
+from siftune.offsite.kit.strict import read_bytes
+from siftune.recipe_file import load_recipe
+from siftune.report.evals import Eval, read_evals
+from siftune.trainer.run_folder import RECIPE
+from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
+
+AUDIT, SWEEP, DEMO = "audit.json", "sweep.json", "demo.json"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A training run, finished or not.
+
+    Attributes:
+        path: Its folder.
+        name: What it is called on the page: no other run there has the same name.
+        recipe: Its settings.
+        status: What run.json says: finished, interrupted, stopped; or "running" where there is none yet.
+        summary: Figures of run.json.
+        about: Versions and hardware, name -> text.
+        metrics: Lines of metrics.jsonl, figures alone.
+        evals: What was measured of it, the newest last.
+    """
+
+    path: Path
+    name: str
+    recipe: Recipe
+    status: str
+    summary: dict[str, float] = field(repr=False)
+    about: dict[str, str] = field(repr=False)
+    metrics: list[dict[str, float]] = field(repr=False)
+    evals: list[Eval] = field(repr=False)
+
+    @cached_property
+    def selection(self) -> list[LayersOfStep | RowsOfBatch]:
+        """What every step chose."""
+        return list(read_selection(self.path))
+
+    @property
+    def layers(self) -> list[LayersOfStep]:
+        """The layers of every step, where layers were chosen."""
+        return [one for one in self.selection if isinstance(one, LayersOfStep)]
+
+    @property
+    def batches(self) -> list[RowsOfBatch]:
+        """The rows of every batch, where rows were chosen."""
+        return [one for one in self.selection if isinstance(one, RowsOfBatch)]
+
+    def figure(self, name: str) -> float | None:
+        """A figure of the summary; None where there is none."""
+        return self.summary.get(name)
+
+    def course(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps at which a figure was logged, and the figure."""
+        lines = [line for line in self.metrics if name in line and "step" in line]
+        return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+@dataclass(frozen=True)
+class Other:
+    """A kit, a sweep or an audit.
+
+    Attributes:
+        kind: Which.
+        path: Its folder.
+        name: What it is called on the page.
+        content: A kit's `Manifest`, or what the file holds.
+    """
+
+    kind: Literal["kit", "sweep", "audit"]
+    path: Path
+    name: str
+    content: Any
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """All that a page is about.
+
+    Attributes:
+        runs: Runs, in the order in which they were named.
+        others: Kits, sweeps and audits.
+    """
+
+    runs: tuple[RunData, ...] = ()
+    others: tuple[Other, ...] = ()
+
+
+def find_subjects(names: Sequence[str]) -> Subjects:
+    """Read what folders hold.
+
+    Args:
+        names: Folders of runs, of `siftune demo`, kits, and what siftune sweep and siftune audit left.
+
+    Raises:
+        InputError: A folder is none of these, or damaged.
+    """
+    if not names:
+        raise RecipeError("nothing to report on: give the folder of a run, a kit, a sweep or an audit")
+    folders = list(dict.fromkeys(path for name in names for path in _folders(name)))
+    called = dict(zip(folders, _called(folders), strict=True))
+    runs = tuple(read_run(path, name) for path, name in called.items() if (path / RECIPE).is_file())
+    others = tuple(_other(path, name) for path, name in called.items() if not (path / RECIPE).is_file())
+    return Subjects(runs, others)
+
+
+def _folders(name: str) -> list[Path]:
+    """The folder that a name stands for; those of its runs where it is a demo's."""
+    path = Path(name).expanduser()
+    known = (RECIPE, AUDIT, SWEEP)
+    if any((path / one).is_file() for one in known) or is_kit(path):
+        return [path]
+    runs = [run for run in (path / "pool", path / "target") if (run / RECIPE).is_file()]
+    if runs:
+        return runs
+    state = "there is no folder" if not path.exists() else "it holds no run, kit, sweep or audit"
+    raise RecipeError(f"nothing to report on in {name}: {state} of that name; give the folder of siftune train or demo")
+
+
+def _called(folders: Sequence[Path]) -> list[str]:
+    """What folders are called: their names, with as many of the folders above as tell them apart."""
+    parts = [path.absolute().parts for path in folders]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in folders]
+
+
+def read_run(path: Path, name: str) -> RunData:
+    """Read a run folder.
+
+    Args:
+        path: The folder; the run may still be under way.
+        name: What it is to be called.
+
+    Raises:
+        InputError: A file in it is damaged; the message names it.
+    """
+    record = _json(path / "run.json") if (path / "run.json").is_file() else {}
+    summary = record.get("summary")
+    return RunData(
+        path=path,
+        name=name,
+        recipe=load_recipe(path / RECIPE),
+        status=str(record.get("status", "running")),
+        summary=_figures(summary if isinstance(summary, dict) else {}),
+        about=_about(record),
+        metrics=_metrics(path / "metrics.jsonl"),
+        evals=read_evals(path),
+    )
+
+
+def _about(record: dict[str, Any]) -> dict[str, str]:
+    """Hardware and versions."""
+    versions = record.get("versions")
+    pairs = {str(name): str(number) for name, number in versions.items()} if isinstance(versions, dict) else {}
+    return {"hardware": str(record["hardware"]), **pairs} if "hardware" in record else pairs
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    """Figures of every line; the last one may be half written."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number} is no JSON: mend or remove the line") from None
+        records.append(_figures(record if isinstance(record, dict) else {}))
+    return records
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float]:
+    """What of a record is a figure."""
+    figures = {}
+    for name, value in record.items():
+        if isinstance(value, int | float):
+            with contextlib.suppress(ValueError, OverflowError):
+                figures[name] = finite(value)
+    return figures
+
+
+def _other(path: Path, name: str) -> Other:
+    if (path / AUDIT).is_file():
+        return Other("audit", path, name, _json(path / AUDIT))
+    if (path / SWEEP).is_file():
+        return Other("sweep", path, name, _json(path / SWEEP))
+    manifest: Manifest = parse_manifest(read_bytes(path / MANIFEST, LIMITS[MANIFEST]))
+    return Other("kit", path, name, manifest)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} can't be read ({error}): write it again, or leave the folder out") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{path} holds no JSON object: write it again, or leave the folder out")
+    return record

@@ -1,0 +1,87 @@
+"use strict";
+(() => {
+  const root = document.documentElement, tip = document.getElementById("tip"), theme = document.getElementById("theme");
+
+  // ---- theme: the system's, light or dark; kept where the browser lets a page keep things
+  const THEMES = ["system", "light", "dark"];
+  const stored = () => { try { return localStorage.getItem("siftune-theme"); } catch { return null; } };
+  const show = (name) => {
+    if (name === "system") delete root.dataset.theme; else root.dataset.theme = name;
+    theme.textContent = `Theme: ${name}`;
+  };
+  let chosen = THEMES.includes(stored()) ? stored() : "system";
+  show(chosen);
+  theme.hidden = false;
+  theme.addEventListener("click", () => {
+    chosen = THEMES[(THEMES.indexOf(chosen) + 1) % THEMES.length];
+    show(chosen);
+    try { localStorage.setItem("siftune-theme", chosen); } catch { /* a page in a frame keeps nothing */ }
+  });
+
+  // ---- tables: a click on a heading sorts, another one turns it around; what has no figure stays last
+  const key = (row, column) => {
+    const cell = row.cells[column];
+    return "key" in cell.dataset ? Number(cell.dataset.key) : cell.textContent.trim().toLowerCase();
+  };
+  const before = (a, b) => {
+    const figures = [typeof a === "number", typeof b === "number"];
+    if (figures[0] !== figures[1]) return 0;
+    return figures[0] ? a - b : a.localeCompare(b, undefined, { numeric: true });
+  };
+  const sort = (head) => {
+    const table = head.closest("table"), body = table.tBodies[0], column = head.cellIndex;
+    const down = head.getAttribute("aria-sort") === "ascending";
+    const rows = [...body.rows], known = rows.filter((row) => typeof key(row, column) === "number");
+    const some = known.length > 0, sorted = some ? known : rows;
+    sorted.sort((a, b) => (down ? -1 : 1) * before(key(a, column), key(b, column)));
+    body.append(...sorted, ...(some ? rows.filter((row) => !known.includes(row)) : []));
+    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  };
+  for (const head of document.querySelectorAll("thead th")) head.firstElementChild.addEventListener("click", () => sort(head));
+
+  // ---- figures: what stands under the pointer, in words
+  const written = (value, percent) => {
+    if (value === null) return "–";
+    return percent ? `${(100 * value).toFixed(1)} %` : String(Number(value.toPrecision(4))).replace("-", "−");
+  };
+  const overLines = (data, x) => {
+    const low = data.x[0], high = data.x.at(-1), wanted = low + x * (high - low);
+    const nearest = (xs) => xs.reduce((best, one) => Math.abs(one - wanted) < Math.abs(best - wanted) ? one : best, xs[0]);
+    const step = nearest(data.x);
+    const told = data.lines.map(([name, xs, ys]) => {
+      const value = written(ys[xs.indexOf(nearest(xs))], data.percent);
+      return name ? `${name}: ${value}` : value;
+    });
+    return [`step ${Math.round(step).toLocaleString("en")}`, ...told].join("\n");
+  };
+  const overCells = (data, x, y) => {
+    const row = Math.min(data.rows.length - 1, Math.floor(y * data.rows.length));
+    const column = Math.min(data.columns.length - 1, Math.floor(x * data.columns.length));
+    const [down, across, unit] = data.labels;
+    const places = [`${across} ${data.columns[column]}`, `${down} ${data.rows[row]}`, `${unit} ${written(data.values[row][column])}`];
+    if (data.marks) places.push(data.marks[row][column] ? "followed" : "not followed");
+    return places.join("\n");
+  };
+  const place = (event) => {
+    const left = event.clientX + 14 + tip.offsetWidth > innerWidth ? event.clientX - 14 - tip.offsetWidth : event.clientX + 14;
+    tip.style.left = `${Math.max(4, left)}px`;
+    tip.style.top = `${Math.max(4, Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 4))}px`;
+  };
+  for (const figure of document.querySelectorAll("figure")) {
+    const source = figure.querySelector('script[type="application/json"]');
+    if (!source) continue;
+    const data = JSON.parse(source.textContent);
+    for (const area of figure.querySelectorAll(".hit")) {
+      area.addEventListener("pointermove", (event) => {
+        const box = area.getBoundingClientRect();
+        const x = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+        const y = Math.min(1, Math.max(0, (event.clientY - box.top) / box.height));
+        tip.textContent = data.kind === "lines" ? overLines(data, x) : overCells(data, x, y);
+        tip.hidden = false;
+        place(event);
+      });
+      area.addEventListener("pointerleave", () => { tip.hidden = true; });
+    }
+  }
+})();

@@ -1,0 +1,94 @@
+"""Numbers as a reader takes them in."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+MINUS = "−"
+NBSP = "\u00a0"  # holds a number and its unit together
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers between two bounds, about `count` of them.
+
+    Example:
+        >>> ticks(0, 120), ticks(0.33, 1.73)
+        ([0.0, 50.0, 100.0], [0.5, 1.0, 1.5])
+    """
+    if not high > low:
+        return [low]
+    step = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(step))
+    step = next(power * part for part in (1, 2, 2.5, 5, 10) if power * part >= step * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """How the values on an axis are written: all with the same number of digits."""
+    step = min((abs(b - a) for a, b in pairwise(values)), default=abs(values[0]) if values else 0)
+    if 0 < step < 1e-3:
+        return [_signed("0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")) for value in values]
+    digits = next((count for count in range(9) if abs(round(step, count) - step) < step / 1000), 9) if step else 0
+    return [_signed(f"{value:,.{digits}f}") for value in values]
+
+
+def percent_texts(values: Sequence[float]) -> list[str]:
+    """How shares on an axis are written."""
+    return [f"{text}{NBSP}%" for text in tick_texts([100 * value for value in values])]
+
+
+def short(value: float | None, digits: int = 3) -> str:
+    """A number to a few significant digits; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return _signed(f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e"))
+    decimals = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return _signed(f"{value:,.{decimals}f}")
+
+
+def percent(value: float | None) -> str:
+    """A share between 0 and 1, in per cent."""
+    return "–" if value is None or not math.isfinite(value) else _signed(f"{100 * value:.1f}{NBSP}%")
+
+
+def points(value: float) -> str:
+    """A difference of shares in points, with its sign."""
+    return _signed(f"{100 * value:+.1f}")
+
+
+def duration(seconds: float | None) -> str:
+    """A time in hours and minutes, or minutes and seconds."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(megabytes: float | None) -> str:
+    """A size given in 10⁶ bytes."""
+    if megabytes is None or not math.isfinite(megabytes):
+        return "–"
+    return f"{megabytes:,.0f} MB" if megabytes < 10_000 else f"{megabytes / 1000:,.1f} GB"
+
+
+def cut(text: str, most: int) -> str:
+    """A text that takes so many characters at most."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Parts with commas, and a last "and".
+
+    Example:
+        >>> listed(["a", "b", "c"])
+        'a, b and c'
+    """
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", MINUS, 1) if text.startswith("-") else text

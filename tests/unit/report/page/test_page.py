@@ -1,0 +1,254 @@
+"""What stands on the page: sentences, sections, figures; and that nothing foreign gets in."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from support.report_runs import save_eval, save_run
+
+from siftune.cli.common import parse
+from siftune.cli.train import Options
+from siftune.errors import InputError, RecipeError
+from siftune.evaluate.measure import MetricRow
+from siftune.report import show
+from siftune.report.evals import Answer, Eval, read_evals, record_eval
+from siftune.report.page.export import write_figures
+from siftune.report.page.headline import commands, headline
+from siftune.report.page.page import make_page, sections
+from siftune.report.page.sections.rows import agreement, zscores
+from siftune.report.page.subjects import find_subjects
+from siftune.trainer.selection_file import RowsOfBatch
+
+ATTACK = "<script>alert(1)</script>\"'><b>&amp;"
+
+
+def subjects(*folders):
+    return find_subjects([str(folder) for folder in folders])
+
+
+def titles(*folders):
+    return [section.title for section in sections(subjects(*folders))]
+
+
+def text_of(section):
+    """All words of a section."""
+    cells = (cell.text for grid in section.tables for row in grid.rows for cell in row)
+    return " ".join([*section.words, *cells, *(figure.note for figure in section.figures)])
+
+
+# --- the result in a sentence
+
+
+def test_one_run_against_its_base(runs):
+    assert headline(subjects(runs["dense"])).replace("\u00a0", " ") == (
+        "On 200 held-out rows, exact match went from 3.0 % to 50.0 %: +47.0 points, 95 % interval +41.0 to +54.0."
+    )
+
+
+def test_several_runs_the_best_first(runs):
+    told = headline(subjects(*runs.values())).replace("\u00a0", " ")
+    assert told.startswith("“gast” is best of 3 runs: 70.0 % exact match (95 % interval 64.0 % to 76.0 %)")
+    assert "against 60.0 % for “ist”, 50.0 % for “dense” and 3.0 % for the base model" in told
+
+
+def test_a_run_that_was_not_measured(tmp_path):
+    run = save_run(tmp_path / "run")
+    assert headline(subjects(run)) == "After 40 steps the held-out loss is 0.7000 nats per token."
+    assert "siftune eval" in " ".join(text_of(section) for section in sections(subjects(run)))
+
+
+def test_runs_by_their_losses_where_they_were_held_to_the_same_rows(tmp_path):
+    first, second = (save_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
+    assert headline(subjects(first, second)).startswith("“a” has the least held-out loss of 2 runs, 0.7000")
+    third = save_run(tmp_path / "c", eval="others.jsonl")
+    assert headline(subjects(first, third)) == "2 runs, which were not measured on the same held-out rows."
+    (compared, *_) = sections(subjects(first, third))
+    assert "held out different rows" in text_of(compared)
+
+
+def test_perplexity_is_better_when_less(tmp_path):
+    for number, name in enumerate("ab"):
+        run = save_run(tmp_path / name)
+        metric = MetricRow("perplexity", 9, 6.0, 2.0 + number, number - 4.0, -5.0, -3.0)
+        record_eval(run, Eval("test.jsonl", 9, 0.95, (metric,)))
+    assert headline(subjects(tmp_path / "a", tmp_path / "b")).startswith("“a” is best of 2 runs: 2.000 perplexity on 9")
+    assert "from 6.000 to 2.000: −4.00, 95 % interval −5.00 to −3.00" in headline(subjects(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("steps", [0, 12])
+def test_a_run_that_is_under_way(tmp_path, steps):
+    run = save_run(tmp_path / "run", steps=12)
+    (run / "run.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:steps]) + '{"step": 13, "lo')
+    told = headline(subjects(run))
+    assert told.startswith("“run” is at step 11 of 12: training loss" if steps else "“run” has begun")
+    assert make_page([str(run)]).html.count("<svg") == (6 if steps else 0)
+
+
+def test_the_commands_are_what_the_command_line_takes(runs):
+    for command, run in zip(commands(subjects(*runs.values())), runs.values(), strict=True):
+        program, word, *arguments = command.split()
+        assert (program, word) == ("siftune", "train")
+        options = parse(Options, arguments, "siftune train")
+        assert (options.out, options.method) == (f"{run}-again", run.name)
+
+
+# --- what is there
+
+
+def test_a_run_has_the_sections_of_its_method(runs):
+    assert titles(runs["dense"]) == ["How training went", "Base and tuned", "Recipe, versions and hardware"]
+    assert titles(runs["ist"])[1] == "Layers that trained"
+    assert titles(runs["gast"])[1] == "Rows that were followed"
+    several = titles(*runs.values())
+    assert several[:2] == ["The runs side by side", "How training went"]
+    assert several.count("Base and tuned: ist") == 1
+
+
+@pytest.mark.parametrize("method", ["rst", "lisa", "cut", "greats", "ist+gast"])
+def test_every_method_that_chooses_has_figures(tmp_path, method):
+    run = save_run(tmp_path / "run", method, steps=12)
+    figures = {figure.name for section in sections(subjects(run)) for figure in section.figures}
+    assert ("trained-run" in figures) == (method != "greats")
+    assert ("importance-run" in figures) == (method == "ist+gast")
+    assert ("batch-run" in figures) == ("greats" in method or "gast" in method)
+    assert ("agreement-run" in figures) == (method == "ist+gast")  # one choice for all layers agrees with nothing
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", make_page([str(run)]).html, flags=re.DOTALL).lower()
+
+
+def test_only_differences_of_recipes_are_listed(tmp_path):
+    first = save_run(tmp_path / "a", "gast", steps=4)
+    second = save_run(tmp_path / "b", "gast", steps=4, seed=1, lr=1e-3)
+    (compared, *_) = sections(subjects(first, second))
+    assert [row[0].text for row in compared.tables[1].rows] == ["lr", "seed"]
+    (compared, *_) = sections(subjects(first, save_run(tmp_path / "c", "gast", steps=4)))
+    assert compared.tables[1].rows == []
+    assert "do not differ" in compared.tables[1].caption
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    first, second = (save_run(tmp_path / name / "run", steps=2) for name in "ab")
+    assert [run.name for run in subjects(first, second, first).runs] == ["a/run", "b/run"]
+
+
+def test_the_shares_followed_are_those_of_the_record(tmp_path):
+    run = save_run(tmp_path / "run", "gast", steps=30, depth=4)
+    (data,) = subjects(run).runs
+    seen, followed = {}, {}
+    for batch in data.batches:
+        for place, source in enumerate(batch.sources):
+            seen[source] = seen.get(source, 0) + 1
+            followed[source] = followed.get(source, 0) + batch.followed[:, place].mean()
+    words = next(section for section in sections(subjects(run)) if "followed" in section.title).words[1]
+    for source, count in seen.items():
+        assert f"“{source}” {100 * followed[source] / count:.1f}\u00a0%" in words
+    shares = {source: followed[source] / seen[source] for source in seen}
+    assert shares["arithmetic"] > shares["wrong"] + 0.2  # the record is not such that any figure would do
+
+
+def test_agreement_is_a_correlation():
+    scores = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
+    batch = RowsOfBatch(0, 0, tuple(range(5)), (), (), scores > 0, scores)
+    np.testing.assert_allclose(agreement(batch), np.corrcoef(scores), rtol=1e-5)
+    few = RowsOfBatch(0, 0, (0, 1), (), (), scores[:2, :2] > 0, scores[:2, :2])
+    assert agreement(few) is None
+    assert np.isnan(zscores(np.ones((2, 4)))).all()
+
+
+def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):
+    run = save_run(tmp_path / "run", steps=4, dp_epsilon=8.0, dp_delta=1e-5)
+    assert "without noise" in text_of(sections(subjects(run))[0])
+
+
+# --- how large, how safe
+
+
+def test_a_long_run_of_a_large_model_fits(tmp_path):
+    run = save_run(tmp_path / "run", "ist+gast", steps=1500, depth=80)
+    long = Answer("long " * 999, "x" * 9999, "y" * 9999, "z" * 9999, False, True)
+    save_eval(run, answers=(long,) * 20)
+    assert len(make_page([str(run)]).html.encode()) < 3e6
+
+
+def test_everything_foreign_is_escaped(tmp_path, monkeypatch):
+    run = save_run(tmp_path / "<b>&amp;'\"", "gast", steps=4, model=ATTACK, train=ATTACK, eval=ATTACK)
+    save_eval(run, answers=(Answer(ATTACK, ATTACK, ATTACK, ATTACK, False, True),))
+    record = json.loads((run / "run.json").read_text())
+    record |= {"status": ATTACK, "hardware": ATTACK, "versions": {ATTACK: ATTACK}}
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": ATTACK, ATTACK: 1.0}) + "\n")
+    monkeypatch.setattr("support.report_runs.KINDS", (ATTACK, "</script>", "</svg>"))
+    other = save_run(tmp_path / "other", "gast", steps=4)
+    for html in (show(run).html, show(other).html, show(run, other).html):
+        plain = html.replace("</script>\n</figure>", "")  # the ends of our own data
+        assert plain.count("</script>") == html.count("<script>") == 1
+        assert html.count("</svg>") == html.count("<svg ")
+        assert "<b>&" not in html
+        assert '<b>"' not in html
+    assert "&lt;script&gt;" in show(run).html
+
+
+def test_half_a_surrogate_pair_does_no_harm(tmp_path):
+    run = save_run(tmp_path / "run", steps=2)
+    save_eval(run, answers=(Answer("\ud800", "\x00", "\u202e", "x", False, True),))
+    assert "<bdi>?</bdi>" in show(run).write(tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+# --- files
+
+
+def test_figures_are_files_of_their_own(runs, tmp_path):
+    files = write_figures([str(run) for run in runs.values()], tmp_path / "figures")
+    drawn = [path for path in files if path.suffix == ".svg"]
+    assert {"loss.svg", "trained-ist.svg", "batch-gast.svg", "seconds.svg"} <= {path.name for path in drawn}
+    assert len({path.name for path in files}) == len(files) == len(list((tmp_path / "figures").iterdir()))
+    for path in drawn:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith('<svg xmlns="http://www.w3.org/2000/svg" width="')
+        assert "var(" not in text
+    pictures = [path for path in files if path.suffix == ".png"]
+    assert len(pictures) in (0, len(drawn))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):
+    run = save_run(tmp_path / "run", steps=2)
+    save_eval(run, tuned=0.2)
+    record_eval(run, Eval("others.jsonl", 7, 0.9, (MetricRow("choices", 7, 0.5),)))
+    save_eval(run, tuned=0.9)
+    others, newest = read_evals(run)
+    assert (others.data, others.metrics) == ("others.jsonl", (MetricRow("choices", 7, 0.5),))
+    assert newest.metrics[0].tuned == 0.9
+    assert newest.answers[1].prompt == "What is 1 + 8?\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n', r"metrics.jsonl:2 is no JSON"),
+        ("run.json", "[]", "run.json holds no JSON object"),
+        ("run.json", "{", "run.json can't be read"),
+        ("eval.json", '[{"data": 1}]', "eval.json can't be read .*measure again"),
+        ("eval.json", "{", "eval.json can't be read"),
+        ("selection.bin", "nonsense", "selection.bin is no record of selection"),
+        ("recipe.yaml", "methodd: ist\n", "unknown key 'methodd'"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    run = save_run(tmp_path / "run", steps=2)
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        show(run)
+
+
+def test_folders_that_hold_nothing_are_told(tmp_path, runs):
+    with pytest.raises(RecipeError, match="nope: there is no folder of that name"):
+        show(tmp_path / "nope")
+    with pytest.raises(RecipeError, match="it holds no run, kit, sweep or audit"):
+        show(tmp_path)
+    with pytest.raises(RecipeError, match="give the folder of a run"):
+        show()
+    with pytest.raises(RecipeError, match=r"cannot be written \(it is a folder\)"):
+        show(runs["dense"]).write(tmp_path)
