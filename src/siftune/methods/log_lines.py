@@ -67,7 +67,7 @@ class LogLines(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] = kwargs["logs"]
         if "loss" not in logs:
             return
-        figures = {f"{self._group}/{name}": round(value, 6) for name, value in self._figures().items()}
+        figures = {f"{self._group}/{name}": float(f"{value:.6g}") for name, value in self._figures().items()}
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)

@@ -33,6 +33,8 @@ class GREATS(SampleCallback, GREATSSettings):
 
     Attributes:
         last: The `SampleChoice` in the last batch: `scores` (1, samples), ⟨h, g⟩; `selected` (1, K) int64.
+        history: The choices of all batches, where `keep` is set.
+        on_select: Called with each batch's choice, where set.
 
     Raises:
         RecipeError: When a setting is out of its range.

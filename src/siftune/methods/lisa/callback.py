@@ -101,6 +101,10 @@ class LISA(LayerCallback, LISASettings):
         seed: Seed of LISA's own generator.
         layers: Path of the decoder layers, where they are not found by structure.
 
+    Attributes:
+        last: The `LayerChoice` of the current step: `layers` are the numbers of those that train.
+        on_select: Called with each step's choice, where set.
+
     Raises:
         RecipeError: When a setting is out of its range.
 

@@ -37,6 +37,10 @@ class RST(LayerCallback, RSTSettings):
         seed: Seed of RST's own generator.
         layers: Path of the decoder layers, where they are not found by structure.
 
+    Attributes:
+        last: The `LayerChoice` of the current step: `layers` are the numbers of those that train.
+        on_select: Called with each step's choice, where set.
+
     Raises:
         RecipeError: When a setting is out of its range.
 
