@@ -96,8 +96,8 @@ def test_a_run_of_ours_tells_trackers_all_and_once(base, rows, tmp_path, tracker
 
 def test_where_followed_rows_are_padded():
     scores = torch.tensor([[1.0, 2.0, 6.0], [3.0, torch.nan, 5.0]])
-    choice = SampleChoice(0, 0, ("a", "b"), (0, 1), scores, torch.tensor([[0, 1], [0, -1]]))
-    assert choice.figures() == {"followed": 0.5, "score": pytest.approx(3.4), "score_followed": pytest.approx(2.0)}
+    choice = SampleChoice(0, 0, ("a", "b"), (0, 1), scores, torch.tensor([[0, 1], [2, -1]]))
+    assert choice.figures() == {"followed": 0.5, "score": pytest.approx(3.4), "score_followed": pytest.approx(8 / 3)}
     nothing = SampleChoice(0, 0, ("a",), (0,), torch.full((1, 3), torch.nan), torch.tensor([[0, 1, 2]]))
     assert nothing.figures() == {"followed": 1.0}
 
