@@ -4,7 +4,8 @@ Two texts are compared by their shingles, runs of eight bytes, in lower case and
 that both have among those that either has (Broder, "On the resemblance and containment of documents", 1997). Shingles
 that many rows have, such as those of a template, tell nothing and are left out (ours). Of large data a fixed part of
 all shingles is looked at, the same of every text, which leaves the share as it is on average (FracMinHash, Irber et al.
-2022).
+2022); what is found in this way is compared whole. Texts of which this part holds nothing are found where they are
+equal.
 
 Eight bytes are a 64-bit number, so nothing is hashed, and the share is exact where all shingles are looked at. That is
 a few sorts in numpy; libraries of MinHash sign one text after another in Python, and give an estimate.
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 ALIKE = 0.8  # share of shingles from which two rows are near-duplicates
 _COMMON, _LEAST = 0.05, 10  # a shingle of more than 5 % of the rows, and of more than ten, is left out
-_MOST = 2**24  # shingles to look at, about
+_MOST = 2**22  # shingles to look at, about
+_ROUGHLY = 0.2  # by so much a share of few shingles may be off
 _CHUNK = 2**22  # bytes of text at a time
 _BYTES = 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -46,7 +48,9 @@ class Twins:
         for number, text in enumerate(plain):
             self._equal.setdefault(text, []).append(number)
         self._plain = plain
-        rows_W, keys_W = _shingles(plain)
+        skip = max(0, int(np.ceil(np.log2(max(1, sum(map(len, plain))) / _MOST))))
+        self._rough = skip > 0
+        rows_W, keys_W = _shingles(plain, skip)
         order = np.argsort(keys_W, kind="stable")
         keys_W, self._rows = keys_W[order], rows_W[order]
         starts = np.flatnonzero(np.concatenate([[True], keys_W[1:] != keys_W[:-1]])) if len(keys_W) else order
@@ -70,15 +74,21 @@ class Twins:
             shingles = self._shingles[end - size : end]
             shared = [self._rows[self._starts[at] : self._starts[at] + self._counts[at]] for at in shingles]
             others, both = np.unique(np.concatenate(shared), return_counts=True)
-            alike = both / (size + self._sizes[others] - both) >= ALIKE
-            same |= set(others[alike].tolist())
+            alike = both / (size + self._sizes[others] - both) >= ALIKE - _ROUGHLY * self._rough
+            same |= {other for other in others[alike].tolist() if not self._rough or self._shared(number, other)}
         return sorted(same - {number})
 
+    def _shared(self, one: int, other: int) -> bool:
+        """Whether two texts share enough of all their shingles."""
+        first, second = (set(_of_chunk(0, [self._plain[at]], 0)[1].tolist()) for at in (one, other))
+        return len(first & second) >= ALIKE * len(first | second)
 
-def _shingles(texts: Sequence[bytes]) -> tuple[Ints, Keys]:
-    """Shingles of all texts, each once for every text that has it: whose they are, and they; (W,) both."""
-    total = sum(map(len, texts))
-    skip = max(0, int(np.ceil(np.log2(max(1, total) / _MOST))))  # all but one in 2^skip are passed over
+
+def _shingles(texts: Sequence[bytes], skip: int) -> tuple[Ints, Keys]:
+    """Shingles of all texts, each once for every text that has it: whose they are, and they; (W,) both.
+
+    All but one in 2^skip are passed over.
+    """
     parts = [_of_chunk(first, chunk, skip) for first, chunk in _chunks(texts)]
     if not parts:
         return np.zeros(0, np.int64), np.zeros(0, np.uint64)

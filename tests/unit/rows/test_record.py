@@ -10,10 +10,12 @@ from datasets import Dataset
 from support.tiny_run import recipe, save_rows
 from support.trainers import At, adapted, rows, stop, train, weights
 from torch.utils.data import IterableDataset
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from siftune import GAST, LabelLogits, RowRecord
+from siftune.data.readers import load_rows
+from siftune.data.tokenize import tokenize_rows
 from siftune.errors import UnsupportedError
 from siftune.rows.losses import by_row, row_losses
 from siftune.rows.record import _pooled, _share
@@ -340,3 +342,8 @@ def test_a_run_of_siftune_records_its_rows(base, tmp_path, settings):
         step = found.visits.step == log["step"] - 1
         tokens = found.visits.tokens[step]
         assert (found.visits.loss[step] * tokens).sum() / tokens.sum() == pytest.approx(log["loss"], abs=2e-4)
+    slow = AutoModelForCausalLM.from_pretrained(base).double().eval()  # as at the first step, before adapters respond
+    tokens = tokenize_rows(load_rows(str(path)), done.tokenizer, 64, "none")
+    for at in np.flatnonzero(found.visits.step == 0):
+        loss, count = loss_of(slow, tokens[int(found.visits.row[at])])
+        assert (found.visits.loss[at], found.visits.tokens[at]) == (pytest.approx(loss, rel=1e-3), count)

@@ -41,15 +41,19 @@ def sentences(count, seed=0, words=30):
 
 
 def test_a_template_makes_no_twins():
-    texts = [f"You are a helpful assistant who answers briefly and kindly. {text}" for text in sentences(100, words=3)]
-    assert all(not Twins(texts).of(at) for at in range(100))
+    template = " ".join(sentences(1, seed=1, words=60))
+    texts = [f"{template} {text}" for text in sentences(100, words=3)]
+    assert alike(*texts[:2], common=set())
+    found = Twins(texts)
+    assert all(not found.of(at) for at in range(100))
 
 
 def test_of_much_text_a_part_of_the_shingles_is_looked_at(monkeypatch):
     texts = sentences(60)
     texts += [f"{text} indeed" for text in texts[:20]]
-    monkeypatch.setattr(twins, "_MOST", 2000)
+    texts += [text[: len(text) * 2 // 3] for text in texts[20:40]]  # two thirds alike
+    monkeypatch.setattr(twins, "_MOST", 3000)
     monkeypatch.setattr(twins, "_CHUNK", 1000)
     found = Twins(texts)
-    assert len(found._rows) < 4000 < sum(map(len, texts))
+    assert len(found._rows) < 5000 < sum(map(len, texts))
     assert [found.of(at) for at in range(60)] == [[60 + at] for at in range(20)] + [[]] * 40
