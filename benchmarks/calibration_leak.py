@@ -14,7 +14,7 @@ his own, of the same settings, from as many other rows of the owner's source. A 
 
 and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`. `noise-X` is of
 clipped tokens, and noise on A and G with noise multiplier X (`siftune.offsite.maths.private`), for which ε is printed
-at δ = 1e-5, for the layers made here and for 26 of them. Clipping is at the median norm of 16 public rows, so that it
+at δ = 1e-5, for the layers made here and for all but four. Clipping is at the median norm of 16 public rows, so that it
 tells nothing of the owner's.
 
 Only `--layers` layers in the model's middle are compressed, so that a set takes minutes. Quality is the loss of other
@@ -75,7 +75,7 @@ SETS = (
 )  # fmt: skip
 DELTA = 1e-5
 FACTORS = 9  # moments of a layer that the default looks at: A of four inputs, G of five outputs
-DEPTH = 26  # layers of a whole kit of SmolLM2
+OUTER = 4  # layers of a model that a whole kit does not compress
 MOST = 64  # members and others that are looked at
 
 
@@ -294,9 +294,9 @@ def _bound(setting: Setting, way: str) -> dict[str, str]:
     kind, _, value = way.partition("-")
     if kind != "noise":
         return {}
-    layers = len(middle_of(setting.model, setting.split))
+    layers, whole = len(middle_of(setting.model, setting.split)), len(find_layers(setting.model).layers) - OUTER
     told = partial(gaussian_epsilon, DELTA, float(value))
-    return {name: f"{told(FACTORS * n):.3g}" for name, n in (("epsilon", layers), ("epsilon_whole", DEPTH))}
+    return {name: f"{told(FACTORS * n):.3g}" for name, n in (("epsilon", layers), ("epsilon_whole", whole))}
 
 
 def _figures(estimate: Estimate) -> list[float | None]:

@@ -190,9 +190,7 @@ def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console)
         f"emulator {result['emulator_mb']:,.1f} MB, layers to tune {result['outer_mb']:,.1f} MB; "
         f"the base model would be {result['base_mb']:,.1f} MB in {result['dtype']}",
         f"kit in {kit.path}: hand out all of this folder, and nothing else",
-        "whoever has the base model can tell which rows calibrated a kit"
-        f"{', the more so since it was trained on them' if options.distil else ''}: "
-        "--calibration is best text that may be known",
+        "whoever has the base model can tell which rows calibrated a kit: --calibration is best text that may be known",
         f"next, you: `siftune audit --model {options.model} --kit {kit.path} --train FILE --eval FILE`, "
         "to see what the kit gives away",
         "the data owner: `siftune verify KIT`, then `siftune train --model KIT --train FILE`, and sends RUN/return",

@@ -16,8 +16,8 @@ def setting():
     drawn = random.Random(0)
     texts = ["".join(drawn.choices("abcdefgh ", k=12)) for _ in range(200)]
     own, public = (rows_from([{"text": text} for text in part]) for part in (texts[:130], texts[130:]))
-    model = base("llama", layers=4, vocab_size=300).float()
-    return calibration_leak.Setting(model, byte_tokenizer(), own, public, Split(1, 1), 16, 0)
+    model = base("llama", layers=7, vocab_size=300).float()
+    return calibration_leak.Setting(model, byte_tokenizer(), own, public, Split(2, 3), 16, 0)
 
 
 def test_rows_that_calibrated_are_told_and_others_are_not(setting):
