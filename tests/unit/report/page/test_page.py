@@ -18,6 +18,8 @@ from siftune.report.page.headline import commands, headline
 from siftune.report.page.page import make_page, sections
 from siftune.report.page.sections.rows import agreement, zscores
 from siftune.report.page.subjects import find_subjects
+from siftune.rows.suspects import Suspect
+from siftune.rows.texts import Text
 from siftune.trainer.selection_file import RowsOfBatch
 
 ATTACK = "<script>alert(1)</script>\"'><b>&amp;"
@@ -160,6 +162,18 @@ def test_agreement_is_a_correlation():
 def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):
     run = save_run(tmp_path / "run", steps=4, dp_epsilon=8.0, dp_delta=1e-5)
     assert "without noise" in text_of(sections(subjects(run))[0])
+
+
+def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
+    run = save_run(tmp_path / "run", steps=2)
+    found = [Suspect("pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("pool.jsonl:9",))]
+    monkeypatch.setattr("siftune.report.page.sections.suspects.find", lambda path, top: found)
+    section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
+    (row,) = section.tables[0].rows
+    assert [cell.text for cell in row] == ["pool.jsonl:7", f"2 + 2? → {ATTACK}", ATTACK, "4.25", "pool.jsonl:9"]
+    assert ATTACK not in show(run).html
+    found.clear()
+    assert "No row stands out." in show(run).html
 
 
 # --- how large, how safe

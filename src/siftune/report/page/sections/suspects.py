@@ -1,13 +1,13 @@
 """Rows that may be wrong, with their text: what `siftune rows` names."""
 
-from importlib import import_module
-from typing import Any
-
 from siftune.errors import InputError
 from siftune.report.page.figure import slug
 from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import cut, short
+from siftune.rows.suspects import Suspect
+from siftune.rows.suspects import suspects as find
+from siftune.rows.texts import Text
 
 _SHOWN = 20
 _LONG = 600  # letters of a text
@@ -38,17 +38,14 @@ def suspects(run: RunData, several: bool) -> Section | None:
     return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
 
 
-def _found(run: RunData) -> list[Any] | None:
+def _found(run: RunData) -> list[Suspect] | None:
+    """What stands out; None without a record of rows, or where the rows are no longer what they were."""
     try:
-        find = import_module("siftune.rows.suspects").suspects
-    except ModuleNotFoundError:
-        return None
-    try:
-        return list(find(run.path, _SHOWN))
-    except InputError:  # no record of rows, or rows that are no longer where they were
+        return find(run.path, _SHOWN)
+    except InputError:
         return None
 
 
-def _text(text: Any) -> str:
+def _text(text: Text) -> str:
     """Prompt and completion, with an arrow between."""
     return " → ".join(filter(None, (text.prompt.strip(), text.completion.strip())))
