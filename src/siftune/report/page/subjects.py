@@ -128,8 +128,8 @@ def _folders(name: str) -> list[Path]:
     runs = [run for run in (path / "pool", path / "target") if (run / RECIPE).is_file()]
     if runs:
         return runs
-    state = "there is no folder" if not path.exists() else "it holds no run, kit, sweep or audit"
-    raise RecipeError(f"nothing to report on in {name}: {state} of that name; give the folder of siftune train or demo")
+    state = "there is no folder of that name" if not path.exists() else "it holds no run, kit, sweep or audit"
+    raise RecipeError(f"nothing to report on in {name}: {state}; give the folder of siftune train or demo")
 
 
 def _called(folders: Sequence[Path]) -> list[str]:

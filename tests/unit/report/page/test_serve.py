@@ -44,11 +44,9 @@ def test_nobody_else_is_answered(tmp_path):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         connection.request("POST", "/", body="x")
         assert connection.getresponse().status == 501
-        own = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
-        for other in own - {"127.0.0.1"}:
-            with socket.socket() as probe:
-                probe.settimeout(2)
-                assert probe.connect_ex((other, port)) != 0
+        with socket.socket() as probe:  # another address of this machine, which one for all networks would answer
+            probe.settimeout(2)
+            assert probe.connect_ex(("127.0.0.2", port)) != 0
 
 
 def test_what_stands_in_an_error_is_escaped(tmp_path):
