@@ -77,7 +77,7 @@ def _draw(width: int, title: str, lines: Sequence[Line], chart: Chart) -> Markup
     names = [cut(line.name, _NAME) for line in lines]
     right = 12 + BOLD * max(map(len, names))
     xs, ys = [x for line in lines for x in line.xs], [y for line in lines for y in line.ys]
-    across = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
+    across = (min(xs), max(xs)) if max(xs) > min(xs) else (min(0.0, xs[0]), max(1.0, xs[0]))  # a single step
     plot = Plot(44, 20, width - 44 - right, 150, across, room(ys, chart.zero))
     ends = spread([plot.at_y(line.ys[-1]) for line in lines], 13, plot.top, plot.top + plot.height)
     parts = [*y_axis(plot, chart.y_label, percent=chart.percent), *x_axis(plot, chart.x_label)]

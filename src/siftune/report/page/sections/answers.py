@@ -89,7 +89,7 @@ def _texts(found: Eval) -> Grid:
         for place, one in enumerate(found.answers, 1)
     ]
     caption = f"The first {len(rows)} held-out rows, as they come. ✓ right, ✗ wrong."
-    return Grid(["row", "question", "right answer", "base", "tuned"], rows, caption, (1, 2, 3, 4), cards=True)
+    return Grid(["row", "question", "right answer", "base", "tuned"], rows, caption, range(5), cards=True)
 
 
 def _shown(text: str) -> str:
