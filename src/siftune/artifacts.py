@@ -2,7 +2,6 @@
 
 import functools
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, KitError, ModelError
+from siftune.models.adapters import load_adapter
 from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve
@@ -168,7 +168,7 @@ def put_on(model: Any, subject: Subject, exact: bool = False) -> Any:
             raise KitError(f"{folder} is a return, but {subject.base} is no kit: give the kit that it was tuned on")
         put_in_return(model, folder, subject.kit)
     else:
-        model = _with_adapter(model, folder, subject.base, exact)
+        model = load_adapter(model, folder, subject.base, exact)
     return model.eval()
 
 
@@ -202,24 +202,3 @@ def _base_of(adapter: Path) -> str:
     if not isinstance(base, str) or not base:
         raise AdapterError(f"{path} names no base model; fill in base_model_name_or_path.")
     return base
-
-
-def _with_adapter(model: Any, adapter: Path, base: str, exact: bool) -> Any:
-    """Put an adapter on its base model."""
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise AdapterError(f"{adapter} has no weights (adapter_model.safetensors); save the adapter again.")
-    try:
-        with warnings.catch_warnings():
-            # PEFT goes on with random or zero weights where some are missing, and only warns
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
-            # in the base's dtype, as in training: float32 products are slow on many machines
-            return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=exact)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise AdapterError(
-            f"the adapter in {adapter} doesn't fit the model {base}: {reason}; give the adapter's own base model."
-        ) from error

@@ -35,17 +35,26 @@ class Recipe:
     """Model to tune: a folder, a hub id, smollm2 (packaged, no hub needed), or a kit of siftune emulate."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Round the frozen weights to 4 bits (NF4) or 8, by bitsandbytes: less memory."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Implementation of attention; auto: transformers' choice. On processors eager is faster for short rows."""
 
-    train: str = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    train: str | tuple[str, ...] = ""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, whose rows are put together."""
+    train_times: tuple[float, ...] | None = None
+    """Times that a row of each of these comes in an epoch: 2 twice, 1.5 every second row twice, 0.5 every second row.
+    Once if not given."""
     train_split: str = "train"
     """Split to train on, where the data has splits."""
     limit: Annotated[int | None, COUNT] = None
-    """Use only the first so many training rows."""
+    """Use only the first so many rows of each of these."""
+    bad_rows: Literal["stop", "drop"] = "stop"
+    """Where rows cannot be used: stop and name them all, or drop them and train on the others."""
     eval: str | None = None
     """Held-out rows: a file or hub id, as for train."""
+    eval_share: Annotated[float, BELOW_ONE] = 0.0
+    """Share of the training rows to hold out instead, by what they say, so that a row stays when others are added."""
     eval_split: str = "test"
     """Split to evaluate on, where the data has splits."""
     eval_limit: Annotated[int | None, COUNT] = None
@@ -92,6 +101,10 @@ class Recipe:
     """Scale of the adapter response; twice the rank if not given, 16 for rslora."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on the adapter input."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """First values of the adapter, as PEFT has them; pissa and olora begin with a part of the base's weights."""
+    from_adapter: str | None = None
+    """Run, or folder of a LoRA adapter, whose adapter to go on training, with its rank, alpha and modules."""
     targets: tuple[str, ...] | None = None
     """Names of the modules that get adapters, such as q_proj v_proj; found in the model if not given."""
 
@@ -113,6 +126,8 @@ class Recipe:
     """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decay of the adapter weights."""
+    neftune: Annotated[float | None, POSITIVE] = None
+    """Noise on the embeddings in training (NEFTune), scaled by this alpha; none if not given."""
     clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     dp_epsilon: Annotated[float | None, PROMISE] = None
@@ -175,6 +190,17 @@ def chooses_rows(recipe: Recipe) -> bool:
 def compares(recipe: Recipe) -> bool:
     """Whether a recipe's method compares rows with those of a set that the user gave."""
     return any(getattr(settings, "support", None) in ("dataset", "target") for settings in settings_of(recipe))
+
+
+def train_files(recipe: Recipe) -> list[tuple[str, float]]:
+    """The files or hub ids of a recipe's training rows, and how often a row of each comes in an epoch."""
+    files = (recipe.train,) if isinstance(recipe.train, str) else recipe.train
+    return list(zip(files, recipe.train_times or (1.0,) * len(files), strict=True))
+
+
+def holds_out(recipe: Recipe) -> bool:
+    """Whether a recipe has held-out rows."""
+    return bool(recipe.eval or recipe.eval_share)
 
 
 def compared_with(recipe: Recipe) -> str | None:

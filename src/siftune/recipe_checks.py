@@ -3,10 +3,11 @@
 Nothing here imports torch, so that a mistake is told at once.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 
-from siftune.config import Recipe, chooses_rows, compares, method_of, settings_of
+from siftune.config import Recipe, chooses_rows, compares, holds_out, method_of, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.methods.followed import can_look_back, chooses_nothing
@@ -24,7 +25,8 @@ def check(recipe: Recipe) -> None:
     check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
     for settings in settings_of(recipe):
         settings.check()
-    for fault, sentence in (*_faults(recipe), *_private_faults(recipe), *_idle(recipe), *_all_rows(recipe)):
+    faults = (_faults, _row_faults, _start_faults, _private_faults, _idle, _all_rows)
+    for fault, sentence in (pair for part in faults for pair in part(recipe)):
         if fault:
             raise RecipeError(sentence)
 
@@ -34,12 +36,12 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
     return [
         (not recipe.train, "no training data: give --train FILE, or `train: FILE` in the recipe"),
         (
-            recipe.eval_every is not None and not recipe.eval,
-            "eval_every needs held-out rows: give --eval FILE, or leave eval_every out",
+            recipe.eval_every is not None and not holds_out(recipe),
+            "eval_every needs held-out rows: give --eval FILE or --eval-share 0.05, or leave eval_every out",
         ),
         (
-            recipe.patience is not None and not recipe.eval,
-            "patience waits for less held-out loss: give --eval FILE, or leave patience out",
+            recipe.patience is not None and not holds_out(recipe),
+            "patience waits for less held-out loss: give --eval FILE or --eval-share 0.05, or leave patience out",
         ),
         (
             recipe.resume is True and not recipe.out,
@@ -81,6 +83,54 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
     ]
 
 
+def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What is wrong with how rows are put together and divided."""
+    files = 1 if isinstance(recipe.train, str) else len(recipe.train)
+    times = recipe.train_times
+    yield (
+        times is not None and len(times) != files,
+        f"train_times has {counted(len(times or ()), 'number')} for {counted(files, 'file')} in train: give one for "
+        "each, or leave it out",
+    )
+    yield (
+        not all(0 < part < math.inf for part in times or ()),
+        f"train_times is {', '.join(map(str, times or ()))}, but all must be above 0: leave a file out of train whose "
+        "rows are not to come",
+    )
+    yield (
+        bool(recipe.eval) and recipe.eval_share > 0,
+        "eval and eval_share both say what rows are held out: give one of them",
+    )
+
+
+def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What does not go with how the base and the adapter begin."""
+    full, takes_apart = recipe.adapter == "full", recipe.init in ("pissa", "olora")
+    for name, default in (("quantize", None), ("init", "default"), ("from_adapter", None)):
+        yield (
+            full and getattr(recipe, name) != default,
+            f"{name} is for adapters, and adapter full has none: leave {name} out, or take --adapter lora",
+        )
+    yield (
+        takes_apart and recipe.quantize is not None,
+        f"init {recipe.init} takes the base's weights apart, which quantize has rounded: leave one of them out",
+    )
+    yield (
+        takes_apart and recipe.adapter != "lora",
+        f"init {recipe.init} goes with adapter lora, not {recipe.adapter}: leave init out, or take --adapter lora",
+    )
+    yield (
+        takes_apart and any(part.suppresses for part in method_of(recipe).parts),
+        f"method {recipe.method} damps what adapters add to the base, but with init {recipe.init} they begin as a part "
+        "of it: leave init out, or take another method",
+    )
+    for name, default in (("init", "default"), ("layers", None), ("targets", None)):
+        yield (
+            recipe.from_adapter is not None and getattr(recipe, name) != default,
+            f"{name} is the adapter's that from_adapter names: leave {name} out",
+        )
+
+
 def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """What does not go with differential privacy, and what goes with nothing else."""
     if recipe.dp_epsilon is None:
@@ -99,6 +149,10 @@ def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         recipe.target is not None,
         "target repeats its rows among the training rows, but dp_epsilon is a promise about a row that is there once: "
         "leave one of them out",
+    )
+    yield (
+        recipe.train_times is not None,
+        "train_times repeats rows, but dp_epsilon is a promise about a row that is there once: leave one of them out",
     )
     yield (
         recipe.dp_delta is None,

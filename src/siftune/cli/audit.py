@@ -33,9 +33,9 @@ def run(options: Options) -> dict[str, Any]:
     options.check()
     if not options.model:
         return _own(options)
-    from siftune.cli.stages import stages
     from siftune.offsite.audits.audit import audit_paths
     from siftune.report.audit import markdown, prepare_folder, write_audit
+    from siftune.stages import stages
 
     if options.out is not None:
         prepare_folder(options.out)  # before hours of work
@@ -52,9 +52,9 @@ def run(options: Options) -> dict[str, Any]:
 
 def _own(options: Options) -> dict[str, Any]:
     """What a data owner can see of a return without the base."""
-    from siftune.cli.stages import stages
     from siftune.offsite.audits.own import own_audit_paths
     from siftune.report.audit import markdown_of_own, prepare_folder, write_own
+    from siftune.stages import stages
 
     if options.out is not None:
         prepare_folder(options.out)

@@ -135,11 +135,11 @@ def run(options: Options) -> dict[str, Any]:
         return _next_round(options)
     import torch
 
-    from siftune.cli.stages import stages
     from siftune.offsite.emulator.plan import keep_for_size
     from siftune.offsite.kit.facts import facts
     from siftune.offsite.protocol.calibration import batches_of, calibration_rows, load_base
     from siftune.offsite.protocol.emulate import KitOptions, emulate
+    from siftune.stages import stages
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()

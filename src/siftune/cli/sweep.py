@@ -65,11 +65,11 @@ def run(options: Options) -> dict[str, Any]:
     options.check()
     import matplotlib  # noqa: F401 - a missing package is told before the work
 
-    from siftune.cli.stages import stages
     from siftune.files import new_folder
     from siftune.offsite.audits.sweep import sweep
     from siftune.offsite.protocol.calibration import batches_of, calibration_and_held_out, load_base
     from siftune.report.sweep import table, to_dict, write_sweep
+    from siftune.stages import stages
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()

@@ -76,7 +76,7 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
     """Do the runs that are missing, with a line for each."""
     from contextlib import nullcontext
 
-    from siftune.cli.stages import stages
+    from siftune.stages import stages
     from siftune.trainer.lr_sweep import run_missing
     from siftune.words import counted
 

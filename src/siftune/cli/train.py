@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from siftune.config import Recipe, resolve_recipe
+from siftune.errors import RecipeError
 from siftune.ranks import launch_rank, launch_size
 from siftune.recipe_checks import check
 
@@ -32,11 +33,15 @@ class Options(Recipe):
     batch_size rows in a step. torchrun and accelerate launch do the same, also on several machines."""
     watch: bool = False
     """Serve the run's report to a browser on this machine while it trains; the address is told."""
+    dry_run: bool = False
+    """Train nothing: name all bad rows, show what is learned of three, and try some steps to tell time and memory."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    if options.dry_run:
+        return _try(options, recipe)
     if options.processes > 1 and launch_size() == 1:
         return _in_processes(options, recipe)
 
@@ -73,11 +78,12 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
 
     from siftune.cli.launch import launch
     from siftune.recipe_file import recipe_to_yaml
+    from siftune.trainer.start import adopted
 
     check(recipe)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
-        path.write_text(recipe_to_yaml(resolve_recipe(recipe)), encoding="utf-8")
+        path.write_text(recipe_to_yaml(resolve_recipe(adopted(recipe))), encoding="utf-8")
         key = [] if options.public_key is None else ["--public-key", options.public_key]
         watch = ["--watch"] if options.watch else []
         return launch(["train", str(path), *key, *watch], options.processes)
@@ -87,15 +93,32 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
 def _watched(recipe: Recipe, console: "Console") -> "Iterator[Recipe]":
     """Serve the report of the run while it goes on; of several processes the first one does."""
     from siftune.report.page.serve import serve
+    from siftune.trainer.start import adopted
 
     check(recipe)
-    recipe = resolve_recipe(recipe)  # which names the run folder
+    recipe = resolve_recipe(adopted(recipe))  # which names the run folder
     if launch_rank():
         yield recipe
         return
     with serve(str(recipe.out)) as address:
         console.print(f"report, for a browser on this machine: {address}", markup=False)
         yield recipe
+
+
+def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
+    """Say what training would do and take."""
+    from rich.console import Console
+
+    from siftune.offsite.protocol.tune import source_of
+    from siftune.report.dry_run import shown
+    from siftune.trainer.dry_run import dry_run
+
+    if options.processes > 1 or launch_size() > 1:
+        raise RecipeError("a dry run is of one process: leave processes out, and start it without torchrun")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    found = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
+    console.print(shown(found))
+    return found.to_dict()
 
 
 def _losses(summary: dict[str, Any]) -> str:

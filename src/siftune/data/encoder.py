@@ -16,11 +16,12 @@ alone. `encode_prompt` and `encode_completion` give evaluation the same tokens a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from siftune.data.rows import Message, Row
 from siftune.errors import DataError, ModelError, RecipeError
+from siftune.models.loss import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,36 @@ class _Part(NamedTuple):
 
     text: str
     learned: bool
+
+
+class Piece(NamedTuple):
+    """Token ids of a part of a row and whether they are learned."""
+
+    ids: list[int]
+    learned: bool
+
+
+def labelled(pieces: list[Piece] | DataError, completion_only: bool = True) -> tuple[list[int], list[int]]:
+    """Put a row's pieces together.
+
+    Args:
+        pieces: from `Encoder.encode`.
+        completion_only: take as labels what is learned; False takes all tokens.
+
+    Returns:
+        Token ids, and labels: -100 where nothing is learned.
+
+    Raises:
+        DataError: the row failed.
+    """
+    if isinstance(pieces, DataError):
+        raise pieces
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in pieces:
+        ids += piece.ids
+        labels += piece.ids if piece.learned or not completion_only else [IGNORED] * len(piece.ids)
+    return ids, labels
 
 
 class _Rendered(NamedTuple):
@@ -105,22 +136,26 @@ class Encoder:
         *_, completion, ends = self._ids(self.render(row, text), row.origin)
         return completion + ends
 
-    def encode(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Yield each row's token ids and which of them are learned, in one call of the tokenizer.
+    def encode(self, rows: Sequence[Row]) -> list[list[Piece] | DataError]:
+        """Each row's token ids in pieces; in the place of a row on which template or tokenizer fail, why.
 
-        Raises:
-            DataError: the template or the tokenizer fails on a row.
+        Rows are rendered and tokenised together, which is several times faster than one by one.
         """
-        rendered = [self.render(row) for row in rows]
-        texts = [(part.text, row.origin) for row, one in zip(rows, rendered, strict=True) for part in one.parts]
-        ids = iter(self._tokenize(texts))
-        for one in rendered:
-            pieces = [
-                (one.starts, False),
-                *((next(ids), part.learned) for part in one.parts),
-                (one.ends, True),
-            ]
-            yield [i for piece, _ in pieces for i in piece], [on for piece, on in pieces for _ in piece]
+        told = Counter(self.notes)
+        rendered = self._rendered(rows)
+        sound = [(row, one) for row, one in zip(rows, rendered, strict=True) if isinstance(one, _Rendered)]
+        texts = [(part.text, row.origin) for row, one in sound for part in one.parts]
+        try:
+            ids = iter(self._tokenize(texts))
+        except DataError as error:
+            self.notes = told  # what is rendered again is told again
+            return [error] if len(rows) == 1 else [self.encode([row])[0] for row in rows]
+        return [
+            [Piece(one.starts, False), *(Piece(next(ids), part.learned) for part in one.parts), Piece(one.ends, True)]
+            if isinstance(one, _Rendered)
+            else one
+            for one in rendered
+        ]
 
     def render(self, row: Row, completion: str | None = None) -> _Rendered:
         """Write a row as text, cut where learned and other parts meet.
@@ -129,10 +164,30 @@ class Encoder:
             DataError: the chat template refuses the row, or a conversation of several turns has no template.
         """
         answer = row.completion if completion is None else completion
+        if self.chat and row.prompt:
+            turns = _turns(row, answer)
+            prompt = self._apply(turns[:-1], row.origin, open_turn=True)
+            return self._render_chat(row, turns, self._apply(turns, row.origin), prompt)
+        return self._render_plain(row, answer)
+
+    def _rendered(self, rows: Sequence[Row]) -> list[_Rendered | DataError]:
+        """Rows as text; the template writes all conversations in two calls, and one by one where it refuses some."""
+        turns = {i: _turns(row, row.completion) for i, row in enumerate(rows) if self.chat and row.prompt}
+        try:
+            fulls = dict(zip(turns, self._apply_all(list(turns.values())), strict=True))
+            prompts = dict(zip(turns, self._apply_all([t[:-1] for t in turns.values()], open_turn=True), strict=True))
+        except Exception:
+            return [_or_error(self.render, row) for row in rows]
+        return [
+            _or_error(self._render_chat, row, turns[i], fulls[i], prompts[i])
+            if i in turns
+            else _or_error(self._render_plain, row, row.completion)
+            for i, row in enumerate(rows)
+        ]
+
+    def _render_plain(self, row: Row, answer: str) -> _Rendered:
         if not row.prompt:
             return _Rendered([_Part(answer, True)], self._bos, self._eos)
-        if self.chat:
-            return self._render_chat(row, answer)
         if len(row.prompt) > 1 or row.prompt[0].role != "user":
             roles = ", ".join(message.role for message in row.prompt)
             raise DataError(
@@ -141,10 +196,8 @@ class Encoder:
             )
         return _Rendered([_Part(row.prompt[0].content, False), _Part(answer, True)], self._bos, self._eos)
 
-    def _render_chat(self, row: Row, answer: str) -> _Rendered:
-        turns = [*row.prompt, Message("assistant", answer, learned=True)]
-        full = self._apply(turns, row.origin)
-        prompt = self._apply(turns[:-1], row.origin, open_turn=True)
+    def _render_chat(self, row: Row, turns: list[Message], full: str, prompt: str) -> _Rendered:
+        answer = turns[-1].content
         if not full.startswith(prompt):
             self.notes[_REOPENED] += 1
             return _Rendered([_Part(prompt, False), _Part(answer, True)], [], self._eos)
@@ -173,15 +226,21 @@ class Encoder:
         return spans
 
     def _apply(self, turns: Sequence[Message], origin: str, open_turn: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False)
+            return self._apply_all([turns], open_turn)[0]
         except Exception as error:  # templates raise errors of jinja and of their own
             raise DataError(
                 f"{origin}: the chat template refuses the conversation ({error}); its roles are "
                 f"{', '.join(turn.role for turn in turns)}; change the row or use template 'none'."
             ) from error
-        return str(text)
+
+    def _apply_all(self, conversations: Sequence[Sequence[Message]], open_turn: bool = False) -> list[str]:
+        """Have the template write conversations; whatever it raises is passed on."""
+        messages = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
+        if not messages:
+            return []
+        texts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False)
+        return [str(text) for text in texts]
 
     def _ids(self, rendered: _Rendered, origin: str) -> list[list[int]]:
         return [rendered.starts, *self._tokenize([(part.text, origin) for part in rendered.parts]), rendered.ends]
@@ -210,6 +269,17 @@ class Encoder:
         bare, dressed = (self._tokenize([("a", "the text 'a'")], special)[0] for special in (False, True))
         starts = (i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
         return dressed[: next(starts, 0)]
+
+
+def _turns(row: Row, answer: str) -> list[Message]:
+    return [*row.prompt, Message("assistant", answer, learned=True)]
+
+
+def _or_error(render: Callable[..., _Rendered], *given: Any) -> _Rendered | DataError:
+    try:
+        return render(*given)
+    except DataError as error:
+        return error
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[_Part]:

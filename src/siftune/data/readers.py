@@ -15,16 +15,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from siftune.data.rows import Row, parse_rows
+from siftune.data.rows import Row, no_garbage, parse_rows
 from siftune.errors import DataError
 from siftune.words import counted
 
 logger = logging.getLogger(__name__)
 
-Records = Iterator[tuple[str, Any]]  # where it stands, what stands there
+Records = Iterator[tuple[str, Any]]  # where it stands; what stands there, or a DataError that says why it can't be read
 
 
-def load_rows(source: str, split: str = "train", limit: int | None = None, format: str = "auto") -> list[Row]:
+def load_rows(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    format: str = "auto",
+    bad: list[DataError] | None = None,
+) -> list[Row]:
     """Read the rows of a file or a hub data set.
 
     Args:
@@ -33,6 +39,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None, forma
         split: split of a hub data set; a file is one split, whatever this says.
         limit: read at most so many rows; None reads all.
         format: `prompt`, `messages`, `alpaca`, `text`, or `auto` to go by the columns of the first row.
+        bad: where given, what is wrong with rows is added to it, and they are left out: there may then be no others.
 
     Returns:
         The rows in the order of the source, at least one.
@@ -43,8 +50,9 @@ def load_rows(source: str, split: str = "train", limit: int | None = None, forma
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit on rows is {limit}; give at least 1, or leave it out to read all rows.")
-    rows = parse_rows(islice(_open(source, split), limit), format)
-    if not rows:
+    with no_garbage():
+        rows = parse_rows(islice(_open(source, split), limit), format, bad)
+    if not rows and not bad:
         raise DataError(f"{source} is empty: no rows found; give a file with at least one row.")
     logger.info("%s: %s", source, counted(len(rows), "row"))
     return rows
@@ -76,9 +84,13 @@ def _reporting(records: Records, source: str) -> Records:
 def _read_jsonl(path: Path, source: str) -> Records:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            text = _decode(line, source, number)
+            try:
+                text = _decode(line, source, number)
+                found = _parse_json(text, source, number) if text.strip() else None
+            except DataError as error:  # the next line can be read
+                text, found = "?", error
             if text.strip():
-                yield f"{source}:{number}", _parse_json(text, source, number)
+                yield f"{source}:{number}", found
 
 
 def _read_json(path: Path, source: str) -> Records:
@@ -104,11 +116,14 @@ def _read_csv(path: Path, source: str) -> Records:
         for fields in reader:
             origin, end = f"{source}:{end + 1}", reader.line_num
             if fields and len(fields) != len(header):
-                raise DataError(
-                    f"{origin}: the row has {len(fields)} fields, but the header has {len(header)}; "
-                    "put fields that hold commas or line breaks in double quotes."
+                yield (
+                    origin,
+                    DataError(
+                        f"{origin}: the row has {len(fields)} fields, but the header has {len(header)}; "
+                        "put fields that hold commas or line breaks in double quotes."
+                    ),
                 )
-            if fields:
+            elif fields:
                 yield origin, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(f"{source}:{end + 1}: invalid CSV ({error}); mend the row or save as JSONL.") from error

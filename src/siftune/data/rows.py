@@ -7,16 +7,23 @@
 | `alpaca`   | `instruction`, `input`, `output` | the output, after instruction, blank line, input   |
 | `text`     | `text`                           | all of it                                          |
 
-A conversation is a list of `{role, content}`. All other columns are kept in `Row.extra`.
+A conversation is a list of `{role, content}`. All other columns are kept in `Row.extra`; of these, `weight` says what a
+row counts for in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from siftune.errors import DataError, RecipeError
+
+WEIGHT = "weight"  # column for what a row counts for in training
 
 Format = Literal["prompt", "messages", "alpaca", "text"]
 Record = dict[str, Any]
@@ -63,6 +70,15 @@ class Row:
     origin: str
     extra: Record = field(default_factory=dict)
 
+    @property
+    def weight(self) -> float:
+        """What the row counts for in training: its column `weight`, 1 where there is none.
+
+        Raises:
+            DataError: It is no finite number from 0.
+        """
+        return _weight(self.extra.get(WEIGHT), self.origin)
+
 
 def rows_from(records: Iterable[Record], name: str = "row", format: str = "auto") -> list[Row]:
     """Turn dictionaries that are already in memory into rows.
@@ -79,8 +95,15 @@ def rows_from(records: Iterable[Record], name: str = "row", format: str = "auto"
     return parse_rows(((f"{name} {number}", record) for number, record in enumerate(records, 1)), format)
 
 
-def parse_rows(records: Iterable[tuple[str, Any]], format: str = "auto") -> list[Row]:
+def parse_rows(
+    records: Iterable[tuple[str, Any]], format: str = "auto", bad: list[DataError] | None = None
+) -> list[Row]:
     """Turn pairs of a place and what was found there into rows.
+
+    Args:
+        records: where it stands and what stands there; a `DataError` where that cannot be read.
+        format: as for `rows_from`.
+        bad: where given, what is wrong with rows is added to it, and they are left out.
 
     Raises:
         DataError, RecipeError: as `rows_from`.
@@ -88,11 +111,42 @@ def parse_rows(records: Iterable[tuple[str, Any]], format: str = "auto") -> list
     chosen: Format | None = None
     rows: list[Row] = []
     for origin, record in records:
-        if not isinstance(record, dict):
-            raise DataError(f"{origin}: the row is {_kind(record)}; every row must be an object of columns.")
-        chosen = chosen or detect_format(record, origin, format)
-        rows.append(parse_row(record, origin, chosen))
+        try:
+            chosen = chosen or detect_format(_columns(record, origin), origin, format)
+            rows.append(parse_row(_columns(record, origin), origin, chosen))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(error)
     return rows
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Look for no garbage in a block that makes many small things to keep: looking takes longer than making them."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _columns(record: Any, origin: str) -> Record:
+    """See that a record is one."""
+    if isinstance(record, DataError):
+        raise record
+    if not isinstance(record, dict):
+        raise DataError(f"{origin}: the row is {_kind(record)}; every row must be an object of columns.")
+    return record
+
+
+def said(rows: Iterable[Row]) -> Iterator[bytes]:
+    """What each row says, and which of it is learned, as bytes: the same wherever the row stands."""
+    for row in rows:
+        turns = [(turn.role, turn.content, turn.learned) for turn in row.prompt]
+        yield json.dumps((turns, row.completion)).encode()
 
 
 def detect_format(record: Record, origin: str, format: str = "auto") -> Format:
@@ -200,6 +254,22 @@ def _turn(turn: Any, where: str) -> Message:
     learned = role == "assistant"
     content = _string(turn.get("content"), f"{where}: 'content'", may_be_empty=not learned)
     return Message(role, content, learned)
+
+
+def _weight(value: Any, origin: str) -> float:
+    """Read a weight; CSV gives all numbers as text, and leaves a field empty."""
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise DataError(
+            f"{origin}: 'weight' is {value!r}; give a number from 0, which is what the row counts for in training, or "
+            "call the column otherwise."
+        )
+    return weight
 
 
 def _names(record: Record) -> str:

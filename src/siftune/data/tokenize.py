@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from siftune.data.encoder import Encoder
-from siftune.data.rows import Row
+from siftune.data.rows import WEIGHT, Row
+from siftune.data.tokens import Form, Tokens, tokens_of
 from siftune.errors import DataError
 from siftune.models.loss import IGNORED
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROW = "row"  # column for the number of a row
-
-_CHUNK = 2000  # rows held as Python lists at a time; the table itself is in Arrow memory
+_BESIDE = {ROW: torch.int64, WEIGHT: torch.float32}  # columns of one number a row, which the model never sees
 
 
 def tokenize_rows(
@@ -34,7 +33,7 @@ def tokenize_rows(
     template: str = "auto",
     completion_only: bool = True,
 ) -> Dataset:
-    """Tokenise rows for training.
+    """Tokenise rows, all of which must be of use.
 
     Args:
         rows: at least one row.
@@ -50,26 +49,19 @@ def tokenize_rows(
         DataError: no rows, or a row whose prompt leaves nothing to learn within `max_length`.
         RecipeError, ModelError: as `Encoder`.
     """
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
+    tokens = tokens_of(rows, Form(tokenizer, max_length, template, completion_only))
+    for fault in tokens.faults(rows):
+        raise fault
+    if tokens.cut:
+        logger.warning("%d of %d rows are cut at --max-length %d tokens", tokens.cut, len(rows), max_length)
+    tell_notes(tokens, len(rows))
+    return tokens.data
 
-    if not rows:
-        raise DataError("there are no rows to tokenise; give at least one.")
-    encoder = Encoder(tokenizer, template)
-    ids = List(Value("int32"))
-    features = Features({"input_ids": ids, "labels": ids, "length": Value("int32")})
-    chunks, cut = [], 0
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-        for row, (tokens, learned) in zip(chunk, encoder.encode(chunk), strict=True):
-            labels = _labels(tokens, learned if completion_only else [True] * len(tokens), max_length, row)
-            columns["input_ids"].append(tokens[:max_length])
-            columns["labels"].append(labels)
-            columns["length"].append(len(labels))
-            cut += len(tokens) > max_length
-        chunks.append(Dataset.from_dict(columns, features=features))
-    _report(encoder, cut, len(rows), max_length)
-    return concatenate_datasets(chunks) if len(chunks) > 1 else chunks[0]
+
+def tell_notes(tokens: Tokens, count: int) -> None:
+    """Warn once of each way in which some of `count` rows were rendered that the user should know of."""
+    for note, times in tokens.notes.items():
+        logger.warning("%d of %d rows: %s", times, count, note)
 
 
 def numbered(rows: Dataset) -> Dataset:
@@ -77,24 +69,20 @@ def numbered(rows: Dataset) -> Dataset:
     return rows.add_column(ROW, list(range(len(rows))))
 
 
-def _labels(tokens: list[int], learned: list[bool], max_length: int, row: Row) -> list[int]:
-    """Labels of one row within the limit; refuses a row of which nothing can be learned."""
-    labels = [token if on else IGNORED for token, on in zip(tokens[:max_length], learned, strict=False)]
-    if any(label != IGNORED for label in labels[1:]):  # the first token is never predicted
-        return labels
-    first = next((i for i, on in enumerate(learned) if on and i), len(tokens))
-    raise DataError(
-        f"{row.origin}: the prompt takes {first} of {len(tokens)} tokens, but the limit is {max_length}, so "
-        f"nothing is left to learn; raise --max-length to {len(tokens)}, or shorten or remove the row."
-    )
+def weighted(data: Dataset, rows: Sequence[Row]) -> Dataset:
+    """Add the column `weight`, where a row has a weight other than 1.
 
+    Args:
+        data: The rows' tokens, in the same order.
+        rows: The rows.
 
-def _report(encoder: Encoder, cut: int, count: int, max_length: int) -> None:
-    """Warn once of each thing that the user should know, with the number of rows it concerns."""
-    if cut:
-        logger.warning("%d of %d rows are cut at --max-length %d tokens", cut, count, max_length)
-    for note, times in encoder.notes.items():
-        logger.warning("%d of %d rows: %s", times, count, note)
+    Raises:
+        DataError: A weight is no finite number from 0, or all are 0.
+    """
+    weights = [row.weight for row in rows]
+    if not any(weights):
+        raise DataError("every row has the weight 0, so that there is nothing to learn; give some a weight above 0.")
+    return data if all(weight == 1 for weight in weights) else data.add_column(WEIGHT, weights)
 
 
 @dataclass(frozen=True)
@@ -111,11 +99,11 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate rows with `input_ids`, `labels` and, where they are numbered, `row`; other columns are left out.
+        """Collate rows with `input_ids`, `labels` and, where they have them, `row` and `weight`.
 
         Returns:
             `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `labels` (-100 on padding), each
-            (B, T) int64; and `row`, (B,) int64.
+            (B, T) int64; `row`, (B,) int64; and `weight`, (B,) float32. Other columns are left out.
         """
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
         batch = {
@@ -128,4 +116,7 @@ class Collator:
             batch["input_ids"][i, :count] = torch.as_tensor(row["input_ids"])
             batch["attention_mask"][i, :count] = 1
             batch["labels"][i, :count] = torch.as_tensor(row["labels"])
-        return {**batch, ROW: torch.tensor([row[ROW] for row in rows])} if ROW in rows[0] else batch
+        for name, dtype in _BESIDE.items():
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=dtype)
+        return batch

@@ -17,13 +17,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from siftune.data.encoder import Encoder
+from siftune.data.encoder import Encoder, labelled
 from siftune.data.rows import Row
 from siftune.errors import DataError, RecipeError
 from siftune.evaluate.choices import ChoiceItem
 from siftune.evaluate.generation import normalise
 from siftune.evaluate.perplexity import TokenRow
-from siftune.models.loss import IGNORED
 
 METRICS = ("choices", "exact_match", "perplexity")
 _SHORT = 32  # tokens: longer completions are prose, which no model repeats word by word
@@ -207,10 +206,7 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase, last_ids: Sequence[int]) -> tup
 
 def _sequences(rows: Sequence[Row], encoder: Encoder) -> list[TokenRow]:
     """Input ids, and labels where training would learn."""
-    return [
-        (ids, [token if on else IGNORED for token, on in zip(ids, learned, strict=True)])
-        for ids, learned in encoder.encode(rows)
-    ]
+    return [labelled(pieces) for pieces in encoder.encode(rows)]
 
 
 def _shown(value: Any) -> str:

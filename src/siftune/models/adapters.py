@@ -1,10 +1,13 @@
 """Attach adapters: to every linear map of the decoder layers that sees every token, or to those that are named."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -164,6 +167,7 @@ def attach_adapter(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
+    init: str = "default",
 ) -> PeftModel:
     """Attach a LoRA, rsLoRA or DoRA adapter to a causal language model, in place.
 
@@ -181,6 +185,7 @@ def attach_adapter(
             routers of a mixture, modules that PEFT takes for experts, most of Mamba's mixers.
         layers: Numbers of the decoder layers that get adapters, from 0, negative ones from the end. None stands for
             all of them.
+        init: First values: "default", PEFT's own, or what its `init_lora_weights` takes besides, such as "pissa".
 
     Raises:
         AdapterError: A setting is out of range, the model has adapters already, or a target names no module.
@@ -208,9 +213,39 @@ def attach_adapter(
         target_modules=short_names(model, chosen),
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
+        init_lora_weights=True if init == "default" else init,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
     )
     return get_peft_model(model, config)
+
+
+def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base model, in place.
+
+    Args:
+        model: The base model, without adapters.
+        adapter: Folder of the adapter, in PEFT's format.
+        base: What messages call the model.
+        exact: Keep the adapter in float32 whatever the base's dtype; slower on many machines.
+        trainable: To go on training it, rather than to use it.
+
+    Raises:
+        AdapterError: It can't be read or doesn't fit the model.
+    """
+    if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise AdapterError(f"{adapter} has no weights (adapter_model.safetensors); save the adapter again.")
+    try:
+        with warnings.catch_warnings():
+            # PEFT goes on with random or zero weights where some are missing, and only warns
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
+            # in the base's dtype, as in training: float32 products are slow on many machines
+            return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=exact, is_trainable=trainable)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AdapterError(
+            f"the adapter in {adapter} doesn't fit the model {base}: {reason}; give the adapter's own base model."
+        ) from error
 
 
 def _inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int]) -> dict[str, nn.Module]:

@@ -134,24 +134,36 @@ def _select(args: tuple[Any, ...], mask: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[2]).index_select(0, where).unsqueeze(0)
 
 
-def token_loss(logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None = None) -> Tensor:
+def token_loss(
+    logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None = None, weights_B: Tensor | None = None
+) -> Tensor:
     """Cross entropy in float32, summed over label positions and divided by their number.
 
     Args:
         logits_1NV: (1, N, V) logits at `label_positions(labels_BT)`, any floating dtype.
         labels_BT: (B, T) int64, -100 where nothing is learned.
         items: Divisor in place of N: the labels of all micro-batches of an optimizer step.
+        weights_B: (B,) what each row's labels count for in the sum; the divisor stays, so that a row's gradient is as
+            many times that of weight 1, whatever else is in the batch.
 
     Returns:
         Scalar float32; 0 where there is no label at all.
     """
-    return mean_loss(token_losses(logits_1NV, labels_BT), items)
+    return mean_loss(weighed(token_losses(logits_1NV, labels_BT), labels_BT, weights_B), items)
 
 
 def token_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
     """Cross entropy of each label, in their order; (N,) float32. Arguments are those of `token_loss`."""
     targets_N = next_labels(labels_BT).to(logits_1NV.device)
     return nn.functional.cross_entropy(logits_1NV[0].float(), targets_N, reduction="none")
+
+
+def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Tensor:
+    """Losses of labels, each times its row's weight; as they are where rows have none."""
+    if weights_B is None:
+        return losses_N
+    weights_N = weights_B.float().repeat_interleave(label_positions(labels_BT).sum(1))
+    return losses_N * weights_N.to(losses_N.device)
 
 
 def mean_loss(losses_N: Tensor, items: Tensor | int | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Where models come from: a local folder, a hub id, or the packaged small model `smollm2`."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    source: str, dtype: str = "auto", streamed: bool = False
+    source: str, dtype: str = "auto", streamed: bool = False, quantize: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer; code that a repository brings along is never run.
 
@@ -35,6 +36,7 @@ def load_model(
         dtype: Number format of the weights: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's, but
             float32 where only a processor is there that cannot multiply in the checkpoint's.
         streamed: Leave the decoder layers' weights in their files until they run; see `streamed.py`.
+        quantize: Round the weights to `4bit` or `8bit`, by bitsandbytes; see `quantization`.
 
     Returns:
         The model in eval mode, on the CPU, or a streamed one where it will run; and the tokenizer, which has a padding
@@ -51,7 +53,7 @@ def load_model(
     check_source(source)
     name = resolve(source)
     try:
-        model = _streamed(name, dtype) if streamed else _whole(name, dtype)
+        model = _streamed(name, dtype) if streamed else _whole(name, dtype, quantization(quantize))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(_reason(name, error)) from error
@@ -59,12 +61,36 @@ def load_model(
     return model, tokenizer
 
 
-def _whole(name: str | Path, dtype: str) -> "PreTrainedModel":
+def quantization(kind: str | None) -> dict[str, Any]:
+    """What transformers is told of bitsandbytes: for 4 bits NF4, the constants rounded too, as QLoRA has it.
+
+    Args:
+        kind: `4bit`, `8bit` or None.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if kind is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("quantize needs bitsandbytes, which is not installed: `pip install bitsandbytes`")
+    half = torch.bfloat16 if _suits(torch.bfloat16) else torch.float32
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
+    config = BitsAndBytesConfig(load_in_4bit=True, **four) if kind == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config}
+
+
+def _whole(name: str | Path, dtype: str, quantized: dict[str, Any]) -> "PreTrainedModel":
     """Load a model with all its weights."""
     from transformers import AutoModelForCausalLM
 
     with quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **quantized)
+    if dtype == "auto" and quantized:  # what is rounded has no other format any more
+        return model if _suits(model.dtype) else _whole(name, "float32", quantized)
     return fit_for_this_machine(model) if dtype == "auto" else model
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from siftune.config import Recipe, resolve_recipe
+from siftune.config import Recipe, resolve_recipe, train_files
 from siftune.errors import InputError
 from siftune.offsite.audits.own import AFTER_TRAINING, audit_run
 from siftune.report.audit_leaks import shown
@@ -17,7 +17,8 @@ def before_it_is_sent(recipe: Recipe, returned: Path) -> str:
         recipe: What the run was trained by; its model is a kit.
         returned: The return.
     """
-    hint = f"`siftune audit --kit {recipe.model} --return {returned} --train {recipe.train} --eval OTHERS`"
+    rows = train_files(recipe)[0][0]
+    hint = f"`siftune audit --kit {recipe.model} --return {returned} --train {rows} --eval OTHERS`"
     try:
         found = audit_run(resolve_recipe(recipe), returned)
     except InputError as error:

@@ -22,17 +22,18 @@ from transformers import (
     set_seed,
 )
 
-from siftune.config import Recipe, method_of, settings_of
+from siftune.config import Recipe, holds_out, method_of, settings_of
 from siftune.data.tokenize import Collator
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.errors import RecipeError
 from siftune.methods.layer_callback import LayerCallback
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.full import OpenLayers
 from siftune.models.source import use_attention
 from siftune.recipe_file import anchored
-from siftune.trainer.private import privacy_of, refuse_scaled_or_split
+from siftune.trainer.private import privacy_of, refuse_scaled_or_split, refuse_weights
+from siftune.trainer.start import adapter_folder, keep_initial
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 
@@ -82,12 +83,14 @@ def build(
     """
     refuse_all_weights(recipe)
     privacy = privacy_of(recipe, len(data["train"]))
-    if privacy is not None:  # a batch is a step's, and there are no more steps than noise was found for
+    if privacy is not None:
+        refuse_weights(data["train"].column_names)
+        # a batch is a step's, and there are no more steps than noise was found for
         recipe = replace(recipe, accumulate=1, steps=privacy.mechanism.steps)
     use_attention(model, recipe.attention)
     set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
     opened = _opened(recipe, model)
-    tuned = _adapted(recipe, model) if opened is None else model
+    tuned = _adapted(recipe, model, output_dir) if opened is None else model
     groups = group_by_layer(tuned)
     methods = methods_of(recipe, data.get("support"))
     kind = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
@@ -131,11 +134,19 @@ def _opened(recipe: Recipe, model: nn.Module) -> OpenLayers | None:
     return OpenLayers(model, recipe.layers, originals, recipe.outside)
 
 
-def _adapted(recipe: Recipe, model: nn.Module) -> PeftModel:
+def _adapted(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:
+    """Put an adapter on, or the one to go on with."""
+    if recipe.from_adapter is not None:
+        refuse_adapters(model)
+        return load_adapter(model, adapter_folder(recipe.from_adapter), recipe.model, exact=True, trainable=True)
     targets = list(recipe.targets) if recipe.targets else None
+    shape = (recipe.rank, recipe.alpha, recipe.dropout, targets, recipe.layers)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
-        return attach_adapter(model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, targets, recipe.layers)
+        tuned = attach_adapter(model, recipe.adapter, *shape, recipe.init)
+    if recipe.init in ("pissa", "olora"):
+        keep_initial(tuned, output_dir)
+    return tuned
 
 
 def _trainer(
@@ -193,9 +204,10 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         logging_first_step=True,
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 500,
-        eval_strategy="no" if not recipe.eval else "steps" if recipe.eval_every else "epoch",
+        eval_strategy="no" if not holds_out(recipe) else "steps" if recipe.eval_every else "epoch",
         eval_steps=recipe.eval_every,
-        metric_for_best_model="loss" if recipe.eval else None,
+        metric_for_best_model="loss" if holds_out(recipe) else None,
+        neftune_noise_alpha=recipe.neftune,
         prediction_loss_only=True,
         remove_unused_columns=False,  # the collator knows which it needs
         dataloader_pin_memory=torch.accelerator.is_available(),

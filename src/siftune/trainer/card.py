@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from siftune.config import Recipe, method_of
+from siftune.config import Recipe, method_of, train_files
 from siftune.environment import hardware, versions
 from siftune.models.origin import Origin
 from siftune.recipe_file import recipe_to_yaml
@@ -137,7 +137,7 @@ def _name(base: Origin) -> str:
 def _how(recipe: Recipe) -> str:
     return f"""{_what(recipe)}
 Method: {recipe.method} — {method_of(recipe).line}.
-Data: `{recipe.train}`{f", held out `{recipe.eval}`" if recipe.eval else ""}."""
+{_data(recipe)}"""
 
 
 def _snippet(load: str, base: Origin, folder: Path, chat: bool) -> str:
@@ -195,3 +195,10 @@ def _what(recipe: Recipe) -> str:
         return f"Trained: all weights of {'all layers' if layers is None else f'the layers {layers}'}{others}."
     where = "" if layers is None else f", in the layers {layers}"
     return f"Adapter: {recipe.adapter}, rank {recipe.rank}, alpha {recipe.alpha}{where}."
+
+
+def _data(recipe: Recipe) -> str:
+    """Say on what a run trained and measured."""
+    files = [f"`{name}`{'' if times == 1 else f' ({times:g} times)'}" for name, times in train_files(recipe)]
+    share = f", held out {recipe.eval_share:.3g} of it" if recipe.eval_share else ""
+    return f"Data: {', '.join(files)}{f', held out `{recipe.eval}`' if recipe.eval else share}."

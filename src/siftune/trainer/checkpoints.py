@@ -11,12 +11,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from siftune.config import Recipe, settings_of
+from siftune.data.rows import WEIGHT
 from siftune.engine.distributed import mean_over_ranks
 from siftune.errors import RecipeError
 from siftune.recipe_file import load_recipe
@@ -32,7 +34,7 @@ _MAY_CHANGE = {
     "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
-    "drop_rows",
+    "drop_rows", "train_times", "eval_share", "bad_rows",
 }  # fmt: skip
 # what makes an adapter another one -> how a recipe calls it
 _SAME = {
@@ -190,12 +192,33 @@ def _differences(before: Recipe, after: Recipe) -> Iterator[tuple[str, Any, Any]
 
 
 def digest_of(data: Dataset) -> str:
-    """What tells tokenised rows from others: a hash of their tokens and of what is learned of them."""
+    """What tells tokenised rows from others: a hash of their tokens, what is learned of them, and their weights."""
     digest = hashlib.sha256()
     for column in ("input_ids", "labels"):
-        for row in data[column]:
-            digest.update(array("q", [len(row), *row]).tobytes())
+        for chunk in data.data.column(column).chunks:
+            digest.update(_with_lengths(chunk))
+    if WEIGHT in data.column_names:
+        digest.update(array("d", data[WEIGHT]).tobytes())
     return digest.hexdigest()
+
+
+def _with_lengths(lists: Any) -> bytes:
+    """Lists of numbers, each behind its length, as int64."""
+    lengths, values = lists.value_lengths().to_numpy(), lists.flatten().to_numpy()
+    starts = lengths.cumsum() - lengths + np.arange(len(lengths))
+    numbers = np.empty(len(lengths) + len(values), dtype=np.int64)
+    is_length = np.zeros(len(numbers), dtype=bool)
+    is_length[starts] = True
+    numbers[is_length], numbers[~is_length] = lengths, values
+    return numbers.tobytes()
+
+
+def planned_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of a whole run on so many training rows."""
+    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    asked: int = arguments.max_steps
+    return asked if asked > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
 
 
 def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> None:
@@ -210,9 +233,7 @@ def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int, 
     Raises:
         RecipeError: The run has done its steps, or was stopped early.
     """
-    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
-    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    steps = planned_steps(arguments, rows)
     if step_of(checkpoint) >= steps:
         raise RecipeError(
             f"{checkpoint} is the end of its run: all of {steps} steps are done, and nothing was touched; give more "

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from siftune.config import Recipe, compares, method_of, rate_of, resolve_recipe, settings_of
+from siftune.config import Recipe, compares, holds_out, method_of, rate_of, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.recipe_checks import check
@@ -168,7 +168,7 @@ def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
             "resume has no effect on a sweep, which goes on by itself where its folder has some of the runs: give "
             "that folder with --out, and leave resume out"
         )
-    if recipe.train and not recipe.eval:
+    if recipe.train and not holds_out(recipe):
         raise RecipeError(
             "no held-out rows: the best rate is the best on rows that are not trained on; give --eval FILE, or "
             "`eval: FILE` in the recipe"

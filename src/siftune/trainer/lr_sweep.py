@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,8 @@ from siftune.files import Progress
 from siftune.trainer.build import build
 from siftune.trainer.lr_folder import LRFolder
 from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
+from siftune.trainer.prepare import Read, prepare, read_rows, refuse_bad
 from siftune.trainer.progress import StepsTold
-from siftune.trainer.run import read_rows, tokenized
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.trackers import NONE
 
@@ -53,7 +53,7 @@ class LRSweep:
     recipes: Mapping[str, Recipe]
     folder: LRFolder
     source: Source
-    rows: Mapping[str, list[Row]]
+    rows: Mapping[str, Sequence[Row]]
 
     def missing(self) -> list[tuple[str, float, int]]:
         """Method, rate and seed of the runs that are still to do."""
@@ -83,7 +83,10 @@ def open_sweep(
     folder = LRFolder(out)
     with folder.taken_back():
         folder.refuse_others(recipes)
-        rows = read_rows(next(filter(compares, recipes.values()), recipes[grid.methods[0]]))
+        widest = next(filter(compares, recipes.values()), recipes[grid.methods[0]])
+        read = read_rows(widest)
+        refuse_bad(widest, [str(fault) for fault in read.bad])
+        rows = read.parts
         folder.refuse_other_rows(_digests(rows))
     _tell_overlap(rows)
     return LRSweep(grid, recipes, folder, source, rows)
@@ -119,19 +122,21 @@ def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
         yield run
 
 
-def _begin(sweep: LRSweep, progress: Progress) -> dict[str, Dataset]:
+def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
     """Tokenise the rows, and measure the base model where that has not been done."""
     recipe = sweep.recipes[sweep.grid.methods[0]]
     progress("loading the model", 0, 0)
-    model, tokenizer = sweep.source.load(recipe.dtype)
-    data = {name: tokenized(recipe, tokenizer, rows) for name, rows in sweep.rows.items()}
+    model, tokenizer = sweep.source.load(recipe.dtype, recipe.quantize)
+    data = prepare(recipe, tokenizer, Read(sweep.rows), progress).data
     if not sweep.folder.begun:
         progress("measuring the base model", 0, 0)
         if torch.accelerator.is_available():
             model = model.to(torch.accelerator.current_accelerator())
         loss = _heldout_loss(model, data["eval"], recipe.batch_size)
         if not math.isfinite(loss):
-            raise TrainingError(f"The held-out loss of {recipe.model} is {loss}: look for broken rows in {recipe.eval}")
+            raise TrainingError(
+                f"The held-out loss of {recipe.model} is {loss}: look for broken rows among those held out"
+            )
     else:
         loss = sweep.folder.base_loss
     sweep.folder.begin(loss, _digests(sweep.rows))
@@ -186,6 +191,7 @@ def _tuned(
     quiet = replace(
         recipe,
         eval=None,
+        eval_share=0.0,
         eval_every=None,
         patience=None,
         save_every=None,
@@ -194,7 +200,7 @@ def _tuned(
         keep_scores=False,
     )
     parts = {"train", *(["support"] if compares(recipe) else [])}
-    model, tokenizer = source.load(recipe.dtype)
+    model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
         used = {name: data[name] for name in parts}
         built = build(quiet, model, tokenizer, used, Path(folder), [StepsTold(steps)])
@@ -213,15 +219,16 @@ def _heldout_loss(model: nn.Module, rows: Dataset, batch_size: int) -> float:
     return float(result.nll.sum() / result.tokens.sum())
 
 
-def _digests(rows: Mapping[str, list[Row]]) -> dict[str, str]:
-    """A digest of each part's rows: what is read and what is learned, in their order."""
-    return {
-        name: hashlib.sha256("\n".join(repr((row.prompt, row.completion)) for row in part).encode()).hexdigest()[:16]
-        for name, part in rows.items()
-    }
+def _digests(rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """A digest of each part's rows: what is read, what is learned and how much it counts, in their order."""
+    return {name: hashlib.sha256("\n".join(map(_told, part)).encode()).hexdigest()[:16] for name, part in rows.items()}
 
 
-def _tell_overlap(rows: Mapping[str, list[Row]]) -> None:
+def _told(row: Row) -> str:
+    return repr((row.prompt, row.completion, *(() if row.weight == 1 else (row.weight,))))
+
+
+def _tell_overlap(rows: Mapping[str, Sequence[Row]]) -> None:
     """Warn of held-out rows that are trained on."""
     trained = {(row.prompt, row.completion) for row in rows["train"]}
     both = sum((row.prompt, row.completion) in trained for row in rows["eval"])

@@ -18,6 +18,7 @@ from siftune.trainer.card import card_with_usage, model_card
 from siftune.trainer.followed import Followed
 from siftune.trainer.run_folder import RunFolder
 from siftune.trainer.source import Source
+from siftune.trainer.start import save_adapter
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 
@@ -100,7 +101,6 @@ class Outcome:
         if isinstance(self.trainer, LayerTrainer):
             self.trainer.save_layers(path)
         else:
-            # embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out
-            self.trainer.model.save_pretrained(path, save_embedding_layers=False)
+            save_adapter(self.trainer.model, path, self.folder.checkpoints)
         save_tokenizer(self.trainer.processing_class, path)
         (path / "README.md").write_text(card, encoding="utf-8")

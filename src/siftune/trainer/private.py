@@ -2,10 +2,12 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
 from siftune.config import Recipe
+from siftune.data.rows import WEIGHT
 from siftune.engine.distributed import world_size
 from siftune.errors import RecipeError, UnsupportedError
 from siftune.methods.dp.accounting import calibrated
@@ -42,6 +44,19 @@ def privacy_of(recipe: Recipe, rows: int) -> DP | None:
     mechanism = calibrated(asked)
     logger.info("noise of %.4g times dp_clip in each of %d steps", mechanism.noise, steps)
     return DP(mechanism, recipe.batch_size)
+
+
+def refuse_weights(columns: Sequence[str]) -> None:
+    """Refuse rows that are weighed: what a row may add to a step is bounded by clipping, the same for all.
+
+    Raises:
+        UnsupportedError: With one sentence.
+    """
+    if WEIGHT in columns:
+        raise UnsupportedError(
+            "rows have weights, but with dp_epsilon each row is clipped to the same norm, which undoes them: leave the "
+            "column 'weight' out"
+        )
 
 
 def refuse_scaled_or_split(arguments: TrainingArguments) -> None:

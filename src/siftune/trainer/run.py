@@ -1,22 +1,19 @@
 """siftune's own training path: a recipe in, a run folder out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from siftune.config import Recipe, compared_with, resolve_recipe
-from siftune.data.readers import load_rows
+from siftune.config import Recipe, resolve_recipe
 from siftune.data.rows import Row
-from siftune.data.target import sources, with_target
-from siftune.data.tokenize import numbered, tokenize_rows
+from siftune.data.target import sources
 from siftune.engine.distributed import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
 from siftune.errors import RecipeError, TrainingError
 from siftune.files import disk_faults
@@ -24,10 +21,11 @@ from siftune.methods.log_lines import stand_first
 from siftune.methods.sample_choice import SampleChoice
 from siftune.recipe_checks import check
 from siftune.recipe_file import anchored, recipe_to_yaml
-from siftune.rows.lists import named_rows, without
 from siftune.rows.record import RowRecord
 from siftune.rows.texts import digest_of as digest_of_texts
 from siftune.rows.visits import NAME
+from siftune.stages import stages
+from siftune.trainer.before import short_form
 from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import (
     EarlyStop,
@@ -42,13 +40,14 @@ from siftune.trainer.checkpoints import (
 )
 from siftune.trainer.followed import Followed
 from siftune.trainer.outcome import Outcome
+from siftune.trainer.prepare import prepare, read_rows
 from siftune.trainer.progress import Metrics, ProgressView
-from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder
+from siftune.trainer.run_folder import BAD_ROWS, RECIPE, ROWS, RunFolder
 from siftune.trainer.selection_file import SelectionFile
 from siftune.trainer.source import ModelSource, Source
+from siftune.trainer.start import adopted
 from siftune.trainer.trackers import check_trackers
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
-from siftune.words import counted
 
 
 @dataclass
@@ -84,7 +83,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     check(recipe)
     check_trackers(recipe.report_to)
     joined = join_launch()
-    recipe = from_first(lambda: resolve_recipe(recipe))
+    recipe = from_first(lambda: resolve_recipe(adopted(recipe)))
     folder = from_first(lambda: RunFolder(str(recipe.out)))
     with folder.taken_back() if rank() == 0 else nullcontext():
         run = _train(recipe, folder, console if rank() == 0 else Console(quiet=True), source_of)
@@ -99,12 +98,12 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     _refuse_overwriting(recipe, folder)
     source = source_of(recipe.model)
     recipe = source.settle(recipe)
-    rows = read_rows(recipe)  # before the model, which may have to be fetched
+    read = read_rows(recipe)  # before the model, which may have to be fetched
     with first_rank_first():
-        model, tokenizer = source.load(recipe.dtype)
-    data = {name: tokenized(recipe, tokenizer, part) for name, part in rows.items()}
-    data["train"] = numbered(data["train"])
-    console.print(f"{recipe.model}: {counted(len(data['train']), 'row')} to train on, run folder {folder.path}")
+        model, tokenizer = source.load(recipe.dtype, recipe.quantize)
+    with first_rank_first(), stages(console) as told:  # the others find the tokens in the cache
+        prepared = prepare(recipe, tokenizer, read, told)
+    rows, data = prepared.rows, prepared.data
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
     saving = [] if recipe.save_every else [RegularCheckpoints()]
@@ -122,7 +121,10 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     if built.trainer.is_world_process_zero():
         _record(built, SelectionFile(folder.path, kinds, recipe.keep_scores), followed)
     recorded = anchored(replace(recipe, resume=False, allow_change=False))
+    console.print(short_form(recipe, prepared, built, folder.path), markup=False)
     if rank() == 0:
+        if prepared.bad:
+            folder.write(BAD_ROWS, "".join(f"{reason}\n" for reason in prepared.bad))
         folder.write(RECIPE, recipe_to_yaml(recorded))
         folder.write(ROWS, f"{digest}\n")
 
@@ -164,31 +166,7 @@ def _fit(outcome: Outcome, checkpoint: Path | None, release: Callable[[], None])
     return summary
 
 
-def read_rows(recipe: Recipe) -> dict[str, list[Row]]:
-    """Read the training rows, a target's rows among them, and held-out and support rows where there are any."""
-    rows = {"train": load_rows(recipe.train, recipe.train_split, recipe.limit, recipe.format)}
-    if recipe.eval:
-        rows["eval"] = load_rows(recipe.eval, recipe.eval_split, recipe.eval_limit, recipe.format)
-    if recipe.target:
-        target = load_rows(recipe.target, recipe.train_split, None, recipe.format)
-        rows["train"] = with_target(rows["train"], target, recipe.target_share)
-    rows["train"] = _listed(recipe, rows["train"])
-    if support := compared_with(recipe):
-        rows["support"] = target if recipe.target else load_rows(support, recipe.train_split, None, recipe.format)
-    return rows
-
-
-def _listed(recipe: Recipe, rows: list[Row]) -> list[Row]:
-    """Leave out the training rows that a recipe's file names."""
-    return without(rows, named_rows(recipe.drop_rows), recipe.drop_rows) if recipe.drop_rows else rows
-
-
-def tokenized(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> Dataset:
-    """Tokenise rows as a recipe says."""
-    return tokenize_rows(rows, tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
-
-
-def _row_record(recipe: Recipe, folder: RunFolder, rows: list[Row]) -> list[RowRecord]:
+def _row_record(recipe: Recipe, folder: RunFolder, rows: Sequence[Row]) -> list[RowRecord]:
     """What records every row's losses, where the recipe has it; in a private run nothing, as no noise covers them."""
     if not recipe.record_rows or recipe.dp_epsilon is not None:
         return []

@@ -4,6 +4,7 @@
       recipe.yaml       every setting, resolved
       run.json          status, versions, hardware, summary
       rows.sha256       what tells its training rows from others
+      bad_rows.txt      rows that were left out, and why, where there were any
       metrics.jsonl     one line per log: step, loss, learning rate, tokens per second, peak memory
       rows.parquet      one line per row and visit: its loss, and what methods made of it; for siftune rows
       selection.bin     what every step chose: see selection_file.py; selection.jsonl in runs of 0.1
@@ -29,7 +30,7 @@ from siftune.errors import InputError, RecipeError
 from siftune.files import writable_folder, write_beside
 from siftune.trainer.selection_file import OF_0_1, SELECTION, cut_selection
 
-RECIPE, ROWS = "recipe.yaml", "rows.sha256"
+RECIPE, ROWS, BAD_ROWS = "recipe.yaml", "rows.sha256", "bad_rows.txt"
 METRICS = "metrics.jsonl"
 
 

@@ -27,8 +27,8 @@ class Source(Protocol):
             InputError: The recipe asks for what cannot train here.
         """
 
-    def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load model and tokenizer; `dtype` as for `load_model`."""
+    def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load model and tokenizer; `dtype` and `quantize` as for `load_model`."""
 
     def leaves(
         self, model: nn.Module, privacy: Mapping[str, Any] | None = None
@@ -60,9 +60,9 @@ class ModelSource:
         check_source(self.name)
         return recipe
 
-    def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load it by `load_model`."""
-        return load_model(self.name, dtype)
+        return load_model(self.name, dtype, quantize=quantize)
 
     def leaves(
         self, model: nn.Module, privacy: Mapping[str, Any] | None = None

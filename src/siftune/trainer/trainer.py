@@ -16,12 +16,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from siftune.data.rows import WEIGHT
 from siftune.data.tokenize import ROW
 from siftune.errors import InputError, TrainingError, UnsupportedError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss
 from siftune.models.full import OpenLayers
-from siftune.models.loss import difference_from_model, label_positions, logits_at, mean_loss, token_losses
+from siftune.models.loss import difference_from_model, label_positions, logits_at, mean_loss, token_losses, weighed
 from siftune.models.modes import evaluating
 from siftune.numerics import all_finite
 from siftune.trainer.run_folder import is_complete
@@ -62,6 +63,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, callbacks=own, **kwargs)
         self.privacy = privacy
         self._label_logits_only: bool | None = None
+        self._weights: Tensor | None = None  # of the rows in the batch whose loss is computed
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's batches; those of whole steps in a private run."""
@@ -77,7 +79,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
-        inputs = {name: value for name, value in inputs.items() if name != ROW}  # the model knows of no numbers
+        self._weights = inputs.get(WEIGHT)
+        inputs = {name: value for name, value in inputs.items() if name not in (ROW, WEIGHT)}  # the model knows neither
         if self._label_logits_only is None and label_positions(inputs["labels"]).any():
             self._label_logits_only = self._agrees(model, inputs)
             if not self._label_logits_only:
@@ -110,7 +113,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         losses_N = token_losses(outputs.logits, labels)
         if torch.is_grad_enabled():
             self.label_losses = losses_N.detach()
-        return mean_loss(losses_N, num_items_in_batch)
+        return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
 
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
         """Forward and backward on a step's rows, some at a time, and noise once."""
@@ -149,6 +152,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             raise UnsupportedError(
                 f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows may have a part in "
                 "each other's: train another model, or without dp_epsilon"
+            )
+        if self._weights is not None:
+            raise UnsupportedError(
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows cannot be weighed "
+                "in it: train another model, or rows without the column 'weight'"
             )
 
     def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:

@@ -200,7 +200,7 @@ def test_no_rows_are_refused():
 
 
 def test_many_rows_keep_their_order(monkeypatch):
-    monkeypatch.setattr("siftune.data.tokenize._CHUNK", 3)
+    monkeypatch.setattr("siftune.data.tokens._CHUNK", 3)
     data = tokenize_rows(rows_from([{"text": "x" * n} for n in range(1, 9)]), PLAIN, 20)
     assert data["length"] == list(range(2, 10))
     assert data.column_names == ["input_ids", "labels", "length"]
@@ -270,14 +270,12 @@ ENDLESS = {"prompt": "Q", "completion": "a" * 60 + "!"}
 
 
 def test_a_panic_of_the_tokenizer_is_a_sentence_that_names_the_row():
-    with pytest.raises(
-        DataError, match=r"^row 2: the tokenizer fails on the text \(.*retry-limit.*\); .*\.$"
-    ) as caught:
+    with pytest.raises(DataError, match=r"^row 2: the tokenizer fails on the text \(.*retry-limit.*\); .*\.$"):
         tokenize_rows(rows_from([SUM, ENDLESS, SUM]), panicking(), 100)
-    assert type(caught.value.__cause__).__name__ == "PanicException"
     row = rows_from([ENDLESS])[0]
-    with pytest.raises(DataError, match=r"^row 1: the tokenizer fails"):
+    with pytest.raises(DataError, match=r"^row 1: the tokenizer fails") as caught:
         encode_completion(row, panicking())
+    assert type(caught.value.__cause__).__name__ == "PanicException"
     with pytest.raises(DataError, match=r"^row 1: the tokenizer fails"):
         encode_prompt(row, panicking())
     assert (

@@ -26,7 +26,8 @@ from siftune.trainer import lr_sweep
 from siftune.trainer import source as module
 from siftune.trainer.lr_grid import Grid, difference, grid_of, rate_text, recipes_of
 from siftune.trainer.lr_sweep import open_sweep, run_missing
-from siftune.trainer.run import read_rows, tokenized, train
+from siftune.trainer.prepare import Read, prepare, read_rows
+from siftune.trainer.run import train
 
 QUIET = Console(quiet=True)
 
@@ -76,7 +77,7 @@ def test_a_run_is_that_of_train_measured_on_every_token_alike(plain, tmp_path, m
     runs, sweep = swept(plain, grid(method, rates=(3e-3,), seeds=(5,)), tmp_path / "sweep")
     one = replace(sweep.recipes[method], lr=3e-3, seed=5, log_every=1, out=str(tmp_path / "run"))
     trained = train(one, QUIET)
-    data = tokenized(one, trained.tokenizer, read_rows(one)["eval"])
+    data = prepare(one, trained.tokenizer, read_rows(one)).data["eval"]
     assert runs[0].heldout_loss == pytest.approx(per_token(trained.model.eval(), data), rel=1e-6)
     assert runs[0].train_loss == trained.summary["loss_last"]
     assert (runs[0].cell, runs[0].steps, runs[0].diverged) == ((method, 3e-3, 5), 6, None)
@@ -128,7 +129,7 @@ def test_the_recipe_that_it_leaves_is_one_for_train(plain, tmp_path):
     runs, sweep = swept(plain, grid("ist", rates=(4e-3,)), tmp_path / "sweep")
     again = load_recipe(tmp_path / "sweep" / "ist.yaml")
     trained = train(replace(again, lr=4e-3, out=str(tmp_path / "run")), QUIET)
-    data = tokenized(again, trained.tokenizer, sweep.rows["eval"])
+    data = prepare(again, trained.tokenizer, Read(sweep.rows)).data["eval"]
     assert runs[0].heldout_loss == pytest.approx(per_token(trained.model.eval(), data), rel=1e-6)
 
 

@@ -119,10 +119,10 @@ def test_runs_on_a_terminal_and_elsewhere(base, rows, tmp_path):
     assert "6/6" in terminal.getvalue()
     assert terminal.getvalue().endswith("\n\x1b[?25h")  # the cursor is shown again
     seen = file.getvalue().splitlines()
-    assert "24 rows to train on" in seen[0]
-    assert [line.split()[1] for line in seen[1:]] == ["1/6", "3/6", "6/6"]
+    assert "24 rows to train on" in seen[1]
+    assert [line.split()[1] for line in seen[3:]] == ["1/6", "3/6", "6/6"]
     pattern = r"step \d/6  loss \d\.\d{4}  [\d,]+ tokens/s  peak [\d,]+ MB  2 layers active  \d+ s left"
-    assert all(re.fullmatch(pattern, line) for line in seen[1:]), seen
+    assert all(re.fullmatch(pattern, line) for line in seen[3:]), seen
 
 
 def test_the_bar_is_taken_down_when_training_fails(base, rows, tmp_path, monkeypatch):

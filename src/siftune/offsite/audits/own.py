@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from siftune.config import Recipe
+from siftune.config import Recipe, train_files
 from siftune.data.readers import load_rows
 from siftune.environment import versions
 from siftune.files import Progress
@@ -127,7 +127,7 @@ def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
         AuditOptions(
             kit=str(Path(recipe.model).expanduser()),
             returned=returned,
-            train=recipe.train,
+            train=train_files(recipe)[0][0],
             train_split=recipe.train_split,
             limit=recipe.limit,
             eval=recipe.eval,

@@ -57,9 +57,11 @@ class KitSource:
         """Fill in which layers train: the outer ones, or those of them that the recipe names.
 
         Raises:
-            RecipeError: The recipe names a layer between the outer ones, or embeddings or head.
+            RecipeError: The recipe would change the kit's weights, or names a layer between the outer ones, or
+                embeddings or head.
             LayerError: There is no such layer.
         """
+        self._refuse_changed(recipe)
         if recipe.outside:
             raise RecipeError(
                 f"outside names {', '.join(recipe.outside)}, but of a kit only the outer layers go back to the model's "
@@ -77,7 +79,17 @@ class KitSource:
             )
         return replace(recipe, layers=chosen)
 
-    def load(self, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _refuse_changed(self, recipe: Recipe) -> None:
+        """Refuse what changes the weights that a return is put on."""
+        changes = {"quantize": recipe.quantize, "init": recipe.init if recipe.init in ("pissa", "olora") else None}
+        for name, value in changes.items():
+            if value is not None:
+                raise RecipeError(
+                    f"{name} {value} changes weights of the kit {self.kit.path}, but a return is put on these as they "
+                    f"are: leave {name} out"
+                )
+
+    def load(self, dtype: str = "auto", quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load emulator and tokenizer; the model knows where it is from, for the adapter's config."""
         model, tokenizer = load_kit(self.kit, dtype)
         model.name_or_path = str(self.kit.path.absolute())

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from siftune.cli.stages import stages
+from siftune.stages import stages
 
 
 def lines(*told):

@@ -1,0 +1,57 @@
+"""Which rows come how often, and which are held out: by what they say, so that other rows have no part in it.
+
+A row's place in [0, 1) is a hash of what it says. Rows that say the same have the same place, and a row keeps its place
+when others are added, moved to another file or shuffled (ours).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from siftune.data.rows import Row, said
+
+
+def held_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Split off rows to measure on: those whose place is below a share.
+
+    Args:
+        rows: The rows.
+        share: Share of them to hold out, in [0, 1): what it comes to differs by chance, as if drawn.
+
+    Returns:
+        The others, and those held out, each in their order; rows that say the same are together.
+
+    Example:
+        >>> from siftune.data.rows import rows_from
+        >>> rows = rows_from({"text": f"row {i}"} for i in range(1000))
+        >>> [len(part) for part in held_out(rows, 0.05)]
+        [953, 47]
+    """
+    places = _places(rows, "held out")
+    kept = [row for row, place in zip(rows, places, strict=True) if place >= share]
+    return kept, [row for row, place in zip(rows, places, strict=True) if place < share]
+
+
+def repeated(rows: Sequence[Row], times: float) -> list[Row]:
+    """Have every row come so many times: ⌊times⌋ times, and once more if its place is below what is left of `times`.
+
+    Args:
+        rows: The rows.
+        times: How often, above 0; below 1, so many of them come at all.
+
+    Example:
+        >>> from siftune.data.rows import rows_from
+        >>> rows = rows_from({"text": f"row {i}"} for i in range(1000))
+        >>> len(repeated(rows, 2)), len(repeated(rows, 1.5))
+        (2000, 1500)
+    """
+    whole = int(times)
+    places = _places(rows, "repeated")
+    return [row for row, place in zip(rows, places, strict=True) for _ in range(whole + (place < times - whole))]
+
+
+def _places(rows: Sequence[Row], use: str) -> list[float]:
+    """Places of rows in [0, 1), others for every use."""
+    digests = (hashlib.sha256(use.encode() + b"\0" + row).digest() for row in said(rows))
+    return [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]

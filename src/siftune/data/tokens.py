@@ -1,0 +1,234 @@
+"""Rows as tokens: in chunks, by several processes where there are many rows, into Arrow tables.
+
+A row that cannot be used takes no other with it: it is left out, and what is wrong with it is told.
+
+Processes are forks of this one, so that nothing has to be sent to them but numbers, and only on Linux; elsewhere there
+is one, in which the tokenizer uses threads of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from siftune.data.encoder import Encoder, Piece, labelled
+from siftune.data.rows import Row, no_garbage
+from siftune.errors import DataError
+from siftune.files import Progress
+from siftune.models.loss import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1000  # rows held as Python lists at a time; the table itself is in Arrow memory
+_WORTH_IT = 10_000  # rows from which processes are started
+_MOST = 8  # processes
+_THREADS = "TOKENIZERS_PARALLELISM"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows become tokens.
+
+    Attributes:
+        tokenizer: the model's.
+        max_length: longest sequence in tokens; what is over is cut off at the end.
+        template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
+        completion_only: learn the completions only; False learns the prompts too.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    template: str = "auto"
+    completion_only: bool = True
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised rows.
+
+    Attributes:
+        data: columns `input_ids` (int32 lists), `labels` (int32 lists, -100 where nothing is learned) and `length`, of
+            the rows that can be used, in their order.
+        bad: place of a row that cannot be used -> what is wrong with it, to stand behind its origin.
+        cut: how many rows were cut off at the limit.
+        notes: how many rows were rendered in a way that the user should know of, by reason.
+    """
+
+    data: Dataset
+    bad: dict[int, str] = field(default_factory=dict)
+    cut: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def kept(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the rows that the tokens are of."""
+        return [row for place, row in enumerate(rows) if place not in self.bad]
+
+    def faults(self, rows: Sequence[Row]) -> list[DataError]:
+        """What is wrong with the others."""
+        return [DataError(f"{rows[place].origin}: {reason}") for place, reason in self.bad.items()]
+
+
+class _Chunk(NamedTuple):
+    """Tokens of some rows, one row's behind the other's."""
+
+    ids: array[int]
+    labels: array[int]
+    lengths: array[int]
+    bad: dict[int, str]
+    cut: int
+    notes: Counter[str]
+
+
+def tokens_of(rows: Sequence[Row], form: Form, progress: Progress | None = None) -> Tokens:
+    """Tokenise rows.
+
+    Args:
+        rows: at least one.
+        form: how.
+        progress: told how many rows are done, where there are many.
+
+    Raises:
+        DataError: no rows, or a process that tokenised some has died.
+        RecipeError, ModelError: as `Encoder`.
+    """
+    from datasets import concatenate_datasets
+
+    if not rows:
+        raise DataError("there are no rows to tokenise; give at least one.")
+    encoder = Encoder(form.tokenizer, form.template)
+
+    def work(start: int) -> _Chunk:
+        return _chunk(encoder, rows[start : start + _CHUNK], form)
+
+    bad: dict[int, str] = {}
+    tables, cut, notes = [], 0, Counter[str]()
+    starts = range(0, len(rows), _CHUNK)
+    for start, chunk in zip(starts, _worked(work, starts, _workers(len(rows))), strict=True):
+        tables.append(_table(chunk))
+        bad |= {start + place: reason for place, reason in chunk.bad.items()}
+        cut += chunk.cut
+        notes += chunk.notes
+        if progress is not None and len(rows) >= _WORTH_IT:
+            progress("tokenising rows", min(start + _CHUNK, len(rows)), len(rows))
+    return Tokens(concatenate_datasets(tables) if len(tables) > 1 else tables[0], bad, cut, notes)
+
+
+def _chunk(encoder: Encoder, rows: Sequence[Row], form: Form) -> _Chunk:
+    with no_garbage():
+        return _tokenised(encoder, rows, form)
+
+
+def _tokenised(encoder: Encoder, rows: Sequence[Row], form: Form) -> _Chunk:
+    encoder.notes = Counter()
+    made = _Chunk(array("i"), array("i"), array("i"), {}, 0, encoder.notes)
+    cut = 0
+    for place, (row, pieces) in enumerate(zip(rows, encoder.encode(rows), strict=True)):
+        try:
+            ids, labels = _row(pieces, form, row.origin)
+        except DataError as error:
+            made.bad[place] = str(error).removeprefix(f"{row.origin}: ")
+            continue
+        cut += len(ids) > form.max_length
+        made.ids.extend(ids[: form.max_length])
+        made.labels.extend(labels[: form.max_length])
+        made.lengths.append(min(len(ids), form.max_length))
+    return made._replace(cut=cut, notes=encoder.notes)
+
+
+def _row(pieces: list[Piece] | DataError, form: Form, origin: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one row; refuses one of which nothing can be learned within the limit."""
+    ids, labels = labelled(pieces, form.completion_only)
+    first = next(
+        (i for i, label in enumerate(labels) if label != IGNORED and i), len(ids)
+    )  # the first is not predicted
+    if first >= min(form.max_length, len(ids)):
+        raise DataError(
+            f"{origin}: the prompt takes {first} of {len(ids)} tokens, but the limit is {form.max_length}, so nothing "
+            f"is left to learn; raise --max-length to {len(ids)}, or shorten or remove the row."
+        )
+    return ids, labels
+
+
+def _table(chunk: _Chunk) -> Dataset:
+    import pyarrow  # type: ignore[import-untyped]
+    from datasets import Dataset, Features, List, Value
+
+    lengths, numbers = np.asarray(chunk.lengths, dtype=np.int32), List(Value("int32"))
+    ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+    lists = [
+        pyarrow.ListArray.from_arrays(ends, np.asarray(values, dtype=np.int32)) for values in (chunk.ids, chunk.labels)
+    ]
+    columns = {"input_ids": lists[0], "labels": lists[1], "length": pyarrow.array(lengths)}
+    return Dataset.from_dict(
+        columns, features=Features({"input_ids": numbers, "labels": numbers, "length": Value("int32")})
+    )
+
+
+_work: Callable[[int], _Chunk]  # of a process that was forked to do it
+
+
+def _worked(work: Callable[[int], _Chunk], starts: Sequence[int], workers: int) -> Iterator[_Chunk]:
+    """Do pieces of work, in their order, in processes where there are several."""
+    if workers < 2:
+        yield from map(work, starts)
+        return
+    context = multiprocessing.get_context("fork")  # the rows are there already
+    with _one_thread_each(), ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
+        try:
+            yield from pool.map(_do, starts)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that tokenised rows was ended from outside, as systems do where memory is short; free some, "
+                "or give fewer rows with --limit."
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _workers(rows: int) -> int:
+    """How many processes are worth it: one for each core that this one may use, shared with other ranks here."""
+    if rows < _WORTH_IT or sys.platform != "linux":
+        return 1
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(cores, _MOST)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have the tokenizers of forked processes use one thread, of which they would otherwise warn."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
+
+
+def _begin(work: Callable[[int], _Chunk]) -> None:
+    """Begin as a process that works for another, which Ctrl-C ends."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # what the other process made is not looked through
+
+
+def _do(start: int) -> _Chunk:
+    return _work(start)

@@ -1,0 +1,79 @@
+"""What a dry run has found, for a terminal."""
+
+import unicodedata
+
+from rich.text import Text
+
+from siftune.trainer.before import bad_lines, rows_line
+from siftune.trainer.dry_run import DryRun, Example
+from siftune.words import counted
+
+_MOST = 600  # characters of a part of a row; the middle of a longer one is left out
+
+
+def shown(found: DryRun) -> Text:
+    """All of it: bad rows, rows, what is learned of three of them, what trains, and what it takes."""
+    known, recipe = found.forecast, found.recipe
+    text = Text("\n").join(
+        [
+            *map(Text, bad_lines(found.prepared, len(found.prepared.bad))),
+            Text(rows_line(recipe, found.prepared)),
+            *(_example(one) for one in found.examples),
+            Text(
+                f"{counted(known.trainable, 'parameter')} of {known.parameters:,} train, in "
+                f"{counted(known.layers, 'layer')}; {counted(known.steps, 'step')} of "
+                f"{counted(recipe.batch_size * recipe.accumulate, 'row')}"
+            ),
+            Text(_takes(found)),
+        ]
+    )
+    return text
+
+
+def _takes(found: DryRun) -> str:
+    known = found.forecast
+    if known.seconds is None or known.memory_mb is None:
+        return "time and memory were not tried out: a private run draws its rows by chance"
+    return (
+        f"estimated: {_duration(known.seconds)}, {known.memory_mb:,.0f} MB at the peak (from "
+        f"{counted(known.tried, 'step')} that were tried on this machine)"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """A time in two units.
+
+    Example:
+        >>> _duration(42), _duration(200), _duration(7380)
+        ('42 s', '3 min 20 s', '2 h 3 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _example(one: Example) -> Text:
+    """A row, with what is learned between « and », and in another colour where there are colours."""
+    text = Text(f"{one.place}, learned «so»:\n")
+    for part, learned in one.parts:
+        body = _plain(part if len(part) <= _MOST else f"{part[: _MOST // 2]} … {part[-_MOST // 2 :]}")
+        text.append(f"«{body}»" if learned else body, style="bold green" if learned else "")
+    return Text("  ").append(Text.assemble(*_indented(text)))
+
+
+def _indented(text: Text) -> list[Text]:
+    lines = text.split("\n")
+    return [line if number == 0 else Text("\n    ").append(line) for number, line in enumerate(lines)]
+
+
+def _plain(text: str) -> str:
+    """A text in which nothing moves the cursor or changes colours: what does is written out."""
+    return "".join(
+        char
+        if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf")
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )

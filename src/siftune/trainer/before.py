@@ -1,0 +1,110 @@
+"""What is said of a run before it begins: its rows, what trains, and how many steps it has."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute  # type: ignore[import-untyped]
+from datasets import Dataset
+
+from siftune.config import Recipe
+from siftune.data.rows import WEIGHT
+from siftune.models.loss import IGNORED
+from siftune.trainer.build import Built
+from siftune.trainer.checkpoints import planned_steps
+from siftune.trainer.prepare import Prepared
+from siftune.words import counted
+
+_NAMED = 5  # bad rows that are named; the run folder has all
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the rows of a part.
+
+    Attributes:
+        mean: Of a row.
+        longest: Of the longest row.
+        learned: Of a row, those that are learned, on average.
+    """
+
+    mean: float
+    longest: int
+    learned: float
+
+
+def lengths_of(data: Dataset) -> Lengths:
+    """Look at tokenised rows."""
+    lengths = row_lengths(data)
+    labels = data.data.column("labels")
+    learned = sum(
+        pyarrow.compute.sum(pyarrow.compute.not_equal(chunk.flatten(), IGNORED)).as_py() or 0 for chunk in labels.chunks
+    )
+    return Lengths(float(lengths.mean()), int(lengths.max()), learned / len(data))
+
+
+def row_lengths(data: Dataset) -> npt.NDArray[np.int32]:
+    """Tokens of each row; (rows,) int32."""
+    found: npt.NDArray[np.int32] = data.data.column("length").to_numpy()
+    return found
+
+
+def trainable(built: Built) -> tuple[int, int]:
+    """Parameters that train, and all of them."""
+    parameters = list(built.trainer.model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def short_form(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
+    """Say in a few lines what a run is about to do.
+
+    Args:
+        recipe: Resolved settings.
+        prepared: Its rows.
+        built: Its Trainer.
+        folder: Where it goes.
+    """
+    steps = planned_steps(built.trainer.args, len(prepared.data["train"]))
+    train, total = trainable(built)
+    lines = [
+        f"{recipe.model}: run folder {folder}",
+        rows_line(recipe, prepared),
+        f"{counted(train, 'parameter')} of {total:,} train, in {counted(built.depth, 'layer')}; "
+        f"{counted(steps, 'step')} of {counted(recipe.batch_size * recipe.accumulate, 'row')}",
+    ]
+    return "\n".join([*bad_lines(prepared, _NAMED), *lines])
+
+
+def rows_line(recipe: Recipe, prepared: Prepared) -> str:
+    """Say how many rows there are, and how long they are."""
+    data, held = prepared.data["train"], prepared.data.get("eval")
+    seen = lengths_of(data)
+    out = "" if held is None else f", {counted(len(held), 'row')} held out"
+    return (
+        f"{counted(len(data), 'row')} to train on{out}: {seen.mean:.0f} tokens each, {seen.learned:.0f} learned, "
+        f"the longest {seen.longest}{_cut(recipe, prepared)}{_weights(data)}"
+    )
+
+
+def bad_lines(prepared: Prepared, most: int) -> list[str]:
+    """Say which rows are left out, naming so many of them at the most."""
+    if not prepared.bad:
+        return []
+    more = len(prepared.bad) - most
+    rest = [f"  … and {more} more"] if more > 0 else []
+    return [f"{counted(len(prepared.bad), 'row')} left out:", *(f"  {reason}" for reason in prepared.bad[:most]), *rest]
+
+
+def _cut(recipe: Recipe, prepared: Prepared) -> str:
+    cut = sum(prepared.cut.values())
+    return f"; {counted(cut, 'row')} cut at --max-length {recipe.max_length}" if cut else ""
+
+
+def _weights(data: Dataset) -> str:
+    if WEIGHT not in data.column_names:
+        return ""
+    weights = Counter(data[WEIGHT])
+    zeros = f", {weights[0.0]} of them 0, which teach nothing" if weights[0.0] else ""
+    return f"; weights go from {min(weights):g} to {max(weights):g}{zeros}"

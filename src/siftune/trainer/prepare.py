@@ -1,0 +1,167 @@
+"""What a run trains and measures on: rows read, checked, divided, and as tokens.
+
+Rows that cannot be used are gathered on the way, from all files and from the tokenizer, and told together.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from siftune.config import Recipe, compared_with, train_files
+from siftune.data.readers import load_rows
+from siftune.data.rows import Row
+from siftune.data.split import held_out, repeated
+from siftune.data.target import with_target
+from siftune.data.token_cache import cached_tokens
+from siftune.data.tokenize import numbered, tell_notes, weighted
+from siftune.data.tokens import Form
+from siftune.errors import DataError
+from siftune.files import Progress
+from siftune.rows.lists import named_rows, without
+from siftune.words import counted
+
+_SHOWN = 20  # bad rows that an error names; --dry-run names all
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows as they were read.
+
+    Attributes:
+        parts: `train`; and `eval` and `support`, where there are any.
+        bad: What is wrong with rows that are left out of them.
+    """
+
+    parts: Mapping[str, Sequence[Row]]
+    bad: Sequence[DataError] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that can be trained and measured on, and their tokens.
+
+    Attributes:
+        rows: By part, as `Read` has them.
+        data: Their tokens: columns `input_ids`, `labels`, `length`; of the training rows also `row`, their number, and
+            `weight`, where a weight is not 1.
+        cut: By part, how many rows are cut off at the recipe's `max_length`.
+        bad: What is wrong with the rows that were left out, each row once.
+    """
+
+    rows: Mapping[str, Sequence[Row]]
+    data: Mapping[str, Dataset]
+    cut: Mapping[str, int]
+    bad: Sequence[str]
+
+
+def read_rows(recipe: Recipe) -> Read:
+    """Read the training rows, a target's rows among them, and held-out and support rows where there are any.
+
+    Raises:
+        DataError: A file cannot be read, or nothing is held out or left to train on.
+    """
+    bad: list[DataError] = []
+    load = partial(load_rows, format=recipe.format, bad=bad)
+    parts: dict[str, Sequence[Row]] = {"train": [], "eval": []}
+    files = [(list(_weighed(load(name, recipe.train_split, recipe.limit), bad)), t) for name, t in train_files(recipe)]
+    for rows, times in _listed(recipe, files):
+        kept, held = held_out(rows, recipe.eval_share) if recipe.eval_share else (rows, [])
+        parts["train"] = [*parts["train"], *(kept if times == 1 else repeated(kept, times))]
+        parts["eval"] = [*parts["eval"], *held]
+    _check_share(recipe, parts)
+    if recipe.eval:
+        parts["eval"] = load(recipe.eval, recipe.eval_split, recipe.eval_limit)
+    if recipe.target:
+        target = list(_weighed(load(recipe.target, recipe.train_split, None), bad))
+        parts["train"] = with_target(parts["train"], target, recipe.target_share)
+    if support := compared_with(recipe):
+        parts["support"] = target if recipe.target else list(_weighed(load(support, recipe.train_split, None), bad))
+    return Read({name: rows for name, rows in parts.items() if rows or name != "eval"}, bad)
+
+
+def _listed(recipe: Recipe, files: list[tuple[list[Row], float]]) -> list[tuple[list[Row], float]]:
+    """Leave out of the rows of each file those that a recipe's list names."""
+    if recipe.drop_rows is None:
+        return files
+    named = named_rows(recipe.drop_rows)
+    left = {id(row) for row in without([row for rows, _ in files for row in rows], named, recipe.drop_rows)}
+    return [([row for row in rows if id(row) in left], times) for rows, times in files]
+
+
+def _weighed(rows: Sequence[Row], bad: list[DataError]) -> Iterator[Row]:
+    """Leave out rows whose weight is none."""
+    for row in rows:
+        try:
+            _ = row.weight
+        except DataError as error:
+            bad.append(error)
+        else:
+            yield row
+
+
+def _check_share(recipe: Recipe, parts: Mapping[str, Sequence[Row]]) -> None:
+    if not recipe.eval_share:
+        return
+    for name, wanted in (("eval", "holds out none"), ("train", "leaves none to train on")):
+        if not parts[name]:
+            total = sum(map(len, parts.values()))
+            raise DataError(
+                f"eval_share {recipe.eval_share:g} of {counted(total, 'row')} {wanted}; give another share, or other "
+                "rows with --eval FILE."
+            )
+
+
+def prepare(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, read: Read, progress: Progress | None = None
+) -> Prepared:
+    """Tokenise rows as a recipe says, or take from the cache what was made of them before.
+
+    All but the held-out ones, which are measured, have their weights.
+
+    Args:
+        recipe: Settings.
+        tokenizer: The model's.
+        read: From `read_rows`.
+        progress: Told how many rows are done.
+
+    Raises:
+        DataError: Rows are bad and the recipe does not say to drop them; or none is left.
+        InputError: As `tokens_of`.
+    """
+    form = Form(tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
+    rows, data, cut, bad = {}, {}, {}, list(read.bad)
+    for name, part in read.parts.items():
+        tokens = cached_tokens(part, form, progress) if part else None
+        if tokens is not None:
+            rows[name], data[name], cut[name] = tokens.kept(part), tokens.data, tokens.cut
+            bad += tokens.faults(part)
+            tell_notes(tokens, len(part))
+    told = list(dict.fromkeys(map(str, bad)))  # a row that comes several times is bad once
+    refuse_bad(recipe, told)
+    for name in read.parts:
+        if not rows.get(name):
+            raise DataError(f"none of the rows to {_USES[name]} can be used, such as: {told[0]}")
+    weighed = {name: part if name == "eval" else weighted(part, rows[name]) for name, part in data.items()}
+    return Prepared(rows, {**weighed, "train": numbered(weighed["train"])}, cut, told)
+
+
+_USES = {"train": "train on", "eval": "measure on", "support": "compare with"}
+
+
+def refuse_bad(recipe: Recipe, bad: Sequence[str]) -> None:
+    """Refuse to go on with rows that cannot be used, unless the recipe says to drop them.
+
+    Raises:
+        DataError: With what is wrong with the first of them.
+    """
+    if not bad or recipe.bad_rows == "drop":
+        return
+    if len(bad) == 1:
+        raise DataError(f"{bad[0].rstrip('.')}; or leave it out with --bad-rows drop.")
+    more = len(bad) - _SHOWN
+    last = [f"… and {more} more, which `siftune train --dry-run` lists"] if more > 0 else []
+    lines = "\n  ".join([*bad[:_SHOWN], *last])
+    raise DataError(f"{len(bad)} rows cannot be used; mend them, or leave them out with --bad-rows drop:\n  {lines}")

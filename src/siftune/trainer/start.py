@@ -1,0 +1,82 @@
+"""How an adapter begins: from an adapter that was trained before, or from a part of the base's weights.
+
+Where it begins from a part of the base (PiSSA, OLoRA), PEFT takes that part off the base's weights. What is saved at
+the end must fit the base as it is, so PEFT turns it into an ordinary LoRA of twice the rank: it needs the first values.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel
+
+from siftune.config import Recipe
+from siftune.errors import AdapterError, RecipeError
+from siftune.trainer.tuned_layers import holds_tuned
+
+_INITIAL = "initial"  # folder beside the checkpoints
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of the adapter that a run's folder, or its own, stands for.
+
+    Raises:
+        AdapterError: There is none, or layers were tuned themselves.
+    """
+    given = Path(name).expanduser()
+    for folder in (given / "adapter", given):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+        if holds_tuned(folder):
+            raise AdapterError(
+                f"{folder} holds layers that were tuned themselves, no adapter: export it to a model first"
+            )
+    raise AdapterError(f"from_adapter is {name}, but there is no adapter_config.json in it or in its folder adapter")
+
+
+def adopted(recipe: Recipe) -> Recipe:
+    """Fill in what the adapter says that a recipe's `from_adapter` names: its kind, rank and alpha.
+
+    Raises:
+        AdapterError: It is no LoRA, or cannot be read.
+        RecipeError: The recipe asks for another kind, rank or alpha.
+    """
+    if recipe.from_adapter is None:
+        return recipe
+    path = adapter_folder(recipe.from_adapter) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
+    if kind != "LORA":
+        raise AdapterError(f"{path} is of the kind {kind}; give a LoRA adapter, as siftune train makes them")
+    adapter = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    own = {"adapter": adapter, "rank": rank, "alpha": alpha}
+    for name, value in own.items():
+        asked = getattr(recipe, name)
+        if asked not in (getattr(Recipe, name), value):
+            raise RecipeError(f"{name} is {asked}, but the adapter in {path.parent} has {value}: leave {name} out")
+    return replace(recipe, **own)
+
+
+def keep_initial(model: PeftModel, folder: Path) -> None:
+    """Write an adapter's first values beside a run's checkpoints, for `save_adapter`."""
+    config = model.peft_config["default"]
+    init, config.init_lora_weights = config.init_lora_weights, True  # else PEFT would take them off the base once more
+    model.save_pretrained(folder / _INITIAL, save_embedding_layers=False)
+    config.init_lora_weights = init
+
+
+def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:
+    """Write an adapter that fits the base as it was.
+
+    Args:
+        model: The tuned model.
+        path: Folder to write to.
+        checkpoints: Where `keep_initial` may have left its first values.
+    """
+    initial = checkpoints / _INITIAL
+    first = str(initial) if initial.is_dir() else None
+    # embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out
+    model.save_pretrained(path, save_embedding_layers=False, path_initial_model_for_weight_conversion=first)

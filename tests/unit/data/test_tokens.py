@@ -1,0 +1,102 @@
+"""Rows as tokens: together as one by one, in several processes as in one, and bad ones told."""
+
+import os
+import signal
+
+import pytest
+from support.tokenizer import byte_tokenizer
+
+from siftune.data import tokens
+from siftune.data.encoder import Encoder, labelled
+from siftune.data.rows import rows_from
+from siftune.data.tokens import Form, tokens_of
+from siftune.errors import DataError
+
+CHAT = byte_tokenizer()
+TALK = {"messages": [{"role": role, "content": f"{role} says"} for role in ("user", "assistant") * 2]}
+MIXED = [
+    {"prompt": "1+1=", "completion": "2"},
+    TALK,
+    {"prompt": "x" * 90, "completion": "y"},  # leaves nothing to learn in 60 tokens
+    {"prompt": "a", "completion": "z" * 99},  # is cut
+    {"prompt": "2+2=", "completion": "4"},
+]  # fmt: skip
+
+
+def mixed(times=1):
+    return [row for record in MIXED * times for row in rows_from([record], "data")]
+
+
+def columns(found):
+    return {name: found.data[name][:] for name in found.data.column_names}
+
+
+@pytest.mark.parametrize("form", [Form(CHAT, 60), Form(CHAT, 60, completion_only=False), Form(CHAT, 500)])
+def test_tokens_are_those_of_each_row_by_itself(form):
+    rows = [row for row in mixed() if form.max_length > 60 or len(row.prompt[0].content) < 60]
+    found = tokens_of(rows, form)
+    for row, one in zip(rows, found.data, strict=True):
+        ids, labels = labelled(Encoder(CHAT).encode([row])[0], form.completion_only)
+        assert one["input_ids"] == ids[: form.max_length]
+        assert one["labels"] == labels[: form.max_length]
+        assert one["length"] == len(one["input_ids"])
+
+
+def test_bad_rows_are_left_out_and_named_and_cut_ones_counted():
+    rows = mixed()
+    found = tokens_of(rows, Form(CHAT, 60))
+    assert len(found.data) == 4
+    assert [row.completion for row in found.kept(rows)] == ["2", "assistant says", "z" * 99, "4"]
+    [fault] = found.faults(rows)
+    assert str(fault).startswith("data 1: the prompt takes ")
+    assert found.cut == 2  # the conversation has more than 60 tokens too
+
+
+def test_a_row_that_the_template_or_the_tokenizer_refuses_takes_no_other_with_it():
+    strict = byte_tokenizer("{% if 'no' in messages[0].content %}{{ raise_exception('not so') }}{% endif %}"
+                            "{% for m in messages %}{{ m.content }}{% endfor %}")  # fmt: skip
+    rows = rows_from([{"prompt": text, "completion": "b"} for text in ("yes", "no", "yes")], "row")
+    found = tokens_of(rows, Form(strict, 60))
+    assert [len(found.data), list(found.bad)] == [2, [1]]
+    assert "row 2: the chat template refuses the conversation (not so)" in str(found.faults(rows)[0])
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+    monkeypatch.setattr(tokens, "_CHUNK", 4)
+    monkeypatch.setattr(tokens, "_workers", lambda rows: 2)
+
+
+def test_processes_give_what_one_gives(in_processes, monkeypatch):
+    rows, told = mixed(5), []
+    monkeypatch.setattr(tokens, "_WORTH_IT", 0)
+    many = tokens_of(rows, Form(CHAT, 60), lambda *seen: told.append(seen))
+    monkeypatch.setattr(tokens, "_workers", lambda rows: 1)
+    one = tokens_of(rows, Form(CHAT, 60))
+    assert columns(many) == columns(one)
+    assert (many.bad, many.cut, many.notes) == (one.bad, one.cut, one.notes)
+    assert [done for _, done, _ in told] == [4, 8, 12, 16, 20, 24, 25]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_a_process_that_dies_is_a_sentence(in_processes, monkeypatch):
+    ours = os.getpid()
+
+    def die(*_):
+        assert os.getpid() != ours
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(tokens, "_tokenised", die)
+    with pytest.raises(DataError, match="a process that tokenised rows was ended from outside"):
+        tokens_of(mixed(3), Form(CHAT, 60))
+
+
+def test_workers_are_for_many_rows_and_shared_between_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(tokens.sys, "platform", "linux")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [tokens._workers(rows) for rows in (9_999, 10_000)] == [1, 6]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert tokens._workers(10_000) == 2
+    monkeypatch.setattr(tokens.sys, "platform", "darwin")
+    assert tokens._workers(10_000) == 1
