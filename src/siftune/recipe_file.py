@@ -64,7 +64,15 @@ def _aimed(values: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, **{key: {**below, **values.get(key, {})} for key, below in groups.items()}}
 
 
-_PLACES = ("model", "train", "eval", "target", "support_rows", "drop_rows", "from_adapter")  # what may be a file or folder
+_PLACES = (
+    "model",
+    "train",
+    "eval",
+    "target",
+    "support_rows",
+    "drop_rows",
+    "from_adapter",
+)  # what may be a file or folder
 
 
 def anchored(recipe: R) -> R:

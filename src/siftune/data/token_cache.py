@@ -110,7 +110,7 @@ def _read(folder: Path) -> Tokens | None:
 
 def _write(folder: Path, tokens: Tokens) -> bool:
     """Write a folder beside its place and move it there; False, and a warning, where that cannot be done."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -165,7 +165,7 @@ def _row(pieces: list[Piece] | DataError, form: Form, origin: str) -> tuple[list
 
 
 def _table(chunk: _Chunk) -> Dataset:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from datasets import Dataset, Features, List, Value
 
     lengths, numbers = np.asarray(chunk.lengths, dtype=np.int32), List(Value("int32"))

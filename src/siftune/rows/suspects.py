@@ -153,9 +153,9 @@ def texts_of(run: Path, record: Record) -> dict[str, Text]:
     if not (run / "recipe.yaml").is_file():
         return {}
     from siftune.recipe_file import load_recipe
-    from siftune.trainer.run import read_rows
+    from siftune.trainer.prepare import trained_rows
 
-    rows = read_rows(load_recipe(run / "recipe.yaml"))["train"]
+    rows = trained_rows(run, load_recipe(run / "recipe.yaml"))
     if record.about and digest_of(rows) != record.about:
         raise DataError(
             f"the training rows have changed since {run} was trained, so that its record is of others: bring them "

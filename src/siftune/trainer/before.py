@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute  # type: ignore[import-untyped]
+import pyarrow.compute
 from datasets import Dataset
 
 from siftune.config import Recipe

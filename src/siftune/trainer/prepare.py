@@ -3,9 +3,11 @@
 Rows that cannot be used are gathered on the way, from all files and from the tokenizer, and told together.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ from siftune.data.tokens import Form
 from siftune.errors import DataError
 from siftune.files import Progress
 from siftune.rows.lists import named_rows, without
+from siftune.trainer.run_folder import BAD_ROWS
 from siftune.words import counted
 
 _SHOWN = 20  # bad rows that an error names; --dry-run names all
@@ -65,9 +68,12 @@ def read_rows(recipe: Recipe) -> Read:
     """
     bad: list[DataError] = []
     load = partial(load_rows, format=recipe.format, bad=bad)
+    sources = [name for name, _ in train_files(recipe)]
+    files = [list(_weighed(load(name, recipe.train_split, recipe.limit), bad)) for name in sources]
+    target = list(_weighed(load(recipe.target, recipe.train_split, None), bad)) if recipe.target else []
+    *files, target = _listed(recipe, [*files, target])
     parts: dict[str, Sequence[Row]] = {"train": [], "eval": []}
-    files = [(list(_weighed(load(name, recipe.train_split, recipe.limit), bad)), t) for name, t in train_files(recipe)]
-    for rows, times in _listed(recipe, files):
+    for rows, (_, times) in zip(files, train_files(recipe), strict=True):
         kept, held = held_out(rows, recipe.eval_share) if recipe.eval_share else (rows, [])
         parts["train"] = [*parts["train"], *(kept if times == 1 else repeated(kept, times))]
         parts["eval"] = [*parts["eval"], *held]
@@ -75,20 +81,36 @@ def read_rows(recipe: Recipe) -> Read:
     if recipe.eval:
         parts["eval"] = load(recipe.eval, recipe.eval_split, recipe.eval_limit)
     if recipe.target:
-        target = list(_weighed(load(recipe.target, recipe.train_split, None), bad))
         parts["train"] = with_target(parts["train"], target, recipe.target_share)
     if support := compared_with(recipe):
-        parts["support"] = target if recipe.target else list(_weighed(load(support, recipe.train_split, None), bad))
+        own = () if recipe.target else _weighed(load(support, recipe.train_split, None), bad)
+        parts["support"] = [*target, *own]
     return Read({name: rows for name, rows in parts.items() if rows or name != "eval"}, bad)
 
 
-def _listed(recipe: Recipe, files: list[tuple[list[Row], float]]) -> list[tuple[list[Row], float]]:
+def trained_rows(run: Path, recipe: Recipe) -> list[Row]:
+    """The rows that a run has trained on: as its recipe has them, but for those that were left out.
+
+    Args:
+        run: Its folder.
+        recipe: Its recipe.
+
+    Raises:
+        DataError: A file cannot be read any more.
+    """
+    path = run / BAD_ROWS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    places = {line[: found.start()] for line in lines for found in re.finditer(": ", line)}  # each begins with its own
+    return [row for row in read_rows(recipe).parts["train"] if row.origin not in places]
+
+
+def _listed(recipe: Recipe, files: list[list[Row]]) -> list[list[Row]]:
     """Leave out of the rows of each file those that a recipe's list names."""
     if recipe.drop_rows is None:
         return files
     named = named_rows(recipe.drop_rows)
-    left = {id(row) for row in without([row for rows, _ in files for row in rows], named, recipe.drop_rows)}
-    return [([row for row in rows if id(row) in left], times) for rows, times in files]
+    left = {id(row) for row in without([row for rows in files for row in rows], named, recipe.drop_rows)}
+    return [[row for row in rows if id(row) in left] for rows in files]
 
 
 def _weighed(rows: Sequence[Row], bad: list[DataError]) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from siftune.errors import DataError, RecipeError
 from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe
 from siftune.trainer.checkpoints import digest_of
-from siftune.trainer.prepare import prepare, read_rows
+from siftune.trainer.prepare import prepare, read_rows, trained_rows
 from siftune.trainer.run import train
 
 QUIET = Console(quiet=True)
@@ -89,6 +89,7 @@ def test_bad_rows_of_a_run_are_in_its_folder_and_told(base, mixed, tmp_path):
     told = io.StringIO()
     done = train(recipe(base, mixed, tmp_path / "run", bad_rows="drop", steps=1), Console(file=told, width=500))
     assert len((done.folder.path / "bad_rows.txt").read_text().splitlines()) == 5
+    assert answers(trained_rows(done.folder.path, load_recipe(done.folder.recipe))) == list("012345")
     assert told.getvalue().startswith(f"5 rows left out:\n  {mixed}:4: invalid JSON")
     assert "6 rows to train on: " in told.getvalue()
     assert " of 4 rows\n" in told.getvalue()
