@@ -61,6 +61,24 @@ def load_model(
     return model, tokenizer
 
 
+def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer alone, which has a padding token.
+
+    Raises:
+        ModelError: As `load_model`.
+    """
+    from transformers import AutoTokenizer
+
+    check_source(source)
+    name = resolve(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(_reason(name, error)) from error
+    set_padding(tokenizer, source)
+    return tokenizer
+
+
 def quantization(kind: str | None) -> dict[str, Any]:
     """What transformers is told of bitsandbytes: for 4 bits NF4, the constants rounded too, as QLoRA has it.
 

@@ -29,7 +29,7 @@ from siftune.files import Progress
 from siftune.trainer.build import build
 from siftune.trainer.lr_folder import LRFolder
 from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
-from siftune.trainer.prepare import Read, prepare, read_rows, refuse_bad
+from siftune.trainer.prepare import Read, prepare, read_rows, refuse_read
 from siftune.trainer.progress import StepsTold
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.trackers import NONE
@@ -85,7 +85,7 @@ def open_sweep(
         folder.refuse_others(recipes)
         widest = next(filter(compares, recipes.values()), recipes[grid.methods[0]])
         read = read_rows(widest)
-        refuse_bad(widest, [str(fault) for fault in read.bad])
+        refuse_read(widest, read, source.tokenizer)
         rows = read.parts
         folder.refuse_other_rows(_digests(rows))
     _tell_overlap(rows)
@@ -135,7 +135,7 @@ def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
         loss = _heldout_loss(model, data["eval"], recipe.batch_size)
         if not math.isfinite(loss):
             raise TrainingError(
-                f"The held-out loss of {recipe.model} is {loss}: look for broken rows among those held out"
+                f"The held-out loss of {recipe.model} is {loss}: look for broken rows in {recipe.eval or 'its share'}"
             )
     else:
         loss = sweep.folder.base_loss

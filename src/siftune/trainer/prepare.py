@@ -3,8 +3,9 @@
 Rows that cannot be used are gathered on the way, from all files and from the tokenizer, and told together.
 """
 
+import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from siftune.data.target import with_target
 from siftune.data.token_cache import cached_tokens
 from siftune.data.tokenize import numbered, tell_notes, weighted
 from siftune.data.tokens import Form
-from siftune.errors import DataError
+from siftune.errors import DataError, ModelError
 from siftune.files import Progress
 from siftune.rows.lists import named_rows, without
 from siftune.trainer.run_folder import BAD_ROWS
@@ -171,6 +172,24 @@ def prepare(
 
 
 _USES = {"train": "train on", "eval": "measure on", "support": "compare with"}
+
+
+def refuse_read(recipe: Recipe, read: Read, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
+    """Refuse bad rows before a model is loaded, together with those that would be found to be bad later on.
+
+    Args:
+        recipe: Settings.
+        read: What was read.
+        tokenizer: Loads the model's tokenizer alone.
+
+    Raises:
+        DataError: There are some, and the recipe does not say to drop them.
+    """
+    if not read.bad or recipe.bad_rows == "drop":
+        return
+    with contextlib.suppress(ModelError):  # of which the user hears once the rows are mended
+        prepare(recipe, tokenizer(), read)
+    refuse_bad(recipe, list(dict.fromkeys(map(str, read.bad))))
 
 
 def refuse_bad(recipe: Recipe, bad: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ from siftune.trainer.checkpoints import (
 )
 from siftune.trainer.followed import Followed
 from siftune.trainer.outcome import Outcome
-from siftune.trainer.prepare import prepare, read_rows
+from siftune.trainer.prepare import prepare, read_rows, refuse_read
 from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.run_folder import BAD_ROWS, RECIPE, ROWS, RunFolder
 from siftune.trainer.selection_file import SelectionFile
@@ -99,6 +99,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     source = source_of(recipe.model)
     recipe = source.settle(recipe)
     read = read_rows(recipe)  # before the model, which may have to be fetched
+    refuse_read(recipe, read, source.tokenizer)
     with first_rank_first():
         model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with first_rank_first(), stages(console) as told:  # the others find the tokens in the cache

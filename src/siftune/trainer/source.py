@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.config import Recipe
-from siftune.models.source import check_source, load_model
+from siftune.models.source import check_source, load_model, load_tokenizer
 from siftune.trainer.build import refuse_all_weights
 
 
@@ -29,6 +29,9 @@ class Source(Protocol):
 
     def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer; `dtype` and `quantize` as for `load_model`."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer alone."""
 
     def leaves(
         self, model: nn.Module, privacy: Mapping[str, Any] | None = None
@@ -63,6 +66,10 @@ class ModelSource:
     def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load it by `load_model`."""
         return load_model(self.name, dtype, quantize=quantize)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load it by `load_tokenizer`."""
+        return load_tokenizer(self.name)
 
     def leaves(
         self, model: nn.Module, privacy: Mapping[str, Any] | None = None

@@ -73,7 +73,7 @@ def test_a_run(words, base, tmp_path, capsys):
     result = json.loads(captured.out)
     assert (result["run"], result["adapter"]) == (f"{tmp_path}/run", f"{tmp_path}/run/adapter")
     assert result["steps"] == 6
-    assert f"next: `siftune eval {tmp_path}/run --data FILE`, `siftune export {tmp_path}/run`" in captured.err
+    assert f"next: `siftune eval {tmp_path}/run --data FILE`, `siftune report {tmp_path}/run`, " in captured.err
     assert len(re.findall(r"^step \d/6  loss ", captured.err, re.MULTILINE)) == 6
     assert loads(base, result["adapter"])
 

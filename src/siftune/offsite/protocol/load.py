@@ -42,7 +42,7 @@ def load_kit(kit: Kit, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrained
 
     Every file is opened once, and held to the hash that was checked.
     """
-    return _load(kit, dtype), _tokenizer(kit)
+    return _load(kit, dtype), kit_tokenizer(kit)
 
 
 def _load(kit: Kit, dtype: str) -> PreTrainedModel:
@@ -56,7 +56,8 @@ def _load(kit: Kit, dtype: str) -> PreTrainedModel:
     return fit_for_this_machine(model) if dtype == "auto" else model
 
 
-def _tokenizer(kit: Kit) -> PreTrainedTokenizerBase:
+def kit_tokenizer(kit: Kit) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a kit that was read, once it was tried in a child with limits; it has a padding token."""
     tokenizer = load_tokenizer(kit)
     set_padding(tokenizer, str(kit.path))
     return tokenizer

@@ -20,7 +20,7 @@ from siftune.offsite.emulator.split import Split, outer_names, places
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
 from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical
-from siftune.offsite.protocol.load import load_kit
+from siftune.offsite.protocol.load import kit_tokenizer, load_kit
 from siftune.offsite.protocol.returned import read_return, write_return
 from siftune.offsite.protocol.thin import DOWN, UP, largest_rank
 from siftune.trainer.source import ModelSource, Source
@@ -94,6 +94,10 @@ class KitSource:
         model, tokenizer = load_kit(self.kit, dtype)
         model.name_or_path = str(self.kit.path.absolute())
         return model, tokenizer
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer alone."""
+        return kit_tokenizer(self.kit)
 
     def leaves(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
         """The return."""
