@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from siftune.data.rows import Row
+from siftune.data.rows import WEIGHT, Row
 from siftune.errors import DataError
 
-PLACE, WEIGHT = "place", "weight"  # columns
+PLACE = "place"  # column
 _SHOWN = 3  # places in a message
 
 

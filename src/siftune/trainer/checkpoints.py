@@ -34,7 +34,7 @@ _MAY_CHANGE = {
     "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
-    "drop_rows", "train_times", "eval_share", "bad_rows",
+    "drop_rows", "row_weights", "train_times", "eval_share", "bad_rows",
 }  # fmt: skip
 # what makes an adapter another one -> how a recipe calls it
 _SAME = {

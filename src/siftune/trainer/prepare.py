@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset
@@ -23,7 +24,7 @@ from siftune.data.tokenize import numbered, tell_notes, weighted
 from siftune.data.tokens import Form
 from siftune.errors import DataError, ModelError
 from siftune.files import Progress
-from siftune.rows.lists import named_rows, without
+from siftune.rows.lists import named_rows, row_weights, weighed, without
 from siftune.trainer.run_folder import BAD_ROWS
 from siftune.words import counted
 
@@ -106,7 +107,11 @@ def trained_rows(run: Path, recipe: Recipe) -> list[Row]:
 
 
 def _listed(recipe: Recipe, files: list[list[Row]]) -> list[list[Row]]:
-    """Leave out of the rows of each file those that a recipe's list names."""
+    """Weigh the rows of each file that one of a recipe's lists names, and leave out those that another names."""
+    if recipe.row_weights is not None:
+        weights = row_weights(recipe.row_weights)
+        every = iter(weighed([row for rows in files for row in rows], weights, recipe.row_weights))
+        files = [list(islice(every, len(rows))) for rows in files]
     if recipe.drop_rows is None:
         return files
     named = named_rows(recipe.drop_rows)

@@ -55,7 +55,7 @@ def refuse_weights(columns: Sequence[str]) -> None:
     if WEIGHT in columns:
         raise UnsupportedError(
             "rows have weights, but with dp_epsilon each row is clipped to the same norm, which undoes them: leave the "
-            "column 'weight' out"
+            "column 'weight' and row_weights out"
         )
 
 

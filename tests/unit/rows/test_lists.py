@@ -1,14 +1,20 @@
 """Files that name rows, and what is done with these."""
 
+import json
+
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from support.tiny_run import recipe, save_rows
 
 from siftune.data.readers import load_rows
-from siftune.errors import DataError
+from siftune.errors import DataError, UnsupportedError
+from siftune.recipe_file import load_recipe
 from siftune.rows.lists import named_rows, row_weights, weighed, without
 from siftune.rows.suspects import suspects
 from siftune.rows.visits import read_visits
+from siftune.trainer.prepare import read_rows
 from siftune.trainer.run import train
 
 
@@ -104,3 +110,43 @@ def test_nothing_is_recorded_where_nobody_wants_it(base, tmp_path):
     private = {"dp_epsilon": 8.0, "dp_delta": 1e-3, "steps": 1}
     train(recipe(base, path, tmp_path / "private", method="dense", **private), Console(quiet=True))
     assert not list(tmp_path.rglob("rows.parquet"))
+
+
+def trained(base, rows, out, **settings):
+    train(recipe(base, rows, out, method="dense", **settings), Console(quiet=True))
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def test_weights_of_a_list_are_those_of_the_column_to_the_bit(base, tmp_path):
+    path, column, table = save_rows(tmp_path / "rows.jsonl"), tmp_path / "column.jsonl", tmp_path / "weights.csv"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, weight in {2: 0.0, 7: 0.25, 19: 3.0}.items():
+        records[number]["weight"] = weight
+    column.write_text("".join(json.dumps(record) + "\n" for record in records))
+    table.write_text(f"place,weight\n{path}:3,0\n{path}:8,0.25\n{path}:20,3\n")
+    by_column, by_list = (
+        trained(base, rows, tmp_path / name, accumulate=2, **settings)
+        for name, rows, settings in (("column", column, {}), ("list", path, {"row_weights": str(table)}))
+    )
+    plain = trained(base, path, tmp_path / "plain", accumulate=2)
+    assert all(torch.equal(by_column[name], value) for name, value in by_list.items())
+    assert any(not torch.equal(plain[name], value) for name, value in by_list.items())
+    one, other = (read_visits(tmp_path / name / "rows.parquet").visits for name in ("plain", "list"))
+    assert one.loss[one.step == 0].tolist() == other.loss[other.step == 0].tolist()  # losses are told without weights
+    again = load_recipe(tmp_path / "list" / "recipe.yaml")
+    assert again.row_weights == str(table)
+
+
+def test_both_lists_go_together(base, tmp_path):
+    path, table, gone = save_rows(tmp_path / "rows.jsonl"), tmp_path / "weights.csv", tmp_path / "gone.txt"
+    table.write_text(f"place,weight\n{path}:3,0.5\n{path}:4,0.5\n")
+    gone.write_text(f"{path}:3\n")
+    found = read_rows(recipe(base, path, tmp_path / "run", method="dense", row_weights=str(table), drop_rows=str(gone)))
+    assert [row.weight for row in found.parts["train"]] == [1.0, 1.0, 0.5, *[1.0] * 20]
+
+
+def test_weights_and_privacy_do_not_go_together(base, tmp_path):
+    path, table = save_rows(tmp_path / "rows.jsonl"), tmp_path / "weights.csv"
+    table.write_text(f"place,weight\n{path}:3,0.5\n")
+    with pytest.raises(UnsupportedError, match="leave the column 'weight' and row_weights out"):
+        trained(base, path, tmp_path / "run", row_weights=str(table), dp_epsilon=8.0, dp_delta=1e-3, steps=1)
