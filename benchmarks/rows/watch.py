@@ -123,7 +123,7 @@ class Watch(SampleCallback, _NoSettings):
     def __post_init__(self) -> None:
         """Begin with nothing."""
         super().__post_init__()
-        self._lines: list[NDArray[np.float64]] = []
+        self._kept: list[NDArray[np.float64]] = []
         self._margins: Tensor | None = None
         self.on_select = self._keep
 
@@ -143,7 +143,7 @@ class Watch(SampleCallback, _NoSettings):
 
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """What was watched, a value for each row of every batch, in the order of steps, and of rows within a step."""
-        table = np.concatenate(self._lines, axis=1)
+        table = np.concatenate(self._kept, axis=1)
         table = table[:, np.lexsort((table[1], table[0]))]
         found = dict(zip(("step", "row", *NAMES, "margin"), table, strict=True))
         return {**found, "norm": np.sqrt(found["norm"])}
@@ -159,7 +159,7 @@ class Watch(SampleCallback, _NoSettings):
         rule = self._selection.rule
         parts = [rule.found[name].double() for name in NAMES] + [self._margins.double()]
         steps = torch.full((len(choice.rows),), choice.step, dtype=torch.float64)
-        self._lines.append(torch.stack([steps, choice.rows.double(), *(part.cpu() for part in parts)]).numpy())
+        self._kept.append(torch.stack([steps, choice.rows.double(), *(part.cpu() for part in parts)]).numpy())
         rule.found = {}
 
 
