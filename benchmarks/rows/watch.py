@@ -114,6 +114,7 @@ class _NoSettings(Settings):
     """There is nothing to set."""
 
     group: ClassVar[str] = "watch"
+    select: ClassVar[float] = 1.0
 
 
 @dataclass(eq=False)
