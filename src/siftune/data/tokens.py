@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -106,8 +106,6 @@ def tokens_of(rows: Sequence[Row], form: Form, progress: Progress | None = None)
         DataError: no rows, or a process that tokenised some has died.
         RecipeError, ModelError: as `Encoder`.
     """
-    from datasets import concatenate_datasets
-
     if not rows:
         raise DataError("there are no rows to tokenise; give at least one.")
     encoder = Encoder(form.tokenizer, form.template)
@@ -116,16 +114,16 @@ def tokens_of(rows: Sequence[Row], form: Form, progress: Progress | None = None)
         return _chunk(encoder, rows[start : start + _CHUNK], form)
 
     bad: dict[int, str] = {}
-    tables, cut, notes = [], 0, Counter[str]()
+    chunks, cut, notes = [], 0, Counter[str]()
     starts = range(0, len(rows), _CHUNK)
     for start, chunk in zip(starts, _worked(work, starts, _workers(len(rows))), strict=True):
-        tables.append(_table(chunk))
+        chunks.append(_lists(chunk))
         bad |= {start + place: reason for place, reason in chunk.bad.items()}
         cut += chunk.cut
         notes += chunk.notes
         if progress is not None and len(rows) >= _WORTH_IT:
             progress("tokenising rows", min(start + _CHUNK, len(rows)), len(rows))
-    return Tokens(concatenate_datasets(tables) if len(tables) > 1 else tables[0], bad, cut, notes)
+    return Tokens(_table(chunks), bad, cut, notes)
 
 
 def _chunk(encoder: Encoder, rows: Sequence[Row], form: Form) -> _Chunk:
@@ -164,16 +162,25 @@ def _row(pieces: list[Piece] | DataError, form: Form, origin: str) -> tuple[list
     return ids, labels
 
 
-def _table(chunk: _Chunk) -> Dataset:
+def _lists(chunk: _Chunk) -> dict[str, Any]:
+    """A chunk's columns, as Arrow arrays."""
+    import pyarrow
+
+    lengths = np.asarray(chunk.lengths, dtype=np.int32)
+    ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+    ids, labels = (
+        pyarrow.ListArray.from_arrays(ends, np.asarray(values, dtype=np.int32)) for values in (chunk.ids, chunk.labels)
+    )
+    return {"input_ids": ids, "labels": labels, "length": pyarrow.array(lengths)}
+
+
+def _table(chunks: Sequence[dict[str, Any]]) -> Dataset:
+    """Chunks one behind the other; made at once, since `datasets` looks through every table that it is given."""
     import pyarrow
     from datasets import Dataset, Features, List, Value
 
-    lengths, numbers = np.asarray(chunk.lengths, dtype=np.int32), List(Value("int32"))
-    ends = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-    lists = [
-        pyarrow.ListArray.from_arrays(ends, np.asarray(values, dtype=np.int32)) for values in (chunk.ids, chunk.labels)
-    ]
-    columns = {"input_ids": lists[0], "labels": lists[1], "length": pyarrow.array(lengths)}
+    numbers = List(Value("int32"))
+    columns = {name: pyarrow.chunked_array([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return Dataset.from_dict(
         columns, features=Features({"input_ids": numbers, "labels": numbers, "length": Value("int32")})
     )
