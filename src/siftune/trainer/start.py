@@ -62,10 +62,7 @@ def adopted(recipe: Recipe) -> Recipe:
 
 def keep_initial(model: PeftModel, folder: Path) -> None:
     """Write an adapter's first values beside a run's checkpoints, for `save_adapter`."""
-    config = model.peft_config["default"]
-    init, config.init_lora_weights = config.init_lora_weights, True  # else PEFT would take them off the base once more
     model.save_pretrained(folder / _INITIAL, save_embedding_layers=False)
-    config.init_lora_weights = init
 
 
 def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:

@@ -61,6 +61,23 @@ def test_a_row_that_the_template_or_the_tokenizer_refuses_takes_no_other_with_it
     assert "row 2: the chat template refuses the conversation (not so)" in str(found.faults(rows)[0])
 
 
+def test_what_is_rendered_again_is_noted_once(monkeypatch):
+    """Where the tokenizer fails on one of many, each is tried by itself."""
+    reopening = byte_tokenizer(
+        "{% for m in messages %}{% if loop.last and m.role == 'user' %}>{% endif %}{{ m.content }}\n{% endfor %}"
+    )
+    original = Encoder._try
+
+    def failing(self, texts, special):
+        return ValueError("no") if any("fail" in text for text in texts) else original(self, texts, special)
+
+    monkeypatch.setattr(Encoder, "_try", failing)
+    rows = rows_from([{"prompt": text, "completion": "b"} for text in ("yes", "fail", "yes")])
+    found = tokens_of(rows, Form(reopening, 60))
+    assert list(found.bad) == [1]
+    assert list(found.notes.values()) == [2]
+
+
 @pytest.fixture
 def in_processes(monkeypatch):
     monkeypatch.setattr(tokens, "_CHUNK", 4)
@@ -75,6 +92,7 @@ def test_processes_give_what_one_gives(in_processes, monkeypatch):
     one = tokens_of(rows, Form(CHAT, 60))
     assert columns(many) == columns(one)
     assert (many.bad, many.cut, many.notes) == (one.bad, one.cut, one.notes)
+    assert list(many.bad) == [2, 7, 12, 17, 22]
     assert [done for _, done, _ in told] == [4, 8, 12, 16, 20, 24, 25]
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
