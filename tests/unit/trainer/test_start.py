@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from siftune.errors import AdapterError, ModelError, RecipeError
 from siftune.models.source import load_model
 from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe
+from siftune.trainer.before import trainable
 from siftune.trainer.build import training_arguments
 from siftune.trainer.run import train
 
@@ -150,6 +152,9 @@ def test_a_quantised_base_trains_and_its_adapter_fits_the_plain_one(rows, tmp_pa
     assert any(
         type(m).__name__.startswith("Linear") and "bitsandbytes" in type(m).__module__ for m in done.model.modules()
     )
+    values = sum(value.numel() for value in weights(done.model).values())
+    plain = AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    assert trainable(SimpleNamespace(trainer=SimpleNamespace(model=done.model))) == (values, plain + values)
 
 
 def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
