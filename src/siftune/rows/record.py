@@ -118,7 +118,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
 
         Of several ranks the others may be gone, so that the file stays as the last checkpoint left it.
         """
-        if self._trainer is not None and world_size() == 1 and (self._waiting or self._done[0].size):
+        if self._trainer is not None and world_size() == 1 and self._trainer.state.global_step:
             self._write(self._trainer.args)
         self.remove()
 
@@ -138,7 +138,11 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         if not (folder / NAME).is_file():
             logger.warning("%s has no %s: rows are recorded from step %d on", folder, NAME, state.global_step + 1)
             return NOTHING
-        return read_visits(folder / NAME).visits.table()
+        saved = read_visits(folder / NAME)
+        if saved.about != self._about:
+            logger.warning("%s is of other rows: they are recorded from step %d on", folder, state.global_step + 1)
+            return NOTHING
+        return saved.visits.table()
 
     def _look(self, _: Any, __: Any, output: Any) -> None:
         """See what the forward pass of a training step returned."""

@@ -12,7 +12,7 @@ from siftune.config import Recipe
 from siftune.data.encoder import writes_chat
 from siftune.environment import peak_memory_mb
 from siftune.files import disk_faults
-from siftune.models.origin import origin_of
+from siftune.models.origin import Origin, origin_of
 from siftune.models.portable import save_tokenizer
 from siftune.trainer.card import card_with_usage, model_card
 from siftune.trainer.followed import Followed
@@ -84,9 +84,9 @@ class Outcome:
             self.folder.write("README.md", card)
 
     def _card(self, summary: dict[str, Any]) -> str:
+        if self.source.usage is not None:  # a kit: its files are not opened again, and say what they like
+            return card_with_usage(self.recipe, summary, Origin(self.recipe.model), self.source.usage)
         base = origin_of(self.recipe.model)
-        if self.source.usage is not None:
-            return card_with_usage(self.recipe, summary, base, self.source.usage)
         chat = writes_chat(self.recipe.template, self.trainer.processing_class)
         return model_card(self.recipe, summary, base, self.folder.adapter.absolute(), chat)
 

@@ -12,7 +12,7 @@ from siftune.cli.main import main
 from siftune.config import Recipe
 from siftune.errors import InputError
 from siftune.recipe_file import anchored, load_recipe
-from siftune.trainer import run as module
+from siftune.trainer import prepare as module
 from siftune.trainer.run import train
 from siftune.trainer.tuned_layers import read_about
 

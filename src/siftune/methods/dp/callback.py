@@ -44,7 +44,7 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
         """ε so far, for the log; nothing where the accountant cannot tell, as of next to no noise."""
         try:
             return {"epsilon": spent(self.mechanism, self._steps)}
-        except (MemoryError, ValueError, RuntimeError):
+        except (MemoryError, OverflowError, RuntimeError, ValueError):
             return {}
 
     def loader(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]]) -> DataLoader[Any]:
