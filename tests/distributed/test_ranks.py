@@ -84,9 +84,9 @@ CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwa
     [
         pytest.param("rest", 1, {"ddp_find_unused_parameters": False}, marks=pytest.mark.matrix),
         ("rest", 2, CHECKPOINTING),
-        ("momentum", 2, {"ddp_find_unused_parameters": True}),
+        pytest.param("momentum", 2, {"ddp_find_unused_parameters": True}, marks=pytest.mark.matrix),
         pytest.param("sample", 1, {"with_ist": True}, marks=pytest.mark.matrix),
-        ("dataset", 1, {"gast": AVERAGED}),
+        pytest.param("dataset", 1, {"gast": AVERAGED}, marks=pytest.mark.matrix),
         ("target", 1, {"gast": TARGET}),
     ],
 )

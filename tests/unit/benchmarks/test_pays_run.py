@@ -250,7 +250,7 @@ def test_a_line_that_was_cut_off_is_passed_over(tmp_path, capsys):
 @pytest.mark.distributed
 def test_finished_jobs_are_not_made_again(tmp_path):
     """Two jobs in two processes; the file's third, which fails, is tried again, the others are not."""
-    base, suite = save_base(tmp_path / "base"), save_suite(tmp_path / "suite", 500)
+    base, suite = save_base(tmp_path / "base"), save_suite(tmp_path / "suite", 350)
     jobs = [job(base, seed=0), job(base, seed=1), job(base, cell_changes={"known": 10**6})]
     (tmp_path / "jobs").write_text("".join(json.dumps(made) + "\n" for made in jobs))
     out = tmp_path / "out.jsonl"

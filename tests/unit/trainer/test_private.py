@@ -123,6 +123,7 @@ def test_a_step_without_rows_is_a_step(tmp_path):
     assert [loss == 0 for loss in losses] == [size == 0 for size in sizes]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "settings",
     [

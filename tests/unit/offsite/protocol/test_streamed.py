@@ -131,9 +131,9 @@ emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, sequential
 @pytest.mark.parametrize(
     ("what", "at", "rest", "sequential"),
     [
-        ("calibration", 3, 3, False),
+        pytest.param("calibration", 3, 3, False, marks=pytest.mark.matrix),
         ("calibration", 7, 7, False),
-        ("compression", 2, 9, False),
+        pytest.param("compression", 2, 9, False, marks=pytest.mark.matrix),
         ("compression", 2, 9, True),
     ],
 )
