@@ -37,7 +37,7 @@ class Options:
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
     """How to train with the few rows, as for siftune train."""
-    steps: int = 90
+    steps: int = 120
     """Optimizer steps of 16 rows, for each of the two."""
     lr: float = METHODS["dense"].lr
     """Peak learning rate."""
