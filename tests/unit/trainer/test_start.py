@@ -45,7 +45,7 @@ def test_what_takes_the_base_apart_is_saved_as_an_ordinary_lora(base, rows, tmp_
     assert float((logits(again) - base_logits(base)).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_a_run_begins_where_its_base_is(base, rows, tmp_path, init):
     """The first loss is the base's: whatever is taken off the base is in the adapter."""
     found = [
@@ -57,9 +57,8 @@ def test_a_run_begins_where_its_base_is(base, rows, tmp_path, init):
     assert not torch.allclose(a, b, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["gast", "dense"])
-def test_a_run_that_took_the_base_apart_goes_on_bit_for_bit(base, rows, tmp_path, method):
-    given = {"method": method, "init": "pissa", "save_every": 3}
+def test_a_run_that_took_the_base_apart_goes_on_bit_for_bit(base, rows, tmp_path):
+    given = {"method": "gast", "init": "pissa", "save_every": 3}
     whole = train(recipe(base, rows, tmp_path / "whole", **given), QUIET)
     train(recipe(base, rows, tmp_path / "cut", **given | {"steps": 3}), QUIET)
     given["allow_change"] = True  # the schedule is of another length
