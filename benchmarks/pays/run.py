@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,32 @@ Job = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing; return the exit code."""
     args = _parse(argv)
+    return start(args, _of_scenario(args), check, Queue)
+
+
+def start(
+    args: argparse.Namespace,
+    made: Iterator[Job],
+    check: Callable[[list[Job], Path], None],
+    queue: "type[Queue]",
+) -> int:
+    """List jobs, or run those that are missing; return the exit code.
+
+    Args:
+        args: Of a runner's command line: `jobs`, `list`, `data`, `out`, `workers`.
+        made: The jobs that the command line asks for, where it names no file of them.
+        check: Refuses jobs and data that cannot be used.
+        queue: What runs them.
+    """
     try:
-        jobs = list(from_file(args.jobs) if args.jobs else _of_scenario(args))
+        jobs = list(from_file(args.jobs) if args.jobs else made)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if args.list:
         print("\n".join(json.dumps(job) for job in jobs))
         return 0
     check(jobs, args.data)
-    return 1 if Queue(jobs, args.out, args.data).work(args.workers) else 0
+    return 1 if queue(jobs, args.out, args.data).work(args.workers) else 0
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -109,6 +126,12 @@ def _names(words: str) -> list[str]:
     return [words] if "=" in words else words.split(",")
 
 
+def check_data(data: Path) -> None:
+    """Refuse a folder that is not that of the commonsense suite."""
+    if not (data / "ARC-Easy.test.json").is_file():
+        raise SystemExit(f"{data} has no ARC-Easy.test.json; give the folder of the commonsense suite with --data")
+
+
 def check(jobs: list[Job], data: Path) -> None:
     """Refuse recipes and data that cannot be used, before hours of training."""
     import tempfile
@@ -116,8 +139,7 @@ def check(jobs: list[Job], data: Path) -> None:
     from pays.job import recipe_of
     from siftune.errors import SiftuneError
 
-    if not (data / "ARC-Easy.test.json").is_file():
-        raise SystemExit(f"{data} has no ARC-Easy.test.json; give the folder of the commonsense suite with --data")
+    check_data(data)
     try:
         with tempfile.TemporaryDirectory() as folder:
             for job in jobs:

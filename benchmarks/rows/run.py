@@ -10,7 +10,6 @@ loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE` 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ _BENCHMARKS = Path(__file__).resolve().parents[1]
 if str(_BENCHMARKS) not in sys.path:
     sys.path.insert(0, str(_BENCHMARKS))
 
-from pays.run import Queue, from_file  # noqa: E402
+from pays.run import Queue, check_data, start  # noqa: E402
 from rows.cells import KINDS, PERCENTS, cell_of  # noqa: E402
 
 Job = dict[str, Any]
@@ -36,17 +35,7 @@ class Rows(Queue):
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing; return the exit code."""
     args = _parse(argv)
-    try:
-        jobs = list(from_file(args.jobs) if args.jobs else _made(args))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    if args.list:
-        print("\n".join(json.dumps(job) for job in jobs))
-        return 0
-    if not (args.data / "ARC-Easy.test.json").is_file():
-        raise SystemExit(f"{args.data} has no ARC-Easy.test.json; give the folder of the commonsense suite with --data")
-    failed = Rows(jobs, args.out, args.data).work(args.workers)
-    return 1 if failed else 0
+    return start(args, _made(args), lambda _, data: check_data(data), Rows)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ How the parts of a row join:
   comes last.
 
 Prompt and completion are tokenised apart and then joined, because at generation time the prompt is tokenised
-alone. `encode_prompt` and `encode_completion` give evaluation the same tokens as training.
+alone. `Encoder.prompt` and `Encoder.completion` give evaluation the same tokens as training.
 """
 
 from __future__ import annotations
@@ -294,29 +294,3 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> list[_Part]:
 def writes_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether rows are written by a tokenizer's chat template; `template` as for `Encoder`."""
     return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
-
-
-def encode_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> list[int]:
-    """Token ids of a row's prompt, the same as in training.
-
-    Raises:
-        DataError, RecipeError, ModelError: as `Encoder`.
-    """
-    return Encoder(tokenizer, template).prompt(row)
-
-
-def encode_completion(
-    row: Row, tokenizer: PreTrainedTokenizerBase, template: str = "auto", text: str | None = None
-) -> list[int]:
-    """Token ids of a row's completion with its end, the same as in training.
-
-    Args:
-        row: the row.
-        tokenizer: its tokenizer.
-        template: `auto`, `chat` or `none`.
-        text: another completion in the place of the row's own, for example one of several choices.
-
-    Raises:
-        DataError, RecipeError, ModelError: as `Encoder`.
-    """
-    return Encoder(tokenizer, template).completion(row, text)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.tokenizer import byte_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
-from siftune.data.encoder import Encoder, encode_completion, encode_prompt
+from siftune.data.encoder import Encoder
 from siftune.data.rows import rows_from
 from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.errors import DataError, ModelError, RecipeError
@@ -216,9 +216,9 @@ def test_prompt_and_completion_of_evaluation_are_those_of_training(template, rec
     (row,) = rows_from([record])
     if template is None and record is TALK:
         with pytest.raises(DataError, match=r"row 1: a conversation .*user, assistant, user\) needs a chat"):
-            encode_prompt(row, tokenizer)
+            Encoder(tokenizer).prompt(row)
         return
-    prompt, completion = encode_prompt(row, tokenizer), encode_completion(row, tokenizer)
+    prompt, completion = Encoder(tokenizer).prompt(row), Encoder(tokenizer).completion(row)
     trained = tokenized(record, tokenizer)
     assert prompt + completion == trained["input_ids"]
     assert trained["labels"][len(prompt) :] == completion
@@ -226,8 +226,8 @@ def test_prompt_and_completion_of_evaluation_are_those_of_training(template, rec
 
 def test_another_completion_takes_the_place_of_the_rows_own():
     (row,) = rows_from([SUM])
-    assert CHAT.decode(encode_completion(row, CHAT, text="17")) == "17<|end|>"
-    assert CHAT.decode(encode_completion(row, CHAT, "none", "17")) == "17<|end|>"
+    assert CHAT.decode(Encoder(CHAT).completion(row, "17")) == "17<|end|>"
+    assert CHAT.decode(Encoder(CHAT, "none").completion(row, "17")) == "17<|end|>"
     encoder = Encoder(CHAT)
     assert encoder.prompt(row) + encoder.completion(row, "2") == tokenized(SUM)["input_ids"]
 
@@ -274,10 +274,10 @@ def test_a_panic_of_the_tokenizer_is_a_sentence_that_names_the_row():
         tokenize_rows(rows_from([SUM, ENDLESS, SUM]), panicking(), 100)
     row = rows_from([ENDLESS])[0]
     with pytest.raises(DataError, match=r"^row 1: the tokenizer fails") as caught:
-        encode_completion(row, panicking())
+        Encoder(panicking()).completion(row)
     assert type(caught.value.__cause__).__name__ == "PanicException"
     with pytest.raises(DataError, match=r"^row 1: the tokenizer fails"):
-        encode_prompt(row, panicking())
+        Encoder(panicking()).prompt(row)
     assert (
         tokenize_rows(rows_from([SUM]), panicking(), 100)["input_ids"]
         == tokenize_rows(rows_from([SUM]), PLAIN, 100)["input_ids"]

@@ -13,7 +13,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.cli.main import main
 from siftune.config import Recipe
-from siftune.data.encoder import encode_prompt
+from siftune.data.encoder import Encoder
 from siftune.data.rows import Message, Row
 from siftune.models.origin import Origin
 from siftune.trainer.card import merged_card, model_card
@@ -66,7 +66,7 @@ def test_the_code_runs_as_printed(licensed, tmp_path, monkeypatch, settings, lib
     }  # fmt: skip
     _, inputs, output = run_code(card, tmp_path)
     row = Row((Message("user", ASKED),), "", origin="here")
-    assert inputs["input_ids"][0].tolist() == encode_prompt(row, byte_tokenizer(), settings["template"])
+    assert inputs["input_ids"][0].tolist() == Encoder(byte_tokenizer(), settings["template"]).prompt(row)
     ours = done.model.eval().generate(**inputs, max_new_tokens=64)
     assert torch.equal(ours, output)
 
