@@ -1,5 +1,6 @@
 """Attach adapters: to every linear map of the decoder layers that sees every token, or to those that are named."""
 
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -219,6 +220,12 @@ def attach_adapter(
     return get_peft_model(model, config)
 
 
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning,
+    EOFError, pickle.UnpicklingError,  # of a damaged adapter_model.bin
+)  # fmt: skip
+
+
 def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False, trainable: bool = False) -> PeftModel:
     """Put a saved adapter on its base model, in place.
 
@@ -241,8 +248,8 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
             warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
             # in the base's dtype, as in training: float32 products are slow on many machines
             return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=exact, is_trainable=trainable)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:200]
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise AdapterError(
             f"the adapter in {adapter} doesn't fit the model {base}: {reason}; give the adapter's own base model."
         ) from error

@@ -20,12 +20,20 @@ def why_missing(name: str) -> str | None:
         name: A hub id, such as owner/name.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
         HfApi().model_info(name, timeout=_SECONDS)
+    except HFValidationError:
+        return "it is no name that the hub can have"
     except GatedRepoError:
         return None  # loading says what is to be done
     except RepositoryNotFoundError:

@@ -71,7 +71,8 @@ def to_csv(suspects: Sequence[Suspect]) -> str:
 
 
 def _inert(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")  # csv puts no quotes around a lone \r before Python 3.13
+    return f"'{lines}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else lines
 
 
 _PAGE = """<!doctype html>

@@ -1,8 +1,10 @@
 """Files that name training rows: which of them to leave out, and what others count for."""
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ from siftune.errors import DataError
 
 PLACE = "place"  # column
 _SHOWN = 3  # places in a message
+_WIDEST = 2**31 - 1  # characters of a field
 
 
 def named_rows(path: str) -> list[str]:
@@ -23,7 +26,7 @@ def named_rows(path: str) -> list[str]:
     if Path(path).suffix.lower() == ".csv":
         places = [place for _, place, _ in _csv(path, PLACE)]
     else:
-        lines = (line.strip() for line in _text(path).splitlines())
+        lines = (line.strip() for line in _text(path).split("\n"))
         places = [line for line in lines if line and not line.startswith("#")]
     if not places:
         raise DataError(f"{path} names no rows; give places such as rows.jsonl:17, one a line.")
@@ -114,14 +117,25 @@ def _absolute(source: str) -> str:
 
 def _csv(path: str, *columns: str) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Lines of a CSV file: where each stands, its place, and its fields."""
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(
-            f"{path} has no column {missing[0]!r} in its first line (found: {', '.join(reader.fieldnames or ())})."
-        )
-    for fields in reader:
-        yield f"{path}:{reader.line_num}", (fields[PLACE] or "").strip(), fields
+    reader = csv.DictReader(io.StringIO(_text(path)))
+    with _wide_fields():
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise DataError(
+                f"{path} has no column {missing[0]!r} in its first line (found: {', '.join(reader.fieldnames or ())})."
+            )
+        found = [(f"{path}:{reader.line_num}", (fields[PLACE] or "").strip(), fields) for fields in reader]
+    yield from found
+
+
+@contextmanager
+def _wide_fields() -> Iterator[None]:
+    """Let texts in a CSV file be as long as those of rows are."""
+    before = csv.field_size_limit(_WIDEST)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _weight(text: str | None, where: str) -> float:

@@ -102,9 +102,9 @@ class Rows:
 
     def _contradicted(self, text: Text) -> list[str]:
         """Say where the same prompt has another completion."""
-        asked = self._asked.get(text.prompt, ())
-        others = [place for place in asked if self.texts[place].completion != text.completion]
-        return [f"{others[0]} has the same prompt and another completion"] if text.prompt and others else []
+        asked = self._asked.get(text.prompt, ()) if text.prompt else ()
+        other = next((place for place in asked if self.texts[place].completion != text.completion), None)
+        return [] if other is None else [f"{other} has the same prompt and another completion"]
 
     def _twins_of(self, place: str) -> list[str]:
         return [self._known[other] for other in self._twins.of(self._number[place])] if place in self.texts else []

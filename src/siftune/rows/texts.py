@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from siftune.data.rows import Row
+from siftune.data.rows import Row, said
 
 
 class Text(NamedTuple):
@@ -30,6 +30,6 @@ def text_of(row: Row) -> Text:
 def digest_of(rows: Sequence[Row]) -> str:
     """What tells rows from others, wherever they stand: a hash of what they say, in their order."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(text_of(row)).encode())
+    for each in said(rows):
+        digest.update(each)
     return digest.hexdigest()

@@ -61,6 +61,12 @@ def test_what_is_in_the_cache_is_not_asked_for(answers):
     assert not asked
 
 
+@pytest.mark.parametrize("name", ["a--b", "a..b", "-a", "a.git", "ü/b"])
+def test_names_that_the_hub_cannot_have(name):
+    with pytest.raises(ModelError, match="it is no name that the hub can have"):
+        check_source(name)
+
+
 def test_offline_is_told(monkeypatch):
     why_missing.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -13,8 +13,9 @@ from siftune.data.readers import load_rows
 from siftune.errors import DataError
 from siftune.recipe_file import recipe_to_yaml
 from siftune.report.rows import short, to_csv
-from siftune.rows.suspects import suspects
-from siftune.rows.texts import digest_of
+from siftune.rows.lists import named_rows
+from siftune.rows.suspects import Suspect, suspects
+from siftune.rows.texts import Text, digest_of
 from siftune.rows.visits import NAME, Visits, read_visits, write_visits
 
 RECORDS = [
@@ -139,6 +140,13 @@ def test_what_is_in_a_row_is_no_markup_and_no_formula(run, capsys):
     (worst, *_) = suspects(run)
     formula = type(worst)(worst.place, type(worst.text)("=1+1", "@x"), worst.reason, worst.score)
     assert ",'=1+1,'@x," in to_csv([formula])
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x0cb", "a\x85b", "a\rb", "a\r\nb", 'a "b", c', "x" * 200_000])
+def test_the_list_is_read_again_whatever_rows_say(tmp_path, text):
+    path = tmp_path / "bad.csv"
+    path.write_text(to_csv([Suspect(f"rows.jsonl:{line}", Text(text, text), "", 3.0) for line in (1, 2)]), "utf-8")
+    assert named_rows(str(path)) == ["rows.jsonl:1", "rows.jsonl:2"]
 
 
 def test_mistakes_are_told_in_a_sentence(run, capsys):
