@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from torch import distributed as dist
 from siftune.ranks import launch_size
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 fetches a model and tokenises many rows
 
 
 def join_launch() -> bool:
@@ -24,7 +27,7 @@ def join_launch() -> bool:
         return False
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.accelerator.is_available())
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     return True
 
 
