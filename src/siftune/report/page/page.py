@@ -31,7 +31,7 @@ from siftune.report.page.words import duration, memory
 
 _OF_A_RUN = (layers, rows, suspects, answers)
 _OTHERS = {"kit": kit, "sweep": sweep, "audit": audit}
-_STYLES = ("theme.css", "dark.css", "figure.css", "page.css")
+_STYLES = ("theme.css", "figure.css", "page.css")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def page_of(subjects: Subjects) -> Page:
         facts=_facts(subjects.runs),
         sections=sections(subjects),
         styles="\n".join(map(_asset, _STYLES)),
+        dark=_asset("dark.css"),
         script=script,
         digest=digest,
         version=__version__,

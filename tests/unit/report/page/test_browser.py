@@ -57,6 +57,20 @@ def test_the_button_changes_the_colours(browser, report):
         assert colours[0] == colours[1] == colours[3] != colours[2]
 
 
+@pytest.mark.parametrize("presses", [0, 2])  # the system's dark, and the page's
+def test_paper_is_light(browser, report, presses):
+    with opened(browser, report, scheme="dark") as page:
+        styles = "['.chart text', 'body'].map(name => getComputedStyle(document.querySelector(name)))"
+        colours = f"{styles}.map(style => style.fill + style.color)"
+        for _ in range(presses):
+            page.locator("#theme").click()
+        on_screen = page.evaluate(colours)
+        page.emulate_media(media="print", color_scheme="dark")
+        on_paper = page.evaluate(colours)
+        page.emulate_media(media="print", color_scheme="light")
+        assert page.evaluate(colours) == on_paper != on_screen
+
+
 def test_tables_sort_by_figures_and_by_words(browser, report):
     with opened(browser, report) as page:
         table = page.locator("#compare table").first

@@ -1,12 +1,13 @@
 "use strict";
 (() => {
-  const root = document.documentElement, tip = document.getElementById("tip"), theme = document.getElementById("theme");
+  const tip = document.getElementById("tip"), theme = document.getElementById("theme");
 
   // ---- theme: the system's, light or dark; kept where the browser lets a page keep things
-  const THEMES = ["system", "light", "dark"];
+  const dark = document.getElementById("dark"), media = { system: dark.media, light: "not all", dark: "screen" };
+  const THEMES = Object.keys(media);
   const stored = () => { try { return localStorage.getItem("siftune-theme"); } catch { return null; } };
   const show = (name) => {
-    if (name === "system") delete root.dataset.theme; else root.dataset.theme = name;
+    dark.media = media[name];
     theme.textContent = `Theme: ${name}`;
   };
   let chosen = THEMES.includes(stored()) ? stored() : "system";
