@@ -119,7 +119,7 @@ def read_evals(run: Path) -> list[Eval]:
         return []
     try:
         return [_eval(record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} can't be read ({error}): measure again with siftune eval, or remove it") from error
 
 

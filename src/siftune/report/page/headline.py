@@ -6,12 +6,12 @@ from typing import Any
 
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.report.metrics import LABELS
-from siftune.report.page.quality import measured, shared_metric, value_text
+from siftune.report.page.quality import held_out_alike, level_text, measured, shared_metric, value_text
 from siftune.report.page.sections.audit import in_a_sentence as audit_sentence
 from siftune.report.page.sections.kit import in_a_sentence as kit_sentence
 from siftune.report.page.sections.sweep import in_a_sentence as sweep_sentence
 from siftune.report.page.subjects import Other, RunData, Subjects
-from siftune.report.page.words import points, short
+from siftune.report.page.words import listed, points, short
 from siftune.words import counted
 
 _SENTENCES: dict[str, Callable[[Any], str]] = {"audit": audit_sentence, "kit": kit_sentence, "sweep": sweep_sentence}
@@ -44,10 +44,11 @@ def _of_run(run: RunData) -> str:
     if row.tuned is None or row.difference is None or row.low is None or row.high is None:
         return _by_loss(run)
     change = short if row.metric == PERPLEXITY else points
+    level = level_text(run, shared[0])
     return (
         f"On {counted(row.rows, 'held-out row')}, {LABELS.get(row.metric, row.metric)} went from "
         f"{value_text(row.metric, row.base)} to {value_text(row.metric, row.tuned)}: {change(row.difference)}"
-        f"{'' if row.metric == PERPLEXITY else ' points'}, 95 % interval {change(row.low)} to {change(row.high)}."
+        f"{'' if row.metric == PERPLEXITY else ' points'}, {level} interval {change(row.low)} to {change(row.high)}."
     )
 
 
@@ -82,23 +83,27 @@ def _of_runs(runs: Sequence[RunData]) -> str:
     data, metric = shared
     found = {run.name: measured(run, data, metric) for run in runs}
     valued = {name: row.tuned for name, row in found.items() if row.tuned is not None}
+    if not valued:
+        return _by_losses(runs)
     order = sorted(valued, key=lambda name: valued[name], reverse=metric != PERPLEXITY)
     best = found[order[0]]
-    others = ", ".join(f"{value_text(metric, valued[name])} for “{name}”" for name in order[1:4])
+    others = [f"{value_text(metric, valued[name])} for “{name}”" for name in order[1:4]]
+    others.append(f"{value_text(metric, best.base)} for the base model")
     interval = ""
     if best.tuned_interval is not None:
+        level = level_text(next(run for run in runs if run.name == order[0]), data)
         low, high = (value_text(metric, bound) for bound in best.tuned_interval)
-        interval = f" (95 % interval {low} to {high})"
+        interval = f" ({level} interval {low} to {high})"
     return (
         f"“{order[0]}” is best of {len(runs)} runs: {value_text(metric, valued[order[0]])} "
-        f"{LABELS.get(metric, metric)}{interval} on {counted(best.rows, 'held-out row')}, against {others} and "
-        f"{value_text(metric, best.base)} for the base model."
+        f"{LABELS.get(metric, metric)}{interval} on {counted(best.rows, 'held-out row')}, "
+        f"against {listed(others)}."
     )
 
 
 def _by_losses(runs: Sequence[RunData]) -> str:
     losses = {run.name: loss for run in runs if (loss := run.figure("eval_loss")) is not None}
-    if len({run.recipe.eval for run in runs}) > 1 or len(losses) < 2:
+    if not held_out_alike(runs) or len(losses) < 2:
         return f"{len(runs)} runs, which were not measured on the same held-out rows."
     order = sorted(losses, key=lambda name: losses[name])
     others = ", ".join(f"{short(losses[name], 4)} for “{name}”" for name in order[1:4])

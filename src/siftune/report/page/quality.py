@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from siftune.config import Recipe
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import percent, short
@@ -24,8 +25,23 @@ def shared_metric(runs: Sequence[RunData]) -> tuple[str, str] | None:
 
 def measured(run: RunData, data: str, metric: str) -> MetricRow:
     """What a run has by a metric on held-out rows, where `shared_metric` found them."""
-    (found,) = (row for one in run.evals if one.data == data for row in one.metrics if row.metric == metric)
-    return found
+    return next(row for one in run.evals if one.data == data for row in one.metrics if row.metric == metric)
+
+
+def level_text(run: RunData, data: str) -> str:
+    """How sure the intervals of a measurement are, in words."""
+    return f"{100 * next(one.level for one in run.evals if one.data == data):g} %"
+
+
+def held_out_alike(runs: Sequence[RunData]) -> bool:
+    """Whether the runs held out the same rows, so that their losses can be compared."""
+    return len({_held_out(run.recipe) for run in runs}) == 1
+
+
+def _held_out(recipe: Recipe) -> tuple[object, ...]:
+    """Where held-out rows are from: a file, or a share of the training rows."""
+    file = (recipe.eval, recipe.eval_split) if recipe.eval is not None else (recipe.train, recipe.eval_share)
+    return (*file, recipe.eval_limit)
 
 
 def value_text(metric: str, value: float) -> str:

@@ -101,13 +101,17 @@ def test_a_damaged_kit_is_refused(tmp_path):
         show(kit.path)
 
 
-@pytest.mark.parametrize("points", [None, [{}], "x", [point(gap="wide")], [None], [point(told=3)], [point(gap=1e999)]])
+@pytest.mark.parametrize(
+    "points", [None, [{}], "x", [point(gap="wide")], [None], [point(told=3)], [point(gap=1e999)], [point(gap=10**400)]]
+)
 def test_a_damaged_sweep_is_told(tmp_path, points):
     with pytest.raises(InputError, match=r"sweep.json is no sweep .*: run siftune sweep again"):
         show(save(tmp_path / "sweep", "sweep.json", {"points": points}))
 
 
-@pytest.mark.parametrize("value", [None, 3, "x", [], {"loss": 3}, {"loss": {"auc": {"value": "x"}}}])
+@pytest.mark.parametrize(
+    "value", [None, 3, "x", [], {"loss": 3}, {"loss": {"auc": {"value": "x"}}}, {"loss": {"auc": {"value": 10**400}}}]
+)
 def test_an_audit_shows_what_is_there(tmp_path, value):
     record = {"conditions": value, "comparisons": value, "membership": value, "calibration": value}
     assert (

@@ -33,6 +33,12 @@ def titles(*folders):
     return [section.title for section in sections(subjects(*folders))]
 
 
+def eval_json(rows, more=""):
+    """A record as a stranger might write it."""
+    metric = f'{{"metric": "choices", "base": 0.5, "rows": {rows}}}'
+    return f'[{{"data": "x", "rows": 1, "level": 0.9, "answers": [], "metrics": [{metric}{more}]}}]'
+
+
 def text_of(section):
     """All words of a section."""
     cells = (cell.text for grid in section.tables for row in grid.rows for cell in row)
@@ -58,6 +64,32 @@ def test_a_run_that_was_not_measured(tmp_path):
     run = save_run(tmp_path / "run")
     assert headline(subjects(run)) == "After 40 steps the held-out loss is 0.7000 nats per token."
     assert "siftune eval" in " ".join(text_of(section) for section in sections(subjects(run)))
+
+
+def test_the_interval_is_as_wide_as_it_was_measured(tmp_path):
+    for number, name in enumerate("ab"):
+        metric = MetricRow("choices", 9, 0.2, 0.5 + number / 10, 0.3, 0.1, 0.5, (0.1, 0.3), (0.4, 0.6))
+        record_eval(save_run(tmp_path / name), Eval("test.jsonl", 9, 0.8, (metric,)))
+    both = subjects(tmp_path / "a", tmp_path / "b")
+    for told in (headline(subjects(tmp_path / "a")), headline(both), text_of(sections(both)[0])):
+        assert "80 % interval" in told
+        assert "95 %" not in told
+
+
+def test_a_measurement_of_the_base_alone(tmp_path):
+    runs = [save_run(tmp_path / name) for name in "ab"]
+    for run in runs:
+        record_eval(run, Eval("test.jsonl", 9, 0.95, (MetricRow("choices", 9, 0.5),)))
+    assert "least held-out loss" in headline(subjects(*runs))
+    (runs[0] / "eval.json").write_text(eval_json('1, "tuned": 0.6', ', {"metric": "choices", "base": 1, "rows": 1}'))
+    (runs[1] / "eval.json").write_text(eval_json("1"))
+    assert headline(subjects(*runs)).endswith("on 1 held-out row, against 50.0\u00a0% for the base model.")
+
+
+def test_shares_of_different_rows_are_not_compared(tmp_path):
+    first, second = (save_run(tmp_path / n, eval=None, eval_share=0.1, train=f"{n}.jsonl") for n in "ab")
+    assert headline(subjects(first, second)) == "2 runs, which were not measured on the same held-out rows."
+    assert "held out different rows" in text_of(sections(subjects(first, second))[0])
 
 
 def test_runs_by_their_losses_where_they_were_held_to_the_same_rows(tmp_path):
@@ -246,6 +278,11 @@ def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):
         ("run.json", "{", "run.json can't be read"),
         ("eval.json", '[{"data": 1}]', "eval.json can't be read .*measure again"),
         ("eval.json", "{", "eval.json can't be read"),
+        ("eval.json", "[" * 99_999, "eval.json can't be read"),
+        ("eval.json", '[{"metrics": ["x"], "answers": []}]', "eval.json can't be read"),
+        ("eval.json", eval_json("1e999"), "eval.json can't be read"),
+        ("eval.json", eval_json('1, "tuned": 1' + "0" * 400), "eval.json can't be read"),
+        ("eval.json", eval_json('1, "tuned_interval": [1]'), "eval.json can't be read"),
         ("selection.bin", "nonsense", "selection.bin is no record of selection"),
         ("recipe.yaml", "methodd: ist\n", "unknown key 'methodd'"),
     ],

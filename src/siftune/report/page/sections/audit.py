@@ -96,5 +96,5 @@ def _estimate(value: Any) -> Point | None:
 def _finite(value: Any) -> float | None:
     try:
         return finite(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None

@@ -8,7 +8,7 @@ from siftune.recipe_file import recipe_values
 from siftune.report.metrics import LABELS
 from siftune.report.page.figure import Figure
 from siftune.report.page.points import Point, Scale, scatter
-from siftune.report.page.quality import measured, shared_metric, value_text
+from siftune.report.page.quality import held_out_alike, level_text, measured, shared_metric, value_text
 from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import duration, memory, short
@@ -33,9 +33,8 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
     """By what the runs can be compared, and a word on it."""
     shared = shared_metric(runs)
     if shared is None:
-        held_out = {run.recipe.eval for run in runs}
         losses = {run.name: Point(run.name, loss) for run in runs if (loss := run.figure("eval_loss")) is not None}
-        if len(held_out) > 1:
+        if not held_out_alike(runs):
             return _Quality("held-out loss", {}), [
                 "The runs held out different rows, so that their losses can't be compared: `siftune eval RUN… --data "
                 "FILE` measures them on the same."
@@ -50,7 +49,8 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
     base = measured(runs[0], data, metric).base
     label = LABELS.get(metric, metric)
     words = (
-        f"Quality: {label} on {data}; the base model has {value_text(metric, base)}. Bars are 95 % intervals over rows."
+        f"Quality: {label} on {data}; the base model has {value_text(metric, base)}. Bars are "
+        f"{level_text(runs[0], data)} intervals over rows."
     )
     return _Quality(label, points, metric), [words]
 

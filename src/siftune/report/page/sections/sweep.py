@@ -28,12 +28,12 @@ def sweep(other: Other) -> Section:
     """Cosine over loss gap, and the figures of every emulator."""
     try:
         points = [_Emulator(point) for point in other.content["points"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{other.path / 'sweep.json'} is no sweep ({error!r}): run siftune sweep again") from error
     kinds = list(dict.fromkeys(point.method for point in points))
-    drawn = [Point(p.label, p.cosine, x=p.gap, colour=kinds.index(p.method)) for p in points if p.cosine is not None]
-    best = [Point(p.label, p.cosine, x=p.gap) for p in points if p.front and p.cosine is not None]
-    front = sorted(best, key=lambda point: point.x)
+    known = [(p, p.cosine) for p in points if p.cosine is not None][:_NUMBERED]
+    drawn = [Point(p.label, cosine, x=p.gap, colour=kinds.index(p.method)) for p, cosine in known]
+    front = sorted((Point(p.label, cosine, x=p.gap) for p, cosine in known if p.front), key=lambda point: point.x)
     words = [
         in_a_sentence(other.content),
         "Cosine: between the outer layers' gradients on the base and on the emulator; 1 is tuning as on the base. Gap: "
@@ -41,7 +41,7 @@ def sweep(other: Other) -> Section:
         "A wide gap proves no privacy.",
     ]
     figure = scatter(
-        f"trade-off-{slug(other.name)}", "The owner's trade-off", drawn[:_NUMBERED], "loss gap, nats per token",
+        f"trade-off-{slug(other.name)}", "The owner's trade-off", drawn, "loss gap, nats per token",
         Scale("cosine of gradients"), note="Up and right is better; the line joins those that are not beaten in both.",
         size="full", front=front,
     )  # fmt: skip
