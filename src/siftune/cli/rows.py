@@ -43,6 +43,9 @@ def run(options: Options) -> dict[str, Any]:
 
     if options.top is not None and options.top < 1:
         raise RecipeError(f"--top is {options.top}, but must be 1 or more")
+    for flag, path in (("--csv", options.csv), ("--html", options.html)):
+        if path is not None and path.expanduser().is_dir():
+            raise RecipeError(f"{flag} {path} is a folder: give the file to write")
     folder = Path(options.run).expanduser()
     if not folder.is_dir():
         raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
