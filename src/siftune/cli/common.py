@@ -107,7 +107,7 @@ def _of_run(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         flag, joined, value = word.partition("=")
         value = value if joined else next(iter(words[place + 1 :]), "")
         recipe = Path(value) / "recipe.yaml"
-        if _name(flag) == "--resume" and recipe.is_file():
+        if _name(flag) == "--resume" and value and recipe.is_file():
             there = any(_name(other) == "--out" for other in words)
             rest = words[place + (1 if joined else 2) :]
             return [str(recipe)], [*words[:place], "--resume", "True", *([] if there else ["--out", value]), *rest]

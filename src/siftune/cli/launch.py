@@ -149,7 +149,11 @@ def _stop(ranks: Sequence[_Rank], interrupted: bool) -> None:
     They live until then, since rank 0 may be waiting for them and hears of no signal meanwhile. Where one of them has
     failed, rank 0 finds out by itself.
     """
-    if interrupted and ranks and ranks[0].process.poll() is None:
-        ranks[0].process.send_signal(signal.SIGINT)
-    for rank in ranks:
-        rank.end(0.0 if rank.number else _GRACE)
+    try:
+        if interrupted and ranks and ranks[0].process.poll() is None:
+            ranks[0].process.send_signal(signal.SIGINT)
+        for rank in ranks:
+            rank.end(0.0 if rank.number else _GRACE)
+    finally:  # a second Ctrl-C comes here while rank 0 is saving: none may go on by itself
+        for rank in ranks:
+            rank.process.kill()

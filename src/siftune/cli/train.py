@@ -40,6 +40,8 @@ class Options(Recipe):
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    if options.processes < 1:
+        raise RecipeError(f"processes is {options.processes}, but must be 1 or more")
     if options.dry_run:
         return _try(options, recipe)
     if options.processes > 1 and launch_size() == 1:

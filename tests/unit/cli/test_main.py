@@ -114,6 +114,12 @@ def test_resume_stands_alone_or_takes_a_folder(ran, recipe):
     assert ran("--resume=runs/a").resume == "runs/a"
 
 
+def test_resume_alone_reads_no_recipe_that_happens_to_be_there(ran, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("rank: 4\nout: elsewhere\n")
+    monkeypatch.chdir(tmp_path)
+    assert ran("--out", "runs/a", "--resume") == Options(resume=True, out="runs/a")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
