@@ -36,6 +36,7 @@ _MAY_CHANGE = {
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
     "drop_rows", "row_weights", "train_times", "eval_share", "bad_rows",
 }  # fmt: skip
+_NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders
 # what makes an adapter another one -> how a recipe calls it
 _SAME = {
     "r": "rank",
@@ -183,12 +184,16 @@ def _differences(before: Recipe, after: Recipe) -> Iterator[tuple[str, Any, Any]
     for field in fields(Recipe):
         if field.name not in _MAY_CHANGE and not isinstance(getattr(after, field.name), Settings):
             was, now = getattr(before, field.name), getattr(after, field.name)
-            if was != now and not (field.name == "model" and Path(was).resolve() == Path(now).resolve()):
+            if was != now and not (field.name in _NAMED_IN_FULL and was and now and _in_full(was) == _in_full(now)):
                 yield field.name, was, now
     for one, other in zip(settings_of(before), settings_of(after), strict=True):
         for name in Settings.names(type(one)):
             if getattr(one, name) != getattr(other, name):
                 yield f"{one.group}.{name}", getattr(one, name), getattr(other, name)
+
+
+def _in_full(name: str) -> Path:
+    return Path(name).expanduser().resolve()
 
 
 def digest_of(data: Dataset) -> str:

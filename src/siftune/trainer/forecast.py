@@ -28,6 +28,7 @@ from siftune.environment import peak_memory_mb
 from siftune.trainer.before import Lengths, lengths_of, row_lengths, trainable
 from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import planned_steps
+from siftune.trainer.trackers import NONE
 
 _LEAST, _MOST = 6, 24  # steps that are timed
 _MEASURED = 4  # held-out batches that are timed
@@ -98,7 +99,9 @@ def forecast(
     tried = _tried_batches(batches, row_lengths(data["train"]), recipe.accumulate, tries)
     with tempfile.TemporaryDirectory() as folder:
         clock = _Clock()
-        short = replace(_hurried(recipe), steps=tries + 1, save_every=tries + 1, eval_every=None)
+        short = replace(_hurried(recipe), save_every=tries + 1, eval_every=None, report_to=(NONE,))
+        if recipe.dp_epsilon is None:  # else noise is looked for that covers all steps
+            short = replace(short, steps=tries + 1)
         rows = data["train"] if recipe.dp_epsilon else data["train"].select([row for batch in tried for row in batch])
         built = build(short, model, tokenizer, {**data, "train": rows}, Path(folder), [clock])
         try:
@@ -125,7 +128,8 @@ class _Work:
 def _known(recipe: Recipe, built: Built, data: Mapping[str, Dataset]) -> Forecast:
     """What is known without a trial."""
     arguments = built.trainer.args
-    arguments.max_steps = recipe.steps or -1
+    if recipe.dp_epsilon is None:  # a private run's Trainer has them
+        arguments.max_steps = recipe.steps or -1
     steps = planned_steps(arguments, len(data["train"]))
     return Forecast(*trainable(built), built.depth, steps, lengths_of(data["train"]))
 

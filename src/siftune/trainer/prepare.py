@@ -79,7 +79,8 @@ def read_rows(recipe: Recipe) -> Read:
         kept, held = held_out(rows, recipe.eval_share) if recipe.eval_share else (rows, [])
         parts["train"] = [*parts["train"], *(kept if times == 1 else repeated(kept, times))]
         parts["eval"] = [*parts["eval"], *held]
-    _check_share(recipe, parts)
+    if not bad or recipe.bad_rows == "drop":  # else these are told
+        _check_share(recipe, parts)
     if recipe.eval:
         parts["eval"] = load(recipe.eval, recipe.eval_split, recipe.eval_limit)
     if recipe.target:

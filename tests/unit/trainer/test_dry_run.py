@@ -88,6 +88,21 @@ def test_a_private_run_is_not_tried(base, rows, capsys):
     assert "were not tried out" in told
 
 
+def test_the_steps_of_a_private_run_are_those_that_it_takes(base, rows, tmp_path):
+    private = {"dp_epsilon": 8.0, "dp_delta": 1e-3, "accumulate": 3, "steps": None, "epochs": 2}
+    given = recipe(base, rows, tmp_path / "run", method="dense", **private)
+    assert dry_run(given, QUIET).forecast.steps == train(given, QUIET).summary["steps"] == 4
+
+
+def test_no_tracker_hears_of_it(base, rows, tmp_path, monkeypatch):
+    seen = []
+    build = module.build
+    monkeypatch.setattr(module, "build", lambda given, *more: seen.append(given) or build(given, *more))
+    monkeypatch.setattr("siftune.trainer.dry_run.check_trackers", lambda names: None)
+    dry_run(recipe(base, rows, tmp_path / "run", report_to=("tensorboard",)), QUIET)
+    assert [given.report_to for given in seen] == [("none",)]
+
+
 def test_refusals_are_those_of_the_run(base, rows, capsys):
     assert "unknown option --dry-rum" in error_of(capsys, "train", "--train", str(rows), "--dry-rum")
     given = ("train", "--model", str(base), "--train", str(rows), "--dry-run")

@@ -53,6 +53,13 @@ def test_all_bad_rows_are_told_together_by_file_and_line(tmp_path, mixed):
         assert words in line
 
 
+def test_where_all_rows_are_bad_they_are_told_and_not_the_share(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{\n{\n")
+    with pytest.raises(DataError, match=r"2 rows cannot be used(.|\n)*bad\.jsonl:1(.|\n)*bad\.jsonl:2"):
+        prepared(recipe(tmp_path, path, tmp_path / "run", eval_share=0.5))
+
+
 def test_one_bad_row_is_a_sentence(tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text("\n".join([*GOOD, "{"]))

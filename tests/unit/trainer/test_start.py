@@ -103,6 +103,19 @@ def test_a_run_on_an_adapter_goes_on_by_its_own_recipe(base, rows, tmp_path):
     assert train(kept, QUIET).summary["steps"] == 4
 
 
+def test_a_run_on_an_adapter_goes_on_by_the_command_that_began_it(base, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(recipe(base, rows, tmp_path / "first", method="dense", steps=1), QUIET)
+    given = {"method": "dense", "from_adapter": "first", "save_every": 2}
+    train(recipe(base, rows, tmp_path / "run", **given | {"steps": 2}), QUIET)
+    again = recipe(base, rows, tmp_path / "run", **given | {"steps": 4, "resume": True, "lr": 1e-2})
+    assert train(again, QUIET).summary["steps"] == 4
+    train(recipe(base, rows, tmp_path / "other", method="dense", steps=1), QUIET)
+    other = recipe(base, rows, tmp_path / "run", **given | {"from_adapter": "other", "steps": 6, "resume": True})
+    with pytest.raises(RecipeError, match="from_adapter"):
+        train(other, QUIET)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"rank": 5}, "rank is 5, but .* has 2"), ({"alpha": 5}, "alpha is 5"), ({"adapter": "dora"}, "dora")],
