@@ -105,14 +105,14 @@ def _same(place: str) -> str:
     match = re.fullmatch(r"(.+?)((?::| row )\d+)", place)
     if match is None:
         return place
-    return f"{_absolute(match[1])}{match[2]}"
+    return f"{_absolute(match[1], Path.cwd())}{match[2]}"
 
 
 @cache
-def _absolute(source: str) -> str:
-    """The full path of a file; other sources as they are."""
-    file = Path(source).expanduser()
-    return str(file.absolute()) if file.exists() else source
+def _absolute(source: str, folder: Path) -> str:
+    """The one full path of a file, seen from a folder; other sources as they are."""
+    file = folder / Path(source).expanduser()
+    return str(file.resolve()) if file.exists() else source
 
 
 def _csv(path: str, *columns: str) -> Iterator[tuple[str, str, dict[str, str]]]:

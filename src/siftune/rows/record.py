@@ -118,9 +118,11 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
 
         Of several ranks the others may be gone, so that the file stays as the last checkpoint left it.
         """
-        if self._trainer is not None and world_size() == 1 and self._trainer.state.global_step:
-            self._write(self._trainer.args)
-        self.remove()
+        try:
+            if self._trainer is not None and world_size() == 1 and self._trainer.state.global_step:
+                self._write(self._trainer.args)
+        finally:
+            self.remove()
 
     def remove(self) -> None:
         """Take everything off model and Trainer: needed only where training ended in an exception."""

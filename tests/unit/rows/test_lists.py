@@ -40,6 +40,14 @@ def test_rows_are_left_out_by_their_place_from_wherever_it_is_named(data, tmp_pa
     monkeypatch.chdir(tmp_path)
     for named, read in ((str(data), "rows.jsonl"), ("rows.jsonl", str(data)), ("./rows.jsonl", "rows.jsonl")):
         assert said(without(load_rows(read), [f"{named}:3"], "bad.txt")) == ["one", "three"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(data)
+    monkeypatch.chdir(tmp_path / "other")
+    (tmp_path / "other" / "rows.jsonl").write_text(data.read_text())
+    for named in ("../rows.jsonl", str(tmp_path / "other" / ".." / "rows.jsonl"), "../link.jsonl"):
+        assert said(without(load_rows(str(data)), [f"{named}:3"], "bad.txt")) == ["one", "three"]
+    with pytest.raises(DataError, match="names 1 that are no training rows"):  # another file of that name
+        without(load_rows(str(data)), ["rows.jsonl:3"], "bad.txt")
 
 
 def test_weights_go_to_the_rows_that_are_named(data, tmp_path):

@@ -106,6 +106,9 @@ def test_another_parquet_file_is_no_record(run):
     parquet.write_table(pyarrow.table({"row": [1]}), run / NAME)
     with pytest.raises(DataError, match="has no column 'step', so it is no record of rows"):
         suspects(run)
+    parquet.write_table(pyarrow.table({name: ["a"] for name in ("row", "step", "loss", "tokens")}), run / NAME)
+    with pytest.raises(DataError, match="has columns of other types than a record of rows"):
+        suspects(run)
 
 
 def test_the_command_shows_and_writes_them(run, capsys):
