@@ -37,9 +37,14 @@ def origin_of(source: str) -> Origin:
     Args:
         source: A folder, a hub id, or `smollm2`.
     """
+    from huggingface_hub.errors import HFValidationError
+
     folder = Path(pull_smollm2() if source == SMOLLM2 else source).expanduser().absolute()
     if not folder.is_dir():
-        return Origin(source, source, _licence(_cached_card(source)))
+        try:
+            return Origin(source, source, _licence(_cached_card(source)))
+        except HFValidationError:
+            return Origin(source)  # no hub id, but a folder that is gone by now, as after a long run
     papers = tuple(sorted(path for path in folder.iterdir() if path.is_file() and _PAPERS.fullmatch(path.name)))
     if _is_smollm2(folder):
         return Origin(str(folder), _SMOLLM2_ON_HUB, "apache-2.0", papers)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from siftune.engine.groups import group_by_layer, outside
 from siftune.errors import AdapterError, LayerError
-from siftune.models.adapters import KINDS, attach_adapter
+from siftune.models.adapters import KINDS, attach_adapter, load_adapter
 from siftune.models.layers import find_layers
 
 
@@ -175,6 +175,15 @@ def test_settings_reach_peft_and_the_saved_adapter(tmp_path):
 def test_attach_refuses(settings, message):
     with pytest.raises(AdapterError, match=message):
         attach_adapter(tiny("llama"), **settings)
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk junk", b"\x80\x02"])
+def test_a_damaged_file_of_weights_is_told_of(tmp_path, junk):
+    attach_adapter(tiny("llama")).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(junk)
+    with pytest.raises(AdapterError, match="doesn't fit the model base"):
+        load_adapter(tiny("llama"), tmp_path, "base")
 
 
 def test_attach_refuses_a_second_time():

@@ -53,6 +53,12 @@ def test_a_folder_of_the_hubs_cache_knows_its_name(tmp_path):
     assert origin_of(str(place)).hub_id == "some-owner/a.model"
 
 
+@pytest.mark.parametrize("name", ["gone", "a--b"])
+def test_a_folder_that_is_gone_is_no_hub_id(tmp_path, name):
+    source = str(tmp_path / name)
+    assert origin_of(source) == Origin(source)
+
+
 def test_a_hub_id_and_the_card_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     assert origin_of("owner/name") == Origin("owner/name", "owner/name")
