@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from siftune.errors import RecipeError
-from siftune.report.page.figure import TEMPLATES, WIDTHS, Figure
+from siftune.report.page.figure import TEMPLATES, WIDTHS, Figure, distinct
 from siftune.report.page.page import sections
 from siftune.report.page.subjects import find_subjects
 
 _ZOOM = 3.0  # pixels of a PNG for one of the page
+_UNKNOWN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # what XML does not hold
 _FONT = "DejaVu Sans"  # comes with matplotlib, so that pictures have letters on machines without fonts
 
 
@@ -31,16 +32,17 @@ def write_figures(names: Sequence[str], folder: str | Path) -> list[Path]:
     """
     into, drawer = Path(folder).expanduser(), _drawer()
     figures = [*chain.from_iterable(section.figures for section in sections(find_subjects(names)))]
+    named = zip(distinct([figure.name for figure in figures]), figures, strict=True)
     try:
         into.mkdir(parents=True, exist_ok=True)
-        return [*chain.from_iterable(_write(figure, into / name, drawer) for name, figure in _named(figures).items())]
+        return [*chain.from_iterable(_write(figure, into / name, drawer) for name, figure in named)]
     except OSError as error:
         raise RecipeError(f"{folder} cannot be written to ({error.strerror}); give another with --figures") from error
 
 
 def standalone(figure: Figure) -> str:
     """A figure as the text of an SVG file: in the light colours, which stand in it."""
-    drawing = str(figure.draw(WIDTHS[figure.size]))
+    drawing = _UNKNOWN.sub("\ufffd", str(figure.draw(WIDTHS[figure.size])))
     width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', drawing)[0]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
     return drawing.replace("<svg ", head, 1).replace("</title>", f"</title><style>{_style()}</style>", 1) + "\n"
@@ -53,19 +55,10 @@ def _style() -> str:
     return re.sub(r"var\((--[\w-]+)\)", lambda name: colours[name[1]], style)
 
 
-def _named(figures: Sequence[Figure]) -> dict[str, Figure]:
-    """Figures by names that differ: those of runs of like names have a number behind."""
-    named: dict[str, Figure] = {}
-    for figure in figures:
-        count = sum(one.name == figure.name for one in named.values())
-        named[f"{figure.name}-{count + 1}" if count else figure.name] = figure
-    return named
-
-
 def _write(figure: Figure, path: Path, drawer: Any) -> list[Path]:
     text = standalone(figure)
     files = [path.with_name(f"{path.name}.svg")]
-    files[0].write_text(text, encoding="utf-8", errors="replace")
+    files[0].write_text(text, encoding="utf-8")
     if drawer is not None:
         files.append(path.with_name(f"{path.name}.png"))
         files[1].write_bytes(_png(text, drawer))

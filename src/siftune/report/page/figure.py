@@ -1,7 +1,7 @@
 """What a figure is: a drawing that is made for two widths of the page, and as a file of its own."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,20 @@ def canvas(width: int, height: float, label: str, *children: Markup) -> Markup:
     return tag(
         "svg", tag("title", label), *children, viewBox=f"0 0 {width} {height:.0f}", role="img", class_="chart"
     )  # fmt: skip
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names that differ: those that were given before have a number behind.
+
+    Example:
+        >>> distinct(["loss", "loss", "loss-2"])
+        ['loss', 'loss-2', 'loss-2-2']
+    """
+    taken: dict[str, None] = {}
+    for name in names:
+        new = (name, *(f"{name}-{count}" for count in range(2, len(names) + 1)))
+        taken[next(one for one in new if one not in taken)] = None
+    return list(taken)
 
 
 def slug(text: str) -> str:

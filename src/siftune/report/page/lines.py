@@ -10,7 +10,7 @@ from markupsafe import Markup
 from siftune.report.page.axes import BOLD, Plot, room, spread, x_axis, y_axis
 from siftune.report.page.figure import Figure, Size, canvas
 from siftune.report.page.svg import path, tag
-from siftune.report.page.words import cut, short
+from siftune.report.page.words import cut
 
 COLOURS = 6
 _MOST = 300  # points of a line; more are averaged
@@ -104,8 +104,3 @@ def _thinned(line: Line) -> Line:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def ends_of(line: Line) -> str:
-    """First and last value, for words."""
-    return f"{short(line.ys[0])} to {short(line.ys[-1])}"

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from html import escape
@@ -13,7 +13,7 @@ from typing import Any
 from siftune import __version__
 from siftune.errors import RecipeError
 from siftune.files import write_beside
-from siftune.report.page.figure import TEMPLATES
+from siftune.report.page.figure import TEMPLATES, distinct
 from siftune.report.page.headline import commands, headline
 from siftune.report.page.section import Section
 from siftune.report.page.sections.answers import answers
@@ -111,7 +111,9 @@ def sections(subjects: Subjects) -> list[Section]:
     every = [compare_runs(runs), training(runs)]
     every += [part(run, several) for run in runs for part in _OF_A_RUN]
     every += [_OTHERS[other.kind](other) for other in subjects.others]
-    return [section for section in (*every, setup(runs)) if section is not None]
+    kept = [section for section in (*every, setup(runs)) if section is not None]
+    anchors = distinct([section.anchor for section in kept])
+    return [replace(section, anchor=anchor) for section, anchor in zip(kept, anchors, strict=True)]
 
 
 def _facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:

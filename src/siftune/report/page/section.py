@@ -60,13 +60,3 @@ class Section:
     figures: Sequence[Figure] = ()
     tables: Sequence[Grid] = ()
     folded: bool = False
-
-
-def number(text: str, key: float | None) -> Cell:
-    """A cell that holds a figure."""
-    return Cell(text, key)
-
-
-def mostly(texts: Sequence[str]) -> list[Cell]:
-    """Cells of words."""
-    return [Cell(text) for text in texts]

@@ -1,5 +1,6 @@
 """The report of a run that is under way: served on this machine alone, made anew for every look."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from jinja2 import Environment
 
 from siftune.errors import SiftuneError
 from siftune.report.page.page import make_page
+
+logger = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _SECONDS = 15  # after which a browser asks again
@@ -36,7 +39,7 @@ def serve(run: str | Path) -> Iterator[str]:
     Yields:
         The address, with a port that was free.
     """
-    server = ThreadingHTTPServer((_LOOPBACK, 0), partial(_Handler, str(run)))
+    server = _Server((_LOOPBACK, 0), partial(_Handler, str(run)))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="siftune-report", daemon=True)
     thread.start()
@@ -46,6 +49,14 @@ def serve(run: str | Path) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    """Says nothing of browsers that leave before they are answered: the terminal is the training run's."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep what went wrong with an answer out of the terminal."""
+        logger.debug("no answer to %s", client_address, exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ from siftune.report.evals import Eval, read_evals
 from siftune.trainer.run_folder import RECIPE
 from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
 
-AUDIT, SWEEP, DEMO = "audit.json", "sweep.json", "demo.json"
+AUDIT, SWEEP = "audit.json", "sweep.json"
 
 
 @dataclass(frozen=True)

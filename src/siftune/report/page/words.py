@@ -15,7 +15,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         >>> ticks(0, 120), ticks(0.33, 1.73)
         ([0.0, 50.0, 100.0], [0.5, 1.0, 1.5])
     """
-    if not high > low:
+    if not high - low > 1e-300:  # nothing to divide
         return [low]
     step = (high - low) / count
     power = 10.0 ** math.floor(math.log10(step))

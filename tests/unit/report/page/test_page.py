@@ -2,6 +2,7 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -257,6 +258,22 @@ def test_figures_are_files_of_their_own(runs, tmp_path):
     pictures = [path for path in files if path.suffix == ".png"]
     assert len(pictures) in (0, len(drawn))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_figures_are_files_whatever_stands_in_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("support.report_runs.KINDS", ("a\x00b", "\ud800", "\x1b[31m"))
+    run = save_run(tmp_path / "run", "gast", steps=4)
+    for path in write_figures([str(run)], tmp_path / "figures"):
+        if path.suffix == ".svg":
+            ElementTree.parse(path)
+
+
+def test_names_that_are_written_alike_are_told_apart(tmp_path):
+    runs = [save_run(tmp_path / name, "gast", steps=4) for name in ("run 2", "run", "Run", "run-2", "Ä", "Ö")]
+    files = write_figures(list(map(str, runs)), tmp_path / "figures")
+    assert len(set(files)) == len(files)
+    anchors = [section.anchor for section in sections(subjects(*runs))]
+    assert len(set(anchors)) == len(anchors)
 
 
 def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):

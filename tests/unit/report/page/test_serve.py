@@ -1,7 +1,10 @@
 """A run's report while it trains: on this machine alone, as the run now stands."""
 
 import http.client
+import queue
 import socket
+import struct
+import threading
 import urllib.error
 import urllib.request
 
@@ -47,6 +50,26 @@ def test_nobody_else_is_answered(tmp_path):
         with socket.socket() as probe:  # another address of this machine, which one for all networks would answer
             probe.settimeout(2)
             assert probe.connect_ex(("127.0.0.2", port)) != 0
+
+
+def test_a_browser_that_leaves_is_not_told_of(tmp_path, capfd, monkeypatch):
+    left, answering = threading.Event(), queue.Queue()
+
+    def slow(run):
+        answering.put(threading.current_thread())
+        assert left.wait(10)
+        return "x" * 10**7
+
+    monkeypatch.setattr("siftune.report.page.serve._page", slow)
+    with serve(tmp_path) as address:
+        port = int(address.rstrip("/").rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as browser:
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            browser.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            thread = answering.get(timeout=10)
+        left.set()
+        thread.join(10)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_stands_in_an_error_is_escaped(tmp_path):
