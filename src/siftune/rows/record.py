@@ -51,7 +51,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, path: str | Path | None = None, places: Sequence[str] = (), about: str = "") -> None:
-        self.path = None if path is None else Path(path)
+        self.path = self._given = None if path is None else Path(path)
         self._places = places
         self._about = about
         self._trainer: Trainer | None = None
@@ -77,7 +77,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
             raise UnsupportedError(
                 "RowRecord listens to a transformers Trainer, and none has called it: give it to one"
             )
-        self.path = self.path or Path(args.output_dir) / NAME
+        self.path = self._given or Path(args.output_dir) / NAME
         self._numbers = row_numbers(trainer)
         self._handle = kwargs["model"].register_forward_hook(self._look)
         self._methods = [part for part in trainer.callback_handler.callbacks if isinstance(part, SampleCallback)]

@@ -146,6 +146,14 @@ def test_two_runs_of_one_trainer_are_two_records(tmp_path):
     assert record.visits().table().shape == first.shape
 
 
+def test_in_another_trainer_it_writes_another_file(tmp_path):
+    record = RowRecord()
+    for name in ("first", "second"):
+        train(tmp_path / name, record, max_steps=1)
+        assert record.path == tmp_path / name / "rows.parquet"
+        assert record.path.is_file()
+
+
 def test_after_an_error_training_goes_on_anew(tmp_path):
     record, gast = RowRecord(), GAST(select=2)
     interrupt = At("on_pre_optimizer_step", 3, stop)
