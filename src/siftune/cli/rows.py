@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from siftune.errors import DataError, RecipeError
+from siftune.words import counted
 
 if TYPE_CHECKING:
     from siftune.rows.suspects import Suspect
@@ -51,7 +52,8 @@ def run(options: Options) -> dict[str, Any]:
         raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
     rows = Rows(folder)
     found = rows.suspects(options.top)
-    title = f"{len(found):,} of {len(rows.places):,} rows of {options.run} may be wrong"
+    many = "at least " if len(found) == options.top else ""
+    title = f"{many}{len(found):,} of {counted(len(rows.places), 'row')} of {options.run} may be wrong"
     shown = found[: options.top or _SHOWN]
     console = Console(highlight=False, soft_wrap=True)
     if shown:
@@ -76,7 +78,7 @@ NOTE = (
 def _tell(console: Any, found: "list[Suspect]", shown: "list[Suspect]", rows: int) -> None:
     """Say what the table is, and what to do with it."""
     if not found:
-        console.print(f"none of {rows:,} rows stands out by its loss when it was first seen")
+        console.print(f"none of {counted(rows, 'row')} stands out by its loss when it was first seen")
         return
     more = f"{len(found) - len(shown):,} more with --top or --csv FILE; " if len(found) > len(shown) else ""
     console.print(f"{NOTE}\n{more}`siftune train --drop-rows FILE` trains without those of a list", markup=False)

@@ -125,8 +125,10 @@ def test_the_command_shows_and_writes_them(run, capsys):
     assert "2 of 40 rows" in text
     assert "http" not in text
     assert "<script" not in text
-    result, _ = siftune(capsys, "rows", run, "--top", 1)
+    assert "at least" not in text
+    result, _ = siftune(capsys, "rows", run, "--top", 1, "--html", page)
     assert len(result["suspects"]) == 1
+    assert "at least 1 of 40 rows" in page.read_text()
 
 
 def test_what_is_in_a_row_is_no_markup_and_no_formula(run, capsys):
