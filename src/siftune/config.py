@@ -4,6 +4,7 @@ The field below is the default, a YAML file overrides it, a command-line flag ov
 each field is its `--help`. Nothing here imports torch, so `siftune --help` stays quick.
 """
 
+import os
 from dataclasses import dataclass, field, make_dataclass, replace
 from datetime import datetime
 from typing import Annotated, Literal, TypeVar
@@ -218,7 +219,7 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
         recipe,
         lr=rate_of(recipe),
         alpha=_alpha(recipe),
-        out=recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}",
+        out=os.path.expanduser(recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}"),
     )
 
 

@@ -131,6 +131,7 @@ def test_resolving_fills_in_what_depends_on_other_fields():
     recipe = resolve_recipe(Recipe(rank=8, method="rst"), now)
     assert (recipe.alpha, recipe.out) == (16, "runs/20250304-050607-rst")
     assert resolve_recipe(Recipe(adapter="full"), now).alpha is None
+    assert resolve_recipe(Recipe(out="~/runs/a"), now).out == str(Path.home() / "runs" / "a")
     given = Recipe(alpha=3, out="here", lr=1e-4)
     assert resolve_recipe(given, now) == given
 

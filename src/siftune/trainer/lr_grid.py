@@ -29,6 +29,7 @@ _FREE = {
     "log_every",
     "report_to",
     "keep_scores",
+    "record_rows",
 }
 
 

@@ -8,7 +8,6 @@ import gc
 import hashlib
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from siftune.data.rows import Row
 from siftune.errors import RecipeError, TrainingError
 from siftune.evaluate.perplexity import perplexity
 from siftune.files import Progress
+from siftune.ranks import launch_size
 from siftune.trainer.build import build
 from siftune.trainer.lr_folder import LRFolder
 from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
@@ -75,7 +75,7 @@ def open_sweep(
     Raises:
         InputError: A method cannot run with the recipe, or recipe or rows are not those of the folder.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch_size() > 1:
         raise RecipeError("a sweep runs in one process: start it without torchrun or accelerate launch")
     recipes = recipes_of(recipe, grid.methods)
     source = source_of(recipe.model)

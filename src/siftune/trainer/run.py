@@ -126,6 +126,8 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     if rank() == 0:
         if prepared.bad:
             folder.write(BAD_ROWS, "".join(f"{reason}\n" for reason in prepared.bad))
+        else:
+            (folder.path / BAD_ROWS).unlink(missing_ok=True)  # of a run that was begun here with other rows
         folder.write(RECIPE, recipe_to_yaml(recorded))
         folder.write(ROWS, f"{digest}\n")
 

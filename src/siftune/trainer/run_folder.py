@@ -131,7 +131,7 @@ class RunFolder:
             raise
 
     def _take_back(self) -> None:
-        for name in {RECIPE, ROWS, SELECTION} - self._found:
+        for name in {RECIPE, ROWS, BAD_ROWS, SELECTION} - self._found:
             (self.path / name).unlink(missing_ok=True)
         if self.checkpoints.name not in self._found:
             shutil.rmtree(self.checkpoints, ignore_errors=True)

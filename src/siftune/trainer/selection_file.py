@@ -38,6 +38,10 @@ _MAGIC = b"siftsel1"
 _FRAME = struct.Struct("<cI")
 _BATCH = struct.Struct("<IHHHHB")
 _NAMES = 2**16  # sources that can be told apart
+_DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, struct.error, zlib.error,
+)  # fmt: skip
+_DEEPEST = 2**10  # layers that a model may have: a stranger's record could name any
 _MOST = 2**26  # bytes that their numbers may take: a stranger's record could unfold to any size
 
 
@@ -125,7 +129,7 @@ def read_selection(folder: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
             yield from _of_0_1(folder / OF_0_1)
         if (folder / SELECTION).is_file():
             yield from _records(folder / SELECTION)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error, zlib.error) as error:
+    except _DAMAGE as error:
         raise InputError(f"the selection record in {folder} is damaged ({error}): move it elsewhere") from error
 
 
@@ -188,7 +192,9 @@ def _names(sources: Sequence[str]) -> bytes:
 
 def _parse_names(body: bytes) -> tuple[list[str], NDArray[np.uint16]]:
     names, _, numbers = body.partition(b"\n")
-    return json.loads(names), np.frombuffer(zlib.decompressobj().decompress(numbers, _MOST), "<u2")
+    return [str(name) for name in json.loads(names)], np.frombuffer(
+        zlib.decompressobj().decompress(numbers, _MOST), "<u2"
+    )
 
 
 def _batch(choice: SampleChoice, rows: Sequence[int], scores: bool) -> bytes:
@@ -219,6 +225,8 @@ def _packed(scores_US: NDArray[Any]) -> list[bytes]:
 def _parse_batch(body: bytes, names: Sequence[str], numbers: NDArray[np.uint16]) -> RowsOfBatch:
     step, batch, units, samples, count, scored = _BATCH.unpack_from(body)
     place = _BATCH.size
+    if not (0 < units <= _DEEPEST and samples):
+        raise ValueError(f"a batch of {samples} samples and {units} layers")
 
     def take(kind: str, length: int) -> NDArray[Any]:
         nonlocal place
@@ -239,11 +247,16 @@ def _parse_batch(body: bytes, names: Sequence[str], numbers: NDArray[np.uint16])
 
 
 def _parse_layers(record: dict[str, Any]) -> LayersOfStep:
-    importance = record.get("importance")
+    layers = tuple(map(int, record["layers"]))
+    importance = None if record.get("importance") is None else np.array(record["importance"], np.float64)
+    if not all(0 <= layer < _DEEPEST for layer in layers):
+        raise ValueError(f"layers {min(layers)} to {max(layers)}")
+    if importance is not None and (importance.ndim != 1 or len(importance) > _DEEPEST):
+        raise ValueError(f"importance of shape {importance.shape}")
     return LayersOfStep(
         int(record["step"]),
-        tuple(map(int, record["layers"])),
-        None if importance is None else np.array(importance, np.float64),
+        layers,
+        importance,
         tuple(map(float, record.get("losses", ()))),
     )
 

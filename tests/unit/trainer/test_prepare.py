@@ -102,6 +102,13 @@ def test_bad_rows_of_a_run_are_in_its_folder_and_told(base, mixed, tmp_path):
     assert " of 4 rows\n" in told.getvalue()
 
 
+def test_a_run_without_bad_rows_keeps_no_list_of_an_earlier_one(base, rows, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bad_rows.txt").write_text(f"{rows}:1: it was bad\n")
+    done = train(recipe(base, rows, tmp_path / "run", steps=1), QUIET)
+    assert len(trained_rows(done.folder.path, load_recipe(done.folder.recipe))) == 24
+
+
 # several files, and shares of them
 
 

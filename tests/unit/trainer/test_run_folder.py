@@ -32,6 +32,17 @@ def test_it_is_made_and_left_empty(folder):
     assert folder.is_fresh()
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "rows.sha256", "bad_rows.txt", "selection.bin"])
+def test_a_failed_start_takes_back_what_it_wrote(folder, name):
+    def fail():
+        folder.write(name, "text")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), folder.taken_back():
+        fail()
+    assert not folder.path.parent.exists()
+
+
 @pytest.mark.parametrize("name", ["adapter", "checkpoints/checkpoint-10"])
 def test_what_a_run_leaves_makes_it_used(folder, name):
     (folder.path / "train.jsonl").write_text("")

@@ -165,6 +165,7 @@ BATCH = struct.pack("<IHHHHB", 0, 0, 2, 2, 2, 1)
         (b"PK\x03\x04 and so on", "is no record of selection that this version reads"),
         (b"siftsel1" + frame(b"L", b"{"), "is damaged"),
         (b"siftsel1" + frame(b"L", b"[]"), "is damaged"),
+        (b"siftsel1" + frame(b"L", b'{"step": 1e999, "layers": []}'), "is damaged"),
         (b"siftsel1" + frame(b"S", b"12"), "is damaged"),
         (b"siftsel1" + frame(b"S", BATCH), "is damaged"),
         (b"siftsel1" + frame(b"N", b'["a"]\nnot deflated'), "is damaged"),
