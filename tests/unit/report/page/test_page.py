@@ -4,7 +4,6 @@ import json
 import re
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from support.report_runs import save_eval, save_run
 
@@ -17,11 +16,9 @@ from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page.export import write_figures
 from siftune.report.page.headline import commands, headline
 from siftune.report.page.page import make_page, sections
-from siftune.report.page.sections.rows import agreement, zscores
 from siftune.report.page.subjects import find_subjects
 from siftune.rows.suspects import Suspect
 from siftune.rows.texts import Text
-from siftune.trainer.selection_file import RowsOfBatch
 
 ATTACK = "<script>alert(1)</script>\"'><b>&amp;"
 
@@ -181,15 +178,6 @@ def test_the_shares_followed_are_those_of_the_record(tmp_path):
         assert f"“{source}” {100 * followed[source] / count:.1f}\u00a0%" in words
     shares = {source: followed[source] / seen[source] for source in seen}
     assert shares["arithmetic"] > shares["wrong"] + 0.2  # the record is not such that any figure would do
-
-
-def test_agreement_is_a_correlation():
-    scores = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
-    batch = RowsOfBatch(0, 0, tuple(range(5)), (), (), scores > 0, scores)
-    np.testing.assert_allclose(agreement(batch), np.corrcoef(scores), rtol=1e-5)
-    few = RowsOfBatch(0, 0, (0, 1), (), (), scores[:2, :2] > 0, scores[:2, :2])
-    assert agreement(few) is None
-    assert np.isnan(zscores(np.ones((2, 4)))).all()
 
 
 def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):

@@ -61,12 +61,13 @@ def _who(run: RunData, trained_LS: NDArray[np.float64], steps: Sequence[LayersOf
 
 def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
     """Importance over steps, for methods that have one: it stays as it was where it is not recorded."""
-    first = next((step.importance for step in steps if step.importance is not None), None)
-    if first is None:
+    depth = max((len(step.importance) for step in steps if step.importance is not None), default=0)
+    if not depth:
         return []
-    current, columns = np.zeros(len(first)), []
+    current, columns = np.zeros(depth), []
     for step in steps:
-        current = current if step.importance is None else step.importance
+        if step.importance is not None:
+            current = np.pad(step.importance, (0, depth - len(step.importance)))
         columns.append(current)
     values, labels = binned(np.stack(columns, 1), [step.step for step in steps])
     bound = float(np.abs(values).max()) or 1.0

@@ -98,7 +98,7 @@ def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
     """Rows × layers of the last batch: z-scores, and a dot where a layer follows a row."""
     kinds = sources.of(batch)
     order = sorted(range(batch.followed.shape[1]), key=lambda i: (kinds[i] if kinds else "", i))[:_LARGEST]
-    labels = [kinds[i] if kinds else f"row {batch.rows[i] if batch.rows else i}" for i in order]
+    labels = [kinds[i] if kinds else f"row {batch.rows[i] if i < len(batch.rows) else i}" for i in order]
     values_US = zscores(batch.scores) if batch.scores is not None else batch.followed.astype(float)
     low, unit = (-_BOUND, "z-score") if batch.scores is not None else (0.0, "followed")
     high = _BOUND if batch.scores is not None else 1.0
@@ -136,11 +136,15 @@ def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) 
 def _agreement(run: RunData, batches: Sequence[RowsOfBatch]) -> list[Figure]:
     """Layers × layers: how far two layers follow the same rows."""
     same = [batch for batch in batches if batch.layers == batches[0].layers and len(batch.layers) > 1]
-    tables = [one for batch in same if (one := agreement(batch)) is not None]
-    if not tables:
+    total, counts = (np.zeros((len(batches[0].layers),) * 2) for _ in range(2))
+    for batch in same:
+        if (table := agreement(batch)) is not None:
+            total += np.nan_to_num(table)
+            counts += ~np.isnan(table)
+    np.fill_diagonal(counts, 0)  # a layer agrees with itself
+    if not counts.any():
         return []
-    mean, labels = np.nanmean(np.stack(tables), 0), _layers(same[0])
-    np.fill_diagonal(mean, np.nan)  # a layer agrees with itself
+    mean, labels = np.where(counts, total / np.maximum(counts, 1), np.nan), _layers(same[0])
     low, high = (np.floor(10 * np.nanmin(mean)) / 10, np.ceil(10 * np.nanmax(mean)) / 10)
     low, high = (-max(-low, high), max(-low, high)) if low < 0 else (low, high)
     cells = Cells(mean[::-1], labels[::-1], labels, float(low), float(high), "layer", "layer", "correlation")
