@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from siftune.errors import ModelError, TrainingError
+from siftune.errors import InputError, ModelError, TrainingError
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
@@ -30,6 +30,9 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
 
     Yields:
         A path to write to for each of them.
+
+    Raises:
+        InputError: A folder stands where a file was to go; it is left alone.
 
     Example:
         >>> import tempfile
@@ -49,6 +52,9 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
             _remove(beside)  # half an adapter, on what may be a full disk
         raise
     for beside, place in pairs:
+        if place.is_dir() and not beside.is_dir():
+            _remove(beside)
+            raise InputError(f"{place} is a folder, and no file is put in its place; give another name.")
         if place.is_dir():
             shutil.rmtree(place)  # no system replaces a full folder
         os.replace(beside, place)

@@ -6,7 +6,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from siftune.errors import ModelError, TrainingError
+from siftune.errors import InputError, ModelError, TrainingError
 from siftune.files import disk_faults, new_folder, refuse_full, writable_folder, write_beside
 
 
@@ -45,6 +45,15 @@ def test_nothing_is_replaced_after_an_error(tmp_path, error):
         fail()
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_file_takes_no_folders_place(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    with pytest.raises(InputError, match="is a folder"), write_beside(tmp_path / "folder") as [beside]:
+        beside.write_text("new")
+    assert names(tmp_path / "folder") == ["mine"]
+    assert names(tmp_path) == ["folder"]
 
 
 def test_what_lies_beside_from_before_is_thrown_away(tmp_path):

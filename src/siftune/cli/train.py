@@ -44,7 +44,9 @@ def run(options: Options) -> dict[str, Any]:
         raise RecipeError(f"processes is {options.processes}, but must be 1 or more")
     if options.dry_run:
         return _try(options, recipe)
-    if options.processes > 1 and launch_size() == 1:
+    if options.processes > 1 and launch_size() > 1:
+        raise RecipeError("processes are started by another launcher already: leave --processes out")
+    if options.processes > 1:
         return _in_processes(options, recipe)
 
     from rich.console import Console

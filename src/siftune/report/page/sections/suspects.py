@@ -5,9 +5,9 @@ from siftune.report.page.figure import slug
 from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import cut, short
-from siftune.rows.suspects import Suspect
 from siftune.rows.suspects import suspects as find
 from siftune.rows.texts import Text
+from siftune.rows.visits import NAME
 
 _SHOWN = 20
 _LONG = 600  # letters of a text
@@ -15,11 +15,14 @@ _LONG = 600  # letters of a text
 
 def suspects(run: RunData, several: bool) -> Section | None:
     """The rows that most look wrong; None where the run kept no record of its rows."""
-    found = _found(run)
-    if found is None:
+    if not (run.path / NAME).is_file():
         return None
     title = f"Suspect rows{f': {run.name}' if several else ''}"
     anchor = f"suspects-{slug(run.name)}"
+    try:
+        found = find(run.path, _SHOWN)
+    except InputError as error:  # rows that changed since, or a damaged record: the rest of the page stands
+        return Section(anchor, title, [f"Not known: {error}"])
     if not found:
         return Section(anchor, title, ["No row stands out."])
     rows = [
@@ -36,14 +39,6 @@ def suspects(run: RunData, several: bool) -> Section | None:
     header = ["row", "text", "why", "score", "near-duplicates"]
     words = [f"`siftune rows {run.path}` lists more of them, and writes files for --drop-rows and --row-weights."]
     return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
-
-
-def _found(run: RunData) -> list[Suspect] | None:
-    """What stands out; None without a record of rows, or where the rows are no longer what they were."""
-    try:
-        return find(run.path, _SHOWN)
-    except InputError:
-        return None
 
 
 def _text(text: Text) -> str:
