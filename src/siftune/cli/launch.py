@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from siftune.errors import InputError
-from siftune.ranks import TOLD_BY_PARENT
+from siftune.ranks import LEFT_ALONE, TOLD_BY_PARENT
 
 _LOOK = 0.05  # seconds between two looks at the processes
+_CAUSE = 5.0  # seconds that the process which left another one alone may take to end
 _GRACE = 30.0  # seconds that they have to end after a signal: what was trained is saved in this time
 
 
@@ -52,6 +53,10 @@ class _Rank:
             return dict(json.loads(lines[-1])) if lines else {}
         except ValueError:
             return {}
+
+    def left_alone(self) -> bool:
+        """Whether it failed because another one did."""
+        return self.told().get("error") == LEFT_ALONE
 
     def end(self, patience: float) -> None:
         """Wait until it has ended, and end it by force where that takes too long."""
@@ -121,7 +126,6 @@ def _wait(ranks: Sequence[_Rank]) -> None:
     """Wait until all are done, or one has failed."""
     while True:
         if any(rank.process.poll() for rank in ranks):
-            time.sleep(_LOOK)  # those that fail because of it do so at once: tell them from it
             raise _failure(ranks)
         if all(rank.process.returncode == 0 for rank in ranks):
             return
@@ -130,8 +134,13 @@ def _wait(ranks: Sequence[_Rank]) -> None:
 
 def _failure(ranks: Sequence[_Rank]) -> RankFailed:
     """What a rank that failed said, or how it ended: of several one that was ended, or that knows why."""
-    failed = [rank for rank in ranks if rank.process.poll()]
-    rank = min(failed, key=lambda rank: rank.process.returncode == 1)
+    until = time.monotonic() + _CAUSE
+    while True:
+        time.sleep(_LOOK)  # those that fail because of another one do so at once
+        failed = [rank for rank in ranks if rank.process.poll()]
+        rank = min(failed, key=lambda rank: (rank.left_alone(), rank.process.returncode == 1))
+        if not rank.left_alone() or time.monotonic() > until:
+            break
     code = rank.process.returncode
     if "error" in (told := rank.told()):
         return RankFailed(str(told["error"]), code)

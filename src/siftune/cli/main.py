@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from siftune.cli.common import COMMANDS, parse, stdout_to_stderr
 from siftune.errors import InputError, SiftuneError
 from siftune.jsonable import jsonable
-from siftune.ranks import launch_rank, launch_size, told_by_parent
+from siftune.ranks import LEFT_ALONE, launch_rank, launch_size, told_by_parent
 from siftune.settings import nearest
 
 # faults of the machine that the user can mend -> what to do
@@ -117,7 +117,7 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return _explain_missing(error.name or "")
     if launch_size() > 1 and any(words in str(error) for words in _ALONE):
-        return "another process of the run ended, and this one cannot go on without it"
+        return LEFT_ALONE
     if any(words in str(error) for words in _FULL):
         return f"the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:
