@@ -24,6 +24,7 @@ from siftune.errors import InputError, SiftuneError
 from siftune.jsonable import jsonable
 from siftune.ranks import LEFT_ALONE, launch_rank, launch_size, told_by_parent
 from siftune.settings import nearest
+from siftune.threads import settle_threads
 
 # faults of the machine that the user can mend -> what to do
 _MACHINE = {
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments after the program's name; those of the process if not given.
     """
+    settle_threads()
     _write_what_the_console_can()
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
