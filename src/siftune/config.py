@@ -10,9 +10,11 @@ from datetime import datetime
 from typing import Annotated, Literal, TypeVar
 
 from siftune.methods import METHODS, Method, all_parts
-from siftune.settings import BELOW_ONE, CHANCE, COUNT, NOT_NEGATIVE, POSITIVE, PROMISE, Range, Settings
+from siftune.settings import BELOW_ONE, CHANCE, COUNT, NOT_NEGATIVE, POSITIVE, PROMISE, SHARE, Range, Settings
 
 T = TypeVar("T", bound=type)
+
+TARGET_LAST = 0.33  # ours, measured: docs/measured.md
 
 
 def with_groups(kind: T) -> T:
@@ -78,6 +80,9 @@ class Recipe:
     target_share: Annotated[float, BELOW_ONE] = 0.25
     """Share of the training rows that target's rows are repeated to make up, each 30 times at the most; 0: they are not
     trained on."""
+    target_last: Annotated[float | None, SHARE] = None
+    """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
+    given, 1 where the method compares rows with them."""
     support_rows: str | None = None
     """gast, greats: file or hub id of rows to compare with, for support dataset: few, clean, like the task."""
     keep_scores: bool = True
@@ -212,6 +217,13 @@ def compared_with(recipe: Recipe) -> str | None:
     return (recipe.target or recipe.support_rows) if compares(recipe) else None
 
 
+def target_comes_last(recipe: Recipe) -> float:
+    """Share of the steps, the last ones, in which a target's rows come."""
+    if recipe.target_last is not None:
+        return recipe.target_last
+    return 1.0 if recipe.target is None or compares(recipe) else TARGET_LAST
+
+
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     """Fill in what depends on other fields: `lr` from `method`, `alpha` from `rank`, `out` from the time."""
     now = now or datetime.now()
@@ -219,6 +231,7 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
         recipe,
         lr=rate_of(recipe),
         alpha=_alpha(recipe),
+        target_last=target_comes_last(recipe) if recipe.target else recipe.target_last,
         out=os.path.expanduser(recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}"),
     )
 

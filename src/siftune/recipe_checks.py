@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import fields
 
-from siftune.config import Recipe, chooses_rows, compares, holds_out, method_of, settings_of
+from siftune.config import Recipe, chooses_rows, compares, holds_out, method_of, settings_of, target_comes_last
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.methods.followed import can_look_back, chooses_nothing
@@ -68,6 +68,15 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             by_target and recipe.target_share == 0,
             "target_share is 0, which leaves the target's rows out of training, where gast.support target looks for "
             "them: give --gast.support dataset, or a share above 0",
+        ),
+        (
+            recipe.target_last is not None and recipe.target is None,
+            "target_last has no effect without a target: leave it out, or give --target FILE",
+        ),
+        (
+            recipe.group_by_length and target_comes_last(recipe) < 1,
+            "group_by_length puts rows in an order of its own, but a target's rows come last: leave it out, or give "
+            "--target-last 1",
         ),
         (
             recipe.target is None and compares(recipe) != (recipe.support_rows is not None),

@@ -184,6 +184,8 @@ def test_a_target_goes_with_every_method(tmp_path, method):
         ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset and support_rows go together"),
         ({"method": "gast", "support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
         ({"support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
+        ({"target_last": 0.5}, "target_last has no effect without a target"),
+        ({"target": "a", "group_by_length": True}, "group_by_length puts rows in an order of its own, but a target's"),
         ({"target": "a", "support_rows": "b"}, "target and support_rows both say what rows are compared with"),
         (
             {"target": "a", "method": "gast"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from siftune.data.rows import WEIGHT, Row
+from siftune.data.target import TARGET, sources
 from siftune.data.tokens import Form, Tokens, tokens_of
 from siftune.errors import DataError
 from siftune.models.loss import IGNORED
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROW = "row"  # column for the number of a row
+AIMED = "aimed"  # column that says whether a row is the target's, where those come last
 _BESIDE = {ROW: torch.int64, WEIGHT: torch.float32}  # columns of one number a row, which the model never sees
 
 
@@ -83,6 +85,16 @@ def weighted(data: Dataset, rows: Sequence[Row]) -> Dataset:
     if not any(weights):
         raise DataError("every row has the weight 0, so that there is nothing to learn; give some a weight above 0.")
     return data if all(weight == 1 for weight in weights) else data.add_column(WEIGHT, weights)
+
+
+def aimed(data: Dataset, rows: Sequence[Row]) -> Dataset:
+    """Add the column `aimed`, which says of every row whether it is one of the target's.
+
+    Args:
+        data: The rows' tokens, in the same order.
+        rows: The rows.
+    """
+    return data.add_column(AIMED, [source == TARGET for source in sources(rows)])
 
 
 @dataclass(frozen=True)

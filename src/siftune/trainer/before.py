@@ -14,7 +14,7 @@ from siftune.config import Recipe
 from siftune.data.rows import WEIGHT
 from siftune.models.loss import IGNORED
 from siftune.trainer.build import Built
-from siftune.trainer.checkpoints import planned_steps
+from siftune.trainer.plan import planned_steps
 from siftune.trainer.prepare import Prepared
 from siftune.words import counted
 

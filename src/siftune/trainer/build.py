@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from siftune.config import Recipe, holds_out, method_of, settings_of
+from siftune.config import Recipe, holds_out, method_of, settings_of, target_comes_last
 from siftune.data.tokenize import Collator
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
@@ -98,6 +98,7 @@ def build(
     if privacy is not None:
         refuse_scaled_or_split(arguments)
         kind = partial(kind, privacy=privacy)
+    kind = partial(kind, last=target_comes_last(recipe))
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *methods])
     with ExitStack() as stack:  # undone from the last to the first: the casts were there before the methods
         stack.callback(end_checkpointing, tuned)

@@ -23,6 +23,7 @@ from siftune.engine.distributed import mean_over_ranks
 from siftune.errors import RecipeError
 from siftune.recipe_file import load_recipe
 from siftune.settings import Settings
+from siftune.trainer.plan import planned_steps
 from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder, is_complete, newest_checkpoint
 from siftune.trainer.tuned_layers import holds_tuned, read_about
 from siftune.words import counted
@@ -216,14 +217,6 @@ def _with_lengths(lists: Any) -> bytes:
     is_length[starts] = True
     numbers[is_length], numbers[~is_length] = lengths, values
     return numbers.tobytes()
-
-
-def planned_steps(arguments: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of a whole run on so many training rows."""
-    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
-    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    asked: int = arguments.max_steps
-    return asked if asked > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
 
 
 def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> None:

@@ -27,7 +27,7 @@ from siftune.config import Recipe, method_of, settings_of
 from siftune.environment import peak_memory_mb
 from siftune.trainer.before import Lengths, lengths_of, row_lengths, trainable
 from siftune.trainer.build import Built, build
-from siftune.trainer.checkpoints import planned_steps
+from siftune.trainer.plan import planned_steps
 from siftune.trainer.trackers import NONE
 
 _LEAST, _MOST = 6, 24  # steps that are timed

@@ -14,13 +14,13 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from siftune.config import Recipe, compared_with, train_files
+from siftune.config import Recipe, compared_with, target_comes_last, train_files
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row
 from siftune.data.split import held_out, repeated
 from siftune.data.target import with_target
 from siftune.data.token_cache import cached_tokens
-from siftune.data.tokenize import numbered, tell_notes, weighted
+from siftune.data.tokenize import aimed, numbered, tell_notes, weighted
 from siftune.data.tokens import Form
 from siftune.errors import DataError, ModelError
 from siftune.files import Progress
@@ -174,7 +174,10 @@ def prepare(
         if not rows.get(name):
             raise DataError(f"none of the rows to {_USES[name]} can be used, such as: {told[0]}")
     weighed = {name: part if name == "eval" else weighted(part, rows[name]) for name, part in data.items()}
-    return Prepared(rows, {**weighed, "train": numbered(weighed["train"])}, cut, told)
+    train = numbered(weighed["train"])
+    if recipe.target and target_comes_last(recipe) < 1:
+        train = aimed(train, rows["train"])
+    return Prepared(rows, {**weighed, "train": train}, cut, told)
 
 
 _USES = {"train": "train on", "eval": "measure on", "support": "compare with"}

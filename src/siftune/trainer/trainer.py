@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from siftune.data.order import TargetLast
 from siftune.data.rows import WEIGHT
-from siftune.data.tokenize import ROW
+from siftune.data.tokenize import AIMED, ROW
 from siftune.errors import InputError, TrainingError, UnsupportedError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss
@@ -25,6 +27,7 @@ from siftune.models.full import OpenLayers
 from siftune.models.loss import difference_from_model, label_positions, logits_at, mean_loss, token_losses, weighed
 from siftune.models.modes import evaluating
 from siftune.numerics import all_finite
+from siftune.trainer.plan import planned_steps, steps_per_epoch
 from siftune.trainer.run_folder import is_complete
 from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
 
@@ -37,6 +40,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     It takes the Trainer's arguments, but for `compute_loss_func`, which it sets.
 
     Args:
+        last: Share of the steps, the last ones, in which rows come that the column `aimed` says are a target's.
         privacy: Has every optimizer step draw its rows, clip their gradients and add noise. A batch is then a step's;
             the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
 
@@ -54,6 +58,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self,
         *args: Any,
         callbacks: list[TrainerCallback] | None = None,
+        last: float = 1.0,
         privacy: DP | None = None,
         **kwargs: Any,
     ) -> None:
@@ -62,6 +67,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         own = [FiniteGradients(), *(callbacks or []), *([] if privacy is None else [privacy])]
         super().__init__(*args, callbacks=own, **kwargs)
         self.privacy = privacy
+        self._last = last
         self._label_logits_only: bool | None = None
         self._weights: Tensor | None = None  # of the rows in the batch whose loss is computed
 
@@ -70,6 +76,15 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         if self.privacy is None:
             return super().get_train_dataloader()
         return self.accelerator.prepare(self.privacy.loader(self.train_dataset, self.data_collator))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """The Trainer's order of the rows, or that in which a target's rows come last."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        marks = data[AIMED] if AIMED in data.column_names else []
+        if len(set(marks)) < 2:
+            return super()._get_train_sampler(train_dataset)
+        epochs = planned_steps(self.args, len(data)) / steps_per_epoch(self.args, len(data))
+        return TargetLast(marks, round(epochs * len(data)), self._last, self.args.seed)
 
     def compute_loss(
         self,

@@ -19,6 +19,7 @@ from siftune.config import resolve_recipe
 from siftune.data.arithmetic import arithmetic_rows
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
 from siftune.recipe_file import load_recipe
+from siftune.rows.visits import read_visits
 from siftune.trainer import source as module
 from siftune.trainer.run import train
 from siftune.trainer.trainer import SiftTrainer
@@ -123,9 +124,28 @@ def test_gast_without_scores_records_choices_alone(base, rows, tmp_path):
         assert record["sources"] == ("other",) * 4
 
 
+def few_rows(path):
+    """A file of three rows of a target."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
+    return path
+
+
+@pytest.mark.parametrize(("last", "early"), [(None, False), (1.0, True)])
+@pytest.mark.parametrize("length", [{"steps": 9}, {"steps": None, "epochs": 2, "accumulate": 2}])
+def test_a_targets_rows_come_last(base, rows, tmp_path, last, early, length):
+    few = few_rows(tmp_path / "few.jsonl")
+    settings = {"method": "dense", "target": str(few), "target_last": last, "target_share": 0.3, **length}
+    done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").target_last == (last or 0.33)
+    visits = read_visits(tmp_path / "run" / "rows.parquet").visits
+    aimed = visits.row >= len(rows.read_text().splitlines())
+    share = visits.step / done.summary["steps"]
+    assert aimed.any()
+    assert bool(aimed[share < 0.5].any()) == early
+
+
 def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
+    few = few_rows(tmp_path / "few.jsonl")
     run = tmp_path / "run"
     file = tmp_path / "recipe.yaml"
     own = f"train: {rows}\ntarget: {few}\ntemplate: none\nbatch_size: 4\nsteps: 8\nrank: 2\nout: {run}\n"
@@ -235,11 +255,14 @@ def figures(folder):
         {"method": "dense", "adapter": "dora"},
         {"method": "gast", "accumulate": 2, "keep_scores": True},
         {"method": "ist+gast", "support": "momentum"},
+        {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
     ],
 )
 def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, settings):
     settings = {"save_every": 2, "dropout": 0.1, "steps": 8, "eval": str(rows), "eval_every": 2, **settings}
-    train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
+    if "target" in settings:
+        settings["target"] = str(few_rows(tmp_path / settings["target"]))
+    unbroken = train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
         interfere(At("on_pre_optimizer_step", 6, stop))
@@ -252,7 +275,7 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
     chosen, wanted = (choices_of(tmp_path / name) for name in ("broken", "whole"))
     assert chosen == wanted
     assert bool(wanted) == (settings.get("method") != "dense")
-    assert done.summary["steps"] == 8
+    assert done.summary["steps"] == unbroken.summary["steps"] >= 8
     assert done.summary["loss_first"] == figures(tmp_path / "whole")[0]["loss"]
     whole, resumed = (load_recipe(tmp_path / name / "recipe.yaml") for name in ("whole", "broken"))
     resumed.out = whole.out

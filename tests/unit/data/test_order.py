@@ -1,0 +1,60 @@
+"""A target's rows come in the last part of a run, and as often as they are there."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siftune.data.order import TargetLast, order_of_run
+
+runs = {
+    "aimed": st.lists(st.booleans(), min_size=2, max_size=40).filter(lambda a: any(a) and not all(a)),
+    "draws": st.integers(1, 150),
+    "last": st.floats(0.01, 1),
+    "seed": st.integers(0, 3),
+}
+
+
+@given(**runs)
+def test_the_targets_rows_come_last_and_no_more_often_than_before(aimed, draws, last, seed):
+    order = order_of_run(np.array(aimed), draws, last, seed)
+    assert len(order) == -(-draws // len(aimed)) * len(aimed)
+    drawn = [aimed[place] for place in order[:draws]]
+    share = sum(aimed) / len(aimed)
+    assert sum(drawn) == round(draws * share)
+    begin = draws - max(round(draws * last), sum(drawn))
+    assert not any(drawn[:begin])
+
+
+@given(**runs)
+def test_every_row_comes_as_often_as_others_of_its_kind_but_for_one(aimed, draws, last, seed):
+    drawn = order_of_run(np.array(aimed), draws, last, seed)[:draws]
+    counts = Counter(drawn.tolist())
+    for kind in (True, False):
+        times = [counts[place] for place in range(len(aimed)) if aimed[place] == kind]
+        assert max(times) - min(times) <= 1
+
+
+def test_epochs_are_parts_of_one_order():
+    aimed = [False] * 6 + [True] * 2
+    sampler = TargetLast(aimed, draws=20, last=0.5, seed=3)
+    drawn = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert len(sampler) == len(list(sampler)) == 8
+        drawn += list(sampler)
+    assert drawn == order_of_run(np.array(aimed), 20, 0.5, 3).tolist()
+
+
+def test_the_seed_decides_the_order():
+    aimed = np.array([False] * 30 + [True] * 10)
+    orders = [order_of_run(aimed, 40, 0.5, seed).tolist() for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_where_the_last_part_is_the_whole_run_they_come_all_along():
+    aimed = np.array([False] * 300 + [True] * 100)
+    halves = np.array_split(aimed[order_of_run(aimed, 400, 1.0, 0)], 2)
+    assert [half.mean() for half in halves] == pytest.approx([0.25, 0.25], abs=0.06)
