@@ -7,7 +7,7 @@ each field is its `--help`. Nothing here imports torch, so `siftune --help` stay
 import os
 from dataclasses import dataclass, field, make_dataclass, replace
 from datetime import datetime
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from siftune.methods import METHODS, Method, all_parts
 from siftune.settings import BELOW_ONE, CHANCE, COUNT, NOT_NEGATIVE, POSITIVE, PROMISE, SHARE, Range, Settings
@@ -82,7 +82,7 @@ class Recipe:
     trained on."""
     target_last: Annotated[float | None, SHARE] = None
     """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
-    given, 1 where the method compares rows with them."""
+    given, 1 with method greats."""
     support_rows: str | None = None
     """gast, greats: file or hub id of rows to compare with, for support dataset: few, clean, like the task."""
     keep_scores: bool = True
@@ -198,7 +198,7 @@ def chooses_rows(recipe: Recipe) -> bool:
 
 def compares(recipe: Recipe) -> bool:
     """Whether a recipe's method compares rows with those of a set that the user gave."""
-    return any(getattr(settings, "support", None) in ("dataset", "target") for settings in settings_of(recipe))
+    return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
 
 
 def train_files(recipe: Recipe) -> list[tuple[str, float]]:
@@ -221,7 +221,8 @@ def target_comes_last(recipe: Recipe) -> float:
     """Share of the steps, the last ones, in which a target's rows come."""
     if recipe.target_last is not None:
         return recipe.target_last
-    return 1.0 if recipe.target is None or compares(recipe) else TARGET_LAST
+    goes_on = compares(recipe) and not any(hasattr(settings, "select_until") for settings in settings_of(recipe))
+    return 1.0 if recipe.target is None or goes_on else TARGET_LAST
 
 
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
@@ -229,11 +230,24 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     now = now or datetime.now()
     return replace(
         recipe,
+        **_until_the_target(recipe),
         lr=rate_of(recipe),
         alpha=_alpha(recipe),
         target_last=target_comes_last(recipe) if recipe.target else recipe.target_last,
         out=os.path.expanduser(recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}"),
     )
+
+
+def _until_the_target(recipe: Recipe) -> dict[str, Any]:
+    """Settings of methods that select rows until a target's begin to come, by group."""
+    last = target_comes_last(recipe)
+    if last == 1 or not recipe.target_share:
+        return {}
+    return {
+        settings.group: replace(settings, **{"select_until": round(1 - last, 4)})
+        for settings in settings_of(recipe)
+        if getattr(settings, "select_until", 0) == 1
+    }
 
 
 def _alpha(recipe: Recipe) -> int | None:

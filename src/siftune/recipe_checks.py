@@ -32,7 +32,6 @@ def check(recipe: Recipe) -> None:
 
 
 def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
-    by_target = any(getattr(settings, "by_target", False) for settings in settings_of(recipe))
     return [
         (not recipe.train, "no training data: give --train FILE, or `train: FILE` in the recipe"),
         (
@@ -57,17 +56,7 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         ),
         (
             recipe.target is not None and chooses_rows(recipe) and not compares(recipe),
-            "with a target, rows are compared with its rows, by support target or dataset: leave the option support "
-            "out",
-        ),
-        (
-            by_target and recipe.target is None,
-            "gast.support target looks for a target's rows among the training rows: give --target FILE",
-        ),
-        (
-            by_target and recipe.target_share == 0,
-            "target_share is 0, which leaves the target's rows out of training, where gast.support target looks for "
-            "them: give --gast.support dataset, or a share above 0",
+            "with a target, rows are compared with its rows, by support dataset: leave the option support out",
         ),
         (
             recipe.target_last is not None and recipe.target is None,

@@ -75,7 +75,6 @@ def test_two_ranks_have_the_importance_that_one_has_from_gradients(tmp_path, acc
 AVERAGED = {
     "support": "dataset", "select": 2, "support_every": 2, "support_decay": 0.5, "share": "above", "score": "cosine",
 }  # fmt: skip
-TARGET = {"support": "target", "select": 2, "choice": "topk", "score": "cosine", "share": "above"}
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
@@ -87,7 +86,6 @@ CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwa
         pytest.param("momentum", 2, {"ddp_find_unused_parameters": True}, marks=pytest.mark.matrix),
         pytest.param("sample", 1, {"with_ist": True}, marks=pytest.mark.matrix),
         pytest.param("dataset", 1, {"gast": AVERAGED}, marks=pytest.mark.matrix),
-        ("target", 1, {"gast": TARGET}),
     ],
 )
 def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, settings):
@@ -98,9 +96,7 @@ def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, sett
     found = {(s["step"], s["batch"]): s for one in ranks for s in one["samples"]}
     assert len(found) == len(alone["samples"]) == 6 * 2 * accumulate
     # DDP averages over ranks, so that each rank's loss is lifted by their number, and with it the running mean
-    lifted = {"sample": 2.0, "rest": 4.0, "momentum": None, "dataset": 1.0, "target": 1.0}[
-        support
-    ]  # cosines have no length
+    lifted = {"sample": 2.0, "rest": 4.0, "momentum": None, "dataset": 1.0}[support]  # cosines have no length
     for wanted in alone["samples"]:
         got = found[wanted["step"], wanted["batch"]]
         assert got["layers"] == wanted["layers"]

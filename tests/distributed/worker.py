@@ -28,7 +28,7 @@ if __name__ == "__main__":
         method, chosen = layer_method(ist)
         methods.append(method)
     if samples is not None:
-        given = {"dataset": rows(9, seed=4), "target": rows(48).select(range(0, 48, 3))}.get(samples["support"])
+        given = rows(9, seed=4) if samples["support"] == "dataset" else None
         methods.append(GAST(keep=True, support_set=given, **samples))
     model, trainer = train(out, *methods, model=adapted(), dataset=rows(48) if samples else None, **settings)
     torch.save(

@@ -9,6 +9,7 @@ from support.trainers import adapted, rows, train, weights
 
 from siftune import GAST, IST
 from siftune.engine.groups import group_by_layer
+from siftune.errors import RecipeError
 from siftune.methods.gast import maths
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -225,29 +226,33 @@ def _batch(seed):
 
 
 @pytest.mark.parametrize("support", ["sample", "rest", "momentum"])
-def test_steps_before_the_selection_begins_are_plain_training(tmp_path, caplog, support):
+def test_steps_after_the_selection_has_ended_are_plain_training(tmp_path, caplog, support):
     caplog.set_level("INFO", logger="siftune")
-    late = method(support, select_after=4)
-    train(tmp_path / "plain", max_steps=4, model=(plain := adapted()), lr_scheduler_type="constant")
-    train(tmp_path / "early", late, max_steps=4, model=(early := adapted()), lr_scheduler_type="constant")
-    assert_same(weights(plain), weights(early))
-    assert all(s.selected.shape == (4, 4) and s.scores.isnan().all() for s in late.history)
-    whole = method(support, select_after=4)
-    train(tmp_path / "whole", whole, lr_scheduler_type="constant")
-    assert [s.selected.shape[1] for s in whole.history] == [4, 4, 4, 4, 2, 2]
-    assert all(s.scores.isfinite().all() for s in whole.history[4:])
+    never = method(support, select_until=0.05)
+    train(tmp_path / "plain", model=(plain := adapted()))
+    train(tmp_path / "never", never, model=(ours := adapted()))
+    assert_same(weights(plain), weights(ours))
+    assert all(s.selected.shape == (4, 4) and s.scores.isnan().all() for s in never.history)
+    some = method(support, select_until=0.67)
+    train(tmp_path / "some", some)
+    assert [s.selected.shape[1] for s in some.history] == [2, 2, 2, 2, 4, 4]
+    assert all(s.scores.isfinite().all() for s in some.history[:4])
     assert "more than are to be selected" not in caplog.text
 
 
-@pytest.mark.parametrize("stop", [2, 4, 5])  # before the selection begins, as it begins, after
-def test_resume_around_the_beginning_of_the_selection(tmp_path, stop):
+@pytest.mark.parametrize("stop", [2, 4, 5])  # before the selection ends, as it ends, after
+def test_resume_around_the_end_of_the_selection(tmp_path, stop):
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": stop}
-    unbroken, _ = train(tmp_path / "whole", method("momentum", select_after=4), **settings)
-    train(tmp_path / "broken", method("momentum", select_after=4), **settings)
+    unbroken, _ = train(tmp_path / "whole", method("momentum", select_until=0.57), **settings)
+    train(tmp_path / "broken", method("momentum", select_until=0.57), **settings)
     checkpoint = tmp_path / "broken" / f"checkpoint-{stop}"
-    assert (checkpoint / "gast_mean.safetensors").exists() == (stop > 4)
-    model, _ = train(tmp_path / "broken", method("momentum", select_after=4), resume=str(checkpoint), **settings)
+    model, _ = train(tmp_path / "broken", method("momentum", select_until=0.57), resume=str(checkpoint), **settings)
     assert_same(weights(unbroken), weights(model))
+
+
+def test_a_loop_has_no_share_of_steps():
+    with pytest.raises(RecipeError, match="select_until is a share of a Trainer's steps"):
+        method("rest", select_until=0.5).attach(adapted())
 
 
 def test_training_once_more_begins_anew(tmp_path):

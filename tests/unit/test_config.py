@@ -189,15 +189,7 @@ def test_a_target_goes_with_every_method(tmp_path, method):
         ({"target": "a", "support_rows": "b"}, "target and support_rows both say what rows are compared with"),
         (
             {"target": "a", "method": "gast"},
-            "with a target, rows are compared with its rows, by support target or dataset",
-        ),
-        (
-            {"method": "gast", "gast": GASTSettings(support="target", choice="topk")},
-            "gast.support target looks for a target's rows among the training rows: give --target FILE",
-        ),
-        (
-            {**_FEW, "target_share": 0.0},
-            "target_share is 0, which leaves the target's rows out of training, where gast.support target looks",
+            "with a target, rows are compared with its rows, by support dataset",
         ),
         ({"target_share": 1.0}, "target_share is 1.0, but must be from 0 to below 1"),
         (
@@ -286,16 +278,34 @@ def test_nearest_knows_the_names_of_other_trainers():
     assert set(ELSEWHERE.values()) <= set(names)
 
 
+@pytest.mark.parametrize(
+    ("change", "last", "until"),
+    [
+        ({}, 0.33, 0.67),
+        ({"target_last": 0.5}, 0.5, 0.5),
+        ({"target_last": 1.0}, 1.0, 1.0),
+        ({"target_share": 0.0}, 0.33, 1.0),
+        ({"method": "dense"}, 0.33, 1.0),
+        ({"method": "greats", "greats": GREATSSettings(support="dataset")}, 1.0, 1.0),
+    ],
+)
+def test_rows_are_selected_until_a_targets_come(change, last, until):
+    recipe = resolve_recipe(replace(Recipe(train="rows.jsonl", **_FEW), **change))
+    assert (recipe.target_last, recipe.gast.select_until) == (last, until)
+    check(recipe)
+
+
 def test_recipes_do_not_import_torch():
     code = "import sys, siftune.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+_AIMED = GASTSettings(**GASTSettings.with_target, select_until=0.67)
 # what is not a default in the recipes that are not named after their method
 OWN = {
     "kit": {"model": "KIT", "method": "dense"},
     "gast-paper": {"method": "gast", "gast": GASTSettings(select=0.5)},
-    "target": {**_FEW, "greats": GREATSSettings(**GREATSSettings.with_target)},
+    "target": {**_FEW, "gast": _AIMED, "target_last": 0.33, "greats": GREATSSettings(**GREATSSettings.with_target)},
 }
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -28,14 +28,11 @@ from siftune.methods.followed import can_look_back, chooses_nothing
 from siftune.methods.row_numbers import RowNumbers, row_numbers
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.sample_driver import SampleRule, SampleSelection
-from siftune.methods.target_rows import TargetRows
 from siftune.words import counted
 
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=type)
-
-_CHUNK = 64  # rows of a target that are collated at a time
 
 
 def takes_target(kind: C) -> C:
@@ -49,7 +46,7 @@ def takes_target(kind: C) -> C:
         given = {name: value for name, value in given.items() if name not in gone or value != gone[name].value}
         given |= dict(zip(names, values, strict=False))
         if target is not None:
-            if given.get("support_set") is not None or given.get("support", "dataset") not in ("dataset", "target"):
+            if given.get("support_set") is not None or given.get("support", "dataset") != "dataset":
                 raise RecipeError(f"{kind.__name__}(target=...) compares with it: leave support and support_set out")
             given = {**kind.with_target, **given, "support_set": target}  # type: ignore[attr-defined]
         plain(self, **given)
@@ -88,11 +85,6 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         """Where support rows come from: "sample", the training set; "dataset", `support_set`; None: there are none."""
 
     @property
-    def _by_target(self) -> bool:
-        """Whether `support_set` holds rows that are to be known among the training rows."""
-        return getattr(self, "support", None) == "target"
-
-    @property
     def last(self) -> SampleChoice | None:
         """The choice in the last batch; None before training."""
         return self._selection.last if self._selection else None
@@ -109,8 +101,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
 
         Args:
             model: Causal LM with adapters.
-            batches: Support sets, one each step, where the method compares with rows; started again at the end. With
-                support "target", batches that hold the target's rows, read once.
+            batches: Support sets, one each step, where the method compares with rows; started again at the end.
             optimizer: Where given, its steps drive the selection; else call `end()` before and `step()` after each.
                 GAST's support "rest" needs neither. Its score "preconditioned" takes the optimizer's metric, and GREATS
                 its learning rate.
@@ -123,23 +114,20 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             RecipeError: When `batches` or `optimizer` are missing and needed.
         """
         self._check_attach(batches, optimizer)
-        given = {} if batches is None else self._from_batches(batches)
+        draws = None if batches is None else GivenBatches(batches)
         selection = SampleSelection(
-            model, self.rule, seed=self.seed, loss=loss, layers=self.layers, pairs=bool(self.pairs), **given
+            model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
         )
         selection.rule.optimizer = optimizer
         if optimizer is not None:
             selection.follow(optimizer)
         return selection
 
-    def _from_batches(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        return {"target": TargetRows(batches)} if self._by_target else {"draws": GivenBatches(batches)}
-
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
         """Refuse a loop that does not give what the method needs."""
-        if batches is None and (self.support_source is not None or self._by_target):
+        if batches is None and self.support_source is not None:
             raise RecipeError(
-                f'support="{self.support_source or "target"}" compares with rows: give attach(..., batches=...), or '
+                f'support="{self.support_source}" compares with rows: give attach(..., batches=...), or '
                 'with GAST set support="rest" or "momentum".'
             )
 
@@ -158,7 +146,6 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             kwargs["model"],
             self.rule,
             seed=self.seed,
-            target=self._target_rows(collate),
             loss=trainer_loss(self),
             layers=self.layers,
             chunk=args.per_device_train_batch_size,
@@ -166,12 +153,13 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             compiled=bool(args.torch_compile),
         )
         selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
+        selection.rule.planned = state.max_steps
         selection.numbers = self._numbers = None if trainer is None else row_numbers(trainer)
         if self.support_source is not None:
             draws = RowDraws(self._support_rows(loader), collate, selection.generator)  # type: ignore[arg-type]
             draws.check()
             selection.draws = draws
-        if self._resume(state) and not selection.rule.follows_all(state.global_step - 1):  # before, there is no mean
+        if self._resume(state) and not selection.rule.follows_all(state.global_step):  # else no mean is asked for
             self._load_mean(selection)
 
     def on_epoch_begin(
@@ -248,20 +236,14 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if self.on_select is not None:
             self.on_select(choice)
 
-    def _target_rows(self, collate: Any) -> TargetRows | None:
-        if not self._by_target:
-            return None
-        rows = list(self._given_rows())
-        return TargetRows(RowDraws(rows, collate, torch.Generator()).draw(len(rows), _CHUNK) if rows else ())
-
     def _support_rows(self, loader: Any) -> Any:
         return loader.dataset if self.support_source == "sample" else self._given_rows()
 
     def _given_rows(self) -> Any:
         if self.support_set is None:
-            name, support = type(self).__name__, "target" if self._by_target else "dataset"
+            name = type(self).__name__
             raise RecipeError(
-                f'support="{support}" needs rows: give {name}(target=...), prepared as the training rows are. Where '
+                f'support="dataset" needs rows: give {name}(target=...), prepared as the training rows are. Where '
                 "they were given, restore_callback_states_from_checkpoint has lost them: leave it off, "
                 f"{name} reads its state from the checkpoint in any case."
             )

@@ -86,15 +86,11 @@ class Choosing:
         count: Samples K to choose.
         uniform: (U, S) float64 uniform numbers, one row per unit of the model; (U, 1) where samples are chosen as they
             come.
-        target: (S,) bool, the samples that are a target's, which are chosen in any case; None where there is no target.
     """
 
-    def __init__(
-        self, step: int, number: int, samples: int, count: int, uniform: Tensor, target: Tensor | None = None
-    ) -> None:
+    def __init__(self, step: int, number: int, samples: int, count: int, uniform: Tensor) -> None:
         self.samples = samples
-        self.count = count if target is None else max(count, int(target.sum()))
-        self.target = target
+        self.count = count
         self._uniform = uniform
         self._step = step
         self._number = number
@@ -112,10 +108,6 @@ class Choosing:
         """Add a layer's scores to those of the layers that backward has passed before it; (S,), the sum so far."""
         self._added = scores_S if self._added is None else self._added.to(scores_S.device) + scores_S
         return self._added
-
-    def with_target_first(self, scores_S: Tensor) -> Tensor:
-        """The scores, with those of a target's samples above all others."""
-        return scores_S if self.target is None else scores_S.masked_fill(self.target.to(scores_S.device), torch.inf)
 
     def note(self, unit: Unit, scores_S: Tensor | None, chosen: Tensor) -> None:
         """Keep a unit's choice, numbers (K,) or bool (S,), and its scores; None where it needed none."""

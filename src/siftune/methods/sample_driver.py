@@ -23,7 +23,6 @@ from siftune.methods.followed import how_many
 from siftune.methods.row_numbers import RowNumbers
 from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit
 from siftune.methods.support import Gradients, Support, support_gradient
-from siftune.methods.target_rows import TargetRows
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ class SampleRule(Protocol):
         always: Choose even where as many samples are to be followed as there are.
         mean: Mean over earlier steps, by parameter.
         optimizer: Whose metric or learning rate the rule looks at, where the driver knows it.
+        planned: Optimizer steps of the whole run, where the driver knows them.
     """
 
     units: Sequence[Unit]
@@ -56,6 +56,7 @@ class SampleRule(Protocol):
     always: bool
     mean: Gradients
     optimizer: torch.optim.Optimizer | None
+    planned: int | None
 
     @property
     def support(self) -> Support | None:
@@ -70,7 +71,7 @@ class SampleRule(Protocol):
         """Whether it has a running mean; see `mean`."""
 
     def follows_all(self, steps: int) -> bool:
-        """Whether selection has not begun after so many optimizer steps."""
+        """Whether selection has ended after so many optimizer steps."""
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples for some layers, note the choice, and add up their gradients."""
@@ -90,7 +91,6 @@ class SampleSelection:
         rule: Makes the rule from the layers.
         seed: Seed of the method's own generator.
         draws: Rows for the support set, where the rule has one.
-        target: Rows that the rule is to know in the batches, where it goes by such.
         loss: Loss of a batch, a scalar; by default the model's own.
         layers: Path of the decoder layers in `model`, where they are not found by structure.
         chunk: Rows per forward pass over the support set.
@@ -105,7 +105,6 @@ class SampleSelection:
         *,
         seed: int = 0,
         draws: Draws | None = None,
-        target: TargetRows | None = None,
         loss: Loss = model_loss,
         layers: str | None = None,
         chunk: int = 16,
@@ -126,8 +125,7 @@ class SampleSelection:
         self._opened: dict[str, Any] | None = None  # state of the draws before the step; None after it
         self._next_batch = 0
         self._told_of_few = False
-        self._target = target
-        self._handles: list[Any] = [] if target is None else [target.watch(model)]
+        self._handles: list[Any] = []
         if compiled or hasattr(model, "_orig_mod"):
             refuse_compiled(self.groups, "the model")
         self._tape = Tape(self.groups, self._begin_pass, self.rule.reduce, pairs, self.rule.whole)
@@ -229,11 +227,9 @@ class SampleSelection:
         generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
         wide = samples if self.rule.stream is None else 1
         uniform = torch.rand(len(self.rule.units), wide, generator=generator, dtype=torch.float64)
-        target = None if self._target is None else self._target.in_batch(samples)
-        self._choosing = Choosing(self.steps, number, samples, count, uniform, target)
+        self._choosing = Choosing(self.steps, number, samples, count, uniform)
         if self.numbers is not None and self.numbers.rows is not None and len(self.numbers.rows) == samples:
             self._choosing.rows = self.numbers.rows
-        count = self._choosing.count
         if not self.rule.follows_all(self.steps) and (count < samples or self.rule.always):
             return self._choosing
         self._follow_all(self._choosing)

@@ -46,7 +46,7 @@ def test_the_two_runs_differ_in_the_target_alone(base, tmp_path):
     assert main(given) == 0
     pool, target = (load_recipe(out / name / "recipe.yaml") for name in ("pool", "target"))
     assert (pool.method, pool.target) == ("dense", None)
-    assert (target.method, target.target, target.gast.support) == ("gast", str(out / "few.jsonl"), "target")
+    assert (target.method, target.target, target.gast.support) == ("gast", str(out / "few.jsonl"), "dataset")
     assert (pool.train, pool.steps, pool.lr, pool.seed) == (target.train, target.steps, target.lr, target.seed)
 
 

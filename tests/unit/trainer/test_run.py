@@ -161,7 +161,10 @@ def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
     assert done.summary["followed"]["target"] == 1
     assert 0 < done.summary["followed"]["other"] < 1
     again = load_recipe(run / "recipe.yaml")
-    assert (again.method, again.gast.support, again.gast.share) == ("gast", "target", "above")
+    assert (again.method, again.gast.support, again.gast.select_until) == ("gast", "dataset", 0.67)
+    batches = choices_of(run)
+    assert all(not set(numbers) & set(range(count, count + 30)) for batch in batches[:5] for numbers in [batch["rows"]])
+    assert [sum(batch["followed"][0]) for batch in batches] == [2] * 5 + [4] * 3
 
 
 def test_the_records_have_a_line_per_step(base, rows, tmp_path):

@@ -29,7 +29,7 @@ class GAST(SampleCallback, GASTSettings):
         support_set: Rows for support "dataset", prepared as the Trainer's training rows are when they reach its
             collator.
         target: The same, few rows of the task that counts; settings that are not given then have the defaults of
-            `GASTSettings.with_target` (ours). Put the rows among the training rows, too.
+            `GASTSettings.with_target` (ours).
         pairs: Row i and row i + B/2 are one sample, as TRL's preference trainers lay them out; None: found out from the
             Trainer's collator.
         keep: Keep the choices of all batches in `history`.
@@ -47,7 +47,7 @@ class GAST(SampleCallback, GASTSettings):
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[GAST(select=0.75)])
         >>> output = trainer.train()
         >>> GAST(target=rows).support
-        'target'
+        'dataset'
         >>> with GAST(select=2, support="rest").attach(model) as sift:
         ...     model(**batch).loss.backward()
         ...     sift.last.scores.shape, sift.last.selected.shape  # four layers, two of four rows
@@ -65,5 +65,10 @@ class GAST(SampleCallback, GASTSettings):
 
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
         super()._check_attach(batches, optimizer)
+        if self.select_until < 1:
+            raise RecipeError(
+                "select_until is a share of a Trainer's steps, and nobody knows how many a loop has: leave it out, and "
+                "call remove() where selection is to end"
+            )
         if optimizer is None and self.in_metric:
             raise RecipeError(f'score="{self.score}" takes Adam\'s metric: give attach(..., optimizer=...).')

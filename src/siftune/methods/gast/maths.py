@@ -16,14 +16,6 @@ Without a support gradient, each sample's support are the others: h_i = Σ_j g_j
 A layer may go by more than its own scores: with `share="above"` by the sum over itself and the layers that backward has
 passed already, which needs no further pass, Σ_{m ≥ ℓ} s_{m,i}; with "all" by the sum over all layers.
 
-With few rows of a target among the training rows (`support="target"`) no pass is needed for h: it is the running mean
-of the target's gradients, moved by those in the batch, h ← d h + (1 − d) Σ_{t in the batch} g_t. These are followed as
-they are; of the n others those of the highest scores, k in all:
-
-    gradient   Σ_t g_t + (n / k) · Σ_{i chosen} g_i
-
-so that the target's share of the gradient is its share of the rows, whatever is chosen.
-
 With `among="recent"` rows compete not with their batch but with the N rows that came last, so that a batch may have one
 row. A row's z-score is the one in the company of those N, and with M = N + 1 rows and the share p to be followed
 
@@ -41,10 +33,10 @@ Ours, not the paper's: drawing without replacement (Gumbel top-K, which is the s
 the factor B/K; the scores "cosine", "preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400)
 and "preconditioned-cosine"; sums of scores over layers (`share`); support gradients averaged over steps
 (`support_every`, `support_decay`); the support modes "rest" (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the
-gradients of earlier steps), "dataset" and "target"; steps at the start that follow every sample (`select_after`); std
-is that of the population; ε is 1e-5 of the largest |s|, so that neither the size of the loss nor that of a loss scale
-matters and rounding is not taken for a difference; samples without a gradient (no label) stand back: they are left out
-of mean, std and B, and drawn only where there are fewer than K others; rows that compete with recent rows.
+gradients of earlier steps) and "dataset"; steps at the end that follow every sample (`select_until`); std is that of
+the population; ε is 1e-5 of the largest |s|, so that neither the size of the loss nor that of a loss scale matters and
+rounding is not taken for a difference; samples without a gradient (no label) stand back: they are left out of mean, std
+and B, and drawn only where there are fewer than K others; rows that compete with recent rows.
 """
 
 import math

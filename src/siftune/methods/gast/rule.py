@@ -38,9 +38,10 @@ class AlignedSamples:
         averaged = (settings.support_size, settings.support_every, settings.support_decay)
         self.support = Support(*averaged) if settings.needs_rows else None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.planned: int | None = None
         self._groups = groups
         self._unit = {unit.layer: unit for unit in self.units}
-        self._moves = settings.support in ("momentum", "target") and settings.needs_scores
+        self._moves = settings.support == "momentum" and settings.needs_scores
         self._mean: Gradients = {}
         self._sums: Gradients = {}
 
@@ -62,13 +63,13 @@ class AlignedSamples:
             self.support.average = mean
 
     def follows_all(self, steps: int) -> bool:
-        """Whether selection has not begun after so many optimizer steps."""
-        return steps < self.settings.select_after
+        """Whether selection has ended after so many optimizer steps."""
+        return self.planned is not None and steps >= round(self.settings.select_until * self.planned)
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose the samples that some layers follow, and add up their gradients."""
         if self.whole:
-            scored = [self._score(choosing, grads) for _, grads in layers if grads]
+            scored = [self._score(grads) for _, grads in layers if grads]
             every = {p: part for _, grads in layers for p, part in grads.items()}
             return self._follow(choosing, self.units[0], together(scored), every) if every else {}
         reduced: Gradients = {}
@@ -90,7 +91,7 @@ class AlignedSamples:
             self._sums = {}
 
     def _reduce_unit(self, choosing: Choosing, unit: Unit, grads: SampleGradients) -> Gradients:
-        scored = self._score(choosing, grads)
+        scored = self._score(grads)
         if self.settings.share == "above":
             scored = scored._replace(scores=choosing.added_up(scored.scores))
         return self._follow(choosing, unit, scored, grads)
@@ -101,76 +102,39 @@ class AlignedSamples:
         if self.stream is not None:
             chosen, scale = self.stream.follow(unit, scored, uniform_S)
         else:
-            scores_S = choosing.with_target_first(scored.scores)
-            chosen = maths.choose(scores_S, scored.live, uniform_S, self._count(choosing, unit), self.settings)
+            chosen = maths.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
             scale = maths.factor(scored.live, chosen)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen)
-        sound = torch.isfinite(scored.scores).all()
-        if choosing.target is None:
-            scale = torch.where(sound, scale, torch.nan)
-            return {
-                p: numerics.sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()
-            }
-        return _beside_target(grads, scored.live, chosen, choosing.target.to(chosen.device), sound)
+        scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
+        return {p: numerics.sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
 
-    def _count(self, choosing: Choosing, unit: Unit) -> int:
-        """How many samples a unit follows: all of them until it has met one of the target's."""
-        met = choosing.target is None or bool(choosing.target.any()) or any(p in self._mean for p in unit.parameters)
-        return choosing.count if met else choosing.samples
-
-    def _score(self, choosing: Choosing, grads: SampleGradients) -> Scored:
+    def _score(self, grads: SampleGradients) -> Scored:
         """Score the samples of a batch by the gradients of one unit."""
         settings, parts = self.settings, list(grads.values())
         if not settings.needs_scores:
             live_S = live_samples(parts)
             return Scored(torch.zeros_like(live_S, dtype=torch.float32), live_S)
-        compared = self._compared(choosing, grads)
+        compared = self._compared(grads)
         metric = None
         if settings.in_metric:
             assert self.optimizer is not None
             metric = [adam_metric(self.optimizer, p) for p in grads]
-        of_all = self._moves and not settings.by_target
-        scored = score_samples(parts, compared, metric, settings.is_cosine, totals=of_all)
-        if of_all:
+        scored = score_samples(parts, compared, metric, settings.is_cosine, totals=self._moves)
+        if self._moves:
             self._add_to_sums(list(grads), scored.totals)
         return scored
 
-    def _compared(self, choosing: Choosing, grads: SampleGradients) -> list[Tensor] | None:
+    def _compared(self, grads: SampleGradients) -> list[Tensor] | None:
         """The support gradient of each parameter; None where it is that of the batch's other samples."""
         if self.settings.support == "rest":
             return None
-        if self.settings.by_target:
-            support = self._with_this_batch(choosing, grads)
-        else:
-            support = self.support.gradients if self.support is not None else self._mean
+        support = self.support.gradients if self.support is not None else self._mean
         return [support[p] if p in support else torch.zeros_like(part[0]) for p, part in grads.items()]
-
-    def _with_this_batch(self, choosing: Choosing, grads: SampleGradients) -> Gradients:
-        """The running mean as it would be after a step of this batch alone, whatever else belongs to the step."""
-        assert choosing.target is not None
-        places_K, stays = choosing.target.nonzero().squeeze(1), self.settings.decay
-        if not len(places_K):
-            return self._mean
-        own = {p: numerics.sum_of(part, places_K.to(part.device)) for p, part in grads.items()}
-        self._add_to_sums(list(own), list(own.values()))
-        return {
-            p: (self._mean[p] if p in self._mean else torch.zeros_like(g)).lerp(g, 1 - stays) for p, g in own.items()
-        }
 
     def _add_to_sums(self, parameters: Sequence[nn.Parameter], totals: Sequence[Tensor]) -> None:
         for parameter, flat in zip(parameters, totals, strict=True):
             total = flat.view_as(parameter)
             self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
-
-
-def _beside_target(
-    grads: SampleGradients, live_S: Tensor, chosen_K: Tensor, target_S: Tensor, sound: Tensor
-) -> Gradients:
-    """Sum of the target's samples as they are, and of the others that were chosen, in the place of all others."""
-    own_K, others_K = chosen_K[target_S[chosen_K]], chosen_K[~target_S[chosen_K]]
-    scale = torch.where(sound, maths.factor(live_S & ~target_S, others_K), torch.nan)
-    sums = {p: (numerics.sum_of(part, own_K), numerics.sum_of(part, others_K)) for p, part in grads.items()}
-    return {p: own + others * scale.to(others.device) for p, (own, others) in sums.items()}
 
 
 def adam_metric(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:

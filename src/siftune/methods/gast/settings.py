@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, NOT_NEGATIVE, OURS, Gone, Settings
+from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, OURS, SHARE, Gone, Settings
 
-Support = Literal["sample", "rest", "momentum", "dataset", "target"]
+Support = Literal["sample", "rest", "momentum", "dataset"]
 Choice = Literal["stochastic", "topk", "random"]
 Score = Literal["inner", "cosine", "preconditioned", "preconditioned-cosine"]
 Share = Literal["own", "above", "all"]
@@ -21,7 +21,7 @@ class GASTSettings(Settings):
 
     # ours: where the paper draws rows of the training set, these are few, known, and what the model is for
     with_target: ClassVar[Mapping[str, Any]] = {
-        "select": 0.5, "support": "target", "choice": "topk", "score": "cosine", "share": "above",
+        "select": 0.5, "support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine",
     }  # fmt: skip
 
     gone: ClassVar[Mapping[str, Gone]] = {
@@ -29,13 +29,14 @@ class GASTSettings(Settings):
         "scale": Gone("mean", "scales the chosen rows' gradients up to the whole batch"),
         "replacement": Gone(False, "draws without replacement"),
         "temperature": Gone(1.0, "draws at temperature 1"),
+        "select_after": Gone(0, "selects from the first step on"),
     }
 
     select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
     """Rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75 (the paper's: 0.5)."""
     support: Support = "sample"
-    """What rows are compared with: drawn training rows (the paper's), the batch's others, earlier gradients,
-    support_rows, or the target's rows in this batch and earlier ones, which are followed in any case."""
+    """What rows are compared with: drawn training rows (the paper's), the batch's others, earlier gradients, or
+    support_rows, in whose place a target's may be."""
     support_size: Annotated[int, COUNT] = 4
     """Rows that are compared with in a step, for support sample and dataset."""
     support_every: Annotated[int, COUNT, OURS] = 1
@@ -51,9 +52,10 @@ class GASTSettings(Settings):
     """Whose scores a layer goes by: its own (the paper's), those of the layers above it and its own added up, or those
     of all layers, which then follow the same rows and hold all rows' gradients at a time."""
     decay: Annotated[float, BELOW_ONE, OURS] = 0.9
-    """Share of the running mean of earlier gradients that stays in a step, for support momentum and target."""
-    select_after: Annotated[int, NOT_NEGATIVE, OURS] = 0
-    """Optimizer steps at the start that follow all rows, before rows are selected."""
+    """Share of the running mean of earlier gradients that stays in a step, for support momentum."""
+    select_until: Annotated[float, SHARE, OURS] = 1.0
+    """Share of the Trainer's steps, the first ones, in which rows are selected; in those after it all are followed.
+    With a target it ends where the target's rows begin to come."""
     among: Annotated[Among, OURS] = "batch"
     """Whom a row competes with: the others of its batch, or the rows of the last steps, so that batches of a row or two
     can be selected from as well."""
@@ -67,11 +69,6 @@ class GASTSettings(Settings):
             (self.support_every > 1 or self.support_decay > 0) and not self.needs_rows,
             "gast.support_every and gast.support_decay go with support sample or dataset, which draw rows: leave them "
             "out",
-        )
-        yield (
-            self.support == "target" and (self.choice != "topk" or self.among == "recent"),
-            "gast.support target follows the target's rows, and of the batch's others those that score highest: give "
-            "choice topk, and among batch",
         )
         yield (
             self.among == "recent" and isinstance(self.select, int),
@@ -98,11 +95,6 @@ class GASTSettings(Settings):
     def is_cosine(self) -> bool:
         """Whether inner products are divided by the lengths of both sides."""
         return self.score.endswith("cosine")
-
-    @property
-    def by_target(self) -> bool:
-        """Whether rows are compared with the target's rows in the batches."""
-        return self.support == "target"
 
     @property
     def needs_rows(self) -> bool:

@@ -37,6 +37,7 @@ class HelpfulSamples:
         self.support = Support(settings.support_size)
         self.mean: Gradients = {}
         self.optimizer: torch.optim.Optimizer | None = None
+        self.planned: int | None = None
 
     def follows_all(self, steps: int) -> bool:
         """Never."""

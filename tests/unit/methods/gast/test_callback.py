@@ -99,8 +99,8 @@ def test_data_order_and_global_generators_are_left_alone(tmp_path):
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize(("select_after", "passes"), [(0, 6), (2, 4)])
-def test_support_passes_run_in_training_mode_also_after_an_evaluation(tmp_path, select_after, passes):
+@pytest.mark.parametrize(("select_until", "passes"), [(1.0, 6), (0.3, 4)])
+def test_support_passes_run_in_training_mode_also_after_an_evaluation(tmp_path, select_until, passes):
     """Dropout is a part of the gradients that are compared; the Trainer begins such steps in evaluation mode."""
     model, modes = adapted(dropout=0.1).eval(), []
 
@@ -115,9 +115,9 @@ def test_support_passes_run_in_training_mode_also_after_an_evaluation(tmp_path, 
         model,
         arguments(tmp_path, **settings),
         **data,
-        callbacks=[GAST(2, "sample", support_size=3, select_after=select_after)],
+        callbacks=[GAST(2, "sample", support_size=3, select_until=select_until)],
     ).train()
-    assert modes == [True] * passes  # that of the batch in every step, and a support pass once rows are selected
+    assert modes == [True] * passes  # that of the batch in every step, and a support pass while rows are selected
 
 
 def test_support_rows_come_from_the_set_that_was_given(tmp_path):
@@ -313,7 +313,7 @@ def test_grpo_draws_completions(tmp_path, support):
     assert [(s.scores.shape, s.selected.shape) for s in method.history] == [((4, 4), (4, 2))] * 2
 
 
-@pytest.mark.parametrize("method", [GAST(2, "sample", select_after=9), IST()])
+@pytest.mark.parametrize("method", [GAST(2, "sample", select_until=0.1), IST()])
 def test_grpo_has_no_rows_to_compare_with(tmp_path, method):
     trainer = grpo(tmp_path, method)
     start = weights(trainer.model)

@@ -76,8 +76,7 @@ def test_names(name):
         ("support_size", [], [2.5, 2.0, True, math.nan], "a whole number"),
         ("decay", [0, 0.0, 0.5, 0.999], [1, 1.0, -0.1], "from 0 to below 1"),
         ("decay", [], [math.nan, math.inf], "a finite number"),
-        ("select_after", [0, 1, 100], [-1], "0 or more"),
-        ("select_after", [], [2.5, math.nan], "a whole number"),
+        ("select_until", [0.1, 1, 1.0], [0, -0.5, 1.5], "above 0 and at most 1"),
     ],
 )
 def test_ranges(name, good, bad, advice):
@@ -105,7 +104,7 @@ def test_what_goes_together(settings, advice):
 
 
 def test_the_defaults_are_the_papers_but_for_the_share_of_rows():
-    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", 0.9, 0, "batch")
+    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", 0.9, 1.0, "batch")
     assert dataclasses.astuple(GASTSettings()) == expected
 
 
