@@ -31,7 +31,7 @@ from pays.training_rows import training_rows
 from siftune.bench.worker import Clock
 from siftune.config import Recipe, compares, resolve_recipe
 from siftune.data.rows import rows_from
-from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.data.tokenize import AIMED, Collator, tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.environment import hardware, versions
@@ -66,7 +66,10 @@ def recipe_of(job: Job, folder: Path, rows: int | None = None) -> Recipe:
     values = {**_USUAL, **own, **method.get("recipe", {}), "train": "pool", "out": str(folder)}
     groups = [value for value in values.values() if isinstance(value, dict)]
     kinds = {group.get("support") for group in groups}
-    values |= {"support_rows": "known"} if "dataset" in kinds else {"target": "known"} if "target" in kinds else {}
+    if "late" in method:
+        values |= {"target": "known", "target_last": method["late"]}
+    elif "dataset" in kinds:
+        values["support_rows"] = "known"
     file = folder / "pays.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     recipe: Recipe = resolve_recipe(load_recipe(file))
@@ -117,6 +120,9 @@ class Work:
         )
         recipe = recipe_of(self.job, self.folder, len(rows))
         data = {"train": self.tokenized(rows)}
+        if "late" in self.method:
+            own = {id(row) for row in known}
+            data["train"] = data["train"].add_column(AIMED, [id(row) in own for row in rows])
         if compares(recipe):
             data["support"] = self.tokenized(steering or known)
         built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")

@@ -5,6 +5,7 @@ keep       a rule that keeps some rows of a batch: see `subset.py`
 select     how many rows that rule keeps: a count, or a share such as 0.25
 rows       what is trained on: see `training_rows.py`; the pool where it is not given
 nearest    for rows "retrieved": similarity to the "max" or the "mean" of the known rows
+late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
 once       for rows "retrieved": one pass over the rows, where that is fewer steps
 stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
 steer      share of the known rows that rows are compared with, and that are not trained on; else all are, and may be
@@ -25,8 +26,6 @@ def _gast(**settings: Any) -> dict[str, Any]:
     usual = {"support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine", "select": 0.25}
     return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
 
-
-_PLAIN = {"support_size": 4}  # the default, which support target does not look at
 
 METHODS: dict[str, Method] = {
     "untrained": {"untrained": True},
@@ -65,8 +64,9 @@ METHODS: dict[str, Method] = {
         "rows": "pool+weighted",
         "steer": 0.5,
     },
-    "gast-target": {**_gast(support="target", share="above", select=0.5, **_PLAIN), "rows": "pool+weighted"},
-    "gast-target-own": {**_gast(support="target", share="own", select=0.5, **_PLAIN), "rows": "pool+weighted"},
+    "late-known": {"rows": "pool+weighted", "late": 1 / 3},
+    "late-gast": {**_gast(), "rows": "pool+weighted", "late": 1 / 3},
+    "late-gast-half": {**_gast(select=0.5), "rows": "pool+weighted", "late": 1 / 3},
     "gast-relu": {**_gast(), "rule": "relu"},
     "gast-above-zero": {**_gast(), "rule": "above-zero"},
     "gast-joined": {**_gast(share="above"), "rule": "joined"},
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     "trim-momentum-cosine": {
         "recipe": {
             "method": "gast",
-            "gast": {"support": "momentum", "choice": "topk", "score": "cosine", "select": 0.75, "select_after": 10},
+            "gast": {"support": "momentum", "choice": "topk", "score": "cosine", "select": 0.75},
         }
     },
     "greats": {"recipe": {"method": "greats", "greats": {"support": "dataset", "support_size": 8, "select": 0.25}}},
@@ -99,6 +99,7 @@ _OWN = (
     "select",
     "rows",
     "nearest",
+    "late",
     "once",
     "stop",
     "steer",
