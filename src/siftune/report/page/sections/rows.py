@@ -27,7 +27,8 @@ def rows(run: RunData, several: bool) -> Section | None:
     if not batches:
         return None
     sources = _Sources(batches)
-    figures = [_one_batch(run, batches[-1], sources), *_agreement(run, batches)]
+    chosen = [batch for batch in batches if not batch.followed.all()] or batches  # before all rows were followed
+    figures = [_one_batch(run, chosen[-1], sources), *_agreement(run, batches)]
     figures += [*_shares(run, batches, sources), *_by_source(run, batches, sources)]
     title = f"Rows that were followed{f': {run.name}' if several else ''}"
     return Section(f"rows-{slug(run.name)}", title, _words(run, batches, sources), figures)
@@ -95,7 +96,7 @@ def _shares(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> 
 
 
 def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
-    """Rows × layers of the last batch: z-scores, and a dot where a layer follows a row."""
+    """Rows × layers of one batch: z-scores, and a dot where a layer follows a row."""
     kinds = sources.of(batch)
     order = sorted(range(batch.followed.shape[1]), key=lambda i: (kinds[i] if kinds else "", i))[:_LARGEST]
     labels = [kinds[i] if kinds else f"row {batch.rows[i] if i < len(batch.rows) else i}" for i in order]
@@ -104,7 +105,7 @@ def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
     high = _BOUND if batch.scores is not None else 1.0
     marks = batch.followed.T[order] if batch.scores is not None else None
     cells = Cells(values_US.T[order], labels, _layers(batch), low, high, "layer", "row", unit, marks)
-    note = f"The last batch, at step {batch.step:,}." + (
+    note = f"The last batch of which rows were left out, at step {batch.step:,}." + (
         " Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else ""
     )
     return heat_map(f"batch-{slug(run.name)}", "Rows and layers of one batch", cells, note, "two-thirds")
