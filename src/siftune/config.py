@@ -5,11 +5,12 @@ each field is its `--help`. Nothing here imports torch, so `siftune --help` stay
 """
 
 import os
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 from siftune.methods import METHODS, Method, all_parts
+from siftune.models.carriers import CARRIERS, NONLINEARITIES, Shape, filled_in
 from siftune.settings import BELOW_ONE, CHANCE, COUNT, NOT_NEGATIVE, POSITIVE, PROMISE, SHARE, Range, Settings
 
 T = TypeVar("T", bound=type)
@@ -97,25 +98,29 @@ class Recipe:
     record_rows: bool = True
     """Record every row's loss at each visit, for siftune rows; with dp_epsilon nothing is recorded."""
 
-    adapter: Literal["lora", "rslora", "dora", "full"] = "lora"
-    """Kind of adapter; full: none, the weights of the chosen layers themselves train."""
+    adapter: Literal[(*CARRIERS, "full")] = "lora"  # type: ignore[valid-type]
+    """Kind of adapter (docs/carriers.md); full: none, the weights of the chosen layers themselves train."""
     layers: tuple[int, ...] | None = None
     """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's outer layers
     for kits."""
     outside: tuple[Literal["embeddings", "head"], ...] = ()
     """With adapter full: what else trains whole, in every step (LISA's paper: both)."""
-    rank: Annotated[int, COUNT] = 32
-    """Rank of the adapter matrices."""
+    rank: Annotated[int | None, COUNT] = None
+    """Rank of the adapter matrices, width of a bottleneck; if not given 32, 256 for series and parallel."""
     alpha: Annotated[int | None, POSITIVE] = None
-    """Scale of the adapter response; twice the rank if not given, 16 for rslora."""
+    """Scale of the adapter response; twice the rank if not given, 16 for rslora, the rank for series, four times it for
+    parallel."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout on the adapter input."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """First values of the adapter, as PEFT has them; pissa and olora begin with a part of the base's weights."""
+    nonlinearity: NONLINEARITIES = "relu"
+    """With series and parallel: the function between the two matrices of a bottleneck."""
     from_adapter: str | None = None
-    """Run, or folder of a LoRA adapter, whose adapter to go on training, with its rank, alpha and modules."""
+    """Run, or folder of an adapter, whose adapter to go on training, with its rank, alpha and modules."""
     targets: tuple[str, ...] | None = None
-    """Names of the modules that get adapters, such as q_proj v_proj; found in the model if not given."""
+    """Names of the modules that get adapters, such as q_proj v_proj; found in the model if not given. With series and
+    parallel attention, mlp or both: series has both if not given, parallel mlp."""
 
     lr: Annotated[float | None, POSITIVE] = None
     """Peak learning rate; the method's if not given: 2e-3 for ist and ist+gast, 1e-3 for rst and cut, else 5e-4."""
@@ -226,13 +231,15 @@ def target_comes_last(recipe: Recipe) -> float:
 
 
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
-    """Fill in what depends on other fields: `lr` from `method`, `alpha` from `rank`, `out` from the time."""
+    """Fill in what depends on other fields: `lr`, `rank` and `alpha`, and `out` from the time."""
     now = now or datetime.now()
+    shape = shape_of(recipe)
     return replace(
         recipe,
         **_until_the_target(recipe),
         lr=rate_of(recipe),
-        alpha=_alpha(recipe),
+        rank=shape.rank,
+        alpha=shape.alpha,
         target_last=target_comes_last(recipe) if recipe.target else recipe.target_last,
         out=os.path.expanduser(recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}"),
     )
@@ -250,9 +257,7 @@ def _until_the_target(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _alpha(recipe: Recipe) -> int | None:
-    from siftune.models.adapters import default_alpha  # with torch, which checking a recipe does not need
-
-    if recipe.alpha is not None or recipe.adapter == "full":
-        return recipe.alpha
-    return default_alpha(recipe.adapter, recipe.rank)
+def shape_of(recipe: Recipe) -> Shape:
+    """The adapter that a recipe asks for, with the kind's own rank and alpha where it names none."""
+    shape = Shape(**{each.name: getattr(recipe, each.name) for each in fields(Shape)})
+    return shape if recipe.adapter == "full" else filled_in(recipe.adapter, shape)

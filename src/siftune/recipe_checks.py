@@ -11,6 +11,7 @@ from siftune.config import Recipe, chooses_rows, compares, holds_out, method_of,
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.methods.followed import can_look_back, chooses_nothing
+from siftune.models.carriers import not_taken
 from siftune.settings import Settings, check_fields
 from siftune.words import counted
 
@@ -104,11 +105,23 @@ def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
 def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """What does not go with how the base and the adapter begin."""
     full, takes_apart = recipe.adapter == "full", recipe.init in ("pissa", "olora")
-    for name, default in (("quantize", None), ("init", "default"), ("from_adapter", None)):
+    for name, default in (("quantize", None), ("init", "default"), ("from_adapter", None), ("nonlinearity", "relu")):
         yield (
             full and getattr(recipe, name) != default,
             f"{name} is for adapters, and adapter full has none: leave {name} out, or take --adapter lora",
         )
+    yield (
+        recipe.adapter == "adalora" and (bool(method_of(recipe).parts) or recipe.dp_epsilon is not None),
+        "adapter adalora allots its ranks by the gradients of all layers and rows in every step: take --method dense "
+        "without dp_epsilon, or another adapter, such as lora",
+    )
+    yield (
+        recipe.adapter == "adalora" and bool(recipe.resume),
+        "adapter adalora cannot go on from a checkpoint, which does not hold what PEFT's allocator saw: train from "
+        "the start, or take another adapter, such as lora",
+    )
+    if not full:
+        yield from ((True, sentence) for sentence in not_taken(recipe.adapter, recipe))
     yield (
         takes_apart and recipe.quantize is not None,
         f"init {recipe.init} takes the base's weights apart, which quantize has rounded: leave one of them out",

@@ -1,11 +1,10 @@
 """What holds of every method: its limit, accumulation, checkpointing, resuming, removal."""
 
-import inspect
 from contextlib import ExitStack
 
 import pytest
 import torch
-from support.every_method import CASES, NAMES, SUPPORT_SIZE, built, chooses_rows, parts
+from support.every_method import CASES, NAMES, SUPPORT_SIZE, attached, built, chooses_rows, parts
 from support.oracles import sample_gradients
 from support.seen import Seen, assert_same
 from support.tiny import batch
@@ -25,7 +24,8 @@ every_method = pytest.mark.parametrize("name", NAMES)
 def in_part(*values):
     """Values of a parameter of which only the first is tried with every method in every run."""
     first, *others = values
-    return [first, *(pytest.param(value, marks=pytest.mark.matrix) for value in others)]
+    apart = (value if isinstance(value, tuple) else (value,) for value in others)
+    return [first, *(pytest.param(*value, marks=pytest.mark.matrix) for value in apart)]
 
 
 def test_every_method_has_its_limit():
@@ -79,11 +79,11 @@ def lengthen(model, before):
             parameter.data = old + 4 / (group.index + 1) * (parameter.data - old)
 
 
-@pytest.mark.parametrize("accumulate", in_part(2, 1, 4))
+@pytest.mark.parametrize(("accumulate", "kind"), in_part((2, "lora"), (1, "lora"), (4, "lora"), (2, "parallel")))
 @every_method
-def test_it_is_the_loop_that_follows_its_choices(tmp_path, name, accumulate):
+def test_it_is_the_loop_that_follows_its_choices(tmp_path, name, accumulate, kind):
     """Against gradients of single samples: what was chosen is in them, all else is not; state goes where it is to."""
-    methods, model, loop = built(name), adapted(), adapted().train()
+    methods, model, loop = built(name), adapted(kind=kind), adapted(kind=kind).train()
     seen = Seen(model)
     train(
         tmp_path, *methods, model=model, dataset=rows(48), lr_scheduler_type="constant",
@@ -175,14 +175,6 @@ def traces(model):
         for name, p in model.named_parameters()
     }
     return modules, parameters
-
-
-def attached(stack, name, model, optimizer):
-    """Put a method's parts on a model, each with what it takes."""
-    given = {"batches": [batch(model, SUPPORT_SIZE, seed=7)], "optimizer": optimizer}
-    for method in built(name):
-        takes = inspect.signature(method.attach).parameters
-        stack.enter_context(method.attach(model, **{key: value for key, value in given.items() if key in takes}))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -27,7 +27,14 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def adapted(family: str = "llama", kind: str = "lora", **settings) -> PeftModel:
-    return shake(attach_adapter(tiny(family), kind, **{"rank": 4, **settings})).eval()
+    return shake(attach_adapter(base(family), kind, **{"rank": 4, **settings})).eval()
+
+
+def base(family: str) -> nn.Module:
+    model = tiny(family)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the others have no float64
+    return model
 
 
 def lora_with_patterns() -> PeftModel:
@@ -59,9 +66,7 @@ def lora_and_dora() -> PeftModel:
 
 
 def from_config(config, family: str = "llama") -> PeftModel:
-    model = tiny(family)
-    model.set_experts_implementation("eager")  # the others have no float64
-    return shake(get_peft_model(model, config)).eval()
+    return shake(get_peft_model(base(family), config)).eval()
 
 
 ADAPTED = {
@@ -76,6 +81,9 @@ ADAPTED = {
     "ia3": lambda: from_config(
         IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
     ),
+    "series": lambda: adapted(kind="series"),
+    "parallel on both, opt": lambda: adapted("opt", "parallel", targets=["attention", "mlp"]),
+    "parallel beside experts": lambda: adapted("mixtral", "parallel"),
     "loha": lambda: from_config(LoHaConfig(r=2, target_modules=["q_proj", "up_proj"])),
     "lora on experts": lambda: from_config(
         LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]), "mixtral"

@@ -1,8 +1,11 @@
 """Every method of siftune on the models of `support.trainers`: at its limit, and at work."""
 
+import inspect
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from support.tiny import batch
 from support.trainers import adapted, rows, train, weights
 from transformers import Trainer
 
@@ -55,6 +58,19 @@ def built(name: str, case: str = "work") -> list[Any]:
         callback.all = []
         callback.on_select = callback.all.append
     return callbacks
+
+
+def attached(stack: ExitStack, name: str, model: Any, optimizer: Any) -> list[Any]:
+    """Put a method's parts on a model, each with what it takes; what `attach` returns of each."""
+    given = {"batches": [batch(model, SUPPORT_SIZE, seed=7)], "optimizer": optimizer}
+    return [
+        stack.enter_context(method.attach(model, **{key: given[key] for key in takes(method) & given.keys()}))
+        for method in built(name)
+    ]
+
+
+def takes(method: Any) -> set[str]:
+    return set(inspect.signature(method.attach).parameters)
 
 
 # a learning rate so high that GREATS' overlap decides, and steps that are short all the same

@@ -17,7 +17,7 @@ def adapted(family="llama", layers=4, seed=1, vocab_size=VOCAB, **settings):
         torch.manual_seed(seed)
         model = attach_adapter(tiny(family, layers, vocab_size=vocab_size), rank=2, **settings)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "bottleneck_up" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
     return model
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from siftune.engine.groups import LayerGroup, outside
+from siftune.engine.groups import LayerGroup, outside, refuse_allocator
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.errors import RecipeError
 from siftune.models.layers import with_hidden
@@ -78,6 +78,7 @@ class LayerGates:
 
     Raises:
         RecipeError: A tape records in the layers already; gates go first.
+        UnsupportedError: A layer has an adapter that needs the gradients of all.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[LayerGroup], deliver_zeros: bool = False) -> None:
@@ -87,6 +88,7 @@ class LayerGates:
                 "samples are selected in these layers already, and layers must be chosen first: list IST before GAST "
                 "among the callbacks, and in a plain loop attach it first"
             )
+        refuse_allocator(self._groups)
         self._deliver_zeros = deliver_zeros
         self._stop_at_lowest = nothing_trains_before(model, groups)
         self._active = frozenset(group.index for group in self._groups)

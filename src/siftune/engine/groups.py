@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
 from siftune.errors import AdapterError, UnsupportedError
@@ -58,6 +59,20 @@ def group_by_layer(model: nn.Module, path: str | None = None) -> list[LayerGroup
         )
     _refuse_sharing(groups)
     return groups
+
+
+def refuse_allocator(groups: Iterable[LayerGroup]) -> None:
+    """Refuse AdaLoRA where layers or rows are chosen.
+
+    Raises:
+        UnsupportedError: A layer has it.
+    """
+    for group in groups:
+        if any(isinstance(module, AdaLoraLayer) for module in group.module.modules()):
+            raise UnsupportedError(
+                f"{group.name} has AdaLoRA, which allots its ranks by the gradients of all layers and rows in every "
+                "step, so none can be left out; train without a method that chooses (dense), or take LoRA"
+            )
 
 
 def outside(model: nn.Module, groups: Iterable[LayerGroup]) -> dict[str, nn.Parameter]:

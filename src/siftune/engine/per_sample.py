@@ -1,5 +1,7 @@
 """Gradients of single rows for every kind of trainable parameter; a parameter of another kind is refused by name.
 
+What has no closed form here runs again on every row: see `generic_rows`.
+
 A row's gradient for the weight of a linear map is one product of its output gradients with its inputs, so that of all
 rows is one batched product, with as many operations as the sum over rows takes. See Goodfellow, "Efficient
 Per-Example Gradient Computations" (arXiv 1510.01799).
@@ -13,6 +15,7 @@ from enum import Enum
 
 import torch
 from peft.tuners.ia3.layer import Linear as IA3Linear
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -20,10 +23,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from siftune.engine.groups import LayerGroup
+from siftune.engine.groups import LayerGroup, refuse_allocator
 from siftune.engine.substitution import Slot, parameter_owners, units
 from siftune.errors import UnsupportedError
 from siftune.models.adapters import expert_banks, is_linear
+from siftune.models.carriers.bottleneck import BottleneckLayer
 
 
 def linear_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
@@ -66,11 +70,17 @@ class Kind(Enum):
     NORM = "weight of a LayerNorm"
     SCALE = "scales activations as it is"
     FLATTENED = "scales activations, flattened by PEFT"
+    GENERIC = "of a module that runs again on every row"
 
     @property
     def is_vector(self) -> bool:
         """Whether the parameter is expanded to one copy per row."""
         return self in (Kind.SCALE, Kind.FLATTENED)
+
+    @property
+    def is_tapped(self) -> bool:
+        """Whether a tap on the module that holds the parameter forms its gradients."""
+        return not self.is_vector and self is not Kind.GENERIC
 
     def gradient(self, owner: nn.Module, grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
         """Gradient of every row from the owner's output gradient and its input; (B, …)."""
@@ -84,7 +94,7 @@ class Kind(Enum):
 
 
 def refuse_compiled(groups: Sequence[LayerGroup], compiled: str) -> None:
-    """Refuse DoRA and IA3 under torch.compile, which cannot trace one copy of a vector per row.
+    """Refuse under torch.compile what is not tapped, as DoRA and IA3: it cannot trace one copy of a vector per row.
 
     Args:
         groups: The layers.
@@ -92,10 +102,10 @@ def refuse_compiled(groups: Sequence[LayerGroup], compiled: str) -> None:
     """
     for group in groups:
         for unit in units(group):
-            if any(_kind(unit, slot) is Kind.FLATTENED for slot in parameter_owners(unit)):
+            if any(_kind(unit, slot) in (Kind.FLATTENED, Kind.GENERIC) for slot in parameter_owners(unit)):
                 raise UnsupportedError(
-                    f"{compiled} is compiled by torch.compile, and {unit.name} has DoRA or IA3, for which samples can "
-                    "only be selected without it; turn torch_compile off, or use LoRA"
+                    f"{compiled} is compiled by torch.compile, and {unit.name} is a {_type_of(unit.module)}, for which "
+                    "samples can only be selected without it; turn torch_compile off, or use LoRA"
                 )
 
 
@@ -107,6 +117,7 @@ def kinds_of(groups: Sequence[LayerGroup]) -> dict[Slot, Kind]:
             what to do.
     """
     kinds: dict[Slot, Kind] = {}
+    refuse_allocator(groups)
     for group in groups:
         if any(getattr(module, "_compiled_call_impl", None) for module in group.module.modules()):
             refuse_compiled([group], group.name)
@@ -122,6 +133,8 @@ def kinds_of(groups: Sequence[LayerGroup]) -> dict[Slot, Kind]:
 
 def _kind(unit: LayerGroup, slot: Slot) -> Kind:
     owner = slot.owner
+    if runs_again(unit.module):
+        return Kind.GENERIC
     if isinstance(owner, Conv1D) and slot.name == "weight":
         return Kind.TRANSPOSED
     if is_linear(owner) and slot.name in ("weight", "bias"):
@@ -134,23 +147,59 @@ def _kind(unit: LayerGroup, slot: Slot) -> Kind:
         return Kind.SCALE
     raise UnsupportedError(
         f"{unit.name}: the gradient of {slot.name} in {type(owner).__name__} cannot be told apart by row; supported "
-        "are LoRA, rsLoRA, DoRA, IA3, and the weights and biases of linear and norm modules"
+        "are PEFT's adapters on linear modules, and the weights and biases of linear and norm modules"
     )
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether a PEFT module uses its parameters only by calling modules with the rows, or by scaling activations."""
+    if isinstance(module, IA3Linear | BottleneckLayer | LNTuningLayer):
+        return True
+    return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper | MultiheadAttention)
+
+
+def runs_again(module: nn.Module) -> bool:
+    """Whether a PEFT module on a linear one has no closed form here, so that it runs again on every row."""
+    known = LoraLayer | IA3Linear | LNTuningLayer | BottleneckLayer
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, known) or not hasattr(module, "base_layer"):
+        return False
+    return is_linear(module.get_base_layer())
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module zeroes values at random, so that it would not run again as it did."""
+    own = (vars(part).get(name) for part in module.modules() for name in ("rank_dropout", "module_dropout"))
+    chances = [getattr(part, "p", 0) for part in module.modules() if "Dropout" in type(part).__name__]
+    chances += [chance for kept in own if isinstance(kept, dict) for chance in kept.values()]
+    return any(isinstance(chance, float | int) and chance > 0 for chance in chances)
+
+
+def _type_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
 def _refuse_tuner(unit: LayerGroup) -> None:
-    """Refuse PEFT modules that use their parameters otherwise than by calling modules with the rows."""
+    """Refuse PEFT modules of which no row's gradient can be formed."""
     module = unit.module
     if not isinstance(module, BaseTunerLayer):
         return
     variants: Mapping[str, object] = getattr(module, "lora_variant", {})
     other = [type(v).__name__ for v in variants.values() if not isinstance(v, DoraLinearVariant)]
-    plain = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper | MultiheadAttention) and not other
-    if not plain and not isinstance(module, IA3Linear):
+    if isinstance(module, ParamWrapper):
         raise UnsupportedError(
-            f"{unit.name} is a {type(module).__module__}.{type(module).__name__}"
-            f"{' with ' + ', '.join(other) if other else ''}, whose gradients cannot be told apart by row; use LoRA, "
-            "rsLoRA, DoRA or IA3 on linear modules"
+            f"{unit.name} is a {_type_of(module)}, by which experts are adapted: they see tokens of all rows mixed "
+            "together, so samples cannot be told apart in them; put adapters on attention and on what every token "
+            "passes, or take a method that does not choose rows"
+        )
+    if other or not (_is_known(module) or runs_again(module)):
+        raise UnsupportedError(
+            f"{unit.name} is a {_type_of(module)}{' with ' + ', '.join(other) if other else ''}, whose gradients "
+            "cannot be told apart by row; use LoRA, rsLoRA, DoRA, or another of PEFT's adapters on linear modules"
+        )
+    if runs_again(module) and _drops(module):
+        raise UnsupportedError(
+            f"{unit.name} is a {_type_of(module)} with dropout, whose rows' gradients are formed by running it again, "
+            "which would drop other values; set its dropout to 0, or use LoRA or DoRA"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import Substitution
 from siftune.errors import AdapterError
+from siftune.models.carriers.bottleneck import BottleneckLayer
 from siftune.models.full import original_weights
 
 
@@ -21,7 +22,7 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
     """Multiply the adapters' response in some layers by `factor`.
 
     The response of an adapted module is its output minus the output of its base layer for the same input. For
-    plain LoRA its scale is changed; for DoRA and every other PEFT adapter a hook computes
+    plain LoRA and bottlenecks its scale is changed; for DoRA and every other PEFT adapter a hook computes
     base + factor·(output − base). Layers whose own weights train (`full.OpenLayers`) run with
     W₀ + factor·(W − W₀) in the place of W (ours): linear and norm modules are linear in W, so that this damps their
     response alike.
@@ -42,7 +43,7 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
         for group in chosen:
             _damp_weights(group, factor, undo)
         for module in modules:
-            if _is_plain_lora(module):
+            if _is_scaled(module):
                 saved = {name: module.scaling[name] for name in module.active_adapters if name in module.scaling}
                 undo.callback(module.scaling.update, saved)
                 module.scaling.update({name: scale * factor for name, scale in saved.items()})
@@ -86,9 +87,9 @@ def _adapted_modules(group: LayerGroup) -> list[Any]:
     return list(found.values())
 
 
-def _is_plain_lora(module: Any) -> bool:
+def _is_scaled(module: Any) -> bool:
     """Whether the response of a PEFT module is proportional to its scale and nothing else."""
-    return (
+    return isinstance(module, BottleneckLayer) or (
         isinstance(module, LoraLayer)
         # these put the product of the matrices into a weight, on which the output depends in other ways
         and not isinstance(module, ParamWrapper | MultiheadAttention)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siftune.engine.gate import Deliver, Gate, is_active, is_upstream, taped
+from siftune.engine.generic_rows import taps_of
 from siftune.engine.groups import LayerGroup
 from siftune.engine.layer_record import LayerRecord, RowVector, Tap
 from siftune.engine.per_sample import Kind, kinds_of
@@ -107,6 +108,8 @@ class Tape(Generic[P]):
         self._checked = False
         kinds = kinds_of(self._groups)
         self._vectors = {slot.parameter: kind for slot, kind in kinds.items() if kind.is_vector}
+        again = taps_of(self._groups, lambda layer: self._records.get(layer))
+        self._again = {parameter: tap for tap in again for parameter in tap.parameters}
         self._substitution = ForwardSubstitution(self._groups, self._stand_in)
         self._handles: list[RemovableHandle] = [
             group.module.register_forward_pre_hook(untraced(partial(self._enter, group)), with_kwargs=True)
@@ -114,6 +117,7 @@ class Tape(Generic[P]):
         ]
         for owner, uses in _by_owner(kinds).items():
             self._handles.append(owner.register_forward_hook(untraced(partial(self._tap, uses))))
+        self._handles += [tap.put_on() for tap in again]
         taped.update(group.module for group in self._groups)
 
     @contextmanager
@@ -192,6 +196,8 @@ class Tape(Generic[P]):
         if record is None or not torch.is_grad_enabled() or not current.requires_grad:
             return current
         kind = self._vectors.get(slot.parameter)
+        if slot.parameter in self._again:
+            self._again[slot.parameter].stood[slot.parameter] = current.detach()
         if kind is None:
             return current.detach()
         assert given is not None
@@ -273,7 +279,7 @@ def _refuse_reentrant(group: LayerGroup) -> NoReturn:
 def _by_owner(kinds: Mapping[Slot, Kind]) -> dict[nn.Module, list[tuple[Slot, Kind]]]:
     owners: dict[nn.Module, list[tuple[Slot, Kind]]] = {}
     for slot, kind in kinds.items():
-        if not kind.is_vector:
+        if kind.is_tapped:
             owners.setdefault(slot.owner, []).append((slot, kind))
     return owners
 

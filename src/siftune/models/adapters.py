@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.errors import AdapterError
+from siftune.models.carriers import CARRIERS, Shape, filled_in
 from siftune.models.layers import find_layers, layer_numbers
 
 _MAMBA_PARTS = {"x_proj", "dt_proj", "out_proj"}
@@ -61,6 +62,17 @@ def named_modules(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Modu
     return {n: m for matches in found.values() for n, m in matches.items()}
 
 
+def chosen_linears(model: nn.Module, shape: Shape) -> dict[str, nn.Module]:
+    """Collect the linear modules that a shape names: of the decoder layers where it names none, and in its layers.
+
+    Raises:
+        AdapterError: A target matches nothing, or nothing in these layers.
+        LayerError: As `layer_linears`.
+    """
+    chosen = layer_linears(model) if shape.targets is None else named_modules(model, shape.targets)
+    return chosen if shape.layers is None else inside(model, chosen, shape.layers)
+
+
 def short_names(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
     """Return the shortest ends of names that match the chosen modules and nothing else in the model."""
     everything = [name for name, _ in model.named_modules()]
@@ -88,11 +100,12 @@ def _expert_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str
 def _mamba_parts(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[str]:
     """Name the linear modules of Mamba's mixers whose weights are used without calling them."""
     for mixer in layer.modules():
-        if _is_mamba(mixer):
+        if is_mamba(mixer):
             yield from (names[part] for name, part in mixer.named_children() if name in _MAMBA_PARTS)
 
 
-def _is_mamba(module: nn.Module) -> bool:
+def is_mamba(module: nn.Module) -> bool:
+    """Whether a module is a mixer of Mamba."""
     return {"A_log", "D"} <= module._parameters.keys()
 
 
@@ -114,7 +127,8 @@ def _expert_count(module: nn.Module) -> int:
     """Return how many experts a module holds; 0 for anything but a bank of experts."""
     if isinstance(module, nn.ModuleList):
         return len(module)
-    if isinstance(module, nn.modules.conv._ConvNd) or _is_mamba(module):  # three dimensions as well
+    others = nn.modules.conv._ConvNd | nn.ParameterDict | nn.ParameterList  # the last two: parts of adapters
+    if isinstance(module, others) or is_mamba(module):  # three dimensions as well
         return 0
     return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1), 0)
 
@@ -122,6 +136,33 @@ def _expert_count(module: nn.Module) -> int:
 def expert_banks(layer: nn.Module) -> list[nn.Module]:
     """Return the modules in a layer that hold its experts."""
     return [child for block in layer.modules() for child in block.children() if _expert_count(child)]
+
+
+EXPERTS = "experts"  # among targets: the experts of a mixture
+
+
+def expert_weights(model: nn.Module, layers: Sequence[int] | None) -> list[str]:
+    """Name the weights of (experts, out, in) of all experts, in some layers or in all.
+
+    Raises:
+        AdapterError: There is none.
+    """
+    found = find_layers(model)
+    names = {module: name for name, module in model.named_modules()}
+    chosen = range(len(found.layers)) if layers is None else layer_numbers(len(found.layers), layers)
+    banks = [bank for number in chosen for bank in expert_banks(found.layers[number])]
+    weights = [
+        f"{names[bank]}.{key}"
+        for bank in banks
+        for key, p in bank._parameters.items()
+        if p is not None and p.dim() == 3
+    ]
+    if not weights:
+        raise AdapterError(
+            f"targets names {EXPERTS}, but {type(model).__name__} has no experts whose weights lie in one tensor; name "
+            "linear modules"
+        )
+    return weights
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -148,48 +189,41 @@ def _leaf_names(model: nn.Module) -> str:
     return ", ".join(sorted(leaves)) or "none"
 
 
-KINDS = ("lora", "rslora", "dora")
-
-
-def default_alpha(kind: str, rank: int) -> int:
-    """Numerator of the adapter response's scale where none is given (ours).
-
-    2·rank, a scale of 2, for LoRA and DoRA; 16 whatever the rank for rsLoRA, whose point is that the scale falls with
-    √rank only.
-    """
-    return 16 if kind == "rslora" else 2 * rank
-
-
 def attach_adapter(
     model: nn.Module,
     kind: str = "lora",
-    rank: int = 32,
+    rank: int | None = None,
     alpha: int | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     init: str = "default",
+    nonlinearity: str = "relu",
 ) -> PeftModel:
-    """Attach a LoRA, rsLoRA or DoRA adapter to a causal language model, in place.
+    """Attach an adapter to a causal language model, in place.
 
     Adapter weights are float32 whatever the dtype of the base; see `use_base_dtype` to compute in the base's.
 
     Args:
         model: A transformers model without adapters.
-        kind: "lora", "rslora" (response scaled by alpha/√rank) or "dora" (direction and magnitude apart).
-        rank: Rank of the matrices A (rank, in) and B (out, rank).
-        alpha: Numerator of the response's scale. None stands for 2·rank, a scale of 2 (LoRA and DoRA), or for
-            16 whatever the rank (rsLoRA, whose point is that the scale falls with √rank only).
+        kind: One of `carriers.CARRIERS`, such as "lora", "dora", "series" or "parallel".
+        rank: Rank of the matrices A (rank, in) and B (out, rank), or width of a bottleneck. None stands for the
+            kind's: 32, and 256 for bottlenecks.
+        alpha: Numerator of the response's scale, alpha/rank (alpha/√rank for rsLoRA). None stands for 2·rank, a scale
+            of 2 (LoRA and DoRA), for 16 whatever the rank (rsLoRA, whose point is that the scale falls with √rank
+            only), for rank (series) and for 4·rank (parallel).
         dropout: Probability of zeroing an input of A, in [0, 1).
-        targets: Names, or ends of dotted names, of the modules to adapt. None stands for every linear module of
-            the decoder layers, attention and MLP, but for what `layer_linears` leaves out: experts and
-            routers of a mixture, modules that PEFT takes for experts, most of Mamba's mixers.
+        targets: Names, or ends of dotted names, of the modules to adapt; of bottlenecks "attention" and "mlp". None
+            stands for every linear module of the decoder layers, attention and MLP, but for what `layer_linears`
+            leaves out: experts and routers of a mixture, modules that PEFT takes for experts, most of Mamba's mixers.
         layers: Numbers of the decoder layers that get adapters, from 0, negative ones from the end. None stands for
             all of them.
         init: First values: "default", PEFT's own, or what its `init_lora_weights` takes besides, such as "pissa".
+        nonlinearity: Function in a bottleneck: "relu", "gelu", "silu" or "tanh".
 
     Raises:
-        AdapterError: A setting is out of range, the model has adapters already, or a target names no module.
+        AdapterError: A setting is out of range or not for this kind, the model has adapters already, or a target names
+            no module.
         LayerError: There is no such layer; or the decoder layers cannot be found, and `targets` is None or `layers`
             is not.
 
@@ -198,26 +232,19 @@ def attach_adapter(
         >>> sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         3584
     """
-    if kind not in KINDS:
-        raise AdapterError(f"unknown kind of adapter {kind!r}; known: {', '.join(KINDS)}")
-    if rank < 1 or not 0 <= dropout < 1:
-        raise AdapterError(f"rank must be ≥ 1 and dropout in [0, 1); found rank={rank}, dropout={dropout}")
+    shape = filled_in(kind, Shape(rank, alpha, dropout, init, nonlinearity, targets, layers))
+    if (shape.rank is not None and shape.rank < 1) or not 0 <= dropout < 1:
+        raise AdapterError(f"rank must be ≥ 1 and dropout in [0, 1); found rank={shape.rank}, dropout={dropout}")
     refuse_adapters(model)
-    chosen = layer_linears(model) if targets is None else named_modules(model, targets)
-    if layers is not None:
-        chosen = _inside(model, chosen, layers)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=default_alpha(kind, rank) if alpha is None else alpha,
-        lora_dropout=dropout,
-        target_modules=short_names(model, chosen),
-        use_rslora=kind == "rslora",
-        use_dora=kind == "dora",
-        init_lora_weights=True if init == "default" else init,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
-    )
-    return get_peft_model(model, config)
+    config = CARRIERS[kind].make(model, shape)
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AdapterError(
+            f"PEFT cannot put an adapter {kind} on {type(model).__name__}: {reason.rstrip('.')}; give other targets or "
+            "another rank, or take another kind, such as lora"
+        ) from error
 
 
 _UNREADABLE = (
@@ -239,6 +266,9 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
     Raises:
         AdapterError: It can't be read or doesn't fit the model.
     """
+    from siftune.models.carriers.bottleneck import register  # whose adapters PEFT does not know by itself
+
+    register()
     if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise AdapterError(f"{adapter} has no weights (adapter_model.safetensors); save the adapter again.")
     try:
@@ -255,7 +285,7 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
         ) from error
 
 
-def _inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int]) -> dict[str, nn.Module]:
+def inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int]) -> dict[str, nn.Module]:
     """Keep the modules that are in some layers."""
     found = find_layers(model)
     places = tuple(f"{found.path}.{number}." for number in layer_numbers(len(found.layers), layers))

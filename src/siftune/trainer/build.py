@@ -22,13 +22,14 @@ from transformers import (
     set_seed,
 )
 
-from siftune.config import Recipe, holds_out, method_of, settings_of, target_comes_last
+from siftune.config import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
 from siftune.data.tokenize import Collator
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.errors import RecipeError
 from siftune.methods.layer_callback import LayerCallback
 from siftune.models.adapters import attach_adapter, load_adapter, refuse_adapters
+from siftune.models.carriers import CARRIERS
 from siftune.models.full import OpenLayers
 from siftune.models.source import use_attention
 from siftune.recipe_file import anchored
@@ -99,7 +100,8 @@ def build(
         refuse_scaled_or_split(arguments)
         kind = partial(kind, privacy=privacy)
     kind = partial(kind, last=target_comes_last(recipe))
-    trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *methods])
+    own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
+    trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])
     with ExitStack() as stack:  # undone from the last to the first: the casts were there before the methods
         stack.callback(end_checkpointing, tuned)
         if opened is not None:
@@ -140,11 +142,9 @@ def _adapted(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:
     if recipe.from_adapter is not None:
         refuse_adapters(model)
         return load_adapter(model, adapter_folder(recipe.from_adapter), recipe.model, exact=True, trainable=True)
-    targets = list(recipe.targets) if recipe.targets else None
-    shape = (recipe.rank, recipe.alpha, recipe.dropout, targets, recipe.layers)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
-        tuned = attach_adapter(model, recipe.adapter, *shape, recipe.init)
+        tuned = attach_adapter(model, recipe.adapter, **vars(shape_of(recipe)))
     if recipe.init in ("pissa", "olora"):
         keep_initial(tuned, output_dir)
     return tuned

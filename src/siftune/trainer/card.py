@@ -18,6 +18,12 @@ tokenizer = AutoTokenizer.from_pretrained({adapter!r})
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})
 """
 
+_TEACH = """\
+from siftune.models.carriers.bottleneck import register
+
+register()  # PEFT has no such adapters
+"""
+
 _WITH_LAYERS = """\
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,7 +67,8 @@ def model_card(recipe: Recipe, summary: dict[str, Any], base: Origin, folder: Pa
         chat: Rows were written by the tokenizer's chat template.
     """
     full = recipe.adapter == "full"
-    use = _snippet(_WITH_LAYERS if full else _WITH_ADAPTER, base, folder, chat)
+    first = _TEACH if recipe.adapter in ("series", "parallel") else ""
+    use = _snippet(_WITH_LAYERS if full else first + _WITH_ADAPTER, base, folder, chat)
     more = " `siftune export` makes an ordinary model of it." if full else ""
     return _card(recipe, summary, _head(recipe, base), f"{use}\n{_prompts(chat)}{_whence(base)}{more}\n")
 
@@ -194,7 +201,8 @@ def _what(recipe: Recipe) -> str:
         others = f", and {', '.join(recipe.outside)}" if recipe.outside else ""
         return f"Trained: all weights of {'all layers' if layers is None else f'the layers {layers}'}{others}."
     where = "" if layers is None else f", in the layers {layers}"
-    return f"Adapter: {recipe.adapter}, rank {recipe.rank}, alpha {recipe.alpha}{where}."
+    sizes = [f"{name} {getattr(recipe, name)}" for name in ("rank", "alpha") if getattr(recipe, name) is not None]
+    return f"Adapter: {', '.join([recipe.adapter, *sizes])}{where}."
 
 
 def _data(recipe: Recipe) -> str:

@@ -21,6 +21,7 @@ from siftune.config import Recipe, settings_of
 from siftune.data.rows import WEIGHT
 from siftune.engine.distributed import mean_over_ranks
 from siftune.errors import RecipeError
+from siftune.models.carriers import CARRIERS, carrier_of
 from siftune.recipe_file import load_recipe
 from siftune.settings import Settings
 from siftune.trainer.plan import planned_steps
@@ -38,15 +39,6 @@ _MAY_CHANGE = {
     "drop_rows", "row_weights", "train_times", "eval_share", "bad_rows",
 }  # fmt: skip
 _NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders
-# what makes an adapter another one -> how a recipe calls it
-_SAME = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "use_dora": "adapter",
-    "use_rslora": "adapter",
-    "target_modules": "targets and layers",
-}
-
 
 _PARTS = 10  # of a run, after each of which it is saved
 _LEAST = 10  # steps between two of these, so that short runs do not save more than they train
@@ -281,11 +273,18 @@ def check_adapter(checkpoint: Path, config: Any) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
-    for key, name in _SAME.items():
+    for key, name in _what_tells(config).items():
         of_checkpoint, of_recipe = _plain(saved.get(key)), _plain(getattr(config, key))
         if of_checkpoint != of_recipe:
             of_checkpoint, of_recipe = _difference(of_checkpoint, of_recipe)
             raise _other_run(checkpoint, f"its adapter has {key} = {of_checkpoint}", str(of_recipe), name)
+
+
+def _what_tells(config: Any) -> dict[str, str]:
+    """What makes an adapter another one: key of its config -> how a recipe calls it."""
+    carrier = CARRIERS[str(carrier_of(vars(config)))]
+    kept = {key: name for name, key in carrier.keys.items() if name not in ("dropout", "init")}
+    return {**dict.fromkeys(carrier.marks, "adapter"), **kept, "target_modules": "targets and layers"}
 
 
 def _other_run(checkpoint: Path, what: str, asked: str, name: str) -> RecipeError:

@@ -12,8 +12,10 @@ from peft import PeftModel
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, RecipeError
+from siftune.models.carriers import CARRIERS, carrier_of
 from siftune.trainer.tuned_layers import holds_tuned
 
+_ADOPTED = ("adapter", "rank", "alpha", "nonlinearity")  # of a recipe: what an adapter says of itself
 _INITIAL = "initial"  # folder beside the checkpoints
 
 
@@ -35,24 +37,30 @@ def adapter_folder(name: str) -> Path:
 
 
 def adopted(recipe: Recipe) -> Recipe:
-    """Fill in what the adapter says that a recipe's `from_adapter` names: its kind, rank and alpha.
+    """Fill in what the adapter says that a recipe's `from_adapter` names: its kind, rank, alpha and non-linearity.
 
     Raises:
-        AdapterError: It is no LoRA, or cannot be read.
-        RecipeError: The recipe asks for another kind, rank or alpha.
+        AdapterError: It is of a kind that is not known, or cannot be read.
+        RecipeError: The recipe asks for something else.
     """
     if recipe.from_adapter is None:
         return recipe
     path = adapter_folder(recipe.from_adapter) / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
+        kind = carrier_of(config)
+        keys = {"adapter": "peft_type"} if kind is None else CARRIERS[kind].keys
+        own = {name: config[key] for name, key in keys.items() if name in _ADOPTED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
-    if kind != "LORA":
-        raise AdapterError(f"{path} is of the kind {kind}; give a LoRA adapter, as siftune train makes them")
-    adapter = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-    own = {"adapter": adapter, "rank": rank, "alpha": alpha}
+    if kind is None:
+        raise AdapterError(f"{path} is of the kind {own['adapter']}; known kinds: {', '.join(CARRIERS)}")
+    if kind == "adalora":
+        raise AdapterError(
+            f"the adapter in {path.parent} is an AdaLoRA, whose ranks have been allotted, so it cannot train further: "
+            "begin anew, or with an adapter of another kind"
+        )
+    own["adapter"] = kind
     for name, value in own.items():
         asked = getattr(recipe, name)
         if asked not in (getattr(Recipe, name), value):

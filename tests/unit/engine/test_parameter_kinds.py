@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import GraloraConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, GraloraConfig, LoHaConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from support.adapted import ADAPTED, adapted, from_config, shake
 from support.tiny import batch, tiny
 from torch import nn
@@ -36,6 +36,22 @@ def experts_in_a_list():
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "experts.0"]))
 
 
+def lora_that_waits():
+    return from_config(LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1], task_type="CAUSAL_LM"))
+
+
+def vera_with_dropout():
+    return from_config(VeraConfig(r=2, target_modules=["q_proj"], vera_dropout=0.1))
+
+
+def loha_with_dropout():
+    return from_config(LoHaConfig(r=2, target_modules=["q_proj"], module_dropout=0.1))
+
+
+def adalora():
+    return from_config(AdaLoraConfig(target_r=2, init_r=3, target_modules=["q_proj"], total_step=9))
+
+
 def shared_between_layers():
     model = adapted()
     layers = model.base_model.model.model.layers
@@ -60,15 +76,16 @@ def unknown_parameter():
 @pytest.mark.parametrize(
     ("build", "kind", "words"),
     [
-        (ADAPTED["loha"], UnsupportedError, r"q_proj is a peft.tuners.loha.layer.Linear, .* use LoRA, rsLoRA, DoRA"),
-        (ADAPTED["lora on experts"], UnsupportedError, r"mlp.experts is a .*ParamWrapper"),
-        (experts_in_a_list, UnsupportedError, r"layers.0.mlp.experts: experts see tokens of all rows mixed"),
-        (lambda: from_config(VeraConfig(r=2, target_modules=["q_proj"])), UnsupportedError, r"vera\.layer\.Linear"),
+        (lora_that_waits, UnsupportedError, r"q_proj is a .*lora.layer.Linear with ALoraLinearVariant, .* use LoRA"),
+        (vera_with_dropout, UnsupportedError, r"q_proj is a peft.tuners.vera.layer.Linear with dropout, .* to 0"),
+        (loha_with_dropout, UnsupportedError, r"q_proj is a peft.tuners.loha.layer.Linear with dropout, .* to 0"),
         (
-            lambda: from_config(GraloraConfig(r=4, target_modules=["q_proj"])),
+            adalora,
             UnsupportedError,
-            r"gralora\.layer\.Linear",
+            r"layers.0 has AdaLoRA, which allots its ranks by .* \(dense\)",
         ),
+        (ADAPTED["lora on experts"], UnsupportedError, r"mlp.experts is a .*ParamWrapper, by which experts"),
+        (experts_in_a_list, UnsupportedError, r"layers.0.mlp.experts: experts see tokens of all rows mixed"),
         (dora_with_biases, UnsupportedError, r"DoRA with trained biases .* set bias='none'"),
         (shared_between_layers, UnsupportedError, "layers share a trainable parameter"),
         (unknown_parameter, UnsupportedError, "gradient of knob in Own cannot be told apart by row"),
@@ -88,8 +105,8 @@ def test_what_is_refused(build, kind, words):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("kind", ["dora", "ia3"])
-def test_dora_and_ia3_under_compile(kind, whole):
+@pytest.mark.parametrize("kind", ["dora", "ia3", "loha"])
+def test_what_is_not_tapped_under_compile(kind, whole):
     model = ADAPTED[kind]()
     if whole:
         model = torch.compile(model, backend="eager")
@@ -153,6 +170,8 @@ def test_kinds():
     model = ADAPTED["dora gpt2"]()
     kinds = kinds_of(group_by_layer(model))
     assert set(kinds.values()) == {Kind.LINEAR, Kind.FLATTENED}
+    kinds = kinds_of(group_by_layer(from_config(GraloraConfig(r=4, target_modules=["q_proj"]))))
+    assert set(kinds.values()) == {Kind.GENERIC}
     kinds = kinds_of(group_by_layer(tiny("gpt2")))
     assert set(kinds.values()) == {Kind.TRANSPOSED, Kind.BIAS, Kind.NORM}
     kinds = kinds_of(group_by_layer(tiny("qwen3")))

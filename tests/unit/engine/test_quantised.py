@@ -9,20 +9,23 @@ from support.tiny import batch, tiny
 
 from siftune import GAST
 from siftune.engine.groups import group_by_layer
+from siftune.models.adapters import attach_adapter
 
 bnb = pytest.importorskip("bitsandbytes")
 
 TARGETS = ("q_proj", "down_proj")
 
 
-def quantised(bits, **settings):
-    """A tiny model whose adapted modules are bitsandbytes'."""
+def quantised(bits, kind=None, **settings):
+    """A tiny model with modules of bitsandbytes, which are adapted."""
     model = tiny("llama", hidden_size=64, intermediate_size=128)
     for layer in model.model.layers:
         for parent, name in ((layer.self_attn, "q_proj"), (layer.mlp, "down_proj")):
             plain = getattr(parent, name)
             setattr(parent, name, (in_4_bits if bits == 4 else in_8_bits)(plain).to("cpu"))
     setattr(model, f"is_loaded_in_{bits}bit", True)
+    if kind is not None:
+        return shake(attach_adapter(model, kind, rank=4))
     return shake(get_peft_model(model, LoraConfig(r=4, target_modules=list(TARGETS), **settings)))
 
 
@@ -38,9 +41,13 @@ def in_8_bits(plain):
     return module
 
 
-@pytest.mark.parametrize(("bits", "dora"), [(4, False), (4, True), (8, False)])
-def test_gradients_are_those_of_the_chosen_rows(bits, dora):
-    model = quantised(bits, use_dora=dora)
+PLAIN = [(4, {}), (4, {"use_dora": True}), (8, {})]
+OTHERS = [(4, {"kind": "series"}), (8, {"kind": "parallel"}), (4, {"kind": "vera"}), (8, {"kind": "oft"})]
+
+
+@pytest.mark.parametrize(("bits", "settings"), [*PLAIN, *OTHERS])
+def test_gradients_are_those_of_the_chosen_rows(bits, settings):
+    model = quantised(bits, **settings)
     inputs = batch(model, 4)
     single = sample_gradients(model, inputs)
     with GAST(2, "rest").attach(model) as sift:

@@ -62,8 +62,11 @@ CASES = {
     **{
         f"{family} {kind}": (lambda f=family, k=kind: adapted(f, k)) for family in FAMILIES for kind in ("lora", "dora")
     },
+    **{f"llama {kind}": (lambda k=kind: adapted(kind=k)) for kind in ("vera", "loha", "oft")},  # these run again
     "mamba lora": lambda: adapted("mamba"),
     "llama rslora": lambda: adapted(kind="rslora"),
+    "bloom series, tanh": lambda: adapted("bloom", "series", nonlinearity="tanh"),
+    "opt parallel on both": lambda: adapted("opt", "parallel", targets=["attention", "mlp"]),
     **{f"{family} ia3": (lambda f=family: with_ia3(f)) for family in FAMILIES},
     **{f"{family} biases": (lambda f=family: with_biases(f)) for family in _BIASED},
     "opt lora's biases": lambda: with_biases("opt", "lora_only"),
@@ -141,7 +144,11 @@ def test_rows_gradients_in_models_that_compute_parts_in_float32(family):
         assert_close(rows, wanted[parameter], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama lora", "gpt2 dora", "opt ia3", "qwen2 biases", "gemma3 lora", "mixtral lora"])
+PLAIN = ("llama lora", "gpt2 dora", "opt ia3", "qwen2 biases", "gemma3 lora", "mixtral lora")
+OTHERS = ("bloom series, tanh", "llama vera", "llama loha")
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
 def test_rows_gradients_equal_the_loop_in_float32(name):
     model = CASES[name]()
     inputs = batch(model, 4)
@@ -177,7 +184,7 @@ def batches(draw):
     return {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel"])
 @given(inputs=batches())
 def test_any_shape_mask_and_padding(kind, inputs):
     model = adapted(kind=kind).double()
@@ -201,7 +208,7 @@ def test_padding_does_not_matter():
         assert_close(found[1][parameter], rows, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(kind, reentrant):
     model = adapted(kind=kind, dropout=0.3).double().train()
@@ -219,7 +226,7 @@ def test_activation_checkpointing_changes_nothing(kind, reentrant):
         assert_close(found[1][parameter], rows, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "vera"])
 def test_checkpointing_may_run_a_layers_hooks_again(kind, monkeypatch):
     model = adapted(kind=kind).double()
     inputs = batch(model, 4)
@@ -247,7 +254,7 @@ def test_reentrant_checkpointing_around_a_layers_hooks_is_refused(before, monkey
             summed_loss(model, batch(model, 4)).backward()
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "vera"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_loop_over_layers_is_one_pass(kind, checkpointing):
     model = looped(kind=kind).double().train()
@@ -316,7 +323,7 @@ def test_two_passes_before_one_backward():
         assert_close(parameter.grad, wanted[0][parameter] + wanted[1][parameter], 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "vera"])
 def test_a_module_that_runs_twice_in_its_layer(kind):
     model = adapted(kind=kind).double()
     for group in group_by_layer(model):
@@ -362,7 +369,7 @@ def test_float32_adapters_on_a_half_precision_base(dtype):
         assert_close(parameter.grad, plain[parameter], 0.03)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "vera"])
 def test_autocast(kind):
     model = adapted(kind=kind)
     inputs = batch(model, 4)

@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from siftune.engine.groups import group_by_layer, outside
 from siftune.errors import AdapterError, LayerError
-from siftune.models.adapters import KINDS, attach_adapter, load_adapter
+from siftune.models.adapters import attach_adapter, load_adapter
 from siftune.models.layers import find_layers
+
+KINDS = ("lora", "rslora", "dora")
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -167,7 +169,7 @@ def test_settings_reach_peft_and_the_saved_adapter(tmp_path):
         ({"targets": ["q_proj", "c_attn"]}, r"called c_attn; available: down_proj, gate_proj, k_proj, lm_head, o_"),
         ({"targets": []}, r"targets is empty.*available: down_proj"),
         ({"targets": ["mlp"]}, r"called mlp; available"),
-        ({"kind": "vera"}, r"unknown kind of adapter 'vera'; known: lora, rslora, dora"),
+        ({"kind": "xlora"}, r"unknown kind of adapter 'xlora'; known: lora, rslora, dora"),
         ({"rank": 0}, r"rank must be ≥ 1.*rank=0"),
         ({"dropout": 1.0}, r"dropout in \[0, 1\).*dropout=1.0"),
     ],

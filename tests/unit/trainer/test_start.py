@@ -81,7 +81,7 @@ def test_other_first_values_are_refused_on_resuming(base, rows, tmp_path):
 def test_a_run_goes_on_with_the_adapter_of_another(base, rows, tmp_path):
     first = train(recipe(base, rows, tmp_path / "first", method="dense", rank=3, alpha=9), QUIET)
     given = recipe(
-        base, rows, tmp_path / "second", method="dense", rank=32, from_adapter=str(first.folder.path), lr=1e-9
+        base, rows, tmp_path / "second", method="dense", rank=None, from_adapter=str(first.folder.path), lr=1e-9
     )
     second = train(given, QUIET)
     torch.testing.assert_close(logits(second.model), logits(first.model))
@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_the_adapter_of_another(base, rows, tmp_path):
 
 def test_a_run_on_an_adapter_goes_on_by_its_own_recipe(base, rows, tmp_path):
     first = train(recipe(base, rows, tmp_path / "first", method="dense", rank=3, steps=1), QUIET)
-    given = {"method": "dense", "from_adapter": str(first.folder.path), "rank": 32, "save_every": 2}
+    given = {"method": "dense", "from_adapter": str(first.folder.path), "rank": None, "save_every": 2}
     train(recipe(base, rows, tmp_path / "run", **given | {"steps": 2}), QUIET)
     kept = load_recipe(tmp_path / "run" / "recipe.yaml")
     kept.steps, kept.resume = 4, True

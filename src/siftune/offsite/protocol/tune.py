@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.config import Recipe
 from siftune.errors import KitError, RecipeError
+from siftune.models.carriers import CARRIERS
 from siftune.models.layers import find_layers, layer_numbers
 from siftune.offsite.emulator.split import Split, outer_names, places
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
@@ -81,6 +82,12 @@ class KitSource:
 
     def _refuse_changed(self, recipe: Recipe) -> None:
         """Refuse what changes the weights that a return is put on."""
+        refusal = None if recipe.adapter == "full" else CARRIERS[recipe.adapter].unmergeable
+        if refusal:
+            raise RecipeError(
+                f"adapter {recipe.adapter} cannot go back in a return, which changes weights of the kit "
+                f"{self.kit.path}: take --adapter lora, or full"
+            )
         changes = {"quantize": recipe.quantize, "init": recipe.init if recipe.init in ("pissa", "olora") else None}
         for name, value in changes.items():
             if value is not None:

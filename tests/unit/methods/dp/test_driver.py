@@ -35,6 +35,7 @@ MODELS = {
     "lora gpt2": ADAPTED["lora gpt2"],
     "dora": ADAPTED["dora"],
     "ia3": ADAPTED["ia3"],
+    "parallel": ADAPTED["parallel on both, opt"],
     "whole layers": opened,
 }
 every_model = pytest.mark.parametrize("kind", MODELS)

@@ -1,0 +1,53 @@
+"""AdaLoRA: LoRA in the form P Λ Q, of which ranks that matter least are taken away while it trains.
+
+Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, arXiv 2303.10512. A
+rank's importance is made of smoothed |weight · gradient|, so the allocator needs the gradient of every parameter in
+every step: methods that choose layers or rows are refused.
+
+Ours: the budget begins at one and a half of `rank` in every module, falls from a tenth of the run on (at most once in a
+hundredth of it), and is at `rank` for its last fifth. The paper sets these for each task.
+"""
+
+from typing import Any
+
+from peft import AdaLoraConfig
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from siftune.models.adapters import chosen_linears, short_names
+from siftune.models.carriers import Shape
+
+
+def adalora(model: nn.Module, shape: Shape) -> AdaLoraConfig:
+    """PEFT's config; the `Allocator` fills in the run's steps."""
+    chosen = chosen_linears(model, shape)
+    assert shape.rank is not None
+    return AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=max(shape.rank + 1, 3 * shape.rank // 2),
+        target_r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=short_names(model, chosen),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+        total_step=1,
+    )
+
+
+class Allocator(TrainerCallback):  # type: ignore[misc]
+    """Has PEFT take ranks away, in any Trainer on a model with AdaLoRA."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the schedule, now that the Trainer knows its steps."""
+        [config] = kwargs["model"].peft_config.values()
+        steps = state.max_steps
+        config.total_step, config.tinit, config.tfinal, config.deltaT = steps, steps // 10, steps // 5, -(-steps // 100)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the gradients of the step, which are still there."""
+        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)

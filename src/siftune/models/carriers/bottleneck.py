@@ -1,0 +1,245 @@
+"""Series and parallel adapters: a small network of one hidden layer after, or beside, attention and MLP.
+
+    series       h ← h + s · (f(h W_down + b_down) W_up + b_up)      h: what a sublayer adds to the residual stream
+    parallel     h ← h + s · (f(x W_down + b_down) W_up + b_up)      x: what the sublayer is given
+
+Series: Houlsby et al. 2019 (arXiv 1902.00751, §2.1), after attention and after the MLP, with biases, so that an adapter
+has 2md + d + m parameters (bottleneck m, hidden size d). Pfeiffer et al. 2020 (arXiv 2005.00247) put one after the MLP
+alone: `targets=["mlp"]`. Parallel and the scale s: He et al. 2022 (arXiv 2110.04366), beside the MLP, with s = 4.
+LLM-Adapters (arXiv 2304.01933) has both in language models, bottleneck 256.
+
+Ours: h is what the sublayer writes, before any norm or dropout that a family has there; s is alpha/rank, rank being the
+bottleneck's width, so that alpha means what it does for LoRA, and scales b_up too; f is ReLU where none is chosen; W_up
+and both biases begin at zero, so that the start is the base exactly (Houlsby et al.: near it), and W_down as torch's
+linear modules do; dropout is on the network's input; several adapters in one place are added up.
+
+PEFT has no such kind. This one is a tuner of PEFT's of type BOTTLENECK, so that its folders are saved, loaded and
+resumed like any other's once `register` has told PEFT; attaching and loading here do so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from peft import PeftConfig, mapping
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from siftune.errors import AdapterError
+from siftune.models.adapters import inside, short_names
+from siftune.models.carriers import CARRIERS, Shape
+from siftune.models.layers import hidden_states
+from siftune.models.sublayers import PARTS, find_sublayers
+
+TYPE = "BOTTLENECK"
+
+FUNCTIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):  # type: ignore[misc]
+    """PEFT's config of bottleneck adapters; its fields are what adapter_config.json says.
+
+    Attributes:
+        r: Width of the bottleneck.
+        alpha: Numerator of the scale alpha/r.
+        dropout: Probability of zeroing an input.
+        nonlinearity: A key of FUNCTIONS.
+        parallel: Beside the sublayer rather than after it.
+        target_modules: The modules by which sublayers write.
+    """
+
+    r: int = 256
+    alpha: float = 256
+    dropout: float = 0.0
+    nonlinearity: str = "relu"
+    parallel: bool = False
+    target_modules: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = TYPE
+        if self.nonlinearity not in FUNCTIONS:
+            raise AdapterError(f"unknown nonlinearity {self.nonlinearity!r}; known: {', '.join(FUNCTIONS)}")
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """The module by which a sublayer writes, and bottlenecks after it or beside the sublayer.
+
+    Its response, all that it adds to what the module gives, is proportional to `scaling`.
+
+    Args:
+        base_layer: The module.
+        width: Size of the hidden states.
+        active: Name of the adapter that is used.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("bottleneck_down", "bottleneck_up")
+    other_param_names: ClassVar[tuple[str, ...]] = ("bottleneck_dropout", "scaling", "functions", "parallel")
+
+    def __init__(self, base_layer: nn.Module, width: int, active: str) -> None:
+        super().__init__()
+        self.base_layer, self.width = base_layer, width
+        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
+        self.bottleneck_dropout = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.functions: dict[str, str] = {}
+        self.parallel: dict[str, bool] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter = active
+        self._given: Tensor | None = None
+        self._watch: RemovableHandle | None = None
+
+    def add(self, name: str, config: BottleneckConfig, reads: nn.Module) -> None:
+        """Put in an adapter, which begins as no change; `reads` is the module that is given the sublayer's input."""
+        down, up = nn.Linear(self.width, config.r), nn.Linear(config.r, self.width)
+        for zero in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(zero)
+        self.bottleneck_down[name], self.bottleneck_up[name] = down, up
+        self.bottleneck_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.scaling[name] = config.alpha / config.r
+        self.functions[name], self.parallel[name] = config.nonlinearity, config.parallel
+        if config.parallel and self._watch is None and reads is not self.base_layer:
+            self._watch = reads.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives, with the bottlenecks' responses added to its first tensor."""
+        given, self._given = self._given, None
+        base = self.base_layer(*args, **kwargs)
+        written = base if isinstance(base, Tensor) else base[0]
+        if self.disable_adapters:
+            return base
+        if given is None and any(self.parallel.values()):  # the module is the sublayer itself
+            given = hidden_states(args, kwargs)
+        hidden = written
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                values = given if self.parallel[name] else written
+                hidden = hidden + self._response(name, values).to(hidden.dtype).view_as(hidden)
+        return hidden if isinstance(base, Tensor) else (hidden, *base[1:])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Refuse: there is no weight that does the same."""
+        raise ValueError(CARRIERS["series"].unmergeable)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Give the module back as it was."""
+        if merge:
+            self.merge()
+        if self._watch is not None:
+            self._watch.remove()
+        return self.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module has, where a model looks into it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def _keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run before the module that is given the sublayer's input."""
+        self._given = hidden_states(args, kwargs)
+
+    def _response(self, name: str, values: Any) -> Tensor:
+        down: Any = self.bottleneck_down[name]
+        dropped = self.bottleneck_dropout[name](self._cast_input_dtype(values, down.weight.dtype))
+        narrow = FUNCTIONS[self.functions[name]](down(dropped))
+        up: Any = self.bottleneck_up[name]
+        response: Tensor = up(narrow) * self.scaling[name]
+        return response
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        """PEFT's, which looks for a weight, and where there is none that of the module's first parameter."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        first = next(base_layer.parameters(), None)
+        return (device, dtype) if device is not None or first is None else (first.device, first.dtype)
+
+
+class BottleneckModel(BaseTuner):  # type: ignore[misc]
+    """PEFT's tuner that puts bottlenecks on the modules by which sublayers write."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # none: a config names its own
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._reads = {part.writes: model.get_submodule(part.reads) for part in find_sublayers(model)}
+
+    def _create_and_replace(
+        self, config: BottleneckConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str,
+    ) -> None:  # fmt: skip
+        if current_key not in self._reads:
+            raise AdapterError(f"{current_key} is no module by which attention or an MLP writes; give other targets")
+        layer: Any = target
+        if not isinstance(target, BottleneckLayer):
+            layer = BottleneckLayer(target, _width(self.model, target), self.active_adapters[0])
+        layer.add(adapter_name, config, self._reads[current_key])
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's looks for a weight, which a mixture of experts has not
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise ValueError(CARRIERS["series"].unmergeable)
+
+
+def _width(model: Any, module: nn.Module) -> int:
+    """Size of the hidden states that a module writes."""
+    own = getattr(module, "out_features", None) or getattr(module, "nf", None)
+    return int(own or model.config.get_text_config().hidden_size)
+
+
+def register() -> None:
+    """Tell PEFT of this kind, so that it loads folders that hold it; calling it twice does no harm."""
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[TYPE] = BottleneckConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[TYPE] = BottleneckModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[TYPE] = BottleneckModel.prefix
+
+
+def series(model: nn.Module, shape: Shape) -> BottleneckConfig:
+    """Config of bottlenecks after attention and the MLP, or after what is named."""
+    return _config(model, shape, shape.targets or PARTS, parallel=False)
+
+
+def parallel(model: nn.Module, shape: Shape) -> BottleneckConfig:
+    """Config of bottlenecks beside the MLP, or beside what is named."""
+    return _config(model, shape, shape.targets or ("mlp",), parallel=True)
+
+
+def _config(model: nn.Module, shape: Shape, parts: Sequence[str], parallel: bool) -> BottleneckConfig:
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise AdapterError(f"targets names {unknown[0]}, but bottlenecks go on {' and '.join(PARTS)}: name these")
+    places = [place.writes for place in find_sublayers(model) if place.part in parts]
+    if not places:
+        raise AdapterError(
+            f"the layers of {type(model).__name__} have no {' or '.join(parts)} that is known by its name, so a "
+            "bottleneck has no place there; give other targets, or an adapter on linear modules, such as lora"
+        )
+    modules = {place: model.get_submodule(place) for place in places}
+    chosen = modules if shape.layers is None else inside(model, modules, shape.layers)
+    register()
+    assert shape.rank is not None
+    assert shape.alpha is not None  # filled in
+    return BottleneckConfig(
+        task_type="CAUSAL_LM",
+        r=shape.rank,
+        alpha=shape.alpha,
+        dropout=shape.dropout,
+        nonlinearity=shape.nonlinearity,
+        parallel=parallel,
+        target_modules=short_names(model, chosen),
+    )

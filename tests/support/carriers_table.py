@@ -1,0 +1,109 @@
+"""What every kind of adapter does with every method and on every family: declared here, tried in
+tests/invariants/test_carriers.py, and shown in docs/carriers.md, between its marks, by
+
+    PYTHONPATH=tests python -m support.carriers_table
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import IA3Config, PrefixTuningConfig, get_peft_model
+from support.adapted import base, shake
+from support.tiny import FAMILIES
+from torch import nn
+
+from siftune.methods import METHODS
+from siftune.models.adapters import attach_adapter
+from siftune.models.carriers import CARRIERS
+from siftune.models.full import OpenLayers
+from siftune.models.sublayers import find_sublayers
+
+PAGE = Path(__file__).parents[2] / "docs" / "carriers.md"
+MARKS = ("<!-- from here on: support.carriers_table -->\n", "<!-- to here -->\n")
+
+CLOSED, AGAIN, WORKS = "exact", "again", "works"
+
+# what of a refusal stands in the table, and in the message
+TRANSPOSED = "on GPT2LMHeadModel: Target module"
+ALLOCATOR = "allots its ranks by the gradients of all layers and rows in every step"
+MIXED = "see tokens of all rows mixed together, so samples cannot be told apart in them"
+OUTSIDE = "has no parameters of its own in each layer"
+
+OTHERS = ("full", "ia3", "lora on experts", "prefix tuning")
+KINDS = (*CARRIERS, *OTHERS)
+COLUMNS = (*METHODS, "dp")
+BY_ROW = {"gast", "greats", "ist+gast", "dp"}
+
+
+def build(kind: str, family: str = "llama") -> nn.Module:
+    """A model with an adapter of a kind, which responds."""
+    model = base("mixtral" if kind == "lora on experts" else family)
+    if kind == "full":
+        OpenLayers(model, None)
+        return model
+    if kind == "prefix tuning":
+        return get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    if kind == "ia3":
+        return shake(get_peft_model(model, _ia3(model))).eval()
+    name, targets = ("lora", ["q_proj", "experts"]) if kind == "lora on experts" else (kind, None)
+    rank: dict[str, Any] = {"rank": 4} if "rank" in CARRIERS[name].keys else {}
+    return shake(attach_adapter(model, name, targets=targets, **rank)).eval()
+
+
+def _ia3(model: nn.Module) -> IA3Config:
+    """IA3 on the modules by which sublayers write that are linear."""
+    writes = sorted({place.writes.rpartition(".")[2] for place in find_sublayers(model) if place.reads != place.writes})
+    return IA3Config(target_modules=writes, feedforward_modules=writes, fan_in_fan_out="c_proj" in writes)
+
+
+def with_method(kind: str, method: str) -> str:
+    """What comes of a kind with a method: a word of the table, or what its refusal says."""
+    chooses = method != "dense"
+    if kind == "prefix tuning":
+        return OUTSIDE if chooses else WORKS
+    if kind == "adalora" and chooses:
+        return ALLOCATOR
+    if kind == "lora on experts" and method in BY_ROW:
+        return MIXED
+    if method in BY_ROW:
+        return AGAIN if kind in ("vera", "loha", "lokr", "oft", "boft") else CLOSED
+    return WORKS
+
+
+def on_family(kind: str, family: str) -> str:
+    """What comes of a kind on a family, with GAST: as above."""
+    if family == "gpt2" and kind in ("loha", "lokr", "oft", "boft"):
+        return TRANSPOSED
+    if kind == "full" and family in ("mixtral", "qwen3_moe"):
+        return MIXED
+    return with_method(kind, "gast")
+
+
+def tables() -> str:
+    """Both tables in Markdown, with the refusals below."""
+    notes: dict[str, int] = {}
+
+    def cell(words: str) -> str:
+        if words in (CLOSED, AGAIN, WORKS):
+            return words
+        return f"refused {notes.setdefault(words, len(notes) + 1)}"
+
+    def table(columns: tuple[str, ...], verdict: Any, kinds: tuple[str, ...]) -> list[str]:
+        rows = [[f"`{kind}`", *(cell(verdict(kind, column)) for column in columns)] for kind in kinds]
+        return ["| " + " | ".join(row) + " |" for row in (["", *columns], ["---"] * (len(columns) + 1), *rows)]
+
+    one = table(COLUMNS, with_method, KINDS)
+    two = table(FAMILIES, on_family, tuple(kind for kind in KINDS if kind not in ("lora on experts", "prefix tuning")))
+    below = [f"{number}. … {words} …" for words, number in notes.items()]
+    return "\n".join([*one, "", *two, "", *below, ""])
+
+
+def shown() -> str:
+    """What stands between the marks of the page."""
+    first, last = MARKS
+    return PAGE.read_text(encoding="utf-8").partition(first)[2].partition(last)[0].strip() + "\n"
+
+
+if __name__ == "__main__":
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    PAGE.write_text(f"{head}{MARKS[0]}\n{tables()}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
