@@ -323,7 +323,7 @@ def test_two_passes_before_one_backward():
         assert_close(parameter.grad, wanted[0][parameter] + wanted[1][parameter], 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "vera"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "series", "vera"])
 def test_a_module_that_runs_twice_in_its_layer(kind):
     model = adapted(kind=kind).double()
     for group in group_by_layer(model):

@@ -128,6 +128,14 @@ def test_two_adapters_add_up():
     assert not torch.allclose(both, alone)
 
 
+def test_a_sublayer_that_writes_twice_is_refused():
+    model = attach_adapter(tiny("llama"), "parallel", rank=WIDTH)
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.forward = lambda x, once=mlp.forward: once(x) + once(x)
+    with pytest.raises(AdapterError, match="a parallel bottleneck has no input there"):
+        logits(model)
+
+
 def test_dropout_is_on_the_input_and_off_in_eval():
     model = shake(attach_adapter(tiny("llama"), "parallel", rank=WIDTH, dropout=0.5))
     assert torch.equal(logits(model.eval()), logits(model))

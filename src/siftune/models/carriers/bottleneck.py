@@ -113,12 +113,17 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         written = base if isinstance(base, Tensor) else base[0]
         if self.disable_adapters:
             return base
-        if given is None and any(self.parallel.values()):  # the module is the sublayer itself
+        if self._watch is None:  # the module is the sublayer itself
             given = hidden_states(args, kwargs)
         hidden = written
         for name in self.active_adapters:
             if name in self.bottleneck_down:
                 values = given if self.parallel[name] else written
+                if values is None:
+                    raise AdapterError(
+                        "a sublayer writes without having been given hidden states since it wrote last, so a parallel "
+                        "bottleneck has no input there; take series, or lora"
+                    )
                 hidden = hidden + self._response(name, values).to(hidden.dtype).view_as(hidden)
         return hidden if isinstance(base, Tensor) else (hidden, *base[1:])
 
