@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from support.tiny_run import save_base
@@ -249,9 +248,9 @@ def test_a_line_that_was_cut_off_is_passed_over(tmp_path, capsys):
 
 @pytest.mark.distributed
 def test_finished_jobs_are_not_made_again(tmp_path):
-    """Two jobs in two processes; the file's third, which fails, is tried again, the others are not."""
+    """Two jobs in two processes: the one that fails is tried again, the other is not."""
     base, suite = save_base(tmp_path / "base"), save_suite(tmp_path / "suite", 350)
-    jobs = [job(base, seed=0), job(base, seed=1), job(base, cell_changes={"known": 10**6})]
+    jobs = [job(base), job(base, cell_changes={"known": 10**6})]
     (tmp_path / "jobs").write_text("".join(json.dumps(made) + "\n" for made in jobs))
     out = tmp_path / "out.jsonl"
     script = Path(run.__file__)
@@ -259,10 +258,9 @@ def test_finished_jobs_are_not_made_again(tmp_path):
     first = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, check=False)
     assert first.returncode == 1, first.stderr
     assert "too few for 1000000" in first.stderr
-    lines = read(out)
-    assert sorted(line["job"]["seed"] for line in lines) == [0, 1]
-    assert all("1 threads" in line["hardware"] for line in lines)
-    assert np.mean([len(line["right"]) for line in lines]) == pools.QUESTIONS
+    (line,) = lines = read(out)
+    assert "1 threads" in line["hardware"]
+    assert len(line["right"]) == pools.QUESTIONS
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert again.stdout.count("S1 mix") == 1
