@@ -13,6 +13,7 @@ from support.trainers import adapted, arguments, rows
 from transformers import PrinterCallback, Trainer
 
 import siftune
+import siftune.integrations.groups
 import siftune.methods.greats.maths
 import siftune.numerics
 import siftune.offsite
@@ -24,7 +25,11 @@ from siftune.offsite.emulator.split import Split
 from siftune.offsite.protocol.returned import read_return, write_return
 
 PUBLIC = [(module, name) for module in (siftune, siftune.offsite) for name in module.__all__]
-ALSO = [(siftune.numerics, "gumbel_top_k"), (siftune.methods.greats.maths, "greedy")]
+ALSO = [
+    (siftune.numerics, "gumbel_top_k"),
+    (siftune.methods.greats.maths, "greedy"),
+    (siftune.integrations.groups, "callbacks"),
+]
 
 
 def examples(module, name):

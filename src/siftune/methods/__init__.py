@@ -44,8 +44,12 @@ class Part:
             settings: Of the class `settings`.
             others: What the callback takes besides: `seed`, and `support_set` where it chooses rows.
         """
+        return self.make(**settings.to_dict(), **others)
+
+    def make(self, **options: Any) -> Any:
+        """Make the callback from single settings, and what it takes besides."""
         module, _, name = self.callback.partition(":")
-        return getattr(import_module(module), name)(**settings.to_dict(), **others)
+        return getattr(import_module(module), name)(**options)
 
 
 @dataclass(frozen=True)

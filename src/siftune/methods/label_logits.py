@@ -98,10 +98,21 @@ def _refuse_readers(trainer: Trainer) -> None:
         if not _has_fused_head():
             raise UnsupportedError("this version of TRL reads all logits for its metrics: update it to 1.16 or later")
         return
+    if _hands_on(owner, trainer):
+        return
     raise UnsupportedError(
         f"{owner.__name__} computes its loss from logits by itself, all of which it may need: LabelLogits goes with "
-        "transformers' Trainer and TRL's SFTTrainer, and siftune's own training path does without"
+        "transformers' Trainer, TRL's SFTTrainer, and those of axolotl and LLaMA-Factory where the loss is the "
+        "model's, and siftune's own training path does without"
     )
+
+
+def _hands_on(owner: type, trainer: Trainer) -> bool:
+    """Whether `compute_loss` is that of a tool which, with these arguments, leaves the loss to transformers."""
+    tool = (owner.__module__.partition(".")[0], owner.__name__)
+    if tool == ("axolotl", "AxolotlTrainer"):
+        return not trainer.args.orpo_alpha
+    return tool == ("llamafactory", "CustomSeq2SeqTrainer") and not trainer.finetuning_args.use_asft_loss
 
 
 def _has_fused_head() -> bool:

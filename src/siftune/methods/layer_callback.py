@@ -84,6 +84,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             RecipeError: There is no optimizer, although the policy has to do with its steps.
         """
         draws = GivenBatches(batches) if batches is not None else None
+        optimizer = plain_optimizer(optimizer)
         selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
         if optimizer is None and (selection.policy.needs_norms or selection.policy.step_lengths is not None):
             selection.remove()

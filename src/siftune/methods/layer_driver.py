@@ -19,6 +19,7 @@ from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.methods.batches import Batch, Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
 from siftune.methods.layer_steps import ScaledSteps, gradient_norm
+from siftune.methods.step_hooks import around_steps
 from siftune.models.layers import find_layers
 from siftune.models.modes import evaluating
 
@@ -200,10 +201,7 @@ class LayerSelection:
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Do `before_update()` before, and `after_update()` and `step()` after every step of `optimizer`."""
         self.optimizer = optimizer
-        self._handles += [
-            optimizer.register_step_pre_hook(lambda *_: self.before_update()),
-            optimizer.register_step_post_hook(lambda *_: self._follow_step()),
-        ]
+        self._handles += around_steps(optimizer, self.before_update, self._follow_step)
 
     def _follow_step(self) -> None:
         self.after_update()

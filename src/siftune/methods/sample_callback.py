@@ -118,7 +118,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         selection = SampleSelection(
             model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
         )
-        selection.rule.optimizer = optimizer
+        selection.rule.optimizer = optimizer = plain_optimizer(optimizer)
         if optimizer is not None:
             selection.follow(optimizer)
         return selection

@@ -22,6 +22,7 @@ from siftune.methods.batches import Draws, Loss, draws_state, load_draws_state, 
 from siftune.methods.followed import how_many
 from siftune.methods.row_numbers import RowNumbers
 from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit
+from siftune.methods.step_hooks import around_steps
 from siftune.methods.support import Gradients, Support, support_gradient
 
 logger = logging.getLogger(__name__)
@@ -156,10 +157,7 @@ class SampleSelection:
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Do `end()` before and `step()` after every step of `optimizer`."""
-        self._handles += [
-            optimizer.register_step_pre_hook(lambda *_: self.end()),
-            optimizer.register_step_post_hook(lambda *_: self.step()),
-        ]
+        self._handles += around_steps(optimizer, self.end, self.step)
 
     def remove(self) -> None:
         """Take everything off the model and the optimizer; calling it twice does no harm."""

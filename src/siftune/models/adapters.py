@@ -7,7 +7,6 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -115,6 +114,9 @@ def _means_experts(model: nn.Module, target: str) -> bool:
     For some mixtures it takes `gate_proj` for a part of the experts, as the name was before transformers fused them,
     though a dense layer or a shared expert has a module of that name.
     """
+    # only where adapters are made: methods also run inside tools whose PEFT is older and has no such file
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     config = LoraConfig(target_modules=[target])
     try:
         convert_peft_config_for_transformers(config, model, None)

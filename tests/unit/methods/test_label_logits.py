@@ -11,6 +11,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from siftune import GAST, IST, LabelLogits
 from siftune.errors import UnsupportedError
+from siftune.methods.label_logits import _refuse_readers
 from siftune.models.loss import find_output_embeddings
 
 
@@ -141,3 +142,21 @@ def test_interrupted_training_can_be_tidied_up(tmp_path):
     callback.remove()
     callback.remove()
     assert not model.get_base_model()._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "place", "setting"),
+    [
+        ("axolotl.core.trainers.base", "AxolotlTrainer", "args", "orpo_alpha"),
+        ("llamafactory.train.sft.trainer", "CustomSeq2SeqTrainer", "finetuning_args", "use_asft_loss"),
+    ],
+)
+def test_tools_are_refused_where_they_add_a_loss_alone(module, name, place, setting):
+    """Their Trainers by name: what the tools' own do was tried in each."""
+    kind = type(name, (Trainer,), {"__module__": module, "compute_loss": Trainer.compute_loss})
+    trainer = kind.__new__(kind)
+    setattr(trainer, place, SimpleNamespace(**{setting: None}))
+    _refuse_readers(trainer)
+    setattr(trainer, place, SimpleNamespace(**{setting: 0.1}))
+    with pytest.raises(UnsupportedError, match=f"{name} computes its loss from logits by itself"):
+        _refuse_readers(trainer)

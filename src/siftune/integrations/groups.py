@@ -1,0 +1,73 @@
+"""Callbacks from the groups of a tool's YAML: `gast: {select: 0.75}`, as in siftune's own recipes."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import siftune
+from siftune.errors import RecipeError
+from siftune.methods import Part, all_parts
+from siftune.settings import Settings, nearest
+
+PLAIN = {"label_logits": "LabelLogits", "row_record": "RowRecord"}
+"""Keys that are true or false, and the public name of the callback that each stands for."""
+
+_OF_CALLBACKS = ("seed", "layers")
+
+
+def keys() -> list[str]:
+    """All keys that a tool's YAML may have for siftune: the methods' groups, and `PLAIN`."""
+    return [*(part.settings.group for part in all_parts()), *PLAIN]
+
+
+def callbacks(given: Mapping[str, Any]) -> list[Any]:
+    """Make the callbacks that a YAML names.
+
+    Args:
+        given: The YAML's keys and values; of those that are not siftune's only `seed` is looked at, which is that of
+            methods that name none.
+
+    Returns:
+        `TrainerCallback`s, for transformers' Trainer and those derived from it.
+
+    Raises:
+        RecipeError: No method is named, a value is out of its range, or a name in a group is none of its settings.
+
+    Example:
+        >>> [type(made).__name__ for made in callbacks({"gast": {"select": 0.5}, "label_logits": True, "lora_r": 8})]
+        ['GAST', 'LabelLogits']
+    """
+    seed = given.get("seed") or 0
+    groups = [(part, given.get(part.settings.group)) for part in all_parts()]
+    made = [_method(part, options, seed) for part, options in groups if options is not None]
+    made += [_plain(key, given[key]) for key in PLAIN if given.get(key) not in (None, False)]
+    if not made:
+        raise RecipeError(
+            f"there is nothing for siftune to do: name a method, such as gast: {{}}, of {', '.join(keys())}"
+        )
+    return made
+
+
+def _method(part: Part, options: Any, seed: int) -> Any:
+    group = part.settings.group
+    if not isinstance(options, Mapping):
+        raise RecipeError(
+            f"{group} is {options!r}, but must be a group of its settings; {group}: {{}} has the defaults"
+        )
+    known = (*Settings.names(part.settings), *_OF_CALLBACKS)
+    _refuse_unknown(group, options, known)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return part.make(**{"seed": seed, **values})
+
+
+def _refuse_unknown(group: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    for name in options:
+        if name not in known:
+            close = nearest(str(name), known)
+            hint = f"did you mean {close!r}?" if close else f"it has {', '.join(known)}"
+            raise RecipeError(f"{group} has no setting {name!r}: {hint}")
+
+
+def _plain(key: str, value: Any) -> Any:
+    if value is not True:
+        raise RecipeError(f"{key} is {value!r}, but must be true or false")
+    return getattr(siftune, PLAIN[key])()

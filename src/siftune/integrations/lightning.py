@@ -1,0 +1,148 @@
+"""Lightning: the methods as a callback of its Trainer, steps and checkpoints included."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from siftune.errors import ModelError, RecipeError, UnsupportedError
+from siftune.methods.batches import Batch, Loss, RowDraws, model_loss
+
+_SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+
+
+class Sift(Callback):  # type: ignore[misc]
+    """A method for Lightning's Trainer: attached when training starts, led by the optimizer's steps, off at the end.
+
+    The model is the outermost transformers or PEFT model in the LightningModule. `training_step` calls it with whole
+    rows and trains on its loss. What the method has learned and its generator are saved in Lightning's checkpoints.
+
+    Args:
+        method: `GAST(...)`, `IST(...)` or another of the methods, or `LabelLogits()`.
+        batches: Rows that the method compares with, as `attach` takes them. If not given they are drawn from the
+            training rows by the loader's collator, which is to make batches that the model can be called with.
+        loss: Loss of such a batch, a scalar; the model's own if not given.
+
+    Attributes:
+        selection: What `method.attach` returned: `selection.last` is the current choice; None before training.
+
+    Raises:
+        RecipeError: The method cannot be attached, or there is not exactly one optimizer.
+        ModelError: There is no transformers model in the LightningModule.
+        UnsupportedError: The strategy shards parameters.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> sift = Sift(GAST(select=0.75, support="rest"))
+        >>> Trainer(max_steps=2, callbacks=[sift], **quiet).fit(module, loader)
+        >>> sift.selection.last.selected.shape  # four layers, three of four rows
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, method: Any, batches: Iterable[Batch] | None = None, loss: Loss = model_loss) -> None:
+        if not hasattr(method, "attach"):
+            raise RecipeError(f"Sift takes a method, or LabelLogits(), and {type(method).__name__} is none")
+        self.method = method
+        self.batches = batches
+        self.loss = loss
+        self.selection: Any = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints: one for each method."""
+        return f"siftune.{type(self.method).__name__}"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the method, and continue from a checkpoint's state."""
+        self._remove()
+        _refuse_sharding(trainer)
+        known = inspect.signature(self.method.attach).parameters
+        given = {"optimizer": _optimizer(trainer), "batches": self.batches, "loss": self.loss}
+        draws = self.batches is None and "batches" in known and _by_training_rows(self.method)
+        if draws:
+            given["batches"] = ()
+        options = {name: value for name, value in given.items() if name in known}
+        self.selection = self.method.attach(_language_model(pl_module), **options)
+        if draws:
+            self.selection.draws = _training_rows(trainer, self.selection.generator)
+        if self._resumed is not None:
+            _load(self.selection, self._resumed)
+            self._resumed = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the model as it was, but for the adapter's values."""
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was."""
+        self._remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for Lightning's checkpoints, between two optimizer steps."""
+        if not hasattr(self.selection, "state_dict"):
+            return {}
+        means = self.selection.mean_tensors() if hasattr(self.selection, "mean_tensors") else {}
+        return {"selection": self.selection.state_dict(), "means": means}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until training starts."""
+        self._resumed = state_dict or None
+
+    def _remove(self) -> None:
+        if self.selection is not None:
+            self.selection.remove()
+
+
+def _by_training_rows(method: Any) -> bool:
+    """Whether a method that takes `batches` compares with rows of the training set, where none are given."""
+    source: str | None = getattr(method, "support_source", "sample")  # IST, which has none, scores on training rows
+    return source == "sample"
+
+
+def _load(selection: Any, state: Mapping[str, Any]) -> None:
+    selection.load_state_dict(state["selection"])
+    if state["means"]:
+        selection.load_mean_tensors(state["means"])
+
+
+def _language_model(module: nn.Module) -> nn.Module:
+    """The outermost model of transformers or PEFT."""
+    found: Iterator[nn.Module] = (inner for inner in module.modules() if isinstance(inner, PreTrainedModel | PeftModel))
+    if (outermost := next(found, None)) is not None:
+        return outermost
+    raise ModelError(
+        f"{type(module).__name__} holds no transformers or PEFT model: keep one as an attribute, as in "
+        "self.model = get_peft_model(...)"
+    )
+
+
+def _optimizer(trainer: Trainer) -> Any:
+    if len(trainer.optimizers) != 1:
+        raise RecipeError(f"Sift follows the steps of one optimizer, and there are {len(trainer.optimizers)}")
+    return trainer.optimizers[0]
+
+
+def _training_rows(trainer: Trainer, generator: Any) -> RowDraws:
+    loader = trainer.train_dataloader
+    if not hasattr(loader, "dataset"):
+        raise RecipeError(
+            f"the training rows are a {type(loader).__name__}, no DataLoader to draw rows from: give "
+            "Sift(..., batches=...)"
+        )
+    draws = RowDraws(loader.dataset, loader.collate_fn, generator)
+    draws.check()
+    return draws
+
+
+def _refuse_sharding(trainer: Trainer) -> None:
+    kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if kinds & _SHARDING:
+        raise UnsupportedError(
+            f"{type(trainer.strategy).__name__} shards the adapters that selection works on. Use one device or DDP: "
+            "adapters are small enough to be replicated."
+        )

@@ -1,0 +1,36 @@
+"""What a tool's YAML says becomes callbacks, or a sentence on what is wrong."""
+
+import pytest
+
+from siftune import GAST, IST, LabelLogits, RowRecord, Static
+from siftune.errors import RecipeError
+from siftune.integrations.groups import callbacks, keys
+
+
+def test_groups_become_callbacks_with_their_settings():
+    made = callbacks({"gast": {"select": 0.5, "seed": 7}, "ist": {}, "row_record": True, "seed": 3, "lora_r": 8})
+    assert [type(each) for each in made] == [IST, GAST, RowRecord]
+    assert (made[0].seed, made[1].seed, made[1].select) == (3, 7, 0.5)
+    assert made[0].to_dict() == IST().to_dict()
+    assert isinstance(callbacks({"label_logits": True, "gast": None})[0], LabelLogits)
+    assert repr(callbacks({"static": {"numbers": [0, -1]}})) == repr([Static(numbers=(0, -1))])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"lora_r": 8, "label_logits": False}, r"^there is nothing for siftune to do: name a method, such as gast: {}"),
+        ({"gast": {"selct": 0.5}}, "^gast has no setting 'selct': did you mean 'select'"),
+        ({"gast": {"support_set": "rows.jsonl"}}, "^gast has no setting 'support_set'"),
+        ({"gast": 0.75}, "^gast is 0.75, but must be a group of its settings; gast: {} has the defaults"),
+        ({"ist": {"active": 2.0}}, "^ist.active is 2.0, but must be above 0 and at most 1"),
+        ({"row_record": "yes"}, "^row_record is 'yes', but must be true or false"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_sentence(given, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        callbacks(given)
+
+
+def test_the_keys_are_the_groups_of_all_methods():
+    assert {"gast", "greats", "ist", "rst", "lisa", "cut", "static", "label_logits", "row_record"} == set(keys())

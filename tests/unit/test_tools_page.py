@@ -1,0 +1,121 @@
+"""The lines of docs/tools.md run as they are printed: what our environment has for itself, the rest on stand-ins."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from support.tiny import tiny
+from support.tokenizer import byte_tokenizer
+from support.trainers import adapted, rows, weights
+from torch.utils.data import DataLoader
+
+from siftune import GAST
+from siftune.integrations.groups import callbacks
+
+PAGE = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+
+
+def block(heading, language="python"):
+    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE).group(1)
+    return re.search(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE).group(1)
+
+
+def run(code, **names):
+    exec(compile(code, "docs/tools.md", "exec"), names)
+    return names
+
+
+def loop():
+    model = adapted()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    return model, optimizer, DataLoader(rows().with_format("torch"), batch_size=4)
+
+
+def test_trls_command_line(tmp_path, monkeypatch, capsys):
+    tokenizer = byte_tokenizer()
+    tiny("llama", 2, vocab_size=300, eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"prompt": f"{i} and {i}?", "completion": f" {2 * i}."}) for i in range(12)]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = (
+        f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/rows --use_peft --output_dir {tmp_path}/out"
+    )
+    quiet = "--max_steps 2 --per_device_train_batch_size 4 --use_cpu --bf16 false --report_to none --logging_steps 1"
+    monkeypatch.setattr(sys, "argv", ["sift.py", *words.split(), *quiet.split(), "--gradient_checkpointing", "false"])
+    names = run(block("TRL's command line"))
+    logs = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert [entry["gast/followed"] for entry in logs] == [0.75, 0.75]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_accelerate_trains_what_a_plain_loop_does():
+    model, optimizer, loader = loop()
+    names = run(block("Accelerate"), model=model, optimizer=optimizer, loader=loader)
+    plain, optimizer, loader = loop()
+    plain.train()
+    with GAST(select=0.75, support="rest").attach(plain, optimizer=optimizer) as sift:
+        for number, batch in enumerate(loader):
+            (plain(**batch).loss / 2).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert (sift.steps, names["sift"].steps) == (3, 3)  # not one for each of six batches
+    for name, value in weights(plain).items():
+        assert torch.equal(weights(model)[name], value), name
+
+
+def test_lightning(tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning.pytorch", reason="pip install lightning")
+    monkeypatch.chdir(tmp_path)  # it leaves a checkpoint there
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self._optimizer, _ = loop()
+
+        def training_step(self, batch, _):
+            return self.net(**batch).loss
+
+        def configure_optimizers(self):
+            return self._optimizer
+
+    sift = run(block("Lightning"), module=Module(), loader=loop()[2])["trainer"].callbacks[0]
+    assert sift.selection.steps == 6
+    assert sift.selection.last.selected.shape == (4, 3)
+    saved = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)["callbacks"]["siftune.GAST"]
+    assert saved["selection"]["steps"] == 6
+
+
+def test_axolotls_yaml_is_understood():
+    page = yaml.safe_load(block("Axolotl", "yaml"))
+    assert [each.select for each in callbacks(page)] == [0.75]
+    module, _, name = page["plugins"][0].rpartition(".")
+    source = Path(__file__).parents[2] / "src" / (module.replace(".", "/") + ".py")
+    assert f"class {name}(" in source.read_text(encoding="utf-8")
+
+
+def stand_in(monkeypatch, name, **names):
+    """A module that is not installed here, with what the page takes from it."""
+    for part in (name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)):
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    vars(sys.modules[name]).update(names)
+
+
+def test_ms_swifts_file(monkeypatch):
+    known = {}
+    stand_in(monkeypatch, "swift.callbacks", callbacks_map=known)
+    run(block("ms-swift"))
+    assert known["gast"]("its arguments", "its Trainer").select == 0.75
+
+
+def test_llama_factorys_script(monkeypatch):
+    handed = []
+    stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=lambda callbacks: handed.extend(callbacks))
+    run(block("LLaMA-Factory"), __name__="__main__")
+    assert [each.select for each in handed] == [0.75]
