@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from siftune.methods.ist.callback import IST
     from siftune.methods.label_logits import LabelLogits
     from siftune.methods.lisa.callback import LISA
+    from siftune.methods.loradrop.callback import LoRADrop
     from siftune.methods.rst.callback import RST
     from siftune.methods.static.callback import Static
+    from siftune.methods.trim.callback import Trim
     from siftune.models.adapters import attach_adapter
     from siftune.models.layers import find_layers
     from siftune.rows.record import RowRecord
@@ -27,10 +29,12 @@ _LAZY = {
     "IST": "siftune.methods.ist.callback",
     "LabelLogits": "siftune.methods.label_logits",
     "LISA": "siftune.methods.lisa.callback",
+    "LoRADrop": "siftune.methods.loradrop.callback",
     "RST": "siftune.methods.rst.callback",
     "RowRecord": "siftune.rows.record",
     "SiftuneError": "siftune.errors",
     "Static": "siftune.methods.static.callback",
+    "Trim": "siftune.methods.trim.callback",
     "attach_adapter": "siftune.models.adapters",
     "find_layers": "siftune.models.layers",
 }
@@ -42,10 +46,12 @@ __all__ = [  # noqa: RUF022
     "IST",
     "LISA",
     "LabelLogits",
+    "LoRADrop",
     "RST",
     "RowRecord",
     "SiftuneError",
     "Static",
+    "Trim",
     "attach_adapter",
     "find_layers",
 ]

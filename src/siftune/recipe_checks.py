@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import fields
 
-from siftune.config import Recipe, chooses_rows, compares, holds_out, method_of, settings_of, target_comes_last
+from siftune.config import Recipe, compares, holds_out, method_of, settings_of, target_comes_last
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
 from siftune.methods.followed import can_look_back, chooses_nothing
@@ -56,7 +56,7 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "target and support_rows both say what rows are compared with: give one of them",
         ),
         (
-            recipe.target is not None and chooses_rows(recipe) and not compares(recipe),
+            recipe.target is not None and _could_compare(recipe) and not compares(recipe),
             "with a target, rows are compared with its rows, by support dataset: leave the option support out",
         ),
         (
@@ -80,6 +80,11 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
         (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
     ]
+
+
+def _could_compare(recipe: Recipe) -> bool:
+    """Whether a recipe's method is one that compares rows with others, by its option support."""
+    return any(hasattr(settings, "support") for settings in settings_of(recipe))
 
 
 def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:

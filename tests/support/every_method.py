@@ -36,6 +36,8 @@ CASES = {
     "cut": Case({"depths": (0,), "compensate": True}, {"hold": 3, "compensate": True}),
     "static": Case({"numbers": (0, 1, 2, 3)}, {"numbers": (1, -1)}),
     "gast": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
+    "loradrop": Case({"threshold": 1.0, "select_after": 1}, {"active": 2, "select_after": 2, "score_rows": 6}),
+    "trim": Case({"select": 1.0}, {"select": 2}),
     "greats": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
 }
 

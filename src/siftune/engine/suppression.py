@@ -38,7 +38,7 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
             into the base.
     """
     chosen = [groups[index] for index in dict.fromkeys(indices)]
-    modules = [m for group in chosen if original_weights(group.module) is None for m in _adapted_modules(group)]
+    modules = [m for group in chosen if original_weights(group.module) is None for m in adapted_modules(group)]
     with ExitStack() as undo:
         for group in chosen:
             _damp_weights(group, factor, undo)
@@ -63,8 +63,12 @@ def _damp_weights(group: LayerGroup, factor: float, undo: ExitStack) -> None:
     substitution.swap(lambda slot, now: torch.lerp(originals[slot.parameter].to(now), now, factor))
 
 
-def _adapted_modules(group: LayerGroup) -> list[Any]:
-    """Return a layer's outermost PEFT modules, and check that they compute a response."""
+def adapted_modules(group: LayerGroup) -> list[Any]:
+    """Return a layer's outermost PEFT modules, and check that they compute a response.
+
+    Raises:
+        AdapterError: It has none, or one that does not.
+    """
     found: dict[str, Any] = {}
     for name, module in group.module.named_modules():
         if isinstance(module, BaseTunerLayer) and not any(name.startswith(outer + ".") for outer in found):
@@ -81,8 +85,8 @@ def _adapted_modules(group: LayerGroup) -> list[Any]:
                 )
     if not found:
         raise AdapterError(
-            f"{group.name} has no PEFT adapter whose response could be damped; attach one, open the layer with "
-            "siftune.models.full.OpenLayers before training, or use RST, which needs none"
+            f"{group.name} has no PEFT adapter whose response could be damped or measured; attach one, or to have it "
+            "damped open the layer with siftune.models.full.OpenLayers before training; or use RST, which needs none"
         )
     return list(found.values())
 

@@ -159,6 +159,10 @@ class SampleSelection:
         """Do `end()` before and `step()` after every step of `optimizer`."""
         self._handles += around_steps(optimizer, self.end, self.step)
 
+    def on_remove(self, handle: Any) -> None:
+        """Have a further handle on the model removed together with the selection."""
+        self._handles.append(handle)
+
     def remove(self) -> None:
         """Take everything off the model and the optimizer; calling it twice does no harm."""
         self._tape.remove()

@@ -17,7 +17,7 @@ from siftune.methods.callback import calling_trainer, resumed_from
 from siftune.methods.row_numbers import RowNumbers, row_numbers
 from siftune.methods.sample_callback import SampleCallback
 from siftune.methods.sample_choice import SampleChoice
-from siftune.rows.losses import by_row, row_losses
+from siftune.models.row_losses import by_row, row_losses
 from siftune.rows.visits import NAME, NOTHING, Visits, read_visits, write_visits
 
 logger = logging.getLogger(__name__)

@@ -38,8 +38,9 @@ def tracker(monkeypatch):
 FIGURES = {
     "gast": {"gast/followed", "gast/score", "gast/score_followed"},
     "greats": {"greats/followed", "greats/score", "greats/score_followed"},
+    "trim": {"trim/followed", "trim/score", "trim/score_followed"},
     "ist": {"ist/layers", "ist/importance_spread"},
-    **{name: {f"{name}/layers"} for name in ("rst", "lisa", "cut", "static")},
+    **{name: {f"{name}/layers"} for name in ("rst", "lisa", "cut", "static", "loradrop")},
 }
 
 

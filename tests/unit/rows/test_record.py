@@ -17,7 +17,7 @@ from siftune import GAST, LabelLogits, RowRecord
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
 from siftune.errors import UnsupportedError
-from siftune.rows.losses import by_row, row_losses
+from siftune.models.row_losses import by_row, row_losses
 from siftune.rows.record import _pooled, _share
 from siftune.rows.visits import read_visits
 from siftune.trainer.run import train as siftune_train
@@ -308,7 +308,7 @@ def test_rows_without_labels_have_no_loss():
 
 
 def test_logits_everywhere_at_labels_and_fused_are_one(monkeypatch):
-    import siftune.rows.losses as module
+    import siftune.models.row_losses as module
 
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 6, 11), torch.randint(0, 11, (3, 6))

@@ -1,0 +1,1 @@
+"""LoRA-drop: the layers whose adapters respond most."""

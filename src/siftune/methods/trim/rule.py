@@ -1,0 +1,68 @@
+"""Trim's rule: one choice of rows for all layers, made before backward begins."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from siftune import numerics
+from siftune.engine.groups import LayerGroup
+from siftune.engine.tape import SampleGradients
+from siftune.errors import UnsupportedError
+from siftune.methods.sample_choice import Choosing, Unit, whole_model
+from siftune.methods.support import Gradients
+from siftune.methods.trim import maths
+from siftune.methods.trim.settings import TrimSettings
+
+
+class TrimmedSamples:
+    """Chooses rows by what they cost, once for the model; layers are reduced as backward passes them.
+
+    Args:
+        settings: Trim's.
+        groups: The layers.
+        losses: Gives the mean token losses of the batch whose forward pass was the last, (B,).
+    """
+
+    whole = False
+    always = False
+    keeps_mean = False
+    stream = None
+    support = None
+
+    def __init__(self, settings: TrimSettings, groups: Sequence[LayerGroup], losses: Callable[[], Tensor]) -> None:
+        self.units: Sequence[Unit] = [whole_model(groups)]
+        self.select = settings.select
+        self.mean: Gradients = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._which = settings.which
+        self._losses = losses
+        self._chosen: tuple[Choosing, Tensor, Tensor] | None = None  # the batch, rows, and what they count
+
+    def follows_all(self, steps: int) -> bool:
+        """Never."""
+        return False
+
+    def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
+        """Choose rows where that has not been done for this batch, and add up their gradients."""
+        grads = {parameter: part for _, parts in layers for parameter, part in parts.items()}
+        if self._chosen is None or self._chosen[0] is not choosing:
+            self._chosen = (choosing, *self._choose(choosing))
+        _, chosen_K, scale = self._chosen
+        return {p: numerics.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
+
+    def end(self) -> None:
+        """Let the batch go."""
+        self._chosen = None
+
+    def _choose(self, choosing: Choosing) -> tuple[Tensor, Tensor]:
+        losses_B = self._losses()
+        if len(losses_B) != choosing.samples:
+            raise UnsupportedError(
+                f"trim keeps rows by their losses, but a batch of {choosing.samples} samples has {len(losses_B)} rows: "
+                "pairs, as in preference training, are not supported; use gast"
+            )
+        uniform_B = choosing.uniform_on(losses_B.device)[0]
+        chosen_K = maths.choose(losses_B, uniform_B, choosing.count, self._which)
+        choosing.note(self.units[0], None if self._which == "random" else losses_B, chosen_K)
+        return chosen_K, maths.factor(losses_B, chosen_K)
