@@ -23,7 +23,6 @@ from pays.masked_update import MaskedUpdate
 from pays.measure import measure_rows, nats_per_token, row_losses
 from pays.pool import Pool, asked, make_pool
 from pays.results import append
-from pays.retrieval import embed, retrieve, similarity
 from pays.rules import RULES, Weigh, use_rule
 from pays.stopping import KeepBest
 from pays.subset import Book, Keep, SubsetTrainer, excess
@@ -36,6 +35,7 @@ from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.environment import hardware, versions
 from siftune.errors import SiftuneError
+from siftune.evaluate.embeddings import embed, most_alike, similarity
 from siftune.methods.sample_callback import SampleCallback
 from siftune.methods.sample_choice import WHOLE, SampleChoice
 from siftune.models.source import load_model
@@ -48,6 +48,7 @@ Job = dict[str, Any]
 
 _LONGEST = 512  # tokens of a row
 SCORES = {"joined": row_losses, "joined-excess": excess}  # what the rules join with alignment
+_RETRIEVED = 0.25  # of the pool that retrieval keeps
 _LOOK_EVERY = 10  # steps between two looks at rows that are held back
 _USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
 
@@ -134,13 +135,14 @@ class Work:
 
     def _retrieved(self, known: Sequence[Record]) -> list[Record]:
         pool_RH, known_KH = (embed(self.model, self.tokenized(part), self.collate) for part in (self.pool.train, known))
-        return retrieve(self.pool.train, similarity(pool_RH, known_KH, self.method.get("nearest", "max")))
+        alike_R = similarity(pool_RH, known_KH, self.method.get("nearest", "max"))
+        return [self.pool.train[number] for number in most_alike(alike_R, _RETRIEVED)]
 
     def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:
         """Have the Trainer keep rows by the method's rule, and count what is followed."""
         method, keep = self.method, None
         if "keep" in method:
-            keep = Keep(method["keep"], method.get("select", 0.25), self.job["seed"])
+            keep = Keep(method["keep"], method.get("select", 0.25))
         followed = Followed([row["group"] for row in rows])
         trainer = SubsetTrainer.take_over(built.trainer, Book(built.trainer.train_dataset, rows), followed, keep)
         trainer.loss = method.get("loss")

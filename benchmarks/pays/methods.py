@@ -10,7 +10,7 @@ once       for rows "retrieved": one pass over the rows, where that is fewer ste
 stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
 steer      share of the known rows that rows are compared with, and that are not trained on; else all are, and may be
 rule       an experimental rule in the place of GAST's choice: see `rules.py`
-loss       "dft": tokens weigh as the model finds them likely; "rows": every row weighs alike, however long it is
+loss       "rows": every row weighs alike, however long it is
 untrained  measure the model as it is
 """
 
@@ -27,6 +27,11 @@ def _gast(**settings: Any) -> dict[str, Any]:
     return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
 
 
+def _trim(which: str, select: float = 0.25) -> dict[str, Any]:
+    """Recipe of Trim, which follows rows of a batch by their losses, or any."""
+    return {"recipe": {"method": "trim", "trim": {"which": which, "select": select}}}
+
+
 METHODS: dict[str, Method] = {
     "untrained": {"untrained": True},
     "dense": {},
@@ -40,15 +45,15 @@ METHODS: dict[str, Method] = {
     "retrieval-once": {"rows": "retrieved", "nearest": "max", "once": True},
     "retrieval+known-weighted": {"rows": "retrieved+weighted", "nearest": "max"},
     "ceiling": {"keep": "target"},
-    "random": {"keep": "random", "select": 0.25},
-    "random-half": {"keep": "random", "select": 0.5},
-    "small-loss": {"keep": "small-loss", "select": 0.25},
-    "small-loss-half": {"keep": "small-loss", "select": 0.5},
-    "large-loss": {"keep": "large-loss", "select": 0.25},
+    "random": _trim("random"),
+    "random-half": _trim("random", 0.5),
+    "small-loss": _trim("small"),
+    "small-loss-half": _trim("small", 0.5),
+    "large-loss": _trim("large"),
     "small-excess": {"keep": "small-excess", "select": 0.25},
     "large-excess": {"keep": "large-excess", "select": 0.25},
-    "small-loss+known-weighted": {"keep": "small-loss", "select": 0.25, "rows": "pool+weighted"},
-    "trim-loss": {"keep": "small-loss", "select": 0.75},
+    "small-loss+known-weighted": {**_trim("small"), "rows": "pool+weighted"},
+    "trim-loss": _trim("small", 0.75),
     "trim-first-loss": {"keep": "small-first-loss", "select": 0.75},
     "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
     "gast-inner": _gast(score="inner"),
@@ -71,7 +76,7 @@ METHODS: dict[str, Method] = {
     "gast-above-zero": {**_gast(), "rule": "above-zero"},
     "gast-joined": {**_gast(share="above"), "rule": "joined"},
     "gast-joined-excess": {**_gast(share="above"), "rule": "joined-excess"},
-    "dft": {"loss": "dft"},
+    "dft": {"recipe": {"loss": "dft"}},
     "trim-joined": {
         "recipe": {
             "method": "gast",

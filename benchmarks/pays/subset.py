@@ -6,10 +6,9 @@ is skipped: there are no gradients, so that the optimizer leaves every parameter
 Rules, B rows in a batch and K kept:
 
     target              the clean rows of the target, known from the making of the pool: the ceiling
-    random              K at random
-    small-loss          the K rows of smallest mean token loss; large-loss: of largest
-    small-excess        the K of smallest loss minus that of the base, adapters off; large-excess: of largest
-    small-first-loss    as small-loss, by the loss that a row had when it was first seen
+    small-excess        the K rows of smallest mean token loss minus that of the base, adapters off; large-excess: of
+                        largest
+    small-first-loss    the K of smallest loss, by that which a row had when it was first seen
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from pays.measure import row_losses
 from siftune.errors import RecipeError
 from siftune.methods.dp.loss import row_loss
 from siftune.methods.followed import how_many
-from siftune.models.loss import label_positions, logits_at, next_labels
+from siftune.models.loss import label_positions, logits_at
 from siftune.trainer.trainer import SiftTrainer
 
 Record = dict[str, Any]
@@ -56,26 +55,21 @@ class Keep:
     Attributes:
         name: One of the rules above.
         select: K, a count or a share; for all rules but "target".
-        seed: Of the rule's own generator.
     """
 
     name: str
     select: int | float = 0.25
-    seed: int = 0
     _first: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in ("target", "random") and self.name not in _SCORES:
-            raise RecipeError(f"there is no rule {self.name!r} to keep rows; use target, random, {', '.join(_SCORES)}")
-        self._generator = torch.Generator().manual_seed(self.seed)
+        if self.name != "target" and self.name not in _SCORES:
+            raise RecipeError(f"there is no rule {self.name!r} to keep rows; use target, {', '.join(_SCORES)}")
 
     def __call__(self, model: nn.Module, batch: Batch, rows: Sequence[Record]) -> Tensor:
         """Choose rows; (K,) int64, ascending, possibly none."""
         if self.name == "target":
             return torch.tensor([place for place, row in enumerate(rows) if row["group"] in ("target", "known")]).long()
         count = how_many(self.select, len(rows))
-        if self.name == "random":
-            return torch.randperm(len(rows), generator=self._generator)[:count].sort().values
         score, largest = _SCORES[self.name]
         scores_B = score(model, batch)
         if self.name == "small-first-loss":
@@ -95,8 +89,6 @@ def excess(model: nn.Module, batch: Batch) -> Tensor:
 
 
 _SCORES: dict[str, tuple[Score, bool]] = {  # a row's score, and whether the largest are kept
-    "small-loss": (row_losses, False),
-    "large-loss": (row_losses, True),
     "small-excess": (excess, False),
     "large-excess": (excess, True),
     "small-first-loss": (row_losses, False),
@@ -119,7 +111,7 @@ class SubsetTrainer(SiftTrainer):
         seen: Rows of the last batch.
         score: Scores the rows of every batch before it is trained on, where something goes by that.
         scores: These, (B,).
-        loss: Another loss than siftune's: "dft", dynamic fine-tuning's; "rows", the mean over rows of each row's mean.
+        loss: Another loss than siftune's: "rows", the mean over rows of each row's mean.
     """
 
     book: Book
@@ -173,22 +165,4 @@ class SubsetTrainer(SiftTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with logits_at(model, label_positions(inputs["labels"])):
             logits_1NV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        if self.loss == "rows":
-            return row_loss(logits_1NV, inputs["labels"]) / len(inputs["labels"])
-        return dft_loss(logits_1NV[0], next_labels(inputs["labels"]), num_items_in_batch)
-
-
-def dft_loss(logits_NV: Tensor, targets_N: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Cross entropy of each token times the probability that the model gives it, as a constant (DFT, 2508.05629).
-
-    Args:
-        logits_NV: (N, V) logits at the labels.
-        targets_N: (N,) int64 labels.
-        items: Divisor in place of N.
-
-    Returns:
-        Scalar, float32, or float64 where the logits are.
-    """
-    wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    nll_N = nn.functional.cross_entropy(wide_NV, targets_N, reduction="none")
-    return (nll_N * (-nll_N.detach()).exp()).sum() / (len(targets_N) if items is None else items)
+        return row_loss(logits_1NV, inputs["labels"]) / len(inputs["labels"])

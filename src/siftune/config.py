@@ -69,6 +69,9 @@ class Recipe:
     """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
     max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more: a token to read and one to learn")] = 512
     """Longest row in tokens, prompt and completion together."""
+    loss: Literal["nll", "dft"] = "nll"
+    """What a learned token costs: its negative log-likelihood; dft: that times the model's own probability of it, taken
+    as a constant (arXiv 2508.05629). Held-out loss is always the former."""
     completion_only: bool = True
     """Learn the completions alone, not the prompts."""
 
@@ -84,8 +87,12 @@ class Recipe:
     target_last: Annotated[float | None, SHARE] = None
     """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
     given, 1 with method greats."""
+    retrieve: Annotated[float, BELOW_ONE] = 0.0
+    """Share of the training rows to train on, those most like target's or support_rows' by the untrained model's hidden
+    states (arXiv 2503.01807); target's own stay; 0: all rows."""
     support_rows: str | None = None
-    """gast, greats: file or hub id of rows to compare with, for support dataset: few, clean, like the task."""
+    """File or hub id of rows to compare with, few, clean, like the task: for retrieve, and for support dataset of gast
+    and greats."""
     keep_scores: bool = True
     """gast, greats: record every row's score, not the choices alone; a kilobyte for 16 rows and 30 layers."""
 
@@ -218,8 +225,8 @@ def holds_out(recipe: Recipe) -> bool:
 
 
 def compared_with(recipe: Recipe) -> str | None:
-    """The file or hub id of the rows that a recipe's method compares others with; None where it draws or needs none."""
-    return (recipe.target or recipe.support_rows) if compares(recipe) else None
+    """The file or hub id of the rows that others are compared with, by `retrieve` or the method; None: of none."""
+    return (recipe.target or recipe.support_rows) if compares(recipe) or recipe.retrieve else None
 
 
 def target_comes_last(recipe: Recipe) -> float:

@@ -26,7 +26,7 @@ def check(recipe: Recipe) -> None:
     check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
     for settings in settings_of(recipe):
         settings.check()
-    faults = (_faults, _row_faults, _start_faults, _private_faults, _idle, _all_rows)
+    faults = (_faults, _known_rows_faults, _row_faults, _start_faults, _private_faults, _idle, _all_rows)
     for fault, sentence in (pair for part in faults for pair in part(recipe)):
         if fault:
             raise RecipeError(sentence)
@@ -52,6 +52,19 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "allow_change has no effect without resume: leave it out, or give --resume",
         ),
         (
+            bool(recipe.outside) and recipe.adapter != "full",
+            f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
+        ),
+        (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
+        (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
+    ]
+
+
+def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
+    """What is wrong with a target, and with rows to compare with."""
+    by_target = any(getattr(settings, "by_target", False) for settings in settings_of(recipe))
+    return [
+        (
             recipe.target is not None and recipe.support_rows is not None,
             "target and support_rows both say what rows are compared with: give one of them",
         ),
@@ -69,16 +82,12 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "--target-last 1",
         ),
         (
-            recipe.target is None and compares(recipe) != (recipe.support_rows is not None),
-            "support dataset and support_rows go together: give --gast.support dataset (or --greats.support dataset) "
-            "and --support-rows FILE, or neither",
+            recipe.target is None and (compares(recipe) or recipe.retrieve > 0) != (recipe.support_rows is not None),
+            "retrieve compares rows with those of --target or --support-rows: give one of them"
+            if recipe.retrieve
+            else "support dataset and support_rows go together: give --gast.support dataset (or --greats.support "
+            "dataset) and --support-rows FILE, or neither",
         ),
-        (
-            bool(recipe.outside) and recipe.adapter != "full",
-            f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
-        ),
-        (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
-        (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
     ]
 
 
@@ -165,6 +174,15 @@ def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         recipe.target is not None,
         "target repeats its rows among the training rows, but dp_epsilon is a promise about a row that is there once: "
         "leave one of them out",
+    )
+    yield (
+        recipe.retrieve > 0,
+        "retrieve looks at the rows to choose some, which no noise covers: with dp_epsilon leave it out",
+    )
+    yield (
+        recipe.loss != "nll",
+        f"loss {recipe.loss} is not formed for single rows, so that they cannot be clipped: with dp_epsilon leave loss "
+        "out",
     )
     yield (
         recipe.train_times is not None,

@@ -94,12 +94,11 @@ def build(
     tuned = _adapted(recipe, model, output_dir) if opened is None else model
     groups = group_by_layer(tuned)
     methods = methods_of(recipe, data.get("support"))
-    kind = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
+    kind: Any = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     if privacy is not None:
         refuse_scaled_or_split(arguments)
-        kind = partial(kind, privacy=privacy)
-    kind = partial(kind, last=target_comes_last(recipe))
+    kind = partial(kind, last=target_comes_last(recipe), privacy=privacy, dynamic=recipe.loss == "dft")
     own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])
     with ExitStack() as stack:  # undone from the last to the first: the casts were there before the methods

@@ -18,6 +18,7 @@ from siftune.stages import stages
 from siftune.trainer.before import row_lengths
 from siftune.trainer.forecast import Forecast, forecast
 from siftune.trainer.prepare import Prepared, prepare, read_rows
+from siftune.trainer.retrieve import retrieved
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.start import adopted
 from siftune.trainer.trackers import check_trackers
@@ -95,6 +96,7 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with stages(console) as told:
         prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, told)
+        prepared = retrieved(recipe, model, tokenizer, prepared, told)
         told("trying some steps", 0, 0)
         found = forecast(recipe, model, tokenizer, prepared.data)
     return DryRun(recipe, prepared, examples(tokenizer, prepared), found)

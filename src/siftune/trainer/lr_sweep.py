@@ -31,6 +31,7 @@ from siftune.trainer.lr_folder import LRFolder
 from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
 from siftune.trainer.prepare import Read, prepare, read_rows, refuse_read
 from siftune.trainer.progress import StepsTold
+from siftune.trainer.retrieve import retrieved
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.trackers import NONE
 
@@ -127,7 +128,8 @@ def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
     recipe = sweep.recipes[sweep.grid.methods[0]]
     progress("loading the model", 0, 0)
     model, tokenizer = sweep.source.load(recipe.dtype, recipe.quantize)
-    data = prepare(recipe, tokenizer, Read(sweep.rows), progress).data
+    prepared = prepare(recipe, tokenizer, Read(sweep.rows), progress)
+    data = retrieved(recipe, model, tokenizer, prepared, progress).data
     if not sweep.folder.begun:
         progress("measuring the base model", 0, 0)
         if torch.accelerator.is_available():

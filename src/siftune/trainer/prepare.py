@@ -25,7 +25,7 @@ from siftune.data.tokens import Form
 from siftune.errors import DataError, ModelError
 from siftune.files import Progress
 from siftune.rows.lists import named_rows, row_weights, weighed, without
-from siftune.trainer.run_folder import BAD_ROWS
+from siftune.trainer.run_folder import BAD_ROWS, RETRIEVED
 from siftune.words import counted
 
 _SHOWN = 20  # bad rows that an error names; --dry-run names all
@@ -54,12 +54,14 @@ class Prepared:
             `weight`, where a weight is not 1.
         cut: By part, how many rows are cut off at the recipe's `max_length`.
         bad: What is wrong with the rows that were left out, each row once.
+        kept: Numbers of the training rows among all that could be used, where `retrieve` chose some; None: all.
     """
 
     rows: Mapping[str, Sequence[Row]]
     data: Mapping[str, Dataset]
     cut: Mapping[str, int]
     bad: Sequence[str]
+    kept: Sequence[int] | None = None
 
 
 def read_rows(recipe: Recipe) -> Read:
@@ -104,7 +106,9 @@ def trained_rows(run: Path, recipe: Recipe) -> list[Row]:
     path = run / BAD_ROWS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     places = {line[: found.start()] for line in lines for found in re.finditer(": ", line)}  # each begins with its own
-    return [row for row in read_rows(recipe).parts["train"] if row.origin not in places]
+    rows = [row for row in read_rows(recipe).parts["train"] if row.origin not in places]
+    kept = run / RETRIEVED
+    return [rows[int(number)] for number in kept.read_text(encoding="utf-8").split()] if kept.is_file() else rows
 
 
 def _listed(recipe: Recipe, files: list[list[Row]]) -> list[list[Row]]:

@@ -42,7 +42,8 @@ from siftune.trainer.followed import Followed
 from siftune.trainer.outcome import Outcome
 from siftune.trainer.prepare import prepare, read_rows, refuse_read
 from siftune.trainer.progress import Metrics, ProgressView
-from siftune.trainer.run_folder import BAD_ROWS, RECIPE, ROWS, RunFolder
+from siftune.trainer.retrieve import retrieved
+from siftune.trainer.run_folder import BAD_ROWS, RECIPE, RETRIEVED, ROWS, RunFolder
 from siftune.trainer.selection_file import SelectionFile
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.start import adopted
@@ -103,7 +104,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     with first_rank_first():
         model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with first_rank_first(), stages(console) as told:  # the others find the tokens in the cache
-        prepared = prepare(recipe, tokenizer, read, told)
+        prepared = retrieved(recipe, model, tokenizer, prepare(recipe, tokenizer, read, told), told)
     rows, data = prepared.rows, prepared.data
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
@@ -124,10 +125,8 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     recorded = anchored(replace(recipe, resume=False, allow_change=False))
     console.print(short_form(recipe, prepared, built, folder.path), markup=False)
     if rank() == 0:
-        if prepared.bad:
-            folder.write(BAD_ROWS, "".join(f"{reason}\n" for reason in prepared.bad))
-        else:
-            (folder.path / BAD_ROWS).unlink(missing_ok=True)  # of a run that was begun here with other rows
+        _write_lines(folder, BAD_ROWS, prepared.bad)
+        _write_lines(folder, RETRIEVED, prepared.kept or ())
         folder.write(RECIPE, recipe_to_yaml(recorded))
         folder.write(ROWS, f"{digest}\n")
 
@@ -167,6 +166,14 @@ def _fit(outcome: Outcome, checkpoint: Path | None, release: Callable[[], None])
             folder.drop_half_written()
             outcome.leave(status, summary)
     return summary
+
+
+def _write_lines(folder: RunFolder, name: str, lines: Sequence[Any]) -> None:
+    """Write a file of the run folder, or take away that of a run that was begun here with other rows."""
+    if lines:
+        folder.write(name, "".join(f"{line}\n" for line in lines))
+    else:
+        (folder.path / name).unlink(missing_ok=True)
 
 
 def _row_record(recipe: Recipe, folder: RunFolder, rows: Sequence[Row]) -> list[RowRecord]:

@@ -24,7 +24,15 @@ from siftune.errors import InputError, TrainingError, UnsupportedError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss
 from siftune.models.full import OpenLayers
-from siftune.models.loss import difference_from_model, label_positions, logits_at, mean_loss, token_losses, weighed
+from siftune.models.loss import (
+    by_own_probability,
+    difference_from_model,
+    label_positions,
+    logits_at,
+    mean_loss,
+    token_losses,
+    weighed,
+)
 from siftune.models.modes import evaluating
 from siftune.numerics import all_finite
 from siftune.trainer.plan import planned_steps, steps_per_epoch
@@ -43,6 +51,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         last: Share of the steps, the last ones, in which rows come that the column `aimed` says are a target's.
         privacy: Has every optimizer step draw its rows, clip their gradients and add noise. A batch is then a step's;
             the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
+        dynamic: A label's loss counts as much as the model finds the label likely; see `models.loss`.
 
     Attributes:
         rows: Numbers of the rows in the batch that was trained on last, where the training rows are numbered.
@@ -60,6 +69,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         last: float = 1.0,
         privacy: DP | None = None,
+        dynamic: bool = False,
         **kwargs: Any,
     ) -> None:
         # from the start: the Trainer counts the labels of a step before it asks for the first loss
@@ -68,6 +78,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, callbacks=own, **kwargs)
         self.privacy = privacy
         self._last = last
+        self._dynamic = dynamic
         self._label_logits_only: bool | None = None
         self._weights: Tensor | None = None  # of the rows in the batch whose loss is computed
 
@@ -128,6 +139,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         losses_N = token_losses(outputs.logits, labels)
         if torch.is_grad_enabled():
             self.label_losses = losses_N.detach()
+            losses_N = by_own_probability(losses_N) if self._dynamic else losses_N
         return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
 
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
@@ -167,6 +179,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             raise UnsupportedError(
                 f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows may have a part in "
                 "each other's: train another model, or without dp_epsilon"
+            )
+        if self._dynamic:
+            raise UnsupportedError(
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so that tokens cannot be weighed "
+                "in it: train another model, or leave loss dft out"
             )
         if self._weights is not None:
             raise UnsupportedError(

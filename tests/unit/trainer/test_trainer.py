@@ -7,9 +7,10 @@ import pytest
 import torch
 from support.adapted import shake
 from support.tiny import FAMILIES, tiny
-from support.trainers import adapted, arguments, rows, weights
+from support.trainers import adapted, arguments, rows, train, weights
 from transformers import Trainer, TrainerCallback
 
+from siftune.data.tokenize import Collator
 from siftune.errors import TrainingError
 from siftune.models.adapters import attach_adapter
 from siftune.trainer.trainer import SiftTrainer
@@ -178,3 +179,30 @@ def test_a_first_batch_without_labels_decides_nothing(tmp_path, caplog):
         SiftTrainer(model, settings, train_dataset=data).train()
     assert not caplog.records
     assert counts[-1] == 4 * 6
+
+
+def test_dft_trains_on_tokens_as_the_model_finds_them_likely(tmp_path):
+    """The gradient of a step is that of Σ p₀·nll over the labels of the step, and what is recorded is plain nll."""
+    model, oracle, found = adapted(), adapted(), []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    data = rows(4).add_column("row", list(range(4)))
+    kind = partial(SiftTrainer, dynamic=True)
+    _, trainer = train(
+        tmp_path, Look(), model=model, dataset=data, trainer=kind, collator=Collator(0), max_steps=1,
+        max_grad_norm=1e9, remove_unused_columns=False,
+    )  # fmt: skip
+    inputs = {name: torch.tensor(data[name]) for name in ("input_ids", "attention_mask", "labels")}
+    log_p = (
+        oracle(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    )
+    log_p = log_p.gather(-1, inputs["labels"][:, 1:].clamp_min(0)[..., None])[..., 0]
+    labelled = inputs["labels"][:, 1:] != -100
+    (-(log_p.detach().exp() * log_p)[labelled].sum() / labelled.sum()).backward()
+    for name, parameter in oracle.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[0][name], parameter.grad, rtol=1e-4, atol=1e-7)
+    assert float(trainer.label_losses.mean()) == pytest.approx(-float(log_p.detach()[labelled].mean()), rel=1e-5)

@@ -1,0 +1,58 @@
+"""Training rows that are chosen before training: those most like known rows, by the untrained model's hidden states."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from siftune.config import Recipe
+from siftune.data.target import TARGET, sources
+from siftune.data.tokenize import ROW, Collator, numbered
+from siftune.errors import RecipeError
+from siftune.evaluate.embeddings import embed, most_alike, similarity
+from siftune.files import Progress
+from siftune.ranks import launch_size
+from siftune.trainer.prepare import Prepared
+
+
+def retrieved(
+    recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, progress: Progress
+) -> Prepared:
+    """Keep a recipe's share of the training rows; a target's rows that are among them all stay.
+
+    Args:
+        recipe: Settings; without `retrieve` all rows stay.
+        model: The base model; it goes to the accelerator, where there is one.
+        tokenizer: Its tokenizer.
+        prepared: The rows; of which `support` are the known ones.
+        progress: Told what is being done.
+
+    Raises:
+        RecipeError: The run has several processes.
+    """
+    if not recipe.retrieve:
+        return prepared
+    if launch_size() > 1:
+        raise RecipeError(
+            "retrieve chooses rows by one model, before training, in one process: start it without torchrun, or write "
+            "the rows to a file first"
+        )
+    progress("comparing rows with those that are known", 0, 0)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    data, collate = prepared.data["train"], Collator(tokenizer.pad_token_id)
+    fixed = [number for number, source in enumerate(sources(prepared.rows["train"])) if _is_target(recipe, source)]
+    others = sorted(set(range(len(data))) - set(fixed))
+    known_KH = embed(model, prepared.data["support"], collate, recipe.batch_size)
+    scores_R = similarity(embed(model, data.select(others), collate, recipe.batch_size), known_KH)
+    kept = sorted([*fixed, *(others[place] for place in most_alike(scores_R, recipe.retrieve))])
+    rows = [prepared.rows["train"][number] for number in kept]
+    chosen = numbered(data.select(kept).remove_columns(ROW))
+    return replace(
+        prepared, rows={**prepared.rows, "train": rows}, data={**prepared.data, "train": chosen}, kept=tuple(kept)
+    )
+
+
+def _is_target(recipe: Recipe, source: str) -> bool:
+    return recipe.target is not None and source == TARGET
