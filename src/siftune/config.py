@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from siftune.methods import METHODS, Method, all_parts
 from siftune.models.carriers import CARRIERS, NONLINEARITIES, Shape, filled_in
-from siftune.settings import BELOW_ONE, CHANCE, COUNT, NOT_NEGATIVE, POSITIVE, PROMISE, SHARE, Range, Settings
+from siftune.settings import BELOW_ONE, CHANCE, COUNT, NOT_NEGATIVE, POSITIVE, PROMISE, SHARE, WARM_UP, Range, Settings
 
 T = TypeVar("T", bound=type)
 
@@ -143,8 +143,8 @@ class Recipe:
     """Optimizer steps; takes the place of epochs."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
-    warmup: Annotated[float, BELOW_ONE] = 0.03
-    """Fraction of the steps over which the learning rate rises from zero."""
+    warmup: Annotated[int | float, WARM_UP] = 0.03
+    """Steps over which the learning rate rises from zero: a whole number of them, or a fraction below 1 of all."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decay of the adapter weights."""
     neftune: Annotated[float | None, POSITIVE] = None

@@ -75,6 +75,9 @@ POSITIVE = Range(lambda v: v > 0, "above 0")
 CHANCE = Range(lambda v: 0 < v < 1, "above 0 and below 1")
 PROMISE = Range(lambda v: 0 < v <= 100, "above 0 and at most 100, beyond which it promises nothing")
 NOT_NEGATIVE = Range(lambda v: v >= 0, "0 or more")
+WARM_UP = Range(
+    lambda v: v >= 0 if isinstance(v, int) else 0 <= v < 1, "a whole number of steps, or a fraction from 0 to below 1"
+)
 COUNT_OR_SHARE = Range(
     lambda v: v >= 1 if isinstance(v, int) else 0 < v <= 1,
     "a whole number from 1, or a share above 0 and at most 1.0",

@@ -171,7 +171,7 @@ def test_a_target_goes_with_every_method(tmp_path, method):
         ({"rank": 0}, "rank is 0, but must be 1 or more"),
         ({"alpha": 0}, "alpha is 0, but must be above 0"),
         ({"dropout": 1.0}, "dropout is 1.0, but must be from 0 to below 1"),
-        ({"warmup": -0.1}, "warmup is -0.1, but must be from 0 to below 1"),
+        ({"warmup": -0.1}, "warmup is -0.1, but must be a whole number of steps, or a fraction from 0 to below 1"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0, but must be 0 or more"),
         ({"clip": -1.0}, "clip is -1.0, but must be 0 or more"),
         ({"max_length": 1}, "max_length is 1, but must be 2 or more"),

@@ -55,6 +55,8 @@ class Workload:
         options |= {"select": 0.5}  # the papers' share of rows, for their own ways to run it as well
         if name.endswith("gast"):
             options |= SUPPORTS[support or "rest"]
+        if name == "loradrop":
+            options["select_after"] = 1  # so that its layers are chosen before a step is timed
         for part in METHODS[name].parts:
             own = Settings.names(part.settings)
             settings = {option: value for option, value in options.items() if option in own}

@@ -58,6 +58,22 @@ def load_rows(
     return rows
 
 
+def load_records(source: str, split: str = "train") -> Iterator[Any]:
+    """Read what stands in a file or hub data set, whatever its columns are.
+
+    Args:
+        source: As for `load_rows`.
+        split: As for `load_rows`.
+
+    Raises:
+        DataError: As `load_rows`.
+    """
+    for _, record in _open(source, split):
+        if isinstance(record, DataError):
+            raise record
+        yield record
+
+
 def _open(source: str, split: str) -> Records:
     """Choose the reader by the name's ending and what lies there."""
     path = Path(source).expanduser()

@@ -1,0 +1,144 @@
+"""From a folder of the papers' rows, or from the hub, to the files that a protocol trains and asks on.
+
+OUT/data/
+  train.jsonl, heldout.jsonl    `prompt` and `completion`
+  TASK.jsonl                    the questions: also `answer`, and `choices` where there are options
+
+A folder has the rows of LLM-Adapters: `TASK.test.json`, `TASK/test.json` or `dataset/TASK/test.json` for each task,
+and for training `JOINT.json`, also in `ft-training_set/`, or where that is not there `TASK.train.json` for each.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from siftune.data.readers import load_records, load_rows
+from siftune.data.rows import Row, rows_from
+from siftune.errors import DataError
+from siftune.files import write_beside
+from siftune.reproduce.protocol import Suite
+from siftune.reproduce.tasks import PROMPT, TASKS, options_of
+from siftune.words import counted
+
+HUB = "hub"
+_SEED = 42  # of the rows that are held out: the same for all methods and seeds
+
+Record = dict[str, Any]
+
+
+def prepare_files(
+    suite: Suite, tasks: Sequence[str], data: str, out: Path, limit: int | None, asked: int | None
+) -> None:
+    """Write the files that are not there yet.
+
+    Args:
+        suite: The suite.
+        tasks: Those of its tasks that are asked, and trained on where each has a file of its own.
+        data: A folder, or "hub".
+        out: The folder `OUT/data`.
+        limit: Use only so many training rows, drawn evenly; None: all.
+        asked: Ask only the first so many questions of each task.
+
+    Raises:
+        DataError: Rows are missing or cannot be read; the message says which and what to do.
+    """
+    if not ((out / "train.jsonl").exists() and (out / "heldout.jsonl").exists()):
+        rows = _training(suite, tasks, data)
+        random.Random(_SEED).shuffle(rows)
+        if len(rows) <= suite.held_out:
+            raise DataError(f"{data} has {counted(len(rows), 'training row')}, of which {suite.held_out} are held out")
+        _write(out / "heldout.jsonl", [_asked(row) for row in rows[: suite.held_out]])
+        _write(out / "train.jsonl", [_asked(row) for row in rows[suite.held_out :][:limit]])
+    for task in tasks:
+        if not (out / f"{task}.jsonl").exists():
+            rows = _questions(task, data)[:asked]
+            _write(out / f"{task}.jsonl", [_question(row, task) for row in rows])
+
+
+def training_count(suite: Suite, tasks: Sequence[str], data: str, limit: int | None) -> int:
+    """How many rows would be trained on; of the hub's, as many as are known to be there."""
+    total = suite.rows if data == HUB else len(_training(suite, tasks, data))
+    return min(total - suite.held_out, limit or total)
+
+
+def _training(suite: Suite, tasks: Sequence[str], data: str) -> list[Row]:
+    if data == HUB:
+        if suite.hub is None:
+            raise DataError(
+                f"the training rows {suite.joint} are under no known name on the hub: give --data FOLDER with "
+                f"{suite.joint}.json in it"
+            )
+        with _other_way():
+            return load_rows(suite.hub, "train", format="alpaca")
+    joint = _found(data, [f"{suite.joint}.json", f"ft-training_set/{suite.joint}.json"])
+    if joint is not None:
+        return load_rows(str(joint), format="alpaca")
+    files = {
+        task: _found(data, [f"{task}.train.json", f"{task}/train.json", f"dataset/{task}/train.json"]) for task in tasks
+    }
+    _refuse_missing(data, files, "train", f"{suite.joint}.json, or TASK.train.json for each task")
+    return [row for file in files.values() for row in load_rows(str(file), format="alpaca")]
+
+
+def _questions(task: str, data: str) -> list[Row]:
+    if data == HUB:
+        one = TASKS[task]
+        with _other_way():
+            return rows_from((one.question(record) for record in load_records(one.hub, one.split)), one.hub, "alpaca")
+    file = _found(data, [f"{task}.test.json", f"{task}/test.json", f"dataset/{task}/test.json"])
+    _refuse_missing(data, {task: file}, "test", f"{task}.test.json")
+    return load_rows(str(file), format="alpaca")
+
+
+@contextmanager
+def _other_way() -> Iterator[None]:
+    """Say what to do where the hub gives nothing."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{str(error).rstrip('.')}; or give --data FOLDER with the papers' rows") from error
+
+
+def _found(folder: str, names: Sequence[str]) -> Path | None:
+    return next((path for name in names if (path := Path(folder).expanduser() / name).is_file()), None)
+
+
+def _refuse_missing(folder: str, files: dict[str, Path | None], kind: str, wanted: str) -> None:
+    missing = [task for task, file in files.items() if file is None]
+    if not Path(folder).expanduser().is_dir():
+        raise DataError(f"{folder} is no folder: give --data a folder with {wanted}, or hub where there is a network")
+    if missing:
+        raise DataError(
+            f"{folder} has no {kind} rows of {', '.join(missing)}: put {wanted} there, or name the tasks that it has "
+            "with --tasks"
+        )
+
+
+def _asked(row: Row) -> Record:
+    """A row in the words that the models are trained with."""
+    return {"prompt": PROMPT.format(row.prompt[0].content), "completion": row.completion}
+
+
+def _question(row: Row, task: str) -> Record:
+    """The same with its answer, and with its options where there are any."""
+    answer, options = str(row.extra.get("answer", "")).strip(), options_of(row.prompt[0].content)
+    if TASKS[task].reader != "option":
+        return {**_asked(row), "answer": answer}
+    if answer not in options:
+        raise DataError(f"{row.origin}: the answer {answer!r} is none of its options {', '.join(options) or '(none)'}")
+    choices = [f"the correct answer is {option}" for option in options]
+    return {**_asked(row), "choices": choices, "answer": options.index(answer)}
+
+
+def _write(path: Path, records: Sequence[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_beside(path) as [beside]:
+        beside.write_text("".join(_lines(records)), encoding="utf-8")
+
+
+def _lines(records: Sequence[Record]) -> Iterator[str]:
+    for record in records:
+        yield json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,159 @@
+"""`siftune reproduce` from end to end on tiny random models: all stages, what is printed, and going on."""
+
+import json
+
+import pytest
+from support.tiny import tiny
+from support.tokenizer import byte_tokenizer
+
+from siftune.cli.main import main
+from siftune.reproduce.protocol import protocol_of
+
+OPTIONS = {
+    "boolq": ("true", "false"), "piqa": ("solution1", "solution2"), "social_i_qa": ("answer1", "answer2", "answer3"),
+    "hellaswag": ("ending1", "ending2", "ending3", "ending4"), "winogrande": ("option1", "option2"),
+    "ARC-Easy": ("answer1", "answer2"), "ARC-Challenge": ("answer1", "answer2"), "openbookqa": ("answer1", "answer2"),
+}  # fmt: skip
+SMALL = "dtype: float32\nrank: 2\nmax_length: 400\nbatch_size: 4\nepochs: 1\nwarmup: 1\nsteps: 2\n"
+
+
+def commonsense(task, number):
+    options = OPTIONS[task]
+    answer = options[number % len(options)]
+    return {
+        "instruction": f"{task} {number}?\n\nAnswer format: {'/'.join(options)}", "input": "",
+        "output": f"the correct answer is {answer}", "answer": answer,
+    }  # fmt: skip
+
+
+def math(task, number):
+    answer = "ABCDE"[number % 5] if task == "AQuA" else str(number)
+    return {"instruction": f"{task} {number}?", "input": "", "output": f"It is {answer}.", "answer": answer}
+
+
+def save_suite(folder, name):
+    make = commonsense if name == "commonsense" else math
+    tasks = protocol_of(f"{name}-llama-7b").suite.tasks
+    folder.mkdir()
+    for task in tasks:
+        (folder / f"{task}.test.json").write_text(json.dumps([make(task, n) for n in range(3)]))
+        if name == "commonsense":
+            (folder / f"{task}.train.json").write_text(json.dumps([make(task, n) for n in range(3, 73)]))
+    if name == "math":
+        rows = [make(task, n) for task in tasks for n in range(3, 43)]
+        (folder / "math_10k.json").write_text(json.dumps(rows))
+    return folder
+
+
+def save_model(folder, family):
+    tokenizer = byte_tokenizer()
+    tiny(
+        family, layers=2, vocab_size=300, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=512
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Arguments of a reproduction of a suite on a model of a family."""
+
+    def made(name, family, *more):
+        recipe = tmp_path / "small.yaml"
+        recipe.write_text(SMALL)
+        data = tmp_path / "rows"
+        data = data if data.exists() else save_suite(data, name.partition("-")[0])
+        model = tmp_path / "model"
+        model = model if model.exists() else save_model(model, family)
+        return [
+            "reproduce", name, "--data", str(data), "--model", str(model), "--recipe", str(recipe), "--questions", "2",
+            "--out", str(tmp_path / "out"), *more,
+        ]  # fmt: skip
+
+    return made
+
+
+def error_of(capsys, arguments):
+    assert main(arguments) == 2
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("siftune: error: ")
+
+
+def files(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_path, capsys):
+    tasks = ["--tasks", "boolq,ARC-Easy"]
+    given = words("commonsense-llama-7b", "llama", *tasks, "--rates", "1e-3,1e-2", "--sweep-steps", "1")
+    assert main(given) == 0
+    table = capsys.readouterr().out
+    out = tmp_path / "out"
+    printed = [line for line in table.splitlines() if line.startswith("lora (LLM-Adapters)")]
+    assert printed[0].split()[-3:] == ["68.9", "77.8", "73.3"]  # of these two tasks, and their mean
+    found = json.loads((out / "results.json").read_text())
+    assert set(found) == {"generated", "likeliest"}
+    figure = found["likeliest"]["dense"]["boolq"]
+    assert (figure["questions"], figure["seeds"], figure["deviation"]) == (2, 1, None)
+    assert figure["low"] <= figure["right"] <= figure["high"]
+    answers = json.loads((out / "dense-seed0" / "boolq.answers.json").read_text())
+    assert figure["right"] == sum(answers["right"]["likeliest"]) / 2
+    assert len((out / "rates" / "results.jsonl").read_text().splitlines()) == 2
+    best = json.loads((out / "rates" / "results.json").read_text())["best"]["dense"]["lr"]
+    assert json.loads(json.dumps(best)) == pytest.approx(_rate(out / "dense-seed0" / "recipe.yaml"))
+
+    before = files(out)
+    (out / "dense-seed0" / "boolq.answers.json").unlink()
+    assert main([*given, "--seeds", "0,1"]) == 0
+    after = files(out)
+    again = {str(path) for path in before if after[path] != before[path]}
+    assert again == {"dense-seed0/boolq.answers.json", "protocol.json", "results.json", "table.md"}
+    assert json.loads((out / "results.json").read_text())["likeliest"]["dense"]["boolq"]["seeds"] == 2
+    assert "begun with questions = 2, but now it is 1" in error_of(
+        capsys, [*given[:-6], "--questions", "1", *given[-6:]]
+    )
+
+
+def _rate(recipe):
+    return float(next(line for line in recipe.read_text().splitlines() if line.startswith("lr:")).split()[1])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", ["ist", "gast", "trim"])
+@pytest.mark.parametrize(("suite", "model", "family"), [
+    ("commonsense", "llama-7b", "llama"), ("commonsense", "gpt-j-6b", "gptj"), ("commonsense", "opt-1.3b", "opt"),
+    ("math", "llama3-8b", "llama"), ("math", "gpt-j-6b", "gptj"),
+])  # fmt: skip
+def test_all_stages_on_every_architecture(words, tmp_path, suite, model, family, method):
+    assert main(words(f"{suite}-{model}", family, "--rates", "1e-3", "--methods", method)) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    tasks = protocol_of(f"{suite}-{model}").suite.tasks
+    assert set(found["generated"][method]) == set(tasks)
+    assert ("likeliest" in found) == (suite == "commonsense")
+
+
+def test_a_dry_run_names_every_setting_and_counts_the_rows_that_are_there(words, capsys):
+    assert main([*words("commonsense-opt-1.3b", "opt"), "--dry-run", "--methods", "dense,lisa", "--gpu", "h100"]) == 0
+    told = capsys.readouterr().out
+    assert "alpha: 64" in told
+    assert "25,165,824 of" not in told  # of rank 2
+    assert "440 rows" in told
+    assert "estimated for one run on h100 of 80 GB" in told
+    assert [line.split()[1:] for line in told.splitlines() if line.startswith("lisa")] == [["not", "measured"] * 2]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--tasks", "boolq,gsm8k"], "--tasks names gsm8k; commonsense-llama-7b has boolq, piqa"),
+    (["--data", "nowhere"], "nowhere is no folder: give --data a folder with"),
+    (["--methods", "dense,best"], "--methods names 'best', which is unknown"),
+    (["--limit", "0"], "--limit is 0, but must be 1 or more"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_told_in_a_sentence(words, capsys, change, message):
+    assert message in error_of(capsys, [*words("commonsense-llama-7b", "llama"), *change])
+
+
+def test_a_task_without_rows_and_a_suite_without_a_hub_are_named(words, tmp_path, capsys):
+    given = words("commonsense-llama-7b", "llama")
+    (tmp_path / "rows" / "piqa.test.json").unlink()
+    assert "has no test rows of piqa: put piqa.test.json there, or name the tasks" in error_of(capsys, given)
+    (tmp_path / "rows" / "boolq.train.json").unlink()
+    assert "has no train rows of boolq" in error_of(capsys, [*given, "--tasks", "boolq"])

@@ -1,0 +1,21 @@
+"""Answers are found in texts as LLM-Adapters' evaluation finds them, in texts that are tricky."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from siftune.evaluate.answers import first_option, is_right, last_number
+
+CASES = [json.loads(line) for line in (Path(__file__).parent / "tricky_answers.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["text"][:30] or "nothing")
+def test_tricky_answers(case):
+    assert is_right(case["text"], case["answer"], case["reader"], case.get("options", ())) is case["right"]
+
+
+def test_nothing_is_found_in_nothing():
+    assert first_option("", ["a"]) is None
+    assert last_number("no number") is None
+    assert last_number("3 of 1,000.5") == 1000.5

@@ -1,0 +1,83 @@
+"""The files that a protocol trains and asks on, from the hub and from a folder."""
+
+import json
+
+import datasets
+import pytest
+
+from siftune.errors import DataError
+from siftune.reproduce.protocol import protocol_of
+from siftune.reproduce.rows import HUB, prepare_files, training_count
+
+SUITE = protocol_of("commonsense-llama-7b").suite
+TRAIN = [
+    {
+        "instruction": f"Q{n}?\n\nAnswer format: true/false",
+        "input": "",
+        "output": "the correct answer is true",
+        "answer": "true",
+    }
+    for n in range(125)
+]
+BOOLQ = [{"question": f"is it {n}", "answer": n % 2 == 0, "passage": "long"} for n in range(5)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_of_the_hub_are_put_into_the_papers_words(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, configuration, split):
+        asked.append((name, configuration, split))
+        return {"zwhe99/commonsense_170k": TRAIN, "google/boolq": BOOLQ}[name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prepare_files(SUITE, ["boolq"], HUB, tmp_path, limit=3, asked=4)
+    assert asked == [("zwhe99/commonsense_170k", None, "train"), ("google/boolq", None, "validation")]
+    train, held, questions = (lines(tmp_path / f"{name}.jsonl") for name in ("train", "heldout", "boolq"))
+    assert (len(train), len(held), len(questions)) == (3, 120, 4)
+    texts = [row["prompt"] for row in [*train, *held]]
+    assert len(set(texts)) == 123
+    assert texts != sorted(texts)
+    begins = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    assert questions[1] == {
+        "prompt": f"{begins}\n\n### Instruction:\nPlease answer the following question with true or false, question: "
+        "is it 1?\n\nAnswer format: true/false\n\n### Response:\n",
+        "completion": "the correct answer is false", "answer": 1,
+        "choices": ["the correct answer is true", "the correct answer is false"],
+    }  # fmt: skip
+    prepare_files(SUITE, ["boolq"], HUB, tmp_path, limit=3, asked=4)
+    assert len(asked) == 2  # what is there is not fetched again
+
+
+def test_a_joint_file_goes_before_files_of_tasks(tmp_path):
+    (tmp_path / "commonsense_170k.json").write_text(json.dumps(TRAIN))
+    assert training_count(SUITE, ["boolq"], str(tmp_path), None) == 5
+    assert training_count(SUITE, ["boolq"], str(tmp_path), 2) == 2
+    assert training_count(SUITE, ["boolq"], HUB, None) == 170_300
+
+
+def test_without_hub_and_folder_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"commonsense_170k .*: no network; .*; or give --data FOLDER"):
+        prepare_files(SUITE, ["boolq"], HUB, tmp_path, None, None)
+    with pytest.raises(DataError, match=r"math_10k are under no known name on the hub: give --data FOLDER"):
+        prepare_files(protocol_of("math-llama-7b").suite, ["gsm8k"], HUB, tmp_path, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_that_is_no_option_is_told_by_its_place(tmp_path):
+    (tmp_path / "commonsense_170k.json").write_text(json.dumps(TRAIN))
+    wrong = [
+        {"instruction": "Q?\n\nAnswer format: true/false", "output": "the correct answer is maybe", "answer": "maybe"}
+    ]
+    (tmp_path / "boolq.test.json").write_text(json.dumps(wrong))
+    with pytest.raises(
+        DataError, match=r"boolq\.test\.json row 1: the answer 'maybe' is none of its options true, false"
+    ):
+        prepare_files(SUITE, ["boolq"], str(tmp_path), tmp_path / "out", None, None)
