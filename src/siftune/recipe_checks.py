@@ -62,7 +62,6 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
 
 def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
     """What is wrong with a target, and with rows to compare with."""
-    by_target = any(getattr(settings, "by_target", False) for settings in settings_of(recipe))
     return [
         (
             recipe.target is not None and recipe.support_rows is not None,

@@ -27,12 +27,13 @@ CLOSED, AGAIN, WORKS = "exact", "again", "works"
 TRANSPOSED = "on GPT2LMHeadModel: Target module"
 ALLOCATOR = "allots its ranks by the gradients of all layers and rows in every step"
 MIXED = "see tokens of all rows mixed together, so samples cannot be told apart in them"
+SILENT = "no PEFT adapter whose response could be damped or measured"
 OUTSIDE = "has no parameters of its own in each layer"
 
 OTHERS = ("full", "ia3", "lora on experts", "prefix tuning")
 KINDS = (*CARRIERS, *OTHERS)
 COLUMNS = (*METHODS, "dp")
-BY_ROW = {"gast", "greats", "ist+gast", "dp"}
+BY_ROW = {"gast", "greats", "trim", "ist+gast", "dp"}
 
 
 def build(kind: str, family: str = "llama") -> nn.Module:
@@ -63,6 +64,8 @@ def with_method(kind: str, method: str) -> str:
         return OUTSIDE if chooses else WORKS
     if kind == "adalora" and chooses:
         return ALLOCATOR
+    if kind == "full" and method == "loradrop":
+        return SILENT
     if kind == "lora on experts" and method in BY_ROW:
         return MIXED
     if method in BY_ROW:

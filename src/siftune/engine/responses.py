@@ -67,5 +67,11 @@ def refuse_unresponsive(groups: Sequence[LayerGroup]) -> None:
         adapted_modules(group)
 
 
-def _look(found: Responses, position: int, module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-    found.add(position, output - module.get_base_layer()(*args, **kwargs))
+def _look(found: Responses, position: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    found.add(position, _states(output) - _states(module.get_base_layer()(*args, **kwargs)))
+
+
+def _states(output: Any) -> Tensor:
+    """The hidden states that a module puts out; attention as a whole has other things behind them."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states

@@ -35,6 +35,7 @@ class TrimmedSamples:
         self.select = settings.select
         self.mean: Gradients = {}
         self.optimizer: torch.optim.Optimizer | None = None
+        self.planned: int | None = None
         self._which = settings.which
         self._losses = losses
         self._chosen: tuple[Choosing, Tensor, Tensor] | None = None  # the batch, rows, and what they count

@@ -1,11 +1,13 @@
 """LoRA-drop against responses that are computed by hand, and its choices by hand."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.carriers_table import build
 from support.tiny import batch, tiny
 from support.trainers import adapted, train
 
@@ -54,6 +56,29 @@ def test_responses_are_those_of_b_a_x_without_padding():
     inputs = batch(model, 5)
     torch.testing.assert_close(measured(model, inputs), by_hand(model, inputs), rtol=1e-12, atol=0)
     assert all(not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["series", "oft"])
+def test_whatever_adapter_it_is_a_response_is_what_the_module_gives_beyond_its_base(kind):
+    model, layers = build(kind).double(), {}
+    inputs = batch(model, 3)
+    seen = inputs["attention_mask"].bool()
+
+    def look(layer, module, args, kwargs, output):
+        base = module.base_layer(*args, **kwargs)
+        change = _first(output) - _first(base)
+        layers[layer] = layers.get(layer, 0.0) + sum(float(token @ token) for token in change[seen])
+
+    for group in group_by_layer(model):
+        for module in (m for m in group.module.modules() if hasattr(m, "base_layer")):
+            module.register_forward_hook(partial(look, group.index), with_kwargs=True)
+    found = measured(model, inputs).tolist()
+    assert found == pytest.approx([layers[layer] for layer in sorted(layers)], rel=1e-10)
+    assert min(found) > 0
+
+
+def _first(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def test_a_layer_whose_adapter_is_zero_responds_with_zero():
