@@ -125,11 +125,12 @@ def _read_json(path: Path, source: str) -> Records:
 def _read_csv(path: Path, source: str) -> Records:
     text = _decode(path.read_bytes(), source)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = _of_any_length(reader, len(text))
     end = 0  # a quoted field may span lines: name the line where the row starts
     try:
-        header = next(reader, [])
+        header = next(rows, [])
         end = reader.line_num
-        for fields in reader:
+        for fields in rows:
             origin, end = f"{source}:{end + 1}", reader.line_num
             if fields and len(fields) != len(header):
                 yield (
@@ -143,6 +144,19 @@ def _read_csv(path: Path, source: str) -> Records:
                 yield origin, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(f"{source}:{end + 1}: invalid CSV ({error}); mend the row or save as JSONL.") from error
+
+
+def _of_any_length(reader: Iterator[list[str]], longest: int) -> Iterator[list[str]]:
+    """Go through a CSV reader whose fields may be long; Python's limit, 131,072, is that of the whole process."""
+    while True:
+        limit = csv.field_size_limit(longest)
+        try:
+            fields = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
+        if fields is None:
+            return
+        yield fields
 
 
 def _read_parquet(path: Path, source: str) -> Records:

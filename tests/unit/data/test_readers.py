@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 
@@ -252,3 +253,12 @@ def test_a_hub_failure_says_what_to_do(monkeypatch):
     message = refused("org/none")
     assert "org/none is no data file" in message
     assert "Couldn't reach the hub; check the name, the split and the network" in message
+
+
+def test_fields_of_csv_may_be_longer_than_pythons_limit(tmp_path):
+    """And the limit, which all of a process shares, is as it was."""
+    long, before = "word " * 40_000, csv.field_size_limit()
+    (tmp_path / "long.csv").write_text(f"prompt,completion\nshort,a\n{long},b\n", encoding="utf-8")
+    rows = load_rows(str(tmp_path / "long.csv"))
+    assert [len(row.prompt[0].content) for row in rows] == [5, len(long)]
+    assert csv.field_size_limit() == before
