@@ -132,8 +132,8 @@ def taps_of(groups: Sequence[LayerGroup], record: Callable[[int], LayerRecord | 
     again = [unit for group in groups for unit in units(group) if runs_again(unit.module)]
     if again:
         logger.warning(
-            "gradients of single rows have no closed form for %s: these modules run once more in backward, which "
-            "takes longer than with LoRA",
+            "gradients of single rows have no closed form for %s: these modules run once more in backward (row by row "
+            "where torch.func cannot trace them), which takes longer than with LoRA",
             ", ".join(sorted({type(unit.module).__module__.split(".")[-2] for unit in again})),
         )
     return [ModuleTap(unit, record) for unit in again]

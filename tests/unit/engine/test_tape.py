@@ -353,9 +353,10 @@ def test_an_adapter_that_is_not_in_use_gets_no_gradient():
         assert_close(parameter.grad, grad, 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["lora", "vera"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_adapters_on_a_half_precision_base(dtype):
-    model = adapted().to(dtype)
+def test_float32_adapters_on_a_half_precision_base(dtype, kind):
+    model = adapted(kind=kind).to(dtype)
     for parameter in in_layers(model):
         parameter.data = parameter.data.float()
     inputs = batch(model, 4)

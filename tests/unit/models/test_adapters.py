@@ -135,6 +135,20 @@ def test_default_targets_are_short_but_stay_in_the_layers():
     assert isinstance(model.model.layers[0].self_attn.q_proj, BaseTunerLayer)
 
 
+@pytest.mark.parametrize("layers", [None, (0, -1)])
+@pytest.mark.parametrize("others", [[], ["q_proj"]])
+def test_experts_of_a_mixture(others, layers, tmp_path):
+    model = attach_adapter(tiny("mixtral"), rank=2, targets=["experts", *others], layers=layers)
+    shake(model).eval().save_pretrained(tmp_path)
+    banks = {name for name, m in model.named_modules() if isinstance(m, ParamWrapper)}
+    numbers = range(4) if layers is None else (0, 3)
+    assert {name.split(".layers.")[1].split(".")[0] for name in banks} == {str(number) for number in numbers}
+    assert [group.index for group in group_by_layer(model)] == list(numbers)
+    again = load_adapter(tiny("mixtral"), tmp_path, "mixtral").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.allclose(logits(again), logits(tiny("mixtral")), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "scale"),
     [
@@ -170,6 +184,10 @@ def test_settings_reach_peft_and_the_saved_adapter(tmp_path):
         ({"targets": []}, r"targets is empty.*available: down_proj"),
         ({"targets": ["mlp"]}, r"called mlp; available"),
         ({"kind": "xlora"}, r"unknown kind of adapter 'xlora'; known: lora, rslora, dora"),
+        (
+            {"targets": ["experts"]},
+            r"names experts, but LlamaForCausalLM has no experts whose weights lie in one tensor",
+        ),
         ({"rank": 0}, r"rank must be ≥ 1.*rank=0"),
         ({"dropout": 1.0}, r"dropout in \[0, 1\).*dropout=1.0"),
     ],
