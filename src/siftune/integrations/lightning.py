@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from siftune.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.batches import Batch, Loss, RowDraws, model_loss
+from siftune.methods.ist.callback import IST
+from siftune.methods.sample_callback import SampleCallback
 
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
@@ -61,7 +63,7 @@ class Sift(Callback):  # type: ignore[misc]
         """Attach the method, and continue from a checkpoint's state."""
         self._remove()
         _refuse_sharding(trainer)
-        known = inspect.signature(self.method.attach).parameters
+        known = _arguments(self.method.attach)
         given = {"optimizer": _optimizer(trainer), "batches": self.batches, "loss": self.loss}
         draws = self.batches is None and "batches" in known and _by_training_rows(self.method)
         if draws:
@@ -98,10 +100,18 @@ class Sift(Callback):  # type: ignore[misc]
             self.selection.remove()
 
 
+def _arguments(attach: Any) -> set[str]:
+    """What a method's `attach` takes besides the model; one that hands on takes what it hands on to."""
+    known = inspect.signature(attach).parameters.values()
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known):
+        known = inspect.signature(SampleCallback.attach).parameters.values()
+    return {each.name for each in known}
+
+
 def _by_training_rows(method: Any) -> bool:
     """Whether a method that takes `batches` compares with rows of the training set, where none are given."""
-    source: str | None = getattr(method, "support_source", "sample")  # IST, which has none, scores on training rows
-    return source == "sample"
+    source: str | None = getattr(method, "support_source", None)
+    return source == "sample" or isinstance(method, IST)
 
 
 def _load(selection: Any, state: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from support.trainers import adapted, rows, weights
 from torch.utils.data import DataLoader
 
-from siftune import GAST, IST, LISA, RST, LabelLogits, RowRecord
+from siftune import GAST, IST, LISA, RST, LabelLogits, LoRADrop, RowRecord, Trim
 from siftune.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.batches import RowDraws
 
@@ -24,6 +24,7 @@ METHODS = {
     "gast-momentum": lambda: GAST(select=2, support="momentum"),
     "ist": lambda: IST(active=0.5, interval=2, score_batch_size=4),
     "ist-norms": lambda: IST(active=0.5, importance_from="gradients"),
+    "trim": lambda: Trim(),
     "lisa": lambda: LISA(active=1, interval=2),
 }
 
@@ -152,6 +153,8 @@ def test_what_cannot_be_attached_is_refused():
         fit(Sift(RST()), Module(torch.nn.Linear(2, 2)))
     with pytest.raises(RecipeError, match=r'support="dataset" compares with rows: give attach\(..., batches=...\)'):
         fit(Sift(GAST(support="dataset")))
+    with pytest.raises(RecipeError, match="LoRADrop measures responses on rows"):
+        fit(Sift(LoRADrop()))
     with pytest.raises(RecipeError, match=r"the training rows are a list.*Sift\(..., batches=...\)"):
         fit(Sift(GAST()), data=list(loader()))
 
