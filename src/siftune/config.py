@@ -231,6 +231,8 @@ def compared_with(recipe: Recipe) -> str | None:
 
 def target_comes_last(recipe: Recipe) -> float:
     """Share of the steps, the last ones, in which a target's rows come."""
+    if not recipe.target_share:
+        return 1.0  # they do not come at all
     if recipe.target_last is not None:
         return recipe.target_last
     goes_on = compares(recipe) and not any(hasattr(settings, "select_until") for settings in settings_of(recipe))
@@ -255,7 +257,7 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
 def _until_the_target(recipe: Recipe) -> dict[str, Any]:
     """Settings of methods that select rows until a target's begin to come, by group."""
     last = target_comes_last(recipe)
-    if last == 1 or not recipe.target_share:
+    if last == 1:
         return {}
     return {
         settings.group: replace(settings, **{"select_until": round(1 - last, 4)})

@@ -76,6 +76,11 @@ def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "target_last has no effect without a target: leave it out, or give --target FILE",
         ),
         (
+            recipe.target_last not in (None, 1) and not recipe.target_share,
+            "target_last says when a target's rows come, but with target_share 0 they are not trained on: leave one of "
+            "them out",
+        ),
+        (
             recipe.group_by_length and target_comes_last(recipe) < 1,
             "group_by_length puts rows in an order of its own, but a target's rows come last: leave it out, or give "
             "--target-last 1",

@@ -5,10 +5,11 @@ and takes the processor from those that it waits for, and where a container may 
 """
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 _LIMITS = Path("/sys/fs/cgroup")
+_OURS = "SIFTUNE_SET_THREADS"  # there where the number of threads is not the user's
 _TURNS = "1000"  # times that a waiting thread looks before it sleeps; GNU's OpenMP looks some 300,000 times
 
 
@@ -30,8 +31,29 @@ def settle_threads(environment: MutableMapping[str, str] = os.environ, limits: P
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", _TURNS)
     allowed = processors_allowed(limits)
-    if allowed is not None and allowed < (os.cpu_count() or 1):
-        environment.setdefault("OMP_NUM_THREADS", str(allowed))
+    if allowed is not None and allowed < _processors() and "OMP_NUM_THREADS" not in environment:
+        environment.update({"OMP_NUM_THREADS": str(allowed), _OURS: "1"})
+
+
+def threads_of_each(processes: int, environment: Mapping[str, str] = os.environ, limits: Path = _LIMITS) -> str:
+    """Threads of each of several processes that run at a time: the user's number, or an even part, at least 1.
+
+    Args:
+        processes: How many there are.
+        environment: Variables of the process, after `settle_threads`.
+        limits: Where the system keeps a container's limits.
+    """
+    if environment.get("OMP_NUM_THREADS") and _OURS not in environment:
+        return environment["OMP_NUM_THREADS"]
+    processors = min(_processors(), processors_allowed(limits) or _processors())
+    return str(max(1, processors // processes))
+
+
+def _processors() -> int:
+    """Processors that this process may run on, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def processors_allowed(limits: Path = _LIMITS) -> int | None:

@@ -6,7 +6,13 @@ import sys
 
 import pytest
 
-from siftune.threads import processors_allowed, settle_threads
+from siftune.threads import processors_allowed, settle_threads, threads_of_each
+
+
+def run_on(monkeypatch, processors):
+    """Have a machine of 64 processors, on some of which this process may run."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
 
 
 def limits_of(folder, version, quota, period="100000"):
@@ -36,19 +42,29 @@ def test_no_limit_and_nonsense(tmp_path):
 def test_the_limit_holds_where_there_are_more_processors(tmp_path, monkeypatch):
     limits = limits_of(tmp_path, 2, "200000")
     for processors, threads in ((64, "2"), (2, None)):
-        monkeypatch.setattr(os, "cpu_count", lambda processors=processors: processors)
+        run_on(monkeypatch, processors)
         variables = {}
         settle_threads(variables, limits)
         assert variables.get("OMP_NUM_THREADS") == threads
 
 
 def test_what_the_user_has_set_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    run_on(monkeypatch, 64)
     limits = limits_of(tmp_path, 2, "200000")
     for own in ({"OMP_NUM_THREADS": "7", "GOMP_SPINCOUNT": "5"}, {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}):
         variables = dict(own)
         settle_threads(variables, limits)
         assert variables == own
+
+
+@pytest.mark.parametrize(
+    ("own", "processors", "each"), [({}, 64, "2"), ({}, 2, "1"), ({"OMP_NUM_THREADS": "7"}, 64, "7")]
+)
+def test_processes_share_what_a_container_may_use(tmp_path, monkeypatch, own, processors, each):
+    run_on(monkeypatch, processors)
+    limits, variables = limits_of(tmp_path, 2, "400000"), dict(own)
+    settle_threads(variables, limits)
+    assert threads_of_each(2, variables, limits) == each
 
 
 def test_it_is_settled_before_torch_is_loaded():

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from siftune.errors import InputError
 from siftune.ranks import LEFT_ALONE, TOLD_BY_PARENT
+from siftune.threads import threads_of_each
 
 _LOOK = 0.05  # seconds between two looks at the processes
 _CAUSE = 5.0  # seconds that the process which left another one alone may take to end
@@ -106,11 +107,10 @@ def _meeting_place(processes: int) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
     size = str(processes)
     return {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": threads, TOLD_BY_PARENT: "1",
+        "LOCAL_WORLD_SIZE": size, "OMP_NUM_THREADS": threads_of_each(processes), TOLD_BY_PARENT: "1",
     }  # fmt: skip
 
 
