@@ -64,9 +64,12 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.reproduce.protocol import protocol_of
 
     protocol = protocol_of(options.name, *([options.recipe] if options.recipe else []))
+    options = replace(options, limit=options.limit or protocol.recipe.limit)
+    if options.dry_run and options.model is not None:
+        raise RecipeError("--dry-run reckons with the paper's model, not with that of --model: leave one of them out")
     changed = replace(
         protocol.recipe, completion_only=options.masked or protocol.recipe.completion_only,
-        model=options.model or protocol.recipe.model,
+        model=options.model or protocol.recipe.model, limit=None,
     )  # fmt: skip
     protocol = replace(protocol, recipe=changed)
     return _told(options, protocol) if options.dry_run else _work(options, _reproduction(options, protocol))
@@ -102,13 +105,15 @@ def _work(options: Options, work: "Reproduction") -> dict[str, Any]:
     from siftune.recipe_file import recipe_values
     from siftune.report.table import markdown_table, print_table
     from siftune.reproduce.protocol import sources
-    from siftune.reproduce.rows import prepare_files
+    from siftune.reproduce.rows import HUB, prepare_files
     from siftune.reproduce.table import results, tables
     from siftune.stages import stages
 
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
     settings = {key: value for key, value in recipe_values(work.protocol.recipe).items() if key not in ("lr", "seed")}
-    work.begin({"name": options.name, "limit": options.limit, "questions": options.questions, **settings})
+    data = options.data if options.data == HUB else str(Path(options.data).expanduser().absolute())
+    about = {"name": options.name, "data": data, "limit": options.limit, "questions": options.questions}
+    work.begin(settings | about)
     prepare_files(work.protocol.suite, work.tasks, options.data, work.out / "data", options.limit, options.questions)
     with stages(console) if console.is_terminal else nullcontext(lambda *_: None) as progress:
         for cell in work.work(console, progress):

@@ -12,6 +12,8 @@ Each of these is made once. A run that was cut off goes on from its newest check
 
 import gc
 import json
+import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +30,7 @@ from siftune.evaluate.answers import is_right
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows
 from siftune.files import Progress, write_beside
+from siftune.recipe_file import load_recipe
 from siftune.report.lr import bests, write_report
 from siftune.reproduce.protocol import Protocol
 from siftune.reproduce.tasks import TASKS
@@ -59,12 +62,25 @@ class Cell:
         `generated`: the answer in the text that the model writes; `likeliest`: the option that it finds likeliest.
         """
         path = self._answers(task)
-        return json.loads(path.read_text(encoding="utf-8"))["right"] if path.exists() else None
+        return _record(path)["right"] if path.exists() else None
 
     def finished(self) -> bool:
         """Whether its training has come to its end."""
         path = self.folder / _RUN
-        return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
+        return path.exists() and _record(path)["status"] == "finished"
+
+    def refuse_other_rate(self, rate: float) -> None:
+        """Refuse a rate that is not the one that a finished run was trained at.
+
+        Raises:
+            RecipeError: It is another.
+        """
+        was = load_recipe(self.folder / "recipe.yaml").lr if self.finished() else None
+        if was is not None and not math.isclose(was, rate):
+            raise RecipeError(
+                f"{self.folder} was trained at a learning rate of {was:g}, but now it would be {rate:g}: give --rates "
+                "and the first of --seeds as they were, or another folder with --out"
+            )
 
     def keep(self, task: str, right: Mapping[str, Sequence[int]], texts: Sequence[str]) -> None:
         """Write what was found of a task."""
@@ -120,7 +136,10 @@ class Reproduction:
         """
         recipes_of(self.recipe, self.grid.methods)  # refuses what cannot run, before anything is written
         path, known = self.out / "protocol.json", json.loads(json.dumps(about))
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else known
+        if self.out.exists() and not self.out.is_dir():
+            raise RecipeError(f"{self.out} is a file: give a folder with --out")
+        begun = path.exists() and (self.out / "data").is_dir()  # else nothing was made: rows were not found, say
+        before = _record(path) if begun else known
         changed = [key for key in known if before.get(key) != known[key]]
         if changed:
             key = changed[0]
@@ -155,6 +174,8 @@ class Reproduction:
         """Do what is missing, and yield each cell when all of it is there."""
         rates = self.rates(progress)
         for cell in self.cells():
+            cell.refuse_other_rate(rates[cell.method])
+        for cell in self.cells():
             if not cell.finished():
                 self._train(cell, rates[cell.method], console)
             asked = [task for task in self.tasks if cell.right(task) is None]
@@ -165,6 +186,8 @@ class Reproduction:
     def _train(self, cell: Cell, rate: float, console: Console) -> None:
         (recipe,) = recipes_of(self.recipe, [cell.method]).values()
         begun = any((cell.folder / "checkpoints").glob("checkpoint-*"))
+        if not begun and (cell.folder / _RUN).exists():
+            shutil.rmtree(cell.folder)  # cut off before its first checkpoint: there is nothing to go on from
         train(replace(recipe, lr=rate, seed=cell.seed, out=str(cell.folder), resume=begun), console)
         gc.collect()  # the Trainer refers to itself: without this two models would be in memory
 
@@ -175,7 +198,7 @@ class Reproduction:
             rows = load_rows(str(self.out / "data" / f"{task}.jsonl"))
             choice = TASKS[task].reader == "option"
             metrics = ("choices", "exact_match") if choice else ("exact_match",)
-            prepared = prepare_rows(rows, tokenizer, metrics, "none", self.protocol.suite.max_new_tokens)
+            prepared = prepare_rows(rows, tokenizer, metrics, self.recipe.template, self.protocol.suite.max_new_tokens)
             found = measure(model, prepared, self.batch_size)
             texts = found["exact_match"].texts
             right = {"generated": [int(_right(row.extra, text, task)) for row, text in zip(rows, texts, strict=True)]}
@@ -184,6 +207,21 @@ class Reproduction:
             cell.keep(task, right, texts)
         del model
         gc.collect()
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a file that was written here holds.
+
+    Raises:
+        RecipeError: It is damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise RecipeError(f"{path} is damaged: remove it, so that it is made anew")
+    return record
 
 
 def _right(question: Mapping[str, Any], text: str, task: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from siftune.data.readers import load_records, load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.errors import DataError
+from siftune.evaluate.answers import last_number
 from siftune.files import write_beside
 from siftune.reproduce.protocol import Suite
 from siftune.reproduce.tasks import PROMPT, TASKS, options_of
@@ -47,9 +48,8 @@ def prepare_files(
     """
     if not ((out / "train.jsonl").exists() and (out / "heldout.jsonl").exists()):
         rows = _training(suite, tasks, data)
+        _refuse_few(suite, data, len(rows))
         random.Random(_SEED).shuffle(rows)
-        if len(rows) <= suite.held_out:
-            raise DataError(f"{data} has {counted(len(rows), 'training row')}, of which {suite.held_out} are held out")
         _write(out / "heldout.jsonl", [_asked(row) for row in rows[: suite.held_out]])
         _write(out / "train.jsonl", [_asked(row) for row in rows[suite.held_out :][:limit]])
     for task in tasks:
@@ -61,7 +61,13 @@ def prepare_files(
 def training_count(suite: Suite, tasks: Sequence[str], data: str, limit: int | None) -> int:
     """How many rows would be trained on; of the hub's, as many as are known to be there."""
     total = suite.rows if data == HUB else len(_training(suite, tasks, data))
+    _refuse_few(suite, data, total)
     return min(total - suite.held_out, limit or total)
+
+
+def _refuse_few(suite: Suite, data: str, rows: int) -> None:
+    if rows <= suite.held_out:
+        raise DataError(f"{data} has {counted(rows, 'training row')}, of which {suite.held_out} are held out")
 
 
 def _training(suite: Suite, tasks: Sequence[str], data: str) -> list[Row]:
@@ -125,7 +131,11 @@ def _asked(row: Row) -> Record:
 def _question(row: Row, task: str) -> Record:
     """The same with its answer, and with its options where there are any."""
     answer, options = str(row.extra.get("answer", "")).strip(), options_of(row.prompt[0].content)
-    if TASKS[task].reader != "option":
+    reader = TASKS[task].reader
+    if reader != "option":
+        if last_number(answer) is None if reader == "number" else answer not in tuple("ABCDE"):
+            wanted = "a number" if reader == "number" else "a letter from A to E"
+            raise DataError(f"{row.origin}: the answer is {answer!r}: give {wanted} in the column answer")
         return {**_asked(row), "answer": answer}
     if answer not in options:
         raise DataError(f"{row.origin}: the answer {answer!r} is none of its options {', '.join(options) or '(none)'}")

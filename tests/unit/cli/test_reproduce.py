@@ -1,6 +1,7 @@
 """`siftune reproduce` from end to end on tiny random models: all stages, what is printed, and going on."""
 
 import json
+import shutil
 
 import pytest
 from support.tiny import tiny
@@ -111,6 +112,21 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     assert "begun with questions = 2, but now it is 1" in error_of(
         capsys, [*given[:-6], "--questions", "1", *given[-6:]]
     )
+    assert "begun with limit = None, but now it is 5" in error_of(capsys, [*given, "--limit", "5"])
+    assert "was trained at a learning rate of" in error_of(capsys, [*given[:-4], "--rates", "5"])
+    (out / "dense-seed0" / "boolq.answers.json").write_text("{")
+    assert "boolq.answers.json is damaged: remove it" in error_of(capsys, given)
+    shutil.rmtree(out / "dense-seed0" / "checkpoints")
+    (out / "dense-seed0" / "run.json").write_text('{"status": "running"}')
+    (out / "dense-seed0" / "boolq.answers.json").unlink()
+    assert main(given) == 0  # a run that was cut off before its first checkpoint begins anew
+    (out / "protocol.json").write_text("[")
+    assert "protocol.json is damaged" in error_of(capsys, given)
+
+
+def test_what_is_no_folder_is_told(words, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert "out is a file: give a folder" in error_of(capsys, words("commonsense-llama-7b", "llama"))
 
 
 def _rate(recipe):
@@ -132,7 +148,11 @@ def test_all_stages_on_every_architecture(words, tmp_path, suite, model, family,
 
 
 def test_a_dry_run_names_every_setting_and_counts_the_rows_that_are_there(words, capsys):
-    assert main([*words("commonsense-opt-1.3b", "opt"), "--dry-run", "--methods", "dense,lisa", "--gpu", "h100"]) == 0
+    given = words("commonsense-opt-1.3b", "opt")
+    at = given.index("--model")
+    given = [*given, "--dry-run", "--methods", "dense,lisa", "--gpu", "h100"]
+    assert "--dry-run reckons with the paper's model" in error_of(capsys, given)
+    assert main([*given[:at], *given[at + 2 :]]) == 0
     told = capsys.readouterr().out
     assert "alpha: 64" in told
     assert "25,165,824 of" not in told  # of rank 2
@@ -153,6 +173,7 @@ def test_what_cannot_be_done_is_told_in_a_sentence(words, capsys, change, messag
 
 def test_a_task_without_rows_is_named(words, tmp_path, capsys):
     given = words("commonsense-llama-7b", "llama")
+    assert "nowhere is no folder" in error_of(capsys, [*given, "--data", "nowhere"])
     (tmp_path / "rows" / "piqa.test.json").unlink()
     boolq = tmp_path / "rows" / "boolq.train.json"
     text = boolq.read_text()

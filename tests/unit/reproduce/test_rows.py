@@ -81,3 +81,20 @@ def test_an_answer_that_is_no_option_is_told_by_its_place(tmp_path):
         DataError, match=r"boolq\.test\.json row 1: the answer 'maybe' is none of its options true, false"
     ):
         prepare_files(SUITE, ["boolq"], str(tmp_path), tmp_path / "out", None, None)
+
+
+@pytest.mark.parametrize(("task", "answer", "wanted"), [
+    ("SVAMP", "", "a number"), ("AQuA", "b", "a letter from A to E"), ("AQuA", "", "a letter from A to E"),
+])  # fmt: skip
+def test_a_question_without_an_answer_is_refused(tmp_path, task, answer, wanted):
+    (tmp_path / "math_10k.json").write_text(json.dumps(TRAIN))
+    row = {"instruction": "How many?", "input": "", "output": "Some.", "answer": answer}
+    (tmp_path / f"{task}.test.json").write_text(json.dumps([row]))
+    with pytest.raises(DataError, match=f"give {wanted} in the column answer"):
+        prepare_files(protocol_of("math-llama-7b").suite, [task], str(tmp_path), tmp_path / "out", None, None)
+
+
+def test_too_few_rows_are_told_without_training(tmp_path):
+    (tmp_path / "commonsense_170k.json").write_text(json.dumps(TRAIN[:50]))
+    with pytest.raises(DataError, match="has 50 training rows, of which 120 are held out"):
+        training_count(SUITE, ["boolq"], str(tmp_path), None)
