@@ -259,8 +259,9 @@ def _until_the_target(recipe: Recipe) -> dict[str, Any]:
     last = target_comes_last(recipe)
     if last == 1:
         return {}
+    until = round(1 - max(last, recipe.target_share), 4)  # where its rows need more of the steps they begin earlier
     return {
-        settings.group: replace(settings, **{"select_until": round(1 - last, 4)})
+        settings.group: replace(settings, **{"select_until": until})
         for settings in settings_of(recipe)
         if getattr(settings, "select_until", 0) == 1
     }

@@ -288,6 +288,7 @@ def test_nearest_knows_the_names_of_other_trainers():
     [
         ({}, 0.33, 0.67),
         ({"target_last": 0.5}, 0.5, 0.5),
+        ({"target_share": 0.4}, 0.33, 0.6),
         ({"target_last": 1.0}, 1.0, 1.0),
         ({"target_share": 0.0}, 1.0, 1.0),
         ({"target_share": 0.0, "group_by_length": True}, 1.0, 1.0),

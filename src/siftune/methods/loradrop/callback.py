@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.errors import RecipeError
+from siftune.errors import RecipeError, TrainingError
 from siftune.methods.batches import Batch
 from siftune.methods.layer_callback import LayerCallback
 from siftune.methods.layer_draws import share
@@ -38,7 +38,16 @@ class RespondingLayers(LayerPolicy):
         return self._settings.score_rows if self._kept is None and step >= self._settings.select_after else 0
 
     def note_responses(self, responses_L: Tensor) -> None:
-        """Choose the layers."""
+        """Choose the layers.
+
+        Raises:
+            TrainingError: A response is not finite.
+        """
+        if not bool(torch.isfinite(responses_L).all()):
+            raise TrainingError(
+                f"layer {int((~torch.isfinite(responses_L)).nonzero()[0])} answers LoRA-drop's rows with numbers that are "
+                "not finite, so that no layers can be chosen. Lower --lr, or train in --dtype float32."
+            )
         shares_L, active = maths.importance(responses_L), self._settings.active
         if active is None:
             kept = maths.by_threshold(shares_L, self._settings.threshold)

@@ -1,6 +1,7 @@
 """LoRA-drop against responses that are computed by hand, and its choices by hand."""
 
 import itertools
+import math
 from functools import partial
 
 import pytest
@@ -14,8 +15,11 @@ from support.trainers import adapted, train
 from siftune import LoRADrop
 from siftune.engine.groups import group_by_layer
 from siftune.engine.responses import measured_responses
-from siftune.errors import AdapterError, RecipeError
+from siftune.errors import AdapterError, RecipeError, TrainingError
+from siftune.methods.layer_driver import LayerStack
 from siftune.methods.loradrop import maths
+from siftune.methods.loradrop.callback import RespondingLayers
+from siftune.methods.loradrop.settings import LoRADropSettings
 from siftune.models.full import OpenLayers
 
 SHARES = st.lists(st.integers(0, 20), min_size=1, max_size=7).map(
@@ -128,3 +132,10 @@ def test_a_plain_loop_needs_rows_and_every_layer_an_adapter():
     OpenLayers(opened, (1, 2))
     with pytest.raises(AdapterError, match="no PEFT adapter whose response could be damped or measured"):
         LoRADrop().attach(opened, batches=[batch(opened)])
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_responses_that_are_not_finite_end_the_run(wrong):
+    policy = RespondingLayers(LayerStack((0, 1), 2), LoRADropSettings())
+    with pytest.raises(TrainingError, match="layer 1 answers LoRA-drop's rows with numbers that are not finite"):
+        policy.note_responses(torch.tensor([1.0, wrong]))
