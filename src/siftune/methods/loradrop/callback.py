@@ -44,9 +44,10 @@ class RespondingLayers(LayerPolicy):
             TrainingError: A response is not finite.
         """
         if not bool(torch.isfinite(responses_L).all()):
+            layer = int((~torch.isfinite(responses_L)).nonzero()[0])
             raise TrainingError(
-                f"layer {int((~torch.isfinite(responses_L)).nonzero()[0])} answers LoRA-drop's rows with numbers that are "
-                "not finite, so that no layers can be chosen. Lower --lr, or train in --dtype float32."
+                f"layer {layer} answers LoRA-drop's rows with numbers that are not finite, so that no layers can be "
+                "chosen. Lower --lr, or train in --dtype float32."
             )
         shares_L, active = maths.importance(responses_L), self._settings.active
         if active is None:
