@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from siftune.engine.sharding import shard_base
     from siftune.errors import SiftuneError
     from siftune.methods.cut.callback import Cut
     from siftune.methods.gast.callback import GAST
@@ -37,6 +38,7 @@ _LAZY = {
     "Trim": "siftune.methods.trim.callback",
     "attach_adapter": "siftune.models.adapters",
     "find_layers": "siftune.models.layers",
+    "shard_base": "siftune.engine.sharding",
 }
 
 __all__ = [  # noqa: RUF022
@@ -54,6 +56,7 @@ __all__ = [  # noqa: RUF022
     "Trim",
     "attach_adapter",
     "find_layers",
+    "shard_base",
 ]
 
 

@@ -159,6 +159,9 @@ class Recipe:
     """With dp_epsilon: largest norm of what one row adds to a step's gradient."""
     dp_clipping: Literal["layer", "flat"] = "layer"
     """With dp_epsilon: every layer has its part of dp_clip; or it is for all layers together, at more memory."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """With several processes: fsdp divides the frozen weights among them and gathers a layer's as it runs, for models
+    that do not fit one GPU; adapters stay whole on each. One process holds all of it either way."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0

@@ -153,6 +153,10 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         f"method {recipe.method} damps what adapters add to the base, but with init {recipe.init} they begin as a part "
         "of it: leave init out, or take another method",
     )
+    yield (
+        recipe.sharding == "fsdp" and recipe.quantize is not None,
+        "sharding fsdp cannot divide weights that quantize has rounded: leave one of them out",
+    )
     for name, default in (("init", "default"), ("layers", None), ("targets", None)):
         yield (
             recipe.from_adapter is not None and getattr(recipe, name) != default,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from siftune.errors import AdapterError, UnsupportedError
 from siftune.models.layers import find_layers
@@ -40,8 +41,8 @@ def group_by_layer(model: nn.Module, path: str | None = None) -> list[LayerGroup
 
     Raises:
         AdapterError: No layer has a trainable parameter.
-        UnsupportedError: A parameter belongs to several layers, or the adapter keeps its parameters outside of
-            the layers (prompt and prefix tuning).
+        UnsupportedError: A parameter belongs to several layers or is sharded, or the adapter keeps its parameters
+            outside of the layers (prompt and prefix tuning).
         LayerError: The layers cannot be found.
     """
     _refuse_prompts(model)
@@ -58,6 +59,7 @@ def group_by_layer(model: nn.Module, path: str | None = None) -> list[LayerGroup
             "adapter, e.g. with siftune.attach_adapter(model), and load saved adapters with is_trainable=True"
         )
     _refuse_sharing(groups)
+    _refuse_sharded(groups)
     return groups
 
 
@@ -102,3 +104,13 @@ def _refuse_sharing(groups: Sequence[LayerGroup]) -> None:
                     "be chosen one by one if each has parameters of its own"
                 )
             first[id(parameter)] = full
+
+
+def _refuse_sharded(groups: Sequence[LayerGroup]) -> None:
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            if isinstance(parameter, DTensor):
+                raise UnsupportedError(
+                    f"{group.name}.{name} is sharded, and selection works on whole parameters: "
+                    "siftune.shard_base(model) divides the base by FSDP2 and leaves what trains whole"
+                )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from siftune.errors import UnsupportedError
 from siftune.methods.batches import Batch, Loss, model_loss
 from siftune.methods.log_lines import LogLines, Means
+from siftune.methods.spread import average_adapters
 from siftune.settings import Settings
 
 
@@ -63,6 +63,12 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.repr}
         return {"args": arguments, "attributes": {"_resumed": selection}}
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the adapters of a sharded base averaged over the ranks."""
+        trainer = calling_trainer(self)
+        if trainer is not None:
+            average_adapters(trainer)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -83,22 +89,6 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
 def plain_optimizer(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper, if it is in one."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def refuse_wrappers(args: TrainingArguments) -> None:
-    """Refuse wrappers that hold the parameters elsewhere while a layer runs."""
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name, None):
-            raise UnsupportedError(
-                f"The Trainer uses {name}, which shards the adapters that selection works on. "
-                "Use one device or DDP: adapters are small enough to be replicated."
-            )
-    if args.n_gpu > 1:
-        raise UnsupportedError(
-            f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model are "
-            "out of reach of selection. Start the script with torchrun or accelerate launch for DDP, or show it one "
-            "GPU: CUDA_VISIBLE_DEVICES=0."
-        )
 
 
 def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:

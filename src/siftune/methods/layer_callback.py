@@ -15,10 +15,10 @@ from siftune.methods.callback import (
     SelectionCallback,
     calling_trainer,
     plain_optimizer,
-    refuse_wrappers,
     trainer_loss,
 )
 from siftune.methods.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.methods.spread import refuse_wrappers
 
 
 @dataclass(eq=False, repr=False)
@@ -101,7 +101,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     ) -> None:
         """Find the layers, set the gates, and continue from a checkpoint's state."""
         self.remove()
-        refuse_wrappers(args)
+        refuse_wrappers(args, kwargs["model"])
         self._lines.begin(calling_trainer(self))
         selection = self._selection = LayerSelection(
             kwargs["model"],

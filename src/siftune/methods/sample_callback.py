@@ -20,7 +20,6 @@ from siftune.methods.callback import (
     SelectionCallback,
     calling_trainer,
     plain_optimizer,
-    refuse_wrappers,
     resumed_from,
     trainer_loss,
 )
@@ -28,6 +27,7 @@ from siftune.methods.followed import can_look_back, chooses_nothing
 from siftune.methods.row_numbers import RowNumbers, row_numbers
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.sample_driver import SampleRule, SampleSelection
+from siftune.methods.spread import refuse_wrappers
 from siftune.words import counted
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
     ) -> None:
         """Find the layers, set the tape, and continue from a checkpoint's state."""
         self.remove()
-        refuse_wrappers(args)
+        refuse_wrappers(args, kwargs["model"])
         self._warn_of_nothing_to_choose(args.per_device_train_batch_size)
         loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
         self._lines.begin(trainer)

@@ -25,6 +25,7 @@ from transformers import (
 from siftune.config import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
 from siftune.data.tokenize import Collator
 from siftune.engine.groups import group_by_layer
+from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
 from siftune.errors import RecipeError
 from siftune.methods.layer_callback import LayerCallback
@@ -92,6 +93,8 @@ def build(
     set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
     opened = _opened(recipe, model)
     tuned = _adapted(recipe, model, output_dir) if opened is None else model
+    if recipe.sharding == "fsdp":
+        shard_base(tuned)
     groups = group_by_layer(tuned)
     methods = methods_of(recipe, data.get("support"))
     kind: Any = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)

@@ -36,7 +36,7 @@ _MAY_CHANGE = {
     "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
-    "drop_rows", "row_weights", "retrieve", "train_times", "eval_share", "bad_rows",
+    "drop_rows", "row_weights", "retrieve", "train_times", "eval_share", "bad_rows", "sharding",
 }  # fmt: skip
 _NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders
 

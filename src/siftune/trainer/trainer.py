@@ -20,9 +20,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from siftune.data.order import TargetLast
 from siftune.data.rows import WEIGHT
 from siftune.data.tokenize import AIMED, ROW
+from siftune.engine.distributed import mean_over_ranks
 from siftune.errors import InputError, TrainingError, UnsupportedError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss
+from siftune.methods.spread import average_adapters
 from siftune.models.full import OpenLayers
 from siftune.models.loss import (
     by_own_probability,
@@ -76,6 +78,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         kwargs["compute_loss_func"] = self._label_loss if privacy is None else _row_loss
         own = [FiniteGradients(), *(callbacks or []), *([] if privacy is None else [privacy])]
         super().__init__(*args, callbacks=own, **kwargs)
+        average_adapters(self)  # where no method has done so
         self.privacy = privacy
         self._last = last
         self._dynamic = dynamic
@@ -107,7 +110,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
         self._weights = inputs.get(WEIGHT)
         inputs = {name: value for name, value in inputs.items() if name not in (ROW, WEIGHT)}  # the model knows neither
-        if self._label_logits_only is None and label_positions(inputs["labels"]).any():
+        if self._label_logits_only is None and self._all_have_labels(inputs["labels"]):
             self._label_logits_only = self._agrees(model, inputs)
             if not self._label_logits_only:
                 self._refuse_own_loss(model)
@@ -190,6 +193,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
                 f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows cannot be weighed "
                 "in it: train another model, or rows without the column 'weight'"
             )
+
+    def _all_have_labels(self, labels: Tensor) -> bool:
+        """Whether there are labels on every rank: then all of them compare, as weights may be gathered for it."""
+        own = label_positions(labels).any().to(device="cpu", dtype=torch.float64)
+        return float(mean_over_ranks(own, self.args.device)) == 1
 
     def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Whether the label-only loss is the model's own, up to rounding."""

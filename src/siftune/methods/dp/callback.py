@@ -15,12 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from siftune.errors import RecipeError
-from siftune.methods.callback import calling_trainer, refuse_wrappers, saved_state
+from siftune.methods.callback import calling_trainer, saved_state
 from siftune.methods.dp.accounting import spent, statement
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
 from siftune.methods.log_lines import LogLines
+from siftune.methods.spread import refuse_wrappers
 
 
 class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -80,7 +81,7 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Begin to clip; see `Secret.seed_dropout` for what is done to torch's own generators."""
         self.remove()
-        refuse_wrappers(args)
+        refuse_wrappers(args, kwargs["model"])
         if state.global_step:
             _refuse_other(saved_state(state, type(self).__name__), asdict(self.mechanism))
         self._gradients = PrivateGradients(kwargs["model"], self.mechanism, self._secret)
