@@ -27,6 +27,7 @@ active: 0.5
 lr: 0.01
 log_every: 1
 save_every: 2
+eval_every: 1
 """
 SIFTUNE = [sys.executable, "-m", "siftune"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "siftune"]
@@ -39,7 +40,8 @@ def given(tmp_path_factory):
     recipe = place / "recipe.yaml"
     recipe.write_text(RECIPE)
     base, rows = save_base(place / "base"), save_rows(place / "rows.jsonl")
-    return [str(recipe), "--model", str(base), "--train", str(rows)]
+    held_out = save_rows(place / "eval.jsonl", count=8)
+    return [str(recipe), "--model", str(base), "--train", str(rows), "--eval", str(held_out)]
 
 
 def start(command, words, folder):
@@ -84,15 +86,15 @@ def test_processes_are_one_run(given, alone, tmp_path):
     told, said = finish(process)
     assert process.returncode == 0, said
     assert json.loads(told)["steps"] == 4
-    assert said.count("done: 4 steps") == said.count("step 4/4") == 1
+    assert said.count("done: 4 steps") == said.count("step 4/4  loss") == 1
     is_one_run(tmp_path / "run", alone)
 
 
-def test_torchrun_is_one_run_in_a_folder_that_rank_0_names(given, alone, tmp_path):
-    process = start(TORCHRUN, [*given, "--batch-size", "4", "--steps", "4"], tmp_path)
+def test_torchrun_is_one_run_in_a_folder_that_rank_0_names_with_a_sharded_base(given, alone, tmp_path):
+    process = start(TORCHRUN, [*given, "--batch-size", "4", "--steps", "4", "--sharding", "fsdp"], tmp_path)
     _, said = finish(process)
     assert process.returncode == 0, said
-    assert said.count("done: 4 steps") == said.count("step 4/4") == 1
+    assert said.count("done: 4 steps") == said.count("step 4/4  loss") == 1
     (run,) = (tmp_path / "runs").iterdir()
     is_one_run(run, alone)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.every_method import NAMES, chooses_rows, trained
+from support.every_method import SETTINGS, chooses_rows, trained
 from support.recorded import recorded
 
+from siftune.methods import METHODS
 from siftune.methods.gast.stream import _scores
 from siftune.rows.visits import read_visits
 
@@ -145,23 +146,102 @@ def assert_proportional(got, wanted, factor):
     torch.testing.assert_close(got, wanted * factor, rtol=1e-2, atol=float(scale) * factor * 1e-3 + 1e-12)
 
 
+def as_one(name, ranks=2):
+    """Settings of one rank that takes the batches of several: layers are chosen for all, rows in each batch."""
+    return {"gradient_accumulation_steps": ranks} if chooses_rows(name) else {"per_device_train_batch_size": 4 * ranks}
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What two ranks ended with, for every method."""
-    return run(tmp_path_factory.mktemp("every") / "run", 2, "every_method.py")
+def ones(tmp_path_factory):
+    """What one rank ended with, for every method, and where its checkpoint is."""
+    folder = tmp_path_factory.mktemp("ones")
+    return {name: (trained(folder / name, name, **as_one(name))[0], folder / name / "checkpoint-2") for name in METHODS}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_with_every_method_two_ranks_are_one(tmp_path, both, name):
-    first, second = (results[name] for results in both)
-    parts = {"gradient_accumulation_steps": 2} if chooses_rows(name) else {"per_device_train_batch_size": 8}
-    alone, _ = trained(tmp_path, name, **parts)
-    assert first["layers"] == second["layers"] == alone["layers"]
-    assert not first["samples"].keys() & second["samples"].keys()
-    assert first["samples"] | second["samples"] == alone["samples"]
+@pytest.fixture(scope="module")
+def both(ones, tmp_path_factory, request):
+    """What two ranks ended with in the runs that the selected tests look at, and the folder of all."""
+    items = [item for item in request.session.items if item.originalname in LOOKS_AT]
+    cells = {(item.callspec.params["name"], *way) for item in items for way in LOOKS_AT[item.originalname]}
+    runs = [(*cell, str(ones[cell[0]][1]) if cell[2] == "resumed" else None) for cell in sorted(cells)]
+    folder = tmp_path_factory.mktemp("every") / "run"
+    return run(folder, 2, "every_method.py", runs=runs), folder
+
+
+LOOKS_AT = {
+    "test_with_every_method_two_ranks_are_one": [("plain", "ddp")],
+    "test_with_every_method_a_sharded_base_changes_no_bit": [("plain", "ddp"), ("plain", "fsdp")],
+    "test_nor_does_it_with_accumulation_checkpointing_and_uneven_batches": [("hard", "ddp"), ("hard", "fsdp")],
+    "test_with_every_method_a_run_goes_on_with_another_number_of_ranks": [("plain", "fsdp"), ("plain", "resumed")],
+}
+
+
+def assert_runs_agree(got, wanted, rtol=0.0, atol=0.0):
+    """The same choices, and gradients and weights as close as is said."""
+    assert got["layers"] == wanted["layers"]
+    assert got["samples"] == wanted["samples"]
+    for what in ("gradients", "weights"):
+        assert got[what].keys() == wanted[what].keys()
+        for key, value in wanted[what].items():
+            torch.testing.assert_close(got[what][key], value, rtol=rtol, atol=atol)
+
+
+def is_one(ranks, alone):
+    """Several ranks together are one: choices, gradients, weights."""
+    first, *others = ranks
+    samples = dict(first["samples"])
+    for other in others:
+        assert_runs_agree({**other, "samples": None}, {**first, "samples": None})
+        assert not samples.keys() & other["samples"].keys()
+        samples |= other["samples"]
+    assert_runs_agree({**first, "samples": samples, "weights": {}}, {**alone, "weights": {}}, atol=1e-6)
     for key, value in alone["weights"].items():
-        assert torch.equal(first["weights"][key], second["weights"][key])
         torch.testing.assert_close(first["weights"][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_with_every_method_two_ranks_are_one(ones, both, name):
+    is_one([found[name, "plain", "ddp"] for found in both[0]], ones[name][0])
+
+
+in_part = [pytest.param(name, marks=[] if name in ("dense", "ist+gast") else pytest.mark.matrix) for name in METHODS]
+
+
+@pytest.mark.parametrize("name", in_part)
+def test_with_every_method_a_sharded_base_changes_no_bit(both, name):
+    for found in both[0]:
+        assert_runs_agree(found[name, "plain", "fsdp"], found[name, "plain", "ddp"])
+
+
+@pytest.mark.parametrize("name", ["ist+gast"])
+def test_nor_does_it_with_accumulation_checkpointing_and_uneven_batches(both, name):
+    for found in both[0]:
+        assert_runs_agree(found[name, "hard", "fsdp"], found[name, "hard", "ddp"])
+
+
+@pytest.mark.parametrize("name", in_part)
+def test_with_every_method_a_run_goes_on_with_another_number_of_ranks(tmp_path, ones, both, name):
+    ranks, folder = both
+    checkpoint = folder / name / "plain" / "fsdp" / "checkpoint-2"
+    fewer, _ = trained(tmp_path, name, resume=str(checkpoint), **as_one(name))
+    more = [found[name, "plain", "resumed"] for found in ranks]
+    layers = ones[name][0]["layers"][2:]
+    for found in (fewer, *more):
+        assert found["layers"] == layers
+        for key, value in ones[name][0]["weights"].items():
+            torch.testing.assert_close(found["weights"][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.matrix
+def test_four_ranks_are_one_with_every_method(tmp_path):
+    runs = [(name, kind, way, None) for name in METHODS for kind in SETTINGS for way in ("ddp", "fsdp")]
+    ranks = run(tmp_path / "four", 4, "every_method.py", runs=runs)
+    for name in METHODS:
+        alone, _ = trained(tmp_path / name, name, **as_one(name, 4))
+        is_one([found[name, "plain", "ddp"] for found in ranks], alone)
+        for found in ranks:
+            for kind in SETTINGS:
+                assert_runs_agree(found[name, kind, "fsdp"], found[name, kind, "ddp"])
 
 
 def test_two_ranks_have_one_record_of_all_rows(tmp_path):

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 from support.tiny import batch
 from support.trainers import adapted, rows, train, weights
-from transformers import Trainer
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
 from siftune.config import Recipe
+from siftune.engine.sharding import shard_base
 from siftune.methods import METHODS, Part
 from siftune.trainer.build import methods_of
+from siftune.trainer.trainer import SiftTrainer
 
 SUPPORT_SIZE = 3  # unlike any batch, so that passes over support rows are told from others by their size
 
@@ -79,15 +82,51 @@ def takes(method: Any) -> set[str]:
 _OWN = {"greats": {"optim": "sgd", "learning_rate": 5.0, "max_grad_norm": 0.02}}
 
 
-def trained(folder: Path, name: str, **settings: Any) -> tuple[dict[str, Any], Trainer]:
-    """Train a few steps, also on several ranks: weights, layers of every step, and samples of every batch."""
-    methods, steps = built(name), {"max_steps": 4, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": False}
-    model, trainer = train(
-        folder, *methods, model=adapted(), dataset=rows(48), **{**steps, **_OWN.get(name, {}), **settings}
-    )
+# what several ranks are tried with, batches of four rows on each: plainly, and with all that makes it harder
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hard": {
+        "count": 22, "max_steps": 5, "gradient_accumulation_steps": 2,  # the last of three batches in an epoch is half
+        "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False},
+    },
+}  # fmt: skip
+
+
+class FirstGradients(TrainerCallback):
+    """Keeps the gradients of the first step, as the optimizer gets them."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.grad is not None and not state.global_step:
+                self.found[name] = parameter.grad.clone()
+
+
+def trained(folder: Path, name: str, shard: bool = False, **settings: Any) -> tuple[dict[str, Any], Trainer]:
+    """Train a few steps, also on several ranks: weights, gradients of the first step, layers of every step, and samples
+    of every batch; there is a checkpoint after the second.
+
+    Args:
+        folder: Of the checkpoint.
+        name: The method.
+        shard: Divide the base among the ranks.
+        settings: For the Trainer, and `resume`, a checkpoint to go on from.
+    """
+    methods, gradients, model = built(name), FirstGradients(), adapted()
+    if shard:
+        shard_base(model)
+    if not methods:  # with other Trainers a method's callback sees to a sharded base
+        settings["trainer"] = SiftTrainer
+    steps = {"max_steps": 4, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": False}
+    saved = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    given = {"dataset": rows(settings.pop("count", 48)), **steps, **saved, **_OWN.get(name, {}), **settings}
+    model, trainer = train(folder, *methods, gradients, model=model, **given)
     choices = [choice for method in methods for choice in method.all]
     return {
         "weights": weights(model),
+        "gradients": gradients.found,
         "layers": [c.layers for c in choices if not hasattr(c, "selected")],
         "samples": {(c.step, c.batch): (c.layers, c.selected.tolist()) for c in choices if hasattr(c, "selected")},
     }, trainer

@@ -10,6 +10,8 @@ from transformers import Trainer, TrainingArguments
 from siftune.engine.sharding import average_whole, is_sharded
 from siftune.errors import UnsupportedError
 
+_ENGINES = ("fsdp", "deepspeed")
+_SHARDS = "shards the adapters that selection works on."
 _INSTEAD = (
     "Leave it out there, and call siftune.shard_base(model) before the Trainer is made: it divides the base by FSDP2 "
     "and leaves the adapters whole; in siftune train, that is --sharding fsdp"
@@ -52,12 +54,10 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
     Raises:
         UnsupportedError: Something does; the message names it.
     """
-    for name in ("fsdp", "deepspeed"):
-        if getattr(args, name, None) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-            raise UnsupportedError(
-                f"{name} is on, in the Trainer's arguments or in accelerate's config: it shards the adapters that "
-                f"selection works on. {_INSTEAD}."
-            )
+    refuse_launched()
+    for name in _ENGINES:
+        if getattr(args, name, None):
+            raise UnsupportedError(f"The Trainer's argument {name} {_SHARDS} {_INSTEAD}.")
     if args.n_gpu > 1:
         raise UnsupportedError(
             f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model are "
@@ -70,6 +70,17 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
             "layers, and no rank a row's gradient. Train it by DDP, or, where it is too large for one device, divide "
             "it by siftune.shard_base(model) or device_map."
         )
+
+
+def refuse_launched() -> None:
+    """Refuse what accelerate's launcher has turned on by its config.
+
+    Raises:
+        UnsupportedError: It is to shard the adapters.
+    """
+    for name in _ENGINES:
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            raise UnsupportedError(f"accelerate's config has {name} on, which {_SHARDS} {_INSTEAD}.")
 
 
 def _splits(*plans: Any) -> Iterator[tuple[str, int]]:

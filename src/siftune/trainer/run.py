@@ -19,6 +19,7 @@ from siftune.errors import RecipeError, TrainingError
 from siftune.files import disk_faults
 from siftune.methods.log_lines import stand_first
 from siftune.methods.sample_choice import SampleChoice
+from siftune.methods.spread import refuse_launched
 from siftune.recipe_checks import check
 from siftune.recipe_file import anchored, recipe_to_yaml
 from siftune.rows.record import RowRecord
@@ -83,6 +84,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     check(recipe)
     check_trackers(recipe.report_to)
+    refuse_launched()
     joined = join_launch()
     recipe = from_first(lambda: resolve_recipe(adopted(recipe)))
     folder = from_first(lambda: RunFolder(str(recipe.out)))

@@ -148,7 +148,11 @@ def test_iterable_dataset(tmp_path):
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [({"fsdp": True}, "uses fsdp"), ({"deepspeed": {"zero": 1}}, "uses deepspeed"), ({"_n_gpu": 2}, "over 2 GPUs")],
+    [
+        ({"fsdp": True}, "argument fsdp shards"),
+        ({"deepspeed": {"zero": 1}}, "argument deepspeed shards"),
+        ({"_n_gpu": 2}, "over 2 GPUs"),
+    ],
 )
 @pytest.mark.parametrize("method", [IST, RST, GAST])
 def test_sharded_and_copied_models_are_refused(tmp_path, method, bad, message):
