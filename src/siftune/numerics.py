@@ -61,8 +61,9 @@ def squares(grads_BD: Tensor) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no value is infinite or no number."""
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(list(tensors)))).all())
+    """Whether no value is infinite or no number; the tensors may be on several devices."""
+    norms = torch._foreach_norm(list(tensors))
+    return bool(torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all())
 
 
 def sum_of(grads_BD: Tensor, rows: Tensor) -> Tensor:

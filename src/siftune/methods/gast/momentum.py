@@ -37,7 +37,7 @@ def moved_mean(
     """
     parameters = [p for group in groups if is_active(group) for p in group.parameters.values()]
     totals = [sums[p] if p in sums else torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    recorded = torch.full((1,), float(bool(sums)), device=totals[0].device)
+    recorded = totals[0].new_full((1,), float(bool(sums)))
     *totals, recorded = sum_over_ranks([*totals, recorded])
     if not bool(recorded) or not all_finite(totals):
         return dict(mean)
