@@ -62,8 +62,12 @@ def squares(grads_BD: Tensor) -> Tensor:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no value is infinite or no number; the tensors may be on several devices."""
-    norms = torch._foreach_norm(list(tensors))
-    return bool(torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all())
+    return bool(torch.isfinite(side_by_side(torch._foreach_norm(list(tensors)))).all())
+
+
+def side_by_side(numbers: Sequence[Tensor]) -> Tensor:
+    """Put numbers that may be on several devices into one tensor, on the first one's; (N,)."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 def sum_of(grads_BD: Tensor, rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Two devices on a machine that has none: tensors with a device of their own, which refuse to meet one of another.
 
-Values are held on the processor. What a `device_map` must not do, mix tensors of two devices, raises as it does on GPUs;
+Values are held on the processor. What a `device_map` must not do, mix tensors of two devices, raises as on GPUs;
 like there, numbers (tensors without dimensions) of the processor go with all, and torch's `_foreach` functions take
 tensors of several devices one by one.
 """

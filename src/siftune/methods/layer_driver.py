@@ -24,6 +24,7 @@ from siftune.methods.layer_steps import ScaledSteps, gradient_norm
 from siftune.methods.step_hooks import around_steps
 from siftune.models.layers import find_layers
 from siftune.models.modes import evaluating
+from siftune.numerics import side_by_side
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class LayerSelection:
         self.drop_inactive_grads()
         active = self._active_groups()
         if self.policy.needs_norms:
-            norms = torch.stack([gradient_norm(group.parameters.values()) for group in active.values()])
+            norms = side_by_side([gradient_norm(group.parameters.values()) for group in active.values()])
             self.policy.observe(torch.tensor(list(active)), norms.to("cpu").to(torch.float64))
         if (lengths := self.policy.step_lengths) is not None:
             scales = {p: lengths[at] for at, group in active.items() for p in group.parameters.values()}

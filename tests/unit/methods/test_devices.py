@@ -3,8 +3,10 @@
 import pytest
 import torch
 from support.devices import DEVICES, OnDevice
+from support.trainers import adapted
 from torch import nn
 
+from siftune import IST
 from siftune.engine.groups import LayerGroup
 from siftune.methods.gast.momentum import moved_mean
 from siftune.methods.support import Support
@@ -22,7 +24,7 @@ def values(tensors):
 
 def test_tensors_of_two_devices_do_not_meet():
     one, other = spread([1.0, 2.0], [3.0, 4.0])
-    with pytest.raises(RuntimeError, match="meta:0.*meta:1"):
+    with pytest.raises(RuntimeError, match=r"meta:0.*meta:1"):
         one + other
     assert (one + other.to(one.device)).held.tolist() == [4.0, 6.0]
     assert float((other * 2).sum()) == 14.0
@@ -50,6 +52,18 @@ def test_averaged_support(every, decay):
             mean = 2.0 * step if not step else mean * decay**every + 2.0 * step * (1 - decay**every)
             mean = 2.0 * step if not decay else mean
         assert found[step] == [[1.0, pytest.approx(mean)], [4.0]]
+
+
+def test_importance_from_gradients(monkeypatch):
+    """The norms of all layers meet, and they alone."""
+    model, seen = adapted(), []
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    norms = (OnDevice(torch.tensor(float(layer)), DEVICES[layer % 2]) for layer in range(4))
+    monkeypatch.setattr("siftune.methods.layer_driver.gradient_norm", lambda parameters: next(norms))
+    with IST(active=1.0, importance_from="gradients").attach(model, optimizer=optimizer) as sift:
+        monkeypatch.setattr(sift.policy, "observe", lambda positions, found: seen.append(found))
+        sift.before_update()
+    assert seen[0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_momentum():
