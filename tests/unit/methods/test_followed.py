@@ -41,7 +41,6 @@ def test_when_nothing_is_chosen(settings, samples, nothing):
         (GASTSettings(support="momentum"), True),
         (GASTSettings(support="rest"), False),
         (GASTSettings(support="rest", choice="random"), True),
-        (GASTSettings(**GASTSettings.with_target), False),
         (GASTSettings(select=2), False),
         (GREATSSettings(), False),
     ],
