@@ -3,6 +3,7 @@
 import os
 from zlib import crc32
 
+import setuptools  # noqa: F401  before anything imports pip, after which torch cannot: PEFT's BOFT asks torch for a compiler
 import torch
 from hypothesis import settings
 

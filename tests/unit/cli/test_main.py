@@ -126,9 +126,9 @@ def test_resume_alone_reads_no_recipe_that_happens_to_be_there(ran, tmp_path, mo
         (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
         (["--learning-rate=1"], "unknown option --learning-rate of `siftune train`; did you mean --lr?"),
         (["--zzzz"], "unknown option --zzzz of `siftune train`; see `siftune train --help`"),
-        (["--rank", "eight"], "--rank must be a whole number, not 'eight'"),
-        (["--rank"], "--rank must be a whole number, not left empty"),
-        (["--rank", "--lr", "1"], "--rank must be a whole number, not left empty"),
+        (["--rank", "eight"], "--rank must be a whole number or nothing, not 'eight'"),
+        (["--rank"], "--rank must be a whole number or nothing, not left empty"),
+        (["--rank", "--lr", "1"], "--rank must be a whole number or nothing, not left empty"),
         (["--steps=many"], "--steps must be a whole number or nothing, not 'many'"),
         (["--lr", "fast"], "--lr must be a number or nothing, not 'fast'"),
         (["--ist.score-lr", "fast"], "--ist.score-lr must be a number, not 'fast'"),
@@ -297,7 +297,7 @@ def test_help_of_a_command_needs_no_torch():
 def test_help_of_train_shows_every_field_with_its_words(command, capsys):
     assert main(["train", "--help"]) == 0
     text = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
-    for part in ("--ist.score-batch-size", "Rank of the adapter matrices. (default: 32)", "--json prints"):
+    for part in ("--ist.score-batch-size", "Rank of the adapter matrices, width of a bottleneck", "--json prints"):
         assert part in text
 
 

@@ -286,7 +286,6 @@ REFUSED = {
     "an adapter on embeddings": (on_embeddings, "embed_tokens.*trains outside of the decoder layers"),
     "a head": (with_head, "lm_head.weight trains outside of the decoder layers.*freeze it"),
     "half precision": (lambda: adapted().bfloat16(), r"lora_A.*trains in bfloat16.*float32"),
-    "another adapter": (ADAPTED["loha"], "cannot be told apart by row"),
     "experts": (ADAPTED["lora on experts"], "told apart"),
 }
 
