@@ -94,8 +94,12 @@ def test_it_is_the_loop_that_follows_its_choices(tmp_path, name, accumulate, kin
     layers_of = dict.fromkeys(range(6), (0, 1, 2, 3))
     layers_of |= {} if parts(name)[0].rows else {c.step: c.layers for c in methods[0].all}
     assert len(rows_of) == (len(batches) if chooses_rows(name) else 0)
-    parameters = [p for p in loop.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1e-3)
+    trained = [(name_of, p) for name_of, p in loop.named_parameters() if p.requires_grad]
+    decay = [  # the Trainer's: biases do not decay
+        {"params": [p for name_of, p in trained if name_of.endswith("bias") == is_bias], "weight_decay": rate}
+        for is_bias, rate in ((False, 0.1), (True, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(decay, lr=1e-2, eps=1e-3)
     for step in range(6):
         micro = batches[step * accumulate : (step + 1) * accumulate]
         labels = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in micro)
