@@ -92,10 +92,15 @@ def launch(arguments: Sequence[str], processes: int) -> dict[str, Any]:
             _wait(ranks)
         except BaseException as stop:
             _stop(ranks, isinstance(stop, KeyboardInterrupt))
-            if isinstance(stop, KeyboardInterrupt) and "error" in (told := ranks[0].told()):
-                stop.add_note(str(told["error"]).removeprefix("interrupted; "))
+            if ranks and isinstance(stop, KeyboardInterrupt) and (note := _after_interrupt(ranks[0].told())):
+                stop.add_note(note)
             raise
         return ranks[0].told()
+
+
+def _after_interrupt(told: dict[str, Any]) -> str:
+    """What a rank that was interrupted said besides that it was; empty where that is all."""
+    return str(told.get("error", "")).removeprefix("interrupted").removeprefix("; ")
 
 
 def _interrupt(*_: Any) -> None:

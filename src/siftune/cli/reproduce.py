@@ -64,6 +64,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.reproduce.protocol import protocol_of
 
     protocol = protocol_of(options.name, *([options.recipe] if options.recipe else []))
+    _refuse_lines(options.recipe)
     options = replace(options, limit=options.limit or protocol.recipe.limit)
     if options.dry_run and options.model is not None:
         raise RecipeError("--dry-run reckons with the paper's model, not with that of --model: leave one of them out")
@@ -73,6 +74,24 @@ def run(options: Options) -> dict[str, Any]:
     )  # fmt: skip
     protocol = replace(protocol, recipe=changed)
     return _told(options, protocol) if options.dry_run else _work(options, _reproduction(options, protocol))
+
+
+# what a protocol sets for each run -> where it is given
+_GIVEN = {
+    "method": "by --methods", "lr": "by --rates", "seed": "by --seeds", "out": "by --out", "train": "by --data",
+    "eval": "by the protocol", "quantize": "nowhere: questions are asked of a base that is not quantised",
+}  # fmt: skip
+
+
+def _refuse_lines(recipe: str | None) -> None:
+    """Refuse lines of a recipe file that would be of no effect."""
+    from siftune.config import Recipe
+    from siftune.recipe_file import load_recipe
+
+    own: Recipe = load_recipe(*([recipe] if recipe else []))
+    for name, where in _GIVEN.items():
+        if getattr(own, name) != getattr(Recipe(), name):
+            raise RecipeError(f"{recipe}: {name} is set {where}: leave it out of the file")
 
 
 def _tasks(options: Options, protocol: "Protocol") -> tuple[str, ...]:
@@ -105,33 +124,39 @@ def _work(options: Options, work: "Reproduction") -> dict[str, Any]:
     from siftune.recipe_file import recipe_values
     from siftune.report.table import markdown_table, print_table
     from siftune.reproduce.protocol import sources
-    from siftune.reproduce.rows import HUB, prepare_files
+    from siftune.reproduce.rows import HUB, prepare_files, trained_on
     from siftune.reproduce.table import results, tables
     from siftune.stages import stages
 
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
     settings = {key: value for key, value in recipe_values(work.protocol.recipe).items() if key not in ("lr", "seed")}
     data = options.data if options.data == HUB else str(Path(options.data).expanduser().absolute())
-    about = {"name": options.name, "data": data, "limit": options.limit, "questions": options.questions}
+    about: dict[str, Any] = {"name": options.name, "data": data, "limit": options.limit, "questions": options.questions}
+    if options.data == HUB or Path(data).is_dir():  # a folder that is gone is needed no more where its rows are here
+        about["rows of"] = trained_on(work.protocol.suite, work.tasks, options.data)
     work.begin(settings | about)
     prepare_files(work.protocol.suite, work.tasks, options.data, work.out / "data", options.limit, options.questions)
     with stages(console) if console.is_terminal else nullcontext(lambda *_: None) as progress:
         for cell in work.work(console, progress):
             console.print(f"{cell.folder.name} is done", markup=False)
-    found = results(work)
+    found, rates = results(work), {cell.method: cell.rate() for cell in work.cells()}
     made, shown = tables(work, found), Console(highlight=False, soft_wrap=True)
     for table in made:
         print_table(table, shown)
     notes = [
         f"{name}: {words}" for name, words in sources().items() if any(p.source == name for p in work.protocol.printed)
     ]
+    notes.append("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items() if rate))
     shown.print("\n".join(notes), markup=False)
     page = "\n\n".join(f"## {table.title}\n\n{markdown_table(table)}" for table in made)
-    for name, text in (("table.md", page + "\n\n" + "\n".join(notes)), ("results.json", json.dumps(found, indent=2))):
+    for name, text in (
+        ("table.md", page + "\n\n" + "\n".join(notes)),
+        ("results.json", json.dumps({**found, "rates": rates}, indent=2)),
+    ):
         with write_beside(work.out / name) as [beside]:
             beside.write_text(text + "\n", encoding="utf-8")
     console.print(f"done in {time.monotonic() - started:.0f} s: tables and runs in {work.out}", markup=False)
-    return {"folder": work.out, "results": found}
+    return {"folder": work.out, "results": found, "rates": rates}
 
 
 def _told(options: Options, protocol: "Protocol") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The order in which a run meets its rows: a target's in the last part of the steps, the others from the start; ours.
 
-Few rows that are repeated are soon fitted, and what is learned afterwards from other rows wears that off. So they come
-last, as the decay phase of MiniCPM (arXiv 2404.06395) ends pretraining on the data that counts.
+As the decay phase of MiniCPM (arXiv 2404.06395) ends pretraining on the data that counts. Whether it is better than to
+have them come all along was measured (docs/measured.md); why, was not.
 
 With D rows in an epoch, of which the share p are the target's, N rows in the whole run and the last part f of it:
 

@@ -11,7 +11,7 @@ Shapes: B rows, T positions, I inputs, O outputs.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,12 @@ from siftune.errors import UnsupportedError
 logger = logging.getLogger(__name__)
 
 Values = Mapping[nn.Parameter, Tensor]
+
+
+@cache
+def _tell_of_rows(kind: str) -> None:
+    """Say once of a kind that it takes the slowest way."""
+    logger.warning("torch.func cannot trace modules of %s, so they run again on one row after the other", kind)
 
 
 class ModuleRows:
@@ -55,9 +61,11 @@ class ModuleRows:
         if self._traced:
             try:
                 return self._named(torch.func.vmap(torch.func.grad(self._product), (None, 0, 0))(held, *rows))
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError):  # of what is wrong besides, the rows one by one will tell
                 self._traced = False
-                logger.debug("%s runs row by row: torch.func cannot trace it", type(self._module).__name__)
+                _tell_of_rows(type(self._module).__module__.split(".")[-2])
         single = [self._of_row(held, grad, given) for grad, given in zip(*rows, strict=True)]
         return self._named([torch.stack(grads) for grads in zip(*single, strict=True)])
 
@@ -132,8 +140,8 @@ def taps_of(groups: Sequence[LayerGroup], record: Callable[[int], LayerRecord | 
     again = [unit for group in groups for unit in units(group) if runs_again(unit.module)]
     if again:
         logger.warning(
-            "gradients of single rows have no closed form for %s: these modules run once more in backward (row by row "
-            "where torch.func cannot trace them), which takes longer than with LoRA",
+            "gradients of single rows have no closed form for %s: these modules run once more in backward, which takes "
+            "longer than with LoRA",
             ", ".join(sorted({type(unit.module).__module__.split(".")[-2] for unit in again})),
         )
     return [ModuleTap(unit, record) for unit in again]

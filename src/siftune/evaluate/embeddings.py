@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from siftune.errors import UnsupportedError
 from siftune.evaluate.batching import by_length, model_device
 from siftune.models.modes import evaluating
 from siftune.numerics import widened
@@ -33,11 +34,18 @@ def embed(model: nn.Module, data: Dataset, collate: Callable[[list[Any]], Any], 
         collate: Makes a batch of them.
         batch_size: Rows per forward pass.
 
+    Raises:
+        UnsupportedError: The model does not tell what is below its head.
+
     Returns:
         (R, H), each of length 1, float32, or float64 where the model is.
     """
     parts: dict[int, Tensor] = {}
-    body = getattr(model, str(model.base_model_prefix))  # without the head: no logits
+    body = getattr(model, str(model.base_model_prefix) or "-", None)  # without the head: no logits
+    if body is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} does not tell which module its head is on, so rows have no embedding"
+        )
     with evaluating(model):
         for places in by_length(list(data["length"]), batch_size):
             batch = collate([data[place] for place in places])

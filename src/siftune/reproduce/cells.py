@@ -75,12 +75,16 @@ class Cell:
         Raises:
             RecipeError: It is another.
         """
-        was = load_recipe(self.folder / "recipe.yaml").lr if self.finished() else None
+        was = self.rate()
         if was is not None and not math.isclose(was, rate):
             raise RecipeError(
                 f"{self.folder} was trained at a learning rate of {was:g}, but now it would be {rate:g}: give --rates "
                 "and the first of --seeds as they were, or another folder with --out"
             )
+
+    def rate(self) -> float | None:
+        """The learning rate that it was trained at; None before it has finished."""
+        return load_recipe(self.folder / "recipe.yaml").lr if self.finished() else None
 
     def keep(self, task: str, right: Mapping[str, Sequence[int]], texts: Sequence[str]) -> None:
         """Write what was found of a task."""
@@ -149,7 +153,7 @@ class Reproduction:
             )
         self.out.mkdir(parents=True, exist_ok=True)
         with write_beside(path) as [beside]:
-            beside.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps({**before, **known}, indent=2) + "\n", encoding="utf-8")
 
     def rates(self, progress: Progress) -> Mapping[str, float]:
         """The best rate of each method on the held-out rows; with one rate in the grid, that one.

@@ -58,6 +58,12 @@ def prepare_files(
             _write(out / f"{task}.jsonl", [_question(row, task) for row in rows])
 
 
+def trained_on(suite: Suite, tasks: Sequence[str], data: str) -> list[str]:
+    """The tasks whose rows are trained on: all, or where each has a file of its own those that are asked."""
+    one_file = data == HUB or _found(data, _joint(suite)) is not None
+    return list(suite.tasks if one_file else tasks)
+
+
 def training_count(suite: Suite, tasks: Sequence[str], data: str, limit: int | None) -> int:
     """How many rows would be trained on; of the hub's, as many as are known to be there."""
     total = suite.rows if data == HUB else len(_training(suite, tasks, data))
@@ -79,7 +85,7 @@ def _training(suite: Suite, tasks: Sequence[str], data: str) -> list[Row]:
             )
         with _other_way():
             return load_rows(suite.hub, "train", format="alpaca")
-    joint = _found(data, [f"{suite.joint}.json", f"ft-training_set/{suite.joint}.json"])
+    joint = _found(data, _joint(suite))
     if joint is not None:
         return load_rows(str(joint), format="alpaca")
     files = {
@@ -87,6 +93,10 @@ def _training(suite: Suite, tasks: Sequence[str], data: str) -> list[Row]:
     }
     _refuse_missing(data, files, "train", f"{suite.joint}.json, or TASK.train.json for each task")
     return [row for file in files.values() for row in load_rows(str(file), format="alpaca")]
+
+
+def _joint(suite: Suite) -> list[str]:
+    return [f"{suite.joint}.json", f"ft-training_set/{suite.joint}.json"]
 
 
 def _questions(task: str, data: str) -> list[Row]:

@@ -29,7 +29,7 @@ def retrieved(
         progress: Told what is being done.
 
     Raises:
-        RecipeError: The run has several processes.
+        RecipeError: The run has several processes, or there is nothing to choose from.
     """
     if not recipe.retrieve:
         return prepared
@@ -44,6 +44,8 @@ def retrieved(
     data, collate = prepared.data["train"], Collator(tokenizer.pad_token_id)
     fixed = [number for number, source in enumerate(sources(prepared.rows["train"])) if _is_target(recipe, source)]
     others = sorted(set(range(len(data))) - set(fixed))
+    if not others:
+        raise RecipeError("retrieve chooses among training rows that are not the target's, and there are none")
     known_KH = embed(model, prepared.data["support"], collate, recipe.batch_size)
     scores_R = similarity(embed(model, data.select(others), collate, recipe.batch_size), known_KH)
     kept = sorted([*fixed, *(others[place] for place in most_alike(scores_R, recipe.retrieve))])

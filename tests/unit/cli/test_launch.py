@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from siftune.cli.launch import RankFailed, _Rank, _stop, _wait
+from siftune.cli.launch import RankFailed, _after_interrupt, _Rank, _stop, _wait
 from siftune.ranks import LEFT_ALONE
 
 
@@ -34,3 +34,11 @@ def test_a_process_that_was_left_alone_does_not_speak_for_the_one_that_was_kille
     with pytest.raises(RankFailed, match="process 1 of the run was ended by SIGKILL") as failure:
         _wait(ranks)
     assert failure.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "note"),
+    [({}, ""), ({"error": "interrupted"}, ""), ({"error": "interrupted; saved in run"}, "saved in run")],
+)
+def test_that_a_rank_was_interrupted_is_not_said_twice(told, note):
+    assert _after_interrupt(told) == note

@@ -92,7 +92,7 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     printed = [line for line in table.splitlines() if line.startswith("lora (LLM-Adapters)")]
     assert printed[0].split()[-3:] == ["68.9", "77.8", "73.3"]  # of these two tasks, and their mean
     found = json.loads((out / "results.json").read_text())
-    assert set(found) == {"generated", "likeliest"}
+    assert set(found) == {"generated", "likeliest", "rates"}
     figure = found["likeliest"]["dense"]["boolq"]
     assert (figure["questions"], figure["seeds"], figure["deviation"]) == (2, 1, None)
     assert figure["low"] <= figure["right"] <= figure["high"]
@@ -101,6 +101,9 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     assert len((out / "rates" / "results.jsonl").read_text().splitlines()) == 2
     best = json.loads((out / "rates" / "results.json").read_text())["best"]["dense"]["lr"]
     assert json.loads(json.dumps(best)) == pytest.approx(_rate(out / "dense-seed0" / "recipe.yaml"))
+
+    assert found["rates"] == {"dense": pytest.approx(best)}
+    assert f"learning rates: dense {best:g}" in (out / "table.md").read_text()
 
     before = files(out)
     (out / "dense-seed0" / "boolq.answers.json").unlink()
@@ -112,6 +115,8 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     assert "begun with questions = 2, but now it is 1" in error_of(
         capsys, [*given[:-6], "--questions", "1", *given[-6:]]
     )
+    more = ["boolq,ARC-Easy,piqa" if word == "boolq,ARC-Easy" else word for word in given]
+    assert "begun with rows of = ['boolq', 'ARC-Easy'], but now it is" in error_of(capsys, more)
     assert "begun with limit = None, but now it is 5" in error_of(capsys, [*given, "--limit", "5"])
     assert "was trained at a learning rate of" in error_of(capsys, [*given[:-4], "--rates", "5"])
     (out / "dense-seed0" / "boolq.answers.json").write_text("{")
@@ -122,6 +127,17 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     assert main(given) == 0  # a run that was cut off before its first checkpoint begins anew
     (out / "protocol.json").write_text("[")
     assert "protocol.json is damaged" in error_of(capsys, given)
+
+
+@pytest.mark.parametrize(("line", "where"), [
+    ("lr: 1e-3", "lr is set by --rates"), ("method: gast", "method is set by --methods"),
+    ("quantize: 4bit", "quantize is set nowhere"),
+])  # fmt: skip
+def test_lines_of_a_recipe_that_would_have_no_effect_are_refused(tmp_path, capsys, line, where):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"{line}\n")
+    told = error_of(capsys, ["reproduce", "math-llama-7b", "--recipe", str(recipe), "--data", str(tmp_path)])
+    assert told.startswith(f"{recipe}: {where}")
 
 
 def test_what_is_no_folder_is_told(words, tmp_path, capsys):

@@ -6,6 +6,7 @@ from datasets import Dataset
 from support.tiny import tiny
 
 from siftune.data.tokenize import Collator
+from siftune.errors import UnsupportedError
 from siftune.evaluate.embeddings import embed, most_alike, similarity
 
 
@@ -20,6 +21,13 @@ def test_embeddings_are_means_over_real_tokens(family):
         with torch.no_grad():
             states = model.eval()(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
         torch.testing.assert_close(vector, states.mean(0) / states.mean(0).norm(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_that_does_not_tell_what_is_below_its_head_is_refused(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "base_model_prefix", "")
+    with pytest.raises(UnsupportedError, match="does not tell which module its head is on"):
+        embed(model, Dataset.from_dict({"input_ids": [[5]], "labels": [[5]], "length": [1]}), Collator(0))
 
 
 def test_similarity_and_choice_by_hand():

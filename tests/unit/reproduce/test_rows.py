@@ -7,7 +7,7 @@ import pytest
 
 from siftune.errors import DataError
 from siftune.reproduce.protocol import protocol_of
-from siftune.reproduce.rows import HUB, prepare_files, training_count
+from siftune.reproduce.rows import HUB, prepare_files, trained_on, training_count
 
 SUITE = protocol_of("commonsense-llama-7b").suite
 TRAIN = [
@@ -57,6 +57,8 @@ def test_a_joint_file_goes_before_files_of_tasks(tmp_path):
     assert training_count(SUITE, ["boolq"], str(tmp_path), None) == 5
     assert training_count(SUITE, ["boolq"], str(tmp_path), 2) == 2
     assert training_count(SUITE, ["boolq"], HUB, None) == 170_300
+    assert trained_on(SUITE, ["boolq"], str(tmp_path)) == trained_on(SUITE, ["boolq"], HUB) == list(SUITE.tasks)
+    assert trained_on(SUITE, ["boolq"], str(tmp_path / "other")) == ["boolq"]
 
 
 def test_without_hub_and_folder_one_sentence_says_what_to_do(tmp_path, monkeypatch):

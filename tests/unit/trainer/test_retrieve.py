@@ -70,3 +70,13 @@ def test_without_known_rows_it_is_refused(base, tmp_path):
     given = recipe(base, rows_file(tmp_path / "pool.jsonl", ["a", "b"]), tmp_path / "run", method="dense", retrieve=0.5)
     with pytest.raises(RecipeError, match=r"retrieve compares rows with those of --target or --support-rows"):
         check(given)
+
+
+def test_where_all_rows_are_the_targets_there_is_nothing_to_choose(base, tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "source": "target"}] * 2
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = str(rows_file(tmp_path / "few.jsonl", ["c"]))
+    given = recipe(base, path, tmp_path / "run", method="dense", template="none", retrieve=0.5, target=few)
+    with pytest.raises(RecipeError, match="not the target's, and there are none"):
+        train(given, QUIET)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.engine.groups import LayerGroup
-from siftune.errors import UnsupportedError
+from siftune.errors import RecipeError, UnsupportedError
 from siftune.methods.sample_callback import SampleCallback
 from siftune.methods.sample_driver import SampleSelection
 from siftune.methods.trim.rule import TrimmedSamples
@@ -29,8 +29,8 @@ class Trim(SampleCallback, TrimSettings):
     Args:
         seed: Seed of Trim's own generator.
         layers: Path of the decoder layers, where they are not found by structure.
-        support_set: Of no effect; every method that chooses rows has one.
-        pairs: Of no effect: pairs are refused.
+        support_set: Refused: rows are compared with none.
+        pairs: As of every method that chooses rows; pairs are refused when a batch comes.
         keep: Keep the choices of all batches in `history`.
 
     Attributes:
@@ -49,6 +49,8 @@ class Trim(SampleCallback, TrimSettings):
     def __post_init__(self) -> None:
         """Check the settings, and begin without a model."""
         super().__post_init__()
+        if self.support_set is not None:
+            raise RecipeError("trim compares rows with none: leave support_set out")
         self._found: Tensor | None = None
 
     def rule(self, groups: Sequence[LayerGroup]) -> TrimmedSamples:

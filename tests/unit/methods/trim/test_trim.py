@@ -109,5 +109,7 @@ def test_what_has_no_losses_of_rows_is_refused():
         nn.functional.cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten()).backward()
     with Trim(select=1, pairs=True).attach(model), pytest.raises(UnsupportedError, match="2 samples has 4 rows: pairs"):
         model(**inputs, labels=labels).loss.backward()
+    with pytest.raises(RecipeError, match="leave support_set out"):
+        Trim(support_set=[inputs])
     with pytest.raises(RecipeError, match=r"trim\.which is 'best'"):
         Trim(which="best")
