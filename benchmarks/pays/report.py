@@ -40,6 +40,20 @@ def report(lines: Sequence[Line]) -> str:
     return "\n".join([*parts, *_overviews(sections)])
 
 
+def differences(lines: Sequence[Line], base: str) -> str:
+    """Write a table of the paired differences of all methods to one of them, in every cell that has it."""
+    rows = []
+    for (where, cell_name), cell in grouped(lines).items():
+        best = {name: rates[best_rate(rates)] for name, rates in cell.items()}
+        for name in best if base in best else ():
+            if name != base:
+                (right, seeds), (nats, _) = (compare(name, best, of, [base]) for of in ("right", "nats"))
+                minus = [_minus(right, name, ".1f", base=base), _minus(nats, name, ".3f", -1, base)]
+                rows.append([cell_name, where, name, str(len(seeds)), *minus])
+    titles = ["cell", "scenario", "method", "seeds", f"right − {base}", f"nats − {base}"]
+    return markdown_table(Table(titles, rows))
+
+
 def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], Cell]:
     """Sort runs by (scenario and model, cell), method, rate and seed; the last of equal jobs counts."""
     sections: dict[tuple[str, str], Cell] = {}
@@ -69,15 +83,18 @@ def best_rate(rates: Mapping[float, Runs]) -> float:
     return min(rates, key=loss)
 
 
-def compare(name: str, best: Mapping[str, Runs], of: str) -> tuple[Means, list[int]]:
-    """Means of a method, of dense and of the ceiling where there are such, on the seeds that they share.
+def compare(
+    name: str, best: Mapping[str, Runs], of: str, others: Sequence[str] = (BASE, CEILING)
+) -> tuple[Means, list[int]]:
+    """Means of a method and of others where there are such, on the seeds that they share.
 
     Args:
         name: The method.
         best: Methods' runs at their best rates.
         of: "right", in per cent, or "nats", per token; negative, so that more is better.
+        others: Dense and the ceiling, if not given.
     """
-    shown = [other for other in dict.fromkeys((name, BASE, CEILING)) if other in best]
+    shown = [other for other in dict.fromkeys((name, *others)) if other in best]
     seeds = sorted(set.intersection(*(set(best[other]) for other in shown)))
     if not seeds:
         shown, seeds = [name], sorted(best[name])
@@ -126,11 +143,11 @@ def _quality(cell: Cell, best: Mapping[str, Runs]) -> str:
     return markdown_table(Table([*titles, "target followed", "time"], rows))
 
 
-def _minus(means: Means, name: str, form: str, sign: int = 1) -> str:
-    """The difference to dense with its interval; `sign` −1 turns it around."""
-    if name == BASE or BASE not in means.point:
+def _minus(means: Means, name: str, form: str, sign: int = 1, base: str = BASE) -> str:
+    """The difference to dense, or another, with its interval; `sign` −1 turns it around."""
+    if name == base or base not in means.point:
         return _NONE
-    found = means.difference(name, BASE)
+    found = means.difference(name, base)
     value, low, high = (sign * float(number or 0) for number in (found.value, found.low, found.high))
     return f"{value:+{form}} [{min(low, high):+{form}}, {max(low, high):+{form}}]"
 
@@ -244,11 +261,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--lr", type=float, help="runs at this rate alone, for tables over more seeds")
     parser.add_argument("--methods", help="these methods alone, with commas between: all are compared on shared seeds")
+    parser.add_argument("--against", metavar="METHOD", help="paired differences to this method alone")
     args = parser.parse_args(argv)
     lines = [line for line in read(args.file) if _is_wanted(line["job"], args.lr, args.methods)]
     if not lines:
         raise SystemExit(f"{args.file} has no such finished jobs; give the --out of run.py")
-    print(report(lines))
+    print(report(lines) if args.against is None else differences(lines, args.against))
     return 0
 
 

@@ -81,6 +81,15 @@ def test_the_table_by_hand():
     assert cells(text, "Loss of other tasks")["gast"]["boolq"] == "1.500"
 
 
+def test_differences_to_any_method_are_paired_too():
+    lines = [line("dense", 0, [1, 1], [1.0, 1.0]), line("a", 0, [0, 1], [4.0, 4.0]), line("b", 0, [1, 1], [3.0, 3.0])]
+    lines += [line("b", 1, [0, 0], [9.0, 9.0])]  # a seed that a lacks
+    (found,) = (row for row in tables.differences(lines, "a").splitlines() if "| b |" in row)
+    assert found.split(" | ")[-3:-1] == ["1", "+50.0 [+0.0, +100.0]"]
+    assert found.endswith("| -0.500 [-0.500, -0.500] |")
+    assert "| b |" not in tables.differences(lines, "c")
+
+
 def test_seeds_are_paired():
     """A seed that dense lacks is left out of the comparison, and of the row."""
     lines = [line("dense", 0, [0], [4.0]), line("gast", 0, [1], [3.0]), line("gast", 1, [0], [9.0])]
