@@ -206,11 +206,6 @@ def settings_of(recipe: Recipe) -> list[Settings]:
     return [getattr(recipe, part.settings.group) for part in method_of(recipe).parts]
 
 
-def chooses_rows(recipe: Recipe) -> bool:
-    """Whether a recipe's method chooses rows, and so may score them."""
-    return any(part.rows for part in method_of(recipe).parts)
-
-
 def compares(recipe: Recipe) -> bool:
     """Whether a recipe's method compares rows with those of a set that the user gave."""
     return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))

@@ -10,14 +10,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.data.encoder import attempt
-from siftune.data.rows import Row
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.batching import model_window
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
 from siftune.evaluate.choices import score_choices
 from siftune.evaluate.generation import exact_match, greedy
 from siftune.evaluate.perplexity import perplexity
-from siftune.evaluate.prepare import Prepared, Questions, prepare_rows
+from siftune.evaluate.prepare import Prepared, Questions
 
 PERPLEXITY = "perplexity"
 
@@ -77,34 +76,6 @@ class MetricRow:
     high: float | None = None
     base_interval: tuple[float, float] | None = None
     tuned_interval: tuple[float, float] | None = None
-
-
-def evaluate_rows(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    metrics: Sequence[str] = ("auto",),
-    template: str = "auto",
-    batch_size: int = 16,
-) -> Metrics:
-    """Measure a model on rows: `prepare_rows` and `measure` in one.
-
-    Args:
-        model: A causal language model, PEFT-wrapped or not; its mode and settings come back afterwards.
-        tokenizer: Its tokenizer.
-        rows: At least one row.
-        metrics: `choices`, `exact_match`, `perplexity`, or `auto` for those that fit the rows.
-        template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
-        batch_size: Rows per forward pass.
-
-    Returns:
-        The metrics by name; `choices` comes with `choices_per_token`.
-
-    Raises:
-        DataError: A row lacks what a metric needs, or doesn't fit the model's window.
-        RecipeError: No such metric or template.
-    """
-    return measure(model, prepare_rows(rows, tokenizer, metrics, template), batch_size)
 
 
 def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16) -> Metrics:

@@ -39,11 +39,6 @@ class PerplexityResult:
     nll: NDArray[np.float64]
     tokens: NDArray[np.int64]
 
-    @property
-    def ppl(self) -> float:
-        """Perplexity over all tokens: exp of the mean negative log-likelihood per token."""
-        return float(np.exp(self.nll.sum() / self.tokens.sum()))
-
 
 def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
     """Measure how well the model predicts the labelled tokens.

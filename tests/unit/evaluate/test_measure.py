@@ -12,7 +12,7 @@ from support.tokenizer import byte_tokenizer
 from siftune.data.rows import rows_from
 from siftune.errors import AdapterError, DataError
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
-from siftune.evaluate.measure import Metric, compare, evaluate_rows, measure, measure_base
+from siftune.evaluate.measure import Metric, compare, measure, measure_base
 from siftune.evaluate.prepare import prepare_rows
 
 TOKENIZER = byte_tokenizer()
@@ -34,7 +34,7 @@ def model():
 
 
 def test_choices_and_perplexity_of_questions(model):
-    result = evaluate_rows(model, TOKENIZER, QUESTIONS)
+    result = measure(model, prepare_rows(QUESTIONS, TOKENIZER))
     assert list(result) == ["choices", "choices_per_token", "perplexity"]
     assert model.training
     # the slow obvious way, text by text
@@ -105,7 +105,7 @@ def test_rows_beyond_the_window_are_named(model, metric):
     long = {"prompt": "?" * 70, "completion": "y", "choices": ["y", "n"]}
     rows = rows_from([{"prompt": "?", "completion": "y", "choices": ["y", "n"]}, long], name="held-out row")
     with pytest.raises(DataError, match=r"held-out row 2: the row takes \d+ tokens, .* window is 64"):
-        evaluate_rows(model, TOKENIZER, rows, (metric,))
+        measure(model, prepare_rows(rows, TOKENIZER, (metric,)))
 
 
 def rate(values, name="choices"):
