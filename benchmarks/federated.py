@@ -133,8 +133,9 @@ def _train(job: Job, kit: Kit, shard: Records, out: Path) -> None:
     path = out.with_suffix(".jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in shard), encoding="utf-8")
     steps = max(1, round(job["epochs"] * len(shard) / job["batch"]))
+    rank = None if job["adapter"] == "full" else job["rank"]
     recipe = Recipe(
-        model=str(kit.path), train=str(path), out=str(out), method="dense", adapter=job["adapter"], rank=job["rank"],
+        model=str(kit.path), train=str(path), out=str(out), method="dense", adapter=job["adapter"], rank=rank,
         steps=steps, lr=job["lr"], batch_size=job["batch"], seed=job["seed"], template=job["template"], log_every=steps,
     )  # fmt: skip
     train(recipe, Console(quiet=True), source_of)

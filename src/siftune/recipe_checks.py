@@ -40,6 +40,10 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "eval_every needs held-out rows: give --eval FILE or --eval-share 0.05, or leave eval_every out",
         ),
         (
+            recipe.eval_limit is not None and not holds_out(recipe),
+            "eval_limit needs held-out rows: give --eval FILE or --eval-share 0.05, or leave eval_limit out",
+        ),
+        (
             recipe.patience is not None and not holds_out(recipe),
             "patience waits for less held-out loss: give --eval FILE or --eval-share 0.05, or leave patience out",
         ),
@@ -71,9 +75,12 @@ def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
             recipe.target is not None and _could_compare(recipe) and not compares(recipe),
             "with a target, rows are compared with its rows, by support dataset: leave the option support out",
         ),
-        (
-            recipe.target_last is not None and recipe.target is None,
-            "target_last has no effect without a target: leave it out, or give --target FILE",
+        *(
+            (
+                getattr(recipe, name) != getattr(Recipe, name) and recipe.target is None,
+                f"{name} has no effect without a target: leave it out, or give --target FILE",
+            )
+            for name in ("target_last", "target_share")
         ),
         (
             recipe.target_last not in (None, 1) and not recipe.target_share,
@@ -123,9 +130,10 @@ def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
 def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """What does not go with how the base and the adapter begin."""
     full, takes_apart = recipe.adapter == "full", recipe.init in ("pissa", "olora")
-    for name, default in (("quantize", None), ("init", "default"), ("from_adapter", None), ("nonlinearity", "relu")):
+    for name in ("quantize", "init", "from_adapter", "nonlinearity", "rank", "alpha", "dropout", "targets"):
+        written = name in ("rank", "alpha") and recipe.resume  # older versions wrote them into every run's recipe
         yield (
-            full and getattr(recipe, name) != default,
+            full and not written and getattr(recipe, name) != getattr(Recipe, name),
             f"{name} is for adapters, and adapter full has none: leave {name} out, or take --adapter lora",
         )
     yield (

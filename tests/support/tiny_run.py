@@ -30,8 +30,9 @@ def save_rows(path: Path, count: int = 24) -> Path:
 
 def recipe(base: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
     """A recipe of six steps of four rows; what is no field of a recipe goes to the settings of its method."""
+    rank = None if settings.get("adapter") == "full" else 2
     given: dict[str, Any] = {
-        "model": str(base), "train": str(rows), "out": str(out), "max_length": 64, "template": "none", "rank": 2,
+        "model": str(base), "train": str(rows), "out": str(out), "max_length": 64, "template": "none", "rank": rank,
         "batch_size": 4, "steps": 6, "lr": 1e-2, "log_every": 1, "method": "ist", **settings,
     }  # fmt: skip
     own = {name: given.pop(name) for name in [*given] if name not in Recipe.__dataclass_fields__}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+from siftune.config import Recipe, train_files
 from siftune.errors import RecipeError
 from siftune.jsonable import jsonable
 
@@ -22,7 +23,8 @@ class Options:
     runs: Positional[tuple[str, ...]]
     """What to measure: run folders, PEFT adapter folders, kits, or models (folder, hub id, smollm2)."""
     data: str | None = None
-    """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id; a run's own if not given."""
+    """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id; a run's own if not given, its
+    eval_share among them."""
     split: str = "test"
     """Split of --data, where it has splits."""
     limit: int | None = None
@@ -50,40 +52,33 @@ class Options:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """All that decides the base model's result, so that runs which share it measure it once."""
-
-    base: str
-    dtype: str
-    template: str
-    data: str
-    split: str
-    limit: int | None
-    format: str
-
-
-@dataclass(frozen=True)
 class _Job:
-    """One subject, its settings and its rows."""
+    """One subject, its settings, its rows and what they are called."""
 
     subject: "Subject"
-    task: _Task
+    dtype: str
+    template: str
+    format: str
+    data: str
     rows: "list[Row]"
+
+    @property
+    def of_base(self) -> tuple[Any, ...]:
+        """All that decides the base model's result, so that runs which share it measure it once."""
+        places = tuple(row.origin for row in self.rows)
+        return self.subject.base, self.dtype, self.template, self.format, places
 
 
 def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
     from siftune.artifacts import find_subjects
-    from siftune.data.readers import load_rows
 
     _check(options)
     # everything that can be refused without loading a model comes first
     subjects = find_subjects(options.runs, options.public_key, options.base)
-    tasks = [_task(subject, options) for subject in subjects]
-    rows = {task: load_rows(task.data, task.split, task.limit, task.format) for task in dict.fromkeys(tasks)}
-    known: dict[_Task, Metrics] = {}
-    pairs = zip(subjects, tasks, strict=True)
-    return {"runs": [_evaluate(_Job(subject, task, rows[task]), options, known) for subject, task in pairs]}
+    jobs = [_job(subject, options) for subject in subjects]
+    known: dict[tuple[Any, ...], Metrics] = {}
+    return {"runs": [_evaluate(job, options, known) for job in jobs]}
 
 
 def _check(options: Options) -> None:
@@ -102,28 +97,36 @@ def _check(options: Options) -> None:
         raise RecipeError(f"--seed is {options.seed}, but must be 0 or more")
 
 
-def _task(subject: "Subject", options: Options) -> _Task:
-    """Settle data and settings: flags first, then the run's recipe, then defaults."""
-    recipe = subject.recipe
-    data, split, limit = options.data, options.split, options.limit
-    if data is None:
-        if recipe is None:
-            raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
-        if not recipe.eval:
-            raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")
-        data, split, limit = recipe.eval, recipe.eval_split, options.limit or recipe.eval_limit
-    return _Task(
-        base=subject.base,
-        dtype=options.dtype or (recipe.dtype if recipe else "auto"),
-        template=options.template or (recipe.template if recipe else "auto"),
-        data=data,
-        split=split,
-        limit=limit,
-        format=options.format or (recipe.format if recipe else "auto"),
+def _job(subject: "Subject", options: Options) -> _Job:
+    """Settle settings and read the rows: flags first, then the run's recipe, then defaults."""
+    recipe = subject.recipe or Recipe()
+    dtype, template, format = (
+        getattr(options, name) or getattr(recipe, name) for name in ("dtype", "template", "format")
     )
+    data, rows = _rows(subject, options, format)
+    return _Job(subject, dtype, template, format, data, rows)
 
 
-def _evaluate(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> dict[str, Any]:
+def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list[Row]]":
+    """The rows to measure on, and what they are called."""
+    from siftune.data.readers import load_rows
+    from siftune.trainer.prepare import held_out_rows
+
+    recipe = subject.recipe
+    if options.data is not None:
+        return options.data, load_rows(options.data, options.split, options.limit, format)
+    if recipe is None:
+        raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
+    if recipe.eval:
+        return recipe.eval, load_rows(recipe.eval, recipe.eval_split, options.limit or recipe.eval_limit, format)
+    if recipe.eval_share:
+        files = " and ".join(name for name, _ in train_files(recipe))
+        rows = held_out_rows(Path(subject.name).expanduser(), recipe)
+        return f"{100 * recipe.eval_share:g} % of {files}", rows[: options.limit]
+    raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")
+
+
+def _evaluate(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics]") -> dict[str, Any]:
     """Measure one subject and show its table."""
     from rich.console import Console
 
@@ -135,15 +138,15 @@ def _evaluate(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> dic
     base, tuned = _measure(job, options, known)
     compared = compare(base, tuned, options.level, options.seed)
     if job.subject.recipe is not None and tuned is not None:  # a run folder, which `siftune report` reads
-        found = Eval(job.task.data, len(job.rows), options.level, tuple(compared), answers_of(job.rows, base, tuned))
+        found = Eval(job.data, len(job.rows), options.level, tuple(compared), answers_of(job.rows, base, tuned))
         record_eval(Path(job.subject.name).expanduser(), found)
-    table = metric_table(f"{job.subject.name} on {job.task.data}", compared, options.level)
+    table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
     print_table(table, Console(highlight=False, soft_wrap=True))
-    settings = {"run": job.subject.name, "model": job.task.base, "data": job.task.data}
+    settings = {"run": job.subject.name, "model": job.subject.base, "data": job.data}
     return {**settings, "level": options.level, "metrics": jsonable(compared)}
 
 
-def _measure(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> "tuple[Metrics, Metrics | None]":
+def _measure(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics]") -> "tuple[Metrics, Metrics | None]":
     """Measure the base, unless it's known, and the tuned model, if something was trained."""
     from rich.console import Console
 
@@ -151,14 +154,14 @@ def _measure(job: _Job, options: Options, known: "dict[_Task, Metrics]") -> "tup
     from siftune.evaluate.measure import measure
     from siftune.evaluate.prepare import prepare_rows
 
-    subject, task = job.subject, job.task
+    subject = job.subject
     with Console(stderr=True).status(f"loading {subject.name}") as status:
-        model, tokenizer = load_base(subject, task.dtype)
-        prepared = prepare_rows(job.rows, tokenizer, options.metrics, task.template, options.max_new_tokens)
-        if task not in known:
-            status.update(f"measuring {task.base}")
-            known[task] = measure(model, prepared, options.batch_size)
+        model, tokenizer = load_base(subject, job.dtype)
+        prepared = prepare_rows(job.rows, tokenizer, options.metrics, job.template, options.max_new_tokens)
+        if job.of_base not in known:
+            status.update(f"measuring {subject.base}")
+            known[job.of_base] = measure(model, prepared, options.batch_size)
         if subject.adapter is None:
-            return known[task], None
+            return known[job.of_base], None
         status.update(f"measuring {subject.name}")
-        return known[task], measure(put_on(model, subject), prepared, options.batch_size)
+        return known[job.of_base], measure(put_on(model, subject), prepared, options.batch_size)

@@ -7,17 +7,19 @@ when others are added, moved to another file or shuffled (ours).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import compress
 
 from siftune.data.rows import Row, said
 
 
-def held_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> tuple[list[Row], list[Row]]:
     """Split off rows to measure on: those whose place is below a share.
 
     Args:
         rows: The rows.
         share: Share of them to hold out, in [0, 1): what it comes to differs by chance, as if drawn.
+        trained: Rows that are trained on in any case: what they say is not held out.
 
     Returns:
         The others, and those held out, each in their order; rows that say the same are together.
@@ -28,9 +30,10 @@ def held_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
         >>> [len(part) for part in held_out(rows, 0.05)]
         [953, 47]
     """
-    places = _places(rows, "held out")
-    kept = [row for row, place in zip(rows, places, strict=True) if place >= share]
-    return kept, [row for row, place in zip(rows, places, strict=True) if place < share]
+    known = set(said(trained))
+    words, places = said(rows), _places(rows, "held out")
+    out = [place < share and words not in known for words, place in zip(words, places, strict=True)]
+    return [row for row, is_out in zip(rows, out, strict=True) if not is_out], list(compress(rows, out))
 
 
 def repeated(rows: Sequence[Row], times: float) -> list[Row]:

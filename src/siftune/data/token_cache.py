@@ -6,7 +6,8 @@
 
 KEY is a hash of what the rows say, of the tokenizer, its chat template and special tokens, of the settings, and of the
 versions of the libraries that tokenise; where a row stands is not part of it. A folder that is damaged is made anew.
-One that cannot be written is no reason not to train.
+One that cannot be written is no reason not to train. All folders together take 4 GB at the most: those that were used
+longest ago go first (ours), and the newest stays, however large it is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _LAYOUT = 1  # of the files, and of what they hold
 _FROM = 2000  # rows from which it is worth a file
+_MOST = 4 * 10**9  # bytes that all folders take
 _ARROW, _ABOUT = "tokens.arrow", "about.json"
 
 
@@ -58,10 +61,15 @@ def cached_tokens(rows: Sequence[Row], form: Form, progress: Progress | None = N
     folder = cache_root() / "tokens" / key
     found = _read(folder)
     if found is not None:
+        with suppress(OSError):
+            os.utime(folder)  # it was used now
         logger.info("tokens of %d rows are in %s", len(rows), folder)
         return found
     made = tokens_of(rows, form, progress)
-    return (_read(folder) or made) if _write(folder, made) else made
+    if not _write(folder, made):
+        return made
+    _make_room(folder)
+    return _read(folder) or made
 
 
 def _key(rows: Sequence[Row], form: Form) -> str | None:
@@ -144,6 +152,26 @@ def _move(beside: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
+
+
+def _make_room(newest: Path) -> None:
+    """Remove the folders that were used longest ago, as far as all take too much; open files keep theirs."""
+    ages, sizes = {}, {}
+    for folder in newest.parent.iterdir():
+        with suppress(OSError):  # another process may remove it
+            ages[folder] = folder.stat().st_mtime_ns
+            sizes[folder] = sum(path.stat().st_size for path in folder.rglob("*"))
+    taken = sizes.pop(newest, 0)
+    for folder in sorted(sizes, key=ages.__getitem__, reverse=True):
+        taken += sizes[folder]
+        if taken > _MOST:
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.info(
+                "the tokens in %s, which were not used for long, are removed: %s holds %.0f MB at the most",
+                folder,
+                newest.parent,
+                _MOST / 1e6,
+            )
 
 
 def _digest(path: Path) -> str:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from siftune.config import Recipe
-from siftune.data.rows import WEIGHT
+from siftune.data.rows import WEIGHT, said
 from siftune.models.loss import IGNORED
 from siftune.trainer.build import Built
 from siftune.trainer.plan import planned_steps
@@ -86,11 +86,22 @@ def rows_line(recipe: Recipe, prepared: Prepared) -> str:
     """Say how many rows there are, and how long they are."""
     data, held = prepared.data["train"], prepared.data.get("eval")
     seen = lengths_of(data)
-    out = "" if held is None else f", {counted(len(held), 'row')} held out"
+    out = "" if held is None else f", {counted(len(held), 'row')} held out{_trained_too(prepared)}"
     return (
         f"{counted(len(data), 'row')} to train on{out}: {seen.mean:.0f} tokens each, {seen.learned:.0f} learned, "
         f"the longest {seen.longest}{_cut(recipe, prepared)}{_weights(data)}"
     )
+
+
+def trained_and_held_out(prepared: Prepared) -> int:
+    """How many of the held-out rows say what a training row says, so that their loss tells little."""
+    trained = set(said(prepared.rows["train"]))
+    return sum(words in trained for words in said(prepared.rows.get("eval", ())))
+
+
+def _trained_too(prepared: Prepared) -> str:
+    count = trained_and_held_out(prepared)
+    return f" ({count:,} of them trained on, too, so that the held-out loss flatters)" if count else ""
 
 
 def bad_lines(prepared: Prepared, most: int) -> list[str]:

@@ -15,7 +15,7 @@ from siftune.errors import RecipeError
 from siftune.models.loss import IGNORED
 from siftune.recipe_checks import check
 from siftune.stages import stages
-from siftune.trainer.before import row_lengths
+from siftune.trainer.before import row_lengths, trained_and_held_out
 from siftune.trainer.forecast import Forecast, forecast
 from siftune.trainer.prepare import Prepared, prepare, read_rows
 from siftune.trainer.retrieve import retrieved
@@ -60,6 +60,7 @@ class DryRun:
         return {
             "rows": len(data["train"]),
             "held_out": len(data["eval"]) if "eval" in data else 0,
+            "held_out_trained_on": trained_and_held_out(self.prepared),
             "bad_rows": list(self.prepared.bad),
             "cut": sum(self.prepared.cut.values()),
             "tokens": {"mean": round(seen.mean, 1), "learned": round(seen.learned, 1), "longest": seen.longest},

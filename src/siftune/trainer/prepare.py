@@ -78,11 +78,12 @@ def read_rows(recipe: Recipe) -> Read:
     *files, target = _listed(recipe, [*files, target])
     parts: dict[str, Sequence[Row]] = {"train": [], "eval": []}
     for rows, (_, times) in zip(files, train_files(recipe), strict=True):
-        kept, held = held_out(rows, recipe.eval_share) if recipe.eval_share else (rows, [])
+        kept, held = held_out(rows, recipe.eval_share, target) if recipe.eval_share else (rows, [])
         parts["train"] = [*parts["train"], *(kept if times == 1 else repeated(kept, times))]
         parts["eval"] = [*parts["eval"], *held]
     if not bad or recipe.bad_rows == "drop":  # else these are told
         _check_share(recipe, parts)
+    parts["eval"] = parts["eval"][: recipe.eval_limit]
     if recipe.eval:
         parts["eval"] = load(recipe.eval, recipe.eval_split, recipe.eval_limit)
     if recipe.target:
@@ -103,12 +104,21 @@ def trained_rows(run: Path, recipe: Recipe) -> list[Row]:
     Raises:
         DataError: A file cannot be read any more.
     """
+    rows, kept = _used(run, recipe, "train"), run / RETRIEVED
+    return [rows[int(number)] for number in kept.read_text(encoding="utf-8").split()] if kept.is_file() else rows
+
+
+def held_out_rows(run: Path, recipe: Recipe) -> list[Row]:
+    """The rows that a run with `eval_share` has held out of its training rows; as `trained_rows`."""
+    return _used(run, recipe, "eval")
+
+
+def _used(run: Path, recipe: Recipe, part: str) -> list[Row]:
+    """Rows of a part, but for those that could not be used."""
     path = run / BAD_ROWS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     places = {line[: found.start()] for line in lines for found in re.finditer(": ", line)}  # each begins with its own
-    rows = [row for row in read_rows(recipe).parts["train"] if row.origin not in places]
-    kept = run / RETRIEVED
-    return [rows[int(number)] for number in kept.read_text(encoding="utf-8").split()] if kept.is_file() else rows
+    return [row for row in read_rows(recipe).parts[part] if row.origin not in places]
 
 
 def _listed(recipe: Recipe, files: list[list[Row]]) -> list[list[Row]]:

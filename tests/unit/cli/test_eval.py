@@ -10,6 +10,8 @@ from support.tokenizer import byte_tokenizer
 from siftune.cli.eval import Options, run
 from siftune.cli.main import main
 from siftune.config import Recipe
+from siftune.data.readers import load_rows
+from siftune.data.split import held_out
 from siftune.errors import DataError, RecipeError
 from siftune.evaluate import measure as evaluation
 from siftune.recipe_file import recipe_to_yaml
@@ -57,6 +59,35 @@ def test_flags_override_the_recipe(place):
     assert chat["level"] == 0.5
     [whole] = run(Options(("one",), data="rows.jsonl", metrics=("perplexity",)))["runs"]
     assert whole["metrics"][0]["rows"] == 8  # the recipe's limit belongs to the recipe's data
+
+
+def test_a_run_is_measured_on_the_share_that_it_held_out(place, monkeypatch):
+    """Of 40 rows and one that no run could use: another limit of what is measured, and once for two runs."""
+    rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(40)]
+    pool = place / "pool.jsonl"
+    pool.write_text("\n".join(map(json.dumps, rows)))
+    given = Recipe(model="base", train=str(pool), eval_share=0.3, template="none")
+    held = [row.completion for row in held_out(load_rows(str(pool)), 0.3)[1]]
+    bad = next(number for number, row in enumerate(rows, 1) if row["completion"] == held[1])
+    for name in ("one", "two"):
+        (place / name / "recipe.yaml").write_text(recipe_to_yaml(given))
+        (place / name / "bad_rows.txt").write_text(f"{pool}:{bad}: the prompt takes it all\n")
+    seen, real = [], evaluation.measure
+
+    def measure(model, prepared, *rest):
+        seen.append(isinstance(model, PeftModel))
+        return real(model, prepared, *rest)
+
+    monkeypatch.setattr(evaluation, "measure", measure)
+    one, two = run(Options(("one", "two"), metrics=("perplexity",)))["runs"]
+    assert one["data"] == f"30 % of {pool}"
+    assert one["metrics"][0]["rows"] == len(held) - 1
+    assert one["metrics"][0]["base"] == two["metrics"][0]["base"]
+    assert seen == [False, True, True]
+    [few] = run(Options(("one",), metrics=("perplexity",), limit=2))["runs"]
+    assert few["metrics"][0]["rows"] == 2
+    record = json.loads((place / "one" / "eval.json").read_text())
+    assert [entry["data"] for entry in record] == [one["data"]]
 
 
 def test_runs_on_one_base_measure_it_once(place, monkeypatch):

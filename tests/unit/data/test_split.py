@@ -81,3 +81,11 @@ def test_what_is_held_out_says_nothing_of_what_is_repeated():
     kept, held = held_out(rows(range(2000)), 0.5)
     shares = [len(repeated(part, 0.5)) / len(part) for part in (kept, held)]
     assert all(0.4 < share < 0.6 for share in shares)
+
+
+def test_what_is_trained_on_anyway_is_not_held_out():
+    _, held = held_out(rows(range(200)), 0.3)
+    known = rows([text.split()[-1] for text in texts(held)[:5]] + ["other"])
+    kept, left = held_out(rows(range(200)), 0.3, known)
+    assert texts(left) == texts(held)[5:]
+    assert sorted(texts([*kept, *left])) == sorted(texts(rows(range(200))))

@@ -1,6 +1,7 @@
 """Tokens that were made before: found again by what they are of, and never where they are not what was written."""
 
 import logging
+import os
 from dataclasses import replace
 
 import pytest
@@ -168,3 +169,32 @@ def test_a_hit_is_told(cache, caplog):
     assert "are in" not in caplog.text
     cached_tokens(rows(), FORM)
     assert "tokens of 3 rows are in" in caplog.text
+
+
+def test_what_was_used_longest_ago_makes_room(cache, made, monkeypatch):
+    """Three sets of equal size where two fit: the first, which was used again, outlives the second."""
+    sets = [rows([{**RECORDS[0], "completion": digit}]) for digit in "123"]
+    for number, given in enumerate(sets[:2]):
+        cached_tokens(given, FORM)
+        newest = max(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        os.utime(newest, (number, number))
+    size = sum(path.stat().st_size for path in newest.rglob("*"))
+    monkeypatch.setattr(token_cache, "_MOST", int(2.5 * size))
+    cached_tokens(sets[0], FORM)
+    cached_tokens(sets[2], FORM)
+    assert len(made) == 3
+    assert len([*cache.iterdir()]) == 2
+    cached_tokens(sets[2], FORM)
+    cached_tokens(sets[0], FORM)
+    assert len(made) == 3
+    cached_tokens(sets[1], FORM)
+    assert len(made) == 4
+
+
+def test_a_set_that_takes_more_than_all_may_stays_alone(cache, made, monkeypatch):
+    monkeypatch.setattr(token_cache, "_MOST", 1)
+    cached_tokens(rows(), FORM)
+    cached_tokens(rows(RECORDS[:1]), FORM)
+    assert len([*cache.iterdir()]) == 1
+    cached_tokens(rows(RECORDS[:1]), FORM)
+    assert len(made) == 2

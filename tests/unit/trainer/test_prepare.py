@@ -5,6 +5,7 @@ import io
 import json
 from array import array
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -14,6 +15,7 @@ from support.tokenizer import byte_tokenizer
 from siftune.errors import DataError, RecipeError
 from siftune.recipe_checks import check
 from siftune.recipe_file import load_recipe
+from siftune.trainer.before import rows_line, trained_and_held_out
 from siftune.trainer.checkpoints import digest_of
 from siftune.trainer.prepare import prepare, read_rows, trained_rows
 from siftune.trainer.run import train
@@ -158,6 +160,37 @@ def test_a_run_measures_the_share_that_it_holds_out_and_goes_on_with_it(base, ro
         train(recipe(base, rows, tmp_path / "run", method="dense", eval_share=0.5, steps=3, resume=True), QUIET)
 
 
+def test_a_row_that_the_target_names_is_trained_on_and_not_held_out(tmp_path):
+    path, few = save_rows(tmp_path / "rows.jsonl", 60), tmp_path / "few.jsonl"
+    given = recipe(tmp_path, path, tmp_path / "run", method="dense", eval_share=0.3)
+    before = answers(read_rows(given).parts["eval"])
+    few.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if json.loads(line)["completion"] == before[0])
+    )
+    parts = read_rows(replace(given, target=str(few))).parts
+    assert answers(parts["eval"]) == before[1:]
+    assert before[0] in answers(parts["train"])
+
+
+def test_held_out_rows_that_are_trained_on_are_told(rows, tmp_path):
+    """Six rows of a file of its own, of which two are also among the 24."""
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join([*rows.read_text().splitlines(True)[3:5], *(line + "\n" for line in GOOD[:4])]))
+    given = recipe(tmp_path, rows, tmp_path / "run", eval=str(held))
+    assert "24 rows to train on, 6 rows held out (2 of them trained on, too, so" in rows_line(given, prepared(given))
+    share = recipe(tmp_path, rows, tmp_path / "run", eval_share=0.3)
+    assert trained_and_held_out(prepared(share)) == 0
+
+
+def test_no_more_than_so_many_rows_of_a_share_are_measured(tmp_path):
+    path = save_rows(tmp_path / "rows.jsonl", 60)
+    given = recipe(tmp_path, path, tmp_path / "run", eval_share=0.3)
+    whole, few = (read_rows(one).parts for one in (given, replace(given, eval_limit=2)))
+    assert len(whole["eval"]) > 2
+    assert answers(few["eval"]) == answers(whole["eval"])[:2]
+    assert few["train"] == whole["train"]
+
+
 def test_a_recipe_holds_several_files(base, two, tmp_path):
     done = train(recipe(base, tmp_path, tmp_path / "run", train=two, train_times=(1.0, 2.0), steps=1), QUIET)
     again = load_recipe(done.folder.recipe)
@@ -175,6 +208,8 @@ def test_a_recipe_holds_several_files(base, two, tmp_path):
         ({"eval": "rows.jsonl", "eval_share": 0.1}, "eval and eval_share both"),
         ({"eval_share": 1.0}, "eval_share is 1.0, but must be"),
         ({"train": ()}, "no training data"),
+        ({"eval_limit": 3}, "eval_limit needs held-out rows"),
+        ({"target_share": 0.5}, "target_share has no effect without a target"),
         ({"bad_rows": "skip"}, "bad_rows is 'skip'"),
         ({"train_times": (2.0,), "dp_epsilon": 8.0, "dp_delta": 1e-5, "method": "dense"}, "train_times repeats rows"),
     ],

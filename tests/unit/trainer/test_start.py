@@ -185,6 +185,10 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
     [
         ({"adapter": "full", "init": "pissa", "method": "dense", "layers": (0,)}, "init is for adapters"),
         ({"adapter": "full", "quantize": "4bit", "layers": (0,)}, "quantize is for adapters"),
+        ({"adapter": "full", "rank": 8, "layers": (0,)}, "rank is for adapters, and adapter full has none"),
+        ({"adapter": "full", "alpha": 8, "layers": (0,)}, "alpha is for adapters"),
+        ({"adapter": "full", "dropout": 0.1, "layers": (0,)}, "dropout is for adapters"),
+        ({"adapter": "full", "targets": ("q_proj",), "layers": (0,)}, "targets is for adapters"),
         ({"adapter": "full", "from_adapter": "a", "layers": (0,)}, "from_adapter is for adapters"),
         ({"init": "pissa", "quantize": "8bit", "method": "dense"}, "which quantize has rounded"),
         ({"init": "olora", "adapter": "dora", "method": "dense"}, "goes with adapter lora, not dora"),
@@ -197,4 +201,11 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(tmp_path, rows, settings, words):
     with pytest.raises(RecipeError, match=words):
+        check(recipe(tmp_path, rows, tmp_path / "run", **settings))
+
+
+def test_whole_layers_go_on_by_a_recipe_in_which_an_older_version_wrote_a_rank(tmp_path, rows):
+    settings = {"adapter": "full", "rank": 32, "alpha": 64, "layers": (0,), "method": "dense"}
+    check(recipe(tmp_path, rows, tmp_path / "run", resume=True, **settings))
+    with pytest.raises(RecipeError, match="rank is for adapters"):
         check(recipe(tmp_path, rows, tmp_path / "run", **settings))

@@ -15,7 +15,10 @@ def shared_metric(runs: Sequence[RunData]) -> tuple[str, str] | None:
     if not all(run.evals for run in runs):
         return None
     for one in reversed(runs[0].evals):
-        measured = [{row.metric for row in of.metrics} for run in runs for of in run.evals if of.data == one.data]
+        rows = (one.data, one.rows)
+        measured = [
+            {row.metric for row in of.metrics} for run in runs for of in run.evals if (of.data, of.rows) == rows
+        ]
         if len(measured) == len(runs):
             for metric in _FIRST:
                 if all(metric in names for names in measured):
@@ -39,9 +42,10 @@ def held_out_alike(runs: Sequence[RunData]) -> bool:
 
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
-    """Where held-out rows are from: a file, or a share of the training rows."""
-    file = (recipe.eval, recipe.eval_split) if recipe.eval is not None else (recipe.train, recipe.eval_share)
-    return (*file, recipe.eval_limit)
+    """What decides the held-out rows: a file, or a share of the training rows."""
+    share = ("train", "train_split", "limit", "eval_share", "drop_rows", "target", "eval_limit")
+    names = ("eval", "eval_split", "eval_limit") if recipe.eval is not None else share
+    return tuple(getattr(recipe, name) for name in names)
 
 
 def value_text(metric: str, value: float) -> str:
