@@ -7,7 +7,7 @@ tests/invariants/test_carriers.py, and shown in docs/carriers.md, between its ma
 from pathlib import Path
 from typing import Any
 
-from peft import IA3Config, PrefixTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, get_peft_model
 from support.adapted import base, shake
 from support.tiny import FAMILIES
 from torch import nn
@@ -16,7 +16,6 @@ from siftune.methods import METHODS
 from siftune.models.adapters import attach_adapter
 from siftune.models.carriers import CARRIERS
 from siftune.models.full import OpenLayers
-from siftune.models.sublayers import find_sublayers
 
 PAGE = Path(__file__).parents[2] / "docs" / "carriers.md"
 MARKS = ("<!-- from here on: support.carriers_table -->\n", "<!-- to here -->\n")
@@ -30,7 +29,7 @@ MIXED = "see tokens of all rows mixed together, so samples cannot be told apart 
 SILENT = "no PEFT adapter whose response could be damped or measured"
 OUTSIDE = "has no parameters of its own in each layer"
 
-OTHERS = ("full", "ia3", "lora on experts", "prefix tuning")
+OTHERS = ("full", "lora on experts", "prefix tuning")
 KINDS = (*CARRIERS, *OTHERS)
 COLUMNS = (*METHODS, "dp")
 BY_ROW = {"gast", "greats", "trim", "ist+gast", "dp"}
@@ -44,17 +43,9 @@ def build(kind: str, family: str = "llama") -> nn.Module:
         return model
     if kind == "prefix tuning":
         return get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    if kind == "ia3":
-        return shake(get_peft_model(model, _ia3(model))).eval()
     name, targets = ("lora", ["q_proj", "experts"]) if kind == "lora on experts" else (kind, None)
     rank: dict[str, Any] = {"rank": 4} if "rank" in CARRIERS[name].keys else {}
     return shake(attach_adapter(model, name, targets=targets, **rank)).eval()
-
-
-def _ia3(model: nn.Module) -> IA3Config:
-    """IA3 on the modules by which sublayers write that are linear."""
-    writes = sorted({place.writes.rpartition(".")[2] for place in find_sublayers(model) if place.reads != place.writes})
-    return IA3Config(target_modules=writes, feedforward_modules=writes, fan_in_fan_out="c_proj" in writes)
 
 
 def with_method(kind: str, method: str) -> str:

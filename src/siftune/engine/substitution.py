@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -163,7 +164,8 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     """Use trainable parameters in the dtype of the hidden states while they are kept in their own.
 
     float32 adapters on a bfloat16 base then compute in bfloat16, as the base does, instead of casting every
-    input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype.
+    input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype. IA3's vectors stay as
+    they are: they begin at one, beside which half precision does not see small updates, and PEFT casts what they scale.
 
     Args:
         model: The model; what it trains outside of the layers is cast as well.
@@ -175,10 +177,12 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     # embeddings are given token numbers: what they give has the dtype of what is frozen
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     base = next(frozen, None)
+    scales = {id(p) for module in model.modules() if isinstance(module, IA3Layer) for p in module.ia3_l.values()}
 
-    def cast(_: Slot, current: Tensor, given: Tensor | None) -> Tensor:
+    def cast(slot: Slot, current: Tensor, given: Tensor | None) -> Tensor:
         dtype = base if given is None else given.dtype
-        return current if dtype is None or not current.is_floating_point() else current.to(dtype)
+        kept = dtype is None or not current.is_floating_point() or id(slot.parameter) in scales
+        return current if kept else current.to(dtype)
 
     layers = list(groups)
     rest = LayerGroup(-1, "", model, outside(model, layers))

@@ -162,6 +162,12 @@ CARRIERS = {
         rank=8,
         callback="siftune.models.carriers.adalora:Allocator",
     ),
+    "ia3": Carrier(
+        "vectors that scale keys, values and what the MLP's last module is given (arXiv 2205.05638)",
+        "siftune.models.carriers.ia3:ia3",
+        {"peft_type": "IA3"},
+        {},
+    ),
     "ln": Carrier(
         "the norms' own weights (arXiv 2312.11420)",
         "siftune.models.carriers.norms:ln",
