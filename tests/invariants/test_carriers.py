@@ -5,10 +5,22 @@ from contextlib import ExitStack
 import pytest
 import torch
 from support import carriers_table
-from support.carriers_table import AGAIN, CLOSED, COLUMNS, KINDS, WORKS, build, on_family, with_method
+from support.carriers_table import (
+    AGAIN,
+    BASES,
+    CLOSED,
+    COLUMNS,
+    KINDS,
+    ROUNDED,
+    WORKS,
+    build,
+    exactly,
+    on_family,
+    with_method,
+)
 from support.every_method import attached
 from support.oracles import gradients, row_of, sample_gradients, summed_loss
-from support.tiny import FAMILIES, batch
+from support.tiny import batch
 
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
@@ -17,6 +29,7 @@ from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret
 from siftune.methods.sample_choice import WHOLE
+from siftune.models.carriers import CARRIERS
 
 RUNS = (CLOSED, AGAIN, WORKS)
 PRIVATE = Mechanism(8.0, 1e-5, 1e9, "layer", rows=100, batch=1, steps=10, noise=0.0)
@@ -26,8 +39,9 @@ def test_the_page_shows_what_is_declared():
     assert carriers_table.shown() == carriers_table.tables()
 
 
-def names_of(model, groups):
-    return {id(p): (group.index, f"{group.index}.{name}") for group in groups for name, p in group.parameters.items()}
+def needs_bitsandbytes(name):
+    if any(bits in name for bits in ROUNDED):
+        pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.matrix
@@ -35,7 +49,8 @@ def names_of(model, groups):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_with_a_method(kind, method):
     """The gradients of one step are those of the rows and layers that were chosen, each from a pass of its own."""
-    model, verdict = build(kind).double(), with_method(kind, method)
+    needs_bitsandbytes(kind)
+    (model, bound), verdict = exactly(kind), with_method(kind, method)
     inputs = batch(model, 4)
     with ExitStack() as stack:
         if verdict not in RUNS:
@@ -60,7 +75,7 @@ def test_a_kind_with_a_method(kind, method):
                     grads = grads[rows.selected[unit]] * len(grads) / rows.selected.shape[1]
                 found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 scale = max(float(single[parameter].abs().max()), 1e-3)
-                assert float((found - grads.sum(0)).abs().max()) <= 1e-11 * scale
+                assert float((found - grads.sum(0)).abs().max()) <= bound * scale
 
 
 def step(stack, model, method, inputs, optimizer):
@@ -88,16 +103,17 @@ def attach(kind, family):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("lora on experts", "prefix tuning")])
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("kind", [*CARRIERS, "full"])
 def test_a_kind_on_a_family(kind, family):
     """With GAST every layer follows the rows that were chosen; damped to nothing, the model is its base."""
+    needs_bitsandbytes(family)
     verdict = on_family(kind, family)
     if verdict not in RUNS:
         with pytest.raises(InputError, match=verdict):
             attach(kind, family)
         return
-    model = build(kind, family).double()
+    model, bound = exactly(kind, family)
     inputs = batch(model, 4)
     single = sample_gradients(model, inputs)
     with ExitStack() as stack:
@@ -106,13 +122,14 @@ def test_a_kind_on_a_family(kind, family):
         for parameter in group.parameters.values():
             wanted = single[parameter][selected].sum(0) * len(single[parameter]) / len(selected)
             scale = max(float(single[parameter].abs().max()), 1e-3)
-            assert float((parameter.grad - wanted).abs().max()) <= 1e-11 * scale
+            assert float((parameter.grad - wanted).abs().max()) <= bound * scale
     plain = {name: value for name, value in inputs.items() if name != "labels"}
     with torch.no_grad(), suppress(group_by_layer(model), range(4), 0.0):
         damped = model(**plain).logits
     with torch.no_grad():
-        expected = carriers_table.base(family).double()(**plain).logits
-    torch.testing.assert_close(damped, expected, rtol=1e-9, atol=1e-9)
+        base = carriers_table.base(family)
+        expected = (base.train() if family in ROUNDED else base.double())(**plain).logits
+    torch.testing.assert_close(damped, expected, rtol=100 * bound, atol=100 * bound)
 
 
 def test_the_sum_over_rows_is_the_gradient():

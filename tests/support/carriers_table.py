@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PrefixTuningConfig, get_peft_model
-from support.adapted import base, shake
+from support.adapted import base as plain
+from support.adapted import shake
+from support.rounded import rounded
 from support.tiny import FAMILIES
 from torch import nn
 
@@ -28,24 +30,50 @@ ALLOCATOR = "allots its ranks by the gradients of all layers and rows in every s
 MIXED = "see tokens of all rows mixed together, so samples cannot be told apart in them"
 SILENT = "no PEFT adapter whose response could be damped or measured"
 OUTSIDE = "has no parameters of its own in each layer"
+PART = "holds a part of the base, so that its response cannot be damped or measured"
+PACKED = "reads the shape of the weights, which 4 bits pack"
+LOST = "loses the scales of the weights after the first pass on a processor"
+UNTRAINED = "which cannot train; load the model unquantised"
 
-OTHERS = ("full", "lora on experts", "prefix tuning")
-KINDS = (*CARRIERS, *OTHERS)
+ROUNDED = {"4 bits": 4, "8 bits": 8}  # llama, by bitsandbytes
+BASES = (*FAMILIES, *ROUNDED)
+# kinds of `siftune train` with an option more -> the carrier, and what it is put on or begins with
+WITH: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora, 4 bits": ("lora", {"family": "4 bits"}),
+    "lora, 8 bits": ("lora", {"family": "8 bits"}),
+    "lora, pissa": ("lora", {"init": "pissa"}),
+    "lora, olora": ("lora", {"init": "olora"}),
+    "lora on experts": ("lora", {"family": "mixtral", "targets": ["q_proj", "experts"]}),
+}
+KINDS = (*CARRIERS, "full", *WITH, "prefix tuning")
 COLUMNS = (*METHODS, "dp")
 BY_ROW = {"gast", "greats", "trim", "ist+gast", "dp"}
 
 
+def base(name: str) -> nn.Module:
+    """A model without adapters."""
+    return rounded(ROUNDED[name]) if name in ROUNDED else plain(name)
+
+
 def build(kind: str, family: str = "llama") -> nn.Module:
     """A model with an adapter of a kind, which responds."""
-    model = base("mixtral" if kind == "lora on experts" else family)
+    name, more = WITH.get(kind, (kind, {}))
+    more = dict(more)
+    model = base(more.pop("family", family))
     if kind == "full":
         OpenLayers(model, None)
         return model
     if kind == "prefix tuning":
         return get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    name, targets = ("lora", ["q_proj", "experts"]) if kind == "lora on experts" else (kind, None)
     rank: dict[str, Any] = {"rank": 4} if "rank" in CARRIERS[name].keys else {}
-    return shake(attach_adapter(model, name, targets=targets, **rank)).eval()
+    return shake(attach_adapter(model, name, **rank, **more)).eval()
+
+
+def exactly(kind: str, family: str = "llama") -> tuple[nn.Module, float]:
+    """A model with an adapter in float64, or in float32 where bitsandbytes has none, and the bound on its gradients."""
+    if family in ROUNDED or WITH.get(kind, ("", {}))[1].get("family") in ROUNDED:
+        return build(kind, family).train(), 1e-4  # in eval mode its kernels differ with and without gradients
+    return build(kind, family).double(), 1e-11
 
 
 def with_method(kind: str, method: str) -> str:
@@ -59,6 +87,8 @@ def with_method(kind: str, method: str) -> str:
         return SILENT
     if kind == "lora on experts" and method in BY_ROW:
         return MIXED
+    if kind in ("lora, pissa", "lora, olora") and method in ("ist", "ist+gast", "loradrop"):
+        return PART
     if method in BY_ROW:
         return AGAIN if kind in ("vera", "loha", "lokr", "oft", "boft") else CLOSED
     return WORKS
@@ -70,6 +100,12 @@ def on_family(kind: str, family: str) -> str:
         return TRANSPOSED
     if kind == "full" and family in ("mixtral", "qwen3_moe"):
         return MIXED
+    if kind == "full" and family in ROUNDED:
+        return UNTRAINED
+    if (kind, family) == ("dora", "8 bits"):
+        return LOST
+    if kind in ("loha", "lokr") and family == "4 bits":
+        return PACKED
     return with_method(kind, "gast")
 
 
@@ -87,7 +123,7 @@ def tables() -> str:
         return ["| " + " | ".join(row) + " |" for row in (["", *columns], ["---"] * (len(columns) + 1), *rows)]
 
     one = table(COLUMNS, with_method, KINDS)
-    two = table(FAMILIES, on_family, tuple(kind for kind in KINDS if kind not in ("lora on experts", "prefix tuning")))
+    two = table(BASES, on_family, (*CARRIERS, "full"))
     below = [f"{number}. … {words} …" for words, number in notes.items()]
     return "\n".join([*one, "", *two, "", *below, ""])
 

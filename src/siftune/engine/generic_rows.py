@@ -2,7 +2,8 @@
 
 A row's gradient is that of ⟨its output gradient, f(its input)⟩ for the module's parameters, f being the module's own
 forward. `torch.func` forms it for all rows at a time, by vmap over grad; where the module cannot be traced so (autograd
-functions of the old kind, kernels of quantised weights) one row is run after the other, with the same result.
+functions of the old kind; weights that are quantised, whose kernels read a traced tensor's memory as if it were one
+row's, and crash) one row is run after the other, with the same result.
 
 It costs a further forward and backward of the module, its base layer included, and holds one module's at a time.
 
@@ -29,10 +30,15 @@ logger = logging.getLogger(__name__)
 Values = Mapping[nn.Parameter, Tensor]
 
 
+def _kind_of(module: nn.Module) -> str:
+    """What PEFT calls the kind of a module, such as vera."""
+    return type(module).__module__.split(".")[-2]
+
+
 @cache
 def _tell_of_rows(kind: str) -> None:
     """Say once of a kind that it takes the slowest way."""
-    logger.warning("torch.func cannot trace modules of %s, so they run again on one row after the other", kind)
+    logger.warning("torch.func cannot trace modules of %s here, so they run again on one row after the other", kind)
 
 
 class ModuleRows:
@@ -46,7 +52,10 @@ class ModuleRows:
         self.parameters = list(unit.parameters.values())
         self._module = unit.module
         self._substitution = Substitution(unit)
-        self._traced = True
+        base: Any = unit.module.get_base_layer()  # type: ignore[operator]
+        self._traced = type(base.weight) is nn.Parameter
+        if not self._traced:
+            _tell_of_rows(_kind_of(unit.module))
 
     def gradients(self, values: Values, grad_BTO: Tensor, given_BTI: Tensor) -> dict[nn.Parameter, Tensor]:
         """The gradients of every row, (B, …) for each parameter.
@@ -65,7 +74,7 @@ class ModuleRows:
                 raise
             except (RuntimeError, NotImplementedError):  # of what is wrong besides, the rows one by one will tell
                 self._traced = False
-                _tell_of_rows(type(self._module).__module__.split(".")[-2])
+                _tell_of_rows(_kind_of(self._module))
         single = [self._of_row(held, grad, given) for grad, given in zip(*rows, strict=True)]
         return self._named([torch.stack(grads) for grads in zip(*single, strict=True)])
 
@@ -142,6 +151,6 @@ def taps_of(groups: Sequence[LayerGroup], record: Callable[[int], LayerRecord | 
         logger.warning(
             "gradients of single rows have no closed form for %s: these modules run once more in backward, which takes "
             "longer than with LoRA",
-            ", ".join(sorted({type(unit.module).__module__.split(".")[-2] for unit in again})),
+            ", ".join(sorted({_kind_of(unit.module) for unit in again})),
         )
     return [ModuleTap(unit, record) for unit in again]

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from siftune.engine.groups import LayerGroup
-from siftune.engine.suppression import adapted_modules
+from siftune.engine.suppression import adapted_modules, is_scaled
+from siftune.models.carriers.bottleneck import BottleneckLayer
 from siftune.numerics import widened
 
 
@@ -40,7 +42,9 @@ class Responses:
 def measured_responses(groups: Sequence[LayerGroup]) -> Iterator[Responses]:
     """Measure the adapters' responses in the forward passes of a block.
 
-    The response of an adapted module is its output minus that of its base layer for the same input: ΔW x for LoRA.
+    The response of an adapted module is its output minus that of its base layer for the same input: ΔW x for LoRA. Of
+    plain LoRA and bottlenecks it is read where it is computed; of others the two outputs are subtracted, so that on a
+    base in half precision a response below its rounding is not seen.
 
     Args:
         groups: Layers, as `group_by_layer` returns them.
@@ -52,8 +56,8 @@ def measured_responses(groups: Sequence[LayerGroup]) -> Iterator[Responses]:
     with ExitStack() as undo:
         for position, group in enumerate(groups):
             for module in adapted_modules(group):
-                look = partial(_look, found, position)
-                undo.callback(module.register_forward_hook(look, with_kwargs=True).remove)
+                for hooked in _watch(found, position, module):
+                    undo.callback(hooked.remove)
         yield found
 
 
@@ -65,6 +69,29 @@ def refuse_unresponsive(groups: Sequence[LayerGroup]) -> None:
     """
     for group in groups:
         adapted_modules(group)
+
+
+def _watch(found: Responses, position: int, module: Any) -> Iterator[RemovableHandle]:
+    """Have a module's response added up whenever it runs."""
+    if not is_scaled(module):
+        yield module.register_forward_hook(partial(_look, found, position), with_kwargs=True)
+        return
+    parts: list[Tensor] = []
+    last = module.bottleneck_up if isinstance(module, BottleneckLayer) else module.lora_B
+    for name in module.active_adapters:
+        if name in last:
+            yield last[name].register_forward_hook(partial(_keep, parts, module.scaling[name]))
+    yield module.register_forward_hook(partial(_add_up, found, position, parts))
+
+
+def _keep(parts: list[Tensor], scale: float, module: Any, args: Any, output: Tensor) -> None:
+    parts.append(scale * widened(output))
+
+
+def _add_up(found: Responses, position: int, parts: list[Tensor], module: Any, args: Any, output: Any) -> None:
+    if parts:
+        found.add(position, torch.stack(parts).sum(0))
+    parts.clear()
 
 
 def _look(found: Responses, position: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

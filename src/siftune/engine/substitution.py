@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 
 from siftune.engine.groups import LayerGroup, outside
@@ -164,8 +165,9 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     """Use trainable parameters in the dtype of the hidden states while they are kept in their own.
 
     float32 adapters on a bfloat16 base then compute in bfloat16, as the base does, instead of casting every
-    input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype. IA3's vectors stay as
-    they are: they begin at one, beside which half precision does not see small updates, and PEFT casts what they scale.
+    input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype. Of IA3 and
+    VeRA nothing is cast, as PEFT casts what they work on: IA3's vectors begin at one, beside which half precision does
+    not see small updates, and VeRA's shared matrices are float32.
 
     Args:
         model: The model; what it trains outside of the layers is cast as well.
@@ -177,12 +179,13 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     # embeddings are given token numbers: what they give has the dtype of what is frozen
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     base = next(frozen, None)
-    scales = {id(p) for module in model.modules() if isinstance(module, IA3Layer) for p in module.ia3_l.values()}
+    wide = [module for module in model.modules() if isinstance(module, IA3Layer | VeraLayer)]
+    kept = {id(p) for module in wide for p in module.parameters() if p.requires_grad}
 
     def cast(slot: Slot, current: Tensor, given: Tensor | None) -> Tensor:
         dtype = base if given is None else given.dtype
-        kept = dtype is None or not current.is_floating_point() or id(slot.parameter) in scales
-        return current if kept else current.to(dtype)
+        as_it_is = dtype is None or not current.is_floating_point() or id(slot.parameter) in kept
+        return current if as_it_is else current.to(dtype)
 
     layers = list(groups)
     rest = LayerGroup(-1, "", model, outside(model, layers))

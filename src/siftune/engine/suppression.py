@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import Substitution
 from siftune.errors import AdapterError
 from siftune.models.carriers.bottleneck import BottleneckLayer
 from siftune.models.full import original_weights
+
+_TAKE_APART = ("pissa", "olora", "corda", "loftq")  # values of PEFT's init_lora_weights
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
         for group in chosen:
             _damp_weights(group, factor, undo)
         for module in modules:
-            if _is_scaled(module):
+            if is_scaled(module):
                 saved = {name: module.scaling[name] for name in module.active_adapters if name in module.scaling}
                 undo.callback(module.scaling.update, saved)
                 module.scaling.update({name: scale * factor for name, scale in saved.items()})
@@ -91,7 +93,22 @@ def adapted_modules(group: LayerGroup) -> list[Any]:
     return list(found.values())
 
 
-def _is_scaled(module: Any) -> bool:
+def refuse_taken_apart(model: nn.Module) -> None:
+    """Refuse adapters that begin as a part of the base, whose response is not what they add to it.
+
+    Raises:
+        AdapterError: There is one.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        init = str(getattr(config, "init_lora_weights", ""))
+        if init.startswith(_TAKE_APART):
+            raise AdapterError(
+                f"an adapter that began with {init} holds a part of the base, so that its response cannot be damped or "
+                "measured: take another method, or another init_lora_weights"
+            )
+
+
+def is_scaled(module: Any) -> bool:
     """Whether the response of a PEFT module is proportional to its scale and nothing else."""
     return isinstance(module, BottleneckLayer) or (
         isinstance(module, LoraLayer)

@@ -18,7 +18,7 @@ from siftune.engine.distributed import mean_over_ranks, world_size
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.responses import measured_responses, refuse_unresponsive
-from siftune.engine.suppression import suppress
+from siftune.engine.suppression import refuse_taken_apart, suppress
 from siftune.methods.batches import Batch, Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
 from siftune.methods.layer_steps import ScaledSteps, gradient_norm
 from siftune.methods.step_hooks import around_steps
@@ -173,6 +173,8 @@ class LayerSelection:
         self._scaled: ScaledSteps | None = None
         if self.policy.needs_responses:
             refuse_unresponsive(self.groups)
+        if self.policy.needs_rows:
+            refuse_taken_apart(model)
         self._gates = LayerGates(model, self.groups, deliver_zeros=world_size() > 1)
 
     @property

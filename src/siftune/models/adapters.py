@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from siftune.errors import AdapterError
 from siftune.models.carriers import CARRIERS, Shape, filled_in
+from siftune.models.carriers.rounded import refuse_rounded
 from siftune.models.layers import find_layers, layer_numbers
 
 _MAMBA_PARTS = {"x_proj", "dt_proj", "out_proj"}
@@ -238,7 +239,12 @@ def attach_adapter(
     if (shape.rank is not None and shape.rank < 1) or not 0 <= dropout < 1:
         raise AdapterError(f"rank must be ≥ 1 and dropout in [0, 1); found rank={shape.rank}, dropout={dropout}")
     refuse_adapters(model)
-    config = CARRIERS[kind].make(model, shape)
+    refuse_rounded(model, kind)
+    return _put_on(model, kind, CARRIERS[kind].make(model, shape))
+
+
+def _put_on(model: nn.Module, kind: str, config: PeftConfig) -> PeftModel:
+    """Have PEFT do it, and say in one sentence where it cannot."""
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError) as error:

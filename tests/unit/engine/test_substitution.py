@@ -11,6 +11,7 @@ from torch import nn
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import ForwardSubstitution, Substitution, parameter_owners, units, use_base_dtype
 from siftune.models.adapters import attach_adapter
+from siftune.models.carriers import CARRIERS
 
 
 def held(model: nn.Module) -> dict[str, int]:
@@ -191,6 +192,18 @@ def test_base_dtype_equals_peft_with_adapters_of_that_dtype(family, kind):
     assert grads.keys() == expected_grads.keys()
     assert all(torch.equal(grads[n], g.float()) for n, g in expected_grads.items())
     assert 0 < (logits - in_float32).norm() < 0.05 * in_float32.norm()
+
+
+@pytest.mark.parametrize("kind", CARRIERS)
+def test_every_kind_trains_on_a_half_precision_base(kind):
+    model = bf16(kind=kind, rank=4 if "rank" in CARRIERS[kind].keys else None)
+    expected = step(model)[0]
+    with use_base_dtype(model, group_by_layer(model)):
+        logits, grads = step(model)
+    assert logits.dtype == torch.bfloat16
+    assert all(bool(torch.isfinite(grad).all()) for grad in grads.values())
+    assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (logits - expected).float().norm() < 0.1 * expected.float().norm()
 
 
 def test_base_dtype_is_seen_inside():

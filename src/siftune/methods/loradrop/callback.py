@@ -74,8 +74,9 @@ class RespondingLayers(LayerPolicy):
 class LoRADrop(LayerCallback, LoRADropSettings):
     """LoRA-drop's choice of layers: after some steps those train whose adapters respond most (arXiv 2402.07721).
 
-    A response is what a module gives less what its base gives, so that on a base in half precision a response below its
-    rounding is not seen: measure after steps enough (`select_after`).
+    A response is what a module gives less what its base gives. Of plain LoRA and bottlenecks it is read where it is
+    computed; of others, on a base in half precision, a response below its rounding is not seen: with these measure
+    after steps enough (`select_after`).
 
     Args:
         seed: Seed of its own generator, which draws the rows.

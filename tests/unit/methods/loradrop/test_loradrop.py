@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.adapted import two_active_adapters
 from support.carriers_table import build
 from support.tiny import batch, tiny
 from support.trainers import adapted, train
 
-from siftune import LoRADrop
+from siftune import IST, LoRADrop
 from siftune.engine.groups import group_by_layer
 from siftune.engine.responses import measured_responses
 from siftune.errors import AdapterError, RecipeError, TrainingError
@@ -20,6 +21,7 @@ from siftune.methods.layer_driver import LayerStack
 from siftune.methods.loradrop import maths
 from siftune.methods.loradrop.callback import RespondingLayers
 from siftune.methods.loradrop.settings import LoRADropSettings
+from siftune.models.adapters import attach_adapter
 from siftune.models.full import OpenLayers
 
 SHARES = st.lists(st.integers(0, 20), min_size=1, max_size=7).map(
@@ -60,6 +62,38 @@ def test_responses_are_those_of_b_a_x_without_padding():
     inputs = batch(model, 5)
     torch.testing.assert_close(measured(model, inputs), by_hand(model, inputs), rtol=1e-12, atol=0)
     assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_on_bfloat16_responses_far_below_the_rounding_of_outputs_are_seen():
+    model = adapted().eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1e-3
+    inputs, model = batch(model, 5), model.bfloat16()
+    found = measured(model, inputs)
+    torch.testing.assert_close(found, by_hand(model.double(), inputs), rtol=0.05, atol=0)
+
+
+def test_responses_of_two_adapters_are_added_up_before_they_are_squared():
+    model = two_active_adapters().double()
+    inputs = batch(model, 3)
+    seen, wanted = inputs["attention_mask"].bool(), torch.zeros(4, dtype=torch.float64)
+
+    def look(layer, module, args, output):
+        wanted[layer] += (output - module.base_layer(*args))[seen].square().sum()
+
+    for group in group_by_layer(model):
+        for module in (m for m in group.module.modules() if hasattr(m, "base_layer")):
+            module.register_forward_hook(partial(look, group.index))
+    torch.testing.assert_close(measured(model, inputs), wanted, rtol=1e-9, atol=0)
+
+
+def test_an_adapter_that_began_as_a_part_of_the_base_is_refused():
+    model = attach_adapter(tiny("llama"), rank=2, init="pissa")
+    for method in (LoRADrop(), IST()):
+        with pytest.raises(AdapterError, match="that began with pissa holds a part of the base"):
+            method.attach(model, batches=[batch(model)])
+    IST(interval=None).attach(model, batches=[batch(model)]).remove()
 
 
 @pytest.mark.parametrize("kind", ["series", "oft"])
