@@ -141,11 +141,6 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         "adapter adalora allots its ranks by the gradients of all layers and rows in every step: take --method dense "
         "without dp_epsilon, or another adapter, such as lora",
     )
-    yield (
-        recipe.adapter == "adalora" and bool(recipe.resume),
-        "adapter adalora cannot go on from a checkpoint, which does not hold what PEFT's allocator saw: train from "
-        "the start, or take another adapter, such as lora",
-    )
     if not full:
         yield from ((True, sentence) for sentence in not_taken(recipe.adapter, recipe))
     yield (

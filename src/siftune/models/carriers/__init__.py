@@ -160,7 +160,7 @@ CARRIERS = {
         {"peft_type": "ADALORA"},
         {"rank": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
         rank=8,
-        callback="siftune.models.carriers.adalora:Allocator",
+        callback="siftune.methods.allocator:Allocator",
     ),
     "ia3": Carrier(
         "vectors that scale keys, values and what the MLP's last module is given (arXiv 2205.05638)",

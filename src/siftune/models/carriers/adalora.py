@@ -8,11 +8,8 @@ Ours: the budget begins at one and a half of `rank` in every module, falls from 
 hundredth of it), and is at `rank` for its last fifth. The paper sets these for each task.
 """
 
-from typing import Any
-
 from peft import AdaLoraConfig
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from siftune.models.adapters import chosen_linears, short_names
@@ -33,21 +30,3 @@ def adalora(model: nn.Module, shape: Shape) -> AdaLoraConfig:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
         total_step=1,
     )
-
-
-class Allocator(TrainerCallback):  # type: ignore[misc]
-    """Has PEFT take ranks away, in any Trainer on a model with AdaLoRA."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set the schedule, now that the Trainer knows its steps."""
-        [config] = kwargs["model"].peft_config.values()
-        steps = state.max_steps
-        config.total_step, config.tinit, config.tfinal, config.deltaT = steps, steps // 10, steps // 5, -(-steps // 100)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look at the gradients of the step, which are still there."""
-        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
