@@ -32,10 +32,13 @@ def with_target(rows: Sequence[Row], target: Sequence[Row], share: float) -> lis
     """
     if not share:
         return list(rows)
-    wanted = round(len(rows) * share / (1 - share))
-    count = min(max(wanted, len(target)), _MOST * len(target))
     marked = [replace(row, extra={**row.extra, SOURCE: TARGET}) for row in target]
-    return [*rows, *(marked[place % len(marked)] for place in range(count))]
+    return [*rows, *(marked[place % len(marked)] for place in range(repeats(len(rows), len(target), share)))]
+
+
+def repeats(others: int, target: int, share: float) -> int:
+    """Number of rows that a target's rows are, where each comes as often as `with_target` has it."""
+    return min(max(round(others * share / (1 - share)), target), _MOST * target)
 
 
 def sources(rows: Sequence[Row]) -> list[str]:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.config import Recipe
-from siftune.data.target import TARGET, sources
+from siftune.data.target import TARGET, repeats, sources
 from siftune.data.tokenize import ROW, Collator, numbered
 from siftune.errors import RecipeError
 from siftune.evaluate.embeddings import embed, most_alike, similarity
@@ -19,7 +19,7 @@ from siftune.trainer.prepare import Prepared
 def retrieved(
     recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, progress: Progress
 ) -> Prepared:
-    """Keep a recipe's share of the training rows; a target's rows that are among them all stay.
+    """Keep a recipe's share of the training rows; a target's rows stay, repeated up to their share of what is kept.
 
     Args:
         recipe: Settings; without `retrieve` all rows stay.
@@ -48,12 +48,13 @@ def retrieved(
         raise RecipeError("retrieve chooses among training rows that are not the target's, and there are none")
     known_KH = embed(model, prepared.data["support"], collate, recipe.batch_size)
     scores_R = similarity(embed(model, data.select(others), collate, recipe.batch_size), known_KH)
-    kept = sorted([*fixed, *(others[place] for place in most_alike(scores_R, recipe.retrieve))])
+    chosen = [others[place] for place in most_alike(scores_R, recipe.retrieve)]
+    if fixed and recipe.target_share:  # they go round, and come last: so many of the last hold every one of them
+        fixed = fixed[-repeats(len(chosen), len(known_KH), recipe.target_share) :]
+    kept = sorted([*fixed, *chosen])
     rows = [prepared.rows["train"][number] for number in kept]
-    chosen = numbered(data.select(kept).remove_columns(ROW))
-    return replace(
-        prepared, rows={**prepared.rows, "train": rows}, data={**prepared.data, "train": chosen}, kept=tuple(kept)
-    )
+    parts = {**prepared.data, "train": numbered(data.select(kept).remove_columns(ROW))}
+    return replace(prepared, rows={**prepared.rows, "train": rows}, data=parts, kept=tuple(kept))
 
 
 def _is_target(recipe: Recipe, source: str) -> bool:

@@ -49,6 +49,7 @@ def test_a_run_trains_on_the_rows_most_like_the_targets_and_on_these(base, tmp_p
     assert {row.completion for row in rows} == {*kept, "zz 9", "cat 77"}
     assert done.summary["steps"] == -(-len(rows) // given.batch_size)
     assert lines(done.folder.path / "metrics.jsonl")
+    assert len(rows) - len(kept) == 3  # a quarter of what is kept, where it was of the pool: 6
     numbers = [int(number) for number in (done.folder.path / "retrieved.txt").read_text().split()]
     assert len(numbers) == len(rows)
     again = train(
