@@ -8,46 +8,61 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from siftune.errors import RecipeError
-from siftune.settings import COUNT, check_fields
+from siftune.settings import BELOW_ONE, COUNT, check_fields
 
 if TYPE_CHECKING:
-    from siftune.reproduce.cells import Reproduction
+    from rich.console import Console
+
+    from siftune.reproduce.cells import Group, Reproduction
+    from siftune.reproduce.offsite import Offsite
     from siftune.reproduce.protocol import Protocol
+
+_KEEP = 0.7  # ours, as `siftune emulate` has it
 
 
 @dataclass
 class Options:
     """Reproduce a paper's table: rates, runs, answers, and the paper's figures beside one's own.
 
-    NAME is a suite and a model: commonsense or math, with llama-7b, llama-13b, llama3-8b, gpt-j-6b, opt-1.3b or
-    opt-6.7b, such as commonsense-llama-7b. Learning rates are found on held-out rows first, for each method. A run
-    that was cut off goes on when the command is called again with the same --out, where methods and seeds can be added.
+    NAME is a suite and a model: commonsense, math or gradot, with llama-7b, llama-13b, llama3-8b, gpt-j-6b, opt-1.3b,
+    opt-6.7b, smollm2 or gemma3-270m, such as commonsense-llama-7b. Learning rates are found on held-out rows first,
+    for each method. A run that was cut off goes on when the command is called again with the same --out, where
+    methods, adapters and seeds can be added.
     """
 
     name: Positional[str]
     """Which table: see above."""
-    methods: str = "dense"
-    """Methods, with commas between, such as dense,ist,gast."""
+    methods: str | None = None
+    """Methods, with commas between, such as dense,ist,gast; dense if not given. For gradot the emulators: gradot (as
+    the paper has it), whitened (as siftune emulate has it), layerdrop, crash; gradot if not given."""
+    adapters: str | None = None
+    """Kinds of adapters, with commas between, such as lora,dora,series,parallel; the recipe's if not given."""
+    prompts: str | None = None
+    """learned, as the papers' code has it, masked (the answers alone are learned), or both with a comma between; as the
+    recipe has it if not given."""
     seeds: str = "0"
     """Seeds, with commas between."""
     data: str = "hub"
-    """Folder with the rows of LLM-Adapters; or hub, where there is a network."""
+    """Folder with the rows (docs/reproduce.md); or hub, where there is a network."""
     out: str | None = None
     """Folder for everything; runs/NAME if not given."""
     tasks: str | None = None
     """Tasks to ask, with commas between; all of the suite if not given."""
+    metrics: str | None = None
+    """What is asked, with commas between: generated (the answer in what the model writes), likeliest (by
+    log-likelihood), nats (of the right answer); all that the suite has if not given."""
     rates: str | None = None
     """Learning rates to try, with commas between; one is taken without a sweep; the suite's if not given."""
     sweep_steps: Annotated[int | None, COUNT] = None
     """Steps of each run of the sweep; as many as a run has if not given, since the best rate hangs on them."""
-    masked: bool = False
-    """Learn the answers alone; the papers' code learns the prompts too."""
+    keep: Annotated[float | None, BELOW_ONE] = None
+    """gradot: fraction of the middle's parameters that a kit holds; 0.7 if not given."""
     model: str | None = None
     """Another model in the place of the paper's: a folder, hub id or smollm2."""
     recipe: str | None = None
-    """Recipe file (.yaml) whose lines stand in the place of the paper's, such as adapter or checkpointing."""
+    """Recipe file (.yaml) whose lines stand in the place of the paper's, such as steps or checkpointing."""
     limit: Annotated[int | None, COUNT] = None
-    """Train on so many of the rows, drawn evenly."""
+    """Train on so many of the rows, drawn evenly; for gradot, of each task."""
     questions: Annotated[int | None, COUNT] = None
     """Ask only the first so many questions of each task."""
     batch_size: Annotated[int, COUNT] = 16
@@ -60,20 +75,18 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Do what is missing, and print the tables."""
-    check_fields(options, ["limit", "questions", "sweep_steps", "batch_size"], "--")
+    check_fields(options, ["limit", "questions", "sweep_steps", "batch_size", "keep"], "--")
     from siftune.reproduce.protocol import protocol_of
 
     protocol = protocol_of(options.name, *([options.recipe] if options.recipe else []))
     _refuse_lines(options.recipe)
+    _refuse_idle(options, protocol)
     options = replace(options, limit=options.limit or protocol.recipe.limit)
     if options.dry_run and options.model is not None:
         raise RecipeError("--dry-run reckons with the paper's model, not with that of --model: leave one of them out")
-    changed = replace(
-        protocol.recipe, completion_only=options.masked or protocol.recipe.completion_only,
-        model=options.model or protocol.recipe.model, limit=None,
-    )  # fmt: skip
-    protocol = replace(protocol, recipe=changed)
-    return _told(options, protocol) if options.dry_run else _work(options, _reproduction(options, protocol))
+    changed = replace(protocol.recipe, model=options.model or protocol.recipe.model, limit=None)
+    work = _opened(options, replace(protocol, recipe=changed))
+    return _told(options, work) if options.dry_run else _work(options, work)
 
 
 # what a protocol sets for each run -> where it is given
@@ -94,110 +107,162 @@ def _refuse_lines(recipe: str | None) -> None:
             raise RecipeError(f"{recipe}: {name} is set {where}: leave it out of the file")
 
 
-def _tasks(options: Options, protocol: "Protocol") -> tuple[str, ...]:
-    """The tasks that are asked, in the suite's order."""
-    known = protocol.suite.tasks
-    named = known if options.tasks is None else tuple(word.strip() for word in options.tasks.split(",") if word.strip())
-    unknown = [name for name in named if name not in known]
+def _refuse_idle(options: Options, protocol: "Protocol") -> None:
+    """Refuse options that would be of no effect on a suite."""
+    idle = ("adapters", "prompts") if protocol.suite.emulators else ("keep",)
+    for name in idle:
+        if getattr(options, name) is not None:
+            raise RecipeError(f"--{name} has no effect on {options.name}: leave it out")
+
+
+def _listed(name: str, text: str | None, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+    """What a list with commas between names, each once."""
+    named = default if text is None else tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    unknown = [word for word in named if word not in known]
     if unknown or not named:
-        raise RecipeError(f"--tasks names {unknown[0] if unknown else 'none'}; {options.name} has {', '.join(known)}")
-    return tuple(task for task in known if task in named)
+        raise RecipeError(f"--{name} names {unknown[0] if unknown else 'none'}; there are {', '.join(known)}")
+    return named
 
 
-def _reproduction(options: Options, protocol: "Protocol") -> "Reproduction":
+def _opened(options: Options, protocol: "Protocol") -> "Reproduction | Offsite":
+    """The work that the options ask for."""
+    from siftune.reproduce.answers import Asking
     from siftune.reproduce.cells import Reproduction
+    from siftune.reproduce.offsite import METHOD, Offsite
     from siftune.trainer.lr_grid import grid_of
 
-    rates = options.rates or ",".join(map(str, protocol.suite.rates))
-    grid = grid_of(protocol.recipe, options.methods, rates, options.seeds)
+    suite = protocol.suite
+    named = _listed("tasks", options.tasks, suite.tasks, suite.tasks)
+    tasks = tuple(task for task in suite.tasks if task in named)
+    metrics = _listed("metrics", options.metrics, suite.metrics, suite.metrics)
+    asking = Asking(
+        metrics, protocol.recipe.template, suite.max_new_tokens, options.batch_size, ends=not suite.emulators
+    )
+    rates = options.rates or ",".join(map(str, suite.rates))
     out = Path(options.out or f"runs/{options.name}").expanduser()
-    return Reproduction(protocol, _tasks(options, protocol), grid, out, options.sweep_steps, options.batch_size)
+    methods = options.methods or ",".join(suite.methods)
+    if suite.emulators:
+        emulators = _listed("methods", methods, tuple(suite.emulators), suite.methods)
+        grid = grid_of(protocol.recipe, METHOD, rates, options.seeds)
+        keep = _KEEP if options.keep is None else options.keep
+        return Offsite(protocol, tasks, grid, emulators, keep, out, asking, options.sweep_steps)
+    grid = grid_of(protocol.recipe, methods, rates, options.seeds)
+    groups = _groups(options, protocol)
+    return Reproduction(protocol, tasks, grid, groups, out, asking, options.sweep_steps)
 
 
-def _work(options: Options, work: "Reproduction") -> dict[str, Any]:
-    import json
+def _groups(options: Options, protocol: "Protocol") -> "tuple[Group, ...]":
+    """Every kind of adapter with prompts learned or masked."""
+    from siftune.models.carriers import CARRIERS
+    from siftune.reproduce.cells import Group
+
+    recipe = protocol.recipe
+    adapters = _listed("adapters", options.adapters, (*CARRIERS, "full"), (recipe.adapter,))
+    own = "masked" if recipe.completion_only else "learned"
+    prompts = _listed("prompts", options.prompts, ("learned", "masked"), (own,))
+    return tuple(Group(adapter, words) for adapter in adapters for words in prompts)
+
+
+# what may differ between calls of one folder
+_FREE = ("lr", "seed", "adapter", "completion_only")
+
+
+def _about(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
+    """What decides the results, for `begin`."""
+    from siftune.recipe_file import recipe_values
+    from siftune.reproduce.rows import HUB, trained_on
+
+    suite = work.protocol.suite
+    about = {key: value for key, value in recipe_values(work.protocol.recipe).items() if key not in _FREE}
+    data = _data(options)
+    about |= {"name": options.name, "data": data, "limit": options.limit, "questions": options.questions}
+    if suite.emulators:
+        about["rows of"] = work.tasks
+    elif data == HUB or Path(data).is_dir():  # a folder that is gone is needed no more where its rows are here
+        about["rows of"] = trained_on(suite, work.tasks, data)
+    return about
+
+
+def _data(options: Options) -> str:
+    from siftune.reproduce.rows import HUB
+
+    return options.data if options.data == HUB else str(Path(options.data).expanduser().absolute())
+
+
+def _work(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
     from contextlib import nullcontext
 
     from rich.console import Console
 
-    from siftune.files import write_beside
-    from siftune.recipe_file import recipe_values
-    from siftune.report.table import markdown_table, print_table
-    from siftune.reproduce.protocol import sources
-    from siftune.reproduce.rows import HUB, prepare_files, trained_on
-    from siftune.reproduce.table import results, tables
     from siftune.stages import stages
 
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
-    settings = {key: value for key, value in recipe_values(work.protocol.recipe).items() if key not in ("lr", "seed")}
-    data = options.data if options.data == HUB else str(Path(options.data).expanduser().absolute())
-    about: dict[str, Any] = {"name": options.name, "data": data, "limit": options.limit, "questions": options.questions}
-    if options.data == HUB or Path(data).is_dir():  # a folder that is gone is needed no more where its rows are here
-        about["rows of"] = trained_on(work.protocol.suite, work.tasks, options.data)
-    work.begin(settings | about)
-    prepare_files(work.protocol.suite, work.tasks, options.data, work.out / "data", options.limit, options.questions)
-    with stages(console) if console.is_terminal else nullcontext(lambda *_: None) as progress:
-        for cell in work.work(console, progress):
-            console.print(f"{cell.folder.name} is done", markup=False)
-    found, rates = results(work), {cell.method: cell.rate() for cell in work.cells()}
-    made, shown = tables(work, found), Console(highlight=False, soft_wrap=True)
-    for table in made:
-        print_table(table, shown)
-    notes = [
-        f"{name}: {words}" for name, words in sources().items() if any(p.source == name for p in work.protocol.printed)
-    ]
-    notes.append("learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in rates.items() if rate))
-    shown.print("\n".join(notes), markup=False)
+    work.begin(_about(options, work))
+    work.prepare(_data(options), options.limit, options.questions)
+    try:
+        with stages(console) if console.is_terminal else nullcontext(lambda *_: None) as progress:
+            for name in work.work(console, progress):
+                console.print(f"{name} is done", markup=False)
+    except BaseException:
+        _report(work, None)  # of what is there
+        raise
+    found = _report(work, Console(highlight=False, soft_wrap=True))
+    console.print(f"done in {time.monotonic() - started:.0f} s: tables and runs in {work.out}", markup=False)
+    return {"folder": work.out, **found}
+
+
+def _report(work: "Reproduction | Offsite", console: "Console | None") -> dict[str, Any]:
+    """Write table.md and results.json of what is there, and print the tables if there is somewhere to."""
+    import json
+
+    from siftune.files import write_beside
+    from siftune.report.table import markdown_table, print_table
+    from siftune.reproduce.protocol import sources
+    from siftune.reproduce.table import results, tables
+
+    protocol, rates = work.protocol, work.rates()
+    found = results(work.lines(), work.tasks, work.asking.metrics)
+    titles = {name: task.title for name, task in protocol.suite.tables.items() if name in work.tasks}
+    made = tables(protocol.name, found, titles, protocol.printed, work.reference)
+    notes = [f"{name}: {words}" for name, words in sources().items() if any(p.source == name for p in protocol.printed)]
+    notes.append("learning rates: " + "; ".join(f"{label} {rate:g}" for label, rate in rates.items()))
     page = "\n\n".join(f"## {table.title}\n\n{markdown_table(table)}" for table in made)
+    record = {**found, "rates": rates}
     for name, text in (
         ("table.md", page + "\n\n" + "\n".join(notes)),
-        ("results.json", json.dumps({**found, "rates": rates}, indent=2)),
+        ("results.json", json.dumps(record, indent=2)),
     ):
         with write_beside(work.out / name) as [beside]:
             beside.write_text(text + "\n", encoding="utf-8")
-    console.print(f"done in {time.monotonic() - started:.0f} s: tables and runs in {work.out}", markup=False)
-    return {"folder": work.out, "results": found, "rates": rates}
+    if console is not None:
+        for table in made:
+            print_table(table, console)
+        console.print("\n".join(notes), markup=False)
+    return {"results": found, "rates": rates}
 
 
-def _told(options: Options, protocol: "Protocol") -> dict[str, Any]:
-    """What runs would take, by method, and every setting of theirs."""
+def _told(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
+    """What runs would take, and every setting of theirs."""
     from rich.console import Console
 
     from siftune.recipe_file import recipe_to_yaml
-    from siftune.report.table import Table, print_table
-    from siftune.reproduce.rows import HUB, training_count
-    from siftune.reproduce.shape import GPUS, OVER_FLOOR, shape_of
+    from siftune.report.table import print_table
+    from siftune.reproduce.plan import plan_record, plan_table, planned
+    from siftune.reproduce.shape import OVER_FLOOR
 
-    work = _reproduction(options, protocol)
-    rows = training_count(protocol.suite, work.tasks, options.data or HUB, options.limit)
-    shape = shape_of(protocol, rows)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(recipe_to_yaml(protocol.recipe).rstrip(), markup=False)
+    plan = planned(work, options.data, options.limit, options.gpu)
+    recipe, console = work.protocol.recipe, Console(highlight=False, soft_wrap=True)
+    console.print(recipe_to_yaml(recipe).rstrip(), markup=False)
     console.print(
-        f"\n{shape.trainable:,} of {shape.parameters:,} parameters train; {shape.steps:,} steps of "
-        f"{protocol.recipe.batch_size * protocol.recipe.accumulate} rows, {rows:,} rows",
+        f"\na model of {plan[0].shape.parameters - plan[0].shape.trainable * (recipe.adapter != 'full'):,} parameters; "
+        f"{recipe.batch_size * recipe.accumulate} rows in a step",
         markup=False,
     )
-    methods = {
-        name: {"seconds": shape.seconds(options.gpu, name), "bytes": shape.bytes(name)} for name in work.grid.methods
-    }
-    cells = [[name, _hours(one["seconds"]), _gigabytes(one["bytes"])] for name, one in methods.items()]
-    title = f"estimated for one run on {options.gpu} of {GPUS[options.gpu][1] / 1e9:.0f} GB"
-    print_table(Table(["method", "time", "memory"], cells, title), console)
+    print_table(plan_table(plan, options.gpu), console)
     console.print(
         f"reckoned, not measured: operations on the meta device, {OVER_FLOOR} times as long as the GPU's makers state, "
-        "and the methods' ratios of the README, which are of SmolLM2 on processors; the sweep comes on top",
+        "and the methods' ratios of the README, which are of SmolLM2 on processors; making kits and asking questions "
+        "come on top",
         markup=False,
     )
-    return {
-        "parameters": shape.parameters, "trainable": shape.trainable, "steps": shape.steps, "rows": rows,
-        "methods": methods,
-    }  # fmt: skip
-
-
-def _hours(seconds: float | None) -> str:
-    return "not measured" if seconds is None else f"{seconds / 3600:.1f} h"
-
-
-def _gigabytes(count: float | None) -> str:
-    return "not measured" if count is None else f"{count / 1e9:.0f} GB"
+    return plan_record(plan)

@@ -37,6 +37,16 @@ def last_number(text: str) -> float | None:
     return float(found[-1]) if found else None
 
 
+def begins_with(text: str, accepted: Sequence[str]) -> bool:
+    """Whether a text begins with one of the texts that count, white space before it left out, and the word ends there.
+
+    Example:
+        >>> begins_with(" Paris, France", ["Paris"]), begins_with(" Parisian", ["Paris"])
+        (True, False)
+    """
+    return any(re.match(rf"{re.escape(one.strip())}(?!\w)", text.strip()) for one in accepted)
+
+
 def is_right(text: str, answer: str, reader: Reader, options: Sequence[str] = ()) -> bool:
     """Whether a text answers a question.
 

@@ -1,98 +1,72 @@
 """The work of a protocol: learning rates first, then a run for each method and seed, and its answers.
 
 OUT/
-  protocol.json          what the folder is of; another call must be of the same
-  data/                  the rows: see `rows.py`
-  rates/                 a sweep of learning rates, as `siftune sweep-lr` leaves it
-  METHOD-seed0/          a run folder, as `siftune train` leaves it, with TASK.answers.json for each task
+  protocol.json            what the folder is of; another call must be of the same
+  data/                    the rows: see `rows.py`
+  untuned/                 TASK.answers.json of the model as it comes
+  lora-learned/            runs with one kind of adapter that learn the prompts, or do not (masked)
+    rates/                 a sweep of learning rates, as `siftune sweep-lr` leaves it
+    METHOD-seed0/          a run folder, as `siftune train` leaves it, with TASK.answers.json for each task
   table.md, results.json
 
 Each of these is made once. A run that was cut off goes on from its newest checkpoint; answers are made task by task.
 """
 
-import gc
-import json
-import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from siftune.artifacts import find_subject, load_subject
 from siftune.config import Recipe
-from siftune.data.readers import load_rows
-from siftune.errors import RecipeError, TrainingError
-from siftune.evaluate.answers import is_right
-from siftune.evaluate.measure import measure
-from siftune.evaluate.prepare import prepare_rows
-from siftune.files import Progress, write_beside
-from siftune.recipe_file import load_recipe
-from siftune.report.lr import bests, write_report
+from siftune.files import Progress
+from siftune.models.carriers import CARRIERS
+from siftune.reproduce.answers import Answers, Asking
 from siftune.reproduce.protocol import Protocol
+from siftune.reproduce.rows import prepare_files
+from siftune.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
+from siftune.reproduce.table import Line
 from siftune.reproduce.tasks import TASKS
-from siftune.trainer.lr_folder import LRFolder
 from siftune.trainer.lr_grid import Grid, recipes_of
-from siftune.trainer.lr_sweep import open_sweep, run_missing
-from siftune.trainer.run import train
 
-_RUN = "run.json"
+_ALIKE = ("lora", "dora")  # DoRA's paper has LoRA's rank, scale and places
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A method with a seed.
+class Group:
+    """Runs that are alike but for method, rate and seed.
 
     Attributes:
-        method: The method.
-        seed: The seed.
-        folder: Its run folder.
+        adapter: Kind of adapter.
+        prompts: "learned", as the papers' code has it, or "masked".
     """
 
+    adapter: str
+    prompts: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.adapter}-{self.prompts}"
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe with this adapter: of another kind than the recipe's with that kind's own size and places."""
+        changed = replace(recipe, completion_only=self.prompts == "masked", adapter=self.adapter)
+        if self.adapter == recipe.adapter or {self.adapter, recipe.adapter} <= {*_ALIKE}:
+            return changed
+        dropout = recipe.dropout if self.adapter != "full" and "dropout" in CARRIERS[self.adapter].keys else 0.0
+        return replace(changed, rank=None, alpha=None, targets=None, dropout=dropout)
+
+
+class Cell(NamedTuple):
+    """A run: a group's method with a seed, and its folder."""
+
+    group: Group
     method: str
     seed: int
     folder: Path
-
-    def right(self, task: str) -> Mapping[str, list[int]] | None:
-        """By metric, 1 or 0 for each question; None where it has not been asked.
-
-        `generated`: the answer in the text that the model writes; `likeliest`: the option that it finds likeliest.
-        """
-        path = self._answers(task)
-        return _record(path)["right"] if path.exists() else None
-
-    def finished(self) -> bool:
-        """Whether its training has come to its end."""
-        path = self.folder / _RUN
-        return path.exists() and _record(path)["status"] == "finished"
-
-    def refuse_other_rate(self, rate: float) -> None:
-        """Refuse a rate that is not the one that a finished run was trained at.
-
-        Raises:
-            RecipeError: It is another.
-        """
-        was = self.rate()
-        if was is not None and not math.isclose(was, rate):
-            raise RecipeError(
-                f"{self.folder} was trained at a learning rate of {was:g}, but now it would be {rate:g}: give --rates "
-                "and the first of --seeds as they were, or another folder with --out"
-            )
-
-    def rate(self) -> float | None:
-        """The learning rate that it was trained at; None before it has finished."""
-        return load_recipe(self.folder / "recipe.yaml").lr if self.finished() else None
-
-    def keep(self, task: str, right: Mapping[str, Sequence[int]], texts: Sequence[str]) -> None:
-        """Write what was found of a task."""
-        with write_beside(self._answers(task)) as [beside]:
-            beside.write_text(json.dumps({"right": right, "texts": texts}, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def _answers(self, task: str) -> Path:
-        return self.folder / f"{task}.answers.json"
 
 
 @dataclass(frozen=True)
@@ -103,132 +77,104 @@ class Reproduction:
         protocol: The protocol.
         tasks: Its tasks that are asked.
         grid: Methods, learning rates to try, and seeds.
+        groups: Kinds of adapters, and what is learned.
         out: The folder.
+        asking: How questions are asked.
         sweep_steps: Steps of each run of the sweep; None: as many as a run has.
-        batch_size: Rows in a forward pass when questions are asked.
     """
 
     protocol: Protocol
     tasks: tuple[str, ...]
     grid: Grid
+    groups: tuple[Group, ...]
     out: Path
+    asking: Asking
     sweep_steps: int | None = None
-    batch_size: int = 16
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The recipe of all runs, but for method, rate and seed."""
-        data = self.out / "data"
-        return replace(self.protocol.recipe, train=str(data / "train.jsonl"), eval=str(data / "heldout.jsonl"))
 
     def cells(self) -> list[Cell]:
         """All cells, seed by seed, so that an early end leaves whole comparisons."""
         return [
-            Cell(method, seed, self.out / f"{method}-seed{seed}")
+            Cell(group, method, seed, self.out / group.name / f"{method}-seed{seed}")
             for seed in self.grid.seeds
+            for group in self.groups
             for method in self.grid.methods
         ]
+
+    @property
+    def reference(self) -> str | None:
+        """What the last column of the tables takes off."""
+        return "dense" if "dense" in self.grid.methods and len(self.grid.methods) > 1 else None
+
+    def lines(self) -> list[Line]:
+        """What stands in the tables: the model as it comes, then each group's methods, against dense if it is there."""
+        lines = [Line("untuned", [self._answers(self.out / "untuned")])]
+        for group in self.groups:
+            dense = self.label(group, "dense") if self.reference else None
+            for method in self.grid.methods:
+                label, own = self.label(group, method), (group, method)
+                seeds = [self._answers(cell.folder) for cell in self.cells() if (cell.group, cell.method) == own]
+                lines.append(Line(label, seeds, None if dense == label else dense))
+        return lines
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each line whose runs have finished."""
+        cells = {self.label(cell.group, cell.method): rate_of(cell.folder) for cell in reversed(self.cells())}
+        return {label: rate for label, rate in reversed(cells.items()) if rate is not None}
+
+    def label(self, group: Group, method: str) -> str:
+        """What a group's method is called in tables."""
+        both = len({one.prompts for one in self.groups}) > 1
+        return f"{method}, {group.adapter}{f', {group.prompts}' if both else ''}"
+
+    def _answers(self, folder: Path) -> dict[str, Answers]:
+        return {task: Answers(folder / f"{task}.answers.json") for task in self.tasks}
+
+    def recipe(self, group: Group) -> Recipe:
+        """The recipe of a group's runs, but for method, rate and seed."""
+        data = self.out / "data"
+        recipe = group.recipe(self.protocol.recipe)
+        return replace(recipe, train=str(data / "train.jsonl"), eval=str(data / "heldout.jsonl"))
 
     def begin(self, about: Mapping[str, Any]) -> None:
         """Note what the folder is of, or see that it is of the same.
 
         Args:
-            about: What decides the results besides methods, rates and seeds.
+            about: What decides the results besides methods, adapters, rates and seeds.
 
         Raises:
-            RecipeError: It is of something else.
+            RecipeError: It is of something else, or a method cannot run.
         """
-        recipes_of(self.recipe, self.grid.methods)  # refuses what cannot run, before anything is written
-        path, known = self.out / "protocol.json", json.loads(json.dumps(about))
-        if self.out.exists() and not self.out.is_dir():
-            raise RecipeError(f"{self.out} is a file: give a folder with --out")
-        begun = path.exists() and (self.out / "data").is_dir()  # else nothing was made: rows were not found, say
-        before = _record(path) if begun else known
-        changed = [key for key in known if before.get(key) != known[key]]
-        if changed:
-            key = changed[0]
-            raise RecipeError(
-                f"{self.out} was begun with {key} = {before.get(key)}, but now it is {known[key]}: set it as it was, "
-                "or give another folder with --out"
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        with write_beside(path) as [beside]:
-            beside.write_text(json.dumps({**before, **known}, indent=2) + "\n", encoding="utf-8")
+        for group in self.groups:
+            recipes_of(self.recipe(group), self.grid.methods)  # refuses what cannot run, before anything is written
+        begin(self.out, about)
 
-    def rates(self, progress: Progress) -> Mapping[str, float]:
-        """The best rate of each method on the held-out rows; with one rate in the grid, that one.
+    def prepare(self, data: str, limit: int | None, questions: int | None) -> None:
+        """Write the rows; see `rows.prepare_files`."""
+        prepare_files(self.protocol.suite, self.tasks, data, self.out / "data", limit, questions)
 
-        Raises:
-            TrainingError: At every rate of a method training diverged.
-        """
-        if len(self.grid.rates) == 1:
-            return dict.fromkeys(self.grid.methods, self.grid.rates[0])
-        short = self.recipe if self.sweep_steps is None else replace(self.recipe, steps=self.sweep_steps)
+    def work(self, console: Console, progress: Progress) -> Iterator[str]:
+        """Do what is missing, and name each part when all of it is there."""
+        self._ask(self.out / "untuned", self.protocol.recipe.model, progress)
+        yield "untuned"
+        rates: dict[Group, Mapping[str, float]] = {}
+        for cell in self.cells():
+            if cell.group not in rates:
+                rates[cell.group] = self._rates(cell.group, progress)
+            (recipe,) = recipes_of(self.recipe(cell.group), [cell.method]).values()
+            run_once(replace(recipe, lr=rates[cell.group][cell.method], seed=cell.seed), cell.folder, console)
+            self._ask(cell.folder, str(cell.folder), progress)
+            yield f"{cell.group.name}/{cell.folder.name}"
+
+    def _rates(self, group: Group, progress: Progress) -> Mapping[str, float]:
+        """The best rate of each method; no run that is there already may have been trained at another."""
         grid = replace(self.grid, seeds=self.grid.seeds[:1])
-        sweep = open_sweep(short, grid, self.out / "rates")
-        for _ in run_missing(sweep, progress):
-            write_report(sweep.folder)
-        best = {one.method: one.lr for one in bests(LRFolder(self.out / "rates").runs())}
-        diverged = [method for method in self.grid.methods if best[method] is None]
-        if diverged:
-            raise TrainingError(f"{diverged[0]} diverged at every rate: give lower ones with --rates")
-        return {method: rate for method, rate in best.items() if rate is not None}
-
-    def work(self, console: Console, progress: Progress) -> Iterator[Cell]:
-        """Do what is missing, and yield each cell when all of it is there."""
-        rates = self.rates(progress)
+        rates = swept(self.recipe(group), grid, self.out / group.name / "rates", self.sweep_steps, progress)
         for cell in self.cells():
-            cell.refuse_other_rate(rates[cell.method])
-        for cell in self.cells():
-            if not cell.finished():
-                self._train(cell, rates[cell.method], console)
-            asked = [task for task in self.tasks if cell.right(task) is None]
-            if asked:
-                self._ask(cell, asked, progress)
-            yield cell
+            if cell.group == group:
+                refuse_other_rate(cell.folder, rates[cell.method])
+        return rates
 
-    def _train(self, cell: Cell, rate: float, console: Console) -> None:
-        (recipe,) = recipes_of(self.recipe, [cell.method]).values()
-        begun = any((cell.folder / "checkpoints").glob("checkpoint-*"))
-        if not begun and (cell.folder / _RUN).exists():
-            shutil.rmtree(cell.folder)  # cut off before its first checkpoint: there is nothing to go on from
-        train(replace(recipe, lr=rate, seed=cell.seed, out=str(cell.folder), resume=begun), console)
-        gc.collect()  # the Trainer refers to itself: without this two models would be in memory
-
-    def _ask(self, cell: Cell, tasks: Sequence[str], progress: Progress) -> None:
-        model, tokenizer = load_subject(find_subject(str(cell.folder)), self.recipe.dtype)
-        for number, task in enumerate(tasks):
-            progress(f"{cell.folder.name} answers {task}", number, len(tasks))
-            rows = load_rows(str(self.out / "data" / f"{task}.jsonl"))
-            choice = TASKS[task].reader == "option"
-            metrics = ("choices", "exact_match") if choice else ("exact_match",)
-            prepared = prepare_rows(rows, tokenizer, metrics, self.recipe.template, self.protocol.suite.max_new_tokens)
-            found = measure(model, prepared, self.batch_size)
-            texts = found["exact_match"].texts
-            right = {"generated": [int(_right(row.extra, text, task)) for row, text in zip(rows, texts, strict=True)]}
-            if choice:
-                right["likeliest"] = found["choices"].values.astype(int).tolist()
-            cell.keep(task, right, texts)
-        del model
-        gc.collect()
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """What a file that was written here holds.
-
-    Raises:
-        RecipeError: It is damaged.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise RecipeError(f"{path} is damaged: remove it, so that it is made anew")
-    return record
-
-
-def _right(question: Mapping[str, Any], text: str, task: str) -> bool:
-    options = [choice.rpartition(" ")[2] for choice in question.get("choices", ())]
-    answer = options[question["answer"]] if options else str(question["answer"])
-    return is_right(text, answer, TASKS[task].reader, options)
+    def _ask(self, folder: Path, subject: str, progress: Progress) -> None:
+        tasks = {task: (TASKS[task], answers) for task, answers in self._answers(folder).items()}
+        dtype = self.protocol.recipe.dtype
+        ask_all(lambda: load_subject(find_subject(subject), dtype), tasks, self.out / "data", self.asking, progress)

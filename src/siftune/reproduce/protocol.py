@@ -1,7 +1,7 @@
 """Protocols by name: the recipe, the tasks, the model's shape and the papers' figures of each. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import yaml
 from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.recipe_file import load_recipe
+from siftune.reproduce.harness import HARNESS
+from siftune.reproduce.tasks import TASKS, Task
 from siftune.settings import nearest
 
 _HERE = Path(__file__).parent
@@ -18,25 +20,37 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that are trained on together.
+    """Tasks that are trained on together, or each by itself where there are emulators.
 
     Attributes:
-        tasks: Their names; see `tasks.TASKS`.
-        joint: Name of the file with the training rows of all.
-        hub: Hub id of these rows; None where there is none.
-        rows: How many these are.
+        tasks: Their names; see `tasks.TASKS` and `harness.HARNESS`.
+        rows: How many training rows there are on the hub: in the file of all, or by task.
         held_out: How many of them are held out.
         rates: Learning rates that are tried.
         max_new_tokens: Longest answer.
+        metrics: Which of `answers.METRICS` are asked.
+        methods: What is compared by default.
+        joint: Name of the file with the training rows of all; empty where each task is tuned on by itself.
+        hub: Hub id of these rows; None where there is none.
+        emulators: Emulators by name -> settings of `siftune emulate`; none in a suite of one party.
     """
 
     tasks: tuple[str, ...]
-    joint: str
-    hub: str | None
-    rows: int
+    rows: Mapping[str, int]
     held_out: int
     rates: tuple[float, ...]
     max_new_tokens: int
+    metrics: tuple[str, ...]
+    methods: tuple[str, ...]
+    joint: str = ""
+    hub: str | None = None
+    emulators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> Mapping[str, Task]:
+        """Its tasks by name."""
+        known = HARNESS if self.emulators else TASKS
+        return {name: known[name] for name in self.tasks}
 
 
 @dataclass(frozen=True)
@@ -94,21 +108,26 @@ def protocol_of(name: str, *recipes: str) -> Protocol:
         raise RecipeError(f"there is no protocol {name!r}; {guess}")
     suite, _, model = name.partition("-")
     facts = _facts()
-    one = facts["suites"][suite]
-    tasks = tuple(one["tasks"])
+    one: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in facts["suites"][suite].items()
+    }
     return Protocol(
         name=name,
-        suite=Suite(**{**one, "tasks": tasks, "rates": tuple(one["rates"])}),
+        suite=Suite(**one),
         recipe=load_recipe(*recipe_files(name), *recipes),
         config=facts["models"][model],
-        printed=tuple(_printed(row, tasks) for row in facts["tables"].get(name, [])),
+        printed=tuple(_printed(row, one["tasks"]) for row in facts["tables"].get(name, [])),
     )
 
 
 def recipe_files(name: str) -> list[Path]:
-    """The recipe files of a protocol: of its suite, and of its model."""
+    """The recipe files of a protocol: of its suite, and of its model, whose lines stand in the place of the former's.
+
+    Where whole layers are tuned it is the other way round: the modules that the model names are not asked for there.
+    """
     suite, _, model = name.partition("-")
-    return [_HERE / "papers" / f"{part}.yaml" for part in (suite, model)]
+    parts = (model, suite) if "emulators" in _facts()["suites"][suite] else (suite, model)
+    return [_HERE / "papers" / f"{part}.yaml" for part in parts]
 
 
 def sources() -> Mapping[str, str]:

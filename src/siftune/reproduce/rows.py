@@ -48,30 +48,31 @@ def prepare_files(
     """
     if not ((out / "train.jsonl").exists() and (out / "heldout.jsonl").exists()):
         rows = _training(suite, tasks, data)
-        _refuse_few(suite, data, len(rows))
+        refuse_few(suite, data, len(rows))
         random.Random(_SEED).shuffle(rows)
-        _write(out / "heldout.jsonl", [_asked(row) for row in rows[: suite.held_out]])
-        _write(out / "train.jsonl", [_asked(row) for row in rows[suite.held_out :][:limit]])
+        write_rows(out / "heldout.jsonl", [_asked(row) for row in rows[: suite.held_out]])
+        write_rows(out / "train.jsonl", [_asked(row) for row in rows[suite.held_out :][:limit]])
     for task in tasks:
         if not (out / f"{task}.jsonl").exists():
             rows = _questions(task, data)[:asked]
-            _write(out / f"{task}.jsonl", [_question(row, task) for row in rows])
+            write_rows(out / f"{task}.jsonl", [_question(row, task) for row in rows])
 
 
 def trained_on(suite: Suite, tasks: Sequence[str], data: str) -> list[str]:
     """The tasks whose rows are trained on: all, or where each has a file of its own those that are asked."""
-    one_file = data == HUB or _found(data, _joint(suite)) is not None
+    one_file = data == HUB or found_in(data, _joint(suite)) is not None
     return list(suite.tasks if one_file else tasks)
 
 
 def training_count(suite: Suite, tasks: Sequence[str], data: str, limit: int | None) -> int:
     """How many rows would be trained on; of the hub's, as many as are known to be there."""
-    total = suite.rows if data == HUB else len(_training(suite, tasks, data))
-    _refuse_few(suite, data, total)
+    total = suite.rows[suite.joint] if data == HUB else len(_training(suite, tasks, data))
+    refuse_few(suite, data, total)
     return min(total - suite.held_out, limit or total)
 
 
-def _refuse_few(suite: Suite, data: str, rows: int) -> None:
+def refuse_few(suite: Suite, data: str, rows: int) -> None:
+    """Refuse rows of which none would be left to train on."""
     if rows <= suite.held_out:
         raise DataError(f"{data} has {counted(rows, 'training row')}, of which {suite.held_out} are held out")
 
@@ -83,14 +84,13 @@ def _training(suite: Suite, tasks: Sequence[str], data: str) -> list[Row]:
                 f"the training rows {suite.joint} are under no known name on the hub: give --data FOLDER with "
                 f"{suite.joint}.json in it"
             )
-        with _other_way():
+        with other_way():
             return load_rows(suite.hub, "train", format="alpaca")
-    joint = _found(data, _joint(suite))
+    joint = found_in(data, _joint(suite))
     if joint is not None:
         return load_rows(str(joint), format="alpaca")
-    files = {
-        task: _found(data, [f"{task}.train.json", f"{task}/train.json", f"dataset/{task}/train.json"]) for task in tasks
-    }
+    names = ("{}.train.json", "{}/train.json", "dataset/{}/train.json")
+    files = {task: found_in(data, [name.format(task) for name in names]) for task in tasks}
     _refuse_missing(data, files, "train", f"{suite.joint}.json, or TASK.train.json for each task")
     return [row for file in files.values() for row in load_rows(str(file), format="alpaca")]
 
@@ -102,15 +102,15 @@ def _joint(suite: Suite) -> list[str]:
 def _questions(task: str, data: str) -> list[Row]:
     if data == HUB:
         one = TASKS[task]
-        with _other_way():
+        with other_way():
             return rows_from((one.question(record) for record in load_records(one.hub, one.split)), one.hub, "alpaca")
-    file = _found(data, [f"{task}.test.json", f"{task}/test.json", f"dataset/{task}/test.json"])
+    file = found_in(data, [f"{task}.test.json", f"{task}/test.json", f"dataset/{task}/test.json"])
     _refuse_missing(data, {task: file}, "test", f"{task}.test.json")
     return load_rows(str(file), format="alpaca")
 
 
 @contextmanager
-def _other_way() -> Iterator[None]:
+def other_way() -> Iterator[None]:
     """Say what to do where the hub gives nothing."""
     try:
         yield
@@ -118,7 +118,8 @@ def _other_way() -> Iterator[None]:
         raise DataError(f"{str(error).rstrip('.')}; or give --data FOLDER with the papers' rows") from error
 
 
-def _found(folder: str, names: Sequence[str]) -> Path | None:
+def found_in(folder: str, names: Sequence[str]) -> Path | None:
+    """The first file of these names that a folder has."""
     return next((path for name in names if (path := Path(folder).expanduser() / name).is_file()), None)
 
 
@@ -153,7 +154,8 @@ def _question(row: Row, task: str) -> Record:
     return {**_asked(row), "choices": choices, "answer": options.index(answer)}
 
 
-def _write(path: Path, records: Sequence[Record]) -> None:
+def write_rows(path: Path, records: Sequence[Record]) -> None:
+    """Write a .jsonl file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_beside(path) as [beside]:
         beside.write_text("".join(_lines(records)), encoding="utf-8")

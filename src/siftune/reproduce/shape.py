@@ -5,9 +5,13 @@ operations are counted by torch, and memory by what autograd keeps.
 
     time      2 · forward, for backward to the inputs costs as much as forward where the weights are frozen;
               at 1/1.8 of what the GPU can do, and times the method's ratio
+              whole layers that train add 2 operations for each of their weights and tokens;
+              checkpointing adds another forward
     memory    weights + 16 bytes for each parameter that trains (value, gradient, two means of Adam, float32)
               + what autograd keeps of a step + logits at the labels, in float32 and the weights' dtype,
-              and times the method's ratio
+              and times the method's ratio;
+              with checkpointing autograd keeps the layers' inputs, and all of one layer
+    emulator  the middle's weights, and its operations, by the fraction that is kept
 
 Both are estimates *(ours)*. The 1.8 is what dense LoRA took over the matrix products alone on SmolLM2 on a processor
 (docs/measured.md), and ratios between methods are the README's, of the same model and processors: no GPU was at hand.
@@ -16,7 +20,7 @@ Both are estimates *(ours)*. The 1.8 is what dense LoRA took over the matrix pro
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +33,8 @@ from siftune.config import Recipe
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.models.adapters import attach_adapter
-from siftune.reproduce.protocol import Protocol
+from siftune.models.full import OpenLayers
+from siftune.models.layers import find_layers
 
 OVER_FLOOR = 1.8  # of a step's time over that of its matrix products, measured: docs/measured.md
 # method -> times dense's time and memory, measured: the table in README.md; None: not measured
@@ -53,6 +58,8 @@ class Shape:
         steps: Optimizer steps.
         flops: Operations of a dense step.
         memory: Bytes of a dense step.
+        middle: Parameters between outer layers that train whole; 0 for another run.
+        positions: Tokens of a step.
     """
 
     parameters: int
@@ -60,6 +67,14 @@ class Shape:
     steps: int
     flops: float
     memory: float
+    middle: int = 0
+    positions: int = 0
+
+    def emulated(self, keep: float) -> "Shape":
+        """The same on a kit that holds a fraction of the middle."""
+        gone = round((1 - keep) * self.middle)
+        flops, memory = self.flops - 4 * gone * self.positions, self.memory - 2 * gone
+        return replace(self, parameters=self.parameters - gone, flops=flops, memory=memory)
 
     def seconds(self, gpu: str, method: str = "dense") -> float | None:
         """Time of training on a GPU; None where the method's ratio was not measured."""
@@ -72,31 +87,47 @@ class Shape:
         return None if ratio is None else self.memory * ratio
 
 
-def shape_of(protocol: Protocol, rows: int) -> Shape:
-    """Build a protocol's model on the meta device, and run the layers of one step there.
+def shape_of(config: Mapping[str, Any], recipe: Recipe, rows: int) -> Shape:
+    """Build a model on the meta device, and run the layers of one step there.
 
     Args:
-        protocol: The protocol; its recipe may have been changed.
+        config: Of the real model, for `AutoConfig.for_model`.
+        recipe: How it is tuned.
         rows: Training rows.
 
     Raises:
         InputError: The adapter does not fit the model.
     """
-    recipe = protocol.recipe
-    model = on_meta(protocol.config)
-    tuned = attach_adapter(
-        model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, list(recipe.targets or ()) or None,
-        recipe.layers, recipe.init,
-    )  # fmt: skip
+    model: Any = on_meta(config)
+    vocabulary, stack = model.config.vocab_size, find_layers(model)
+    depth, width = len(stack.layers), model.config.hidden_size
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in stack.layers]
+    tuned, full = _opened(model, recipe), recipe.adapter == "full"
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     base = sum(p.numel() for p in tuned.parameters() if not p.requires_grad)
     flops, kept = _step(tuned, recipe)
-    vocabulary = tuned.get_base_model().config.vocab_size
     positions = recipe.batch_size * recipe.max_length
+    flops += 2.0 * positions * trainable if full else 0.0
+    if recipe.checkpointing:
+        flops, kept = 1.5 * flops, kept / depth + 2.0 * positions * width * depth
     head = positions * vocabulary  # at the most: where all tokens are learned
     memory = base * 2 + trainable * 16 + kept + head * (2 + 4)
     steps = recipe.steps or math.ceil(math.ceil(rows / (recipe.batch_size * recipe.accumulate)) * recipe.epochs)
-    return Shape(base + trainable, trainable, steps, flops * recipe.accumulate, memory)
+    middle = sum(layers) - trainable if full else 0
+    return Shape(
+        base + trainable, trainable, steps, flops * recipe.accumulate, memory, middle, positions * recipe.accumulate
+    )
+
+
+def _opened(model: Any, recipe: Recipe) -> Any:
+    """The model as training would have it: with an adapter, or with layers that train whole."""
+    if recipe.adapter == "full":
+        OpenLayers(model, recipe.layers, originals=False)
+        return model
+    return attach_adapter(
+        model, recipe.adapter, recipe.rank, recipe.alpha, recipe.dropout, list(recipe.targets or ()) or None,
+        recipe.layers, recipe.init,
+    )  # fmt: skip
 
 
 def on_meta(config: Mapping[str, Any]) -> nn.Module:

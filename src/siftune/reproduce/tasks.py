@@ -6,7 +6,7 @@ put into the words of these files here. Rows of the hub are those that the files
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from siftune.evaluate.answers import Reader
 
@@ -27,14 +27,14 @@ class Task:
 
     Attributes:
         title: Its name in tables.
-        reader: How answers are read.
+        reader: How answers are read; "text": whether the model writes one of the texts that count.
         hub: Hub id of its questions, with a configuration behind a colon.
         split: Split of the hub's rows that is asked.
         question: Makes `instruction`, `output` and `answer` of a row of the hub.
     """
 
     title: str
-    reader: Reader
+    reader: Reader | Literal["text"]
     hub: str
     split: str
     question: Callable[[Record], Question]

@@ -92,26 +92,28 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     printed = [line for line in table.splitlines() if line.startswith("lora (LLM-Adapters)")]
     assert printed[0].split()[-3:] == ["68.9", "77.8", "73.3"]  # of these two tasks, and their mean
     found = json.loads((out / "results.json").read_text())
-    assert set(found) == {"generated", "likeliest", "rates"}
-    figure = found["likeliest"]["dense"]["boolq"]
+    assert set(found) == {"generated", "likeliest", "nats", "rates"}
+    assert set(found["nats"]) == {"untuned", "dense, lora"}
+    figure = found["likeliest"]["dense, lora"]["boolq"]
     assert (figure["questions"], figure["seeds"], figure["deviation"]) == (2, 1, None)
-    assert figure["low"] <= figure["right"] <= figure["high"]
-    answers = json.loads((out / "dense-seed0" / "boolq.answers.json").read_text())
-    assert figure["right"] == sum(answers["right"]["likeliest"]) / 2
-    assert len((out / "rates" / "results.jsonl").read_text().splitlines()) == 2
-    best = json.loads((out / "rates" / "results.json").read_text())["best"]["dense"]["lr"]
-    assert json.loads(json.dumps(best)) == pytest.approx(_rate(out / "dense-seed0" / "recipe.yaml"))
+    assert figure["low"] <= figure["value"] <= figure["high"]
+    run = out / "lora-learned" / "dense-seed0"
+    answers = json.loads((run / "boolq.answers.json").read_text())
+    assert figure["value"] == sum(answers["likeliest"]["values"]) / 2
+    assert len((run.parent / "rates" / "results.jsonl").read_text().splitlines()) == 2
+    best = json.loads((run.parent / "rates" / "results.json").read_text())["best"]["dense"]["lr"]
+    assert json.loads(json.dumps(best)) == pytest.approx(_rate(run / "recipe.yaml"))
 
-    assert found["rates"] == {"dense": pytest.approx(best)}
-    assert f"learning rates: dense {best:g}" in (out / "table.md").read_text()
+    assert found["rates"] == {"dense, lora": pytest.approx(best)}
+    assert f"learning rates: dense, lora {best:g}" in (out / "table.md").read_text()
 
     before = files(out)
-    (out / "dense-seed0" / "boolq.answers.json").unlink()
+    (run / "boolq.answers.json").unlink()
     assert main([*given, "--seeds", "0,1"]) == 0
     after = files(out)
     again = {str(path) for path in before if after[path] != before[path]}
-    assert again == {"dense-seed0/boolq.answers.json", "protocol.json", "results.json", "table.md"}
-    assert json.loads((out / "results.json").read_text())["likeliest"]["dense"]["boolq"]["seeds"] == 2
+    assert again == {"lora-learned/dense-seed0/boolq.answers.json", "protocol.json", "results.json", "table.md"}
+    assert json.loads((out / "results.json").read_text())["likeliest"]["dense, lora"]["boolq"]["seeds"] == 2
     assert "begun with questions = 2, but now it is 1" in error_of(
         capsys, [*given[:-6], "--questions", "1", *given[-6:]]
     )
@@ -119,14 +121,34 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     assert "begun with rows of = ['boolq', 'ARC-Easy'], but now it is" in error_of(capsys, more)
     assert "begun with limit = None, but now it is 5" in error_of(capsys, [*given, "--limit", "5"])
     assert "was trained at a learning rate of" in error_of(capsys, [*given[:-4], "--rates", "5"])
-    (out / "dense-seed0" / "boolq.answers.json").write_text("{")
+    (run / "boolq.answers.json").write_text("{")
     assert "boolq.answers.json is damaged: remove it" in error_of(capsys, given)
-    shutil.rmtree(out / "dense-seed0" / "checkpoints")
-    (out / "dense-seed0" / "run.json").write_text('{"status": "running"}')
-    (out / "dense-seed0" / "boolq.answers.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    (run / "run.json").write_text('{"status": "running"}')
+    (run / "boolq.answers.json").unlink()
     assert main(given) == 0  # a run that was cut off before its first checkpoint begins anew
     (out / "protocol.json").write_text("[")
     assert "protocol.json is damaged" in error_of(capsys, given)
+
+
+def test_kinds_of_adapters_with_prompts_learned_and_masked_in_one_call(words, tmp_path, capsys):
+    given = words("commonsense-llama-7b", "llama", "--tasks", "boolq,ARC-Easy", "--rates", "1e-2", "--metrics", "nats")
+    assert main([*given, "--adapters", "lora,series", "--prompts", "learned,masked"]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["nats"]
+    lines = [f"dense, {adapter}, {prompts}" for adapter in ("lora", "series") for prompts in ("learned", "masked")]
+    assert list(found) == ["untuned", *lines]
+    assert len({found[line]["boolq"]["value"] for line in found}) == 5
+    recipes = {name: (tmp_path / "out" / name / "dense-seed0" / "recipe.yaml").read_text().splitlines()
+               for name in ("lora-learned", "series-masked")}  # fmt: skip
+    assert {"rank: 2", "completion_only: false"} <= set(recipes["lora-learned"])
+    assert {"rank: 256", "completion_only: true"} <= set(recipes["series-masked"])
+    for option, value, message in (
+        ("--adapters", "lora,sirius", "--adapters names sirius; there are lora, rslora"),
+        ("--prompts", "hidden", "--prompts names hidden; there are learned, masked"),
+        ("--metrics", "loss", "--metrics names loss; there are generated, likeliest, nats"),
+        ("--keep", "0.5", "--keep has no effect on commonsense-llama-7b"),
+    ):
+        assert message in error_of(capsys, [*given, option, value])
 
 
 @pytest.mark.parametrize(("line", "where"), [
@@ -159,7 +181,7 @@ def test_all_stages_on_every_architecture(words, tmp_path, suite, model, family,
     assert main(words(f"{suite}-{model}", family, "--rates", "1e-3", "--methods", method)) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     tasks = protocol_of(f"{suite}-{model}").suite.tasks
-    assert set(found["generated"][method]) == set(tasks)
+    assert {*tasks, "average"} == set(found["generated"][f"{method}, lora"])
     assert ("likeliest" in found) == (suite == "commonsense")
 
 
@@ -171,14 +193,16 @@ def test_a_dry_run_names_every_setting_and_counts_the_rows_that_are_there(words,
     assert main([*given[:at], *given[at + 2 :]]) == 0
     told = capsys.readouterr().out
     assert "alpha: 64" in told
-    assert "25,165,824 of" not in told  # of rank 2
-    assert "440 rows" in told
-    assert "estimated for one run on h100 of 80 GB" in told
-    assert [line.split()[1:] for line in told.splitlines() if line.startswith("lisa")] == [["not", "measured"] * 2]
+    assert "a model of 1,315,758,080 parameters; 4 rows in a step" in told
+    assert "estimated on h100 of 80 GB" in told
+    lines = {line.split(",")[0]: line.split()[2:] for line in told.splitlines()}
+    assert lines["dense"][:3] == ["1,572,864", "440", "2"]  # of rank 2
+    assert lines["dense"][-1] == "4"  # three rates, and a seed
+    assert lines["lisa"][3:] == [*["not", "measured"] * 2, "4"]
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (["--tasks", "boolq,gsm8k"], "--tasks names gsm8k; commonsense-llama-7b has boolq, piqa"),
+    (["--tasks", "boolq,gsm8k"], "--tasks names gsm8k; there are boolq, piqa"),
     (["--data", "nowhere"], "nowhere is no folder: give --data a folder with"),
     (["--methods", "dense,best"], "--methods names 'best', which is unknown"),
     (["--limit", "0"], "--limit is 0, but must be 1 or more"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from siftune.evaluate.answers import first_option, is_right, last_number
+from siftune.evaluate.answers import begins_with, first_option, is_right, last_number
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "tricky_answers.jsonl").read_text().splitlines()]
 
@@ -19,3 +19,11 @@ def test_nothing_is_found_in_nothing():
     assert first_option("", ["a"]) is None
     assert last_number("no number") is None
     assert last_number("3 of 1,000.5") == 1000.5
+
+
+@pytest.mark.parametrize(("text", "right"), [
+    (" Paris", True), ("Paris, France", True), ("the city is Paris", False), ("Parisian", False), ("paris", False),
+    ("Frankfurt (Main)!", True), ("", False),
+])  # fmt: skip
+def test_a_text_begins_with_an_accepted_one(text, right):
+    assert begins_with(text, [" Paris", "Frankfurt (Main)"]) is right

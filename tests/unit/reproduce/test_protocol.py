@@ -7,13 +7,20 @@ from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.recipe_checks import check
 from siftune.reproduce.protocol import names, protocol_of, recipe_files, sources
-from siftune.reproduce.tasks import TASKS
 
 PAPERS = {
     "rank": 32, "alpha": 64, "dropout": 0.05, "batch_size": 16, "epochs": 3, "warmup": 100, "max_length": 256,
     "adapter": "lora", "schedule": "linear", "completion_only": False, "template": "none",
 }  # fmt: skip
-TARGETS = {"llama": ("up_proj", "down_proj"), "gpt": ("fc_in", "fc_out"), "opt": ("fc1", "fc2")}
+OFFSITE = {
+    "rank": None, "batch_size": 32, "epochs": 5, "warmup": 0, "max_length": 1024, "adapter": "full", "targets": None,
+    "completion_only": True, "template": "none",
+}  # fmt: skip
+SMALL = {"steps": 120, "warmup": 12}  # ours, where no paper has the model
+TARGETS = {
+    "llama": ("up_proj", "down_proj"), "gpt": ("fc_in", "fc_out"), "opt": ("fc1", "fc2"),
+    "smoll": ("up_proj", "down_proj"), "gemma": ("up_proj", "down_proj"),
+}  # fmt: skip
 AVERAGES = {  # as the sources print them
     "commonsense-gpt-j-6b": [59.0, 59.0, 50.2], "commonsense-llama-7b": [70.8, 72.3, 74.7, 76.3, 78.4],
     "commonsense-llama-13b": [79.5, 81.5, 80.5], "commonsense-llama3-8b": [80.8, 85.2],
@@ -25,12 +32,17 @@ AVERAGES = {  # as the sources print them
 def test_a_protocol_has_the_papers_settings_and_can_train(name):
     protocol = protocol_of(name)
     recipe = protocol.recipe
-    assert {field: getattr(recipe, field) for field in PAPERS} == PAPERS
-    family = name.partition("-")[2][:5].partition("-")[0]
-    wanted = next(value for key, value in TARGETS.items() if family.startswith(key))
-    assert recipe.targets == ("q_proj", "k_proj", "v_proj", *wanted)
-    assert 1e-4 <= recipe.lr <= 3e-4
-    assert set(protocol.suite.tasks) <= TASKS.keys()
+    suite, _, model = name.partition("-")
+    wanted = OFFSITE if suite == "gradot" else PAPERS
+    if model in ("smollm2", "gemma3-270m"):
+        wanted = wanted | (SMALL if suite != "gradot" else {"steps": 120})
+    assert {field: getattr(recipe, field) for field in wanted} == wanted
+    if suite != "gradot":
+        modules = next(value for key, value in TARGETS.items() if model.startswith(key))
+        assert recipe.targets == ("q_proj", "k_proj", "v_proj", *modules)
+    assert 5e-5 <= recipe.lr <= 1e-3
+    assert set(protocol.suite.tables) == set(protocol.suite.tasks)
+    assert set(protocol.suite.rows) == ({protocol.suite.joint} if protocol.suite.joint else set(protocol.suite.tasks))
     check(Recipe(**{**vars(recipe), "train": "rows.jsonl"}))
     lines = {key for file in recipe_files(name) for key in yaml.safe_load(file.read_text())}
     changed = {key for key, value in vars(recipe).items() if value != getattr(Recipe(), key)}
