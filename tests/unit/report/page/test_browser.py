@@ -71,6 +71,22 @@ def test_paper_is_light(browser, report, presses):
         assert page.evaluate(colours) == on_paper != on_screen
 
 
+def test_paper_holds_all_of_it(browser, report):
+    """A4 between its margins: two figures beside each other, tables whole, and nothing folded."""
+    with opened(browser, report, width=688) as page:
+        hidden = page.locator("details table").first
+        assert not hidden.is_visible()
+        page.emulate_media(media="print")
+        assert hidden.is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 688
+        for table in page.locator("table").all():
+            box = table.bounding_box()
+            assert box["x"] + box["width"] <= 688
+            assert table.evaluate("one => getComputedStyle(one).display") == "table"
+        first, second = (page.locator("#training figure").nth(i).bounding_box() for i in range(2))
+        assert first["y"] == second["y"]
+
+
 def test_tables_sort_by_figures_and_by_words(browser, report):
     with opened(browser, report) as page:
         table = page.locator("#compare table").first

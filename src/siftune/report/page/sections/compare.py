@@ -98,7 +98,7 @@ def _against(quality: _Quality, runs: Sequence[RunData], key: str, title: str, l
 def _table(runs: Sequence[RunData], quality: _Quality) -> Grid:
     header = ["run", "method", quality.label, "interval", "time", "peak memory", "steps", "status"]
     rows = [_row(run, quality) for run in runs]
-    return Grid(header, rows, "Click a heading to sort.", (0, 1, 7))
+    return Grid(header, rows, words=(0, 1, 7))
 
 
 def _row(run: RunData, quality: _Quality) -> list[Cell]:
