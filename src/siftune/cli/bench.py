@@ -15,7 +15,6 @@ from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
     from siftune.bench.cost import Cost, Measurement
-    from siftune.report.table import Table
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class Options(Workload):
     floor: bool = True
     """Also measure how fast this machine multiplies matrices, and what a dense step would take at that rate."""
     out: Path | None = None
-    """JSON file for the result, every step's time included."""
+    """JSON file for the result, every step's time included; siftune report shows it."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def run(options: Options) -> dict[str, Any]:
     compared = references(methods, options.against)
     costs = summarise(measurements, compared)
     result = _result(work, options, costs, floor, measurements)
-    _show(costs, compared, result)
+    _show(result)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return {key: value for key, value in result.items() if key != "measurements"}
@@ -131,52 +130,12 @@ def _result(
     }
 
 
-def _show(costs: Mapping[str, "Cost"], compared: Sequence[str], result: Mapping[str, Any]) -> None:
+def _show(result: Mapping[str, Any]) -> None:
     """Print the table and what it was measured on."""
+    from siftune.report.bench import cost_table, notes
     from siftune.report.table import print_table
 
     console = Console(highlight=False, soft_wrap=True)
-    print_table(_table(costs, compared), console)
-    for line in _notes(costs, result):
+    print_table(cost_table(result), console)
+    for line in notes(result):
         console.print(line, markup=False)
-
-
-def _table(costs: Mapping[str, "Cost"], compared: Sequence[str]) -> "Table":
-    from siftune.report.table import Table
-
-    ratios = [f"× {name}" for name in compared]
-    rows = [
-        [
-            method,
-            f"{cost.seconds_per_step:.3g}",
-            f"{cost.fastest:.3g}–{cost.slowest:.3g}",
-            *(f"{cost.seconds_ratio[name]:.2f}" for name in compared),
-            f"{cost.peak_memory_mb:,.0f}",
-            *(f"{cost.memory_ratio[name]:.2f}" for name in compared),
-        ]
-        for method, cost in costs.items()
-    ]
-    return Table(["method", "s/step", "rounds", *ratios, "peak MB", *ratios], rows)
-
-
-def _notes(costs: Mapping[str, "Cost"], result: Mapping[str, Any]) -> list[str]:
-    """What was measured, on what, and the floor."""
-    work, floor = result["workload"], result["floor"]
-    packages = ("torch", "transformers", "peft", "trl")
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])
-    rounds = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
-    lines = [
-        f"{rounds} of {work['steps']} steps; {work['model']} in {work['dtype']}, "
-        f"{work['batch_size']} rows of {work['length']} tokens, LoRA of rank {work['rank']}",
-        f"{result['hardware']}; {versions}",
-    ]
-    return [*lines, _floor_note(costs, floor)] if floor else lines
-
-
-def _floor_note(costs: Mapping[str, "Cost"], floor: Mapping[str, float]) -> str:
-    """The floor, and how far above it a dense step is."""
-    tera = floor["flops"] / 1e12, floor["flops_per_second"] / 1e12
-    note = f"matmul floor {floor['seconds']:.3g} s: {tera[0]:.3g} TFLOP in a dense step, at {tera[1]:.3g} TFLOP/s"
-    if "dense" in costs:
-        note += f"; dense = {costs['dense'].seconds_per_step / floor['seconds']:.1f} × the floor"
-    return note

@@ -1,4 +1,4 @@
-"""`siftune report`: one page on runs, kits, sweeps and audits."""
+"""`siftune report`: one page on runs, kits, sweeps, audits, costs and papers' tables."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,7 +14,8 @@ class Options:
     """
 
     folders: Positional[tuple[str, ...]]
-    """Folders of siftune train, demo, emulate, sweep or audit; several runs are compared."""
+    """Folders of siftune train, demo, sweep-lr, reproduce, emulate, sweep or audit, or files of siftune bench --out;
+    several runs are compared."""
     out: Annotated[str, arg(aliases=["-o"])] = "report.html"
     """File to write; one that is there is replaced."""
     figures: str | None = None

@@ -216,6 +216,7 @@ def _report(work: "Reproduction | Offsite", console: "Console | None") -> dict[s
     import json
 
     from siftune.files import write_beside
+    from siftune.jsonable import jsonable
     from siftune.report.table import markdown_table, print_table
     from siftune.reproduce.protocol import sources
     from siftune.reproduce.table import results, tables
@@ -230,7 +231,7 @@ def _report(work: "Reproduction | Offsite", console: "Console | None") -> dict[s
     record = {**found, "rates": rates}
     for name, text in (
         ("table.md", page + "\n\n" + "\n".join(notes)),
-        ("results.json", json.dumps(record, indent=2)),
+        ("results.json", json.dumps(record | {"tables": jsonable(made), "notes": notes}, indent=2)),
     ):
         with write_beside(work.out / name) as [beside]:
             beside.write_text(text + "\n", encoding="utf-8")

@@ -184,7 +184,7 @@ def draw(runs: Sequence[LRRun], base: float) -> "Figure":
     axes = figure.subplots()
     axes.set_xscale("log")
     losses = [run.heldout_loss for run in runs if run.heldout_loss is not None] or [base]
-    low, top = min(losses), _top(losses, base)
+    low, top = min(losses), top_of(losses, base)
     for number, method in enumerate(cells_of(runs)):
         colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
         _draw_method(axes, [run for run in runs if run.method == method], top, color=colour, marker=marker)
@@ -199,7 +199,7 @@ def draw(runs: Sequence[LRRun], base: float) -> "Figure":
     return figure
 
 
-def _top(losses: Sequence[float], base: float) -> float:
+def top_of(losses: Sequence[float], base: float) -> float:
     """The highest loss that is drawn at its place: a little above the base model's, where training helped at all."""
     low, high = min(losses), max(losses)
     return min(high, base + 0.3 * (base - low)) if low < base else high

@@ -92,7 +92,7 @@ def test_rates_runs_answers_and_the_table_and_nothing_is_made_twice(words, tmp_p
     printed = [line for line in table.splitlines() if line.startswith("lora (LLM-Adapters)")]
     assert printed[0].split()[-3:] == ["68.9", "77.8", "73.3"]  # of these two tasks, and their mean
     found = json.loads((out / "results.json").read_text())
-    assert set(found) == {"generated", "likeliest", "nats", "rates"}
+    assert set(found) == {"generated", "likeliest", "nats", "rates", "tables", "notes"}
     assert set(found["nats"]) == {"untuned", "dense, lora"}
     figure = found["likeliest"]["dense, lora"]["boolq"]
     assert (figure["questions"], figure["seeds"], figure["deviation"]) == (2, 1, None)

@@ -103,7 +103,7 @@ def test_a_run_that_diverges_is_told(words, capsys):
         (["--methods", "dense"], "gast.select is 2, which has no effect with method dense: leave it out"),
         (["--rate", "1e-3"], "unknown option --rate of `siftune sweep-lr`; did you mean --rates?"),
         (["--resume"], "resume has no effect on a sweep"),
-        (["--adapter", "full"], "adapter is full and no layers are given"),
+        (["--adapter", "full", "--rank", "None"], "adapter is full and no layers are given"),
         (["--lr", "-1"], "lr is -1.0, but must be above 0"),
     ],
 )

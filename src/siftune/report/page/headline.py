@@ -8,13 +8,19 @@ from siftune.evaluate.measure import PERPLEXITY
 from siftune.report.metrics import LABELS
 from siftune.report.page.quality import held_out_alike, level_text, measured, shared_metric, value_text
 from siftune.report.page.sections.audit import in_a_sentence as audit_sentence
+from siftune.report.page.sections.bench import in_a_sentence as bench_sentence
 from siftune.report.page.sections.kit import in_a_sentence as kit_sentence
+from siftune.report.page.sections.rates import in_a_sentence as rates_sentence
+from siftune.report.page.sections.reproduction import in_a_sentence as reproduction_sentence
 from siftune.report.page.sections.sweep import in_a_sentence as sweep_sentence
 from siftune.report.page.subjects import Other, RunData, Subjects
 from siftune.report.page.words import listed, points, short
 from siftune.words import counted
 
-_SENTENCES: dict[str, Callable[[Any], str]] = {"audit": audit_sentence, "kit": kit_sentence, "sweep": sweep_sentence}
+_SENTENCES: dict[str, Callable[[Any], str]] = {
+    "audit": audit_sentence, "kit": kit_sentence, "sweep": sweep_sentence, "rates": rates_sentence,
+    "bench": bench_sentence, "reproduction": reproduction_sentence,
+}  # fmt: skip
 
 
 def headline(subjects: Subjects) -> str:

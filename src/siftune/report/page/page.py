@@ -18,9 +18,12 @@ from siftune.report.page.headline import commands, headline
 from siftune.report.page.section import Section
 from siftune.report.page.sections.answers import answers
 from siftune.report.page.sections.audit import audit
+from siftune.report.page.sections.bench import bench
 from siftune.report.page.sections.compare import compare_runs
 from siftune.report.page.sections.kit import kit
 from siftune.report.page.sections.layers import layers
+from siftune.report.page.sections.rates import rates
+from siftune.report.page.sections.reproduction import reproduction
 from siftune.report.page.sections.rows import rows
 from siftune.report.page.sections.setup import setup
 from siftune.report.page.sections.suspects import suspects
@@ -30,7 +33,9 @@ from siftune.report.page.subjects import RunData, Subjects, find_subjects
 from siftune.report.page.words import duration, memory
 
 _OF_A_RUN = (layers, rows, suspects, answers)
-_OTHERS = {"kit": kit, "sweep": sweep, "audit": audit}
+_OTHERS = {
+    "kit": kit, "sweep": sweep, "audit": audit, "rates": rates, "bench": bench, "reproduction": reproduction
+}  # fmt: skip
 _STYLES = ("theme.css", "figure.css", "page.css")
 
 
@@ -73,7 +78,7 @@ def make_page(names: Sequence[str]) -> Page:
     """Make a report.
 
     Args:
-        names: Folders of runs, demos, kits, sweeps and audits.
+        names: Folders of runs, demos, kits, sweeps, audits and reproductions, and files of siftune bench.
 
     Raises:
         InputError: A folder holds nothing to report on, or a file in it is damaged.

@@ -1,10 +1,12 @@
 """What a part of the page is made of: words, figures and tables, as plain data that the template escapes."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from siftune.report.page.figure import Figure
+from siftune.report.table import Table
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,20 @@ class Grid:
     caption: str = ""
     words: Sequence[int] = (0,)
     cards: bool = False
+
+
+def grid_of(table: Table) -> Grid:
+    """A table that is written out already; columns of figures sort by what their cells begin with."""
+    rows = [
+        [Cell(text, None if column in table.words else _leading(text)) for column, text in enumerate(row)]
+        for row in table.rows
+    ]
+    return Grid(table.header, rows, table.title, sorted(table.words))
+
+
+def _leading(text: str) -> float | None:
+    found = re.match(r"\W*?([-−]?[\d,]*\.?\d+(?:e[-+]?\d+)?)", text)
+    return float(found[1].replace(",", "").replace("−", "-")) if found else None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a report is made of: runs, kits, sweeps and audits, read with suspicion, since a folder may be a stranger's."""
+"""What a report is made of: runs, kits, sweeps and more, read with suspicion, since a folder may be a stranger's."""
 
 import contextlib
 import json
@@ -19,7 +19,12 @@ from siftune.report.evals import Eval, read_evals
 from siftune.trainer.run_folder import RECIPE
 from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
 
-AUDIT, SWEEP = "audit.json", "sweep.json"
+Kind = Literal["kit", "sweep", "audit", "rates", "bench", "reproduction"]
+
+# a file that tells what a folder is of; the first that is there
+_MARKS: dict[str, Kind] = {
+    "audit.json": "audit", "sweep.json": "sweep", "start.json": "rates", "results.json": "reproduction"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,16 @@ class RunData:
 
 @dataclass(frozen=True)
 class Other:
-    """A kit, a sweep or an audit.
+    """What is no run: a kit, a sweep, an audit, costs, or a paper's table.
 
     Attributes:
         kind: Which.
-        path: Its folder.
+        path: Its folder, or file.
         name: What it is called on the page.
         content: A kit's `Manifest`, or what the file holds.
     """
 
-    kind: Literal["kit", "sweep", "audit"]
+    kind: Kind
     path: Path
     name: str
     content: Any
@@ -94,7 +99,7 @@ class Subjects:
 
     Attributes:
         runs: Runs, in the order in which they were named.
-        others: Kits, sweeps and audits.
+        others: What is no run.
     """
 
     runs: tuple[RunData, ...] = ()
@@ -105,7 +110,7 @@ def find_subjects(names: Sequence[str]) -> Subjects:
     """Read what folders hold.
 
     Args:
-        names: Folders of runs, of `siftune demo`, kits, and what siftune sweep and siftune audit left.
+        names: Folders of runs, of `siftune demo`, kits, and what sweep, sweep-lr, audit, reproduce and bench left.
 
     Raises:
         InputError: A folder is none of these, or damaged.
@@ -122,14 +127,15 @@ def find_subjects(names: Sequence[str]) -> Subjects:
 def _folders(name: str) -> list[Path]:
     """The folder that a name stands for; those of its runs where it is a demo's."""
     path = Path(name).expanduser()
-    known = (RECIPE, AUDIT, SWEEP)
-    if any((path / one).is_file() for one in known) or is_kit(path):
+    if any((path / one).is_file() for one in (RECIPE, *_MARKS)) or is_kit(path) or path.is_file():
         return [path]
     runs = [run for run in (path / "pool", path / "target") if (run / RECIPE).is_file()]
     if runs:
         return runs
     state = "there is no folder of that name" if not path.exists() else "it holds no run, kit, sweep or audit"
-    raise RecipeError(f"nothing to report on in {name}: {state}; give the folder of siftune train or demo")
+    raise RecipeError(
+        f"nothing to report on in {name}: {state}; give the folder of siftune train or demo, or a file of siftune bench"
+    )
 
 
 def _called(folders: Sequence[Path]) -> list[str]:
@@ -174,17 +180,21 @@ def _about(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
-    """Figures of every line; the last one may be half written."""
+    """Figures of every line."""
+    return [_figures(record if isinstance(record, dict) else {}) for record in _lines(path)]
+
+
+def _lines(path: Path) -> list[Any]:
+    """What every line holds; the last one may be half written."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except ValueError:
             if number == len(lines):
                 break
             raise InputError(f"{path}:{number} is no JSON: mend or remove the line") from None
-        records.append(_figures(record if isinstance(record, dict) else {}))
     return records
 
 
@@ -199,10 +209,12 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _other(path: Path, name: str) -> Other:
-    if (path / AUDIT).is_file():
-        return Other("audit", path, name, _json(path / AUDIT))
-    if (path / SWEEP).is_file():
-        return Other("sweep", path, name, _json(path / SWEEP))
+    if path.is_file():
+        return Other("bench", path, name, _json(path))
+    for mark, kind in _MARKS.items():
+        if (path / mark).is_file():
+            more = {"runs": _lines(path / "results.jsonl")} if kind == "rates" else {}
+            return Other(kind, path, name, _json(path / mark) | more)
     manifest: Manifest = parse_manifest(read_bytes(path / MANIFEST, LIMITS[MANIFEST]))
     return Other("kit", path, name, manifest)
 

@@ -83,6 +83,110 @@ def test_a_data_owner_s_audit_has_attacks_alone(tmp_path):
     assert [figure.title for figure in section.figures] == ["Attacks"]
 
 
+def lr_run(method="dense", lr=1e-3, heldout_loss=0.5, **values):
+    return {"method": method, "lr": lr, "seed": 0, "heldout_loss": heldout_loss, "train_loss": heldout_loss,
+            "steps": 8, "seconds": 3.0, "diverged": None, **values}  # fmt: skip
+
+
+def save_rates(folder, runs, start=None):
+    save(folder, "start.json", start or {"heldout_loss": 2.0, "rows": {}})
+    (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in runs))
+    return folder
+
+
+def test_a_sweep_of_learning_rates(tmp_path):
+    """Two methods at three rates; one run diverged, one has a loss far above the others, and a line is half written."""
+    runs = [lr_run(lr=5e-4, heldout_loss=0.7), lr_run(), lr_run(lr=2e-3, heldout_loss=None, diverged="NaN")]
+    runs += [lr_run("ist", 5e-4, 0.9), lr_run("ist", heldout_loss=0.8), lr_run("ist", 2e-3, 90.0)]
+    folder = save_rates(tmp_path / "lr", runs)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"method": "gast", "lr"')
+    told, section = of(folder)
+    assert told == (
+        "The least held-out loss of 6 runs, by method: 0.5000 with dense at 1e-3 and 0.8000 with ist at 1e-3; before "
+        "training it is 2.000."
+    )
+    (figure,) = section.figures
+    drawing = str(figure.draw(548))
+    assert drawing.count("<circle") == 4
+    assert (drawing.count("×"), drawing.count("▲")) == (1, 1)
+    assert drawing.count("<path") == 2
+    assert [[cell.text for cell in row] for row in section.tables[0].rows] == [
+        ["dense", "0.7000", "* 0.5000", "diverged"], ["ist", "0.9000", "* 0.8000", "90.0000"]
+    ]  # fmt: skip
+    assert [cell.key for cell in section.tables[0].rows[0][1:]] == [0.7, 0.5, None]
+    assert "--method dense --lr 1e-3   held-out loss 0.5000" in section.words
+
+
+def test_a_sweep_of_learning_rates_that_has_just_begun(tmp_path):
+    told, section = of(save_rates(tmp_path / "lr", []))
+    assert "no run is done yet" in told
+    assert section.words == ["Before training the loss is 2.0000."]
+
+
+BENCH = {
+    "workload": {"model": ATTACK, "dtype": "bfloat16", "batch_size": 16, "length": 128, "rank": 32, "steps": 8},
+    "rounds": 3, "hardware": "an abacus", "versions": {"torch": "2.9"},
+    "methods": {
+        "dense": {"seconds_per_step": 2.0, "fastest": 1.9, "slowest": 2.4, "peak_memory_mb": 3000.0,
+                  "seconds_ratio": {"dense": 1.0}, "memory_ratio": {"dense": 1.0}},
+        "ist": {"seconds_per_step": 1.8, "fastest": 1.7, "slowest": 1.9, "peak_memory_mb": 2400.0,
+                "seconds_ratio": {"dense": 0.9}, "memory_ratio": {"dense": 0.8}},
+    },
+    "floor": {"flops": 2e12, "flops_per_second": 4e12, "seconds": 0.5},
+}  # fmt: skip
+
+
+def test_costs(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(BENCH))
+    told, section = of(path)
+    assert told == "2 methods measured: a step takes from 1.80 s with ist to 2.00 s with dense."
+    assert [cell.text for cell in section.tables[0].rows[1]] == [
+        "ist", "1.8", "1.7–1.9", "0.90", "2,400", "0.80"
+    ]  # fmt: skip
+    assert section.tables[0].rows[1][4].key == 2400
+    assert [str(figure.draw(548)).count("<circle") for figure in section.figures] == [2, 2]
+    assert "dense = 4.0 × the floor" in section.words[-1]
+    assert ATTACK not in show(path).html
+
+
+def test_a_paper_s_table(tmp_path):
+    table = {
+        "title": "a suite, % right",
+        "header": ["", "BoolQ"],
+        "rows": [["LoRA (a paper)", "68.9"], ["here", ATTACK]],
+    }
+    told, section = of(save(tmp_path / "made", "results.json", {"tables": [table], "notes": ["rates"]}))
+    assert told == "a suite, % right."
+    assert [row[1].text for row in section.tables[0].rows] == ["68.9", ATTACK]
+    assert ATTACK not in show(tmp_path / "made").html
+
+
+@pytest.mark.parametrize(
+    "change", [{"methods": {"dense": {}}}, {"methods": 3}, {"workload": None}, {"floor": {"flops": 1}}]
+)
+def test_damaged_costs_are_told(tmp_path, change):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(BENCH | change))
+    with pytest.raises(InputError, match=r"bench.json is not what siftune bench --out writes"):
+        show(path)
+
+
+@pytest.mark.parametrize("change", [{"method": "x"}, {"lr": 0}, {"lr": 1e999}, {"heldout_loss": "x"}, {"seed": None}])
+def test_a_damaged_sweep_of_learning_rates_is_told(tmp_path, change):
+    with pytest.raises(InputError, match=r"lr is no sweep of learning rates .*: run siftune sweep-lr again"):
+        show(save_rates(tmp_path / "lr", [lr_run() | change]))
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"tables": 3, "notes": []}, {"tables": [{"title": "", "header": [""], "rows": [[]]}]}]
+)
+def test_a_damaged_reproduction_is_told(tmp_path, record):
+    with pytest.raises(InputError, match=r"results.json holds no tables"):
+        show(save(tmp_path / "made", "results.json", record))
+
+
 def test_a_kit(tmp_path):
     kit = small_kit(tmp_path / "kit")
     told, section = of(kit.path)
