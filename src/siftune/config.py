@@ -113,7 +113,7 @@ class Recipe:
     outside: tuple[Literal["embeddings", "head"], ...] = ()
     """With adapter full: what else trains whole, in every step (LISA's paper: both)."""
     rank: Annotated[int | None, COUNT] = None
-    """Rank of the adapter matrices, width of a bottleneck; if not given 32, 256 for series and parallel."""
+    """Rank of the adapter matrices, width of a bottleneck, keys of a prefix; if not given the kind's: 32 for lora."""
     alpha: Annotated[int | None, POSITIVE] = None
     """Scale of the adapter response; twice the rank if not given, 16 for rslora, the rank for series, four times it for
     parallel."""

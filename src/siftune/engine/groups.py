@@ -89,7 +89,7 @@ def _refuse_prompts(model: nn.Module) -> None:
             if config.is_prompt_learning:
                 raise UnsupportedError(
                     f"{config.peft_type} has no parameters of its own in each layer; use LoRA, rsLoRA, DoRA "
-                    "or another adapter that sits inside the decoder layers"
+                    "or another adapter that sits inside the decoder layers, such as siftune's prefix"
                 )
 
 

@@ -27,7 +27,8 @@ from siftune.engine.groups import LayerGroup, refuse_allocator
 from siftune.engine.substitution import Slot, parameter_owners, units
 from siftune.errors import UnsupportedError
 from siftune.models.adapters import expert_banks, is_linear
-from siftune.models.carriers.bottleneck import BottleneckLayer
+from siftune.models.carriers.own import OwnLayer
+from siftune.models.carriers.prefix import PrefixLayer
 
 
 def linear_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class Kind(Enum):
     TRANSPOSED = "weight of a Conv1D"
     BIAS = "added to the output"
     NORM = "weight of a LayerNorm"
-    SCALE = "scales activations as it is"
+    SCALE = "meets activations as it is"
     FLATTENED = "scales activations, flattened by PEFT"
     GENERIC = "of a module that runs again on every row"
 
@@ -143,7 +144,7 @@ def _kind(unit: LayerGroup, slot: Slot) -> Kind:
         return Kind.NORM if slot.name == "weight" else Kind.BIAS
     if type(owner) is DoraLinearLayer or isinstance(unit.module, IA3Linear):
         return Kind.FLATTENED
-    if type(owner).__name__.endswith("RMSNorm") and slot.name == "weight":
+    if (type(owner).__name__.endswith("RMSNorm") and slot.name == "weight") or isinstance(unit.module, PrefixLayer):
         return Kind.SCALE
     raise UnsupportedError(
         f"{unit.name}: the gradient of {slot.name} in {type(owner).__name__} cannot be told apart by row; supported "
@@ -153,14 +154,14 @@ def _kind(unit: LayerGroup, slot: Slot) -> Kind:
 
 def _is_known(module: nn.Module) -> bool:
     """Whether a PEFT module uses its parameters only by calling modules with the rows, or by scaling activations."""
-    if isinstance(module, IA3Linear | BottleneckLayer | LNTuningLayer):
+    if isinstance(module, IA3Linear | LNTuningLayer | OwnLayer):
         return True
     return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper | MultiheadAttention)
 
 
 def runs_again(module: nn.Module) -> bool:
     """Whether a PEFT module on a linear one has no closed form here, so that it runs again on every row."""
-    known = LoraLayer | IA3Linear | LNTuningLayer | BottleneckLayer
+    known = LoraLayer | IA3Linear | LNTuningLayer | OwnLayer
     if not isinstance(module, BaseTunerLayer) or isinstance(module, known) or not hasattr(module, "base_layer"):
         return False
     return is_linear(module.get_base_layer())

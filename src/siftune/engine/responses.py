@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from siftune.engine.groups import LayerGroup
-from siftune.engine.suppression import adapted_modules, is_scaled
+from siftune.engine.suppression import adapted_modules, base_output, is_scaled, states
 from siftune.models.carriers.bottleneck import BottleneckLayer
 from siftune.numerics import widened
 
@@ -95,10 +95,4 @@ def _add_up(found: Responses, position: int, parts: list[Tensor], module: Any, a
 
 
 def _look(found: Responses, position: int, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    found.add(position, _states(output) - _states(module.get_base_layer()(*args, **kwargs)))
-
-
-def _states(output: Any) -> Tensor:
-    """The hidden states that a module puts out; attention as a whole has other things behind them."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+    found.add(position, states(output) - states(base_output(module, args, kwargs)))

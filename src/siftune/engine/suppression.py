@@ -14,6 +14,7 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import Substitution
 from siftune.errors import AdapterError
 from siftune.models.carriers.bottleneck import BottleneckLayer
+from siftune.models.carriers.prefix import CACHES
 from siftune.models.full import original_weights
 
 _TAKE_APART = ("pissa", "olora", "corda", "loftq")  # values of PEFT's init_lora_weights
@@ -119,6 +120,18 @@ def is_scaled(module: Any) -> bool:
     )
 
 
-def _damp(factor: float, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+def base_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the base of an adapted module gives for the same input, of whole rows: what it caches stays as it is."""
+    return module.get_base_layer()(*args, **{name: v for name, v in kwargs.items() if name not in CACHES})
+
+
+def states(output: Any) -> Tensor:
+    """The hidden states that a module puts out; attention as a whole has other things behind them."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def _damp(factor: float, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook: base + factor·(output − base), exact for factors 0 and 1."""
-    return torch.lerp(module.get_base_layer()(*args, **kwargs), output, factor)
+    damped = torch.lerp(states(base_output(module, args, kwargs)), states(output), factor)
+    return (damped, *output[1:]) if isinstance(output, tuple) else damped

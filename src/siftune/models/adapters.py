@@ -210,8 +210,8 @@ def attach_adapter(
     Args:
         model: A transformers model without adapters.
         kind: One of `carriers.CARRIERS`, such as "lora", "dora", "series" or "parallel".
-        rank: Rank of the matrices A (rank, in) and B (out, rank), or width of a bottleneck. None stands for the
-            kind's: 32, and 256 for bottlenecks.
+        rank: Rank of the matrices A (rank, in) and B (out, rank), width of a bottleneck, or length of a prefix. None
+            stands for the kind's: 32 for LoRA, 256 for bottlenecks.
         alpha: Numerator of the response's scale, alpha/rank (alpha/√rank for rsLoRA). None stands for 2·rank, a scale
             of 2 (LoRA and DoRA), for 16 whatever the rank (rsLoRA, whose point is that the scale falls with √rank
             only), for rank (series) and for 4·rank (parallel).
@@ -274,7 +274,7 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
     Raises:
         AdapterError: It can't be read or doesn't fit the model.
     """
-    from siftune.models.carriers.bottleneck import register  # whose adapters PEFT does not know by itself
+    from siftune.models.carriers.own import register  # kinds that PEFT does not know by itself
 
     register()
     if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):

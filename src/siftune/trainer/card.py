@@ -19,7 +19,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r})
 """
 
 _TEACH = """\
-from siftune.models.carriers.bottleneck import register
+from siftune.models.carriers.own import register
 
 register()  # PEFT has no such adapters
 """
@@ -67,7 +67,7 @@ def model_card(recipe: Recipe, summary: dict[str, Any], base: Origin, folder: Pa
         chat: Rows were written by the tokenizer's chat template.
     """
     full = recipe.adapter == "full"
-    first = _TEACH if recipe.adapter in ("series", "parallel") else ""
+    first = _TEACH if recipe.adapter in ("series", "parallel", "prefix") else ""
     use = _snippet(_WITH_LAYERS if full else first + _WITH_ADAPTER, base, folder, chat)
     more = " `siftune export` makes an ordinary model of it." if full else ""
     return _card(recipe, summary, _head(recipe, base), f"{use}\n{_prompts(chat)}{_whence(base)}{more}\n")

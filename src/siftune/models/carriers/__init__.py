@@ -118,6 +118,14 @@ CARRIERS = {
         alpha=lambda rank: 4 * rank,
         unmergeable=_NON_LINEAR,
     ),
+    "prefix": Carrier(
+        "keys and values of each layer's own before those of the tokens, `rank` of them (arXiv 2101.00190)",
+        "siftune.models.carriers.prefix:prefix",
+        {"peft_type": "LAYER_PREFIX"},
+        {"rank": "r"},
+        rank=30,
+        unmergeable="its keys and values stand before the tokens', so that no weight does it; use it beside its base",
+    ),
     "vera": Carrier(
         "two vectors in every linear module, beside shared random matrices (arXiv 2310.11454)",
         "siftune.models.carriers.linear:vera",

@@ -13,23 +13,22 @@ bottleneck's width, so that alpha means what it does for LoRA, and scales b_up t
 and both biases begin at zero, so that the start is the base exactly (Houlsby et al.: near it), and W_down as torch's
 linear modules do; dropout is on the network's input; several adapters in one place are added up.
 
-PEFT has no such kind. This one is a tuner of PEFT's of type BOTTLENECK, so that its folders are saved, loaded and
-resumed like any other's once `register` has told PEFT; attaching and loading here do so.
+PEFT has no such kind. This one is a tuner of PEFT's of type BOTTLENECK; see `own`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, mapping
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siftune.errors import AdapterError
 from siftune.models.adapters import inside, short_names
 from siftune.models.carriers import CARRIERS, Shape
+from siftune.models.carriers.own import OwnLayer, OwnTuner, register
 from siftune.models.layers import hidden_states
 from siftune.models.sublayers import PARTS, find_sublayers
 
@@ -65,7 +64,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
             raise AdapterError(f"unknown nonlinearity {self.nonlinearity!r}; known: {', '.join(FUNCTIONS)}")
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class BottleneckLayer(OwnLayer):
     """The module by which a sublayer writes, and bottlenecks after it or beside the sublayer.
 
     Its response, all that it adds to what the module gives, is proportional to `scaling`.
@@ -80,15 +79,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     other_param_names: ClassVar[tuple[str, ...]] = ("bottleneck_dropout", "scaling", "functions", "parallel")
 
     def __init__(self, base_layer: nn.Module, width: int, active: str) -> None:
-        super().__init__()
-        self.base_layer, self.width = base_layer, width
+        super().__init__(base_layer, active)
+        self.unmergeable = CARRIERS["series"].unmergeable or ""
+        self.width = width
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.functions: dict[str, str] = {}
         self.parallel: dict[str, bool] = {}
-        self.merged_adapters: list[str] = []
-        self._active_adapter = active
         self._given: Tensor | None = None
         self._watch: RemovableHandle | None = None
 
@@ -127,28 +125,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 hidden = hidden + self._response(name, values).to(hidden.dtype).view_as(hidden)
         return hidden if isinstance(base, Tensor) else (hidden, *base[1:])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Refuse: there is no weight that does the same."""
-        raise ValueError(CARRIERS["series"].unmergeable)
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Give the module back as it was."""
-        if merge:
-            self.merge()
+        base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if self._watch is not None:
             self._watch.remove()
-        return self.base_layer
-
-    def __getattr__(self, name: str) -> Any:
-        """What the module has, where a model looks into it."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+        return base
 
     def _keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run before the module that is given the sublayer's input."""
@@ -162,19 +146,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         response: Tensor = up(narrow) * self.scaling[name]
         return response
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        """PEFT's, which looks for a weight, and where there is none that of the module's first parameter."""
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        first = next(base_layer.parameters(), None)
-        return (device, dtype) if device is not None or first is None else (first.device, first.dtype)
 
-
-class BottleneckModel(BaseTuner):  # type: ignore[misc]
+class BottleneckModel(OwnTuner):
     """PEFT's tuner that puts bottlenecks on the modules by which sublayers write."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # none: a config names its own
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self._reads = {part.writes: model.get_submodule(part.reads) for part in find_sublayers(model)}
@@ -189,29 +166,13 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
         if not isinstance(target, BottleneckLayer):
             layer = BottleneckLayer(target, _width(self.model, target), self.active_adapters[0])
         layer.add(adapter_name, config, self._reads[current_key])
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            setattr(parent, target_name, layer)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's looks for a weight, which a mixture of experts has not
-
-    def _check_merge_allowed(self) -> NoReturn:
-        raise ValueError(CARRIERS["series"].unmergeable)
+        self.put_in(layer, target, adapter_name, target_name, parent)
 
 
 def _width(model: Any, module: nn.Module) -> int:
     """Size of the hidden states that a module writes."""
     own = getattr(module, "out_features", None) or getattr(module, "nf", None)
     return int(own or model.config.get_text_config().hidden_size)
-
-
-def register() -> None:
-    """Tell PEFT of this kind, so that it loads folders that hold it; calling it twice does no harm."""
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[TYPE] = BottleneckConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[TYPE] = BottleneckModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[TYPE] = BottleneckModel.prefix
 
 
 def series(model: nn.Module, shape: Shape) -> BottleneckConfig:
