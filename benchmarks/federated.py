@@ -15,12 +15,15 @@ owner would over all, so that all together take as many steps. The returns are m
 With `--bad flipped` the last owner returns `--bad-size` times its update, turned round; with `random` one of random
 numbers that is as long. The second round's kit is made of the plugged model by `next_kit`. Measured on held-out rows of
 all tasks, after every round: nats per label token, and multiple choice. A finished job adds a line of JSON to FILE, and
-one that is there already is not made again.
+one that is there already is not made again. Jobs that differ in how returns are merged, or in the bad one, share the
+kit and the first round's trainings; with `--work` these outlive a run that was cut.
 """
 
 import argparse
+import hashlib
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -48,7 +51,7 @@ from siftune.offsite.audits.rows import AuditRows, score_rows, tokenize_audit
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import outer_names
-from siftune.offsite.kit.folder import Kit
+from siftune.offsite.kit.folder import Kit, read_kit
 from siftune.offsite.protocol.emulate import emulate
 from siftune.offsite.protocol.plug import plug_in
 from siftune.offsite.protocol.returned import open_return
@@ -66,6 +69,7 @@ Records = list[dict[str, Any]]
 FILES = ("ARC-Easy", "ARC-Challenge", "boolq", "openbookqa")
 MERGINGS = {"mean": Merging(), "trimmed": Merging(merge="trimmed"), "clipped": Merging(clip_norm=1.0)}
 ROBUST = 3  # returns without which nothing is trimmed or clipped
+AFTER_TRAINING = ("merge", "bad", "bad_size", "rounds")  # what a first round's trainings do not depend on
 NO_LIMIT = 1e6  # on updates: what merging holds back is what is measured, not what plug refuses
 QUESTIONS = 32  # in a forward pass
 
@@ -77,11 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         print(report(read(args.report)))
         return 0
     done = {key(line["job"]) for line in read(args.out)}
-    for job in _jobs(args):
-        if key(job) not in done:
+    with tempfile.TemporaryDirectory(prefix="siftune-federated-") as scratch:
+        work = args.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        for job in (job for job in _jobs(args) if key(job) not in done):
             started = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="siftune-federated-") as folder:
-                rounds = _measure(job, args, Path(folder))
+            rounds = _measure(job, args, work)
             facts = {"versions": versions(), "hardware": hardware(), "seconds": time.monotonic() - started}
             append(args.out, {"job": job, "rounds": rounds, "facts": facts})
             shown = [round(found["nll"], 3) for found in rounds]
@@ -89,7 +94,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _measure(job: Job, args: argparse.Namespace, folder: Path) -> list[Line]:
+def place(work: Path, job: Job, shared_by: Sequence[str] = ()) -> Path:
+    """Where a job keeps its files, together with jobs that differ in some values alone."""
+    rest = {name: value for name, value in job.items() if name not in shared_by}
+    return work / hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
     """Scores before the first round and after each."""
     model, tokenizer = load_model(job["model"], args.dtype)
     tasks, held_out = _rows(job, args.data)
@@ -97,27 +108,35 @@ def _measure(job: Job, args: argparse.Namespace, folder: Path) -> list[Line]:
     settings = AuditSettings(template=job["template"], seed=job["seed"])
     rows = tokenize_audit(rows_from(shards[0]), rows_from(held_out), tokenizer, settings)
     found = [_scores(model, rows)]
-    calibration = random.Random(job["seed"]).sample([row for part in tasks for row in part], job["calibration"])
-    batches = text_batches(rows_from(calibration), 128, tokenizer, job["template"])
-    kit = emulate(model, tokenizer, batches, folder / "kit1", EmulatorSettings(keep=job["keep"]))
+    first = place(work, job, (*AFTER_TRAINING, "owners")) / "kit"
+    if not first.exists():
+        calibration = random.Random(job["seed"]).sample([row for part in tasks for row in part], job["calibration"])
+        batches = text_batches(rows_from(calibration), 128, tokenizer, job["template"])
+        emulate(model, tokenizer, batches, first, EmulatorSettings(keep=job["keep"]))
+    kit = read_kit(first)
     for number in range(1, job["rounds"] + 1):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        folder = place(work, job, AFTER_TRAINING if number == 1 else ())
         parts = _round(job, model, kit, shards, folder / f"round{number}")
         found.append({**_scores(model, rows), "returns": parts})
         if number < job["rounds"]:
             base = load_model(job["model"], args.dtype)[0]
             base.load_state_dict(before)
-            kit = next_kit(base, model, kit, folder / f"kit{number + 1}").kit
+            later = place(work, job) / f"kit{number + 1}"
+            shutil.rmtree(later, ignore_errors=True)  # of a job that was cut
+            kit = next_kit(base, model, kit, later).kit
     return found
 
 
 def _round(job: Job, model: PreTrainedModel, kit: Kit, shards: Sequence[Records], folder: Path) -> list[Line]:
     """Every owner tunes the kit; what they return is merged into the model."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         returns: list[Mapping[str, Tensor]] = []
         for number, shard in enumerate(shards):
-            _train(job, kit, shard, folder / str(number))
+            if not (folder / str(number) / "return").exists():
+                shutil.rmtree(folder / str(number), ignore_errors=True)  # of a job that was cut
+                _train(job, kit, shard, folder / str(number))
             returns.append(stack.enter_context(open_return(folder / str(number) / "return", kit)))
         if job["bad"] is not None:
             state, names = model.state_dict(), outer_names(model, kit.manifest.split)
@@ -279,6 +298,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--template", choices=("auto", "chat", "none"), default="none", help="chat template of all rows")
     add("--seeds", default="0", help="of rows and training")
     add("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
+    add("--work", type=Path, metavar="FOLDER", help="for kits and returns, to go on with; a temporary one if not given")
     add("--out", type=Path, default=Path(__file__).parent / "results" / "federated.jsonl")
     add("--report", type=Path, metavar="FILE", help="print the table of these results, and measure nothing")
     args = parser.parse_args(argv)

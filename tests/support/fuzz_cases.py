@@ -7,6 +7,7 @@ import struct
 
 import torch
 from support.damage import at, byte_mutations, dump, mutations, places, some_of, with_value
+from support.fuzz_forged import Forger, channels, factors, formats, layers, numbers, promises, ranks, sizes
 from support.fuzz_kits import HALF, RETURN, SUBJECTS, THIN
 from support.fuzz_texts import dumped, some, templates, tokenizer_configs, tokenizers
 from support.kits import header_of
@@ -209,6 +210,23 @@ def values(sound, generator):
         yield from _one(subject, name, [(what, _with_header(text, changed)) for what, changed in files])
 
 
+_FORGED = (
+    (KIT, (ranks, channels, layers, sizes, formats, numbers)),
+    (HALF, (ranks, formats, numbers)),
+    *((family, (numbers,)) for family in ("gpt2", "gemma2", "opt", "gpt_neox")),
+    (RETURN, (numbers, promises)),
+    (THIN, (numbers, factors)),
+)
+
+
+def forged(sound, generator):
+    """Folders of which several files were changed so that they fit each other."""
+    for subject, kinds in _FORGED:
+        forger = Forger(sound / subject, generator)
+        for kind in kinds:
+            yield from (Case(subject, what, other.files()) for what, other in kind(forger))
+
+
 def texts_of(name, mutate):
     """Mutations of a text file: `mutate` is given its JSON, or its bytes where it is none."""
 
@@ -226,6 +244,7 @@ CLASSES = {
     "rotary": rotary,
     "headers": headers,
     "values": values,
+    "forged": forged,
     "tokenizers": texts_of(TOKENIZER, tokenizers),
     "tokenizer configs": texts_of(TOKENIZER_CONFIG, tokenizer_configs),
     "templates": texts_of(TEMPLATE, templates),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.tiny_kit import base_model, save_kit
 
-from federated import _shards, spoiled
+from federated import AFTER_TRAINING, _shards, place, spoiled
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.protocol.thin import Tuned, is_thin
 
@@ -41,3 +41,13 @@ def test_a_bad_return_is_as_long_as_it_is_asked_to_be(tmp_path, kind, how):
         if float(update.norm()):
             cosine = float(torch.cosine_similarity(found[name].flatten(), update.flatten(), dim=0))
             assert cosine == pytest.approx(-1, abs=1e-3) if how == "flipped" else abs(cosine) < 0.6
+
+
+def test_trainings_are_shared_by_jobs_that_differ_after_them_alone(tmp_path):
+    job = {"seed": 0, "owners": 4, "merge": "mean", "bad": None, "bad_size": None, "rounds": 1, "lr": 1e-3}
+    first = place(tmp_path, job, AFTER_TRAINING)
+    for name, value in {"merge": "trimmed", "bad": "flipped", "bad_size": 10.0, "rounds": 2}.items():
+        assert place(tmp_path, {**job, name: value}, AFTER_TRAINING) == first
+        assert place(tmp_path, {**job, name: value}) != place(tmp_path, job)
+    for name, value in {"seed": 1, "owners": 8, "lr": 2e-3}.items():
+        assert place(tmp_path, {**job, name: value}, AFTER_TRAINING) != first

@@ -40,7 +40,7 @@ from siftune.offsite.audits.recovery import recovered
 from siftune.offsite.audits.result import EMULATOR_ZS, FULL_FT, FULL_ZS, RECOVERED, Audit, RecoveryPoint, summarise
 from siftune.offsite.audits.rows import AuditRows, accuracy_name, tokenize_audit, with_calibration
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
-from siftune.offsite.audits.stages import tuned_outer, untuned
+from siftune.offsite.audits.stages import Scores, tuned_outer, untuned
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit, read_kit
 from siftune.offsite.protocol.load import load_kit
@@ -87,26 +87,34 @@ def audit(
     outer = read_outer(models.base, models.split)
     if returned is not None:
         compare(outer, returned)
-    used = choose_rows(rows, settings)
-    trained = used if returned is None else range(len(rows.train))
-    candidates = choose_candidates(rows, settings, trained) if settings.membership else None
-    job = Job(models, rows, settings, used, candidates, progress)
+    job = _job(models, rows, settings, returned is not None, progress)
     with plugged(models.emulator, models.split, outer):  # the base's own, where the kit's is rounded
         scores, cosine = untuned(job)
         tuned, membership = tuned_outer(job, returned, scores[FULL_ZS])
         scores |= tuned
-        points: tuple[RecoveryPoint, ...] = ()
-        if settings.recovery:
-            found = recovered(job, scores[FULL_FT], scores[EMULATOR_ZS])
-            scores[RECOVERED], points = found.best, found.points
+        points = _recover(job, scores) if settings.recovery else ()
         canaries = plant(job) if settings.canaries else None
-    calibration = calibration_leak(job)
-    conditions, comparisons = summarise(scores, job.bootstrap)
-    facts = _facts(job, returned is not None)
-    kept, accuracy = kept_fraction(models), accuracy_name(rows)
     return Audit(
-        conditions, comparisons, accuracy, cosine, kept, membership, settings, facts, points, canaries, calibration
-    )
+        *summarise(scores, job.bootstrap), accuracy_name(rows), cosine, kept_fraction(models), membership, settings,
+        _facts(job, returned is not None), points, canaries, calibration_leak(job),
+    )  # fmt: skip
+
+
+def _job(
+    models: OffsiteModels, rows: AuditRows, settings: AuditSettings, returned: bool, progress: Progress | None
+) -> Job:
+    """What is tuned on and who is asked about: of a return that came back, all training rows."""
+    used = choose_rows(rows, settings)
+    trained = range(len(rows.train)) if returned else used
+    candidates = choose_candidates(rows, settings, trained) if settings.membership else None
+    return Job(models, rows, settings, used, candidates, progress)
+
+
+def _recover(job: Job, scores: Scores) -> tuple[RecoveryPoint, ...]:
+    """Tune the whole emulator: its best scores go to the others."""
+    found = recovered(job, scores[FULL_FT], scores[EMULATOR_ZS])
+    scores[RECOVERED] = found.best
+    return found.points
 
 
 def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audit:

@@ -182,8 +182,11 @@ def _check_config(value: Any) -> dict[str, Any]:
     for name in _SWITCHES:
         if not isinstance(value[name], bool):
             raise KitError(f"{CONFIG}: {name} is {shown(value[name])}, not true or false")
-    for item in as_list(value["model_input_names"], f"{CONFIG}: model_input_names", 16):
+    names = as_list(value["model_input_names"], f"{CONFIG}: model_input_names", 16)
+    for item in names:
         as_text(item, f"{CONFIG}: model_input_names", "input_ids|attention_mask|token_type_ids")
+    if names[:1] != ["input_ids"] or len(set(names)) < len(names):  # by the first one batches are padded
+        raise KitError(f"{CONFIG}: model_input_names is {shown(names)}; it must begin with input_ids, each once")
     tokens = as_list(value["extra_special_tokens"], f"{CONFIG}: extra_special_tokens", MAX_SPECIAL)
     for token in (*tokens, *(value[name] for name in _NAMED if name in value)):
         if not isinstance(token, str) or not 1 <= len(token) <= 256:

@@ -5,6 +5,7 @@ letters that the tokenizer's own patterns name: an attack may wait for one of th
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,12 @@ from tokenizers import Tokenizer
 
 from siftune.errors import KitError
 from siftune.offsite.kit.limited import limit_memory
-from siftune.offsite.kit.strict import brief
+from siftune.offsite.kit.strict import brief, shown
 from siftune.offsite.kit.template import try_template
 from siftune.offsite.kit.tokenizer_parts import MAX_GROWTH, TOKENIZER
 
 _FOR_TEMPLATES = 256  # 10^6 bytes; a template needs less than a tokenizer
+_DEPTH = 600  # calls within calls in a template: a thousand are all there are where it is used, some of them taken
 _LONG = 4096  # characters of a long text
 _NAMED = 1024  # letters of patterns that are tried
 _SCRIPTS = (
@@ -44,24 +46,30 @@ def answer(request: dict[str, Any]) -> str | None:
     """
     source = request["tokenizer"]
     backend = _use("it is built", Tokenizer.from_str, source)
-    for text in (*_SCRIPTS, *_long(), *_texts_of(json.loads(source))):
-        _try_text(backend, text)
+    counts = {text: _try_text(backend, text) for text in (*_SCRIPTS, *_long(), *_texts_of(json.loads(source)))}
+    if lost := [text for text in _SCRIPTS if text and not counts[text]]:
+        raise KitError(f"{TOKENIZER} makes no token of {shown(lost[0])}")
     _use("all tokens are decoded", backend.decode, list(range(backend.get_vocab_size())))
     if request["template"] is None:
         return None
     limit_memory(_FOR_TEMPLATES)
+    sys.setrecursionlimit(_DEPTH)
     example = try_template(request["template"], request["named"])
     _try_text(backend, example)
     return example
 
 
-def _try_text(backend: Tokenizer, text: str) -> None:
+def _try_text(backend: Tokenizer, text: str) -> int:
+    """Tokenise a text and go back; return how many tokens it has without special ones."""
+    counts = []
     what = f"a text of {len(text)} characters is tokenised, which begins with {text[:16]!a}"
     for special in (False, True):
         ids = _use(what, backend.encode, text, add_special_tokens=special).ids
         if len(ids) > MAX_GROWTH * (len(text.encode()) + _LONG):
             raise KitError(f"{TOKENIZER} makes {len(ids)} tokens of a text of {len(text)} characters")
         _use(what.replace("tokenised", "decoded"), backend.decode, ids, skip_special_tokens=special)
+        counts.append(len(ids))
+    return counts[0]
 
 
 def _use(what: str, function: Any, *args: Any, **options: Any) -> Any:

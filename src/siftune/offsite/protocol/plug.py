@@ -129,44 +129,45 @@ def plug_in(
         UnsupportedError: Weights of the model are not in memory.
 
     Example:
-        >>> report = plug_in(base, kit, [returned])  # from `read_return`; here nothing was tuned
-        >>> report.rounding
-        0.0
-
-        With rows on which the model must not get worse:
-
         >>> from siftune.evaluate.prepare import prepare_rows
         >>> from siftune.offsite.protocol.own_rows import OwnRows
         >>> rows = OwnRows(prepare_rows(held_out_rows, tokenizer, ("perplexity",)))
-        >>> report = plug_in(base, kit, [returned], rows=rows)
-        >>> report.loss.after == report.loss.before
-        True
+        >>> plug_in(base, kit, [returned], rows=rows).rounding  # of `read_return`; here nothing was tuned
+        0.0
     """
     merging = merging or Merging()
     merging.check_merging(len(returns))
-    state = _in_memory(model)
-    check_base(model, kit)
-    names = outer_names(model, kit.manifest.split)
-    before = {neutral: state[name] for neutral, name in names.items()}
+    before = _outer(model, kit)
     found = candidates(before, returns, max_update, kit.manifest.model_type)
-    values, parts = merged(before, found, merging)
-    report = parts[0].report
-    if len(parts) > 1:
-        report = compare(before, values, max_update, kit.manifest.model_type)
-        with about(_MERGED):
-            report.check()
-    report = replace(report, parts=tuple(parts))
+    values, report = _merge(before, found, merging, kit)
     if rows is None:
         _fill(before, values)
     else:
         report = _with_losses(report, _fill_if_no_worse(model, before, found, values, rows))
+    _tell_rounding(report, model)
+    return report
+
+
+def _merge(
+    before: Mapping[str, Tensor], found: Sequence[Candidate], merging: Merging, kit: Kit
+) -> tuple[dict[str, Tensor], UpdateReport]:
+    """The outer layers with all returns in them, which moved no further than a single return may."""
+    values, parts = merged(before, found, merging)
+    report = parts[0].report
+    if len(parts) > 1:
+        report = compare(before, values, report.limit, kit.manifest.model_type)
+        with about(_MERGED):
+            report.check()
+    return values, replace(report, parts=tuple(parts))
+
+
+def _tell_rounding(report: UpdateReport, model: PreTrainedModel) -> None:
     if report.rounding > _TELL:
         logger.warning(
             "rounding to %s adds an error of %.0f %% of the update's norm; --dtype float32 avoids it",
             str(model.dtype).removeprefix("torch."),
             100 * report.rounding,
         )
-    return report
 
 
 def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -225,9 +226,10 @@ def check_base(model: PreTrainedModel, kit: Kit) -> None:
         check_of_base(kit.config, kit.manifest, model.config)
 
 
-def _in_memory(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A model's tensors, to be written to."""
+def _outer(model: PreTrainedModel, kit: Kit) -> dict[str, Tensor]:
+    """The tensors of a kit's base that returns are put into, by neutral name."""
     state: dict[str, Tensor] = model.state_dict()
     if any(tensor.device.type == "meta" for tensor in state.values()):
         raise UnsupportedError("weights of the model are not in memory: load it on one device, the processor will do")
-    return state
+    check_base(model, kit)
+    return {neutral: state[name] for neutral, name in outer_names(model, kit.manifest.split).items()}

@@ -1,5 +1,6 @@
 """Children that die of memory, of time or by a signal, and the parent lives: with the checks of the file left out."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -75,6 +76,26 @@ def test_a_pattern_that_panics_on_a_long_run_alone_is_a_sentence():
     split = {"type": "Split", "pattern": {"Regex": r"^(\d|\d)*$"}, "behavior": "Isolated", "invert": False}
     with pytest.raises(KitError, match=r"it fails when a text of 4097 .*'1111.*retry-limit-in-match"):
         try_out(files_with(pre_tokenizer=split), SMALL)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": r"[\s\S]"}, "content": ""}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Removed", "invert": False}},
+    ],
+)
+def test_a_tokenizer_that_drops_all_text_is_refused(parts):
+    with pytest.raises(KitError, match=r"tokenizer.json makes no token of '"):
+        try_out(files_with(**parts), SMALL)
+
+
+@pytest.mark.parametrize(("depth", "fits"), [(40, True), (180, False)])
+def test_a_template_has_fewer_calls_within_calls_than_where_it_is_used(depth, fits):
+    nested = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(" + str(depth) + ") }}" + CHATML
+    outcome = contextlib.nullcontext() if fits else pytest.raises(KitError, match="recursion")
+    with outcome:
+        try_out(files_with(nested), SMALL)
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

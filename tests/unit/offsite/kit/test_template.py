@@ -1,6 +1,7 @@
 """Chat templates of the families come through, and what drops or multiplies what is said does not."""
 
 import itertools
+from datetime import datetime
 
 import pytest
 from support.tokenizer import CHATML, byte_tokenizer
@@ -68,7 +69,7 @@ def test_templates_of_the_families_are_accepted_and_shown(name):
 @pytest.mark.parametrize(("talk", "open_turn"), [*itertools.product(range(len(TALKS)), (False, True))])
 def test_what_is_rendered_is_what_transformers_renders(name, talk, open_turn):
     tokenizer = byte_tokenizer(FAMILIES[name])
-    render, _ = template._compiled(FAMILIES[name], tokenizer.special_tokens_map)
+    render, _ = template._compiled(FAMILIES[name], tokenizer.special_tokens_map, datetime.now())
     answers = []
     for ask in (
         lambda: render(TALKS[talk], open_turn),
@@ -98,13 +99,22 @@ DROPS = {
     "the end": ("{% for m in messages %}{{ m.content[:12] }}{% endfor %}", "the user says"),
     "letters": ("{% for m in messages %}{{ m.content | replace('é', '') }}{% endfor %}", "the user says"),
     "all": ("hello", "the user says"),
+    "what is short": ("{% for m in messages if m.content | length > 9 %}{{ m.content }}{% endfor %}", "the user says"),
+    "what is ASCII": ("{% for m in messages if 'é' in m.content %}{{ m.content }}{% endfor %}", "the user says"),
+    "several lines": ("{% for m in messages %}{{ m.content.split('\n')[0] }}{% endfor %}", "the user says"),
+    "spaces": ("{% for m in messages %}{{ m.content.split() | join(' ') }}{% endfor %}", "the user says"),
+    "capitals": ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", "the user says"),
+    "marks of HTML": ("{% for m in messages %}{{ m.content | e }}{% endfor %}", "the user says"),
+    "addresses": ("{% for m in messages %}{{ m.content | urlize }}{% endfor %}", "the user says"),
+    "the end of a long text": ("{% for m in messages %}{{ m.content[:7999] }}{% endfor %}", "the user says"),
+    "the hundredth": ("{% for m in messages[:100] %}{{ m.content }}{% endfor %}", "the user says .* of 128 turns"),
 }
 
 
 @pytest.mark.parametrize("name", DROPS)
 def test_a_template_that_drops_what_is_said_is_refused(name):
     source, words = DROPS[name]
-    with pytest.raises(KitError, match=f"leaves out what {words}"):
+    with pytest.raises(KitError, match=f"leaves out or changes what {words}"):
         try_template(source, NAMED)
 
 
@@ -149,6 +159,29 @@ def test_a_template_that_fails_is_refused_in_words(source, words):
     with pytest.raises(KitError, match=words) as caught:
         try_template(source, NAMED)
     assert str(caught.value).startswith("chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ strftime_now('%H:%M') }}" + ALL, "the time of the day"),
+        ("{{ strftime_now('%d %b, %f') }}" + ALL, "the time of the day"),
+        ("{{ [1, 2] | random }}" + ALL, "No filter named 'random'"),
+        ("{{ lipsum(n=1) }}" + ALL, "'lipsum' is undefined"),
+    ],
+)
+def test_a_template_that_does_not_write_the_same_twice_is_refused(source, words):
+    with pytest.raises(KitError, match=words):
+        try_template(source, NAMED)
+
+
+def test_a_template_that_takes_ever_longer_is_refused(monkeypatch):
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.05)  # as at longer texts with half a second
+    loops = (
+        "{% for m in messages %}{% for a in m.content %}{% for b in m.content %}{% endfor %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(KitError, match=r"takes \d\.\d\d s for 2 messages with \d+ characters; it may take"):
+        try_template(loops + ALL, NAMED)
 
 
 def test_what_is_said_cannot_be_known_before():
