@@ -107,8 +107,12 @@ def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
     shards = _shards(tasks, job["owners"])
     settings = AuditSettings(template=job["template"], seed=job["seed"])
     rows = tokenize_audit(rows_from(shards[0]), rows_from(held_out), tokenizer, settings)
-    found = [_scores(model, rows)]
-    first = place(work, job, (*AFTER_TRAINING, "owners")) / "kit"
+    shared = place(work, job, (*AFTER_TRAINING, "owners"))
+    shared.mkdir(exist_ok=True)
+    first, before_any = shared / "kit", shared / "before.json"
+    if not before_any.exists():
+        before_any.write_text(json.dumps(_scores(model, rows)), encoding="utf-8")
+    found = [json.loads(before_any.read_text(encoding="utf-8"))]
     if not first.exists():
         calibration = random.Random(job["seed"]).sample([row for part in tasks for row in part], job["calibration"])
         batches = text_batches(rows_from(calibration), 128, tokenizer, job["template"])
