@@ -63,6 +63,7 @@ CASES = {
         f"{family} {kind}": (lambda f=family, k=kind: adapted(f, k)) for family in FAMILIES for kind in ("lora", "dora")
     },
     **{f"llama {kind}": (lambda k=kind: adapted(kind=k)) for kind in ("vera", "loha", "oft")},  # these run again
+    "llama prefix": lambda: adapted(kind="prefix"),
     "mamba lora": lambda: adapted("mamba"),
     "llama rslora": lambda: adapted(kind="rslora"),
     "bloom series, tanh": lambda: adapted("bloom", "series", nonlinearity="tanh"),
@@ -145,18 +146,23 @@ def test_rows_gradients_in_models_that_compute_parts_in_float32(family):
 
 
 PLAIN = ("llama lora", "gpt2 dora", "opt ia3", "qwen2 biases", "gemma3 lora", "mixtral lora")
-OTHERS = ("bloom series, tanh", "llama vera", "llama loha")
+OTHERS = ("bloom series, tanh", "opt parallel on both", "llama prefix", "llama vera", "llama loha")
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
-def test_rows_gradients_equal_the_loop_in_float32(name):
+def test_rows_gradients_in_float32_are_as_near_to_float64_as_the_loop_in_float32(name):
+    """A loop over rows in float32 is itself up to 3e-6 away, so that no bound of 1e-6 can hold against float64."""
     model = CASES[name]()
     inputs = batch(model, 4)
     wanted = sample_gradients(double(CASES[name]()), inputs)
+    looped = sample_gradients(model, inputs)
     with Recorder(model) as recorder:
         summed_loss(model, inputs).backward()
-    for rows, oracle in zip(recorder.grads.values(), (wanted[p] for p in _twins(model, wanted, recorder)), strict=True):
-        assert_close(rows.double(), oracle, 1e-5)
+    for parameter, oracle in zip(recorder.grads, (wanted[p] for p in _twins(model, wanted, recorder)), strict=True):
+        scale = max(float(oracle.abs().max()), 1e-3)
+        ours, loops = (float((g[parameter] - oracle).abs().max()) / scale for g in (recorder.grads, looped))
+        assert ours <= 1.5 * loops + 1e-6
+        assert loops < 1e-5
 
 
 def _twins(model, wanted, recorder):
@@ -208,10 +214,10 @@ def test_padding_does_not_matter():
         assert_close(found[1][parameter], rows, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "parallel"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "prefix"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(kind, reentrant):
-    model = adapted(kind=kind, dropout=0.3).double().train()
+    model = adapted(kind=kind, **({} if kind == "prefix" else {"dropout": 0.3})).double().train()
     inputs = batch(model, 4)
     found = []
     for checkpointing in (False, True):
@@ -226,7 +232,7 @@ def test_activation_checkpointing_changes_nothing(kind, reentrant):
         assert_close(found[1][parameter], rows, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "vera"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "parallel", "prefix", "vera"])
 def test_checkpointing_may_run_a_layers_hooks_again(kind, monkeypatch):
     model = adapted(kind=kind).double()
     inputs = batch(model, 4)

@@ -59,7 +59,7 @@ def test_it_is_a_cache_that_is_full_of_it(family):
         assert torch.equal(logits(model, input_ids=ids, attention_mask=seen, position_ids=places), plain)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
+@pytest.mark.parametrize("family", ["bloom", "gemma2"])
 def test_tokens_that_come_one_by_one_see_it_too(family):
     model = prefixed(family)
     ids = batch(model, 1)["input_ids"]
