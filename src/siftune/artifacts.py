@@ -1,7 +1,6 @@
 """What the user names to be measured: a run folder, an adapter folder, a kit, or a model."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, KitError, ModelError
+from siftune.jsonable import parsed
 from siftune.models.adapters import load_adapter
 from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
@@ -196,7 +196,7 @@ def _base_of(adapter: Path) -> str:
     """Read which model an adapter belongs to."""
     path = adapter / "adapter_config.json"
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = parsed(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
     if not isinstance(base, str) or not base:

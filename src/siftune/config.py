@@ -137,6 +137,9 @@ class Recipe:
     """Batch rows of like length: less padding, so faster, but rows of one kind then come together."""
     accumulate: Annotated[int, COUNT] = 1
     """Forward passes in an optimizer step."""
+    auto_batch: bool = False
+    """Where memory runs out, go on from the newest checkpoint with half of batch_size and twice accumulate, as often as
+    it takes: the same rows in every step. Methods that choose rows choose among fewer then."""
     epochs: Annotated[float, POSITIVE] = 1.0
     """Passes over the training rows."""
     steps: Annotated[int | None, COUNT] = None
@@ -151,6 +154,9 @@ class Recipe:
     """Noise on the embeddings in training (NEFTune), scaled by this alpha; none if not given."""
     clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    bad_steps: Annotated[int, NOT_NEGATIVE] = 3
+    """Steps that may be left out, and are told with their rows, because a loss or gradient is not finite; one more ends
+    the run. With dp_epsilon and adapter adalora the first one does."""
     dp_epsilon: Annotated[float | None, PROMISE] = None
     """Differential privacy for every training row: the largest ε of the run. Smaller protects more and learns less."""
     dp_delta: Annotated[float | None, CHANCE] = None

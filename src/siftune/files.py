@@ -5,7 +5,9 @@ the command line takes it: `Progress`.
 """
 
 import contextlib
+import hashlib
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,8 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
     """Have files or folders written beside their places; they are moved there together at the end.
 
     After an error in the block nothing is moved, and nothing is left beside. What an earlier process left there is
-    thrown away first.
+    thrown away first. What is moved is on the disk itself before, so that a machine that loses power has the old or
+    the new.
 
     Args:
         places: Files or folders in folders that exist; what is there is replaced.
@@ -55,9 +58,51 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
         if place.is_dir() and not beside.is_dir():
             _remove(beside)
             raise InputError(f"{place} is a folder, and no file is put in its place; give another name.")
-        if place.is_dir():
-            shutil.rmtree(place)  # no system replaces a full folder
-        os.replace(beside, place)
+        to_disk(beside)
+        _swap(beside, place)
+        to_disk(place.parent, all_in_it=False)
+
+
+def _swap(beside: Path, place: Path) -> None:
+    """Move a file or folder to its place; no system replaces a full folder, so an old one goes aside first."""
+    old = place.with_name(f".{place.name}.old")
+    _remove(old)
+    if place.is_dir():
+        os.replace(place, old)
+    os.replace(beside, place)
+    _remove(old)
+
+
+def to_disk(path: Path, all_in_it: bool = True) -> None:
+    """Have the system write a file, or a folder and all that is in it, to the disk itself, out of its memory.
+
+    Args:
+        path: The file or folder.
+        all_in_it: False: of a folder only the names.
+    """
+    if path.is_dir() and all_in_it:
+        for part in path.iterdir():
+            to_disk(part)
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def why_unreadable(error: BaseException) -> str:
+    """What to say of a file of weights or state that could not be read, in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in the file
+        return "it is damaged, or holds more than tensors and plain values, which could run code and is not read"
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Values as strict JSON can hold them."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -56,3 +57,15 @@ def _number(value: float, digits: int | None) -> float | None:
     if not math.isfinite(value):
         return None
     return value if digits is None else float(f"{value:.{digits}g}")
+
+
+def parsed(text: str) -> Any:
+    """Parse JSON of whatever origin.
+
+    Raises:
+        ValueError: It is none, or nested so deeply that Python gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

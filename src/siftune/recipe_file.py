@@ -225,11 +225,25 @@ def _read(path: Path) -> dict[str, _Entry]:
         raise RecipeError(f"recipe {path} is not UTF-8 text: byte {error.start} is invalid") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}{_where(error)}: not valid YAML: {_problem(error)}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply for a recipe, which is made of lines `key: value`") from None
+    except ValueError as error:  # a date with a 13th month, a number of 5,000 digits
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without aliases, by which few lines can stand for endless ones."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases such as *name are not for recipes", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 def _entries(path: Path, text: str) -> dict[str, _Entry]:
     """Parse a recipe; an empty one has no entries."""
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     node = loader.get_single_node()
     return {} if node is None else _mapping(path, loader, node)
 

@@ -138,8 +138,9 @@ def test_an_interrupt_reaches_all_and_saves_what_was_trained(given, tmp_path):
     words = [*given, "--batch-size", "4", "--steps", "4000", "--out", "run", "--processes", "2"]
     process = start(SIFTUNE, words, tmp_path)
     wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json", process)
-    process.send_signal(signal.SIGINT)
-    _, said = finish(process, 60)
+    process.send_signal(signal.SIGTERM)
+    _, said = finish(process, 90)
     assert process.returncode == 130, said
     assert "the adapter after step" in said.splitlines()[-1]
+    assert "siftune train --resume run` goes on from there" in said.splitlines()[-1]
     assert Path(tmp_path, "run", "adapter", "adapter_model.safetensors").is_file()

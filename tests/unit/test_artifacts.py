@@ -68,7 +68,13 @@ def test_a_run_that_is_not_finished(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"), [("{", "can't be read"), ("[]", "can't be read"), ("{}", "names no base model")]
+    ("config", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "can't be read"),
+        ("{}", "names no base model"),
+        ("[" * 10**5, "nested too deeply"),
+    ],
 )
 def test_an_adapter_without_a_base(tmp_path, config, message):
     (tmp_path / "adapter_config.json").write_text(config)
@@ -90,7 +96,9 @@ def test_an_adapter_with_half_its_weights(adapter):
         load_subject(find_subject(str(adapter)))
 
 
-@pytest.mark.parametrize("change", [{"target_modules": ["nothing"]}, {"r": 3}, {"peft_type": "SPELL"}])
+@pytest.mark.parametrize(
+    "change", [{"target_modules": ["nothing"]}, {"r": 3}, {"peft_type": "SPELL"}, {"target_modules": [3]}]
+)
 def test_an_adapter_of_another_model(adapter, change):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -104,6 +104,11 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("greats: {temperature: 1.0}\n", "r.yaml:1: unknown key 'greats.temperature'"),
         (b"model: \xff\n", "r.yaml is not UTF-8 text: byte 7 is invalid"),
         ("model: \x00\n", "r.yaml: not valid YAML:"),
+        ("model: &a x\ntrain: *a\n", "r.yaml:2: not valid YAML: aliases such as *name are not for recipes"),
+        ("gast: &a {select: *a}\n", "r.yaml:1: not valid YAML: aliases such as"),
+        ("model: 2024-13-45\n", "r.yaml: not valid YAML: month must be in 1..12"),
+        (f"seed: {'9' * 5000}\n", "r.yaml: not valid YAML: Exceeds the limit"),
+        (f"train: {'[' * 3000}\n", "r.yaml: nested too deeply for a recipe"),
     ],
 )
 def test_a_mistake_is_told_with_file_line_and_remedy(recipe_file, text, message):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from siftune.jsonable import jsonable
+from siftune.jsonable import jsonable, parsed
 
 
 @dataclass
@@ -49,3 +49,10 @@ def test_floats_are_rounded_to_significant_digits_and_whole_numbers_are_not():
         "scores": [[123500.0, -0.0001235, None]],
         "step": 123456,
     }
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "{"])
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
+        parsed(text)
+    assert parsed('{"a": [1, null]}') == {"a": [1, None]}

@@ -59,11 +59,17 @@ class _Rank:
         """Whether it failed because another one did."""
         return self.told().get("error") == LEFT_ALONE
 
-    def end(self, patience: float) -> None:
-        """Wait until it has ended, and end it by force where that takes too long."""
+    def ends_within(self, patience: float) -> bool:
+        """Wait so many seconds for it to end; whether it did."""
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def end(self, patience: float) -> None:
+        """Wait until it has ended, and end it by force where that takes too long."""
+        if not self.ends_within(patience):
             self.process.kill()
             self.process.wait()
 
@@ -84,7 +90,6 @@ def launch(arguments: Sequence[str], processes: int) -> dict[str, Any]:
     """
     ranks: list[_Rank] = []
     with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _interrupt))
         meeting = _meeting_place(processes)
         try:
             for number in range(processes):
@@ -101,10 +106,6 @@ def launch(arguments: Sequence[str], processes: int) -> dict[str, Any]:
 def _after_interrupt(told: dict[str, Any]) -> str:
     """What a rank that was interrupted said besides that it was; empty where that is all."""
     return str(told.get("error", "")).removeprefix("interrupted").removeprefix("; ")
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _meeting_place(processes: int) -> dict[str, str]:
@@ -164,8 +165,10 @@ def _stop(ranks: Sequence[_Rank], interrupted: bool) -> None:
     failed, rank 0 finds out by itself.
     """
     try:
-        if interrupted and ranks and ranks[0].process.poll() is None:
-            ranks[0].process.send_signal(signal.SIGINT)
+        for _ in range(2 * interrupted):  # the second ends it at once, where a step takes long
+            if ranks and ranks[0].process.poll() is None:
+                ranks[0].process.send_signal(signal.SIGTERM)  # a background job's ranks may not hear SIGINT
+                ranks[0].ends_within(_GRACE)
         for rank in ranks:
             rank.end(0.0 if rank.number else _GRACE)
     finally:  # a second Ctrl-C comes here while rank 0 is saving: none may go on by itself

@@ -13,7 +13,9 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -39,6 +41,7 @@ _FIRST_SPEAKS = 2.0  # seconds; what all ranks find, rank 0 says, and the launch
 _ALONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 # safetensors and torch.save say in their own words that a write failed
 _FULL = ("os error 28", "inline_container.cc")
+_NO_MEMORY = "can't allocate memory"  # torch's words on processors; for devices it has a class, OutOfMemoryError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     arguments = [word for word in arguments if word != "--json"]
     try:
-        with _logs(), stdout_to_stderr() if as_json else contextlib.nullcontext():
+        with _terminated(), _logs(), stdout_to_stderr() if as_json else contextlib.nullcontext():
             code, result = _guarded(arguments)
         if as_json and result is not None and (told_by_parent() or not launch_rank()):
             plain = not (sys.stdout.encoding or "").lower().startswith("utf")
@@ -64,6 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # nobody reads on; a null device keeps the interpreter's last flush from failing as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Have SIGTERM end a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _write_what_the_console_can() -> None:
@@ -120,6 +136,9 @@ def _explain(error: Exception) -> str | None:
         return _explain_missing(error.name or "")
     if launch_size() > 1 and any(words in str(error) for words in _ALONE):
         return LEFT_ALONE
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+        reason = " ".join(str(error).split())[:150] or "MemoryError"
+        return f"memory ran out ({reason}): give a smaller --batch-size, a shorter --max-length, or a smaller model"
     if any(words in str(error) for words in _FULL):
         return f"the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from siftune.data.rows import Row, said
 from siftune.data.tokens import Form, Tokens, tokens_of
-from siftune.files import Progress
+from siftune.files import Progress, hash_of
 from siftune.models.smollm2 import cache_root
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _read(folder: Path) -> Tokens | None:
         return None
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        if about["sha256"] != _digest(folder / _ARROW):
+        if about["sha256"] != hash_of(folder / _ARROW):
             raise ValueError(f"{_ARROW} is not what was written")
         data = Dataset.from_file(str(folder / _ARROW))
         bad = {int(place): str(reason) for place, reason in about["bad"]}
@@ -128,7 +128,7 @@ def _write(folder: Path, tokens: Tokens) -> bool:
             with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
             about = {
-                "sha256": _digest(path),
+                "sha256": hash_of(path),
                 "bad": list(tokens.bad.items()),
                 "cut": tokens.cut,
                 "notes": dict(tokens.notes),
@@ -172,8 +172,3 @@ def _make_room(newest: Path) -> None:
                 newest.parent,
                 _MOST / 1e6,
             )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -66,6 +66,12 @@ def first_rank_first() -> Iterator[None]:
         dist.barrier()
 
 
+def wait_for_all() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def world_size() -> int:
     """Number of ranks; 1 where no process group is set up."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

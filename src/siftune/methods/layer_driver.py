@@ -203,7 +203,8 @@ class LayerSelection:
         """Do what is due just before an optimizer step, when gradients are whole: the Trainer's callback calls it."""
         self.drop_inactive_grads()
         active = self._active_groups()
-        if self.policy.needs_norms:
+        seen = any(p.grad is not None for group in active.values() for p in group.parameters.values())
+        if self.policy.needs_norms and seen:  # of a step that is left out there is none
             norms = side_by_side([gradient_norm(group.parameters.values()) for group in active.values()])
             self.policy.observe(torch.tensor(list(active)), norms.to("cpu").to(torch.float64))
         if (lengths := self.policy.step_lengths) is not None:

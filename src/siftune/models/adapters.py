@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.errors import AdapterError
+from siftune.files import why_unreadable
 from siftune.models.carriers import CARRIERS, Shape, filled_in
 from siftune.models.carriers.rounded import refuse_rounded
 from siftune.models.layers import find_layers, layer_numbers
@@ -256,7 +257,7 @@ def _put_on(model: nn.Module, kind: str, config: PeftConfig) -> PeftModel:
 
 
 _UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning,
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UserWarning,
     EOFError, pickle.UnpicklingError,  # of a damaged adapter_model.bin
 )  # fmt: skip
 
@@ -287,9 +288,9 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
             # in the base's dtype, as in training: float32 products are slow on many machines
             return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=exact, is_trainable=trainable)
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise AdapterError(
-            f"the adapter in {adapter} doesn't fit the model {base}: {reason}; give the adapter's own base model."
+            f"the adapter in {adapter} doesn't fit the model {base}: {why_unreadable(error)}; give the adapter's own "
+            "base model."
         ) from error
 
 

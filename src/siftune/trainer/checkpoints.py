@@ -1,7 +1,6 @@
 """Checkpoints: when they are made, from which one a run goes on, and whether it is of this run."""
 
 import hashlib
-import json
 import logging
 import math
 import time
@@ -21,12 +20,14 @@ from siftune.config import Recipe, settings_of
 from siftune.data.rows import WEIGHT
 from siftune.engine.distributed import mean_over_ranks
 from siftune.errors import RecipeError
+from siftune.jsonable import parsed
 from siftune.models.carriers import CARRIERS, carrier_of
 from siftune.recipe_file import load_recipe
 from siftune.settings import Settings
 from siftune.trainer.plan import planned_steps
-from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder, is_complete, newest_checkpoint
+from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder, newest_checkpoint, step_of
 from siftune.trainer.tuned_layers import holds_tuned, read_about
+from siftune.trainer.whole import fault_of
 from siftune.words import counted
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ _MAY_CHANGE = {
     "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
-    "drop_rows", "row_weights", "retrieve", "train_times", "eval_share", "bad_rows", "sharding",
+    "drop_rows", "row_weights", "retrieve", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
+    "bad_steps",
 }  # fmt: skip
 _NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders
 
@@ -131,14 +133,10 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
     if recipe.resume is True:
         return newest_checkpoint(folder.checkpoints)
     given = Path(str(recipe.resume)).expanduser()
-    if not is_complete(given):
-        raise RecipeError(f"{given} is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N.")
+    if (fault := fault_of(given)) is not None:
+        why = f" ({fault})" if given.is_dir() else ""
+        raise RecipeError(f"{given} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N.")
     return given
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done at a complete checkpoint."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
@@ -211,30 +209,28 @@ def _with_lengths(lists: Any) -> bytes:
     return numbers.tobytes()
 
 
-def check_unfinished(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> None:
-    """Refuse to go on from where nothing is left to do.
+def end_of(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> str | None:
+    """Why nothing is left to do from a checkpoint on; None where something is.
 
     Args:
         checkpoint: A complete checkpoint.
         arguments: The run's.
         rows: Training rows, all of which come in an epoch.
         patience: The recipe's.
-
-    Raises:
-        RecipeError: The run has done its steps, or was stopped early.
     """
     steps = planned_steps(arguments, rows)
     if step_of(checkpoint) >= steps:
-        raise RecipeError(
+        return (
             f"{checkpoint} is the end of its run: all of {steps} steps are done, and nothing was touched; give more "
             "--steps or --epochs to go on"
         )
     since = evaluations_since_best(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
     if patience is not None and since >= patience:
-        raise RecipeError(
+        return (
             f"{checkpoint} is the end of its run: {counted(since, 'evaluation')} in a row found no less held-out loss, "
             "and nothing was touched; give more --patience to go on"
         )
+    return None
 
 
 def check_layers(checkpoint: Path, layers: Sequence[int], outside: Sequence[str] = ()) -> None:
@@ -270,7 +266,7 @@ def check_adapter(checkpoint: Path, config: Any) -> None:
         raise _other_run(checkpoint, "it holds layers that were tuned themselves", "an adapter in them", "adapter")
     path = checkpoint / "adapter_config.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
     for key, name in _what_tells(config).items():

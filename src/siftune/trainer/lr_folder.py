@@ -18,6 +18,7 @@ from typing import Any
 from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.files import write_beside
+from siftune.jsonable import parsed
 from siftune.methods import METHODS
 from siftune.recipe_file import load_recipe, recipe_to_yaml
 from siftune.trainer.lr_grid import LRRun, difference
@@ -145,7 +146,7 @@ class LRFolder:
         if not path.exists():
             return None
         try:
-            start = json.loads(path.read_text(encoding="utf-8"))
+            start = parsed(path.read_text(encoding="utf-8"))
             return {"heldout_loss": float(start["heldout_loss"]), "rows": dict(start["rows"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"{path} can't be read ({error}); give another folder with --out.") from error
@@ -154,6 +155,6 @@ class LRFolder:
 def _run(line: str) -> LRRun | None:
     """Read a line of results.jsonl; None for one that is damaged."""
     try:
-        return LRRun(**json.loads(line))
+        return LRRun(**parsed(line))
     except (ValueError, TypeError):
         return None

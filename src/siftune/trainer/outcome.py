@@ -14,12 +14,14 @@ from siftune.environment import peak_memory_mb
 from siftune.files import disk_faults
 from siftune.models.origin import Origin, origin_of
 from siftune.models.portable import save_tokenizer
+from siftune.trainer.broken import SKIPPED, skipped_steps
 from siftune.trainer.card import card_with_usage, model_card
 from siftune.trainer.followed import Followed
 from siftune.trainer.run_folder import RunFolder
 from siftune.trainer.source import Source
 from siftune.trainer.start import save_adapter
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
+from siftune.trainer.whole import is_complete
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Outcome:
             "seconds": round(seconds, 2),
             "tokens": int(state.num_input_tokens_seen),
             "peak_memory_mb": round(peak_memory_mb(), 1),
+            **({SKIPPED: skipped} if (skipped := skipped_steps(state)) else {}),
             "followed": self.followed.shares(),
             **self._privacy(),
         }
@@ -73,7 +76,9 @@ class Outcome:
         if not step:
             return "no step was finished"
         name = next(iter(self._parts("")))
-        return f"the {name} after step {step} is in {self.folder.path / name}"
+        resumes = is_complete(self.folder.checkpoints / f"checkpoint-{step}")
+        onward = f", and `siftune train --resume {self.folder.path}` goes on from there" if resumes else ""
+        return f"the {name} after step {step} is in {self.folder.path / name}{onward}"
 
     def leave(self, status: str, summary: dict[str, Any]) -> None:
         """Write what was trained, run.json and the model card."""

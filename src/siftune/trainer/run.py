@@ -1,5 +1,6 @@
 """siftune's own training path: a recipe in, a run folder out."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -34,22 +35,25 @@ from siftune.trainer.checkpoints import (
     check_adapter,
     check_layers,
     check_same,
-    check_unfinished,
     digest_of,
+    end_of,
     find_checkpoint,
-    step_of,
 )
 from siftune.trainer.followed import Followed
+from siftune.trainer.interrupts import Interrupts
+from siftune.trainer.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
 from siftune.trainer.outcome import Outcome
 from siftune.trainer.prepare import prepare, read_rows, refuse_read
 from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.retrieve import retrieved
-from siftune.trainer.run_folder import BAD_ROWS, RECIPE, RETRIEVED, ROWS, RunFolder
+from siftune.trainer.run_folder import BAD_ROWS, RECIPE, RETRIEVED, ROWS, RunFolder, step_of
 from siftune.trainer.selection_file import SelectionFile
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.start import adopted
 from siftune.trainer.trackers import check_trackers
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,19 +89,36 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     check(recipe)
     check_trackers(recipe.report_to)
     refuse_launched()
+    refuse_ranks(recipe)
     joined = join_launch()
     recipe = from_first(lambda: resolve_recipe(adopted(recipe)))
     folder = from_first(lambda: RunFolder(str(recipe.out)))
     with folder.taken_back() if rank() == 0 else nullcontext():
-        run = _train(recipe, folder, console if rank() == 0 else Console(quiet=True), source_of)
+        run = _train_in_memory(recipe, folder, console if rank() == 0 else Console(quiet=True), source_of)
     if joined:
         leave_launch()
     return run
 
 
+def _train_in_memory(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
+    """Train with as many rows in a forward pass as memory holds, where the recipe asks for that."""
+    while True:
+        try:
+            with memory_faults(recipe):
+                return _train(recipe, folder, console, source_of)
+        except OutOfMemory:
+            smaller = halved(recipe) if recipe.auto_batch else None
+            if smaller is None:
+                raise
+        free()  # what the error held is gone only now
+        given = recipe.batch_size, smaller.batch_size, smaller.accumulate
+        logger.warning("memory ran out with batch_size %d: from here on batch_size %d, accumulate %d", *given)
+        recipe = replace(smaller, resume=folder.has_checkpoint(), allow_change=True)
+
+
 def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
     """Train by a resolved recipe, into a folder that is there."""
-    checkpoint = find_checkpoint(recipe, folder) if recipe.resume else None
+    checkpoint = from_first(lambda: find_checkpoint(recipe, folder)) if recipe.resume else None
     _refuse_overwriting(recipe, folder)
     source = source_of(recipe.model)
     recipe = source.settle(recipe)
@@ -113,13 +134,17 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     saving = [] if recipe.save_every else [RegularCheckpoints()]
     saving += [] if recipe.patience is None else [EarlyStop(recipe.patience)]
     record = _row_record(recipe, folder, rows["train"])
-    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *saving, *record])
+    signals, ended = Interrupts(), None
+    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *saving, *record, signals])
+    built.trainer.broken.name = lambda row: rows["train"][row].origin
     stand_first(built.trainer, metrics)  # trackers read a line before other callbacks extend it
     digest = digest_of(data["train"])
     if checkpoint is not None:
         check_same(checkpoint, recipe, digest)
         _check_checkpoint(checkpoint, built.trainer)
-        check_unfinished(checkpoint, built.trainer.args, len(data["train"]), recipe.patience)
+        ended = end_of(checkpoint, built.trainer.args, len(data["train"]), recipe.patience)
+        if ended and folder.has_left(checkpoint):
+            raise RecipeError(ended)
     kinds = sources(rows["train"])
     followed = Followed(kinds)
     if built.trainer.is_world_process_zero():
@@ -138,29 +163,38 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         for part in record:
             part.leave()
 
-    summary = _fit(Outcome(built.trainer, folder, recorded, source, followed), checkpoint, release)
+    def fit() -> None:
+        if ended and checkpoint is not None:  # killed after its last step, before it had left what was trained
+            built.trainer.take(checkpoint, best=recipe.patience is not None)
+            return
+        with signals.listening():
+            built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if signals.came:
+            raise KeyboardInterrupt
+
+    if rank() == 0:
+        folder.cut_records(step_of(checkpoint) if checkpoint is not None else 0)  # of a run that got no further
+    summary = _fit(Outcome(built.trainer, folder, recorded, source, followed), fit, release)
     if world_size() > 1:
         let_go(built.trainer)
     return Run(folder, built.trainer.model, tokenizer, summary)
 
 
-def _fit(outcome: Outcome, checkpoint: Path | None, release: Callable[[], None]) -> dict[str, Any]:
+def _fit(outcome: Outcome, fit: Callable[[], None], release: Callable[[], None]) -> dict[str, Any]:
     """Train, take everything off the model, and leave result, card and summary behind however training ends."""
     trainer, folder = outcome.trainer, outcome.folder
-    if rank() == 0:
-        folder.cut_records(step_of(checkpoint) if checkpoint is not None else 0)  # of a run that got no further
     started = time.monotonic()
     status = "interrupted"
     try:
-        with disk_faults(folder.path):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with disk_faults(folder.path), memory_faults(outcome.recipe):
+            fit()
         status = "finished"
     except KeyboardInterrupt as stop:
         stop.add_note(outcome.words())
         raise
     except TrainingError as error:
         status = "stopped"
-        raise TrainingError(f"{error} So far, {outcome.words()}.") from error
+        raise type(error)(f"{error} So far, {outcome.words()}.") from error
     finally:
         release()
         summary = outcome.summary(time.monotonic() - started)

@@ -20,6 +20,7 @@ Single files are written beside their place and moved into it, so that a full di
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -29,10 +30,14 @@ from typing import Any
 from siftune.environment import hardware, versions
 from siftune.errors import InputError, RecipeError
 from siftune.files import writable_folder, write_beside
+from siftune.jsonable import parsed
 from siftune.trainer.selection_file import OF_0_1, SELECTION, cut_selection
+from siftune.trainer.whole import fault_of
 
 RECIPE, ROWS, BAD_ROWS, RETRIEVED = "recipe.yaml", "rows.sha256", "bad_rows.txt", "retrieved.txt"
 METRICS = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -113,13 +118,27 @@ class RunFolder:
     def drop_half_written(self) -> None:
         """Remove checkpoints that are not complete: on a full disk the adapter needs their place."""
         for path in _checkpoints(self.checkpoints):
-            if not is_complete(path):
+            if fault_of(path, hashes=False):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any(fault_of(path) is None for path in _checkpoints(self.checkpoints))
+
+    def has_left(self, checkpoint: Path) -> bool:
+        """Whether what was trained up to a checkpoint has been left: not where a run was killed just before."""
+        if checkpoint.absolute().parent != self.checkpoints.absolute():
+            return True  # of another run
+        try:
+            record = parsed((self.path / "run.json").read_text(encoding="utf-8"))
+            return bool(record["status"] == "finished" and record["summary"]["steps"] >= step_of(checkpoint))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def is_fresh(self) -> bool:
         """Whether no run has left anything here that was trained."""
         left = self.adapter.exists() or self.returned.exists()
-        return not left and not any(self.checkpoints.glob("checkpoint-*"))
+        return not left and all(fault_of(path, hashes=False) for path in _checkpoints(self.checkpoints))
 
     @contextlib.contextmanager
     def taken_back(self) -> Iterator[None]:
@@ -141,16 +160,24 @@ class RunFolder:
                 folder.rmdir()
 
 
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done at a complete checkpoint."""
+    return int(parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint in `folder`; a half-written one, as after a full disk, is passed over.
+    """The newest checkpoint in `folder` that is whole; one that is half-written or damaged is passed over.
 
     Raises:
         InputError: When there is none.
     """
     for path in reversed(_checkpoints(folder)):
-        if is_complete(path):
+        if (fault := fault_of(path)) is None:
             return path
-    raise InputError(f"No complete checkpoint in {folder}; train without --resume.")
+        logger.warning("%s is not whole: %s; the one before it is looked at", path, fault)
+    damaged = any(fault_of(path, hashes=False) is None for path in _checkpoints(folder))
+    instead = "all are damaged: train in another folder" if damaged else "train without --resume"
+    raise InputError(f"No complete checkpoint in {folder}; {instead}.")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -162,15 +189,6 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _step(line: str) -> float:
     """Step of a record; infinite for a line that a crash has cut off."""
     try:
-        return float(json.loads(line)["step"])
+        return float(parsed(line)["step"])
     except ValueError:
         return math.inf
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has its state, which the Trainer writes last, and its weights."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return any(checkpoint.glob("*.safetensors"))

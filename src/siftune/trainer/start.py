@@ -4,7 +4,6 @@ Where it begins from a part of the base (PiSSA, OLoRA), PEFT takes that part off
 the end must fit the base as it is, so PEFT turns it into an ordinary LoRA of twice the rank: it needs the first values.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from peft import PeftModel
 
 from siftune.config import Recipe
 from siftune.errors import AdapterError, RecipeError
+from siftune.jsonable import parsed
 from siftune.models.carriers import CARRIERS, carrier_of
 from siftune.trainer.tuned_layers import holds_tuned
 
@@ -47,7 +47,7 @@ def adopted(recipe: Recipe) -> Recipe:
         return recipe
     path = adapter_folder(recipe.from_adapter) / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
         kind = carrier_of(config)
         keys = {"adapter": "peft_type"} if kind is None else CARRIERS[kind].keys
         own = {name: config[key] for name, key in keys.items() if name in _ADOPTED}

@@ -2,7 +2,7 @@
 
 The loss computes logits only where labels are. At the first step it is compared with the model's own; where the two
 differ, as with an auxiliary loss of a mixture of experts, the model's own is used from then on, and one warning says
-so. A loss or gradient that is not finite stops training before it reaches the weights.
+so. A loss or gradient that is not finite never reaches the weights: see `broken`.
 """
 
 import logging
@@ -15,13 +15,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from siftune.data.order import TargetLast
 from siftune.data.rows import WEIGHT
 from siftune.data.tokenize import AIMED, ROW
 from siftune.engine.distributed import mean_over_ranks
-from siftune.errors import InputError, TrainingError, UnsupportedError
+from siftune.errors import InputError, UnsupportedError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss
 from siftune.methods.spread import average_adapters
@@ -36,10 +36,10 @@ from siftune.models.loss import (
     weighed,
 )
 from siftune.models.modes import evaluating
-from siftune.numerics import all_finite
+from siftune.trainer.broken import BrokenSteps
 from siftune.trainer.plan import planned_steps, steps_per_epoch
-from siftune.trainer.run_folder import is_complete
 from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
+from siftune.trainer.whole import Sealing, begin, checkpoint_of, is_complete, read_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,10 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         privacy: Has every optimizer step draw its rows, clip their gradients and add noise. A batch is then a step's;
             the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
         dynamic: A label's loss counts as much as the model finds the label likely; see `models.loss`.
+        bad_steps: Steps that may be left out because a number of theirs is not finite; see `BrokenSteps`.
 
     Attributes:
+        broken: Looks at every step's numbers.
         rows: Numbers of the rows in the batch that was trained on last, where the training rows are numbered.
         kept_step: The step whose weights the model was given at the end, those of least held-out loss; None: the last.
         label_losses: Losses of its labels in row-major order, (N,) float32; None where the loss is not made of them.
@@ -72,12 +74,15 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         last: float = 1.0,
         privacy: DP | None = None,
         dynamic: bool = False,
+        bad_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         # from the start: the Trainer counts the labels of a step before it asks for the first loss
         kwargs["compute_loss_func"] = self._label_loss if privacy is None else _row_loss
-        own = [FiniteGradients(), *(callbacks or []), *([] if privacy is None else [privacy])]
+        self.broken = BrokenSteps(bad_steps)
+        own = [self.broken, *(callbacks or []), *([] if privacy is None else [privacy]), Sealing()]
         super().__init__(*args, callbacks=own, **kwargs)
+        self.broken.log = self.log
         average_adapters(self)  # where no method has done so
         self.privacy = privacy
         self._last = last
@@ -123,7 +128,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and backward; raises TrainingError on a loss that is not finite."""
+        """One forward and backward."""
         self.rows = inputs[ROW].tolist() if ROW in inputs else []
         self.label_losses = None
         loss: Tensor = (
@@ -131,11 +136,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             if self.privacy is None
             else self._private_step(model, inputs, self.privacy)
         )
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1}; nothing of this step reached the "
-                "adapter. Lower --lr, or look for broken rows in the data."
-            )
+        self.broken.look(loss, self.rows, self.label_losses, inputs["labels"])
         return loss
 
     def _label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -152,6 +153,31 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             total += super().training_step(model, part)
         privacy.release(self.state.global_step)  # before the Trainer clips, logs or applies the gradient
         return total / max(1, len(inputs["labels"]))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, which `Sealing` ends; older ones go only then."""
+        if self.args.should_save:
+            begin(checkpoint_of(self.args, self.state))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read the adapter's weights."""
+        with read_of(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read their state, of which torch takes tensors and plain values and runs nothing."""
+        with read_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Read the generators' state, in the same way."""
+        with read_of(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter and the tokenizer; PEFT by itself would open the base's config once more.
@@ -176,6 +202,18 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             logger.warning(
                 "the checkpoint of least held-out loss, %s, is not there: what the last step left is kept", best
             )
+
+    def take(self, checkpoint: Path, best: bool) -> None:
+        """Take weights and history of a checkpoint at which nothing is left to train.
+
+        Args:
+            checkpoint: A complete checkpoint.
+            best: The weights of least held-out loss are to be kept.
+        """
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
+        if best and self.state.best_model_checkpoint:
+            self._load_best_model()
 
     def _refuse_own_loss(self, model: nn.Module) -> None:
         if self.privacy is not None:
@@ -253,21 +291,3 @@ class LayerTrainer(SiftTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read them back."""
         put_in(self.model, read_tuned(Path(resume_from_checkpoint)), resume_from_checkpoint)
-
-
-class FiniteGradients(TrainerCallback):  # type: ignore[misc]
-    """Stops training before a gradient that is not finite reaches the weights."""
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check every gradient; under fp16 the GradScaler does it, by skipping the step."""
-        if args.fp16:
-            return
-        groups = kwargs["optimizer"].param_groups  # walking through all modules of the model would take longer
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        if grads and not all_finite(grads):
-            raise TrainingError(
-                f"A gradient is not finite at step {state.global_step + 1}; nothing of this step reached the adapter. "
-                "Lower --lr, or train in --dtype float32."
-            )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siftune.errors import AdapterError
+from siftune.jsonable import parsed
 
 _WEIGHTS = "tuned_layers.safetensors"
 _ABOUT = "tuned_layers.json"
@@ -58,7 +59,7 @@ def read_about(folder: Path) -> About:
     """
     path = folder / _ABOUT
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
         base, layers, outside = content["base"], content["layers"], content.get("outside", [])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); train again.") from error

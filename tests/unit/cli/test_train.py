@@ -259,10 +259,10 @@ def test_a_full_disk_leaves_checkpoints_and_adapter_whole(words, base, tmp_path,
     assert [line["step"] for line in choices_of(out)] == list(range(6))
 
 
-# --- Ctrl-C ---
+# --- signals ---
 
 
-def test_ctrl_c(words, base, tmp_path):
+def test_sigterm(words, base, tmp_path):
     code = "import sys; from siftune.cli.main import main; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words, "--steps", "100000"], stderr=subprocess.PIPE, text=True
@@ -273,13 +273,14 @@ def test_ctrl_c(words, base, tmp_path):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    last = re.fullmatch(
-        rf"siftune: interrupted; the adapter after step (\d+) is in {tmp_path}/run/adapter", err.splitlines()[-1]
+    said = (
+        rf"siftune: interrupted; the adapter after step (\d+) is in {tmp_path}/run/adapter, and `siftune train --resume"
     )
+    last = re.match(said, err.splitlines()[-1])
     assert last, err
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["summary"]["steps"]) == ("interrupted", int(last[1]))

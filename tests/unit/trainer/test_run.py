@@ -3,6 +3,8 @@
 import errno
 import json
 import logging
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -390,6 +392,37 @@ def test_an_interrupt_before_the_first_step_says_so(base, rows, tmp_path, interf
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(base, rows, tmp_path, interfere, number, times):
+    settings = {"method": "ist+gast", "dropout": 0.1, "eval": str(rows), "eval_limit": 4}
+    train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+
+    def send(_):
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
+        interfere(At("on_step_begin", 3, send))
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    run = tmp_path / "run"
+    said = f"the adapter after step {4 - times} is in {run}/adapter"
+    onward = f", and `siftune train --resume {run}` goes on from there"
+    assert stopped.value.__notes__ == [said + (onward if times == 1 else "")]
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    if times == 1:
+        done = train(recipe(base, rows, run, resume=True, **settings), QUIET)
+        assert_equal(adapter(run / "adapter"), adapter(tmp_path / "whole" / "adapter"))
+        assert choices_of(run) == choices_of(tmp_path / "whole")
+        assert figures(run) == figures(tmp_path / "whole")  # no evaluation more, and none less
+        assert done.summary["steps"] == 6
+    else:
+        assert not list((run / "checkpoints").iterdir())
+
+
 def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_path, interfere):
     kept = {}
 
@@ -398,8 +431,8 @@ def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_pat
         model.get_input_embeddings().weight.data.fill_(float("nan"))
 
     interfere(At("on_step_begin", 4, act))
-    with pytest.raises(TrainingError, match=r"The loss is nan at step 4.* So far, the adapter after step 3 is in "):
-        train(recipe(base, rows, tmp_path / "run"), QUIET)
+    with pytest.raises(TrainingError, match=r"The loss is nan .*at step 4.* So far, the adapter after step 3 is in "):
+        train(recipe(base, rows, tmp_path / "run", bad_steps=0), QUIET)
     assert_equal(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 

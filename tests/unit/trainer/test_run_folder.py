@@ -7,8 +7,8 @@ from support.tiny_run import lines
 
 from siftune.environment import hardware, versions
 from siftune.errors import InputError, RecipeError
-from siftune.trainer.checkpoints import step_of
-from siftune.trainer.run_folder import RunFolder, is_complete, newest_checkpoint
+from siftune.trainer.run_folder import RunFolder, newest_checkpoint, step_of
+from siftune.trainer.whole import begin, is_complete, seal
 
 
 @pytest.fixture
@@ -19,6 +19,8 @@ def folder(tmp_path):
 def checkpoint(folder, step, state=None, weights=True):
     place = folder.checkpoints / f"checkpoint-{step}"
     place.mkdir(parents=True)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (place / name).write_bytes(b"state")
     if weights:
         (place / "adapter_model.safetensors").write_bytes(b"weights")
     if state is not False:
@@ -43,12 +45,32 @@ def test_a_failed_start_takes_back_what_it_wrote(folder, name):
     assert not folder.path.parent.exists()
 
 
-@pytest.mark.parametrize("name", ["adapter", "checkpoints/checkpoint-10"])
-def test_what_a_run_leaves_makes_it_used(folder, name):
+@pytest.mark.parametrize(
+    "make", [lambda folder: (folder.path / "adapter").mkdir(), lambda folder: checkpoint(folder, 9)]
+)
+def test_what_a_run_leaves_makes_it_used(folder, make):
     (folder.path / "train.jsonl").write_text("")
     assert folder.is_fresh()
-    (folder.path / name).mkdir(parents=True)
+    make(folder)
     assert not folder.is_fresh()
+
+
+def test_a_run_that_was_killed_in_its_first_save_can_be_begun_anew(folder):
+    checkpoint(folder, 9, state=False)
+    assert folder.is_fresh()
+
+
+def test_where_all_checkpoints_are_damaged_it_is_not_said_to_begin_in_their_place(folder):
+    seal_it(checkpoint(folder, 9))
+    (folder.checkpoints / "checkpoint-9" / "optimizer.pt").write_bytes(b"State")
+    assert not folder.is_fresh()
+    with pytest.raises(InputError, match="all are damaged: train in another folder"):
+        newest_checkpoint(folder.checkpoints)
+
+
+def seal_it(place):
+    begin(place)
+    seal(place)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

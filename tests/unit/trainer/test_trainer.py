@@ -148,8 +148,8 @@ def nan_in_a_gradient(model):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (nan_in_the_embeddings, "The loss is nan at step 2; nothing of this step reached the adapter"),
-        (nan_in_a_gradient, "A gradient is not finite at step 2; nothing of this step reached the adapter"),
+        (nan_in_the_embeddings, r"The loss is nan.* at step 2; nothing of this step reached the adapter"),
+        (nan_in_a_gradient, r"A gradient is not finite.* at step 2; nothing of this step reached the adapter"),
     ],
 )
 @pytest.mark.parametrize("clip", [0.0, 1.0])
