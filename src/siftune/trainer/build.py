@@ -24,7 +24,7 @@ from transformers import (
 
 from siftune.config import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
 from siftune.data.tokenize import Collator
-from siftune.engine.groups import group_by_layer
+from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
 from siftune.errors import RecipeError
@@ -111,17 +111,22 @@ def build(
     )
     own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])
-    with ExitStack() as stack:  # undone from the last to the first: the casts were there before the methods
-        stack.callback(end_checkpointing, tuned)
-        if opened is not None:
-            stack.callback(opened.close)
-        stack.callback(use_base_dtype(tuned, groups).remove)
-        if privacy is not None:
-            stack.callback(privacy.remove)
-        for method in methods:
-            stack.callback(method.remove)
-        release = stack.pop_all().close
+    release = _release(tuned, groups, opened, [*([] if privacy is None else [privacy]), *methods])
     return Built(trainer, methods, len(groups), release)
+
+
+def _release(
+    tuned: nn.Module, groups: Sequence[LayerGroup], opened: OpenLayers | None, methods: Sequence[Any]
+) -> Callable[[], None]:
+    """Put the casts on, and give what takes them off again, and the methods before them, the last one first."""
+    stack = ExitStack()
+    stack.callback(end_checkpointing, tuned)
+    if opened is not None:
+        stack.callback(opened.close)
+    stack.callback(use_base_dtype(tuned, groups).remove)
+    for method in methods:
+        stack.callback(method.remove)
+    return stack.close
 
 
 def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:

@@ -89,6 +89,7 @@ def test_eval_and_a_further_run(finished, base, kind, rows, tmp_path, capsys):
     if kind == "adalora":
         with pytest.raises(AdapterError, match="AdaLoRA, whose ranks have been allotted"):
             train(recipe(base, rows, tmp_path / "second", **given), QUIET)
+        assert main(["eval", str(first.folder.path), "--data", str(rows), "--limit", "2"]) == 0
         return
     second = train(recipe(base, rows, tmp_path / "second", **given), QUIET)
     torch.testing.assert_close(logits(second.model), logits(first.model))
