@@ -84,11 +84,21 @@ def run_once(recipe: Recipe, folder: Path, console: Console, source_of: Callable
     """Train into a folder, unless it holds a finished run; go on where it holds a part of one."""
     if rate_of(folder) is not None:
         return
+    drop_ended(folder)
     begun = any((folder / "checkpoints").glob("checkpoint-*"))
     if not begun and (folder / _RUN).exists():
         shutil.rmtree(folder)  # cut off before its first checkpoint: there is nothing to go on from
     train(replace(recipe, out=str(folder), resume=begun), console, source_of)
     gc.collect()  # the Trainer refers to itself: without this two models would be in memory
+
+
+def drop_ended(folder: Path) -> None:
+    """Remove checkpoints of the last step, of a run that was cut off before its result was saved: none is left to do."""
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        path = checkpoint / "trainer_state.json"
+        state = read_record(path) if path.exists() else {}
+        if state and state["global_step"] >= state["max_steps"]:
+            shutil.rmtree(checkpoint)
 
 
 def rate_of(folder: Path) -> float | None:
