@@ -93,7 +93,7 @@ def run_once(recipe: Recipe, folder: Path, console: Console, source_of: Callable
 
 
 def drop_ended(folder: Path) -> None:
-    """Remove checkpoints of the last step, of a run that was cut off before its result was saved: none is left to do."""
+    """Remove checkpoints of the last step of a run whose result was not saved: there is nothing left to train from."""
     for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
         path = checkpoint / "trainer_state.json"
         state = read_record(path) if path.exists() else {}

@@ -7,7 +7,8 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.data.rows import rows_from
 from siftune.errors import RecipeError
-from siftune.evaluate.measure import evaluate_rows
+from siftune.evaluate.measure import measure
+from siftune.evaluate.prepare import prepare_rows
 from siftune.reproduce.answers import Answers, Asking, Scores, ask
 from siftune.reproduce.harness import HARNESS
 from siftune.reproduce.tasks import TASKS
@@ -30,7 +31,7 @@ def test_what_is_there_is_not_asked_again_and_what_is_missing_is_added(model, tm
     answers, task, tokenizer = Answers(tmp_path / "boolq.json"), TASKS["boolq"], byte_tokenizer(chat_template=None)
     rows = rows_from(QUESTIONS)
     ask(model, tokenizer, rows, task, answers, asking("likeliest"))
-    expected = evaluate_rows(model, tokenizer, rows, ("choices", "perplexity"), "none")
+    expected = measure(model, prepare_rows(rows, tokenizer, ("choices", "perplexity"), "none"), 2)
     assert answers.scores("likeliest").values == expected["choices"].values.tolist()
     assert answers.scores("nats") is None
     answers.add({"likeliest": Scores([9.0], [1.0])}, ())
