@@ -94,7 +94,7 @@ def test_the_training_loss_is_the_mean_of_the_last_tenth(plain, tmp_path):
 
 
 def test_layers_that_train_themselves_start_anew_in_every_run(plain, tmp_path):
-    full = replace(plain, adapter="full", layers=(0, -1))
+    full = replace(plain, adapter="full", layers=(0, -1), rank=None)
     together, _ = swept(full, grid("dense"), tmp_path / "both")
     alone, _ = swept(full, grid("dense", rates=(1e-2,)), tmp_path / "one")
     assert together[1].heldout_loss == alone[0].heldout_loss != together[0].heldout_loss
