@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from pays.followed import Followed
 from pays.gemma import folder as gemma_folder
 from pays.masked_update import MaskedUpdate
-from pays.measure import measure_rows, nats_per_token, row_losses
+from pays.measure import measure_rows, nats_per_token
 from pays.pool import Pool, asked, make_pool
 from pays.results import append
 from pays.rules import RULES, Weigh, use_rule
 from pays.stopping import KeepBest
-from pays.subset import Book, Keep, SubsetTrainer, excess
+from pays.subset import Book, Keep, SubsetTrainer
 from pays.training_rows import training_rows
 from siftune.bench.worker import Clock
 from siftune.config import Recipe, compares, resolve_recipe
@@ -47,7 +47,6 @@ Record = dict[str, Any]
 Job = dict[str, Any]
 
 _LONGEST = 512  # tokens of a row
-SCORES = {"joined": row_losses, "joined-excess": excess}  # what the rules join with alignment
 _RETRIEVED = 0.25  # of the pool that retrieval keeps
 _LOOK_EVERY = 10  # steps between two looks at rows that are held back
 _USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
@@ -114,7 +113,6 @@ class Work:
     def run(self) -> Record:
         """Train and measure."""
         known, held = _apart(self.pool.known, self.method.get("stop", 0.0))
-        known, steering = _apart(known, self.method.get("steer", 0.0))
         count = self.job["steps"] * self.job["batch"]
         rows = training_rows(
             self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
@@ -125,7 +123,7 @@ class Work:
             own = {id(row) for row in known}
             data["train"] = data["train"].add_column(AIMED, [id(row) in own for row in rows])
         if compares(recipe):
-            data["support"] = self.tokenized(steering or known)
+            data["support"] = self.tokenized(known)
         built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
         trainer = self._take_over(built, rows)
         found = {"steps": 0} if self.method.get("untrained") else self._train(trainer, built, held)
@@ -147,8 +145,7 @@ class Work:
         trainer = SubsetTrainer.take_over(built.trainer, Book(built.trainer.train_dataset, rows), followed, keep)
         trainer.loss = method.get("loss")
         if "rule" in method:
-            trainer.score = SCORES.get(method["rule"])
-            use_rule(built.methods, method["rule"], lambda: trainer.scores)
+            use_rule(built.methods, method["rule"])
         for part in built.methods:
             if isinstance(part, SampleCallback):
                 part.on_select = partial(_note, trainer, built.depth, RULES.get(method.get("rule")))

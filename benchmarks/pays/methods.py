@@ -8,7 +8,6 @@ nearest    for rows "retrieved": similarity to the "max" or the "mean" of the kn
 late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
 once       for rows "retrieved": one pass over the rows, where that is fewer steps
 stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
-steer      share of the known rows that rows are compared with, and that are not trained on; else all are, and may be
 rule       an experimental rule in the place of GAST's choice: see `rules.py`
 loss       "rows": every row weighs alike, however long it is
 untrained  measure the model as it is
@@ -59,31 +58,12 @@ METHODS: dict[str, Method] = {
     "gast-inner": _gast(score="inner"),
     "gast": _gast(),
     "gast+known-weighted": {**_gast(select=0.5), "rows": "pool+weighted"},
-    "gast-shared": _gast(share="above", support_every=4, support_decay=0.9),
-    "gast-shared+known-weighted": {
-        **_gast(share="above", support_every=4, support_decay=0.9, select=0.5),
-        "rows": "pool+weighted",
-    },
-    "gast-steered": {
-        **_gast(share="above", support_every=2, support_decay=0.9, select=0.5),
-        "rows": "pool+weighted",
-        "steer": 0.5,
-    },
     "late-known": {"rows": "pool+weighted", "late": 1 / 3},
     "late-gast": {**_gast(), "rows": "pool+weighted", "late": 1 / 3},
     "late-gast-half": {**_gast(select=0.5), "rows": "pool+weighted", "late": 1 / 3},
     "gast-relu": {**_gast(), "rule": "relu"},
     "gast-above-zero": {**_gast(), "rule": "above-zero"},
-    "gast-joined": {**_gast(share="above"), "rule": "joined"},
-    "gast-joined-excess": {**_gast(share="above"), "rule": "joined-excess"},
     "dft": {"recipe": {"loss": "dft"}},
-    "trim-joined": {
-        "recipe": {
-            "method": "gast",
-            "gast": {"support": "momentum", "choice": "topk", "score": "cosine", "select": 0.75, "share": "above"},
-        },
-        "rule": "joined",
-    },
     "trim-momentum": {"recipe": {"method": "gast", "gast": {"support": "momentum", "choice": "topk", "select": 0.75}}},
     "trim-momentum-cosine": {
         "recipe": {
@@ -107,7 +87,6 @@ _OWN = (
     "late",
     "once",
     "stop",
-    "steer",
     "rule",
     "masked",
     "loss",

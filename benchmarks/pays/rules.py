@@ -7,11 +7,6 @@ gradients:
     above-zero   (B / K) Σ g_i over the K rows with s_i > 0
 
 Where no row scores above zero, every row counts 1.
-
-Scores that join evidence, from which GAST then chooses. With l_i the mean token loss of row i:
-
-    joined          rank of s_i among the batch's rows + rank of −l_i
-    joined-excess   the same with the loss over that of the base
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +26,6 @@ from siftune.methods.support import Gradients
 from siftune.numerics import widened
 
 Weigh = Callable[[Tensor, Tensor], Tensor]  # scores, live rows -> weights, all (B,)
-Losses = Callable[[], Tensor]
-JOINED = ("joined", "joined-excess")
 
 
 def relu(scores_B: Tensor, live_B: Tensor) -> Tensor:
@@ -54,11 +47,6 @@ def _scaled(weights_B: Tensor, live_B: Tensor) -> Tensor:
 
 
 RULES: dict[str, Weigh] = {"relu": relu, "above-zero": above_zero}
-
-
-def ranks(values_B: Tensor) -> Tensor:
-    """Place of every row from the lowest, 0 to B − 1, in the dtype of the values; (B,)."""
-    return values_B.argsort(stable=True).argsort().to(values_B.dtype)
 
 
 class WeighedSamples(AlignedSamples):
@@ -86,45 +74,22 @@ def _sum(weights_B: Tensor, grads_BD: Tensor) -> Tensor:
     return (weights_B.to(wide_BD.dtype) @ wide_BD).view(grads_BD.shape[1:])
 
 
-class JoinedSamples(AlignedSamples):
-    """Chooses rows by their ranks in alignment and in smallness of loss, added up; all else is GAST's.
-
-    Args:
-        settings: GAST's.
-        groups: The layers.
-        losses: Gives the losses of the batch that is trained on, (B,).
-    """
-
-    def __init__(self, settings: GAST, groups: Sequence[LayerGroup], losses: Losses) -> None:
-        super().__init__(settings, groups)
-        self._losses = losses
-
-    def _follow(self, choosing: Choosing, unit: Unit, scored: Scored, grads: SampleGradients) -> Gradients:
-        losses_B = self._losses().to(scored.scores.device, scored.scores.dtype)
-        joined_B = ranks(scored.scores) + ranks(-losses_B) + 0 * scored.scores  # a score that is no number stays so
-        return super()._follow(choosing, unit, scored._replace(scores=joined_B), grads)
-
-
-def use_rule(methods: Sequence[Any], name: str, losses: Losses | None = None) -> None:
+def use_rule(methods: Sequence[Any], name: str) -> None:
     """Have GAST follow rows by an experimental rule.
 
     Args:
         methods: Of which those that are GAST take it.
         name: One of the rules above.
-        losses: For the joined rules, gives the losses of the batch's rows, or their excess over the base's.
 
     Raises:
         RecipeError: There is no such rule, no GAST that has scores, or one that chooses among recent rows.
     """
-    if name not in (*RULES, *JOINED):
-        raise RecipeError(f"there is no rule {name!r}; use {', '.join([*RULES, *JOINED])}")
+    if name not in RULES:
+        raise RecipeError(f"there is no rule {name!r}; use {', '.join(RULES)}")
     chosen = [method for method in methods if isinstance(method, GAST) and method.needs_scores]
     if not chosen:
         raise RecipeError(f"the rule {name} weighs rows by GAST's scores: take it with method gast, not choice random")
     if any(method.among != "batch" for method in chosen):
         raise RecipeError(f"the rule {name} weighs the rows of a batch: leave gast.among out")
     for method in chosen:
-        if name in JOINED:
-            method.rule = lambda groups, method=method: JoinedSamples(method, groups, losses)
-        else:
-            method.rule = lambda groups, method=method: WeighedSamples(method, groups, RULES[name])
+        method.rule = lambda groups, method=method: WeighedSamples(method, groups, RULES[name])

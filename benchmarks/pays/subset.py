@@ -109,8 +109,6 @@ class SubsetTrainer(SiftTrainer):
         followed: Counts them.
         keep: The rule; None where all rows are trained on, or siftune's methods choose.
         seen: Rows of the last batch.
-        score: Scores the rows of every batch before it is trained on, where something goes by that.
-        scores: These, (B,).
         loss: Another loss than siftune's: "rows", the mean over rows of each row's mean.
     """
 
@@ -118,8 +116,6 @@ class SubsetTrainer(SiftTrainer):
     followed: Followed
     keep: Keep | None
     seen: Sequence[Record]
-    score: Score | None = None
-    scores: Tensor
     loss: str | None = None
 
     @classmethod
@@ -142,8 +138,6 @@ class SubsetTrainer(SiftTrainer):
         batch = self._prepare_inputs(inputs)
         self.seen = self.book.rows(batch)
         self.followed.see(self.state.global_step, self.seen)
-        if self.score is not None:
-            self.scores = self.score(model, batch)
         if self.keep is None:
             return super().training_step(model, batch, num_items_in_batch)
         kept_K = self.keep(model, batch, self.seen)

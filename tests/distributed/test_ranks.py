@@ -74,7 +74,7 @@ def test_two_ranks_have_the_importance_that_one_has_from_gradients(tmp_path, acc
 
 
 AVERAGED = {
-    "support": "dataset", "select": 2, "support_every": 2, "support_decay": 0.5, "share": "above", "score": "cosine",
+    "support": "dataset", "select": 2, "support_every": 2, "support_decay": 0.5, "score": "cosine",
 }  # fmt: skip
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 

@@ -16,8 +16,8 @@ CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwa
 
 
 # the support gradient is formed in every third step and averaged, and the layers above count
-RECENT = {"among": "recent", "share": "above", "score": "cosine"}
-AVERAGED = {"support_every": 3, "support_decay": 0.5, "share": "above", "score": "cosine"}
+RECENT = {"among": "recent", "score": "cosine"}
+AVERAGED = {"support_every": 3, "support_decay": 0.5, "score": "cosine"}
 
 
 def method(support="rest", select=2, **settings):

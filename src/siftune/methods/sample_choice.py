@@ -95,7 +95,6 @@ class Choosing:
         self._step = step
         self._number = number
         self.rows: Tensor | None = None  # (S,), their numbers in the training set
-        self._added: Tensor | None = None
         self._choices: dict[Unit, tuple[Tensor, Tensor]] = {}
 
     def uniform_on(self, device: torch.device) -> Tensor:
@@ -103,11 +102,6 @@ class Choosing:
         if self._uniform.device != device:
             self._uniform = self._uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self._uniform
-
-    def added_up(self, scores_S: Tensor) -> Tensor:
-        """Add a layer's scores to those of the layers that backward has passed before it; (S,), the sum so far."""
-        self._added = scores_S if self._added is None else self._added.to(scores_S.device) + scores_S
-        return self._added
 
     def note(self, unit: Unit, scores_S: Tensor | None, chosen: Tensor) -> None:
         """Keep a unit's choice, numbers (K,) or bool (S,), and its scores; None where it needed none."""

@@ -170,11 +170,14 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
             self._settle()
 
     def _choices(self, rows_B: Tensor) -> Tensor:
-        """Alignment and share followed of each row of a batch, (2, B), on the CPU; NaN where no method chose."""
+        """Alignment and share followed of each row of a batch, (2, B), on the CPU; NaN where no method chose.
+
+        Alignment is the mean of a row's scores over the layers that chose (ours).
+        """
         for method in self._methods:
             choice = method.last
             if choice is not None and choice.rows is not None and torch.equal(choice.rows, rows_B.cpu()):
-                return torch.stack([_pooled(choice, getattr(method, "share", None) == "above"), _share(choice)])
+                return torch.stack([choice.scores.float().nanmean(0), _share(choice)])
         return torch.full((2, len(rows_B)), torch.nan)
 
     def _settle(self) -> None:
@@ -201,17 +204,6 @@ def _at_labels(output: Any, labels_BT: Tensor) -> bool:
     """Whether an output has logits at label positions alone; the first token of a row never is one."""
     logits = getattr(output, "logits", None)
     return isinstance(logits, Tensor) and logits.shape[:2] != labels_BT.shape
-
-
-def _pooled(choice: SampleChoice, added_up: bool) -> Tensor:
-    """Mean of a sample's scores over the layers that chose; (S,) float32, NaN where there were none (ours).
-
-    Args:
-        choice: The choice.
-        added_up: Each layer's scores are sums over it and those above, so that the lowest has the sum of all.
-    """
-    scores_US = choice.scores.float()
-    return scores_US[0] / len(scores_US) if added_up else scores_US.nanmean(0)
 
 
 def _share(choice: SampleChoice) -> Tensor:

@@ -20,18 +20,16 @@ def by_hand(name, scores):
 
 
 @pytest.mark.parametrize("name", ["relu", "above-zero"])
-@pytest.mark.parametrize("share", ["own", "above"])
-def test_gradients_are_the_weighed_rows(name, share):
+def test_gradients_are_the_weighed_rows(name):
     model = adapted().double()
     inputs = batch(model, 6)
     single = sample_gradients(model, inputs)
-    gast = GAST(2, "rest", choice="topk", share=share)
+    gast = GAST(2, "rest", choice="topk")
     use_rule([gast], name)
     with gast.attach(model) as sift:
         summed_loss(model, inputs).backward()
     layers = [list(group.parameters.values()) for group in group_by_layer(model)]
-    own = [rest_scores(single, parameters) for parameters in layers]
-    scores = own if share == "own" else [sum(own[layer:]) for layer in range(len(own))]
+    scores = [rest_scores(single, parameters) for parameters in layers]
     torch.testing.assert_close(sift.last.scores, torch.stack(scores), rtol=1e-9, atol=1e-12)
     followed = set()
     for parameters, scores_S, numbers in zip(layers, scores, sift.last.followed(), strict=True):
@@ -51,34 +49,6 @@ def test_rows_without_a_gradient_count_nothing(name):
     torch.testing.assert_close(RULES[name](scores, live), torch.tensor(wanted))
     none_above = RULES[name](-scores.abs(), live)
     torch.testing.assert_close(none_above, torch.tensor([1.0, 1.0, 1.0, 0.0]))
-
-
-@pytest.mark.parametrize("share", ["own", "above"])
-def test_joined_rules_choose_by_both_ranks(share):
-    model = adapted().double()
-    inputs = batch(model, 6)
-    single = sample_gradients(model, inputs)
-    losses = torch.tensor([0.3, 2.0, 1.0, 0.1, 5.0, 0.2])
-    gast = GAST(2, "rest", choice="topk", share=share)
-    use_rule([gast], "joined", lambda: losses)
-    with gast.attach(model) as sift:
-        summed_loss(model, inputs).backward()
-    layers = [list(group.parameters.values()) for group in group_by_layer(model)]
-    own = [rest_scores(single, parameters).tolist() for parameters in layers]
-    alone = set()
-    for layer, numbers in enumerate(sift.last.followed()):
-        scores = own[layer] if share == "own" else [sum(row) for row in zip(*own[layer:], strict=True)]
-        total = [sum(other < one for other in scores) for one in scores]
-        joined = [total[row] + sum(other > losses[row] for other in losses) for row in range(6)]
-        assert sift.last.scores[layer].tolist() == joined
-        least = sorted(joined)[-2]
-        assert all(joined[row] >= least for row in numbers)
-        assert len(numbers) == 2
-        alone.add(numbers == sorted(sorted(range(6), key=lambda row: -scores[row])[:2]))
-        for parameter in layers[layer]:
-            wanted = 3 * sum(single[parameter][row] for row in numbers)
-            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-13)
-    assert False in alone, "loss had no say"
 
 
 def test_a_rule_wants_gast_with_scores():

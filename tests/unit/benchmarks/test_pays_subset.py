@@ -9,7 +9,6 @@ from support.trainers import adapted, arguments, weights
 from transformers import TrainerCallback
 
 from pays.followed import Followed
-from pays.measure import row_losses
 from pays.subset import Book, Keep, SubsetTrainer
 from siftune.data.tokenize import Collator
 from siftune.errors import RecipeError
@@ -139,15 +138,6 @@ def test_training_with_another_loss_takes_its_gradients(tmp_path):
         if name in steps[0]:
             torch.testing.assert_close(steps[0][name], parameter.grad, rtol=1e-5, atol=1e-7)
             assert not torch.allclose(steps[0][name], plain[0][name], rtol=1e-2, atol=0)
-
-
-def test_scores_are_those_of_the_batch_that_is_trained_on(tmp_path):
-    found = []
-    _, trainer, _, seen = subset_run(
-        tmp_path, None, score=lambda model, batch: found.append(batch) or row_losses(model, batch)
-    )
-    assert [batch["input_ids"].tolist() for batch in found] == [batch["input_ids"].tolist() for batch, _ in seen]
-    assert trainer.scores.shape == (len(seen[-1][0]["labels"]),)
 
 
 def one_batch(count=6):

@@ -18,7 +18,7 @@ from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
 from siftune.errors import UnsupportedError
 from siftune.models.row_losses import by_row, row_losses
-from siftune.rows.record import _pooled, _share
+from siftune.rows.record import _share
 from siftune.rows.visits import read_visits
 from siftune.trainer.run import train as siftune_train
 
@@ -107,15 +107,6 @@ def test_with_a_method_alignment_and_share_are_of_the_same_row(tmp_path):
     assert 0 < found.followed.mean() < 1
 
 
-def test_scores_that_were_added_up_are_read_at_the_lowest_layer(tmp_path):
-    gast, record = GAST(select=2, share="above", score="cosine", support="rest"), RowRecord()
-    train(tmp_path, record, gast, max_steps=1)
-    found, choice = record.visits(), gast.last
-    order = choice.rows.argsort()
-    assert found.row.tolist() == choice.rows[order].tolist()
-    np.testing.assert_allclose(found.alignment, choice.scores[0][order] / 4, rtol=1e-5)
-
-
 def test_shares_count_no_place_that_is_empty():
     from siftune.methods.sample_choice import SampleChoice
 
@@ -123,8 +114,6 @@ def test_shares_count_no_place_that_is_empty():
         0, 0, ("a", "b"), (0, 1), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 7.0]]), torch.tensor([[0, 2], [2, -1]])
     )
     assert _share(choice).tolist() == [0.5, 0.0, 1.0]
-    assert _pooled(choice, False).tolist() == [2.0, 2.0, 5.0]
-    assert _pooled(choice, True).tolist() == [0.5, 1.0, 1.5]
 
 
 def test_a_resumed_run_has_the_record_of_the_unbroken_one(tmp_path):

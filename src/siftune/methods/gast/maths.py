@@ -13,9 +13,6 @@ of sample i's share of the loss for the adapter parameters of layer ℓ, and h_�
 Without a support gradient, each sample's support are the others: h_i = Σ_j g_j − g_i, so that ⟨h_i, g_i⟩ =
 ⟨Σ_j g_j, g_i⟩ − ⟨g_i, g_i⟩. In a metric m, ⟨a, b⟩ is Σ m a b. Scores add up over the parameters of a layer.
 
-A layer may go by more than its own scores: with `share="above"` by the sum over itself and the layers that backward has
-passed already, which needs no further pass, Σ_{m ≥ ℓ} s_{m,i}; with "all" by the sum over all layers.
-
 With `among="recent"` rows compete not with their batch but with the N rows that came last, so that a batch may have one
 row. A row's z-score is the one in the company of those N, and with M = N + 1 rows and the share p to be followed
 
@@ -31,7 +28,7 @@ per parameter. s `scores_B`, z `zscores_B`, π `chances_S`.
 
 Ours, not the paper's: drawing without replacement (Gumbel top-K, which is the same as drawing one after the other);
 the factor B/K; the scores "cosine", "preconditioned" (the inner product in Adam's metric, after OPUS, arXiv 2602.05400)
-and "preconditioned-cosine"; sums of scores over layers (`share`); support gradients averaged over steps
+and "preconditioned-cosine"; support gradients averaged over steps
 (`support_every`, `support_decay`); the support modes "rest" (h_i = Σ_{j≠i} g_j), "momentum" (a running mean of the
 gradients of earlier steps) and "dataset"; steps at the end that follow every sample (`select_until`); std is that of
 the population; ε is 1e-5 of the largest |s|, so that neither the size of the loss nor that of a loss scale matters and
@@ -191,13 +188,6 @@ class Scored(NamedTuple):
     scores: Tensor
     live: Tensor
     totals: Sequence[Tensor] = ()
-
-
-def together(parts: Sequence[Scored]) -> Scored:
-    """Scores of several layers as one: added up; a sample that has a gradient in any of them has one."""
-    device = parts[0].scores.device
-    live_S = torch.stack([part.live.to(device) for part in parts]).any(0)
-    return Scored(numerics.added([part.scores.to(device) for part in parts]), live_S)
 
 
 def live_samples(grads: Sequence[Tensor]) -> Tensor:

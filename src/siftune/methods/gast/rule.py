@@ -1,4 +1,4 @@
-"""GAST's rule: every layer chooses the samples that it follows; or all layers together."""
+"""GAST's rule: every layer chooses the samples that it follows."""
 
 from collections.abc import Sequence
 
@@ -10,28 +10,27 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.errors import RecipeError
 from siftune.methods.gast import maths
-from siftune.methods.gast.maths import Scored, live_samples, score_samples, together
+from siftune.methods.gast.maths import Scored, live_samples, score_samples
 from siftune.methods.gast.momentum import moved_mean
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.gast.stream import Stream
-from siftune.methods.sample_choice import Choosing, Unit, units_of, whole_model
+from siftune.methods.sample_choice import Choosing, Unit, units_of
 from siftune.methods.support import Gradients, Support
 
 
 class AlignedSamples:
     """Chooses samples by how their gradients align with the support's, for each layer by itself.
 
-    With `share="all"` there is one choice for all layers, made when backward has passed them.
-
     Args:
         settings: GAST's.
         groups: The layers.
     """
 
+    whole = False
+
     def __init__(self, settings: GASTSettings, groups: Sequence[LayerGroup]) -> None:
         self.settings = settings
-        self.whole = settings.share == "all"
-        self.units: Sequence[Unit] = [whole_model(groups)] if self.whole else units_of(groups)
+        self.units: Sequence[Unit] = units_of(groups)
         self.select = settings.select
         self.stream = Stream(settings, self.units) if settings.among == "recent" else None
         self.always = self.stream is not None and settings.select < 1
@@ -68,16 +67,12 @@ class AlignedSamples:
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose the samples that some layers follow, and add up their gradients."""
-        if self.whole:
-            scored = [self._score(grads) for _, grads in layers if grads]
-            every = {p: part for _, grads in layers for p, part in grads.items()}
-            return self._follow(choosing, self.units[0], together(scored), every) if every else {}
         reduced: Gradients = {}
         for group, grads in layers:
             unit = self._unit[group.index]
             own = {p: grads[p] for p in unit.parameters if p in grads}
             if own:
-                reduced |= self._reduce_unit(choosing, unit, own)
+                reduced |= self._follow(choosing, unit, self._score(own), own)
         return reduced
 
     def end(self) -> None:
@@ -89,12 +84,6 @@ class AlignedSamples:
         if self._moves:
             self._mean = moved_mean(self._mean, self._sums, self._groups, self.settings.decay)
             self._sums = {}
-
-    def _reduce_unit(self, choosing: Choosing, unit: Unit, grads: SampleGradients) -> Gradients:
-        scored = self._score(grads)
-        if self.settings.share == "above":
-            scored = scored._replace(scores=choosing.added_up(scored.scores))
-        return self._follow(choosing, unit, scored, grads)
 
     def _follow(self, choosing: Choosing, unit: Unit, scored: Scored, grads: SampleGradients) -> Gradients:
         """Choose by scores, and add up the gradients of what was chosen."""

@@ -9,7 +9,6 @@ from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, OURS, SHARE, Gone
 Support = Literal["sample", "rest", "momentum", "dataset"]
 Choice = Literal["stochastic", "topk", "random"]
 Score = Literal["inner", "cosine", "preconditioned", "preconditioned-cosine"]
-Share = Literal["own", "above", "all"]
 Among = Literal["batch", "recent"]
 
 
@@ -26,6 +25,7 @@ class GASTSettings(Settings):
 
     gone: ClassVar[Mapping[str, Gone]] = {
         "pool": Gone("layer", "lets every layer choose once"),
+        "share": Gone("own", "lets every layer go by its own scores; greats has one choice for all"),
         "scale": Gone("mean", "scales the chosen rows' gradients up to the whole batch"),
         "replacement": Gone(False, "draws without replacement"),
         "temperature": Gone(1.0, "draws at temperature 1"),
@@ -48,9 +48,6 @@ class GASTSettings(Settings):
     """Draw rows by their score (the paper's), take the highest, or draw evenly."""
     score: Score = "inner"
     """Inner product of gradients (the paper's), its cosine, or either of them in Adam's metric."""
-    share: Annotated[Share, OURS] = "own"
-    """Whose scores a layer goes by: its own (the paper's), those of the layers above it and its own added up, or those
-    of all layers, which then follow the same rows and hold all rows' gradients at a time."""
     decay: Annotated[float, BELOW_ONE, OURS] = 0.9
     """Share of the running mean of earlier gradients that stays in a step, for support momentum."""
     select_until: Annotated[float, SHARE, OURS] = 1.0
@@ -61,10 +58,6 @@ class GASTSettings(Settings):
     can be selected from as well."""
 
     def _faults(self) -> Iterable[tuple[bool, str]]:
-        yield (
-            self.share != "own" and not self.needs_scores,
-            f"gast.share {self.share} adds up scores of layers: it does not go with choice random",
-        )
         yield (
             (self.support_every > 1 or self.support_decay > 0) and not self.needs_rows,
             "gast.support_every and gast.support_decay go with support sample or dataset, which draw rows: leave them "

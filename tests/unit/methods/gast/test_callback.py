@@ -375,9 +375,9 @@ def test_what_dataset_needs(tmp_path):
 
 def test_with_a_target_what_is_not_given_has_its_defaults():
     few = rows(3)
-    method = GAST(2, target=few, share="own")
+    method = GAST(2, target=few, decay=0.8)
     assert method.support_set is few
-    settings = {**GASTSettings().to_dict(), **GASTSettings.with_target, "select": 2, "share": "own"}
+    settings = {**GASTSettings().to_dict(), **GASTSettings.with_target, "select": 2, "decay": 0.8}
     assert method.to_dict() == settings
     assert GAST(0.75, target=few).select == 0.75
     for wrong in ({"support": "rest"}, {"support_set": few}):
@@ -398,7 +398,7 @@ def test_dora_with_torch_compile_is_refused(tmp_path):
     [
         ({"select": 0}, "select is 0"), ({"select": 1.5}, "select is 1.5"), ({"select": True}, "select is True"),
         ({"support": "rset"}, "support is 'rset', but must be one of sample, rest"),
-        ({"decay": 1.0}, "decay"), ({"choice": "best"}, "choice"), ({"choice": "random", "share": "all"}, "share"),
+        ({"decay": 1.0}, "decay"), ({"choice": "best"}, "choice"),
     ],
 )  # fmt: skip
 def test_bad_settings(settings, words):

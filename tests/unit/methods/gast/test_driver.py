@@ -9,7 +9,7 @@ from support.adapted import adapted
 from support.oracles import flat, gradients, rest_scores, sample_gradients, summed_loss
 from support.tiny import batch
 
-from siftune import GAST, IST, Static
+from siftune import GAST, IST
 from siftune.engine.groups import group_by_layer
 from siftune.errors import RecipeError
 from siftune.methods.gast import maths
@@ -94,54 +94,6 @@ def test_support_rows(model, inputs, support, score):
                 assert_follows(model, inputs, sift.last)
             optimizer.step()
     assert sift.steps == 3
-
-
-@pytest.mark.parametrize("score", ["inner", "cosine"])
-@pytest.mark.parametrize("active", [(0, 1, 2, 3), (0, 2)])
-def test_scores_of_the_layers_above_add_up(model, inputs, score, active):
-    """Backward meets the last layer first: what a layer goes by is its own score and those of all above it."""
-    given, gates = batch(model, 3, seed=7), Static(active).attach(model)
-    with (
-        gates,
-        GAST(2, "dataset", score=score, share="above", choice="topk").attach(
-            model, batches=[given], loss=loss_of
-        ) as sift,
-    ):
-        backward(model, inputs)
-        choice = sift.last
-    single, towards = sample_gradients(model, inputs), gradients(model, given)
-    scores, wanted = torch.zeros(6, dtype=torch.float64), {}
-    for layer in reversed(active):
-        own = layers(model)[layer]
-        rows, h = flat(single, own), torch.cat([towards[p].flatten() for p in own])
-        scores = scores + (rows @ h / (rows.norm(dim=1) * h.norm() if score == "cosine" else 1))
-        wanted[layer] = scores
-    assert choice.layers == active
-    assert_scores(choice, [wanted[layer] for layer in active])
-    for layer, selected in zip(active, choice.selected, strict=True):
-        assert selected.tolist() == sorted(wanted[layer].topk(2).indices.tolist())
-        for parameter in layers(model)[layer]:
-            followed = single[parameter][selected].sum(0) * 3
-            torch.testing.assert_close(parameter.grad, followed, rtol=1e-10, atol=1e-14)
-
-
-def test_all_layers_follow_the_rows_with_the_highest_sum(model, inputs):
-    given = batch(model, 3, seed=7)
-    method = GAST(2, "dataset", score="cosine", share="all", choice="topk")
-    with method.attach(model, batches=[given], loss=loss_of) as sift:
-        backward(model, inputs)
-        choice = sift.last
-    single, towards = sample_gradients(model, inputs), gradients(model, given)
-    total = torch.zeros(6, dtype=torch.float64)
-    for own in layers(model):
-        rows, h = flat(single, own), torch.cat([towards[p].flatten() for p in own])
-        total += rows @ h / rows.norm(dim=1) / h.norm()
-    assert (choice.units, choice.layers) == (("model",), (-1,))
-    assert_scores(choice, [total])
-    assert choice.selected.tolist() == [sorted(total.topk(2).indices.tolist())]
-    for parameter in (p for own in layers(model) for p in own):
-        followed = single[parameter][choice.selected[0]].sum(0) * 3
-        torch.testing.assert_close(parameter.grad, followed, rtol=1e-10, atol=1e-14)
 
 
 def test_the_support_gradient_is_formed_now_and_then_and_averaged(model, inputs):

@@ -90,8 +90,6 @@ def test_ranges(name, good, bad, advice):
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({"share": "above", "choice": "random"}, "gast.share above adds up scores of layers"),
-        ({"share": "all", "choice": "random"}, "gast.share all adds up scores of layers"),
         ({"support_every": 2, "support": "rest"}, "gast.support_every and gast.support_decay go with support sample"),
         ({"support_decay": 0.5, "support": "momentum"}, "gast.support_every and gast.support_decay go with"),
         ({"among": "recent", "select": 8}, "give gast.select as a share such as 0.5, not as 8 rows of a batch"),
@@ -104,7 +102,7 @@ def test_what_goes_together(settings, advice):
 
 
 def test_the_defaults_are_the_papers_but_for_the_share_of_rows():
-    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", "own", 0.9, 1.0, "batch")
+    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", 0.9, 1.0, "batch")
     assert dataclasses.astuple(GASTSettings()) == expected
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.methods.gast.maths import Scored, live_samples, score_samples, together
+from siftune.methods.gast.maths import live_samples, score_samples
 
 shapes = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4)
 
@@ -112,14 +112,6 @@ def test_a_sample_may_be_live_in_the_larger_parameter_alone():
 def test_opposite_values_do_not_cancel():
     grads = [torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([[-1.0], [0.0]])]
     assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, False]
-
-
-def test_scores_of_several_layers_add_up():
-    first = Scored(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([True, False, False]))
-    second = Scored(torch.tensor([0.5, -3.0, 0.0]), torch.tensor([False, True, False]))
-    joined = together([first, second])
-    assert joined.scores.tolist() == [1.5, -1.0, 0.0]
-    assert joined.live.tolist() == [True, True, False]
 
 
 def test_scores_by_hand():

@@ -70,9 +70,8 @@ def layers(model):
     "settings",
     [
         {},
-        {"choice": "topk", "share": "above"},
+        {"choice": "topk", "score": "cosine"},
         {"choice": "random", "select": 0.3},
-        {"share": "all"},
         {"score": "cosine", "select": 0.75},
         {"pairs": True},
     ],
