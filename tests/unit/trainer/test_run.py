@@ -393,7 +393,11 @@ def test_an_interrupt_before_the_first_step_says_so(base, rows, tmp_path, interf
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
-def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(base, rows, tmp_path, interfere, number, times):
+def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
+    base, rows, tmp_path, interfere, number, times, request
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     settings = {"method": "ist+gast", "dropout": 0.1, "eval": str(rows), "eval_limit": 4}
     train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ def test_writing_that_is_cut_off_anywhere_leaves_none_that_looks_whole(checkpoin
         with pytest.MonkeyPatch.context() as patch:
             for name in ("fsync", "replace", "unlink", "open"):
                 patch.setattr(os, name, counted(getattr(os, name)))
+            patch.setattr(Path, "write_bytes", counted(Path.write_bytes))
             try:
                 rewrite()
             except Cut:
