@@ -240,8 +240,11 @@ def test_four_ranks_are_one_with_every_method(tmp_path):
         alone, _ = trained(tmp_path / name, name, **as_one(name, 4))
         is_one([found[name, "plain", "ddp"] for found in ranks], alone)
         for found in ranks:
-            for kind in SETTINGS:
-                assert_runs_agree(found[name, kind, "fsdp"], found[name, kind, "ddp"])
+            for kind in SETTINGS:  # sums of more than two ranks' numbers depend on their order in the last bits
+                got, wanted = found[name, kind, "fsdp"], found[name, kind, "ddp"]
+                assert_runs_agree({**got, "weights": {}}, {**wanted, "weights": {}}, atol=1e-6)
+                for key, value in wanted["weights"].items():
+                    torch.testing.assert_close(got["weights"][key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_two_ranks_have_one_record_of_all_rows(tmp_path):
