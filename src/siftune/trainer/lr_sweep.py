@@ -200,6 +200,7 @@ def _tuned(
         log_every=1,
         report_to=(NONE,),
         keep_scores=False,
+        bad_steps=0,  # a rate that breaks a step is a result
     )
     parts = {"train", *(["support"] if compares(recipe) else [])}
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)

@@ -58,6 +58,8 @@ def test_importance_from_gradients(monkeypatch):
     """The norms of all layers meet, and they alone."""
     model, seen = adapted(), []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
     norms = (OnDevice(torch.tensor(float(layer)), DEVICES[layer % 2]) for layer in range(4))
     monkeypatch.setattr("siftune.methods.layer_driver.gradient_norm", lambda parameters: next(norms))
     with IST(active=1.0, importance_from="gradients").attach(model, optimizer=optimizer) as sift:

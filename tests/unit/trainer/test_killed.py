@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import time
 import traceback
 
 import numpy as np
@@ -71,7 +72,9 @@ def state_of(run):
     ("seed", "settings"),
     [
         (0, {"method": "ist+gast", "support": "momentum"}),
-        pytest.param(1, {"method": "dense", "adapter": "full", "layers": (0, -1)}, marks=pytest.mark.matrix),
+        pytest.param(
+            1, {"method": "dense", "adapter": "full", "layers": (0, -1), "dropout": 0.0}, marks=pytest.mark.matrix
+        ),
         pytest.param(2, {"method": "gast", "accumulate": 2}, marks=pytest.mark.matrix),
         pytest.param(3, {"method": "lisa"}, marks=pytest.mark.matrix),
     ],
@@ -80,7 +83,9 @@ def state_of(run):
 def test_a_run_that_is_killed_again_and_again_is_the_unbroken_one(base, rows, tmp_path, seed, settings):
     settings = {"save_every": 1, "steps": 5, "dropout": 0.1, **settings}
     quiet = Console(quiet=True)
+    begun = time.monotonic()
     train(recipe(base, rows, tmp_path / "whole", **settings), quiet)
+    short = (time.monotonic() - begun) / 4  # no child gets far, however fast the machine is
     moments, killed, run = random.Random(seed), 0, tmp_path / "broken"
 
     def go_on():
@@ -88,11 +93,11 @@ def test_a_run_that_is_killed_again_and_again_is_the_unbroken_one(base, rows, tm
         train(recipe(base, rows, run, resume=resume, **settings), quiet)
 
     def killed_in_a_call():
-        die_at_call(moments.randrange(1, 150))
+        die_at_call(moments.randrange(1, 50))
         go_on()
 
     def killed_by_the_clock():
-        signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.02, 1.0))  # whose signal ends the process where it is
+        signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.1, 1.0) * short)  # its signal ends the process
         go_on()
 
     code = None

@@ -95,6 +95,7 @@ def _recipe(settings: AuditSettings, layers: Sequence[int], lr: float | None) ->
             max_length=settings.max_length,
             seed=settings.seed,
             log_every=settings.steps,
+            bad_steps=0,
             out="unused",
         )
     )
