@@ -92,5 +92,13 @@ def test_too_many_end_the_run_also_where_it_was_resumed_between(base, rows, tmp_
     assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["skipped_steps"] == 2
 
 
+def test_a_run_whose_last_steps_were_left_out_is_not_done(base, rows, tmp_path, interfere, break_rows):
+    interfere(break_rows({6}))
+    assert train(recipe(base, rows, tmp_path / "one", method="dense"), QUIET).summary["skipped_steps"] == 1
+    interfere(break_rows({5, 6}))
+    with pytest.raises(TrainingError, match=r"The last steps, 5 and 6, were left out, .* the weights must be broken"):
+        train(recipe(base, rows, tmp_path / "two", method="dense"), QUIET)
+
+
 def stop_now(_):
     raise KeyboardInterrupt
