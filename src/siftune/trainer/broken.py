@@ -103,8 +103,8 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         if {state.global_step, state.global_step - 1} <= left:
             raise TrainingError(
                 f"The last steps, {state.global_step - 1} and {state.global_step}, were left out, for they had numbers "
-                "that are not finite: the weights must be broken. Earlier checkpoints may be whole. Lower --lr, or train "
-                "in --dtype float32."
+                "that are not finite: the weights must be broken. Earlier checkpoints may be whole. Lower --lr, or "
+                "train in --dtype float32."
             )
 
     def _anywhere(self, broken: bool, args: TrainingArguments) -> bool:
