@@ -95,18 +95,6 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
             self._skipped = False
             self.log({SKIPPED: skipped_steps(state) + 1})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Refuse what a run ends with where its last two steps were left out: rows differ, so it is the weights."""
-        left = {entry.get("step") for entry in state.log_history if SKIPPED in entry}
-        if {state.global_step, state.global_step - 1} <= left:
-            raise TrainingError(
-                f"The last steps, {state.global_step - 1} and {state.global_step}, were left out, for they had numbers "
-                "that are not finite: the weights must be broken. Earlier checkpoints may be whole. Lower --lr, or "
-                "train in --dtype float32."
-            )
-
     def _anywhere(self, broken: bool, args: TrainingArguments) -> bool:
         """Whether a rank has found something: all of them leave a step out, or none."""
         if world_size() == 1:
@@ -127,3 +115,17 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
 def skipped_steps(state: TrainerState) -> int:
     """Steps of a run that were left out so far, before it was resumed, too."""
     return sum(SKIPPED in entry for entry in state.log_history)
+
+
+def refuse_broken_end(state: TrainerState) -> None:
+    """Refuse what a run ended with where its last two steps were left out: their rows differ, so it is the weights.
+
+    Raises:
+        TrainingError: They were.
+    """
+    last = state.global_step
+    if {last, last - 1} <= {entry.get("step") for entry in state.log_history if SKIPPED in entry}:
+        raise TrainingError(
+            f"The last steps, {last - 1} and {last}, were left out, for they had numbers that are not finite: the "
+            "weights must be broken. Earlier checkpoints may be whole. Lower --lr, or train in --dtype float32."
+        )

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from siftune.config import Recipe, resolve_recipe
 from siftune.data.rows import Row
@@ -28,6 +29,7 @@ from siftune.rows.texts import digest_of as digest_of_texts
 from siftune.rows.visits import NAME
 from siftune.stages import stages
 from siftune.trainer.before import short_form
+from siftune.trainer.broken import refuse_broken_end
 from siftune.trainer.build import Built, build
 from siftune.trainer.checkpoints import (
     EarlyStop,
@@ -43,7 +45,7 @@ from siftune.trainer.followed import Followed
 from siftune.trainer.interrupts import Interrupts
 from siftune.trainer.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
 from siftune.trainer.outcome import Outcome
-from siftune.trainer.prepare import prepare, read_rows, refuse_read
+from siftune.trainer.prepare import Prepared, prepare, read_rows, refuse_read
 from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.retrieve import retrieved
 from siftune.trainer.run_folder import BAD_ROWS, RECIPE, RETRIEVED, ROWS, RunFolder, step_of
@@ -131,20 +133,13 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     rows, data = prepared.rows, prepared.data
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers())
-    saving = [] if recipe.save_every else [RegularCheckpoints()]
-    saving += [] if recipe.patience is None else [EarlyStop(recipe.patience)]
-    record = _row_record(recipe, folder, rows["train"])
-    signals, ended = Interrupts(), None
-    built = build(recipe, model, tokenizer, data, folder.checkpoints, [metrics, view, *saving, *record, signals])
+    record, signals = _row_record(recipe, folder, rows["train"]), Interrupts()
+    own = [metrics, view, *_saving(recipe), *record, signals]
+    built = build(recipe, model, tokenizer, data, folder.checkpoints, own)
     built.trainer.broken.name = lambda row: rows["train"][row].origin
     stand_first(built.trainer, metrics)  # trackers read a line before other callbacks extend it
     digest = digest_of(data["train"])
-    if checkpoint is not None:
-        check_same(checkpoint, recipe, digest)
-        _check_checkpoint(checkpoint, built.trainer)
-        ended = end_of(checkpoint, built.trainer.args, len(data["train"]), recipe.patience)
-        if ended and folder.has_left(checkpoint):
-            raise RecipeError(ended)
+    ended = checkpoint is not None and _has_ended(checkpoint, recipe, digest, built.trainer, folder)
     kinds = sources(rows["train"])
     followed = Followed(kinds)
     if built.trainer.is_world_process_zero():
@@ -152,10 +147,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     recorded = anchored(replace(recipe, resume=False, allow_change=False))
     console.print(short_form(recipe, prepared, built, folder.path), markup=False)
     if rank() == 0:
-        _write_lines(folder, BAD_ROWS, prepared.bad)
-        _write_lines(folder, RETRIEVED, prepared.kept or ())
-        folder.write(RECIPE, recipe_to_yaml(recorded))
-        folder.write(ROWS, f"{digest}\n")
+        _leave_start(folder, recorded, prepared, digest)
 
     def release() -> None:
         view.close()
@@ -163,21 +155,66 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         for part in record:
             part.leave()
 
-    def fit() -> None:
-        if ended and checkpoint is not None:  # killed after its last step, before it had left what was trained
-            built.trainer.take(checkpoint, best=recipe.patience is not None)
-            return
-        with signals.listening():
-            built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if signals.came:
-            raise KeyboardInterrupt
-
+    fit = partial(_train_on, built.trainer, signals, checkpoint, ended, best=recipe.patience is not None)
     if rank() == 0:
         folder.cut_records(step_of(checkpoint) if checkpoint is not None else 0)  # of a run that got no further
     summary = _fit(Outcome(built.trainer, folder, recorded, source, followed), fit, release)
     if world_size() > 1:
         let_go(built.trainer)
     return Run(folder, built.trainer.model, tokenizer, summary)
+
+
+def _train_on(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None, ended: bool, best: bool) -> None:
+    """Train to the end.
+
+    Args:
+        trainer: The run's.
+        signals: What it listens to meanwhile.
+        checkpoint: What it goes on from, if anything.
+        ended: The checkpoint is the end already: what it holds is taken.
+        best: Of that, the weights of least held-out loss.
+
+    Raises:
+        KeyboardInterrupt: A signal came.
+        TrainingError: Training broke, also at its very end.
+    """
+    if ended and checkpoint is not None:
+        trainer.take(checkpoint, best)
+    else:
+        with signals.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if signals.came:
+        raise KeyboardInterrupt
+    if trainer.kept_step is None:
+        refuse_broken_end(trainer.state)
+
+
+def _saving(recipe: Recipe) -> list[TrainerCallback]:
+    """What decides when checkpoints are made, and when training stops, where the Trainer does not."""
+    regular = [] if recipe.save_every else [RegularCheckpoints()]
+    return [*regular, *([] if recipe.patience is None else [EarlyStop(recipe.patience)])]
+
+
+def _has_ended(checkpoint: Path, recipe: Recipe, digest: str, trainer: SiftTrainer, folder: RunFolder) -> bool:
+    """Whether a checkpoint's run was killed after its last step, before it had left what was trained.
+
+    Raises:
+        RecipeError: The checkpoint is of another run, or has nothing left to do.
+    """
+    check_same(checkpoint, recipe, digest)
+    _check_checkpoint(checkpoint, trainer)
+    ended = end_of(checkpoint, trainer.args, len(trainer.train_dataset), recipe.patience)
+    if ended and folder.has_left(checkpoint):
+        raise RecipeError(ended)
+    return ended is not None
+
+
+def _leave_start(folder: RunFolder, recorded: Recipe, prepared: Prepared, digest: str) -> None:
+    """Leave in the folder what a run is begun with."""
+    _write_lines(folder, BAD_ROWS, prepared.bad)
+    _write_lines(folder, RETRIEVED, prepared.kept or ())
+    folder.write(RECIPE, recipe_to_yaml(recorded))
+    folder.write(ROWS, f"{digest}\n")
 
 
 def _fit(outcome: Outcome, fit: Callable[[], None], release: Callable[[], None]) -> dict[str, Any]:

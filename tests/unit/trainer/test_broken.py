@@ -98,6 +98,8 @@ def test_a_run_whose_last_steps_were_left_out_is_not_done(base, rows, tmp_path, 
     interfere(break_rows({5, 6}))
     with pytest.raises(TrainingError, match=r"The last steps, 5 and 6, were left out, .* the weights must be broken"):
         train(recipe(base, rows, tmp_path / "two", method="dense"), QUIET)
+    with pytest.raises(TrainingError, match=r"The last steps, 5 and 6"):  # nor by going on from its end
+        train(recipe(base, rows, tmp_path / "two", method="dense", resume=True), QUIET)
 
 
 def stop_now(_):
