@@ -38,11 +38,11 @@ def test_verify_shows_a_conversation_in_the_templates_form_and_nothing_of_it_act
 
 def test_verify_refuses_a_bomb_in_one_sentence(tmp_path, capsys):
     kit = write_kit(tmp_path / "kit", contents())
-    (kit.path / "chat_template.jinja").write_text("{% for m in messages %}{{ messages | string }}{% endfor %}")
+    (kit.path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ m.content * 200 }}{% endfor %}")
     repair(kit.path)
     code, found, said = answer_of(capsys, "verify", kit.path)
     assert code == 2
-    assert "chat_template.jinja " in found["error"]
+    assert "chat_template.jinja writes" in found["error"]
     assert found["error"].endswith("ask whoever made it for a sound copy")
     assert "Traceback" not in said
 
