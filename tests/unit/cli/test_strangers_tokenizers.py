@@ -38,7 +38,9 @@ def test_verify_shows_a_conversation_in_the_templates_form_and_nothing_of_it_act
 
 def test_verify_refuses_a_bomb_in_one_sentence(tmp_path, capsys):
     kit = write_kit(tmp_path / "kit", contents())
-    (kit.path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ m.content * 200 }}{% endfor %}")
+    (kit.path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ m.content * 200 }}{% endfor %}"
+    )
     repair(kit.path)
     code, found, said = answer_of(capsys, "verify", kit.path)
     assert code == 2
