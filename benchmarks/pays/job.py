@@ -52,17 +52,15 @@ _LOOK_EVERY = 10  # steps between two looks at rows that are held back
 _USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
 
 
-def recipe_of(job: Job, folder: Path, rows: int | None = None) -> Recipe:
+def recipe_of(job: Job, folder: Path) -> Recipe:
     """Make a job's recipe, checked; nothing is read from the files that it names.
 
     Args:
         job: The job.
         folder: For the run, and for a file that is read back.
-        rows: Rows that are trained on, where one pass over them may be shorter than the job's steps.
     """
-    method, batch = job["method"], job["batch"]
-    steps = min(job["steps"], -(-rows // batch)) if rows and method.get("once") else job["steps"]
-    own = {"lr": job["lr"], "seed": job["seed"], "steps": steps, "batch_size": batch, "model": job["model"]}
+    method = job["method"]
+    own = {"batch_size": job["batch"], **{name: job[name] for name in ("lr", "seed", "steps", "model")}}
     values = {**_USUAL, **own, **method.get("recipe", {}), "train": "pool", "out": str(folder)}
     groups = [value for value in values.values() if isinstance(value, dict)]
     kinds = {group.get("support") for group in groups}
@@ -117,7 +115,7 @@ class Work:
         rows = training_rows(
             self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
         )
-        recipe = recipe_of(self.job, self.folder, len(rows))
+        recipe = recipe_of(self.job, self.folder)
         data = {"train": self.tokenized(rows)}
         if "late" in self.method:
             own = {id(row) for row in known}
@@ -133,7 +131,7 @@ class Work:
 
     def _retrieved(self, known: Sequence[Record]) -> list[Record]:
         pool_RH, known_KH = (embed(self.model, self.tokenized(part), self.collate) for part in (self.pool.train, known))
-        alike_R = similarity(pool_RH, known_KH, self.method.get("nearest", "max"))
+        alike_R = similarity(pool_RH, known_KH)
         return [self.pool.train[number] for number in most_alike(alike_R, _RETRIEVED)]
 
     def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:

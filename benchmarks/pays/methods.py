@@ -4,9 +4,7 @@ recipe     fields of the recipe, among them `method` and the groups of its setti
 keep       a rule that keeps some rows of a batch: see `subset.py`
 select     how many rows that rule keeps: a count, or a share such as 0.25
 rows       what is trained on: see `training_rows.py`; the pool where it is not given
-nearest    for rows "retrieved": similarity to the "max" or the "mean" of the known rows
 late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
-once       for rows "retrieved": one pass over the rows, where that is fewer steps
 stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
 rule       an experimental rule in the place of GAST's choice: see `rules.py`
 loss       "rows": every row weighs alike, however long it is
@@ -38,33 +36,20 @@ METHODS: dict[str, Method] = {
     "dense+known-weighted": {"rows": "pool+weighted"},
     "known-alone": {"rows": "known"},
     "known-alone-stopped": {"rows": "known", "stop": 0.2},
-    "target-alone": {"rows": "target"},
-    "retrieval": {"rows": "retrieved", "nearest": "max"},
-    "retrieval-mean": {"rows": "retrieved", "nearest": "mean"},
-    "retrieval-once": {"rows": "retrieved", "nearest": "max", "once": True},
-    "retrieval+known-weighted": {"rows": "retrieved+weighted", "nearest": "max"},
+    "retrieval": {"rows": "retrieved"},
+    "retrieval+known-weighted": {"rows": "retrieved+weighted"},
     "ceiling": {"keep": "target"},
     "random": _trim("random"),
-    "random-half": _trim("random", 0.5),
     "small-loss": _trim("small"),
-    "small-loss-half": _trim("small", 0.5),
-    "large-loss": _trim("large"),
     "small-excess": {"keep": "small-excess", "select": 0.25},
-    "large-excess": {"keep": "large-excess", "select": 0.25},
-    "small-loss+known-weighted": {**_trim("small"), "rows": "pool+weighted"},
     "trim-loss": _trim("small", 0.75),
-    "trim-first-loss": {"keep": "small-first-loss", "select": 0.75},
     "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
-    "gast-inner": _gast(score="inner"),
     "gast": _gast(),
-    "gast+known-weighted": {**_gast(select=0.5), "rows": "pool+weighted"},
     "late-known": {"rows": "pool+weighted", "late": 1 / 3},
     "late-gast": {**_gast(), "rows": "pool+weighted", "late": 1 / 3},
     "late-gast-half": {**_gast(select=0.5), "rows": "pool+weighted", "late": 1 / 3},
     "gast-relu": {**_gast(), "rule": "relu"},
-    "gast-above-zero": {**_gast(), "rule": "above-zero"},
     "dft": {"recipe": {"loss": "dft"}},
-    "trim-momentum": {"recipe": {"method": "gast", "gast": {"support": "momentum", "choice": "topk", "select": 0.75}}},
     "trim-momentum-cosine": {
         "recipe": {
             "method": "gast",
@@ -83,9 +68,7 @@ _OWN = (
     "keep",
     "select",
     "rows",
-    "nearest",
     "late",
-    "once",
     "stop",
     "rule",
     "masked",

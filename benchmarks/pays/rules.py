@@ -3,8 +3,7 @@
 Weights on rows instead of a choice. With s_i the score of row i for a unit, B the rows that have a gradient, g_i their
 gradients:
 
-    relu         Σ w_i g_i with w_i ∝ max(0, s_i), Σ w_i = B
-    above-zero   (B / K) Σ g_i over the K rows with s_i > 0
+    relu    Σ w_i g_i with w_i ∝ max(0, s_i), Σ w_i = B
 
 Where no row scores above zero, every row counts 1.
 """
@@ -29,24 +28,14 @@ Weigh = Callable[[Tensor, Tensor], Tensor]  # scores, live rows -> weights, all 
 
 
 def relu(scores_B: Tensor, live_B: Tensor) -> Tensor:
-    """Weights ∝ max(0, score) that add up to the number of live rows; (B,)."""
+    """Weights ∝ max(0, score) that add up to the number of live rows, or 1 for each where none is above 0; (B,)."""
     weights_B = scores_B.where(live_B, 0.0).clamp_min(0)
-    return _scaled(weights_B, live_B)
-
-
-def above_zero(scores_B: Tensor, live_B: Tensor) -> Tensor:
-    """B / K for the K rows that score above zero, 0 for the others; (B,)."""
-    return _scaled((live_B & (scores_B > 0)).to(scores_B.dtype), live_B)
-
-
-def _scaled(weights_B: Tensor, live_B: Tensor) -> Tensor:
-    """Scale weights up to the number of live rows; those count 1 each where all weights are 0."""
     even_B = live_B.to(weights_B.dtype)
     weights_B = torch.where(weights_B.sum() > 0, weights_B, even_B)
     return weights_B * (even_B.sum() / weights_B.sum().clamp_min(torch.finfo(weights_B.dtype).tiny))
 
 
-RULES: dict[str, Weigh] = {"relu": relu, "above-zero": above_zero}
+RULES: dict[str, Weigh] = {"relu": relu}
 
 
 class WeighedSamples(AlignedSamples):

@@ -6,13 +6,11 @@ is skipped: there are no gradients, so that the optimizer leaves every parameter
 Rules, B rows in a batch and K kept:
 
     target              the clean rows of the target, known from the making of the pool: the ceiling
-    small-excess        the K rows of smallest mean token loss minus that of the base, adapters off; large-excess: of
-                        largest
-    small-first-loss    the K of smallest loss, by that which a row had when it was first seen
+    small-excess        the K rows of smallest mean token loss minus that of the base, adapters off
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +26,8 @@ from siftune.trainer.trainer import SiftTrainer
 
 Record = dict[str, Any]
 Batch = Mapping[str, Tensor]
-Score = Callable[[nn.Module, Batch], Tensor]  # (B,) of a batch
+
+_RULES = ("target", "small-excess")
 
 
 class Book:
@@ -50,35 +49,26 @@ class Book:
 
 @dataclass
 class Keep:
-    """A rule with what it remembers.
+    """A rule.
 
     Attributes:
         name: One of the rules above.
-        select: K, a count or a share; for all rules but "target".
+        select: K, a count or a share; of no account for "target".
     """
 
     name: str
     select: int | float = 0.25
-    _first: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name != "target" and self.name not in _SCORES:
-            raise RecipeError(f"there is no rule {self.name!r} to keep rows; use target, {', '.join(_SCORES)}")
+        if self.name not in _RULES:
+            raise RecipeError(f"there is no rule {self.name!r} to keep rows; use {' or '.join(_RULES)}")
 
     def __call__(self, model: nn.Module, batch: Batch, rows: Sequence[Record]) -> Tensor:
         """Choose rows; (K,) int64, ascending, possibly none."""
         if self.name == "target":
             return torch.tensor([place for place, row in enumerate(rows) if row["group"] in ("target", "known")]).long()
         count = how_many(self.select, len(rows))
-        score, largest = _SCORES[self.name]
-        scores_B = score(model, batch)
-        if self.name == "small-first-loss":
-            scores_B = self._at_first_sight(scores_B, rows)
-        return scores_B.cpu().topk(count, largest=largest).indices.sort().values
-
-    def _at_first_sight(self, scores_B: Tensor, rows: Sequence[Record]) -> Tensor:
-        pairs = zip(rows, scores_B.tolist(), strict=True)
-        return torch.tensor([self._first.setdefault((row["prompt"], row["completion"]), score) for row, score in pairs])
+        return excess(model, batch).cpu().topk(count, largest=False).indices.sort().values
 
 
 def excess(model: nn.Module, batch: Batch) -> Tensor:
@@ -86,13 +76,6 @@ def excess(model: nn.Module, batch: Batch) -> Tensor:
     with model.disable_adapter():
         base_B = row_losses(model, batch)
     return row_losses(model, batch) - base_B
-
-
-_SCORES: dict[str, tuple[Score, bool]] = {  # a row's score, and whether the largest are kept
-    "small-excess": (excess, False),
-    "large-excess": (excess, True),
-    "small-first-loss": (row_losses, False),
-}
 
 
 def rows_of(batch: Batch, kept_K: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ A plan is a name, then what is added to it, with plus signs between:
 
     pool        every row of the pool
     known       the known rows alone, repeated so that they fill the steps
-    target      the right rows of the target in the pool, repeated likewise: what perfect selection would leave
     retrieved   the quarter of the pool that is most like the known rows: see `siftune.evaluate.embeddings`
 
     +known      the known rows, each once
@@ -25,7 +24,7 @@ Record = dict[str, Any]
 KNOWN_SHARE = 0.25  # of all rows, for "+weighted"
 MOST = 30  # times that a row comes, for "+capped"
 _ADDITIONS = ("known", "weighted", "capped")
-_BASES = ("pool", "known", "target", "retrieved")
+_BASES = ("pool", "known", "retrieved")
 
 
 def training_rows(
@@ -74,8 +73,6 @@ def _base(
         return list(pool)
     if name == "known":
         return repeated(known, count)
-    if name == "target":
-        return repeated([row for row in pool if row["group"] == "target"], count)
     assert retrieve is not None
     return list(retrieve())
 

@@ -11,7 +11,7 @@ Shapes: R rows, K known rows, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -21,8 +21,6 @@ from siftune.errors import UnsupportedError
 from siftune.evaluate.batching import by_length, model_device
 from siftune.models.modes import evaluating
 from siftune.numerics import widened
-
-Nearest = Literal["max", "mean"]
 
 
 def embed(model: nn.Module, data: Dataset, collate: Callable[[list[Any]], Any], batch_size: int = 64) -> Tensor:
@@ -57,22 +55,19 @@ def embed(model: nn.Module, data: Dataset, collate: Callable[[list[Any]], Any], 
     return torch.stack([parts[place] for place in range(len(data))])
 
 
-def similarity(rows_RH: Tensor, known_KH: Tensor, nearest: Nearest = "max") -> Tensor:
-    """How alike rows are to known ones: to the nearest of them, or to their mean; (R,), −1 to 1.
+def similarity(rows_RH: Tensor, known_KH: Tensor) -> Tensor:
+    """How alike each row is to the nearest of the known ones; (R,), −1 to 1.
 
     Args:
         rows_RH: Embeddings, each of length 1.
         known_KH: Those of the known rows.
-        nearest: "max" or "mean".
 
     Example:
         >>> rows, known = torch.eye(2), torch.tensor([[0.6, 0.8], [1.0, 0.0]])
         >>> similarity(rows, known)
         tensor([1.0000, 0.8000])
     """
-    if nearest == "max":
-        return (rows_RH @ known_KH.T).amax(1)
-    return rows_RH @ nn.functional.normalize(known_KH.mean(0), dim=0)
+    return (rows_RH @ known_KH.T).amax(1)
 
 
 def most_alike(scores_R: Tensor, share: float) -> Sequence[int]:

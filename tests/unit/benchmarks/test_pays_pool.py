@@ -143,7 +143,6 @@ def test_plans_by_hand():
     assert groups("pool+known") == {"target": 8, "other": 8, "wrong": 8, "known": 3}
     assert groups("pool+weighted") == {"target": 8, "other": 8, "wrong": 8, "known": 8}
     assert groups("known") == {"known": 30}
-    assert groups("target") == {"target": 30}
     assert groups("retrieved+weighted", retrieve=lambda: POOL[:6]) == {"target": 2, "other": 2, "wrong": 2, "known": 2}
     times = Counter(row["number"] for row in training_rows("known", POOL, KNOWN, 31))
     assert sorted(times.values()) == [10, 10, 11]

@@ -12,20 +12,19 @@ from siftune.engine.groups import group_by_layer
 from siftune.errors import RecipeError
 
 
-def by_hand(name, scores):
+def by_hand(scores):
     """Weights of the rows, with plain numbers."""
-    raw = [max(0.0, score) if name == "relu" else float(score > 0) for score in scores]
+    raw = [max(0.0, score) for score in scores]
     whole = sum(raw)
     return [len(raw) * one / whole for one in raw] if whole else [1.0] * len(raw)
 
 
-@pytest.mark.parametrize("name", ["relu", "above-zero"])
-def test_gradients_are_the_weighed_rows(name):
+def test_gradients_are_the_weighed_rows():
     model = adapted().double()
     inputs = batch(model, 6)
     single = sample_gradients(model, inputs)
     gast = GAST(2, "rest", choice="topk")
-    use_rule([gast], name)
+    use_rule([gast], "relu")
     with gast.attach(model) as sift:
         summed_loss(model, inputs).backward()
     layers = [list(group.parameters.values()) for group in group_by_layer(model)]
@@ -33,7 +32,7 @@ def test_gradients_are_the_weighed_rows(name):
     torch.testing.assert_close(sift.last.scores, torch.stack(scores), rtol=1e-9, atol=1e-12)
     followed = set()
     for parameters, scores_S, numbers in zip(layers, scores, sift.last.followed(), strict=True):
-        weights = by_hand(name, scores_S.tolist())
+        weights = by_hand(scores_S.tolist())
         assert numbers == [row for row, weight in enumerate(weights) if weight > 0]
         followed.add(len(numbers))
         for parameter in parameters:
@@ -42,12 +41,10 @@ def test_gradients_are_the_weighed_rows(name):
     assert followed - {2}, "as many rows as top-K would follow: the rule did nothing"
 
 
-@pytest.mark.parametrize("name", ["relu", "above-zero"])
-def test_rows_without_a_gradient_count_nothing(name):
+def test_rows_without_a_gradient_count_nothing():
     scores, live = torch.tensor([2.0, -1.0, 1.0, 5.0]), torch.tensor([True, True, True, False])
-    wanted = {"relu": [2.0, 0.0, 1.0, 0.0], "above-zero": [1.5, 0.0, 1.5, 0.0]}[name]
-    torch.testing.assert_close(RULES[name](scores, live), torch.tensor(wanted))
-    none_above = RULES[name](-scores.abs(), live)
+    torch.testing.assert_close(RULES["relu"](scores, live), torch.tensor([2.0, 0.0, 1.0, 0.0]))
+    none_above = RULES["relu"](-scores.abs(), live)
     torch.testing.assert_close(none_above, torch.tensor([1.0, 1.0, 1.0, 0.0]))
 
 

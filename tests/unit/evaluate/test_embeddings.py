@@ -34,7 +34,6 @@ def test_similarity_and_choice_by_hand():
     pool = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
     known = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     torch.testing.assert_close(similarity(pool, known), torch.tensor([1.0, 1.0, 0.8, 0.0]))
-    torch.testing.assert_close(similarity(pool, known, "mean"), torch.tensor([0.5, 0.5, 0.7, -0.5]) * 2**0.5)
     scores = torch.tensor([0.0, 5, 1, 2, 9, 3, 4, 0])
     assert most_alike(scores, 0.25) == [1, 4]
     assert most_alike(scores, 0.01) == [4]
