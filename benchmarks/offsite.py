@@ -61,7 +61,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradot, paper's basis": {"basis": "svd", "mlp": "channels"},
     "gradot, paper's basis, λ 0.1": {"basis": "svd", "mlp": "channels", "lambda_attn": 0.1, "lambda_mlp": 0.1},
     "gradot, whitened": {"mlp": "channels"},
-    "gradot, whitened, MLP factored": {"mlp": "factors"},
     "gradot, whitened, MLP refit": {"mlp": "refit"},
     "gradot, whitened, MLP refit, λ 0.1": {"mlp": "refit", "lambda_attn": 0.1, "lambda_mlp": 0.1},
 }

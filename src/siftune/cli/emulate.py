@@ -50,8 +50,8 @@ class Options(CalibrationOptions):
     """gradot keeps outer layers' gradients; layerdrop drops whole layers, crash shares them, svd+flap keeps outputs."""
     basis: Literal["whitened", "svd"] = "whitened"
     """gradot: directions to choose among: singular ones of the weights as the data and gradients see them, or plain."""
-    mlp: Literal["refit", "channels", "factors"] = "refit"
-    """gradot: refit takes channels out of MLPs, and the rest take over; channels only takes out; factors decomposes."""
+    mlp: Literal["refit", "channels"] = "refit"
+    """gradot: refit takes channels out of MLPs, and the rest take over; channels only takes out."""
     lambda_attn: float = 0.0
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
     lambda_mlp: float = 0.0

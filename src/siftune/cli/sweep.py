@@ -28,7 +28,7 @@ class Options(CalibrationOptions):
     """Where λ acts."""
     bases: tuple[Literal["whitened", "svd"], ...] = ("whitened", "svd")
     """Bases, for gradot."""
-    mlps: tuple[Literal["refit", "channels", "factors"], ...] = ("refit",)
+    mlps: tuple[Literal["refit", "channels"], ...] = ("refit",)
     """What is done to the MLPs, for gradot."""
     methods: tuple[Literal["gradot", "layerdrop", "crash", "svd+flap"], ...] = ("gradot", "layerdrop")
     """Methods."""

@@ -27,7 +27,7 @@ from siftune.offsite.maths.refit import correct, refit, refit_scores
 from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
-Mlp = Literal["refit", "channels", "factors"]
+Mlp = Literal["refit", "channels"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Compression:
         basis: Directions among which DRD chooses: singular vectors of the weight (the paper's), or *(ours)* of the
             weight between the roots of its curvature.
         mlp: Whether gradot takes channels out of the MLP (SCP, the paper's), or *(ours)* lets those that stay take over
-            what the others wrote, or factors its matrices by DRD.
+            what the others wrote as well.
         protect: Share of the largest singular values that always stay.
         damping: *(ours)* Relative damping of those roots.
         refit_damping: *(ours)* Relative damping of the channels' fit.
@@ -76,10 +76,6 @@ class Compression:
             return self.shares[path]
         own = self.keep_attn if path in family.attention else self.keep_mlp
         return self.keep if own is None else own
-
-    def factored(self, family: Family) -> tuple[str, ...]:
-        """Matrices that become products of two; an MLP with none of them loses channels."""
-        return family.matrices if self.method == "gradot" and self.mlp == "factors" else family.attention
 
 
 @dataclass
@@ -162,22 +158,21 @@ def compress_layer(
         return result
     tensors, ranks = dict(result.tensors), dict[str, int]()
     made = Unfinished(layer, family, LayerShape(number, ranks), tensors)
-    for path in how.factored(family):
+    for path in family.attention:
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)
         share = how.share(path, family)
         if share >= 1:
             continue
         rank = rank_of(share, outputs, inputs)
-        lam = how.lambda_attn if path in family.attention else how.lambda_mlp
         weight, known = _corrected(path, made, seen, prefix)
-        up_OR, down_RI = _factors(path, weight, known, rank, how, lam)
+        up_OR, down_RI = _factors(path, weight, known, rank, how)
         dtype = tensors.pop(f"{path}.weight").dtype
         tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(dtype), up_OR.to(dtype)
         if f"{path}.bias" in tensors:
             tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
-    if family.writes in how.factored(family) or how.share(family.writes, family) >= 1:
+    if how.share(family.writes, family) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
     weight, known = _corrected(family.writes, made, seen, prefix)
     channels, biased = _narrow(made, tensors, known, how, weight)
@@ -201,10 +196,8 @@ def _weight(made: Unfinished, path: str) -> Tensor:
     return weight_OI(made.layer.get_submodule(path), made.tensors[f"{path}.weight"])
 
 
-def _factors(
-    path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression, lam: float
-) -> tuple[Tensor, Tensor]:
-    """A matrix as a product of two thinner ones."""
+def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression) -> tuple[Tensor, Tensor]:
+    """A matrix of attention as a product of two thinner ones."""
     weight = weight.float()
     if how.method == "svd+flap":
         return svd_factor(weight, rank)
@@ -212,7 +205,7 @@ def _factors(
     key = (path, how.basis, how.damping)
     if key not in seen.known:
         seen.known[key] = components(weight, curvature, how.basis, how.damping)
-    return factor(seen.known[key], curvature, rank, lam, how.protect)
+    return factor(seen.known[key], curvature, rank, how.lambda_attn, how.protect)
 
 
 def _narrow(

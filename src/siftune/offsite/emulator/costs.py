@@ -34,9 +34,9 @@ from siftune.offsite.maths.scp import keep_channels
 SHARES = tuple(number / 20 for number in range(2, 21))  # at 1 a matrix is whole, and costs nothing
 
 
-def measured_paths(how: Compression, family: Family) -> tuple[str, ...]:
-    """What has a share: factored matrices, and where the MLP loses channels, the one that writes for all of it."""
-    return tuple(dict.fromkeys((*how.factored(family), family.writes)))
+def measured_paths(family: Family) -> tuple[str, ...]:
+    """What has a share: the matrices of attention, and for all of the MLP, the one that writes."""
+    return (*family.attention, family.writes)
 
 
 def layer_costs(layer: nn.Module, family: Family, captured: Mapping[str, Captured], how: Compression) -> list[Tensor]:
@@ -58,10 +58,8 @@ def layer_costs(layer: nn.Module, family: Family, captured: Mapping[str, Capture
         for path in family.matrices
     }
     return [
-        _factored(path, weights[path], (chosen, other), how, family)
-        if path in how.factored(family)
-        else _narrowed(weights, family, (chosen, other), how)
-        for path in measured_paths(how, family)
+        *(_factored(path, weights[path], (chosen, other), how) for path in family.attention),
+        _narrowed(weights, family, (chosen, other), how),
     ]
 
 
@@ -77,11 +75,11 @@ def _half(captured: Mapping[str, Captured], second: bool) -> dict[str, Captured]
     return found
 
 
-def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Compression, family: Family) -> Tensor:
+def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Compression) -> Tensor:
     """A matrix that becomes a product of two."""
     chosen, other = (half.curvature[path] for half in seen)
     parts = components(weight, chosen, how.basis, how.damping)
-    scores_K = component_scores(parts, chosen, how.lambda_attn if path in family.attention else how.lambda_mlp)
+    scores_K = component_scores(parts, chosen, how.lambda_attn)
     ranks = [rank_of(share, *weight.shape) for share in SHARES[:-1]]
     kept = [keep_components(scores_K, parts.size_K, rank, how.protect) for rank in ranks]
     sizes = [float(rank * sum(weight.shape)) for rank in ranks]
@@ -133,7 +131,7 @@ def measured_shares(
         if not known.has(number):
             captured = replay(layers[number], recording, number, family.matrices)
             known.put(number, layer_costs(layers[number], family, captured, how))
-        for path, table in zip(measured_paths(how, family), known.get(number), strict=True):
+        for path, table in zip(measured_paths(family), known.get(number), strict=True):
             sizes, costs = table.tolist()
             tables[number, path] = sizes, costs
         if progress is not None:

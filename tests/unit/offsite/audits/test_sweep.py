@@ -68,10 +68,10 @@ def test_a_grid_has_every_emulator_once():
         ("crash", 0.3, "uniform"),
         ("svd+flap", 0.3, "score"),
     ]
-    grid = SweepGrid(keeps=(0.5,), lambdas=(0.0,), bases=("svd",), mlps=("channels", "factors"))
+    grid = SweepGrid(keeps=(0.5,), lambdas=(0.0,), bases=("svd",), mlps=("channels", "refit"))
     assert [(c.method, c.mlp) for c in grid.settings()] == [
         ("gradot", "channels"),
-        ("gradot", "factors"),
+        ("gradot", "refit"),
         ("layerdrop", "refit"),
     ]
     grid = SweepGrid(split=Split(1, 2))

@@ -50,15 +50,14 @@ def lost(change, captured):
 @pytest.mark.parametrize("basis", ["whitened", "svd"])
 def test_costs_of_factored_matrices(family, basis):
     layer, matrices, captured = seen(family)
-    how = Compression(basis=basis, mlp="factors", lambda_attn=0.3, protect=0.1)
+    how = Compression(basis=basis, lambda_attn=0.3, protect=0.1)
     tables = layer_costs(layer, matrices, captured, how)
-    for path, (sizes, lost_at) in zip(measured_paths(how, matrices), tables, strict=True):
+    for path, (sizes, lost_at) in zip(matrices.attention, tables[:-1], strict=True):
         weight = weight_OI(layer.get_submodule(path)).detach().float()
         known = curvature(*half(captured[path], False))
         for share, size, cost in [*zip(SHARES, sizes.tolist(), lost_at.tolist(), strict=True)][::6]:
             rank = rank_of(share, *weight.shape)
-            lam = 0.3 if path in matrices.attention else 0.0
-            up, down = factor(components(weight, known, basis), known, rank, lam, 0.1)
+            up, down = factor(components(weight, known, basis), known, rank, 0.3, 0.1)
             assert size == (up.numel() + down.numel() if share < 1 else weight.numel())
             expected = lost(weight - up @ down, captured[path]) if share < 1 else 0.0
             assert cost == pytest.approx(expected, rel=1e-3, abs=1e-7)
@@ -69,7 +68,7 @@ def test_costs_of_factored_matrices(family, basis):
 def test_costs_of_channels(family, mlp):
     layer, matrices, captured = seen(family)
     how = Compression(mlp=mlp)
-    assert measured_paths(how, matrices) == (*matrices.attention, matrices.writes)
+    assert measured_paths(matrices) == (*matrices.attention, matrices.writes)
     sizes, lost_at = layer_costs(layer, matrices, captured, how)[-1].tolist()
     known = {path: curvature(*half(captured[path], False)) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in matrices.matrices}
@@ -88,7 +87,7 @@ def test_costs_of_channels(family, mlp):
     assert (sizes[-1], lost_at[-1]) == (48 * 32 * (len(matrices.reads) + 1), 0.0)
 
 
-@pytest.mark.parametrize("mlp", ["refit", "channels", "factors"])
+@pytest.mark.parametrize("mlp", ["refit", "channels"])
 def test_what_is_shared_out_is_what_is_kept(mlp):
     model = base()
     batches = calibration(model)
@@ -100,13 +99,13 @@ def test_what_is_shared_out_is_what_is_kept(mlp):
         layer = find_layers(model).layers[step.number]
         for path in family.matrices:
             weight = weight_OI(layer.get_submodule(path))
-            part = path if mlp == "factors" or path in family.attention else family.writes
+            part = path if path in family.attention else family.writes
             share, every = step.shares[part], every + weight.numel()
             assert share in SHARES
             if share == 1:
                 assert path not in shape.ranks
                 kept += weight.numel()
-            elif part == path and path in how.factored(family):
+            elif path in family.attention:
                 assert shape.ranks[path] == rank_of(share, *weight.shape)
                 kept += shape.ranks[path] * sum(weight.shape)
             else:
@@ -125,7 +124,7 @@ def test_it_costs_less_than_equal_shares():
     for step in plan(model, recording, how):
         layer = find_layers(model).layers[step.number]
         tables = layer_costs(layer, family, replay(layer, recording, step.number, family.matrices), how)
-        for path, (_, lost_at) in zip(measured_paths(how, family), tables, strict=True):
+        for path, (_, lost_at) in zip(measured_paths(family), tables, strict=True):
             sums["measured"] += lost_at[SHARES.index(step.shares[path])].item()
             sums["equal"] += lost_at[SHARES.index(0.5)].item()
     assert sums["measured"] < 0.8 * sums["equal"]

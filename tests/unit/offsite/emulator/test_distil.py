@@ -77,20 +77,18 @@ def test_the_emulator_comes_nearer_to_the_base(family):
     assert away[1] < 0.9 * away[0]
 
 
-@pytest.mark.parametrize("mlp", ["refit", "factors"])
-def test_only_factors_and_the_columns_that_write_learn(mlp):
+def test_only_factors_and_the_columns_that_write_learn():
     model = base()
     batches = calibration(model)
-    plain, trained = emulators(model, batches, [settings(keep=0.5, mlp=mlp, distil=steps) for steps in (0, STEPS)])
+    plain, trained = emulators(model, batches, [settings(keep=0.5, distil=steps) for steps in (0, STEPS)])
     changed = {
         name.split("layers.")[1].partition(".")[2]
         for name in plain.frozen
         if not torch.equal(plain.frozen[name], trained.frozen[name])
     }
     family = family_of(model.config)
-    factored = family.matrices if mlp == "factors" else family.attention
-    expected = {f"{path}.{side}.weight" for path in factored for side in ("down", "up")}
-    assert changed == expected | ({f"{family.writes}.weight"} if mlp == "refit" else set())
+    expected = {f"{path}.{side}.weight" for path in family.attention for side in ("down", "up")}
+    assert changed == expected | {f"{family.writes}.weight"}
     assert plain.middle == trained.middle
     for name in (name for name in trained.frozen if name.endswith(".up.weight")):
         pair = trained.frozen[name], trained.frozen[name.replace(".up.", ".down.")]

@@ -26,8 +26,8 @@ from siftune.offsite.protocol.rounds import _rows_of, next_kit
 
 WAYS = [
     *((family, {"mlp": "refit"}) for family in ("llama", "gpt2", "opt", "gpt_neox", "qwen2", "gemma2")),
-    ("llama", {"mlp": "channels"}), ("gpt2", {"mlp": "channels"}), ("llama", {"mlp": "factors"}),
-    ("gpt2", {"mlp": "factors"}), ("llama", {"method": "svd+flap"}), ("opt", {"method": "svd+flap"}),
+    ("llama", {"mlp": "channels"}), ("gpt2", {"mlp": "channels"}),
+    ("llama", {"method": "svd+flap"}), ("opt", {"method": "svd+flap"}),
     ("llama", {"method": "layerdrop"}), ("llama", {"method": "crash"}), ("llama", {"keep_mlp": 1.0}),
     ("llama", {"distil": 5}), ("gpt2", {"distil": 5, "mlp": "channels"}), ("llama", {"allot": "measured"}),
 ]  # fmt: skip
