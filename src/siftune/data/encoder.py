@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from siftune.data.rows import Message, Row
 from siftune.errors import DataError, ModelError, RecipeError
 from siftune.models.loss import IGNORED
+from siftune.words import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,7 +190,7 @@ class Encoder:
         if not row.prompt:
             return _Rendered([_Part(answer, True)], self._bos, self._eos)
         if len(row.prompt) > 1 or row.prompt[0].role != "user":
-            roles = ", ".join(message.role for message in row.prompt)
+            roles = one_line(", ".join(message.role for message in row.prompt))
             raise DataError(
                 f"{row.origin}: a conversation (turns before the completion: {roles}) needs a chat template, "
                 "but none is in use; take an instruction-tuned model with template 'auto', or plain prompts."

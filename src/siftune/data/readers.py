@@ -17,7 +17,7 @@ from typing import Any
 
 from siftune.data.rows import Row, no_garbage, parse_rows
 from siftune.errors import DataError
-from siftune.words import counted
+from siftune.words import counted, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _reporting(records: Records, source: str) -> Records:
     try:
         yield from records
     except OSError as error:
-        reason = error.strerror or error
+        reason = one_line(error.strerror or str(error))
         raise DataError(f"{source} cannot be read: {reason}; check the path and its permissions.") from error
 
 
@@ -130,6 +130,9 @@ def _read_csv(path: Path, source: str) -> Records:
     try:
         header = next(rows, [])
         end = reader.line_num
+        twice = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
+        if twice:
+            raise DataError(f"{source}:1: the column {one_line(twice[0])!r} stands twice; rename one, or take it out.")
         for fields in rows:
             origin, end = f"{source}:{end + 1}", reader.line_num
             if fields and len(fields) != len(header):
@@ -169,7 +172,7 @@ def _read_parquet(path: Path, source: str) -> Records:
             for number, record in enumerate(records, 1):
                 yield f"{source} row {number}", record
     except pyarrow.ArrowException as error:
-        raise DataError(f"{source}: invalid Parquet ({error}); write the file again.") from error
+        raise DataError(f"{source}: invalid Parquet ({one_line(str(error))}); write the file again.") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Records]] = {

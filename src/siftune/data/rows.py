@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from siftune.errors import DataError, RecipeError
+from siftune.words import one_line
 
 WEIGHT = "weight"  # column for what a row counts for in training
 
@@ -274,7 +275,7 @@ def _weight(value: Any, origin: str) -> float:
 
 def _names(record: Record) -> str:
     """The columns of a record, for messages."""
-    return ", ".join(map(str, record)) or "none"
+    return one_line(", ".join(map(str, record))) or "none"
 
 
 def _text(record: Record, column: str, origin: str) -> str:

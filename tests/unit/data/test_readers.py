@@ -255,6 +255,13 @@ def test_a_hub_failure_says_what_to_do(monkeypatch):
     assert "Couldn't reach the hub; check the name, the split and the network" in message
 
 
+def test_a_column_that_is_there_twice_is_refused(write):
+    path = write("rows.csv", "prompt,completion,,,prompt\na,b,,,c\n")
+    with pytest.raises(DataError, match=r"rows\.csv:1: the column 'prompt' stands twice; rename one"):
+        load_rows(path)
+    assert len(load_rows(write("more.csv", "prompt,completion,,\na,b,,\n"))) == 1
+
+
 def test_fields_of_csv_may_be_longer_than_pythons_limit(tmp_path):
     """And the limit, which all of a process shares, is as it was."""
     long, before = "word " * 40_000, csv.field_size_limit()

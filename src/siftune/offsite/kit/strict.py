@@ -24,6 +24,7 @@ from typing import Any
 
 from siftune.errors import KitError
 from siftune.files import new_folder
+from siftune.words import one_line
 
 MAX_NESTING = 32  # levels of objects and lists in JSON
 MAX_DIGITS = 40  # of a whole number in JSON; tokenizers write 10^30 for "no limit"
@@ -43,9 +44,7 @@ def shown(value: Any) -> str:
 
 def brief(error: BaseException) -> str:
     """What an exception says, on one line, cut short, and without control characters."""
-    text = " ".join(str(error).split()).rstrip(".")
-    clean = "".join(c if c.isprintable() else "?" for c in text)
-    return clean if len(clean) <= 200 else clean[:197] + "..."
+    return one_line(str(error).rstrip(". \n"))
 
 
 @contextlib.contextmanager
