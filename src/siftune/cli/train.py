@@ -52,7 +52,6 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.offsite.protocol.tune import source_of
-    from siftune.report.audit_own import before_it_is_sent
     from siftune.trainer.run import train
     from siftune.words import counted
 
@@ -63,7 +62,11 @@ def run(options: Options) -> dict[str, Any]:
         return {}
     summary, path = finished.summary, finished.folder.path
     returned = finished.folder.returned
-    told = f"{before_it_is_sent(recipe, returned)}\n" if returned.exists() else ""
+    told = ""
+    if returned.exists():
+        from siftune.report.audit_own import before_it_is_sent  # an audit's rooms, which few runs need
+
+        told = f"{before_it_is_sent(recipe, returned)}\n"
     console.print(
         f"done: {counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s, {_losses(summary)}"
         f"peak {summary['peak_memory_mb']:,.0f} MB\n"
