@@ -52,7 +52,7 @@ def run(options: Options) -> dict[str, Any]:
         try:
             # layers that were tuned themselves are in place already
             merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
-        except ValueError as error:  # PEFT looks for NaN and infinity
+        except (ValueError, NotImplementedError) as error:  # PEFT looks for NaN and infinity, and has kinds that stay
             raise AdapterError(f"the adapter in {subject.adapter} cannot be merged: {error}") from error
         with quiet_bars():
             save_model(merged, partial)

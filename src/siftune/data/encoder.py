@@ -231,8 +231,8 @@ class Encoder:
             return self._apply_all([turns], open_turn)[0]
         except Exception as error:  # templates raise errors of jinja and of their own
             raise DataError(
-                f"{origin}: the chat template refuses the conversation ({error}); its roles are "
-                f"{', '.join(turn.role for turn in turns)}; change the row or use template 'none'."
+                f"{origin}: the chat template refuses the conversation ({one_line(str(error))}); its roles are "
+                f"{one_line(', '.join(turn.role for turn in turns))}; change the row or use template 'none'."
             ) from error
 
     def _apply_all(self, conversations: Sequence[Sequence[Message]], open_turn: bool = False) -> list[str]:

@@ -257,7 +257,7 @@ def _put_on(model: nn.Module, kind: str, config: PeftConfig) -> PeftModel:
 
 
 _UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UserWarning,
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, UserWarning,
     EOFError, pickle.UnpicklingError,  # of a damaged adapter_model.bin
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from siftune.data.rows import Row
 from siftune.errors import InputError
 from siftune.evaluate.measure import Metric, MetricRow
 from siftune.files import write_beside
-from siftune.jsonable import finite, jsonable
+from siftune.jsonable import finite, jsonable, parsed
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ def read_evals(run: Path) -> list[Eval]:
     if not path.is_file():
         return []
     try:
-        return [_eval(record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        return [_eval(record) for record in parsed(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} can't be read ({error}): measure again with siftune eval, or remove it") from error
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from siftune.errors import DataError
 from siftune.files import write_beside
 from siftune.rows.scores import by_time
+from siftune.words import one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -143,7 +144,7 @@ def read_visits(path: Path) -> Record:
             "the callback RowRecord()."
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read ({error}); train again to have rows recorded.") from None
+        raise DataError(f"{path} cannot be read ({one_line(str(error))}); train again to have rows recorded.") from None
     missing = [name for name in ("row", "step", "loss", "tokens") if name not in table.column_names]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}, so it is no record of rows; give the file of a run.")

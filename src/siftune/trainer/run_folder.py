@@ -112,7 +112,10 @@ class RunFolder:
         for name, first_dropped in ((METRICS, step + 1), (OF_0_1, step)):
             path = self.path / name
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
+                try:
+                    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                except OSError as error:
+                    raise InputError(f"{path} cannot be read ({error.strerror}); put it away to go on") from error
                 self.write(name, "".join(line + "\n" for line in lines if _step(line) < first_dropped))
 
     def drop_half_written(self) -> None:
@@ -187,8 +190,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _step(line: str) -> float:
-    """Step of a record; infinite for a line that a crash has cut off."""
+    """Step of a record; infinite for a line that a crash has cut off, or that is none."""
     try:
         return float(parsed(line)["step"])
-    except ValueError:
+    except (ValueError, TypeError, LookupError):
         return math.inf

@@ -1,7 +1,6 @@
 """What a report is made of: runs, kits, sweeps and more, read with suspicion, since a folder may be a stranger's."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from siftune.config import Recipe
 from siftune.errors import InputError, RecipeError
-from siftune.jsonable import finite
+from siftune.jsonable import finite, parsed
 from siftune.offsite.kit.folder import is_kit
 from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manifest
 from siftune.offsite.kit.strict import read_bytes
@@ -190,7 +189,7 @@ def _lines(path: Path) -> list[Any]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            records.append(parsed(line))
         except ValueError:
             if number == len(lines):
                 break
@@ -221,8 +220,8 @@ def _other(path: Path, name: str) -> Other:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read ({error}): write it again, or leave the folder out") from error
     if not isinstance(record, dict):
         raise InputError(f"{path} holds no JSON object: write it again, or leave the folder out")
