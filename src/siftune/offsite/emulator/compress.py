@@ -77,6 +77,11 @@ class Compression:
         own = self.keep_attn if path in family.attention else self.keep_mlp
         return self.keep if own is None else own
 
+    def judged(self, family: Family) -> tuple[str, ...]:
+        """Matrices of whose curvature something is asked: those that channels read by only where these are scored."""
+        scored = family.reads if self.method == "gradot" and self.mlp == "channels" else ()
+        return (*family.attention, *scored, family.writes)
+
 
 @dataclass
 class LayerCurvature:

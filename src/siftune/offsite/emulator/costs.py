@@ -45,7 +45,7 @@ def layer_costs(layer: nn.Module, family: Family, captured: Mapping[str, Capture
     Args:
         layer: A decoder layer of the base model.
         family: Where its matrices are.
-        captured: What they saw.
+        captured: What those of `how.judged` saw.
         how: Settings; what they keep has no part.
 
     Returns:
@@ -129,7 +129,7 @@ def measured_shares(
     tables: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
     for done, number in enumerate(recording.numbers, 1):
         if not known.has(number):
-            captured = replay(layers[number], recording, number, family.matrices)
+            captured = replay(layers[number], recording, number, how.judged(family))
             known.put(number, layer_costs(layers[number], family, captured, how))
         for path, table in zip(measured_paths(family), known.get(number), strict=True):
             sizes, costs = table.tolist()

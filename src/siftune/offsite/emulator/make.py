@@ -128,8 +128,8 @@ def _compress_one(
 ) -> None:
     """Compress a layer for every job; nothing of it is left in memory."""
     layer, family = find_layers(model).layers[number], family_of(model.config)
-    some = any(how.keep < 1 for how in jobs.values())
-    seen = layer_curvature(replay(layer, recording, number, family.matrices), slopes) if some else LayerCurvature()
+    paths = list(dict.fromkeys(path for how in jobs.values() if how.keep < 1 for path in how.judged(family)))
+    seen = layer_curvature(replay(layer, recording, number, paths), slopes) if paths else LayerCurvature()
     for place, how in jobs.items():
         prefix = _prefix(recording, number, place) if how.sequential or how.distil else None
         made = compress_layer(layer, number, family, seen, how, prefix if how.sequential else None)

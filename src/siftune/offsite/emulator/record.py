@@ -25,6 +25,7 @@ from siftune.files import Progress
 from siftune.models.layers import find_layers, hidden_states
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.models.modes import evaluating, trainable_only
+from siftune.models.streamed import held
 from siftune.offsite.emulator.recording import Call, Captured, Recording, Visit, own, rows_of
 from siftune.offsite.emulator.states import States
 
@@ -86,7 +87,7 @@ def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[
     """
     parts: dict[str, list[Captured]] = {path: [] for path in paths}
     shared: dict[int, Tensor] = {}
-    with trainable_only(layer), torch.enable_grad():
+    with trainable_only(layer), held(layer), torch.enable_grad():
         for visit in recording.visits(number):
             inputs, outputs, grads = _backward(layer, visit, paths)
             shared = {id(x): rows_of(x, visit.real_BT) for x in inputs.values()}
@@ -134,7 +135,8 @@ def _upwards(
         if number >= first:
             recording.hidden.put(number, states)
         calls = [calls[number] for calls in recording.calls]
-        states = [call.run(layers[number], own(hidden)) for call, hidden in zip(calls, states, strict=True)]
+        with held(layers[number]):
+            states = [call.run(layers[number], own(hidden)) for call, hidden in zip(calls, states, strict=True)]
         tell(number + 1)
     recording.hidden.put(depth, states)
 
@@ -187,7 +189,8 @@ def _downwards(
         recording.grads.put(number, grads)
         tell(2 * depth - number)
         if number > first:
-            grads = [_input_gradient(layers[number], visit) for visit in recording.visits(number)]
+            with held(layers[number]):
+                grads = [_input_gradient(layers[number], visit) for visit in recording.visits(number)]
 
 
 def _input_gradient(layer: nn.Module, visit: Visit) -> Tensor:

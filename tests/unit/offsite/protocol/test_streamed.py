@@ -54,11 +54,11 @@ def test_the_dtype_is_as_for_a_whole_model(tmp_path, monkeypatch):
 
 
 class Alive:
-    """Counts the decoder layers that have a weight in memory, whenever another weight is read."""
+    """Counts the decoder layers that have a weight in memory, whenever another weight is read, and the reads."""
 
     def __init__(self, monkeypatch) -> None:
         self.refs: list[tuple[str, StorageWeakRef]] = []
-        self.most = 0
+        self.most = self.count = 0
         self.read: set[str] = set()
         original = OffloadedWeightsLoader.__getitem__
 
@@ -70,6 +70,7 @@ class Alive:
                 self.refs = [(number, ref) for number, ref in self.refs if not ref.expired()]
                 self.most = max(self.most, len({number for number, _ in self.refs}))
                 self.read.add(layer)
+                self.count += 1
             return tensor
 
         monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", get)
@@ -92,6 +93,17 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, how):
     emulate(model, tokenizer, calibration(model), tmp_path / "kit", settings(keep=0.5, **how))
     assert alive.read == {str(number) for number in range(8)}
     assert alive.most == 1
+
+
+def test_a_layer_is_read_as_often_for_many_batches_as_for_one(tmp_path, monkeypatch):
+    name, reads = saved(tmp_path / "base"), []
+    alive = Alive(monkeypatch)
+    for count in (1, 4):
+        model, tokenizer = load_model(name, "float32", streamed=True)
+        alive.count = 0
+        emulate(model, tokenizer, calibration(model, count=count), tmp_path / f"kit{count}", settings(keep=0.5))
+        reads.append(alive.count)
+    assert reads[0] == reads[1] > 0
 
 
 def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monkeypatch):
