@@ -56,8 +56,6 @@ class Options(CalibrationOptions):
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
     lambda_mlp: float = 0.0
     """gradot: the same in the MLPs."""
-    sequential: bool = False
-    """gradot: fit the matrices that write to the hidden state on what the compressed layers below give."""
     distil: int = 0
     """gradot: train each compressed layer for so many steps on the calibration rows; the paper trains nothing."""
     kit_dtype: Dtype = "auto"
@@ -121,7 +119,6 @@ class Options(CalibrationOptions):
             mlp=self.mlp,
             keep_attn=self.keep_attn,
             keep_mlp=self.keep_mlp,
-            sequential=self.sequential,
             distil=self.distil,
             split=Split(self.first, self.last),
             allot=self.allot,

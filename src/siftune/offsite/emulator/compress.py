@@ -9,7 +9,7 @@ Whole layers are dropped or shared elsewhere (`plan.py`); such layers come throu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from siftune.models.families import Family
 from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.model import LayerShape, features, weight_OI
-from siftune.offsite.emulator.prefix import Prefix, Unfinished
+from siftune.offsite.emulator.prefix import Unfinished
 from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.maths.kfac import DAMPING, Curvature, Moments, moments
 from siftune.offsite.maths.refit import DAMPING as REFIT_DAMPING
-from siftune.offsite.maths.refit import correct, refit, refit_scores
+from siftune.offsite.maths.refit import refit, refit_scores
 from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
@@ -48,8 +48,6 @@ class Compression:
         refit_damping: *(ours)* Relative damping of the channels' fit.
         keep_attn: Fraction for attention alone, in place of `keep`; at 1 only the MLP is compressed (SCP alone).
         keep_mlp: Fraction for the MLP alone; at 1 only attention is compressed (DRD alone).
-        sequential: *(ours)* Whether gradot fits the matrices that write to the hidden state on what the compressed
-            layers below give, before it takes anything out of them.
         distil: *(ours)* Steps by which each layer is trained, once compressed (`distil.py`); 0 leaves it as it is.
         shares: *(ours)* Fractions in place of all these, by path of the matrix; that of the one that writes to the
             hidden state is the MLP's channels'. From a plan (`plan.py`), and not to be set.
@@ -66,7 +64,6 @@ class Compression:
     refit_damping: float = REFIT_DAMPING
     keep_attn: float | None = None
     keep_mlp: float | None = None
-    sequential: bool = False
     distil: int = 0
     shares: Mapping[str, float] | None = field(default=None, hash=False)
 
@@ -142,7 +139,6 @@ def compress_layer(
     family: Family,
     seen: LayerCurvature,
     how: Compression,
-    prefix: Prefix | None = None,
 ) -> CompressedLayer:
     """Compress a layer; the layer itself stays as it is.
 
@@ -152,8 +148,6 @@ def compress_layer(
         family: Where its matrices are.
         seen: Their curvature; not needed where all is kept.
         how: Settings.
-        prefix: What the compressed layers below give, to fit the matrices on that write to the hidden state; None has
-            them stay as they are.
 
     Returns:
         The layer's shape and tensors, in the dtype of the layer's.
@@ -170,8 +164,7 @@ def compress_layer(
         if share >= 1:
             continue
         rank = rank_of(share, outputs, inputs)
-        weight, known = _corrected(path, made, seen, prefix)
-        up_OR, down_RI = _factors(path, weight, known, rank, how)
+        up_OR, down_RI = _factors(path, _weight(made, path), seen, rank, how)
         dtype = tensors.pop(f"{path}.weight").dtype
         tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(dtype), up_OR.to(dtype)
         if f"{path}.bias" in tensors:
@@ -179,21 +172,8 @@ def compress_layer(
         ranks[path] = rank
     if how.share(family.writes, family) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
-    weight, known = _corrected(family.writes, made, seen, prefix)
-    channels, biased = _narrow(made, tensors, known, how, weight)
+    channels, biased = _narrow(made, tensors, seen, how)
     return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
-
-
-def _corrected(
-    path: str, made: Unfinished, seen: LayerCurvature, prefix: Prefix | None
-) -> tuple[Tensor, LayerCurvature]:
-    """A matrix's weight, and curvature; one that writes to the hidden state is fitted to what it reads by now."""
-    weight = _weight(made, path)
-    if prefix is None or path not in (made.family.attention[-1], made.family.writes):
-        return weight, seen
-    x_NI, known = prefix.inputs(made, path), seen.curvature[path]
-    curvature = {**seen.curvature, path: replace(known, inputs=moments(x_NI))}
-    return correct(weight, seen.captured[path].x_NI, x_NI), LayerCurvature(seen.captured, curvature)
 
 
 def _weight(made: Unfinished, path: str) -> Tensor:
@@ -214,12 +194,11 @@ def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Co
 
 
 def _narrow(
-    made: Unfinished, tensors: dict[str, Tensor], seen: LayerCurvature, how: Compression, write_OC: Tensor
+    made: Unfinished, tensors: dict[str, Tensor], seen: LayerCurvature, how: Compression
 ) -> tuple[int, tuple[str, ...]]:
     """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
     family = made.family
-    weights = {path: _weight(made, path) for path in family.reads}
-    weights[family.writes] = write_OC
+    weights = {path: _weight(made, path) for path in (*family.reads, family.writes)}
     count = channel_count(how.share(family.writes, family), weights[family.writes].shape[1])
     staying = keep_channels(score_channels(weights, family, seen, how), count)
     biased: tuple[str, ...] = ()
@@ -235,7 +214,7 @@ def _narrow(
         if f"{path}.bias" in tensors:
             tensors[f"{path}.bias"] = tensors[f"{path}.bias"][staying].contiguous()
     name = f"{family.writes}.weight"
-    columns = write_columns(write_OC, seen.curvature[family.writes], staying, how)
+    columns = write_columns(weights[family.writes], seen.curvature[family.writes], staying, how)
     tensors[name] = columns.to(tensors[name].dtype).contiguous()
     return count, biased
 

@@ -131,11 +131,10 @@ def _compress_one(
     paths = list(dict.fromkeys(path for how in jobs.values() if how.keep < 1 for path in how.judged(family)))
     seen = layer_curvature(replay(layer, recording, number, paths), slopes) if paths else LayerCurvature()
     for place, how in jobs.items():
-        prefix = _prefix(recording, number, place) if how.sequential or how.distil else None
-        made = compress_layer(layer, number, family, seen, how, prefix if how.sequential else None)
-        if prefix is not None:
-            if how.distil:
-                made = distil(made, Unfinished(layer, family, made.shape, made.tensors), prefix, how.distil)
+        made = compress_layer(layer, number, family, seen, how)
+        if how.distil:
+            prefix = _prefix(recording, number, place)
+            made = distil(made, Unfinished(layer, family, made.shape, made.tensors), prefix, how.distil)
             states = prefix.outputs(Unfinished(layer, family, made.shape, made.tensors))
             recording.carried(place).put(number + 1, states)
         take(place, number, made)

@@ -63,8 +63,6 @@ class EmulatorSettings(Compression):
             raise RecipeError(f"distil is {self.distil}, but must be a number of steps, 0 or more")
         if self.distil and self.method != "gradot":
             raise RecipeError(f"distil is for method gradot, but method is {self.method}: leave one of them out")
-        if self.sequential and self.method != "gradot":
-            raise RecipeError(f"method {self.method} fits no matrices: leave out sequential, or use method gradot")
         if self.allot == "measured":
             self._check_measured()
 

@@ -1,7 +1,6 @@
 """The compressed layers below a layer: what they give it, which is not what the base's give it *(ours)*.
 
-Where each layer is fitted as if all below it were the base's, their errors add up. Here the hidden states that come out
-of the compressed layers go along from layer to layer, and a layer that is half done runs on them.
+Where layers are distilled, the hidden states that come out of the compressed ones go along from layer to layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from siftune.models.families import Family
 from siftune.offsite.emulator.model import LayerShape, reshape
-from siftune.offsite.emulator.recording import Recording, own, rows_of
+from siftune.offsite.emulator.recording import Recording, own
 
 
 @dataclass
@@ -46,20 +45,6 @@ class Prefix:
     number: int
     recording: Recording
     hidden: Sequence[Tensor] = field(repr=False)
-
-    def inputs(self, of: Unfinished, path: str) -> Tensor:
-        """What one of its matrices reads at the real tokens, as far as the layer is done; (N, I) float32."""
-        rows: list[Tensor] = []
-
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows.append(rows_of(args[0], self.recording.real[len(rows)]))
-
-        handle = of.layer.get_submodule(path).register_forward_pre_hook(keep)
-        try:
-            self.outputs(of)
-        finally:
-            handle.remove()
-        return torch.cat(rows)
 
     def outputs(self, of: Unfinished) -> list[Tensor]:
         """What comes out of the layer, as far as it is done; (B, T, H) per batch."""

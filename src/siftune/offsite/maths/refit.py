@@ -18,15 +18,6 @@ no matrix of channels by channels is formed, which of a large model would be the
 The rows of the read matrices have no part in the score: they go without any further change of what the MLP writes.
 Scores are for one channel alone; the fit is made once, for all that are dropped.
 
-`correct` *(ours)* is for a matrix that follows compressed ones, and reads x̂ where the base's reads x. Before anything
-is taken out of it, it is fitted to write what the base's writes; Â = E[x̂ x̂ᵀ]:
-
-    correct  W′ = W + W E[(x − x̂) x̂ᵀ] Â_δ⁻¹                        the least of  E‖W x − W′ x̂‖² + δ ‖W − W′‖²
-
-`refit` of W′ with Â is then the least of E‖W x − d̂ x̂_K‖² + δ ‖W_K − d̂‖² in one. He, Zhang and Sun ("Channel pruning for
-accelerating very deep neural networks", ICCV 2017, arXiv 1707.06168) fit a layer on what the pruned ones below give so;
-what the shortcut around the matrix carries is not made up for here, since some families have a norm between.
-
 Symbols: d `write_OC`, d_j its column of channel j. A, G, D, H, λ as in `kfac`, of d.
 Shapes: C channels, O outputs, K channels kept, R dropped.
 """
@@ -37,7 +28,7 @@ import torch
 from torch import Tensor
 
 from siftune.errors import ModelError
-from siftune.offsite.maths.kfac import Curvature, Moments, moments, score
+from siftune.offsite.maths.kfac import Curvature, Moments, score
 
 DAMPING = 0.1  # relative; a thousand tokens tell little of how 1536 channels go together, and less would fit noise
 
@@ -89,27 +80,6 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
         lost_KO = kept.T @ (values[:, dropped] @ write_OC[:, dropped].T)
     known = _raised(Moments(kept, inputs.formed), damping, step)
     return (write_OC[:, kept_K] + known.solve(lost_KO).T).to(dtype)
-
-
-def correct(weight_OI: Tensor, whole_NI: Tensor, seen_NI: Tensor, damping: float = DAMPING) -> Tensor:
-    """Fit a matrix that reads other inputs than the base's does to what that one writes.
-
-    Args:
-        weight_OI: W.
-        whole_NI: x, what the base's reads.
-        seen_NI: x̂, what this one reads, row by row of the same tokens.
-        damping: Of Â, relative to the median of its diagonal; above 0.
-
-    Returns:
-        W′, (O, I), in float32, or float64 where x̂ is. Solved in float64. W itself where x̂ is x.
-    """
-    known = _damped(moments(seen_NI), damping)
-    weight_OI = weight_OI.to(seen_NI.dtype)
-    if known is None:
-        return weight_OI
-    missed_NO = (whole_NI - seen_NI) @ weight_OI.T
-    slope_IO = seen_NI.double().T @ missed_NO.double() / len(seen_NI)
-    return weight_OI + known.solve(slope_IO).T.to(seen_NI.dtype)
 
 
 @dataclass(frozen=True)

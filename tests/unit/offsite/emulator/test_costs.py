@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.emulators import base, calibration, emulator, settings
+from support.emulators import base, calibration, settings
 
 from siftune.errors import RecipeError
 from siftune.models.families import family_of
@@ -135,7 +135,7 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
     batches = calibration(model)
     choices = [
         settings(**MEASURED), settings(keep=0.5), settings(**MEASURED, mlp="channels"),
-        settings(keep=0.8, allot="measured", sequential=True), settings(**MEASURED, damping=0.1),
+        settings(keep=0.8, allot="measured", distil=2), settings(**MEASURED, damping=0.1),
     ]  # fmt: skip
     original, measured = costs.layer_costs, []
     monkeypatch.setattr(costs, "layer_costs", lambda *args: measured.append(1) or original(*args))
@@ -144,12 +144,6 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
     for choice, parts in zip(choices, emulators(model, batches, choices), strict=True):
         (alone,) = emulators(model, batches, [choice])
         assert all(torch.equal(alone.frozen[name], parts.frozen[name]) for name in alone.frozen)
-
-
-def test_it_goes_with_the_fit_in_sequence():
-    model = base()
-    found = emulator(model, calibration(model), **MEASURED, sequential=True)
-    assert all(parameter.isfinite().all() for parameter in found.parameters())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from siftune.errors import ModelError
 from siftune.offsite.maths.kfac import curvature, moments
-from siftune.offsite.maths.refit import correct, refit, refit_scores
+from siftune.offsite.maths.refit import refit, refit_scores
 
 shapes = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
 
@@ -176,34 +176,3 @@ def test_activations_that_are_not_finite_are_refused():
     inputs.values[0, 1] = torch.inf
     with pytest.raises(ModelError, match="activations on the calibration rows are not finite"):
         refit(torch.ones(2, 3), inputs, torch.tensor([0, 1]))
-
-
-def plain_fit(weight, x, seen, damping, kept):
-    """The least of E‖W x − Ŵ x̂_K‖² + δ‖W_K − Ŵ‖², with the second term as more rows of the first."""
-    delta = damping * middling(seen)
-    ridge = (len(x) * delta) ** 0.5 * torch.eye(len(kept), dtype=x.dtype)
-    rows, targets = torch.cat([seen[:, kept], ridge]), torch.cat([x @ weight.T, ridge @ weight[:, kept].T])
-    return torch.linalg.lstsq(rows, targets, driver="gelsd").solution.T
-
-
-@given(shape=shapes, damping=st.sampled_from([0.01, 0.1, 1.0]), noise=st.sampled_from([0.1, 1.0]))
-def test_a_corrected_matrix_writes_what_the_whole_one_does(shape, damping, noise):
-    weight, x, _ = case(*shape)
-    seen = x + noise * drawn(shape[0] + 7, *x.shape)
-    expected = plain_fit(weight, x, seen, damping, range(x.shape[1]))
-    assert_close(correct(weight, x, seen, damping), expected, rtol=1e-8, atol=1e-8)
-
-
-@given(shape=shapes, damping=st.sampled_from([0.01, 0.1]), data=st.data())
-def test_a_corrected_matrix_refit_is_fitted_in_one(shape, damping, data):
-    weight, x, _ = case(*shape)
-    seen = x + 0.5 * drawn(shape[0] + 7, *x.shape)
-    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, x.shape[1] - 1), min_size=1))))
-    fitted = refit(correct(weight, x, seen, damping), moments(seen), kept, damping)
-    assert_close(fitted, plain_fit(weight, x, seen, damping, kept), rtol=1e-7, atol=1e-7)
-
-
-def test_a_matrix_that_reads_what_the_whole_one_reads_stays_as_it_is():
-    weight, x, _ = case(0, 30, 4, 6)
-    assert torch.equal(correct(weight, x, x), weight)
-    assert torch.equal(correct(weight, x, torch.zeros_like(x)), weight)

@@ -82,7 +82,6 @@ class Alive:
         {"method": "gradot"},
         {"method": "crash"},
         {"method": "layerdrop"},
-        {"sequential": True},
         {"allot": "measured"},
         {"distil": 3},
     ],
@@ -131,35 +130,35 @@ import os, signal, sys
 from support.emulators import calibration, settings
 from siftune.models.source import load_model
 from siftune.offsite.protocol.emulate import KitOptions, emulate
-name, out, what, at, sequential = sys.argv[1:]
+name, out, what, at, distil = sys.argv[1:]
 def tell(stage, done, _):
     if stage == what and done == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
 model, tokenizer = load_model(name, "float32", streamed=True)
-emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, sequential=bool(sequential)), progress=tell)
+emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, distil=int(distil)), progress=tell)
 """
 
 
 @pytest.mark.parametrize(
-    ("what", "at", "rest", "sequential"),
+    ("what", "at", "rest", "distil"),
     [
-        pytest.param("calibration", 3, 3, False, marks=pytest.mark.matrix),
-        ("calibration", 7, 7, False),
-        pytest.param("compression", 2, 9, False, marks=pytest.mark.matrix),
-        ("compression", 2, 9, True),
+        pytest.param("calibration", 3, 3, 0, marks=pytest.mark.matrix),
+        ("calibration", 7, 7, 0),
+        pytest.param("compression", 2, 9, 0, marks=pytest.mark.matrix),
+        ("compression", 2, 9, 3),
     ],
 )
-def test_a_killed_run_goes_on(tmp_path, what, at, rest, sequential):
+def test_a_killed_run_goes_on(tmp_path, what, at, rest, distil):
     """The pass goes up five layers and down four, and on from the one that it was at."""
     name, out = saved(tmp_path / "base"), tmp_path / "kit"
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [name, str(out), what, str(at), "yes" if sequential else ""]
+    words = [name, str(out), what, str(at), str(distil)]
     ended = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=path, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert not out.exists()
     model, tokenizer = load_model(name, "float32", streamed=True)
     told, batches = [], calibration(model)
-    how = settings(keep=0.5, sequential=sequential)
+    how = settings(keep=0.5, distil=distil)
     kit = emulate(model, tokenizer, batches, out, how, progress=lambda *one: told.append(one))
     assert [*tmp_path.glob(".kit*")] == []
     uncut = emulate(model, tokenizer, batches, tmp_path / "uncut", how)
