@@ -54,7 +54,8 @@ def emulators(
     split = choices[0].split
     if any(choice.split != split for choice in choices):
         raise RecipeError("emulators made together have one split; make those of another split apart")
-    recording = record_middle(model, batches, split, progress)
+    whole = not all(choice.downwards for choice in choices)
+    recording = record_middle(model, batches, split, progress, whole=whole)
     plans = [plan(model, recording, choice, progress) for choice in choices]
     made: list[dict[int, CompressedLayer]] = [{} for _ in choices]
 
@@ -71,9 +72,10 @@ def record_middle(
     split: Split,
     progress: Progress | None = None,
     folder: Path | None = None,
+    whole: bool = True,
 ) -> Recording:
     """Run the calibration rows through the model, once; see `record`."""
-    return record(model, batches, middle_of(model, split), progress, folder)
+    return record(model, batches, middle_of(model, split), progress, folder, whole)
 
 
 def middle_of(model: PreTrainedModel, split: Split) -> range:
@@ -94,7 +96,7 @@ def compress_middle(
     take: Callable[[int, int, CompressedLayer], None],
     progress: Progress | None,
 ) -> None:
-    """Go through the middle layers once; compress each for every job that has it.
+    """Go through the middle layers once, up, or down where the recording is not whole; compress each for every job.
 
     Args:
         model: The base model.
@@ -104,7 +106,7 @@ def compress_middle(
         progress: Told of every layer.
     """
     wanted = [(settings, {step.number: step for step in steps if step.same_as is None}) for settings, steps in jobs]
-    numbers = sorted(set().union(*(steps for _, steps in wanted)))
+    numbers = sorted(set().union(*(steps for _, steps in wanted)), reverse=not recording.whole)
     slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
     for done, number in enumerate(numbers, 1):
         here = {

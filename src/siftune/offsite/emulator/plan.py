@@ -39,6 +39,11 @@ class EmulatorSettings(Compression):
     split: Split = field(default_factory=Split)
     allot: Allotment = "uniform"
 
+    @property
+    def downwards(self) -> bool:
+        """Whether layers may be compressed from the last to the first: neither plan nor layers need those below."""
+        return self.allot == "uniform" and not self.distil
+
     def check(self) -> None:
         """Check the ranges.
 

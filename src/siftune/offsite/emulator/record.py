@@ -2,8 +2,9 @@
 
 With those two a layer can be run forward and backward alone afterwards, so curvature, scores and compression need one
 layer's activations at a time. So does the pass itself: all batches go through one layer before the next one, upwards
-without a graph, and downwards once more layer by layer; no gradient of a weight is formed. A model whose layers are
-loaded when they run (`models/streamed.py`) has one of them in memory at any time.
+without a graph, and downwards once more layer by layer; no gradient of a weight is formed. Who replays the layers from
+the last to the first has the gradients go down with that, and spares the pass. A model whose layers are loaded when
+they run (`models/streamed.py`) has one of them in memory at any time.
 
     model --pass--> Recording --replay(layer)--> inputs x and output gradients g of each of the layer's matrices
 
@@ -38,6 +39,7 @@ def record(
     numbers: Sequence[int],
     progress: Progress | None = None,
     folder: Path | None = None,
+    whole: bool = True,
 ) -> Recording:
     """Run the calibration batches through the model once, forward and backward, layer by layer.
 
@@ -50,11 +52,12 @@ def record(
         progress: Told after each layer.
         folder: Where hidden states and gradients lie; layers that are there already are not run again. None keeps them
             in memory.
+        whole: Go down to the first of these layers, not only to the last of them; see `Recording`.
 
     Raises:
         DataError: There is no batch, or not one label in all of them, or the loss is not finite.
     """
-    recording = Recording(numbers, States(folder, "hidden"), States(folder, "grad"))
+    recording = Recording(numbers, States(folder, "hidden"), States(folder, "grad"), whole=whole)
     layers = find_layers(model).layers
     used = [batch for batch in batches if bool(label_positions(batch["labels"]).any())]
     if not used:
@@ -62,7 +65,7 @@ def record(
 
     def tell(done: int) -> None:
         if progress is not None:
-            progress("calibration", done, 2 * len(layers) - numbers[0])
+            progress("calibration", done, 2 * len(layers) - (numbers[0] if whole else numbers[-1]))
 
     with trainable_only(model), evaluating(model):
         _upwards(recording, layers, _enter(model, layers, used, recording), tell)
@@ -77,7 +80,8 @@ def record(
 def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
     """Run a recorded layer alone, and collect what its matrices saw.
 
-    Matrices that read the same tensor share `x_NI`.
+    Matrices that read the same tensor share `x_NI`. Where the recording is not whole, it then has the gradients for the
+    layer below.
 
     Args:
         layer: The layer.
@@ -87,12 +91,16 @@ def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[
     """
     parts: dict[str, list[Captured]] = {path: [] for path in paths}
     shared: dict[int, Tensor] = {}
-    with trainable_only(layer), held(layer), torch.enable_grad():
+    below: list[Tensor] = []
+    with trainable_only(layer), evaluating(layer), held(layer), torch.enable_grad():
         for visit in recording.visits(number):
-            inputs, outputs, grads = _backward(layer, visit, paths)
+            inputs, outputs, (*grads, entering) = _backward(layer, visit, paths)
+            below.append(entering)
             shared = {id(x): rows_of(x, visit.real_BT) for x in inputs.values()}
             for path, g in zip(outputs, grads, strict=True):
                 parts[path].append(Captured(shared[id(inputs[path])], rows_of(g, visit.real_BT)))
+    if not recording.whole and number > recording.numbers[0]:
+        recording.grads.put(number - 1, below)
     joined: dict[tuple[int, ...], Tensor] = {}
     captured = {}
     for path in paths:
@@ -180,15 +188,16 @@ def _loss(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, last_BTH:
 def _downwards(
     recording: Recording, layers: Sequence[nn.Module], grads: list[Tensor], tell: Callable[[int], None]
 ) -> None:
-    """The gradient of the loss for what comes out of the layers, from the last one to the first of the middle."""
+    """The gradient of the loss for what comes out of the layers, from the last one to the lowest that is asked for."""
     first, depth = recording.numbers[0], len(layers)
+    lowest = first if recording.whole else recording.numbers[-1]
     start = min((number for number in range(first, depth) if recording.grads.has(number)), default=depth - 1)
     if recording.grads.has(start):
         grads = recording.grads.get(start)
-    for number in range(start, first - 1, -1):
+    for number in range(start, lowest - 1, -1):
         recording.grads.put(number, grads)
         tell(2 * depth - number)
-        if number > first:
+        if number > lowest:
             with held(layers[number]):
                 grads = [_input_gradient(layers[number], visit) for visit in recording.visits(number)]
 
@@ -241,7 +250,7 @@ def _replaced(layers: Sequence[nn.Module], instead: Callable[[int, Tensor, Call]
 def _backward(
     layer: nn.Module, visit: Visit, paths: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Sequence[Tensor]]:
-    """Inputs and outputs of a layer's matrices in one visit, and the gradients of the outputs."""
+    """Inputs and outputs of a layer's matrices in one visit; gradients of the outputs, and last of what goes in."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -253,5 +262,5 @@ def _backward(
         for path in paths:
             undo.callback(layer.get_submodule(path).register_forward_hook(partial(keep, path)).remove)
         out = visit.call.run(layer, hidden)
-    grads = torch.autograd.grad(out, list(outputs.values()), visit.grad_BTH.to(out.device))
+    grads = torch.autograd.grad(out, [*outputs.values(), hidden], visit.grad_BTH.to(out.device))
     return inputs, outputs, grads

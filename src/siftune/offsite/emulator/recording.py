@@ -60,6 +60,8 @@ class Recording:
         real: (B, T) bool per batch: false on padding.
         tokens: Labels of all batches.
         loss: Mean loss per label.
+        whole: The gradients of all these layers are there; else those of the last one, and each `replay` adds those of
+            the layer below.
     """
 
     numbers: Sequence[int]
@@ -71,6 +73,7 @@ class Recording:
     real: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     loss: float = 0.0
+    whole: bool = True
 
     def visits(self, number: int) -> Iterator[Visit]:
         """The visits to a layer, one per batch."""

@@ -107,7 +107,7 @@ def _compressed(
     steps = work.steps()
     numbers = {step.number for step in steps} if steps else set()
     if steps is None or any(not work.has(number) for number in numbers):
-        recording = record_middle(model, batches, settings.split, progress, work.states)
+        recording = record_middle(model, batches, settings.split, progress, work.states, not settings.downwards)
         steps = steps or plan(model, recording, settings, progress)
         work.begin(steps)
         missing = [step for step in steps if not work.has(step.number)]

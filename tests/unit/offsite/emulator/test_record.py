@@ -155,3 +155,18 @@ def test_a_loss_that_is_not_finite_is_refused():
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match="loss on the calibration rows is nan"):
         record(model, calibration(model), range(1, 4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_downwards_layers_see_what_they_see_after_a_whole_pass(family):
+    model = base(family).train()
+    batches, paths = calibration(model), family_of(model.config).matrices
+    whole, part = (record(model, batches, range(1, 4), whole=whole) for whole in (True, False))
+    assert [part.grads.has(number) for number in range(1, 4)] == [False, False, True]
+    for number in (3, 2, 1):
+        layer = find_layers(model).layers[number]
+        one, other = (replay(layer, recording, number, paths) for recording in (whole, part))
+        for path in paths:
+            assert torch.equal(one[path].x_NI, other[path].x_NI)
+            assert torch.equal(one[path].g_NO, other[path].g_NO)
+    assert not part.grads.has(0)
