@@ -170,6 +170,9 @@ class Recipe:
     that do not fit one GPU; adapters stay whole on each. One process holds all of it either way."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: Literal["off", "on", "auto"] = "off"
+    """Have torch.compile make attention, MLPs and norms: less time and memory after a minute of compiling, the last bits of
+    losses differ, and a C++ compiler is needed; auto: where a run on a processor is long enough (docs/devices.md)."""
     seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0
     """Seed of every random choice."""
 

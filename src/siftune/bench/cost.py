@@ -29,6 +29,7 @@ from siftune.settings import nearest
 # method -> what it is
 MEASURED = {
     **{name: f"siftune: {method.line}" for name, method in METHODS.items() if name != "gast"},
+    "dense-compiled": f"siftune: {METHODS['dense'].line}, by torch.compile",
     **{f"gast-{support}": f"siftune: {METHODS['gast'].line}, support {support}" for support in SUPPORTS},
     "trl": "TRL's SFTTrainer with a PEFT LoRA, TRL's defaults",
     "trl-no-checkpointing": "the same with activation checkpointing off, which TRL turns on by default",

@@ -53,6 +53,8 @@ class Workload:
         fields |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
         options: dict[str, Any] = {"active": self.active, "interval": self.interval}
         options |= {"select": 0.5}  # the papers' share of rows, for their own ways to run it as well
+        if support == "compiled":
+            fields["compile"] = "on"
         if name.endswith("gast"):
             options |= SUPPORTS[support or "rest"]
         if name == "loradrop":

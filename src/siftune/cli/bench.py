@@ -29,7 +29,8 @@ class Options(Workload):
 
     methods: str = "dense,rst,ist,gast-rest"
     """What to measure, with commas between: the methods of siftune train (gast as gast-sample, gast-averaged with
-    its support rows drawn in every fourth step and averaged, gast-rest or gast-momentum), trl, trl-no-checkpointing."""
+    its support rows drawn in every fourth step and averaged, gast-rest or gast-momentum), dense-compiled, trl,
+    trl-no-checkpointing."""
     against: str | None = None
     """A further method that all are compared with, such as trl: TRL's SFTTrainer with its own defaults."""
     rounds: int = 3

@@ -8,6 +8,7 @@ from the parameter, and autograd carries the gradient back through whatever made
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
 from peft.tuners.ia3.layer import IA3Layer
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from siftune.engine.groups import LayerGroup, outside
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+as_one: WeakSet[nn.Module] = WeakSet()  # modules around whose call parameters are substituted, whatever is in them
 
 # modules that hold others but are never called
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -199,8 +202,8 @@ def _has_wide_matrices(module: nn.Module) -> bool:
 def units(group: LayerGroup) -> list[LayerGroup]:
     """Split a layer's parameters by the module whose call uses them: one group per such module.
 
-    That is the outermost PEFT module around them (DoRA reads its matrices without calling them), else the module
-    that holds them.
+    That is the one of `as_one` around them, else the outermost PEFT module (DoRA reads its matrices without calling
+    them), else the module that holds them.
     """
     wanted = {id(p) for p in group.parameters.values()}
     units: dict[nn.Module, LayerGroup] = {}
@@ -208,9 +211,10 @@ def units(group: LayerGroup) -> list[LayerGroup]:
         if id(parameter) in wanted:
             parts = key.split(".")
             chain = [group.module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+            wholes = [depth for depth, module in enumerate(chain) if module in as_one]
             tuners = [depth for depth, module in enumerate(chain) if isinstance(module, BaseTunerLayer)]
             callables = [depth for depth, module in enumerate(chain) if not isinstance(module, _CONTAINERS)]
-            depth = tuners[0] if tuners else callables[-1]
+            depth = (wholes or tuners or callables[-1:])[0]
             name = ".".join([group.name, *parts[:depth]]).strip(".")
             unit = units.setdefault(chain[depth], LayerGroup(group.index, name, chain[depth], {}))
             unit.parameters[".".join(parts[depth:])] = parameter

@@ -24,6 +24,7 @@ from transformers import (
 
 from siftune.config import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
 from siftune.data.tokenize import Collator
+from siftune.engine.compiled import CompiledParts
 from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
@@ -34,6 +35,7 @@ from siftune.models.carriers import CARRIERS
 from siftune.models.full import OpenLayers
 from siftune.models.source import use_attention
 from siftune.recipe_file import anchored
+from siftune.trainer.compiling import compiled_parts
 from siftune.trainer.private import privacy_of, refuse_scaled_or_split, refuse_weights
 from siftune.trainer.start import adapter_folder, keep_initial
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
@@ -49,12 +51,18 @@ class Built:
         depth: Layers that have something to train.
         release: Takes methods and casts off the model when training has ended, however it did. Layers whose own
             weights trained (adapter "full") are then in the base's dtype again.
+        parts: What of its layers runs compiled; None: nothing.
     """
 
     trainer: SiftTrainer
     methods: Sequence[Any]
     depth: int
     release: Callable[[], None]
+    parts: CompiledParts | None = None
+
+    def compiling(self) -> float:
+        """Seconds that compiling has taken so far."""
+        return 0.0 if self.parts is None else self.parts.seconds
 
     def active_layers(self) -> int:
         """How many layers train in the current step."""
@@ -101,6 +109,7 @@ def build(
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     if privacy is not None:
         refuse_scaled_or_split(arguments)
+    parts = compiled_parts(recipe, tuned, arguments, data["train"])
     strict = privacy is not None or recipe.adapter == "adalora"  # a step left out tells of rows; an allocator counts
     kind = partial(
         kind,
@@ -111,8 +120,9 @@ def build(
     )
     own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])
-    release = _release(tuned, groups, opened, [*([] if privacy is None else [privacy]), *methods])
-    return Built(trainer, methods, len(groups), release)
+    removed = [*([] if parts is None else [parts]), *([] if privacy is None else [privacy]), *methods]
+    release = _release(tuned, groups, opened, removed)
+    return Built(trainer, methods, len(groups), release, parts)
 
 
 def _release(

@@ -20,11 +20,14 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     Args:
         folder: Run folder.
         active: Tells how many layers train in the current step.
+        compiling: Tells the seconds that compiling has taken so far, which the speed leaves out.
     """
 
-    def __init__(self, folder: RunFolder, active: Callable[[], int]) -> None:
+    def __init__(self, folder: RunFolder, active: Callable[[], int], compiling: Callable[[], float] = float) -> None:
         self._folder = folder
         self._active = active
+        self._compiling = compiling
+        self._compiled = 0.0
         self._since = time.monotonic()
         self._tokens = 0
         self._steps = 0
@@ -38,11 +41,13 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] = kwargs["logs"]
         steps = state.global_step - self._steps
         if "loss" in logs and steps > 0:
-            elapsed = max(time.monotonic() - self._since, 1e-9)
+            compiled = self._compiling() - self._compiled
+            elapsed = max(time.monotonic() - self._since - compiled, 1e-9)
             logs["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / elapsed, 1)
             logs["seconds_per_step"] = round(elapsed / steps, 4)
             logs["peak_memory_mb"] = round(peak_memory_mb(), 1)
             logs["active_layers"] = self._active()
+            logs |= {"compile_seconds": round(compiled, 1)} if compiled else {}
             self._mark(state)
         logs.pop("train_tokens_per_second", None)  # the Trainer's, which takes evaluations for training time
         if state.is_world_process_zero:
@@ -50,6 +55,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def _mark(self, state: TrainerState) -> None:
         self._since = time.monotonic()
+        self._compiled = self._compiling()
         self._tokens = int(state.num_input_tokens_seen)
         self._steps = state.global_step
 
@@ -137,4 +143,6 @@ def describe(logs: dict[str, Any]) -> str:
             f"peak {logs['peak_memory_mb']:,.0f} MB",
             f"{logs['active_layers']} layers active",
         ]
+    if "compile_seconds" in logs:
+        parts.append(f"{logs['compile_seconds']:,.0f} s compiling")
     return "  ".join(parts)

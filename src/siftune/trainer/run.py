@@ -132,7 +132,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         prepared = retrieved(recipe, model, tokenizer, prepare(recipe, tokenizer, read, told), told)
     rows, data = prepared.rows, prepared.data
     view = ProgressView(console)
-    metrics = Metrics(folder, lambda: built.active_layers())
+    metrics = Metrics(folder, lambda: built.active_layers(), lambda: built.compiling())
     record, signals = _row_record(recipe, folder, rows["train"]), Interrupts()
     own = [metrics, view, *_saving(recipe), *record, signals]
     built = build(recipe, model, tokenizer, data, folder.checkpoints, own)

@@ -136,3 +136,18 @@ def test_the_bar_is_taken_down_when_training_fails(base, rows, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         train(recipe(base, rows, tmp_path / "run"), console)
     assert not console._live_stack
+
+
+def test_compiling_is_told_and_not_counted_in_the_speed(tmp_path, clock):
+    spent = [0.0]
+    metrics = Metrics(RunFolder(tmp_path), lambda: 7, lambda: spent[0])
+    send(metrics, "on_train_begin", state(0))
+    clock.now += 34
+    spent[0] = 30.0
+    first = send(metrics, "on_log", state(2, tokens=200), {"loss": 2.0})
+    assert (first["tokens_per_second"], first["seconds_per_step"], first["compile_seconds"]) == (50.0, 2.0, 30.0)
+    assert describe(first).endswith("  30 s compiling")
+    clock.now += 4
+    second = send(metrics, "on_log", state(4, tokens=400), {"loss": 2.0})
+    assert second["tokens_per_second"] == 50.0
+    assert "compile_seconds" not in second
