@@ -171,8 +171,8 @@ class Recipe:
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: Literal["off", "on", "auto"] = "off"
-    """Have torch.compile make attention, MLPs and norms: less time and memory after a minute of compiling, the last bits of
-    losses differ, and a C++ compiler is needed; auto: where a run on a processor is long enough (docs/devices.md)."""
+    """Have torch.compile make attention, MLPs and norms: less time in a step after some time of compiling, and losses
+    that differ in the last bits; auto: where a run on a processor is long enough, and can (docs/devices.md)."""
     seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0
     """Seed of every random choice."""
 

@@ -1,14 +1,14 @@
 """Parts of decoder layers as torch.compile makes them: fewer passes over memory, the same gradients up to rounding.
 
-A part is a direct child of a decoder layer: its attention, its MLP, a norm. Each is compiled as a whole and in place, so
-that no name in the model changes, and what was compiled for one layer serves all that are alike. What hooks do to
+A part is a direct child of a decoder layer: its attention, its MLP, a norm. Each is compiled as a whole and in place,
+so that no name in the model changes, and what was compiled for one layer serves all that are alike. What hooks do to
 trainable parameters, a cast or detaching, is done once around a part instead of around each module in it (see
 `substitution.units`), so that nothing untraceable stands inside.
 
 A part runs compiled where gradients go through it. Evaluation, scoring, layers below all that train, what the first
-layer does to frozen embeddings, and attention that fills a cache, of which each layer has its own, run as ever: that keeps
-compilations few. Numbers of rows and of tokens are symbols
-in what is compiled: batches of another shape compile nothing anew, but for a single row.
+layer does to frozen embeddings, and attention that fills a cache, of which each layer has its own, run as ever: that
+keeps compilations few. Numbers of rows and of tokens are symbols in what is compiled: batches of another shape compile
+nothing anew, but for those of one row, and those without padding, which need no mask.
 """
 
 import logging

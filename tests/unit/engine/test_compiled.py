@@ -62,7 +62,10 @@ def test_gradients_are_those_of_eager_and_other_shapes_compile_nothing_anew(fami
     parts.remove()
 
 
-def test_inductor_with_checkpointing_and_float32_adapters_on_bfloat16():
+@pytest.mark.parametrize(
+    ("frozen", "graphs"), [(True, 1), pytest.param(False, 3, marks=pytest.mark.matrix)], ids=["norms alone", "all"]
+)
+def test_inductor_with_checkpointing_and_float32_adapters_on_bfloat16(frozen, graphs):
     model = attach_adapter(tiny("llama", layers=2).bfloat16(), "lora", rank=4).train()
     for parameter in shake(model).parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -70,12 +73,12 @@ def test_inductor_with_checkpointing_and_float32_adapters_on_bfloat16():
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     with use_base_dtype(model, group_by_layer(model)):
         eager = step(model)
-    parts = compiled(model, backend="inductor")
+    parts = compiled(model, frozen=frozen, backend="inductor")
     with use_base_dtype(model, group_by_layer(model)):
         ours = step(model)
     assert {gradient.dtype for gradient in ours[1].values()} == {torch.float32}
     assert_alike(ours, eager, 0.05)
-    assert parts.graphs == 3
+    assert parts.graphs == graphs
     parts.remove()
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from safetensors.torch import load_file
 from support.adapted import adapted
 from support.tiny_run import lines, recipe
-from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from siftune.config import resolve_recipe
@@ -39,7 +39,7 @@ def test_a_compiled_run_leaves_what_a_run_leaves(base, rows, tmp_path, method):
         )
         for name in ("on", "off")
     )
-    found, wanted = (load_file(run.folder.path / "adapter_model.safetensors") for run in (ours, theirs))
+    found, wanted = (load_file(run.folder.adapter / "adapter_model.safetensors") for run in (ours, theirs))
     assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
     told = [line.get("compile_seconds", 0) for line in lines(ours.folder.path / "metrics.jsonl")]
