@@ -65,7 +65,7 @@ class CompiledParts:
         options: Any = {"fallback_random": True} if backend == "inductor" else None
         for part in self._parts:
             compiled = torch.compile(part.forward, dynamic=True, backend=backend, options=options)
-            part.forward = self._either(type(part), part.forward, compiled)  # type: ignore[method-assign]
+            part.forward = self._either(type(part), part.forward, compiled)
         as_one.update(self._parts)
         callback_handler.register_start_callback(self._begin)
         callback_handler.register_end_callback(self._end)
