@@ -46,7 +46,9 @@ def assert_alike(ours, theirs, tolerance):
         assert float((ours[1][name] - gradient).abs().max()) <= tolerance * float(gradient.abs().max()), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("gpt2", "qwen3"))]
+)
 def test_gradients_are_those_of_eager_and_other_shapes_compile_nothing_anew(family):
     model = adapted(family).train().double()
     sizes = [{"rows": 3, "length": 7}, {"rows": 4, "length": 11}]
