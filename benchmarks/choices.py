@@ -55,7 +55,7 @@ def score(tool: str, model: Any, tokenizer: Any, items: Sequence[ChoiceItem], ba
 
 def work(options: argparse.Namespace) -> None:
     """Score in this process, and print what it took."""
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = load_model(options.model, options.dtype)
     items = questions(tokenizer, options.data, options.rows)
     score(options.tool, model, tokenizer, items[:1], options.batch_size)  # the first pass finds its kernels
     started, worked = time.perf_counter(), time.process_time()
@@ -66,7 +66,7 @@ def work(options: argparse.Namespace) -> None:
 
 def run(tool: str, options: argparse.Namespace) -> dict[str, Any]:
     """Have a fresh process score."""
-    shared = ("data", "rows", "batch_size", "model")
+    shared = ("data", "rows", "batch_size", "model", "dtype")
     words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in shared]
     done = subprocess.run(
         [sys.executable, __file__, f"--tool={tool}", *words],
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="file of the commonsense suite")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="auto", help="float32 shows whether the scores agree")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16, help="options in a pass")
     parser.add_argument("--rounds", type=int, default=3)
