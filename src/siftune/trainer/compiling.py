@@ -17,7 +17,7 @@ from siftune.trainer.plan import planned_steps
 
 logger = logging.getLogger(__name__)
 
-# (ours, measured: docs/measured.md) tokens of a run times weights of its layers, from which on compiling pays with auto
+# (ours; docs/devices.md) tokens of a run times weights of its layers, from which on compiling pays with auto
 PAYS_FROM = 2e13
 
 

@@ -7,6 +7,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.data.rows import rows_from
 from siftune.errors import RecipeError
+from siftune.evaluate import measure as measuring
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows
 from siftune.reproduce.answers import Answers, Asking, Scores, ask
@@ -47,20 +48,20 @@ def test_what_is_there_is_not_asked_again_and_what_is_missing_is_added(model, tm
         answers.scores("nats")
 
 
-def test_options_are_compared_without_the_end_where_the_suite_asks_so(model, tmp_path):
+def test_options_are_compared_without_the_end_where_the_suite_asks_so(model, tmp_path, monkeypatch):
     tokenizer, rows = byte_tokenizer(chat_template=None), rows_from(QUESTIONS)
-    seen = {}
+    scored, compared = measuring.score_choices, []
+
+    def note(model, items, batch_size):
+        compared.append([list(ids) for item in items for ids in item.choices_ids])
+        return scored(model, items, batch_size)
+
+    monkeypatch.setattr(measuring, "score_choices", note)
     for ends in (True, False):
-        lengths = []
-
-        def note(module, arguments, keywords, lengths=lengths):
-            lengths += keywords["attention_mask"].sum(dim=1).tolist()
-
-        hook, answers = model.register_forward_pre_hook(note, with_kwargs=True), Answers(tmp_path / f"{ends}.json")
-        ask(model, tokenizer, rows, HARNESS["sciq"], answers, asking("likeliest", ends=ends))
-        hook.remove()
-        seen[ends] = sorted(lengths)
-    assert [one - other for one, other in zip(seen[True], seen[False], strict=True)] == [1] * 12
+        ask(model, tokenizer, rows, HARNESS["sciq"], Answers(tmp_path / f"{ends}.json"), asking("likeliest", ends=ends))
+    with_end, without = compared
+    assert with_end == [[*ids, tokenizer.eos_token_id] for ids in without]
+    assert len(without) == 12
 
 
 def test_a_task_of_texts_is_right_where_the_model_writes_one(model, tmp_path):
