@@ -10,6 +10,7 @@ questions alone.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,28 @@ def differences(lines: Sequence[Line], base: str) -> str:
 
 
 def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], Cell]:
-    """Sort runs by (scenario and model, cell), method, rate and seed; the last of equal jobs counts."""
+    """Sort runs by (scenario and model, cell), method, rate and seed; the last of equal jobs counts.
+
+    A cell has one number of steps, its most frequent one; of methods with another it stands behind their names.
+    """
+    steps: dict[tuple[str, ...], Counter[int]] = {}
+    for line in lines:
+        steps.setdefault(_place(line["job"]), Counter())[line["job"]["steps"]] += 1
     sections: dict[tuple[str, str], Cell] = {}
     names: dict[str, str] = {}  # method in full -> what it is called: variants may share a name
     for line in lines:
         job = line["job"]
-        where = f"{job['scenario']}, {job['model']}, {job['steps']} steps of {job['batch']}"
+        usual = steps[_place(job)].most_common(1)[0][0]
+        where = f"{job['scenario']}, {job['model']}, {usual} steps of {job['batch']}"
         cell = sections.setdefault((where, f"{job['cell']['name']}, {job['cell']['known']} known"), {})
         name = names.setdefault(json.dumps(job["method"], sort_keys=True), _free(job["method"]["name"], names))
+        name += f", {job['steps']} steps" if job["steps"] != usual else ""
         cell.setdefault(name, {}).setdefault(job["lr"], {})[job["seed"]] = line
     return sections
+
+
+def _place(job: Line) -> tuple[str, ...]:
+    return job["scenario"], job["model"], str(job["batch"]), job["cell"]["name"], str(job["cell"]["known"])
 
 
 def _free(name: str, names: Mapping[str, str]) -> str:

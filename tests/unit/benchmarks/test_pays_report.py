@@ -155,3 +155,14 @@ def test_a_table_of_some_rates_and_methods(tmp_path, capsys):
         found = cells(capsys.readouterr().out, "## mix")
         seeds[len(words)] = (list(found), found["dense"]["seeds"])
     assert seeds == {0: (["dense", "ceiling"], "1"), 2: (["dense"], "2"), 4: (["dense"], "1")}
+
+
+def test_other_numbers_of_steps_are_told_beside_the_usual_ones():
+    lines = [line("dense", 0, [1, 0], [2.0, 4.0]), line("cut", 0, [1, 0], [4.0, 4.0])]
+    longer = line("cut", 0, [1, 1], [1.0, 1.0])
+    longer["job"]["steps"] = 150
+    found = cells(tables.report([*lines, longer]), "## mix, 8 known (S1, smollm2, 120 steps of 16)")
+    assert {name: row["nats"] for name, row in found.items()} == {
+        "dense": "1.500", "cut": "2.000", "cut, 150 steps": "0.500",
+    }  # fmt: skip
+    assert found["cut, 150 steps"]["right − dense"].startswith("+50.0")
