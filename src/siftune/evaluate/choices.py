@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from siftune.errors import DataError
-from siftune.evaluate.perplexity import row_nll
-from siftune.evaluate.shared_prompts import Asked, shared_nll, whole_row
+from siftune.evaluate.perplexity import TokenRow, row_nll
+from siftune.models.loss import IGNORED
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,18 @@ def score_choices(model: nn.Module, items: Sequence[ChoiceItem], batch_size: int
     """
     for index, item in enumerate(items):
         _check(index, item)
+    nll = row_nll(model, [_as_row(item, choice) for item in items for choice in item.choices_ids], batch_size)
+    bounds = np.cumsum([len(item.choices_ids) for item in items])[:-1]
     return ChoiceResult(
-        loglik=[-nll for nll in _nll(model, items, batch_size)],
-        lengths=[np.array([len(choice) for choice in item.choices_ids], dtype=np.int64) for item in items],
+        loglik=list(np.split(-nll.nll, bounds)) if items else [],
+        lengths=list(np.split(nll.tokens, bounds)) if items else [],
         answers=np.array([item.answer for item in items], dtype=np.int64),
     )
 
 
-def _nll(model: nn.Module, items: Sequence[ChoiceItem], batch_size: int) -> list[NDArray[np.float64]]:
-    """Negative log-likelihood of every choice, per item; a prompt of several tokens runs once, where the model can."""
-    several = [at for at, item in enumerate(items) if len(item.prompt_ids) > 1 and len(item.choices_ids) > 1]
-    asked = [Asked(items[at].prompt_ids, items[at].choices_ids) for at in several]
-    shared = shared_nll(model, asked, batch_size) if asked else None
-    found = {} if shared is None else dict(zip(several, shared, strict=True))
-    rest = [at for at in range(len(items)) if at not in found]
-    rows = [whole_row(items[at].prompt_ids, choice) for at in rest for choice in items[at].choices_ids]
-    bounds = np.cumsum([len(items[at].choices_ids) for at in rest])[:-1]
-    found |= zip(rest, np.split(row_nll(model, rows, batch_size).nll, bounds) if rest else [], strict=True)
-    return [found[at] for at in range(len(items))]
+def _as_row(item: ChoiceItem, choice: Sequence[int]) -> TokenRow:
+    """Join prompt and choice; only the choice counts."""
+    return [*item.prompt_ids, *choice], [*[IGNORED] * len(item.prompt_ids), *choice]
 
 
 def _check(index: int, item: ChoiceItem) -> None:

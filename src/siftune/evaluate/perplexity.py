@@ -95,22 +95,9 @@ def _batch_nll(model: nn.Module, rows: Sequence[TokenRow]) -> NDArray[np.float64
     mask_BT = labels_BT != IGNORED
     with logits_at(model, mask_BT):
         logits_NV = model(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False).logits[0]
-    return row_sums(logits_NV, labels_BT)
-
-
-def row_sums(logits_NV: Tensor, labels_BT: Tensor) -> NDArray[np.float64]:
-    """Sum what the tokens of each row lack.
-
-    Args:
-        logits_NV: Logits for the labels that count, in row-major order.
-        labels_BT: The labels, -100 where nothing counts.
-
-    Returns:
-        (B,) float64 negative log-likelihoods in nats.
-    """
-    mask_BT = labels_BT != IGNORED
     nll_N = _token_nll(logits_NV, labels_BT[mask_BT])
-    sums_B = torch.zeros(len(labels_BT), dtype=torch.float64).index_add_(0, mask_BT.nonzero()[:, 0].cpu(), nll_N)
+    row_N = mask_BT.nonzero()[:, 0].cpu()
+    sums_B = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_N, nll_N)
     return np.asarray(sums_B.numpy())
 
 
