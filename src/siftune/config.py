@@ -170,9 +170,9 @@ class Recipe:
     that do not fit one GPU; adapters stay whole on each. One process holds all of it either way."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    compile: Literal["off", "on", "auto"] = "off"
-    """Have torch.compile make attention, MLPs and norms: less time in a step after some time of compiling, and losses
-    that differ in the last bits; auto: where a run on a processor is long enough, and can (docs/devices.md)."""
+    compile: bool = False
+    """Have torch.compile make attention, MLPs and norms: less memory, after some time of compiling, and losses that
+    differ in the last bits."""
     seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0
     """Seed of every random choice."""
 

@@ -15,8 +15,6 @@ from siftune.models.carriers import not_taken
 from siftune.settings import Settings, check_fields
 from siftune.words import counted
 
-COMPILED_WITH = "goes with adapters lora, rslora and full, on a base that is neither quantised nor sharded"
-
 
 def check(recipe: Recipe) -> None:
     """Check every range and what fields say about each other.
@@ -61,14 +59,17 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             bool(recipe.outside) and recipe.adapter != "full",
             f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
         ),
-        (recipe.compile == "on" and not can_compile(recipe), f"compile {COMPILED_WITH}: leave one of them out"),
+        (
+            recipe.compile and not _can_compile(recipe),
+            "compile goes with adapters lora, rslora and full, on a base that is neither quantised nor sharded: leave "
+            "one of them out",
+        ),
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
         (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
     ]
 
 
-def can_compile(recipe: Recipe) -> bool:
-    """Whether compiling goes with the other settings; see `COMPILED_WITH`."""
+def _can_compile(recipe: Recipe) -> bool:
     plain = recipe.quantize is None and recipe.sharding == "none"
     return plain and recipe.adapter in ("lora", "rslora", "full")
 

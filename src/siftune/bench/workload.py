@@ -54,7 +54,7 @@ class Workload:
         options: dict[str, Any] = {"active": self.active, "interval": self.interval}
         options |= {"select": 0.5}  # the papers' share of rows, for their own ways to run it as well
         if support == "compiled":
-            fields["compile"] = "on"
+            fields["compile"] = True
         if name.endswith("gast"):
             options |= SUPPORTS[support or "rest"]
         if name == "loradrop":

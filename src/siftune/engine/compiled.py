@@ -11,7 +11,6 @@ keeps compilations few. Numbers of rows and of tokens are symbols in what is com
 nothing anew, but for those of one row, and those without padding, which need no mask.
 """
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +23,7 @@ from transformers import Cache
 
 from siftune.engine.substitution import as_one
 from siftune.errors import UnsupportedError
-
-logger = logging.getLogger(__name__)
+from siftune.words import one_line
 
 _KINDS = 6  # so many that differ in code or shapes are compiled; dynamo itself stops at eight forms of one code
 
@@ -38,7 +36,6 @@ class CompiledParts:
     Args:
         layers: The decoder layers.
         frozen: Compile those parts only in which nothing trains, as where hooks look into the others.
-        demanded: A part that cannot be compiled is an error; else it runs as ever, and one warning says so.
         backend: torch.compile's.
 
     Attributes:
@@ -47,17 +44,13 @@ class CompiledParts:
 
     Raises:
         UnsupportedError: Something runs the parts already, as with a `device_map`; there are too many kinds of them. In
-            training, where demanded: one cannot be compiled, as where there is no C++ compiler.
+            training: one cannot be compiled, as where there is no C++ compiler.
     """
 
-    def __init__(
-        self, layers: Sequence[nn.Module], frozen: bool = False, demanded: bool = True, backend: str = "inductor"
-    ) -> None:
+    def __init__(self, layers: Sequence[nn.Module], frozen: bool = False, backend: str = "inductor") -> None:
         self.seconds = 0.0
         self.graphs = 0
         self._began = 0.0
-        self._demanded = demanded
-        self._failed: set[type[nn.Module]] = set()
         parts = [part for layer in layers for part in layer.children()]
         self._parts = [part for part in parts if not (frozen and any(p.requires_grad for p in part.parameters()))]
         _refuse(self._parts)
@@ -65,7 +58,7 @@ class CompiledParts:
         options: Any = {"fallback_random": True} if backend == "inductor" else None
         for part in self._parts:
             compiled = torch.compile(part.forward, dynamic=True, backend=backend, options=options)
-            part.forward = self._either(type(part), part.forward, compiled)
+            part.forward = _either(type(part), part.forward, compiled)
         as_one.update(self._parts)
         callback_handler.register_start_callback(self._begin)
         callback_handler.register_end_callback(self._end)
@@ -81,38 +74,30 @@ class CompiledParts:
             as_one.discard(part)
         self._parts = []
 
-    def _either(self, kind: type[nn.Module], eager: Callable[..., Any], compiled: Callable[..., Any]) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = (*args, *kwargs.values())
-            graded = torch.is_grad_enabled() and any(v.requires_grad for v in given if isinstance(v, Tensor))
-            if not graded or kind in self._failed or any(isinstance(v, Cache) for v in given):
-                return eager(*args, **kwargs)
-            try:
-                return compiled(*args, **kwargs)
-            except TorchDynamoException as error:
-                self._fails(kind, error)
-            return eager(*args, **kwargs)
-
-        return forward
-
-    def _fails(self, kind: type[nn.Module], error: TorchDynamoException) -> None:
-        cause = getattr(error, "inner_exception", error)
-        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        if self._demanded:
-            raise UnsupportedError(
-                f"torch cannot compile {kind.__name__} here: {reason}. Have a C++ compiler on the PATH, or train "
-                "without compile"
-            ) from error
-        if not self._failed:
-            logger.warning("torch cannot compile %s, so it runs as ever: %s", kind.__name__, reason)
-        self._failed.add(kind)
-
     def _begin(self, _: Any) -> None:
         self._began = time.monotonic()
 
     def _end(self, _: Any) -> None:
         self.seconds += time.monotonic() - self._began
         self.graphs += 1
+
+
+def _either(kind: type[nn.Module], eager: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        graded = torch.is_grad_enabled() and any(v.requires_grad for v in given if isinstance(v, Tensor))
+        if not graded or any(isinstance(v, Cache) for v in given):
+            return eager(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = one_line(str(getattr(error, "inner_exception", error)) or type(error).__name__)
+            raise UnsupportedError(
+                f"torch cannot compile {kind.__name__} here: {reason}. Have a C++ compiler on the PATH, or train "
+                "without compile"
+            ) from error
+
+    return forward
 
 
 def _refuse(parts: Sequence[nn.Module]) -> None:

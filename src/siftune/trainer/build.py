@@ -33,9 +33,9 @@ from siftune.methods.layer_callback import LayerCallback
 from siftune.models.adapters import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.carriers import CARRIERS
 from siftune.models.full import OpenLayers
+from siftune.models.layers import find_layers
 from siftune.models.source import use_attention
 from siftune.recipe_file import anchored
-from siftune.trainer.compiling import compiled_parts
 from siftune.trainer.private import privacy_of, refuse_scaled_or_split, refuse_weights
 from siftune.trainer.start import adapter_folder, keep_initial
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
@@ -109,7 +109,7 @@ def build(
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     if privacy is not None:
         refuse_scaled_or_split(arguments)
-    parts = compiled_parts(recipe, tuned, arguments, data["train"])
+    parts = _compiled(recipe, tuned) if recipe.compile else None
     strict = privacy is not None or recipe.adapter == "adalora"  # a step left out tells of rows; an allocator counts
     kind = partial(
         kind,
@@ -123,6 +123,12 @@ def build(
     removed = [*([] if parts is None else [parts]), *([] if privacy is None else [privacy]), *methods]
     release = _release(tuned, groups, opened, removed)
     return Built(trainer, methods, len(groups), release, parts)
+
+
+def _compiled(recipe: Recipe, model: nn.Module) -> CompiledParts:
+    """Compile the parts of layers; methods that choose rows, and noise, look into every module that trains."""
+    by_row = recipe.dp_epsilon is not None or any(part.rows for part in method_of(recipe).parts)
+    return CompiledParts(find_layers(model).layers, frozen=by_row)
 
 
 def _release(

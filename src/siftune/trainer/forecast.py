@@ -99,7 +99,7 @@ def forecast(
     tried = _tried_batches(batches, row_lengths(data["train"]), recipe.accumulate, tries)
     with tempfile.TemporaryDirectory() as folder:
         clock = _Clock()
-        short = replace(_hurried(recipe), save_every=tries + 1, eval_every=None, report_to=(NONE,), compile="off")
+        short = replace(_hurried(recipe), save_every=tries + 1, eval_every=None, report_to=(NONE,), compile=False)
         if recipe.dp_epsilon is None:  # else noise is looked for that covers all steps
             short = replace(short, steps=tries + 1)
         rows = data["train"] if recipe.dp_epsilon else data["train"].select([row for batch in tried for row in batch])

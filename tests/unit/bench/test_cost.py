@@ -141,7 +141,7 @@ def test_the_workload_reaches_the_settings_of_every_method(work, name):
     recipe = replace(work, active=0.5, interval=3).recipe(name, "unused")
     check(recipe)
     assert recipe.method == name.partition("-")[0]
-    assert recipe.compile == ("on" if name == "dense-compiled" else "off")
+    assert recipe.compile == (name == "dense-compiled")
     given = {"active": 0.5, "interval": 3, "select": 0.5}
     for settings in settings_of(recipe):
         options = settings.to_dict()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.tiny_run import recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,3 +137,12 @@ def test_a_full_disk_leaves_nothing_behind(run, tmp_path, capsys, monkeypatch):
     assert "No space left on device" in error_of(capsys, run.path, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / ".x.partial").exists()
+
+
+def test_an_adapter_that_peft_cannot_merge_is_refused(base, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])
+    get_peft_model(model, config).save_pretrained(tmp_path / "alora")
+    found = error_of(capsys, tmp_path / "alora", "--base", base, "--out", tmp_path / "merged")
+    assert found.startswith(f"the adapter in {tmp_path / 'alora'} cannot be merged: aLoRA does not support")
+    assert not (tmp_path / "merged").exists()

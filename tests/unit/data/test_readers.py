@@ -255,6 +255,14 @@ def test_a_hub_failure_says_what_to_do(monkeypatch):
     assert "Couldn't reach the hub; check the name, the split and the network" in message
 
 
+def test_columns_are_told_on_one_short_line(write):
+    names = ["\x00prompt", "a\nb", "\u202ecompletion", "x" * 5000]
+    message = refused(write("rows.jsonl", lines(dict.fromkeys(names, "1"))))
+    assert "the columns found (?prompt, a b, ?completion, xxx" in message
+    assert message.isprintable()
+    assert len(message) < 500
+
+
 def test_a_column_that_is_there_twice_is_refused(write):
     path = write("rows.csv", "prompt,completion,,,prompt\na,b,,,c\n")
     with pytest.raises(DataError, match=r"rows\.csv:1: the column 'prompt' stands twice; rename one"):

@@ -1,6 +1,6 @@
 """Parts of layers that run compiled do as they did: losses, gradients, names, and nothing is left."""
 
-import logging
+import shutil
 
 import pytest
 import torch
@@ -64,6 +64,7 @@ def test_gradients_are_those_of_eager_and_other_shapes_compile_nothing_anew(fami
     parts.remove()
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch needs a C++ compiler")
 @pytest.mark.parametrize(
     ("frozen", "graphs"), [(True, 1), pytest.param(False, 3, marks=pytest.mark.matrix)], ids=["norms alone", "all"]
 )
@@ -141,20 +142,7 @@ def broken(*_):
     raise RuntimeError("No working C++ compiler found")
 
 
-def test_where_torch_cannot_compile_all_runs_as_ever_and_one_warning_says_so(caplog):
-    model = adapted("llama").train()
-    eager = step(model)
-    parts = compiled(model, demanded=False, backend=broken)
-    with caplog.at_level(logging.WARNING, "siftune"):
-        assert_alike(step(model), eager, 0)
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("siftune")]
-    assert len(said) == 1
-    assert "torch cannot compile" in said[0]
-    assert "No working C++ compiler found" in said[0]
-    parts.remove()
-
-
-def test_demanded_and_impossible_is_an_error():
+def test_where_torch_cannot_compile_is_an_error():
     model = adapted("llama").train()
     parts = compiled(model, backend=broken)
     with pytest.raises(UnsupportedError, match=r"cannot compile Llama.*No working C.*train without compile"):

@@ -123,13 +123,19 @@ def test_records_are_cut_behind_a_step(folder):
     RunFolder(folder.path / "empty").cut_records(3)
 
 
-@pytest.mark.parametrize("rest", ['{"step": 5, "lo', "\n", "nonsense\n"])
-def test_a_record_that_was_cut_off_by_a_crash_is_dropped(folder, rest):
+@pytest.mark.parametrize("rest", [b'{"step": 5, "lo', b"\n", b"nonsense\n", b"null\n", b"{}\n", b"[]\n", b"\xff\xfe\n"])
+def test_a_record_that_was_cut_off_by_a_crash_or_is_none_is_dropped(folder, rest):
     folder.append("metrics.jsonl", {"step": 3})
-    with (folder.path / "metrics.jsonl").open("a") as file:
+    with (folder.path / "metrics.jsonl").open("ab") as file:
         file.write(rest)
     folder.cut_records(4)
     assert lines(folder.path / "metrics.jsonl") == [{"step": 3}]
+
+
+def test_records_that_cannot_be_read_are_told(folder):
+    (folder.path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read \(.*\); put it away to go on"):
+        folder.cut_records(4)
 
 
 def test_the_newest_complete_checkpoint(folder):

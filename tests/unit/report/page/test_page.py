@@ -289,6 +289,7 @@ def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):
     ("name", "content", "message"),
     [
         ("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n', r"metrics.jsonl:2 is no JSON"),
+        ("metrics.jsonl", "[" * 99_999 + '\n{"step": 3}\n', r"metrics.jsonl:1 is no JSON"),
         ("run.json", "[]", "run.json holds no JSON object"),
         ("run.json", "{", "run.json can't be read"),
         ("eval.json", '[{"data": 1}]', "eval.json can't be read .*measure again"),
