@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import signal
+import re
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from siftune.threads import settle_threads
 _MACHINE = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some space or choose another folder",
+    errno.EFBIG: "raise the limit on a file's size (`ulimit -f`), or choose another folder",
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "choose a folder or file that you may use",
     errno.EPERM: "choose a folder or file that you may use",
@@ -39,8 +41,9 @@ _MACHINE = {
 _FIRST_SPEAKS = 2.0  # seconds; what all ranks find, rank 0 says, and the launcher ends the others meanwhile
 # what gloo says where another process is gone
 _ALONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-# safetensors and torch.save say in their own words that a write failed
-_FULL = ("os error 28", "inline_container.cc")
+# safetensors and torch.save say in their own words that a write failed; the latter does not say why
+_CODE = re.compile(r"\(os error (\d+)\)")
+_WRITE_FAILED = "inline_container.cc"
 _NO_MEMORY = "can't allocate memory"  # torch's words on processors; for devices it has a class, OutOfMemoryError
 
 
@@ -139,11 +142,13 @@ def _explain(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or _NO_MEMORY in str(error):
         reason = " ".join(str(error).split())[:150] or "MemoryError"
         return f"memory ran out ({reason}): give a smaller --batch-size, a shorter --max-length, or a smaller model"
-    if any(words in str(error) for words in _FULL):
+    if _WRITE_FAILED in str(error):
         return f"the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; {_MACHINE[error.errno]}"
+    if (told := _CODE.search(str(error))) and (code := int(told[1])) in _MACHINE:
+        return f"{os.strerror(code)}; {_MACHINE[code]}"
     return None
 
 

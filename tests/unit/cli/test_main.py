@@ -409,7 +409,13 @@ def test_an_interrupt_ends_with_130_and_says_what_is_left(command, capsys):
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(errno.ENOSPC, "free some space"), (errno.EROFS, "that can be written to"), (errno.EACCES, "you may use")],
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EROFS, "that can be written to"),
+        (errno.EACCES, "you may use"),
+    ],
 )
 def test_a_fault_of_the_disk_is_one_sentence_with_the_path(command, capsys, code, words):
     fail(command, OSError(code, os.strerror(code), "runs/a/x.json"))
@@ -418,11 +424,15 @@ def test_a_fault_of_the_disk_is_one_sentence_with_the_path(command, capsys, code
     assert words in message
 
 
-def test_a_full_disk_in_the_words_of_other_libraries(command, capsys):
+def test_a_full_disk_in_the_words_of_torch(command, capsys):
     fail(command, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"))
     assert error_of(capsys, 2, "train").startswith("the disk is full")
-    fail(command, ValueError("Error while serializing: I/O error: No space left on device (os error 28)"))
-    assert error_of(capsys, 2, "train").startswith("the disk is full")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_fault_of_the_disk_in_the_words_of_safetensors(command, capsys, code):
+    fail(command, ValueError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})"))
+    assert error_of(capsys, 2, "train").startswith(f"{os.strerror(code)}; ")
 
 
 def test_another_oserror_is_a_bug(command, capsys):

@@ -1,7 +1,4 @@
-"""GAST's support modes "momentum" and "target" (ours): a running mean of the gradients of earlier steps' samples.
-
-Those are all samples, or those of a target alone.
-"""
+"""GAST's support mode "momentum" (ours): a running mean of the gradients of earlier steps' samples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +18,7 @@ def moved_mean(
     """Take a step's gradients, on all ranks, into the running mean of the active layers.
 
     All ranks exchange tensors of the same shapes, so a rank on which a layer recorded nothing, as where its batch had
-    no more samples than are to be selected, or none of the target's, brings zeros; and a last number says whether any
+    no more samples than are to be selected, brings zeros; and a last number says whether any
     rank recorded at all. Where none did, no sample's gradient was formed, and the mean stays. Layers that did not train
     keep their mean: no gradient was formed for them, which is not a gradient of zero. A mean that takes in a NaN never
     loses it, so a step with one is left out.
