@@ -1,7 +1,8 @@
 """One job in a process of its own: `python -m rows.job OUT DATA` reads it from stdin and adds a line to OUT.
 
 A job "scores" trains once on a pool with planted errors, and scores its rows in every way. A job "drop" trains on the
-same pool as it is, and then without the rows that a score names, against as many dropped otherwise.
+same pool as it is, and then without the rows that a score names, against as many dropped otherwise. A job "peers"
+scores it as other tools do.
 """
 
 import json
@@ -23,6 +24,7 @@ from pays.results import append
 from pays.subset import SubsetTrainer
 from rows.cells import plant, rows_in
 from rows.metrics import all_of, named
+from rows.peers import Fold, classes_of, crossed
 from rows.scores import all_scores
 from rows.watch import Watch
 from siftune.environment import hardware, versions
@@ -104,6 +106,24 @@ def dropped(job: Job, data: Path, folder: Path) -> Record:
     return {"rows": len(bad), "bad": int(bad.sum()), "gone": counts, "arms": arms}
 
 
+def compared(job: Job, data: Path, folder: Path) -> Record:
+    """Train on half of the rows to score the other half, twice; both are the pool's, taken in turn."""
+    half = {**job, "steps": job["steps"] // 2}
+    model, tokenizer = load(job)
+    pool = pool_of(job, data, tokenizer)
+    halves = pool.train[::2], pool.train[1::2]
+    classes = classes_of(Work(half, model, tokenizer, pool, folder).tokenized(pool.train))
+    labels, probs = [None] * len(pool.train), [None] * len(pool.train)
+    for own, others in (halves, halves[::-1]):
+        kept = replace(pool, train=own)
+        fold = Fold(half, *load(job), kept, folder, others=others, classes=classes)
+        first = 1 if own is halves[0] else 0
+        labels[first::2], probs[first::2] = fold.run()["labelled"]
+    bad = np.array([row["bad"] for row in pool.train])
+    scores = {name: all_of(values, bad) for name, values in crossed(labels, probs).items()}
+    return {"rows": len(bad), "bad": int(bad.sum()), "scores": scores}
+
+
 def leave_out(z: Any, loss: Any, bad: Any, seed: int) -> dict[str, set[int]]:
     """Numbers of the rows that each arm goes without: those that are named, and as many by loss and at random.
 
@@ -139,7 +159,7 @@ def load(job: Job) -> tuple[Any, Any]:
     return load_model(str(gemma_folder()) if job["model"] == "gemma3" else job["model"])
 
 
-RUN: dict[str, Callable[[Job, Path, Path], Record]] = {"scores": scored, "drop": dropped}
+RUN: dict[str, Callable[[Job, Path, Path], Record]] = {"scores": scored, "drop": dropped, "peers": compared}
 
 
 def main(argv: list[str]) -> int:

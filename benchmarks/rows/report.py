@@ -50,7 +50,7 @@ def sections(lines: Sequence[Line]) -> Iterable[str]:
             if chosen:
                 yield f"## {model}, {'four passes over a quarter of the rows' if epochs else 'one pass'}"
                 yield from (_scores(chosen, metric) for metric in ("auroc", "ap", "precision"))
-                yield _named(chosen)
+                yield _named([line for line in chosen if "named" in line])
         drops = [each for each in own if "arms" in each]
         if drops:
             yield f"## {model}: without the rows that are named"
@@ -72,7 +72,7 @@ def _scores(lines: Sequence[Line], metric: str) -> str:
     for name in names:
         values = [[line["scores"][name][metric] for line in cell if name in line["scores"]] for cell in cells.values()]
         rows.append([name, *(_figure(each) for each in values), f"{np.mean([np.mean(v) for v in values if v]):.3f}"])
-    titles = [f"{name} ({len(cell)})" for name, cell in cells.items()]
+    titles = [f"{name} ({len({line['job']['seed'] for line in cell})})" for name, cell in cells.items()]
     return f"{metric}; seeds in brackets\n\n" + markdown_table(Table(["score", *titles, "mean"], rows))
 
 
@@ -125,7 +125,7 @@ def _means(lines: Sequence[Line], measure: str) -> Any:
 def tested(lines: Sequence[Line]) -> list[Mapping[str, Any]]:
     """What `siftune rows` tells: by cell of one pass, how many of the rows that the default named were bad."""
     found = []
-    scored = [line for line in lines if "scores" in line and not line["job"]["cell"]["epochs"]]
+    scored = [line for line in lines if "named" in line and not line["job"]["cell"]["epochs"]]
     for model in sorted({line["job"]["model"] for line in scored}):
         for name, cell in _by_cell([line for line in scored if line["job"]["model"] == model]).items():
             sums = {key: sum(line["named"][key] for line in cell) for key in ("rows", "bad")}

@@ -2,11 +2,13 @@
 
     python benchmarks/rows/run.py scores --data FOLDER --cells near-15,uniform-15 --seeds 0 --out rows.jsonl --workers 2
     python benchmarks/rows/run.py drop --data FOLDER --cells near-15,uniform-15 --seeds 0,1,2,3,4 --out rows.jsonl
+    python benchmarks/rows/run.py peers --data FOLDER --cells near-15 --out rows.jsonl  # needs cleanlab
     python benchmarks/rows/report.py rows.jsonl
 
 `rows/cells.py` says what the cells are. Every job trains SmolLM2 or Gemma 3 with dense LoRA on siftune's own training
-path: "scores" once, "drop" five times. A finished job adds a line of JSON to the file and is never made again; Ctrl-C
-loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE` runs those of a file, in its order.
+path: "scores" once, "drop" five times, "peers" twice on half of the rows. A finished job adds a line of JSON to the
+file and is never made again; Ctrl-C loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE`
+runs those of a file, in its order.
 """
 
 import argparse
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("scenario", nargs="?", default="scores", choices=["scores", "drop"])
+    add("scenario", nargs="?", default="scores", choices=["scores", "drop", "peers"])
     add("--cells", default=ALL, help="KIND-PERCENT or KIND-PERCENT-epochs, with commas between; all if not given")
     add("--models", default="smollm2", help="smollm2, gemma3")
     add("--lr", type=float, default=1e-3)

@@ -18,10 +18,12 @@ from pays import pool as pools
 from pays.results import append, read
 from rows import metrics, report, run
 from rows.cells import KINDS, cell_of, plant
-from rows.job import dropped, leave_out, scored
+from rows.job import compared, dropped, leave_out, scored
+from rows.peers import Fold, classes_of, crossed, probabilities
 from rows.scores import by_rank
 from rows.watch import Watch, margins
 from siftune import RowRecord
+from siftune.data.tokenize import Collator
 from siftune.engine.groups import group_by_layer
 
 RANKED = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=20).filter(
@@ -185,14 +187,61 @@ def test_a_job_scores_and_a_job_drops_and_both_are_reported(job, tmp_path, monke
     assert set(gone["arms"]) == {"all", "named", "loss", "random", "truth"}
     assert gone["gone"]["truth"] == {"rows": gone["bad"], "bad": gone["bad"]}
     append(tmp_path / "out.jsonl", {"job": drop, **gone})
+    peers = {"rows": 8, "bad": 2, "scores": {"cleanlab": found["scores"]["z"]}}
+    append(tmp_path / "out.jsonl", {"job": {**once, "scenario": "peers"}, **peers})
     monkeypatch.setattr(report, "TESTED", tmp_path / "tested.json")
     assert report.main([str(tmp_path / "out.jsonl"), "--write-tested"]) == 0
     said = capsys.readouterr().out
     assert "one pass" in said
+    assert "| cleanlab |" in said
     assert "four passes over a quarter" in said
     assert "without the rows that are named" in said
     (line,) = json.loads((tmp_path / "tested.json").read_text())
     assert (line["kind"], line["runs"], line["rows"]) == ("uniform", 1, found["named"]["rows"])
+
+
+def test_probabilities_of_classes_are_those_of_a_loop():
+    model = adapted().double()
+    data = token_rows(7).map(
+        lambda row, at: {"length": 8 - at % 3, **{k: v[: 8 - at % 3] for k, v in row.items()}}, with_indices=True
+    )
+    classes = classes_of(data)
+    assert classes == sorted({int(label) for row in data for label in row["labels"][2:]})
+    labels, probs = probabilities(model, data, Collator(0), classes)
+    for row, own, found in zip(data, labels, probs, strict=True):
+        wanted = model(torch.tensor([row["input_ids"]])).logits[0].softmax(1).detach()
+        assert [classes[place] for place in own] == row["labels"][2:]
+        np.testing.assert_allclose(found[:, :-1], wanted[1:-1][:, classes], rtol=1e-9)
+        np.testing.assert_allclose(found.sum(1), 1)
+
+
+def test_what_other_tools_say_of_two_rows():
+    labels = [np.array([0, 1]), np.array([1])]
+    probs = [np.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]), np.array([[0.9, 0.05, 0.05]])]
+    found = crossed(labels, probs)
+    np.testing.assert_allclose(found["cross-loss"], [-(np.log(0.5) + np.log(0.8)) / 2, -np.log(0.05)])
+    np.testing.assert_allclose(found["cross-least"], [-0.5, -0.05])
+    np.testing.assert_allclose(found["cleanlab"], [0.5, 0.95])  # of the least likely label
+
+
+def test_every_row_is_scored_by_the_model_that_did_not_see_it(job, monkeypatch):
+    from rows import job as module
+
+    settings, suite, folder = job
+    settings = {**settings, "scenario": "peers", "cell": {**settings["cell"], "epochs": False}, "steps": 4}
+    folds = []
+
+    class Seen(Fold):
+        def run(self):
+            folds.append(self)
+            return super().run()
+
+    monkeypatch.setattr(module, "Fold", Seen)
+    found = compared(settings, suite, folder)
+    first, second = folds
+    assert (first.pool.train, first.others) == (second.others, second.pool.train)
+    assert (found["rows"], first.job["steps"]) == (16, 2)
+    assert set(found["scores"]) == {"cross-loss", "cross-least", "cleanlab"}
 
 
 def test_jobs_are_listed(capsys):
