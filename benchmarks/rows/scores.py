@@ -2,6 +2,7 @@
 
     loss            at first sight
     z               … by time, as `siftune.rows.scores` has it: siftune's default
+    over            … less the median of what was seen at that time, and not divided; `over-wide` of 256 rows around it
     rank            … its rank among the rows of its step
     margin          minus the margin at first sight: see `watch.py`
     base            loss of the base, which needs no training
@@ -23,12 +24,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.rows.scores import by_time, course, seen
+from siftune.rows.scores import by_time, company, course, seen
 from siftune.rows.texts import Text
 from siftune.rows.twins import Twins
 from siftune.rows.visits import Visits
 
 Floats = NDArray[np.float64]
+_WIDE = 256
 ALIGNMENTS = ("inner", "cosine", "mean", "one")
 
 
@@ -47,6 +49,8 @@ def all_scores(visits: Visits, watched: Mapping[str, Floats], base: Floats, text
     first, rows = gathered.first, gathered.rows
     loss, z = visits.loss.astype(np.float64), by_time(visits.loss, visits.step).astype(np.float64)
     found = {"loss": loss[first], "z": z[first], "rank": by_rank(loss, visits.step)[first], "base": base[rows]}
+    found["over"] = (loss - company(loss, visits.step).usual)[first]
+    found["over-wide"] = (loss - around(loss, _WIDE))[first]
     found["excess"] = loss[first] - base[rows]
     found["excess-z"] = by_time(loss - base[visits.row], visits.step)[first].astype(np.float64)
     found |= {"margin": -watched["margin"][first], "norm": watched["norm"][first]}
@@ -68,6 +72,12 @@ def over_visits(visits: Visits, watched: Mapping[str, Floats], z: Floats) -> dic
     scores: dict[str, Any] = {"mean-loss": found.mean, "variability": found.variability, "forgetting": found.forgetting}
     scores |= {"aum": -means["margin"], "mean-alignment": -means["mean"]}
     return {**scores, "last-loss": visits.loss[::-1][last].astype(np.float64)}
+
+
+def around(values: Floats, count: int) -> Floats:
+    """Median of as many values around each, in the order of time; (V,)."""
+    starts = np.clip(np.arange(len(values)) - count // 2, 0, max(0, len(values) - count))
+    return np.array([np.median(values[start : start + count]) for start in starts])
 
 
 def by_rank(values: NDArray[np.floating], steps: NDArray[np.integer]) -> Floats:

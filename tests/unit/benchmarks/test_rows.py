@@ -20,7 +20,7 @@ from rows import metrics, report, run
 from rows.cells import KINDS, cell_of, plant
 from rows.job import compared, dropped, leave_out, scored
 from rows.peers import Fold, classes_of, crossed, probabilities
-from rows.scores import by_rank
+from rows.scores import around, by_rank
 from rows.watch import Watch, margins
 from siftune import RowRecord
 from siftune.data.tokenize import Collator
@@ -51,6 +51,12 @@ def test_a_score_that_is_no_number_is_the_lowest():
 
 def test_ranks_within_a_step():
     assert by_rank(np.array([3.0, 1.0, 2.0, 9.0]), np.array([0, 0, 0, 1])).tolist() == [1.0, 0.0, 0.5, 0.0]
+
+
+def test_medians_around():
+    values = np.array([5.0, 1.0, 2.0, 9.0, 4.0])
+    assert around(values, 3).tolist() == [2.0, 2.0, 2.0, 4.0, 4.0]
+    assert around(values, 9).tolist() == [4.0] * 5
 
 
 def test_what_is_watched_is_what_single_rows_give(tmp_path):
@@ -176,9 +182,20 @@ def test_a_job_scores_and_a_job_drops_and_both_are_reported(job, tmp_path, monke
     settings, suite, folder = job
     found = scored(settings, suite, folder)
     assert (found["rows"], found["bad"]) == (8, 2)
-    assert {"z", "loss", "margin", "excess", "norm", "cosine", "mean", "joined", "aum", "forgetting"} <= set(
-        found["scores"]
-    )
+    assert {
+        "z",
+        "loss",
+        "over",
+        "over-wide",
+        "margin",
+        "excess",
+        "norm",
+        "cosine",
+        "mean",
+        "joined",
+        "aum",
+        "forgetting",
+    } <= set(found["scores"])
     append(tmp_path / "out.jsonl", {"job": settings, **found})
     once = {**settings, "cell": {**settings["cell"], "epochs": False}}
     append(tmp_path / "out.jsonl", {"job": once, **found})
