@@ -5,9 +5,10 @@ layers takes back its part, and the others' parts are made longer, so that the e
 
     θ_ℓ ← θ_ℓ + (m_ℓ / p)·Δ_ℓ,   m_ℓ = 1 for a random share p of the layers, drawn anew in every step, else 0
 
-Since gradients and moments do not depend on the draw, the expectation of a step over it is exactly Δ, with every
-optimizer; only noise is added. What methods that train few layers gain or lose beside this noise comes from moments
-that move seldom. After SkipUpdate and Magma, arXiv 2602.15322; by decoder layer here.
+Adam's steps do not grow with the gradient, so that steps are made longer *after* the optimizer, from values noted
+before. Since gradients and moments do not depend on the draw, the expectation of a step over it is exactly Δ, with
+every optimizer; only noise is added. What methods that train few layers gain or lose beside this noise comes from
+moments that move seldom. After SkipUpdate and Magma, arXiv 2602.15322; by decoder layer here.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siftune.engine.groups import group_by_layer
 from siftune.methods.layer_draws import draw_uniform, share
-from siftune.methods.layer_steps import ScaledSteps
 
 
 class MaskedUpdate(TrainerCallback):
@@ -55,10 +55,14 @@ class MaskedUpdate(TrainerCallback):
             self.on_select(tuple(self._groups[at].index for at in kept))
         lengths = [layers / len(kept) if at in kept else 0.0 for at in range(layers)]
         owners = zip(self._groups, lengths, strict=True)
-        self._steps = ScaledSteps({p: length for group, length in owners for p in group.parameters.values()})
+        changed = [(p, length) for group, length in owners if length != 1 for p in group.parameters.values()]
+        self._before = [(p, p.detach().clone(), length) for p, length in changed]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take back and lengthen."""
-        self._steps.apply()
+        """Take back and lengthen: before + length·(after − before)."""
+        with torch.no_grad():
+            for parameter, before, length in self._before:
+                parameter.lerp_(before, 1 - length)  # as torch computes it: exact for 0, and where nothing has changed
+        self._before.clear()

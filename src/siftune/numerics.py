@@ -3,10 +3,10 @@
 Shapes: B samples, D values of a parameter. Sums run in float32, or float64 where the input is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _LEAST_UNIFORM = 1e-300  # log 0 is −∞: a uniform number of exactly 0 would give a Gumbel of −∞ and tie with others
 
@@ -58,6 +58,16 @@ def squares(grads_BD: Tensor) -> Tensor:
     """Squared length of every row's gradient; (B,)."""
     lengths_B: Tensor = torch.linalg.vector_norm(grads_BD.flatten(1), dim=1, dtype=wide_dtype(grads_BD))
     return lengths_B.square()
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Euclidean norm of the gradients of some parameters together; a float32 or float64 scalar, 0 without gradients."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(grad, dtype=wide_dtype(grad)) for grad in grads]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -169,7 +169,7 @@ def _pass_over(key: str, value: Any, gone: Gone, where: str) -> None:
     except TypeError:
         same = False
     if not same:
-        raise RecipeError(f"{where}: {key} {plain}: this option is gone, siftune {gone.words}: leave it out")
+        raise RecipeError(gone.refusal(f"{where}: {key} {plain}"))
 
 
 def _lift(key: str, entry: _Entry, where: str, method: str, values: dict[str, Any]) -> None:
@@ -183,6 +183,8 @@ def _lift(key: str, entry: _Entry, where: str, method: str, values: dict[str, An
     if len(chosen) == 1:
         group = values.setdefault(chosen[0].group, {})
         group.setdefault(key, _converted(key, entry.value, get_type_hints(chosen[0])[key], where))
+    elif key in _gone_by_name():
+        _pass_over(key, entry.value, _gone_by_name()[key], where)
     elif all(entry.value != getattr(owner(), key) for owner in owners):
         names = " or ".join(f"{owner.group}: {{{key}: …}}" for owner in owners)
         raise RecipeError(

@@ -23,6 +23,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -94,6 +95,10 @@ class Gone(NamedTuple):
 
     value: Any
     words: str
+
+    def refusal(self, option: str) -> str:
+        """The sentence on an option, and where it has one its value, that asks for anything else."""
+        return f"{option}: this option is gone, siftune {self.words}: leave it out"
 
 
 @dataclass
@@ -243,4 +248,24 @@ def documented(kind: type[S]) -> type[S]:
     lines = [f"        {name}: {line}" for name, line in help_of(_owner(kind)).items()]
     if kind.__doc__ and lines:
         kind.__doc__ = kind.__doc__.replace("    Args:\n", "    Args:\n" + "\n".join(lines) + "\n", 1)
+    return kind
+
+
+def reads_gone(kind: type[S]) -> type[S]:
+    """Let a callback be made with options that are gone: the Trainer makes a checkpoint's with all those of its time.
+
+    Raises:
+        RecipeError: When the callback is made and such an option asks for anything but what holds.
+    """
+    plain = kind.__init__
+
+    @wraps(plain)
+    def init(self: Any, *values: Any, **given: Any) -> None:
+        for name in [name for name in kind.gone if name in given]:
+            value = given.pop(name)
+            if value != kind.gone[name].value:
+                raise RecipeError(kind.gone[name].refusal(f"{kind.group}.{name} {value}"))
+        plain(self, *values, **given)
+
+    kind.__init__ = init  # type: ignore[method-assign]
     return kind

@@ -13,6 +13,7 @@ from support.of_0_1 import RECIPE
 from siftune.config import Recipe, compared_with, resolve_recipe, settings_of
 from siftune.errors import RecipeError
 from siftune.methods import METHODS, all_parts
+from siftune.methods.cut.settings import CutSettings
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
@@ -100,7 +101,16 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("gast: {scale: sum}\n", "r.yaml:1: gast.scale sum: this option is gone, siftune scales"),
         ("gast: {replacement: true}\n", "r.yaml:1: gast.replacement True: this option is gone, siftune draws without"),
         ("method: gast\npool: module\n", "r.yaml:2: pool module: this option is gone, siftune lets every layer choose"),
+        ("method: gast\nselect_after: 5\n", "r.yaml:2: select_after 5: this option is gone, siftune selects from the"),
         ("temperature: 2.0\n", "r.yaml:1: temperature 2.0: this option is gone, siftune draws at temperature 1"),
+        (
+            "lisa: {pattern: upper}\n",
+            "r.yaml:1: lisa.pattern upper: this option is gone, siftune draws layers anywhere",
+        ),
+        ("lisa: {in_turn: true}\n", "r.yaml:1: lisa.in_turn True: this option is gone, siftune draws layers without"),
+        ("lisa: {select_after: 9}\n", "r.yaml:1: lisa.select_after 9: this option is gone, siftune draws layers from"),
+        ("cut: {hold: 10}\n", "r.yaml:1: cut.hold 10: this option is gone, siftune draws a depth anew in every step"),
+        ("cut: {compensate: true}\n", "r.yaml:1: cut.compensate True: this option is gone, siftune leaves steps as"),
         ("greats: {temperature: 1.0}\n", "r.yaml:1: unknown key 'greats.temperature'"),
         (b"model: \xff\n", "r.yaml is not UTF-8 text: byte 7 is invalid"),
         ("model: \x00\n", "r.yaml: not valid YAML:"),
@@ -269,14 +279,17 @@ def test_options_that_are_gone_may_say_what_holds_anyway(recipe_file, one):
     assert recipe == Recipe(method="gast", gast=GASTSettings(select=8))
     flat = gone.replace(", ", "\n")
     assert load_recipe(recipe_file(f"method: gast\nselect: 8\n{flat}\n")) == recipe
+    held = "lisa: {active: 3, pattern: scattered, in_turn: false, select_after: 0}\n"
+    other = "cut: {depths: [0.5], hold: 1, compensate: false}\n"
+    assert load_recipe(recipe_file(held + other)) == Recipe(lisa=LISASettings(active=3), cut=CutSettings(depths=(0.5,)))
 
 
 def test_settings_of_the_wrong_type_are_refused():
     for settings, words in (({"interval": 2.5}, "a whole number or nothing"), ({"active": "half"}, "a number")):
         with pytest.raises(RecipeError, match=f"but must be {words}"):
             ISTSettings(**settings)
-    with pytest.raises(RecipeError, match=r"lisa\.in_turn is 1, but must be true or false"):
-        LISASettings(in_turn=1)
+    with pytest.raises(RecipeError, match=r"lisa\.keep_state is 1, but must be true or false"):
+        LISASettings(keep_state=1)
 
 
 def test_nearest_knows_the_names_of_other_trainers():

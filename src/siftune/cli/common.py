@@ -15,7 +15,7 @@ from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.methods import METHODS
 from siftune.recipe_file import load_recipe
-from siftune.settings import in_words, nearest
+from siftune.settings import Gone, in_words, nearest
 
 # command -> (module, what it does)
 COMMANDS = {
@@ -167,12 +167,12 @@ def _spell_out(kind: type, arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _gone(name: str) -> str | None:
-    """What holds in the place of an option that earlier versions had, such as gast.temperature; None for others."""
+def _gone(name: str) -> Gone | None:
+    """What is in the place of an option that earlier versions had, such as gast.temperature; None for others."""
     from siftune.methods import all_parts
 
     options = {f"{part.settings.group}.{old}": gone for part in all_parts() for old, gone in part.settings.gone.items()}
-    return options[name].words if name in options else None
+    return options.get(name)
 
 
 def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> str:
@@ -184,7 +184,7 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
             if _field(flag) in COMMANDS:
                 return f"unknown option {flag} of `{program}`; `siftune {_field(flag)}` is a command of its own"
             if (gone := _gone(_field(flag))) is not None:
-                return f"{flag}: this option is gone, siftune {gone}: leave it out"
+                return gone.refusal(flag)
             close = nearest(_field(flag), hints)
             guess = f"did you mean {_flags(close)}?" if close else f"see `{program} --help`"
             return f"unknown option {flag.partition('=')[0]} of `{program}`; {guess}"

@@ -60,7 +60,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
 
         Args:
             model: Causal LM with adapters.
-            optimizer: Where given, its steps drive the selection, and its state may be dropped and its steps scaled;
+            optimizer: Where given, its steps drive the selection, and and its state may be dropped;
                 else call `step()` after each.
 
         Returns:
@@ -86,7 +86,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         draws = GivenBatches(batches) if batches is not None else None
         optimizer = plain_optimizer(optimizer)
         selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
-        if optimizer is None and (selection.policy.needs_norms or selection.policy.step_lengths is not None):
+        if optimizer is None and selection.policy.needs_norms:
             selection.remove()
             raise RecipeError(
                 f"these settings of {type(self).__name__} act around optimizer steps: give attach(..., optimizer=...)"
@@ -137,10 +137,3 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         """Make sure that the optimizer skips inactive layers."""
         assert self._selection is not None
         self._selection.before_update()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Scale the layers' steps, where the policy asks for it."""
-        assert self._selection is not None
-        self._selection.after_update()

@@ -20,11 +20,10 @@ from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.responses import measured_responses, refuse_unresponsive
 from siftune.engine.suppression import refuse_taken_apart, suppress
 from siftune.methods.batches import Batch, Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
-from siftune.methods.layer_steps import ScaledSteps, gradient_norm
 from siftune.methods.step_hooks import around_steps
 from siftune.models.layers import find_layers
 from siftune.models.modes import evaluating
-from siftune.numerics import side_by_side
+from siftune.numerics import gradient_norm, side_by_side
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,6 @@ class LayerPolicy(ABC):
         needs_responses: It is shown the adapters' responses; see `rows_for_responses`.
         needs_norms: It is shown the norms of the layers' gradients; see `observe`.
         drops_state: The optimizer is to forget the layers that leave.
-        step_lengths: How many times as long as the optimizer made it each layer's step is to be, by position; None: as
-            it comes.
         importance: (L,) float64 importance logits, high = important; None where it goes by none.
     """
 
@@ -96,7 +93,6 @@ class LayerPolicy(ABC):
     needs_responses: bool = False
     needs_norms: bool = False
     drops_state: bool = False
-    step_lengths: Sequence[float] | None = None
     importance: Tensor | None = None
 
     @abstractmethod
@@ -170,7 +166,6 @@ class LayerSelection:
         self.last: LayerChoice | None = None
         self._chunk = chunk
         self._handles: list[Any] = []
-        self._scaled: ScaledSteps | None = None
         if self.policy.needs_responses:
             refuse_unresponsive(self.groups)
         if self.policy.needs_rows:
@@ -207,15 +202,6 @@ class LayerSelection:
         if self.policy.needs_norms and seen:  # of a step that is left out there is none
             norms = side_by_side([gradient_norm(group.parameters.values()) for group in active.values()])
             self.policy.observe(torch.tensor(list(active)), norms.to("cpu").to(torch.float64))
-        if (lengths := self.policy.step_lengths) is not None:
-            scales = {p: lengths[at] for at, group in active.items() for p in group.parameters.values()}
-            self._scaled = ScaledSteps(scales)
-
-    def after_update(self) -> None:
-        """Do what is due just after it, whether or not it was skipped."""
-        if self._scaled is not None:
-            self._scaled.apply()
-            self._scaled = None
 
     def step(self) -> LayerChoice:
         """Note that an optimizer step is done, and choose the layers of the next."""
@@ -223,18 +209,13 @@ class LayerSelection:
         return self.begin()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Do `before_update()` before, and `after_update()` and `step()` after every step of `optimizer`."""
+        """Do `before_update()` before, and `step()` after every step of `optimizer`."""
         self.optimizer = optimizer
-        self._handles += around_steps(optimizer, self.before_update, self._follow_step)
-
-    def _follow_step(self) -> None:
-        self.after_update()
-        self.step()
+        self._handles += around_steps(optimizer, self.before_update, self.step)
 
     def remove(self) -> None:
         """Take everything off the model and the optimizer; calling it twice does no harm."""
         self._gates.remove()
-        self._scaled = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -42,8 +42,6 @@ def takes_target(kind: C) -> C:
 
     @wraps(plain)
     def init(self: Any, *values: Any, target: Any = None, **given: Any) -> None:
-        gone = kind.gone  # type: ignore[attr-defined]  # the Trainer restores callbacks by all options of their time
-        given = {name: value for name, value in given.items() if name not in gone or value != gone[name].value}
         given |= dict(zip(names, values, strict=False))
         if target is not None:
             if given.get("support_set") is not None or given.get("support", "dataset") != "dataset":

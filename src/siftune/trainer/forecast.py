@@ -163,8 +163,8 @@ def _hurried(recipe: Recipe) -> Recipe:
     """A recipe whose method draws layers in every step: those of one step say little of the others."""
     held: dict[str, Any] = {}
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
-        names = () if part.suppresses else [name for name in ("hold", "interval") if hasattr(settings, name)]
-        held[settings.group] = replace(settings, **dict.fromkeys(names, 1))
+        if hasattr(settings, "interval") and not part.suppresses:
+            held[settings.group] = replace(settings, **{"interval": 1})
     return replace(recipe, **held)
 
 

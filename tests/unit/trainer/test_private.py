@@ -132,7 +132,7 @@ def test_a_step_without_rows_is_a_step(tmp_path):
         {"method": "rst", "accumulate": 2},
         {"method": "lisa", "adapter": "full", "active": 2, "interval": 2},
         {"method": "static", "adapter": "rslora"},
-        {"method": "cut", "compensate": True, "epochs": 2.0, "steps": None},
+        {"method": "cut", "epochs": 2.0, "steps": None},
     ],
 )
 def test_a_run_says_what_it_spent(told, tmp_path, settings):

@@ -1,8 +1,6 @@
 """Cut for any transformers Trainer, and for plain training loops."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -10,42 +8,24 @@ from siftune.methods.cut import maths
 from siftune.methods.cut.settings import CutSettings
 from siftune.methods.layer_callback import LayerCallback
 from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
-from siftune.settings import documented
+from siftune.settings import documented, reads_gone
 
 
 class LayersAbove(LayerPolicy):
-    """All layers above a depth, which is drawn and held for `hold` optimizer steps.
-
-    Args:
-        stack: The layers.
-        settings: Cut's.
-        generator: Source of randomness, on the CPU.
-    """
+    """All layers above a depth that is drawn in every step; it has no state but the generator's."""
 
     def __init__(self, stack: LayerStack, settings: CutSettings, generator: torch.Generator) -> None:
         self._layers = len(stack.numbers)
-        self._settings = settings
+        self._depths = settings.depths
         self._generator = generator
-        self._lowest: int | None = None
-        if settings.compensate:
-            self.step_lengths = maths.lengths(maths.chances(settings.depths, self._layers))
 
     def choose(self, step: int, compare: Compare) -> LayerChoice:
-        """Hold the cut, or draw another if it is time."""
-        if step % self._settings.hold == 0 or self._lowest is None:
-            depth = maths.draw_depth(self._settings.depths, self._generator)
-            self._lowest = maths.lowest_layer(depth, self._layers)
-        return LayerChoice(step, tuple(range(self._lowest, self._layers)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state: the position of the lowest layer that trains."""
-        return {"lowest": self._lowest}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict()`."""
-        self._lowest = state["lowest"]
+        """Draw the coming step's cut."""
+        lowest = maths.lowest_layer(maths.draw_depth(self._depths, self._generator), self._layers)
+        return LayerChoice(step, tuple(range(lowest, self._layers)))
 
 
+@reads_gone
 @documented
 @dataclass(eq=False)
 class Cut(LayerCallback, CutSettings):

@@ -1,10 +1,10 @@
 """Settings of Cut."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from siftune.settings import COUNT, OURS, Settings
+from siftune.settings import OURS, Gone, Settings
 
 
 @dataclass
@@ -13,12 +13,13 @@ class CutSettings(Settings):
 
     group = "cut"
 
+    gone: ClassVar[Mapping[str, Gone]] = {
+        "hold": Gone(1, "draws a depth anew in every step"),
+        "compensate": Gone(False, "leaves steps as the optimizer makes them"),
+    }
+
     depths: Annotated[tuple[float, ...], OURS] = (0.0, 0.25, 0.5, 0.75)
     """Shares of the layers that lie below the cut, one drawn at a time, evenly; a share given twice counts twice."""
-    hold: Annotated[int, COUNT, OURS] = 1
-    """Optimizer steps for which a draw is held."""
-    compensate: Annotated[bool, OURS] = False
-    """Make the steps of a layer that trains with chance p 1/p times as long."""
 
     def __post_init__(self) -> None:
         """Check the settings; a list of depths is as good, such as a checkpoint's JSON holds."""

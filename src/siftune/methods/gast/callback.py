@@ -9,9 +9,10 @@ from siftune.errors import RecipeError
 from siftune.methods.gast.rule import AlignedSamples
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.sample_callback import SampleCallback, takes_target
-from siftune.settings import documented
+from siftune.settings import documented, reads_gone
 
 
+@reads_gone
 @documented
 @takes_target
 @dataclass(eq=False)

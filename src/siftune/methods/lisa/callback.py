@@ -11,13 +11,12 @@ The paper trains the layers' whole weights, and embeddings and head as well. Her
 the model has there, adapters or (`siftune train --adapter full`) the weights; and outside of the layers whatever else
 is trainable, in every step (`siftune train --outside embeddings head`).
 
-Ours, not the paper's: a share of the layers in the place of a number; whether the optimizer forgets the layers that
-leave (`keep_state`), on which the paper is silent: its claim on memory needs them forgotten; and windows of neighbours
-(`pattern`), which let backward end earlier than layers anywhere, visits in turn, and steps at the start in which all
-layers train: `maths.py`. With `interval=1` and `keep_state` it is RST. A window that never moves is Static's.
+Ours, not the paper's: a share of the layers in the place of a number; and whether the optimizer forgets the layers that
+leave (`keep_state`), on which the paper is silent: its claim on memory needs them forgotten. With `interval=1` and
+`keep_state` it is RST.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +26,8 @@ from siftune.errors import RecipeError
 from siftune.methods.layer_callback import LayerCallback
 from siftune.methods.layer_draws import draw_uniform, share
 from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
-from siftune.methods.lisa import maths
 from siftune.methods.lisa.settings import LISASettings
-from siftune.settings import documented
+from siftune.settings import documented, reads_gone
 
 
 class HeldLayers(LayerPolicy):
@@ -47,51 +45,30 @@ class HeldLayers(LayerPolicy):
     def __init__(self, stack: LayerStack, settings: LISASettings, generator: torch.Generator) -> None:
         self.drops_state = not settings.keep_state
         self._layers = len(stack.numbers)
-        self._first = self._layers // 2 if settings.pattern == "upper" else 0
-        active, there = settings.active, self._layers - self._first
+        active = settings.active
         self._count = active if isinstance(active, int) else share(active, self._layers)
-        if self._count > there:
-            where = " in their upper half" if self._first else ""
-            raise RecipeError(f"lisa.active is {active}, but only {there} layers{where} have something to train")
-        self._settings = settings
+        if self._count > self._layers:
+            raise RecipeError(f"lisa.active is {active}, but only {self._layers} layers have something to train")
+        self._interval = settings.interval
         self._generator = generator
         self._current: tuple[int, ...] = ()
-        self._waiting: list[int] = []
 
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Hold the layers, or draw anew if it is time."""
-        since = step - self._settings.select_after
-        if since < 0:
-            return LayerChoice(step, tuple(range(self._layers)))
-        if since % self._settings.interval == 0 or not self._current:
-            self._current = tuple(self._draw())
+        if step % self._interval == 0 or not self._current:
+            self._current = tuple(draw_uniform(self._layers, self._count, self._generator).tolist())
         return LayerChoice(step, self._current)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state: the positions of the layers that are held, and who has not had its turn."""
-        return {"current": list(self._current), "waiting": self._waiting}
+        """JSON-ready state: the positions of the layers that are held."""
+        return {"current": list(self._current)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`."""
         self._current = tuple(state["current"])
-        self._waiting = list(state["waiting"])
-
-    def _draw(self) -> list[int]:
-        """Positions of the layers that come next, ascending."""
-        if self._settings.pattern == "scattered":
-            return self._some(range(self._layers), self._count)
-        starts = maths.window_starts(self._first, self._layers, self._count, self._settings.in_turn)
-        (start,) = self._some(starts, 1)
-        return list(range(start, start + self._count))
-
-    def _some(self, everyone: Sequence[int], count: int) -> list[int]:
-        """Some of them, ascending: in turn, or any."""
-        if self._settings.in_turn:
-            come, self._waiting = maths.deal(self._waiting, everyone, count, self._generator)
-            return sorted(come)
-        return [everyone[at] for at in draw_uniform(len(everyone), count, self._generator).tolist()]
 
 
+@reads_gone
 @documented
 @dataclass(eq=False)
 class LISA(LayerCallback, LISASettings):

@@ -1,4 +1,4 @@
-"""Cuts and chances in exact fractions, and the frequencies of draws."""
+"""Cuts in exact fractions, and the frequencies of draws."""
 
 from collections import Counter
 from fractions import Fraction
@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from siftune.methods.cut.maths import chances, draw_depth, lengths, lowest_layer
+from siftune.methods.cut.maths import draw_depth, lowest_layer
 
 shares = st.tuples(st.integers(1, 40), st.integers(0, 39)).map(lambda pair: Fraction(pair[1] % pair[0], pair[0]))
 
@@ -21,17 +21,6 @@ def test_the_cut_is_the_floor_of_the_exact_product(depth, layers):
 
 def test_one_layer_trains_however_deep_the_cut():
     assert [lowest_layer(1 - 1e-15, layers) for layers in (1, 4, 30)] == [0, 3, 29]
-
-
-@given(depths=st.lists(shares, min_size=1, max_size=6), layers=st.integers(1, 40))
-def test_chances_count_the_depths_at_which_a_layer_trains(depths, layers):
-    trains = [[layer for layer in range(layers) if layer >= int(depth * layers)] for depth in depths]
-    wanted = [Fraction(sum(layer in chosen for chosen in trains), len(depths)) for layer in range(layers)]
-    got = chances([float(depth) for depth in depths], layers)
-    assert got == pytest.approx([float(p) for p in wanted], abs=1e-15)
-    assert got[-1] == 1
-    for p, length in zip(wanted, lengths(got), strict=True):
-        assert length == pytest.approx(float(1 / p) if p else 1.0, rel=1e-14)
 
 
 def test_a_share_given_twice_is_drawn_twice_as_often():

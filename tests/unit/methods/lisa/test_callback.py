@@ -1,7 +1,6 @@
 """LISA: draws that are held, the optimizer's state of layers that leave, and an obvious loop beside it."""
 
 import itertools
-from collections import Counter
 
 import pytest
 import torch
@@ -154,42 +153,6 @@ def test_resume_within_an_interval_is_bitwise_the_unbroken_run(tmp_path, stop, k
     assert_same(weights(unbroken), weights(resumed))
 
 
-def test_every_window_is_drawn_as_often_and_none_beyond_its_half():
-    for pattern, starts in (("window", range(6)), ("upper", range(4, 6))):
-        chosen = Counter(drawn(3000, active=3, interval=1, pattern=pattern))
-        assert set(chosen) == {(start, start + 1, start + 2) for start in starts}
-        chance = 1 / len(starts)
-        for count in chosen.values():
-            assert count / 3000 == pytest.approx(chance, abs=4 * (chance * (1 - chance) / 3000) ** 0.5)
-
-
-def test_layers_have_their_turn_before_one_comes_again():
-    chosen = drawn(64, active=3, interval=1, in_turn=True)
-    visits = Counter(number for layers in chosen for number in layers)
-    assert set(visits.values()) == {64 * 3 // 8}
-    assert all(list(layers) == sorted(layers) for layers in chosen)
-    assert len(set(chosen)) > 20
-
-
-@pytest.mark.parametrize(
-    ("pattern", "windows"), [("window", {(0, 1, 2), (3, 4, 5), (5, 6, 7)}), ("upper", {(4, 5, 6), (5, 6, 7)})]
-)
-def test_windows_in_turn_lie_side_by_side(pattern, windows):
-    chosen = drawn(30 * len(windows), active=3, interval=1, pattern=pattern, in_turn=True)
-    spans = [chosen[start : start + len(windows)] for start in range(0, len(chosen), len(windows))]
-    assert all(set(span) == windows for span in spans)
-    assert len({tuple(span) for span in spans}) > 1
-
-
-@pytest.mark.parametrize("after", [1, 4])
-def test_all_layers_train_before_layers_are_drawn(after):
-    chosen = drawn(after + 9, active=2, interval=3, select_after=after)
-    assert set(chosen[:after]) == {tuple(range(8))}
-    spans = [set(chosen[start : start + 3]) for start in range(after, after + 9, 3)]
-    assert all(len(span) == 1 and len(next(iter(span))) == 2 for span in spans)
-    assert chosen[after:] == drawn(9, active=2, interval=3)
-
-
 def test_held_for_one_step_and_forgetting_nothing_it_is_rst(tmp_path):
     (lisa, drawn_by_lisa), (rst, drawn_by_rst) = (
         recorded(active=0.5, interval=1, keep_state=True),
@@ -199,22 +162,3 @@ def test_held_for_one_step_and_forgetting_nothing_it_is_rst(tmp_path):
     (first, _), (second, _) = train(tmp_path, lisa), train(tmp_path, rst)
     assert [c.layers for c in drawn_by_lisa] == [c.layers for c in drawn_by_rst]
     assert_same(weights(first), weights(second))
-
-
-def test_a_window_that_does_not_fit_its_half_is_refused():
-    with LISA(active=2, pattern="upper").attach(adapted()) as sift:
-        assert sift.last.layers == (2, 3)
-    message = r"^lisa\.active is 3, but only 2 layers in their upper half have something to train$"
-    with pytest.raises(RecipeError, match=message):
-        LISA(active=3, pattern="upper").attach(adapted())
-
-
-@pytest.mark.parametrize("pattern", ["scattered", "window"])
-def test_resume_within_a_round_is_bitwise_the_unbroken_run(tmp_path, pattern):
-    settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3}
-    own = {"active": 2, "interval": 2, "pattern": pattern, "in_turn": True, "select_after": 1}
-    (whole, wanted), (again, chosen) = recorded(**own), recorded(**own, seed=0)
-    unbroken, _ = train(tmp_path, whole, model=adapted(layers=7), **settings)
-    resumed, _ = train(tmp_path, again, model=adapted(layers=7), resume=str(tmp_path / "checkpoint-3"), **settings)
-    assert [c.layers for c in chosen] == [c.layers for c in wanted[3:]]
-    assert_same(weights(unbroken), weights(resumed))
