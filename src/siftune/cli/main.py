@@ -13,8 +13,8 @@ import io
 import json
 import logging
 import os
-import signal
 import re
+import signal
 import sys
 import threading
 import time
