@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from siftune.models.families import Family
 from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.model import LayerShape, features, weight_OI
-from siftune.offsite.emulator.prefix import Unfinished
 from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
@@ -156,7 +155,6 @@ def compress_layer(
     if how.keep >= 1:
         return result
     tensors, ranks = dict(result.tensors), dict[str, int]()
-    made = Unfinished(layer, family, LayerShape(number, ranks), tensors)
     for path in family.attention:
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)
@@ -164,7 +162,7 @@ def compress_layer(
         if share >= 1:
             continue
         rank = rank_of(share, outputs, inputs)
-        up_OR, down_RI = _factors(path, _weight(made, path), seen, rank, how)
+        up_OR, down_RI = _factors(path, weight_OI(matrix, tensors[f"{path}.weight"]), seen, rank, how)
         dtype = tensors.pop(f"{path}.weight").dtype
         tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(dtype), up_OR.to(dtype)
         if f"{path}.bias" in tensors:
@@ -172,13 +170,8 @@ def compress_layer(
         ranks[path] = rank
     if how.share(family.writes, family) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
-    channels, biased = _narrow(made, tensors, seen, how)
+    channels, biased = _narrow(layer, family, tensors, seen, how)
     return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
-
-
-def _weight(made: Unfinished, path: str) -> Tensor:
-    """The weight of a matrix that is not compressed yet, as (out, in)."""
-    return weight_OI(made.layer.get_submodule(path), made.tensors[f"{path}.weight"])
 
 
 def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression) -> tuple[Tensor, Tensor]:
@@ -194,11 +187,11 @@ def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Co
 
 
 def _narrow(
-    made: Unfinished, tensors: dict[str, Tensor], seen: LayerCurvature, how: Compression
+    layer: nn.Module, family: Family, tensors: dict[str, Tensor], seen: LayerCurvature, how: Compression
 ) -> tuple[int, tuple[str, ...]]:
     """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
-    family = made.family
-    weights = {path: _weight(made, path) for path in (*family.reads, family.writes)}
+    paths = (*family.reads, family.writes)
+    weights = {path: weight_OI(layer.get_submodule(path), tensors[f"{path}.weight"]) for path in paths}
     count = channel_count(how.share(family.writes, family), weights[family.writes].shape[1])
     staying = keep_channels(score_channels(weights, family, seen, how), count)
     biased: tuple[str, ...] = ()

@@ -19,53 +19,88 @@ Nothing is drawn: a run that was cut and goes on gives the same layer, bit for b
 Shapes: B rows, T positions, H hidden size.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
 
+from siftune.models.families import Family
 from siftune.models.modes import trainable_only
 from siftune.numerics import widened
 from siftune.offsite.emulator.compress import CompressedLayer
-from siftune.offsite.emulator.prefix import Prefix, Unfinished, in_place
-from siftune.offsite.emulator.recording import own
+from siftune.offsite.emulator.model import reshape
+from siftune.offsite.emulator.recording import Recording, own
 from siftune.offsite.maths.drd import canonical
 
 RATE = 3e-3  # of Adam, times the root mean square of the tensor
 
 
-def distil(made: CompressedLayer, of: Unfinished, prefix: Prefix, steps: int) -> CompressedLayer:
+@dataclass(frozen=True)
+class Prefix:
+    """What the compressed layers below give a layer: x̂, (B, T, H) per batch; and how its model calls it."""
+
+    number: int
+    recording: Recording
+    hidden: Sequence[Tensor] = field(repr=False)
+
+    def outputs(self, layer: nn.Module, family: Family, made: CompressedLayer) -> list[Tensor]:
+        """What comes out of the layer, compressed; (B, T, H) per batch."""
+        calls = [calls[self.number] for calls in self.recording.calls]
+        with torch.no_grad(), in_place(layer, family, made):
+            return [call.run(layer, own(hidden)) for call, hidden in zip(calls, self.hidden, strict=True)]
+
+
+@contextmanager
+def in_place(layer: nn.Module, family: Family, made: CompressedLayer) -> Iterator[None]:
+    """Have a layer of the base use its compressed matrices, for the time of a block."""
+    narrow = (*family.reads, family.writes) if made.shape.channels is not None else ()
+    before = {path: layer.get_submodule(path) for path in (*made.shape.ranks, *narrow)}
+    try:
+        with torch.device("meta"):
+            reshape(layer, family, made.shape)
+        for path in before:
+            state = {n.removeprefix(f"{path}."): t for n, t in made.tensors.items() if n.startswith(f"{path}.")}
+            layer.get_submodule(path).load_state_dict(state, assign=True)
+        yield
+    finally:
+        for path, module in before.items():
+            layer.set_submodule(path, module)
+
+
+def distil(layer: nn.Module, family: Family, made: CompressedLayer, prefix: Prefix, steps: int) -> CompressedLayer:
     """Train what is compressed of a layer to put out what the base's layer does.
 
     Args:
-        made: The layer, compressed; left as it was.
-        of: The same, as `prefix` runs it.
+        layer: The base's layer; left as it was, as is `made`.
+        family: Where its matrices are.
+        made: The layer, compressed.
         prefix: What the compressed layers below give it.
         steps: Steps of Adam, each on one batch.
 
     Returns:
         The layer after them; `made` itself where nothing is compressed, or nothing got better.
     """
-    names, targets = _learning(of), prefix.recording.hidden.get(prefix.number + 1)
+    names, targets = _learning(made, family), prefix.recording.hidden.get(prefix.number + 1)
     if not names:
         return made
-    with in_place(of):
-        weights = {name: of.layer.get_parameter(name) for name in names}
-        with trainable_only(of.layer, weights.values()):
-            before = _error(of.layer, prefix, targets)
-            learned = _learn(of.layer, weights, prefix, targets, steps)
-            after = _error(of.layer, prefix, targets)
+    with in_place(layer, family, made):
+        weights = {name: layer.get_parameter(name) for name in names}
+        with trainable_only(layer, weights.values()):
+            before = _error(layer, prefix, targets)
+            learned = _learn(layer, weights, prefix, targets, steps)
+            after = _error(layer, prefix, targets)
     if not after < before:
         return made
-    return replace(made, tensors={**made.tensors, **_plain(learned, of)})
+    return replace(made, tensors={**made.tensors, **_plain(learned, made)})
 
 
-def _learning(of: Unfinished) -> list[str]:
+def _learning(made: CompressedLayer, family: Family) -> list[str]:
     """Names of the weights that learn."""
-    factors = [f"{path}.{side}.weight" for path in of.shape.ranks for side in ("down", "up")]
-    return factors if of.shape.channels is None else [*factors, f"{of.family.writes}.weight"]
+    factors = [f"{path}.{side}.weight" for path in made.shape.ranks for side in ("down", "up")]
+    return factors if made.shape.channels is None else [*factors, f"{family.writes}.weight"]
 
 
 def _learn(
@@ -104,10 +139,10 @@ def _batch_error(layer: nn.Module, prefix: Prefix, targets: Sequence[Tensor], ba
     return error
 
 
-def _plain(learned: dict[str, Tensor], of: Unfinished) -> dict[str, Tensor]:
+def _plain(learned: dict[str, Tensor], made: CompressedLayer) -> dict[str, Tensor]:
     """Tensors as a kit has them: factors in canonical form, in the dtype that they had."""
     found = dict(learned)
-    for path in of.shape.ranks:
+    for path in made.shape.ranks:
         names = f"{path}.up.weight", f"{path}.down.weight"
         found |= dict(zip(names, canonical(*(found[name].double() for name in names)), strict=True))
-    return {name: tensor.to(of.tensors[name]).contiguous() for name, tensor in found.items()}
+    return {name: tensor.to(made.tensors[name]).contiguous() for name, tensor in found.items()}

@@ -24,9 +24,8 @@ from siftune.offsite.emulator.compress import (
     layer_curvature,
     whole,
 )
-from siftune.offsite.emulator.distil import distil
+from siftune.offsite.emulator.distil import Prefix, distil
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
-from siftune.offsite.emulator.prefix import Prefix, Unfinished
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.emulator.recording import Recording
 from siftune.offsite.emulator.split import Split
@@ -136,9 +135,8 @@ def _compress_one(
         made = compress_layer(layer, number, family, seen, how)
         if how.distil:
             prefix = _prefix(recording, number, place)
-            made = distil(made, Unfinished(layer, family, made.shape, made.tensors), prefix, how.distil)
-            states = prefix.outputs(Unfinished(layer, family, made.shape, made.tensors))
-            recording.carried(place).put(number + 1, states)
+            made = distil(layer, family, made, prefix, how.distil)
+            recording.carried(place).put(number + 1, prefix.outputs(layer, family, made))
         take(place, number, made)
 
 

@@ -27,8 +27,7 @@ from siftune.models.layers import find_layers, hidden_states
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.models.modes import evaluating, trainable_only
 from siftune.models.streamed import held
-from siftune.offsite.emulator.recording import Call, Captured, Recording, Visit, own, rows_of
-from siftune.offsite.emulator.states import States
+from siftune.offsite.emulator.recording import Call, Captured, Recording, States, Visit, own, rows_of
 
 Batch = dict[str, Tensor]
 

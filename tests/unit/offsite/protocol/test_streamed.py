@@ -107,10 +107,10 @@ def test_a_layer_is_read_as_often_for_many_batches_as_for_one(tmp_path, monkeypa
 
 def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monkeypatch):
     """Hidden states of two layers, in and out, and gradients of two; the folder has those of all."""
-    from siftune.offsite.emulator import states
+    from siftune.offsite.emulator.recording import States
 
     alive, most = [], []
-    original = states.States.put
+    original = States.put
 
     def put(self, number, batches):
         alive.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in batches)
@@ -118,7 +118,7 @@ def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monk
         most.append(len(alive))
         original(self, number, batches)
 
-    monkeypatch.setattr(states.States, "put", put)
+    monkeypatch.setattr(States, "put", put)
     model = base(layers=12, vocab_size=300).float()
     emulate(model, byte_tokenizer(), calibration(model, count=3), tmp_path / "kit", settings(keep=0.5))
     assert len(most) > 20
