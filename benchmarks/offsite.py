@@ -140,7 +140,7 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
     """An emulator: gradients, loss, and what tuning it does for itself and for the base."""
     emulator = materialise(parts)
     models = OffsiteModels(setting.model, emulator, parts.split, setting.tokenizer)
-    line: Line = {"kept": asdict(kept_fraction(models))}
+    line: Line = {"kept": asdict(kept_fraction(models.base, models.emulator, models.split))}
     line["text"] = asdict(cosine(setting.gradient, outer_gradient(emulator, setting.text, parts.split)))
     scores: dict[str, Any] = {}
     if job["tune"] is not None:

@@ -74,9 +74,7 @@ def with_shadows(job: Job, found: Membership, sides: Sides) -> Membership:
     target_R = confidence(np.concatenate([side.plugged for side in sides]))
     scores = lira(target_R, confidence(np.stack(shadows)), trained_NR)
     split = len(candidates.members)
-    online, offline = (
-        measure_attack(one[:split], one[split:], job.bootstrap) for one in (scores.online, scores.offline)
-    )
+    online, offline = (measure_attack(one[:split], one[split:], job.bootstrap) for one in scores)
     return replace(found, online=online, offline=offline, shadows=count)
 
 

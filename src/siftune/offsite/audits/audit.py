@@ -15,6 +15,7 @@ see the same rows in the same order.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,27 +26,44 @@ from siftune.environment import hardware, versions
 from siftune.errors import KitError
 from siftune.files import Progress
 from siftune.models.source import load_model
-from siftune.offsite.audits.attacks import calibration_leak
+from siftune.offsite.audits.attacks import attack, calibration_leak
+from siftune.offsite.audits.gradients import GradientCosine, gradient_cosine
 from siftune.offsite.audits.job import Job, choose_candidates, choose_rows
+from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import (
     OffsiteModels,
     check_models,
     kept_fraction,
     on_accelerator,
     plugged,
+    random_floor,
     read_outer,
 )
 from siftune.offsite.audits.planting import plant
 from siftune.offsite.audits.recovery import recovered
-from siftune.offsite.audits.result import EMULATOR_ZS, FULL_FT, FULL_ZS, RECOVERED, Audit, RecoveryPoint, summarise
-from siftune.offsite.audits.rows import AuditRows, accuracy_name, tokenize_audit, with_calibration
+from siftune.offsite.audits.result import (
+    EMULATOR_FT,
+    EMULATOR_ZS,
+    FLOOR,
+    FULL_FT,
+    FULL_ZS,
+    PLUG_IN,
+    RECOVERED,
+    Audit,
+    RecoveryPoint,
+    summarise,
+)
+from siftune.offsite.audits.rows import AuditRows, RowScores, accuracy_name, padding, tokenize_audit, with_calibration
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
-from siftune.offsite.audits.stages import Scores, tuned_outer, untuned
+from siftune.offsite.audits.tuning import tuned
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit, read_kit
+from siftune.offsite.protocol.calibration import in_batches
 from siftune.offsite.protocol.load import load_kit
 from siftune.offsite.protocol.returned import read_return
 from siftune.offsite.protocol.updates import compare
+
+Scores = dict[str, RowScores]  # by condition
 
 
 def audit(
@@ -89,13 +107,16 @@ def audit(
         compare(outer, returned)
     job = _job(models, rows, settings, returned is not None, progress)
     with plugged(models.emulator, models.split, outer):  # the base's own, where the kit's is rounded
-        scores, cosine = untuned(job)
-        tuned, membership = tuned_outer(job, returned, scores[FULL_ZS])
-        scores |= tuned
-        points = _recover(job, scores) if settings.recovery else ()
+        scores, cosine = _untuned(job)
+        afterwards, membership = _tuned_outer(job, returned, scores[FULL_ZS])
+        scores |= afterwards
+        points: tuple[RecoveryPoint, ...] = ()
+        if settings.recovery:
+            scores[RECOVERED], points = recovered(job, scores[FULL_FT], scores[EMULATOR_ZS])
         canaries = plant(job) if settings.canaries else None
+    kept = kept_fraction(models.base, models.emulator, models.split)
     return Audit(
-        *summarise(scores, job.bootstrap), accuracy_name(rows), cosine, kept_fraction(models), membership, settings,
+        *summarise(scores, job.bootstrap), accuracy_name(rows), cosine, kept, membership, settings,
         _facts(job, returned is not None), points, canaries, calibration_leak(job),
     )  # fmt: skip
 
@@ -110,11 +131,41 @@ def _job(
     return Job(models, rows, settings, used, candidates, progress)
 
 
-def _recover(job: Job, scores: Scores) -> tuple[RecoveryPoint, ...]:
-    """Tune the whole emulator: its best scores go to the others."""
-    found = recovered(job, scores[FULL_FT], scores[EMULATOR_ZS])
-    scores[RECOVERED] = found.best
-    return found.points
+def _untuned(job: Job) -> tuple[Scores, GradientCosine]:
+    """Measure base, emulator and random weights, and compare gradients."""
+    models = job.models
+    scores = {FULL_ZS: job.measure(FULL_ZS, models.base), EMULATOR_ZS: job.measure(EMULATOR_ZS, models.emulator)}
+    floor = random_floor(models.base, job.settings.seed)
+    scores[FLOOR] = job.measure(FLOOR, floor)
+    del floor  # before gradients need its memory
+    job.tell("gradients of the outer layers")
+    some = job.rows.held_out.select(range(min(job.settings.gradient_rows, len(job.rows.held_out))))
+    chosen = in_batches(some, job.settings.batch_size, padding(models.tokenizer))
+    cosine = gradient_cosine(models.base, models.emulator, chosen, models.split)
+    job.tell("gradients of the outer layers", 1)
+    return scores, cosine
+
+
+def _tuned_outer(
+    job: Job, returned: Mapping[str, Tensor] | None, zero_shot: RowScores
+) -> tuple[Scores, Membership | None]:
+    """Tune the outer layers of base and emulator, plug the emulator's into the base, and attack it.
+
+    Tensors that were returned take the place of the emulator's; `zero_shot` are the base's scores before.
+    """
+    models = job.models
+    scores: Scores = {}
+    with tuned(models.base, job.outer(models.base), job.tuning, steps=job.steps(FULL_FT)):
+        scores[FULL_FT] = job.measure(FULL_FT, models.base)
+    if returned is None:
+        with tuned(models.emulator, job.outer(models.emulator), job.tuning, steps=job.steps(EMULATOR_FT)):
+            returned = read_outer(models.emulator, models.split)
+    with plugged(models.emulator, models.split, returned):
+        scores[EMULATOR_FT] = job.measure(EMULATOR_FT, models.emulator)
+    plug = partial(plugged, models.base, models.split, returned)
+    with plug():
+        scores[PLUG_IN] = job.measure(PLUG_IN, models.base)
+    return scores, attack(job, plug, zero_shot, scores[PLUG_IN])
 
 
 def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audit:

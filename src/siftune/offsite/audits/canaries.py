@@ -58,35 +58,15 @@ class Canaries:
     most: float
 
 
-@dataclass(frozen=True)
-class Canary:
-    """A secret, and the same row with other codes.
-
-    Attributes:
-        row: The row.
-        others: Rows that were not trained on.
-    """
-
-    row: Row
-    others: list[Row]
-
-
-def make_canaries(count: int, references: int, seed: int) -> list[Canary]:
-    """Draw canaries.
-
-    Args:
-        count: C.
-        references: R, codes beside each canary's own.
-        seed: Of the draw.
-    """
+def make_canaries(count: int, references: int, seed: int) -> list[list[Row]]:
+    """Draw C canaries: of each the row to train on, and then the same row with R other codes."""
     rng = random.Random(seed)
     made = []
     for number in range(count):
         codes = rng.sample(range(10**8), references + 1)
         prompt = f"The access code of locker {number + 1} is"
         records = [{"prompt": prompt, "completion": f" {code // 10**4:04d} {code % 10**4:04d}"} for code in codes]
-        first, *others = rows_from(records)
-        made.append(Canary(first, others))
+        made.append(rows_from(records))
     return made
 
 
@@ -98,13 +78,9 @@ def exposure(canary: float, others: ArrayLike) -> float:
 
 
 def group(repeats: int, exposures: Sequence[float], verbatim: Floats, bootstrap: Bootstrap) -> CanaryGroup:
-    """Sum up canaries that were repeated equally often.
+    """Sum up canaries that were repeated equally often, by their exposures in bits and whether they were completed.
 
-    Args:
-        repeats: How often.
-        exposures: One each, in bits.
-        verbatim: 1 for those that were completed, 0 for others.
-        bootstrap: How the interval of the exposure is drawn; that of the share is Wilson's.
+    The interval of the exposure is the bootstrap's, that of the share Wilson's.
     """
     mean = resample({"exposure": exposures}, None, bootstrap).mean("exposure")
     share = Estimate(float(verbatim.mean()), *accuracy_interval(verbatim, bootstrap.level))

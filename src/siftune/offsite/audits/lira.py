@@ -22,7 +22,7 @@ Symbols: φ of the shadows `shadows_NR`, whether tuned on the row `trained_NR`, 
 Shapes: N shadow models, R candidate rows.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +34,8 @@ Flags = NDArray[np.bool_]
 _LEAST = 1e-12  # nats: a row whose every token is certain has no finite φ
 
 
-@dataclass(frozen=True)
-class LiraScores:
-    """Scores of candidate rows; the higher the likelier a member.
-
-    Attributes:
-        online: (R,).
-        offline: (R,).
-    """
+class LiraScores(NamedTuple):
+    """Scores of candidate rows, (R,) each; the higher the likelier a member."""
 
     online: Floats
     offline: Floats

@@ -159,26 +159,6 @@ def measure_attack(members: ArrayLike, others: ArrayLike, bootstrap: Bootstrap |
     return Attack(area, first, second, int(sides[0].sum()), int(sides[1].sum()))
 
 
-def auc(members: ArrayLike, others: ArrayLike) -> float:
-    """Area under the ROC curve by ranks; equal scores count half.
-
-    Args:
-        members: (M,) scores, finite.
-        others: (O,) scores, finite.
-
-    Raises:
-        ValueError: A side is empty or a score isn't finite.
-    """
-    members_V, others_V = _by_score(members, others)
-    return float(_auc(members_V[None].astype(np.float64), others_V[None].astype(np.float64))[0])
-
-
-def tpr(members: ArrayLike, others: ArrayLike, rate: float) -> float:
-    """Share of members above the least score that at most a share `rate` of the others exceed; as for `auc`."""
-    members_V, others_V = _by_score(members, others)
-    return float(_tpr(members_V[None].astype(np.float64), others_V[None].astype(np.float64), rate)[0])
-
-
 def _by_score(members: ArrayLike, others: ArrayLike) -> tuple[Counts, Counts]:
     """How many members and others have each distinct score, from the lowest score up: (V,) and (V,)."""
     sides = [np.asarray(scores, dtype=np.float64) for scores in (members, others)]
@@ -191,14 +171,14 @@ def _by_score(members: ArrayLike, others: ArrayLike) -> tuple[Counts, Counts]:
 
 
 def _auc(members_NV: Floats, others_NV: Floats) -> Floats:
-    """The statistic for each line of counts: (N,)."""
+    """Area under the ROC curve by ranks, for each line of counts; equal scores count half: (N,)."""
     below_NV = others_NV.cumsum(axis=1) - others_NV / 2  # others of a lower score, and half of those of the same
     wins_N = (members_NV * below_NV).sum(axis=1)
     return np.asarray(wins_N / (members_NV.sum(axis=1) * others_NV.sum(axis=1)))
 
 
 def _tpr(members_NV: Floats, others_NV: Floats, rate: float) -> Floats:
-    """The share for each line of counts: (N,)."""
+    """Share of members above the least score that at most a share `rate` of the others exceed, by line: (N,)."""
     allowed_N1 = rate * others_NV.sum(axis=1, keepdims=True) + 1e-9
     above_NV = others_NV.sum(axis=1, keepdims=True) - others_NV.cumsum(axis=1)  # others of a higher score
     # A score is above τ if all others of its own score and higher ones are allowed.

@@ -151,18 +151,20 @@ def on_accelerator(models: OffsiteModels) -> OffsiteModels:
     return replace(models, base=models.base.to(device), emulator=models.emulator.to(device), reference=reference)
 
 
-def kept_fraction(models: OffsiteModels) -> Kept:
+def kept_fraction(base: nn.Module, emulator: nn.Module, split: Split) -> Kept:
     """Count parameters."""
-    middle, whole = zip(*(_counts(model, models.split) for model in (models.base, models.emulator)), strict=True)
-    return Kept(middle[1] / middle[0], whole[1] / whole[0])
+    middle = count(_middle(emulator, split)) / count(_middle(base, split))
+    return Kept(middle, count(emulator) / count(base))
 
 
-def _counts(model: nn.Module, split: Split) -> tuple[int, int]:
-    """Parameters of the middle and of the whole, each once."""
+def count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _middle(model: nn.Module, split: Split) -> nn.ModuleList:
     layers = find_layers(model).layers
-    middle = nn.ModuleList(layers[number] for number in split.middle(len(layers)))
-    counts = [sum(p.numel() for p in module.parameters()) for module in (middle, model)]
-    return counts[0], counts[1]
+    return nn.ModuleList(layers[number] for number in split.middle(len(layers)))
 
 
 def _write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

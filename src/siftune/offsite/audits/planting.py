@@ -13,7 +13,7 @@ from siftune.evaluate.batching import model_device
 from siftune.evaluate.bootstrap import Floats
 from siftune.models.loss import IGNORED
 from siftune.models.modes import evaluating
-from siftune.offsite.audits.canaries import REPEATS, Canaries, Canary, CanaryGroup, exposure, group, make_canaries
+from siftune.offsite.audits.canaries import REPEATS, Canaries, CanaryGroup, exposure, group, make_canaries
 from siftune.offsite.audits.job import Job
 from siftune.offsite.audits.models import plugged, read_outer
 from siftune.offsite.audits.rows import token_rows
@@ -33,7 +33,7 @@ def plant(job: Job) -> Canaries:
     settings, models, count = job.settings, job.models, job.settings.canaries
     canaries = make_canaries(count * len(REPEATS), REFERENCES, settings.seed)
     groups = [(repeats, canaries[i * count : (i + 1) * count]) for i, repeats in enumerate(REPEATS)]
-    rows = [canary.row for repeats, some in groups for canary in some for _ in range(repeats)]
+    rows = [canary[0] for repeats, some in groups for canary in some for _ in range(repeats)]
     parts = [job.rows.train.select(job.used), _tokens(job, rows)]
     data = concatenate_datasets([part.select_columns(["input_ids", "labels"]) for part in parts])
     how = replace(settings, steps=round(settings.steps * len(data) / len(job.used)))
@@ -45,11 +45,11 @@ def plant(job: Job) -> Canaries:
     return Canaries(found, float(np.log2(REFERENCES + 1)))
 
 
-def _look(job: Job, repeats: int, canaries: list[Canary]) -> CanaryGroup:
+def _look(job: Job, repeats: int, canaries: list[list[Row]]) -> CanaryGroup:
     """Exposure and verbatim completion of a group."""
     exposures, verbatim = [], []
     for canary in canaries:
-        data = _tokens(job, [canary.row, *canary.others])
+        data = _tokens(job, canary)
         first, *others = job.losses(job.models.base, data)
         exposures.append(exposure(first, others))
         verbatim.append(completed(job.models.base, data.select([0])))

@@ -6,8 +6,6 @@ of its steps, so that one sees whether more rows would bring more. The learning 
 points are a little below what a run of that length would reach.
 """
 
-from dataclasses import dataclass
-
 from siftune.evaluate.bootstrap import resample
 from siftune.models.layers import find_layers
 from siftune.offsite.audits.job import Job
@@ -19,26 +17,16 @@ from siftune.offsite.audits.tuning import tuned
 _PARTS = (8, 4, 2)  # of the steps after which a run is measured on its way
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """What tuning the whole emulator came to.
-
-    Attributes:
-        best: Scores of the best run at its end.
-        points: Every run's points, by learning rate and then by tokens.
-    """
-
-    best: RowScores
-    points: tuple[RecoveryPoint, ...]
-
-
-def recovered(job: Job, full_ft: RowScores, emulator_zs: RowScores) -> Recovered:
+def recovered(job: Job, full_ft: RowScores, emulator_zs: RowScores) -> tuple[RowScores, tuple[RecoveryPoint, ...]]:
     """Tune all decoder layers of the emulator, once for every learning rate.
 
     Args:
         job: The job.
         full_ft: Scores of the base with its outer layers tuned: the end of the way.
         emulator_zs: Scores of the emulator as it was: its beginning.
+
+    Returns:
+        Scores of the best run at its end, and every run's points, by learning rate and then by tokens.
     """
     ends: list[RowScores] = []
     points: list[RecoveryPoint] = []
@@ -46,7 +34,7 @@ def recovered(job: Job, full_ft: RowScores, emulator_zs: RowScores) -> Recovered
         found, end = _run(job, lr)
         ends.append(end)
         points += [_point(lr, done, one, (full_ft, emulator_zs), job) for done, one in found.items()]
-    return Recovered(min(ends, key=lambda one: one.nll.sum()), tuple(points))
+    return min(ends, key=lambda one: one.nll.sum()), tuple(points)
 
 
 def _run(job: Job, lr: float) -> tuple[dict[int, RowScores], RowScores]:

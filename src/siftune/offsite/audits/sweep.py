@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from siftune.errors import RecipeError
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.files import Progress
-from siftune.models.layers import find_layers
 from siftune.offsite.audits.calibration_attack import Kits, attack_calibration
 from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audits.models import count, kept_fraction
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.compress import Method, Mlp
 from siftune.offsite.emulator.make import emulators
@@ -194,8 +194,8 @@ def _measure(
         cosine=likeness.overall,
         loss=likeness.loss_emulator,
         loss_full=likeness.loss_full,
-        parameters=_count(emulator),
-        kept=_count(_middle(emulator, choice.split)) / _count(_middle(model, choice.split)),
+        parameters=count(emulator),
+        kept=kept_fraction(model, emulator, choice.split).middle,
     )
 
 
@@ -218,12 +218,3 @@ def _chunks(choices: Sequence[EmulatorSettings]) -> Iterator[list[EmulatorSettin
         size += weight
     if chunk:
         yield chunk
-
-
-def _middle(model: nn.Module, split: Split) -> nn.ModuleList:
-    layers = find_layers(model).layers
-    return nn.ModuleList(layers[number] for number in split.middle(len(layers)))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -25,7 +25,7 @@ from siftune.data.tokenize import Collator
 from siftune.errors import DataError
 from siftune.offsite.audits.audit import audit
 from siftune.offsite.audits.gradients import gradient_cosine
-from siftune.offsite.audits.membership import auc
+from siftune.offsite.audits.membership import measure_attack
 from siftune.offsite.audits.models import random_floor, read_outer
 from siftune.offsite.audits.result import LABELS
 from siftune.offsite.audits.rows import drawn, not_among, tokenize_audit
@@ -146,8 +146,10 @@ def test_membership_is_that_of_the_plugged_model(audited, small):
         tokens = np.array([sum(label != -100 for label in labels[1:]) for labels in part["labels"]])
         sides.append([losses(model, part) / tokens for model in (both.base, plugged_in)])
     (base_in, tuned_in), (base_out, tuned_out) = sides
-    assert found.loss.auc.value == pytest.approx(auc(-tuned_in, -tuned_out))
-    assert found.reference.auc.value == pytest.approx(auc(base_in - tuned_in, base_out - tuned_out))
+    assert found.loss.auc.value == pytest.approx(measure_attack(-tuned_in, -tuned_out).auc.value)
+    assert found.reference.auc.value == pytest.approx(
+        measure_attack(base_in - tuned_in, base_out - tuned_out).auc.value
+    )
     assert (found.members, found.others, found.left_out) == (20, 8, 0)
     assert found.loss.auc.low <= found.loss.auc.value <= found.loss.auc.high
 

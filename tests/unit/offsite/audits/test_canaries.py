@@ -31,9 +31,9 @@ def test_exposure_of_what_was_not_learned_is_small_and_that_of_the_first_whole()
 
 def test_canaries_differ_in_their_prompts_and_their_others_in_the_code_alone():
     made = make_canaries(3, 5, 0)
-    assert len({canary.row.prompt for canary in made}) == 3
+    assert len({canary[0].prompt for canary in made}) == 3
     for canary in made:
-        data = tokenize_rows([canary.row, *canary.others], TOKENIZER, 64, "none", True)
+        data = tokenize_rows(canary, TOKENIZER, 64, "none", True)
         starts, codes = set(), set()
         for ids, labels in zip(data["input_ids"], data["labels"], strict=True):
             length = sum(label == -100 for label in labels)

@@ -6,11 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.evaluate.bootstrap import Bootstrap
-from siftune.offsite.audits.membership import RowLosses, auc, infer_membership, measure_attack, tpr
+from siftune.offsite.audits.membership import RowLosses, _by_score, _tpr, infer_membership, measure_attack
 
 FEW = Bootstrap(resamples=400, seed=2)
 # few distinct values, so that there are ties
 some = st.lists(st.sampled_from([-2.5, -1.0, 0.0, 0.1, 3.0]) | st.floats(-9, 9), min_size=1, max_size=12)
+
+
+def auc(members, others):
+    return measure_attack(members, others, Bootstrap(1)).auc.value
+
+
+def tpr(members, others, rate):
+    return _tpr(*(side[None].astype(float) for side in _by_score(members, others)), rate)[0]
 
 
 def by_pairs(members, others):
