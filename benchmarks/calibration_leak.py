@@ -13,7 +13,7 @@ his own, of the same settings, from as many other rows of the owner's source. A 
     generated-N        N of those alone
 
 and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`. `noise-X` is of
-clipped tokens, and noise on A and G with noise multiplier X (`siftune.offsite.maths.private`), for which ε is printed
+clipped tokens, and noise on A and G with noise multiplier X (`private_moments.py`), for which ε is printed
 at δ = 1e-5, for the layers made here and for all but four. Clipping is at the median norm of 16 public rows, so that it
 tells nothing of the owner's.
 
@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pays.results import append, read
+from private_moments import gaussian_epsilon, private_moments
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tokenize import tokenize_rows
@@ -59,7 +60,6 @@ from siftune.offsite.emulator.record import replay
 from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.kfac import Curvature, Moments
-from siftune.offsite.maths.private import gaussian_epsilon, private_moments
 from siftune.offsite.protocol.calibration import in_batches
 from siftune.report.table import Table, markdown_table
 

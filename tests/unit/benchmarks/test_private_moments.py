@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.offsite.maths.private import clipped, gaussian_delta, gaussian_epsilon, private_moments
+from private_moments import clipped, gaussian_delta, gaussian_epsilon, private_moments
 
 
 def drawn(seed, *shape):
