@@ -46,19 +46,14 @@ _SHORT = 1000  # resamples of each single matrix's interval, of which there are 
 
 @dataclass(frozen=True)
 class CalibrationLeak:
-    """How well calibration rows are told from others of their kind, by a kit and its base.
+    """How well calibration rows are told from others of their kind, by a kit and its base."""
 
-    Attributes:
-        attacks: `attention`, `mlp`, `all`: the mean over those matrices; kinds that the kit holds whole are not there.
-        matrices: Name of a matrix, such as `3.mlp.down_proj` -> the attack that looks at it alone.
-        beside: As `attacks`, beside a kit of other rows; empty where there was none.
-        blind: No attack: the base's loss alone. If it tells the sides apart, they differ by source; None where it was
-            not measured.
-    """
-
+    # `attention`, `mlp`, `all`: the mean over those matrices; kinds that the kit holds whole are not there
     attacks: dict[str, Attack]
-    matrices: dict[str, Attack]
-    beside: dict[str, Attack]
+    matrices: dict[str, Attack]  # name of a matrix, such as `3.mlp.down_proj` -> the attack that looks at it alone
+    beside: dict[str, Attack]  # as `attacks`, beside a kit of other rows; empty where there was none
+    # no attack: the base's loss alone. If it tells the sides apart, they differ by source; None where it was not
+    # measured
     blind: Attack | None = None
 
     @property
@@ -70,38 +65,23 @@ class CalibrationLeak:
 
 @dataclass(frozen=True)
 class Kits:
-    """What the attacker has.
+    """What the attacker has."""
 
-    Attributes:
-        base: The base model; left as it was.
-        emulator: The emulator under attack.
-        split: The split of both.
-        reference: An emulator of the same settings that other rows calibrated; None for none.
-    """
-
-    base: PreTrainedModel
-    emulator: nn.Module
+    base: PreTrainedModel  # left as it was
+    emulator: nn.Module  # the one under attack
     split: Split
-    reference: nn.Module | None = None
+    reference: nn.Module | None = None  # an emulator of the same settings that other rows calibrated; None for none
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A matrix of the base, and what the kit has in its place.
+    """A matrix of the base, and what the kit has in its place."""
 
-    Attributes:
-        name: Number of the layer and path in it, such as `3.mlp.down_proj`.
-        kind: attention or mlp.
-        base: The base's.
-        kit: The kit's.
-        kept: (K,) numbers of the inputs that the kit's takes; None for all.
-    """
-
-    name: str
-    kind: str
+    name: str  # number of the layer and path in it, such as `3.mlp.down_proj`
+    kind: str  # attention or mlp
     base: nn.Module
     kit: nn.Module
-    kept: Tensor | None = None
+    kept: Tensor | None = None  # (K,) numbers of the inputs that the kit's takes; None for all
 
 
 def attack_calibration(

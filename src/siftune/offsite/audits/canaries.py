@@ -30,32 +30,20 @@ REPEATS = (0, 1, 4, 16)  # those of the first group are not trained on at all: w
 
 @dataclass(frozen=True)
 class CanaryGroup:
-    """Canaries that stood among the training rows equally often.
-
-    Attributes:
-        repeats: How often each.
-        canaries: How many there are.
-        exposure: Mean exposure in bits.
-        verbatim: Share that greedy decoding completes.
-    """
+    """Canaries that stood among the training rows equally often."""
 
     repeats: int
     canaries: int
-    exposure: Estimate
-    verbatim: Estimate
+    exposure: Estimate  # the mean, in bits
+    verbatim: Estimate  # share that greedy decoding completes
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """What came out again.
+    """What came out again."""
 
-    Attributes:
-        groups: From the fewest repeats up; the first was not trained on at all.
-        most: The highest exposure that could have been seen, in bits.
-    """
-
-    groups: tuple[CanaryGroup, ...]
-    most: float
+    groups: tuple[CanaryGroup, ...]  # from the fewest repeats up; the first was not trained on at all
+    most: float  # the highest exposure that could have been seen, in bits
 
 
 def make_canaries(count: int, references: int, seed: int) -> list[list[Row]]:

@@ -27,36 +27,22 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class OuterGradient:
-    """The gradient of the summed loss for the outer layers' parameters.
+    """The gradient of the summed loss for the outer layers' parameters."""
 
-    Attributes:
-        tensors: Neutral name (see `emulator.split`) -> gradient in float32.
-        loss: Mean loss per label token, in nats.
-        tokens: Number of label tokens.
-    """
-
-    tensors: Mapping[str, Tensor]
-    loss: float
-    tokens: int
+    tensors: Mapping[str, Tensor]  # neutral name (see `emulator.split`) -> gradient in float32
+    loss: float  # mean loss per label token, in nats
+    tokens: int  # label tokens
 
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """Cosines between the outer layers' gradients on two models; NaN where one of the two is zero.
+    """Cosines between the outer layers' gradients on two models; NaN where one of the two is zero."""
 
-    Attributes:
-        layers: Neutral names of the outer layers, from the embeddings to the head.
-        per_layer: Cosine in each of them.
-        overall: Cosine over all of them side by side.
-        loss_full: Loss of the base model per label token, in nats.
-        loss_emulator: The same of the emulator.
-    """
-
-    layers: list[str]
-    per_layer: list[float]
-    overall: float
-    loss_full: float
-    loss_emulator: float
+    layers: list[str]  # neutral names of the outer layers, from the embeddings to the head
+    per_layer: list[float]  # cosine in each of them
+    overall: float  # cosine over all of them side by side
+    loss_full: float  # loss of the base model per label token, in nats
+    loss_emulator: float  # the same of the emulator
 
 
 def gradient_cosine(model: nn.Module, emulator: nn.Module, batches: Batches, split: Split) -> GradientCosine:

@@ -23,38 +23,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows for membership inference.
+    """Rows for membership inference."""
 
-    Attributes:
-        members: Indices of training rows that the outer layers were tuned on.
-        others: Indices of held-out rows that are no training rows.
-        left_out: Held-out rows that are.
-    """
-
-    members: list[int]
-    others: list[int]
-    left_out: int
+    members: list[int]  # indices of training rows that the outer layers were tuned on
+    others: list[int]  # indices of held-out rows that are no training rows
+    left_out: int  # held-out rows that are
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that the stages need.
-
-    Attributes:
-        models: Base and emulator.
-        rows: Rows in token ids.
-        settings: How to tune and measure.
-        used: Indices of the training rows that are tuned on.
-        candidates: Rows for membership inference; None to leave it out.
-        progress: Told what is being done.
-    """
+    """All that the stages need."""
 
     models: OffsiteModels
     rows: AuditRows
     settings: AuditSettings
-    used: list[int]
-    candidates: Candidates | None
-    progress: Progress | None = None
+    used: list[int]  # indices of the training rows that are tuned on
+    candidates: Candidates | None  # None to leave membership inference out
+    progress: Progress | None = None  # told what is being done
 
     @property
     def bootstrap(self) -> Bootstrap:

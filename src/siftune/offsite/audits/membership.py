@@ -41,21 +41,13 @@ RATES = (0.01, 0.05)  # shares of false alarms at which attacks are read
 
 @dataclass(frozen=True)
 class Attack:
-    """How well an attack's scores tell members from others.
-
-    Attributes:
-        auc: Area under the ROC curve.
-        tpr_1: Share of members found at 1 % false alarms.
-        tpr_5: The same at 5 %.
-        members: How many members there are.
-        others: How many others; fewer than 100 do not resolve 1 %, fewer than 20 not 5 %.
-    """
+    """How well an attack's scores tell members from others."""
 
     auc: Estimate
-    tpr_1: Estimate
-    tpr_5: Estimate
+    tpr_1: Estimate  # share of members found at 1 % false alarms
+    tpr_5: Estimate  # the same at 5 %
     members: int
-    others: int
+    others: int  # fewer than 100 do not resolve 1 %, fewer than 20 not 5 %
 
     def resolves(self, rate: float) -> bool:
         """Whether the others are enough for a share of false alarms."""
@@ -71,42 +63,26 @@ class Attack:
 
 @dataclass(frozen=True)
 class Membership:
-    """How well members are told from other rows.
-
-    Attributes:
-        loss: The loss-based attack.
-        reference: The reference-based one.
-        blind: No attack: the base's loss alone. If it tells the sides apart, they differ by source.
-        members: Rows that were trained on.
-        others: Rows that were not.
-        left_out: Held-out rows that stand among the training rows too, token by token; they are on neither side.
-        online: LiRA with shadow models that were and others that were not trained on a row; None where not tried.
-        offline: LiRA with the latter alone.
-        shadows: How many shadow models there were.
-    """
+    """How well members are told from other rows."""
 
     loss: Attack
     reference: Attack
-    blind: Attack
-    members: int
-    others: int
-    left_out: int = 0
+    blind: Attack  # no attack: the base's loss alone. If it tells the sides apart, they differ by source
+    members: int  # rows that were trained on
+    others: int  # rows that were not
+    left_out: int = 0  # held-out rows that stand among the training rows too, token by token; they are on neither side
+    # LiRA with shadow models that were and others that were not trained on a row; None where not tried
     online: Attack | None = None
-    offline: Attack | None = None
+    offline: Attack | None = None  # LiRA with the latter alone
     shadows: int = 0
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Mean negative log-likelihood per label token of every row, in nats.
+    """Mean negative log-likelihood per label token of every row, in nats."""
 
-    Attributes:
-        base: (R,) under the base model.
-        plugged: (R,) under the base with the return in it.
-    """
-
-    base: Floats
-    plugged: Floats
+    base: Floats  # (R,) under the base model
+    plugged: Floats  # (R,) under the base with the return in it
 
 
 def infer_membership(

@@ -42,15 +42,10 @@ class OffsiteModels:
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of the base's parameters an emulator has, as fractions; shared ones are counted once.
+    """How much of the base's parameters an emulator has, as fractions; shared ones are counted once."""
 
-    Attributes:
-        middle: Of the layers between the outer ones.
-        whole: Of the whole model.
-    """
-
-    middle: float
-    whole: float
+    middle: float  # of the layers between the outer ones
+    whole: float  # of the whole model
 
 
 def check_models(models: OffsiteModels) -> None:

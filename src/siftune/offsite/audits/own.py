@@ -34,17 +34,11 @@ AFTER_TRAINING = 128  # rows of either kind that are looked at when training end
 
 @dataclass(frozen=True)
 class OwnAudit:
-    """What a data owner's audit found.
+    """What a data owner's audit found."""
 
-    Attributes:
-        membership: The attacks, by losses under the emulator.
-        settings: How they were made.
-        facts: Names and versions.
-    """
-
-    membership: Membership
+    membership: Membership  # the attacks, by losses under the emulator
     settings: AuditSettings
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # names and versions
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain types for JSON."""

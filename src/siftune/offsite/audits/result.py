@@ -49,52 +49,33 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Condition:
-    """One model of an audit on the held-out rows.
+    """One model of an audit on the held-out rows."""
 
-    Attributes:
-        nll: Mean negative log-likelihood per label token, in nats.
-        accuracy: Share of right rows; None where none was measured.
-        scores: The same row by row.
-    """
-
-    nll: Estimate
-    accuracy: Estimate | None
-    scores: RowScores
+    nll: Estimate  # mean negative log-likelihood per label token, in nats
+    accuracy: Estimate | None  # share of right rows; None where none was measured
+    scores: RowScores  # the same row by row
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The figures of one measure; see the head of this file.
+    """The figures of one measure; see the head of this file."""
 
-    Attributes:
-        delta: Plug-in − Emulator FT; more is better in either measure.
-        gain_share: Plug-in's share of the gain of Full FT over Full ZS.
-        cpl: The emulator's share of the base's zero-shot skill above random weights.
-        recovery: Share of the gap from Emulator ZS to Full FT that tuning the whole emulator closes; None where that
-            was not tried.
-    """
-
-    delta: Estimate
-    gain_share: Estimate
-    cpl: Estimate
+    delta: Estimate  # Plug-in − Emulator FT; more is better in either measure
+    gain_share: Estimate  # Plug-in's share of the gain of Full FT over Full ZS
+    cpl: Estimate  # the emulator's share of the base's zero-shot skill above random weights
+    # share of the gap from Emulator ZS to Full FT that tuning the whole emulator closes; None where that was not
+    # tried
     recovery: Estimate | None
 
 
 @dataclass(frozen=True)
 class RecoveryPoint:
-    """The whole emulator, tuned for a while at one learning rate.
+    """The whole emulator, tuned for a while at one learning rate."""
 
-    Attributes:
-        lr: The peak learning rate.
-        tokens: Tokens of rows that it was tuned on until then, by the rows' mean length.
-        nll: Mean negative log-likelihood per label token of the held-out rows, in nats.
-        recovery: Share of the gap from Emulator ZS to Full FT that is closed, by log-likelihood.
-    """
-
-    lr: float
-    tokens: int
-    nll: Estimate
-    recovery: Estimate
+    lr: float  # the peak learning rate
+    tokens: int  # tokens of rows that it was tuned on until then, by the rows' mean length
+    nll: Estimate  # mean negative log-likelihood per label token of the held-out rows, in nats
+    recovery: Estimate  # share of the gap from Emulator ZS to Full FT that is closed, by log-likelihood
 
 
 @dataclass(frozen=True)

@@ -44,17 +44,11 @@ class AuditRows:
 
 @dataclass(frozen=True)
 class RowScores:
-    """One model's scores on the held-out rows (R of them).
+    """One model's scores on the held-out rows (R of them)."""
 
-    Attributes:
-        nll: (R,) float64, negative log-likelihood in nats, summed over a row's label tokens.
-        tokens: (R,) float64, label tokens of each row.
-        correct: (R,) float64, 1 or 0; None where no accuracy was measured.
-    """
-
-    nll: Floats
-    tokens: Floats
-    correct: Floats | None = None
+    nll: Floats  # (R,) float64, negative log-likelihood in nats, summed over a row's label tokens
+    tokens: Floats  # (R,) float64, label tokens of each row
+    correct: Floats | None = None  # (R,) float64, 1 or 0; None where no accuracy was measured
 
     @property
     def per_token(self) -> Floats:

@@ -38,27 +38,16 @@ _AT_ONCE = 4.0  # times the middle's weights that emulators may take while they 
 
 @dataclass(frozen=True)
 class SweepGrid:
-    """The emulators to compare: every method at every kept fraction; for gradot also every basis and λ.
+    """The emulators to compare: every method at every kept fraction; for gradot also every basis and λ."""
 
-    Attributes:
-        keeps: Kept fractions, in (0, 1].
-        lambdas: Values of λ; 0 stands once, whatever `lambda_on` says.
-        bases: Bases of gradot.
-        mlps: What gradot does to the MLPs.
-        methods: Methods.
-        lambda_on: Where λ acts: on attention, on the MLP, or the same on both.
-        split: Outer layers at either end.
-        allot: How gradot and svd+flap share out what is kept among layers.
-    """
-
-    keeps: tuple[float, ...] = (0.7, 0.5, 0.3)
-    lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)
-    bases: tuple[Basis, ...] = ("whitened", "svd")
-    mlps: tuple[Mlp, ...] = ("refit",)
+    keeps: tuple[float, ...] = (0.7, 0.5, 0.3)  # kept fractions, in (0, 1]
+    lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)  # values of λ; 0 stands once, whatever `lambda_on` says
+    bases: tuple[Basis, ...] = ("whitened", "svd")  # of gradot
+    mlps: tuple[Mlp, ...] = ("refit",)  # what gradot does to them
     methods: tuple[Method, ...] = ("gradot", "layerdrop")
-    lambda_on: tuple[LambdaOn, ...] = ("both",)
-    split: Split = field(default_factory=Split)
-    allot: Allotment = "uniform"
+    lambda_on: tuple[LambdaOn, ...] = ("both",)  # where λ acts: on attention, on the MLP, or the same on both
+    split: Split = field(default_factory=Split)  # outer layers at either end
+    allot: Allotment = "uniform"  # how gradot and svd+flap share out what is kept among layers
 
     def check(self) -> None:
         """Check the ranges.
@@ -93,35 +82,21 @@ class SweepGrid:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One emulator.
-
-    Attributes:
-        method: Its method.
-        keep: Fraction that was asked for.
-        lambda_attn: λ on attention; 0 for methods without one.
-        lambda_mlp: λ on the MLP.
-        basis: Basis of gradot; None for other methods.
-        mlp: What gradot did to the MLPs; None for other methods.
-        cosine: Cosine of the outer layers' gradients; NaN where one of them is zero.
-        loss: Its loss on the held-out rows, in nats per label token.
-        loss_full: The base's.
-        parameters: Its parameters, outer layers and embeddings included; shared ones count once.
-        kept: Parameters of its middle over those of the base's.
-        told: AUC of the attack on its calibration rows (`calibration_attack`), the held-out rows being the others; the
-            higher of that on attention and that on the MLPs. Without a value where it has nothing but whole layers.
-    """
+    """One emulator."""
 
     method: str
-    keep: float
-    lambda_attn: float
+    keep: float  # fraction that was asked for
+    lambda_attn: float  # 0 for methods without λ
     lambda_mlp: float
-    basis: str | None
-    mlp: str | None
-    cosine: float
-    loss: float
-    loss_full: float
-    parameters: int
-    kept: float
+    basis: str | None  # None for methods other than gradot
+    mlp: str | None  # likewise
+    cosine: float  # cosine of the outer layers' gradients; NaN where one of them is zero
+    loss: float  # its loss on the held-out rows, in nats per label token
+    loss_full: float  # the base's
+    parameters: int  # its parameters, outer layers and embeddings included; shared ones count once
+    kept: float  # parameters of its middle over those of the base's
+    # AUC of the attack on its calibration rows (`calibration_attack`), the held-out rows being the others; the
+    # higher of that on attention and that on the MLPs. Without a value where it has nothing but whole layers
     told: Estimate = field(default_factory=Estimate)
 
     @property

@@ -26,15 +26,9 @@ Steps = Callable[[int, int], None]  # optimizer steps done, of how many
 
 @dataclass(frozen=True)
 class Tuning:
-    """What every model of an audit is tuned with.
+    """What every model of an audit is tuned with."""
 
-    Attributes:
-        data: Rows to tune on, as `tokenize_rows` makes them.
-        tokenizer: The models' tokenizer.
-        settings: Steps, learning rate and the like.
-    """
-
-    data: Dataset
+    data: Dataset  # rows to tune on, as `tokenize_rows` makes them
     tokenizer: PreTrainedTokenizerBase
     settings: AuditSettings
 

@@ -20,21 +20,14 @@ from siftune.offsite.emulator.split import Split, outer_names
 class EmulatorParts:
     """All of an emulator.
 
-    Attributes:
-        config: Its config.
-        split: Outer layers at either end.
-        middle: Shapes of the layers between.
-        frozen: Tensors of everything but the outer layers, by name in the emulator's state dict.
-        outer: Tensors of the outer layers, by the names of `split.outer_names`.
-
     The tensors are got one at a time, as they are asked for: those of a base whose layers are not loaded are read.
     """
 
     config: PreTrainedConfig
-    split: Split
-    middle: tuple[LayerShape, ...]
-    frozen: Mapping[str, Tensor]
-    outer: Mapping[str, Tensor]
+    split: Split  # outer layers at either end
+    middle: tuple[LayerShape, ...]  # shapes of the layers between
+    frozen: Mapping[str, Tensor]  # tensors of everything but the outer layers, by name in the emulator's state dict
+    outer: Mapping[str, Tensor]  # tensors of the outer layers, by the names of `split.outer_names`
 
 
 class Tensors(Mapping[str, Tensor]):

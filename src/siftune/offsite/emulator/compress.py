@@ -81,30 +81,20 @@ class Compression:
 
 @dataclass
 class LayerCurvature:
-    """Curvature of a layer's matrices, and what was computed from it already.
+    """Curvature of a layer's matrices, and what was computed from it already."""
 
-    Attributes:
-        captured: What the matrices saw, by path.
-        curvature: Their curvature, by path.
-        known: Components by path and basis, so that several λ and ranks cost one decomposition.
-    """
-
-    captured: Mapping[str, Captured] = field(default_factory=dict)
-    curvature: Mapping[str, Curvature] = field(default_factory=dict)
+    captured: Mapping[str, Captured] = field(default_factory=dict)  # what the matrices saw, by path
+    curvature: Mapping[str, Curvature] = field(default_factory=dict)  # their curvature, by path
+    # components by path and basis, so that several λ and ranks cost one decomposition
     known: dict[tuple[str, str, float], Components] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """A layer of an emulator.
-
-    Attributes:
-        shape: What it looks like.
-        tensors: All its parameters and buffers, by name in the layer; matrices as (out, in).
-    """
+    """A layer of an emulator."""
 
     shape: LayerShape
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]  # all its parameters and buffers, by name in the layer; matrices as (out, in)
 
 
 def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> LayerCurvature:

@@ -94,18 +94,12 @@ class EmulatorSettings(Compression):
 
 @dataclass(frozen=True)
 class Step:
-    """One layer of an emulator's middle.
+    """One layer of an emulator's middle."""
 
-    Attributes:
-        number: Number of the base's layer that it comes from.
-        keep: Fraction of its matrices' parameters that stays.
-        same_as: Place in the middle of the layer whose weights it has; None for its own.
-        shares: Fractions by path of the matrix, in place of one for all; see `Compression`.
-    """
-
-    number: int
-    keep: float = 1.0
-    same_as: int | None = None
+    number: int  # number of the base's layer that it comes from
+    keep: float = 1.0  # fraction of its matrices' parameters that stays
+    same_as: int | None = None  # place in the middle of the layer whose weights it has; None for its own
+    # fractions by path of the matrix, in place of one for all; see `Compression`
     shares: Mapping[str, float] | None = None
 
 

@@ -78,19 +78,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Visit:
-    """One batch's visit to one layer.
-
-    Attributes:
-        call: How the layer was called.
-        hidden_BTH: What went in.
-        grad_BTH: Gradient of the summed loss for what came out.
-        real_BT: bool; false on padding.
-    """
+    """One batch's visit to one layer."""
 
     call: Call
-    hidden_BTH: Tensor
-    grad_BTH: Tensor
-    real_BT: Tensor
+    hidden_BTH: Tensor  # what went in
+    grad_BTH: Tensor  # gradient of the summed loss for what came out
+    real_BT: Tensor  # bool; false on padding
 
 
 @dataclass
@@ -161,15 +154,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Captured:
-    """What one matrix saw: float32, where the layer is; padding is left out.
+    """What one matrix saw: float32, where the layer is; padding is left out."""
 
-    Attributes:
-        x_NI: Its inputs.
-        g_NO: Gradients of the summed loss for its outputs.
-    """
-
-    x_NI: Tensor
-    g_NO: Tensor
+    x_NI: Tensor  # inputs
+    g_NO: Tensor  # gradients of the summed loss for its outputs
 
 
 def rows_of(x_BTF: Tensor, real_BT: Tensor) -> Tensor:

@@ -15,15 +15,10 @@ from siftune.models.layers import find_layers
 
 @dataclass(frozen=True)
 class Split:
-    """How many outer layers there are at either end.
+    """How many outer layers there are at either end."""
 
-    Attributes:
-        first: Layers next to the embeddings.
-        last: Layers before the head.
-    """
-
-    first: int = 2
-    last: int = 2
+    first: int = 2  # layers next to the embeddings
+    last: int = 2  # layers before the head
 
     def middle(self, depth: int) -> range:
         """Numbers of the middle layers of a model with `depth` layers.

@@ -35,17 +35,11 @@ _UNFIT = 1  # exit code of an interpreter that could not even import our module
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use; the values are ours.
+    """What a child may use; the values are ours."""
 
-    Attributes:
-        memory_mb: Memory above what it uses before it sees the data, in 10^6 bytes.
-        cpu_s: Processor time in seconds.
-        wall_s: Time on the clock in seconds.
-    """
-
-    memory_mb: int = 2048
-    cpu_s: int = 30
-    wall_s: float = 120
+    memory_mb: int = 2048  # above what it uses before it sees the data, in 10^6 bytes
+    cpu_s: int = 30  # processor time
+    wall_s: float = 120  # time on the clock
 
 
 def run_limited(module: str, request: Any, limits: Limits) -> Any:

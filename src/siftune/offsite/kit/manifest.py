@@ -52,15 +52,10 @@ HASH = r"[0-9a-f]{64}"
 
 @dataclass(frozen=True)
 class FileSpec:
-    """Size and hash of a file.
-
-    Attributes:
-        bytes: Its size.
-        sha256: Its SHA-256 in hexadecimal.
-    """
+    """Size and hash of a file."""
 
     bytes: int
-    sha256: str
+    sha256: str  # in hexadecimal
 
     def check_size(self, name: str, size: int) -> None:
         """Refuse a file of another size; `name` is the file's, for the message."""
@@ -75,25 +70,16 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a kit's manifest.json says.
+    """What a kit's manifest.json says."""
 
-    Attributes:
-        model_type: Family of the base, in transformers' words.
-        depth: Decoder layers of the base.
-        fingerprint: Of the base's weights, from `fingerprint`.
-        split: Outer layers at either end.
-        middle: Shapes of the emulator's layers between.
-        outer: Neutral name -> shape and dtype, of the outer layers' tensors: what a return must hold.
-        files: Name -> size and hash, of every file but the manifest and the signature.
-    """
-
-    model_type: str
-    depth: int
-    fingerprint: str
-    split: Split
-    middle: tuple[LayerShape, ...]
+    model_type: str  # family of the base, in transformers' words
+    depth: int  # decoder layers of the base
+    fingerprint: str  # of the base's weights, from `fingerprint`
+    split: Split  # outer layers at either end
+    middle: tuple[LayerShape, ...]  # shapes of the emulator's layers between
+    # neutral name -> shape and dtype, of the outer layers' tensors: what a return must hold
     outer: dict[str, TensorSpec]
-    files: dict[str, FileSpec]
+    files: dict[str, FileSpec]  # name -> size and hash, of every file but the manifest and the signature
 
     @property
     def emulator_depth(self) -> int:

@@ -43,15 +43,10 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and number format of a tensor.
-
-    Attributes:
-        shape: Its sizes.
-        dtype: In safetensors' words: F32, BF16 or F16.
-    """
+    """Shape and number format of a tensor."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # in safetensors' words: F32, BF16 or F16
 
     @property
     def bytes(self) -> int:
@@ -84,17 +79,11 @@ def parse_spec(value: Any, where: str) -> TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the tensors of a safetensors file.
+    """What stands before the tensors of a safetensors file."""
 
-    Attributes:
-        data: The file's first bytes, up to the tensors.
-        specs: Name -> shape and dtype, in the order of the header.
-        order: The names in the order in which the tensors lie in the file.
-    """
-
-    data: bytes
-    specs: dict[str, TensorSpec]
-    order: tuple[str, ...]
+    data: bytes  # the file's first bytes, up to the tensors
+    specs: dict[str, TensorSpec]  # name -> shape and dtype, in the order of the header
+    order: tuple[str, ...]  # the names in the order in which the tensors lie in the file
 
 
 def read_header(file: BufferedReader, name: str) -> Header:

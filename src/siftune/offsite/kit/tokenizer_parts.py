@@ -45,15 +45,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Room:
-    """What may stand in one place of tokenizer.json.
+    """What may stand in one place of tokenizer.json."""
 
-    Attributes:
-        inner: Key of the list in a `Sequence`.
-        parts: Type -> component.
-    """
-
-    inner: str
-    parts: Mapping[str, Part]
+    inner: str  # key of the list in a `Sequence`
+    parts: Mapping[str, Part]  # type -> component
 
 
 def text(least: int, most: int) -> Check:

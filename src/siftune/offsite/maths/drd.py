@@ -41,17 +41,11 @@ Basis = Literal["svd", "whitened"]
 
 @dataclass(frozen=True)
 class Components:
-    """A matrix as a sum of rank-one components, W = left · right.
+    """A matrix as a sum of rank-one components, W = left · right."""
 
-    Attributes:
-        left_OK: One column for each component.
-        right_KI: One row for each.
-        size_K: Singular values, descending.
-    """
-
-    left_OK: Tensor
-    right_KI: Tensor
-    size_K: Tensor
+    left_OK: Tensor  # one column for each component
+    right_KI: Tensor  # one row for each
+    size_K: Tensor  # singular values, descending
 
 
 def rank_of(keep: float, outputs: int, inputs: int) -> int:

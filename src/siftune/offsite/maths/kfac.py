@@ -43,15 +43,10 @@ _BLOCK = 512  # columns formed at a time where the matrix must not be
 
 @dataclass(frozen=True)
 class Moments:
-    """An uncentred second moment M = (1/N) Σ_n x_n x_nᵀ, symmetric (F, F).
+    """An uncentred second moment M = (1/N) Σ_n x_n x_nᵀ, symmetric (F, F)."""
 
-    Attributes:
-        values: M itself; or the rows x_n/√N, (N, F), whose product with themselves it is.
-        formed: Whether `values` is M.
-    """
-
-    values: Tensor
-    formed: bool
+    values: Tensor  # M itself; or the rows x_n/√N, (N, F), whose product with themselves it is
+    formed: bool  # whether `values` is M
 
     @property
     def features(self) -> int:
@@ -102,17 +97,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What is known of the loss around a matrix W.
+    """What is known of the loss around a matrix W."""
 
-    Attributes:
-        inputs: A, over I features.
-        gradients: G, over O features.
-        slope_OI: D, the gradient for W.
-    """
-
-    inputs: Moments
-    gradients: Moments
-    slope_OI: Tensor
+    inputs: Moments  # A, over I features
+    gradients: Moments  # G, over O features
+    slope_OI: Tensor  # D, the gradient for W
 
 
 def moments(rows_NF: Tensor) -> Moments:

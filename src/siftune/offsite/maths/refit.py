@@ -84,19 +84,12 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
 
 @dataclass(frozen=True)
 class _Damped:
-    """A_δ in float64.
+    """A_δ in float64."""
 
-    Attributes:
-        values: A_δ itself, (C, C); or X, (N, C).
-        lower: Cholesky factor of A_δ, or of δ I + X Xᵀ.
-        delta: δ.
-        formed: Whether it is A_δ itself.
-    """
-
-    values: Tensor
-    lower: Tensor
-    delta: Tensor
-    formed: bool
+    values: Tensor  # A_δ itself, (C, C); or X, (N, C)
+    lower: Tensor  # Cholesky factor of A_δ, or of δ I + X Xᵀ
+    delta: Tensor  # δ
+    formed: bool  # whether it is A_δ itself
 
     def solve(self, b_CK: Tensor) -> Tensor:
         """A_δ⁻¹ b; (C, K)."""

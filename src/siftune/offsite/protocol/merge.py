@@ -23,14 +23,9 @@ from siftune.offsite.protocol.updates import Part, compare
 
 @dataclass(frozen=True)
 class Candidate:
-    """A return beside the base.
+    """A return beside the base."""
 
-    Attributes:
-        tuned: The outer layers with it in them.
-        part: What is known of it.
-    """
-
-    tuned: Mapping[str, Tensor]
+    tuned: Mapping[str, Tensor]  # the outer layers with it in them
     part: Part
 
 

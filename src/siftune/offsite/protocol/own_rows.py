@@ -36,19 +36,12 @@ class OwnRows:
 
 @dataclass(frozen=True)
 class LossChange:
-    """A model's loss on the owner's rows, in nats per token.
+    """A model's loss on the owner's rows, in nats per token."""
 
-    Attributes:
-        before: Of the base.
-        after: Of the base with the return in it.
-        rows: How many rows.
-        limit: By how much it may rise.
-    """
-
-    before: float
-    after: float
-    rows: int
-    limit: float
+    before: float  # of the base
+    after: float  # of the base with the return in it
+    rows: int  # how many
+    limit: float  # by how much it may rise
 
     def check(self) -> None:
         """Refuse a model that got worse.

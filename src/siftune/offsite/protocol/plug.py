@@ -42,19 +42,12 @@ _MERGED = "the returns, merged"
 
 @dataclass(frozen=True)
 class PlugResult:
-    """A base model with returned layers in it, on disk.
-
-    Attributes:
-        folder: Where it is.
-        dtype: Its dtype, such as bfloat16.
-        kit: The kit that the returns answer.
-        report: What changed, and what each return had to do with it.
-    """
+    """A base model with returned layers in it, on disk."""
 
     folder: Path
-    dtype: str
+    dtype: str  # such as bfloat16
     kit: Kit
-    report: UpdateReport
+    report: UpdateReport  # what changed, and what each return had to do with it
 
 
 def plug(

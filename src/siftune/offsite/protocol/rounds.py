@@ -48,15 +48,10 @@ from siftune.offsite.protocol.plug import check_base
 
 @dataclass(frozen=True)
 class NextKit:
-    """A kit of a further round.
+    """A kit of a further round."""
 
-    Attributes:
-        kit: The kit, read back and checked.
-        moved: Names of the tensors besides the outer layers that are not as in the earlier kit.
-    """
-
-    kit: Kit
-    moved: tuple[str, ...]
+    kit: Kit  # read back and checked
+    moved: tuple[str, ...]  # names of the tensors besides the outer layers that are not as in the earlier kit
 
 
 def next_kit(
@@ -120,16 +115,12 @@ def _outer(tuned: PreTrainedModel, kit: Kit) -> Mapping[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a frozen tensor of a kit is from.
+    """Where a frozen tensor of a kit is from."""
 
-    Attributes:
-        base: Name of the base's tensor; None for a bias that compression added.
-        part: All of it; rows or columns of an MLP's channels; or a factor that writes (up) or reads (down).
-        start: What the names of the tensors of its layer begin with, in the emulator and in the base.
-    """
-
-    base: str | None
+    base: str | None  # name of the base's tensor; None for a bias that compression added
+    # all of it; rows or columns of an MLP's channels; or a factor that writes (up) or reads (down)
     part: Literal["all", "rows", "columns", "up", "down"] = "all"
+    # what the names of the tensors of its layer begin with, in the emulator and in the base
     start: tuple[str, str] = ("", "")
 
 

@@ -41,13 +41,9 @@ siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
 
 @dataclass(frozen=True)
 class KitSource:
-    """A kit as what is tuned: its outer layers, or adapters in them.
+    """A kit as what is tuned: its outer layers, or adapters in them."""
 
-    Attributes:
-        kit: The kit, read and checked.
-    """
-
-    kit: Kit
+    kit: Kit  # read and checked
 
     @property
     def usage(self) -> str:

@@ -34,19 +34,12 @@ from siftune.offsite.protocol.thin import Tuned
 
 @dataclass(frozen=True)
 class Update:
-    """How far a tensor, or several side by side, moved.
+    """How far a tensor, or several side by side, moved."""
 
-    Attributes:
-        change: ‖W' − W‖.
-        norm: ‖W‖.
-        scale: What `change` is measured by: ‖W‖, but for biases and norms.
-        lost: ‖round(W') − W'‖: the error of storing W' in the base's dtype.
-    """
-
-    change: float
-    norm: float
-    scale: float
-    lost: float = 0.0
+    change: float  # ‖W' − W‖
+    norm: float  # ‖W‖
+    scale: float  # what `change` is measured by: ‖W‖, but for biases and norms
+    lost: float = 0.0  # ‖round(W') − W'‖: the error of storing W' in the base's dtype
 
     @property
     def relative(self) -> float | None:
