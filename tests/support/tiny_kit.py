@@ -34,4 +34,4 @@ def save_kit(folder: Path, dtype: torch.dtype = torch.float32, family: str = "ll
         build(config, SPLIT, middle), SPLIT, middle
     )}  # fmt: skip
     outer = {neutral: state[name] for neutral, name in outer_names(base, SPLIT).items()}
-    return write_kit(folder, KitContents(config, byte_tokenizer(), SPLIT, middle, 6, fingerprint(base), frozen, outer))
+    return write_kit(folder, KitContents(config, SPLIT, middle, frozen, outer, byte_tokenizer(), 6, fingerprint(base)))

@@ -47,21 +47,14 @@ class FactoredLinear(nn.Module):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a middle layer of an emulator looks like.
+    """What a middle layer of an emulator looks like."""
 
-    Attributes:
-        base: Number of the base's layer whose kind it is (models may alternate kinds of attention).
-        ranks: Rank of every factored matrix, by its path in the layer; others are whole.
-        channels: Channels of the MLP; None for all. An MLP that has fewer is not factored.
-        biased: Paths of matrices that have a bias though the base's have none.
-        same_as: Place in the middle of the layer whose weights it has; None for weights of its own.
-    """
-
-    base: int
+    base: int  # number of the base's layer whose kind it is (models may alternate kinds of attention)
+    # rank of every factored matrix, by its path in the layer; others are whole
     ranks: Mapping[str, int] = field(default_factory=dict)
-    channels: int | None = None
-    biased: tuple[str, ...] = ()
-    same_as: int | None = None
+    channels: int | None = None  # channels of the MLP; None for all. An MLP that has fewer is not factored
+    biased: tuple[str, ...] = ()  # paths of matrices that have a bias though the base's have none
+    same_as: int | None = None  # place in the middle of the layer whose weights it has; None for weights of its own
 
 
 def build(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape], meta: bool = True) -> PreTrainedModel:

@@ -88,31 +88,21 @@ class Visit:
 
 @dataclass
 class Recording:
-    """What the middle layers saw; hidden states and gradients in the model's dtype.
+    """What the middle layers saw; hidden states and gradients in the model's dtype."""
 
-    Attributes:
-        numbers: Numbers of these layers.
-        hidden: What goes into a layer, by its number; what comes out is what goes into the next.
-        grads: Gradients of the summed loss for what comes out, by number of the layer.
-        after: By place of a job, what goes into a layer after compressed ones, by its number.
-        measured: What layers' matrices would cost, by what that depends on.
-        calls: By batch, then by number of the layer.
-        real: (B, T) bool per batch: false on padding.
-        tokens: Labels of all batches.
-        loss: Mean loss per label.
-        whole: The gradients of all these layers are there; else those of the last one, and each `replay` adds those of
-            the layer below.
-    """
-
-    numbers: Sequence[int]
-    hidden: States
-    grads: States
+    numbers: Sequence[int]  # numbers of these layers
+    hidden: States  # what goes into a layer, by its number; what comes out is what goes into the next
+    grads: States  # gradients of the summed loss for what comes out, by number of the layer
+    # by place of a job, what goes into a layer after compressed ones, by its number
     after: dict[int, States] = field(default_factory=dict)
+    # what layers' matrices would cost, by what that depends on
     measured: dict[Hashable, States] = field(default_factory=dict)
-    calls: list[list[Call]] = field(default_factory=list)
-    real: list[Tensor] = field(default_factory=list)
-    tokens: int = 0
-    loss: float = 0.0
+    calls: list[list[Call]] = field(default_factory=list)  # by batch, then by number of the layer
+    real: list[Tensor] = field(default_factory=list)  # (B, T) bool per batch: false on padding
+    tokens: int = 0  # labels of all batches
+    loss: float = 0.0  # mean loss per label
+    # the gradients of all these layers are there; else those of the last one, and each `replay` adds those of the
+    # layer below
     whole: bool = True
 
     def visits(self, number: int) -> Iterator[Visit]:

@@ -14,7 +14,7 @@ finite and no larger than 65504, are the base's: a kit without a checked signatu
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.errors import KitError
-from siftune.offsite.emulator.model import LayerShape
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.assemble import EmulatorParts
 from siftune.offsite.kit import config, tokenizer
 from siftune.offsite.kit.config import CONFIG
 from siftune.offsite.kit.manifest import (
@@ -41,33 +40,20 @@ from siftune.offsite.kit.manifest import (
 )
 from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
 from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
-from siftune.offsite.kit.tensor_file import load_tensors, open_tensors
+from siftune.offsite.kit.tensor_file import open_tensors
 from siftune.offsite.kit.tensors import TensorSpec, check_specs, spec_of, write_tensors
 
 
 @dataclass(frozen=True)
-class KitContents:
-    """What goes into a kit; nothing else does.
+class KitContents(EmulatorParts):
+    """What goes into a kit: an emulator, of whose config only what `config.scrub` lets through is written, and this.
 
-    Attributes:
-        config: The emulator's config; only what `config.scrub` lets through is written.
-        tokenizer: The base's tokenizer.
-        split: Outer layers at either end.
-        middle: Shapes of the emulator's layers between.
-        depth: Decoder layers of the base.
-        fingerprint: Of the base's weights.
-        frozen: Name in the emulator's state dict -> tensor, of `frozen_names`; may be lazy, so one at a time is taken.
-        outer: Neutral name -> tensor, of `outer_names`; the same.
+    One tensor is taken at a time, since they may be lazy.
     """
 
-    config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    split: Split
-    middle: Sequence[LayerShape]
-    depth: int
-    fingerprint: str
-    frozen: Mapping[str, Tensor]
-    outer: Mapping[str, Tensor]
+    depth: int  # decoder layers of the base
+    fingerprint: str  # of the base's weights
 
 
 @dataclass(frozen=True)
@@ -142,7 +128,7 @@ def _fill(folder: Path, contents: KitContents) -> None:
         depth=contents.depth,
         fingerprint=contents.fingerprint,
         split=contents.split,
-        middle=tuple(contents.middle),
+        middle=contents.middle,
         outer={name: spec_of(contents.outer[name]) for name in contents.outer},
         files={name: FileSpec((folder / name).stat().st_size, sha256_of(folder / name)) for name in names},
     )
@@ -252,5 +238,5 @@ def load_weights(kit: Kit, name: str) -> dict[str, Tensor]:
     Raises:
         KitError: The file is not the one that was checked.
     """
-    with naming(f"kit {kit.path}"):
-        return load_tensors(kit.path / name, kit.manifest.files[name])
+    with naming(f"kit {kit.path}"), open_tensors(kit.path / name) as file:
+        return file.load(kit.manifest.files[name])

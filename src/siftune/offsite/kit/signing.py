@@ -26,14 +26,7 @@ from siftune.offsite.kit.strict import brief, read_bytes
 
 
 def sign(folder: Path, private_key: Path) -> Path:
-    """Sign a folder; write `kit.sig` into it.
-
-    Args:
-        folder: A complete kit.
-        private_key: PEM file of the owner's private key.
-
-    Returns:
-        The signature's path.
+    """Sign a complete kit: write `kit.sig` into its folder, and return its path.
 
     Raises:
         KitError: The package is not installed, or the key cannot be used.
@@ -79,26 +72,16 @@ def verify(folder: Path, public_key: Path, digests: Mapping[str, str]) -> None:
 
 
 def load_signer(private_key: Path) -> Any:
-    """Load the private key, also to learn before long work that signing will be possible.
-
-    Returns:
-        model-signing's configuration for signing with it.
+    """Load the private key into model-signing's configuration, also to learn before long work that it can be used.
 
     Raises:
-        KitError: The package is not installed, or the key cannot be used.
+        KitError: It cannot, or the package is not installed.
     """
     return _load(private_key, "signing")
 
 
 def load_verifier(public_key: Path) -> Any:
-    """Load the public key.
-
-    Returns:
-        model-signing's configuration for verifying with it.
-
-    Raises:
-        KitError: The package is not installed, or the key cannot be used.
-    """
+    """Load the public key; as `load_signer`."""
     return _load(public_key, "verifying")
 
 

@@ -136,9 +136,3 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     """
     with open_regular(path) as file:
         yield TensorFile(file, path.name)
-
-
-def load_tensors(path: Path, expected: FileSpec) -> dict[str, Tensor]:
-    """Load a tensor file whose size and hash a manifest has; see `TensorFile.load`."""
-    with open_tensors(path) as file:
-        return file.load(expected)

@@ -87,8 +87,8 @@ def emulate(
         layers = _compressed(model, batches, settings, options, work, progress)
     parts = assemble(model, settings.split, layers)
     contents = KitContents(
-        parts.config, tokenizer, parts.split, parts.middle, len(find_layers(model).layers), identity,
-        converted(parts.frozen, options.dtype), converted(parts.outer, options.outer_dtype),
+        parts.config, parts.split, parts.middle, converted(parts.frozen, options.dtype),
+        converted(parts.outer, options.outer_dtype), tokenizer, len(find_layers(model).layers), identity,
     )  # fmt: skip
     kit = write_kit(out, contents, options.signing_key)
     work.remove()

@@ -84,8 +84,9 @@ def next_kit(
             file.check(manifest.files[EMULATOR])
         second = _Second(base, tuned, kit, file)
         contents = KitContents(
-            load_config(kit), load_tokenizer(kit), manifest.split, manifest.middle, manifest.depth, identity,
+            load_config(kit), manifest.split, manifest.middle,
             Tensors({name: partial(second.tensor, name) for name in file.specs}), _outer(tuned, kit),
+            load_tokenizer(kit), manifest.depth, identity,
         )  # fmt: skip
         made = write_kit(out, contents, signing_key)
     return NextKit(made, tuple(sorted(second.moved)))

@@ -9,8 +9,8 @@ from support.tiny_kit import SPLIT, base_model, save_kit
 
 from siftune.errors import KitError
 from siftune.models.adapters import attach_adapter
+from siftune.offsite.kit.folder import load_weights
 from siftune.offsite.kit.manifest import OUTER
-from siftune.offsite.kit.tensor_file import load_tensors
 from siftune.offsite.protocol.load import load_emulator
 from siftune.offsite.protocol.plug import plug_in
 from siftune.offsite.protocol.returned import open_return, read_return, write_return
@@ -46,7 +46,7 @@ def adapted(kit, kind="lora", rank=3, size=0.1, **settings):
 
 
 def shipped(kit):
-    return load_tensors(kit.path / OUTER, kit.manifest.files[OUTER])
+    return load_weights(kit, OUTER)
 
 
 @pytest.fixture(scope="module")
