@@ -23,16 +23,10 @@ Sides = tuple[RowLosses, RowLosses]  # of members and others
 def attack(
     job: Job, plug: Callable[[], AbstractContextManager[None]], zero_shot: RowScores, plug_in: RowScores
 ) -> Membership | None:
-    """Infer membership from losses; those of held-out rows are known already.
+    """Infer membership from losses; None where the job has no candidates.
 
-    Args:
-        job: The job; its base may be the emulator itself, for whoever has no other.
-        plug: Puts the tuned layers into the base for a while.
-        zero_shot: The base's scores on the held-out rows before.
-        plug_in: The same afterwards.
-
-    Returns:
-        None where the job has no candidates.
+    The job's base may be the emulator itself, for whoever has no other. `plug` puts the tuned layers into it for a
+    while; its scores on the held-out rows before that, `zero_shot`, and with them, `plug_in`, are known already.
     """
     candidates, base = job.candidates, job.models.base
     if candidates is None:
@@ -55,11 +49,6 @@ def with_shadows(job: Job, found: Membership, sides: Sides) -> Membership:
     """Add LiRA to attacks that were made (`lira.py`).
 
     Shadow models are made as the return is: the emulator's outer layers are tuned, and measured in the base.
-
-    Args:
-        job: The job, with candidates.
-        found: The attacks so far.
-        sides: Losses of members and others.
     """
     candidates, count = job.candidates, job.settings.shadows
     assert candidates is not None

@@ -171,10 +171,6 @@ def _tuned_outer(
 def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audit:
     """Audit a kit on disk.
 
-    Args:
-        options: Paths and settings.
-        progress: As for `audit`.
-
     Raises:
         KitError: Kit or return is damaged, or does not belong to the base model.
         ModelError: The base model cannot be loaded.

@@ -131,16 +131,7 @@ def _by_kind(
 
 
 def compared(base: PreTrainedModel, emulator: nn.Module, split: Split) -> list[Compared]:
-    """The middle's matrices that an emulator replaced.
-
-    Args:
-        base: The base model.
-        emulator: An emulator of it.
-        split: The split of both.
-
-    Returns:
-        Nothing where the emulator has fewer layers than the base: those that stayed are whole.
-    """
+    """The middle's matrices that an emulator replaced; none where it has fewer layers than the base: all are whole."""
     layers, others = find_layers(base).layers, find_layers(emulator).layers
     if len(layers) != len(others):
         return []
@@ -158,12 +149,7 @@ def compared(base: PreTrainedModel, emulator: nn.Module, split: Split) -> list[C
 
 
 def row_residuals(base: PreTrainedModel, matrices: Sequence[Compared], batches: Batches) -> dict[str, Floats]:
-    """What every compressed matrix loses of every row.
-
-    Args:
-        base: The base model; left as it was.
-        matrices: From `compared`.
-        batches: (B, T) `input_ids` and `attention_mask`.
+    """What every compressed matrix, from `compared`, loses of every row of (B, T) `input_ids` and `attention_mask`.
 
     Returns:
         Name of the matrix -> (R,) residuals, in the order of the rows.

@@ -46,13 +46,7 @@ class GradientCosine:
 
 
 def gradient_cosine(model: nn.Module, emulator: nn.Module, batches: Batches, split: Split) -> GradientCosine:
-    """Compare the outer layers' gradients on a base model and on an emulator of it.
-
-    Args:
-        model: The base model, without PEFT around it.
-        emulator: The emulator.
-        batches: (B, T) `input_ids`, `attention_mask` and `labels` (-100 where nothing is learned). Read twice.
-        split: The split of both.
+    """Compare the outer layers' gradients on a base model and on an emulator of it; arguments as for `outer_gradient`.
 
     Raises:
         ValueError: The two have other outer layers, or no batch has a label.

@@ -84,12 +84,7 @@ def choose_rows(rows: AuditRows, settings: AuditSettings) -> list[int]:
 
 
 def choose_candidates(rows: AuditRows, settings: AuditSettings, trained: Sequence[int]) -> Candidates:
-    """Draw rows for membership inference.
-
-    Args:
-        rows: The rows.
-        settings: How many, and the seed.
-        trained: Indices of the training rows that the outer layers were tuned on.
+    """Draw rows for membership inference; `trained` are the training rows that the outer layers were tuned on.
 
     Raises:
         DataError: No held-out row is left.

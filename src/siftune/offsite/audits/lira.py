@@ -48,12 +48,7 @@ def confidence(nll: Floats) -> Floats:
 
 
 def halves(count: int, rows: int, seed: int) -> Flags:
-    """Which rows each shadow model is tuned on: half of them, and the model after it the others.
-
-    Args:
-        count: N, at least 2.
-        rows: R, at least 2.
-        seed: Of the draw.
+    """Which rows each of N ≥ 2 shadow models is tuned on: half of the R ≥ 2, and the model after it the others.
 
     Returns:
         (N, R). With an odd number of rows one model of a pair has one row more.
@@ -70,13 +65,8 @@ def halves(count: int, rows: int, seed: int) -> Flags:
 def lira(target_R: Floats, shadows_NR: Floats, trained_NR: Flags) -> LiraScores:
     """Score candidate rows.
 
-    Args:
-        target_R: φ* of every row.
-        shadows_NR: φ of every row under every shadow model.
-        trained_NR: Whether that model was tuned on that row; every row needs a model of either kind.
-
     Raises:
-        ValueError: A row has no shadow model of one kind.
+        ValueError: A row has no shadow model that was tuned on it, or none that was not.
     """
     if not trained_NR.any(axis=0).all() or trained_NR.all(axis=0).any():
         raise ValueError("every row needs a shadow model that was tuned on it and one that was not")

@@ -88,13 +88,7 @@ class RowLosses:
 def infer_membership(
     members: RowLosses, others: RowLosses, left_out: int = 0, bootstrap: Bootstrap | None = None
 ) -> Membership:
-    """Measure the attacks that need no model but base and return.
-
-    Args:
-        members: Losses of rows that were trained on, at least one.
-        others: Losses of rows of the same source that were not, at least one.
-        left_out: See `Membership`.
-        bootstrap: How the intervals are drawn.
+    """Measure the attacks that need no model but base and return; see `Membership` for `left_out`.
 
     Raises:
         ValueError: A side is empty or a loss isn't finite.

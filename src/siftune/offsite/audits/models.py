@@ -73,12 +73,7 @@ def read_outer(model: nn.Module, split: Split) -> dict[str, Tensor]:
 
 @contextmanager
 def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
-    """Put a model's tensors back afterwards, bit for bit and in place.
-
-    Args:
-        model: The model.
-        names: Names in its state dict; None for all of them.
-    """
+    """Put a model's tensors, those of these names or all, back afterwards, bit for bit and in place."""
     before = {name: t.detach().clone() for name, t in model.state_dict().items() if names is None or name in names}
     try:
         yield
@@ -88,13 +83,7 @@ def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator
 
 @contextmanager
 def plugged(model: nn.Module, split: Split, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put outer layers into a model for a while.
-
-    Args:
-        model: A base model or an emulator.
-        split: Its split.
-        tensors: The outer layers' tensors by neutral name; cast to the model's dtype.
-    """
+    """Put outer layers, by neutral name, into a base model or an emulator for a while; they are cast to its dtype."""
     names = outer_names(model, split)
     with restored(model, names.values()):
         _write(model, {names[neutral]: tensor for neutral, tensor in tensors.items()})
@@ -103,11 +92,7 @@ def plugged(model: nn.Module, split: Split, tensors: Mapping[str, Tensor]) -> It
 
 @contextmanager
 def unshared(model: nn.Module) -> Iterator[None]:
-    """Give every decoder layer weights of its own for a while, where an emulator's layers share some.
-
-    Args:
-        model: A base model or an emulator.
-    """
+    """Give every decoder layer weights of its own for a while, where an emulator's layers share some."""
     seen: set[int] = set()
     before: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in (module for layer in find_layers(model).layers for module in layer.modules()):
@@ -127,9 +112,7 @@ def unshared(model: nn.Module) -> Iterator[None]:
 def random_floor(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same architecture with random weights, as its config initialises them.
 
-    Args:
-        model: The model, which is left alone.
-        seed: Seed of the weights; the global generator is as before afterwards.
+    The global generator is as before afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

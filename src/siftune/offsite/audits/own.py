@@ -81,11 +81,7 @@ def own_audit(
 
 
 def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> OwnAudit:
-    """Attack a return on disk without the base.
-
-    Args:
-        options: Kit, return and rows; no model is needed.
-        progress: As for `own_audit`.
+    """Attack a return on disk without the base; no model need be named.
 
     Raises:
         InputError: On a kit, return, rows or settings that cannot be used.
@@ -106,14 +102,9 @@ def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> 
 
 
 def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
-    """Attack the return of a run that has just ended, on at most `AFTER_TRAINING` rows of either kind.
+    """Attack the return of a run of a kit that has just ended, on at most `AFTER_TRAINING` rows of either kind.
 
-    Args:
-        recipe: What the run was trained by; its model is a kit.
-        returned: The return.
-
-    Returns:
-        None where the recipe names no held-out rows: without others there is nothing to compare with.
+    None where the recipe names no held-out rows: without others there is nothing to compare with.
     """
     if not recipe.eval:
         return None

@@ -26,9 +26,6 @@ def plant(job: Job) -> Canaries:
     """Tune once more, with canaries among the rows, and see what comes out of the plugged model.
 
     The steps grow with the rows, so that every row is passed over as often as without canaries.
-
-    Args:
-        job: The job; its settings say how many canaries each group has.
     """
     settings, models, count = job.settings, job.models, job.settings.canaries
     canaries = make_canaries(count * len(REPEATS), REFERENCES, settings.seed)

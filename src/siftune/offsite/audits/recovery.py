@@ -20,10 +20,7 @@ _PARTS = (8, 4, 2)  # of the steps after which a run is measured on its way
 def recovered(job: Job, full_ft: RowScores, emulator_zs: RowScores) -> tuple[RowScores, tuple[RecoveryPoint, ...]]:
     """Tune all decoder layers of the emulator, once for every learning rate.
 
-    Args:
-        job: The job.
-        full_ft: Scores of the base with its outer layers tuned: the end of the way.
-        emulator_zs: Scores of the emulator as it was: its beginning.
+    The way begins at `emulator_zs`, and ends at the base with its outer layers tuned, `full_ft`.
 
     Returns:
         Scores of the best run at its end, and every run's points, by learning rate and then by tokens.

@@ -122,15 +122,7 @@ class Audit:
 
 
 def summarise(scores: Mapping[str, RowScores], bootstrap: Bootstrap) -> tuple[dict[str, Condition], dict[str, Any]]:
-    """Compute conditions and comparisons from the models' scores on the same rows.
-
-    Args:
-        scores: Condition -> scores; all keys of `LABELS`, `recovered` if it was tried.
-        bootstrap: How intervals are drawn.
-
-    Returns:
-        Conditions, and measure -> `Comparison`.
-    """
+    """Compute conditions, and measure -> `Comparison`, from the models' scores on the same rows, by condition."""
     tokens = scores[FULL_ZS].tokens
     means = {"nll": resample({name: -one.nll for name, one in scores.items()}, tokens, bootstrap)}
     correct = {name: one.correct for name, one in scores.items() if one.correct is not None}

@@ -118,11 +118,8 @@ def sweep(
         model: The base model, without adapters; left as it was.
         batches: Calibration rows, as for `protocol.emulate`.
         held_out: Other rows of the kind, to measure on.
-        grid: What to compare.
+        grid: What to compare; points come in the order of its settings.
         progress: Told of every batch, layer and measurement.
-
-    Returns:
-        One point per emulator, in the order of `SweepGrid.settings`.
 
     Raises:
         InputError: On a grid, rows or a model that cannot be used.

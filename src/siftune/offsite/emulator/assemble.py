@@ -31,11 +31,7 @@ class EmulatorParts:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors that are got as they are asked for, and not kept.
-
-    Args:
-        sources: Name -> what gives the tensor.
-    """
+    """Tensors that are got from their sources as they are asked for, and not kept."""
 
     def __init__(self, sources: Mapping[str, Callable[[], Tensor]]) -> None:
         self._sources = sources
@@ -54,13 +50,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLayer]) -> EmulatorParts:
-    """Collect an emulator's tensors; those that were not compressed are the base's own, not copies.
-
-    Args:
-        model: The base model.
-        split: Outer layers at either end.
-        layers: The compressed middle, from the embeddings to the head.
-    """
+    """Collect the tensors of an emulator with this middle; those that were not compressed are the base's, no copies."""
     middle = tuple(layer.shape for layer in layers)
     config = emulator_config(model.config, split, middle)
     skeleton = build(config, split, middle)
@@ -86,15 +76,10 @@ def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tenso
 
 
 def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Make a model of an emulator's parts.
+    """Make a model of an emulator's parts, in one dtype if it is given.
 
     The outer layers' tensors are copied, so that training them leaves the base alone; frozen ones are shared with
-    `parts`.
-    Only the outer layers' parameters require gradients.
-
-    Args:
-        parts: The emulator.
-        dtype: Dtype of all of it; None leaves each tensor's.
+    `parts`. Only the outer layers' parameters require gradients.
     """
     model = build(parts.config, parts.split, parts.middle, meta=False)
     names = outer_names(model, parts.split)
@@ -106,14 +91,7 @@ def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTr
 def filled(
     model: PreTrainedModel, split: Split, middle: Sequence[LayerShape], state: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """Give a model from `build` its weights, and tie what is tied.
-
-    Args:
-        model: Parameters on the meta device, buffers with values.
-        split: Outer layers at either end.
-        middle: Shapes of the layers between.
-        state: Tensors by name in the model's state dict; used as they are, not copied.
-    """
+    """Give a model from `build` its weights, which are used as they are, not copied, and tie what is tied."""
     model.load_state_dict(dict(state), strict=False, assign=True)
     layers = find_layers(model).layers
     places = split.middle(len(layers))

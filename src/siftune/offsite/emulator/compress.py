@@ -98,11 +98,9 @@ class CompressedLayer:
 
 
 def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> LayerCurvature:
-    """Curvature of the matrices of a layer; those that read the same tensor share their input moments.
+    """Curvature of the matrices of a layer, by path; those that read the same tensor share their input moments.
 
-    Args:
-        captured: What the matrices saw, by path.
-        slopes: Whether D is needed; zeros stand for it where every λ is 0.
+    Without `slopes`, where every λ is 0, zeros stand for D.
     """
     inputs: dict[int, Moments] = {}
     curvature = {}
@@ -129,17 +127,14 @@ def compress_layer(
     seen: LayerCurvature,
     how: Compression,
 ) -> CompressedLayer:
-    """Compress a layer; the layer itself stays as it is.
+    """Compress a decoder layer of the base model, which itself stays as it is; in that one's dtype.
 
     Args:
-        layer: A decoder layer of the base model.
+        layer: The layer.
         number: Its number.
         family: Where its matrices are.
         seen: Their curvature; not needed where all is kept.
         how: Settings.
-
-    Returns:
-        The layer's shape and tensors, in the dtype of the layer's.
     """
     result = whole(layer, number)
     if how.keep >= 1:

@@ -42,11 +42,7 @@ def measured_paths(family: Family) -> tuple[str, ...]:
 def layer_costs(layer: nn.Module, family: Family, captured: Mapping[str, Captured], how: Compression) -> list[Tensor]:
     """Parameters and costs of a layer's matrices at every share of `SHARES`.
 
-    Args:
-        layer: A decoder layer of the base model.
-        family: Where its matrices are.
-        captured: What those of `how.judged` saw.
-        how: Settings; what they keep has no part.
+    `captured` is what those of `how.judged` saw; what the settings keep has no part.
 
     Returns:
         (2, S) float64 for each of `measured_paths`: parameters, then what is lost.
@@ -111,15 +107,9 @@ def _table(sizes: Sequence[float], costs: Sequence[float]) -> Tensor:
 def measured_shares(
     model: nn.Module, recording: Recording, how: Compression, progress: Progress | None = None
 ) -> dict[int, dict[str, float]]:
-    """Share out what is kept among all matrices of the middle, by what each costs.
+    """Share out what is kept, `how.keep` of the parameters of all the middle's matrices, by what each costs.
 
     Layers are run one after the other; costs lie with the recording's states, so that a run that was cut goes on.
-
-    Args:
-        model: The base model.
-        recording: What its middle layers saw.
-        how: Settings; `keep` of the parameters of all matrices is what is shared out.
-        progress: Told of every layer.
 
     Returns:
         Number of the layer -> path -> share.

@@ -71,17 +71,10 @@ def in_place(layer: nn.Module, family: Family, made: CompressedLayer) -> Iterato
 
 
 def distil(layer: nn.Module, family: Family, made: CompressedLayer, prefix: Prefix, steps: int) -> CompressedLayer:
-    """Train what is compressed of a layer to put out what the base's layer does.
-
-    Args:
-        layer: The base's layer; left as it was, as is `made`.
-        family: Where its matrices are.
-        made: The layer, compressed.
-        prefix: What the compressed layers below give it.
-        steps: Steps of Adam, each on one batch.
+    """Train what is compressed of a layer of the base to put out what that does, by steps of Adam on one batch each.
 
     Returns:
-        The layer after them; `made` itself where nothing is compressed, or nothing got better.
+        The layer after them, or `made` itself where nothing is compressed, or nothing got better.
     """
     names, targets = _learning(made, family), prefix.recording.hidden.get(prefix.number + 1)
     if not names:

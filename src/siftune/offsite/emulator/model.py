@@ -20,14 +20,7 @@ from siftune.offsite.emulator.split import Split
 
 
 class FactoredLinear(nn.Module):
-    """A linear map through a bottleneck: y = up(down(x)), in place of a Linear of the same in and out features.
-
-    Args:
-        in_features: Features of x.
-        rank: Rows of `down`, columns of `up`.
-        out_features: Features of y.
-        bias: Whether `up` has a bias.
-    """
+    """A linear map through a bottleneck: y = up(down(x)), in place of a Linear of the same in and out features."""
 
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool) -> None:
         super().__init__()
@@ -58,16 +51,13 @@ class LayerShape:
 
 
 def build(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape], meta: bool = True) -> PreTrainedModel:
-    """Build an emulator without weights.
+    """Build an emulator without weights: its parameters are on the meta device.
 
     Args:
         config: The emulator's config, from `emulator_config`.
         split: Outer layers at either end.
         middle: Shapes of the layers between.
         meta: Buffers on the meta device too; False gives buffers their values.
-
-    Returns:
-        The model, its parameters on the meta device.
     """
     place: AbstractContextManager[Any] = torch.device("meta")
     if not meta:

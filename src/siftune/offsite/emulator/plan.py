@@ -106,13 +106,7 @@ class Step:
 def plan(
     model: nn.Module, recording: Recording, settings: EmulatorSettings, progress: Progress | None = None
 ) -> list[Step]:
-    """Plan the middle.
-
-    Args:
-        model: The base model.
-        recording: What its middle layers saw.
-        settings: Checked settings.
-        progress: Told of every layer, where each is measured.
+    """Plan the middle, of a model and what its layers saw, by checked settings.
 
     Raises:
         UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
@@ -138,11 +132,8 @@ def plan(
 def allot(scores: Sequence[float], keep: float) -> list[float]:
     """Share out what is kept among layers of one size *(ours)*.
 
-    In proportion to the root of the scores, between half of `keep` and 1, so that the mean is `keep`.
-
-    Args:
-        scores: One number of 0 or more per layer; high where a layer matters.
-        keep: Mean share, in (0, 1].
+    In proportion to the root of the scores, one of 0 or more per layer, high where it matters; each share is between
+    half of `keep` and 1, and their mean is `keep`.
     """
     roots = [max(score, 0.0) ** 0.5 for score in scores]
     largest = max(roots)
@@ -158,13 +149,7 @@ def allot(scores: Sequence[float], keep: float) -> list[float]:
 
 
 def keep_for_size(model: nn.Module, split: Split, target_bytes: float, element_bytes: int) -> float:
-    """The kept fraction at which the frozen part of an emulator has a size.
-
-    Args:
-        model: The base model.
-        split: Outer layers at either end.
-        target_bytes: Size of emulator.safetensors, in bytes.
-        element_bytes: Bytes of a number in it.
+    """The kept fraction at which emulator.safetensors, the frozen part of an emulator, has a size in bytes.
 
     Raises:
         RecipeError: It cannot be that small or large; the message names the range.

@@ -77,16 +77,10 @@ def record(
 
 
 def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
-    """Run a recorded layer alone, and collect what its matrices saw.
+    """Run a recorded layer alone, and collect what its matrices saw, by path.
 
     Matrices that read the same tensor share `x_NI`. Where the recording is not whole, it then has the gradients for the
     layer below.
-
-    Args:
-        layer: The layer.
-        recording: From `record`.
-        number: Its number.
-        paths: Its matrices.
     """
     parts: dict[str, list[Captured]] = {path: [] for path in paths}
     shared: dict[int, Tensor] = {}

@@ -44,11 +44,7 @@ class Split:
 
 
 def outer_names(model: nn.Module, split: Split) -> dict[str, str]:
-    """Names of the outer layers' tensors.
-
-    Args:
-        model: A base model or an emulator of one, without PEFT around it.
-        split: Its split.
+    """Names of the outer layers' tensors, in a base model or an emulator of one without PEFT around it.
 
     Returns:
         Depth-independent name -> name in the model's state dict, of parameters and persistent buffers.

@@ -30,14 +30,7 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def scrub(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """Take from a config what may leave.
-
-    Args:
-        config: An emulator's config.
-        dtype: Number format of its weights, in safetensors' words.
-
-    Returns:
-        The settings for config.json.
+    """Take from an emulator's config what may leave, for config.json; `dtype` is its weights', in safetensors' words.
 
     Raises:
         KitError: A setting has a value that no kit may hold, such as a text with slashes.
@@ -168,15 +161,10 @@ def expected_specs(
 
 
 def check_of_base(settings: Mapping[str, Any], manifest: Manifest, base: PreTrainedConfig) -> None:
-    """Hold what a kit says of its base to the base: family, depth, and which of its layers the middle has.
+    """Hold what a kit, checked, says of its base to the base: family, depth, and which of its layers the middle has.
 
     Where all layers are of one kind only the model's owner could tell one number of a layer from another, and nothing
     is built by it.
-
-    Args:
-        settings: The kit's config.json, checked.
-        manifest: Its manifest, checked.
-        base: The base's config.
 
     Raises:
         KitError: They do not fit.

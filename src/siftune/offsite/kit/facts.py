@@ -12,11 +12,10 @@ from siftune.offsite.kit.tensors import DTYPES
 
 
 def facts(kit: Kit) -> dict[str, Any]:
-    """What a kit is.
+    """What a kit is, in plain types.
 
-    Returns:
-        Plain types. `base_mb` is what the whole base model would take in the kit's dtype; `middle.kept` the share of
-        the parameters of the base's middle that the emulator has.
+    `base_mb` is what the whole base model would take in the kit's dtype; `middle.kept` the share of the parameters of
+    the base's middle that the emulator has.
     """
     manifest = kit.manifest
     model = build(load_config(kit), manifest.split, manifest.middle)

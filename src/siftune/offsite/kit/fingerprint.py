@@ -14,16 +14,10 @@ _CHUNK = 1 << 22  # values that are hashed at a time
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 that names a base model's weights, whether they are held in float32 or in the checkpoint's bfloat16.
+    """SHA-256 in hexadecimal that names a base model's weights, held in float32 or in the checkpoint's bfloat16 alike.
 
     Hashed are, in the order of the names, every tensor's name, shape, and values in float32; a tensor that is tied to
-    another counts once. One piece of a tensor is converted at a time.
-
-    Args:
-        model: The base model, without PEFT or other wrappers.
-
-    Returns:
-        64 hexadecimal digits.
+    another counts once. One piece of a tensor is converted at a time. The model is without PEFT or other wrappers.
 
     Raises:
         KitError: A weight has no values: it is on the meta device, and accelerate does not know it either.

@@ -96,9 +96,6 @@ def write_kit(out: str | Path, contents: KitContents, signing_key: Path | None =
         contents: What goes into it.
         signing_key: PEM file of the private key to sign it with; see signing.py.
 
-    Returns:
-        The kit as read.
-
     Raises:
         ModelError: `out` is in use.
         KitError: It cannot be written to, the contents do not fit together or hold NaN, or the key cannot be used.
@@ -230,10 +227,7 @@ def load_tokenizer(kit: Kit) -> PreTrainedTokenizerFast:
 
 
 def load_weights(kit: Kit, name: str) -> dict[str, Tensor]:
-    """Load one of the tensor files of a kit that was read, `EMULATOR` or `OUTER`, in one reading.
-
-    Returns:
-        Name -> tensor on the CPU, each with memory of its own.
+    """Load one of the tensor files of a kit that was read, `EMULATOR` or `OUTER`, in one reading, to the CPU.
 
     Raises:
         KitError: The file is not the one that was checked.

@@ -43,15 +43,9 @@ class Limits:
 
 
 def run_limited(module: str, request: Any, limits: Limits) -> Any:
-    """Have `module.answer(request)` computed by a child.
+    """Have `module.answer(request)` computed by a child; request and answer are of plain types.
 
-    Args:
-        module: A module of siftune that imports little.
-        request: Plain types.
-        limits: What the child may use.
-
-    Returns:
-        The answer, in plain types.
+    The module is one of siftune that imports little.
 
     Raises:
         KitError: `answer` raised one, or the child died of the data or ran over a limit.

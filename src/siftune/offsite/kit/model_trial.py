@@ -13,11 +13,9 @@ _TOKENS = 2  # in the row that is tried
 
 
 def try_model(model: PreTrainedModel, name: str) -> None:
-    """Run a model once on the meta device, and its rotary embeddings with numbers.
+    """Run a model from `build` once on the meta device, and its rotary embeddings with numbers; it is spent afterwards.
 
-    Args:
-        model: On the meta device, from `build`; its buffers are limited already. It is spent afterwards.
-        name: The file that it is built of, for messages.
+    Its buffers are limited already; `name` is the file that it is built of, for messages.
 
     Raises:
         KitError: Shapes do not fit each other, or a position's angles are not finite.

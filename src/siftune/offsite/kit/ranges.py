@@ -135,15 +135,10 @@ _MAY_BE_NULL = (
 
 
 def check_range(name: str, value: Any, where: str) -> None:
-    """Check the value of one setting.
-
-    Args:
-        name: The setting.
-        value: As it stands in JSON, or in the config that was built of it.
-        where: File and field, for the message.
+    """Check the value of one setting, as it stands in JSON, or in the config that was built of it.
 
     Raises:
-        KitError: A model with it would fail or blow up, or it is of another type.
+        KitError: A model with it would fail or blow up, or it is of another type. It names `where`, file and field.
     """
     check = _RULES.get(name, _plain)
     (null_or(check) if name in _MAY_BE_NULL else check)(value, where)

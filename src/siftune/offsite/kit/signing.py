@@ -44,13 +44,9 @@ def sign(folder: Path, private_key: Path) -> Path:
 
 
 def verify(folder: Path, public_key: Path, digests: Mapping[str, str]) -> None:
-    """Check that the owner of a key has signed files of these hashes, and no others.
+    """Check that the owner of a key has signed files of these SHA-256, and no others; only the signature is read.
 
-    Args:
-        folder: A kit, of which the signature alone is read.
-        public_key: PEM file of the owner's public key.
-        digests: Name -> SHA-256 in hexadecimal, of every other file of the folder. Who has hashed what it read need not
-            ask whether a file was exchanged between the two.
+    Who has hashed what it read need not ask whether a file was exchanged between the two.
 
     Raises:
         KitError: The package is not installed, the key cannot be used, there is no signature, or it is not right.

@@ -119,11 +119,7 @@ def sha256_of(path: Path) -> str:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """Parse strict JSON.
-
-    Args:
-        data: The bytes; how many is the caller's to limit.
-        name: What the bytes are, for messages.
+    """Parse strict JSON; how many bytes is the caller's to limit, and `name` is what they are, for messages.
 
     Raises:
         KitError: It is no JSON, has a key twice, NaN or infinity, a number of more than `MAX_DIGITS` digits, −0, half
@@ -251,10 +247,7 @@ def as_text(value: Any, where: str, pattern: str) -> str:
 
 @contextlib.contextmanager
 def fresh_folder(out: str | Path) -> Iterator[Path]:
-    """Have a folder filled beside its place, then move it there; if anything goes wrong, nothing is left behind.
-
-    Args:
-        out: The place; missing or an empty folder. Missing parents are made.
+    """Have a folder, missing or empty, filled beside its place and moved there; after an error nothing is left behind.
 
     Raises:
         ModelError: `out` is in use.

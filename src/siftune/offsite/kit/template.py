@@ -49,11 +49,7 @@ class _FailsError(KitError):
 
 
 def try_template(source: str, named: Mapping[str, str]) -> str:
-    """Render a template on conversations of many kinds.
-
-    Args:
-        source: The template.
-        named: Special tokens by name, which a template may use.
+    """Render a template on conversations of many kinds; `named` are special tokens by name, which it may use.
 
     Returns:
         A short conversation in the template's form, cut at `MAX_SHOWN` characters.

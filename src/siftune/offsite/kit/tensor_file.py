@@ -34,16 +34,10 @@ class _Mark:
 
 
 class TensorFile:
-    """An open safetensors file whose header has passed every check.
+    """A safetensors file, just opened, whose header has passed every check; `name` is for messages.
 
     All of it is read once, by `check` or by `load`. What `check` has passed can be read `again`, tensor by tensor.
-
-    Args:
-        file: The file, just opened.
-        name: Its name, for messages.
-
-    Attributes:
-        specs: Name -> shape and dtype, in the order of the header.
+    `specs` has shape and dtype by name, in the order of the header.
 
     Raises:
         KitError: The header is out of order.
@@ -86,10 +80,7 @@ class TensorFile:
         return tensor
 
     def load(self, expected: FileSpec) -> dict[str, Tensor]:
-        """Read the tensors, each into memory of its own, and hash what was read.
-
-        Returns:
-            Name -> tensor on the CPU, in the order of `specs`.
+        """Read the tensors, each into memory of its own on the CPU, in the order of `specs`, and hash what was read.
 
         Raises:
             KitError: Size or hash are not the manifest's.

@@ -87,11 +87,9 @@ class Header:
 
 
 def read_header(file: BufferedReader, name: str) -> Header:
-    """Read the header of a safetensors file, strictly, and allocate nothing for its tensors.
+    """Read the header of a safetensors file, just opened, strictly, and allocate nothing for its tensors.
 
-    Args:
-        file: The file, just opened; it is left where the tensors begin.
-        name: Its name, for messages.
+    The file is left where the tensors begin.
 
     Raises:
         KitError: Anything is out of order: length, JSON, metadata, names, dtypes, shapes, offsets, size of the file.
@@ -138,13 +136,7 @@ def _check_offsets(
 
 
 def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str, by: str) -> None:
-    """Compare what a file holds with what it must hold.
-
-    Args:
-        specs: Name -> spec, in the file.
-        expected: The same, as it must be.
-        where: The file, for the message.
-        by: What says so, for the message.
+    """Compare what a file holds with what it must hold; `where` names the file, and `by` who says so, for the message.
 
     Raises:
         KitError: A tensor is missing, superfluous, or of another shape or dtype.
@@ -162,9 +154,7 @@ def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSp
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, as the library writes it; one tensor is looked at at a time, so that they may be lazy.
 
-    Args:
-        path: The file, in a folder that exists.
-        tensors: Name -> tensor, on any device; each is asked for several times.
+    Each is asked for several times, and may be on any device.
 
     Raises:
         KitError: A value is NaN, infinite or too large, or the file cannot be written.
@@ -204,12 +194,8 @@ def _bytes(tensor: Tensor) -> Any:
 def check_finite(tensor: Tensor, where: str) -> None:
     """Refuse NaN, infinity, and numbers so large that products of them become infinite; piece by piece.
 
-    Args:
-        tensor: Of floating point.
-        where: File and tensor, for the message.
-
     Raises:
-        KitError: There is such a number.
+        KitError: There is such a number. `where` is file and tensor, for the message.
     """
     flat = tensor.detach().reshape(-1)
     for start in range(0, len(flat), _PIECE):

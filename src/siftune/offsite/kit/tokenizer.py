@@ -47,16 +47,10 @@ _PARTS = (
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Turn a tokenizer into the files of a kit.
-
-    Args:
-        tokenizer: A tokenizer of the tokenizers library. Of several chat templates the one called `default` is taken.
-
-    Returns:
-        File name -> content.
+    """Turn a tokenizer into the files of a kit; of several chat templates the one called `default` is taken.
 
     Raises:
-        KitError: It is no such tokenizer, or one that uses several classes of tokens that a kit does not know.
+        KitError: It is none of the tokenizers library, or uses several classes of tokens that a kit does not know.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -85,9 +79,7 @@ def _settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def make_tokenizer(files: Mapping[str, bytes], vocabulary: int) -> PreTrainedTokenizerFast:
     """Check a kit's tokenizer files and build the tokenizer of them, from memory.
 
-    Args:
-        files: File name -> content, at most as large as a kit's may be.
-        vocabulary: Tokens that the emulator has embeddings for.
+    The files are at most as large as a kit's may be; `vocabulary` tokens have embeddings in the emulator.
 
     Raises:
         KitError: A file is damaged, has what it must not have, a token has no embedding, or it fails, blows up or takes
@@ -120,9 +112,7 @@ def _check_parts(data: bytes, vocabulary: int) -> None:
 def try_out(files: Mapping[str, bytes], limits: Limits = _LIMITS) -> str | None:
     """Try tokenizer and chat template in a child process, which may die of them; once for the same bytes.
 
-    Args:
-        files: As for `make_tokenizer`, whose checks of the files alone they have passed.
-        limits: What the child may use.
+    The files have passed the checks of `make_tokenizer` that need no more than them.
 
     Returns:
         A short conversation in the chat template's form; None without a template.

@@ -158,10 +158,7 @@ _WHY = {"Precompiled": ", a table of bytes that the tokenizers library follows w
 
 
 def check_chains(whole: Mapping[str, Any]) -> None:
-    """Check how a text is changed on its way into tokens, and tokens on their way back into text.
-
-    Args:
-        whole: tokenizer.json, parsed.
+    """Check how a text is changed on its way into tokens, and tokens on their way back, by tokenizer.json, parsed.
 
     Raises:
         KitError: A component or field is not in the tables, there are too many of them, or a text could outgrow itself.

@@ -23,11 +23,7 @@ _token = text(1, MAX_TOKEN)
 
 
 def check_tokens(whole: Mapping[str, Any], vocabulary: int) -> None:
-    """Check vocabulary, merges, added tokens and post-processors.
-
-    Args:
-        whole: tokenizer.json, parsed.
-        vocabulary: Tokens that there are embeddings for.
+    """Check vocabulary, merges, added tokens and post-processors of tokenizer.json, for so many embeddings.
 
     Raises:
         KitError: There are too many of something, or a number is none of the embeddings'.

@@ -32,14 +32,9 @@ _SCRIPTS = (
 
 
 def answer(request: dict[str, Any]) -> str | None:
-    """Try both.
+    """Try both: `tokenizer`, the text of tokenizer.json, and `template`, that of chat_template.jinja or None.
 
-    Args:
-        request: `tokenizer`, the text of tokenizer.json; `template`, that of chat_template.jinja or None; `named`,
-            special tokens by name.
-
-    Returns:
-        A short conversation in the template's form; None without one.
+    `named` are special tokens by name. The answer is a short conversation in the template's form; None without one.
 
     Raises:
         KitError: One of them fails.

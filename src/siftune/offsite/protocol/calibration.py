@@ -93,12 +93,9 @@ def calibration_rows(options: CalibrationOptions) -> "list[Row]":
 def calibration_and_held_out(
     options: CalibrationOptions, held_out: str | None, count: int
 ) -> "tuple[list[Row], list[Row]]":
-    """Read rows to calibrate on, and others to measure on.
+    """Read rows to calibrate on, and `count` others to measure on.
 
-    Args:
-        options: Where the former are.
-        held_out: Where the latter are, as for `options.calibration`; None for those that follow the former there.
-        count: Use the first so many of them.
+    Those are in `held_out`, as for `options.calibration`, or follow the former there.
 
     Raises:
         DataError: They cannot be read, or no row follows those to calibrate on.
@@ -117,9 +114,7 @@ def calibration_and_held_out(
 def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load the model, to the accelerator if there is one, and its tokenizer.
 
-    Args:
-        options: Which one.
-        streamed: Leave its layers' weights in their files until they run.
+    Streamed, its layers' weights stay in their files until they run.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -137,10 +132,7 @@ def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[Pre
 def batches_of(
     rows: "Sequence[Row]", tokenizer: "PreTrainedTokenizerBase", options: CalibrationOptions
 ) -> "list[dict[str, Tensor]]":
-    """Turn rows into token ids, in batches.
-
-    Returns:
-        (B, T) `input_ids`, `attention_mask` and `labels`, in the order of the rows.
+    """Turn rows into token ids: batches of (B, T) `input_ids`, `attention_mask` and `labels`, in the order of the rows.
 
     Raises:
         DataError: A row cannot be used; the message names it.

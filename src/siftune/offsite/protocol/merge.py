@@ -90,12 +90,7 @@ def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]
 def merged(
     before: Mapping[str, Tensor], found: Sequence[Candidate], how: Merging
 ) -> tuple[dict[str, Tensor], list[Part]]:
-    """Merge returns.
-
-    Args:
-        before: The base's outer layers by neutral name.
-        found: The returns, from `candidates`.
-        how: Checked settings.
+    """Merge returns, from `candidates`, by checked settings.
 
     Returns:
         The outer layers with the merged update in them, in float32 or wider, and what became of every return. A single

@@ -64,8 +64,7 @@ def plug(
         kit: The kit that was handed out, from `read_kit`.
         returns: The folder of the return, or those of several that are merged.
         out: Folder of the plugged model; must be new or empty.
-        settings: What returns must be like, how several are merged, rows to measure on, and the dtype, where auto is
-            the checkpoint's, also where this machine computes in another.
+        settings: Checks, merging, rows to measure on, and the dtype: auto is the checkpoint's, whatever is computed in.
 
     Raises:
         InputError: On a return, model, folder or setting that cannot be used; nothing is written then.

@@ -41,7 +41,7 @@ _KIT_MANIFEST = f"{MANIFEST} of the kit"
 def write_return(
     out: str | Path, tensors: Mapping[str, Tensor], kit: Kit, privacy: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a return, beside its place and then in one move.
+    """Write a return, beside its place and then in one move; return its folder.
 
     Args:
         out: Its folder; missing or empty.
@@ -49,9 +49,6 @@ def write_return(
             Or the factors of what was added to its matrices; see `thin`.
         kit: The kit that was tuned.
         privacy: What a private run says of itself; see `kit.promise`.
-
-    Returns:
-        The folder.
 
     Raises:
         ModelError: `out` is in use.
@@ -77,10 +74,9 @@ def write_return(
 class OpenReturn(Mapping[str, Tensor]):
     """A return that has passed every check. Its tensors are read when they are asked for, and held to what was checked.
 
-    Args:
+    Attributes:
         path: Its folder.
-        file: Its tensors, checked.
-        sha256: Hash of that file: two returns that share it are the same.
+        sha256: Hash of its tensors' file: two returns that share it are the same.
         privacy: What it says of its differential privacy; None where it says nothing.
     """
 
@@ -108,14 +104,10 @@ class OpenReturn(Mapping[str, Tensor]):
 
 @contextmanager
 def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
-    """Check a return, completely, and keep it open; none of its tensors is in memory until it is asked for.
+    """Check a return for a kit, completely, and keep it open; no tensor of it is in memory until it is asked for.
 
     Sizes, manifest and header are checked before memory is taken. Every file is opened once: what is checked is what is
-    loaded.
-
-    Args:
-        path: Its folder, which may be reached by a link.
-        kit: The kit that it must be made for.
+    loaded. The folder may be reached by a link.
 
     Raises:
         KitError: Anything is out of order. The message names file and field.
@@ -145,11 +137,7 @@ def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
 
 
 def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
-    """Check a return and load it, with the kit's own outer layers where it holds what was added to them.
-
-    Args:
-        path: Its folder, which may be reached by a link.
-        kit: The kit that it must be made for.
+    """Check a return for a kit and load it, with the kit's own outer layers where it holds what was added to them.
 
     Returns:
         Neutral name -> tensor on the CPU: exactly those of the kit's manifest, all values finite.

@@ -151,14 +151,7 @@ def _origin(name: str, path: str, kit: Kit, family: Family) -> _Origin:
 class _Second:
     """The frozen tensors of the next kit, each made when it is asked for.
 
-    Args:
-        base: The base.
-        tuned: The tuned model.
-        kit: The earlier kit.
-        file: Its frozen tensors, checked.
-
-    Attributes:
-        moved: Names of those that are not as they were.
+    `moved` has the names of those that are not as they were.
     """
 
     def __init__(self, base: PreTrainedModel, tuned: PreTrainedModel, kit: Kit, file: TensorFile) -> None:

@@ -81,14 +81,10 @@ def specs_of(ranks: Mapping[str, int], kit: Kit) -> dict[str, TensorSpec]:
 
 
 class Tuned(Mapping[str, Tensor]):
-    """The outer layers after a return, each tensor made when it is asked for.
+    """The outer layers after a return, in either form, each tensor made when it is asked for; `before` is not copied.
 
     What was added by factors is in float64, so that the update is their product and nothing else; other tensors are as
     they came.
-
-    Args:
-        before: The outer layers' tensors by neutral name; not copied.
-        returned: What a return holds, in either form.
 
     Raises:
         KitError: Factors do not come in pairs, or are not of the outer layers' matrices.

@@ -110,9 +110,7 @@ class KitSource:
 def source_of(name: str, public_key: str | Path | None = None) -> Source:
     """What a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
 
-    Args:
-        name: A folder, a hub id or smollm2.
-        public_key: PEM file of a model owner's public key: `name` must then be a kit that is signed with it.
+    With the PEM file of a model owner's public key it must be a kit that is signed with that.
 
     Raises:
         KitError: The kit is damaged or not signed by the key, or a key was given and it is no kit.
@@ -151,12 +149,7 @@ def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, 
 
 
 def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:
-    """Put a return's tensors into the emulator that it was trained on, in place.
-
-    Args:
-        model: The emulator, without PEFT around it.
-        folder: The return.
-        kit: The kit.
+    """Put a return's tensors into the emulator that it was trained on, without PEFT around it, in place.
 
     Raises:
         KitError: The return is damaged, or of another kit.
@@ -166,11 +159,7 @@ def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:
 
 
 def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
-    """The tensors of the outer layers, PEFT adapters in them merged.
-
-    Args:
-        model: A base model or an emulator, with or without PEFT adapters; left as it is.
-        split: Its split.
+    """The tensors of the outer layers, PEFT adapters in them merged; the model is left as it is.
 
     Returns:
         By the names of `split.outer_names`, on the CPU; floating-point ones in float32, or float64 where they are.
@@ -184,11 +173,7 @@ def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
 
 
 def thin_layers(model: nn.Module, kit: Kit) -> dict[str, Tensor] | None:
-    """What LoRA adds to the outer layers, as factors; see `thin`.
-
-    Args:
-        model: The kit's emulator; left as it is.
-        kit: The kit.
+    """What LoRA adds to the outer layers of a kit's emulator, as factors; see `thin`. The model is left as it is.
 
     Returns:
         The tensors of a thin return, on the CPU. None where something else than plain LoRA was trained, or where the

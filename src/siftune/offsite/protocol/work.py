@@ -27,15 +27,9 @@ from siftune.offsite.emulator.plan import Step
 
 
 class Work:
-    """Work on a kit.
+    """Work on the kit whose folder is `out`; `made_of` is what its layers depend on, by name, in plain types.
 
-    Args:
-        out: Folder of the kit.
-        made_of: What its layers depend on, by name; plain types.
-
-    Attributes:
-        path: Folder of the work.
-        states: Folder of what goes from layer to layer.
+    What goes from layer to layer lies in the folder `states`.
 
     Raises:
         RecipeError: There is work that was made of something else.
@@ -74,13 +68,7 @@ class Work:
         return self._file(number).exists()
 
     def add(self, number: int, layer: CompressedLayer, dtype: torch.dtype | None) -> None:
-        """Keep a layer.
-
-        Args:
-            number: Its number in the base.
-            layer: The layer.
-            dtype: Dtype that the kit will have; None leaves it.
-        """
+        """Keep a layer, of a number in the base, in the dtype that the kit will have; None leaves it."""
         tensors = {name: cast(tensor, dtype).contiguous().cpu() for name, tensor in layer.tensors.items()}
         with write_beside(self._file(number)) as [beside]:
             save_file(tensors, beside, {"shape": json.dumps(asdict(layer.shape))})
