@@ -48,12 +48,19 @@ def brief(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Put in front of a complaint which folder it is about, and behind it what to do."""
+def about(what: str, advice: str = "") -> Iterator[None]:
+    """Put in front of a complaint what it is about, and behind it what to do; an empty text leaves it as it is."""
     try:
         yield
     except KitError as error:
-        raise KitError(f"{what}: {error}; ask whoever made it for a sound copy") from error
+        if not what:
+            raise
+        raise KitError(f"{what}: {error}{advice}") from error
+
+
+def naming(folder: str) -> contextlib.AbstractContextManager[None]:
+    """Put in front of a complaint which folder it is about, and behind it where a sound one is to be had."""
+    return about(folder, "; ask whoever made it for a sound copy")
 
 
 def list_files(folder: Path, limits: Mapping[str, int]) -> dict[str, int]:

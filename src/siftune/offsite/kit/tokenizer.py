@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.errors import KitError
+from siftune.offsite.kit.checks import truth
 from siftune.offsite.kit.limited import Limits, run_limited
 from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, parse_json, shown
@@ -170,8 +171,7 @@ def _check_config(value: Any) -> dict[str, Any]:
     for name in _SIDES:
         as_text(value[name], f"{CONFIG}: {name}", "left|right")
     for name in _SWITCHES:
-        if not isinstance(value[name], bool):
-            raise KitError(f"{CONFIG}: {name} is {shown(value[name])}, not true or false")
+        truth(value[name], f"{CONFIG}: {name}")
     names = as_list(value["model_input_names"], f"{CONFIG}: model_input_names", 16)
     for item in names:
         as_text(item, f"{CONFIG}: model_input_names", "input_ids|attention_mask|token_type_ids")

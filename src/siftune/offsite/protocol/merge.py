@@ -6,14 +6,14 @@ returns; beside the result, no more of them is in memory at a time.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from siftune.errors import KitError
+from siftune.offsite.kit.strict import about
 from siftune.offsite.maths.merging import clip_factors, mean, shares, trimmed_mean
 from siftune.offsite.protocol.returned import OpenReturn
 from siftune.offsite.protocol.settings import Merging
@@ -55,17 +55,6 @@ def candidates(
         privacy = returned.privacy if isinstance(returned, OpenReturn) else None
         found.append(Candidate(tuned, Part(name, report, privacy=privacy)))
     return found
-
-
-@contextmanager
-def about(what: str) -> Iterator[None]:
-    """Put in front of a complaint what it is about; an empty text leaves it as it is."""
-    try:
-        yield
-    except KitError as error:
-        if not what:
-            raise
-        raise KitError(f"{what}: {error}") from error
 
 
 def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]]) -> None:

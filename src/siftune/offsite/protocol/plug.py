@@ -26,8 +26,8 @@ from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.kit.config import check_of_base
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit
-from siftune.offsite.kit.strict import naming
-from siftune.offsite.protocol.merge import Candidate, about, candidates, merged
+from siftune.offsite.kit.strict import about, naming
+from siftune.offsite.protocol.merge import Candidate, candidates, merged
 from siftune.offsite.protocol.own_rows import LossChange, OwnRows
 from siftune.offsite.protocol.returned import open_return
 from siftune.offsite.protocol.settings import MAX_UPDATE, Merging, PlugSettings
