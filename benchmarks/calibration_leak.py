@@ -54,9 +54,9 @@ from siftune.offsite.audits.membership import measure_attack
 from siftune.offsite.audits.rows import token_rows
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble, materialise
 from siftune.offsite.emulator.compress import LayerCurvature, compress_layer, layer_curvature
-from siftune.offsite.emulator.make import emulators, middle_of, record_middle
+from siftune.offsite.emulator.make import emulators, middle_of
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.record import replay
+from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.kfac import Curvature, Moments
@@ -95,7 +95,7 @@ class Setting:
     def clips(self) -> dict[int, dict[str, tuple[float, float]]]:
         """Median norms of inputs and output gradients on public rows, by layer and matrix."""
         numbers = middle_of(self.model, self.split)
-        recording = record_middle(self.model, self.batches(self.public[-16:]), self.split)
+        recording = record(self.model, self.batches(self.public[-16:]), numbers)
         found = {}
         for number in numbers:
             captured = replay(find_layers(self.model).layers[number], recording, number, self.family.matrices)
@@ -198,7 +198,7 @@ def made_of(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dict[
 def with_noise(setting: Setting, batches: Sequence[dict[str, Tensor]], noise: float) -> EmulatorParts:
     """An emulator from curvature with clipped tokens and noise."""
     model, family, layers = setting.model, setting.family, find_layers(setting.model).layers
-    recording = record_middle(model, batches, setting.split)
+    recording = record(model, batches, middle_of(model, setting.split))
     made = []
     for number in middle_of(model, setting.split):
         captured = replay(layers[number], recording, number, family.matrices)

@@ -6,7 +6,6 @@ states and gradients that the pass keeps, or one layer's where they lie in a fol
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -54,7 +53,7 @@ def emulators(
     if any(choice.split != split for choice in choices):
         raise RecipeError("emulators made together have one split; make those of another split apart")
     whole = not all(choice.downwards for choice in choices)
-    recording = record_middle(model, batches, split, progress, whole=whole)
+    recording = record(model, batches, middle_of(model, split), progress, whole=whole)
     plans = [plan(model, recording, choice, progress) for choice in choices]
     made: list[dict[int, CompressedLayer]] = [{} for _ in choices]
 
@@ -63,18 +62,6 @@ def emulators(
 
     compress_middle(model, recording, list(zip(choices, plans, strict=True)), take, progress)
     return [assemble(model, split, in_places(model, steps, by)) for steps, by in zip(plans, made, strict=True)]
-
-
-def record_middle(
-    model: PreTrainedModel,
-    batches: Sequence[dict[str, Tensor]],
-    split: Split,
-    progress: Progress | None = None,
-    folder: Path | None = None,
-    whole: bool = True,
-) -> Recording:
-    """Run the calibration rows through the model, once; see `record`."""
-    return record(model, batches, middle_of(model, split), progress, folder, whole)
 
 
 def middle_of(model: PreTrainedModel, split: Split) -> range:

@@ -20,8 +20,9 @@ from siftune.files import Progress, refuse_full
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import assemble, converted
 from siftune.offsite.emulator.compress import CompressedLayer
-from siftune.offsite.emulator.make import compress_middle, in_places, middle_of, record_middle
+from siftune.offsite.emulator.make import compress_middle, in_places, middle_of
 from siftune.offsite.emulator.plan import EmulatorSettings, plan
+from siftune.offsite.emulator.record import record
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
@@ -107,7 +108,8 @@ def _compressed(
     steps = work.steps()
     numbers = {step.number for step in steps} if steps else set()
     if steps is None or any(not work.has(number) for number in numbers):
-        recording = record_middle(model, batches, settings.split, progress, work.states, not settings.downwards)
+        middle = middle_of(model, settings.split)
+        recording = record(model, batches, middle, progress, work.states, not settings.downwards)
         steps = steps or plan(model, recording, settings, progress)
         work.begin(steps)
         missing = [step for step in steps if not work.has(step.number)]

@@ -10,10 +10,10 @@ from siftune.models.layers import find_layers
 from siftune.offsite.emulator import costs
 from siftune.offsite.emulator.compress import Compression
 from siftune.offsite.emulator.costs import SHARES, layer_costs, measured_paths
-from siftune.offsite.emulator.make import emulators, record_middle
+from siftune.offsite.emulator.make import emulators, middle_of
 from siftune.offsite.emulator.model import weight_OI
 from siftune.offsite.emulator.plan import plan
-from siftune.offsite.emulator.record import replay
+from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.drd import components, factor, rank_of
 from siftune.offsite.maths.kfac import curvature
@@ -26,7 +26,7 @@ MEASURED = {"allot": "measured", "keep": 0.5}
 
 def seen(family):
     model = base(family)
-    recording = record_middle(model, calibration(model, count=4, rows=4), Split(1, 1))
+    recording = record(model, calibration(model, count=4, rows=4), middle_of(model, Split(1, 1)))
     layer, matrices = find_layers(model).layers[NUMBER], family_of(model.config)
     return layer, matrices, replay(layer, recording, NUMBER, matrices.matrices)
 
@@ -92,7 +92,7 @@ def test_what_is_shared_out_is_what_is_kept(mlp):
     model = base()
     batches = calibration(model)
     how = settings(**MEASURED, mlp=mlp)
-    steps = plan(model, record_middle(model, batches, how.split), how)
+    steps = plan(model, record(model, batches, middle_of(model, how.split)), how)
     (parts,) = emulators(model, batches, [how])
     family, kept, every = family_of(model.config), 0, 0
     for step, shape in zip(steps, parts.middle, strict=True):
@@ -119,7 +119,7 @@ def test_it_costs_less_than_equal_shares():
     """Summed over all matrices, on the tokens that are measured on: what the split is chosen for."""
     model = base()
     how = settings(**MEASURED)
-    recording = record_middle(model, calibration(model, count=4, rows=4), how.split)
+    recording = record(model, calibration(model, count=4, rows=4), middle_of(model, how.split))
     family, sums = family_of(model.config), {"measured": 0.0, "equal": 0.0}
     for step in plan(model, recording, how):
         layer = find_layers(model).layers[step.number]
