@@ -229,18 +229,22 @@ def _scores(model: PreTrainedModel, rows: AuditRows) -> Line:
     }
 
 
+_WAY = ("owners", "merge", "bad", "rounds")
+
+
 def report(lines: Sequence[Line]) -> str:
     """A Markdown table; each beside one owner with all rows, questions of all seeds pooled."""
-    ways = {json.dumps([line["job"][name] for name in ("owners", "merge", "bad")]): None for line in lines}
+    ways = {json.dumps([line["job"][name] for name in _WAY]): None for line in lines}
     rows = [row for way in ways for row in _rows_of(json.loads(way), lines)]
     header = ["owners", "merged by", "bad return", "round", "nats per token", "more than one owner's", "right", "seeds"]
     return markdown_table(Table(header, rows, words=(1, 2)))
 
 
 def _rows_of(way: Sequence[Any], lines: Sequence[Line]) -> Iterator[list[str]]:
-    owners, merge, bad = way
-    alone = {line["job"]["seed"]: line for line in lines if line["job"]["owners"] == 1}
-    runs = [line for line in lines if [line["job"][n] for n in ("owners", "merge", "bad")] == list(way)]
+    owners, merge, bad, rounds = way
+    most = sorted((line for line in lines if line["job"]["owners"] == 1), key=lambda line: line["job"]["rounds"])
+    alone = {line["job"]["seed"]: line for line in most if line["job"]["rounds"] >= rounds}
+    runs = [line for line in lines if [line["job"][name] for name in _WAY] == list(way)]
     for number in range(0 if owners == 1 else 1, len(runs[0]["rounds"])):
         found = [run["rounds"][number] for run in runs]
         right = [one["accuracy"] for one in found if one["accuracy"] is not None]
@@ -248,7 +252,7 @@ def _rows_of(way: Sequence[Any], lines: Sequence[Line]) -> Iterator[list[str]]:
             (run["rounds"][number], alone[s]["rounds"][number]) for run in runs if (s := run["job"]["seed"]) in alone
         ]
         yield [
-            str(owners), merge if owners > 1 else "", bad or "", str(number),
+            str(owners), merge if owners > 1 else "", bad or "", f"{number} of {rounds}",
             f"{mean(one['nll'] for one in found):.3f}", _difference(pairs) if owners > 1 and pairs else "",
             f"{mean(right):.1%}" if right else "", str(len(runs)),
         ]  # fmt: skip
