@@ -76,6 +76,6 @@ def plant(rows: Sequence[Row], cell: Cell, seed: int) -> list[Row]:
 
 def _cut(row: Row) -> Row:
     """Leave the first half of a completion, words where it has several."""
-    text, words = row["completion"], row["completion"].split()
-    half = " ".join(words[: len(words) // 2]) if len(words) > 1 else text[: -(-len(text) // 2)]
-    return {**row, "completion": half, "bad": half != row["completion"]}
+    words = row["completion"].split()
+    half = " ".join(words[: len(words) // 2]) if len(words) > 1 else words[0][: -(-len(words[0]) // 2)]
+    return {**row, "completion": half, "bad": half != row["completion"].strip()}

@@ -77,7 +77,8 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
     measured = work.run()
     texts = [Text(row["prompt"], row["completion"]) for row in pool.train]
     before = np.array(base["nll"]) / np.array(base["tokens"])
-    scores = all_scores(work.record.visits(), work.watch.columns(), before, texts)
+    sources = np.array([row["group"] == "options" for row in pool.train]) if job["cell"]["kind"] == "mixed" else None
+    scores = all_scores(work.record.visits(), work.watch.columns(), before, texts, sources)
     bad = np.array([row["bad"] for row in pool.train])[np.unique(work.record.visits().row)]
     return {
         "rows": len(bad),
@@ -142,9 +143,9 @@ def leave_out(z: Any, loss: Any, bad: Any, seed: int) -> dict[str, set[int]]:
 
 def _first(visits: Any) -> tuple[Any, Any]:
     """Score and loss of every row at first sight; a row that was never seen is not named."""
-    from siftune.rows.scores import by_time, seen
+    from siftune.rows.scores import at_first_sight, by_time, seen
 
-    gathered, z = seen(visits.row), by_time(visits.loss, visits.step)
+    gathered, z = seen(visits.row), by_time(visits.loss, visits.step, at_first_sight(visits.row))
     both = np.full((2, int(visits.row.max()) + 1), -np.inf)
     both[:, gathered.rows] = z[gathered.first], visits.loss[gathered.first]
     return both[0], both[1]

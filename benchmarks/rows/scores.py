@@ -2,7 +2,8 @@
 
     loss            at first sight
     z               … by time, as `siftune.rows.scores` has it: siftune's default
-    over            … less the median of what was seen at that time, and not divided; `over-wide` of 256 rows around it
+    local-z         … in deviations of its own time, not of all: how far losses spread falls as rows are learned
+    source-z        z among the rows of the same source, as `siftune rows` has it; of pools with several
     rank            … its rank among the rows of its step
     margin          minus the margin at first sight: see `watch.py`
     base            loss of the base, which needs no training
@@ -24,17 +25,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.rows.scores import by_time, company, course, seen
+from siftune.rows.scores import at_first_sight, by_time, company, course, seen
 from siftune.rows.texts import Text
 from siftune.rows.twins import Twins
 from siftune.rows.visits import Visits
 
 Floats = NDArray[np.float64]
-_WIDE = 256
+_AROUND = 64  # visits whose deviation is that of a time
 ALIGNMENTS = ("inner", "cosine", "mean", "one")
 
 
-def all_scores(visits: Visits, watched: Mapping[str, Floats], base: Floats, texts: Sequence[Text]) -> dict[str, Floats]:
+def all_scores(
+    visits: Visits,
+    watched: Mapping[str, Floats],
+    base: Floats,
+    texts: Sequence[Text],
+    sources: NDArray[np.integer] | None = None,
+) -> dict[str, Floats]:
     """Score the rows that were seen, in the order of their numbers.
 
     Args:
@@ -42,19 +49,22 @@ def all_scores(visits: Visits, watched: Mapping[str, Floats], base: Floats, text
         watched: What was watched besides, in the same order of visits.
         base: (R,) the base's loss of every row, seen or not.
         texts: What each says.
+        sources: (R,) a number for the source of each; None: they have one.
     """
     if not (np.array_equal(visits.row, watched["row"]) and np.array_equal(visits.step, watched["step"])):
         raise ValueError("what was recorded and what was watched are of other visits")
     gathered = seen(visits.row)
     first, rows = gathered.first, gathered.rows
-    loss, z = visits.loss.astype(np.float64), by_time(visits.loss, visits.step).astype(np.float64)
+    loss, counts = visits.loss.astype(np.float64), at_first_sight(visits.row)
+    z = by_time(loss, visits.step, counts).astype(np.float64)
     found = {"loss": loss[first], "z": z[first], "rank": by_rank(loss, visits.step)[first], "base": base[rows]}
-    found["over"] = (loss - company(loss, visits.step).usual)[first]
-    found["over-wide"] = (loss - around(loss, _WIDE))[first]
+    if sources is not None:
+        found["source-z"] = by_time(loss, visits.step, counts, sources[visits.row])[first].astype(np.float64)
+    found["local-z"] = by_own_deviation(loss - company(loss, visits.step).usual)[first]
     found["excess"] = loss[first] - base[rows]
-    found["excess-z"] = by_time(loss - base[visits.row], visits.step)[first].astype(np.float64)
+    found["excess-z"] = by_time(loss - base[visits.row], visits.step, counts)[first].astype(np.float64)
     found |= {"margin": -watched["margin"][first], "norm": watched["norm"][first]}
-    found["norm-z"] = by_time(watched["norm"], visits.step)[first].astype(np.float64)
+    found["norm-z"] = by_time(watched["norm"], visits.step, counts)[first].astype(np.float64)
     found |= {name: -watched[name][first] for name in ALIGNMENTS}
     found["joined"] = (by_rank(z, visits.step) + by_rank(-watched["mean"], visits.step))[first]
     twins = Twins([f"{text.prompt}\n{text.completion}" for text in texts])
@@ -74,10 +84,11 @@ def over_visits(visits: Visits, watched: Mapping[str, Floats], z: Floats) -> dic
     return {**scores, "last-loss": visits.loss[::-1][last].astype(np.float64)}
 
 
-def around(values: Floats, count: int) -> Floats:
-    """Median of as many values around each, in the order of time; (V,)."""
-    starts = np.clip(np.arange(len(values)) - count // 2, 0, max(0, len(values) - count))
-    return np.array([np.median(values[start : start + count]) for start in starts])
+def by_own_deviation(apart: Floats, around: int = _AROUND) -> Floats:
+    """Distances from what was usual, divided by the median one of so many visits around each; (V,), in time's order."""
+    starts = np.clip(np.arange(len(apart)) - around // 2, 0, max(0, len(apart) - around))
+    usual = np.array([1.4826 * np.median(np.abs(apart[start : start + around])) for start in starts])
+    return apart / np.maximum(usual, 1e-6)
 
 
 def by_rank(values: NDArray[np.floating], steps: NDArray[np.integer]) -> Floats:

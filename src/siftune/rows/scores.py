@@ -3,7 +3,8 @@
 In one epoch a row's loss at first sight is out of sample, since nothing has been learned from the row: it is the
 detector that others have to beat (Chong et al., "Detecting Label Errors by using Pre-Trained Language Models", EMNLP
 2022). As training goes on all losses fall, so that an early row looks worse than a late one; `by_time` takes that out
-(ours).
+(ours). How far losses spread falls, too, as most rows are learned and some are not, and is left in: divided by it, rows
+that are right and not learned yet would look as bad as wrong ones.
 
 Over epochs:
 
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 64  # visits, at least, that a visit is compared with: what is usual among few says little
+WINDOW = 256  # visits, at least, that a visit is compared with: what is usual among few says little
 _EQUAL = 1e-6  # values that differ by less, relative to their median, are equal
 
 Floats = NDArray[np.float64]
@@ -35,54 +36,81 @@ class Company(NamedTuple):
 
     Attributes:
         usual: Median of the values seen at the same time.
-        deviation: How far from it is usual: 1.4826 times the median distance, which is a standard deviation where
-            values are normal, and which few large ones do not move; 1.2533 times the mean distance where more than half
-            of the values are equal.
+        deviation: How far from it is usual, the same at all times: 1.4826 times the median distance, which is a
+            standard deviation where values are normal, and which few large ones do not move; 1.2533 times the mean
+            distance where more than half of the values are equal.
     """
 
     usual: Floats
     deviation: Floats
 
 
-def company(values: NDArray[np.floating], steps: NDArray[np.integer]) -> Company:
+def company(
+    values: NDArray[np.floating],
+    steps: NDArray[np.integer],
+    counts: NDArray[np.bool_] | None = None,
+    kinds: NDArray[np.integer] | None = None,
+) -> Company:
     """What was usual at the time of each visit; NaN where nothing was seen. Arguments are those of `by_time`."""
-    wide = np.asarray(values, dtype=np.float64)
+    wide, known = np.asarray(values, dtype=np.float64), np.asarray(steps)
     found = np.full((2, len(wide)), np.nan)
-    first, last = _windows(np.asarray(steps), len(wide))
-    begins = np.append(np.flatnonzero(np.diff(steps, prepend=-1)), len(wide))
-    for begin, end in itertools.pairwise(begins):
-        among = wide[first[begin] : last[begin]]
-        found[:, begin:end] = np.array(_usual(among[~np.isnan(among)]))[:, None]
+    for kind in np.unique(kinds) if kinds is not None else [None]:
+        own = slice(None) if kind is None else kinds == kind
+        found[:, own] = _usual(wide[own], known[own], None if counts is None else counts[own])
     return Company(*found)
 
 
-def _usual(values: Floats) -> tuple[float, float]:
-    if not len(values):
-        return np.nan, np.nan
-    median = float(np.median(values))
-    apart = np.abs(values - median)
-    sizes = (float(1.4826 * np.median(apart)), float(1.2533 * apart.mean()))
-    return median, next((size for size in sizes if size > _EQUAL * max(1.0, abs(median))), 0.0)
+def _usual(values: Floats, steps: NDArray[np.integer], counts: NDArray[np.bool_] | None) -> Floats:
+    usual = np.full(len(values), np.nan)
+    first, last = _windows(steps, len(values))
+    begins = np.append(np.flatnonzero(np.diff(steps, prepend=-1)), len(values))
+    for begin, end in itertools.pairwise(begins):
+        among = _known(values[first[begin] : last[begin]])
+        usual[begin:end] = np.median(among) if len(among) else np.nan
+    apart = values - usual
+    deviation = _deviation(_known(apart if counts is None else apart[counts]), _known(values))
+    return np.stack([usual, np.full(len(values), deviation)])
 
 
-def by_time(values: NDArray[np.floating], steps: NDArray[np.integer]) -> NDArray[np.float32]:
+def _known(values: Floats) -> Floats:
+    return values[~np.isnan(values)]
+
+
+def _deviation(apart: Floats, values: Floats) -> float:
+    if not len(apart):
+        return 0.0
+    distances, least = np.abs(apart), _EQUAL * max(1.0, abs(float(np.median(values))))
+    sizes = (float(1.4826 * np.median(distances)), float(1.2533 * distances.mean()))
+    return next((size for size in sizes if size > least), 0.0)
+
+
+def by_time(
+    values: NDArray[np.floating],
+    steps: NDArray[np.integer],
+    counts: NDArray[np.bool_] | None = None,
+    kinds: NDArray[np.integer] | None = None,
+) -> NDArray[np.float32]:
     """Values in deviations above what was usual when they were seen; (V,) float32.
 
-    They are compared with those of their step; where that has fewer than 64 visits, with those of the steps around it,
-    too, as many on either side as it takes (ours). Medians stand in the place of mean and standard deviation, as where
-    many rows are wrong these would be theirs. 0 where all are equal, NaN where the value is.
+    The median is taken off of the values of a visit's step; where that has fewer than 256 visits, of those of the steps
+    around it, too, as many on either side as it takes (ours). The deviation is one for all times. Medians stand in the
+    place of mean and standard deviation, as where many rows are wrong these would be theirs. 0 where all are equal, NaN
+    where the value is.
 
     Args:
         values: (V,).
         steps: (V,) ascending.
+        counts: (V,) visits whose distances from the median make the deviation, such as those of rows at first sight;
+            all if not given.
+        kinds: (V,) of what kind each visit's row is, where a row is to be compared with its like alone.
 
     Example:
         >>> by_time(np.array([1.0, 1.5, 2.0, 9.0]), np.array([0, 0, 1, 1])).round(1)
         array([-1. , -0.3,  0.3,  9.8], dtype=float32)
     """
-    usual, deviation = company(values, steps)
+    usual, deviation = company(values, steps, counts, kinds)
     apart = np.asarray(values, dtype=np.float64) - usual
-    return np.where(deviation == 0, 0 * apart, apart / np.where(deviation == 0, 1.0, deviation)).astype(np.float32)
+    return np.where(deviation > 0, apart / np.where(deviation > 0, deviation, 1.0), 0 * apart).astype(np.float32)
 
 
 def _windows(steps: NDArray[np.integer], count: int) -> tuple[Ints, Ints]:
@@ -110,6 +138,13 @@ class Seen(NamedTuple):
     rows: Ints
     first: Ints
     visits: Ints
+
+
+def at_first_sight(rows: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which visits are the first of their row; (V,), as `rows`, in the order of time."""
+    found = np.zeros(len(rows), dtype=np.bool_)
+    found[seen(rows).first] = True
+    return found
 
 
 def seen(rows: NDArray[np.integer]) -> Seen:

@@ -1,10 +1,12 @@
 """Rows of a run that look wrong, with what they say: for the command `siftune rows`, for pages, and for your own use.
 
-A row's score is its loss when it was first seen, in deviations above what was usual for rows at that time
-(`scores.by_time`): in that moment nothing had been learned from it. Rows that stand in one place, as those of a target
-that are repeated, are one row here.
+A row's score is its loss when it was first seen, in deviations above what was usual for rows of its source at that time
+(`scores.by_time`): in that moment nothing had been learned from it. A source is what the column `source` says, and a
+file where there is none (ours): a task that costs more than others is no fault of its rows. Rows that stand in one
+place, as those of a target that are repeated, are one row here.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +15,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from siftune.data.rows import Row
+from siftune.data.target import SOURCE
 from siftune.errors import DataError
-from siftune.rows.scores import Seen, by_time, company, seen
+from siftune.rows.scores import Seen, at_first_sight, by_time, company, seen
 from siftune.rows.texts import Text, digest_of, text_of
 from siftune.rows.twins import Twins
 from siftune.rows.visits import NAME, Record, read_visits
 
+_RARE = 64  # rows of a source, below which it is not looked at by itself (ours)
 LEAST = 3.0  # deviations above what is usual from which a row is a suspect (ours)
 
 
@@ -30,7 +35,7 @@ class Suspect:
         place: Where it stands, such as "rows.jsonl:17"; "row 17", its number from 0, where that was not recorded.
         text: What it says; empty where only numbers were recorded.
         reason: Why it is here, in words.
-        score: Its loss at first sight, in deviations above what was usual for rows at that time.
+        score: Its loss at first sight, in deviations above what was usual for rows of its source at that time.
         duplicates: Places of rows that say nearly the same.
     """
 
@@ -72,10 +77,13 @@ class Rows:
 
     def __init__(self, run: Path) -> None:
         self.record = read_visits(run / NAME)
-        self.texts = texts_of(run, self.record)
+        rows, visits = rows_of(run, self.record), self.record.visits
+        self.texts = texts_of(rows, self.record)
         self.places, self._who = _whereabouts(self.record)
-        self._z = by_time(self.record.visits.loss, self.record.visits.step)
-        self._company = company(self.record.visits.loss, self.record.visits.step)
+        first_V = at_first_sight(visits.row)
+        self._sources = _sources_of(rows, visits.row, first_V)
+        found = visits.loss, visits.step, first_V, np.unique(self._sources, return_inverse=True)[1]
+        self._z, self._company = by_time(*found), company(*found)
 
     def suspects(self, top: int | None = None) -> list[Suspect]:
         """As the function `suspects`."""
@@ -93,9 +101,10 @@ class Rows:
     def _why(self, visit: int) -> str:
         """Say what a row cost at first sight, and what is known besides."""
         visits, (usual, deviation) = self.record.visits, (part[visit] for part in self._company)
+        source = self._sources[visit]
         words = (
             f"cost {visits.loss[visit]:.2f} nats a token when first seen, in step {visits.step[visit] + 1}, where "
-            f"{usual:.2f} ± {deviation:.2f} was usual"
+            f"{usual:.2f} ± {deviation:.2f} was usual{f' for rows of {source}' if source else ''}"
         )
         followed = float(visits.followed[visit])
         return words if np.isnan(followed) else f"{words}; {followed:.0%} of the layers followed it"
@@ -141,17 +150,24 @@ def _words(record: Record) -> Sequence[str]:
     return record.places or [f"row {number}" for number in record.visits.row.tolist()]
 
 
-def texts_of(run: Path, record: Record) -> dict[str, Text]:
-    """What the rows of a run say, by their places in the record; empty where the folder has no recipe.
+def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer], first_V: NDArray[np.bool_]) -> list[str]:
+    """Of what source each visit's row is; "" for rare sources together, and where all are of one or it is not known."""
+    names = [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
+    if len(set(names)) < 2:
+        return [""] * len(row_V)
+    counts = Counter(names[number] for number in row_V[first_V])
+    return [name if counts[name := names[number]] >= _RARE else "" for number in row_V]
 
-    A row that was never seen is named as it is now, maybe by another path of the same file.
+
+def rows_of(run: Path, record: Record) -> list[Row]:
+    """The rows of a run, by their numbers in its record; none where the folder has no recipe.
 
     Raises:
         DataError: The rows are others than the record is of.
         RecipeError: The recipe can't be read.
     """
     if not (run / "recipe.yaml").is_file():
-        return {}
+        return []
     from siftune.recipe_file import load_recipe
     from siftune.trainer.prepare import trained_rows
 
@@ -161,5 +177,13 @@ def texts_of(run: Path, record: Record) -> dict[str, Text]:
             f"the training rows have changed since {run} was trained, so that its record is of others: bring them "
             "back, or train again."
         )
+    return rows
+
+
+def texts_of(rows: Sequence[Row], record: Record) -> dict[str, Text]:
+    """What rows say, by their places in the record.
+
+    A row that was never seen is named as it is now, maybe by another path of the same file.
+    """
     recorded = dict(zip(record.visits.row.tolist(), _words(record), strict=True))
     return {recorded.get(number, row.origin): text_of(row) for number, row in enumerate(rows)}

@@ -20,7 +20,7 @@ from rows import metrics, report, run
 from rows.cells import KINDS, cell_of, plant
 from rows.job import compared, dropped, leave_out, scored
 from rows.peers import Fold, classes_of, crossed, probabilities
-from rows.scores import around, by_rank
+from rows.scores import by_own_deviation, by_rank
 from rows.watch import Watch, margins
 from siftune import RowRecord
 from siftune.data.tokenize import Collator
@@ -53,10 +53,10 @@ def test_ranks_within_a_step():
     assert by_rank(np.array([3.0, 1.0, 2.0, 9.0]), np.array([0, 0, 0, 1])).tolist() == [1.0, 0.0, 0.5, 0.0]
 
 
-def test_medians_around():
-    values = np.array([5.0, 1.0, 2.0, 9.0, 4.0])
-    assert around(values, 3).tolist() == [2.0, 2.0, 2.0, 4.0, 4.0]
-    assert around(values, 9).tolist() == [4.0] * 5
+def test_distances_in_deviations_of_their_time():
+    apart = np.array([1.0, -1.0, 3.0, 0.1, -0.1])
+    np.testing.assert_allclose(by_own_deviation(apart, 3) * 1.4826, [1, -1, 3, 1, -1])
+    np.testing.assert_allclose(by_own_deviation(apart, 9) * 1.4826, apart)
 
 
 def test_what_is_watched_is_what_single_rows_give(tmp_path):
@@ -185,8 +185,7 @@ def test_a_job_scores_and_a_job_drops_and_both_are_reported(job, tmp_path, monke
     assert {
         "z",
         "loss",
-        "over",
-        "over-wide",
+        "local-z",
         "margin",
         "excess",
         "norm",
@@ -230,6 +229,12 @@ def test_probabilities_of_classes_are_those_of_a_loop():
         assert [classes[place] for place in own] == row["labels"][2:]
         np.testing.assert_allclose(found[:, :-1], wanted[1:-1][:, classes], rtol=1e-9)
         np.testing.assert_allclose(found.sum(1), 1)
+
+
+def test_in_a_pool_of_two_tasks_rows_are_scored_among_their_own(job):
+    settings, suite, folder = job
+    cell = {**cell_of("mixed-25"), "longest": 64}
+    assert "source-z" in scored({**settings, "cell": cell}, suite, folder)["scores"]
 
 
 def test_what_other_tools_say_of_two_rows():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from siftune.data.readers import load_rows
 from siftune.errors import DataError
 from siftune.recipe_file import recipe_to_yaml
 from siftune.report.rows import short, to_csv
+from siftune.rows import suspects as module
 from siftune.rows.lists import named_rows
 from siftune.rows.suspects import Suspect, suspects
 from siftune.rows.texts import Text, digest_of
@@ -58,6 +60,55 @@ def test_the_dearest_at_first_sight_come_first(run):
     assert second.duplicates == (f"{path}:32",)
     assert first.duplicates == ()
     assert [each.place for each in suspects(run, 1)] == [first.place]
+
+
+@pytest.fixture
+def two_sources(base, tmp_path, monkeypatch):
+    """Builds a run of 40 rows whose first 30 cost 1 and whose last 10 cost 5, but for the 4th, which costs 4."""
+    monkeypatch.setattr(module, "_RARE", 10)
+
+    def build(files, **columns):
+        per = 40 // files
+        for file in range(files):
+            records = [
+                {**RECORDS[i], **{k: v[i] for k, v in columns.items()}} for i in range(file * per, (file + 1) * per)
+            ]
+            (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        paths = tuple(str(tmp_path / f"{file}.jsonl") for file in range(files))
+        folder = tmp_path / "run"
+        folder.mkdir()
+        settings = resolve_recipe(replace(recipe(base, paths[0], folder, method="dense"), train=paths))
+        (folder / "recipe.yaml").write_text(recipe_to_yaml(settings))
+        rows = [row for path in paths for row in load_rows(path)]
+        row = np.random.default_rng(0).permutation(40)
+        loss = np.where(row < 30, 1.0, 5.0) + 0.1 * np.sin(row)
+        loss[row == 3] = 4.0
+        table = np.stack([row, np.arange(40) // 4, loss, np.full(40, 3), *np.full((2, 40), np.nan)])
+        write_visits(folder / NAME, Visits.of(table), [each.origin for each in rows], digest_of(rows))
+        return folder
+
+    return build
+
+
+def test_rows_are_compared_with_those_of_their_source(two_sources):
+    (found,) = suspects(two_sources(1, source=["easy"] * 30 + ["hard"] * 10))
+    assert found.place.endswith("0.jsonl:4")
+    assert "where 1.0" in found.reason
+    assert found.reason.endswith(" was usual for rows of easy")
+
+
+def test_of_one_source_the_dear_task_is_named_too(two_sources):
+    found = suspects(two_sources(1))
+    assert len(found) == 11
+    assert all(each.reason.endswith(" was usual") for each in found)
+
+
+def test_a_file_is_a_source_and_rare_ones_are_one_together(two_sources, monkeypatch):
+    run = two_sources(4)
+    (found,) = suspects(run)
+    assert found.reason.endswith(" was usual for rows of " + str(run.parent / "0.jsonl"))
+    monkeypatch.setattr(module, "_RARE", 11)
+    assert len(suspects(run)) == 11
 
 
 def test_rows_of_one_place_are_one(run):
