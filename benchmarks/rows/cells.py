@@ -76,6 +76,7 @@ def plant(rows: Sequence[Row], cell: Cell, seed: int) -> list[Row]:
 
 def _cut(row: Row) -> Row:
     """Leave the first half of a completion, words where it has several."""
-    words = row["completion"].split()
+    text = row["completion"]
+    words, before = text.split(), text[: len(text) - len(text.lstrip())]
     half = " ".join(words[: len(words) // 2]) if len(words) > 1 else words[0][: -(-len(words[0]) // 2)]
-    return {**row, "completion": half, "bad": half != row["completion"].strip()}
+    return {**row, "completion": before + half, "bad": half != text.strip()}
