@@ -31,6 +31,7 @@ from siftune.environment import hardware, versions
 from siftune.errors import SiftuneError
 from siftune.models.source import load_model
 from siftune.rows.record import RowRecord
+from siftune.rows.scores import by_row, seen
 from siftune.rows.suspects import LEAST
 from siftune.rows.texts import Text
 from siftune.trainer.build import Built
@@ -84,7 +85,7 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
         "rows": len(bad),
         "bad": int(bad.sum()),
         "scores": {name: all_of(values, bad) for name, values in scores.items()},
-        "named": named(scores["z"], bad, LEAST),
+        "named": named(scores["row"], bad, LEAST),
         "nats": round(nats_per_token(measured), 5),
         "seconds_per_step": measured.get("seconds_per_step"),
     }
@@ -97,9 +98,9 @@ def dropped(job: Job, data: Path, folder: Path) -> Record:
     first = Recorded(job, model, tokenizer, pool, folder)
     arms = {"all": _quality(first.run())}
     visits = first.record.visits()
-    z, loss = _first(visits)
+    score, loss = _scores(visits, len(pool.train))
     bad = np.array([row["bad"] for row in pool.train])
-    gone = leave_out(z, loss, bad, job["seed"])
+    gone = leave_out(score, loss, bad, job["seed"])
     for name in ARMS:
         kept = [row for at, row in enumerate(pool.train) if at not in gone[name]]
         arms[name] = _quality(Work(job, *load(job), replace(pool, train=kept), folder).run())
@@ -125,29 +126,27 @@ def compared(job: Job, data: Path, folder: Path) -> Record:
     return {"rows": len(bad), "bad": int(bad.sum()), "scores": scores}
 
 
-def leave_out(z: Any, loss: Any, bad: Any, seed: int) -> dict[str, set[int]]:
+def leave_out(score: Any, loss: Any, bad: Any, seed: int) -> dict[str, set[int]]:
     """Numbers of the rows that each arm goes without: those that are named, and as many by loss and at random.
 
     Args:
-        z: (R,) siftune's score.
+        score: (R,) siftune's.
         loss: (R,) the loss at first sight.
         bad: (R,) whether a row is bad.
         seed: Of the job.
     """
-    named_rows = np.flatnonzero(z >= LEAST)
+    named_rows = np.flatnonzero(score >= LEAST)
     count = len(named_rows)
-    drawn = np.random.default_rng(seed).permutation(len(z))[:count]
+    drawn = np.random.default_rng(seed).permutation(len(score))[:count]
     chosen = {"named": named_rows, "loss": np.argsort(-loss, kind="stable")[:count], "random": drawn}
     return {name: set(map(int, rows)) for name, rows in {**chosen, "truth": np.flatnonzero(bad)}.items()}
 
 
-def _first(visits: Any) -> tuple[Any, Any]:
-    """Score and loss of every row at first sight; a row that was never seen is not named."""
-    from siftune.rows.scores import at_first_sight, by_time, seen
-
-    gathered, z = seen(visits.row), by_time(visits.loss, visits.step, at_first_sight(visits.row))
-    both = np.full((2, int(visits.row.max()) + 1), -np.inf)
-    both[:, gathered.rows] = z[gathered.first], visits.loss[gathered.first]
+def _scores(visits: Any, count: int) -> tuple[Any, Any]:
+    """Score of every row, and its loss at first sight; a row that was never seen is not named."""
+    gathered = seen(visits.row)
+    both = np.full((2, count), -np.inf)
+    both[:, gathered.rows] = by_row(visits.row, visits.loss, visits.step), visits.loss[gathered.first]
     return both[0], both[1]
 
 

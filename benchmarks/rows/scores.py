@@ -1,9 +1,10 @@
 """Every score of a run's rows, larger for rows that are more likely bad.
 
     loss            at first sight
-    z               … by time, as `siftune.rows.scores` has it: siftune's default
+    z               … by time, as `siftune.rows.scores` has it
+    row             mean over visits of the same, siftune's default; z where each row is seen once
     local-z         … in deviations of its own time, not of all: how far losses spread falls as rows are learned
-    source-z        z among the rows of the same source, as `siftune rows` has it; of pools with several
+    source          `row` among the rows of the same source, as `siftune rows` has it; of pools with several
     rank            … its rank among the rows of its step
     margin          minus the margin at first sight: see `watch.py`
     base            loss of the base, which needs no training
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.rows.scores import at_first_sight, by_time, company, course, seen
+from siftune.rows.scores import by_row, by_time, course, seen, usual
 from siftune.rows.texts import Text
 from siftune.rows.twins import Twins
 from siftune.rows.visits import Visits
@@ -55,16 +56,16 @@ def all_scores(
         raise ValueError("what was recorded and what was watched are of other visits")
     gathered = seen(visits.row)
     first, rows = gathered.first, gathered.rows
-    loss, counts = visits.loss.astype(np.float64), at_first_sight(visits.row)
-    z = by_time(loss, visits.step, counts).astype(np.float64)
-    found = {"loss": loss[first], "z": z[first], "rank": by_rank(loss, visits.step)[first], "base": base[rows]}
+    loss, z = visits.loss.astype(np.float64), by_time(visits.loss, visits.step).astype(np.float64)
+    found = {"loss": loss[first], "row": by_row(visits.row, loss, visits.step), "z": z[first]}
+    found |= {"rank": by_rank(loss, visits.step)[first], "base": base[rows]}
     if sources is not None:
-        found["source-z"] = by_time(loss, visits.step, counts, sources[visits.row])[first].astype(np.float64)
-    found["local-z"] = by_own_deviation(loss - company(loss, visits.step).usual)[first]
+        found["source"] = by_row(visits.row, loss, visits.step, sources[visits.row])
+    found["local-z"] = by_own_deviation(loss - usual(loss, visits.step))[first]
     found["excess"] = loss[first] - base[rows]
-    found["excess-z"] = by_time(loss - base[visits.row], visits.step, counts)[first].astype(np.float64)
+    found["excess-z"] = by_time(loss - base[visits.row], visits.step)[first].astype(np.float64)
     found |= {"margin": -watched["margin"][first], "norm": watched["norm"][first]}
-    found["norm-z"] = by_time(watched["norm"], visits.step, counts)[first].astype(np.float64)
+    found["norm-z"] = by_time(watched["norm"], visits.step)[first].astype(np.float64)
     found |= {name: -watched[name][first] for name in ALIGNMENTS}
     found["joined"] = (by_rank(z, visits.step) + by_rank(-watched["mean"], visits.step))[first]
     twins = Twins([f"{text.prompt}\n{text.completion}" for text in texts])

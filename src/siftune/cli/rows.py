@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """Name the training rows of a run that may be wrong: those that cost far more than others when first seen.
+    """Name the training rows of a run that may be wrong: those that cost far more than others of their source.
 
     Look at them before you drop any: rows that are hard or rare cost much, too. `siftune train --drop-rows FILE` trains
     without the rows of a list, `--row-weights FILE` with less of them.
@@ -69,16 +69,13 @@ def run(options: Options) -> dict[str, Any]:
     return {"run": folder, "rows": len(rows.places), "suspects": found}
 
 
-NOTE = (
-    "Rows that cost far more than others when they were first seen. Hard and rare rows do so, too: look before you "
-    "drop any."
-)
+NOTE = "Rows that cost far more than others of their source. Hard and rare rows do so, too: look before you drop any."
 
 
 def _tell(console: Any, found: "list[Suspect]", shown: "list[Suspect]", rows: int) -> None:
     """Say what the table is, and what to do with it."""
     if not found:
-        console.print(f"none of {counted(rows, 'row')} stands out by its loss when it was first seen")
+        console.print(f"none of {counted(rows, 'row')} stands out by its loss")
         return
     more = f"{len(found) - len(shown):,} more with --top or --csv FILE; " if len(found) > len(shown) else ""
     console.print(f"{NOTE}\n{more}`siftune train --drop-rows FILE` trains without those of a list", markup=False)

@@ -2,11 +2,14 @@
 
 In one epoch a row's loss at first sight is out of sample, since nothing has been learned from the row: it is the
 detector that others have to beat (Chong et al., "Detecting Label Errors by using Pre-Trained Language Models", EMNLP
-2022). As training goes on all losses fall, so that an early row looks worse than a late one; `by_time` takes that out
-(ours). How far losses spread falls, too, as most rows are learned and some are not, and is left in: divided by it, rows
-that are right and not learned yet would look as bad as wrong ones.
+2022). As training goes on all losses fall, so that an early row looks worse than a late one; what was usual at that
+time is taken off (ours). How far losses spread falls, too, as most rows are learned and some are not, and is left in:
+divided by it, rows that are right and not learned yet would look as bad as wrong ones.
 
-Over epochs:
+Where rows are seen several times, a row's mean over its visits tells more than its first (`by_row`): what is wrong is
+learned last.
+
+Over epochs there are, besides:
 
     mean loss             the mean over visits
     variability           its standard deviation over visits; with the mean, a row's place on a data map (Swayamdipta et
@@ -19,98 +22,122 @@ Shapes: V visits in the order of steps, R rows that were seen.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 256  # visits, at least, that a visit is compared with: what is usual among few says little
-_EQUAL = 1e-6  # values that differ by less, relative to their median, are equal
+_EQUAL = 1e-6  # losses that differ by less are equal
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-class Company(NamedTuple):
-    """What was usual when values were seen; (V,) both.
+def usual(values: NDArray[np.floating], steps: NDArray[np.integer], kinds: NDArray[np.integer] | None = None) -> Floats:
+    """Median of the values that were seen at the same time as each; (V,), NaN where nothing was.
 
-    Attributes:
-        usual: Median of the values seen at the same time.
-        deviation: How far from it is usual, the same at all times: 1.4826 times the median distance, which is a
-            standard deviation where values are normal, and which few large ones do not move; 1.2533 times the mean
-            distance where more than half of the values are equal.
-    """
-
-    usual: Floats
-    deviation: Floats
-
-
-def company(
-    values: NDArray[np.floating],
-    steps: NDArray[np.integer],
-    counts: NDArray[np.bool_] | None = None,
-    kinds: NDArray[np.integer] | None = None,
-) -> Company:
-    """What was usual at the time of each visit; NaN where nothing was seen. Arguments are those of `by_time`."""
-    wide, known = np.asarray(values, dtype=np.float64), np.asarray(steps)
-    found = np.full((2, len(wide)), np.nan)
-    for kind in np.unique(kinds) if kinds is not None else [None]:
-        own = slice(None) if kind is None else kinds == kind
-        found[:, own] = _usual(wide[own], known[own], None if counts is None else counts[own])
-    return Company(*found)
-
-
-def _usual(values: Floats, steps: NDArray[np.integer], counts: NDArray[np.bool_] | None) -> Floats:
-    usual = np.full(len(values), np.nan)
-    first, last = _windows(steps, len(values))
-    begins = np.append(np.flatnonzero(np.diff(steps, prepend=-1)), len(values))
-    for begin, end in itertools.pairwise(begins):
-        among = _known(values[first[begin] : last[begin]])
-        usual[begin:end] = np.median(among) if len(among) else np.nan
-    apart = values - usual
-    deviation = _deviation(_known(apart if counts is None else apart[counts]), _known(values))
-    return np.stack([usual, np.full(len(values), deviation)])
-
-
-def _known(values: Floats) -> Floats:
-    return values[~np.isnan(values)]
-
-
-def _deviation(apart: Floats, values: Floats) -> float:
-    if not len(apart):
-        return 0.0
-    distances, least = np.abs(apart), _EQUAL * max(1.0, abs(float(np.median(values))))
-    sizes = (float(1.4826 * np.median(distances)), float(1.2533 * distances.mean()))
-    return next((size for size in sizes if size > least), 0.0)
-
-
-def by_time(
-    values: NDArray[np.floating],
-    steps: NDArray[np.integer],
-    counts: NDArray[np.bool_] | None = None,
-    kinds: NDArray[np.integer] | None = None,
-) -> NDArray[np.float32]:
-    """Values in deviations above what was usual when they were seen; (V,) float32.
-
-    The median is taken off of the values of a visit's step; where that has fewer than 256 visits, of those of the steps
-    around it, too, as many on either side as it takes (ours). The deviation is one for all times. Medians stand in the
-    place of mean and standard deviation, as where many rows are wrong these would be theirs. 0 where all are equal, NaN
-    where the value is.
+    At the same time are those of a visit's step; where that has fewer than 256 visits, those of the steps around it,
+    too, as many on either side as it takes (ours).
 
     Args:
         values: (V,).
         steps: (V,) ascending.
-        counts: (V,) visits whose distances from the median make the deviation, such as those of rows at first sight;
-            all if not given.
         kinds: (V,) of what kind each visit's row is, where a row is to be compared with its like alone.
+    """
+    wide, known = np.asarray(values, dtype=np.float64), np.asarray(steps)
+    found = np.full(len(wide), np.nan)
+    for own in _each(kinds, len(wide)):
+        found[own] = _usual(wide[own], known[own])
+    return found
+
+
+def _usual(values: Floats, steps: NDArray[np.integer]) -> Floats:
+    found = np.full(len(values), np.nan)
+    first, last = _windows(steps, len(values))
+    begins = np.append(np.flatnonzero(np.diff(steps, prepend=-1)), len(values))
+    for begin, end in itertools.pairwise(begins):
+        among = values[first[begin] : last[begin]]
+        among = among[~np.isnan(among)]
+        found[begin:end] = np.median(among) if len(among) else np.nan
+    return found
+
+
+def _each(kinds: NDArray[np.integer] | None, count: int) -> Iterator[NDArray[np.bool_]]:
+    """Places of each kind."""
+    if kinds is None:
+        yield np.ones(count, dtype=np.bool_)
+    else:
+        yield from (kinds == kind for kind in np.unique(kinds))
+
+
+def deviation(apart: Floats) -> float:
+    """How far from what was usual is usual: 1.4826 times the median distance, 1.2533 times the mean one if that is 0.
+
+    The first is a standard deviation where distances are normal, and few large ones do not move it, as wrong rows would
+    move mean and standard deviation themselves; the second takes its place where more than half are equal. 0 where all
+    are, or there are none.
+    """
+    distances = np.abs(apart[~np.isnan(apart)])
+    if not len(distances):
+        return 0.0
+    sizes = (float(1.4826 * np.median(distances)), float(1.2533 * distances.mean()))
+    return next((size for size in sizes if size > _EQUAL), 0.0)
+
+
+def _in_deviations(apart: Floats, kinds: NDArray[np.integer] | None) -> Floats:
+    found = 0 * apart
+    for own in _each(kinds, len(apart)):
+        if size := deviation(apart[own]):
+            found[own] = apart[own] / size
+    return found
+
+
+def by_time(
+    values: NDArray[np.floating], steps: NDArray[np.integer], kinds: NDArray[np.integer] | None = None
+) -> NDArray[np.float32]:
+    """Values in deviations above what was usual when they were seen, one deviation for all times; (V,) float32.
+
+    0 where all are equal, NaN where the value is. Arguments are those of `usual`.
 
     Example:
         >>> by_time(np.array([1.0, 1.5, 2.0, 9.0]), np.array([0, 0, 1, 1])).round(1)
         array([-1. , -0.3,  0.3,  9.8], dtype=float32)
     """
-    usual, deviation = company(values, steps, counts, kinds)
-    apart = np.asarray(values, dtype=np.float64) - usual
-    return np.where(deviation > 0, apart / np.where(deviation > 0, deviation, 1.0), 0 * apart).astype(np.float32)
+    return _in_deviations(np.asarray(values, dtype=np.float64) - usual(values, steps, kinds), kinds).astype(np.float32)
+
+
+def by_row(
+    rows: NDArray[np.integer],
+    values: NDArray[np.floating],
+    steps: NDArray[np.integer],
+    kinds: NDArray[np.integer] | None = None,
+) -> Floats:
+    """What rows cost above what was usual, means over their visits, in deviations of these means; (R,).
+
+    With one visit each they are those of `by_time`. NaN where every value of a row is.
+
+    Args:
+        rows: (V,) whose each visit is.
+        values: (V,).
+        steps: (V,) ascending.
+        kinds: As for `usual`; a row is of one kind.
+
+    Returns:
+        In the order of `seen(rows).rows`.
+    """
+    gathered = seen(rows)
+    means = means_of(rows, np.asarray(values, dtype=np.float64) - usual(values, steps, kinds))
+    return _in_deviations(means, None if kinds is None else kinds[gathered.first])
+
+
+def means_of(rows: NDArray[np.integer], values: Floats) -> Floats:
+    """Mean over the visits of every row, but for NaN; (R,)."""
+    _, place = np.unique(rows, return_inverse=True)
+    known = ~np.isnan(values)
+    sums, counts = (np.bincount(place, weights) for weights in (np.where(known, values, 0.0), known.astype(float)))
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _windows(steps: NDArray[np.integer], count: int) -> tuple[Ints, Ints]:
@@ -138,13 +165,6 @@ class Seen(NamedTuple):
     rows: Ints
     first: Ints
     visits: Ints
-
-
-def at_first_sight(rows: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Which visits are the first of their row; (V,), as `rows`, in the order of time."""
-    found = np.zeros(len(rows), dtype=np.bool_)
-    found[seen(rows).first] = True
-    return found
 
 
 def seen(rows: NDArray[np.integer]) -> Seen:

@@ -1,8 +1,8 @@
 """Rows of a run that look wrong, with what they say: for the command `siftune rows`, for pages, and for your own use.
 
-A row's score is its loss when it was first seen, in deviations above what was usual for rows of its source at that time
-(`scores.by_time`): in that moment nothing had been learned from it. A source is what the column `source` says, and a
-file where there is none (ours): a task that costs more than others is no fault of its rows. Rows that stand in one
+A row's score is what it cost above what was usual for rows of its source at that time, mean over its visits
+(`scores.by_row`): in a first visit nothing has been learned from it yet. A source is what the column `source` says, and
+a file where there is none (ours): a task that costs more than others is no fault of its rows. Rows that stand in one
 place, as those of a target that are repeated, are one row here.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from siftune.data.rows import Row
 from siftune.data.target import SOURCE
 from siftune.errors import DataError
-from siftune.rows.scores import Seen, at_first_sight, by_time, company, seen
+from siftune.rows.scores import Seen, by_row, seen, usual
 from siftune.rows.texts import Text, digest_of, text_of
 from siftune.rows.twins import Twins
 from siftune.rows.visits import NAME, Record, read_visits
@@ -35,7 +35,8 @@ class Suspect:
         place: Where it stands, such as "rows.jsonl:17"; "row 17", its number from 0, where that was not recorded.
         text: What it says; empty where only numbers were recorded.
         reason: Why it is here, in words.
-        score: Its loss at first sight, in deviations above what was usual for rows of its source at that time.
+        score: What it cost above what was usual for rows of its source at that time, mean over its visits, in
+            deviations of such means.
         duplicates: Places of rows that say nearly the same.
     """
 
@@ -52,7 +53,7 @@ def suspects(run: Path, top: int | None = None) -> list[Suspect]:
     Args:
         run: Folder of a run of `siftune train`, or any folder with the `rows.parquet` that `RowRecord` writes. What
             rows say is read again from where the run's recipe found them; without a recipe it is not known.
-        top: So many at the most; None: all that cost three deviations more than was usual when first seen.
+        top: So many at the most; None: all that cost three deviations more than was usual.
 
     Raises:
         DataError: The run has no record of its rows, or the rows have changed since.
@@ -80,34 +81,32 @@ class Rows:
         rows, visits = rows_of(run, self.record), self.record.visits
         self.texts = texts_of(rows, self.record)
         self.places, self._who = _whereabouts(self.record)
-        first_V = at_first_sight(visits.row)
-        self._sources = _sources_of(rows, visits.row, first_V)
-        found = visits.loss, visits.step, first_V, np.unique(self._sources, return_inverse=True)[1]
-        self._z, self._company = by_time(*found), company(*found)
+        self._sources = _sources_of(rows, visits.row)
+        kinds = np.unique(self._sources, return_inverse=True)[1]
+        self._usual = usual(visits.loss, visits.step, kinds)
+        self._scores = by_row(self._who, visits.loss, visits.step, kinds)
 
     def suspects(self, top: int | None = None) -> list[Suspect]:
         """As the function `suspects`."""
-        gathered = seen(self._who)
-        scores_R = self._z[gathered.first]
+        gathered, scores_R = seen(self._who), self._scores
         order = [at for at in np.argsort(-scores_R, kind="stable") if scores_R[at] >= LEAST]  # NaN is not
         return [self._suspect(gathered, int(at)) for at in order[:top]]
 
     def _suspect(self, gathered: Seen, at: int) -> Suspect:
-        place, visit = self.places[gathered.rows[at]], int(gathered.first[at])
+        place = self.places[gathered.rows[at]]
         text = self.texts.get(place, Text("", ""))
-        reason = "; ".join([self._why(visit), *self._contradicted(text)])
-        return Suspect(place, text, reason, round(float(self._z[visit]), 4), tuple(self._twins_of(place)))
+        reason = "; ".join([self._why(np.flatnonzero(self._who == gathered.rows[at])), *self._contradicted(text)])
+        return Suspect(place, text, reason, round(float(self._scores[at]), 4), tuple(self._twins_of(place)))
 
-    def _why(self, visit: int) -> str:
-        """Say what a row cost at first sight, and what is known besides."""
-        visits, (usual, deviation) = self.record.visits, (part[visit] for part in self._company)
-        source = self._sources[visit]
-        words = (
-            f"cost {visits.loss[visit]:.2f} nats a token when first seen, in step {visits.step[visit] + 1}, where "
-            f"{usual:.2f} ± {deviation:.2f} was usual{f' for rows of {source}' if source else ''}"
-        )
-        followed = float(visits.followed[visit])
-        return words if np.isnan(followed) else f"{words}; {followed:.0%} of the layers followed it"
+    def _why(self, own: NDArray[np.int64]) -> str:
+        """Say what a row cost in its visits, and what is known besides."""
+        visits, source = self.record.visits, self._sources[own[0]]
+        cost, was_usual = (float(np.nanmean(values[own])) for values in (visits.loss, self._usual))
+        seen_when = f"in step {visits.step[own[0]] + 1}" if len(own) == 1 else f"on average over {len(own)} visits"
+        like = f" for rows of {source}" if source else ""
+        words = f"cost {cost:.2f} nats a token {seen_when}, where {was_usual:.2f} was usual{like}"
+        followed = float(visits.followed[own[0]])
+        return words if np.isnan(followed) else f"{words}; {followed:.0%} of the layers followed it at first"
 
     def _contradicted(self, text: Text) -> list[str]:
         """Say where the same prompt has another completion."""
@@ -150,12 +149,12 @@ def _words(record: Record) -> Sequence[str]:
     return record.places or [f"row {number}" for number in record.visits.row.tolist()]
 
 
-def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer], first_V: NDArray[np.bool_]) -> list[str]:
+def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer]) -> list[str]:
     """Of what source each visit's row is; "" for rare sources together, and where all are of one or it is not known."""
     names = [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
     if len(set(names)) < 2:
         return [""] * len(row_V)
-    counts = Counter(names[number] for number in row_V[first_V])
+    counts = Counter(names[number] for number in np.unique(row_V))
     return [name if counts[name := names[number]] >= _RARE else "" for number in row_V]
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from siftune.errors import DataError
 from siftune.files import write_beside
-from siftune.rows.scores import at_first_sight, by_time
+from siftune.rows.scores import by_time
 from siftune.words import one_line
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def write_visits(path: Path, visits: Visits, places: Sequence[str] = (), about: 
     if places:
         columns["place"] = _in_words(visits.row, places)
     columns |= {"step": visits.step, "loss": visits.loss, "tokens": visits.tokens}
-    columns["z"] = by_time(visits.loss, visits.step, at_first_sight(visits.row))
+    columns["z"] = by_time(visits.loss, visits.step)
     if not np.isnan(visits.followed).all():
         columns |= {"alignment": visits.alignment, "followed": visits.followed}
     table = pyarrow.table(columns).replace_schema_metadata({ABOUT: about})

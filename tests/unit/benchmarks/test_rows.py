@@ -183,6 +183,7 @@ def test_a_job_scores_and_a_job_drops_and_both_are_reported(job, tmp_path, monke
     found = scored(settings, suite, folder)
     assert (found["rows"], found["bad"]) == (8, 2)
     assert {
+        "row",
         "z",
         "loss",
         "local-z",
@@ -234,7 +235,7 @@ def test_probabilities_of_classes_are_those_of_a_loop():
 def test_in_a_pool_of_two_tasks_rows_are_scored_among_their_own(job):
     settings, suite, folder = job
     cell = {**cell_of("mixed-25"), "longest": 64}
-    assert "source-z" in scored({**settings, "cell": cell}, suite, folder)["scores"]
+    assert "source" in scored({**settings, "cell": cell}, suite, folder)["scores"]
 
 
 def test_what_other_tools_say_of_two_rows():

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.rows import scores
-from siftune.rows.scores import at_first_sight, by_time, course, seen
+from siftune.rows.scores import by_row, by_time, course, seen
 
 LOSSES = st.lists(st.one_of(st.floats(0, 20), st.just(float("nan"))), min_size=1, max_size=60)
 
 
-def slow_z(values, steps, window, counts):
+def slow_apart(values, steps, window):
     """Visit by visit: grow the window of whole steps on either side."""
     apart = []
     for at, value in enumerate(values):
@@ -23,24 +23,31 @@ def slow_z(values, steps, window, counts):
         company = [values[i] for i, step in enumerate(steps) if steps[low] <= step <= steps[high]]
         company = [each for each in company if not np.isnan(each)]
         apart.append(value - np.median(company) if company else np.nan)
-    distances = np.array([abs(each) for each, count in zip(apart, counts, strict=True) if count and not np.isnan(each)])
-    known = [value for value in values if not np.isnan(value)]
-    least = 1e-6 * max(1.0, abs(np.median(known))) if known else 0
-    deviation = 1.4826 * np.median(distances) if len(distances) else 0
-    if len(distances) and deviation <= least:
-        deviation = 1.2533 * np.mean(distances)
-    return [0 * each if deviation <= least else each / deviation for each in apart]
+    return apart
 
 
-@given(LOSSES, st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=60, max_size=60), st.integers(1, 30))
-def test_z_is_that_of_a_loop(values, visits, window):
+def slow_z(apart):
+    distances = [abs(each) for each in apart if not np.isnan(each)]
+    size = 1.4826 * np.median(distances) if distances else 0
+    if distances and size <= 1e-6:
+        size = 1.2533 * np.mean(distances)
+    return [0 * each if size <= 1e-6 else each / size for each in apart]
+
+
+@given(LOSSES, st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9)), min_size=60, max_size=60), st.integers(1, 30))
+def test_scores_are_those_of_a_loop(values, visits, window):
     visits = sorted(visits[: len(values)], key=lambda visit: visit[0])
-    steps, counts = (np.array(column) for column in zip(*visits, strict=True))
+    steps, rows = (np.array(column) for column in zip(*visits, strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "WINDOW", window)
-        found, whole = by_time(np.array(values), steps, counts), by_time(np.array(values), steps)
-    np.testing.assert_allclose(found, slow_z(values, steps, window, counts), rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(whole, slow_z(values, steps, window, [True] * len(values)), rtol=1e-3, atol=1e-5)
+        z, by_rows = by_time(np.array(values), steps), by_row(rows, np.array(values), steps)
+    apart = slow_apart(values, steps, window)
+    np.testing.assert_allclose(z, slow_z(apart), rtol=1e-3, atol=1e-5)
+    means = []
+    for row in sorted(set(rows.tolist())):
+        own = [each for each, other in zip(apart, rows, strict=True) if other == row and not np.isnan(each)]
+        means.append(np.mean(own) if own else np.nan)
+    np.testing.assert_allclose(by_rows, slow_z(means), rtol=1e-3, atol=1e-5)
 
 
 def test_a_trend_is_no_reason():
@@ -52,28 +59,38 @@ def test_a_trend_is_no_reason():
     assert by_time(losses, steps).argmax() == 1500
 
 
-def test_right_rows_that_are_not_learned_yet_are_no_suspects():
-    """When most rows cost nothing, one that costs what all did at first does not stand out as a wrong one does."""
+def test_rows_that_are_not_learned_yet_stand_behind_wrong_ones():
+    """In its own time's spread a late row that costs what all did at first would stand before an early wrong one."""
     rng = np.random.default_rng(0)
     steps = np.repeat(np.arange(100), 16)
-    losses = np.abs(rng.normal(0, 1, len(steps))) * np.where(steps < 30, 1.0, 0.05)
-    losses[[1400, 1500]] = 1.0, 6.0
-    z = by_time(losses, steps, steps < 30)  # those at first sight
-    assert z[1400] < 3 < z[1500]
+    spread = np.where(steps < 60, 1.0, 0.05)
+    losses = np.abs(rng.normal(0, 1, len(steps))) * spread
+    losses[[100, 1400]] = 4.0, 1.0
+    z = by_time(losses, steps)
+    assert z[100] > z[1400]
+    assert (z / spread)[100] < (z / spread)[1400]
 
 
-@given(st.lists(st.tuples(st.floats(0, 9), st.booleans(), st.integers(0, 2)), min_size=1, max_size=50))
+def test_what_is_learned_last_stands_out_over_epochs():
+    rng = np.random.default_rng(0)
+    rows, steps = np.tile(np.arange(200), 4), np.repeat(np.arange(80), 10)
+    losses = np.abs(rng.normal(2, 1, 800)) * np.repeat([1, 0.5, 0.2, 0.1], 200)
+    wrong = np.arange(20) * 10
+    losses[np.isin(rows, wrong)] = 2.0  # at first sight there is nothing about them
+    found = by_row(rows, losses, steps)
+    assert set(np.argsort(-found)[:20]) == set(wrong)
+    assert set(np.argsort(-by_time(losses, steps)[:200])[:20]) != set(wrong)
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=50))
 def test_kinds_are_looked_at_one_by_one(visits):
-    values, counts, kinds = (np.array(column) for column in zip(*visits, strict=True))
-    steps = np.arange(len(values)) // 4
-    found = by_time(values, steps, counts, kinds)
+    values, rows, kinds = (np.array(column) for column in zip(*visits, strict=True))
+    steps, rows = np.arange(len(values)) // 4, rows + 10 * kinds
+    z, by_rows = by_time(values, steps, kinds), by_row(rows, values, steps, kinds)
     for kind in set(kinds.tolist()):
         own = kinds == kind
-        assert np.array_equal(found[own], by_time(values[own], steps[own], counts[own]))
-
-
-def test_first_sights():
-    assert at_first_sight(np.array([4, 2, 4, 4, 0, 2])).tolist() == [True, True, False, False, True, False]
+        assert np.array_equal(z[own], by_time(values[own], steps[own]))
+        assert np.array_equal(by_rows[np.unique(rows) // 10 == kind], by_row(rows[own], values[own], steps[own]))
 
 
 def test_many_wrong_rows_stand_out_all_the_same():

@@ -27,7 +27,7 @@ RECORDS = [
 
 @pytest.fixture
 def run(base, tmp_path):
-    """A run folder of 40 rows in two epochs, of which the rows 5 and 9 cost much at first, and 7 later."""
+    """A run folder of 40 rows in two epochs, of which the rows 5 and 9 cost much, and 7 a little more in the second."""
     records = [*RECORDS]
     records[30] = {**RECORDS[5], "completion": "no idea, <script>alert(1)</script>"}
     records[31] = {"prompt": RECORDS[9]["prompt"].upper(), "completion": RECORDS[9]["completion"]}
@@ -41,21 +41,19 @@ def run(base, tmp_path):
     order = np.random.default_rng(0).permutation(40)
     row = np.concatenate([order, order[::-1]])
     loss = 1 + 0.1 * np.sin(row)
-    loss[:40][order == 5], loss[:40][order == 9], loss[40:][order[::-1] == 7] = 4.0, 3.0, 9.0
+    loss[row == 5], loss[row == 9], loss[40:][order[::-1] == 7] = 4.0, 3.0, 1.2
     table = np.stack([row, np.arange(80) // 4, loss, np.full(80, 3), *np.full((2, 80), np.nan)])
     write_visits(folder / NAME, Visits.of(table), [each.origin for each in rows], digest_of(rows))
     return folder
 
 
-def test_the_dearest_at_first_sight_come_first(run):
+def test_the_dearest_come_first(run):
     first, second = suspects(run)
     path = run.parent / "rows.jsonl"
     assert (first.place, second.place) == (f"{path}:6", f"{path}:10")
     assert first.text == (RECORDS[5]["prompt"], RECORDS[5]["completion"])
     assert first.score > second.score > 3
-    assert re.search(
-        r"cost 4.00 nats a token when first seen, in step \d+, where 1.0\d ± 0.\d+ was usual; ", first.reason
-    )
+    assert re.search(r"^cost 4.00 nats a token on average over 2 visits, where \d.\d\d was usual; ", first.reason)
     assert first.reason.endswith(f"{path}:31 has the same prompt and another completion")
     assert second.duplicates == (f"{path}:32",)
     assert first.duplicates == ()
@@ -93,7 +91,7 @@ def two_sources(base, tmp_path, monkeypatch):
 def test_rows_are_compared_with_those_of_their_source(two_sources):
     (found,) = suspects(two_sources(1, source=["easy"] * 30 + ["hard"] * 10))
     assert found.place.endswith("0.jsonl:4")
-    assert "where 1.0" in found.reason
+    assert re.search(r"^cost 4.00 nats a token in step \d+, where 1.0\d was usual", found.reason)
     assert found.reason.endswith(" was usual for rows of easy")
 
 
