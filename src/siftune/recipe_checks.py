@@ -6,6 +6,7 @@ Nothing here imports torch, so that a mistake is told at once.
 import math
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 
 from siftune.config import Recipe, compares, holds_out, method_of, settings_of, target_comes_last
 from siftune.errors import RecipeError
@@ -34,6 +35,7 @@ def check(recipe: Recipe) -> None:
 
 def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
     return [
+        (not recipe.train and recipe.resume is not False, _no_recipe(recipe.resume)),
         (not recipe.train, "no training data: give --train FILE, or `train: FILE` in the recipe"),
         (
             recipe.eval_every is not None and not holds_out(recipe),
@@ -67,6 +69,18 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
         (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
     ]
+
+
+def _no_recipe(resume: bool | str) -> str:
+    """Say why there is nothing to go on with where no recipe was found and none was given."""
+    if isinstance(resume, bool):
+        return "resume needs the run folder to go on with: give --resume RUN, by which the run's own recipe holds"
+    if not Path(resume).expanduser().exists():
+        return f"there is no run {resume} to go on with: no such folder (working directory: {Path.cwd()})"
+    return (
+        f"{resume} is no run folder, as there is no recipe.yaml in it: give --resume RUN, or with a checkpoint its "
+        "run's recipe, too: RUN/recipe.yaml --resume CHECKPOINT"
+    )
 
 
 def _can_compile(recipe: Recipe) -> bool:

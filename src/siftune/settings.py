@@ -225,7 +225,8 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     if ELSEWHERE.get(word) in names:
         return ELSEWHERE[word]
     grouped = [name for name in names if name.endswith(f".{word}")]
-    close = grouped or difflib.get_close_matches(word, names, n=1)
+    known = [*names, *(other for other, name in ELSEWHERE.items() if name in names)]
+    close = grouped or [ELSEWHERE.get(one, one) for one in difflib.get_close_matches(word, known, n=1)]
     return " or ".join(close) if close else None
 
 

@@ -3,19 +3,22 @@
 import contextlib
 import inspect
 import io
+import logging
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.methods import METHODS
 from siftune.recipe_file import load_recipe
 from siftune.settings import Gone, in_words, nearest
+
+logger = logging.getLogger(__name__)
 
 # command -> (module, what it does)
 COMMANDS = {
@@ -65,6 +68,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
         files = [*own, *(word for word in arguments if _is_recipe(word))]
         arguments = [word for word in arguments if not _is_recipe(word)]
         given["default"] = load_recipe(*files, kind=kind, target=any(_name(word) == "--target" for word in arguments))
+        _tell_twice(kind, arguments)
     arguments = _spell_out(kind, arguments)
     box = io.StringIO()
     try:
@@ -98,6 +102,19 @@ def stdout_to_stderr() -> Iterator[None]:
     finally:
         os.dup2(saved, 1)
         os.close(saved)
+
+
+def _tell_twice(kind: type, arguments: Sequence[str]) -> None:
+    """Tell of a list that is given in two flags, of which the parser takes the last one alone, and says nothing."""
+    hints = _hints(kind)
+    seen: set[str] = set()
+    for flag in (word for word in arguments if word.startswith("--")):
+        takes_list = any(
+            get_origin(part) is tuple for part in (hints.get(_field(flag)), *get_args(hints.get(_field(flag))))
+        )
+        if takes_list and _field(flag) in seen:
+            logger.warning("%s is given twice, and the last one holds; several stand behind one", _name(flag))
+        seen.add(_field(flag))
 
 
 def _is_recipe(word: str) -> bool:
@@ -189,10 +206,13 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
             guess = f"did you mean {_flags(close)}?" if close else f"see `{program} --help`"
             return f"unknown option {flag.partition('=')[0]} of `{program}`; {guess}"
     refusal = _unbox(box)
+    lone = re.match(r"Unrecognized options: ([^-]\S*\.(?:jsonl|ndjson|json|csv|parquet))$", refusal)
+    if lone and "train" in hints:
+        return f"{lone[1]} stands behind no option; did you mean --train {lone[1]}?"
     missing = re.findall(r"(--[a-z0-9.-]+) .*?\(required\)", refusal) if refusal.startswith("Missing") else []
     if missing:
         return f"{' and '.join(missing)} must be given; see `{program} --help`"
-    for flag in flags:
+    for flag in reversed(flags):  # of a flag that is given twice the last one is read
         name = _name(flag)
         if re.search(rf"{re.escape(name)}(?![\w-]|\.\w)", refusal):
             return f"{name} must be {in_words(hints[_field(flag)])}, not {_given(flag, arguments)}"
@@ -213,5 +233,6 @@ def _given(flag: str, arguments: Sequence[str]) -> str:
     """Return the value that the user gave to `flag`, as typed."""
     if "=" in flag:
         return repr(flag.partition("=")[2])
-    after = arguments[arguments.index(flag) + 1 :]
+    last = max(place for place, word in enumerate(arguments) if word == flag)
+    after = arguments[last + 1 :]
     return repr(after[0]) if after and not after[0].startswith("--") else "left empty"

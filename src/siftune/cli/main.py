@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from siftune.cli.common import COMMANDS, parse, stdout_to_stderr
 from siftune.errors import InputError, SiftuneError
 from siftune.jsonable import jsonable
+from siftune.quiet import quiet
 from siftune.ranks import LEFT_ALONE, launch_rank, launch_size, told_by_parent
 from siftune.settings import nearest
 from siftune.threads import settle_threads
@@ -44,6 +45,8 @@ _ALONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe"
 # safetensors and torch.save say in their own words that a write failed; the latter does not say why
 _CODE = re.compile(r"\(os error (\d+)\)")
 _WRITE_FAILED = "inline_container.cc"
+# advice of bitsandbytes on faster kernels, told wherever PEFT is imported, and on its own rounding, for every module
+_ADVICE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 _NO_MEMORY = "can't allocate memory"  # torch's words on processors; for devices it has a class, OutOfMemoryError
 
 
@@ -203,14 +206,15 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 @contextlib.contextmanager
 def _logs() -> Iterator[None]:
-    """Show siftune's log on standard error while a command runs."""
+    """Show siftune's log on standard error while a command runs, and no advice of others that users cannot take."""
     logger = logging.getLogger("siftune")
     handler, level = _StderrHandler(), logger.level
     handler.setFormatter(logging.Formatter("siftune: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with quiet(*_ADVICE):
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

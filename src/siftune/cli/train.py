@@ -131,13 +131,18 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
 def _losses(summary: dict[str, Any]) -> str:
     """Say what training came to."""
     first, last, held_out = (summary[name] for name in ("loss_first", "loss_last", "eval_loss"))
-    told = "" if last is None else f"loss {first:.4f} to {last:.4f}, "
+    told = "" if last is None else f"loss {first:.4f}, " if first == last else f"loss {first:.4f} to {last:.4f}, "
     kept = f" at step {summary['kept_step']}, which is kept" if "kept_step" in summary else ""
-    return told if held_out is None else f"{told}held-out loss {held_out:.4f}{kept}, "
+    earlier = f" after step {summary['eval_step']}" if "eval_step" in summary else ""
+    return told if held_out is None else f"{told}held-out loss {held_out:.4f}{kept}{earlier}, "
 
 
 def _followed(shares: dict[str, float]) -> str:
-    """Say what was followed, where rows were chosen."""
+    """Say what was followed, where rows were chosen: of each source, where rows say what theirs is."""
+    from siftune.data.target import OTHER
+
+    if [*shares] == [OTHER]:
+        return f"followed: {shares[OTHER]:.0%} of the rows that came\n"
     parts = [f"{source} {share:.0%}" for source, share in shares.items()]
     return f"followed of the rows that came: {', '.join(parts)}\n" if parts else ""
 

@@ -84,7 +84,8 @@ def _open(source: str, split: str) -> Records:
         return _reporting(reader(path, source), source)
     if reader is not None:
         state = "is a folder, not a file" if path.exists() else "does not exist"
-        raise DataError(f"{source} {state}; give the path of a data file.")
+        hint = "put spaces between files, not commas" if "," in source else "give the path of a data file"
+        raise DataError(f"{source} {state}; {hint}.")
     return _read_hub(source, split)
 
 
@@ -102,7 +103,7 @@ def _read_jsonl(path: Path, source: str) -> Records:
         for number, line in enumerate(file, 1):
             try:
                 text = _decode(line, source, number)
-                found = _parse_json(text, source, number) if text.strip() else None
+                found = _parse_json(text.rstrip(), source, number) if text.strip() else None
             except DataError as error:  # the next line can be read
                 text, found = "?", error
             if text.strip():

@@ -5,7 +5,6 @@ them after it; while a graph needs them, they stay. So a pass that goes layer by
 block of `held` it reads that layer once for all batches.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from siftune.models.layers import find_layers
+from siftune.quiet import quiet
 
 
 def streamed_map(source: Any) -> dict[str, Any]:
@@ -38,13 +38,8 @@ def streamed_map(source: Any) -> dict[str, Any]:
 @contextmanager
 def without_advice() -> Iterator[None]:
     """Keep accelerate from telling that weights are on disk, which is what was asked for."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with quiet("accelerate.big_modeling"):
         yield
-    finally:
-        logger.setLevel(level)
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

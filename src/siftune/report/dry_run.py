@@ -16,7 +16,7 @@ def shown(found: DryRun) -> Text:
     known, recipe = found.forecast, found.recipe
     text = Text("\n").join(
         [
-            *map(Text, bad_lines(found.prepared, len(found.prepared.bad))),
+            *map(Text, bad_lines(found.prepared, len(found.prepared.bad), recipe.bad_rows == "stop")),
             Text(rows_line(recipe, found.prepared)),
             *(_example(one) for one in found.examples),
             Text(
@@ -48,6 +48,8 @@ def _duration(seconds: float) -> str:
         ('42 s', '3 min 20 s', '2 h 3 min')
     """
     whole = round(seconds)
+    if whole < 1:
+        return "less than a second"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

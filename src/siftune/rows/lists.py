@@ -121,9 +121,8 @@ def _csv(path: str, *columns: str) -> Iterator[tuple[str, str, dict[str, str]]]:
     with _wide_fields():
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
-            raise DataError(
-                f"{path} has no column {missing[0]!r} in its first line (found: {', '.join(reader.fieldnames or ())})."
-            )
+            columns_found = ", ".join(reader.fieldnames or ()) or "nothing"
+            raise DataError(f"{path} has no column {missing[0]!r} in its first line (found: {columns_found}).")
         found = [(f"{path}:{reader.line_num}", (fields[PLACE] or "").strip(), fields) for fields in reader]
     yield from found
 

@@ -88,8 +88,8 @@ def rows_line(recipe: Recipe, prepared: Prepared) -> str:
     seen = lengths_of(data)
     out = "" if held is None else f", {counted(len(held), 'row')} held out{_trained_too(prepared)}"
     return (
-        f"{counted(len(data), 'row')} to train on{out}: {seen.mean:.0f} tokens each, {seen.learned:.0f} learned, "
-        f"the longest {seen.longest}{_cut(recipe, prepared)}{_weights(data)}"
+        f"{counted(len(data), 'row')} to train on{out}: {seen.mean:.0f} tokens on average, {seen.learned:.0f} of them "
+        f"learned, the longest {seen.longest}{_cut(recipe, prepared)}{_weights(data)}"
     )
 
 
@@ -104,13 +104,14 @@ def _trained_too(prepared: Prepared) -> str:
     return f" ({count:,} of them trained on, too, so that the held-out loss flatters)" if count else ""
 
 
-def bad_lines(prepared: Prepared, most: int) -> list[str]:
-    """Say which rows are left out, naming so many of them at the most."""
+def bad_lines(prepared: Prepared, most: int, stops: bool = False) -> list[str]:
+    """Say which rows are left out, or would stop a run, naming so many of them at the most."""
     if not prepared.bad:
         return []
     more = len(prepared.bad) - most
     rest = [f"  … and {more} more"] if more > 0 else []
-    return [f"{counted(len(prepared.bad), 'row')} left out:", *(f"  {reason}" for reason in prepared.bad[:most]), *rest]
+    how = "cannot be used, for which a run stops; --bad-rows drop leaves them out" if stops else "left out"
+    return [f"{counted(len(prepared.bad), 'row')} {how}:", *(f"  {reason}" for reason in prepared.bad[:most]), *rest]
 
 
 def _cut(recipe: Recipe, prepared: Prepared) -> str:

@@ -107,8 +107,8 @@ def _card(recipe: Recipe, summary: dict[str, Any], head: str, usage: str) -> str
 |---|---|
 | optimizer steps | {_steps(summary)} |
 | training loss, last | {_training_loss(summary)} |
-| held-out loss | {"not measured" if summary["eval_loss"] is None else f"{summary['eval_loss']:.4f}"} |
-| time | {summary["seconds"]:.0f} s on {hardware()} |
+| held-out loss | {_held_out_loss(summary)} |
+| time | {summary["seconds"]:.0f} s on {_machine()} |
 | peak memory | {summary["peak_memory_mb"]:,.0f} MB |
 
 {_promise(summary)}## Use
@@ -175,6 +175,17 @@ def _training_loss(summary: dict[str, Any]) -> str:
         return "not told: it has no noise"
     loss = summary["loss_last"]
     return "not logged" if loss is None else f"{loss:.4f}"
+
+
+def _held_out_loss(summary: dict[str, Any]) -> str:
+    loss, step = summary["eval_loss"], summary.get("eval_step")
+    return "not measured" if loss is None else f"{loss:.4f}{'' if step is None else f', after step {step}'}"
+
+
+def _machine() -> str:
+    """The machine, in words; records keep `hardware()` as it is, by which they are compared."""
+    words = hardware()
+    return words.removesuffix("s") if words.endswith(" 1 threads") else words
 
 
 _PROMISE = """## Privacy

@@ -115,6 +115,8 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
         since = evaluations_since_best(state)
         if since >= self._patience:
             control.should_training_stop = True
+            if state.global_step < state.max_steps and state.is_world_process_zero:
+                logger.info("stopped early, at step %d of %d: patience has run out", state.global_step, state.max_steps)
         control.should_save |= since == 0 or since >= self._patience
 
 

@@ -45,18 +45,21 @@ class Outcome:
     def summary(self, seconds: float) -> dict[str, Any]:
         """Steps, losses, seconds, tokens, peak memory in MB, shares of rows followed, and privacy.
 
-        Where the weights of an earlier step than the last were kept, `kept_step` says which, and `eval_loss` is theirs.
+        Where the weights of an earlier step than the last were kept, `kept_step` says which, and `eval_loss` is theirs;
+        where the last held-out loss is of an earlier step, `eval_step` says of which.
         """
         state = self.trainer.state
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         evals = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
         kept = self.trainer.kept_step
+        measured = max(evals, default=state.global_step) if kept is None else state.global_step
         return {
             "steps": state.global_step,
             **({} if kept is None else {"kept_step": kept}),
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
             "eval_loss": (evals[max(evals)] if kept is None else evals[kept]) if evals else None,
+            **({} if measured == state.global_step else {"eval_step": measured}),
             "seconds": round(seconds, 2),
             "tokens": int(state.num_input_tokens_seen),
             "peak_memory_mb": round(peak_memory_mb(), 1),

@@ -4,6 +4,7 @@ Rows that cannot be used are gathered on the way, from all files and from the to
 """
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from siftune.files import Progress
 from siftune.rows.lists import named_rows, row_weights, weighed, without
 from siftune.trainer.run_folder import BAD_ROWS, RETRIEVED
 from siftune.words import counted
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 20  # bad rows that an error names; --dry-run names all
 
@@ -130,6 +133,7 @@ def _listed(recipe: Recipe, files: list[list[Row]]) -> list[list[Row]]:
     if recipe.drop_rows is None:
         return files
     named = named_rows(recipe.drop_rows)
+    logger.info("%s: %s to leave out", recipe.drop_rows, counted(len(set(named)), "row"))
     left = {id(row) for row in without([row for rows in files for row in rows], named, recipe.drop_rows)}
     return [[row for row in rows if id(row) in left] for rows in files]
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siftune.environment import peak_memory_mb
 from siftune.trainer.run_folder import RunFolder
+from siftune.words import counted
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
@@ -35,6 +36,11 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Start the clock."""
         self._mark(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the last step logged, too: what a run came to is read from the log."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Extend and record a line of the log."""
@@ -141,7 +147,7 @@ def describe(logs: dict[str, Any]) -> str:
         parts += [
             f"{logs['tokens_per_second']:,.0f} tokens/s",
             f"peak {logs['peak_memory_mb']:,.0f} MB",
-            f"{logs['active_layers']} layers active",
+            f"{counted(logs['active_layers'], 'layer')} active",
         ]
     if "compile_seconds" in logs:
         parts.append(f"{logs['compile_seconds']:,.0f} s compiling")

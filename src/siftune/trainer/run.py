@@ -22,6 +22,7 @@ from siftune.files import disk_faults
 from siftune.methods.log_lines import stand_first
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.spread import refuse_launched
+from siftune.quiet import quiet
 from siftune.recipe_checks import check
 from siftune.recipe_file import anchored, recipe_to_yaml
 from siftune.rows.record import RowRecord
@@ -181,7 +182,8 @@ def _train_on(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None
     if ended and checkpoint is not None:
         trainer.take(checkpoint, best)
     else:
-        with signals.listening():
+        # which compares times of files and arguments of a checkpoint: ours are checked by siftune itself
+        with signals.listening(), quiet("transformers.trainer_utils"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if signals.came:
         raise KeyboardInterrupt
@@ -279,5 +281,10 @@ def _check_checkpoint(checkpoint: Path, trainer: SiftTrainer) -> None:
 
 
 def _refuse_overwriting(recipe: Recipe, folder: RunFolder) -> None:
+    if (other := folder.holds_other()) is not None:
+        raise RecipeError(
+            f"{folder.path} holds a {other} that is no run's, over which or beside which a run would write; give "
+            "another folder with --out."
+        )
     if not recipe.resume and not folder.is_fresh():
         raise RecipeError(f"{folder.path} holds a run already; give another folder with --out, or go on with --resume.")

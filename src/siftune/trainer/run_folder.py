@@ -143,6 +143,13 @@ class RunFolder:
         left = self.adapter.exists() or self.returned.exists()
         return not left and all(fault_of(path, hashes=False) for path in _checkpoints(self.checkpoints))
 
+    def holds_other(self) -> str | None:
+        """What was in the folder before that is no run's, and would be written over or mixed with it; None: nothing."""
+        if {RECIPE, "run.json"} & self._found:
+            return None
+        models = ("config.json", "adapter_config.json", "emulator.safetensors")
+        return next((name for name in (*models, "README.md") if name in self._found), None)
+
     @contextlib.contextmanager
     def taken_back(self) -> Iterator[None]:
         """Leave no file and no new folder behind where the block fails before anything was learned."""

@@ -4,6 +4,7 @@ Where it begins from a part of the base (PiSSA, OLoRA), PEFT takes that part off
 the end must fit the base as it is, so PEFT turns it into an ordinary LoRA of twice the rank: it needs the first values.
 """
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,4 +85,6 @@ def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:
     initial = checkpoints / _INITIAL
     first = str(initial) if initial.is_dir() else None
     # embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out
-    model.save_pretrained(path, save_embedding_layers=False, path_initial_model_for_weight_conversion=first)
+    with warnings.catch_warnings():  # PEFT asks for the very conversion that it is making here
+        warnings.filterwarnings("ignore", message="(PiSSA|OLoRA) changes the base weights")
+        model.save_pretrained(path, save_embedding_layers=False, path_initial_model_for_weight_conversion=first)

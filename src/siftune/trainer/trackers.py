@@ -27,6 +27,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             close = nearest(name, known)
+            if "," in name:
+                raise RecipeError(f"report_to has {name!r}: put spaces between trackers, not commas")
             hint = f"did you mean {close!r}?" if close else f"use one of {', '.join(known)}, or none"
             raise RecipeError(f"report_to has the unknown tracker {name!r}; {hint}")
     installed = integration_utils.get_available_reporting_integrations()

@@ -137,12 +137,46 @@ def test_resume_alone_reads_no_recipe_that_happens_to_be_there(ran, tmp_path, mo
         (["--lr", "fast"], "--lr must be a number or nothing, not 'fast'"),
         (["--ist.score-lr", "fast"], "--ist.score-lr must be a number, not 'fast'"),
         (["--method", "lora"], f"--method must be one of {', '.join(METHODS)}, not 'lora'"),
-        (["rows.jsonl"], "Unrecognized options: rows.jsonl; see `siftune train --help`"),
+        (["rows.jsonl"], "rows.jsonl stands behind no option; did you mean --train rows.jsonl?"),
+        (["rows"], "Unrecognized options: rows; see `siftune train --help`"),
+        (["--lerning-rate=1"], "unknown option --lerning-rate of `siftune train`; did you mean --lr?"),
+        (["--steps", "4", "--steps", "ten"], "--steps must be a whole number or nothing, not 'ten'"),
+        (["--steps=4", "--steps=ten"], "--steps must be a whole number or nothing, not 'ten'"),
         (["none.yaml"], f"recipe none.yaml does not exist (looked in {Path.cwd()})"),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_sentence(command, capsys, arguments, message):
     assert error_of(capsys, 2, "train", *arguments) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["--train", "a", "--train", "b"],
+            ["--train is given twice, and the last one holds; several stand behind one"],
+        ),
+        (
+            ["--layers=1", "--layers", "2"],
+            ["--layers is given twice, and the last one holds; several stand behind one"],
+        ),
+        (["--train", "a", "b", "--steps", "1", "--steps", "2"], []),
+    ],
+)
+def test_a_list_in_two_flags_is_told_of(command, caplog, arguments, told):
+    parse(Options, arguments, "siftune train")
+    assert caplog.messages == told
+
+
+def test_advice_of_other_libraries_is_not_shown_while_a_command_runs():
+    import logging
+
+    from siftune.cli.main import _logs
+
+    names = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+    with _logs():
+        assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names)
+    assert all(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names)
 
 
 def test_a_wrong_key_in_a_recipe_is_told_with_its_line(command, capsys, recipe):

@@ -138,6 +138,17 @@ def test_no_data(capsys, no_model):
     assert error_of(capsys, ["train"]) == "no training data: give --train FILE, or `train: FILE` in the recipe"
 
 
+def test_a_run_to_go_on_with_that_is_none(tmp_path, capsys, no_model):
+    assert error_of(capsys, ["train", "--resume"]).startswith(
+        "resume needs the run folder to go on with: give --resume RU"
+    )
+    found = error_of(capsys, ["train", "--resume", tmp_path / "rum"])
+    assert found == f"there is no run {tmp_path}/rum to go on with: no such folder (working directory: {Path.cwd()})"
+    assert error_of(capsys, ["train", "--resume", tmp_path]).startswith(
+        f"{tmp_path} is no run folder, as there is no rec"
+    )
+
+
 def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
     path = tmp_path / "long.jsonl"
     path.write_text(GOOD + json.dumps({"prompt": "x" * 90, "completion": "yes"}) + "\n")
@@ -192,6 +203,42 @@ def test_a_learning_rate_that_breaks_the_loss(words, base, tmp_path, capsys):
     left = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.isfinite(value).all() for value in left.values())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "adapter_config.json"])
+def test_a_folder_of_something_else_is_left_alone(words, tmp_path, capsys, no_model, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    found = error_of(capsys, [*words, "--out", tmp_path / "mine"])
+    assert found.startswith(f"{tmp_path}/mine holds a {name} that is no run's")
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]
+
+
+def test_what_was_followed_is_named_by_source_where_rows_have_one():
+    from siftune.cli.train import _followed
+
+    assert _followed({}) == ""
+    assert _followed({"other": 0.75}) == "followed: 75% of the rows that came\n"
+    assert _followed({"other": 0.5, "web": 1.0}) == "followed of the rows that came: other 50%, web 100%\n"
+
+
+def test_a_held_out_loss_of_an_earlier_step_is_named_so(words, rows, tmp_path, capsys):
+    assert main([*words, "--eval", str(rows)]) == 0
+    assert re.search(r"held-out loss \d\.\d{4}, peak", capsys.readouterr().err)
+    assert main([*words, "--resume", "--steps", "8"]) == 0
+    assert re.search(r"held-out loss \d\.\d{4} after step 6, peak", capsys.readouterr().err)
+    assert re.search(r"held-out loss \| \d\.\d{4}, after step 6 ", (tmp_path / "run" / "README.md").read_text())
+
+
+def test_what_a_run_says_has_no_advice_of_other_libraries(words, tmp_path, capfd):
+    import logging
+
+    assert main(words) == 0
+    assert main([*words, "--steps", "8", "--resume"]) == 0
+    said = capfd.readouterr().err
+    assert "trainer_state.json" not in said
+    assert "mtime" not in said
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.NOTSET
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])

@@ -158,6 +158,7 @@ def test_the_limit_leaves_later_rows_unread(write):
         ("u.json", b'[\n {"prompt": "\xe9"}]', "u.json:2: invalid UTF-8, byte 0xe9 at position 14"),
         ("u.csv", b"prompt,completion\na,\xe9\n", "u.csv:2: invalid UTF-8, byte 0xe9 at position 3"),
         ("j.jsonl", lines(GOOD) + '{"prompt": 1,\n', "j.jsonl:2: invalid JSON"),
+        ("j.jsonl", lines(GOOD) + '{"prompt":\n', "j.jsonl:2: invalid JSON (Expecting value, character 11);"),
         ("j.jsonl", '{"n": ' + "9" * 5000 + "}", "j.jsonl:1: invalid JSON"),
         ("j.json", '[\n{"prompt": "a"}\n{"b": 1}]', "j.json:3: invalid JSON"),
         ("j.json", '{"rows": []}', "j.json: found dict, but a .json file must hold a list"),
@@ -209,6 +210,7 @@ def test_bad_files_are_refused_with_file_and_row(write, name, content, expected)
 
 def test_missing_and_unreadable_files(write, tmp_path):
     assert refused("no.jsonl") == "no.jsonl does not exist; give the path of a data file."
+    assert refused("a.jsonl,b.jsonl") == "a.jsonl,b.jsonl does not exist; put spaces between files, not commas."
     (tmp_path / "folder.csv").mkdir()
     assert "folder.csv is a folder" in refused("folder.csv")
 

@@ -130,6 +130,9 @@ def test_what_cannot_be_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter, not a model"):
         resolve(str(tmp_path))
+    (tmp_path / "adapter_config.json").rename(tmp_path / "recipe.yaml")
+    with pytest.raises(ModelError, match=f"is a run, not a model: .*--from-adapter {tmp_path}.*`siftune export"):
+        resolve(str(tmp_path))
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         resolve("two words")
     with pytest.raises(ModelError, match="no model given"):

@@ -1,6 +1,7 @@
 """Files that name rows, and what is done with these."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -90,6 +91,12 @@ def test_places_that_are_no_rows_are_refused(data):
         without(rows, [row.origin for row in rows], "bad.txt")
 
 
+def test_an_empty_table_is_told_to_be_empty(tmp_path):
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match=r"no column 'place' in its first line \(found: nothing\)"):
+        named_rows(str(tmp_path / "empty.csv"))
+
+
 def test_files_that_cannot_be_read(tmp_path):
     for make, words in (
         (lambda path: None, "cannot be read: No such file"),
@@ -102,11 +109,13 @@ def test_files_that_cannot_be_read(tmp_path):
             named_rows(str(path))
 
 
-def test_a_run_trains_without_the_rows_of_a_list(base, tmp_path):
+def test_a_run_trains_without_the_rows_of_a_list(base, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "siftune")
     path, bad = save_rows(tmp_path / "rows.jsonl"), tmp_path / "bad.csv"
     bad.write_text("place,score\n" + "".join(f"{path}:{line},1\n" for line in (3, 5, 24)))
     settings = {"method": "dense", "drop_rows": str(bad)}
     train(recipe(base, path, tmp_path / "run", steps=None, **settings), Console(quiet=True))
+    assert f"{bad}: 3 rows to leave out" in caplog.messages
     found = read_visits(tmp_path / "run" / "rows.parquet")
     assert {int(place.rpartition(":")[2]) for place in found.places} == set(range(1, 25)) - {3, 5, 24}
     assert len(suspects(tmp_path / "run", 3)) <= 3  # their texts are found again without the rows of the list

@@ -66,7 +66,7 @@ def test_all_bad_rows_and_three_examples_are_shown(base, tmp_path, capsys):
     result, told = run(capsys, base, rows)
     assert told.count("invalid JSON") == 30
     assert len(result["bad_rows"]) == 30
-    assert "30 rows left out:" in told
+    assert "30 rows cannot be used, for which a run stops; --bad-rows drop leaves them out:" in told
     assert "\x1b" not in told
     assert "\u202e" not in told
     assert "\\x1b[31mred\\u202e" in told
@@ -145,5 +145,5 @@ def test_checkpoints_are_counted(tmp_path, rows):
 
 
 def test_words():
-    assert [_duration(s) for s in (42.4, 200, 7380)] == ["42 s", "3 min 20 s", "2 h 3 min"]
+    assert [_duration(s) for s in (0.2, 42.4, 200, 7380)] == ["less than a second", "42 s", "3 min 20 s", "2 h 3 min"]
     assert _plain("a\tb\nc\u200b") == "a\\tb\nc\\u200b"

@@ -1,6 +1,7 @@
 """Early stopping: when it stops, what is kept, and how it goes on."""
 
 import json
+import logging
 import math
 from types import SimpleNamespace
 
@@ -72,12 +73,14 @@ def test_evaluations_are_counted_from_the_first_of_least_loss(losses, since):
 
 @pytest.mark.parametrize("save_every", [None, 3])
 @pytest.mark.parametrize("adapter", [{}, {"adapter": "full", "layers": (0, -1)}], ids=["lora", "full"])
-def test_it_stops_after_patience_and_keeps_the_best(base, rows, tmp_path, found, save_every, adapter):
+def test_it_stops_after_patience_and_keeps_the_best(base, rows, tmp_path, found, save_every, adapter, caplog):
+    caplog.set_level(logging.INFO, "siftune")
     found(3.0, 2.0, 2.5, 2.0)
     done = train(
         recipe(base, rows, tmp_path / "run", eval=str(rows), **settings(save_every=save_every, **adapter)), QUIET
     )
     assert (done.summary["steps"], done.summary["kept_step"], done.summary["eval_loss"]) == (4, 2, 2.0)
+    assert "stopped early, at step 4 of 8: patience has run out" in caplog.messages
     left = tmp_path / "run" / "adapter"
     best, last = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (2, 4))
     name = "tuned_layers.safetensors" if adapter else "adapter_model.safetensors"

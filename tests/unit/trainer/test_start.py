@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,9 @@ def base_logits(base):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_what_takes_the_base_apart_is_saved_as_an_ordinary_lora(base, rows, tmp_path, init):
-    done = train(recipe(base, rows, tmp_path / "run", method="dense", init=init), QUIET)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* changes the base weights")  # advice that has been followed
+        done = train(recipe(base, rows, tmp_path / "run", method="dense", init=init), QUIET)
     config = json.loads((done.folder.adapter / "adapter_config.json").read_text())
     assert (config["init_lora_weights"], config["r"]) == (True, 4)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), done.folder.adapter)
@@ -152,7 +155,7 @@ def test_neftune_is_the_trainers(base, rows, tmp_path):
 @pytest.mark.parametrize(("kind", "method"), [("4bit", "dense"), ("4bit", "ist"), ("8bit", "gast")])
 def test_a_quantised_base_trains_and_its_adapter_fits_the_plain_one(rows, tmp_path, kind, method):
     base, tokenizer = tmp_path / "base", byte_tokenizer()
-    # bitsandbytes rounds 64 values together, and its kernels take 32 outputs at a time
+    # bitsandbytes rounds 64 values together
     blocks = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
     tiny("llama", 2, vocab_size=300, eos_token_id=tokenizer.eos_token_id, **blocks).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -167,6 +170,28 @@ def test_a_quantised_base_trains_and_its_adapter_fits_the_plain_one(rows, tmp_pa
     values = sum(value.numel() for value in weights(done.model).values())
     plain = AutoModelForCausalLM.from_pretrained(base).num_parameters()
     assert trainable(SimpleNamespace(trainer=SimpleNamespace(model=done.model))) == (values, plain + values)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is for Linux")
+def test_gradients_go_through_4_bit_weights_after_a_pass_in_eval_mode(base, monkeypatch):
+    """bitsandbytes would pack them for inference then, on processors with AVX-512 for bfloat16."""
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    model, _ = load_model(str(base), quantize="4bit")
+    first = gradient(model.train())
+    with torch.no_grad():
+        model.eval()(torch.arange(7)[None])
+    assert torch.equal(gradient(model.train()), first)
+    assert float(first.abs().max()) > 0
+
+
+def gradient(model):
+    """Of the first layer's norm, to which gradients come through all layers' matrices."""
+    model.zero_grad()
+    weight = model.model.layers[0].input_layernorm.weight.requires_grad_()
+    model(torch.arange(7)[None], labels=torch.arange(7)[None]).loss.backward()
+    return weight.grad.clone()
 
 
 def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):

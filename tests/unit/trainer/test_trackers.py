@@ -24,6 +24,7 @@ def test_what_is_there(names):
     ("names", "message"),
     [
         (("tensorbord",), "report_to has the unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
+        (("tensorboard,wandb",), "report_to has 'tensorboard,wandb': put spaces between trackers, not commas"),
         (("mlflow", "zzz"), "report_to has the unknown tracker 'zzz'; use one of azure_ml,"),
         (("wandb",), "the package of the tracker wandb is not installed: `pip install wandb`"),
         (("tensorboard", "azure_ml"), "`pip install azure-ml`"),
