@@ -86,6 +86,7 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
         "bad": int(bad.sum()),
         "scores": {name: all_of(values, bad) for name, values in scores.items()},
         "named": named(scores["row"], bad, LEAST),
+        **({"named_by_source": named(scores["source"], bad, LEAST)} if "source" in scores else {}),
         "nats": round(nats_per_token(measured), 5),
         "seconds_per_step": measured.get("seconds_per_step"),
     }

@@ -86,10 +86,12 @@ def _figure(values: Sequence[float]) -> str:
 def _named(lines: Sequence[Line]) -> str:
     rows = []
     for name, cell in _by_cell(lines).items():
-        rows_named, bad = (sum(line["named"][key] for line in cell) for key in ("rows", "bad"))
-        share = f"{100 * bad / rows_named:.0f} %" if rows_named else "–"
-        found = f"{100 * bad / sum(line['bad'] for line in cell):.0f} %"
-        rows.append([name, str(len(cell)), str(rows_named), share, found])
+        for words, key in ((name, "named"), (f"{name}, told by source", "named_by_source")):
+            if all(key in line for line in cell):
+                rows_named, bad = (sum(line[key][count] for line in cell) for count in ("rows", "bad"))
+                share = f"{100 * bad / rows_named:.0f} %" if rows_named else "–"
+                found = f"{100 * bad / sum(line['bad'] for line in cell):.0f} %"
+                rows.append([words, str(len(cell)), str(rows_named), share, found])
     return "What the default names\n\n" + markdown_table(
         Table(["cell", "seeds", "rows named", "of these bad", "of the bad named"], rows)
     )
@@ -106,9 +108,9 @@ def _drops(lines: Sequence[Line]) -> str:
                 found = means.difference(arm, "all")
                 value, low, high = (sign * float(part or 0) for part in (found.value, found.low, found.high))
                 cells.append(f"{value:+{form}} [{low:+{form}}, {high:+{form}}]")
-            gone = ", ".join(str(line["gone"]["named"]["rows"]) for line in cell)
+            gone = ", ".join("{rows} ({bad})".format(**line["gone"]["named"]) for line in cell)
             rows.append([name, measure, str(len(cell)), gone, *cells])
-    titles = ["cell", "measure", "seeds", "rows left out", "with all", *(f"− {arm}" for arm in ARMS)]
+    titles = ["cell", "measure", "seeds", "rows left out (bad)", "with all", *(f"− {arm}" for arm in ARMS)]
     return markdown_table(Table(titles, rows, words=(0, 1)))
 
 

@@ -60,7 +60,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
 
         Args:
             model: Causal LM with adapters.
-            optimizer: Where given, its steps drive the selection, and and its state may be dropped;
+            optimizer: Where given, its steps drive the selection, and its state may be dropped;
                 else call `step()` after each.
 
         Returns:

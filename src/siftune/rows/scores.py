@@ -197,7 +197,7 @@ def course(rows: NDArray[np.integer], losses: NDArray[np.floating], z: NDArray[n
     own, wide = rows[order], losses[order].astype(np.float64)
     starts = np.flatnonzero(np.concatenate([[True], own[1:] != own[:-1]]))
     counts = np.diff(np.append(starts, len(own)))
-    mean = np.add.reduceat(wide, starts) / counts
+    mean = means_of(rows, losses.astype(np.float64))
     apart = np.add.reduceat((wide - np.repeat(mean, counts)) ** 2, starts) / counts
     rose = np.concatenate([[False], np.diff(z[order]) > 1.0])
     rose[starts] = False

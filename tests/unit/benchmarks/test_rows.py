@@ -232,10 +232,14 @@ def test_probabilities_of_classes_are_those_of_a_loop():
         np.testing.assert_allclose(found.sum(1), 1)
 
 
-def test_in_a_pool_of_two_tasks_rows_are_scored_among_their_own(job):
+def test_in_a_pool_of_two_tasks_rows_are_scored_among_their_own(job, tmp_path, capsys):
     settings, suite, folder = job
-    cell = {**cell_of("mixed-25"), "longest": 64}
-    assert "source" in scored({**settings, "cell": cell}, suite, folder)["scores"]
+    settings = {**settings, "cell": {**cell_of("mixed-25"), "longest": 64}}
+    found = scored(settings, suite, folder)
+    assert "source" in found["scores"]
+    append(tmp_path / "out.jsonl", {"job": settings, **found, "named_by_source": {"rows": 4, "bad": 3}})
+    assert report.main([str(tmp_path / "out.jsonl")]) == 0
+    assert "| mixed-25, told by source | 1 | 4 | 75 % |" in capsys.readouterr().out
 
 
 def test_what_other_tools_say_of_two_rows():

@@ -18,10 +18,10 @@ def moved_mean(
     """Take a step's gradients, on all ranks, into the running mean of the active layers.
 
     All ranks exchange tensors of the same shapes, so a rank on which a layer recorded nothing, as where its batch had
-    no more samples than are to be selected, brings zeros; and a last number says whether any
-    rank recorded at all. Where none did, no sample's gradient was formed, and the mean stays. Layers that did not train
-    keep their mean: no gradient was formed for them, which is not a gradient of zero. A mean that takes in a NaN never
-    loses it, so a step with one is left out.
+    no more samples than are to be selected, brings zeros; and a last number says whether any rank recorded at all.
+    Where none did, no sample's gradient was formed, and the mean stays. Layers that did not train keep their mean: no
+    gradient was formed for them, which is not a gradient of zero. A mean that takes in a NaN never loses it, so a step
+    with one is left out.
 
     Args:
         mean: The mean so far, float32 by parameter; a parameter that is not in it has a mean of zero.
