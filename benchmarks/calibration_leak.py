@@ -65,8 +65,9 @@ from siftune.report.table import Table, markdown_table
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {}, "paper": {"basis": "svd", "mlp": "channels"}, "keep-0.5": {"keep": 0.5},
-    "damping-1": {"damping": 1.0, "refit_damping": 1.0}, "noise-0.01": {}, "noise-1": {},
-    "damping-0.01": {"damping": 0.01, "refit_damping": 0.01}, "whitened+channels": {"mlp": "channels"},
+    "damping-0.01": {"damping": 0.01, "refit_damping": 0.01}, "damping-1": {"damping": 1.0, "refit_damping": 1.0},
+    "damping-10": {"damping": 10.0, "refit_damping": 10.0}, "damping-100": {"damping": 100.0, "refit_damping": 100.0},
+    "noise-0.01": {}, "noise-1": {}, "whitened+channels": {"mlp": "channels"},
     "svd+refit": {"basis": "svd"}, "measured": {"allot": "measured"}, "distil-30": {"distil": 30},
 }  # fmt: skip
 SETS = (
