@@ -1,4 +1,4 @@
-"""Words of messages: numbers with their nouns, and what others say."""
+"""Words of messages: numbers with their nouns, times, and what others say."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -9,6 +9,21 @@ def counted(number: int, noun: str) -> str:
         ('1 row', '3,000 rows')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time in seconds, or in the two units that suit it.
+
+    Example:
+        >>> duration(0.2), duration(42), duration(200), duration(7380)
+        ('0.2 s', '42 s', '3 min 20 s', '2 h 3 min')
+    """
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s" if whole else f"{seconds:.1g} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def one_line(text: str, longest: int = 200) -> str:

@@ -59,7 +59,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.data.readers import load_rows
     from siftune.evaluate.measure import compare
-    from siftune.report.page.page import write_page
+    from siftune.report.page.page import make_page
 
     _check(options)
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
@@ -68,7 +68,7 @@ def run(options: Options) -> dict[str, Any]:
     measured, summaries = _measure(_recipes(options, folder), questions, console)
     compared = [compare(measured[first], measured[second]) for first, second in pairwise(_NAMES)]
     _show(console, questions, measured, compared)
-    page = write_page([str(folder)], folder / "report.html")
+    page = make_page([str(folder)]).write(folder / "report.html")
     seconds = time.monotonic() - started
     console.print(f"{seconds:.0f} s in all; everything is in {folder}", markup=False)
     result = {

@@ -27,11 +27,11 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.report.page.export import write_figures
-    from siftune.report.page.page import write_page
+    from siftune.report.page.page import make_page
     from siftune.words import counted
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    page = write_page(options.folders, options.out)
+    page = make_page(options.folders).write(options.out)
     console.print(f"report in {page} ({page.stat().st_size / 1000:,.0f} kB): open it in a browser", markup=False)
     result: dict[str, Any] = {"report": page, "bytes": page.stat().st_size}
     if options.figures is not None:

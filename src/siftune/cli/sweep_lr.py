@@ -97,13 +97,10 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
 def _line(run: "LRRun", done: int, count: int, seconds: float) -> str:
     """What a run found, and how long the others will take, if all take alike."""
     from siftune.trainer.lr_grid import rate_text
+    from siftune.words import duration
 
     found = run.diverged and f"diverged: {run.diverged}"
     if run.heldout_loss is not None and run.train_loss is not None:
         found = f"held-out loss {run.heldout_loss:.4f}, training loss {run.train_loss:.4f}"
-    left = f", {_duration(seconds / done * (count - done))} left" if done < count else ""
+    left = f", {duration(seconds / done * (count - done))} left" if done < count else ""
     return f"{done}/{count}  {run.method} at {rate_text(run.lr)}, seed {run.seed}: {found}  ({run.seconds:.0f} s{left})"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -46,17 +46,10 @@ AUC near 0.5 says that these attacks fail on these rows; stronger ones exist (`-
 
 
 def write_audit(audit: Audit, out: str | Path) -> Path:
-    """Write an audit to a folder; its files are complete, or not there.
-
-    Args:
-        audit: The audit.
-        out: The folder; made if it is missing. An audit that is there is replaced.
-
-    Returns:
-        The folder.
+    """Write an audit to a folder, in the place of one that is there; its files are complete, or not there.
 
     Raises:
-        RecipeError: It cannot be written to.
+        RecipeError: The folder cannot be written to.
     """
     page = {"audit.md": markdown(audit).encode(), "audit.png": picture(audit)}
     return _write({"audit.json": _json(audit.to_dict(rows=True)), **page}, Path(out))

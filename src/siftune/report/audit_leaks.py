@@ -1,11 +1,15 @@
 """What an audit says of attacks: every figure with its interval, and a plain sentence on what it means."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from siftune.config import Recipe, resolve_recipe, train_files
+from siftune.errors import InputError
 from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.canaries import Canaries
 from siftune.offsite.audits.membership import Attack, Membership
+from siftune.offsite.audits.own import AFTER_TRAINING, audit_run
 from siftune.offsite.audits.result import RecoveryPoint
 from siftune.report.table import Table, markdown_table
 
@@ -17,12 +21,7 @@ _KINDS = {"attention": "attention's matrices", "mlp": "the MLPs' matrices", "all
 
 
 def membership_section(found: Membership, base: str = "base") -> str:
-    """How well training rows are told from others.
-
-    Args:
-        found: The attacks.
-        base: What the losses are measured with, in a word.
-    """
+    """How well training rows are told from others; `base` is what the losses are measured with, in a word."""
     named = {"by loss": found.loss, f"by loss against the {base}'s": found.reference}
     if found.online is not None and found.offline is not None:
         named |= {"LiRA, online": found.online, "LiRA, offline": found.offline}
@@ -151,3 +150,29 @@ def _calibration_words(strongest: Attack, beside: bool) -> str:
             f"guessing). Calibrate on public or generated text if that must not be known.{advice}"
         )
     return f"Calibration rows were not told from others beyond chance: AUC {shown(strongest.auc)}.{advice}"
+
+
+def before_it_is_sent(recipe: Recipe, returned: Path) -> str:
+    """Attack the return of a run of a kit before it is sent, and sum up in a sentence or two.
+
+    Training is over: whatever keeps the audit from being made is said, and raised no further.
+    """
+    rows = train_files(recipe)[0][0]
+    hint = f"`siftune audit --kit {recipe.model} --return {returned} --train {rows} --eval OTHERS`"
+    try:
+        found = audit_run(resolve_recipe(recipe), returned)
+    except InputError as error:
+        return f"what the return tells of its rows was not tried out: {error}"
+    if found is None:
+        return (
+            "what the return tells of its rows was not tried out: other rows of the same source are needed, by --eval "
+            f"in training, or now: {hint}"
+        )
+    best = max(found.membership.loss, found.membership.reference, key=lambda attack: attack.auc.value or 0.0)
+    assert best.auc.low is not None
+    verdict = "can be told from others" if best.auc.low > 0.5 else "were not told from others"
+    blind = " (but the two differ by source)" if found.membership.blind.tells_apart else ""
+    return (
+        f"rows {verdict} by the return{blind}: AUC {shown(best.auc)}, 0.5 is guessing; two attacks, at most "
+        f"{AFTER_TRAINING} rows of either kind, on the emulator; more: {hint}"
+    )

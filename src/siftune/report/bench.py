@@ -7,10 +7,7 @@ from siftune.report.table import Table
 
 
 def cost_table(result: Mapping[str, Any]) -> Table:
-    """Methods down: seconds, rounds and memory, and ratios to those that all are compared with.
-
-    Args:
-        result: What `siftune bench` returns, or writes as JSON.
+    """Methods down: seconds, rounds and memory, and ratios to those that all are compared with; of what bench returns.
 
     Raises:
         KeyError, TypeError, ValueError: It is something else.
@@ -33,14 +30,7 @@ def cost_table(result: Mapping[str, Any]) -> Table:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What was measured, on what, and the floor.
-
-    Args:
-        result: As for `cost_table`.
-
-    Raises:
-        KeyError, TypeError, ValueError: As there.
-    """
+    """What was measured, on what, and the floor; as `cost_table`."""
     work, floor = result["workload"], result["floor"]
     packages = ("torch", "transformers", "peft", "trl")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from siftune.trainer.before import bad_lines, rows_line
 from siftune.trainer.dry_run import DryRun, Example
-from siftune.words import counted
+from siftune.words import counted, duration
 
 _MOST = 600  # characters of a part of a row; the middle of a longer one is left out
 
@@ -14,7 +14,7 @@ _MOST = 600  # characters of a part of a row; the middle of a longer one is left
 def shown(found: DryRun) -> Text:
     """All of it: bad rows, rows, what is learned of three of them, what trains, and what it takes."""
     known, recipe = found.forecast, found.recipe
-    text = Text("\n").join(
+    return Text("\n").join(
         [
             *map(Text, bad_lines(found.prepared, len(found.prepared.bad), recipe.bad_rows == "stop")),
             Text(rows_line(recipe, found.prepared)),
@@ -27,7 +27,6 @@ def shown(found: DryRun) -> Text:
             Text(_takes(found)),
         ]
     )
-    return text
 
 
 def _takes(found: DryRun) -> str:
@@ -35,26 +34,9 @@ def _takes(found: DryRun) -> str:
     if known.seconds is None or known.memory_mb is None:
         return "time and memory were not tried out: a private run draws its rows by chance"
     return (
-        f"estimated: {_duration(known.seconds)}, {known.memory_mb:,.0f} MB at the peak (from "
+        f"estimated: {duration(known.seconds)}, {known.memory_mb:,.0f} MB at the peak (from "
         f"{counted(known.tried, 'step')} that were tried on this machine)"
     )
-
-
-def _duration(seconds: float) -> str:
-    """A time in two units.
-
-    Example:
-        >>> _duration(42), _duration(200), _duration(7380)
-        ('42 s', '3 min 20 s', '2 h 3 min')
-    """
-    whole = round(seconds)
-    if whole < 1:
-        return "less than a second"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _example(one: Example) -> Text:

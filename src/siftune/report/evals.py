@@ -25,20 +25,11 @@ _SHOWN = 20  # answers that are kept: the first rows, not chosen ones
 
 @dataclass(frozen=True)
 class Answer:
-    """What two models wrote for a row.
+    """What two models wrote for a row."""
 
-    Attributes:
-        prompt: The row's turns before the completion.
-        right: What counts as right: the row's answer, or its completion.
-        base: The base model's text.
-        tuned: The tuned model's.
-        base_right: Whether that is right.
-        tuned_right: The same of the tuned model's.
-    """
-
-    prompt: str
-    right: str
-    base: str
+    prompt: str  # the row's turns before the completion
+    right: str  # what counts as right: the row's answer, or its completion
+    base: str  # what the base model wrote
     tuned: str
     base_right: bool
     tuned_right: bool
@@ -46,31 +37,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Eval:
-    """A base model and a tuned one, measured on the same rows.
+    """A base model and a tuned one, measured on the same rows."""
 
-    Attributes:
-        data: The rows' file or hub id, as it was given.
-        rows: How many they are.
-        level: Coverage of the intervals.
-        metrics: One for each metric.
-        answers: The first rows' answers; empty where the models wrote none.
-    """
-
-    data: str
+    data: str  # the rows' file or hub id, as it was given
     rows: int
-    level: float
+    level: float  # coverage of the intervals
     metrics: tuple[MetricRow, ...]
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[Answer, ...] = ()  # the first rows' answers; empty where the models wrote none
 
 
 def answers_of(rows: Sequence[Row], base: Mapping[str, Metric], tuned: Mapping[str, Metric]) -> tuple[Answer, ...]:
-    """The first rows' answers, where the models wrote any.
-
-    Args:
-        rows: The rows.
-        base: Metrics of the base model on them.
-        tuned: Metrics of the tuned model on them.
-    """
+    """The first rows' answers, where the models wrote any."""
     if "exact_match" not in base or not base["exact_match"].texts:
         return ()
     before, after = base["exact_match"], tuned["exact_match"]

@@ -28,15 +28,10 @@ _MARKERS = "osD^vPX*"
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a rate.
+    """A method at a rate."""
 
-    Attributes:
-        losses: Held-out losses of the runs that did not diverge, one for each seed.
-        diverged: How many others did.
-    """
-
-    losses: tuple[float, ...]
-    diverged: int
+    losses: tuple[float, ...]  # held-out losses of the runs that did not diverge, one for each seed
+    diverged: int  # how many others did
 
     @property
     def mean(self) -> float:
@@ -46,21 +41,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Best:
-    """What to take of a method.
-
-    Attributes:
-        method: The method.
-        lr: Its best rate, or None where at every rate a run diverged.
-        heldout_loss: Mean held-out loss there.
-        edge: "lowest" or "highest" where the best rate is the last of several in that direction, so that a better one
-            may lie beyond.
-        extend: Rates to try next, where the best is at an edge, there is no best, or one rate was tried.
-    """
+    """What to take of a method."""
 
     method: str
-    lr: float | None
-    heldout_loss: float | None
+    lr: float | None  # its best rate, or None where at every rate a run diverged
+    heldout_loss: float | None  # the mean there
+    # "lowest" or "highest" where the best rate is the last of several in that direction, so that a better one may lie
+    # beyond
     edge: str | None
+    # rates to try next, where the best is at an edge, there is no best, or one rate was tried
     extend: tuple[float, ...]
 
     @property
@@ -70,11 +59,7 @@ class Best:
 
 
 def write_report(folder: LRFolder) -> dict[str, Any]:
-    """Write results.json, results.md and results.png of all runs in a folder, at least one.
-
-    Returns:
-        What results.json holds.
-    """
+    """Write results.json, results.md and results.png of all runs in a folder; return what the first holds."""
     runs, base = folder.runs(), folder.base_loss
     result = to_dict(runs, base)
     lines = "\n".join(f"- {line}" for line in advice(runs, base))

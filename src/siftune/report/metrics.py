@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.report.table import Table
 
-LABELS = {
+_LABELS = {
     "choices": "multiple choice",
     "choices_per_token": "multiple choice, per token",
     "exact_match": "exact match",
@@ -17,11 +17,7 @@ def metric_table(
 ) -> Table:
     """Make a table of the metrics of one model, or of a base model against a tuned one.
 
-    Args:
-        title: What was measured.
-        rows: One per metric, from `compare`.
-        level: Coverage of their intervals.
-        names: What the two models are called.
+    `rows` are those of `compare`, `level` is the coverage of their intervals, `names` what the two models are called.
     """
     interval = f"{100 * level:g} % interval"
     if all(row.tuned is None for row in rows):
@@ -33,7 +29,7 @@ def metric_table(
 def _single(row: MetricRow) -> list[str]:
     show = _value(row.metric)
     interval = "" if row.base_interval is None else " to ".join(map(show, row.base_interval))
-    return [_label(row), str(row.rows), show(row.base), interval]
+    return [label_of(row.metric), str(row.rows), show(row.base), interval]
 
 
 def _pair(row: MetricRow) -> list[str]:
@@ -41,11 +37,12 @@ def _pair(row: MetricRow) -> list[str]:
     numbers = (row.tuned, row.difference, row.low, row.high)
     tuned, difference, low, high = (float("nan") if number is None else number for number in numbers)
     interval = f"{change(low)} to {change(high)}"
-    return [_label(row), str(row.rows), show(row.base), show(tuned), change(difference), interval]
+    return [label_of(row.metric), str(row.rows), show(row.base), show(tuned), change(difference), interval]
 
 
-def _label(row: MetricRow) -> str:
-    return LABELS.get(row.metric, row.metric)
+def label_of(metric: str) -> str:
+    """What a metric is called."""
+    return _LABELS.get(metric, metric)
 
 
 def _value(metric: str) -> Callable[[float], str]:

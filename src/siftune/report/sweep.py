@@ -31,13 +31,7 @@ _MARKERS = {"layerdrop": "s", "crash": "D", "svd+flap": "^"}
 
 
 def write_sweep(points: Sequence[SweepPoint], folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write table, figures and picture.
-
-    Args:
-        points: From `sweep`, at least one.
-        folder: An empty folder.
-        facts: What the figures depend on besides the grid, as JSON can hold it.
-    """
+    """Write table, figures and picture; `facts` is what they depend on besides the grid, as JSON can hold it."""
     record = json.dumps(to_dict(points, facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     page = f"# Emulators to choose from\n\n{table(points)}\n\n{_MEANINGS}\n\n{_CAVEAT}\n\n![](sweep.png)\n"
     image = picture(points)

@@ -11,18 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells that are written out already.
-
-    Attributes:
-        header: Names of the columns.
-        rows: One text per column each.
-        title: What stands above; Markdown pages have headings of their own and leave it out.
-        words: Numbers of the columns that hold words and are aligned on the left; the others hold figures.
-    """
+    """Cells that are written out already."""
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
+    rows: Sequence[Sequence[str]]  # one text per column each
+    title: str = ""  # what stands above; Markdown pages have headings of their own and leave it out
+    # numbers of the columns that hold words and are aligned on the left; the others hold figures
     words: Collection[int] = (0,)
 
 

@@ -11,7 +11,7 @@ from siftune.errors import DataError, KitError
 from siftune.offsite.audits.audit import audit_paths
 from siftune.offsite.audits.own import audit_run, own_audit_paths
 from siftune.offsite.audits.settings import AuditOptions
-from siftune.report.audit_own import before_it_is_sent
+from siftune.report.audit_leaks import before_it_is_sent
 
 QUICK = {"steps": 1, "batch_size": 2, "resamples": 50, "template": "none", "recovery": False, "membership": False}
 

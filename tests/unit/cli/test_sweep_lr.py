@@ -51,7 +51,7 @@ def test_a_sweep(words, tmp_path, capsys):
     captured = capsys.readouterr()
     assert f"4 runs to do, 0 done; results in {tmp_path}/sweep" in captured.err
     found = re.findall(
-        r"^(\d)/4  (\w+) at (1e-\d), seed 0: held-out loss \d\.\d+, training loss \d\.\d+  \(\d+ s(, \d+ s left)?\)$",
+        r"^(\d)/4  (\w+) at (1e-\d), seed 0: held-out loss \d\.\d+, training loss \d\.\d+  \(\d+ s(, .+ left)?\)$",
         captured.err,
         re.MULTILINE,
     )

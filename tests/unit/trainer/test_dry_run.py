@@ -8,11 +8,12 @@ from rich.console import Console
 from support.commands import error_of, siftune
 from support.tiny_run import recipe, save_rows
 
-from siftune.report.dry_run import _duration, _plain
+from siftune.report.dry_run import _plain
 from siftune.trainer import forecast as module
 from siftune.trainer.dry_run import dry_run
 from siftune.trainer.forecast import _batches, _cost, _saves, _tried_batches, _tries
 from siftune.trainer.run import train
+from siftune.words import duration
 
 QUIET = Console(quiet=True)
 
@@ -145,5 +146,5 @@ def test_checkpoints_are_counted(tmp_path, rows):
 
 
 def test_words():
-    assert [_duration(s) for s in (0.2, 42.4, 200, 7380)] == ["less than a second", "42 s", "3 min 20 s", "2 h 3 min"]
+    assert [duration(s) for s in (0.2, 42.4, 200, 7380)] == ["0.2 s", "42 s", "3 min 20 s", "2 h 3 min"]
     assert _plain("a\tb\nc\u200b") == "a\\tb\nc\\u200b"

@@ -1,6 +1,6 @@
 """A plot's area and axes: from values to pixels, and the lines and texts around."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,23 +14,14 @@ LETTER, BOLD = 6.2, 7.2  # pixels that a letter takes, more or less
 
 @dataclass(frozen=True)
 class Plot:
-    """The area that data are drawn in.
+    """The area that data are drawn in."""
 
-    Attributes:
-        left: Its left edge, in pixels.
-        top: Its upper edge.
-        width: Pixels across.
-        height: Pixels down.
-        x: Values at its left and right edge.
-        y: Values at its lower and upper edge.
-    """
-
-    left: float
-    top: float
-    width: float
-    height: float
-    x: tuple[float, float]
-    y: tuple[float, float]
+    left: float  # its left edge, in pixels
+    top: float  # its upper edge
+    width: float  # pixels across
+    height: float  # pixels down
+    x: tuple[float, float]  # values at its left and right edge
+    y: tuple[float, float]  # values at its lower and upper edge
 
     def at_x(self, value: float) -> float:
         """Where a value stands across."""
@@ -51,9 +42,9 @@ def room(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
     return (low if zero and low == 0 else low - margin), high + margin
 
 
-def y_axis(plot: Plot, label: str, count: int = 4, percent: bool = False) -> list[Markup]:
+def y_axis(plot: Plot, label: str, percent: bool = False) -> list[Markup]:
     """Lines across with their values on the left, and what they are of above."""
-    values = ticks(*plot.y, count)
+    values = ticks(*plot.y)
     texts = percent_texts(values) if percent else tick_texts(values)
     parts = [tag("text", label, x=0.0, y=10.0, class_="axis")]
     for value, text in zip(values, texts, strict=True):
@@ -63,11 +54,12 @@ def y_axis(plot: Plot, label: str, count: int = 4, percent: bool = False) -> lis
     return parts
 
 
-def x_axis(plot: Plot, label: str, count: int = 4) -> list[Markup]:
-    """Values below, and what they are of."""
-    values, bottom = ticks(*plot.x, count), plot.top + plot.height
+def x_axis(plot: Plot, label: str, texts: Mapping[float, str] | None = None) -> list[Markup]:
+    """Values below, by default round ones, and what they are of."""
+    values, bottom = ticks(*plot.x), plot.top + plot.height
+    texts = dict(zip(values, tick_texts(values), strict=True)) if texts is None else texts
     parts = [tag("line", x1=plot.left, x2=plot.left + plot.width, y1=bottom, y2=bottom, class_="base")]
-    for value, text in zip(values, tick_texts(values), strict=True):
+    for value, text in texts.items():
         parts.append(tag("text", text, x=plot.at_x(value), y=bottom + 15, class_="tick middle"))
     return [*parts, tag("text", label, x=plot.left + plot.width, y=bottom + 29, class_="axis end")]
 

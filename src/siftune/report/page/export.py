@@ -20,12 +20,7 @@ _FONT = "DejaVu Sans"  # comes with matplotlib, so that pictures have letters on
 def write_figures(names: Sequence[str], folder: str | Path) -> list[Path]:
     """Write the figures of a report, each as an SVG file, and as PNG where the package resvg-py is installed.
 
-    Args:
-        names: Folders, as for `siftune.report.page.page.make_page`.
-        folder: Made if it is missing; files of the same names are replaced.
-
-    Returns:
-        The files.
+    Files of the same names are replaced.
 
     Raises:
         InputError: As `make_page`; or the folder cannot be written to.

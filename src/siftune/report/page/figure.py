@@ -21,22 +21,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
+    """A figure."""
 
-    Attributes:
-        name: What it is called among the figures of a page: small letters, digits and hyphens.
-        title: What it shows.
-        draw: Draws it so many pixels wide.
-        note: What to look for, or how to read it.
-        size: Part of the page's width that it takes on a large screen.
-        hover: What the page's script tells under the pointer; see page.js. None: nothing.
-    """
-
-    name: str
+    name: str  # what it is called among the figures of a page: small letters, digits and hyphens
     title: str
-    draw: Callable[[int], Markup]
-    note: str = ""
-    size: Size = "third"
+    draw: Callable[[int], Markup]  # draws it so many pixels wide
+    note: str = ""  # what to look for, or how to read it
+    size: Size = "third"  # part of the page's width that it takes on a large screen
+    # what the page's script tells under the pointer; see page.js. None: nothing
     hover: dict[str, Any] | None = field(default=None, repr=False)
 
     @property

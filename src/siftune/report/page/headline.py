@@ -5,21 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from siftune.evaluate.measure import PERPLEXITY
-from siftune.report.metrics import LABELS
-from siftune.report.page.quality import held_out_alike, level_text, measured, shared_metric, value_text
-from siftune.report.page.sections.audit import in_a_sentence as audit_sentence
-from siftune.report.page.sections.bench import in_a_sentence as bench_sentence
-from siftune.report.page.sections.kit import in_a_sentence as kit_sentence
-from siftune.report.page.sections.rates import in_a_sentence as rates_sentence
-from siftune.report.page.sections.reproduction import in_a_sentence as reproduction_sentence
-from siftune.report.page.sections.sweep import in_a_sentence as sweep_sentence
-from siftune.report.page.subjects import Other, RunData, Subjects
-from siftune.report.page.words import listed, points, short
+from siftune.report.metrics import label_of
+from siftune.report.page.quality import change_text, held_out_alike, level_text, measured, shared_metric, value_text
+from siftune.report.page.sections import audit, bench, kit, rates, reproduction, sweep
+from siftune.report.page.subjects import RunData, Subjects
+from siftune.report.page.words import listed, short
 from siftune.words import counted
 
 _SENTENCES: dict[str, Callable[[Any], str]] = {
-    "audit": audit_sentence, "kit": kit_sentence, "sweep": sweep_sentence, "rates": rates_sentence,
-    "bench": bench_sentence, "reproduction": reproduction_sentence,
+    "audit": audit.in_a_sentence, "kit": kit.in_a_sentence, "sweep": sweep.in_a_sentence,
+    "rates": rates.in_a_sentence, "bench": bench.in_a_sentence, "reproduction": reproduction.in_a_sentence,
 }  # fmt: skip
 
 
@@ -29,7 +24,8 @@ def headline(subjects: Subjects) -> str:
         return _of_run(subjects.runs[0])
     if subjects.runs:
         return _of_runs(subjects.runs)
-    return _of_other(subjects.others[0])
+    other = subjects.others[0]
+    return _SENTENCES[other.kind](other.content)
 
 
 def commands(subjects: Subjects) -> list[str]:
@@ -49,12 +45,12 @@ def _of_run(run: RunData) -> str:
     row = measured(run, *shared)
     if row.tuned is None or row.difference is None or row.low is None or row.high is None:
         return _by_loss(run)
-    change = short if row.metric == PERPLEXITY else points
-    level = level_text(run, shared[0])
+    base, tuned = (value_text(row.metric, value) for value in (row.base, row.tuned))
+    change, low, high = (change_text(row.metric, value) for value in (row.difference, row.low, row.high))
+    unit = "" if row.metric == PERPLEXITY else " points"
     return (
-        f"On {counted(row.rows, 'held-out row')}, {LABELS.get(row.metric, row.metric)} went from "
-        f"{value_text(row.metric, row.base)} to {value_text(row.metric, row.tuned)}: {change(row.difference)}"
-        f"{'' if row.metric == PERPLEXITY else ' points'}, {level} interval {change(row.low)} to {change(row.high)}."
+        f"On {counted(row.rows, 'held-out row')}, {label_of(row.metric)} went from {base} to {tuned}: {change}{unit}, "
+        f"{level_text(run, shared[0])} interval {low} to {high}."
     )
 
 
@@ -102,7 +98,7 @@ def _of_runs(runs: Sequence[RunData]) -> str:
         interval = f" ({level} interval {low} to {high})"
     return (
         f"“{order[0]}” is best of {len(runs)} runs: {value_text(metric, valued[order[0]])} "
-        f"{LABELS.get(metric, metric)}{interval} on {counted(best.rows, 'held-out row')}, "
+        f"{label_of(metric)}{interval} on {counted(best.rows, 'held-out row')}, "
         f"against {listed(others)}."
     )
 
@@ -117,7 +113,3 @@ def _by_losses(runs: Sequence[RunData]) -> str:
         f"“{order[0]}” has the least held-out loss of {len(runs)} runs, {short(losses[order[0]], 4)} nats per token, "
         f"against {others}."
     )
-
-
-def _of_other(other: Other) -> str:
-    return _SENTENCES[other.kind](other.content)

@@ -21,29 +21,17 @@ _KEY = 9  # pixels of a colour in the key
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """What a heat map shows.
+    """What a heat map shows."""
 
-    Attributes:
-        values: (R, C) values, the first row at the top; NaN leaves a cell empty.
-        rows: R labels.
-        columns: C labels.
-        low: Value of the first colour.
-        high: Value of the last one; where low is −high, zero is neutral.
-        x_label: What stands across.
-        y_label: What stands down.
-        unit: What the values are.
-        marks: (R, C) bool, cells with a dot; None for none.
-    """
-
-    values: NDArray[Any]
-    rows: Sequence[str]
-    columns: Sequence[str]
-    low: float
-    high: float
+    values: NDArray[Any]  # (R, C) values, the first row at the top; NaN leaves a cell empty
+    rows: Sequence[str]  # R labels
+    columns: Sequence[str]  # C labels
+    low: float  # value of the first colour
+    high: float  # value of the last one; where low is −high, zero is neutral
     x_label: str
     y_label: str
     unit: str
-    marks: NDArray[np.bool_] | None = None
+    marks: NDArray[np.bool_] | None = None  # (R, C), cells with a dot
 
     @property
     def kind(self) -> str:
@@ -62,10 +50,7 @@ def heat_map(name: str, title: str, cells: Cells, note: str = "", size: Size = "
         "marks": None if cells.marks is None else [[int(mark) for mark in row] for row in cells.marks],
     }
 
-    def draw(width: int) -> Markup:
-        return _draw(width, title, cells)
-
-    return Figure(name, title, draw, note, size, hover)
+    return Figure(name, title, lambda width: _draw(width, title, cells), note, size, hover)
 
 
 def _draw(width: int, title: str, cells: Cells) -> Markup:

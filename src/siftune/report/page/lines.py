@@ -19,18 +19,10 @@ _NAME = 15  # letters of a name at a line's end
 
 @dataclass(frozen=True)
 class Line:
-    """A line.
+    """A line."""
 
-    Attributes:
-        name: What stands at its end.
-        xs: Steps, ascending.
-        ys: Values.
-        colour: Number of its colour.
-        dashed: Draw it dashed.
-    """
-
-    name: str
-    xs: Sequence[float]
+    name: str  # what stands at its end
+    xs: Sequence[float]  # steps, ascending
     ys: Sequence[float]
     colour: int = 0
     dashed: bool = False
@@ -38,19 +30,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """How lines are drawn.
+    """How lines are drawn."""
 
-    Attributes:
-        y_label: What the values are, with their unit.
-        x_label: What stands across.
-        zero: Begin at zero.
-        percent: The values are shares, and are written in per cent.
-    """
-
-    y_label: str
+    y_label: str  # what the values are, with their unit
     x_label: str = "optimizer step"
-    zero: bool = False
-    percent: bool = False
+    zero: bool = False  # begin there
+    percent: bool = False  # the values are shares
 
 
 def line_chart(
@@ -65,10 +50,7 @@ def line_chart(
         "percent": chart.percent,
     }
 
-    def draw(width: int) -> Markup:
-        return _draw(width, title, kept, chart)
-
-    return Figure(name, title, draw, note, size, hover if kept else None)
+    return Figure(name, title, lambda width: _draw(width, title, kept, chart), note, size, hover if kept else None)
 
 
 def _draw(width: int, title: str, lines: Sequence[Line], chart: Chart) -> Markup:

@@ -16,25 +16,21 @@ from siftune.files import write_beside
 from siftune.report.page.figure import TEMPLATES, distinct
 from siftune.report.page.headline import commands, headline
 from siftune.report.page.section import Section
+from siftune.report.page.sections import audit, bench, kit, rates, reproduction, sweep
 from siftune.report.page.sections.answers import answers
-from siftune.report.page.sections.audit import audit
-from siftune.report.page.sections.bench import bench
 from siftune.report.page.sections.compare import compare_runs
-from siftune.report.page.sections.kit import kit
 from siftune.report.page.sections.layers import layers
-from siftune.report.page.sections.rates import rates
-from siftune.report.page.sections.reproduction import reproduction
 from siftune.report.page.sections.rows import rows
 from siftune.report.page.sections.setup import setup
 from siftune.report.page.sections.suspects import suspects
-from siftune.report.page.sections.sweep import sweep
 from siftune.report.page.sections.training import training
 from siftune.report.page.subjects import RunData, Subjects, find_subjects
 from siftune.report.page.words import duration, memory
 
 _OF_A_RUN = (layers, rows, suspects, answers)
 _OTHERS = {
-    "kit": kit, "sweep": sweep, "audit": audit, "rates": rates, "bench": bench, "reproduction": reproduction
+    "kit": kit.kit, "sweep": sweep.sweep, "audit": audit.audit, "rates": rates.rates, "bench": bench.bench,
+    "reproduction": reproduction.reproduction,
 }  # fmt: skip
 _STYLES = ("theme.css", "figure.css", "page.css")
 
@@ -75,20 +71,12 @@ class Page:
 
 
 def make_page(names: Sequence[str]) -> Page:
-    """Make a report.
-
-    Args:
-        names: Folders of runs, demos, kits, sweeps, audits and reproductions, and files of siftune bench.
+    """Make a report of folders of runs, demos, kits, sweeps, audits and reproductions, and files of siftune bench.
 
     Raises:
         InputError: A folder holds nothing to report on, or a file in it is damaged.
     """
     return page_of(find_subjects(names))
-
-
-def write_page(names: Sequence[str], out: str | Path) -> Path:
-    """Make a report and write it; see `make_page` and `Page.write`."""
-    return make_page(names).write(out)
 
 
 def page_of(subjects: Subjects) -> Page:

@@ -16,22 +16,13 @@ _NAME = 24
 
 @dataclass(frozen=True)
 class Point:
-    """A value.
+    """A value."""
 
-    Attributes:
-        name: Whose it is.
-        value: The value.
-        low: Lower bound of its interval; None where it has none.
-        high: Upper bound.
-        x: What it stands against, in `scatter`.
-        colour: Number of its colour.
-    """
-
-    name: str
+    name: str  # whose it is
     value: float
-    low: float | None = None
+    low: float | None = None  # bounds of its interval; None where it has none
     high: float | None = None
-    x: float = 0.0
+    x: float = 0.0  # what it stands against, in `scatter`
     colour: int = 0
 
     @property
@@ -42,18 +33,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """How values are written, and where they begin.
+    """How values are written, and where they begin."""
 
-    Attributes:
-        label: What they are, with their unit.
-        percent: They are shares, and are written in per cent.
-        reference: A value to compare with, drawn as a line; None for none.
-        reference_name: What it is.
-    """
-
-    label: str
-    percent: bool = False
-    reference: float | None = None
+    label: str  # what they are, with their unit
+    percent: bool = False  # they are shares
+    reference: float | None = None  # a value to compare with, drawn as a line
     reference_name: str = ""
 
     def text(self, value: float) -> str:
@@ -65,21 +49,15 @@ def listed_points(
     name: str, title: str, points: Sequence[Point], scale: Scale, note: str = "", size: Size = "half"
 ) -> Figure:
     """Draw a line for each point: its name, its interval and its value in figures."""
-
-    def draw(width: int) -> Markup:
-        return _draw_list(width, title, points, scale)
-
-    return Figure(name, title, draw, note, size)
+    return Figure(name, title, lambda width: _draw_list(width, title, points, scale), note, size)
 
 
-def scatter(name: str, title: str, points: Sequence[Point], x_label: str, scale: Scale, **others: object) -> Figure:
-    """Draw values against others, each named beside it; a line through those in `front`, where it is given."""
-    front = others.pop("front", ())
-
-    def draw(width: int) -> Markup:
-        return _draw_scatter(width, title, points, x_label, scale, front)  # type: ignore[arg-type]
-
-    return Figure(name, title, draw, **others)  # type: ignore[arg-type]
+def scatter(
+    name: str, title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str, size: Size = "half",
+    front: Sequence[Point] = (),
+) -> Figure:  # fmt: skip
+    """Draw values against others, each named beside it; a line through those in `front`."""
+    return Figure(name, title, lambda width: _draw_scatter(width, title, points, axes, front), note, size)
 
 
 def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) -> Markup:
@@ -102,7 +80,7 @@ def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) ->
 
 def _scale_below(plot: Plot, scale: Scale) -> list[Markup]:
     """Values below the list with lines upwards, and what to compare with."""
-    values, bottom = ticks(*plot.x, 4), plot.top + plot.height
+    values, bottom = ticks(*plot.x), plot.top + plot.height
     texts = percent_texts(values) if scale.percent else tick_texts(values)
     parts = []
     for value, text in zip(values, texts, strict=True):
@@ -117,8 +95,9 @@ def _scale_below(plot: Plot, scale: Scale) -> list[Markup]:
 
 
 def _draw_scatter(
-    width: int, title: str, points: Sequence[Point], x_label: str, scale: Scale, front: Sequence[Point]
+    width: int, title: str, points: Sequence[Point], axes: tuple[str, Scale], front: Sequence[Point]
 ) -> Markup:
+    x_label, scale = axes
     names = [cut(point.name, _NAME) for point in points]
     values = [value for point in points for value in point.bounds]
     plot = Plot(44, 20, width - 54.0, 200, _wide([point.x for point in points]), room(values))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from siftune.config import Recipe
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.report.page.subjects import RunData
-from siftune.report.page.words import percent, short
+from siftune.report.page.words import percent, points, short
 
 _FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
 
@@ -51,3 +51,8 @@ def _held_out(recipe: Recipe) -> tuple[object, ...]:
 def value_text(metric: str, value: float) -> str:
     """A metric's value in words."""
     return short(value, 4) if metric == PERPLEXITY else percent(value)
+
+
+def change_text(metric: str, value: float) -> str:
+    """A difference of a metric's values in words: of rates in points."""
+    return short(value) if metric == PERPLEXITY else points(value)

@@ -11,36 +11,22 @@ from siftune.report.table import Table
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: What stands in it.
-        key: What it is sorted by; its text if not given.
-        mark: How it is marked: "good", "bad", or not.
-    """
+    """A cell of a table."""
 
     text: str
-    key: float | None = None
+    key: float | None = None  # what it is sorted by; None: its text
     mark: Literal["", "good", "bad"] = ""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table, which sorts by a click on a column's head.
-
-    Attributes:
-        header: Names of the columns.
-        rows: A cell for each column.
-        caption: What it shows.
-        words: Numbers of the columns that hold words; the others hold figures.
-        cards: Texts are long: on a small screen every row becomes a card.
-    """
+    """A table, which sorts by a click on a column's head."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
-    words: Sequence[int] = (0,)
-    cards: bool = False
+    words: Sequence[int] = (0,)  # numbers of the columns that hold words; the others hold figures
+    cards: bool = False  # texts are long: on a small screen every row becomes a card
 
 
 def grid_of(table: Table) -> Grid:
@@ -59,20 +45,11 @@ def _leading(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A part of the page."""
 
-    Attributes:
-        anchor: Its name in links: small letters, digits and hyphens.
-        title: Its heading.
-        words: Paragraphs above the figures.
-        figures: Figures.
-        tables: Tables.
-        folded: Its tables are shown on request.
-    """
-
-    anchor: str
+    anchor: str  # its name in links: small letters, digits and hyphens
     title: str
-    words: Sequence[str] = ()
+    words: Sequence[str] = ()  # paragraphs above the figures
     figures: Sequence[Figure] = ()
     tables: Sequence[Grid] = ()
-    folded: bool = False
+    folded: bool = False  # its tables are shown on request

@@ -33,11 +33,7 @@ def serve(run: str | Path) -> Iterator[str]:
     Only this machine reaches it, under its own names: a page from elsewhere that has a name of its own resolve to this
     machine gets nothing.
 
-    Args:
-        run: The run folder, which need not be there yet.
-
-    Yields:
-        The address, with a port that was free.
+    The run folder need not be there yet. Gives the address, with a port that was free.
     """
     server = _Server((_LOOPBACK, 0), partial(_Handler, str(run)))
     server.daemon_threads = True

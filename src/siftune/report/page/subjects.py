@@ -18,6 +18,9 @@ from siftune.report.evals import Eval, read_evals
 from siftune.trainer.run_folder import RECIPE
 from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
 
+# what fails in a file that holds something else than it ought to
+STRANGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
+
 Kind = Literal["kit", "sweep", "audit", "rates", "bench", "reproduction"]
 
 # a file that tells what a folder is of; the first that is there
@@ -28,27 +31,16 @@ _MARKS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class RunData:
-    """A training run, finished or not.
-
-    Attributes:
-        path: Its folder.
-        name: What it is called on the page: no other run there has the same name.
-        recipe: Its settings.
-        status: What run.json says: finished, interrupted, stopped; or "running" where there is none yet.
-        summary: Figures of run.json.
-        about: Versions and hardware, name -> text.
-        metrics: Lines of metrics.jsonl, figures alone.
-        evals: What was measured of it, the newest last.
-    """
+    """A training run, finished or not."""
 
     path: Path
-    name: str
+    name: str  # what it is called on the page: no other run there has the same name
     recipe: Recipe
-    status: str
-    summary: dict[str, float] = field(repr=False)
-    about: dict[str, str] = field(repr=False)
-    metrics: list[dict[str, float]] = field(repr=False)
-    evals: list[Eval] = field(repr=False)
+    status: str  # what run.json says: finished, interrupted, stopped; or "running" where there is none yet
+    summary: dict[str, float] = field(repr=False)  # figures of run.json
+    about: dict[str, str] = field(repr=False)  # versions and hardware, name -> text
+    metrics: list[dict[str, float]] = field(repr=False)  # lines of metrics.jsonl, figures alone
+    evals: list[Eval] = field(repr=False)  # the newest last
 
     @cached_property
     def selection(self) -> list[LayersOfStep | RowsOfBatch]:
@@ -77,31 +69,19 @@ class RunData:
 
 @dataclass(frozen=True)
 class Other:
-    """What is no run: a kit, a sweep, an audit, costs, or a paper's table.
-
-    Attributes:
-        kind: Which.
-        path: Its folder, or file.
-        name: What it is called on the page.
-        content: A kit's `Manifest`, or what the file holds.
-    """
+    """What is no run: a kit, a sweep, an audit, costs, or a paper's table."""
 
     kind: Kind
-    path: Path
-    name: str
-    content: Any
+    path: Path  # its folder, or file
+    name: str  # what it is called on the page
+    content: Any  # a kit's `Manifest`, or what the file holds
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """All that a page is about.
+    """All that a page is about."""
 
-    Attributes:
-        runs: Runs, in the order in which they were named.
-        others: What is no run.
-    """
-
-    runs: tuple[RunData, ...] = ()
+    runs: tuple[RunData, ...] = ()  # runs, in the order in which they were named
     others: tuple[Other, ...] = ()
 
 
@@ -148,11 +128,7 @@ def _called(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str) -> RunData:
-    """Read a run folder.
-
-    Args:
-        path: The folder; the run may still be under way.
-        name: What it is to be called.
+    """Read a run folder; the run may still be under way.
 
     Raises:
         InputError: A file in it is damaged; the message names it.

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from siftune import words
+
 MINUS = "−"
 NBSP = "\u00a0"  # holds a number and its unit together
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers between two bounds, about `count` of them.
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two bounds, about four of them.
 
     Example:
         >>> ticks(0, 120), ticks(0.33, 1.73)
@@ -17,7 +19,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """
     if not high - low > 1e-300:  # nothing to divide
         return [low]
-    step = (high - low) / count
+    step = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(step))
     step = next(power * part for part in (1, 2, 2.5, 5, 10) if power * part >= step * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -59,13 +61,8 @@ def points(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in hours and minutes, or minutes and seconds."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    """A time; a dash where there is none."""
+    return "–" if seconds is None or not math.isfinite(seconds) else words.duration(seconds)
 
 
 def memory(megabytes: float | None) -> str:

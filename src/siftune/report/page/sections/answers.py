@@ -2,12 +2,13 @@
 
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.report.evals import Eval
-from siftune.report.metrics import LABELS
+from siftune.report.metrics import label_of
 from siftune.report.page.figure import Figure, slug
 from siftune.report.page.points import Point, Scale, listed_points
+from siftune.report.page.quality import change_text
 from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
-from siftune.report.page.words import cut, percent, points, short
+from siftune.report.page.words import cut, percent, short
 
 _LONG = 600  # letters of a text
 _NOTHING = "(nothing)"
@@ -32,27 +33,17 @@ def answers(run: RunData, several: bool) -> Section:
 def _figures(run: RunData, found: Eval) -> list[Figure]:
     """Rates of both models, where there are any."""
     rates = [row for row in found.metrics if row.metric != PERPLEXITY and row.tuned is not None]
-    drawn = []
+    scale, drawn = Scale("share of right answers", percent=True), []
     for row in rates:
         assert row.tuned is not None
         models = (("base", row.base, row.base_interval), ("tuned", row.tuned, row.tuned_interval))
-        pair = [_point(name, value, bounds, i) for i, (name, value, bounds) in enumerate(models)]
-        title = _name(row).capitalize()
-        drawn.append(
-            listed_points(
-                f"{slug(row.metric)}-{slug(run.name)}",
-                title,
-                pair,
-                Scale("share of right answers", percent=True),
-                size="third",
-            )
-        )
+        pair = []
+        for number, (name, value, bounds) in enumerate(models):
+            low, high = bounds or (None, None)
+            pair.append(Point(name, value, low, high, colour=number))
+        name, title = f"{slug(row.metric)}-{slug(run.name)}", label_of(row.metric).capitalize()
+        drawn.append(listed_points(name, title, pair, scale, size="third"))
     return drawn
-
-
-def _point(name: str, value: float, bounds: tuple[float, float] | None, colour: int) -> Point:
-    low, high = bounds or (None, None)
-    return Point(name, value, low, high, colour=colour)
 
 
 def _metrics(found: Eval) -> Grid:
@@ -61,20 +52,16 @@ def _metrics(found: Eval) -> Grid:
 
 
 def _row(row: MetricRow) -> list[Cell]:
-    show, change = (short, short) if row.metric == PERPLEXITY else (percent, points)
-    interval = "–" if row.low is None or row.high is None else f"{change(row.low)} to {change(row.high)}"
+    show = short if row.metric == PERPLEXITY else percent
+    low, high = (None if bound is None else change_text(row.metric, bound) for bound in (row.low, row.high))
     return [
-        Cell(_name(row)),
+        Cell(label_of(row.metric)),
         Cell(f"{row.rows:,}", row.rows),
         Cell(show(row.base), row.base),
         Cell(show(row.tuned), row.tuned),
-        Cell("–" if row.difference is None else change(row.difference), row.difference),
-        Cell(interval, row.low),
+        Cell("–" if row.difference is None else change_text(row.metric, row.difference), row.difference),
+        Cell("–" if low is None or high is None else f"{low} to {high}", row.low),
     ]
-
-
-def _name(row: MetricRow) -> str:
-    return LABELS.get(row.metric, row.metric)
 
 
 def _texts(found: Eval) -> Grid:

@@ -8,7 +8,7 @@ from siftune.offsite.audits.result import LABELS
 from siftune.report.page.figure import Figure, slug
 from siftune.report.page.points import Point, Scale, listed_points
 from siftune.report.page.section import Section
-from siftune.report.page.subjects import Other
+from siftune.report.page.subjects import STRANGE, Other
 from siftune.report.page.words import short
 
 _ATTACKS = {
@@ -21,7 +21,7 @@ _GUESSING = 0.5
 def in_a_sentence(record: Mapping[str, Any]) -> str:
     """What came out."""
     delta = _estimate(_at(record, "comparisons", "nll", "delta"))
-    strongest = max((point for point in _attacks(record)), key=lambda point: point.value, default=None)
+    strongest = max(_attacks(record), key=lambda point: point.value, default=None)
     parts = []
     if delta is not None:
         parts.append(f"the plugged-in layers do {short(delta.value)} nats per token better than the emulator alone")
@@ -96,5 +96,5 @@ def _estimate(value: Any) -> Point | None:
 def _finite(value: Any) -> float | None:
     try:
         return finite(value)
-    except (ValueError, TypeError, OverflowError):
+    except STRANGE:
         return None

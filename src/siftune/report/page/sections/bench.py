@@ -9,7 +9,7 @@ from siftune.report.bench import cost_table, notes
 from siftune.report.page.figure import Figure, slug
 from siftune.report.page.points import Point, Scale, listed_points
 from siftune.report.page.section import Section, grid_of
-from siftune.report.page.subjects import Other
+from siftune.report.page.subjects import STRANGE, Other
 from siftune.report.page.words import short
 from siftune.words import counted
 
@@ -19,7 +19,7 @@ def in_a_sentence(record: Mapping[str, Any]) -> str:
     try:
         costs = {str(method): finite(cost["seconds_per_step"]) for method, cost in record["methods"].items()}
         low, high = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except STRANGE:
         return "Time and memory of training steps."
     return (
         f"{counted(len(costs), 'method')} measured: a step takes from {short(costs[low])} s with {low} to "
@@ -36,7 +36,7 @@ def bench(other: Other) -> Section:
             _figure(f"memory-{name}", "Peak memory", record, ("peak_memory_mb",), "10⁶ bytes"),
         ]
         table, words = grid_of(cost_table(record)), notes(record)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as error:
+    except STRANGE as error:
         raise InputError(f"{other.path} is not what siftune bench --out writes ({error!r}): measure again") from error
     return Section(f"bench-{name}", f"Costs in {other.name}", words, figures, [table])
 

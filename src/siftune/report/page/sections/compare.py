@@ -1,11 +1,12 @@
 """Several runs side by side: quality against time and memory, and in what their recipes differ."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.recipe_file import recipe_values
-from siftune.report.metrics import LABELS
+from siftune.report.metrics import label_of
 from siftune.report.page.figure import Figure
 from siftune.report.page.points import Point, Scale, scatter
 from siftune.report.page.quality import held_out_alike, level_text, measured, shared_metric, value_text
@@ -47,7 +48,7 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
         if row.tuned is not None:
             points[run.name] = Point(run.name, row.tuned, *(row.tuned_interval or (None, None)))
     base = measured(runs[0], data, metric).base
-    label = LABELS.get(metric, metric)
+    label = label_of(metric)
     words = (
         f"Quality: {label} on {data}; the base model has {value_text(metric, base)}. Bars are "
         f"{level_text(runs[0], data)} intervals over rows."
@@ -55,19 +56,13 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
     return _Quality(label, points, metric), [words]
 
 
+@dataclass(frozen=True)
 class _Quality:
-    """What runs are compared by.
+    """What runs are compared by."""
 
-    Args:
-        label: What it is called.
-        points: Name of a run -> its value.
-        metric: The metric; "" for a loss.
-    """
-
-    def __init__(self, label: str, points: dict[str, Point], metric: str = "") -> None:
-        self.label = label
-        self.points = points
-        self.metric = metric
+    label: str
+    points: dict[str, Point]  # name of a run -> its value
+    metric: str = ""  # "" for a loss
 
     @property
     def is_rate(self) -> bool:
@@ -92,7 +87,7 @@ def _against(quality: _Quality, runs: Sequence[RunData], key: str, title: str, l
         return None
     better = "up and left is better" if quality.is_rate else "down and left is better"
     scale = Scale(quality.label, percent=quality.is_rate)
-    return scatter(key.replace("_", "-"), title, points, label, scale, note=f"{better.capitalize()}.", size="half")
+    return scatter(key.replace("_", "-"), title, points, (label, scale), f"{better.capitalize()}.")
 
 
 def _table(runs: Sequence[RunData], quality: _Quality) -> Grid:

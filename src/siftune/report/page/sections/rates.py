@@ -10,11 +10,11 @@ from siftune.errors import InputError
 from siftune.jsonable import finite
 from siftune.methods import METHODS
 from siftune.report.lr import advice, before, bests, cells_of, table, top_of
-from siftune.report.page.axes import BOLD, Plot, room, spread, y_axis
+from siftune.report.page.axes import BOLD, Plot, room, spread, x_axis, y_axis
 from siftune.report.page.figure import Figure, canvas, slug
 from siftune.report.page.lines import COLOURS
 from siftune.report.page.section import Section, grid_of
-from siftune.report.page.subjects import Other
+from siftune.report.page.subjects import STRANGE, Other
 from siftune.report.page.svg import path, tag
 from siftune.report.page.words import listed, short
 from siftune.trainer.lr_grid import LRRun, rate_text
@@ -25,7 +25,7 @@ _MEANING = (
     "Held-out loss when training has ended, in nats per label token; ± is the standard deviation over seeds, * the "
     "best rate of a method. Differences that are small beside those between seeds say nothing."
 )
-_NO_SWEEP = (KeyError, TypeError, ValueError, OverflowError)
+_TITLE = "Held-out loss by learning rate"
 _NOTE = "Lines go through the means over seeds; ×: a run diverged; ▲: a loss above the picture."
 
 
@@ -33,7 +33,7 @@ def in_a_sentence(record: Mapping[str, Any]) -> str:
     """The best rate of each method."""
     try:
         runs, base = _read(record)
-    except _NO_SWEEP:
+    except STRANGE:
         return "A sweep of learning rates."
     if not runs:
         return "A sweep of learning rates has begun; no run is done yet."
@@ -51,18 +51,14 @@ def rates(other: Other) -> Section:
     """The table, what to take from it, and the picture."""
     try:
         runs, base = _read(other.content)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except STRANGE as error:
         raise InputError(
             f"{other.path} is no sweep of learning rates ({error!r}): run siftune sweep-lr again"
         ) from error
     title, name = f"Learning rates in {other.name}", slug(other.name)
     if not runs:
         return Section(f"rates-{name}", title, [before(base)])
-
-    def draw(width: int) -> Markup:
-        return _draw(width, runs, base)
-
-    figure = Figure(f"rates-{name}", "Held-out loss by learning rate", draw, _NOTE, "half")
+    figure = Figure(f"rates-{name}", _TITLE, lambda width: _draw(width, runs, base), _NOTE, "half")
     return Section(
         f"rates-{name}", title, [before(base), *advice(runs, base), _MEANING], [figure], [grid_of(table(runs))]
     )
@@ -107,16 +103,13 @@ def _draw(width: int, runs: Sequence[LRRun], base: float) -> Markup:
     for number, (method, height) in enumerate(zip(cells, heights, strict=True)):
         x = plot.left + plot.width + 7
         parts.append(tag("text", method, x=x, y=height + 4, class_=f"name c{number % COLOURS}"))
-    return canvas(width, plot.top + plot.height + 34, "Held-out loss by learning rate", *parts)
+    return canvas(width, plot.top + plot.height + 34, _TITLE, *parts)
 
 
 def _rates_below(plot: Plot, tried: Sequence[float]) -> list[Markup]:
     """The rates that were tried, and no others."""
-    bottom, every = plot.top + plot.height, math.ceil(len(tried) / _NAMED)
-    parts = [tag("line", x1=plot.left, x2=plot.left + plot.width, y1=bottom, y2=bottom, class_="base")]
-    for rate in tried[::every]:
-        parts.append(tag("text", rate_text(rate), x=plot.at_x(math.log(rate)), y=bottom + 15, class_="tick middle"))
-    return [*parts, tag("text", "peak learning rate", x=plot.left + plot.width, y=bottom + 29, class_="axis end")]
+    named = tried[:: math.ceil(len(tried) / _NAMED)]
+    return x_axis(plot, "peak learning rate", {math.log(rate): rate_text(rate) for rate in named})
 
 
 def _mark(plot: Plot, run: LRRun, top: float, kind: str) -> Markup:

@@ -6,7 +6,7 @@ from typing import Any
 from siftune.errors import InputError
 from siftune.report.page.figure import slug
 from siftune.report.page.section import Section, grid_of
-from siftune.report.page.subjects import Other
+from siftune.report.page.subjects import STRANGE, Other
 from siftune.report.table import Table
 
 
@@ -14,7 +14,7 @@ def in_a_sentence(record: Mapping[str, Any]) -> str:
     """Which table it is."""
     try:
         return f"{_tables(record)[0].title}."
-    except (KeyError, TypeError, ValueError, IndexError):
+    except STRANGE:
         return "A paper's table."
 
 
@@ -22,7 +22,7 @@ def reproduction(other: Other) -> Section:
     """The tables, and where the papers' figures are from."""
     try:
         tables, notes = _tables(other.content), [str(note) for note in other.content["notes"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except STRANGE as error:
         raise InputError(
             f"{other.path / 'results.json'} holds no tables ({error!r}): call siftune reproduce again"
         ) from error

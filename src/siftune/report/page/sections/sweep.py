@@ -8,7 +8,7 @@ from siftune.jsonable import finite
 from siftune.report.page.figure import slug
 from siftune.report.page.points import Point, Scale, scatter
 from siftune.report.page.section import Cell, Grid, Section
-from siftune.report.page.subjects import Other
+from siftune.report.page.subjects import STRANGE, Other
 from siftune.report.page.words import cut, short
 
 _NUMBERED = 40  # points that are drawn
@@ -16,19 +16,17 @@ _NUMBERED = 40  # points that are drawn
 
 def in_a_sentence(record: Mapping[str, Any]) -> str:
     """What the sweep compared."""
-    points = record.get("points")
-    front = (
-        sum(bool(point.get("front")) for point in points if isinstance(point, dict)) if isinstance(points, list) else 0
-    )
-    count = len(points) if isinstance(points, list) else 0
-    return f"{count} emulators were compared; {front} of them are not beaten in both likeness and loss gap."
+    given = record.get("points")
+    points: list[Any] = given if isinstance(given, list) else []
+    front = sum(bool(point.get("front")) for point in points if isinstance(point, dict))
+    return f"{len(points)} emulators were compared; {front} of them are not beaten in both likeness and loss gap."
 
 
 def sweep(other: Other) -> Section:
     """Cosine over loss gap, and the figures of every emulator."""
     try:
         points = [_Emulator(point) for point in other.content["points"]]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except STRANGE as error:
         raise InputError(f"{other.path / 'sweep.json'} is no sweep ({error!r}): run siftune sweep again") from error
     kinds = list(dict.fromkeys(point.method for point in points))
     known = [(p, p.cosine) for p in points if p.cosine is not None][:_NUMBERED]
@@ -41,9 +39,10 @@ def sweep(other: Other) -> Section:
         "A wide gap proves no privacy.",
     ]
     figure = scatter(
-        f"trade-off-{slug(other.name)}", "The owner's trade-off", drawn, "loss gap, nats per token",
-        Scale("cosine of gradients"), note="Up and right is better; the line joins those that are not beaten in both.",
-        size="full", front=front,
+        f"trade-off-{slug(other.name)}", "The owner's trade-off", drawn,
+        ("loss gap, nats per token", Scale("cosine of gradients")),
+        "Up and right is better; the line joins those that are not beaten in both.",
+        "full", front,
     )  # fmt: skip
     return Section(
         f"sweep-{slug(other.name)}", f"Sweep {other.name}", words, [figure] if drawn else [], [_table(points)]
