@@ -5,6 +5,7 @@ each field is its `--help`. Nothing here imports torch, so `siftune --help` stay
 """
 
 import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
@@ -213,6 +214,18 @@ def rate_of(recipe: Recipe) -> float:
 def settings_of(recipe: Recipe) -> list[Settings]:
     """The settings of the parts of a recipe's method, in their order."""
     return [getattr(recipe, part.settings.group) for part in method_of(recipe).parts]
+
+
+def differences(before: Recipe, after: Recipe, free: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings in which two recipes differ, those of their method if it is one, but for some: name and both values."""
+    for name in (each.name for each in fields(Recipe) if each.name not in free):
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now and not isinstance(now, Settings):
+            yield name, was, now
+    if before.method == after.method:
+        for one, other in zip(settings_of(before), settings_of(after), strict=True):
+            pairs = zip(one.to_dict().items(), other.to_dict().values(), strict=True)
+            yield from ((f"{one.group}.{name}", was, now) for (name, was), now in pairs if was != now)
 
 
 def compares(recipe: Recipe) -> bool:

@@ -114,6 +114,11 @@ def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:
     return torch.cat([part[:, : int(n)] for part, n in zip(parts, counts, strict=True)], 1).cpu()
 
 
+def on_any_rank(found: bool, device: torch.device) -> bool:
+    """Whether something holds on this rank or another; `device` is the model's."""
+    return float(mean_over_ranks(torch.tensor(float(found), dtype=torch.float64), device)) > 0
+
+
 def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     """Mean of `values` over the ranks, the same bits on each of them.
 

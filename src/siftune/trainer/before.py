@@ -1,6 +1,7 @@
 """What is said of a run before it begins: its rows, what trains, and how many steps it has."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from siftune.config import Recipe
-from siftune.data.rows import WEIGHT, said
+from siftune.data.rows import WEIGHT, Row, said
 from siftune.models.loss import IGNORED
 from siftune.trainer.build import Built
 from siftune.trainer.plan import planned_steps
@@ -23,17 +24,11 @@ _NAMED = 5  # bad rows that are named; the run folder has all
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the rows of a part.
+    """Tokens of the rows of a part."""
 
-    Attributes:
-        mean: Of a row.
-        longest: Of the longest row.
-        learned: Of a row, those that are learned, on average.
-    """
-
-    mean: float
-    longest: int
-    learned: float
+    mean: float  # of a row
+    longest: int  # of the longest row
+    learned: float  # of a row, those that are learned, on average
 
 
 def lengths_of(data: Dataset) -> Lengths:
@@ -63,14 +58,7 @@ def trainable(built: Built) -> tuple[int, int]:
 
 
 def short_form(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
-    """Say in a few lines what a run is about to do.
-
-    Args:
-        recipe: Resolved settings.
-        prepared: Its rows.
-        built: Its Trainer.
-        folder: Where it goes.
-    """
+    """Say in a few lines what a run is about to do, and in which folder."""
     steps = planned_steps(built.trainer.args, len(prepared.data["train"]))
     train, total = trainable(built)
     lines = [
@@ -93,14 +81,14 @@ def rows_line(recipe: Recipe, prepared: Prepared) -> str:
     )
 
 
-def trained_and_held_out(prepared: Prepared) -> int:
+def trained_and_held_out(rows: Mapping[str, Sequence[Row]]) -> int:
     """How many of the held-out rows say what a training row says, so that their loss tells little."""
-    trained = set(said(prepared.rows["train"]))
-    return sum(words in trained for words in said(prepared.rows.get("eval", ())))
+    trained = set(said(rows["train"]))
+    return sum(words in trained for words in said(rows.get("eval", ())))
 
 
 def _trained_too(prepared: Prepared) -> str:
-    count = trained_and_held_out(prepared)
+    count = trained_and_held_out(prepared.rows)
     return f" ({count:,} of them trained on, too, so that the held-out loss flatters)" if count else ""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.engine.distributed import mean_over_ranks, world_size
+from siftune.engine.distributed import on_any_rank
 from siftune.errors import TrainingError
 from siftune.models.loss import label_positions
 from siftune.numerics import all_finite
@@ -23,36 +23,22 @@ _NAMED = 5  # rows that are told
 
 
 class BrokenSteps(TrainerCallback):  # type: ignore[misc]
-    """Leaves out steps that have a number that is not finite, and stops training when there are too many.
+    """Leaves out at most so many steps that have a number that is not finite; the next one stops training.
 
     It must stand before callbacks that look at gradients.
-
-    Args:
-        most: How many may be left out in a run; the next one stops it.
-
-    Attributes:
-        name: Says which row a number stands for.
-        log: The Trainer's `log`.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self.name: Callable[[int], str] = lambda row: f"row {row}"
-        self.log: Callable[[dict[str, float]], None] = lambda _: None
+        self.name: Callable[[int], str] = lambda row: f"row {row}"  # which row a number stands for
+        self.log: Callable[[dict[str, float]], None] = lambda _: None  # the Trainer's
         self._rows: list[int] = []  # of this step
         self._suspects: list[int] = []  # those whose own loss is not finite
         self._loss: float | None = None
         self._skipped = False
 
     def look(self, loss: Tensor, rows: Sequence[int], losses_N: Tensor | None, labels: Tensor) -> None:
-        """Note a batch of a step.
-
-        Args:
-            loss: Of the batch, a scalar.
-            rows: Numbers of its rows, where they are known.
-            losses_N: Losses of its labels in row-major order, where they are known.
-            labels: (B, T) of its rows.
-        """
+        """Note a batch of a step: its loss, numbers of its rows and losses of its labels where known, (B, T) labels."""
         self._rows += rows
         if bool(torch.isfinite(loss)):
             return
@@ -71,7 +57,7 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         groups = kwargs["optimizer"].param_groups  # walking through all modules of the model would take longer
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         finite = args.fp16 or not parameters or all_finite([p.grad for p in parameters])
-        if not self._anywhere(not finite or self._loss is not None, args):
+        if not on_any_rank(not finite or self._loss is not None, args.device):  # all leave a step out, or none
             self._forget()
             return
         step, what = state.global_step + 1, self._what()
@@ -94,12 +80,6 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         if self._skipped:
             self._skipped = False
             self.log({SKIPPED: skipped_steps(state) + 1})
-
-    def _anywhere(self, broken: bool, args: TrainingArguments) -> bool:
-        """Whether a rank has found something: all of them leave a step out, or none."""
-        if world_size() == 1:
-            return broken
-        return float(mean_over_ranks(torch.tensor(float(broken), dtype=torch.float64), args.device)) > 0
 
     def _what(self) -> str:
         rows = list(dict.fromkeys(self._suspects or self._rows))

@@ -43,22 +43,15 @@ from siftune.trainer.trainer import LayerTrainer, SiftTrainer
 
 @dataclass(frozen=True)
 class Built:
-    """A Trainer that is ready to train.
-
-    Attributes:
-        trainer: The Trainer.
-        methods: Its callbacks that choose what is updated: layers before samples.
-        depth: Layers that have something to train.
-        release: Takes methods and casts off the model when training has ended, however it did. Layers whose own
-            weights trained (adapter "full") are then in the base's dtype again.
-        parts: What of its layers runs compiled; None: nothing.
-    """
+    """A Trainer that is ready to train."""
 
     trainer: SiftTrainer
-    methods: Sequence[Any]
-    depth: int
+    methods: Sequence[Any]  # its callbacks that choose what is updated: layers before samples
+    depth: int  # layers that have something to train
+    # takes methods and casts off the model when training has ended, however it did. Layers whose own weights trained
+    # (adapter "full") are then in the base's dtype again
     release: Callable[[], None]
-    parts: CompiledParts | None = None
+    parts: CompiledParts | None = None  # what of its layers runs compiled
 
     def compiling(self) -> float:
         """Seconds that compiling has taken so far."""
@@ -78,11 +71,11 @@ def build(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Built:
-    """Attach adapter and methods, and assemble the Trainer.
+    """Attach adapter and methods, in place, and assemble the Trainer.
 
     Args:
         recipe: Resolved settings; with adapter "full" they name `layers`.
-        model: The base model, or an emulator; it gets the adapter in place.
+        model: The base model, or an emulator.
         tokenizer: Its tokenizer.
         data: Tokenised rows: `train`, and `eval` and `support` where there are any.
         output_dir: Where checkpoints go; nothing is written but these.
@@ -148,9 +141,7 @@ def _release(
 def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
     """Make the callbacks of a recipe's method: what chooses layers before what chooses samples.
 
-    Args:
-        recipe: Resolved settings.
-        support_rows: Tokenised rows of a support set that the user gave.
+    `support_rows` are the tokenised rows of a support set that the user gave.
     """
     methods = []
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
@@ -206,13 +197,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> TrainingArguments:
-    """A recipe in the Trainer's words.
-
-    Args:
-        recipe: Resolved settings.
-        output_dir: Where checkpoints go.
-        fp16: The model is in float16.
-    """
+    """A recipe, resolved, in the Trainer's words; `fp16` says that the model is in float16."""
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,

@@ -59,12 +59,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 def model_card(recipe: Recipe, summary: dict[str, Any], base: Origin, folder: Path, chat: bool) -> str:
     """The card of what a run has trained: what was tuned, how, on what, with which result, and how to use it.
 
-    Args:
-        recipe: Resolved settings.
-        summary: The run's summary.
-        base: The model that was tuned.
-        folder: Where what was trained is.
-        chat: Rows were written by the tokenizer's chat template.
+    `folder` is where what was trained is; `chat` says that rows were written by the tokenizer's chat template.
     """
     full = recipe.adapter == "full"
     first = _TEACH if recipe.adapter in ("series", "parallel", "prefix") else ""
@@ -79,13 +74,9 @@ def card_with_usage(recipe: Recipe, summary: dict[str, Any], base: Origin, usage
 
 
 def merged_card(recipe: Recipe | None, base: Origin, folder: Path, chat: bool) -> str:
-    """The card of a base model with what was trained in it.
+    """The card of a base model with what was trained in it, in `folder`; the recipe is None where it is not known.
 
-    Args:
-        recipe: Settings of the run; None where they are not known.
-        base: The base model.
-        folder: Where the merged model is.
-        chat: The tokenizer has a chat template, and rows were written by it as far as is known.
+    `chat` says that the tokenizer has a chat template, and rows were written by it as far as is known.
     """
     tags = ["siftune"] if recipe is None else ["siftune", recipe.method, recipe.adapter]
     how = "" if recipe is None else f"\n{_how(recipe)}\n"

@@ -5,25 +5,22 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from siftune.config import Recipe, settings_of
+from siftune.config import Recipe, differences
 from siftune.data.rows import WEIGHT
-from siftune.engine.distributed import mean_over_ranks
+from siftune.engine.distributed import on_any_rank
 from siftune.errors import RecipeError
 from siftune.jsonable import parsed
 from siftune.models.carriers import CARRIERS, carrier_of
 from siftune.recipe_file import load_recipe
-from siftune.settings import Settings
 from siftune.trainer.plan import planned_steps
 from siftune.trainer.run_folder import RECIPE, ROWS, RunFolder, newest_checkpoint, step_of
 from siftune.trainer.tuned_layers import holds_tuned, read_about
@@ -68,8 +65,8 @@ class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save a step that comes late after the last one."""
-        late = torch.tensor(float(time.monotonic() - self._saved >= _SECONDS), dtype=torch.float64)
-        if float(mean_over_ranks(late, args.device)) > 0:  # clocks differ, and ranks save together or not at all
+        late = time.monotonic() - self._saved >= _SECONDS
+        if on_any_rank(late, args.device):  # clocks differ, and ranks save together or not at all
             control.should_save = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -87,9 +84,6 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
 
     Not transformers' own, whose count begins anew when a run goes on: this one counts in the Trainer's history, which
     stands in every checkpoint.
-
-    Args:
-        patience: Evaluations in a row without less loss, after which training stops.
     """
 
     def __init__(self, patience: int) -> None:
@@ -142,14 +136,9 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
 
 
 def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
-    """Refuse to go on with other settings or rows than the checkpoint's run was begun with.
+    """Refuse to go on with other settings or rows, by their `digest_of`, than the checkpoint's run was begun with.
 
     What makes an adapter another one is seen from the checkpoint itself: see `check_adapter`.
-
-    Args:
-        checkpoint: A complete checkpoint, in a run folder or not.
-        recipe: Resolved settings to go on with.
-        rows: Digest of the training rows, from `digest_of`.
 
     Raises:
         RecipeError: They differ; the message names what, and both values.
@@ -158,7 +147,10 @@ def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
     if recipe.allow_change or not (run / RECIPE).is_file():
         return
     before: Recipe = load_recipe(run / RECIPE)
-    for name, was, now in _differences(before, recipe):
+    other = [("method", before.method, recipe.method)] if before.method != recipe.method else []
+    for name, was, now in [*other, *differences(before, recipe, _MAY_CHANGE)]:
+        if name in _NAMED_IN_FULL and was and now and _in_full(was) == _in_full(now):
+            continue
         raise RecipeError(
             f"{checkpoint} is of a run with {name} {was}, this recipe has {now}: set it as that run did, or give "
             "--allow-change"
@@ -168,21 +160,6 @@ def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
             f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: bring these back, or give "
             "--allow-change"
         )
-
-
-def _differences(before: Recipe, after: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """What differs of two recipes that decides what is learned: name, one value, the other."""
-    if before.method != after.method:
-        yield "method", before.method, after.method
-    for field in fields(Recipe):
-        if field.name not in _MAY_CHANGE and not isinstance(getattr(after, field.name), Settings):
-            was, now = getattr(before, field.name), getattr(after, field.name)
-            if was != now and not (field.name in _NAMED_IN_FULL and was and now and _in_full(was) == _in_full(now)):
-                yield field.name, was, now
-    for one, other in zip(settings_of(before), settings_of(after), strict=True):
-        for name in Settings.names(type(one)):
-            if getattr(one, name) != getattr(other, name):
-                yield f"{one.group}.{name}", getattr(one, name), getattr(other, name)
 
 
 def _in_full(name: str) -> Path:
@@ -212,14 +189,7 @@ def _with_lengths(lists: Any) -> bytes:
 
 
 def end_of(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> str | None:
-    """Why nothing is left to do from a checkpoint on; None where something is.
-
-    Args:
-        checkpoint: A complete checkpoint.
-        arguments: The run's.
-        rows: Training rows, all of which come in an epoch.
-        patience: The recipe's.
-    """
+    """Why nothing is left to do from a checkpoint on, of a run on so many rows; None where something is."""
     steps = planned_steps(arguments, rows)
     if step_of(checkpoint) >= steps:
         return (
@@ -236,12 +206,7 @@ def end_of(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: 
 
 
 def check_layers(checkpoint: Path, layers: Sequence[int], outside: Sequence[str] = ()) -> None:
-    """Refuse a checkpoint that is not of the layers that the recipe asks for.
-
-    Args:
-        checkpoint: A complete checkpoint.
-        layers: Numbers of the layers whose own weights train, from 0, ascending.
-        outside: What else trains.
+    """Refuse a checkpoint that is not of the layers, by their numbers, and what else the recipe has train.
 
     Raises:
         RecipeError: They differ, or the checkpoint is of a run with an adapter.
@@ -255,11 +220,7 @@ def check_layers(checkpoint: Path, layers: Sequence[int], outside: Sequence[str]
 
 
 def check_adapter(checkpoint: Path, config: Any) -> None:
-    """Refuse a checkpoint whose adapter is not the one that the recipe asks for.
-
-    Args:
-        checkpoint: A complete checkpoint.
-        config: PEFT's config of the adapter on the model.
+    """Refuse a checkpoint whose adapter is not the one on the model, of which `config` is PEFT's.
 
     Raises:
         RecipeError: They differ; the message names the setting.

@@ -26,32 +26,20 @@ from siftune.trainer.trackers import check_trackers
 
 @dataclass(frozen=True)
 class Example:
-    """A row as it is trained on.
-
-    Attributes:
-        place: Where it stands.
-        parts: Its text in pieces, and whether each is learned.
-    """
+    """A row as it is trained on."""
 
     place: str
-    parts: list[tuple[str, bool]]
+    parts: list[tuple[str, bool]]  # its text in pieces, and whether each is learned
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do and take.
+    """What a run would do and take."""
 
-    Attributes:
-        recipe: Its settings, resolved.
-        prepared: Its rows, and what is wrong with others.
-        examples: The first of its rows, one of middle length and the longest.
-        forecast: What trains, and what it takes.
-    """
-
-    recipe: Recipe
-    prepared: Prepared
-    examples: list[Example]
-    forecast: Forecast
+    recipe: Recipe  # its settings, resolved
+    prepared: Prepared  # its rows, and what is wrong with others
+    examples: list[Example]  # the first of its rows, one of middle length and the longest
+    forecast: Forecast  # what trains, and what it takes
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -60,7 +48,7 @@ class DryRun:
         return {
             "rows": len(data["train"]),
             "held_out": len(data["eval"]) if "eval" in data else 0,
-            "held_out_trained_on": trained_and_held_out(self.prepared),
+            "held_out_trained_on": trained_and_held_out(self.prepared.rows),
             "bad_rows": list(self.prepared.bad),
             "cut": sum(self.prepared.cut.values()),
             "tokens": {"mean": round(seen.mean, 1), "learned": round(seen.learned, 1), "longest": seen.longest},
@@ -76,12 +64,7 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source] = ModelSource) -> DryRun:
-    """Do what `train` does before it trains, try a few steps, and leave nothing.
-
-    Args:
-        recipe: Settings, as for `train`.
-        console: Where progress goes.
-        source_of: As for `train`.
+    """Do what `train` does before it trains, try a few steps, and leave nothing; arguments as for `train`.
 
     Raises:
         InputError: On anything in the recipe, the data or the model that cannot be used, but for bad rows, which are

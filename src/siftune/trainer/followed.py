@@ -6,11 +6,7 @@ from siftune.methods.sample_choice import SampleChoice
 
 
 class Followed:
-    """Counts over the batches of a run, on this rank and since it was resumed, where it was.
-
-    Args:
-        sources: Where each training row is from.
-    """
+    """Counts over the batches of a run, on this rank, since it was resumed; `sources` says where each row is from."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         self._sources = sources
@@ -18,12 +14,7 @@ class Followed:
         self._seen: dict[str, int] = {}
 
     def note(self, choice: SampleChoice, rows: Sequence[int]) -> None:
-        """Count a batch.
-
-        Args:
-            choice: The choice in it.
-            rows: (S,) numbers of its rows among the training rows.
-        """
+        """Count the choice in a batch, whose rows have these numbers among the training rows."""
         for row in rows:
             self._seen[self._sources[row]] = self._seen.get(self._sources[row], 0) + 1
         for unit in choice.selected.tolist():

@@ -39,27 +39,16 @@ Batches = list[list[int]]  # numbers of the rows in each
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take.
+    """What a run will take."""
 
-    Attributes:
-        trainable: Parameters that train.
-        parameters: All of them.
-        layers: Layers that have something to train.
-        steps: Optimizer steps.
-        lengths: Of the training rows.
-        seconds: Time of training, with evaluations and checkpoints; None where it was not tried.
-        memory_mb: Peak memory in 10^6 bytes; None where it was not tried.
-        tried: Steps that were timed.
-    """
-
-    trainable: int
-    parameters: int
-    layers: int
+    trainable: int  # parameters that train
+    parameters: int  # all of them
+    layers: int  # layers that have something to train
     steps: int
     lengths: Lengths
-    seconds: float | None = None
-    memory_mb: float | None = None
-    tried: int = 0
+    seconds: float | None = None  # time of training, with evaluations and checkpoints; None where it was not tried
+    memory_mb: float | None = None  # peak memory in 10^6 bytes; None where it was not tried
+    tried: int = 0  # steps that were timed
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
@@ -83,13 +72,9 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 def forecast(
     recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Dataset]
 ) -> Forecast:
-    """Try a few steps of a run.
+    """Try a few steps of a run; of a private one none, whose steps draw rows by chance. Arguments are those of `build`.
 
-    Args:
-        recipe: Resolved settings. Of a private run nothing is tried: its steps draw rows by chance.
-        model: The model; the adapter is put on it, and its values are of no use afterwards.
-        tokenizer: Its tokenizer.
-        data: As `build` takes it.
+    The adapter is put on the model, and its values are of no use afterwards.
 
     Raises:
         InputError: As `build`; what a run would be refused for is refused here.

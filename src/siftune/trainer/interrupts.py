@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.engine.distributed import mean_over_ranks, world_size
+from siftune.engine.distributed import on_any_rank
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +18,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts(TrainerCallback):  # type: ignore[misc]
-    """Ends training after the step in which a signal came to any rank, with a checkpoint; a second one ends it at once.
-
-    Attributes:
-        came: Whether training was ended.
-    """
+    """Ends training after the step in which a signal came to any rank, with a checkpoint; a second one at once."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.came = False  # whether training was ended
         self._asked = False
 
     @contextmanager
@@ -45,10 +40,7 @@ class Interrupts(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, where a signal came to any rank."""
-        asked = torch.tensor(float(self._asked), dtype=torch.float64)
-        if world_size() > 1:
-            asked = mean_over_ranks(asked, args.device)
-        if float(asked) > 0 and state.global_step < state.max_steps:
+        if on_any_rank(self._asked, args.device) and state.global_step < state.max_steps:
             self.came = True
             args.load_best_model_at_end = False  # the adapter of this step is left, not that of the best
             control.should_save = control.should_training_stop = True

@@ -30,10 +30,7 @@ _START, _RESULTS = "start.json", "results.jsonl"
 
 
 class LRFolder:
-    """Paths, readers and writers of a sweep's folder.
-
-    Args:
-        path: The folder; made if it is missing.
+    """Paths, readers and writers of a sweep's folder, which is made if it is missing.
 
     Raises:
         RecipeError: It cannot be written to, holds something else, or its start.json is damaged.
@@ -63,10 +60,7 @@ class LRFolder:
         return self._folder.taken_back()
 
     def refuse_others(self, recipes: Mapping[str, Recipe]) -> None:
-        """Refuse recipes that would not train as the sweep in this folder did.
-
-        Args:
-            recipes: method -> its recipe, resolved.
+        """Refuse recipes, resolved, by method, that would not train as the sweep in this folder did.
 
         Raises:
             RecipeError: They differ; the message names the setting.
@@ -83,10 +77,7 @@ class LRFolder:
                 )
 
     def refuse_other_rows(self, digests: Mapping[str, str]) -> None:
-        """Refuse rows that are not those of the sweep in this folder.
-
-        Args:
-            digests: train, eval or support -> digest of its rows.
+        """Refuse rows, by their digests, that are not those of the sweep in this folder.
 
         Raises:
             RecipeError: They differ; the message names which.

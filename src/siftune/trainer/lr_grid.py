@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from siftune.config import Recipe, compares, holds_out, method_of, rate_of, resolve_recipe, settings_of
+from siftune.config import Recipe, compares, differences, holds_out, method_of, rate_of, resolve_recipe
 from siftune.errors import RecipeError
-from siftune.methods import METHODS, all_parts
+from siftune.methods import METHODS
 from siftune.recipe_checks import check
 from siftune.recipe_file import anchored
 from siftune.settings import nearest
@@ -18,34 +18,18 @@ _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # ours: the default grid around a recipe'
 
 # what a sweep varies, and what leaves no mark on its results
 _FREE = {
-    "method",
-    "lr",
-    "seed",
-    "out",
-    "resume",
-    "save_every",
-    "eval_every",
-    "patience",
-    "log_every",
-    "report_to",
-    "keep_scores",
-    "record_rows",
-}
+    "method", "lr", "seed", "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
+    "keep_scores", "record_rows",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep tries.
-
-    Attributes:
-        methods: Names of methods.
-        rates: Peak learning rates, ascending.
-        seeds: Seeds; every method is tried at every rate with each.
-    """
+    """What a sweep tries."""
 
     methods: tuple[str, ...]
-    rates: tuple[float, ...]
-    seeds: tuple[int, ...]
+    rates: tuple[float, ...]  # peak learning rates, ascending
+    seeds: tuple[int, ...]  # every method is tried at every rate with each
 
     def cells(self) -> Iterator[tuple[str, float, int]]:
         """Method, rate and seed of every run; one seed after the other, so that an early end leaves whole curves."""
@@ -54,27 +38,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class LRRun:
-    """What one run of a sweep found.
-
-    Attributes:
-        method: The method.
-        lr: Peak learning rate.
-        seed: The seed.
-        heldout_loss: Of the tuned model, in nats per label token; None where the run diverged.
-        train_loss: Mean over the last tenth of the steps, in nats per label token; None where the run diverged.
-        steps: Optimizer steps that it took.
-        seconds: Wall time of training and measuring.
-        diverged: How it diverged, or None.
-    """
+    """What one run of a sweep found."""
 
     method: str
-    lr: float
+    lr: float  # peak learning rate
     seed: int
-    heldout_loss: float | None
-    train_loss: float | None
+    heldout_loss: float | None  # of the tuned model, in nats per label token; None where the run diverged, as below
+    train_loss: float | None  # the mean over the last tenth of the steps
     steps: int
-    seconds: float
-    diverged: str | None = None
+    seconds: float  # of training and measuring
+    diverged: str | None = None  # how it did
 
     @property
     def cell(self) -> tuple[str, float, int]:
@@ -152,14 +125,10 @@ def _seed(word: str) -> int:
 
 
 def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
-    """The recipe of each method of a sweep, checked and resolved.
+    """The recipe of each method of a sweep, checked and resolved; of the given recipe's method nothing is kept.
 
     Settings of one method stay away from the others, which would refuse them; those of a method that is not in the
     sweep are refused, as in training.
-
-    Args:
-        recipe: A recipe as `train` takes it; of its method nothing is kept.
-        methods: Names of methods.
 
     Raises:
         RecipeError: No held-out rows, or a method cannot run with the recipe.
@@ -203,12 +172,4 @@ def difference(before: Recipe, now: Recipe) -> tuple[str, Any, Any] | None:
 
     Rates, seeds and what a run leaves behind may differ; of different methods, their own settings too.
     """
-    groups = {part.settings.group for part in all_parts()}
-    names = [field.name for field in fields(Recipe) if field.name not in groups | _FREE]
-    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
-    if before.method != now.method:
-        pairs = [pair for pair in pairs if pair[0] != "support_rows"]
-    else:
-        for old, new in zip(settings_of(before), settings_of(now), strict=True):
-            pairs += [(f"{old.group}.{name}", value, new.to_dict()[name]) for name, value in old.to_dict().items()]
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+    return next(differences(before, now, _FREE if before.method == now.method else {*_FREE, "support_rows"}), None)

@@ -26,6 +26,7 @@ from siftune.errors import RecipeError, TrainingError
 from siftune.evaluate.perplexity import perplexity
 from siftune.files import Progress
 from siftune.ranks import launch_size
+from siftune.trainer.before import trained_and_held_out
 from siftune.trainer.build import build
 from siftune.trainer.lr_folder import LRFolder
 from siftune.trainer.lr_grid import Grid, LRRun, rate_text, recipes_of
@@ -40,21 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LRSweep:
-    """A sweep that may begin or go on: all that can be refused without the model has been looked at.
+    """A sweep that may begin or go on: all that can be refused without the model has been looked at."""
 
-    Attributes:
-        grid: What it tries.
-        recipes: method -> its recipe, resolved.
-        folder: Where its results go, with those of earlier calls.
-        source: What is tuned.
-        rows: `train`, `eval` and, where a method compares with them, `support`.
-    """
-
-    grid: Grid
-    recipes: Mapping[str, Recipe]
-    folder: LRFolder
+    grid: Grid  # what it tries
+    recipes: Mapping[str, Recipe]  # method -> its recipe, resolved
+    folder: LRFolder  # where its results go, with those of earlier calls
     source: Source
-    rows: Mapping[str, Sequence[Row]]
+    rows: Mapping[str, Sequence[Row]]  # `train`, `eval` and, where a method compares with them, `support`
 
     def missing(self) -> list[tuple[str, float, int]]:
         """Method, rate and seed of the runs that are still to do."""
@@ -65,13 +58,7 @@ class LRSweep:
 def open_sweep(
     recipe: Recipe, grid: Grid, out: str | Path, source_of: Callable[[str], Source] = ModelSource
 ) -> LRSweep:
-    """Check a sweep, and read its rows and what its folder has of it.
-
-    Args:
-        recipe: As `train` takes it, with held-out rows.
-        grid: What to try.
-        out: Folder of the sweep: a new one, or one of the same recipe and rows.
-        source_of: As for `train`.
+    """Check a sweep, and read its rows and what its folder has of it: a new one, or one of the same recipe and rows.
 
     Raises:
         InputError: A method cannot run with the recipe, or recipe or rows are not those of the folder.
@@ -89,7 +76,12 @@ def open_sweep(
         refuse_read(widest, read, source.tokenizer)
         rows = read.parts
         folder.refuse_other_rows(_digests(rows))
-    _tell_overlap(rows)
+    if both := trained_and_held_out(rows):
+        logger.warning(
+            "%d of %d held-out rows are training rows too: of these the loss tells how well they are learned by heart",
+            both,
+            len(rows["eval"]),
+        )
     return LRSweep(grid, recipes, folder, source, rows)
 
 
@@ -98,10 +90,6 @@ def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
 
     Before the first of a method, one step is tried with every method that is new here, so that none is refused when
     others have run for hours.
-
-    Args:
-        sweep: From `open_sweep`.
-        progress: Told of what is being done.
 
     Raises:
         InputError: A method cannot train this model.
@@ -191,17 +179,9 @@ def _tuned(
         The tuned model, methods and casts taken off, and the mean training loss of the last tenth of the steps.
     """
     quiet = replace(
-        recipe,
-        eval=None,
-        eval_share=0.0,
-        eval_every=None,
-        patience=None,
-        save_every=None,
-        log_every=1,
-        report_to=(NONE,),
-        keep_scores=False,
-        bad_steps=0,  # a rate that breaks a step is a result
-    )
+        recipe, eval=None, eval_share=0.0, eval_every=None, patience=None, save_every=None, log_every=1,
+        report_to=(NONE,), keep_scores=False, bad_steps=0,  # a rate that breaks a step is a result
+    )  # fmt: skip
     parts = {"train", *(["support"] if compares(recipe) else [])}
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
@@ -229,15 +209,3 @@ def _digests(rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
 
 def _told(row: Row) -> str:
     return repr((row.prompt, row.completion, *(() if row.weight == 1 else (row.weight,))))
-
-
-def _tell_overlap(rows: Mapping[str, Sequence[Row]]) -> None:
-    """Warn of held-out rows that are trained on."""
-    trained = {(row.prompt, row.completion) for row in rows["train"]}
-    both = sum((row.prompt, row.completion) in trained for row in rows["eval"])
-    if both:
-        logger.warning(
-            "%d of %d held-out rows are training rows too: of these the loss tells how well they are learned by heart",
-            both,
-            len(rows["eval"]),
-        )

@@ -26,21 +26,13 @@ from siftune.trainer.whole import is_complete
 
 @dataclass(frozen=True)
 class Outcome:
-    """Writes what a run leaves behind.
-
-    Attributes:
-        trainer: Its Trainer.
-        folder: Its folder.
-        recipe: Its settings, resolved.
-        source: What is tuned.
-        followed: What shares of its rows were followed.
-    """
+    """Writes what a run leaves behind."""
 
     trainer: SiftTrainer
     folder: RunFolder
-    recipe: Recipe
+    recipe: Recipe  # its settings, resolved
     source: Source
-    followed: Followed
+    followed: Followed  # what shares of its rows were followed
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Steps, losses, seconds, tokens, peak memory in MB, shares of rows followed, and privacy.

@@ -36,34 +36,23 @@ _SHOWN = 20  # bad rows that an error names; --dry-run names all
 
 @dataclass(frozen=True)
 class Read:
-    """Rows as they were read.
+    """Rows as they were read."""
 
-    Attributes:
-        parts: `train`; and `eval` and `support`, where there are any.
-        bad: What is wrong with rows that are left out of them.
-    """
-
-    parts: Mapping[str, Sequence[Row]]
-    bad: Sequence[DataError] = ()
+    parts: Mapping[str, Sequence[Row]]  # `train`; and `eval` and `support`, where there are any
+    bad: Sequence[DataError] = ()  # what is wrong with rows that are left out of them
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that can be trained and measured on, and their tokens.
+    """Rows that can be trained and measured on, and their tokens."""
 
-    Attributes:
-        rows: By part, as `Read` has them.
-        data: Their tokens: columns `input_ids`, `labels`, `length`; of the training rows also `row`, their number, and
-            `weight`, where a weight is not 1.
-        cut: By part, how many rows are cut off at the recipe's `max_length`.
-        bad: What is wrong with the rows that were left out, each row once.
-        kept: Numbers of the training rows among all that could be used, where `retrieve` chose some; None: all.
-    """
-
-    rows: Mapping[str, Sequence[Row]]
+    rows: Mapping[str, Sequence[Row]]  # by part, as `Read` has them
+    # their tokens: columns `input_ids`, `labels`, `length`; of the training rows also `row`, their number, and
+    # `weight`, where a weight is not 1
     data: Mapping[str, Dataset]
-    cut: Mapping[str, int]
-    bad: Sequence[str]
+    cut: Mapping[str, int]  # by part, how many rows are cut off at the recipe's `max_length`
+    bad: Sequence[str]  # what is wrong with the rows that were left out, each row once
+    # numbers of the training rows among all that could be used, where `retrieve` chose some; None: all
     kept: Sequence[int] | None = None
 
 
@@ -98,11 +87,7 @@ def read_rows(recipe: Recipe) -> Read:
 
 
 def trained_rows(run: Path, recipe: Recipe) -> list[Row]:
-    """The rows that a run has trained on: as its recipe has them, but for those that were left out.
-
-    Args:
-        run: Its folder.
-        recipe: Its recipe.
+    """The rows that the run in a folder has trained on: as its recipe has them, but for those that were left out.
 
     Raises:
         DataError: A file cannot be read any more.
@@ -168,12 +153,6 @@ def prepare(
 
     All but the held-out ones, which are measured, have their weights.
 
-    Args:
-        recipe: Settings.
-        tokenizer: The model's.
-        read: From `read_rows`.
-        progress: Told how many rows are done.
-
     Raises:
         DataError: Rows are bad and the recipe does not say to drop them; or none is left.
         InputError: As `tokens_of`.
@@ -204,10 +183,7 @@ _USES = {"train": "train on", "eval": "measure on", "support": "compare with"}
 def refuse_read(recipe: Recipe, read: Read, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
     """Refuse bad rows before a model is loaded, together with those that would be found to be bad later on.
 
-    Args:
-        recipe: Settings.
-        read: What was read.
-        tokenizer: Loads the model's tokenizer alone.
+    `tokenizer` loads the model's tokenizer alone.
 
     Raises:
         DataError: There are some, and the recipe does not say to drop them.

@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def privacy_of(recipe: Recipe, rows: int) -> DP | None:
-    """What a recipe's promise takes; None where it makes none.
-
-    Args:
-        recipe: Resolved settings, checked.
-        rows: Rows to train on.
+    """What a recipe's promise takes on so many training rows; None where it makes none.
 
     Raises:
         RecipeError: The promise would be empty for so many rows, no noise keeps it, or Opacus is not installed.

@@ -16,12 +16,8 @@ from siftune.words import counted
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """Adds speed, memory and active layers to the Trainer's logs, and writes them to metrics.jsonl.
 
-    It must stand before callbacks that read these figures from the logs.
-
-    Args:
-        folder: Run folder.
-        active: Tells how many layers train in the current step.
-        compiling: Tells the seconds that compiling has taken so far, which the speed leaves out.
+    It must stand before callbacks that read these figures from the logs. `active` tells how many layers train in the
+    current step, `compiling` the seconds that compiling has taken so far, which the speed leaves out.
     """
 
     def __init__(self, folder: RunFolder, active: Callable[[], int], compiling: Callable[[], float] = float) -> None:
@@ -126,11 +122,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
 
 
 class StepsTold(TrainerCallback):  # type: ignore[misc]
-    """Tells how many optimizer steps are done, for displays of work that trains on its way.
-
-    Args:
-        told: Called with steps done, and of how many.
-    """
+    """Tells how many optimizer steps are done, and of how many, for displays of work that trains on its way."""
 
     def __init__(self, told: Callable[[int, int], None]) -> None:
         self._told = told

@@ -21,12 +21,7 @@ def retrieved(
 ) -> Prepared:
     """Keep a recipe's share of the training rows; a target's rows stay, repeated up to their share of what is kept.
 
-    Args:
-        recipe: Settings; without `retrieve` all rows stay.
-        model: The base model; it goes to the accelerator, where there is one.
-        tokenizer: Its tokenizer.
-        prepared: The rows; of which `support` are the known ones.
-        progress: Told what is being done.
+    Of the rows, `support` are the known ones. The base model goes to the accelerator, where there is one.
 
     Raises:
         RecipeError: The run has several processes, or there is nothing to choose from.

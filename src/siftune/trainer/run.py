@@ -61,19 +61,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A finished training run.
-
-    Attributes:
-        folder: Its folder.
-        model: The tuned model, adapters attached where it has any.
-        tokenizer: Its tokenizer.
-        summary: Steps, losses, seconds, tokens per second, peak memory in MB.
-    """
+    """A finished training run."""
 
     folder: RunFolder
-    model: nn.Module
+    model: nn.Module  # the tuned model, adapters attached where it has any
     tokenizer: PreTrainedTokenizerBase
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # steps, losses, seconds, tokens per second, peak memory in MB
 
 
 def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[str], Source] = ModelSource) -> Run:
@@ -166,14 +159,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
 
 
 def _train_on(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None, ended: bool, best: bool) -> None:
-    """Train to the end.
-
-    Args:
-        trainer: The run's.
-        signals: What it listens to meanwhile.
-        checkpoint: What it goes on from, if anything.
-        ended: The checkpoint is the end already: what it holds is taken.
-        best: Of that, the weights of least held-out loss.
+    """Train to the end, or take what a checkpoint holds that is the end already: the `best` weights where asked for.
 
     Raises:
         KeyboardInterrupt: A signal came.

@@ -41,10 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Paths and writers of one run's folder.
-
-    Args:
-        path: The folder; made if it is missing.
+    """Paths and writers of one run's folder, which is made if it is missing.
 
     Raises:
         RecipeError: When the folder cannot be made or written to.
@@ -76,11 +73,6 @@ class RunFolder:
         """Folder of the Trainer's checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / RECIPE
-
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to a .jsonl file."""
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -97,11 +89,7 @@ class RunFolder:
         self.write("run.json", json.dumps(record, indent=2) + "\n")
 
     def replace(self, parts: Mapping[str, Callable[[Path], None]]) -> None:
-        """Have subfolders written anew: all of them beside their places, and only then are they moved there.
-
-        Args:
-            parts: Name of a subfolder -> what writes it to the path that it is given.
-        """
+        """Have subfolders, by name, written anew: all beside their places, and only then are they moved there."""
         with write_beside(*(self.path / name for name in parts)) as beside:
             for save, path in zip(parts.values(), beside, strict=True):
                 save(path)

@@ -47,52 +47,29 @@ _MOST = 2**26  # bytes that their numbers may take: a stranger's record could un
 
 @dataclass(frozen=True)
 class LayersOfStep:
-    """The layers that trained in a step.
+    """The layers that trained in a step."""
 
-    Attributes:
-        step: Optimizer steps done before it.
-        layers: Their numbers.
-        importance: (L,) float64 importance logits, where they had moved; else None.
-        losses: Losses of the candidate sets, where they were compared before this step.
-    """
-
-    step: int
+    step: int  # optimizer steps done before it
     layers: tuple[int, ...]
-    importance: NDArray[np.float64] | None = None
-    losses: tuple[float, ...] = ()
+    importance: NDArray[np.float64] | None = None  # (L,) logits, where they had moved
+    losses: tuple[float, ...] = ()  # losses of the candidate sets, where they were compared before this step
 
 
 @dataclass(frozen=True, eq=False)
 class RowsOfBatch:
-    """The rows that each layer followed in a batch.
+    """The rows that each layer followed in a batch."""
 
-    Attributes:
-        step: Optimizer steps done before it.
-        batch: Its number in the step.
-        layers: (U,) numbers of the layers; -1 where one choice is for all.
-        rows: (S,) numbers of its rows among the training rows; empty where they are not numbered.
-        sources: Where these rows are from; empty where that was not recorded.
-        followed: (U, S) bool, who follows whom.
-        scores: (U, S) float32 scores; None where none were kept or needed.
-    """
-
-    step: int
-    batch: int
-    layers: tuple[int, ...]
-    rows: tuple[int, ...]
-    sources: tuple[str, ...]
-    followed: NDArray[np.bool_]
-    scores: NDArray[np.float32] | None
+    step: int  # optimizer steps done before it
+    batch: int  # its number in the step
+    layers: tuple[int, ...]  # (U,) numbers of the layers; -1 where one choice is for all
+    rows: tuple[int, ...]  # (S,) numbers of its rows among the training rows; empty where they are not numbered
+    sources: tuple[str, ...]  # where these rows are from; empty where that was not recorded
+    followed: NDArray[np.bool_]  # (U, S) who follows whom
+    scores: NDArray[np.float32] | None  # (U, S); None where none were kept or needed
 
 
 class SelectionFile:
-    """Writes a run's selection record.
-
-    Args:
-        folder: The run folder.
-        sources: Where each training row is from.
-        scores: Keep the scores of rows.
-    """
+    """Writes a run's selection record; `sources` says where each training row is from, `scores` keeps those of rows."""
 
     def __init__(self, folder: Path, sources: Sequence[str], scores: bool) -> None:
         self._path = folder / SELECTION
@@ -117,9 +94,6 @@ class SelectionFile:
 
 def read_selection(folder: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
     """Read a run's selection record, in the order in which it was written; nothing where the run chose nothing.
-
-    Args:
-        folder: The run folder.
 
     Raises:
         InputError: The record is damaged, or not of this version.
@@ -253,12 +227,7 @@ def _parse_layers(record: dict[str, Any]) -> LayersOfStep:
         raise ValueError(f"layers {min(layers)} to {max(layers)}")
     if importance is not None and (importance.ndim != 1 or len(importance) > _DEEPEST):
         raise ValueError(f"importance of shape {importance.shape}")
-    return LayersOfStep(
-        int(record["step"]),
-        layers,
-        importance,
-        tuple(map(float, record.get("losses", ()))),
-    )
+    return LayersOfStep(int(record["step"]), layers, importance, tuple(map(float, record.get("losses", ()))))
 
 
 def _of_0_1(path: Path) -> Iterator[LayersOfStep | RowsOfBatch]:

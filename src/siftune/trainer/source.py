@@ -38,23 +38,16 @@ class Source(Protocol):
     ) -> Mapping[str, Callable[[Path], None]]:
         """What a run on it leaves besides an adapter: name of a subfolder of the run -> what writes that folder.
 
-        Where there is any, it stands for layers that were tuned themselves: these are not saved once more.
-
-        Args:
-            model: The tuned model.
-            privacy: What a private run says of itself; see `methods.dp.accounting.statement`.
+        Where there is any, it stands for layers that were tuned themselves: these are not saved once more. `privacy` is
+        what a private run says of itself; see `methods.dp.accounting.statement`.
         """
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An ordinary model.
+    """An ordinary model."""
 
-    Attributes:
-        name: A folder, a hub id or smollm2.
-    """
-
-    name: str
+    name: str  # a folder, a hub id or smollm2
     usage: str | None = None
 
     def settle(self, recipe: Recipe) -> Recipe:

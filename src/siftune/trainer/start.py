@@ -75,13 +75,7 @@ def keep_initial(model: PeftModel, folder: Path) -> None:
 
 
 def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:
-    """Write an adapter that fits the base as it was.
-
-    Args:
-        model: The tuned model.
-        path: Folder to write to.
-        checkpoints: Where `keep_initial` may have left its first values.
-    """
+    """Write an adapter that fits the base as it was; `keep_initial` may have left first values in `checkpoints`."""
     initial = checkpoints / _INITIAL
     first = str(initial) if initial.is_dir() else None
     # embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out

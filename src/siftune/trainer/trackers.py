@@ -9,10 +9,7 @@ NONE = "none"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that the Trainer would stumble over once the model is loaded.
-
-    Args:
-        names: A recipe's `report_to`.
+    """Refuse trackers, a recipe's `report_to`, that the Trainer would stumble over once the model is loaded.
 
     Raises:
         RecipeError: A name is unknown, "none" stands beside others, or a tracker's package is missing.

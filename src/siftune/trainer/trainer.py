@@ -204,12 +204,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             )
 
     def take(self, checkpoint: Path, best: bool) -> None:
-        """Take weights and history of a checkpoint at which nothing is left to train.
-
-        Args:
-            checkpoint: A complete checkpoint.
-            best: The weights of least held-out loss are to be kept.
-        """
+        """Take history and weights, or the `best` weights, of a checkpoint at which nothing is left to train."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
         if best and self.state.best_model_checkpoint:
@@ -262,26 +257,16 @@ def _row_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | N
 
 
 class LayerTrainer(SiftTrainer):
-    """SiftTrainer for layers whose own weights train: its checkpoints hold these layers alone.
-
-    Args:
-        opened: The layers.
-        base: Source of the base model, for the checkpoints.
-    """
+    """SiftTrainer for layers whose own weights train: its checkpoints hold these layers alone, and name the `base`."""
 
     def __init__(self, *args: Any, opened: OpenLayers, base: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._opened = opened
-        self._about = About(base, opened.numbers, opened.outside)
-
-    @property
-    def about(self) -> About:
-        """What trains: numbers of the layers, and what else."""
-        return self._about
+        self.about = About(base, opened.numbers, opened.outside)
 
     def save_layers(self, folder: Path) -> None:
         """Write the open layers' weights, in the dtype that they have now."""
-        save_tuned(folder, self._about, self._opened.parameters)
+        save_tuned(folder, self.about, self._opened.parameters)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the open layers' weights in the place of the whole model's."""

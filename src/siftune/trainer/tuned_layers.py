@@ -24,17 +24,11 @@ _ABOUT = "tuned_layers.json"
 
 @dataclass(frozen=True)
 class About:
-    """What the weights in a folder belong to.
+    """What the weights in a folder belong to."""
 
-    Attributes:
-        base: Source of the base model, for `load_model`.
-        layers: Numbers of the layers, from 0, ascending.
-        outside: What else was trained: "embeddings", "head".
-    """
-
-    base: str
-    layers: tuple[int, ...]
-    outside: tuple[str, ...] = ()
+    base: str  # source of the base model, for `load_model`
+    layers: tuple[int, ...]  # numbers of the layers, from 0, ascending
+    outside: tuple[str, ...] = ()  # what else was trained: "embeddings", "head"
 
 
 def save_tuned(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
@@ -88,12 +82,7 @@ def read_tuned(folder: Path) -> dict[str, Tensor]:
 
 
 def put_in(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Put tensors in the place of a model's own, in the dtype and on the device of these.
-
-    Args:
-        model: The model.
-        tensors: By name in its state dict.
-        source: Where they are from, for the message.
+    """Put tensors, by name, in the place of a model's own, in the dtype and on the device of these.
 
     Raises:
         AdapterError: The model has no such tensor, or one of another shape; then nothing is changed.

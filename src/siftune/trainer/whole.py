@@ -91,12 +91,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def fault_of(checkpoint: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole.
-
-    Args:
-        checkpoint: Its folder.
-        hashes: Whether to read all files; else their names and sizes alone are looked at.
-    """
+    """What is wrong with a checkpoint; None where it is whole. Without `hashes` names and sizes alone are looked at."""
     if (checkpoint / _MARK).exists():
         return "it was not written to its end"
     try:

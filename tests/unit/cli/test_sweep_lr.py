@@ -113,15 +113,6 @@ def test_input_that_cannot_be_used(words, tmp_path, capsys, monkeypatch, flags, 
     assert not (tmp_path / "sweep").exists()
 
 
-def test_another_recipe_in_the_folder_of_a_sweep(words, tmp_path, capsys):
-    assert main(words) == 0
-    capsys.readouterr()
-    assert error_of(capsys, [*words, "--rank", 4]) == (
-        f"{tmp_path}/sweep holds a sweep with rank = 2, but now rank is 4: set rank as it was, or give another folder "
-        "with --out."
-    )
-
-
 def test_a_run_folder_is_left_alone(words, tmp_path, capsys):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "run.json").write_text("{}")

@@ -93,7 +93,7 @@ def test_eval_and_a_further_run(finished, base, kind, rows, tmp_path, capsys):
         return
     second = train(recipe(base, rows, tmp_path / "second", **given), QUIET)
     torch.testing.assert_close(logits(second.model), logits(first.model))
-    kept, before = (load_recipe(run.folder.recipe) for run in (second, first))
+    kept, before = (load_recipe(run.folder.path / "recipe.yaml") for run in (second, first))
     assert (kept.adapter, kept.rank, kept.alpha) == (kind, before.rank, before.alpha)
     assert main(["eval", str(second.folder.path), "--data", str(rows), "--limit", "2"]) == 0
     assert "exact match" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_bad_rows_of_a_run_are_in_its_folder_and_told(base, mixed, tmp_path):
     told = io.StringIO()
     done = train(recipe(base, mixed, tmp_path / "run", bad_rows="drop", steps=1), Console(file=told, width=500))
     assert len((done.folder.path / "bad_rows.txt").read_text().splitlines()) == 5
-    assert answers(trained_rows(done.folder.path, load_recipe(done.folder.recipe))) == list("012345")
+    assert answers(trained_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == list("012345")
     assert told.getvalue().startswith(f"5 rows left out:\n  {mixed}:4: invalid JSON")
     assert "6 rows to train on: " in told.getvalue()
     assert " of 4 rows\n" in told.getvalue()
@@ -108,7 +108,7 @@ def test_a_run_without_bad_rows_keeps_no_list_of_an_earlier_one(base, rows, tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "bad_rows.txt").write_text(f"{rows}:1: it was bad\n")
     done = train(recipe(base, rows, tmp_path / "run", steps=1), QUIET)
-    assert len(trained_rows(done.folder.path, load_recipe(done.folder.recipe))) == 24
+    assert len(trained_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == 24
 
 
 # several files, and shares of them
@@ -155,7 +155,7 @@ def test_a_run_measures_the_share_that_it_holds_out_and_goes_on_with_it(base, ro
     given = recipe(base, rows, tmp_path / "run", method="dense", eval_share=0.3, steps=2, save_every=2)
     done = train(given, QUIET)
     assert done.summary["eval_loss"] is not None
-    assert load_recipe(done.folder.recipe).eval_share == 0.3
+    assert load_recipe(done.folder.path / "recipe.yaml").eval_share == 0.3
     with pytest.raises(RecipeError, match="other training rows"):
         train(recipe(base, rows, tmp_path / "run", method="dense", eval_share=0.5, steps=3, resume=True), QUIET)
 
@@ -179,7 +179,7 @@ def test_held_out_rows_that_are_trained_on_are_told(rows, tmp_path):
     given = recipe(tmp_path, rows, tmp_path / "run", eval=str(held))
     assert "24 rows to train on, 6 rows held out (2 of them trained on, too, so" in rows_line(given, prepared(given))
     share = recipe(tmp_path, rows, tmp_path / "run", eval_share=0.3)
-    assert trained_and_held_out(prepared(share)) == 0
+    assert trained_and_held_out(prepared(share).rows) == 0
 
 
 def test_no_more_than_so_many_rows_of_a_share_are_measured(tmp_path):
@@ -193,7 +193,7 @@ def test_no_more_than_so_many_rows_of_a_share_are_measured(tmp_path):
 
 def test_a_recipe_holds_several_files(base, two, tmp_path):
     done = train(recipe(base, tmp_path, tmp_path / "run", train=two, train_times=(1.0, 2.0), steps=1), QUIET)
-    again = load_recipe(done.folder.recipe)
+    again = load_recipe(done.folder.path / "recipe.yaml")
     assert (again.train, again.train_times) == (two, (1.0, 2.0))
     assert "first.jsonl`, `" in (done.folder.path / "README.md").read_text()
     assert "second.jsonl` (2 times)." in (done.folder.path / "README.md").read_text()

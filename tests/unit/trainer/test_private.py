@@ -177,8 +177,7 @@ def test_less_noise_for_a_larger_epsilon_and_none_is_the_same_twice(told, tmp_pa
     assert any(not torch.equal(one[name], other[name]) for name in one), "the recipe's seed decides on the noise"
 
 
-@pytest.mark.parametrize("stopped", [4, 6])  # an epoch has six steps
-@pytest.mark.parametrize("method", ["dense", "lisa"])
+@pytest.mark.parametrize(("method", "stopped"), [("dense", 4), ("lisa", 6)])  # an epoch has six steps
 def test_resume_is_bitwise_the_unbroken_run(told, tmp_path, repeated, method, stopped):
     given = told(tmp_path / "run", method=method, dropout=0.2, steps=8, save_every=stopped, accumulate=1)
     unbroken = weights(train(given, QUIET).model)
@@ -218,8 +217,6 @@ def test_another_runs_checkpoint_is_refused(told, tmp_path):
     for name, value, message in (
         ("dp_clip", 0.5, r"private run with clip = 0\.1, this one has 0\.5"),
         ("steps", 9, r"private run with steps = 4, this one has 9"),
-        ("accumulate", 2, r"private run with batch = 4, this one has 8"),
-        ("dp_epsilon", 3.0, r"private run with epsilon = 8\.0, this one has 3\.0"),
     ):
         with pytest.raises(RecipeError, match=message):
             train(replace(given, resume=checkpoint, allow_change=True, **{name: value}), QUIET)

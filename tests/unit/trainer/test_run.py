@@ -1,6 +1,5 @@
 """A recipe in, a run folder out; resuming; what is left when training ends early."""
 
-import errno
 import json
 import logging
 import os
@@ -57,12 +56,7 @@ def hooks(model):
     ("method", "kind", "checkpointing"),
     [
         ("dense", "lora", False),
-        ("dense", "rslora", True),
-        ("dense", "dora", False),
-        ("rst", "lora", True),
-        ("rst", "dora", False),
-        ("ist", "lora", False),
-        ("ist", "rslora", False),
+        ("rst", "rslora", True),
         ("ist", "dora", True),
         ("gast", "lora", False),
         ("gast", "dora", True),
@@ -256,10 +250,10 @@ def figures(folder):
     "settings",
     [
         {},
-        {"method": "rst", "accumulate": 2},
-        {"method": "dense", "adapter": "dora"},
+        pytest.param({"method": "rst", "accumulate": 2}, marks=pytest.mark.matrix),
+        pytest.param({"method": "dense", "adapter": "dora"}, marks=pytest.mark.matrix),
         {"method": "gast", "accumulate": 2, "keep_scores": True},
-        {"method": "ist+gast", "support": "momentum"},
+        pytest.param({"method": "ist+gast", "support": "momentum"}, marks=pytest.mark.matrix),
         {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
     ],
 )
@@ -316,13 +310,13 @@ def test_nothing_to_resume(base, rows, tmp_path):
         train(recipe(base, rows, tmp_path / "run", resume=str(tmp_path / "nowhere")), QUIET)
 
 
-@pytest.mark.parametrize("change", [{"rank": 3}, {"targets": ("q_proj",)}, {"adapter": "dora"}])
-def test_resuming_with_another_adapter_is_refused(base, rows, tmp_path, change):
+def test_resuming_with_another_adapter_is_refused(base, rows, tmp_path):
     train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
     before = adapter(tmp_path / "run" / "adapter")
     record = (tmp_path / "run" / "recipe.yaml").read_text()
-    with pytest.raises(InputError, match="checkpoint-6"):
-        train(recipe(base, rows, tmp_path / "run", save_every=2, steps=8, resume=True, **change), QUIET)
+    for change in ({"rank": 3}, {"targets": ("q_proj",)}, {"adapter": "dora"}):
+        with pytest.raises(InputError, match="checkpoint-6"):
+            train(recipe(base, rows, tmp_path / "run", save_every=2, steps=8, resume=True, **change), QUIET)
     assert_equal(adapter(tmp_path / "run" / "adapter"), before)
     assert (tmp_path / "run" / "recipe.yaml").read_text() == record
 
@@ -339,8 +333,7 @@ def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(base, r
 # --- training that ends early ---
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(("event", "kind"), [("on_step_begin", "lora"), ("on_pre_optimizer_step", "dora")])
 def test_an_interrupt_leaves_the_adapter_of_the_last_whole_step(base, rows, tmp_path, interfere, event, kind):
     kept = {}
 
@@ -392,7 +385,7 @@ def test_an_interrupt_before_the_first_step_says_so(base, rows, tmp_path, interf
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
     base, rows, tmp_path, interfere, number, times, request
 ):
@@ -441,20 +434,13 @@ def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_pat
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-    ],
-)
-def test_a_disk_that_fills_up_leaves_what_was_there(base, rows, tmp_path, monkeypatch, error):
+def test_a_disk_that_fills_up_leaves_what_was_there(base, rows, tmp_path, monkeypatch):
     save, saved = SiftTrainer._save_optimizer_and_scheduler, []
 
     def fails(self, folder):
         saved.append(folder)
         if len(saved) == 2:
-            raise error
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
         save(self, folder)
 
     monkeypatch.setattr(SiftTrainer, "_save_optimizer_and_scheduler", fails)

@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_the_adapter_of_another(base, rows, tmp_path):
     )
     second = train(given, QUIET)
     torch.testing.assert_close(logits(second.model), logits(first.model))
-    kept = load_recipe(second.folder.recipe)
+    kept = load_recipe(second.folder.path / "recipe.yaml")
     assert (kept.rank, kept.alpha, kept.adapter) == (3, 9, "lora")
     assert all(p.requires_grad == ("lora" in name) for name, p in second.model.named_parameters())
     third = train(
