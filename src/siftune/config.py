@@ -259,9 +259,13 @@ def target_comes_last(recipe: Recipe) -> float:
     return 1.0 if recipe.target is None or goes_on else TARGET_LAST
 
 
+def new_folder(kind: str, now: datetime | None = None) -> str:
+    """Where a run goes that names no folder: runs/DATE-KIND."""
+    return f"runs/{now or datetime.now():%Y%m%d-%H%M%S}-{kind}"
+
+
 def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     """Fill in what depends on other fields: `lr`, `rank` and `alpha`, and `out` from the time."""
-    now = now or datetime.now()
     shape = shape_of(recipe)
     return replace(
         recipe,
@@ -270,7 +274,7 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
         rank=shape.rank,
         alpha=shape.alpha,
         target_last=target_comes_last(recipe) if recipe.target else recipe.target_last,
-        out=os.path.expanduser(recipe.out or f"runs/{now:%Y%m%d-%H%M%S}-{recipe.method}"),
+        out=os.path.expanduser(recipe.out or new_folder(recipe.method, now)),
     )
 
 

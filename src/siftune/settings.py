@@ -156,7 +156,7 @@ def check_fields(values: Any, names: Iterable[str], prefix: str = "") -> None:
     Args:
         values: An instance.
         names: The fields to look at.
-        prefix: What messages put in front of a field's name.
+        prefix: What messages put in front of a field's name; after "--" it is written as a flag.
 
     Raises:
         RecipeError: With one sentence on the first value that cannot be used.
@@ -164,15 +164,16 @@ def check_fields(values: Any, names: Iterable[str], prefix: str = "") -> None:
     hints = get_type_hints(type(values), include_extras=True)
     for name in names:
         value, (hint, *marks) = getattr(values, name), _unwrapped(hints[name])
+        shown = f"--{name.replace('_', '-')}" if prefix == "--" else f"{prefix}{name}"
         if not fits(value, hint):
-            raise RecipeError(f"{prefix}{name} is {value!r}, but must be {in_words(hint)}")
+            raise RecipeError(f"{shown} is {value!r}, but must be {in_words(hint)}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
-            raise RecipeError(f"{prefix}{name} is {value}, but must be a finite number")
+            raise RecipeError(f"{shown} is {value}, but must be a finite number")
         for mark in marks:
             if isinstance(mark, Range) and not mark.valid(value):
-                raise RecipeError(f"{prefix}{name} is {value}, but must be {mark.words}")
+                raise RecipeError(f"{shown} is {value}, but must be {mark.words}")
 
 
 def marks_of(kind: type, name: str) -> tuple[Any, ...]:

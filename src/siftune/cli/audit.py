@@ -31,47 +31,22 @@ class Options(AuditOptions):
 def run(options: Options) -> dict[str, Any]:
     """Audit, and print the page."""
     options.check()
-    if not options.model:
-        return _own(options)
+    from rich.markdown import Markdown
+
     from siftune.offsite.audits.audit import audit_paths
+    from siftune.offsite.audits.own import own_audit_paths
     from siftune.report.audit import markdown, prepare_folder, write_audit
     from siftune.stages import stages
 
     if options.out is not None:
         prepare_folder(options.out)  # before hours of work
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console, page = Console(stderr=True, highlight=False, soft_wrap=True), Console(highlight=False, soft_wrap=True)
     with stages(console) as progress:
-        result = audit_paths(options, progress)
+        result = audit_paths(options, progress) if options.model else own_audit_paths(options, progress)
     if options.out is not None:
         write_audit(result, options.out)
-    _show(markdown(result))
+    text = markdown(result)
+    page.print(Markdown(text) if page.is_terminal else text, markup=False)
     if options.out is not None:
         console.print(f"audit in {options.out}", markup=False)
     return result.to_dict()
-
-
-def _own(options: Options) -> dict[str, Any]:
-    """What a data owner can see of a return without the base."""
-    from siftune.offsite.audits.own import own_audit_paths
-    from siftune.report.audit import markdown_of_own, prepare_folder, write_own
-    from siftune.stages import stages
-
-    if options.out is not None:
-        prepare_folder(options.out)
-    with stages(Console(stderr=True, highlight=False, soft_wrap=True)) as progress:
-        result = own_audit_paths(options, progress)
-    if options.out is not None:
-        write_own(result, options.out)
-    _show(markdown_of_own(result))
-    return result.to_dict()
-
-
-def _show(text: str) -> None:
-    """Print a page: laid out on a terminal, as it is elsewhere."""
-    page = Console(highlight=False, soft_wrap=True)
-    if page.is_terminal:
-        from rich.markdown import Markdown
-
-        page.print(Markdown(text))
-    else:
-        page.print(text, markup=False)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from siftune.config import Recipe
+from siftune.config import Recipe, new_folder
 from siftune.errors import RecipeError
 from siftune.jsonable import jsonable
 from siftune.methods import METHODS
@@ -99,12 +99,10 @@ def _check(options: Options) -> None:
 
 def _write_rows(options: Options) -> Path:
     """Draw the pool, the known rows and the questions, and write them into the folder."""
-    from datetime import datetime
-
     from siftune.data.mixed_pool import mixed_pool
     from siftune.files import writable_folder
 
-    folder = Path(options.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-demo")
+    folder = Path(options.out or new_folder("demo"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} is there already; give another folder with --out.")
     parts = mixed_pool(options.steps * _ROWS, options.known, options.rows, options.seed)
@@ -180,16 +178,14 @@ def _show(
 ) -> None:
     """Show a few answers and a table of each comparison."""
     from siftune.report.metrics import metric_table
+    from siftune.report.page.words import cut
     from siftune.report.table import print_table
 
     texts = [measured[name]["exact_match"].texts for name in _NAMES]
     for row, *answers in list(zip(questions, *texts, strict=True))[:_SHOWN]:
-        told = "  ".join(f"{name}: {_short(text)}" for name, text in zip(_NAMES.values(), answers, strict=True))
+        told = "  ".join(
+            f"{name}: {cut(' '.join(text.split()), 24)!r}" for name, text in zip(_NAMES.values(), answers, strict=True)
+        )
         console.print(f"  {row.prompt[-1].content.splitlines()[0]}  {told}", markup=False)
     for names, rows in zip(pairwise(_NAMES.values()), compared, strict=True):
         print_table(metric_table(_TASK, rows, names=names), console)
-
-
-def _short(text: str) -> str:
-    words = " ".join(text.split())
-    return repr(words if len(words) <= 24 else words[:23] + "…")

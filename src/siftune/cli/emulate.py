@@ -102,11 +102,7 @@ class Options(CalibrationOptions):
             load_signer(self.sign)
 
     def settings(self, keep: float | None = None) -> "EmulatorSettings":
-        """How the middle is compressed.
-
-        Args:
-            keep: Kept fraction in place of the one that was given.
-        """
+        """How the middle is compressed; `keep` stands in the place of what was given."""
         from siftune.offsite.emulator.plan import EmulatorSettings
         from siftune.offsite.emulator.split import Split
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
 from siftune.config import Recipe, train_files
 from siftune.errors import RecipeError
 from siftune.jsonable import jsonable
+from siftune.settings import CHANCE, COUNT, NOT_NEGATIVE, check_fields
 
 if TYPE_CHECKING:
     from siftune.artifacts import Subject
@@ -27,7 +28,7 @@ class Options:
     eval_share among them."""
     split: str = "test"
     """Split of --data, where it has splits."""
-    limit: int | None = None
+    limit: Annotated[int | None, COUNT] = None
     """Use only the first so many rows."""
     metrics: tuple[Literal["auto", "choices", "exact_match", "perplexity"], ...] = ("auto",)
     """What to measure; auto goes by the columns: choices, or exact match for short answers, and perplexity."""
@@ -39,13 +40,13 @@ class Options:
     """Number format of the weights: as in a run's recipe, or auto, if not given."""
     base: str | None = None
     """What was trained on, where it is not where the runs say: a folder, hub id, smollm2 or a kit."""
-    batch_size: int = 16
+    batch_size: Annotated[int, COUNT] = 16
     """Rows in a forward pass."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, COUNT] = None
     """exact_match: longest text to generate; a little over the longest right one if not given."""
-    level: float = 0.95
+    level: Annotated[float, CHANCE] = 0.95
     """Coverage of the intervals."""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the bootstrap."""
     public_key: Path | None = None
     """Public key of a model's owner, a PEM file; what is measured must be kits signed by the owner, or runs on them."""
@@ -73,28 +74,16 @@ def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
     from siftune.artifacts import find_subjects
 
-    _check(options)
+    if not options.runs:
+        raise RecipeError("nothing to measure: give a run folder, an adapter folder or a model")
+    if not options.metrics:
+        raise RecipeError("--metrics is empty: name at least one, or leave it out")
+    check_fields(options, ["limit", "batch_size", "max_new_tokens", "level", "seed"], "--")
     # everything that can be refused without loading a model comes first
     subjects = find_subjects(options.runs, options.public_key, options.base)
     jobs = [_job(subject, options) for subject in subjects]
     known: dict[tuple[Any, ...], Metrics] = {}
     return {"runs": [_evaluate(job, options, known) for job in jobs]}
-
-
-def _check(options: Options) -> None:
-    """Check the ranges of the options."""
-    if not options.runs:
-        raise RecipeError("nothing to measure: give a run folder, an adapter folder or a model")
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RecipeError(f"--{name.replace('_', '-')} is {value}, but must be 1 or more")
-    if not options.metrics:
-        raise RecipeError("--metrics is empty: name at least one, or leave it out")
-    if not 0 < options.level < 1:
-        raise RecipeError(f"--level is {options.level}, but must be above 0 and below 1")
-    if options.seed < 0:
-        raise RecipeError(f"--seed is {options.seed}, but must be 0 or more")
 
 
 def _job(subject: "Subject", options: Options) -> _Job:

@@ -28,12 +28,7 @@ _GRACE = 30.0  # seconds that they have to end after a signal: what was trained 
 
 
 class RankFailed(InputError):
-    """A process of the launch failed.
-
-    Args:
-        sentence: Why.
-        code: Its exit code.
-    """
+    """A process of the launch failed, with this exit code."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
@@ -77,12 +72,7 @@ class _Rank:
 def launch(arguments: Sequence[str], processes: int) -> dict[str, Any]:
     """Run `siftune` with these arguments in several processes of this machine, and wait for them.
 
-    Args:
-        arguments: A command and its options.
-        processes: How many, 2 or more; they know each other as ranks of a process group.
-
-    Returns:
-        What rank 0 printed as its JSON object.
+    They know each other as ranks of a process group; what rank 0 printed as its JSON object is the result.
 
     Raises:
         RankFailed: One of them ended early; the others were ended then.

@@ -51,11 +51,7 @@ _NO_MEMORY = "can't allocate memory"  # torch's words on processors; for devices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code.
-
-    Args:
-        argv: The arguments after the program's name; those of the process if not given.
-    """
+    """Run one command, by the arguments after the program's name, and return the exit code."""
     settle_threads()
     _write_what_the_console_can()
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
 from siftune.errors import DataError, RecipeError
+from siftune.settings import COUNT, check_fields
 from siftune.words import counted
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Options:
 
     run: Positional[str]
     """Run folder, or any folder with the rows.parquet that RowRecord wrote."""
-    top: int | None = None
+    top: Annotated[int | None, COUNT] = None
     """Name so many at the most; if not given, 20 on the screen and all in files."""
     csv: Path | None = None
     """Write them to this CSV file, texts whole."""
@@ -42,8 +43,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.table import print_table
     from siftune.rows.suspects import Rows
 
-    if options.top is not None and options.top < 1:
-        raise RecipeError(f"--top is {options.top}, but must be 1 or more")
+    check_fields(options, ["top"], "--")
     for flag, path in (("--csv", options.csv), ("--html", options.html)):
         if path is not None and path.expanduser().is_dir():
             raise RecipeError(f"{flag} {path} is a folder: give the file to write")

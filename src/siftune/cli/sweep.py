@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
-from siftune.offsite.protocol.calibration import CalibrationOptions, at_least
+from siftune.offsite.protocol.calibration import CalibrationOptions
+from siftune.settings import COUNT, check_fields
 
 if TYPE_CHECKING:
     from siftune.offsite.audits.sweep import SweepGrid
@@ -34,13 +35,13 @@ class Options(CalibrationOptions):
     """Methods."""
     held_out: str | None = None
     """Rows to measure on, as for --calibration; if not given, the rows that follow those used there."""
-    held_out_rows: int = 16
+    held_out_rows: Annotated[int, COUNT] = 16
     """Use the first so many of them."""
 
     def check(self) -> None:
         """Check what can be checked before anything is loaded."""
         super().check()
-        at_least(self, {"held_out_rows": 1})
+        check_fields(self, ["held_out_rows"], "--")
         self.grid().check()
 
     def grid(self) -> "SweepGrid":

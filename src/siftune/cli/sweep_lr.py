@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from siftune.config import Recipe
+from siftune.config import Recipe, new_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ def run(options: Options) -> dict[str, Any]:
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     grid = grid_of(recipe, options.methods, options.rates, options.seeds)
     source = partial(source_of, public_key=options.public_key)
-    sweep = open_sweep(recipe, grid, options.out or _new_folder(), source)
+    sweep = open_sweep(recipe, grid, options.out or new_folder("sweep-lr"), source)
     _work_off(sweep, console)
     result = write_report(sweep.folder)
     runs, base, path = sweep.folder.runs(), sweep.folder.base_loss, sweep.folder.path
@@ -64,12 +64,6 @@ def run(options: Options) -> dict[str, Any]:
         markup=False,
     )
     return {"folder": path, **result, "seconds": seconds}
-
-
-def _new_folder() -> str:
-    from datetime import datetime
-
-    return f"runs/{datetime.now():%Y%m%d-%H%M%S}-sweep-lr"
 
 
 def _work_off(sweep: "LRSweep", console: "Console") -> None:

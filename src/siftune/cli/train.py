@@ -4,12 +4,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from siftune.config import Recipe, resolve_recipe
 from siftune.errors import RecipeError
 from siftune.ranks import launch_rank, launch_size
 from siftune.recipe_checks import check
+from siftune.settings import COUNT, check_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ class Options(Recipe):
 
     public_key: str | None = None
     """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
-    processes: int = 1
+    processes: Annotated[int, COUNT] = 1
     """Processes of this machine that train together, one for each GPU or for some of the processor's cores; each takes
     batch_size rows in a step. torchrun and accelerate launch do the same, also on several machines."""
     watch: bool = False
@@ -40,8 +41,7 @@ class Options(Recipe):
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    if options.processes < 1:
-        raise RecipeError(f"processes is {options.processes}, but must be 1 or more")
+    check_fields(options, ["processes"])
     if options.dry_run:
         return _try(options, recipe)
     if options.processes > 1 and launch_size() > 1:

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from siftune.errors import RecipeError
 from siftune.files import writable_folder, write_beside
@@ -45,26 +44,19 @@ The emulator stands in for the model that its owner has: the same attacks on the
 AUC near 0.5 says that these attacks fail on these rows; stronger ones exist (`--shadows 16` tries one)."""
 
 
-def write_audit(audit: Audit, out: str | Path) -> Path:
+def write_audit(audit: Audit | OwnAudit, out: str | Path) -> Path:
     """Write an audit to a folder, in the place of one that is there; its files are complete, or not there.
+
+    A data owner's has no picture.
 
     Raises:
         RecipeError: The folder cannot be written to.
     """
-    page = {"audit.md": markdown(audit).encode(), "audit.png": picture(audit)}
-    return _write({"audit.json": _json(audit.to_dict(rows=True)), **page}, Path(out))
-
-
-def write_own(audit: OwnAudit, out: str | Path) -> Path:
-    """Write a data owner's audit: audit.json and audit.md; as `write_audit`."""
-    return _write({"audit.json": _json(audit.to_dict()), "audit.md": markdown_of_own(audit).encode()}, Path(out))
-
-
-def _json(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _write(contents: dict[str, bytes], folder: Path) -> Path:
+    folder = Path(out)
+    record = audit.to_dict(rows=True) if isinstance(audit, Audit) else audit.to_dict()
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    contents = {"audit.json": text.encode(), "audit.md": markdown(audit).encode()}
+    contents |= {"audit.png": picture(audit)} if isinstance(audit, Audit) else {}
     prepare_folder(folder)
     try:
         with write_beside(*(folder / name for name in contents)) as beside:
@@ -87,8 +79,11 @@ def prepare_folder(folder: Path) -> None:
         raise _cannot_write(folder, error) from error
 
 
-def markdown(audit: Audit) -> str:
-    """The audit as a Markdown page."""
+def markdown(audit: Audit | OwnAudit) -> str:
+    """The audit, an owner's of the model or of the rows, as a Markdown page."""
+    if isinstance(audit, OwnAudit):
+        title = "# What a return tells of the rows that it was tuned on"
+        return "\n\n".join([title, membership_section(audit.membership, "emulator"), _OWN_CAVEAT]) + "\n"
     parts = ["# Audit of an offsite-tuning set-up", _facts(audit), _conditions(audit), _comparisons(audit), _MEANINGS]
     parts += ["## What the outer layers' gradients have in common", _cosine(audit.cosine)]
     parts += ["## What is given away", _given_away(audit), *_attacks(audit), _CAVEATS]
@@ -152,12 +147,6 @@ def _attacks(audit: Audit) -> list[str]:
     if audit.calibration is not None:
         sections += ["### What the kit tells of its calibration rows", calibration_section(audit.calibration)]
     return sections
-
-
-def markdown_of_own(audit: OwnAudit) -> str:
-    """A data owner's audit as a Markdown page."""
-    parts = ["# What a return tells of the rows that it was tuned on", membership_section(audit.membership, "emulator")]
-    return "\n\n".join([*parts, _OWN_CAVEAT]) + "\n"
 
 
 def _cannot_write(folder: Path, error: OSError) -> RecipeError:

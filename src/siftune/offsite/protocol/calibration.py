@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from siftune.errors import DataError, RecipeError
+from siftune.errors import DataError
+from siftune.settings import COUNT, Range, check_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from siftune.data.rows import Row
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-_LEAST = {"rows": 1, "max_length": 2, "batch_size": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +38,11 @@ class CalibrationOptions:
     allot: Literal["uniform", "score", "measured"] = "uniform"
     """gradot, svd+flap: keep the same share of all layers, or by score more of those that matter more; gradot: measured
     shares out among all matrices, attention and MLPs alike, by what each loses on half of the rows."""
-    rows: int = 32
+    rows: Annotated[int, COUNT] = 32
     """Use the first so many rows."""
-    max_length: int = 128
+    max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more")] = 128
     """Longest row in tokens; what is over is cut off."""
-    batch_size: int = 4
+    batch_size: Annotated[int, COUNT] = 4
     """Rows in a forward and backward pass."""
     completion_only: bool = False
     """Look at the completions alone, not at the prompts."""
@@ -65,20 +64,8 @@ class CalibrationOptions:
         """
         from siftune.files import refuse_full
 
-        at_least(self, _LEAST)
+        check_fields(self, ["rows", "max_length", "batch_size"], "--")
         refuse_full(self.out)
-
-
-def at_least(options: Any, least: dict[str, int]) -> None:
-    """Refuse options that are too small.
-
-    Raises:
-        RecipeError: With one sentence on the first.
-    """
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value < bound:
-            raise RecipeError(f"--{name.replace('_', '-')} is {value}, but must be {bound} or more")
 
 
 def calibration_rows(options: CalibrationOptions) -> "list[Row]":
