@@ -24,6 +24,7 @@ from siftune.engine.groups import LayerGroup, outside, refuse_allocator
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.errors import RecipeError
 from siftune.models.layers import with_hidden
+from siftune.models.packing import KeptUnpacked, refuse_packed
 
 taped: WeakSet[nn.Module] = WeakSet()  # layers in which a tape records
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()
@@ -78,7 +79,7 @@ class LayerGates:
 
     Raises:
         RecipeError: A tape records in the layers already; gates go first.
-        UnsupportedError: A layer has an adapter that needs the gradients of all.
+        UnsupportedError: A layer has an adapter that needs the gradients of all, or the base is packed for inference.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[LayerGroup], deliver_zeros: bool = False) -> None:
@@ -89,6 +90,7 @@ class LayerGates:
                 "among the callbacks, and in a plain loop attach it first"
             )
         refuse_allocator(self._groups)
+        refuse_packed(model)
         self._deliver_zeros = deliver_zeros
         self._stop_at_lowest = nothing_trains_before(model, groups)
         self._active = frozenset(group.index for group in self._groups)
@@ -98,6 +100,7 @@ class LayerGates:
             group.module.register_forward_pre_hook(partial(self._enter, group.index), with_kwargs=True)
             for group in self._groups
         ]
+        self._unpacked = KeptUnpacked(model)  # layers may be compared in eval mode
         _gates.update({group.module: self for group in self._groups})
 
     @property
@@ -125,6 +128,7 @@ class LayerGates:
     def remove(self) -> None:
         """Take all hooks off; calling it twice does no harm."""
         self._substitution.remove()
+        self._unpacked.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

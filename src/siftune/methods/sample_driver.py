@@ -24,6 +24,7 @@ from siftune.methods.row_numbers import RowNumbers
 from siftune.methods.sample_choice import WHOLE, Choosing, SampleChoice, Unit
 from siftune.methods.step_hooks import around_steps
 from siftune.methods.support import Gradients, Support, support_gradient
+from siftune.models.packing import KeptUnpacked, refuse_packed
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,9 @@ class SampleSelection:
         self._handles: list[Any] = []
         if compiled or hasattr(model, "_orig_mod"):
             refuse_compiled(self.groups, "the model")
+        refuse_packed(model)
         self._tape = Tape(self.groups, self._begin_pass, self.rule.reduce, pairs, self.rule.whole)
+        self._handles.append(KeptUnpacked(model))
 
     @property
     def last(self) -> SampleChoice | None:

@@ -61,7 +61,9 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, *_OF_BIN) as error:
         raise ModelError(_reason(name, error)) from error
     if quantize == "4bit":
-        _never_pack(model)
+        from siftune.models.packing import KeptUnpacked
+
+        KeptUnpacked(model)  # for good
     set_padding(tokenizer, source)
     return model, tokenizer
 
@@ -104,17 +106,6 @@ def quantization(kind: str | None) -> dict[str, Any]:
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
     config = BitsAndBytesConfig(load_in_4bit=True, **four) if kind == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
     return {"quantization_config": config}
-
-
-def _never_pack(model: "PreTrainedModel") -> None:
-    """Keep bitsandbytes from packing 4-bit weights for a processor's inference kernels.
-
-    It does so in the first pass in eval mode without gradients, on processors with AVX-512 for bfloat16. From then on
-    no gradient goes back through the matrix, with a warning at most, and shapes that its blocks do not divide fail.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _whole(name: str | Path, dtype: str, quantized: dict[str, Any]) -> "PreTrainedModel":
