@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from siftune.cli.help import flow_text, values_as_typed
 from siftune.config import Recipe
 from siftune.errors import RecipeError
 from siftune.methods import METHODS
@@ -70,6 +71,9 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
         given["default"] = load_recipe(*files, kind=kind, target=any(_name(word) == "--target" for word in arguments))
         _tell_twice(kind, arguments)
     arguments = _spell_out(kind, arguments)
+    if {"-h", "--help"} & {*arguments}:
+        flow_text(kind)
+        given["registry"] = values_as_typed()
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -210,8 +214,13 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
     if lone and "train" in hints:
         return f"{lone[1]} stands behind no option; did you mean --train {lone[1]}?"
     missing = re.findall(r"(--[a-z0-9.-]+) .*?\(required\)", refusal) if refusal.startswith("Missing") else []
+    missing = missing or re.findall(r"^Missing from [^:]+: ([A-Z]+) ", refusal)
     if missing:
         return f"{' and '.join(missing)} must be given; see `{program} --help`"
+    if stray := re.match(r"Unrecognized options: ([^-]\S*)", refusal):
+        if "resume" in hints and (Path(stray[1]) / "recipe.yaml").is_file():
+            return f"{stray[1]} stands behind no option; did you mean --resume {stray[1]}?"
+        return f"{stray[1]} is not expected here; see `{program} --help`"
     for flag in reversed(flags):  # of a flag that is given twice the last one is read
         name = _name(flag)
         if re.search(rf"{re.escape(name)}(?![\w-]|\.\w)", refusal):

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from siftune.errors import AdapterError, ModelError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Options:
     """Merge what a run has trained into its base model. The result is an ordinary model."""
 
-    run: Positional[str]
+    run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run folder, or a folder with an adapter in PEFT's format or with tuned layers."""
     out: str | None = None
     """Folder of the merged model; RUN/merged if not given."""

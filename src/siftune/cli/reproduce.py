@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from siftune.errors import RecipeError
 from siftune.settings import BELOW_ONE, COUNT, check_fields
@@ -30,7 +30,7 @@ class Options:
     methods, adapters and seeds can be added.
     """
 
-    name: Positional[str]
+    name: Annotated[Positional[str], arg(metavar="NAME")]
     """Which table: see above."""
     methods: str | None = None
     """Methods, with commas between, such as dense,ist,gast; dense if not given. For gradot the emulators: gradot (as

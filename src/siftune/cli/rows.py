@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from siftune.errors import DataError, RecipeError
 from siftune.settings import COUNT, check_fields
@@ -22,7 +22,7 @@ class Options:
     without the rows of a list, `--row-weights FILE` with less of them.
     """
 
-    run: Positional[str]
+    run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run folder, or any folder with the rows.parquet that RowRecord wrote."""
     top: Annotated[int | None, COUNT] = None
     """Name so many at the most; if not given, 20 on the screen and all in files."""

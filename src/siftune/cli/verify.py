@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from siftune.errors import KitError
 from siftune.offsite.protocol.settings import MAX_UPDATE
@@ -21,7 +21,7 @@ class Options:
     A kit is what `siftune emulate` writes, a return what `siftune train --model KIT` leaves behind.
     """
 
-    path: Positional[Path]
+    path: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """Folder of the kit or of the return."""
     kit: Path | None = None
     """Kit that a return is for."""

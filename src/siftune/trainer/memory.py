@@ -15,7 +15,8 @@ from siftune.words import counted
 
 logger = logging.getLogger(__name__)
 
-_OF_PROCESSORS = "can't allocate memory"  # torch's allocator there raises a plain RuntimeError
+# a plain RuntimeError there: of torch's allocator, and of its C++ besides
+_OF_PROCESSORS = ("can't allocate memory", "std::bad_alloc")
 
 
 class OutOfMemory(TrainingError):
@@ -43,7 +44,7 @@ def memory_faults(recipe: Recipe) -> Iterator[None]:
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, of a device or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _OF_PROCESSORS in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _OF_PROCESSORS)
 
 
 def _levers(recipe: Recipe) -> Iterator[str]:

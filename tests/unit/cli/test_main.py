@@ -21,6 +21,7 @@ from tyro.conf import arg
 
 from siftune.cli import main as cli
 from siftune.cli.common import COMMANDS, parse
+from siftune.cli.help import as_typed
 from siftune.cli.main import main
 from siftune.config import Recipe
 from siftune.errors import DataError, RecipeError, SiftuneError
@@ -138,7 +139,7 @@ def test_resume_alone_reads_no_recipe_that_happens_to_be_there(ran, tmp_path, mo
         (["--ist.score-lr", "fast"], "--ist.score-lr must be a number, not 'fast'"),
         (["--method", "lora"], f"--method must be one of {', '.join(METHODS)}, not 'lora'"),
         (["rows.jsonl"], "rows.jsonl stands behind no option; did you mean --train rows.jsonl?"),
-        (["rows"], "Unrecognized options: rows; see `siftune train --help`"),
+        (["rows"], "rows is not expected here; see `siftune train --help`"),
         (["--lerning-rate=1"], "unknown option --lerning-rate of `siftune train`; did you mean --lr?"),
         (["--steps", "4", "--steps", "ten"], "--steps must be a whole number or nothing, not 'ten'"),
         (["--steps=4", "--steps=ten"], "--steps must be a whole number or nothing, not 'ten'"),
@@ -203,7 +204,7 @@ def test_parse_without_recipes_does_not_take_their_files():
         """Rows."""
 
     assert parse(Plain, ["--rows", "2"], "siftune x") == Plain(2)
-    with pytest.raises(RecipeError, match=r"Unrecognized options: r\.yaml"):
+    with pytest.raises(RecipeError, match=r"r\.yaml is not expected here; see `siftune x --help`"):
         parse(Plain, ["r.yaml"], "siftune x")
 
 
@@ -337,6 +338,52 @@ def test_help_of_train_shows_every_field_with_its_words(command, capsys):
     text = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
     for part in ("--ist.score-batch-size", "Rank of the adapter matrices, width of a bottleneck", "--json prints"):
         assert part in text
+
+
+def test_help_flows_and_names_values_as_they_are_typed(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "--train STR [STR ...] ",
+        "--layers INT [INT ...] ",
+        "--outside {embeddings,head} ... ",
+        "--quantize {4bit,8bit} ",
+        "--rank INT ",
+        "0.5 every second row. Once if not given. ",  # a new line in the source
+    ):
+        assert line in text
+    assert not re.search(r"\{None|\]\]|\{\[", text)
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ("STR", "STR"),
+        ("{None}|INT", "INT"),
+        ("{None,a,b}", "{a,b}"),
+        ("[INT [INT ...]]", "INT [INT ...]"),
+        ("STR|{[STR [STR ...]]}", "STR [STR ...]"),
+        ("INT|{[STR [STR ...]]}", "INT|{[STR [STR ...]]}"),
+        ("{None}|{[FLOAT [FLOAT ...]]}", "FLOAT [FLOAT ...]"),
+        ("[{a_long_choice,another} [...]]", "{a_long_choice,another} ..."),
+        ("INT|FLOAT", "INT|FLOAT"),
+        ("{True,False}|STR", "{True,False}|STR"),
+    ],
+)
+def test_values_in_help(found, shown):
+    assert as_typed(found) == shown
+
+
+@pytest.mark.parametrize(("command", "name"), [("rows", "RUN"), ("export", "RUN"), ("verify", "FOLDER")])
+def test_what_stands_behind_no_flag_is_asked_for_by_its_name(capsys, command, name):
+    assert error_of(capsys, 2, command) == f"{name} must be given; see `siftune {command} --help`"
+
+
+def test_a_run_behind_no_option_is_one_to_go_on_with(command, capsys, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("method: dense\n")
+    told = error_of(capsys, 2, "train", str(tmp_path))
+    assert told == f"{tmp_path} stands behind no option; did you mean --resume {tmp_path}?"
 
 
 _ON_A_CONSOLE = """
@@ -498,6 +545,17 @@ def test_a_reader_that_went_away_is_no_fault_of_ours():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("std::bad_alloc"), OSError(errno.ENOMEM, "Cannot allocate memory")]
+)
+def test_memory_that_runs_out_anywhere_is_no_bug(command, capsys, error):
+    fail(command, error)
+    assert error_of(capsys, 2, "train").startswith("memory ran out (")
 
 
 # --- JSON ---

@@ -25,6 +25,10 @@ def of_processor():
     torch.empty(2**55, dtype=torch.uint8)  # torch's own allocator, in its own words
 
 
+def of_its_c():
+    raise RuntimeError("std::bad_alloc")
+
+
 @pytest.fixture
 def small_memory(monkeypatch):
     """Return a function after which passes of more than some rows fail from some step on."""
@@ -42,7 +46,7 @@ def small_memory(monkeypatch):
     return holds
 
 
-@pytest.mark.parametrize("fail", [of_device, of_processor])
+@pytest.mark.parametrize("fail", [of_device, of_processor, of_its_c])
 def test_the_sentence_names_what_takes_less(base, rows, tmp_path, small_memory, fail):
     small_memory(2, step=3, fail=fail)
     with pytest.raises(OutOfMemory) as failed:
