@@ -1,5 +1,7 @@
 """Words of messages: numbers with their nouns, times, and what others say."""
 
+import unicodedata
+
 
 def counted(number: int, noun: str) -> str:
     """A number and what it counts.
@@ -36,3 +38,18 @@ def one_line(text: str, longest: int = 200) -> str:
     line = " ".join(text.split())
     clean = "".join(c if c.isprintable() else "?" for c in line)
     return clean if len(clean) <= longest else clean[: longest - 3] + "..."
+
+
+def visible(text: str) -> str:
+    r"""A text in which nothing moves the cursor or changes colours, but for new lines: what does is written out.
+
+    Example:
+        >>> print(visible("red \x1b[31mrot"))
+        red \x1b[31mrot
+    """
+    return "".join(
+        char
+        if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf")
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )

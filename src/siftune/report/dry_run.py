@@ -1,12 +1,11 @@
 """What a dry run has found, for a terminal."""
 
-import unicodedata
-
 from rich.text import Text
 
 from siftune.trainer.before import bad_lines, rows_line
 from siftune.trainer.dry_run import DryRun, Example
-from siftune.words import counted, duration
+from siftune.trainer.plan import steps_in_words
+from siftune.words import counted, duration, visible
 
 _MOST = 600  # characters of a part of a row; the middle of a longer one is left out
 
@@ -14,6 +13,7 @@ _MOST = 600  # characters of a part of a row; the middle of a longer one is left
 def shown(found: DryRun) -> Text:
     """All of it: bad rows, rows, what is learned of three of them, what trains, and what it takes."""
     known, recipe = found.forecast, found.recipe
+    per_step, rows = recipe.batch_size * recipe.accumulate, len(found.prepared.data["train"])
     return Text("\n").join(
         [
             *map(Text, bad_lines(found.prepared, len(found.prepared.bad), recipe.bad_rows == "stop")),
@@ -21,8 +21,7 @@ def shown(found: DryRun) -> Text:
             *(_example(one) for one in found.examples),
             Text(
                 f"{counted(known.trainable, 'parameter')} of {known.parameters:,} train, in "
-                f"{counted(known.layers, 'layer')}; {counted(known.steps, 'step')} of "
-                f"{counted(recipe.batch_size * recipe.accumulate, 'row')}"
+                f"{counted(known.layers, 'layer')}; {steps_in_words(known.steps, per_step, rows)}"
             ),
             Text(_takes(found)),
         ]
@@ -43,7 +42,7 @@ def _example(one: Example) -> Text:
     """A row, with what is learned between « and », and in another colour where there are colours."""
     text = Text(f"{one.place}, learned «so»:\n")
     for part, learned in one.parts:
-        body = _plain(part if len(part) <= _MOST else f"{part[: _MOST // 2]} … {part[-_MOST // 2 :]}")
+        body = visible(part if len(part) <= _MOST else f"{part[: _MOST // 2]} … {part[-_MOST // 2 :]}")
         text.append(f"«{body}»" if learned else body, style="bold green" if learned else "")
     return Text("  ").append(Text.assemble(*_indented(text)))
 
@@ -51,13 +50,3 @@ def _example(one: Example) -> Text:
 def _indented(text: Text) -> list[Text]:
     lines = text.split("\n")
     return [line if number == 0 else Text("\n    ").append(line) for number, line in enumerate(lines)]
-
-
-def _plain(text: str) -> str:
-    """A text in which nothing moves the cursor or changes colours: what does is written out."""
-    return "".join(
-        char
-        if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf")
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from siftune.report.table import Table
 from siftune.rows.suspects import Suspect
 from siftune.rows.tested import figures, in_words
+from siftune.words import visible
 
 HEADER = ("place", "score", "prompt", "completion", "reason", "duplicates")
 _LONGEST = 60  # characters of a text in a table
@@ -15,19 +16,20 @@ _DUPLICATES = 3  # named in a table
 
 
 def table(suspects: Sequence[Suspect], title: str) -> Table:
-    """A line for each suspect, long texts cut."""
+    """A line for each suspect, long texts cut; without a column of near-duplicates where no row has one."""
     rows = [
         (
             suspect.place,
             f"{suspect.score:.1f}",
-            short(suspect.text.prompt),
-            short(suspect.text.completion),
+            visible(short(suspect.text.prompt)),
+            visible(short(suspect.text.completion)),
             suspect.reason,
             _named(suspect.duplicates),
         )
         for suspect in suspects
     ]
-    return Table(HEADER, rows, title, words=(0, 2, 3, 4, 5))
+    width = len(HEADER) if any(suspect.duplicates for suspect in suspects) else len(HEADER) - 1
+    return Table(HEADER[:width], [row[:width] for row in rows], title, words=(0, 2, 3, 4, 5))
 
 
 def tests_table() -> list[Table]:

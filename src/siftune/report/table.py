@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
+_KEPT = 24  # columns of a terminal
+
 
 @dataclass(frozen=True)
 class Table:
@@ -28,13 +30,17 @@ def print_table(table: Table, console: "Console") -> None:
 def rich_table(table: Table) -> "RichTable":
     """Lay a table out for the terminal."""
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.table import Table as RichTable
     from rich.text import Text
 
     laid_out = RichTable(title=Text(table.title) if table.title else None, title_justify="left", box=SIMPLE_HEAD)
     for column, name in enumerate(table.header):
         words = column in table.words
-        laid_out.add_column(Text(name), justify="left" if words else "right", no_wrap=not words)
+        widest = max(cell_len(row[column]) for row in [table.header, *table.rows])
+        whole = not words or (column == 0 and widest <= _KEPT)  # the first is what a line is known by
+        # folded, not cut: a place is there to be copied
+        laid_out.add_column(Text(name), justify="left" if words else "right", no_wrap=whole, overflow="fold")
     for cells in table.rows:
         laid_out.add_row(*map(Text, cells))
     return laid_out
@@ -42,15 +48,18 @@ def rich_table(table: Table) -> "RichTable":
 
 def plain_table(table: Table) -> str:
     """Write a table as lines of text in columns, the title first."""
+    from rich.cells import cell_len  # some characters are two columns wide, others none
+
     cells = [table.header, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            text.ljust(width) if column in table.words else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        fills = [" " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True)]
+        parts = [
+            text + fill if column in table.words else fill + text
+            for column, (text, fill) in enumerate(zip(row, fills, strict=True))
+        ]
+        lines.append("  ".join(parts).rstrip())
     return "\n".join([table.title, *lines] if table.title else lines)
 
 

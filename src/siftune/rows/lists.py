@@ -11,6 +11,7 @@ from pathlib import Path
 
 from siftune.data.rows import WEIGHT, Row
 from siftune.errors import DataError
+from siftune.words import counted
 
 PLACE = "place"  # column
 _SHOWN = 3  # places in a message
@@ -94,8 +95,8 @@ def _found(rows: Sequence[Row], places: Iterable[str], path: str) -> set[str]:
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
         raise DataError(
-            f"{path} names {len(missing)} that are no training rows ({shown}); the first of these stands at "
-            f"{rows[0].origin}."
+            f"{path} names {counted(len(missing), 'place')} where no training row stands ({shown}); the first training "
+            f"row stands at {rows[0].origin}."
         )
     return {_same(place) for place in places}
 

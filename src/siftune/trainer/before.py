@@ -15,7 +15,7 @@ from siftune.config import Recipe
 from siftune.data.rows import WEIGHT, Row, said
 from siftune.models.loss import IGNORED
 from siftune.trainer.build import Built
-from siftune.trainer.plan import planned_steps
+from siftune.trainer.plan import planned_steps, steps_in_words
 from siftune.trainer.prepare import Prepared
 from siftune.words import counted
 
@@ -59,13 +59,14 @@ def trainable(built: Built) -> tuple[int, int]:
 
 def short_form(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
     """Say in a few lines what a run is about to do, and in which folder."""
-    steps = planned_steps(built.trainer.args, len(prepared.data["train"]))
+    rows = len(prepared.data["train"])
+    steps = planned_steps(built.trainer.args, rows)
     train, total = trainable(built)
     lines = [
         f"{recipe.model}: run folder {folder}",
         rows_line(recipe, prepared),
         f"{counted(train, 'parameter')} of {total:,} train, in {counted(built.depth, 'layer')}; "
-        f"{counted(steps, 'step')} of {counted(recipe.batch_size * recipe.accumulate, 'row')}",
+        f"{steps_in_words(steps, recipe.batch_size * recipe.accumulate, rows)}",
     ]
     return "\n".join([*bad_lines(prepared, _NAMED), *lines])
 

@@ -4,6 +4,8 @@ import math
 
 from transformers import TrainingArguments
 
+from siftune.words import counted
+
 
 def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps of an epoch of so many training rows."""
@@ -16,3 +18,14 @@ def planned_steps(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps of a whole run on so many training rows."""
     asked: int = arguments.max_steps
     return asked if asked > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch(arguments, rows))
+
+
+def steps_in_words(steps: int, per_step: int, rows: int) -> str:
+    """Say how many optimizer steps a run has, of how many rows: all of them where there are fewer than a step takes.
+
+    Example:
+        >>> steps_in_words(20, 16, 300), steps_in_words(1, 16, 5)
+        ('20 steps of 16 rows', '1 step of 5 rows, all there are')
+    """
+    told = f"{counted(steps, 'step')} of {counted(min(per_step, rows), 'row')}"
+    return told if per_step <= rows else f"{told}, all there are"

@@ -1,6 +1,7 @@
 """One table, three ways to write it."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -56,4 +57,22 @@ def test_every_cell_is_shown_as_it_is(terminal):
 def test_figures_stand_on_the_right_and_are_not_broken():
     columns = rich_table(TABLE).columns
     assert [column.justify for column in columns] == ["left", "right", "left"]
-    assert [column.no_wrap for column in columns] == [False, True, False]
+    assert [column.no_wrap for column in columns] == [True, True, False]
+
+
+def test_on_a_narrow_terminal_words_are_folded_and_nothing_is_cut():
+    narrow = Table(["place", "text"], [["rows.jsonl:5", "Donaudampfschifffahrtsgesellschaft und mehr"]], words=(0, 1))
+    written = io.StringIO()
+    print_table(narrow, Console(file=written, width=34, force_terminal=True, no_color=True))
+    assert "…" not in written.getvalue()
+    assert " rows.jsonl:5 " in written.getvalue()
+    said = "".join(written.getvalue().replace("rows.jsonl:5", "").split())
+    assert said.endswith("Donaudampfschifffahrtsgesellschaftundmehr")
+    assert all(len(re.sub(r"\x1b\[\d*m", "", line)) <= 34 for line in written.getvalue().splitlines())
+    long = Table(["place"], [["a/very/long/path/to/a/file/rows.jsonl:5"]])
+    assert not rich_table(long).columns[0].no_wrap
+
+
+def test_wide_characters_take_two_columns():
+    lines = plain_table(Table(["a", "n"], [["数字", "1"], ["abc", "2"]])).splitlines()
+    assert lines == ["a     n", "数字  1", "abc   2"]

@@ -47,7 +47,7 @@ def test_rows_are_left_out_by_their_place_from_wherever_it_is_named(data, tmp_pa
     (tmp_path / "other" / "rows.jsonl").write_text(data.read_text())
     for named in ("../rows.jsonl", str(tmp_path / "other" / ".." / "rows.jsonl"), "../link.jsonl"):
         assert said(without(load_rows(str(data)), [f"{named}:3"], "bad.txt")) == ["one", "three"]
-    with pytest.raises(DataError, match="names 1 that are no training rows"):  # another file of that name
+    with pytest.raises(DataError, match="names 1 place where no training row stands"):  # another file of that name
         without(load_rows(str(data)), ["rows.jsonl:3"], "bad.txt")
 
 
@@ -82,10 +82,10 @@ def test_tables_of_weights_that_are_wrong(tmp_path, text, words):
 def test_places_that_are_no_rows_are_refused(data):
     rows = load_rows(str(data))
     with pytest.raises(
-        DataError, match=r"bad.txt names 4 that are no training rows \(a:1, b, .*rows.jsonl:2, …\); the first"
+        DataError, match=r"bad.txt names 4 places where no training row stands \(a:1, b, .*rows.jsonl:2, …\); the first"
     ):
         without(rows, ["a:1", "b", f"{data}:2", "c"], "bad.txt")
-    with pytest.raises(DataError, match="names 1 that are no training rows"):
+    with pytest.raises(DataError, match="names 1 place where no training row stands"):
         weighed(rows, {f"{data}:9": 1.0}, "w.csv")
     with pytest.raises(DataError, match="names all training rows"):
         without(rows, [row.origin for row in rows], "bad.txt")

@@ -13,7 +13,7 @@ from siftune.config import resolve_recipe
 from siftune.data.readers import load_rows
 from siftune.errors import DataError
 from siftune.recipe_file import recipe_to_yaml
-from siftune.report.rows import short, to_csv
+from siftune.report.rows import short, table, to_csv
 from siftune.rows import suspects as module
 from siftune.rows.lists import named_rows
 from siftune.rows.suspects import Suspect, suspects
@@ -217,3 +217,15 @@ def test_mistakes_are_told_in_a_sentence(run, capsys):
 def test_long_texts_are_cut_in_the_middle():
     assert short("a b\nc") == "a b c"
     assert len(short("x" * 200)) == 60
+
+
+def test_nothing_in_a_row_reaches_the_terminal_as_a_command():
+    found = table([Suspect("rows.jsonl:1", Text("a\x1b[2J\x07", "b\u202ec"), "", 3.0)], "")
+    assert found.rows[0][2:4] == ("a\\x1b[2J\\x07", "b\\u202ec")
+
+
+def test_the_column_of_near_duplicates_stands_where_a_row_has_some():
+    alone, one_of_two = (Suspect("r:1", Text("a", "b"), "why", 3.0, twins) for twins in ((), ("r:2",)))
+    assert table([alone], "").header[-1] == "reason"
+    both = table([alone, one_of_two], "")
+    assert (both.header[-1], [row[-1] for row in both.rows]) == ("duplicates", ["", "r:2"])

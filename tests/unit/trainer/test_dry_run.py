@@ -8,12 +8,11 @@ from rich.console import Console
 from support.commands import error_of, siftune
 from support.tiny_run import recipe, save_rows
 
-from siftune.report.dry_run import _plain
 from siftune.trainer import forecast as module
 from siftune.trainer.dry_run import dry_run
 from siftune.trainer.forecast import _batches, _cost, _saves, _tried_batches, _tries
 from siftune.trainer.run import train
-from siftune.words import duration
+from siftune.words import duration, visible
 
 QUIET = Console(quiet=True)
 
@@ -147,4 +146,4 @@ def test_checkpoints_are_counted(tmp_path, rows):
 
 def test_words():
     assert [duration(s) for s in (0.2, 42.4, 200, 7380)] == ["0.2 s", "42 s", "3 min 20 s", "2 h 3 min"]
-    assert _plain("a\tb\nc\u200b") == "a\\tb\nc\\u200b"
+    assert visible("a\tb\nc\u200b") == "a\\tb\nc\\u200b"
