@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 
 @contextmanager
@@ -25,3 +26,23 @@ def quiet(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def unsaid(name: str, beginning: str) -> Iterator[None]:
+    """Keep a logger from telling one thing while a block runs: messages that begin so.
+
+    Example:
+        >>> with unsaid("some.library", "All is lost"):
+        ...     logging.getLogger("some.library").warning("All is lost: nothing of yours")
+    """
+    logger, keep = logging.getLogger(name), partial(_begins_otherwise, beginning)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)

@@ -68,7 +68,7 @@ def run(options: Options) -> dict[str, Any]:
 
         told = f"{before_it_is_sent(recipe, returned)}\n"
     console.print(
-        f"done: {counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s, {_losses(summary)}"
+        f"done: {counted(summary['steps'], 'step')}{_since(summary)} in {summary['seconds']:.0f} s, {_losses(summary)}"
         f"peak {summary['peak_memory_mb']:,.0f} MB\n"
         f"{_followed(summary['followed'])}"
         f"{told}"
@@ -126,6 +126,12 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     found = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
     console.print(shown(found))
     return found.to_dict()
+
+
+def _since(summary: dict[str, Any]) -> str:
+    """Say after which step the time begins, where a run went on."""
+    step = summary.get("resumed_step")
+    return "" if step in (None, summary["steps"]) else f", those after {step}"
 
 
 def _losses(summary: dict[str, Any]) -> str:

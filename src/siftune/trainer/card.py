@@ -99,7 +99,7 @@ def _card(recipe: Recipe, summary: dict[str, Any], head: str, usage: str) -> str
 | optimizer steps | {_steps(summary)} |
 | training loss, last | {_training_loss(summary)} |
 | held-out loss | {_held_out_loss(summary)} |
-| time | {summary["seconds"]:.0f} s on {_machine()} |
+| time | {summary["seconds"]:.0f} s on {_machine()}{_since(summary)} |
 | peak memory | {summary["peak_memory_mb"]:,.0f} MB |
 
 {_promise(summary)}## Use
@@ -159,6 +159,12 @@ def _whence(base: Origin) -> str:
 def _steps(summary: dict[str, Any]) -> str:
     kept = summary.get("kept_step")
     return str(summary["steps"]) if kept is None else f"{summary['steps']}; kept is step {kept}, of least held-out loss"
+
+
+def _since(summary: dict[str, Any]) -> str:
+    """Say after which step the time begins, where a run went on."""
+    step = summary.get("resumed_step")
+    return "" if step is None else f", for the steps after {step}"
 
 
 def _training_loss(summary: dict[str, Any]) -> str:

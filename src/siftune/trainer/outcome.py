@@ -17,11 +17,10 @@ from siftune.models.portable import save_tokenizer
 from siftune.trainer.broken import SKIPPED, skipped_steps
 from siftune.trainer.card import card_with_usage, model_card
 from siftune.trainer.followed import Followed
-from siftune.trainer.run_folder import RunFolder
+from siftune.trainer.run_folder import RunFolder, step_of, whole_checkpoints
 from siftune.trainer.source import Source
 from siftune.trainer.start import save_adapter
 from siftune.trainer.trainer import LayerTrainer, SiftTrainer
-from siftune.trainer.whole import is_complete
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,14 @@ class Outcome:
     recipe: Recipe  # its settings, resolved
     source: Source
     followed: Followed  # what shares of its rows were followed
+    begun: int = 0  # steps that were done before: where it goes on from
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Steps, losses, seconds, tokens, peak memory in MB, shares of rows followed, and privacy.
 
         Where the weights of an earlier step than the last were kept, `kept_step` says which, and `eval_loss` is theirs;
-        where the last held-out loss is of an earlier step, `eval_step` says of which.
+        where the last held-out loss is of an earlier step, `eval_step` says of which. `seconds` are of this call alone:
+        where a run goes on, `resumed_step` says after which step they begin.
         """
         state = self.trainer.state
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -53,6 +54,7 @@ class Outcome:
             "eval_loss": (evals[max(evals)] if kept is None else evals[kept]) if evals else None,
             **({} if measured == state.global_step else {"eval_step": measured}),
             "seconds": round(seconds, 2),
+            **({"resumed_step": self.begun} if self.begun else {}),
             "tokens": int(state.num_input_tokens_seen),
             "peak_memory_mb": round(peak_memory_mb(), 1),
             **({SKIPPED: skipped} if (skipped := skipped_steps(state)) else {}),
@@ -71,9 +73,15 @@ class Outcome:
         if not step:
             return "no step was finished"
         name = next(iter(self._parts("")))
-        resumes = is_complete(self.folder.checkpoints / f"checkpoint-{step}")
-        onward = f", and `siftune train --resume {self.folder.path}` goes on from there" if resumes else ""
-        return f"the {name} after step {step} is in {self.folder.path / name}{onward}"
+        return f"the {name} after step {step} is in {self.folder.path / name}{self._onward(step)}"
+
+    def _onward(self, step: int) -> str:
+        """Say how a run goes on that ends early, after `step`; nothing where no checkpoint was written."""
+        newest = next(whole_checkpoints(self.folder.checkpoints), None)
+        if newest is None:
+            return ""
+        where = "there" if step_of(newest) == step else f"step {step_of(newest)}"
+        return f", and `siftune train --resume {self.folder.path}` goes on from {where}"
 
     def leave(self, status: str, summary: dict[str, Any]) -> None:
         """Write what was trained, run.json and the model card."""

@@ -22,7 +22,7 @@ from siftune.files import disk_faults
 from siftune.methods.log_lines import stand_first
 from siftune.methods.sample_choice import SampleChoice
 from siftune.methods.spread import refuse_launched
-from siftune.quiet import quiet
+from siftune.quiet import quiet, unsaid
 from siftune.recipe_checks import check
 from siftune.recipe_file import anchored, recipe_to_yaml
 from siftune.rows.record import RowRecord
@@ -150,9 +150,10 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
             part.leave()
 
     fit = partial(_train_on, built.trainer, signals, checkpoint, ended, best=recipe.patience is not None)
+    begun = 0 if checkpoint is None else step_of(checkpoint)
     if rank() == 0:
-        folder.cut_records(step_of(checkpoint) if checkpoint is not None else 0)  # of a run that got no further
-    summary = _fit(Outcome(built.trainer, folder, recorded, source, followed), fit, release)
+        folder.cut_records(begun)  # of a run that got no further
+    summary = _fit(Outcome(built.trainer, folder, recorded, source, followed, begun), fit, release)
     if world_size() > 1:
         let_go(built.trainer)
     return Run(folder, built.trainer.model, tokenizer, summary)
@@ -168,8 +169,10 @@ def _train_on(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None
     if ended and checkpoint is not None:
         trainer.take(checkpoint, best)
     else:
-        # which compares times of files and arguments of a checkpoint: ours are checked by siftune itself
-        with signals.listening(), quiet("transformers.trainer_utils"):
+        # which compares times of files and arguments of a checkpoint: ours are checked by siftune itself; the best is
+        # looked for where the run was begun, and found again in the run's folder at the next save
+        elsewhere = unsaid("transformers.trainer", "The best checkpoint")
+        with signals.listening(), quiet("transformers.trainer_utils"), elsewhere:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if signals.came:
         raise KeyboardInterrupt

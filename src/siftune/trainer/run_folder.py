@@ -114,7 +114,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to go on from."""
-        return any(fault_of(path) is None for path in _checkpoints(self.checkpoints))
+        return any(True for _ in whole_checkpoints(self.checkpoints))
 
     def has_left(self, checkpoint: Path) -> bool:
         """Whether what was trained up to a checkpoint has been left: not where a run was killed just before."""
@@ -161,6 +161,11 @@ class RunFolder:
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps done at a complete checkpoint."""
     return int(parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def whole_checkpoints(folder: Path) -> Iterator[Path]:
+    """Checkpoints in `folder` that are as they were written, the newest first."""
+    return (path for path in reversed(_checkpoints(folder)) if fault_of(path) is None)
 
 
 def newest_checkpoint(folder: Path) -> Path:

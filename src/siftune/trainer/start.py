@@ -7,6 +7,7 @@ the end must fit the base as it is, so PEFT turns it into an ordinary LoRA of tw
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -71,14 +72,27 @@ def adopted(recipe: Recipe) -> Recipe:
 
 def keep_initial(model: PeftModel, folder: Path) -> None:
     """Write an adapter's first values beside a run's checkpoints, for `save_adapter`."""
-    model.save_pretrained(folder / _INITIAL, save_embedding_layers=False)
+    write_adapter(model, folder / _INITIAL)
+
+
+def write_adapter(model: PeftModel, folder: Path, **given: Any) -> None:
+    """Write an adapter in PEFT's format, without PEFT's template of a card, which says nothing of it.
+
+    Embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out.
+
+    Args:
+        model: The tuned model.
+        folder: Where to; a card that stands there goes.
+        given: Further arguments of PEFT's `save_pretrained`.
+    """
+    model.save_pretrained(folder, save_embedding_layers=False, **given)
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:
     """Write an adapter that fits the base as it was; `keep_initial` may have left first values in `checkpoints`."""
     initial = checkpoints / _INITIAL
     first = str(initial) if initial.is_dir() else None
-    # embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out
     with warnings.catch_warnings():  # PEFT asks for the very conversion that it is making here
         warnings.filterwarnings("ignore", message="(PiSSA|OLoRA) changes the base weights")
-        model.save_pretrained(path, save_embedding_layers=False, path_initial_model_for_weight_conversion=first)
+        write_adapter(model, path, path_initial_model_for_weight_conversion=first)

@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from siftune.data.order import TargetLast
 from siftune.data.rows import WEIGHT
@@ -38,6 +39,7 @@ from siftune.models.loss import (
 from siftune.models.modes import evaluating
 from siftune.trainer.broken import BrokenSteps
 from siftune.trainer.plan import planned_steps, steps_per_epoch
+from siftune.trainer.start import write_adapter
 from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
 from siftune.trainer.whole import Sealing, begin, checkpoint_of, is_complete, read_of
 
@@ -180,15 +182,12 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the adapter and the tokenizer; PEFT by itself would open the base's config once more.
-
-        It looks there whether embeddings were resized, which they never are here.
-        """
+        """Write the adapter and the tokenizer."""
         if not isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            self.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            folder = Path(output_dir or self.args.output_dir)
+            write_adapter(self.model, folder, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
@@ -207,6 +206,9 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         """Take history and weights, or the `best` weights, of a checkpoint at which nothing is left to train."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
+        beside = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if beside.is_dir():  # the state has its path as it was then, seen from where the run was begun
+            self.state.best_model_checkpoint = str(beside)
         if best and self.state.best_model_checkpoint:
             self._load_best_model()
 

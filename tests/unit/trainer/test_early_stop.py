@@ -164,3 +164,27 @@ def test_the_screen_says_what_is_kept(base, rows, tmp_path, capsys, found):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["kept_step"] == 1
     assert "held-out loss 2.0000 at step 1, which is kept" in captured.err
+
+
+def test_a_moved_run_keeps_its_best_and_nobody_says_that_it_is_gone(
+    base, rows, tmp_path, found, interfere, monkeypatch, caplog
+):
+    found(3.0, 1.0, 2.0, 2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        from siftune.trainer.trainer import SiftTrainer
+
+        patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
+        interfere(At("on_step_begin", 4, stop))
+        monkeypatch.chdir(tmp_path)
+        given = {"eval": str(rows), **settings(steps=4, patience=3)}
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(base, rows, "run", **given), QUIET)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    library = logging.getLogger("transformers.trainer")
+    library.addHandler(caplog.handler)
+    try:
+        done = train(recipe(base, rows, "moved", resume=True, **given), QUIET)
+    finally:
+        library.removeHandler(caplog.handler)
+    assert (done.summary["steps"], done.summary["kept_step"]) == (4, 2)
+    assert "does not exist" not in caplog.text

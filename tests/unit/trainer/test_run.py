@@ -1,5 +1,6 @@
 """A recipe in, a run folder out; resuming; what is left when training ends early."""
 
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from support.tiny_run import choices_of, lines, recipe, save_rows
 from support.trainers import At, stop, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from siftune.cli.main import main
 from siftune.config import resolve_recipe
 from siftune.data.arithmetic import arithmetic_rows
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
@@ -418,6 +420,32 @@ def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
         assert done.summary["steps"] == 6
     else:
         assert not list((run / "checkpoints").iterdir())
+
+
+def test_an_end_at_once_says_from_which_step_it_goes_on(base, rows, tmp_path, interfere):
+    interfere(At("on_step_begin", 4, stop))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
+    run = tmp_path / "run"
+    onward = f"`siftune train --resume {run}` goes on from step 2"
+    assert stopped.value.__notes__ == [f"the adapter after step 3 is in {run}/adapter, and {onward}"]
+
+
+def test_of_a_run_that_goes_on_it_is_told_to_which_steps_its_time_belongs(base, rows, tmp_path, capsys):
+    whole = train(recipe(base, rows, tmp_path / "run", method="dense", steps=2), QUIET)
+    assert "resumed_step" not in whole.summary
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    assert "done: 3 steps, those after 2 in " in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["resumed_step"] == 2
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert ", for the steps after 2 |" in next(line for line in card.splitlines() if line.startswith("| time |"))
+
+
+def test_a_run_on_fewer_rows_than_a_batch_has_says_so(base, rows, tmp_path):
+    box = io.StringIO()
+    train(recipe(base, rows, tmp_path / "run", method="dense", limit=3, steps=None), Console(file=box, width=200))
+    assert "; 1 step of 3 rows, all there are\n" in box.getvalue()
 
 
 def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_path, interfere):

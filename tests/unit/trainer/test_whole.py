@@ -155,15 +155,28 @@ def test_older_ones_go_only_when_the_new_one_is_sealed(base, rows, tmp_path, mon
     assert {"gast_mean.safetensors", "rows.parquet"} <= listed.keys()  # what callbacks write, too
 
 
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_there_is_no_template_of_a_card_in_it(base, rows, tmp_path, init):
+    train(recipe(base, rows, tmp_path / "run", method="dense", steps=1, init=init))
+    folders = [tmp_path / "run" / "checkpoints" / "checkpoint-1"]
+    folders += [folders[0].with_name("initial")] if init == "pissa" else []
+    for folder in folders:
+        assert (folder / "adapter_model.safetensors").is_file()
+        assert not (folder / "README.md").exists()
+    assert "README.md" not in json.loads((folders[0] / SEAL).read_text())
+
+
 def test_a_run_that_was_killed_after_its_last_step_leaves_what_it_trained(base, rows, tmp_path):
-    for settings in ({}, {"eval": str(rows), "eval_every": 1, "patience": 3, "lr": 5.0, "eval_limit": 4}):
+    for settings in ({}, {"eval": str(rows), "eval_every": 1, "patience": 3, "lr": 1e3, "eval_limit": 4}):
         run = tmp_path / f"run{len(settings)}"
         given = {"method": "dense", "steps": 3, **settings}
         train(recipe(base, rows, run, **given))
         weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
         shutil.rmtree(run / "adapter")
         (run / "run.json").unlink()
+        run = run.rename(tmp_path / f"moved{len(settings)}")  # with the best of its checkpoints
         done = train(recipe(base, rows, run, resume=True, **given))
         assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
         assert (done.summary["steps"], json.loads((run / "run.json").read_text())["status"]) == (3, "finished")
+        assert done.summary.get("kept_step") == (2 if settings else None)
         assert torch.isfinite(torch.tensor(done.summary["loss_last"]))

@@ -25,7 +25,7 @@ from siftune.report.page.sections.setup import setup
 from siftune.report.page.sections.suspects import suspects
 from siftune.report.page.sections.training import training
 from siftune.report.page.subjects import RunData, Subjects, find_subjects
-from siftune.report.page.words import duration, memory
+from siftune.report.page.words import memory
 
 _OF_A_RUN = (layers, rows, suspects, answers)
 _OTHERS = {
@@ -119,7 +119,7 @@ def _facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
         ("method", run.recipe.method),
         ("model", run.recipe.model),
         ("steps", "–" if steps is None else f"{steps:,.0f}"),
-        ("time", duration(run.figure("seconds"))),
+        ("time", run.time),
         ("peak memory", memory(run.figure("peak_memory_mb"))),
         ("status", run.status),
     ]

@@ -15,6 +15,7 @@ from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manif
 from siftune.offsite.kit.strict import read_bytes
 from siftune.recipe_file import load_recipe
 from siftune.report.evals import Eval, read_evals
+from siftune.report.page.words import duration
 from siftune.trainer.run_folder import RECIPE
 from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
 
@@ -60,6 +61,12 @@ class RunData:
     def figure(self, name: str) -> float | None:
         """A figure of the summary; None where there is none."""
         return self.summary.get(name)
+
+    @property
+    def time(self) -> str:
+        """What its training took, in words; where it went on, since then."""
+        since = self.figure("resumed_step")
+        return f"{duration(self.figure('seconds'))}{'' if since is None else f', after step {since:,.0f}'}"
 
     def course(self, name: str) -> tuple[list[float], list[float]]:
         """Steps at which a figure was logged, and the figure."""

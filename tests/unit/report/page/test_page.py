@@ -58,6 +58,17 @@ def test_several_runs_the_best_first(runs):
     assert "against 60.0 % for “ist”, 50.0 % for “dense” and 3.0 % for the base model" in told
 
 
+def test_of_a_run_that_went_on_the_time_is_known_from_then_on(tmp_path):
+    folders = [save_run(tmp_path / name, seed=seed) for seed, name in enumerate(("whole", "resumed"))]
+    record = json.loads((folders[1] / "run.json").read_text())
+    record["summary"]["resumed_step"] = 30
+    (folders[1] / "run.json").write_text(json.dumps(record))
+    compared = sections(subjects(*folders))[0]
+    assert [row[4].text for row in compared.tables[0].rows] == ["62 s", "70 s, after step 30"]
+    by_time, by_memory = (figure.draw(600) for figure in compared.figures)
+    assert ("resumed" in by_time, "resumed" in by_memory, "whole" in by_time) == (False, True, True)
+
+
 def test_a_run_that_was_not_measured(tmp_path):
     run = save_run(tmp_path / "run")
     assert headline(subjects(run)) == "After 40 steps the held-out loss is 0.7000 nats per token."

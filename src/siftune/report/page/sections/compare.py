@@ -12,7 +12,7 @@ from siftune.report.page.points import Point, Scale, scatter
 from siftune.report.page.quality import held_out_alike, level_text, measured, shared_metric, value_text
 from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
-from siftune.report.page.words import duration, memory, short
+from siftune.report.page.words import memory, short
 
 _OUTSIDE = {"out", "resume", "allow_change", "report_to"}  # settings that change nothing of what is learned
 
@@ -81,6 +81,7 @@ def _against(quality: _Quality, runs: Sequence[RunData], key: str, title: str, l
     points = [
         Point(run.name, point.value, point.low, point.high, x, number)
         for number, run in enumerate(runs)
+        if key != "seconds" or run.figure("resumed_step") is None  # of runs that went on a part of the time is known
         if (x := run.figure(key)) is not None and (point := quality.points.get(run.name)) is not None
     ]
     if not points:
@@ -107,7 +108,7 @@ def _row(run: RunData, quality: _Quality) -> list[Cell]:
         Cell(run.recipe.method),
         Cell(quality.text(run.name), point.value if point else None),
         Cell(interval, point.low if point else None),
-        Cell(duration(seconds), seconds),
+        Cell(run.time, seconds),
         Cell(memory(peak), peak),
         Cell("–" if steps is None else f"{steps:,.0f}", steps),
         Cell(run.status),
