@@ -119,7 +119,10 @@ class Settings:
     """Options that earlier versions had, by name."""
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check every field; a list is as good as a tuple, such as a checkpoint's JSON holds."""
+        for name in self.names(type(self)):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         self.check()
 
     def check(self) -> None:

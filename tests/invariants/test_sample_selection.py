@@ -152,9 +152,16 @@ def _single(model, inputs, labels):
 
 @pytest.mark.parametrize(
     ("support", "stop", "with_ist"),  # stops within an epoch, and in the second
-    [("recent", 3, False), ("recent", 8, True), ("averaged", 3, False), ("averaged", 8, True),
-     ("sample", 3, False), ("sample", 8, True), ("rest", 8, False), ("rest", 3, True), ("momentum", 3, False),
-     ("momentum", 8, True), ("dataset", 3, False)],
+    [
+        ("recent", 3, False), ("averaged", 8, True), ("sample", 3, False), ("rest", 3, True), ("momentum", 8, True),
+        *(
+            pytest.param(*cell, marks=pytest.mark.matrix)
+            for cell in [
+                ("recent", 8, True), ("averaged", 3, False), ("sample", 8, True), ("rest", 8, False),
+                ("momentum", 3, False), ("dataset", 3, False),
+            ]
+        ),
+    ],
 )  # fmt: skip
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
     settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": stop, "gradient_accumulation_steps": 2}

@@ -6,7 +6,7 @@ follow from that. Nothing in this file imports torch, so that `siftune --help` s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from siftune.methods.cut.settings import CutSettings
@@ -23,50 +23,33 @@ from siftune.settings import Settings
 
 @dataclass(frozen=True)
 class Part:
-    """What a method is made of: one callback and its settings.
-
-    Attributes:
-        settings: Class of its settings.
-        callback: Class of its callback, as MODULE:NAME; imported when it is built.
-        rows: It chooses rows; else it chooses layers.
-        suppresses: It damps the response of adapters, and so needs to know a layer's weights before training.
-        by_data: What it chooses depends on what is in the rows, so that noise on gradients does not cover it.
-    """
+    """What a method is made of: one callback and its settings."""
 
     settings: type[Settings]
-    callback: str
-    rows: bool = False
+    callback: str  # class of its callback, as MODULE:NAME; imported when it is built
+    rows: bool = False  # it chooses rows; else it chooses layers
+    # it damps the response of adapters, and so needs to know a layer's weights before training
     suppresses: bool = False
+    # what it chooses depends on what is in the rows, so that noise on gradients does not cover it
     by_data: bool = False
 
     def build(self, settings: Settings, **others: Any) -> Any:
-        """Make the callback.
-
-        Args:
-            settings: Of the class `settings`.
-            others: What the callback takes besides: `seed`, and `support_set` where it chooses rows.
-        """
+        """Make the callback; `others` are what it takes besides: `seed`, and `support_set` where it chooses rows."""
         return self.make(**settings.to_dict(), **others)
 
     def make(self, **options: Any) -> Any:
         """Make the callback from single settings, and what it takes besides."""
-        module, _, name = self.callback.partition(":")
-        return getattr(import_module(module), name)(**options)
+        return resolve_name(self.callback)(**options)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, as `--method` names it.
+    """A way to train, as `--method` names it."""
 
-    Attributes:
-        line: What it does, for help and model cards.
-        parts: What it is made of, in the order of the callbacks.
-        lr: Peak learning rate where none is given (ours): of those that were tried one that did well on held-out rows
-            (docs/guide.md says which were); that of dense where none were.
-    """
-
-    line: str
-    parts: tuple[Part, ...] = ()
+    line: str  # what it does, for help and model cards
+    parts: tuple[Part, ...] = ()  # what it is made of, in the order of the callbacks
+    # peak learning rate where none is given (ours): of those that were tried one that did well on held-out rows
+    # (docs/guide.md says which were); that of dense where none were
     lr: float = 5e-4
 
 

@@ -92,10 +92,9 @@ class RowDraws:
 
 
 class GivenBatches:
-    """Batches that the user hands out: the next one is used each time, whatever its size; they start again at the end.
+    """Batches with labels, of the user's: the next one each time, whatever its size; after the last the first.
 
-    Args:
-        batches: Batches with labels, an iterable that can be started again, or an endless one.
+    They are an iterable that can be started again, or an endless one.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:

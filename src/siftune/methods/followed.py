@@ -11,12 +11,7 @@ def how_many(select: int | float, samples: int) -> int:
 
 
 def chooses_nothing(settings: Any, samples: int) -> bool:
-    """Whether a method that chooses rows follows all rows of a batch; a share of 1.0 says that it is meant to.
-
-    Args:
-        settings: The method's, with `select`, and `among` where it has it.
-        samples: Rows in a forward pass.
-    """
+    """Whether a method that chooses rows follows all rows of a forward pass; a share of 1.0 says that it is to."""
     meant = isinstance(settings.select, float) and settings.select == 1.0
     by_batch = getattr(settings, "among", "batch") == "batch"
     return by_batch and not meant and how_many(settings.select, samples) == samples

@@ -37,12 +37,7 @@ class Means:
 
 
 class LogLines(TrainerCallback):  # type: ignore[misc]
-    """Adds figures to a Trainer's lines on training, under the name of a group: `gast/followed`.
-
-    Args:
-        group: Name of the group.
-        figures: Returns the figures since it was last asked.
-    """
+    """Adds figures, those since it last asked, to a Trainer's lines on training, under a group: `gast/followed`."""
 
     def __init__(self, group: str, figures: Callable[[], Mapping[str, float]]) -> None:
         self._group = group

@@ -34,11 +34,7 @@ class NumberedRow(NamedTuple):
 
 
 class Numbered:
-    """A data set of which every row comes with its number.
-
-    Args:
-        dataset: Indexed by row.
-    """
+    """A data set, indexed by row, of which every row comes with its number."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -57,11 +53,7 @@ class Numbered:
 
 
 class NumberingCollator:
-    """Puts the numbers of its rows into a batch, where each row of the batch is one of them.
-
-    Args:
-        collate: Makes the batch.
-    """
+    """Puts the numbers of its rows into a batch, where each row of the batch is one of them."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
@@ -97,20 +89,12 @@ class RowNumbers:
     """Tells which rows of the training set are in the batch that a Trainer trains on.
 
     `row_numbers` gives a Trainer's; whoever takes it lets go by `release`.
-
-    Args:
-        trainer: The Trainer.
-
-    Attributes:
-        rows: (B,) int64, numbers of the rows of the last batch that was trained on; None where it has none.
-        labels: (B, T) int64, its labels; None where it has none.
-        at_work: The Trainer is training on that batch.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.rows: Tensor | None = None
-        self.labels: Tensor | None = None
-        self.at_work = False
+        self.rows: Tensor | None = None  # (B,) int64, numbers of the rows of the last batch that was trained on
+        self.labels: Tensor | None = None  # (B, T) int64, its labels
+        self.at_work = False  # the Trainer is training on that batch
         self._trainer = trainer
         self._before = vars(trainer).get("training_step")  # somebody else may stand in for the method, too
         self._users = 0

@@ -14,19 +14,12 @@ WHOLE = -1  # in the place of a layer's number: one choice for all layers
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What chooses samples together: a layer, or the model.
+    """What chooses samples together: a layer, or the model."""
 
-    Attributes:
-        place: Its number among the units of the model.
-        layer: Number of its layer; `WHOLE` for the model.
-        name: Full name of the layer.
-        parameters: Its trainable parameters.
-    """
-
-    place: int
-    layer: int
-    name: str
-    parameters: tuple[nn.Parameter, ...]
+    place: int  # its number among the units of the model
+    layer: int  # number of its layer; `WHOLE` for the model
+    name: str  # full name of the layer
+    parameters: tuple[nn.Parameter, ...]  # those that train
 
 
 @dataclass(frozen=True)
@@ -79,13 +72,8 @@ class SampleChoice:
 class Choosing:
     """One batch while the choice goes on: counts, uniform numbers, and the choices so far.
 
-    Args:
-        step: Optimizer steps done before it.
-        number: Number of the batch within the step, over all ranks.
-        samples: Samples S in it.
-        count: Samples K to choose.
-        uniform: (U, S) float64 uniform numbers, one row per unit of the model; (U, 1) where samples are chosen as they
-            come.
+    Its `number` is that within the step, over all ranks; K = `count` of S = `samples` are to be chosen. `uniform` are
+    (U, S) float64 uniform numbers, one row per unit of the model; (U, 1) where samples are chosen as they come.
     """
 
     def __init__(self, step: int, number: int, samples: int, count: int, uniform: Tensor) -> None:

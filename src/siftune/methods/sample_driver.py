@@ -5,14 +5,15 @@ are followed is the business of a `SampleRule`: GAST chooses for every layer, GR
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from siftune import numerics
 from siftune.engine.distributed import rank, world_size
 from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup, group_by_layer
@@ -39,47 +40,60 @@ class Lasting(Protocol):
         """Continue from a `state_dict()`, or begin anew where it is empty."""
 
 
-class SampleRule(Protocol):
+class SampleRule(ABC):
     """Who chooses the samples, and adds up their gradients: an object with state.
 
-    Attributes:
+    Args:
         units: What chooses samples together, from the embeddings.
-        whole: All layers are reduced at once, when backward has passed them all.
         select: Samples to follow in a batch: a count or a share.
-        always: Choose even where as many samples are to be followed as there are.
-        mean: Mean over earlier steps, by parameter.
-        optimizer: Whose metric or learning rate the rule looks at, where the driver knows it.
-        planned: Optimizer steps of the whole run, where the driver knows them.
     """
 
-    units: Sequence[Unit]
-    whole: bool
-    select: int | float
-    always: bool
-    mean: Gradients
-    optimizer: torch.optim.Optimizer | None
-    planned: int | None
+    whole: bool = False  # all layers are reduced at once, when backward has passed them all
+    always: bool = False  # choose even where as many samples are to be followed as there are
+    support: Support | None = None  # the support set, where its rows are drawn or given
+    # what a rule keeps that chooses samples as they come; it takes one uniform number a unit and batch
+    stream: Lasting | None = None
+    # whose metric or learning rate the rule looks at, where the driver knows it
+    optimizer: torch.optim.Optimizer | None = None
+    planned: int | None = None  # optimizer steps of the whole run, where the driver knows them
 
-    @property
-    def support(self) -> Support | None:
-        """The support set, where its rows are drawn or given."""
-
-    @property
-    def stream(self) -> Lasting | None:
-        """What a rule keeps that chooses samples as they come; it takes one uniform number a unit and batch."""
+    def __init__(self, units: Sequence[Unit], select: int | float) -> None:
+        self.units = units
+        self.select = select
+        self._mean: Gradients = {}
 
     @property
     def keeps_mean(self) -> bool:
-        """Whether it has a running mean; see `mean`."""
+        """Whether a step's choice depends on gradients of earlier steps."""
+        return self.support is not None and self.support.lasts
+
+    @property
+    def mean(self) -> Gradients:
+        """What those gradients have been averaged to, by parameter: of all samples or of support sets."""
+        return self._mean if self.support is None else self.support.average
+
+    @mean.setter
+    def mean(self, mean: Gradients) -> None:
+        if self.support is None:
+            self._mean = mean
+        else:
+            self.support.average = mean
 
     def follows_all(self, steps: int) -> bool:
         """Whether selection has ended after so many optimizer steps."""
+        return False
 
+    @abstractmethod
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples for some layers, note the choice, and add up their gradients."""
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """Note that the gradients of a step are complete, before the optimizer steps."""
+
+
+def summed(grads: SampleGradients, chosen: Tensor, factor: Tensor) -> Gradients:
+    """The gradients of chosen samples, their numbers or (S,) bool, added up and times a factor, a scalar."""
+    return {p: numerics.sum_of(part, chosen.to(part.device)) * factor.to(part.device) for p, part in grads.items()}
 
 
 class SampleSelection:
@@ -206,9 +220,7 @@ class SampleSelection:
     def __enter__(self) -> "SampleSelection":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _support_gradient(self, size: int, seed: int) -> Gradients:

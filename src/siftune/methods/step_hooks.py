@@ -11,15 +11,8 @@ Act = Callable[[], Any]
 def around_steps(optimizer: torch.optim.Optimizer, before: Act, after: Act) -> Sequence[Any]:
     """Call `before` when the gradients of a step are whole, and `after` when it is done.
 
-    A closure makes the gradients within the step, as Lightning has it: `before` then comes at the closure's end.
-
-    Args:
-        optimizer: The optimizer whose steps they are.
-        before: Called without arguments just before the parameters change.
-        after: Called without arguments when they have changed.
-
-    Returns:
-        Handles, whose `remove()` ends it.
+    A closure makes the gradients within the step, as Lightning has it: `before` then comes at the closure's end. The
+    `remove()` of the handles ends it.
     """
 
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -25,10 +25,6 @@ class Support:
         decay: Share of the average that stays in a step, so that decay^every of it stay when it is formed anew; 0:
             there is no average.
 
-    Attributes:
-        gradients: What rows are compared with in this step, by parameter.
-        average: What is left of earlier steps, as checkpoints keep it; empty where each step stands for itself.
-
     Example:
         >>> weight, support = nn.Parameter(torch.zeros(2)), Support(size=8, every=2, decay=0.5)
         >>> for step in range(3):
@@ -40,8 +36,8 @@ class Support:
 
     def __init__(self, size: int, every: int = 1, decay: float = 0.0) -> None:
         self.size = size
-        self.gradients: Gradients = {}
-        self.average: Gradients = {}
+        self.gradients: Gradients = {}  # what rows are compared with in this step
+        self.average: Gradients = {}  # what is left of earlier steps, as checkpoints keep it; empty without any
         self._every = every
         self._sound = True
         self._stays = decay**every

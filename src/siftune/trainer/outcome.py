@@ -12,6 +12,7 @@ from siftune.config import Recipe
 from siftune.data.encoder import writes_chat
 from siftune.environment import peak_memory_mb
 from siftune.files import disk_faults
+from siftune.methods.dp.accounting import statement
 from siftune.models.origin import Origin, origin_of
 from siftune.models.portable import save_tokenizer
 from siftune.trainer.broken import SKIPPED, skipped_steps
@@ -65,7 +66,8 @@ class Outcome:
     def _privacy(self) -> dict[str, Any]:
         """What may be said of a private run's steps, those that were done; else nothing."""
         privacy = self.trainer.privacy
-        return {} if privacy is None else {"privacy": privacy.statement(self.trainer.state.global_step)}
+        steps = self.trainer.state.global_step
+        return {} if privacy is None else {"privacy": statement(privacy.mechanism, steps)}
 
     def words(self) -> str:
         """Say what will be where, for a run that ends early."""

@@ -27,15 +27,14 @@ class Positions:
 
 
 @pytest.mark.parametrize(
-    "others",
+    ("others", "accumulate"),
     [
-        lambda: [],
-        lambda: [GAST(select=2, support="rest")],
-        lambda: [IST(active=0.5, interval=2, score_batch_size=4), GAST(select=2, support_size=3)],
+        (lambda: [], 1),
+        (lambda: [GAST(select=2, support="rest")], 2),
+        (lambda: [IST(active=0.5, interval=2, score_batch_size=4), GAST(select=2, support_size=3)], 2),
     ],
     ids=["dense", "gast", "ist+gast"],
 )
-@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_trainer_learns_the_same(tmp_path, others, accumulate):
     settings = {"gradient_accumulation_steps": accumulate, "max_steps": 4}
     plain, fewer = adapted(), adapted()

@@ -21,12 +21,6 @@ class CutSettings(Settings):
     depths: Annotated[tuple[float, ...], OURS] = (0.0, 0.25, 0.5, 0.75)
     """Shares of the layers that lie below the cut, one drawn at a time, evenly; a share given twice counts twice."""
 
-    def __post_init__(self) -> None:
-        """Check the settings; a list of depths is as good, such as a checkpoint's JSON holds."""
-        if isinstance(self.depths, list):
-            self.depths = tuple(self.depths)
-        super().__post_init__()
-
     def _faults(self) -> Iterable[tuple[bool, str]]:
         yield not self.depths, "cut.depths is empty: give at least one share, such as 0"
         for depth in self.depths:

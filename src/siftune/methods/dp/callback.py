@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from siftune.errors import RecipeError
 from siftune.methods.callback import calling_trainer, saved_state
-from siftune.methods.dp.accounting import spent, statement
+from siftune.methods.dp.accounting import spent
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
@@ -25,13 +25,7 @@ from siftune.methods.spread import refuse_wrappers
 
 
 class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """What a Trainer needs of a private run; it stands behind what chooses layers.
-
-    Args:
-        mechanism: The numbers, noise among them.
-        most: Rows in a forward pass, at most.
-        secret: Where chance comes from; by default a new one.
-    """
+    """What a Trainer needs of a private run, at most so many rows in a pass; it stands behind choices of layers."""
 
     def __init__(self, mechanism: Mechanism, most: int, secret: Secret | None = None) -> None:
         self.mechanism = mechanism
@@ -61,10 +55,6 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Put noise on a step's gradients; see `PrivateGradients.release`."""
         assert self._gradients is not None
         self._gradients.release(step)
-
-    def statement(self, steps: int) -> dict[str, Any]:
-        """What may be said of the run after so many steps; see `accounting.statement`."""
-        return statement(self.mechanism, steps)
 
     def remove(self) -> None:
         """Take everything off model and Trainer: needed only where training ended in an exception."""

@@ -43,10 +43,7 @@ class PrivateGradients:
         """Put noise on the gradients of a step, and divide them by the expected number of rows.
 
         Call it once for each optimizer step, also where no row was drawn, before anything else reads the gradients.
-        Layers that do not train in this step get none.
-
-        Args:
-            step: Optimizer steps done before it.
+        Layers that do not train in this step get none. `step` is the number of optimizer steps done before it.
         """
         std, batch = self._mechanism.noise * self._mechanism.clip, self._mechanism.batch
         generators: dict[torch.device, torch.Generator] = {}

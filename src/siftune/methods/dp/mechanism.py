@@ -9,27 +9,17 @@ Clipping = Literal["layer", "flat"]
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A subsampled Gaussian mechanism, composed over steps.
+    """A subsampled Gaussian mechanism, composed over steps."""
 
-    Attributes:
-        epsilon: The largest ε of the whole run.
-        delta: Its δ.
-        clip: C, the largest norm of what one row adds to a step.
-        clipping: "layer": each layer that trains in a step has C / √(number of these); "flat": C for all together.
-        rows: n, rows to train on.
-        batch: b, rows of a step on average.
-        steps: Optimizer steps of the whole run.
-        noise: σ, the noise's standard deviation in units of C; 0 until it is found.
-    """
-
-    epsilon: float
+    epsilon: float  # the largest ε of the whole run
     delta: float
-    clip: float
+    clip: float  # c, the largest norm of what one row adds to a step
+    # "layer": each layer that trains in a step has C / √(number of these); "flat": C for all together
     clipping: Clipping
-    rows: int
-    batch: int
-    steps: int
-    noise: float = 0.0
+    rows: int  # n, rows to train on
+    batch: int  # b, rows of a step on average
+    steps: int  # optimizer steps of the whole run
+    noise: float = 0.0  # σ, the noise's standard deviation in units of C; 0 until it is found
 
     @property
     def rate(self) -> float:

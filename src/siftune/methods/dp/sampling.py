@@ -23,11 +23,7 @@ _WORDS, _FIRST = 624, 24  # of the Mersenne twister's state, and the byte where 
 
 
 class Secret:
-    """Where a private run's chance comes from.
-
-    Args:
-        seed: For tests: makes a run that can be repeated, and that is not private.
-    """
+    """Where a private run's chance comes from; a seed is for tests, of runs that repeat and are not private."""
 
     def __init__(self, seed: int | None = None) -> None:
         self._key = secrets.token_bytes(_KEY_BYTES) if seed is None else seed.to_bytes(_KEY_BYTES, "big")
@@ -51,13 +47,7 @@ class Secret:
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """Draws every row by itself for each step, with the same chance; a step may have none.
-
-    Args:
-        rows: Rows n.
-        rate: The chance q.
-        secret: Where chance comes from.
-    """
+    """Draws every one of n rows by itself for each step, with the same chance, `rate`; a step may have none."""
 
     def __init__(self, rows: int, rate: float, secret: Secret) -> None:
         self._rows = rows
@@ -94,12 +84,8 @@ def collate_any(
 def parts(batch: Mapping[str, Tensor], most: int) -> Sequence[dict[str, Tensor]]:
     """Split a batch into parts of at most so many rows, as even as can be; without rows there are none.
 
-    Args:
-        batch: (B, T) tensors, padded on the right as `attention_mask` says, and (B,) ones.
-        most: Rows in a part, at most.
-
-    Returns:
-        The parts, each as wide as its longest row.
+    The batch has (B, T) tensors, padded on the right as `attention_mask` says, and (B,) ones; each part is as wide as
+    its longest row.
     """
     count = math.ceil(len(batch["attention_mask"]) / most)
     split = {name: value.tensor_split(count) for name, value in batch.items()} if count else {}

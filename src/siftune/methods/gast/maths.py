@@ -177,16 +177,11 @@ def systematic(chances_S: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Scored(NamedTuple):
-    """Scores, which samples have a gradient at all, and what the samples' gradients add up to.
+    """Scores, which samples have a gradient at all, and what the samples' gradients add up to."""
 
-    Attributes:
-        scores: (S,) float32, or float64 where the gradients are.
-        live: (S,) bool.
-        totals: Sum over the samples for each parameter, (D,); empty where it was neither needed nor asked for.
-    """
-
-    scores: Tensor
-    live: Tensor
+    scores: Tensor  # (S,) float32, or float64 where the gradients are
+    live: Tensor  # (S,) bool
+    # sum over the samples for each parameter, (D,); empty where it was neither needed nor asked for
     totals: Sequence[Tensor] = ()
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from siftune import numerics
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.errors import RecipeError
@@ -15,51 +14,31 @@ from siftune.methods.gast.momentum import moved_mean
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.gast.stream import Stream
 from siftune.methods.sample_choice import Choosing, Unit, units_of
+from siftune.methods.sample_driver import SampleRule, summed
 from siftune.methods.support import Gradients, Support
 
 
-class AlignedSamples:
-    """Chooses samples by how their gradients align with the support's, for each layer by itself.
+class AlignedSamples(SampleRule):
+    """Chooses samples by how their gradients align with the support's, for each layer by itself."""
 
-    Args:
-        settings: GAST's.
-        groups: The layers.
-    """
-
-    whole = False
+    stream: Stream | None
 
     def __init__(self, settings: GASTSettings, groups: Sequence[LayerGroup]) -> None:
+        super().__init__(units_of(groups), settings.select)
         self.settings = settings
-        self.units: Sequence[Unit] = units_of(groups)
-        self.select = settings.select
         self.stream = Stream(settings, self.units) if settings.among == "recent" else None
         self.always = self.stream is not None and settings.select < 1
         averaged = (settings.support_size, settings.support_every, settings.support_decay)
         self.support = Support(*averaged) if settings.needs_rows else None
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.planned: int | None = None
         self._groups = groups
         self._unit = {unit.layer: unit for unit in self.units}
         self._moves = settings.support == "momentum" and settings.needs_scores
-        self._mean: Gradients = {}
         self._sums: Gradients = {}
 
     @property
     def keeps_mean(self) -> bool:
         """Whether a step's choice depends on gradients of earlier steps."""
-        return self._moves or (self.support is not None and self.support.lasts)
-
-    @property
-    def mean(self) -> Gradients:
-        """What those gradients have been averaged to, of all samples or of support sets."""
-        return self._mean if self.support is None else self.support.average
-
-    @mean.setter
-    def mean(self, mean: Gradients) -> None:
-        if self.support is None:
-            self._mean = mean
-        else:
-            self.support.average = mean
+        return self._moves or super().keeps_mean
 
     def follows_all(self, steps: int) -> bool:
         """Whether selection has ended after so many optimizer steps."""
@@ -95,7 +74,7 @@ class AlignedSamples:
             scale = maths.factor(scored.live, chosen)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen)
         scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
-        return {p: numerics.sum_of(part, chosen.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
+        return summed(grads, chosen, scale)
 
     def _score(self, grads: SampleGradients) -> Scored:
         """Score the samples of a batch by the gradients of one unit."""
@@ -129,12 +108,7 @@ class AlignedSamples:
 def adam_metric(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
     """Adam's metric: 1 / (√v̂ + ε), from its running mean v of squared gradients; ones before the first step.
 
-    Args:
-        optimizer: Adam, AdamW, or one that keeps `exp_avg_sq` as they do.
-        parameter: One of its parameters.
-
-    Returns:
-        The metric's diagonal, in the parameter's shape.
+    Its diagonal, in the parameter's shape; of Adam, AdamW, or an optimizer that keeps `exp_avg_sq` as they do.
 
     Raises:
         RecipeError: The optimizer keeps no such mean.

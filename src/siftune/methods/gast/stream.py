@@ -27,12 +27,7 @@ LEAST = 16  # rows in a window before rows are selected: a deviation of fewer sa
 
 
 class Stream:
-    """What the units of a model remember of rows that came.
-
-    Args:
-        settings: GAST's; `select` is a share.
-        units: The units, in their places.
-    """
+    """What the units of a model remember of rows that came; `select` of the settings is a share."""
 
     def __init__(self, settings: GASTSettings, units: Sequence[Unit]) -> None:
         self._settings = settings

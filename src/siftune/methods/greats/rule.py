@@ -11,37 +11,24 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.methods.greats import maths
 from siftune.methods.greats.settings import GREATSSettings
-from siftune.methods.sample_choice import Choosing, Unit, whole_model
+from siftune.methods.sample_choice import Choosing, whole_model
+from siftune.methods.sample_driver import SampleRule, summed
 from siftune.methods.support import Gradients, Support
 from siftune.numerics import widened
 
 
-class HelpfulSamples:
+class HelpfulSamples(SampleRule):
     """Chooses the samples that most help the support set, by their gradients for all layers.
 
     The gradients of all samples for all layers are held until backward is through.
-
-    Args:
-        settings: GREATS'.
-        groups: The layers.
     """
 
     whole = True
-    always = False
-    keeps_mean = False
-    stream = None
+    support: Support
 
     def __init__(self, settings: GREATSSettings, groups: Sequence[LayerGroup]) -> None:
-        self.units: Sequence[Unit] = [whole_model(groups)]
-        self.select = settings.select
+        super().__init__([whole_model(groups)], settings.select)
         self.support = Support(settings.support_size)
-        self.mean: Gradients = {}
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.planned: int | None = None
-
-    def follows_all(self, steps: int) -> bool:
-        """Never."""
-        return False
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples by their gradients for all layers, and add these up."""
@@ -61,10 +48,7 @@ class HelpfulSamples:
         choosing.note(self.units[0], products_B, chosen_K)
         scale = live_B.sum() / live_B[chosen_K].sum().clamp_min(1)
         scale = torch.where(torch.isfinite(products_B).all(), scale, torch.nan)
-        return {p: numerics.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
-
-    def end(self) -> None:
-        """Do nothing: a step leaves nothing behind."""
+        return summed(grads, chosen_K, scale)
 
     def _learning_rate(self) -> float:
         """The learning rate of the coming step; 0, so that samples count each by itself, where none is known."""

@@ -19,17 +19,9 @@ class Importance(LayerPolicy):
 
     Every `interval` steps it moves the importance by what a few sets of layers matter; or in every step, by the norms
     of the gradients of the layers that train.
-
-    Args:
-        stack: The layers.
-        settings: IST's.
-        generator: Source of randomness, on the CPU.
-
-    Attributes:
-        importance: (L,) float64 logits, high = important.
     """
 
-    importance: Tensor
+    importance: Tensor  # (L,) float64 logits, high = important
 
     def __init__(self, stack: LayerStack, settings: ISTSettings, generator: torch.Generator) -> None:
         self.importance = torch.zeros(len(stack.numbers), dtype=torch.float64)

@@ -33,11 +33,6 @@ from siftune.settings import documented, reads_gone
 class HeldLayers(LayerPolicy):
     """Draws layers and holds them for `interval` optimizer steps.
 
-    Args:
-        stack: The layers.
-        settings: LISA's.
-        generator: Source of randomness, on the CPU.
-
     Raises:
         RecipeError: More layers are to train than there are to draw from.
     """

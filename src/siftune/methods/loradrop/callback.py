@@ -18,12 +18,7 @@ from siftune.settings import documented
 
 
 class RespondingLayers(LayerPolicy):
-    """All layers at first; then those whose adapters respond most, for good.
-
-    Args:
-        stack: The layers.
-        settings: LoRA-drop's.
-    """
+    """All layers at first; then those whose adapters respond most, for good."""
 
     needs_rows = True
     needs_responses = True

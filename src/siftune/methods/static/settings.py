@@ -16,11 +16,5 @@ class StaticSettings(Settings):
     numbers: Annotated[tuple[int, ...], OURS] = (-1,)
     """Numbers of the layers that train, from 0, negative from the end: any set, such as a window in the middle."""
 
-    def __post_init__(self) -> None:
-        """Check the settings; a list of numbers is as good, such as a checkpoint's JSON holds."""
-        if isinstance(self.numbers, list):
-            self.numbers = tuple(self.numbers)
-        super().__post_init__()
-
     def _faults(self) -> Iterable[tuple[bool, str]]:
         yield not self.numbers, "static.numbers is empty: give the number of at least one layer"

@@ -2,47 +2,29 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from siftune import numerics
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.errors import UnsupportedError
-from siftune.methods.sample_choice import Choosing, Unit, whole_model
+from siftune.methods.sample_choice import Choosing, whole_model
+from siftune.methods.sample_driver import SampleRule, summed
 from siftune.methods.support import Gradients
 from siftune.methods.trim import maths
 from siftune.methods.trim.settings import TrimSettings
 
 
-class TrimmedSamples:
+class TrimmedSamples(SampleRule):
     """Chooses rows by what they cost, once for the model; layers are reduced as backward passes them.
 
-    Args:
-        settings: Trim's.
-        groups: The layers.
-        losses: Gives the mean token losses of the batch whose forward pass was the last, (B,).
+    `losses` gives the mean token losses, (B,), of the batch whose forward pass was the last.
     """
 
-    whole = False
-    always = False
-    keeps_mean = False
-    stream = None
-    support = None
-
     def __init__(self, settings: TrimSettings, groups: Sequence[LayerGroup], losses: Callable[[], Tensor]) -> None:
-        self.units: Sequence[Unit] = [whole_model(groups)]
-        self.select = settings.select
-        self.mean: Gradients = {}
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.planned: int | None = None
+        super().__init__([whole_model(groups)], settings.select)
         self._which = settings.which
         self._losses = losses
         self._chosen: tuple[Choosing, Tensor, Tensor] | None = None  # the batch, rows, and what they count
-
-    def follows_all(self, steps: int) -> bool:
-        """Never."""
-        return False
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose rows where that has not been done for this batch, and add up their gradients."""
@@ -50,7 +32,7 @@ class TrimmedSamples:
         if self._chosen is None or self._chosen[0] is not choosing:
             self._chosen = (choosing, *self._choose(choosing))
         _, chosen_K, scale = self._chosen
-        return {p: numerics.sum_of(part, chosen_K.to(part.device)) * scale.to(part.device) for p, part in grads.items()}
+        return summed(grads, chosen_K, scale)
 
     def end(self) -> None:
         """Let the batch go."""

@@ -139,8 +139,8 @@ def test_the_trainer_trains_those_layers(tmp_path, keep):
     assert remembered == set(itertools.chain(*(c.layers for c in (chosen if keep else chosen[-1:]))))
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("stop", [2, 3, 4])  # within an interval, at its end, within the next
+# within an interval, at its end, within the next
+@pytest.mark.parametrize(("stop", "keep"), [(2, False), (3, True), (4, False)])
 def test_resume_within_an_interval_is_bitwise_the_unbroken_run(tmp_path, stop, keep):
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": stop}
     own = {"active": 2, "interval": 3, "keep_state": keep}
