@@ -2,7 +2,7 @@
 
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -63,6 +63,11 @@ def named_modules(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Modu
     return {n: m for matches in found.values() for n, m in matches.items()}
 
 
+def transposed(linears: Mapping[str, nn.Module]) -> bool:
+    """Whether linear modules hold their weights as (in, out), as GPT-2's do."""
+    return any(isinstance(module, Conv1D) for module in linears.values())
+
+
 def chosen_linears(model: nn.Module, shape: Shape) -> dict[str, nn.Module]:
     """Collect the linear modules that a shape names: of the decoder layers where it names none, and in its layers.
 
@@ -71,7 +76,7 @@ def chosen_linears(model: nn.Module, shape: Shape) -> dict[str, nn.Module]:
         LayerError: As `layer_linears`.
     """
     chosen = layer_linears(model) if shape.targets is None else named_modules(model, shape.targets)
-    return chosen if shape.layers is None else inside(model, chosen, shape.layers)
+    return inside(model, chosen, shape.layers)
 
 
 def short_names(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
@@ -294,8 +299,10 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
         ) from error
 
 
-def inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int]) -> dict[str, nn.Module]:
-    """Keep the modules that are in some layers."""
+def inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int] | None) -> dict[str, nn.Module]:
+    """Keep the modules that are in some layers; None: all."""
+    if layers is None:
+        return modules
     found = find_layers(model)
     places = tuple(f"{found.path}.{number}." for number in layer_numbers(len(found.layers), layers))
     kept = {name: module for name, module in modules.items() if name.startswith(places)}

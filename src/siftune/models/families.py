@@ -12,19 +12,12 @@ from siftune.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Family:
-    """Matrices of a decoder layer, by path.
+    """Matrices of a decoder layer, by path."""
 
-    Attributes:
-        attention: The projections of attention.
-        reads: MLP matrices that read the hidden state, one row per channel.
-        writes: The MLP matrix that writes to it, one column per channel.
-        centred_norms: Its norms multiply by 1 + weight, not by the weight.
-    """
-
-    attention: tuple[str, ...]
-    reads: tuple[str, ...]
-    writes: str
-    centred_norms: bool = False
+    attention: tuple[str, ...]  # the projections of attention
+    reads: tuple[str, ...]  # MLP matrices that read the hidden state, one row per channel
+    writes: str  # the MLP matrix that writes to it, one column per channel
+    centred_norms: bool = False  # its norms multiply by 1 + weight, not by the weight
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -57,10 +50,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Any) -> Family:
-    """Look up a model's family.
-
-    Args:
-        config: A transformers config.
+    """Look up a model's family, by its transformers config.
 
     Raises:
         UnsupportedError: The family is not in the table.

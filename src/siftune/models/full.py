@@ -29,11 +29,6 @@ class OpenLayers:
         originals: Keep the weights as they are now, in their dtype, which damping (IST) needs: one more copy of them.
         outside: What else trains: "embeddings", "head". Where the model ties them, each brings the other.
 
-    Attributes:
-        numbers: The layers, from 0, ascending.
-        outside: What else trains, as given.
-        parameters: What trains, by name in the model's state dict.
-
     Raises:
         LayerError: There is no such layer, or the layers cannot be found.
         AdapterError: The model has adapters, or something that is to train is quantised.
@@ -45,11 +40,11 @@ class OpenLayers:
         refuse_adapters(model)
         stack = find_layers(model)
         depth = len(stack.layers)
-        self.numbers = layer_numbers(depth, range(depth) if layers is None else layers)
+        self.numbers = layer_numbers(depth, range(depth) if layers is None else layers)  # from 0, ascending
         self.outside = tuple(outside)
         self._layers = [stack.layers[number] for number in self.numbers]
         names = [f"{stack.path}.{number}" for number in self.numbers]
-        self.parameters = {
+        self.parameters = {  # by name in the model's state dict
             f"{name}.{key}": parameter
             for name, layer in zip(names, self._layers, strict=True)
             for key, parameter in layer.named_parameters()

@@ -14,11 +14,7 @@ _SECONDS = 5.0  # for the hub to answer
 
 @cache
 def why_missing(name: str) -> str | None:
-    """Say why a hub id cannot be loaded; None where it may be: it is in the cache, or the hub has it or may have it.
-
-    Args:
-        name: A hub id, such as owner/name.
-    """
+    """Say why a hub id cannot be loaded; None where it may be: it is in the cache, or the hub has it or may have it."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -48,12 +44,7 @@ def why_missing(name: str) -> str | None:
 
 
 def similar_folder(name: str, suits: Callable[[Path], bool]) -> Path | None:
-    """The folder whose name is most like one that is not there, beside where it would be; None where there is none.
-
-    Args:
-        name: A path that does not exist.
-        suits: Whether a folder is of the kind that is looked for.
-    """
+    """The folder, if any, that `suits` and whose name is most like one that is not there, beside where it would be."""
     parent = Path(name).expanduser().parent
     if not parent.is_dir():
         return None

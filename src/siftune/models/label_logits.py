@@ -15,17 +15,15 @@ output that is made smaller, and what TRL is given has shape (1, N).
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from siftune.errors import LayerError
-from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, next_labels
+from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, losses_agree, next_labels
 from siftune.models.modes import evaluating
 
 logger = logging.getLogger(__name__)
@@ -68,9 +66,7 @@ class LabelHead:
     def __enter__(self) -> "LabelHead":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,8 +118,7 @@ class LabelHead:
         except (LayerError, ValueError, RuntimeError, IndexError) as error:  # what the model makes of fewer positions
             logger.warning("logits are computed at all positions: %s", error)
             return False
-        half = next(self._model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        agree = math.isclose(ours, theirs, rel_tol=1e-2 if half else 1e-4, abs_tol=1e-4)
+        agree = losses_agree(self._model, ours, theirs)
         if not agree:
             logger.warning(
                 "logits are computed at all positions: the loss of %s is %.5g, and %.5g over its label positions alone",

@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from siftune.errors import LayerError
 
 # names under which wrappers (DDP, torch.compile, PEFT, FSDP, activation checkpointing) keep what they wrap
-_WRAPPED = (
-    "module",
-    "_orig_mod",
-    "base_model",
-    "model",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED = ("module", "base_model", "model", *_TRANSPARENT)
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
         raise LayerError(f"{type(model).__name__} has no list of like decoder layers. {_advice(model)}")
     length = max(len(blocks) for blocks in candidates.values())
     longest = {name: blocks for name, blocks in candidates.items() if len(blocks) == length}
-    if len(longest) > 1 or _has_encoder(owner):
+    if len(longest) > 1 or getattr(getattr(owner, "config", None), "is_encoder_decoder", False):
         raise LayerError(
             f"{type(model).__name__} has several lists that may be its decoder layers: "
             f"{_listing(longest if len(longest) > 1 else candidates)}. {_advice(model)}"
@@ -154,10 +147,6 @@ def _nearest(lists: dict[str, nn.ModuleList], embeddings: str | None) -> dict[st
         if inside:
             return inside
     return lists
-
-
-def _has_encoder(owner: nn.Module) -> bool:
-    return bool(getattr(getattr(owner, "config", None), "is_encoder_decoder", False))
 
 
 def _listing(lists: dict[str, nn.ModuleList]) -> str:

@@ -9,6 +9,7 @@ project having to know of it. `token_loss` is the loss that the model would have
 Shapes: B rows, T positions, H hidden size, N label positions, V vocabulary size.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,22 +135,18 @@ def _select(args: tuple[Any, ...], mask: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[2]).index_select(0, where).unsqueeze(0)
 
 
-def token_loss(
-    logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None = None, weights_B: Tensor | None = None
-) -> Tensor:
+def token_loss(logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None = None) -> Tensor:
     """Cross entropy in float32, summed over label positions and divided by their number.
 
     Args:
         logits_1NV: (1, N, V) logits at `label_positions(labels_BT)`, any floating dtype.
         labels_BT: (B, T) int64, -100 where nothing is learned.
         items: Divisor in place of N: the labels of all micro-batches of an optimizer step.
-        weights_B: (B,) what each row's labels count for in the sum; the divisor stays, so that a row's gradient is as
-            many times that of weight 1, whatever else is in the batch.
 
     Returns:
         Scalar float32; 0 where there is no label at all.
     """
-    return mean_loss(weighed(token_losses(logits_1NV, labels_BT), labels_BT, weights_B), items)
+    return mean_loss(token_losses(logits_1NV, labels_BT), items)
 
 
 def token_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -159,7 +156,11 @@ def token_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Tensor:
-    """Losses of labels, each times its row's weight; as they are where rows have none."""
+    """Losses of labels, each times its row's weight, (B,); as they are where rows have none.
+
+    The divisor of a mean stays, so that a row's gradient is as many times that of weight 1, whatever else is in the
+    batch.
+    """
     if weights_B is None:
         return losses_N
     weights_N = weights_B.float().repeat_interleave(label_positions(labels_BT).sum(1))
@@ -187,17 +188,17 @@ def mean_loss(losses_N: Tensor, items: Tensor | int | None = None) -> Tensor:
     return losses_N.sum() / max(1, divisor)
 
 
+def losses_agree(model: nn.Module, ours: float, theirs: float) -> bool:
+    """Whether two losses of a model are one, up to the rounding of its dtype."""
+    half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    return math.isclose(ours, theirs, rel_tol=1e-2 if half else 1e-4, abs_tol=1e-4)
+
+
 def difference_from_model(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float]:
-    """Compare this loss with the model's own on one row of a batch.
+    """This loss and the model's own on one row of a batch; the caller has gradients and dropout off.
 
-    The row with most labels is taken, so that the full logits of one row are all that it costs.
-
-    Args:
-        model: The model, in any mode; evaluated without gradient and without dropout by the caller.
-        inputs: A batch with (B, T) `input_ids`, `attention_mask` and `labels`.
-
-    Returns:
-        The two losses: ours and the model's.
+    The row with most labels is taken, so that the full logits of one row are all that it costs. The batch has (B, T)
+    `input_ids`, `attention_mask` and `labels`.
     """
     row = int((inputs["labels"] != IGNORED).sum(1).argmax())
     rows = inputs["labels"].shape[0]

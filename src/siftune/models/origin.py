@@ -16,27 +16,16 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # how the hub's cache ca
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of a model.
+    """What is known of a model."""
 
-    Attributes:
-        place: What `from_pretrained` takes on this machine: a folder, absolute, or a hub id.
-        hub_id: Its name on the hub; None where it is not known.
-        licence: Its licence as the hub calls it, such as apache-2.0; None where it is not known.
-        papers: Files that whoever hands it on hands on too: licence, notice.
-    """
-
-    place: str
-    hub_id: str | None = None
-    licence: str | None = None
-    papers: tuple[Path, ...] = ()
+    place: str  # what `from_pretrained` takes on this machine: a folder, absolute, or a hub id
+    hub_id: str | None = None  # its name on the hub; None where it is not known
+    licence: str | None = None  # its licence as the hub calls it, such as apache-2.0; None where it is not known
+    papers: tuple[Path, ...] = ()  # files that whoever hands it on hands on too: licence, notice
 
 
 def origin_of(source: str) -> Origin:
-    """Tell what is known of a model, without asking the hub.
-
-    Args:
-        source: A folder, a hub id, or `smollm2`.
-    """
+    """Tell what is known of a model, a folder, a hub id, or `smollm2`, without asking the hub."""
     from huggingface_hub.errors import HFValidationError
 
     folder = Path(pull_smollm2() if source == SMOLLM2 else source).expanduser().absolute()

@@ -26,12 +26,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a tokenizer, so that transformers 4.57 loads it too; fields that say nothing of it are left out.
-
-    Args:
-        tokenizer: The tokenizer.
-        folder: Where to; made if it is missing.
-    """
+    """Write a tokenizer, so that transformers 4.57 loads it too; fields that say nothing of it are left out."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -47,12 +42,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def save_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write a model, so that transformers 4.57 reads its rotary embeddings as they are.
-
-    Args:
-        model: The model, without an adapter.
-        folder: Where to; made if it is missing.
-    """
+    """Write a model, without an adapter, so that transformers 4.57 reads its rotary embeddings as they are."""
     model.save_pretrained(folder)
     path = Path(folder) / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -63,8 +53,7 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
 def with_older_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A config's fields with the rotary embeddings of transformers 4 beside those of 5, in configs inside of it, too.
 
-    Args:
-        fields: What config.json holds; its own values of the fields that are added stay.
+    Its own values of the fields that are added stay.
 
     Example:
         >>> with_older_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})["rope_theta"]
@@ -78,11 +67,7 @@ def with_older_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _older(full: Mapping[str, Any], sliding: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of 4.57: of layers with full attention, and the base frequency of those with a sliding window."""
-    found = {}
-    if "rope_theta" in full:
-        found["rope_theta"] = full["rope_theta"]
-    if "partial_rotary_factor" in full:
-        found["partial_rotary_factor"] = full["partial_rotary_factor"]
+    found = {name: full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
     if full.get("rope_type", "default") != "default":
         found["rope_scaling"] = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
     if "rope_theta" in sliding:

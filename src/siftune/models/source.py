@@ -17,6 +17,7 @@ from siftune.files import why_unreadable
 from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.smollm2 import pull_smollm2
+from siftune.quiet import quiet
 from siftune.settings import nearest
 
 if TYPE_CHECKING:
@@ -49,22 +50,17 @@ def load_model(
         ModelError: The source does not exist, cannot be reached, is no causal language model, or needs
             code of its own. The message says what was tried and what to do.
     """
-    from transformers import AutoTokenizer
-
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     check_source(source)
     name = resolve(source)
-    try:
+    with _load_faults(name):
         model = _streamed(name, dtype) if streamed else _whole(name, dtype, quantization(quantize))
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, *_OF_BIN) as error:
-        raise ModelError(_reason(name, error)) from error
+        tokenizer = _tokenizer(name, source)
     if quantize == "4bit":
         from siftune.models.packing import KeptUnpacked
 
         KeptUnpacked(model)  # for good
-    set_padding(tokenizer, source)
     return model, tokenizer
 
 
@@ -74,23 +70,31 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     Raises:
         ModelError: As `load_model`.
     """
-    from transformers import AutoTokenizer
-
     check_source(source)
     name = resolve(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(_reason(name, error)) from error
+    with _load_faults(name):
+        return _tokenizer(name, source)
+
+
+def _tokenizer(name: str | Path, source: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     set_padding(tokenizer, source)
     return tokenizer
 
 
+@contextlib.contextmanager
+def _load_faults(name: str | Path) -> Iterator[None]:
+    """Say in one sentence why what the block reads could not be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, *_OF_BIN) as error:
+        raise ModelError(_reason(name, error)) from error
+
+
 def quantization(kind: str | None) -> dict[str, Any]:
     """What transformers is told of bitsandbytes: for 4 bits NF4, the constants rounded too, as QLoRA has it.
-
-    Args:
-        kind: `4bit`, `8bit` or None.
 
     Raises:
         ModelError: bitsandbytes is not installed.
@@ -123,9 +127,9 @@ def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
     """Load a model without its decoder layers' weights."""
     from transformers import AutoModelForCausalLM
 
-    from siftune.models.streamed import streamed_map, without_advice
+    from siftune.models.streamed import streamed_map
 
-    with quiet_bars(), without_advice():
+    with quiet_bars(), quiet("accelerate.big_modeling"):  # which tells that weights are on disk
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, device_map=streamed_map(name)
         )
@@ -245,9 +249,6 @@ def _not_there(name: str, why: str) -> str:
 
 def check_source(source: str) -> None:
     """Refuse what is no model, shortly and before anything is fetched or loaded.
-
-    Args:
-        source: As for `load_model`.
 
     Raises:
         ModelError: As `load_model`, but that what a folder holds is not looked at.

@@ -15,15 +15,10 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from siftune.models.layers import find_layers
-from siftune.quiet import quiet
 
 
 def streamed_map(source: Any) -> dict[str, Any]:
-    """A device map that leaves a model's decoder layers on disk, and has the rest on the accelerator, or the CPU.
-
-    Args:
-        source: Folder or hub id.
-    """
+    """A device map that leaves a model's decoder layers on disk, and has the rest on the accelerator, or the CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -33,13 +28,6 @@ def streamed_map(source: Any) -> dict[str, Any]:
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     rest = {name for name, module in model.named_modules() if _has_tensors(module) and not name.startswith(f"{path}.")}
     return {**dict.fromkeys(rest, str(here)), path: "disk"}
-
-
-@contextmanager
-def without_advice() -> Iterator[None]:
-    """Keep accelerate from telling that weights are on disk, which is what was asked for."""
-    with quiet("accelerate.big_modeling"):
-        yield
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

@@ -29,19 +29,12 @@ PARTS = tuple(_CHILDREN)
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Attention or MLP of a decoder layer.
+    """Attention or MLP of a decoder layer."""
 
-    Attributes:
-        layer: Number of the layer, from 0.
-        part: "attention" or "mlp".
-        reads: Full name of the module whose first argument is the hidden states that the sublayer is given.
-        writes: Full name of the module whose output is what the sublayer adds to the hidden states.
-    """
-
-    layer: int
-    part: str
-    reads: str
-    writes: str
+    layer: int  # number of the layer, from 0
+    part: str  # "attention" or "mlp"
+    reads: str  # full name of the module whose first argument is the hidden states that the sublayer is given
+    writes: str  # full name of the module whose output is what the sublayer adds to the hidden states
 
 
 def find_sublayers(model: nn.Module) -> list[Sublayer]:

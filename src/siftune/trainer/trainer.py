@@ -6,7 +6,6 @@ so. A loss or gradient that is not finite never reaches the weights: see `broken
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from siftune.models.loss import (
     difference_from_model,
     label_positions,
     logits_at,
+    losses_agree,
     mean_loss,
     token_losses,
     weighed,
@@ -242,8 +242,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         except InputError as error:
             logger.warning("logits are computed at all positions, which costs time and memory: %s", error)
             return False
-        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        agrees = math.isclose(ours, theirs, rel_tol=1e-2 if half else 1e-4, abs_tol=1e-4)
+        agrees = losses_agree(model, ours, theirs)
         if not agrees:
             logger.warning(
                 "logits are computed at all positions, which costs time and memory: the model's own loss is %.5g "

@@ -16,7 +16,7 @@ from siftune import GAST, IST
 from siftune.data.rows import rows_from
 from siftune.data.tokenize import Collator, numbered, weighted
 from siftune.errors import DataError, RecipeError, UnsupportedError
-from siftune.models.loss import label_positions, token_loss
+from siftune.models.loss import label_positions, mean_loss, token_losses, weighed
 from siftune.trainer.run import train
 from siftune.trainer.trainer import SiftTrainer
 
@@ -36,10 +36,8 @@ def test_the_loss_is_a_sum_over_rows_times_their_weights(factors, length, seed, 
             if of_row[place] != -100:
                 total -= factor * float(logits_TV[place - 1].log_softmax(0)[of_row[place]])
                 labels += 1
-    found = token_loss(
-        logits_BTV[label_positions(labels_BT)].unsqueeze(0), labels_BT, 5 if given_items else None,
-        torch.tensor(factors),
-    )  # fmt: skip
+    losses_N = token_losses(logits_BTV[label_positions(labels_BT)].unsqueeze(0), labels_BT)
+    found = mean_loss(weighed(losses_N, labels_BT, torch.tensor(factors)), 5 if given_items else None)
     assert float(found) == pytest.approx(total / (5 if given_items else max(1, labels)), rel=1e-5, abs=1e-6)
 
 

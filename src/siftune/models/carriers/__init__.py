@@ -6,7 +6,7 @@ A new kind is a line in CARRIERS and a function that makes its config. Nothing h
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from siftune.errors import AdapterError
@@ -16,63 +16,40 @@ NONLINEARITIES = Literal["relu", "gelu", "silu", "tanh"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What of an adapter can be chosen; a kind takes some of it.
+    """What of an adapter can be chosen; a kind takes some of it."""
 
-    Attributes:
-        rank: Rank of matrices, or width of a bottleneck; None stands for the kind's own.
-        alpha: Numerator of the response's scale, alpha/rank for most kinds; None stands for the kind's own.
-        dropout: Probability of zeroing an input, in [0, 1).
-        init: First values: "default", or what PEFT's LoRA takes besides.
-        nonlinearity: Function in a bottleneck.
-        targets: Names of the modules to adapt; of bottlenecks "attention" and "mlp". None stands for the kind's own.
-        layers: Numbers of the decoder layers that get adapters; None stands for all.
-    """
-
-    rank: int | None = None
+    rank: int | None = None  # rank of matrices, or width of a bottleneck; None stands for the kind's own
+    # numerator of the response's scale, alpha/rank for most kinds; None stands for the kind's own
     alpha: int | None = None
-    dropout: float = 0.0
-    init: str = "default"
-    nonlinearity: str = "relu"
+    dropout: float = 0.0  # probability of zeroing an input, in [0, 1)
+    init: str = "default"  # first values: "default", or what PEFT's LoRA takes besides
+    nonlinearity: str = "relu"  # function in a bottleneck
+    # names of the modules to adapt; of bottlenecks "attention" and "mlp". None stands for the kind's own
     targets: Sequence[str] | None = None
-    layers: Sequence[int] | None = None
+    layers: Sequence[int] | None = None  # numbers of the decoder layers that get adapters; None stands for all
 
 
 @dataclass(frozen=True)
 class Carrier:
-    """A kind of adapter, as `--adapter` names it.
+    """A kind of adapter, as `--adapter` names it."""
 
-    Attributes:
-        line: What it is.
-        config: What makes PEFT's config of a model and a `Shape`, as MODULE:FUNCTION; imported when it is called.
-        marks: What tells the kind in an adapter_config.json: values by key; a key that is missing there is False.
-        keys: What of a `Shape` it takes, targets and layers apart -> the key in adapter_config.json.
-        rank: Where none is given.
-        alpha: The same, made of the rank.
-        unmergeable: Why it cannot be put into the base's weights; None where it can.
-        callback: What has to hear of a Trainer's steps, as MODULE:CLASS.
-    """
-
-    line: str
-    config: str
+    line: str  # what it is
+    config: str  # what makes PEFT's config of a model and a `Shape`, as MODULE:FUNCTION; imported when it is called
+    # what tells the kind in an adapter_config.json: values by key; a key that is missing there is False
     marks: Mapping[str, Any]
-    keys: Mapping[str, str]
-    rank: int = 32
-    alpha: Callable[[int], int] = field(default=lambda rank: 2 * rank)
-    unmergeable: str | None = None
-    callback: str | None = None
+    keys: Mapping[str, str]  # what of a `Shape` it takes, targets and layers apart -> the key in adapter_config.json
+    rank: int = 32  # where none is given
+    alpha: Callable[[int], int] = field(default=lambda rank: 2 * rank)  # the same, made of the rank
+    unmergeable: str | None = None  # why it cannot be put into the base's weights; None where it can
+    callback: str | None = None  # what has to hear of a Trainer's steps, as MODULE:CLASS
 
     def make(self, model: Any, shape: Shape) -> Any:
         """Make PEFT's config for a model."""
-        return _imported(self.config)(model, shape)
+        return resolve_name(self.config)(model, shape)
 
     def callbacks(self) -> list[Any]:
         """Make what has to hear of a Trainer's steps."""
-        return [] if self.callback is None else [_imported(self.callback)()]
-
-
-def _imported(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+        return [] if self.callback is None else [resolve_name(self.callback)()]
 
 
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"}
@@ -216,12 +193,7 @@ def filled_in(kind: str, shape: Shape) -> Shape:
 
 
 def not_taken(kind: str, shape: Any) -> Iterator[str]:
-    """Say of everything that was chosen and is not for a kind what it is, and what to do.
-
-    Args:
-        kind: The kind.
-        shape: A `Shape`, or anything with its fields.
-    """
+    """Say of everything that a `Shape`, or what has its fields, has and a kind has not what it is, and what to do."""
     for each in fields(Shape):
         value = getattr(shape, each.name)
         if each.name not in (*CARRIERS[kind].keys, "targets", "layers") and value != each.default:

@@ -10,9 +10,8 @@ hundredth of it), and is at `rank` for its last fifth. The paper sets these for 
 
 from peft import AdaLoraConfig
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from siftune.models.adapters import chosen_linears, short_names
+from siftune.models.adapters import chosen_linears, short_names, transposed
 from siftune.models.carriers import Shape
 
 
@@ -27,6 +26,6 @@ def adalora(model: nn.Module, shape: Shape) -> AdaLoraConfig:
         lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
         target_modules=short_names(model, chosen),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+        fan_in_fan_out=transposed(chosen),
         total_step=1,
     )

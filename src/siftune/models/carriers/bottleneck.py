@@ -67,12 +67,8 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
 class BottleneckLayer(OwnLayer):
     """The module by which a sublayer writes, and bottlenecks after it or beside the sublayer.
 
-    Its response, all that it adds to what the module gives, is proportional to `scaling`.
-
-    Args:
-        base_layer: The module.
-        width: Size of the hidden states.
-        active: Name of the adapter that is used.
+    Its response, all that it adds to what the module gives, is proportional to `scaling`. `width` is the size of the
+    hidden states.
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("bottleneck_down", "bottleneck_up")
@@ -195,8 +191,7 @@ def _config(model: nn.Module, shape: Shape, parts: Sequence[str], parallel: bool
             f"the layers of {type(model).__name__} have no {' or '.join(parts)} that is known by its name, so a "
             "bottleneck has no place there; give other targets, or an adapter on linear modules, such as lora"
         )
-    modules = {place: model.get_submodule(place) for place in places}
-    chosen = modules if shape.layers is None else inside(model, modules, shape.layers)
+    chosen = inside(model, {place: model.get_submodule(place) for place in places}, shape.layers)
     register()
     assert shape.rank is not None
     assert shape.alpha is not None  # filled in

@@ -8,9 +8,8 @@ nothing is.
 
 from peft import IA3Config
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from siftune.models.adapters import chosen_linears, short_names
+from siftune.models.adapters import chosen_linears, short_names, transposed
 from siftune.models.carriers import Shape
 from siftune.models.sublayers import find_sublayers
 
@@ -37,5 +36,5 @@ def ia3(model: nn.Module, shape: Shape) -> IA3Config:
         task_type="CAUSAL_LM",
         target_modules=names,
         feedforward_modules=[end for end in names if any(name.endswith(end) for name in inputs & chosen.keys())],
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+        fan_in_fan_out=transposed(chosen),
     )

@@ -6,9 +6,8 @@ closed form here: see `engine.generic_rows`.
 
 from peft import BOFTConfig, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, VeraConfig
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from siftune.models.adapters import chosen_linears, short_names
+from siftune.models.adapters import chosen_linears, short_names, transposed
 from siftune.models.carriers import Shape
 
 _ALIKE = {"task_type": "CAUSAL_LM"}
@@ -21,13 +20,9 @@ def _targets(model: nn.Module, shape: Shape) -> list[str]:
 def vera(model: nn.Module, shape: Shape) -> PeftConfig:
     """Config of VeRA, two vectors in each module beside random matrices that all modules share and none trains."""
     chosen = chosen_linears(model, shape)
-    transposed = any(isinstance(module, Conv1D) for module in chosen.values())
+    names, fan_in_fan_out = short_names(model, chosen), transposed(chosen)
     return VeraConfig(
-        r=shape.rank,
-        vera_dropout=shape.dropout,
-        target_modules=short_names(model, chosen),
-        fan_in_fan_out=transposed,
-        **_ALIKE,
+        r=shape.rank, vera_dropout=shape.dropout, target_modules=names, fan_in_fan_out=fan_in_fan_out, **_ALIKE
     )
 
 

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 from peft import LoraConfig
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from siftune.models.adapters import EXPERTS, chosen_linears, expert_weights, short_names
+from siftune.models.adapters import EXPERTS, chosen_linears, expert_weights, short_names, transposed
 from siftune.models.carriers import Shape
 
 
@@ -24,7 +23,7 @@ def lora(model: nn.Module, shape: Shape, **flags: bool) -> LoraConfig:
         target_modules=short_names(model, chosen),
         target_parameters=experts or None,
         init_lora_weights=True if shape.init == "default" else shape.init,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
+        fan_in_fan_out=transposed(chosen),
         **flags,
     )
 

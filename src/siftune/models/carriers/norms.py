@@ -36,7 +36,7 @@ def ln(model: nn.Module, shape: Shape) -> LNTuningConfig:
             f"no norm with weights in the layers of {type(model).__name__} is called {' or '.join(ends)}; available: "
             f"{', '.join(leaves) or 'none'}"
         )
-    chosen = chosen if shape.layers is None else inside(model, chosen, shape.layers)
+    chosen = inside(model, chosen, shape.layers)
     half = {p.dtype for module in chosen.values() for p in module.parameters()} - {torch.float32, torch.float64}
     if half:
         logger.warning("norms train in %s, in which small updates are lost: load the model in float32", *half)

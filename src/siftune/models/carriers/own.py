@@ -12,12 +12,7 @@ from torch import nn
 
 
 class OwnLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A module of the model, and adapters that change what it gives.
-
-    Args:
-        base_layer: The module.
-        active: Name of the adapter that is used.
-    """
+    """A module of the model, and adapters that change what it gives, of which `active` is used."""
 
     unmergeable = ""
 

@@ -75,12 +75,7 @@ class _Prefixed:
 
 
 class PrefixLayer(OwnLayer):
-    """An attention, and keys and values before its own.
-
-    Args:
-        base_layer: The attention.
-        active: Name of the adapter that is used.
-    """
+    """An attention, and keys and values before its own."""
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("prefix_keys", "prefix_values")
     other_param_names: ClassVar[tuple[str, ...]] = ()
@@ -175,8 +170,7 @@ def prefix(model: nn.Module, shape: Shape) -> PrefixConfig:
     if shape.targets is not None or not places:
         what = "targets names modules" if places else f"the layers of {type(model).__name__} have no attention"
         raise AdapterError(f"{what}, but a prefix goes on attention: leave targets out, or take another adapter")
-    modules = {place: model.get_submodule(place) for place in places}
-    chosen = modules if shape.layers is None else inside(model, modules, shape.layers)
+    chosen = inside(model, {place: model.get_submodule(place) for place in places}, shape.layers)
     register()
     assert shape.rank is not None  # filled in
     return PrefixConfig(task_type="CAUSAL_LM", r=shape.rank, target_modules=short_names(model, chosen))
