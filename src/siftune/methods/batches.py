@@ -31,19 +31,12 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 class RowDraws:
     """Draws batches from a dataset without touching the global generators or the Trainer's sampler.
 
-    Args:
-        dataset: Indexed by row, or an iterable that can be started again; it is read by a walker of its own then.
-        collate: Makes a batch of a list of rows.
-        generator: Source of randomness, on the CPU.
-        taken: Rows that an iterable's walker has handed out before, after a resume.
+    The dataset is indexed by row, or an iterable that can be started again; it is read by a walker of its own then, of
+    which `taken` says how many rows it has handed out, also before a resume. The generator is on the CPU.
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        collate: Callable[[list[Any]], Batch],
-        generator: torch.Generator,
-        taken: int = 0,
+        self, dataset: Any, collate: Callable[[list[Any]], Batch], generator: torch.Generator, taken: int = 0
     ) -> None:
         self._dataset = dataset
         self._collate = collate

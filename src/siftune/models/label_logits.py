@@ -38,9 +38,6 @@ class LabelHead:
     V), those of the N positions first. Before they act for the first time the two losses are compared on one row; where
     they differ the hooks step aside for good, and a warning says so.
 
-    Args:
-        model: A causal LM, PEFT-wrapped or not.
-
     Raises:
         LayerError: The model has no output embeddings.
     """

@@ -186,15 +186,9 @@ def with_hidden(
 
 
 def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> tuple[int, ...]:
-    """Resolve numbers of layers, some of which may count from the end.
+    """Resolve numbers of layers, from -depth to depth − 1: from 0, ascending, each once.
 
-    Args:
-        depth: Layers of the model.
-        layers: Numbers from -depth to depth − 1.
-        option: Where the user gave them.
-
-    Returns:
-        Numbers from 0, ascending, each once.
+    `option` is where the user gave them.
 
     Raises:
         LayerError: There is no such layer, or none at all.

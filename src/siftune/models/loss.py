@@ -36,13 +36,9 @@ def next_labels(labels_BT: Tensor) -> Tensor:
 
 
 def find_output_embeddings(model: nn.Module) -> nn.Module:
-    """Return the module that turns hidden states into logits.
+    """Return the module that turns hidden states into logits, as the model calls it: with PEFT's wrapper, if any.
 
-    Args:
-        model: A causal language model, PEFT-wrapped or not, or a wrapper that keeps it as `.module`.
-
-    Returns:
-        The head as the model calls it, so a PEFT wrapper around it where there is one.
+    The model may be PEFT-wrapped, or in a wrapper that keeps it as `.module`.
 
     Raises:
         LayerError: The model has no output embeddings.
@@ -69,9 +65,6 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
     Args:
         model: A causal language model, PEFT-wrapped or not.
         mask: (B, T) bool; row b, position t is true where the logits that follow token t are wanted.
-
-    Yields:
-        Nothing; the hook is removed when the block ends, also after an error.
 
     Raises:
         LayerError: The model has no output embeddings, or never called them, or called them more than once.

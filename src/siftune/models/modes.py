@@ -10,12 +10,18 @@ from torch import nn
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a block in eval mode and without gradients; each module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with _modes_restored(model):
+        model.eval()
         # Not inference_mode: what a model caches inside it (rotary tables) would be of no use in training.
         with torch.no_grad():
             yield
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -24,13 +30,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def flags_restored(model: nn.Module) -> Iterator[None]:
     """Put back modes, `requires_grad` and `grad` as they were before the block."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
-        yield
+        with _modes_restored(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad

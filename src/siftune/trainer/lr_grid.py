@@ -56,14 +56,9 @@ class LRRun:
 
 
 def grid_of(recipe: Recipe, methods: str | None = None, rates: str | None = None, seeds: str | None = None) -> Grid:
-    """Read lists with commas between; what is not given comes from the recipe.
+    """Read lists with commas between, such as "dense,gast", "5e-4,1e-3" and "0,1"; what is not given is the recipe's.
 
-    Args:
-        recipe: Names the method and the seed that are taken by default, and the rate that the default grid is around.
-        methods: Such as "dense,gast".
-        rates: Such as "5e-4,1e-3"; by default a quarter, half, once, twice and four times the recipe's, or that of its
-            method.
-        seeds: Such as "0,1".
+    By default a quarter, half, once, twice and four times its rate, or that of its method, are tried.
 
     Raises:
         RecipeError: A list is empty, names something twice, or names what it cannot.

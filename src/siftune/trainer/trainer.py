@@ -57,17 +57,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
         dynamic: A label's loss counts as much as the model finds the label likely; see `models.loss`.
         bad_steps: Steps that may be left out because a number of theirs is not finite; see `BrokenSteps`.
-
-    Attributes:
-        broken: Looks at every step's numbers.
-        rows: Numbers of the rows in the batch that was trained on last, where the training rows are numbered.
-        kept_step: The step whose weights the model was given at the end, those of least held-out loss; None: the last.
-        label_losses: Losses of its labels in row-major order, (N,) float32; None where the loss is not made of them.
     """
 
-    rows: Sequence[int] = ()
-    kept_step: int | None = None
-    label_losses: Tensor | None = None
+    rows: Sequence[int] = ()  # numbers of those in the batch that was trained on last, where they are numbered
+    kept_step: int | None = None  # whose weights of least held-out loss the model was given at the end; None: the last
+    label_losses: Tensor | None = None  # (N,) float32 of the batch in row-major order, where the loss is made of them
 
     def __init__(
         self,

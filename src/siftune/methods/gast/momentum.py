@@ -15,7 +15,7 @@ from siftune.numerics import all_finite
 def moved_mean(
     mean: Mapping[nn.Parameter, Tensor], sums: Gradients, groups: Sequence[LayerGroup], decay: float
 ) -> Gradients:
-    """Take a step's gradients, on all ranks, into the running mean of the active layers.
+    """Take a step's gradients, on all ranks, into the running mean of the active layers, of which `decay` stays.
 
     All ranks exchange tensors of the same shapes, so a rank on which a layer recorded nothing, as where its batch had
     no more samples than are to be selected, brings zeros; and a last number says whether any rank recorded at all.
@@ -23,14 +23,8 @@ def moved_mean(
     gradient was formed for them, which is not a gradient of zero. A mean that takes in a NaN never loses it, so a step
     with one is left out.
 
-    Args:
-        mean: The mean so far, float32 by parameter; a parameter that is not in it has a mean of zero.
-        sums: This rank's sums over the samples of the step that count, float32.
-        groups: The layers.
-        decay: Share of the mean that stays.
-
-    Returns:
-        The new mean.
+    The mean is float32 by parameter; one that is not in it has a mean of zero. `sums` are float32, this rank's over the
+    samples of the step that count.
     """
     parameters = [p for group in groups if is_active(group) for p in group.parameters.values()]
     totals = [sums[p] if p in sums else torch.zeros_like(p, dtype=torch.float32) for p in parameters]

@@ -38,12 +38,9 @@ class Stream:
         self._sums: dict[int, Tensor] = {}  # this step's running sums by place
 
     def follow(self, unit: Unit, scored: Scored, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose of a batch's rows those that a unit follows.
+        """Choose of a batch's rows those that a unit follows, by its scores, (S,).
 
-        Args:
-            unit: The unit.
-            scored: Its scores, (S,).
-            uniform: (1,) uniform number in [0, 1), where the running sum begins if this is the step's first batch.
+        `uniform`, (1,) in [0, 1), is where the running sum begins if this is the step's first batch.
 
         Returns:
             followed: (S,) bool.

@@ -93,10 +93,7 @@ class Subjects:
 
 
 def find_subjects(names: Sequence[str]) -> Subjects:
-    """Read what folders hold.
-
-    Args:
-        names: Folders of runs, of `siftune demo`, kits, and what sweep, sweep-lr, audit, reproduce and bench left.
+    """Read what folders hold: runs, also of `siftune demo`, kits, what sweep, sweep-lr, audit, reproduce or bench left.
 
     Raises:
         InputError: A folder is none of these, or damaged.
