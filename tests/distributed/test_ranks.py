@@ -1,15 +1,10 @@
 """Two ranks under DDP choose what one rank chooses in their batches together, and reach its weights."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from support.every_method import SETTINGS, chooses_rows, trained
+from support.ranks import run
 from support.recorded import recorded
 
 from siftune.methods import METHODS
@@ -17,20 +12,6 @@ from siftune.methods.gast.stream import _scores
 from siftune.rows.visits import read_visits
 
 pytestmark = pytest.mark.distributed
-
-HERE = Path(__file__).parent
-
-
-def run(folder, ranks, worker="worker.py", **settings):
-    """Train in `ranks` processes; returns what each of them ended with."""
-    folder.mkdir()
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(HERE / worker), str(folder), json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def trained(folder: Path, name: str, shard: bool = False, **settings: Any) -> tu
         folder: Of the checkpoint.
         name: The method.
         shard: Divide the base among the ranks.
-        settings: For the Trainer, and `resume`, a checkpoint to go on from.
+        settings: For the Trainer, and `resume`, a checkpoint to go on from, and `also`, further callbacks.
     """
     methods, gradients, model = built(name), FirstGradients(), adapted()
     if shard:
@@ -121,8 +121,9 @@ def trained(folder: Path, name: str, shard: bool = False, **settings: Any) -> tu
         settings["trainer"] = SiftTrainer
     steps = {"max_steps": 4, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": False}
     saved = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    also = settings.pop("also", ())
     given = {"dataset": rows(settings.pop("count", 48)), **steps, **saved, **_OWN.get(name, {}), **settings}
-    model, trainer = train(folder, *methods, gradients, model=model, **given)
+    model, trainer = train(folder, *methods, gradients, *also, model=model, **given)
     choices = [choice for method in methods for choice in method.all]
     return {
         "weights": weights(model),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from siftune.methods import deepspeed
 from siftune.methods.batches import Batch, Loss, model_loss
 from siftune.methods.log_lines import LogLines, Means
 from siftune.methods.spread import average_adapters
@@ -64,10 +65,11 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         return {"args": arguments, "attributes": {"_resumed": selection}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Have the adapters of a sharded base averaged over the ranks."""
+        """Have the adapters of a base that is divided averaged over the ranks, or kept whole by DeepSpeed."""
         trainer = calling_trainer(self)
         if trainer is not None:
             average_adapters(trainer)
+            deepspeed.prepare(trainer, self.layers)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,8 +89,10 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
 
 
 def plain_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper, if it is in one."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """The optimizer inside accelerate's wrapper and DeepSpeed's, if it is in one."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:

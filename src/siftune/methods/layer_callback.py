@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.errors import RecipeError
+from siftune.methods import deepspeed
 from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
 from siftune.methods.callback import (
     SelectionCallback,
@@ -82,7 +84,9 @@ class LayerCallback(SelectionCallback[LayerSelection]):
 
         Raises:
             RecipeError: There is no optimizer, although the policy has to do with its steps.
+            UnsupportedError: It is DeepSpeed's.
         """
+        deepspeed.refuse_in_loops(optimizer)
         draws = GivenBatches(batches) if batches is not None else None
         optimizer = plain_optimizer(optimizer)
         selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
@@ -102,7 +106,10 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         """Find the layers, set the gates, and continue from a checkpoint's state."""
         self.remove()
         refuse_wrappers(args, kwargs["model"])
-        self._lines.begin(calling_trainer(self))
+        trainer = calling_trainer(self)
+        self._lines.begin(trainer)
+        if deepspeed.is_used(trainer):
+            deepspeed.keep_whole(kwargs["model"], self.layers)
         selection = self._selection = LayerSelection(
             kwargs["model"],
             self.policy,
@@ -112,6 +119,11 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             chunk=args.per_device_train_batch_size,
         )
         selection.optimizer = plain_optimizer(kwargs.get("optimizer"))
+        if selection.policy.needs_norms:
+            deepspeed.refuse(trainer, "these settings look at whole gradients", 'take importance_from="response"')
+        if deepspeed.is_used(trainer):
+            idle = partial(_idle, selection)
+            selection.on_remove(deepspeed.skip(selection.optimizer, idle, selection.policy.drops_state))
         loader = kwargs.get("train_dataloader")
         if loader is not None:
             draws = RowDraws(loader.dataset, loader.collate_fn, selection.generator)
@@ -137,3 +149,9 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         """Make sure that the optimizer skips inactive layers."""
         assert self._selection is not None
         self._selection.before_update()
+
+
+def _idle(selection: LayerSelection) -> set[int]:
+    """Numbers of the layers that do not train in the step at work."""
+    assert selection.last is not None
+    return {group.index for group in selection.groups}.difference(selection.last.layers)

@@ -213,6 +213,10 @@ class LayerSelection:
         self.optimizer = optimizer
         self._handles += around_steps(optimizer, self.before_update, self.step)
 
+    def on_remove(self, handle: Any) -> None:
+        """Have a further handle removed together with the selection."""
+        self._handles.append(handle)
+
     def remove(self) -> None:
         """Take everything off the model and the optimizer; calling it twice does no harm."""
         self._gates.remove()

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from siftune.engine.groups import LayerGroup
 from siftune.errors import RecipeError, UnsupportedError
+from siftune.methods import deepspeed
 from siftune.methods.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
 from siftune.methods.callback import (
     SelectionCallback,
@@ -110,8 +111,10 @@ class SampleCallback(SelectionCallback[SampleSelection]):
 
         Raises:
             RecipeError: When `batches` or `optimizer` are missing and needed.
+            UnsupportedError: The optimizer is DeepSpeed's.
         """
         self._check_attach(batches, optimizer)
+        deepspeed.refuse_in_loops(optimizer)
         draws = None if batches is None else GivenBatches(batches)
         selection = SampleSelection(
             model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
@@ -138,6 +141,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         self._warn_of_nothing_to_choose(args.per_device_train_batch_size)
         loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
         self._lines.begin(trainer)
+        if deepspeed.is_used(trainer):
+            deepspeed.keep_whole(kwargs["model"], self.layers)
         collate = getattr(loader, "collate_fn", None)
         _refuse_packing(args, collate)
         selection = self._selection = SampleSelection(

@@ -1,7 +1,7 @@
 """How a Trainer spreads its model over processes and devices: what selection works with, and what it refuses."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from siftune.engine.sharding import average_whole, is_sharded
 from siftune.errors import UnsupportedError
 
-_ENGINES = ("fsdp", "deepspeed")
+_LAUNCHERS = ("fsdp", "deepspeed")  # what siftune train does not go by
 _SHARDS = "shards the adapters that selection works on."
 _INSTEAD = (
     "Leave it out there, and call siftune.shard_base(model) before the Trainer is made: it divides the base by FSDP2 "
@@ -54,10 +54,9 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
     Raises:
         UnsupportedError: Something does; the message names it.
     """
-    refuse_launched()
-    for name in _ENGINES:
-        if getattr(args, name, None):
-            raise UnsupportedError(f"The Trainer's argument {name} {_SHARDS} {_INSTEAD}.")
+    refuse_launched(("fsdp",))
+    if getattr(args, "fsdp", None):
+        raise UnsupportedError(f"The Trainer's argument fsdp {_SHARDS} {_INSTEAD}.")
     if args.n_gpu > 1:
         raise UnsupportedError(
             f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model are "
@@ -72,13 +71,16 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
         )
 
 
-def refuse_launched() -> None:
+def refuse_launched(names: Sequence[str] = _LAUNCHERS) -> None:
     """Refuse what accelerate's launcher has turned on by its config.
+
+    Args:
+        names: What is refused, as accelerate names it.
 
     Raises:
         UnsupportedError: It is to shard the adapters.
     """
-    for name in _ENGINES:
+    for name in names:
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
             raise UnsupportedError(f"accelerate's config has {name} on, which {_SHARDS} {_INSTEAD}.")
 

@@ -7,18 +7,24 @@ from transformers.distributed import DistributedConfig
 
 from siftune import GAST, IST
 from siftune.errors import UnsupportedError
-from siftune.methods.spread import refuse_wrappers
+from siftune.methods.spread import refuse_launched, refuse_wrappers
+
+
+@pytest.mark.parametrize("method", [IST, GAST])
+def test_what_accelerates_config_turns_on(tmp_path, monkeypatch, method):
+    settings, model = arguments(tmp_path), adapted()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    refuse_wrappers(settings, model)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UnsupportedError, match=r"has fsdp on.*siftune\.shard_base\(model\).*--sharding fsdp"):
+        method().on_train_begin(settings, None, None, model=model)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-@pytest.mark.parametrize("method", [IST, GAST])
-def test_what_accelerates_config_turns_on(tmp_path, monkeypatch, method, name):
-    settings, model = arguments(tmp_path), adapted()
-    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "false")
-    refuse_wrappers(settings, model)
+def test_the_command_line_goes_by_neither(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(UnsupportedError, match=rf"has {name} on.*siftune\.shard_base\(model\).*--sharding fsdp"):
-        method().on_train_begin(settings, None, None, model=model)
+    with pytest.raises(UnsupportedError, match=rf"has {name} on.*--sharding fsdp"):
+        refuse_launched()
 
 
 SPLITS = [

@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
 from siftune.engine.groups import LayerGroup
 from siftune.errors import RecipeError
+from siftune.methods import deepspeed
+from siftune.methods.callback import calling_trainer
 from siftune.methods.gast.rule import AlignedSamples
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.sample_callback import SampleCallback, takes_target
@@ -63,6 +67,14 @@ class GAST(SampleCallback, GASTSettings):
     def support_source(self) -> str | None:
         """Where support rows come from."""
         return self.support if self.needs_rows else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the layers, set the tape, and continue from a checkpoint's state."""
+        if self.in_metric:
+            deepspeed.refuse(calling_trainer(self), f'score="{self.score}" takes Adam\'s state', 'take score="cosine"')
+        super().on_train_begin(args, state, control, **kwargs)
 
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
         super()._check_attach(batches, optimizer)
