@@ -8,7 +8,6 @@ responses, RST, LISA and Cut draw at random, Static stays.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,37 +62,25 @@ class LayerChoice:
 
 
 class LayerStack(NamedTuple):
-    """The layers that a policy chooses from.
+    """The layers that a policy chooses from."""
 
-    Attributes:
-        numbers: Numbers of those that have something to train, from the embeddings, ascending; a policy names them by
-            their positions here.
-        depth: How many layers the model has.
-    """
-
+    # numbers of those that have something to train, from the embeddings, ascending; a policy names them by their
+    # positions here
     numbers: tuple[int, ...]
-    depth: int
+    depth: int  # how many layers the model has
 
 
 Compare = Callable[[Tensor, float, int], Tensor]  # see LayerSelection.suppressed_losses
 
 
 class LayerPolicy(ABC):
-    """Who chooses the layers: an object, with state where it has any.
+    """Who chooses the layers: an object, with state where it has any."""
 
-    Attributes:
-        needs_rows: It compares layers on rows, so that the driver needs some.
-        needs_responses: It is shown the adapters' responses; see `rows_for_responses`.
-        needs_norms: It is shown the norms of the layers' gradients; see `observe`.
-        drops_state: The optimizer is to forget the layers that leave.
-        importance: (L,) float64 importance logits, high = important; None where it goes by none.
-    """
-
-    needs_rows: bool = False
-    needs_responses: bool = False
-    needs_norms: bool = False
-    drops_state: bool = False
-    importance: Tensor | None = None
+    needs_rows: bool = False  # it compares layers on rows, so that the driver needs some
+    needs_responses: bool = False  # it is shown the adapters' responses; see `rows_for_responses`
+    needs_norms: bool = False  # it is shown the norms of the layers' gradients; see `observe`
+    drops_state: bool = False  # the optimizer is to forget the layers that leave
+    importance: Tensor | None = None  # (L,) float64 importance logits, high = important; None where it goes by none
 
     @abstractmethod
     def choose(self, step: int, compare: Compare) -> LayerChoice:
@@ -245,9 +232,7 @@ class LayerSelection:
     def __enter__(self) -> "LayerSelection":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def suppressed_losses(self, sets_KN: Tensor, factor: float, rows: int) -> Tensor:
