@@ -45,7 +45,7 @@ def prepare(trainer: Trainer, layers: str | None = None) -> None:
     """
     if not is_used(trainer):
         return
-    settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config["zero_optimization"]
+    settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {})
     if settings.get("stage") == 3:
         held = (p for owner in _owners(trainer.model, layers) for p in owner.parameters(recurse=False))
         settings[_THRESHOLD] = max(_threshold(settings, trainer.model), *map(_size, held))
