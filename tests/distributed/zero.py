@@ -40,9 +40,7 @@ HOW = {
     "zero2": {"deepspeed": by_zero(2)},
     "zero3": {"deepspeed": by_zero(3)},
     "bf16": {"bf16": True, "deepspeed": by_zero(3, bf16={"enabled": True})},
-    "own optimizer": {
-        "deepspeed": by_zero(2, optimizer={"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}})
-    },
+    "own optimizer": {"deepspeed": by_zero(2, optimizer=ADAMW)},
 }
 
 if __name__ == "__main__":

@@ -74,12 +74,17 @@ def wait_for_all() -> None:
 
 def world_size() -> int:
     """Number of ranks; 1 where no process group is set up."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if in_group() else 1
+
+
+def in_group() -> bool:
+    """Whether a process group is set up, be it of this process alone: DDP and ZeRO then wait for every gradient."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Number of this rank; 0 where no process group is set up."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if in_group() else 0
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -75,7 +75,7 @@ class LayerGates:
     Args:
         model: The model that holds the layers.
         groups: The layers and their trainable parameters.
-        deliver_zeros: Give inactive layers' parameters gradients of zero, as DDP needs.
+        deliver_zeros: Give inactive layers' parameters gradients of zero, as DDP and ZeRO need.
 
     Raises:
         RecipeError: A tape records in the layers already; gates go first.
@@ -148,14 +148,17 @@ class LayerGates:
         return current if slot.layer in self._active else current.detach()
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run before a layer: cut the graph at and below the lowest active layer."""
+        """Run before a layer: cut the graph at and below the lowest active layer, and have it deliver zeros."""
         all_active = len(self._active) == len(self._groups)
-        if all_active or index > self._lowest or not self._stop_at_lowest or not torch.is_grad_enabled():
+        if all_active or index > self._lowest or not torch.is_grad_enabled():
             return None
-        return with_hidden(args, kwargs, partial(self._end_backward, index, module))
+        if self._stop_at_lowest:
+            return with_hidden(args, kwargs, partial(self._end_backward, index, module))
+        wanted = self._deliver_zeros and index == self._lowest
+        return with_hidden(args, kwargs, self._with_zeros) if wanted else None
 
     def _end_backward(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Detach a layer's input; in the lowest active layer, deliver the zeros that DDP waits for."""
+        """Detach a layer's input."""
         if hidden.requires_grad and self._depends_on_layers(hidden):
             return hidden  # the model loops over its layers
         hidden = hidden.detach()
@@ -163,8 +166,10 @@ class LayerGates:
             return hidden
         if getattr(module, "gradient_checkpointing", False):
             hidden.requires_grad_()  # reentrant checkpointing skips a layer whose input needs no gradient
-        if not self._deliver_zeros:
-            return hidden
+        return self._with_zeros(hidden) if self._deliver_zeros else hidden
+
+    def _with_zeros(self, hidden: Tensor) -> Tensor:
+        """Have backward deliver the zeros that DDP and ZeRO wait for."""
         idle = self.inactive_parameters()
         gate: Any = Gate  # `apply` is typed in some versions of torch only
         gated: Tensor = gate.apply(lambda: [torch.zeros_like(p) for p in idle], hidden, *idle)

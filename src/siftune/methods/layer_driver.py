@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from siftune.engine.distributed import mean_over_ranks, world_size
+from siftune.engine.distributed import in_group, mean_over_ranks
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.responses import measured_responses, refuse_unresponsive
@@ -157,7 +157,7 @@ class LayerSelection:
             refuse_unresponsive(self.groups)
         if self.policy.needs_rows:
             refuse_taken_apart(model)
-        self._gates = LayerGates(model, self.groups, deliver_zeros=world_size() > 1)
+        self._gates = LayerGates(model, self.groups, deliver_zeros=in_group())
 
     @property
     def importance(self) -> Tensor | None:

@@ -1,11 +1,14 @@
 """Ways to spread a model that hold a part of the adapters, or of a layer, on each rank are refused by name."""
 
 import pytest
+import torch
 from accelerate import ParallelismConfig
+from support.tiny import batch
 from support.trainers import adapted, arguments, train
+from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
-from siftune import GAST, IST
+from siftune import GAST, IST, RST
 from siftune.errors import UnsupportedError
 from siftune.methods.spread import refuse_launched, refuse_wrappers
 
@@ -55,3 +58,20 @@ def test_weights_that_transformers_has_divided_for_data_parallel_training_are_no
     model = adapted()
     model.config.distributed_config = DistributedConfig(fsdp_size=2)
     refuse_wrappers(arguments(tmp_path), model)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process, as torchrun makes it for one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_of_one_process_gets_the_gradients_that_it_waits_for(alone):
+    model = adapted()
+    spread = DistributedDataParallel(model)
+    with RST(active=0.5).attach(model) as chosen:
+        for _ in range(3):  # it tells of one that is missing at the next step
+            spread(**batch(model)).loss.backward()
+            chosen.step()
