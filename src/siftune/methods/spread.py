@@ -1,7 +1,7 @@
 """How a Trainer spreads its model over processes and devices: what selection works with, and what it refuses."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,6 @@ from transformers import Trainer, TrainingArguments
 from siftune.engine.sharding import average_whole, is_sharded
 from siftune.errors import UnsupportedError
 
-_LAUNCHERS = ("fsdp", "deepspeed")  # what siftune train does not go by
 _SHARDS = "shards the adapters that selection works on."
 _INSTEAD = (
     "Leave it out there, and call siftune.shard_base(model) before the Trainer is made: it divides the base by FSDP2 "
@@ -54,7 +53,8 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
     Raises:
         UnsupportedError: Something does; the message names it.
     """
-    refuse_launched(("fsdp",))
+    if _is_launched("fsdp"):
+        raise UnsupportedError(f"accelerate's config has fsdp on, which {_SHARDS} {_INSTEAD}.")
     if getattr(args, "fsdp", None):
         raise UnsupportedError(f"The Trainer's argument fsdp {_SHARDS} {_INSTEAD}.")
     if args.n_gpu > 1:
@@ -71,18 +71,22 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
         )
 
 
-def refuse_launched(names: Sequence[str] = _LAUNCHERS) -> None:
-    """Refuse what accelerate's launcher has turned on by its config.
-
-    Args:
-        names: What is refused, as accelerate names it.
+def refuse_launched() -> None:
+    """Refuse in siftune's own training what accelerate's launcher has turned on by its config.
 
     Raises:
-        UnsupportedError: It is to shard the adapters.
+        UnsupportedError: It is FSDP or DeepSpeed.
     """
-    for name in names:
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-            raise UnsupportedError(f"accelerate's config has {name} on, which {_SHARDS} {_INSTEAD}.")
+    for name in ("fsdp", "deepspeed"):
+        if _is_launched(name):
+            raise UnsupportedError(
+                f"accelerate's config has {name} on, by which siftune train does not go: leave it out there, and "
+                "divide the base by --sharding fsdp"
+            )
+
+
+def _is_launched(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
 
 
 def _splits(*plans: Any) -> Iterator[tuple[str, int]]:

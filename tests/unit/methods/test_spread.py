@@ -26,7 +26,7 @@ def test_what_accelerates_config_turns_on(tmp_path, monkeypatch, method):
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
 def test_the_command_line_goes_by_neither(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(UnsupportedError, match=rf"has {name} on.*--sharding fsdp"):
+    with pytest.raises(UnsupportedError, match=rf"has {name} on, by which siftune train does not go.*--sharding fsdp"):
         refuse_launched()
 
 
