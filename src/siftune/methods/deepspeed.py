@@ -155,7 +155,7 @@ def refuse_in_loops(optimizer: Any) -> None:
         UnsupportedError: It is DeepSpeed's.
     """
     while optimizer is not None:
-        if type(optimizer).__module__.startswith("deepspeed."):
+        if type(optimizer).__module__.startswith("deepspeed.runtime."):  # its FusedAdam and the like step as others do
             raise UnsupportedError(
                 "attach does not go with DeepSpeed's engine, which is to know of the layers before it is made: give "
                 "the method to a transformers Trainer as a callback, or take DDP"

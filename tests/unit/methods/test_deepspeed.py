@@ -133,6 +133,7 @@ def test_an_engine_in_a_loop_of_ones_own_is_refused(method):
     model = adapted()
     inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     refuse_in_loops(SimpleNamespace(optimizer=inner))  # accelerate's wrapper is none
+    refuse_in_loops(type("FusedAdam", (torch.optim.AdamW,), {"__module__": "deepspeed.ops.adam"})(model.parameters()))
     engine = type("Zero", (), {"__module__": "deepspeed.runtime.zero", "optimizer": inner})()
     with pytest.raises(UnsupportedError, match="attach does not go with DeepSpeed's engine"):
         method.attach(model, optimizer=engine)
