@@ -133,9 +133,8 @@ def test_checkpointing_changes_nothing(tmp_path, name, accumulate):
         torch.testing.assert_close(weights(model)[key], value, **tolerance)
 
 
-@pytest.mark.parametrize(
-    "stop", in_part(4, 6)
-)  # LISA holds its layers at the one and draws at the other; epochs have three
+# LISA holds its layers at the one and draws at the other; epochs have three
+@pytest.mark.parametrize("stop", in_part(4, 6))
 @pytest.mark.parametrize("restore", in_part(False, True))
 @every_method
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, name, restore, stop):

@@ -149,11 +149,14 @@ def test_a_base_model_without_a_loss_is_refused(plain, tmp_path, monkeypatch):
 
 
 def test_a_sweep_that_was_cut_does_only_the_rest(plain, tmp_path):
+    def stop(stage, done, total):  # as Ctrl-C does
+        if stage.startswith("run 2") and done == 3:
+            raise KeyboardInterrupt
+
     whole, _ = swept(plain, grid("rst"), tmp_path / "whole")
-    sweep = open_sweep(plain, grid("rst"), tmp_path / "cut")
-    runs = run_missing(sweep, lambda *_: None)
-    first = [next(runs)]
-    runs.close()
+    with pytest.raises(KeyboardInterrupt):
+        swept(plain, grid("rst"), tmp_path / "cut", stop)
+    first = open_sweep(plain, grid("rst"), tmp_path / "cut").folder.runs()
     rest, again = swept(plain, grid("rst"), tmp_path / "cut")
     assert [run.cell for run in rest] == [("rst", 1e-2, 0)]
     assert losses(first + rest) == losses(whole) == losses(again.folder.runs())
@@ -178,6 +181,8 @@ def test_methods_rates_and_seeds_can_be_added(plain, tmp_path):
     runs, sweep = swept(more, grid("gast", rates=(1e-2, 2e-2), seeds=(0, 1)), tmp_path / "sweep")
     assert [run.cell for run in runs] == [("gast", rate, seed) for seed in (0, 1) for rate in (1e-2, 2e-2)]
     assert len(sweep.folder.runs()) == 6
+    left = {path.name for path in (tmp_path / "sweep").rglob("*")}
+    assert left == {"start.json", "results.jsonl", "dense.yaml", "gast.yaml"}
 
 
 def test_a_line_that_a_crash_cut_off_is_done_again(plain, tmp_path, caplog):
