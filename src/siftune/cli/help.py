@@ -60,7 +60,7 @@ def values_as_typed() -> "ConstructorRegistry":
 
 
 def as_typed(values: str) -> str:
-    """What stands for an option's values: without the None that is its default, and lists without brackets.
+    """What stands for an option's values: without None, of which the help tells, and lists without brackets.
 
     Example:
         >>> as_typed("{None}|INT"), as_typed("{None,4bit,8bit}"), as_typed("STR|{[STR [STR ...]]}")

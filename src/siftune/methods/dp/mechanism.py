@@ -13,7 +13,7 @@ class Mechanism:
 
     epsilon: float  # the largest ε of the whole run
     delta: float
-    clip: float  # c, the largest norm of what one row adds to a step
+    clip: float  # C, the largest norm of what one row adds to a step
     # "layer": each layer that trains in a step has C / √(number of these); "flat": C for all together
     clipping: Clipping
     rows: int  # n, rows to train on

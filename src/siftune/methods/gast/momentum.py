@@ -15,7 +15,7 @@ from siftune.numerics import all_finite
 def moved_mean(
     mean: Mapping[nn.Parameter, Tensor], sums: Gradients, groups: Sequence[LayerGroup], decay: float
 ) -> Gradients:
-    """Take a step's gradients, on all ranks, into the running mean of the active layers, of which `decay` stays.
+    """Take a step's gradients, on all ranks, into the active layers' running mean, of which a share of `decay` stays.
 
     All ranks exchange tensors of the same shapes, so a rank on which a layer recorded nothing, as where its batch had
     no more samples than are to be selected, brings zeros; and a last number says whether any rank recorded at all.

@@ -21,7 +21,7 @@ class ISTSettings(Settings):
     importance_from: Annotated[Source, OURS] = "response"
     """The loss with some layers' response damped (the paper's), or the norms of layers' gradients, which are free."""
     interval: Annotated[int | None, COUNT] = 10
-    """Optimizer steps between two updates of the importance; none never updates it."""
+    """Optimizer steps between two updates of the importance; None (in YAML null) never updates it."""
     score_batch_size: Annotated[int, COUNT] = 16
     """Training rows on which an update measures the loss."""
     candidates: Annotated[int, Range(lambda v: v >= 2, "2 or more: a candidate is rewarded relative to the others")] = 3
