@@ -49,7 +49,7 @@ from siftune.trainer.outcome import Outcome
 from siftune.trainer.prepare import Prepared, prepare, read_rows, refuse_read
 from siftune.trainer.progress import Metrics, ProgressView
 from siftune.trainer.retrieve import retrieved
-from siftune.trainer.run_folder import BAD_ROWS, RECIPE, RETRIEVED, ROWS, RunFolder, step_of
+from siftune.trainer.run_folder import BAD_ROWS, RECIPE, RETRIEVED, ROWS, RunFolder, best_in, step_of
 from siftune.trainer.selection_file import SelectionFile
 from siftune.trainer.source import ModelSource, Source
 from siftune.trainer.start import adopted
@@ -169,9 +169,10 @@ def _train_on(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None
     if ended and checkpoint is not None:
         trainer.take(checkpoint, best)
     else:
-        # which compares times of files and arguments of a checkpoint: ours are checked by siftune itself; the best is
-        # looked for where the run was begun, and found again in the run's folder at the next save
-        elsewhere = unsaid("transformers.trainer", "The best checkpoint")
+        # the best is looked for where the run was begun, and found again in the run's folder at the next save
+        moved = checkpoint is not None and best_in(Path(trainer.args.output_dir), checkpoint) is not None
+        elsewhere = unsaid("transformers.trainer", "The best checkpoint") if moved else nullcontext()
+        # which compares times of files and arguments of a checkpoint: ours are checked by siftune itself
         with signals.listening(), quiet("transformers.trainer_utils"), elsewhere:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if signals.came:

@@ -163,6 +163,13 @@ def step_of(checkpoint: Path) -> int:
     return int(parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
+def best_in(folder: Path, checkpoint: Path) -> Path | None:
+    """The checkpoint of least held-out loss up to another; None where `folder` does not have it."""
+    best = parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
+    path = folder / f"checkpoint-{best}"
+    return path if path.is_dir() else None
+
+
 def whole_checkpoints(folder: Path) -> Iterator[Path]:
     """Checkpoints in `folder` that are as they were written, the newest first."""
     return (path for path in reversed(_checkpoints(folder)) if fault_of(path) is None)

@@ -15,7 +15,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from siftune.data.order import TargetLast
 from siftune.data.rows import WEIGHT
@@ -39,6 +38,7 @@ from siftune.models.loss import (
 from siftune.models.modes import evaluating
 from siftune.trainer.broken import BrokenSteps
 from siftune.trainer.plan import planned_steps, steps_per_epoch
+from siftune.trainer.run_folder import best_in
 from siftune.trainer.start import write_adapter
 from siftune.trainer.tuned_layers import About, put_in, read_tuned, save_tuned
 from siftune.trainer.whole import Sealing, begin, checkpoint_of, is_complete, read_of
@@ -200,9 +200,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         """Take history and weights, or the `best` weights, of a checkpoint at which nothing is left to train."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
-        beside = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if beside.is_dir():  # the state has its path as it was then, seen from where the run was begun
-            self.state.best_model_checkpoint = str(beside)
+        if (beside := best_in(checkpoint.parent, checkpoint)) is not None:
+            self.state.best_model_checkpoint = str(beside)  # the state has it as seen from where the run was begun
         if best and self.state.best_model_checkpoint:
             self._load_best_model()
 

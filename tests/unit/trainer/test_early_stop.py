@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -166,8 +167,9 @@ def test_the_screen_says_what_is_kept(base, rows, tmp_path, capsys, found):
     assert "held-out loss 2.0000 at step 1, which is kept" in captured.err
 
 
-def test_a_moved_run_keeps_its_best_and_nobody_says_that_it_is_gone(
-    base, rows, tmp_path, found, interfere, monkeypatch, caplog
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_moved_run_keeps_its_best_and_only_where_it_is_gone_is_that_said(
+    base, rows, tmp_path, found, interfere, monkeypatch, caplog, lost
 ):
     found(3.0, 1.0, 2.0, 2.0)
     with pytest.MonkeyPatch.context() as patch:
@@ -176,15 +178,17 @@ def test_a_moved_run_keeps_its_best_and_nobody_says_that_it_is_gone(
         patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
         interfere(At("on_step_begin", 4, stop))
         monkeypatch.chdir(tmp_path)
-        given = {"eval": str(rows), **settings(steps=4, patience=3)}
+        given = {"eval": str(rows), **settings(steps=4, patience=3, save_every=1)}
         with pytest.raises(KeyboardInterrupt):
             train(recipe(base, rows, "run", **given), QUIET)
     (tmp_path / "run").rename(tmp_path / "moved")
+    if lost:
+        shutil.rmtree(tmp_path / "moved" / "checkpoints" / "checkpoint-2")
     library = logging.getLogger("transformers.trainer")
     library.addHandler(caplog.handler)
     try:
         done = train(recipe(base, rows, "moved", resume=True, **given), QUIET)
     finally:
         library.removeHandler(caplog.handler)
-    assert (done.summary["steps"], done.summary["kept_step"]) == (4, 2)
-    assert "does not exist" not in caplog.text
+    assert (done.summary["steps"], done.summary.get("kept_step")) == (4, None if lost else 2)
+    assert ("does not exist" in caplog.text) == lost
