@@ -49,7 +49,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             logs["seconds_per_step"] = round(elapsed / steps, 4)
             logs["peak_memory_mb"] = round(peak_memory_mb(), 1)
             logs["active_layers"] = self._active()
-            logs |= {"compile_seconds": round(compiled, 1)} if compiled else {}
+            logs |= {"compile_seconds": round(compiled, 3)} if compiled else {}
             self._mark(state)
         logs.pop("train_tokens_per_second", None)  # the Trainer's, which takes evaluations for training time
         if state.is_world_process_zero:

@@ -150,7 +150,6 @@ def test_iterable_dataset(tmp_path):
     ("bad", "message"),
     [
         ({"fsdp": True}, "argument fsdp shards"),
-        ({"deepspeed": {"zero": 1}}, "argument deepspeed shards"),
         ({"_n_gpu": 2}, "over 2 GPUs"),
     ],
 )
