@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="needs DeepSpeed, or SIFTUNE_DEEPSPEED_PYTHON"),
 ]
 
+KINDS = [f"{kind}, {way}" for kind in ("dora", "series", "parallel", "ia3") for way in ("ddp", "zero3")]
+
 # name, settings and way of a run, and whether it goes on from its own checkpoint
 LOOKS_AT = {
     "test_stages_1_and_2_change_no_bit": [("plain", way, False) for way in ("ddp", "zero1", "zero2")],
@@ -30,6 +32,8 @@ LOOKS_AT = {
     "test_a_run_goes_on_from_its_checkpoint": [
         ("plain", way, resume) for way in ("zero2", "zero3") for resume in (False, True)
     ],
+    "test_a_base_that_is_divided_as_it_is_read_is_the_same": [("plain", way, False) for way in ("ddp", "loaded")],
+    "test_other_adapters_stay_whole_too": [("plain", way, False) for way in KINDS],
     "test_in_half_precision_there_is_a_choice_in_every_step": [("plain", "bf16", False)],
     "test_an_optimizer_of_deepspeeds_own_chooses_rows_but_no_layers": [("plain", "own optimizer", False)],
 }
@@ -75,6 +79,20 @@ def test_nor_do_accumulation_checkpointing_and_uneven_batches(found, name):
     for rank in found:
         for way, atol in (("zero2", 1e-6), ("zero3", 2e-5)):
             assert_agree(rank[name, "hard", way, False], rank[name, "hard", "ddp", False], atol)
+
+
+@pytest.mark.parametrize("name", ["ist+gast"])
+def test_a_base_that_is_divided_as_it_is_read_is_the_same(found, name):
+    for rank in found:
+        assert_agree(rank[name, "plain", "loaded", False], rank[name, "plain", "ddp", False], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gast"])
+def test_other_adapters_stay_whole_too(found, name):
+    for rank in found:
+        for whole, divided in zip(KINDS[::2], KINDS[1::2], strict=True):
+            assert_agree(rank[name, "plain", divided, False], rank[name, "plain", whole, False], atol=2e-5)
+            assert rank[name, "plain", divided, False]["held"] < rank[name, "plain", whole, False]["held"] / 4
 
 
 @pytest.mark.parametrize("name", ["lisa", "ist+gast"])

@@ -104,7 +104,9 @@ class FirstGradients(TrainerCallback):
                 self.found[name] = parameter.grad.clone()
 
 
-def trained(folder: Path, name: str, shard: bool = False, **settings: Any) -> tuple[dict[str, Any], Trainer]:
+def trained(
+    folder: Path, name: str, shard: bool = False, model: Any = None, **settings: Any
+) -> tuple[dict[str, Any], Trainer]:
     """Train a few steps, also on several ranks: weights, gradients of the first step, layers of every step, and samples
     of every batch; there is a checkpoint after the second.
 
@@ -112,9 +114,10 @@ def trained(folder: Path, name: str, shard: bool = False, **settings: Any) -> tu
         folder: Of the checkpoint.
         name: The method.
         shard: Divide the base among the ranks.
+        model: What is trained; `adapted()` if not given.
         settings: For the Trainer, and `resume`, a checkpoint to go on from, and `also`, further callbacks.
     """
-    methods, gradients, model = built(name), FirstGradients(), adapted()
+    methods, gradients, model = built(name), FirstGradients(), model or adapted()
     if shard:
         shard_base(model)
     if not methods:  # with other Trainers a method's callback sees to a sharded base

@@ -11,11 +11,14 @@ from siftune.models.adapters import attach_adapter
 ROWS = 24
 
 
-def adapted(family="llama", layers=4, seed=1, vocab_size=VOCAB, **settings):
-    """A tiny model with LoRA, in the same state every time; B is drawn too, so that adapters respond from the start."""
+def adapted(family="llama", layers=4, seed=1, vocab_size=VOCAB, base=None, **settings):
+    """A tiny model, or another base, with LoRA or another adapter, in the same state every time.
+
+    B is drawn, too, so that adapters respond from the start.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = attach_adapter(tiny(family, layers, vocab_size=vocab_size), rank=2, **settings)
+        model = attach_adapter(base or tiny(family, layers, vocab_size=vocab_size), **{"rank": 2, **settings})
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "bottleneck_up" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

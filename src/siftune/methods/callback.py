@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -39,6 +39,7 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
 
     seed: int = 0
     layers: str | None = None
+    _chooses_layers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the settings, and begin without a model."""
@@ -69,7 +70,7 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         trainer = calling_trainer(self)
         if trainer is not None:
             average_adapters(trainer)
-            deepspeed.prepare(trainer, self.layers)
+            deepspeed.prepare(trainer, self.layers, self._chooses_layers)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

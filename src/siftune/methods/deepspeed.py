@@ -6,9 +6,9 @@ both, where it is told so before its engine is made:
 - *Whole*: stage 3 divides every weight among the ranks and gathers those of a module while it runs. What trains is made
   *persistent* and *external*, DeepSpeed's words for what stays whole; the base is divided. Its hooks are taken off the
   modules that hold what trains: there is nothing left to gather, and they would look at what stands in there.
-- *By layer*: ZeRO flattens each parameter group of the optimizer into one tensor with one state. So each layer gets a
-  group of its own, and just before a step the gradients of the layers that do not train are taken away: what has no
-  gradient is skipped, with its momentum and its count of steps, as under DDP.
+- *By layer*, where layers are chosen: ZeRO flattens each parameter group of the optimizer into one tensor with one
+  state. So each layer gets a group of its own, and just before a step the gradients of the layers that do not train
+  are taken away: what has no gradient is skipped, with its momentum and its count of steps, as under DDP.
 
 Gradients reach ZeRO as they reach DDP, by their parameters' accumulators, and it averages them. It keeps neither whole
 gradients nor a state for a parameter, so what looks at those is refused.
@@ -34,14 +34,13 @@ def is_used(trainer: Trainer | None) -> bool:
     return bool(getattr(trainer, "is_deepspeed_enabled", False))
 
 
-def prepare(trainer: Trainer, layers: str | None = None) -> None:
-    """Have DeepSpeed keep what trains whole, and every layer apart; do nothing in a Trainer without it.
-
-    Call it before the engine is made, when training begins; again, it changes nothing.
+def prepare(trainer: Trainer, layers: str | None = None, apart: bool = True) -> None:
+    """Have DeepSpeed keep what trains whole, before its engine is made; in a Trainer without it do nothing.
 
     Args:
         trainer: With the model that is trained, adapters on it.
         layers: Path of the decoder layers, where they are not found by structure.
+        apart: The optimizer is to hold every layer apart, as layers are chosen.
     """
     if not is_used(trainer):
         return
@@ -49,6 +48,8 @@ def prepare(trainer: Trainer, layers: str | None = None) -> None:
     if settings.get("stage") == 3:
         held = (p for owner in _owners(trainer.model, layers) for p in owner.parameters(recurse=False))
         settings[_THRESHOLD] = max(_threshold(settings, trainer.model), *map(_size, held))
+    if not apart:
+        return
     make = trainer.create_optimizer
 
     def create_optimizer(*args: Any, **kwargs: Any) -> Any:
@@ -78,16 +79,19 @@ def split_by_layer(optimizer: torch.optim.Optimizer, model: nn.Module, layers: s
     optimizer.param_groups[:] = groups
 
 
-def keep_whole(model: nn.Module, layers: str | None = None) -> None:
+def keep_whole(trainer: Trainer | None, model: nn.Module, layers: str | None = None) -> None:
     """Make what trains whole for good, where stage 3 has divided it; call it when the engine is made.
 
     Args:
-        model: The engine's.
+        trainer: The Trainer, where there is one; without DeepSpeed nothing is done.
+        model: Its model.
         layers: Path of the decoder layers, where they are not found by structure.
 
     Raises:
         UnsupportedError: DeepSpeed does not keep it whole.
     """
+    if not is_used(trainer):
+        return
     waiting = []
     for owner in _owners(model, layers):
         _unhook(owner)

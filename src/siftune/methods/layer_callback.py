@@ -3,8 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,8 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     The Trainer's log gets `GROUP/layers`, the layers that trained in a step, a mean since the last line; and where
     there is importance `GROUP/importance_spread`, the highest less the lowest.
     """
+
+    _chooses_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the settings, and begin without a model."""
@@ -108,8 +109,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         refuse_wrappers(args, kwargs["model"])
         trainer = calling_trainer(self)
         self._lines.begin(trainer)
-        if deepspeed.is_used(trainer):
-            deepspeed.keep_whole(kwargs["model"], self.layers)
+        deepspeed.keep_whole(trainer, kwargs["model"], self.layers)
         selection = self._selection = LayerSelection(
             kwargs["model"],
             self.policy,
@@ -122,8 +122,8 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         if selection.policy.needs_norms:
             deepspeed.refuse(trainer, "these settings look at whole gradients", 'take importance_from="response"')
         if deepspeed.is_used(trainer):
-            idle = partial(_idle, selection)
-            selection.on_remove(deepspeed.skip(selection.optimizer, idle, selection.policy.drops_state))
+            forget = selection.policy.drops_state
+            selection.on_remove(deepspeed.skip(selection.optimizer, lambda: selection.idle, forget))
         loader = kwargs.get("train_dataloader")
         if loader is not None:
             draws = RowDraws(loader.dataset, loader.collate_fn, selection.generator)
@@ -149,9 +149,3 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         """Make sure that the optimizer skips inactive layers."""
         assert self._selection is not None
         self._selection.before_update()
-
-
-def _idle(selection: LayerSelection) -> set[int]:
-    """Numbers of the layers that do not train in the step at work."""
-    assert selection.last is not None
-    return {group.index for group in selection.groups}.difference(selection.last.layers)

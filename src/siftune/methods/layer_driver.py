@@ -164,6 +164,11 @@ class LayerSelection:
         """(L,) float64 importance logits, high = important; None where the policy has none."""
         return self.policy.importance
 
+    @property
+    def idle(self) -> frozenset[int]:
+        """Numbers of the layers that have something to train, and do not train now."""
+        return frozenset(group.index for group in self.groups) - self._gates.active
+
     def begin(self) -> LayerChoice:
         """Choose the layers of the coming step."""
         if rows := self.policy.rows_for_responses(self.steps):

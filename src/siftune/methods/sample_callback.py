@@ -141,8 +141,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         self._warn_of_nothing_to_choose(args.per_device_train_batch_size)
         loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
         self._lines.begin(trainer)
-        if deepspeed.is_used(trainer):
-            deepspeed.keep_whole(kwargs["model"], self.layers)
+        deepspeed.keep_whole(trainer, kwargs["model"], self.layers)
         collate = getattr(loader, "collate_fn", None)
         _refuse_packing(args, collate)
         selection = self._selection = SampleSelection(

@@ -15,7 +15,7 @@ from siftune.errors import AdapterError
 from siftune.files import why_unreadable
 from siftune.models.carriers import CARRIERS, Shape, filled_in
 from siftune.models.carriers.rounded import refuse_rounded
-from siftune.models.layers import find_layers, layer_numbers
+from siftune.models.layers import find_layers, inside, layer_numbers
 
 _MAMBA_PARTS = {"x_proj", "dt_proj", "out_proj"}
 
@@ -297,21 +297,6 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
             f"the adapter in {adapter} doesn't fit the model {base}: {why_unreadable(error)}; give the adapter's own "
             "base model."
         ) from error
-
-
-def inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int] | None) -> dict[str, nn.Module]:
-    """Keep the modules that are in some layers; None: all."""
-    if layers is None:
-        return modules
-    found = find_layers(model)
-    places = tuple(f"{found.path}.{number}." for number in layer_numbers(len(found.layers), layers))
-    kept = {name: module for name, module in modules.items() if name.startswith(places)}
-    if not kept:
-        raise AdapterError(
-            f"none of the modules that `targets` names is in the layers {', '.join(map(str, layers))}; give other "
-            "targets or layers"
-        )
-    return kept
 
 
 def refuse_adapters(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from siftune.errors import LayerError
+from siftune.errors import AdapterError, LayerError
 
 # names under which wrappers (DDP, torch.compile, PEFT, FSDP, activation checkpointing) keep what they wrap
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -200,3 +200,23 @@ def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> 
             f"counted from the end; found {wrong[0] if wrong else 'none'}"
         )
     return tuple(sorted({number % depth for number in layers}))
+
+
+def inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int] | None) -> dict[str, nn.Module]:
+    """Keep the modules, by full name, that are in some layers; None: all.
+
+    Raises:
+        AdapterError: None is.
+        LayerError: There is no such layer, or the layers cannot be found.
+    """
+    if layers is None:
+        return modules
+    found = find_layers(model)
+    places = tuple(f"{found.path}.{number}." for number in layer_numbers(len(found.layers), layers))
+    kept = {name: module for name, module in modules.items() if name.startswith(places)}
+    if not kept:
+        raise AdapterError(
+            f"none of the modules that `targets` names is in the layers {', '.join(map(str, layers))}; give other "
+            "targets or layers"
+        )
+    return kept

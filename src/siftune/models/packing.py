@@ -6,6 +6,7 @@ most, and shapes that its blocks do not divide fail.
 """
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -14,26 +15,30 @@ from siftune.errors import UnsupportedError
 _SWITCH = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit: whether it packs
 _PACKED = "packing_format_for_cpu"  # of the state beside its weight: whether it has
 
+_kept: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # matrices -> how many keep them as they are
+
 
 class KeptUnpacked:
-    """Has no matrix of a model packed until `remove()`; the model must not have packed ones.
+    """Has no matrix of a model packed until `remove()`, of every one that there is; none may be packed already.
 
     Args:
         model: A model, quantised or not.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules: Sequence[nn.Module] = [m for m in model.modules() if getattr(m, _SWITCH, False)]
-        self._switch(False)
+        self._modules: Sequence[nn.Module] = [m for m in model.modules() if m in _kept or getattr(m, _SWITCH, False)]
+        for module in self._modules:
+            _kept[module] = _kept.get(module, 0) + 1
+            setattr(module, _SWITCH, False)
 
     def remove(self) -> None:
-        """Let bitsandbytes pack what it would have; calling it twice does no harm."""
-        self._switch(True)
-        self._modules = ()
-
-    def _switch(self, packs: bool) -> None:
+        """Let bitsandbytes pack what it would have, unless somebody else does not; calling it twice does no harm."""
         for module in self._modules:
-            setattr(module, _SWITCH, packs)
+            _kept[module] -= 1
+            if not _kept[module]:
+                del _kept[module]
+                setattr(module, _SWITCH, True)
+        self._modules = ()
 
 
 def refuse_packed(model: nn.Module) -> None:

@@ -97,12 +97,14 @@ def stand_in(tmp_path, zero):
 def test_what_trains_stays_whole_in_stage_3(tmp_path, given, wanted):
     zero = {"stage": 3, **given}
     trainer = stand_in(tmp_path, zero)
-    prepare(trainer)
+    prepare(trainer, apart=False)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     largest, auto = max(p.numel() for p in trained), 10 * trainer.model.config.hidden_size
     assert zero["stage3_param_persistence_threshold"] == {"largest": largest, "auto": max(auto, largest)}.get(
         wanted, wanted
     )
+    assert not any(_LAYER in group for group in trainer.create_optimizer().param_groups)
+    prepare(trainer)
     assert all(_LAYER in group for group in trainer.create_optimizer().param_groups)
 
 

@@ -50,6 +50,17 @@ def test_matrices_stay_as_they_are_until_they_may_be_packed_again():
     refuse_packed(model)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_they_stay_so_while_one_of_two_keeps_them(order):
+    model = rounded(4)
+    both = [KeptUnpacked(model), KeptUnpacked(model)]
+    both[order[0]].remove()
+    both[order[0]].remove()
+    assert not any(switches(model))
+    both[order[1]].remove()
+    assert all(switches(model))
+
+
 def test_a_model_in_full_precision_has_nothing_to_keep():
     model = tiny("llama")
     KeptUnpacked(model).remove()

@@ -71,7 +71,7 @@ class GAST(SampleCallback, GASTSettings):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the layers, set the tape, and continue from a checkpoint's state."""
+        """As for all methods that choose rows; under DeepSpeed refuse a score by Adam's state."""
         if self.in_metric:
             deepspeed.refuse(calling_trainer(self), f'score="{self.score}" takes Adam\'s state', 'take score="cosine"')
         super().on_train_begin(args, state, control, **kwargs)

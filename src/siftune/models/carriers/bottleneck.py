@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siftune.errors import AdapterError
-from siftune.models.adapters import inside, short_names
+from siftune.models.adapters import short_names
 from siftune.models.carriers import CARRIERS, Shape
 from siftune.models.carriers.own import OwnLayer, OwnTuner, register
-from siftune.models.layers import hidden_states
+from siftune.models.layers import hidden_states, inside
 from siftune.models.sublayers import PARTS, find_sublayers
 
 TYPE = "BOTTLENECK"

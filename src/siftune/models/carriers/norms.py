@@ -7,9 +7,9 @@ from peft import LNTuningConfig
 from torch import nn
 
 from siftune.errors import AdapterError
-from siftune.models.adapters import inside, short_names
+from siftune.models.adapters import short_names
 from siftune.models.carriers import Shape
-from siftune.models.layers import find_layers
+from siftune.models.layers import find_layers, inside
 
 logger = logging.getLogger(__name__)
 

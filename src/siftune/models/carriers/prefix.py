@@ -25,10 +25,10 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from siftune.errors import AdapterError
-from siftune.models.adapters import inside, is_mamba, short_names
+from siftune.models.adapters import is_mamba, short_names
 from siftune.models.carriers import CARRIERS, Shape
 from siftune.models.carriers.own import OwnLayer, OwnTuner, register
-from siftune.models.layers import hidden_states
+from siftune.models.layers import hidden_states, inside
 from siftune.models.sublayers import find_sublayers
 
 TYPE = "LAYER_PREFIX"
