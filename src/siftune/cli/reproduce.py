@@ -40,6 +40,9 @@ class Options:
     prompts: str | None = None
     """learned, as the papers' code has it, masked (the answers alone are learned), or both with a comma between; as the
     recipe has it if not given."""
+    answers: Literal["names", "texts"] | None = None
+    """commonsense: names (Answer1), as the papers have it, or texts, for small models: options are not listed, and what
+    the right one says is the answer (docs/reproduce.md); names if not given."""
     seeds: str = "0"
     """Seeds, with commas between."""
     data: str = "hub"
@@ -109,7 +112,9 @@ def _refuse_lines(recipe: str | None) -> None:
 
 def _refuse_idle(options: Options, protocol: "Protocol") -> None:
     """Refuse options that would be of no effect on a suite."""
-    idle = ("adapters", "prompts") if protocol.suite.emulators else ("keep",)
+    idle: tuple[str, ...] = ("adapters", "prompts", "answers") if protocol.suite.emulators else ("keep",)
+    if any(task.reader != "option" for task in protocol.suite.tables.values()):
+        idle += ("answers",)
     for name in idle:
         if getattr(options, name) is not None:
             raise RecipeError(f"--{name} has no effect on {options.name}: leave it out")
@@ -132,12 +137,13 @@ def _opened(options: Options, protocol: "Protocol") -> "Reproduction | Offsite":
     from siftune.trainer.lr_grid import grid_of
 
     suite = protocol.suite
-    named = _listed("tasks", options.tasks, suite.tasks, suite.tasks)
-    tasks = tuple(task for task in suite.tasks if task in named)
-    metrics = _listed("metrics", options.metrics, suite.metrics, suite.metrics)
-    asking = Asking(
-        metrics, protocol.recipe.template, suite.max_new_tokens, options.batch_size, ends=not suite.emulators
-    )
+    listed = _listed("tasks", options.tasks, suite.tasks, suite.tasks)
+    tasks = tuple(task for task in suite.tasks if task in listed)
+    named = options.answers != "texts"
+    known = tuple(one for one in suite.metrics if named or one != "generated")  # which reads an option's name
+    metrics = _listed("metrics", options.metrics, known, known)
+    ends = named and not suite.emulators
+    asking = Asking(metrics, protocol.recipe.template, suite.max_new_tokens, options.batch_size, ends)
     rates = options.rates or ",".join(map(str, suite.rates))
     out = Path(options.out or f"runs/{options.name}").expanduser()
     methods = options.methods or ",".join(suite.methods)
@@ -148,7 +154,7 @@ def _opened(options: Options, protocol: "Protocol") -> "Reproduction | Offsite":
         return Offsite(protocol, tasks, grid, emulators, keep, out, asking, options.sweep_steps)
     grid = grid_of(protocol.recipe, methods, rates, options.seeds)
     groups = _groups(options, protocol)
-    return Reproduction(protocol, tasks, grid, groups, out, asking, options.sweep_steps)
+    return Reproduction(protocol, tasks, grid, groups, out, asking, options.sweep_steps, options.answers or "names")
 
 
 def _groups(options: Options, protocol: "Protocol") -> "tuple[Group, ...]":
@@ -170,15 +176,18 @@ _FREE = ("lr", "seed", "adapter", "completion_only")
 def _about(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
     """What decides the results, for `begin`."""
     from siftune.recipe_file import recipe_values
+    from siftune.reproduce.offsite import Offsite
     from siftune.reproduce.rows import HUB, trained_on
 
     suite = work.protocol.suite
     about = {key: value for key, value in recipe_values(work.protocol.recipe).items() if key not in _FREE}
     data = _data(options)
     about |= {"name": options.name, "data": data, "limit": options.limit, "questions": options.questions}
-    if suite.emulators:
+    if isinstance(work, Offsite):
         about["rows of"] = work.tasks
-    elif data == HUB or Path(data).is_dir():  # a folder that is gone is needed no more where its rows are here
+        return about
+    about["answers"] = work.answers
+    if data == HUB or Path(data).is_dir():  # a folder that is gone is needed no more where its rows are here
         about["rows of"] = trained_on(suite, work.tasks, data)
     return about
 

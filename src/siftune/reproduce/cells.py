@@ -25,7 +25,7 @@ from siftune.files import Progress
 from siftune.models.carriers import CARRIERS
 from siftune.reproduce.answers import Answers, Asking
 from siftune.reproduce.protocol import Protocol
-from siftune.reproduce.rows import prepare_files
+from siftune.reproduce.rows import Wording, prepare_files
 from siftune.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
 from siftune.reproduce.table import Line
 from siftune.reproduce.tasks import TASKS
@@ -81,6 +81,7 @@ class Reproduction:
         out: The folder.
         asking: How questions are asked.
         sweep_steps: Steps of each run of the sweep; None: as many as a run has.
+        answers: As for `rows.prepare_files`.
     """
 
     protocol: Protocol
@@ -90,6 +91,7 @@ class Reproduction:
     out: Path
     asking: Asking
     sweep_steps: int | None = None
+    answers: Wording = "names"
 
     def cells(self) -> list[Cell]:
         """All cells, seed by seed, so that an early end leaves whole comparisons."""
@@ -150,7 +152,7 @@ class Reproduction:
 
     def prepare(self, data: str, limit: int | None, questions: int | None) -> None:
         """Write the rows; see `rows.prepare_files`."""
-        prepare_files(self.protocol.suite, self.tasks, data, self.out / "data", limit, questions)
+        prepare_files(self.protocol.suite, self.tasks, data, self.out / "data", limit, questions, self.answers)
 
     def work(self, console: Console, progress: Progress) -> Iterator[str]:
         """Do what is missing, and name each part when all of it is there."""

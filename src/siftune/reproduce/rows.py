@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from siftune.data.readers import load_records, load_rows
 from siftune.data.rows import Row, rows_from
@@ -21,18 +21,20 @@ from siftune.errors import DataError
 from siftune.evaluate.answers import last_number
 from siftune.files import write_beside
 from siftune.reproduce.protocol import Suite
-from siftune.reproduce.tasks import PROMPT, TASKS, options_of
+from siftune.reproduce.tasks import CLOZE, PROMPT, TASKS, options_of, texts_of
 from siftune.words import counted
 
 HUB = "hub"
 _SEED = 42  # of the rows that are held out: the same for all methods and seeds
 
 Record = dict[str, Any]
+Wording = Literal["names", "texts"]
 
 
 def prepare_files(
-    suite: Suite, tasks: Sequence[str], data: str, out: Path, limit: int | None, asked: int | None
-) -> None:
+    suite: Suite, tasks: Sequence[str], data: str, out: Path, limit: int | None, asked: int | None,
+    answers: Wording = "names",
+) -> None:  # fmt: skip
     """Write the files that are not there yet.
 
     Args:
@@ -42,6 +44,8 @@ def prepare_files(
         out: The folder `OUT/data`.
         limit: Use only so many training rows, drawn evenly; None: all.
         asked: Ask only the first so many questions of each task.
+        answers: "names", as the papers ask, or "texts": options are not listed, and an answer is what the right one
+            says.
 
     Raises:
         DataError: Rows are missing or cannot be read; the message says which and what to do.
@@ -50,12 +54,12 @@ def prepare_files(
         rows = _training(suite, tasks, data)
         refuse_few(suite, data, len(rows))
         random.Random(_SEED).shuffle(rows)
-        write_rows(out / "heldout.jsonl", [_asked(row) for row in rows[: suite.held_out]])
-        write_rows(out / "train.jsonl", [_asked(row) for row in rows[suite.held_out :][:limit]])
+        write_rows(out / "heldout.jsonl", [_asked(row, answers) for row in rows[: suite.held_out]])
+        write_rows(out / "train.jsonl", [_asked(row, answers) for row in rows[suite.held_out :][:limit]])
     for task in tasks:
         if not (out / f"{task}.jsonl").exists():
             rows = _questions(task, data)[:asked]
-            write_rows(out / f"{task}.jsonl", [_question(row, task) for row in rows])
+            write_rows(out / f"{task}.jsonl", [_question(row, task, answers) for row in rows])
 
 
 def trained_on(suite: Suite, tasks: Sequence[str], data: str) -> list[str]:
@@ -134,24 +138,43 @@ def _refuse_missing(folder: str, files: dict[str, Path | None], kind: str, wante
         )
 
 
-def _asked(row: Row) -> Record:
+def _asked(row: Row, answers: Wording) -> Record:
     """A row in the words that the models are trained with."""
+    if answers == "texts":
+        question, texts, right = _told(row)
+        return {"prompt": CLOZE.format(question), "completion": texts[right]}
     return {"prompt": PROMPT.format(row.prompt[0].content), "completion": row.completion}
 
 
-def _question(row: Row, task: str) -> Record:
+def _question(row: Row, task: str, answers: Wording) -> Record:
     """The same with its answer, and with its options where there are any."""
-    answer, options = str(row.extra.get("answer", "")).strip(), options_of(row.prompt[0].content)
     reader = TASKS[task].reader
     if reader != "option":
+        answer = str(row.extra.get("answer", "")).strip()
         if last_number(answer) is None if reader == "number" else answer not in tuple("ABCDE"):
             wanted = "a number" if reader == "number" else "a letter from A to E"
             raise DataError(f"{row.origin}: the answer is {answer!r}: give {wanted} in the column answer")
-        return {**_asked(row), "answer": answer}
+        return {**_asked(row, answers), "answer": answer}
+    options, right = _options(row)
+    choices = _told(row)[1] if answers == "texts" else [f"the correct answer is {option}" for option in options]
+    return {**_asked(row, answers), "choices": choices, "answer": right}
+
+
+def _options(row: Row) -> tuple[list[str], int]:
+    """The names of a row's options, and the place of the right one."""
+    answer, options = str(row.extra.get("answer", "")).strip(), options_of(row.prompt[0].content)
     if answer not in options:
         raise DataError(f"{row.origin}: the answer {answer!r} is none of its options {', '.join(options) or '(none)'}")
-    choices = [f"the correct answer is {option}" for option in options]
-    return {**_asked(row), "choices": choices, "answer": options.index(answer)}
+    return options, options.index(answer)
+
+
+def _told(row: Row) -> tuple[str, list[str], int]:
+    """A row's question by itself, what follows it with each option, and the place of the right one."""
+    try:
+        question, texts = texts_of(row.prompt[0].content)
+    except ValueError as error:
+        raise DataError(f"{row.origin}: {error}, but its answer format names it") from error
+    return question, [f" {text}" for text in texts], _options(row)[1]
 
 
 def write_rows(path: Path, records: Sequence[Record]) -> None:

@@ -38,7 +38,8 @@ def begin(out: Path, about: Mapping[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out} is a file: give a folder with --out")
     begun = path.exists() and (out / "data").is_dir()  # else nothing was made: rows were not found, say
-    before = read_record(path) if begun else known
+    # folders of before there was a choice do not tell how answers are put
+    before = {"answers": "names", **read_record(path)} if begun else known
     changed = [key for key in known if before.get(key) != known[key]]
     if changed:
         key = changed[0]

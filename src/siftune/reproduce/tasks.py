@@ -19,6 +19,7 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n"
 )
+CLOZE = "Question: {}\nAnswer:"  # ours, for small models: an answer's text follows, as lm-evaluation-harness asks ARC
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,30 @@ def options_of(instruction: str) -> list[str]:
     """
     _, found, names = instruction.rpartition("Answer format:")
     return [name.strip() for name in names.split("/")] if found else []
+
+
+def texts_of(instruction: str) -> tuple[str, list[str]]:
+    r"""A question by itself, and what its options say; the options' names where they say nothing more (true, false).
+
+    Raises:
+        ValueError: A name stands for nothing; the message says which.
+
+    Example:
+        >>> texts_of("Please choose the right one: Hot?\n\nAnswer1: ice Answer2: fire\n\nAnswer format: answer1/answer2")
+        ('Hot?', ['ice', 'fire'])
+    """
+    names, (asked, _, _) = options_of(instruction), instruction.rpartition("Answer format:")
+    if asked.startswith("Please "):
+        asked = asked.partition(": ")[2]
+    if not any(name[-1:].isdigit() for name in names):
+        return asked.strip(), names
+    texts, rest = [], asked
+    for name in names:
+        text, found, rest = rest.partition(f"{name.capitalize()}: ")
+        if not found:
+            raise ValueError(f"{name.capitalize()}: is not in the question")
+        texts.append(text.strip())
+    return texts[0], [*texts[1:], rest.strip()]
 
 
 def _choice(lead: str, kind: str, texts: Sequence[str], right: int, between: str = " ") -> Question:

@@ -151,6 +151,22 @@ def test_kinds_of_adapters_with_prompts_learned_and_masked_in_one_call(words, tm
         assert message in error_of(capsys, [*given, option, value])
 
 
+def test_answers_as_texts_are_asked_by_log_likelihood_in_a_folder_of_their_own(words, tmp_path, capsys):
+    given = words("commonsense-llama-7b", "llama", "--tasks", "boolq", "--rates", "1e-2", "--answers")
+    assert main([*given, "texts"]) == 0
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())) == {
+        "likeliest", "nats", "rates", "tables", "notes",
+    }  # fmt: skip
+    rows = (tmp_path / "out" / "data" / "train.jsonl").read_text().splitlines()
+    assert {json.loads(row)["completion"] for row in rows} == {" true", " false"}
+    assert "begun with answers = texts, but now it is names" in error_of(capsys, [*given, "names"])
+    told = error_of(capsys, [*given, "texts", "--metrics", "generated"])
+    assert told == "--metrics names generated; there are likeliest, nats"
+    for name in ("math-llama-7b", "gradot-opt-1.3b"):
+        told = error_of(capsys, ["reproduce", name, "--data", str(tmp_path), "--answers", "texts"])
+        assert told.startswith(f"--answers has no effect on {name}")
+
+
 @pytest.mark.parametrize(("line", "where"), [
     ("lr: 1e-3", "lr is set by --rates"), ("method: gast", "method is set by --methods"),
     ("quantize: 4bit", "quantize is set nowhere"),

@@ -85,6 +85,40 @@ def test_an_answer_that_is_no_option_is_told_by_its_place(tmp_path):
         prepare_files(SUITE, ["boolq"], str(tmp_path), tmp_path / "out", None, None)
 
 
+def test_answers_as_texts_list_no_options(tmp_path):
+    lead = "Please choose the correct answer to the question: "
+    rows = [
+        {
+            "instruction": f"{lead}What: is {n}?\n\nAnswer1: one Answer2: a two: {n}\n\nAnswer format: answer1/answer2",
+            "output": "the correct answer is answer2",
+            "answer": "answer2",
+        }
+        for n in range(121)
+    ]
+    (tmp_path / "commonsense_170k.json").write_text(json.dumps(rows))
+    (tmp_path / "ARC-Easy.test.json").write_text(json.dumps(rows[7:8]))
+    yes = {"instruction": "Please answer with true or false, question: is it?\n\nAnswer format: true/false"}
+    yes |= {"output": "the correct answer is true", "answer": "true"}
+    (tmp_path / "boolq.test.json").write_text(json.dumps([yes]))
+    prepare_files(SUITE, ["ARC-Easy", "boolq"], str(tmp_path), tmp_path / "out", None, None, "texts")
+    (train,), (question,), (boolq,) = (lines(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "ARC-Easy", "boolq"))
+    assert train["prompt"].startswith("Question: What: is ")
+    assert train["completion"] == f" a two: {train['prompt'].split()[3].rstrip('?')}"
+    assert question == {
+        "prompt": "Question: What: is 7?\nAnswer:", "completion": " a two: 7", "choices": [" one", " a two: 7"], "answer": 1,
+    }  # fmt: skip
+    assert boolq == {
+        "prompt": "Question: is it?\nAnswer:", "completion": " true", "choices": [" true", " false"], "answer": 0,
+    }  # fmt: skip
+
+
+def test_an_option_that_the_question_does_not_tell_is_named_by_its_place(tmp_path):
+    row = {"instruction": "Which?\n\nAnswer1: one\n\nAnswer format: answer1/answer2", "output": "x", "answer": "answer1"}
+    (tmp_path / "commonsense_170k.json").write_text(json.dumps([row] * 121))
+    with pytest.raises(DataError, match=r"170k\.json row \d+: Answer2: is not in the question, but its answer format"):
+        prepare_files(SUITE, [], str(tmp_path), tmp_path / "out", None, None, "texts")
+
+
 @pytest.mark.parametrize(("task", "answer", "wanted"), [
     ("SVAMP", "", "a number"), ("AQuA", "b", "a letter from A to E"), ("AQuA", "", "a letter from A to E"),
 ])  # fmt: skip
