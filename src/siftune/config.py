@@ -43,7 +43,8 @@ class Recipe:
     quantize: Literal["4bit", "8bit"] | None = None
     """Round the frozen weights to 4 bits (NF4) or 8, by bitsandbytes: less memory."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Implementation of attention; auto: transformers' choice. On processors eager is faster for short rows."""
+    """Implementation of attention; auto: transformers' choice, where that is sdpa with faster products for short rows on
+    processors."""
 
     train: str | tuple[str, ...] = ""
     """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, whose rows are put together."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.errors import AdapterError, LayerError
+from siftune.models.cross_entropy import cross_entropy
 
 IGNORED = -100  # label of a token that is not learned, as torch's cross entropy expects it
 
@@ -145,7 +146,7 @@ def token_loss(logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None
 def token_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
     """Cross entropy of each label, in their order; (N,) float32. Arguments are those of `token_loss`."""
     targets_N = next_labels(labels_BT).to(logits_1NV.device)
-    return nn.functional.cross_entropy(logits_1NV[0].float(), targets_N, reduction="none")
+    return cross_entropy(logits_1NV.squeeze(0), targets_N)
 
 
 def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Tensor:

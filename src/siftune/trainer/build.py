@@ -110,6 +110,7 @@ def build(
         privacy=privacy,
         dynamic=recipe.loss == "dft",
         bad_steps=0 if strict else recipe.bad_steps,
+        short_rows=recipe.attention == "auto",
     )
     own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])

@@ -7,6 +7,7 @@ so. A loss or gradient that is not finite never reaches the weights: see `broken
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from siftune.errors import InputError, UnsupportedError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss
 from siftune.methods.spread import average_adapters
+from siftune.models import attention
 from siftune.models.full import OpenLayers
 from siftune.models.loss import (
     by_own_probability,
@@ -57,6 +59,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
         dynamic: A label's loss counts as much as the model finds the label likely; see `models.loss`.
         bad_steps: Steps that may be left out because a number of theirs is not finite; see `BrokenSteps`.
+        short_rows: Train and evaluate with the products of `models.attention` where they are faster.
     """
 
     rows: Sequence[int] = ()  # numbers of those in the batch that was trained on last, where they are numbered
@@ -71,6 +74,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         privacy: DP | None = None,
         dynamic: bool = False,
         bad_steps: int = 0,
+        short_rows: bool = False,
         **kwargs: Any,
     ) -> None:
         # from the start: the Trainer counts the labels of a step before it asks for the first loss
@@ -83,8 +87,19 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self.privacy = privacy
         self._last = last
         self._dynamic = dynamic
+        self._attention = attention.short_rows if short_rows else nullcontext
         self._label_logits_only: bool | None = None
         self._weights: Tensor | None = None  # of the rows in the batch whose loss is computed
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`."""
+        with self._attention():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.evaluate`."""
+        with self._attention():
+            return super().evaluate(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's batches; those of whole steps in a private run."""

@@ -1,0 +1,90 @@
+"""Attention over short rows on processors, where torch's fused kernel is slow.
+
+torch's kernel walks over blocks of keys so that no matrix of scores is held. For rows of a hundred tokens that matrix is
+small, and three plain products, with the queries that share a key beside each other, take a quarter of the kernel's
+time in bfloat16, forward and backward (docs/measured.md).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# the longest rows for which these products are faster on processors, as measured; half precision, and the others
+_LONGEST = 256
+_LONGEST_WIDE = 128
+
+
+@contextmanager
+def short_rows() -> Iterator[None]:
+    """Have models with transformers' attention `sdpa` take these products where they are faster.
+
+    The results are those of `sdpa` but for rounding: in half precision scores are rounded, as by `eager`. Only what runs
+    inside changes, for all models of the process; an attention that somebody else has put in `sdpa`'s place stays.
+
+    Example:
+        >>> with short_rows():
+        ...     loss = model(**batch).loss
+        ...     loss.backward()
+    """
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Any]:
+    """transformers' `sdpa`, for short rows by `_products`; query (B, H, T, D), key and value (B, K, S, D)."""
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    others = any(options.get(name) is not None for name in ("position_bias", "softcap"))  # sdpa adds one, refuses one
+    if others or not _fits(query, key, attention_mask, causal):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    scaling = options.get("scaling")
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    mask = _causal(query) if attention_mask is None and causal else attention_mask
+    return _products(query, key, value, mask, scale, options.get("dropout", 0.0)), None
+
+
+def _fits(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether it is faster, and means the same."""
+    longest = _LONGEST if query.element_size() == 2 else _LONGEST_WIDE
+    length, keys = query.shape[2], key.shape[2]
+    square = length == keys or mask is not None or not causal  # else sdpa leaves keys out
+    alike = len(query) == len(key) and (mask is None or not mask.requires_grad)
+    return query.device.type == "cpu" and 1 < length and keys <= longest and square and alike
+
+
+def _causal(query: Tensor) -> Tensor:
+    length = query.shape[2]
+    return torch.ones(length, length, dtype=torch.bool).tril_()
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v, (B, T, H, D).
+
+    `mask` is boolean, true where a query sees a key, or is added to the scores; None: all are seen.
+    """
+    rows, heads, length, _ = query.shape
+    own, keys = key.shape[1], key.shape[2]  # heads of keys, each for heads / own of queries, which lie side by side
+    shape = (rows * own, heads // own * length)
+    scores = torch.bmm((query * scale).reshape(*shape, -1), key.reshape(rows * own, keys, -1).transpose(1, 2))
+    if mask is not None:
+        if mask.dtype == torch.bool:  # a query that sees none has even weights and not NaN, as by `eager`
+            mask = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        with torch.no_grad():  # a sum's gradient is that of its terms: no copy of the scores is kept for it
+            scores.view(rows, heads, length, keys).add_(mask)
+    weights = nn.functional.dropout(scores.softmax(-1), dropout)
+    found = torch.bmm(weights, value.reshape(rows * own, keys, -1))
+    return found.view(rows, heads, length, -1).transpose(1, 2).contiguous()

@@ -1,0 +1,60 @@
+"""Cross entropy over a large vocabulary, some labels at a time.
+
+torch's keeps a copy of the logits in float32, their log-softmax and the gradients of both, each as large as a batch's labels
+times the vocabulary, where training needs most memory. Here what is in float32 is of a few labels at a time, forward and
+backward, and the gradient is written in the logits' dtype.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# numbers in float32 at a time: what fits a processor's cache, and on a GPU half a gigabyte
+_AT_A_TIME = {"cpu": 2**18}
+_ELSEWHERE = 2**27
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """−log softmax at each label, in float32.
+
+    Args:
+        logits_NV: (N, V), of any floating dtype.
+        targets_N: (N,) int64, from 0 to V − 1.
+
+    Returns:
+        (N,) float32.
+
+    Example:
+        >>> cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+        tensor([0.6931])
+    """
+    losses: Tensor = _CrossEntropy.apply(logits_NV, targets_N)
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        sizes = [part.float().logsumexp(1) for part in logits_NV.split(_labels_at_a_time(logits_NV))]
+        logsums_N = torch.cat(sizes)
+        ctx.save_for_backward(logits_NV, targets_N, logsums_N)
+        return logsums_N - logits_NV.gather(1, targets_N[:, None])[:, 0].float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        logits_NV, targets_N, logsums_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        count = _labels_at_a_time(logits_NV)
+        parts = (tensor.split(count) for tensor in (grad_NV, logits_NV, targets_N, logsums_N, grad_N))
+        for written_nV, logits_nV, targets_n, logsums_n, grad_n in zip(*parts, strict=True):
+            share_nV = (logits_nV.float() - logsums_n[:, None]).exp_()
+            share_nV.scatter_add_(1, targets_n[:, None], share_nV.new_full((len(targets_n), 1), -1.0))
+            written_nV.copy_(share_nV.mul_(grad_n[:, None]))
+        return grad_NV, None
+
+
+def _labels_at_a_time(logits_NV: Tensor) -> int:
+    return max(1, _AT_A_TIME.get(logits_NV.device.type, _ELSEWHERE) // max(1, logits_NV.shape[1]))

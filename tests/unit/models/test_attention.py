@@ -1,0 +1,188 @@
+"""Products for short rows: against the plain formula in float64, and against transformers' `sdpa` on every family."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tiny import FAMILIES, batch, tiny
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from siftune.models import attention
+from siftune.models.attention import short_rows
+
+
+class Layer(nn.Module):
+    """What transformers hands to an attention function."""
+
+    is_causal = True
+
+    def __init__(self, groups=1):
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
+def plainly(query, key, value, seen, scale):
+    """The formula, query by query."""
+    rows, heads, length, _ = query.shape
+    found = torch.empty(rows, length, heads, value.shape[-1], dtype=query.dtype)
+    each = heads // key.shape[1]
+    for b in range(rows):
+        for h in range(heads):
+            for t in range(length):
+                kept = seen[b, t].nonzero()[:, 0]
+                weights = torch.softmax(key[b, h // each, kept] @ query[b, h, t] * scale, 0)
+                found[b, t, h] = weights @ value[b, h // each, kept]
+    return found
+
+
+def asked(rows, heads, own, length, width, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, count, length, width) for count in (heads, own, own)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def with_gradients(function, tensors):
+    found = function(*tensors)
+    towards = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view(found.shape)
+    return [found.detach(), *torch.autograd.grad((found * towards).sum(), tensors)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(1, 3), own=st.integers(1, 3), groups=st.integers(1, 3), length=st.integers(2, 6),
+    width=st.sampled_from([2, 5]), scaling=st.sampled_from([None, 0.3]), kind=st.sampled_from(["none", "bool", "added"]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_outputs_and_gradients_are_the_formulas(rows, own, groups, length, width, scaling, kind, seed):
+    tensors = asked(rows, own * groups, own, length, width, seed=seed)
+    seen = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, -1, -1).clone()
+    if kind != "none":
+        drawn = torch.rand(rows, length, length, generator=torch.Generator().manual_seed(seed)) < 0.6
+        seen &= drawn | torch.eye(length, dtype=torch.bool)
+    mask = {"none": None, "bool": seen[:, None], "added": torch.zeros(seen[:, None].shape, dtype=torch.float64)}[kind]
+    if kind == "added":
+        mask = mask.masked_fill(~seen[:, None], -math.inf)
+    ours = with_gradients(
+        lambda q, k, v: attention._attention(Layer(groups), q, k, v, mask, scaling=scaling)[0], tensors
+    )
+    scale = width**-0.5 if scaling is None else scaling
+    theirs = with_gradients(lambda q, k, v: plainly(q, k, v, seen, scale), tensors)
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_in_bfloat16_it_is_as_near_to_the_formula_as_eager():
+    wide = asked(2, 4, 2, 40, 16)
+    seen = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, -1, -1)
+    wanted = plainly(*wide, seen, 0.25).detach()
+    query, key, value = (tensor.detach().bfloat16() for tensor in wide)
+    ours = attention._attention(Layer(2), query, key, value, None)[0]
+    key, value = (tensor.repeat_interleave(2, 1) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * 0.25 + torch.full((40, 40), torch.finfo(torch.bfloat16).min).triu(1).bfloat16()
+    eager = (scores.softmax(-1, dtype=torch.float32).bfloat16() @ value).transpose(1, 2)
+    errors = [(found.double() - wanted).square().mean().sqrt().item() for found in (ours, eager)]
+    assert errors[0] < 1.1 * errors[1] < 0.02
+
+
+def test_a_query_that_sees_no_key_gets_the_mean_of_the_values_and_no_nan():
+    query, key, value = asked(1, 2, 2, 3, 4)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    mask[..., 0, :] = False
+    found = attention._attention(Layer(), query, key, value, mask)[0]
+    torch.testing.assert_close(found[0, 0], value[0].mean(1))
+
+
+def test_weights_are_dropped_and_the_others_made_up_for(monkeypatch):
+    asked_for = []
+    monkeypatch.setattr(
+        nn.functional, "dropout", lambda weights, p: asked_for.append((weights.sum(-1).mean().item(), p)) or weights
+    )
+    attention._attention(Layer(), *asked(1, 2, 2, 3, 4), None, dropout=0.25)
+    assert asked_for == [(pytest.approx(1.0), 0.25)]
+
+
+@pytest.mark.parametrize("why", ["long", "one query", "keys left out", "a bias of positions", "a mask that is learned"])
+def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
+    query, key, value = asked(1, 2, 2, 129 if why == "long" else 4, 4, torch.float32)
+    mask, more = None, {}
+    if why == "one query":
+        query = query[:, :, :1]
+    if why == "keys left out":
+        query = query[:, :, :3]
+    if why == "a bias of positions":
+        more = {"position_bias": torch.randn(1, 2, 4, 4)}
+    if why == "a mask that is learned":
+        mask = torch.randn(1, 2, 4, 4, requires_grad=True)
+    monkeypatch.setattr(attention, "_products", None)
+    found = attention._attention(Layer(), query, key, value, mask, **more)[0]
+    torch.testing.assert_close(found, sdpa_attention_forward(Layer(), query, key, value, mask, **more)[0])
+
+
+def test_what_sdpa_refuses_is_refused():
+    with pytest.raises(ValueError, match="softcap"):
+        attention._attention(Layer(), *asked(1, 2, 2, 3, 4), None, softcap=30.0)
+
+
+def _counted(monkeypatch):
+    calls, products = [], attention._products
+    monkeypatch.setattr(attention, "_products", lambda *given: calls.append(1) or products(*given))
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_losses_and_gradients_are_sdpas_on_every_family(family, padded, monkeypatch):
+    model = tiny(family)
+    if model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa") if model._supports_sdpa else pytest.skip(f"{family} has no sdpa")
+    inputs = batch(model)
+    if padded:
+        inputs["attention_mask"][0, -3:] = 0
+        inputs["labels"][0, -3:] = -100
+    calls, found = _counted(monkeypatch), []
+    for within in (False, True):
+        model.zero_grad()
+        if within:
+            with short_rows():
+                loss = model(**inputs).loss
+        else:
+            loss = model(**inputs).loss
+            assert not calls
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(calls) == model.config.num_hidden_layers
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_is_the_same(monkeypatch):
+    model = tiny("llama").eval()
+    ids = batch(model)["input_ids"]
+    calls = _counted(monkeypatch)
+    with torch.no_grad():
+        before = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        with short_rows():
+            after = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert len(calls) == 4  # of the prompt; single queries are sdpa's
+    assert after.tolist() == before.tolist()
+
+
+def test_afterwards_all_is_as_before_also_within_one_another_and_beside_others():
+    def others(*given, **options):
+        return sdpa_attention_forward(*given, **options)
+
+    with short_rows():
+        with short_rows():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention._attention
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention._attention
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = others
+    try:
+        with short_rows():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is others
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
