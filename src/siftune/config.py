@@ -43,7 +43,7 @@ class Recipe:
     quantize: Literal["4bit", "8bit"] | None = None
     """Round the frozen weights to 4 bits (NF4) or 8, by bitsandbytes: less memory."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Implementation of attention; auto: transformers' choice, where that is sdpa with faster products for short rows on
+    """Implementation of attention; auto: transformers' choice; where that is sdpa, short rows take faster products on
     processors."""
 
     train: str | tuple[str, ...] = ""

@@ -1,6 +1,6 @@
 """Measure a model on rows, and a base model against the same model with its adapter."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from siftune.evaluate.choices import score_choices
 from siftune.evaluate.generation import exact_match, greedy
 from siftune.evaluate.perplexity import perplexity
 from siftune.evaluate.prepare import Prepared, Questions
+from siftune.models.attention import short_rows
 
 PERPLEXITY = "perplexity"
 
@@ -85,16 +86,21 @@ def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16) -> Metri
         DataError: A row doesn't fit the model's window.
     """
     _check_window(model, prepared)
-    measured: list[Metric] = []
+    with short_rows():
+        measured = list(_measured(model, prepared, batch_size))
+    return {metric.name: metric for metric in measured}
+
+
+def _measured(model: nn.Module, prepared: Prepared, batch_size: int) -> Iterator[Metric]:
     if prepared.items is not None:
         scores = score_choices(model, prepared.items, batch_size)
-        measured += [_rate("choices", scores.correct()), _rate("choices_per_token", scores.correct(normalised=True))]
+        yield _rate("choices", scores.correct())
+        yield _rate("choices_per_token", scores.correct(normalised=True))
     if prepared.questions is not None:
-        measured.append(_exact_match(model, prepared.questions, prepared.tokenizer, batch_size))
+        yield _exact_match(model, prepared.questions, prepared.tokenizer, batch_size)
     if prepared.sequences is not None:
         result = perplexity(model, prepared.sequences, batch_size)
-        measured.append(Metric(PERPLEXITY, result.nll, result.tokens.astype(np.float64)))
-    return {metric.name: metric for metric in measured}
+        yield Metric(PERPLEXITY, result.nll, result.tokens.astype(np.float64))
 
 
 def measure_base(model: Any, prepared: Prepared, batch_size: int = 16) -> Metrics:

@@ -1,7 +1,7 @@
 """Attention over short rows on processors, where torch's fused kernel is slow.
 
-torch's kernel walks over blocks of keys so that no matrix of scores is held. For rows of a hundred tokens that matrix is
-small, and three plain products, with the queries that share a key beside each other, take a quarter of the kernel's
+torch's kernel walks over blocks of keys so that no matrix of scores is held. For rows of a hundred tokens that matrix
+is small, and two plain products, with the queries that share a key beside each other, take a quarter of the kernel's
 time in bfloat16, forward and backward (docs/measured.md).
 """
 
@@ -24,8 +24,8 @@ _LONGEST_WIDE = 128
 def short_rows() -> Iterator[None]:
     """Have models with transformers' attention `sdpa` take these products where they are faster.
 
-    The results are those of `sdpa` but for rounding: in half precision scores are rounded, as by `eager`. Only what runs
-    inside changes, for all models of the process; an attention that somebody else has put in `sdpa`'s place stays.
+    The results are those of `sdpa` but for rounding: in half precision scores are rounded, as by `eager`. Only what
+    runs inside changes, for all models of the process; an attention that others have put in `sdpa`'s place stays.
 
     Example:
         >>> with short_rows():
@@ -45,7 +45,7 @@ def short_rows() -> Iterator[None]:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Any]:
-    """transformers' `sdpa`, for short rows by `_products`; query (B, H, T, D), key and value (B, K, S, D)."""
+    """What `sdpa` gives, for short rows by `_products`; query (B, H, T, D), key and value (B, K, S, D)."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     others = any(options.get(name) is not None for name in ("position_bias", "softcap"))  # sdpa adds one, refuses one
@@ -63,7 +63,7 @@ def _fits(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> bool
     length, keys = query.shape[2], key.shape[2]
     square = length == keys or mask is not None or not causal  # else sdpa leaves keys out
     alike = len(query) == len(key) and (mask is None or not mask.requires_grad)
-    return query.device.type == "cpu" and 1 < length and keys <= longest and square and alike
+    return query.device.type == "cpu" and length > 1 and keys <= longest and square and alike
 
 
 def _causal(query: Tensor) -> Tensor:

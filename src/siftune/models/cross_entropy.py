@@ -1,8 +1,8 @@
 """Cross entropy over a large vocabulary, some labels at a time.
 
-torch's keeps a copy of the logits in float32, their log-softmax and the gradients of both, each as large as a batch's labels
-times the vocabulary, where training needs most memory. Here what is in float32 is of a few labels at a time, forward and
-backward, and the gradient is written in the logits' dtype.
+torch's keeps a copy of the logits in float32, their log-softmax and the gradients of both, each as large as a batch's
+labels times the vocabulary, where training needs most memory. Here what is in float32 is of a few labels at a time,
+forward and backward, and the gradient is written in the logits' dtype.
 """
 
 from typing import Any
@@ -30,15 +30,14 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         >>> cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         tensor([0.6931])
     """
-    losses: Tensor = _CrossEntropy.apply(logits_NV, targets_N)
+    losses: Tensor = _CrossEntropy.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        sizes = [part.float().logsumexp(1) for part in logits_NV.split(_labels_at_a_time(logits_NV))]
-        logsums_N = torch.cat(sizes)
+        logsums_N = torch.cat([part.float().logsumexp(1) for part in torch.split(logits_NV, _at_a_time(logits_NV))])
         ctx.save_for_backward(logits_NV, targets_N, logsums_N)
         return logsums_N - logits_NV.gather(1, targets_N[:, None])[:, 0].float()
 
@@ -47,8 +46,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N, logsums_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
-        count = _labels_at_a_time(logits_NV)
-        parts = (tensor.split(count) for tensor in (grad_NV, logits_NV, targets_N, logsums_N, grad_N))
+        count = _at_a_time(logits_NV)
+        parts = (torch.split(tensor, count) for tensor in (grad_NV, logits_NV, targets_N, logsums_N, grad_N))
         for written_nV, logits_nV, targets_n, logsums_n, grad_n in zip(*parts, strict=True):
             share_nV = (logits_nV.float() - logsums_n[:, None]).exp_()
             share_nV.scatter_add_(1, targets_n[:, None], share_nV.new_full((len(targets_n), 1), -1.0))
@@ -56,5 +55,5 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_NV, None
 
 
-def _labels_at_a_time(logits_NV: Tensor) -> int:
+def _at_a_time(logits_NV: Tensor) -> int:
     return max(1, _AT_A_TIME.get(logits_NV.device.type, _ELSEWHERE) // max(1, logits_NV.shape[1]))

@@ -59,7 +59,7 @@ def texts_of(instruction: str) -> tuple[str, list[str]]:
         ValueError: A name stands for nothing; the message says which.
 
     Example:
-        >>> texts_of("Please choose the right one: Hot?\n\nAnswer1: ice Answer2: fire\n\nAnswer format: answer1/answer2")
+        >>> texts_of("Please choose: Hot?\n\nAnswer1: ice Answer2: fire\n\nAnswer format: answer1/answer2")
         ('Hot?', ['ice', 'fire'])
     """
     names, (asked, _, _) = options_of(instruction), instruction.rpartition("Answer format:")

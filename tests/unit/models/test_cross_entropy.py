@@ -25,8 +25,8 @@ def both(logits, targets, towards):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    labels=st.integers(0, 9), vocabulary=st.integers(1, 12), at_a_time=st.integers(1, 60), scale=st.sampled_from([1, 30]),
-    seed=st.integers(0, 99),
+    labels=st.integers(0, 9), vocabulary=st.integers(1, 12), at_a_time=st.integers(1, 60),
+    scale=st.sampled_from([1, 30]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_losses_and_gradients_are_torchs_however_many_labels_go_at_a_time(labels, vocabulary, at_a_time, scale, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -101,11 +101,13 @@ def test_answers_as_texts_list_no_options(tmp_path):
     yes |= {"output": "the correct answer is true", "answer": "true"}
     (tmp_path / "boolq.test.json").write_text(json.dumps([yes]))
     prepare_files(SUITE, ["ARC-Easy", "boolq"], str(tmp_path), tmp_path / "out", None, None, "texts")
-    (train,), (question,), (boolq,) = (lines(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "ARC-Easy", "boolq"))
+    made = (lines(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "ARC-Easy", "boolq"))
+    (train,), (question,), (boolq,) = made
     assert train["prompt"].startswith("Question: What: is ")
     assert train["completion"] == f" a two: {train['prompt'].split()[3].rstrip('?')}"
     assert question == {
-        "prompt": "Question: What: is 7?\nAnswer:", "completion": " a two: 7", "choices": [" one", " a two: 7"], "answer": 1,
+        "prompt": "Question: What: is 7?\nAnswer:", "completion": " a two: 7",
+        "choices": [" one", " a two: 7"], "answer": 1,
     }  # fmt: skip
     assert boolq == {
         "prompt": "Question: is it?\nAnswer:", "completion": " true", "choices": [" true", " false"], "answer": 0,
@@ -113,7 +115,8 @@ def test_answers_as_texts_list_no_options(tmp_path):
 
 
 def test_an_option_that_the_question_does_not_tell_is_named_by_its_place(tmp_path):
-    row = {"instruction": "Which?\n\nAnswer1: one\n\nAnswer format: answer1/answer2", "output": "x", "answer": "answer1"}
+    row = {"instruction": "Which?\n\nAnswer1: one\n\nAnswer format: answer1/answer2", "output": "x"}
+    row |= {"answer": "answer1"}
     (tmp_path / "commonsense_170k.json").write_text(json.dumps([row] * 121))
     with pytest.raises(DataError, match=r"170k\.json row \d+: Answer2: is not in the question, but its answer format"):
         prepare_files(SUITE, [], str(tmp_path), tmp_path / "out", None, None, "texts")
