@@ -8,7 +8,8 @@ trainable parameters, a cast or detaching, is done once around a part instead of
 A part runs compiled where gradients go through it. Evaluation, scoring, layers below all that train, what the first
 layer does to frozen embeddings, and attention that fills a cache, of which each layer has its own, run as ever: that
 keeps compilations few. Numbers of rows and of tokens are symbols in what is compiled: batches of another shape compile
-nothing anew, but for those of one row, and those without padding, which need no mask.
+nothing anew, but for those of one row, those without padding, which need no mask, and those of rows too long for the
+products of `models.attention`.
 """
 
 import time

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# the longest rows for which these products are faster on processors, as measured; half precision, and the others
-_LONGEST = 256
-_LONGEST_WIDE = 128
+# the longest rows for which these products are faster on processors, as measured; scores of float16 could overflow
+_LONGEST = {torch.bfloat16: 256, torch.float32: 128, torch.float64: 128}
 
 
 @contextmanager
 def short_rows() -> Iterator[None]:
     """Have models with transformers' attention `sdpa` take these products where they are faster.
 
-    The results are those of `sdpa` but for rounding: in half precision scores are rounded, as by `eager`. Only what
-    runs inside changes, for all models of the process; an attention that others have put in `sdpa`'s place stays.
+    The results are those of `sdpa` but for rounding: in bfloat16 scores are rounded, as by `eager`. Only what runs
+    inside changes, for all models of the process, and a backward pass belongs inside, too, since checkpointing runs
+    layers again; an attention that others have put in `sdpa`'s place stays.
 
     Example:
         >>> with short_rows():
@@ -39,7 +39,8 @@ def short_rows() -> Iterator[None]:
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is _attention:  # not where others have put theirs there meanwhile
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def _attention(
@@ -49,7 +50,7 @@ def _attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     others = any(options.get(name) is not None for name in ("position_bias", "softcap"))  # sdpa adds one, refuses one
-    if others or not _fits(query, key, attention_mask, causal):
+    if others or not _fits(query, key, value, attention_mask, causal):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     scaling = options.get("scaling")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
@@ -57,34 +58,34 @@ def _attention(
     return _products(query, key, value, mask, scale, options.get("dropout", 0.0)), None
 
 
-def _fits(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> bool:
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
     """Whether it is faster, and means the same."""
-    longest = _LONGEST if query.element_size() == 2 else _LONGEST_WIDE
-    length, keys = query.shape[2], key.shape[2]
-    square = length == keys or mask is not None or not causal  # else sdpa leaves keys out
-    alike = len(query) == len(key) and (mask is None or not mask.requires_grad)
-    return query.device.type == "cpu" and length > 1 and keys <= longest and square and alike
+    (rows, heads, length, _), (keyed, own, keys, _) = query.shape, key.shape
+    short = query.device.type == "cpu" and 1 < length <= keys <= _LONGEST.get(query.dtype, 0)
+    square = length == keys if mask is None and causal else True  # else sdpa leaves keys out
+    alike = rows == keyed and heads % own == 0 and key.shape[:3] == value.shape[:3]
+    return short and square and alike and (mask is None or mask.dtype == torch.bool)
 
 
 def _causal(query: Tensor) -> Tensor:
     length = query.shape[2]
-    return torch.ones(length, length, dtype=torch.bool).tril_()
+    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v, (B, T, H, D).
+    """softmax(scale · q kᵀ) v over the keys that a query sees, (B, T, H, D); 0 where it sees none.
 
-    `mask` is boolean, true where a query sees a key, or is added to the scores; None: all are seen.
+    `mask` is boolean, true where a query sees a key; None: all are seen.
     """
     rows, heads, length, _ = query.shape
     own, keys = key.shape[1], key.shape[2]  # heads of keys, each for heads / own of queries, which lie side by side
     shape = (rows * own, heads // own * length)
     scores = torch.bmm((query * scale).reshape(*shape, -1), key.reshape(rows * own, keys, -1).transpose(1, 2))
     if mask is not None:
-        if mask.dtype == torch.bool:  # a query that sees none has even weights and not NaN, as by `eager`
-            mask = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        with torch.no_grad():  # a sum's gradient is that of its terms: no copy of the scores is kept for it
-            scores.view(rows, heads, length, keys).add_(mask)
+        with torch.no_grad():  # weights of 0 end the gradients of these scores, so that no copy is kept for them
+            scores.view(rows, heads, length, keys).masked_fill_(~mask, torch.finfo(scores.dtype).min)
     weights = nn.functional.dropout(scores.softmax(-1), dropout)
-    found = torch.bmm(weights, value.reshape(rows * own, keys, -1))
-    return found.view(rows, heads, length, -1).transpose(1, 2).contiguous()
+    found = torch.bmm(weights, value.reshape(rows * own, keys, -1)).view(rows, heads, length, -1)
+    if mask is not None and mask.dim() > 2:  # by the causal one each sees itself
+        found = found.masked_fill(~mask.any(-1, keepdim=True), 0)
+    return found.transpose(1, 2).contiguous()

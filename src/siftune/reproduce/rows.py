@@ -156,7 +156,11 @@ def _question(row: Row, task: str, answers: Wording) -> Record:
             raise DataError(f"{row.origin}: the answer is {answer!r}: give {wanted} in the column answer")
         return {**_asked(row, answers), "answer": answer}
     options, right = _options(row)
-    choices = _told(row)[1] if answers == "texts" else [f"the correct answer is {option}" for option in options]
+    choices = [f"the correct answer is {option}" for option in options]
+    if answers == "texts":
+        choices = _told(row)[1]
+        if len(set(choices)) < len(choices) or not all(choice.strip() for choice in choices):
+            raise DataError(f"{row.origin}: an option is empty, or two are alike: leave the row out")
     return {**_asked(row, answers), "choices": choices, "answer": right}
 
 
@@ -173,8 +177,11 @@ def _told(row: Row) -> tuple[str, list[str], int]:
     try:
         question, texts = texts_of(row.prompt[0].content)
     except ValueError as error:
-        raise DataError(f"{row.origin}: {error}, but its answer format names it") from error
-    return question, [f" {text}" for text in texts], _options(row)[1]
+        raise DataError(f"{row.origin}: {error}: leave the row out") from error
+    right = _options(row)[1]
+    if not question or not texts[right]:
+        raise DataError(f"{row.origin}: its {'right option' if question else 'question'} is empty: leave the row out")
+    return question, [f" {text}" for text in texts], right
 
 
 def write_rows(path: Path, records: Sequence[Record]) -> None:

@@ -56,24 +56,32 @@ def texts_of(instruction: str) -> tuple[str, list[str]]:
     r"""A question by itself, and what its options say; the options' names where they say nothing more (true, false).
 
     Raises:
-        ValueError: A name stands for nothing; the message says which.
+        ValueError: The options are not listed as their names say; the message tells how.
 
     Example:
         >>> texts_of("Please choose: Hot?\n\nAnswer1: ice Answer2: fire\n\nAnswer format: answer1/answer2")
         ('Hot?', ['ice', 'fire'])
     """
     names, (asked, _, _) = options_of(instruction), instruction.rpartition("Answer format:")
-    if asked.startswith("Please "):
-        asked = asked.partition(": ")[2]
-    if not any(name[-1:].isdigit() for name in names):
-        return asked.strip(), names
-    texts, rest = [], asked
-    for name in names:
-        text, found, rest = rest.partition(f"{name.capitalize()}: ")
-        if not found:
-            raise ValueError(f"{name.capitalize()}: is not in the question")
+    if not all(name[-1:].isdigit() for name in names):
+        return _without_lead(asked), names
+    marks = [f"{name.capitalize()}:" for name in names]
+    question, found, rest = asked.rpartition(f"\n\n{marks[0]}")
+    if not found:
+        raise ValueError(f"{marks[0]} begins no list of options")
+    texts = []
+    for mark in marks[1:]:
+        if rest.count(mark) != 1:
+            raise ValueError(f"{mark} stands {rest.count(mark)} times in its list of options")
+        text, _, rest = rest.partition(mark)
         texts.append(text.strip())
-    return texts[0], [*texts[1:], rest.strip()]
+    return _without_lead(question), [*texts, rest.strip()]
+
+
+def _without_lead(asked: str) -> str:
+    """A question without "Please choose the correct answer to the question:"."""
+    lead, found, question = asked.partition(": ")
+    return (question if found and lead.startswith("Please ") else asked).strip()
 
 
 def _choice(lead: str, kind: str, texts: Sequence[str], right: int, between: str = " ") -> Question:

@@ -21,8 +21,9 @@ SMALL = "dtype: float32\nrank: 2\nmax_length: 400\nbatch_size: 4\nepochs: 1\nwar
 def commonsense(task, number):
     options = OPTIONS[task]
     answer = options[number % len(options)]
+    told = "".join(f" {name.capitalize()}: {name[-1]}." for name in options if name[-1].isdigit())
     return {
-        "instruction": f"{task} {number}?\n\nAnswer format: {'/'.join(options)}", "input": "",
+        "instruction": f"{task} {number}?\n\n{told.strip()}\n\nAnswer format: {'/'.join(options)}", "input": "",
         "output": f"the correct answer is {answer}", "answer": answer,
     }  # fmt: skip
 
@@ -152,13 +153,13 @@ def test_kinds_of_adapters_with_prompts_learned_and_masked_in_one_call(words, tm
 
 
 def test_answers_as_texts_are_asked_by_log_likelihood_in_a_folder_of_their_own(words, tmp_path, capsys):
-    given = words("commonsense-llama-7b", "llama", "--tasks", "boolq", "--rates", "1e-2", "--answers")
+    given = words("commonsense-llama-7b", "llama", "--tasks", "boolq,ARC-Easy", "--rates", "1e-2", "--answers")
     assert main([*given, "texts"]) == 0
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())) == {
         "likeliest", "nats", "rates", "tables", "notes",
     }  # fmt: skip
     rows = (tmp_path / "out" / "data" / "train.jsonl").read_text().splitlines()
-    assert {json.loads(row)["completion"] for row in rows} == {" true", " false"}
+    assert {json.loads(row)["completion"] for row in rows} == {" true", " false", " 1.", " 2."}
     assert "begun with answers = texts, but now it is names" in error_of(capsys, [*given, "names"])
     told = error_of(capsys, [*given, "texts", "--metrics", "generated"])
     assert told == "--metrics names generated; there are likeliest, nats"

@@ -1,7 +1,5 @@
 """Products for short rows: against the plain formula in float64, and against transformers' `sdpa` on every family."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,18 +52,14 @@ def with_gradients(function, tensors):
 @settings(deadline=None, max_examples=25)
 @given(
     rows=st.integers(1, 3), own=st.integers(1, 3), groups=st.integers(1, 3), length=st.integers(2, 6),
-    width=st.sampled_from([2, 5]), scaling=st.sampled_from([None, 0.3]),
-    kind=st.sampled_from(["none", "bool", "added"]), seed=st.integers(0, 99),
+    width=st.sampled_from([2, 5]), scaling=st.sampled_from([None, 0.3]), masked=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_outputs_and_gradients_are_the_formulas(rows, own, groups, length, width, scaling, kind, seed):
+def test_outputs_and_gradients_are_the_formulas(rows, own, groups, length, width, scaling, masked, seed):
     tensors = asked(rows, own * groups, own, length, width, seed=seed)
     seen = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, -1, -1).clone()
-    if kind != "none":
-        drawn = torch.rand(rows, length, length, generator=torch.Generator().manual_seed(seed)) < 0.6
-        seen &= drawn | torch.eye(length, dtype=torch.bool)
-    mask = {"none": None, "bool": seen[:, None], "added": torch.zeros(seen[:, None].shape, dtype=torch.float64)}[kind]
-    if kind == "added":
-        mask = mask.masked_fill(~seen[:, None], -math.inf)
+    if masked:
+        seen &= torch.rand(rows, length, length, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask = seen[:, None] if masked else None
     ours = with_gradients(
         lambda q, k, v: attention._attention(Layer(groups), q, k, v, mask, scaling=scaling)[0], tensors
     )
@@ -89,12 +83,17 @@ def test_in_bfloat16_it_is_as_near_to_the_formula_as_eager():
     assert errors[0] < 1.1 * errors[1] < 0.02
 
 
-def test_a_query_that_sees_no_key_gets_the_mean_of_the_values_and_no_nan():
-    query, key, value = asked(1, 2, 2, 3, 4)
+def test_a_query_that_sees_no_key_gets_zeros_as_by_sdpa():
+    tensors = asked(1, 2, 2, 3, 4, torch.float32)
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     mask[..., 0, :] = False
-    found = attention._attention(Layer(), query, key, value, mask)[0]
-    torch.testing.assert_close(found[0, 0], value[0].mean(1))
+    ours, theirs = (
+        with_gradients(lambda *given, run=run: run(Layer(), *given, mask)[0], tensors)
+        for run in (attention._attention, sdpa_attention_forward)
+    )
+    assert not ours[0][0, 0].any()
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_weights_are_dropped_and_the_others_made_up_for(monkeypatch):
@@ -106,7 +105,9 @@ def test_weights_are_dropped_and_the_others_made_up_for(monkeypatch):
     assert asked_for == [(pytest.approx(1.0), 0.25)]
 
 
-@pytest.mark.parametrize("why", ["long", "one query", "keys left out", "a bias of positions", "a mask that is learned"])
+@pytest.mark.parametrize("why", [
+    "long", "one query", "keys left out", "a bias of positions", "a mask that is added", "float16",
+])  # fmt: skip
 def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
     query, key, value = asked(1, 2, 2, 129 if why == "long" else 4, 4, torch.float32)
     mask, more = None, {}
@@ -116,8 +117,10 @@ def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
         query = query[:, :, :3]
     if why == "a bias of positions":
         more = {"position_bias": torch.randn(1, 2, 4, 4)}
-    if why == "a mask that is learned":
-        mask = torch.randn(1, 2, 4, 4, requires_grad=True)
+    if why == "a mask that is added":
+        mask = torch.randn(1, 2, 4, 4)
+    if why == "float16":
+        query, key, value = (tensor.half() for tensor in (query, key, value))
     monkeypatch.setattr(attention, "_products", None)
     found = attention._attention(Layer(), query, key, value, mask, **more)[0]
     torch.testing.assert_close(found, sdpa_attention_forward(Layer(), query, key, value, mask, **more)[0])
@@ -135,15 +138,17 @@ def _counted(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [None, "right", "left"])
 def test_losses_and_gradients_are_sdpas_on_every_family(family, padded, monkeypatch):
     model = tiny(family)
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa") if model._supports_sdpa else pytest.skip(f"{family} has no sdpa")
     inputs = batch(model)
     if padded:
-        inputs["attention_mask"][0, -3:] = 0
-        inputs["labels"][0, -3:] = -100
+        some = slice(-3, None) if padded == "right" else slice(None, 3)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, some] = 0
+        inputs["labels"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)  # the first real one, too
     calls, found = _counted(monkeypatch), []
     for within in (False, True):
         model.zero_grad()
@@ -181,9 +186,11 @@ def test_afterwards_all_is_as_before_also_within_one_another_and_beside_others()
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention._attention
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention._attention
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = others
+    with short_rows():
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = others
     try:
         with short_rows():
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is others
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is others
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -114,12 +114,30 @@ def test_answers_as_texts_list_no_options(tmp_path):
     }  # fmt: skip
 
 
-def test_an_option_that_the_question_does_not_tell_is_named_by_its_place(tmp_path):
-    row = {"instruction": "Which?\n\nAnswer1: one\n\nAnswer format: answer1/answer2", "output": "x"}
-    row |= {"answer": "answer1"}
+LISTED = "Which?\n\nAnswer1: {}\n\nAnswer format: answer1/answer2"
+
+
+@pytest.mark.parametrize(("instruction", "message"), [
+    (LISTED.format("one"), "Answer2: stands 0 times in its list of options"),
+    (LISTED.format("one Answer2: two Answer2: three"), "Answer2: stands 2 times"),
+    (LISTED.format("one Answer2: two").replace("\n\nA", " A"), "Answer1: begins no list of options"),
+    (LISTED.format(" Answer2: two"), "its right option is empty"),
+    (LISTED.format("one Answer2: two").removeprefix("Which?"), "its question is empty"),
+])  # fmt: skip
+def test_rows_that_texts_cannot_be_read_from_are_named_by_their_place(tmp_path, instruction, message):
+    row = {"instruction": instruction, "output": "x", "answer": "answer1"}
     (tmp_path / "commonsense_170k.json").write_text(json.dumps([row] * 121))
-    with pytest.raises(DataError, match=r"170k\.json row \d+: Answer2: is not in the question, but its answer format"):
+    with pytest.raises(DataError, match=rf"170k\.json row \d+: {message}"):
         prepare_files(SUITE, [], str(tmp_path), tmp_path / "out", None, None, "texts")
+
+
+@pytest.mark.parametrize("wrong", ["one Answer2: one", "one Answer2:"])
+def test_questions_whose_options_are_empty_or_alike_are_named_by_their_place(tmp_path, wrong):
+    row = {"instruction": LISTED.format("one Answer2: two"), "output": "x", "answer": "answer1"}
+    (tmp_path / "commonsense_170k.json").write_text(json.dumps([row] * 121))
+    (tmp_path / "ARC-Easy.test.json").write_text(json.dumps([row, row | {"instruction": LISTED.format(wrong)}]))
+    with pytest.raises(DataError, match=r"ARC-Easy\.test\.json row 2: an option is empty, or two are alike"):
+        prepare_files(SUITE, ["ARC-Easy"], str(tmp_path), tmp_path / "out", None, None, "texts")
 
 
 @pytest.mark.parametrize(("task", "answer", "wanted"), [
