@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# the longest rows for which these products are faster on processors, as measured; scores of float16 could overflow
-_LONGEST = {torch.bfloat16: 256, torch.float32: 128, torch.float64: 128}
+# the longest rows for which these products are faster on processors, as measured: in float32 they are level, and scores
+# of float16 could overflow
+_LONGEST = {torch.bfloat16: 256}
 
 
 @contextmanager
 def short_rows() -> Iterator[None]:
-    """Have models with transformers' attention `sdpa` take these products where they are faster.
+    """Have models with transformers' attention `sdpa` take these products where they are faster: in bfloat16.
 
-    The results are those of `sdpa` but for rounding: in bfloat16 scores are rounded, as by `eager`. Only what runs
+    The results are those of `sdpa` but for rounding: scores are rounded, as by `eager`. Only what runs
     inside changes, for all models of the process, and a backward pass belongs inside, too, since checkpointing runs
     layers again; an attention that others have put in `sdpa`'s place stays.
 

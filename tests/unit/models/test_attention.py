@@ -13,6 +13,12 @@ from siftune.models import attention
 from siftune.models.attention import short_rows
 
 
+@pytest.fixture(autouse=True)
+def also_wide(monkeypatch):
+    """As in bfloat16, and exact."""
+    monkeypatch.setattr(attention, "_LONGEST", {torch.bfloat16: 256, torch.float32: 128, torch.float64: 128})
+
+
 class Layer(nn.Module):
     """What transformers hands to an attention function."""
 
@@ -129,6 +135,14 @@ def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
 def test_what_sdpa_refuses_is_refused():
     with pytest.raises(ValueError, match="softcap"):
         attention._attention(Layer(), *asked(1, 2, 2, 3, 4), None, softcap=30.0)
+
+
+def test_only_bfloat16_is_changed_as_it_is(monkeypatch):
+    monkeypatch.undo()
+    called = _counted(monkeypatch)
+    for dtype, calls in ((torch.float32, 0), (torch.float64, 0), (torch.bfloat16, 1)):
+        attention._attention(Layer(), *asked(1, 2, 2, 3, 4, dtype), None)
+        assert len(called) == calls
 
 
 def _counted(monkeypatch):
