@@ -51,7 +51,9 @@ def figures(text: str | None = None) -> list[Tested]:
         sums = found.setdefault((line["kind"], line["planted"]), [0, 0, 0])
         for place, name in enumerate(("runs", "rows", "bad")):
             sums[place] += line[name]
-    return [Tested(_KINDS.get(kind, kind), planted, *sums) for (kind, planted), sums in found.items()]
+    kinds = list(dict.fromkeys([*_KINDS, *(kind for kind, _ in found)]))
+    ordered = sorted(found.items(), key=lambda item: (kinds.index(item[0][0]), item[0][1]))
+    return [Tested(_KINDS.get(kind, kind), planted, *sums) for (kind, planted), sums in ordered]
 
 
 def in_words(found: Sequence[Tested]) -> list[dict[str, Any]]:
