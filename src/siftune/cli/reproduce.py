@@ -112,9 +112,9 @@ def _refuse_lines(recipe: str | None) -> None:
 
 def _refuse_idle(options: Options, protocol: "Protocol") -> None:
     """Refuse options that would be of no effect on a suite."""
-    idle: tuple[str, ...] = ("adapters", "prompts", "answers") if protocol.suite.emulators else ("keep",)
-    if any(task.reader != "option" for task in protocol.suite.tables.values()):
-        idle += ("answers",)
+    idle = ["adapters", "prompts"] if protocol.suite.emulators else ["keep"]
+    if protocol.suite.emulators or "likeliest" not in protocol.suite.metrics:  # no options to list
+        idle.append("answers")
     for name in idle:
         if getattr(options, name) is not None:
             raise RecipeError(f"--{name} has no effect on {options.name}: leave it out")
@@ -271,7 +271,7 @@ def _told(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
     print_table(plan_table(plan, options.gpu), console)
     console.print(
         f"reckoned, not measured: operations on the meta device, {OVER_FLOOR} times as long as the GPU's makers state, "
-        "and the methods' ratios of the README, which are of SmolLM2 on processors; making kits and asking questions "
+        "and the methods' ratios of docs/measured.md, of SmolLM2 on processors; making kits and asking questions "
         "come on top",
         markup=False,
     )

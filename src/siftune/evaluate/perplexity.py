@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from siftune.errors import DataError
 from siftune.evaluate.batching import by_length, model_device
+from siftune.models.cross_entropy import cross_entropy
 from siftune.models.loss import IGNORED, logits_at
 from siftune.models.modes import evaluating
-
-_CHUNK = 512  # positions whose logits are widened to float32 at a time: bounds the extra memory
 
 TokenRow = tuple[Sequence[int], Sequence[int]]
 
@@ -95,21 +94,10 @@ def _batch_nll(model: nn.Module, rows: Sequence[TokenRow]) -> NDArray[np.float64
     mask_BT = labels_BT != IGNORED
     with logits_at(model, mask_BT):
         logits_NV = model(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False).logits[0]
-    nll_N = _token_nll(logits_NV, labels_BT[mask_BT])
+    nll_N = cross_entropy(logits_NV, labels_BT[mask_BT].to(logits_NV.device)).cpu().double()
     row_N = mask_BT.nonzero()[:, 0].cpu()
     sums_B = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_N, nll_N)
     return np.asarray(sums_B.numpy())
-
-
-def _token_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """−ln softmax(logits)[target] per position: (N,) float64 on the CPU."""
-    wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    targets_N = targets_N.to(logits_NV.device)
-    parts = [
-        nn.functional.cross_entropy(logits_NV[part].to(wide), targets_N[part], reduction="none")
-        for part in (slice(at, at + _CHUNK) for at in range(0, len(targets_N), _CHUNK))
-    ]
-    return torch.cat(parts).cpu().double()
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -146,7 +146,7 @@ def token_loss(logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None
 def token_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
     """Cross entropy of each label, in their order; (N,) float32. Arguments are those of `token_loss`."""
     targets_N = next_labels(labels_BT).to(logits_1NV.device)
-    return cross_entropy(logits_1NV.squeeze(0), targets_N)
+    return cross_entropy(logits_1NV.squeeze(0), targets_N).float()
 
 
 def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Tensor:

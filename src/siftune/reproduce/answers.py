@@ -111,8 +111,6 @@ def ask(
         DataError: A row lacks what a metric needs, or does not fit the model's window.
     """
     wanted = {name: source for name in asking.missing(answers, task) if (source := _source(name, task))}
-    if not wanted:  # another process has asked meanwhile
-        return
     prepared = prepare_rows(rows, tokenizer, sorted(set(wanted.values())), asking.template, asking.max_new_tokens)
     found = measure(model, prepared if asking.ends else _open_ended(prepared), asking.batch_size)
     scores = {}

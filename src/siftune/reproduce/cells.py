@@ -148,7 +148,7 @@ class Reproduction:
         """
         for group in self.groups:
             recipes_of(self.recipe(group), self.grid.methods)  # refuses what cannot run, before anything is written
-        begin(self.out, about)
+        begin(self.out, about, {"answers": "names"})
 
     def prepare(self, data: str, limit: int | None, questions: int | None) -> None:
         """Write the rows; see `rows.prepare_files`."""

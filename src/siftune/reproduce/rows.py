@@ -174,11 +174,11 @@ def _options(row: Row) -> tuple[list[str], int]:
 
 def _told(row: Row) -> tuple[str, list[str], int]:
     """A row's question by itself, what follows it with each option, and the place of the right one."""
+    _, right = _options(row)
     try:
         question, texts = texts_of(row.prompt[0].content)
     except ValueError as error:
         raise DataError(f"{row.origin}: {error}: leave the row out") from error
-    right = _options(row)[1]
     if not question or not texts[right]:
         raise DataError(f"{row.origin}: its {'right option' if question else 'question'} is empty: leave the row out")
     return question, [f" {text}" for text in texts], right

@@ -28,8 +28,13 @@ from siftune.trainer.source import ModelSource, Source
 _RUN = "run.json"
 
 
-def begin(out: Path, about: Mapping[str, Any]) -> None:
+def begin(out: Path, about: Mapping[str, Any], unsaid: Mapping[str, Any] | None = None) -> None:
     """Note in a folder what it is of, or see that it is of the same.
+
+    Args:
+        out: The folder.
+        about: What it is of.
+        unsaid: What a folder is of that does not say so, as it was begun before there was a choice.
 
     Raises:
         RecipeError: It is of something else.
@@ -38,8 +43,7 @@ def begin(out: Path, about: Mapping[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out} is a file: give a folder with --out")
     begun = path.exists() and (out / "data").is_dir()  # else nothing was made: rows were not found, say
-    # folders of before there was a choice do not tell how answers are put
-    before = {"answers": "names", **read_record(path)} if begun else known
+    before = {**(unsaid or {}), **read_record(path)} if begun else known
     changed = [key for key in known if before.get(key) != known[key]]
     if changed:
         key = changed[0]

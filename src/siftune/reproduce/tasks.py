@@ -63,7 +63,7 @@ def texts_of(instruction: str) -> tuple[str, list[str]]:
         ('Hot?', ['ice', 'fire'])
     """
     names, (asked, _, _) = options_of(instruction), instruction.rpartition("Answer format:")
-    if not all(name[-1:].isdigit() for name in names):
+    if not any(name[-1:].isdigit() for name in names):
         return _without_lead(asked), names
     marks = [f"{name.capitalize()}:" for name in names]
     question, found, rest = asked.rpartition(f"\n\n{marks[0]}")

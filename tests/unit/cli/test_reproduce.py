@@ -161,6 +161,11 @@ def test_answers_as_texts_are_asked_by_log_likelihood_in_a_folder_of_their_own(w
     rows = (tmp_path / "out" / "data" / "train.jsonl").read_text().splitlines()
     assert {json.loads(row)["completion"] for row in rows} == {" true", " false", " 1.", " 2."}
     assert "begun with answers = texts, but now it is names" in error_of(capsys, [*given, "names"])
+    older = tmp_path / "out" / "protocol.json"
+    older.write_text(
+        json.dumps({key: value for key, value in json.loads(older.read_text()).items() if key != "answers"})
+    )
+    assert "begun with answers = names, but now it is texts" in error_of(capsys, [*given, "texts"])
     told = error_of(capsys, [*given, "texts", "--metrics", "generated"])
     assert told == "--metrics names generated; there are likeliest, nats"
     for name in ("math-llama-7b", "gradot-opt-1.3b"):

@@ -14,6 +14,7 @@ from siftune.errors import AdapterError, DataError
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
 from siftune.evaluate.measure import Metric, compare, measure, measure_base
 from siftune.evaluate.prepare import prepare_rows
+from siftune.models import attention
 
 TOKENIZER = byte_tokenizer()
 QUESTIONS = rows_from(
@@ -55,6 +56,13 @@ def test_choices_and_perplexity_of_questions(model):
     np.testing.assert_allclose(result["perplexity"].values, nll, rtol=1e-5)
     tokens = sum(len(row.completion) + 1 for row in QUESTIONS)
     assert result["perplexity"].value == pytest.approx(math.exp(sum(nll) / tokens), rel=1e-5)
+
+
+def test_short_rows_take_their_own_products(model, monkeypatch):
+    calls, products = [], attention._products
+    monkeypatch.setattr(attention, "_products", lambda *given: calls.append(1) or products(*given))
+    measure(model.bfloat16(), prepare_rows(QUESTIONS, TOKENIZER, ["perplexity"]))
+    assert calls
 
 
 def write(model, rows):

@@ -113,6 +113,7 @@ def test_weights_are_dropped_and_the_others_made_up_for(monkeypatch):
 
 @pytest.mark.parametrize("why", [
     "long", "one query", "keys left out", "a bias of positions", "a mask that is added", "float16",
+    "keys of one row for all",
 ])  # fmt: skip
 def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
     query, key, value = asked(1, 2, 2, 129 if why == "long" else 4, 4, torch.float32)
@@ -123,6 +124,8 @@ def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
         query = query[:, :, :3]
     if why == "a bias of positions":
         more = {"position_bias": torch.randn(1, 2, 4, 4)}
+    if why == "keys of one row for all":
+        query = torch.cat([query, -query])
     if why == "a mask that is added":
         mask = torch.randn(1, 2, 4, 4)
     if why == "float16":

@@ -41,6 +41,12 @@ def test_losses_and_gradients_are_torchs_however_many_labels_go_at_a_time(labels
     torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-5, atol=2e-6)
 
 
+def test_in_float64_nothing_is_rounded():
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for ours, theirs in zip(*both(logits, torch.arange(7), torch.ones(7)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_only_the_gradient_is_rounded(dtype):
     generator = torch.Generator().manual_seed(0)

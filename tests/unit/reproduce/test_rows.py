@@ -123,6 +123,7 @@ LISTED = "Which?\n\nAnswer1: {}\n\nAnswer format: answer1/answer2"
     (LISTED.format("one Answer2: two").replace("\n\nA", " A"), "Answer1: begins no list of options"),
     (LISTED.format(" Answer2: two"), "its right option is empty"),
     (LISTED.format("one Answer2: two").removeprefix("Which?"), "its question is empty"),
+    ("Which?", r"the answer 'answer1' is none of its options \(none\)"),
 ])  # fmt: skip
 def test_rows_that_texts_cannot_be_read_from_are_named_by_their_place(tmp_path, instruction, message):
     row = {"instruction": instruction, "output": "x", "answer": "answer1"}

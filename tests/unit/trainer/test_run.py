@@ -21,6 +21,7 @@ from siftune.cli.main import main
 from siftune.config import resolve_recipe
 from siftune.data.arithmetic import arithmetic_rows
 from siftune.errors import AdapterError, InputError, RecipeError, TrainingError
+from siftune.models import attention
 from siftune.recipe_file import load_recipe
 from siftune.rows.visits import read_visits
 from siftune.trainer import source as module
@@ -219,6 +220,19 @@ def test_the_seed_decides_everything(base, rows, tmp_path):
     assert runs[0][1] == runs[1][1] != runs[2][1]
     name = next(name for name in runs[0][0] if "lora_A" in name)
     assert not torch.allclose(runs[0][0][name], runs[2][0][name], atol=0.02)
+
+
+@pytest.mark.parametrize(("named", "taken"), [("auto", True), ("sdpa", False)])
+def test_short_rows_take_their_own_products_unless_an_attention_is_named(
+    base, rows, tmp_path, monkeypatch, named, taken
+):
+    gradients, products = [], attention._products
+    monkeypatch.setattr(
+        attention, "_products", lambda *given: gradients.append(torch.is_grad_enabled()) or products(*given)
+    )
+    settings = {"eval": str(rows), "eval_every": 1, "dtype": "bfloat16", "attention": named, "steps": 1}
+    train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    assert set(gradients) == ({True, False} if taken else set())  # in training, and in evaluation
 
 
 def test_the_attention_of_the_recipe_is_used(base, rows, tmp_path):

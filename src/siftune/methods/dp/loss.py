@@ -4,9 +4,9 @@ A mean over the tokens of a batch will not do: how much a row weighs in it depen
 one row changes the gradients of all, and clipping bounds nothing.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from siftune.models.cross_entropy import cross_entropy
 from siftune.models.loss import label_positions, next_labels
 
 
@@ -21,7 +21,6 @@ def row_loss(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
         Scalar float32, or float64 where the logits are; a row without labels adds nothing.
     """
     counts_B = label_positions(labels_BT).sum(1)
-    logits_NV = logits_1NV[0] if logits_1NV.dtype == torch.float64 else logits_1NV[0].float()
-    losses_N = nn.functional.cross_entropy(logits_NV, next_labels(labels_BT).to(logits_NV.device), reduction="none")
+    losses_N = cross_entropy(logits_1NV.squeeze(0), next_labels(labels_BT).to(logits_1NV.device))
     weights_N = counts_B.to(losses_N.dtype).reciprocal().repeat_interleave(counts_B)
     return (losses_N * weights_N.to(losses_N.device)).sum()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from siftune.errors import DataError
 from siftune.files import Progress
+from siftune.models.cross_entropy import cross_entropy
 from siftune.models.layers import find_layers, hidden_states
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.models.modes import evaluating, trainable_only
@@ -174,7 +175,7 @@ def _loss(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, last_BTH:
     with torch.enable_grad():
         logits_NV = _logits(model, layers, batch, end)
         targets_N = next_labels(batch["labels"]).to(logits_NV.device)
-        loss = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        loss = cross_entropy(logits_NV, targets_N).sum()
     return float(loss.detach()), torch.autograd.grad(loss, last_BTH)[0]
 
 
