@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from baselines import Baseline
-from siftune.methods.batches import Batch, RowDraws
+from siftune.methods.drivers.batches import Batch, RowDraws
 from siftune.methods.gast.settings import GASTSettings
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 
 class BaselineTrainer(SiftTrainer):

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_rows import gradient_of_chosen, lora_matrices, randomness_kept, reading
-from siftune import numerics
-from siftune.engine import per_sample
-from siftune.engine.distributed import world_size
-from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.batches import Batch, Draws, Loss, model_loss
-from siftune.methods.followed import how_many
+from siftune.base import numerics
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.engine import kinds as per_sample
+from siftune.engine.ranks import world_size
+from siftune.methods.drivers.batches import Batch, Draws, Loss, model_loss
+from siftune.methods.drivers.followed import how_many
+from siftune.methods.drivers.support import support_gradient
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, score_samples
 from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.support import support_gradient
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
 

@@ -3,7 +3,7 @@
     python benchmarks/calibration_leak.py --own ARC-Easy.train.json --public openbookqa.train.json --out FILE
     python benchmarks/calibration_leak.py --report FILE
 
-The attacker has the base and the kit (`siftune.offsite.audits.calibration_attack`), and in the second column a kit of
+The attacker has the base and the kit (`siftune.offsite.audit.calibration_attack`), and in the second column a kit of
 his own, of the same settings, from as many other rows of the owner's source. A *set* says which rows calibrate:
 
     own-N              N rows of the owner's
@@ -40,18 +40,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pays.results import append, read
 from private_moments import gaussian_epsilon, private_moments
+from siftune.base.environment import versions
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tokenize import tokenize_rows
-from siftune.environment import versions
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, paired_bootstrap
 from siftune.evaluate.perplexity import perplexity
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
-from siftune.offsite.audits.calibration_attack import KINDS, Compared, compared, row_residuals
-from siftune.offsite.audits.membership import measure_attack
-from siftune.offsite.audits.rows import token_rows
+from siftune.offsite.audit.calibration_attack import KINDS, Compared, compared, row_residuals
+from siftune.offsite.audit.membership import measure_attack
+from siftune.offsite.audit.rows import token_rows
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble, materialise
 from siftune.offsite.emulator.compress import LayerCurvature, compress_layer, layer_curvature
 from siftune.offsite.emulator.make import emulators, middle_of
@@ -59,8 +59,8 @@ from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.emulator.recording import Captured
 from siftune.offsite.emulator.split import Split
+from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.maths.kfac import Curvature, Moments
-from siftune.offsite.protocol.calibration import in_batches
 from siftune.report.table import Table, markdown_table
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -21,13 +21,13 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from siftune.config import Recipe
-from siftune.engine.distributed import join_launch, leave_launch, let_go, rank, world_size
+from siftune.engine.ranks import join_launch, leave_launch, let_go, rank, world_size
 from siftune.engine.sharding import shard_base
 from siftune.methods.gast.settings import GASTSettings
-from siftune.models.adapters import attach_adapter
-from siftune.trainer.build import methods_of
-from siftune.trainer.trainer import SiftTrainer
+from siftune.models.adapters.attach import attach_adapter
+from siftune.recipe.schema import Recipe
+from siftune.train.build import methods_of
+from siftune.train.trainer import SiftTrainer
 
 STEPS = 10
 LAYERS = 4

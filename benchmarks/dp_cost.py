@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from gast_cost import Case, collect, pooled, table
+from siftune.base.errors import RecipeError, SiftuneError
 from siftune.bench.cost import Measurement, check_workload, measure
 from siftune.bench.workload import Workload
-from siftune.config import Recipe
-from siftune.errors import RecipeError, SiftuneError
+from siftune.recipe.schema import Recipe
 
 METHODS = ("dense", "dense-drawn", "dp-layer", "dp-flat", "opacus", "opacus-ghost")
 WORKER = (sys.executable, str(Path(__file__).resolve()), "--worker")

@@ -14,10 +14,10 @@ from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGr
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
 
-from siftune.methods.callback import plain_optimizer
 from siftune.methods.dp.callback import DP
+from siftune.methods.host.callback import plain_optimizer
 from siftune.models.loss import label_positions, logits_at, next_labels
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 
 class DrawnTrainer(SiftTrainer):

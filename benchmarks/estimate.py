@@ -17,10 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from siftune.config import Recipe
-from siftune.trainer import forecast, run
-from siftune.trainer.dry_run import dry_run
-from siftune.trainer.trainer import SiftTrainer
+from siftune.recipe.schema import Recipe
+from siftune.train import forecast, run
+from siftune.train.dry_run import dry_run
+from siftune.train.trainer import SiftTrainer
 
 _CLOCKS = {"clock": time.perf_counter, "processor": time.process_time}
 

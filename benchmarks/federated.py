@@ -41,26 +41,26 @@ from transformers import PreTrainedModel
 
 from offsite import text_batches
 from pays.results import append, key, read
-from siftune.config import Recipe
+from siftune.base.environment import hardware, versions
 from siftune.data.arithmetic import split
 from siftune.data.rows import rows_from
-from siftune.environment import hardware, versions
 from siftune.evaluate.bootstrap import Bootstrap, resample
 from siftune.models.source import load_model
-from siftune.offsite.audits.rows import AuditRows, score_rows, tokenize_audit
-from siftune.offsite.audits.settings import AuditSettings
+from siftune.offsite.audit.rows import AuditRows, score_rows, tokenize_audit
+from siftune.offsite.audit.settings import AuditSettings
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.exchange.emulate import emulate
+from siftune.offsite.exchange.plug import plug_in
+from siftune.offsite.exchange.returned import open_return
+from siftune.offsite.exchange.rounds import next_kit
+from siftune.offsite.exchange.settings import Merging
+from siftune.offsite.exchange.thin import DOWN, UP, Tuned, is_thin
+from siftune.offsite.exchange.tune import source_of
 from siftune.offsite.kit.folder import Kit, read_kit
-from siftune.offsite.protocol.emulate import emulate
-from siftune.offsite.protocol.plug import plug_in
-from siftune.offsite.protocol.returned import open_return
-from siftune.offsite.protocol.rounds import next_kit
-from siftune.offsite.protocol.settings import Merging
-from siftune.offsite.protocol.thin import DOWN, UP, Tuned, is_thin
-from siftune.offsite.protocol.tune import source_of
+from siftune.recipe.schema import Recipe
 from siftune.report.table import Table, markdown_table
-from siftune.trainer.run import train
+from siftune.train.run import train
 
 Job = dict[str, Any]
 Line = dict[str, Any]

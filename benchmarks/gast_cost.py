@@ -23,10 +23,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from siftune.base.errors import DataError, RecipeError, SiftuneError
+from siftune.base.settings import nearest
 from siftune.bench.cost import MEASURED, Measurement, check_workload, measure, schedule, summarise
 from siftune.bench.workload import Workload
-from siftune.errors import DataError, RecipeError, SiftuneError
-from siftune.settings import nearest
 
 # baseline -> its class in `baselines`, and the method of siftune's whose settings it has
 BASELINES = {

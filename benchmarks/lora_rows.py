@@ -12,8 +12,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.groups import group_by_layer, outside
-from siftune.errors import UnsupportedError
 
 Read = Callable[[nn.Linear, Tensor, Tensor], Tensor | None]  # matrix, output's gradient, input -> weight's gradient
 

@@ -34,22 +34,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from siftune.base.environment import hardware, versions
 from siftune.data.arithmetic import split
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tokenize import Collator, tokenize_rows
-from siftune.environment import hardware, versions
 from siftune.models.layers import find_layers
 from siftune.models.source import load_model, use_attention
-from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
-from siftune.offsite.audits.models import OffsiteModels, kept_fraction, plugged, read_outer
-from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokenize_audit
-from siftune.offsite.audits.settings import AuditSettings
-from siftune.offsite.audits.tuning import Tuning, tuned
+from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audit.models import OffsiteModels, kept_fraction, plugged, read_outer
+from siftune.offsite.audit.rows import AuditRows, RowScores, score_rows, tokenize_audit
+from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audit.tuning import Tuning, tuned
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.protocol.calibration import in_batches
+from siftune.offsite.exchange.calibration import in_batches
 
 Job = dict[str, Any]
 Line = dict[str, Any]

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
 
-from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
+from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selection
 
 _RECORDS = Path(__file__).parent / "results" / "picture"
 _EMPTY = "#f8f9fa"  # a cell in which nothing trained

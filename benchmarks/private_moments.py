@@ -30,7 +30,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from siftune.numerics import widened
+from siftune.base.numerics import widened
 from siftune.offsite.maths.kfac import Moments
 
 _MOST = 1e6  # an ε that says nothing

@@ -151,7 +151,7 @@ def _value(text: str) -> Any:
 def _check(jobs: list[Job]) -> None:
     """Refuse recipes and data that cannot be used, before hours of training."""
     from quality_tasks import make_task, recipe_of
-    from siftune.errors import InputError
+    from siftune.base.errors import InputError
 
     try:
         with tempfile.TemporaryDirectory() as folder:

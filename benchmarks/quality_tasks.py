@@ -17,25 +17,25 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from siftune.base.environment import hardware, versions
+from siftune.base.errors import DataError
 from siftune.bench.worker import Clock
-from siftune.config import Recipe, resolve_recipe
 from siftune.data.arithmetic import arithmetic_rows, split
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.environment import hardware, versions
-from siftune.errors import DataError
 from siftune.evaluate.choices import score_choices
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows
+from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.gast.callback import GAST
 from siftune.methods.gast.maths import zscores
-from siftune.methods.sample_choice import SampleChoice
 from siftune.models.source import load_model
-from siftune.recipe_checks import check
-from siftune.recipe_file import load_recipe
-from siftune.trainer.build import build
+from siftune.recipe.checks import check
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe, resolve_recipe
+from siftune.train.build import build
 
 Record = dict[str, Any]
 Job = dict[str, Any]

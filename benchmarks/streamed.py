@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-_BARE = "import siftune.offsite.protocol.emulate, siftune.cli.emulate, transformers.models.llama.modeling_llama"
+_BARE = "import siftune.offsite.exchange.emulate, siftune.cli.emulate, transformers.models.llama.modeling_llama"
 _EMULATE = "import sys; from siftune.cli.main import main; sys.exit(main())"
 
 

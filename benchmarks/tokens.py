@@ -17,11 +17,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from siftune.config import Recipe
+from siftune.base.environment import hardware
 from siftune.data.arithmetic import arithmetic_rows
-from siftune.environment import hardware
 from siftune.models.source import resolve
-from siftune.trainer.prepare import prepare, read_rows
+from siftune.recipe.schema import Recipe
+from siftune.train.prepare import prepare, read_rows
 
 
 def write_rows(path: Path, count: int) -> None:

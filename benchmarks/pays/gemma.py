@@ -12,8 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from siftune.errors import ModelError
-from siftune.files import write_beside
+from siftune.base.errors import ModelError
+from siftune.base.files import write_beside
 from siftune.models import smollm2
 
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

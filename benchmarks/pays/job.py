@@ -27,21 +27,21 @@ from pays.rules import RULES, Weigh, use_rule
 from pays.stopping import KeepBest
 from pays.subset import Book, Keep, SubsetTrainer
 from pays.training_rows import training_rows
+from siftune.base.environment import hardware, versions
+from siftune.base.errors import SiftuneError
 from siftune.bench.worker import Clock
-from siftune.config import Recipe, compares, resolve_recipe
 from siftune.data.rows import rows_from
 from siftune.data.tokenize import AIMED, Collator, tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.environment import hardware, versions
-from siftune.errors import SiftuneError
 from siftune.evaluate.embeddings import embed, most_alike, similarity
-from siftune.methods.sample_callback import SampleCallback
-from siftune.methods.sample_choice import WHOLE, SampleChoice
+from siftune.methods.drivers.sample_callback import SampleCallback
+from siftune.methods.drivers.sample_choice import WHOLE, SampleChoice
 from siftune.models.source import load_model
-from siftune.recipe_checks import check
-from siftune.recipe_file import load_recipe
-from siftune.trainer.build import Built, build
+from siftune.recipe.checks import check
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe, compares, resolve_recipe
+from siftune.train.build import Built, build
 
 Record = dict[str, Any]
 Job = dict[str, Any]

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.engine.groups import group_by_layer
-from siftune.methods.layer_draws import draw_uniform, share
+from siftune.methods.drivers.layer_draws import draw_uniform, share
 
 
 class MaskedUpdate(TrainerCallback):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from quality_tasks import read_options
+from siftune.base.errors import DataError
 from siftune.data.arithmetic import arithmetic_rows
-from siftune.errors import DataError
 
 Record = dict[str, Any]
 Job = dict[str, Any]

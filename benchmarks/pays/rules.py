@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siftune.base.errors import RecipeError
+from siftune.base.numerics import widened
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
-from siftune.errors import RecipeError
+from siftune.methods.drivers.sample_choice import Choosing, Unit
+from siftune.methods.drivers.support import Gradients
 from siftune.methods.gast.callback import GAST
 from siftune.methods.gast.maths import Scored
 from siftune.methods.gast.rule import AlignedSamples
-from siftune.methods.sample_choice import Choosing, Unit
-from siftune.methods.support import Gradients
-from siftune.numerics import widened
 
 Weigh = Callable[[Tensor, Tensor], Tensor]  # scores, live rows -> weights, all (B,)
 

@@ -137,7 +137,7 @@ def check(jobs: list[Job], data: Path) -> None:
     import tempfile
 
     from pays.job import recipe_of
-    from siftune.errors import SiftuneError
+    from siftune.base.errors import SiftuneError
 
     check_data(data)
     try:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from pays.followed import Followed
 from pays.measure import row_losses
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.methods.dp.loss import row_loss
-from siftune.methods.followed import how_many
+from siftune.methods.drivers.followed import how_many
 from siftune.models.loss import label_positions, logits_at
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 Record = dict[str, Any]
 Batch = Mapping[str, Tensor]

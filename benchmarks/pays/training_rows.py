@@ -17,7 +17,7 @@ decides which of them are left out.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 
 Record = dict[str, Any]
 

@@ -27,14 +27,14 @@ from rows.metrics import all_of, named
 from rows.peers import Fold, classes_of, crossed
 from rows.scores import all_scores
 from rows.watch import Watch
-from siftune.environment import hardware, versions
-from siftune.errors import SiftuneError
+from siftune.base.environment import hardware, versions
+from siftune.base.errors import SiftuneError
 from siftune.models.source import load_model
-from siftune.rows.record import RowRecord
-from siftune.rows.scores import by_row, seen
-from siftune.rows.suspects import LEAST
-from siftune.rows.texts import Text
-from siftune.trainer.build import Built
+from siftune.records.record import RowRecord
+from siftune.records.scores import by_row, seen
+from siftune.records.texts import Text
+from siftune.suspects.named import LEAST
+from siftune.train.build import Built
 
 Job = dict[str, Any]
 Record = dict[str, Any]

@@ -28,13 +28,13 @@ if str(_BENCHMARKS) not in sys.path:
     sys.path.insert(0, str(_BENCHMARKS))
 
 from random_llama import save_llama  # noqa: E402
-from siftune.environment import hardware  # noqa: E402
-from siftune.methods.row_numbers import NumberingCollator, RowNumbers  # noqa: E402
-from siftune.models.adapters import attach_adapter  # noqa: E402
+from siftune.base.environment import hardware  # noqa: E402
+from siftune.methods.host.row_numbers import NumberingCollator, RowNumbers  # noqa: E402
+from siftune.models.adapters.attach import attach_adapter  # noqa: E402
 from siftune.models.source import load_model  # noqa: E402
-from siftune.rows.record import RowRecord  # noqa: E402
-from siftune.rows.visits import Visits, write_visits  # noqa: E402
-from siftune.trainer.trainer import SiftTrainer  # noqa: E402
+from siftune.records.record import RowRecord  # noqa: E402
+from siftune.records.visits import Visits, write_visits  # noqa: E402
+from siftune.train.trainer import SiftTrainer  # noqa: E402
 
 _OWN = ("on_train_begin", "on_epoch_begin", "on_substep_end", "on_pre_optimizer_step", "on_train_end", "_look")
 

@@ -24,7 +24,7 @@ from rows.metrics import interval  # noqa: E402
 from siftune.report.table import Table, markdown_table  # noqa: E402
 
 Line = dict[str, Any]
-TESTED = _BENCHMARKS.parent / "src" / "siftune" / "rows" / "tested.json"
+TESTED = _BENCHMARKS.parent / "src" / "siftune" / "suspects" / "tested.json"
 ARMS = ("named", "loss", "random", "truth")
 
 

@@ -1,7 +1,7 @@
 """Every score of a run's rows, larger for rows that are more likely bad.
 
     loss            at first sight
-    z               … by time, as `siftune.rows.scores` has it
+    z               … by time, as `siftune.records.scores` has it
     row             mean over visits of the same, siftune's default; z where each row is seen once
     local-z         … in deviations of its own time, not of all: how far losses spread falls as rows are learned
     source          `row` among the rows of the same source, as `siftune rows` has it; of pools with several
@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.rows.scores import by_row, by_time, course, seen, usual
-from siftune.rows.texts import Text
-from siftune.rows.twins import Twins
-from siftune.rows.visits import Visits
+from siftune.records.scores import by_row, by_time, course, seen, usual
+from siftune.records.texts import Text
+from siftune.records.visits import Visits
+from siftune.suspects.twins import Twins
 
 Floats = NDArray[np.float64]
 _AROUND = 64  # visits whose deviation is that of a time

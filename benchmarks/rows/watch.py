@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siftune import numerics
+from siftune.base import numerics
+from siftune.base.settings import Settings
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
-from siftune.methods.sample_callback import SampleCallback
-from siftune.methods.sample_choice import Choosing, Unit, units_of
-from siftune.methods.support import Gradients
+from siftune.methods.drivers.sample_callback import SampleCallback
+from siftune.methods.drivers.sample_choice import Choosing, Unit, units_of
+from siftune.methods.drivers.support import Gradients
 from siftune.models.loss import label_positions, next_labels
-from siftune.settings import Settings
 
 NAMES = ("norm", "inner", "cosine", "mean", "one")
 _DECAY = 0.9

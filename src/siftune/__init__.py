@@ -4,21 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from siftune.base.errors import SiftuneError
     from siftune.engine.sharding import shard_base
-    from siftune.errors import SiftuneError
     from siftune.methods.cut.callback import Cut
     from siftune.methods.gast.callback import GAST
     from siftune.methods.greats.callback import GREATS
+    from siftune.methods.host.label_logits import LabelLogits
     from siftune.methods.ist.callback import IST
-    from siftune.methods.label_logits import LabelLogits
     from siftune.methods.lisa.callback import LISA
     from siftune.methods.loradrop.callback import LoRADrop
     from siftune.methods.rst.callback import RST
     from siftune.methods.static.callback import Static
     from siftune.methods.trim.callback import Trim
-    from siftune.models.adapters import attach_adapter
+    from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
-    from siftune.rows.record import RowRecord
+    from siftune.records.record import RowRecord
 
 __version__ = "0.1.0"
 
@@ -28,15 +28,15 @@ _LAZY = {
     "GAST": "siftune.methods.gast.callback",
     "GREATS": "siftune.methods.greats.callback",
     "IST": "siftune.methods.ist.callback",
-    "LabelLogits": "siftune.methods.label_logits",
+    "LabelLogits": "siftune.methods.host.label_logits",
     "LISA": "siftune.methods.lisa.callback",
     "LoRADrop": "siftune.methods.loradrop.callback",
     "RST": "siftune.methods.rst.callback",
-    "RowRecord": "siftune.rows.record",
-    "SiftuneError": "siftune.errors",
+    "RowRecord": "siftune.records.record",
+    "SiftuneError": "siftune.base.errors",
     "Static": "siftune.methods.static.callback",
     "Trim": "siftune.methods.trim.callback",
-    "attach_adapter": "siftune.models.adapters",
+    "attach_adapter": "siftune.models.adapters.attach",
     "find_layers": "siftune.models.layers",
     "shard_base": "siftune.engine.sharding",
 }

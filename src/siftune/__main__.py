@@ -3,8 +3,8 @@
 import os
 import sys
 
+from siftune.base.ranks import launch_size
 from siftune.cli.main import main
-from siftune.ranks import launch_size
 
 if __name__ == "__main__":
     code = main()

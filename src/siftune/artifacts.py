@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from siftune.config import Recipe
-from siftune.errors import AdapterError, KitError, ModelError
-from siftune.jsonable import parsed
-from siftune.models.adapters import load_adapter
+from siftune.base.errors import AdapterError, KitError, ModelError
+from siftune.base.jsonable import parsed
+from siftune.models.adapters.attach import load_adapter
 from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve
+from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
-from siftune.offsite.protocol.tune import KitSource, find_kit, put_in_return
-from siftune.recipe_file import load_recipe
-from siftune.trainer.source import ModelSource
-from siftune.trainer.tuned_layers import holds_tuned, put_in, read_about, read_tuned
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
+from siftune.train.source import ModelSource
+from siftune.train.tuned_layers import holds_tuned, put_in, read_about, read_tuned
 
 _SIGNS = ("recipe.yaml", "adapter_config.json", "tuned_layers.json", "config.json")  # of run, adapter, layers, model
 

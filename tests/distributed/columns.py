@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from siftune.engine.distributed import columns_of_ranks
+from siftune.engine.ranks import columns_of_ranks
 
 if __name__ == "__main__":
     distributed.init_process_group("gloo")

@@ -9,7 +9,7 @@ from support.recorded import recorded
 
 from siftune.methods import METHODS
 from siftune.methods.gast.stream import _scores
-from siftune.rows.visits import read_visits
+from siftune.records.visits import read_visits
 
 pytestmark = pytest.mark.distributed
 

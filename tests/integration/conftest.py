@@ -2,7 +2,7 @@
 
 import pytest
 
-from siftune.errors import ModelError
+from siftune.base.errors import ModelError
 from siftune.models.smollm2 import pull_smollm2
 
 

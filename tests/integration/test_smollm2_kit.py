@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 
 from siftune.models.source import load_model
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.protocol.emulate import KitOptions, emulate
-from siftune.offsite.protocol.load import load_kit
-from siftune.offsite.protocol.plug import plug
-from siftune.offsite.protocol.returned import write_return
+from siftune.offsite.exchange.emulate import KitOptions, emulate
+from siftune.offsite.exchange.load import load_kit
+from siftune.offsite.exchange.plug import plug
+from siftune.offsite.exchange.returned import write_return
 
 pytestmark = pytest.mark.integration
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from support.tiny_run import choices_of, lines
 from transformers import AutoModelForCausalLM
 
-from siftune.config import Recipe
 from siftune.data.arithmetic import arithmetic_rows
 from siftune.methods.ist.settings import ISTSettings
-from siftune.trainer.run import train
+from siftune.recipe.schema import Recipe
+from siftune.train.run import train
 
 pytestmark = pytest.mark.integration
 

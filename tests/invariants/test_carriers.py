@@ -22,14 +22,14 @@ from support.every_method import attached
 from support.oracles import gradients, row_of, sample_gradients, summed_loss
 from support.tiny import batch
 
+from siftune.base.errors import InputError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
-from siftune.errors import InputError
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret
-from siftune.methods.sample_choice import WHOLE
-from siftune.models.carriers import CARRIERS
+from siftune.methods.drivers.sample_choice import WHOLE
+from siftune.models.adapters.registry import CARRIERS
 
 RUNS = (CLOSED, AGAIN, WORKS)
 PRIVATE = Mechanism(8.0, 1e-5, 1e9, "layer", rows=100, batch=1, steps=10, noise=0.0)

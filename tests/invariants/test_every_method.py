@@ -12,7 +12,7 @@ from support.trainers import adapted, rows, train, weights
 
 from siftune.engine.groups import group_by_layer
 from siftune.methods import METHODS, all_parts
-from siftune.methods.sample_choice import WHOLE
+from siftune.methods.drivers.sample_choice import WHOLE
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 

@@ -8,7 +8,7 @@ from support.seen import assert_same
 from support.trainers import adapted, rows, train, weights
 
 from siftune import IST, LISA, Cut
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 
 
 def recorded(method):

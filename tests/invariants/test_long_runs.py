@@ -10,7 +10,7 @@ from support.every_method import NAMES, built
 from support.trainers import adapted, arguments, rows
 from transformers import TrainerCallback
 
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 EARLY, LATE = range(20, 26), range(40, 46)  # all layers have trained by then, so the optimizer has all of its state
 

@@ -8,8 +8,8 @@ from support.seen import Seen, assert_same
 from support.trainers import adapted, rows, train, weights
 
 from siftune import GAST, IST
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError
 from siftune.methods.gast import maths
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -295,7 +295,7 @@ def test_resume_by_the_trainers_own_restoring(tmp_path, old):
 
 
 def test_a_checkpoint_without_the_running_mean_is_refused(tmp_path):
-    from siftune.errors import RecipeError
+    from siftune.base.errors import RecipeError
 
     settings = {"save_strategy": "steps", "save_steps": 3}
     train(tmp_path, method("momentum"), **settings)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from siftune.engine.groups import group_by_layer
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters.attach import attach_adapter
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:

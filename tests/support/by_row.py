@@ -9,9 +9,9 @@ from support.trainers import arguments, rows, weights
 from baseline_trainer import BaselineTrainer
 from baselines import StoreAll, TwoPass
 from siftune import GAST
-from siftune.methods.batches import GivenBatches
+from siftune.methods.drivers.batches import GivenBatches
 from siftune.methods.gast.settings import GASTSettings
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 PASSES = {TwoPass: [6, 6], StoreAll: [6]}  # rows of every pass over the model, for 3 of 6 rows
 

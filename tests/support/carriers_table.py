@@ -15,9 +15,9 @@ from support.tiny import FAMILIES
 from torch import nn
 
 from siftune.methods import METHODS
-from siftune.models.adapters import attach_adapter
-from siftune.models.carriers import CARRIERS
-from siftune.models.full import OpenLayers
+from siftune.models.adapters.attach import attach_adapter
+from siftune.models.adapters.full import OpenLayers
+from siftune.models.adapters.registry import CARRIERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "carriers.md"
 MARKS = ("<!-- from here on: support.carriers_table -->\n", "<!-- to here -->\n")

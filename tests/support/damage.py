@@ -7,7 +7,7 @@ import shutil
 
 from support.kits import repair
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.manifest import canonical
 
 NESTED, NAN = "@nested@", "@nan@"  # put in by `dump`, since no writer would

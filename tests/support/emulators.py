@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import Split
+from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.kit.folder import Kit
-from siftune.offsite.protocol.emulate import KitOptions, emulate
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt", "gpt_neox", "gpt2")
 

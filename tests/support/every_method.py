@@ -10,11 +10,11 @@ from support.trainers import adapted, rows, train, weights
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from siftune.config import Recipe
 from siftune.engine.sharding import shard_base
 from siftune.methods import METHODS, Part
-from siftune.trainer.build import methods_of
-from siftune.trainer.trainer import SiftTrainer
+from siftune.recipe.schema import Recipe
+from siftune.train.build import methods_of
+from siftune.train.trainer import SiftTrainer
 
 SUPPORT_SIZE = 3  # unlike any batch, so that passes over support rows are told from others by their size
 

@@ -117,7 +117,7 @@ class Route:
 
     def follow(self, case):
         """Write a mutation down and follow it."""
-        from siftune.errors import InputError
+        from siftune.base.errors import InputError
 
         shutil.rmtree(self.place, ignore_errors=True)
         target = shutil.copytree(self.sound / case.subject, self.place / "mutated")
@@ -150,9 +150,9 @@ class Route:
 
     def _kit(self, target, subject):
         from siftune.cli import verify
+        from siftune.offsite.exchange.load import load_kit
+        from siftune.offsite.exchange.tune import save_return
         from siftune.offsite.kit.folder import read_kit
-        from siftune.offsite.protocol.load import load_kit
-        from siftune.offsite.protocol.tune import save_return
 
         self.stage = "verify"
         verify.run(verify.Options(target))
@@ -181,8 +181,8 @@ class Route:
     def _plug(self, folder, kit, subject):
         from support.fuzz_kits import base_of
 
-        from siftune.offsite.protocol.plug import plug_in
-        from siftune.offsite.protocol.returned import open_return
+        from siftune.offsite.exchange.plug import plug_in
+        from siftune.offsite.exchange.returned import open_return
 
         self.stage = "plug"
         base = base_of(subject)

@@ -8,9 +8,9 @@ from support.tiny import tiny
 
 from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import write_kit
-from siftune.offsite.protocol.returned import write_return
 
 HALF = "half"  # a llama with an emulator in bfloat16
 SUBJECTS = (*(kind for kind in FAMILIES if kind != "gemma"), HALF)

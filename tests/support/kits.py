@@ -14,11 +14,11 @@ from torch import Tensor
 from siftune.models.families import family_of
 from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
 from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.kit.tensor_file import open_tensors
 from siftune.offsite.kit.tensors import TensorSpec
-from siftune.offsite.protocol.returned import write_return
 
 VOCAB = 320  # the byte tokenizer has 260 tokens
 DEPTH = 5

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from siftune.config import Recipe, resolve_recipe
 from siftune.evaluate.measure import MetricRow
-from siftune.methods.layer_driver import LayerChoice
-from siftune.methods.sample_choice import SampleChoice
-from siftune.recipe_file import recipe_to_yaml
+from siftune.methods.drivers.layer_driver import LayerChoice
+from siftune.methods.drivers.sample_choice import SampleChoice
+from siftune.recipe.read import recipe_to_yaml
+from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.report.evals import Answer, Eval, record_eval
-from siftune.trainer.run_folder import RunFolder
-from siftune.trainer.selection_file import SelectionFile
+from siftune.train.folder.run import RunFolder
+from siftune.train.folder.selections import SelectionFile
 
 KINDS = ("arithmetic", "facts", "wrong")
 

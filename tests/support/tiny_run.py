@@ -8,9 +8,9 @@ from typing import Any
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
-from siftune.config import Recipe
 from siftune.methods import METHODS
-from siftune.trainer.selection_file import read_selection
+from siftune.recipe.schema import Recipe
+from siftune.train.folder.selections import read_selection
 
 
 def save_base(folder: Path) -> Path:

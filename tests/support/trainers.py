@@ -5,8 +5,8 @@ from datasets import Dataset
 from support.tiny import VOCAB, tiny
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from siftune.engine.distributed import leave_launch, let_go
-from siftune.models.adapters import attach_adapter
+from siftune.engine.ranks import leave_launch, let_go
+from siftune.models.adapters.attach import attach_adapter
 
 ROWS = 24
 

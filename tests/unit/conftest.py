@@ -3,7 +3,7 @@
 import pytest
 from support.tiny_run import save_base, save_rows
 
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 
 @pytest.fixture(scope="session")

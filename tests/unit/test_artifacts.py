@@ -8,10 +8,10 @@ from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
 from siftune.artifacts import find_subject, is_of_kit, load_base, load_subject
-from siftune.config import Recipe
-from siftune.errors import AdapterError, KitError, ModelError
-from siftune.recipe_file import recipe_to_yaml
-from siftune.trainer.tuned_layers import About, save_tuned
+from siftune.base.errors import AdapterError, KitError, ModelError
+from siftune.recipe.read import recipe_to_yaml
+from siftune.recipe.schema import Recipe
+from siftune.train.tuned_layers import About, save_tuned
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from siftune.bench.cost import parse_methods
 from siftune.cli.common import COMMANDS, parse
 from siftune.cli.main import main
-from siftune.recipe_checks import check
+from siftune.recipe.checks import check
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -13,20 +13,20 @@ from support.trainers import adapted, arguments, rows
 from transformers import PrinterCallback, Trainer
 
 import siftune
+import siftune.base.numerics
 import siftune.integrations.groups
 import siftune.methods.greats.maths
-import siftune.numerics
 import siftune.offsite
 from siftune.data.rows import rows_from
-from siftune.offsite.audits.models import OffsiteModels
-from siftune.offsite.audits.rows import tokenize_audit
+from siftune.offsite.audit.models import OffsiteModels
+from siftune.offsite.audit.rows import tokenize_audit
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import Split
-from siftune.offsite.protocol.returned import read_return, write_return
+from siftune.offsite.exchange.returned import read_return, write_return
 
 PUBLIC = [(module, name) for module in (siftune, siftune.offsite) for name in module.__all__]
 ALSO = [
-    (siftune.numerics, "gumbel_top_k"),
+    (siftune.base.numerics, "gumbel_top_k"),
     (siftune.methods.greats.maths, "greedy"),
     (siftune.integrations.groups, "callbacks"),
 ]

@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from siftune.base.errors import InputError, RecipeError, SiftuneError
+from siftune.base.settings import nearest
 from siftune.bench.workload import SUPPORTS, Workload
-from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.methods import METHODS
-from siftune.recipe_checks import check
-from siftune.settings import nearest
+from siftune.recipe.checks import check
 
 # method -> what it is
 MEASURED = {

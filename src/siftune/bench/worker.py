@@ -26,12 +26,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from siftune.base.environment import hardware, peak_memory_mb, versions
+from siftune.base.errors import RecipeError, SiftuneError
 from siftune.bench.cost import FLOOR
 from siftune.bench.workload import Workload
-from siftune.environment import hardware, peak_memory_mb, versions
-from siftune.errors import RecipeError, SiftuneError
 from siftune.models.source import load_model
-from siftune.trainer.build import build
+from siftune.train.build import build
 
 _SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from siftune.config import Recipe, resolve_recipe
+from siftune.base.settings import Settings
 from siftune.methods import METHODS
-from siftune.settings import Settings
+from siftune.recipe.schema import Recipe, resolve_recipe
 
 # what GAST is measured with, each of which has a price of its own -> its settings
 SUPPORTS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from tyro.conf import arg
 
-from siftune.offsite.audits.settings import AuditOptions
+from siftune.offsite.audit.settings import AuditOptions
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ def run(options: Options) -> dict[str, Any]:
     options.check()
     from rich.markdown import Markdown
 
-    from siftune.offsite.audits.audit import audit_paths
-    from siftune.offsite.audits.own import own_audit_paths
+    from siftune.base.stages import stages
+    from siftune.offsite.audit.own import own_audit_paths
+    from siftune.offsite.audit.run import audit_paths
     from siftune.report.audit import markdown, prepare_folder, write_audit
-    from siftune.stages import stages
 
     if options.out is not None:
         prepare_folder(options.out)  # before hours of work

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from siftune.base.errors import RecipeError
 from siftune.bench.workload import Workload
-from siftune.errors import RecipeError
 
 if TYPE_CHECKING:
     from siftune.bench.cost import Cost, Measurement

@@ -12,12 +12,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from siftune.base.errors import RecipeError
+from siftune.base.settings import Gone, in_words, nearest
 from siftune.cli.help import flow_text, values_as_typed
-from siftune.config import Recipe
-from siftune.errors import RecipeError
 from siftune.methods import METHODS
-from siftune.recipe_file import load_recipe
-from siftune.settings import Gone, in_words, nearest
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 

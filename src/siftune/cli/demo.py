@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from siftune.config import Recipe, new_folder
-from siftune.errors import RecipeError
-from siftune.jsonable import jsonable
+from siftune.base.errors import RecipeError
+from siftune.base.jsonable import jsonable
 from siftune.methods import METHODS
+from siftune.recipe.schema import Recipe, new_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,8 +99,8 @@ def _check(options: Options) -> None:
 
 def _write_rows(options: Options) -> Path:
     """Draw the pool, the known rows and the questions, and write them into the folder."""
+    from siftune.base.files import writable_folder
     from siftune.data.mixed_pool import mixed_pool
-    from siftune.files import writable_folder
 
     folder = Path(options.out or new_folder("demo"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -144,7 +144,7 @@ def _measure(
     """Train by each recipe, and measure what comes out, and the base model; the runs' summaries as well."""
     from siftune.evaluate.measure import measure, measure_base
     from siftune.evaluate.prepare import prepare_rows
-    from siftune.trainer.run import train
+    from siftune.train.run import train
 
     measured: dict[str, Metrics] = {}
     summaries = {}

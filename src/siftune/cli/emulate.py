@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.console import Console
 from tyro.conf import arg
 
-from siftune.errors import RecipeError
-from siftune.offsite.protocol.calibration import CalibrationOptions, Dtype
+from siftune.base.errors import RecipeError
+from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -128,11 +128,11 @@ def run(options: Options) -> dict[str, Any]:
         return _next_round(options)
     import torch
 
+    from siftune.base.stages import stages
     from siftune.offsite.emulator.plan import keep_for_size
+    from siftune.offsite.exchange.calibration import batches_of, calibration_rows, load_base
+    from siftune.offsite.exchange.emulate import KitOptions, emulate
     from siftune.offsite.kit.facts import facts
-    from siftune.offsite.protocol.calibration import batches_of, calibration_rows, load_base
-    from siftune.offsite.protocol.emulate import KitOptions, emulate
-    from siftune.stages import stages
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()
@@ -154,9 +154,9 @@ def run(options: Options) -> dict[str, Any]:
 def _next_round(options: Options) -> dict[str, Any]:
     """Write the kit of a further round and say what it shows."""
     from siftune.models.source import load_model
+    from siftune.offsite.exchange.rounds import next_kit
     from siftune.offsite.kit.facts import facts
     from siftune.offsite.kit.folder import read_kit
-    from siftune.offsite.protocol.rounds import next_kit
 
     assert options.kit is not None  # checked
     assert options.tuned is not None

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from siftune.config import Recipe, train_files
-from siftune.errors import RecipeError
-from siftune.jsonable import jsonable
-from siftune.settings import CHANCE, COUNT, NOT_NEGATIVE, check_fields
+from siftune.base.errors import RecipeError
+from siftune.base.jsonable import jsonable
+from siftune.base.settings import CHANCE, COUNT, NOT_NEGATIVE, check_fields
+from siftune.recipe.schema import Recipe, train_files
 
 if TYPE_CHECKING:
     from siftune.artifacts import Subject
@@ -99,7 +99,7 @@ def _job(subject: "Subject", options: Options) -> _Job:
 def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.readers import load_rows
-    from siftune.trainer.prepare import held_out_rows
+    from siftune.train.prepare import held_out_rows
 
     recipe = subject.recipe
     if options.data is not None:

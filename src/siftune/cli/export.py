@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from siftune.errors import AdapterError, ModelError
+from siftune.base.errors import AdapterError, ModelError
 
 if TYPE_CHECKING:
     from siftune.artifacts import Subject
@@ -34,7 +34,7 @@ def run(options: Options) -> dict[str, Any]:
     import logging
 
     from siftune.artifacts import find_subject, is_of_kit, load_subject
-    from siftune.files import new_folder
+    from siftune.base.files import new_folder
     from siftune.models.portable import save_model, save_tokenizer
     from siftune.models.source import quiet_bars
 
@@ -68,7 +68,7 @@ def _write_papers(subject: "Subject", tokenizer: Any, folder: Path, out: Path) -
 
     from siftune.data.encoder import writes_chat
     from siftune.models.origin import origin_of
-    from siftune.trainer.card import merged_card
+    from siftune.train.folder.card import merged_card
 
     origin = origin_of(subject.base)
     chat = writes_chat(subject.recipe.template if subject.recipe else "auto", tokenizer)

@@ -6,7 +6,7 @@ from dataclasses import Field, fields, is_dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from siftune.settings import help_of
+from siftune.base.settings import help_of
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry

@@ -22,13 +22,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from siftune.base.errors import InputError, SiftuneError
+from siftune.base.jsonable import jsonable
+from siftune.base.quiet import quiet
+from siftune.base.ranks import LEFT_ALONE, launch_rank, launch_size, told_by_parent
+from siftune.base.settings import nearest
+from siftune.base.threads import settle_threads
 from siftune.cli.common import COMMANDS, parse, stdout_to_stderr
-from siftune.errors import InputError, SiftuneError
-from siftune.jsonable import jsonable
-from siftune.quiet import quiet
-from siftune.ranks import LEFT_ALONE, launch_rank, launch_size, told_by_parent
-from siftune.settings import nearest
-from siftune.threads import settle_threads
 
 # faults of the machine that the user can mend -> what to do
 _MACHINE = {

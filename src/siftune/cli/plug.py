@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from siftune.offsite.protocol.settings import PlugSettings
+from siftune.offsite.exchange.settings import PlugSettings
 
 _NUMBERS = PrimitiveConstructorSpec[tuple[float, ...] | None](
     nargs="*",
@@ -43,8 +43,8 @@ class Options(PlugSettings):
 def run(options: Options) -> dict[str, Any]:
     """Check, merge, plug in, save."""
     from siftune.cli.updates import show_returns, show_updates
+    from siftune.offsite.exchange.plug import plug
     from siftune.offsite.kit.folder import read_kit
-    from siftune.offsite.protocol.plug import plug
 
     settings = PlugSettings(**{field.name: getattr(options, field.name) for field in fields(PlugSettings)})
     settings.check(len(options.returned))

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from rich.console import Console
 from tyro.conf import Positional
 
-from siftune.files import Progress
-from siftune.stages import stages
+from siftune.base.files import Progress
+from siftune.base.stages import stages
 
 _STAGES = {
     "download": "downloading 93 MB",

@@ -26,9 +26,9 @@ def run(options: Options) -> dict[str, Any]:
     """Write the page, and the figures where they are asked for."""
     from rich.console import Console
 
+    from siftune.base.words import counted
     from siftune.report.page.export import write_figures
     from siftune.report.page.page import make_page
-    from siftune.words import counted
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     page = make_page(options.folders).write(options.out)

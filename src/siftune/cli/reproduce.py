@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from siftune.errors import RecipeError
-from siftune.settings import BELOW_ONE, COUNT, check_fields
+from siftune.base.errors import RecipeError
+from siftune.base.settings import BELOW_ONE, COUNT, check_fields
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,8 +101,8 @@ _GIVEN = {
 
 def _refuse_lines(recipe: str | None) -> None:
     """Refuse lines of a recipe file that would be of no effect."""
-    from siftune.config import Recipe
-    from siftune.recipe_file import load_recipe
+    from siftune.recipe.read import load_recipe
+    from siftune.recipe.schema import Recipe
 
     own: Recipe = load_recipe(*([recipe] if recipe else []))
     for name, where in _GIVEN.items():
@@ -134,7 +134,7 @@ def _opened(options: Options, protocol: "Protocol") -> "Reproduction | Offsite":
     from siftune.reproduce.answers import Asking
     from siftune.reproduce.cells import Reproduction
     from siftune.reproduce.offsite import METHOD, Offsite
-    from siftune.trainer.lr_grid import grid_of
+    from siftune.train.rates.grid import grid_of
 
     suite = protocol.suite
     listed = _listed("tasks", options.tasks, suite.tasks, suite.tasks)
@@ -159,7 +159,7 @@ def _opened(options: Options, protocol: "Protocol") -> "Reproduction | Offsite":
 
 def _groups(options: Options, protocol: "Protocol") -> "tuple[Group, ...]":
     """Every kind of adapter with prompts learned or masked."""
-    from siftune.models.carriers import CARRIERS
+    from siftune.models.adapters.registry import CARRIERS
     from siftune.reproduce.cells import Group
 
     recipe = protocol.recipe
@@ -175,7 +175,7 @@ _FREE = ("lr", "seed", "adapter", "completion_only")
 
 def _about(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
     """What decides the results, for `begin`."""
-    from siftune.recipe_file import recipe_values
+    from siftune.recipe.read import recipe_values
     from siftune.reproduce.offsite import Offsite
     from siftune.reproduce.rows import HUB, trained_on
 
@@ -203,7 +203,7 @@ def _work(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
 
     from rich.console import Console
 
-    from siftune.stages import stages
+    from siftune.base.stages import stages
 
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
     work.begin(_about(options, work))
@@ -224,8 +224,8 @@ def _report(work: "Reproduction | Offsite", console: "Console | None") -> dict[s
     """Write table.md and results.json of what is there, and print the tables if there is somewhere to."""
     import json
 
-    from siftune.files import write_beside
-    from siftune.jsonable import jsonable
+    from siftune.base.files import write_beside
+    from siftune.base.jsonable import jsonable
     from siftune.report.table import markdown_table, print_table
     from siftune.reproduce.protocol import sources
     from siftune.reproduce.table import results, tables
@@ -255,7 +255,7 @@ def _told(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
     """What runs would take, and every setting of theirs."""
     from rich.console import Console
 
-    from siftune.recipe_file import recipe_to_yaml
+    from siftune.recipe.read import recipe_to_yaml
     from siftune.report.table import print_table
     from siftune.reproduce.plan import plan_record, plan_table, planned
     from siftune.reproduce.shape import OVER_FLOOR

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from siftune.errors import DataError, RecipeError
-from siftune.settings import COUNT, check_fields
-from siftune.words import counted
+from siftune.base.errors import DataError, RecipeError
+from siftune.base.settings import COUNT, check_fields
+from siftune.base.words import counted
 
 if TYPE_CHECKING:
-    from siftune.rows.suspects import Suspect
+    from siftune.suspects.named import Suspect
 
 
 @dataclass
@@ -41,7 +41,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.report.rows import table, tests_table, to_csv, to_html
     from siftune.report.table import print_table
-    from siftune.rows.suspects import Rows
+    from siftune.suspects.named import Rows
 
     check_fields(options, ["top"], "--")
     for flag, path in (("--csv", options.csv), ("--html", options.html)):
@@ -82,7 +82,7 @@ def _tell(console: Any, found: "list[Suspect]", shown: "list[Suspect]", rows: in
 
 
 def _write(path: Path, text: str) -> None:
-    from siftune.files import write_beside
+    from siftune.base.files import write_beside
 
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)

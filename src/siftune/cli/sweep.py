@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
-from siftune.offsite.protocol.calibration import CalibrationOptions
-from siftune.settings import COUNT, check_fields
+from siftune.base.settings import COUNT, check_fields
+from siftune.offsite.exchange.calibration import CalibrationOptions
 
 if TYPE_CHECKING:
-    from siftune.offsite.audits.sweep import SweepGrid
+    from siftune.offsite.audit.sweep import SweepGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Options(CalibrationOptions):
 
     def grid(self) -> "SweepGrid":
         """The emulators to compare."""
-        from siftune.offsite.audits.sweep import SweepGrid
+        from siftune.offsite.audit.sweep import SweepGrid
         from siftune.offsite.emulator.split import Split
 
         return SweepGrid(
@@ -66,11 +66,11 @@ def run(options: Options) -> dict[str, Any]:
     options.check()
     import matplotlib  # noqa: F401 - a missing package is told before the work
 
-    from siftune.files import new_folder
-    from siftune.offsite.audits.sweep import sweep
-    from siftune.offsite.protocol.calibration import batches_of, calibration_and_held_out, load_base
+    from siftune.base.files import new_folder
+    from siftune.base.stages import stages
+    from siftune.offsite.audit.sweep import sweep
+    from siftune.offsite.exchange.calibration import batches_of, calibration_and_held_out, load_base
     from siftune.report.sweep import table, to_dict, write_sweep
-    from siftune.stages import stages
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()

@@ -5,13 +5,13 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from siftune.config import Recipe, new_folder
+from siftune.recipe.schema import Recipe, new_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from siftune.trainer.lr_grid import LRRun
-    from siftune.trainer.lr_sweep import LRSweep
+    from siftune.train.rates.grid import LRRun
+    from siftune.train.rates.sweep import LRSweep
 
 
 @dataclass
@@ -40,11 +40,11 @@ def run(options: Options) -> dict[str, Any]:
     import matplotlib  # noqa: F401 - a missing package is told before the work
     from rich.console import Console
 
-    from siftune.offsite.protocol.tune import source_of
+    from siftune.offsite.exchange.tune import source_of
     from siftune.report.lr import advice, before, table, write_report
     from siftune.report.table import print_table
-    from siftune.trainer.lr_grid import grid_of
-    from siftune.trainer.lr_sweep import open_sweep
+    from siftune.train.rates.grid import grid_of
+    from siftune.train.rates.sweep import open_sweep
 
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
@@ -70,9 +70,9 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
     """Do the runs that are missing, with a line for each."""
     from contextlib import nullcontext
 
-    from siftune.stages import stages
-    from siftune.trainer.lr_sweep import run_missing
-    from siftune.words import counted
+    from siftune.base.stages import stages
+    from siftune.base.words import counted
+    from siftune.train.rates.sweep import run_missing
 
     count, path = len(sweep.missing()), sweep.folder.path
     done, seconds = 0, 0.0
@@ -90,8 +90,8 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
 
 def _line(run: "LRRun", done: int, count: int, seconds: float) -> str:
     """What a run found, and how long the others will take, if all take alike."""
-    from siftune.trainer.lr_grid import rate_text
-    from siftune.words import duration
+    from siftune.base.words import duration
+    from siftune.train.rates.grid import rate_text
 
     found = run.diverged and f"diverged: {run.diverged}"
     if run.heldout_loss is not None and run.train_loss is not None:

@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from siftune.config import Recipe, resolve_recipe
-from siftune.errors import RecipeError
-from siftune.ranks import launch_rank, launch_size
-from siftune.recipe_checks import check
-from siftune.settings import COUNT, check_fields
+from siftune.base.errors import RecipeError
+from siftune.base.ranks import launch_rank, launch_size
+from siftune.base.settings import COUNT, check_fields
+from siftune.recipe.checks import check
+from siftune.recipe.schema import Recipe, resolve_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console
 
-    from siftune.trainer.run import Run
+    from siftune.train.run import Run
 
 
 @dataclass
@@ -51,9 +51,9 @@ def run(options: Options) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from siftune.offsite.protocol.tune import source_of
-    from siftune.trainer.run import train
-    from siftune.words import counted
+    from siftune.base.words import counted
+    from siftune.offsite.exchange.tune import source_of
+    from siftune.train.run import train
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with _watched(recipe, console) if options.watch else nullcontext(recipe) as recipe:
@@ -84,8 +84,8 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
     import tempfile
 
     from siftune.cli.launch import launch
-    from siftune.recipe_file import recipe_to_yaml
-    from siftune.trainer.start import adopted
+    from siftune.recipe.read import recipe_to_yaml
+    from siftune.train.start import adopted
 
     check(recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
 def _watched(recipe: Recipe, console: "Console") -> "Iterator[Recipe]":
     """Serve the report of the run while it goes on; of several processes the first one does."""
     from siftune.report.page.serve import serve
-    from siftune.trainer.start import adopted
+    from siftune.train.start import adopted
 
     check(recipe)
     recipe = resolve_recipe(adopted(recipe))  # which names the run folder
@@ -116,9 +116,9 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Say what training would do and take."""
     from rich.console import Console
 
-    from siftune.offsite.protocol.tune import source_of
+    from siftune.offsite.exchange.tune import source_of
     from siftune.report.dry_run import shown
-    from siftune.trainer.dry_run import dry_run
+    from siftune.train.dry_run import dry_run
 
     if options.processes > 1 or launch_size() > 1:
         raise RecipeError("a dry run is of one process: leave processes out, and start it without torchrun")

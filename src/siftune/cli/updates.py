@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from siftune.offsite.protocol.updates import Part, UpdateReport
+from siftune.offsite.exchange.updates import Part, UpdateReport
 from siftune.report.table import Table, print_table
 
 _MOVED = "‖W' − W‖ / ‖W‖"

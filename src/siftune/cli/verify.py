@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from siftune.errors import KitError
-from siftune.offsite.protocol.settings import MAX_UPDATE
+from siftune.base.errors import KitError
+from siftune.offsite.exchange.settings import MAX_UPDATE
 
 if TYPE_CHECKING:
     from siftune.offsite.kit.folder import Kit
@@ -82,10 +82,10 @@ def _escaped(text: str) -> str:
 
 def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:
     from siftune.cli.updates import show_updates
+    from siftune.offsite.exchange.returned import open_return
+    from siftune.offsite.exchange.thin import ranks_of
+    from siftune.offsite.exchange.updates import check_return
     from siftune.offsite.kit.promise import in_words
-    from siftune.offsite.protocol.returned import open_return
-    from siftune.offsite.protocol.thin import ranks_of
-    from siftune.offsite.protocol.updates import check_return
 
     with open_return(options.path, kit) as returned:
         report = check_return(kit, returned, options.max_update)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 
 KINDS = ("sum", "difference", "larger", "smaller")
 

@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from siftune.base.errors import DataError, ModelError, RecipeError
+from siftune.base.words import one_line
 from siftune.data.rows import Message, Row
-from siftune.errors import DataError, ModelError, RecipeError
 from siftune.models.loss import IGNORED
-from siftune.words import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

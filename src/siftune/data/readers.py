@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from siftune.base.errors import DataError
+from siftune.base.words import counted, one_line
 from siftune.data.rows import Row, no_garbage, parse_rows
-from siftune.errors import DataError
-from siftune.words import counted, one_line
 
 logger = logging.getLogger(__name__)
 

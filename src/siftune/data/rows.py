@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from siftune.errors import DataError, RecipeError
-from siftune.words import one_line
+from siftune.base.errors import DataError, RecipeError
+from siftune.base.words import one_line
 
 WEIGHT = "weight"  # column for what a row counts for in training
 

@@ -26,9 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from siftune.base.files import Progress, hash_of
 from siftune.data.rows import Row, said
 from siftune.data.tokens import Form, Tokens, tokens_of
-from siftune.files import Progress, hash_of
 from siftune.models.smollm2 import cache_root
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from siftune.base.errors import DataError
 from siftune.data.rows import WEIGHT, Row
 from siftune.data.target import TARGET, sources
 from siftune.data.tokens import Form, Tokens, tokens_of
-from siftune.errors import DataError
 from siftune.models.loss import IGNORED
 
 if TYPE_CHECKING:

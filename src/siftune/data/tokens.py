@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from siftune.base.errors import DataError
+from siftune.base.files import Progress
 from siftune.data.encoder import Encoder, Piece, labelled
 from siftune.data.rows import Row, no_garbage
-from siftune.errors import DataError
-from siftune.files import Progress
 from siftune.models.loss import IGNORED
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import TorchDynamoException
 from transformers import Cache
 
+from siftune.base.errors import UnsupportedError
+from siftune.base.words import one_line
 from siftune.engine.substitution import as_one
-from siftune.errors import UnsupportedError
-from siftune.words import one_line
 
 _KINDS = 6  # so many that differ in code or shapes are compiled; dynamo itself stops at eight forms of one code
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import LayerGroup, outside, refuse_allocator
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
-from siftune.errors import RecipeError
 from siftune.models.layers import with_hidden
 from siftune.models.packing import KeptUnpacked, refuse_packed
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.groups import LayerGroup
-from siftune.engine.layer_record import LayerRecord, Tap
-from siftune.engine.per_sample import runs_again
+from siftune.engine.kinds import runs_again
+from siftune.engine.record import LayerRecord, Tap
 from siftune.engine.substitution import Substitution, units, untraced
-from siftune.errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from siftune.errors import AdapterError, UnsupportedError
+from siftune.base.errors import AdapterError, UnsupportedError
 from siftune.models.layers import find_layers
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from siftune.base.numerics import widened
 from siftune.engine.groups import LayerGroup
 from siftune.engine.suppression import adapted_modules, base_output, is_scaled, states
-from siftune.models.carriers.bottleneck import BottleneckLayer
-from siftune.numerics import widened
+from siftune.models.adapters.bottleneck import BottleneckLayer
 
 
 class Responses:

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from siftune.engine.distributed import join_launch, world_size
-from siftune.errors import UnsupportedError
+from siftune.base.errors import UnsupportedError
+from siftune.engine.ranks import join_launch, world_size
 from siftune.models.layers import find_layers
 
 

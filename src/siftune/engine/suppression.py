@@ -10,12 +10,12 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from siftune.base.errors import AdapterError
 from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import Substitution
-from siftune.errors import AdapterError
-from siftune.models.carriers.bottleneck import BottleneckLayer
-from siftune.models.carriers.prefix import CACHES
-from siftune.models.full import original_weights
+from siftune.models.adapters.bottleneck import BottleneckLayer
+from siftune.models.adapters.full import original_weights
+from siftune.models.adapters.prefix import CACHES
 
 _TAKE_APART = ("pissa", "olora", "corda", "loftq")  # values of PEFT's init_lora_weights
 
@@ -89,7 +89,8 @@ def adapted_modules(group: LayerGroup) -> list[Any]:
     if not found:
         raise AdapterError(
             f"{group.name} has no PEFT adapter whose response could be damped or measured; attach one, or to have it "
-            "damped open the layer with siftune.models.full.OpenLayers before training; or use RST, which needs none"
+            "damped open the layer with siftune.models.adapters.full.OpenLayers before training; or use RST, which "
+            "needs none"
         )
     return list(found.values())
 

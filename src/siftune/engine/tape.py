@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import Deliver, Gate, is_active, is_upstream, taped
 from siftune.engine.generic_rows import taps_of
 from siftune.engine.groups import LayerGroup
-from siftune.engine.layer_record import LayerRecord, RowVector, Tap
-from siftune.engine.per_sample import Kind, kinds_of
+from siftune.engine.kinds import Kind, kinds_of
+from siftune.engine.record import LayerRecord, RowVector, Tap
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
-from siftune.errors import UnsupportedError
 from siftune.models.layers import hidden_states, with_hidden
 
 Gradients = Mapping[nn.Parameter, Tensor]

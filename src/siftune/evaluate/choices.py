@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 from siftune.evaluate.perplexity import TokenRow, row_nll
 from siftune.models.loss import IGNORED
 

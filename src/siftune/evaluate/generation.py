@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from siftune.errors import AdapterError, DataError
+from siftune.base.errors import AdapterError, DataError
 from siftune.evaluate.batching import by_length, model_device, model_window
 from siftune.models.loss import contiguous_head_input
 from siftune.models.modes import evaluating

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from siftune.base.errors import AdapterError, DataError
 from siftune.data.encoder import attempt
-from siftune.errors import AdapterError, DataError
 from siftune.evaluate.batching import model_window
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
 from siftune.evaluate.choices import score_choices

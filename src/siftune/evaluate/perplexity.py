@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 from siftune.evaluate.batching import by_length, model_device
 from siftune.models.cross_entropy import cross_entropy
 from siftune.models.loss import IGNORED, logits_at

@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from siftune.base.errors import DataError, RecipeError
 from siftune.data.encoder import Encoder, labelled
 from siftune.data.rows import Row
-from siftune.errors import DataError, RecipeError
 from siftune.evaluate.choices import ChoiceItem
 from siftune.evaluate.generation import normalise
 from siftune.evaluate.perplexity import TokenRow

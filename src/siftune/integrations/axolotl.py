@@ -9,9 +9,9 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import create_model
 
-from siftune.errors import RecipeError, UnsupportedError
+from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.integrations.groups import callbacks, keys
-from siftune.methods.callback import SelectionCallback
+from siftune.methods.host.callback import SelectionCallback
 
 _FUSED = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import siftune
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
+from siftune.base.settings import Settings, nearest
 from siftune.methods import Part, all_parts
-from siftune.settings import Settings, nearest
 
 PLAIN = {"label_logits": "LabelLogits", "row_record": "RowRecord"}
 """Keys that are true or false, and the public name of the callback that each stands for."""

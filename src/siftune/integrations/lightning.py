@@ -9,10 +9,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from siftune.errors import ModelError, RecipeError, UnsupportedError
-from siftune.methods.batches import Batch, Loss, RowDraws, model_loss
+from siftune.base.errors import ModelError, RecipeError, UnsupportedError
+from siftune.methods.drivers.batches import Batch, Loss, RowDraws, model_loss
+from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.ist.callback import IST
-from siftune.methods.sample_callback import SampleCallback
 
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
+from siftune.base.settings import Settings
 from siftune.methods.cut.settings import CutSettings
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
@@ -18,7 +19,6 @@ from siftune.methods.loradrop.settings import LoRADropSettings
 from siftune.methods.rst.settings import RSTSettings
 from siftune.methods.static.settings import StaticSettings
 from siftune.methods.trim.settings import TrimSettings
-from siftune.settings import Settings
 
 
 @dataclass(frozen=True)

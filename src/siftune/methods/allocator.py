@@ -12,8 +12,8 @@ from peft import AdaLoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.errors import RecipeError
-from siftune.methods.callback import resumed_from
+from siftune.base.errors import RecipeError
+from siftune.methods.host.callback import resumed_from
 
 FILE = "adalora_allocator.safetensors"
 _SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator: a tensor for each parameter

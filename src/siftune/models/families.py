@@ -7,7 +7,7 @@ matrix. MLP channels are rows of every matrix in `reads` and columns of `writes`
 from dataclasses import dataclass, replace
 from typing import Any
 
-from siftune.errors import UnsupportedError
+from siftune.base.errors import UnsupportedError
 
 
 @dataclass(frozen=True)

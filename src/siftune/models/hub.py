@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from siftune.settings import nearest
+from siftune.base.settings import nearest
 
 _SECONDS = 5.0  # for the hub to answer
 

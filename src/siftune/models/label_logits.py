@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.errors import LayerError
+from siftune.base.errors import LayerError
 from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, losses_agree, next_labels
 from siftune.models.modes import evaluating
 

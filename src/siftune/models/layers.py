@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from siftune.errors import AdapterError, LayerError
+from siftune.base.errors import AdapterError, LayerError
 
 # names under which wrappers (DDP, torch.compile, PEFT, FSDP, activation checkpointing) keep what they wrap
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

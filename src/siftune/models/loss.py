@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.errors import AdapterError, LayerError
+from siftune.base.errors import AdapterError, LayerError
 from siftune.models.cross_entropy import cross_entropy
 
 IGNORED = -100  # label of a token that is not learned, as torch's cross entropy expects it

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from siftune.errors import UnsupportedError
+from siftune.base.errors import UnsupportedError
 
 _SWITCH = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit: whether it packs
 _PACKED = "packing_format_for_cpu"  # of the state beside its weight: whether it has

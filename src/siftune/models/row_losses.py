@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.errors import UnsupportedError
+from siftune.base.errors import UnsupportedError
 from siftune.models.loss import label_positions, next_labels
 
 _FUSED = ("log_probs", "label_mask")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from siftune.errors import ModelError
-from siftune.files import Progress, hash_of
+from siftune.base.errors import ModelError
+from siftune.base.files import Progress, hash_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from siftune.errors import ModelError
-from siftune.files import why_unreadable
+from siftune.base.errors import ModelError
+from siftune.base.files import why_unreadable
+from siftune.base.quiet import quiet
+from siftune.base.settings import nearest
 from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.smollm2 import pull_smollm2
-from siftune.quiet import quiet
-from siftune.settings import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

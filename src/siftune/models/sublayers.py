@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from siftune.models.adapters import is_linear, is_mamba
+from siftune.models.adapters.attach import is_linear, is_mamba
 from siftune.models.layers import find_layers
 
 _CHILDREN = {

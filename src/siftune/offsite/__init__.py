@@ -8,19 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siftune.offsite.audits.audit import audit
+    from siftune.offsite.audit.run import audit
     from siftune.offsite.emulator.plan import EmulatorSettings
-    from siftune.offsite.protocol.emulate import emulate
-    from siftune.offsite.protocol.load import load_emulator
-    from siftune.offsite.protocol.plug import plug_in
+    from siftune.offsite.exchange.emulate import emulate
+    from siftune.offsite.exchange.load import load_emulator
+    from siftune.offsite.exchange.plug import plug_in
 
 # name -> module; imported on first use
 _LAZY = {
     "EmulatorSettings": "siftune.offsite.emulator.plan",
-    "audit": "siftune.offsite.audits.audit",
-    "emulate": "siftune.offsite.protocol.emulate",
-    "load_emulator": "siftune.offsite.protocol.load",
-    "plug_in": "siftune.offsite.protocol.plug",
+    "audit": "siftune.offsite.audit.run",
+    "emulate": "siftune.offsite.exchange.emulate",
+    "load_emulator": "siftune.offsite.exchange.load",
+    "plug_in": "siftune.offsite.exchange.plug",
 }
 
 __all__ = ["EmulatorSettings", "audit", "emulate", "load_emulator", "plug_in"]

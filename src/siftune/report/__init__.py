@@ -23,7 +23,7 @@ def show(*folders: str | Path) -> "Page":
         >>> import tempfile
         >>> show(tempfile.mkdtemp())  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
-        siftune.errors.RecipeError: nothing to report on
+        siftune.base.errors.RecipeError: nothing to report on
     """
     from siftune.report.page.page import make_page
 

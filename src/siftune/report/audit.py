@@ -4,11 +4,11 @@ import json
 import math
 from pathlib import Path
 
-from siftune.errors import RecipeError
-from siftune.files import writable_folder, write_beside
-from siftune.offsite.audits.gradients import GradientCosine
-from siftune.offsite.audits.own import OwnAudit
-from siftune.offsite.audits.result import LABELS, Audit
+from siftune.base.errors import RecipeError
+from siftune.base.files import writable_folder, write_beside
+from siftune.offsite.audit.gradients import GradientCosine
+from siftune.offsite.audit.own import OwnAudit
+from siftune.offsite.audit.result import LABELS, Audit
 from siftune.report.audit_leaks import (
     NOT_DEFINED,
     calibration_section,

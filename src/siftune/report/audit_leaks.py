@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from siftune.config import Recipe, resolve_recipe, train_files
-from siftune.errors import InputError
+from siftune.base.errors import InputError
 from siftune.evaluate.bootstrap import Estimate
-from siftune.offsite.audits.calibration_attack import CalibrationLeak
-from siftune.offsite.audits.canaries import Canaries
-from siftune.offsite.audits.membership import Attack, Membership
-from siftune.offsite.audits.own import AFTER_TRAINING, audit_run
-from siftune.offsite.audits.result import RecoveryPoint
+from siftune.offsite.audit.calibration_attack import CalibrationLeak
+from siftune.offsite.audit.canaries import Canaries
+from siftune.offsite.audit.membership import Attack, Membership
+from siftune.offsite.audit.own import AFTER_TRAINING, audit_run
+from siftune.offsite.audit.result import RecoveryPoint
+from siftune.recipe.schema import Recipe, resolve_recipe, train_files
 from siftune.report.table import Table, markdown_table
 
 NOT_DEFINED = "not defined"

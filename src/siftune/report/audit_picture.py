@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from siftune.evaluate.bootstrap import Estimate
-from siftune.offsite.audits.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, LABELS, PLUG_IN, RECOVERED, Audit
+from siftune.offsite.audit.result import EMULATOR_FT, EMULATOR_ZS, FLOOR, LABELS, PLUG_IN, RECOVERED, Audit
 from siftune.report.picture import new_figure, png
 
 if TYPE_CHECKING:

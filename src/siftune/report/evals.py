@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from siftune.base.errors import InputError
+from siftune.base.files import write_beside
+from siftune.base.jsonable import finite, jsonable, parsed
 from siftune.data.rows import Row
-from siftune.errors import InputError
 from siftune.evaluate.measure import Metric, MetricRow
-from siftune.files import write_beside
-from siftune.jsonable import finite, jsonable, parsed
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from siftune.jsonable import jsonable
+from siftune.base.jsonable import jsonable
 from siftune.methods import METHODS
 from siftune.report.picture import COLOURS, new_figure, png
 from siftune.report.table import Table, markdown_table
-from siftune.trainer.lr_folder import LRFolder
-from siftune.trainer.lr_grid import LRRun, rate_text
+from siftune.train.rates.folder import LRFolder
+from siftune.train.rates.grid import LRRun, rate_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,10 +5,10 @@ import html
 import io
 from collections.abc import Sequence
 
+from siftune.base.words import visible
 from siftune.report.table import Table
-from siftune.rows.suspects import Suspect
-from siftune.rows.tested import figures, in_words
-from siftune.words import visible
+from siftune.suspects.named import Suspect
+from siftune.suspects.tested import figures, in_words
 
 HEADER = ("place", "score", "prompt", "completion", "reason", "duplicates")
 _LONGEST = 60  # characters of a text in a table

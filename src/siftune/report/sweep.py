@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siftune.jsonable import jsonable
-from siftune.offsite.audits.sweep import SweepPoint, front
+from siftune.base.jsonable import jsonable
+from siftune.offsite.audit.sweep import SweepPoint, front
 from siftune.report.audit_leaks import shown
 from siftune.report.picture import COLOURS, new_figure, png
 from siftune.report.table import Table, markdown_table

@@ -16,12 +16,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from siftune.base.errors import RecipeError
+from siftune.base.files import write_beside
 from siftune.data.rows import Row
-from siftune.errors import RecipeError
 from siftune.evaluate.answers import begins_with, is_right
 from siftune.evaluate.measure import Metric, measure
 from siftune.evaluate.prepare import Prepared, prepare_rows
-from siftune.files import write_beside
 from siftune.reproduce.tasks import Task
 
 METRICS = ("generated", "likeliest", "nats")

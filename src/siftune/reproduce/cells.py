@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from siftune.artifacts import find_subject, load_subject
-from siftune.config import Recipe
-from siftune.files import Progress
-from siftune.models.carriers import CARRIERS
+from siftune.base.files import Progress
+from siftune.models.adapters.registry import CARRIERS
+from siftune.recipe.schema import Recipe
 from siftune.reproduce.answers import Answers, Asking
 from siftune.reproduce.protocol import Protocol
 from siftune.reproduce.rows import Wording, prepare_files
 from siftune.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
 from siftune.reproduce.table import Line
 from siftune.reproduce.tasks import TASKS
-from siftune.trainer.lr_grid import Grid, recipes_of
+from siftune.train.rates.grid import Grid, recipes_of
 
 _ALIKE = ("lora", "dora")  # DoRA's paper has LoRA's rank, scale and places
 

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from siftune.base.errors import DataError
 from siftune.data.readers import load_records
-from siftune.errors import DataError
 from siftune.reproduce.harness import HARNESS, Question
 from siftune.reproduce.protocol import Suite
 from siftune.reproduce.rows import HUB, found_in, other_way, refuse_few, write_rows

@@ -22,25 +22,25 @@ import torch
 from rich.console import Console
 
 from siftune.artifacts import find_subject, load_subject
-from siftune.config import Recipe
+from siftune.base.files import Progress
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
-from siftune.files import Progress
 from siftune.models.source import load_model
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import Split
+from siftune.offsite.exchange.calibration import in_batches
+from siftune.offsite.exchange.emulate import KitOptions, emulate
+from siftune.offsite.exchange.plug import plug_in
+from siftune.offsite.exchange.returned import open_return
+from siftune.offsite.exchange.tune import source_of
 from siftune.offsite.kit.folder import is_kit, read_kit
-from siftune.offsite.protocol.calibration import in_batches
-from siftune.offsite.protocol.emulate import KitOptions, emulate
-from siftune.offsite.protocol.plug import plug_in
-from siftune.offsite.protocol.returned import open_return
-from siftune.offsite.protocol.tune import source_of
+from siftune.recipe.schema import Recipe
 from siftune.reproduce.answers import Answers, Asking
 from siftune.reproduce.harness_rows import CALIBRATION, prepare_tasks
 from siftune.reproduce.protocol import Protocol
 from siftune.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
 from siftune.reproduce.table import Line
-from siftune.trainer.lr_grid import Grid, recipes_of
+from siftune.train.rates.grid import Grid, recipes_of
 
 SPLIT = Split()
 BASE, METHOD = "base", "dense"

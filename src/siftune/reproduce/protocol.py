@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from siftune.config import Recipe
-from siftune.errors import RecipeError
-from siftune.recipe_file import load_recipe
+from siftune.base.errors import RecipeError
+from siftune.base.settings import nearest
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
 from siftune.reproduce.harness import HARNESS
 from siftune.reproduce.tasks import TASKS, Task
-from siftune.settings import nearest
 
 _HERE = Path(__file__).parent
 

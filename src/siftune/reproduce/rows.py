@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from siftune.base.errors import DataError
+from siftune.base.files import write_beside
+from siftune.base.words import counted
 from siftune.data.readers import load_records, load_rows
 from siftune.data.rows import Row, rows_from
-from siftune.errors import DataError
 from siftune.evaluate.answers import last_number
-from siftune.files import write_beside
 from siftune.reproduce.protocol import Suite
 from siftune.reproduce.tasks import CLOZE, PROMPT, TASKS, options_of, texts_of
-from siftune.words import counted
 
 HUB = "hub"
 _SEED = 42  # of the rows that are held out: the same for all methods and seeds

@@ -29,12 +29,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from siftune.config import Recipe
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.models.adapters import attach_adapter
-from siftune.models.full import OpenLayers
+from siftune.models.adapters.attach import attach_adapter
+from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
+from siftune.recipe.schema import Recipe
 
 OVER_FLOOR = 1.9  # of a step's time over that of its matrix products, measured: docs/measured.md
 # method -> times dense's time and memory, measured: docs/measured.md; static's hang on which layers it is given

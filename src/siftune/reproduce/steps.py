@@ -11,19 +11,19 @@ from typing import Any
 
 from rich.console import Console
 
-from siftune.config import Recipe
+from siftune.base.errors import RecipeError, TrainingError
+from siftune.base.files import Progress, write_beside
 from siftune.data.readers import load_rows
-from siftune.errors import RecipeError, TrainingError
-from siftune.files import Progress, write_beside
-from siftune.recipe_file import load_recipe
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
 from siftune.report.lr import bests, write_report
 from siftune.reproduce.answers import Answers, Asking, ask, read_record
 from siftune.reproduce.tasks import Task
-from siftune.trainer.lr_folder import LRFolder
-from siftune.trainer.lr_grid import Grid
-from siftune.trainer.lr_sweep import open_sweep, run_missing
-from siftune.trainer.run import train
-from siftune.trainer.source import ModelSource, Source
+from siftune.train.rates.folder import LRFolder
+from siftune.train.rates.grid import Grid
+from siftune.train.rates.sweep import open_sweep, run_missing
+from siftune.train.run import train
+from siftune.train.source import ModelSource, Source
 
 _RUN = "run.json"
 

@@ -14,16 +14,16 @@ from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 from trl import SFTTrainer
 
+from siftune.base.errors import InputError, RecipeError, SiftuneError
 from siftune.bench import cost, worker
 from siftune.bench.cost import FLOOR, MEASURED, Measurement, check_workload, measure, parse_methods, schedule
 from siftune.bench.workload import SUPPORTS, Workload
-from siftune.config import settings_of
-from siftune.errors import InputError, RecipeError, SiftuneError
 from siftune.methods import METHODS
+from siftune.methods.drivers.layer_driver import LayerSelection
 from siftune.methods.ist.callback import IST
-from siftune.methods.layer_driver import LayerSelection
-from siftune.recipe_checks import check
-from siftune.trainer.trainer import SiftTrainer
+from siftune.recipe.checks import check
+from siftune.recipe.schema import settings_of
+from siftune.train.trainer import SiftTrainer
 
 VOCAB = 300
 

@@ -8,9 +8,9 @@ from support.by_row import PASSES, double, runner
 from support.tiny import batch, tiny
 
 from baselines import StoreAll, TwoPass
-from siftune.errors import RecipeError, UnsupportedError
+from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.methods.gast.settings import GASTSettings
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters.attach import attach_adapter
 
 
 @pytest.mark.parametrize("kind", PASSES)

@@ -16,7 +16,7 @@ from support.trainers import weights
 
 from baselines import TwoPass
 from siftune import GAST
-from siftune.engine import per_sample
+from siftune.engine import kinds as per_sample
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.methods.gast.settings import GASTSettings

@@ -7,13 +7,13 @@ from support.trainers import adapted, arguments, rows, weights
 import dp_cost
 from dp_trainers import TRAINERS
 from random_llama import save_llama
+from siftune.base.errors import RecipeError
 from siftune.bench.workload import Workload
 from siftune.data.tokenize import Collator
-from siftune.errors import RecipeError
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 
 def trained(folder, method, clip=0.1, noise=0.0):

@@ -6,7 +6,7 @@ from support.tiny_kit import base_model, save_kit
 
 from federated import AFTER_TRAINING, _shards, place, spoiled
 from siftune.offsite.emulator.split import outer_names
-from siftune.offsite.protocol.thin import Tuned, is_thin
+from siftune.offsite.exchange.thin import Tuned, is_thin
 
 
 @pytest.mark.parametrize("owners", [1, 2, 3, 4, 5, 8, 9])

@@ -11,13 +11,13 @@ import gast_cost
 from baseline_trainer import BaselineTrainer
 from gast_cost import BASELINES, Case, collect, table
 from random_llama import save_llama
+from siftune.base.errors import DataError, RecipeError
 from siftune.bench.cost import MEASURED, Measurement, measure
 from siftune.bench.worker import build_trainer
 from siftune.bench.workload import Workload
-from siftune.errors import DataError, RecipeError
 from siftune.methods.gast.callback import GAST
 from siftune.models.source import load_model
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 FACTS = {"dtype": "float32", "hardware": "one machine"}
 FACTS["versions"] = {"torch": "2", "transformers": "5", "peft": "0.2", "siftune": "0.1"}

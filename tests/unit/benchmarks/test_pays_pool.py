@@ -9,7 +9,7 @@ from pays import pool as pools
 from pays.cells import SCENARIOS, cells_of
 from pays.pool import make_pool
 from pays.training_rows import training_rows
-from siftune.errors import DataError, RecipeError
+from siftune.base.errors import DataError, RecipeError
 
 FILES = ("ARC-Easy", "ARC-Challenge", "openbookqa")
 

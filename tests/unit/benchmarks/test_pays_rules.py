@@ -8,8 +8,8 @@ from support.tiny import batch
 
 from pays.rules import RULES, use_rule
 from siftune import GAST
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError
 
 
 def by_hand(scores):

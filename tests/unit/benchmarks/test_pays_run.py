@@ -21,8 +21,8 @@ from pays.measure import measure_rows
 from pays.methods import METHODS, method_of
 from pays.results import append, read
 from pays.stopping import KeepBest
+from siftune.base.errors import ModelError, RecipeError
 from siftune.data.tokenize import Collator
-from siftune.errors import ModelError, RecipeError
 from siftune.models.source import load_model
 
 SIZES = {"QUESTIONS": 12, "DEV_QUESTIONS": 6, "OTHER_QUESTIONS": 4, "_PROBLEMS": 600}

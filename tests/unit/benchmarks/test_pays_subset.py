@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from pays.followed import Followed
 from pays.subset import Book, Keep, SubsetTrainer
+from siftune.base.errors import RecipeError
 from siftune.data.tokenize import Collator
-from siftune.errors import RecipeError
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 GROUPS = ("target", "wrong", "other")
 

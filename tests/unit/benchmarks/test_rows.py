@@ -95,7 +95,7 @@ def test_what_is_watched_is_what_single_rows_give(tmp_path):
 
 def test_alignment_with_the_rest_is_that_of_a_loop():
     from rows.watch import Watching
-    from siftune.methods.sample_choice import Choosing
+    from siftune.methods.drivers.sample_choice import Choosing
 
     groups = group_by_layer(adapted())
     rule, torch_grads = Watching(groups), {}

@@ -6,11 +6,11 @@ import pytest
 from support.commands import EMULATE, error_of, siftune
 from support.tiny_run import save_rows
 
-from siftune.config import Recipe
-from siftune.errors import DataError, KitError
-from siftune.offsite.audits.audit import audit_paths
-from siftune.offsite.audits.own import audit_run, own_audit_paths
-from siftune.offsite.audits.settings import AuditOptions
+from siftune.base.errors import DataError, KitError
+from siftune.offsite.audit.own import audit_run, own_audit_paths
+from siftune.offsite.audit.run import audit_paths
+from siftune.offsite.audit.settings import AuditOptions
+from siftune.recipe.schema import Recipe
 from siftune.report.audit_leaks import before_it_is_sent
 
 QUICK = {"steps": 1, "batch_size": 2, "resamples": 50, "template": "none", "recovery": False, "membership": False}

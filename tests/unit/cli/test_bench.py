@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from siftune.base.errors import InputError
 from siftune.bench import cost
 from siftune.bench.cost import FLOOR
 from siftune.cli.main import main
-from siftune.errors import InputError
 
 # method -> (seconds of its two steps, peak memory)
 _COSTS = {

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from siftune.cli import demo
 from siftune.cli.main import main
 from siftune.methods import METHODS
-from siftune.recipe_file import load_recipe
+from siftune.recipe.read import load_recipe
 
 
 @pytest.fixture(autouse=True)

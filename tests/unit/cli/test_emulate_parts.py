@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from support.commands import EMULATE, error_of, siftune
 from transformers import AutoModelForCausalLM
 
-from siftune.offsite.protocol.load import load_emulator
+from siftune.offsite.exchange.load import load_emulator
 
 
 @pytest.mark.parametrize(("part", "whole"), [("--keep-mlp", "self_attn"), ("--keep-attn", "mlp")])

@@ -7,15 +7,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
+from siftune.base.errors import DataError, RecipeError
 from siftune.cli.eval import Options, run
 from siftune.cli.main import main
-from siftune.config import Recipe
 from siftune.data.readers import load_rows
 from siftune.data.split import held_out
-from siftune.errors import DataError, RecipeError
 from siftune.evaluate import measure as evaluation
-from siftune.recipe_file import recipe_to_yaml
-from siftune.trainer.tuned_layers import About, save_tuned
+from siftune.recipe.read import recipe_to_yaml
+from siftune.recipe.schema import Recipe
+from siftune.train.tuned_layers import About, save_tuned
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from support.tiny_run import recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
-from siftune.trainer.run import train
+from siftune.train.run import train
 
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 

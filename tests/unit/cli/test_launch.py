@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from siftune.base.ranks import LEFT_ALONE
 from siftune.cli.launch import RankFailed, _after_interrupt, _Rank, _stop, _wait
-from siftune.ranks import LEFT_ALONE
 
 
 def test_a_second_interrupt_leaves_no_process_behind(monkeypatch):

@@ -19,13 +19,13 @@ import torch
 import tyro
 from tyro.conf import arg
 
+from siftune.base.errors import DataError, RecipeError, SiftuneError
 from siftune.cli import main as cli
 from siftune.cli.common import COMMANDS, parse
 from siftune.cli.help import as_typed
 from siftune.cli.main import main
-from siftune.config import Recipe
-from siftune.errors import DataError, RecipeError, SiftuneError
 from siftune.methods import METHODS
+from siftune.recipe.schema import Recipe
 
 
 @dataclass

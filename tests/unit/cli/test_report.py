@@ -9,7 +9,7 @@ from support.commands import error_of, siftune
 from support.report_runs import save_run
 
 from siftune.report.page import serve
-from siftune.trainer.progress import Metrics
+from siftune.train.progress import Metrics
 
 
 def test_a_page_and_figures(tmp_path, capsys):

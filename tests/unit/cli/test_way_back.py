@@ -13,8 +13,8 @@ from support.opened import opened
 from support.tiny_run import save_rows
 
 from siftune.cli.main import main
+from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.protocol.returned import write_return
 
 
 def spoiled(folder, kit, change):

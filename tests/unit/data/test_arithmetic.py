@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
+from siftune.base.errors import DataError
 from siftune.data.arithmetic import KINDS, arithmetic_rows, split
-from siftune.errors import DataError
 
 
 def solve(prompt: str) -> int:

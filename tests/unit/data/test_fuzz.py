@@ -16,9 +16,9 @@ from pyarrow import parquet
 from support.damage import dump, mutations
 from support.tokenizer import byte_tokenizer
 
+from siftune.base.errors import DataError
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
-from siftune.errors import DataError
 
 SAMPLE = 80
 ROWS = [

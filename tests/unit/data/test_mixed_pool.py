@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
+from siftune.base.errors import DataError
 from siftune.data.mixed_pool import OTHERS, mixed_pool
-from siftune.errors import DataError
 
 
 def answer(row):

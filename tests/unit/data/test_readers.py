@@ -6,9 +6,9 @@ import os
 
 import pytest
 
+from siftune.base.errors import DataError, RecipeError
 from siftune.data.readers import load_rows
 from siftune.data.rows import Message, Row, rows_from
-from siftune.errors import DataError, RecipeError
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2", "answer": "2"}
 TURNS = [

@@ -6,11 +6,11 @@ import signal
 import pytest
 from support.tokenizer import byte_tokenizer
 
+from siftune.base.errors import DataError
 from siftune.data import tokens
 from siftune.data.encoder import Encoder, labelled
 from siftune.data.rows import rows_from
 from siftune.data.tokens import Form, tokens_of
-from siftune.errors import DataError
 
 CHAT = byte_tokenizer()
 TALK = {"messages": [{"role": role, "content": f"{role} says"} for role in ("user", "assistant") * 2]}

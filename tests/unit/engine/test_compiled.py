@@ -9,12 +9,12 @@ from support.tiny import batch, tiny
 from torch import nn
 from torch._dynamo.callback import callback_handler
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.compiled import CompiledParts
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import as_one, use_base_dtype
-from siftune.errors import UnsupportedError
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters.attach import attach_adapter
 from siftune.models.layers import find_layers
 
 TRACED = "eager"  # torch traces and guards what it would compile, and runs it by its own kernels

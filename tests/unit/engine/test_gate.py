@@ -13,7 +13,7 @@ from support.tiny import FAMILIES, batch, tiny
 from siftune.engine.gate import LayerGates, nothing_trains_before
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters.attach import attach_adapter
 
 
 def adapted(family="llama", layers=4, **settings):

@@ -7,7 +7,7 @@ from support.carriers_table import build
 from siftune.engine import generic_rows
 from siftune.engine.generic_rows import ModuleRows
 from siftune.engine.groups import group_by_layer
-from siftune.engine.per_sample import runs_again
+from siftune.engine.kinds import runs_again
 from siftune.engine.substitution import units
 
 

@@ -7,8 +7,8 @@ from support.adapted import ADAPTED, adapted
 from support.tiny import batch, tiny
 from torch import Tensor, nn
 
+from siftune.base.errors import AdapterError, UnsupportedError
 from siftune.engine.groups import group_by_layer, outside
-from siftune.errors import AdapterError, UnsupportedError
 from siftune.models.layers import find_layers
 
 

@@ -8,9 +8,9 @@ from support.tiny import batch, tiny
 from torch import nn
 
 from siftune import GAST
+from siftune.base.errors import AdapterError, UnsupportedError
 from siftune.engine.groups import group_by_layer
-from siftune.engine.per_sample import Kind, kinds_of
-from siftune.errors import AdapterError, UnsupportedError
+from siftune.engine.kinds import Kind, kinds_of
 
 REST = {"select": 2, "support": "rest"}
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from siftune import numerics
-from siftune.engine import per_sample
+from siftune.base import numerics
+from siftune.engine import kinds as per_sample
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -7,11 +7,11 @@ from support.rounded import SIZES, rounded
 from support.tiny import batch, tiny
 
 from siftune import GAST
+from siftune.base.errors import AdapterError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.errors import AdapterError
-from siftune.models.adapters import attach_adapter
-from siftune.models.carriers import CARRIERS
+from siftune.models.adapters.attach import attach_adapter
+from siftune.models.adapters.registry import CARRIERS
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import ForwardSubstitution, Substitution, parameter_owners, units, use_base_dtype
-from siftune.models.adapters import attach_adapter
-from siftune.models.carriers import CARRIERS
+from siftune.models.adapters.attach import attach_adapter
+from siftune.models.adapters.registry import CARRIERS
 
 
 def held(model: nn.Module) -> dict[str, int]:

@@ -13,9 +13,9 @@ from support.adapted import ADAPTED, adapted, two_active_adapters
 from support.tiny import batch, tiny
 from torch import Tensor, nn
 
+from siftune.base.errors import AdapterError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
-from siftune.errors import AdapterError
 from siftune.models.layers import find_layers
 
 

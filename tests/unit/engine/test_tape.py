@@ -21,12 +21,12 @@ from support.adapted import (
 from support.oracles import gradients, sample_gradients, summed_loss
 from support.tiny import FAMILIES, batch, tiny
 
-from siftune.engine import per_sample
+from siftune.base.errors import UnsupportedError
+from siftune.engine import kinds as per_sample
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.engine.tape import Tape
-from siftune.errors import UnsupportedError
 
 # family -> modules for IA3, and those of them whose input it scales; biases trained along
 _IA3 = {

@@ -3,7 +3,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 from siftune.evaluate.choices import ChoiceItem, ChoiceResult, score_choices
 
 ITEMS = [

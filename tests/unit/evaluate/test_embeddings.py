@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset
 from support.tiny import tiny
 
+from siftune.base.errors import UnsupportedError
 from siftune.data.tokenize import Collator
-from siftune.errors import UnsupportedError
 from siftune.evaluate.embeddings import embed, most_alike, similarity
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from siftune.errors import AdapterError, DataError
+from siftune.base.errors import AdapterError, DataError
 from siftune.evaluate.generation import exact_match, greedy
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
+from siftune.base.errors import AdapterError, DataError
 from siftune.data.rows import rows_from
-from siftune.errors import AdapterError, DataError
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
 from siftune.evaluate.measure import Metric, compare, measure, measure_base
 from siftune.evaluate.prepare import prepare_rows

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 from siftune.evaluate.batching import by_length
 from siftune.evaluate.perplexity import perplexity, row_nll
 from siftune.models import cross_entropy

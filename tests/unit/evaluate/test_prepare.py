@@ -1,9 +1,9 @@
 import pytest
 from support.tokenizer import byte_tokenizer
 
+from siftune.base.errors import DataError, RecipeError
 from siftune.data.encoder import Encoder
 from siftune.data.rows import rows_from
-from siftune.errors import DataError, RecipeError
 from siftune.evaluate.prepare import choose_metrics, prepare_rows
 
 TOKENIZER = byte_tokenizer()

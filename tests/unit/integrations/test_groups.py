@@ -3,7 +3,7 @@
 import pytest
 
 from siftune import GAST, IST, LabelLogits, RowRecord, Static
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.integrations.groups import callbacks, keys
 from siftune.methods import all_parts
 

@@ -9,8 +9,8 @@ from support.trainers import adapted, rows, weights
 from torch.utils.data import DataLoader
 
 from siftune import GAST, IST, LISA, RST, LabelLogits, LoRADrop, RowRecord, Trim
-from siftune.errors import ModelError, RecipeError, UnsupportedError
-from siftune.methods.batches import RowDraws
+from siftune.base.errors import ModelError, RecipeError, UnsupportedError
+from siftune.methods.drivers.batches import RowDraws
 
 lightning = pytest.importorskip("lightning.pytorch", reason="pip install lightning")
 from siftune.integrations.lightning import Sift  # noqa: E402

@@ -4,8 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from siftune.errors import DataError
-from siftune.methods.batches import GivenBatches, RowDraws, label_weight
+from siftune.base.errors import DataError
+from siftune.methods.drivers.batches import GivenBatches, RowDraws, label_weight
 
 
 def generator(seed=0):

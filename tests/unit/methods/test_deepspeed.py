@@ -8,10 +8,10 @@ from support.trainers import adapted, arguments, train, weights
 from transformers import Trainer
 
 from siftune import GAST, IST, RST
+from siftune.base.errors import UnsupportedError
 from siftune.engine.groups import group_by_layer, outside
-from siftune.errors import UnsupportedError
-from siftune.methods import deepspeed
-from siftune.methods.deepspeed import _LAYER, prepare, refuse_in_loops, skip, split_by_layer
+from siftune.methods.host import deepspeed
+from siftune.methods.host.deepspeed import _LAYER, prepare, refuse_in_loops, skip, split_by_layer
 
 
 def divided(model):

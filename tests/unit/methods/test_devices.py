@@ -7,10 +7,10 @@ from support.trainers import adapted
 from torch import nn
 
 from siftune import IST
+from siftune.base.numerics import all_finite
 from siftune.engine.groups import LayerGroup
+from siftune.methods.drivers.support import Support
 from siftune.methods.gast.momentum import moved_mean
-from siftune.methods.support import Support
-from siftune.numerics import all_finite
 
 
 def spread(*values):
@@ -61,7 +61,7 @@ def test_importance_from_gradients(monkeypatch):
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
     norms = (OnDevice(torch.tensor(float(layer)), DEVICES[layer % 2]) for layer in range(4))
-    monkeypatch.setattr("siftune.methods.layer_driver.gradient_norm", lambda parameters: next(norms))
+    monkeypatch.setattr("siftune.methods.drivers.layer_driver.gradient_norm", lambda parameters: next(norms))
     with IST(active=1.0, importance_from="gradients").attach(model, optimizer=optimizer) as sift:
         monkeypatch.setattr(sift.policy, "observe", lambda positions, found: seen.append(found))
         sift.before_update()

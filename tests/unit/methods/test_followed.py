@@ -6,12 +6,12 @@ import pytest
 from support.trainers import train
 
 from siftune import GAST, GREATS
-from siftune.config import Recipe
-from siftune.errors import RecipeError
-from siftune.methods.followed import can_look_back, chooses_nothing
+from siftune.base.errors import RecipeError
+from siftune.methods.drivers.followed import can_look_back, chooses_nothing
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
-from siftune.recipe_checks import check
+from siftune.recipe.checks import check
+from siftune.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize(

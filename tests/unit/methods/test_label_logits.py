@@ -10,8 +10,8 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from siftune import GAST, IST, LabelLogits
-from siftune.errors import UnsupportedError
-from siftune.methods.label_logits import _refuse_readers
+from siftune.base.errors import UnsupportedError
+from siftune.methods.host.label_logits import _refuse_readers
 from siftune.models.loss import find_output_embeddings
 
 
@@ -88,7 +88,7 @@ def test_trls_trainer_learns_and_logs_the_same(tmp_path, monkeypatch):
 
 
 def test_an_older_trl_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("siftune.methods.label_logits._has_fused_head", lambda: False)
+    monkeypatch.setattr("siftune.methods.host.label_logits._has_fused_head", lambda: False)
     _, trainer = sft(tmp_path, [LabelLogits()])
     with pytest.raises(UnsupportedError, match=r"this version of TRL reads all logits .* update it to 1\.16"):
         trainer.train()

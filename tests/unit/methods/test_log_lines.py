@@ -13,9 +13,9 @@ from transformers.integrations import integration_utils
 
 from siftune import GAST, IST
 from siftune.methods import METHODS
-from siftune.methods.log_lines import LogLines, stand_first
-from siftune.methods.sample_choice import SampleChoice
-from siftune.trainer import run as module
+from siftune.methods.drivers.sample_choice import SampleChoice
+from siftune.methods.host.log_lines import LogLines, stand_first
+from siftune.train import run as module
 
 
 class Tracker(TrainerCallback):

@@ -8,8 +8,8 @@ from support.adapted import ADAPTED
 from support.tiny import tiny
 
 from siftune.engine.groups import group_by_layer
-from siftune.methods.sample_choice import Choosing, Unit, units_of
-from siftune.models.adapters import attach_adapter
+from siftune.methods.drivers.sample_choice import Choosing, Unit, units_of
+from siftune.models.adapters.attach import attach_adapter
 
 
 def in_layers(model):

@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from siftune import GAST, IST, RST
-from siftune.errors import UnsupportedError
-from siftune.methods.spread import refuse_launched, refuse_wrappers
+from siftune.base.errors import UnsupportedError
+from siftune.methods.host.spread import refuse_launched, refuse_wrappers
 
 
 @pytest.mark.parametrize("method", [IST, GAST])

@@ -10,10 +10,10 @@ from support.trainers import adapted
 from torch import nn
 from transformers import Adafactor
 
-from siftune.errors import RecipeError
-from siftune.methods.batches import model_loss
+from siftune.base.errors import RecipeError
+from siftune.methods.drivers.batches import model_loss
+from siftune.methods.drivers.support import Support, support_gradient
 from siftune.methods.gast.rule import adam_metric
-from siftune.methods.support import Support, support_gradient
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 

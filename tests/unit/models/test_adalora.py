@@ -9,9 +9,9 @@ from support.tiny import batch, tiny
 from support.trainers import train, weights
 
 from siftune import GAST, RST
-from siftune.errors import RecipeError, UnsupportedError
+from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.methods.allocator import FILE, Allocator
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters.attach import attach_adapter
 
 STEPS = 10
 

@@ -14,9 +14,9 @@ from support.tiny import FAMILIES, batch, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from siftune.base.errors import AdapterError, LayerError
 from siftune.engine.groups import group_by_layer, outside
-from siftune.errors import AdapterError, LayerError
-from siftune.models.adapters import attach_adapter, load_adapter
+from siftune.models.adapters.attach import attach_adapter, load_adapter
 from siftune.models.layers import find_layers
 
 KINDS = ("lora", "rslora", "dora")

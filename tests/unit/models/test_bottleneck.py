@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from support.adapted import base, shake
 from support.tiny import FAMILIES, batch, tiny
 
-from siftune.errors import AdapterError
-from siftune.models.adapters import attach_adapter, load_adapter
+from siftune.base.errors import AdapterError
+from siftune.models.adapters.attach import attach_adapter, load_adapter
 from siftune.models.layers import find_layers
 from siftune.models.sublayers import find_sublayers
 

@@ -10,12 +10,12 @@ from support.adapted import adapted
 from support.tiny import FAMILIES, batch, tiny
 from torch import nn
 
+from siftune.base.errors import AdapterError, LayerError
 from siftune.engine.groups import group_by_layer, outside
 from siftune.engine.substitution import use_base_dtype
 from siftune.engine.suppression import suppress
-from siftune.errors import AdapterError, LayerError
-from siftune.models.adapters import expert_banks
-from siftune.models.full import OpenLayers
+from siftune.models.adapters.attach import expert_banks
+from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers, layer_numbers
 
 

@@ -12,7 +12,7 @@ from transformers import (
     LlamaModel,
 )
 
-from siftune.errors import AdapterError, LayerError
+from siftune.base.errors import AdapterError, LayerError
 from siftune.models.loss import contiguous_head_input, find_output_embeddings, logits_at
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from siftune.errors import ModelError
+from siftune.base.errors import ModelError
 from siftune.models import source
 from siftune.models.hub import similar_folder, why_missing
 from siftune.models.source import check_source, load_model

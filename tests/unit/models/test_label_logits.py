@@ -5,7 +5,7 @@ import torch
 from support.tiny import FAMILIES, batch, tiny
 from support.trainers import adapted
 
-from siftune.errors import LayerError
+from siftune.base.errors import LayerError
 from siftune.models.label_logits import LabelHead
 from siftune.models.loss import find_output_embeddings, label_positions
 

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from siftune.errors import LayerError
-from siftune.models.adapters import attach_adapter
+from siftune.base.errors import LayerError
+from siftune.models.adapters.attach import attach_adapter
 from siftune.models.layers import find_layers
 
 

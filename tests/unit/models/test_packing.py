@@ -7,8 +7,8 @@ from support.tiny import batch, tiny
 from transformers import Trainer, TrainingArguments
 
 from siftune import GAST, IST
-from siftune.errors import UnsupportedError
-from siftune.models.adapters import attach_adapter
+from siftune.base.errors import UnsupportedError
+from siftune.models.adapters.attach import attach_adapter
 from siftune.models.packing import KeptUnpacked, refuse_packed
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -8,9 +8,9 @@ from support.adapted import base, shake
 from support.tiny import FAMILIES, batch, tiny
 from transformers import DynamicCache
 
-from siftune.errors import AdapterError
-from siftune.models.adapters import attach_adapter, load_adapter
-from siftune.models.carriers import CARRIERS
+from siftune.base.errors import AdapterError
+from siftune.models.adapters.attach import attach_adapter, load_adapter
+from siftune.models.adapters.registry import CARRIERS
 
 COUNT = 3
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from siftune.errors import ModelError
+from siftune.base.errors import ModelError
 from siftune.models import smollm2
 from siftune.models.smollm2 import cache_root, pull_smollm2
 

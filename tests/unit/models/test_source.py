@@ -7,7 +7,7 @@ import torch
 from support.tiny import batch, tiny
 from support.tokenizer import byte_tokenizer
 
-from siftune.errors import ModelError
+from siftune.base.errors import ModelError
 from siftune.models import source
 from siftune.models.source import load_model, resolve, use_attention
 

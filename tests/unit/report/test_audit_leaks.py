@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from siftune.evaluate.bootstrap import Estimate
-from siftune.offsite.audits.calibration_attack import CalibrationLeak
-from siftune.offsite.audits.canaries import Canaries, CanaryGroup
-from siftune.offsite.audits.membership import Attack, Membership
-from siftune.offsite.audits.result import RecoveryPoint
+from siftune.offsite.audit.calibration_attack import CalibrationLeak
+from siftune.offsite.audit.canaries import Canaries, CanaryGroup
+from siftune.offsite.audit.membership import Attack, Membership
+from siftune.offsite.audit.result import RecoveryPoint
 from siftune.report.audit_leaks import (
     calibration_section,
     canary_section,

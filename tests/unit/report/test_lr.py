@@ -8,8 +8,8 @@ import pytest
 from siftune.report.lr import Best, advice, bests, draw, table, to_dict, write_report
 from siftune.report.picture import png
 from siftune.report.table import plain_table
-from siftune.trainer.lr_folder import LRFolder
-from siftune.trainer.lr_grid import LRRun
+from siftune.train.rates.folder import LRFolder
+from siftune.train.rates.grid import LRRun
 
 BASE = 2.0
 

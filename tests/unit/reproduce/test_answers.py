@@ -5,8 +5,8 @@ import pytest
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
+from siftune.base.errors import RecipeError
 from siftune.data.rows import rows_from
-from siftune.errors import RecipeError
 from siftune.evaluate import measure as measuring
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows

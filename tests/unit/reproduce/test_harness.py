@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 from siftune.reproduce.harness import HARNESS
 from siftune.reproduce.harness_rows import prepare_tasks, training_counts
 from siftune.reproduce.protocol import protocol_of

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from siftune.config import Recipe
-from siftune.errors import RecipeError
-from siftune.recipe_checks import check
+from siftune.base.errors import RecipeError
+from siftune.recipe.checks import check
+from siftune.recipe.schema import Recipe
 from siftune.reproduce.protocol import names, protocol_of, recipe_files, sources
 
 PAPERS = {

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 from siftune.reproduce.protocol import protocol_of
 from siftune.reproduce.rows import HUB, prepare_files, trained_on, training_count
 

@@ -8,7 +8,7 @@ from support.tiny import tiny
 
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.models.adapters import attach_adapter
+from siftune.models.adapters.attach import attach_adapter
 from siftune.reproduce.offsite import outer_layers_of
 from siftune.reproduce.protocol import protocol_of
 from siftune.reproduce.shape import OVER_FLOOR, Shape, on_meta, shape_of

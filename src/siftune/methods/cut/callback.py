@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from siftune.base.settings import documented, reads_gone
 from siftune.methods.cut import maths
 from siftune.methods.cut.settings import CutSettings
-from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
-from siftune.settings import documented, reads_gone
+from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 
 
 class LayersAbove(LayerPolicy):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from siftune.settings import OURS, Gone, Settings
+from siftune.base.settings import OURS, Gone, Settings
 
 
 @dataclass

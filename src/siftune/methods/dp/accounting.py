@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.methods.dp.mechanism import Mechanism
 
 ACCOUNTANT = "opacus PRV"

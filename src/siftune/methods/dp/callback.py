@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from siftune.errors import RecipeError
-from siftune.methods.callback import calling_trainer, saved_state
+from siftune.base.errors import RecipeError
 from siftune.methods.dp.accounting import spent
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
-from siftune.methods.log_lines import LogLines
-from siftune.methods.spread import refuse_wrappers
+from siftune.methods.host.callback import calling_trainer, saved_state
+from siftune.methods.host.log_lines import LogLines
+from siftune.methods.host.spread import refuse_wrappers
 
 
 class DP(TrainerCallback, ExportableState):  # type: ignore[misc]

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup, group_by_layer, outside
 from siftune.engine.tape import Gradients, SampleGradients, Tape
-from siftune.errors import UnsupportedError
 from siftune.methods.dp import maths
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from siftune import numerics
+from siftune.base import numerics
 
 
 def clip_factors(grads: Sequence[Tensor], threshold: float) -> Tensor:

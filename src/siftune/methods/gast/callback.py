@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from siftune.base.errors import RecipeError
+from siftune.base.settings import documented, reads_gone
 from siftune.engine.groups import LayerGroup
-from siftune.errors import RecipeError
-from siftune.methods import deepspeed
-from siftune.methods.callback import calling_trainer
+from siftune.methods.drivers.sample_callback import SampleCallback, takes_target
 from siftune.methods.gast.rule import AlignedSamples
 from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.sample_callback import SampleCallback, takes_target
-from siftune.settings import documented, reads_gone
+from siftune.methods.host import deepspeed
+from siftune.methods.host.callback import calling_trainer
 
 
 @reads_gone

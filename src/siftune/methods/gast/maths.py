@@ -43,9 +43,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from siftune import numerics
+from siftune.base import numerics
+from siftune.base.numerics import gumbel_top_k, widened
 from siftune.methods.gast.settings import GASTSettings
-from siftune.numerics import gumbel_top_k, widened
 
 _EPSILON = 1e-5  # of the largest score
 

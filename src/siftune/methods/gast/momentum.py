@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from siftune.engine.distributed import sum_over_ranks
+from siftune.base.numerics import all_finite
 from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup
-from siftune.methods.support import Gradients
-from siftune.numerics import all_finite
+from siftune.engine.ranks import sum_over_ranks
+from siftune.methods.drivers.support import Gradients
 
 
 def moved_mean(

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
-from siftune.errors import RecipeError
+from siftune.methods.drivers.sample_choice import Choosing, Unit, units_of
+from siftune.methods.drivers.sample_driver import SampleRule, summed
+from siftune.methods.drivers.support import Gradients, Support
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, live_samples, score_samples
 from siftune.methods.gast.momentum import moved_mean
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.gast.stream import Stream
-from siftune.methods.sample_choice import Choosing, Unit, units_of
-from siftune.methods.sample_driver import SampleRule, summed
-from siftune.methods.support import Gradients, Support
 
 
 class AlignedSamples(SampleRule):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from siftune.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, OURS, SHARE, Gone, Settings
+from siftune.base.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, OURS, SHARE, Gone, Settings
 
 Support = Literal["sample", "rest", "momentum", "dataset"]
 Choice = Literal["stochastic", "topk", "random"]

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from siftune.engine.distributed import columns_of_ranks
+from siftune.engine.ranks import columns_of_ranks
+from siftune.methods.drivers.sample_choice import Unit
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored
 from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.sample_choice import Unit
 
 ROWS = 64  # a window holds the newest steps that have as many rows together
 LEAST = 16  # rows in a window before rows are selected: a deviation of fewer says little

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from siftune.base.errors import RecipeError
+from siftune.base.settings import documented
 from siftune.engine.groups import LayerGroup
-from siftune.errors import RecipeError
+from siftune.methods.drivers.sample_callback import SampleCallback, takes_target
 from siftune.methods.greats.rule import HelpfulSamples
 from siftune.methods.greats.settings import GREATSSettings
-from siftune.methods.sample_callback import SampleCallback, takes_target
-from siftune.settings import documented
 
 
 @documented

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from siftune import numerics
-from siftune.engine.distributed import world_size
+from siftune.base import numerics
+from siftune.base.numerics import widened
 from siftune.engine.groups import LayerGroup
+from siftune.engine.ranks import world_size
 from siftune.engine.tape import SampleGradients
+from siftune.methods.drivers.sample_choice import Choosing, whole_model
+from siftune.methods.drivers.sample_driver import SampleRule, summed
+from siftune.methods.drivers.support import Gradients, Support
 from siftune.methods.greats import maths
 from siftune.methods.greats.settings import GREATSSettings
-from siftune.methods.sample_choice import Choosing, whole_model
-from siftune.methods.sample_driver import SampleRule, summed
-from siftune.methods.support import Gradients, Support
-from siftune.numerics import widened
 
 
 class HelpfulSamples(SampleRule):

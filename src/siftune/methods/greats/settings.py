@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from siftune.settings import COUNT, COUNT_OR_SHARE, OURS, Settings
+from siftune.base.settings import COUNT, COUNT_OR_SHARE, OURS, Settings
 
 
 @dataclass

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from siftune.errors import RecipeError
-from siftune.methods.batches import Batch, Loss, model_loss
+from siftune.base.errors import RecipeError
+from siftune.base.settings import documented
+from siftune.methods.drivers.batches import Batch, Loss, model_loss
+from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.methods.drivers.layer_driver import LayerSelection, LayerStack
 from siftune.methods.ist.importance import Importance
 from siftune.methods.ist.settings import ISTSettings
-from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_driver import LayerSelection, LayerStack
-from siftune.settings import documented
 
 
 @documented

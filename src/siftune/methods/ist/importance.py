@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.methods.ist import maths
 from siftune.methods.ist.settings import ISTSettings
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ import math
 import torch
 from torch import Tensor
 
-from siftune.methods.layer_draws import draw_layers, share
+from siftune.methods.drivers.layer_draws import draw_layers, share
 
 _MAX_DRAWS = 1000  # rejections before fewer than K sets are accepted; reached only by logits far from zero
 

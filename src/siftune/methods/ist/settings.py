@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from siftune.settings import BELOW_ONE, COUNT, OURS, POSITIVE, SHARE, Range, Settings
+from siftune.base.settings import BELOW_ONE, COUNT, OURS, POSITIVE, SHARE, Range, Settings
 
 Source = Literal["response", "gradients"]
 _SCORING = ("interval", "score_batch_size", "candidates", "suppressed", "factor", "score_lr")

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from siftune.errors import RecipeError
-from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_draws import draw_uniform, share
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
+from siftune.base.errors import RecipeError
+from siftune.base.settings import documented, reads_gone
+from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.methods.drivers.layer_draws import draw_uniform, share
+from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.methods.lisa.settings import LISASettings
-from siftune.settings import documented, reads_gone
 
 
 class HeldLayers(LayerPolicy):

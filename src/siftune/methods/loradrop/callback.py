@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.errors import RecipeError, TrainingError
-from siftune.methods.batches import Batch
-from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_draws import share
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.base.errors import RecipeError, TrainingError
+from siftune.base.settings import documented
+from siftune.methods.drivers.batches import Batch
+from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.methods.drivers.layer_draws import share
+from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
 from siftune.methods.loradrop import maths
 from siftune.methods.loradrop.settings import LoRADropSettings
-from siftune.settings import documented
 
 
 class RespondingLayers(LayerPolicy):

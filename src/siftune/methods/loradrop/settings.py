@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from siftune.settings import COUNT, COUNT_OR_SHARE, OURS, SHARE, Settings
+from siftune.base.settings import COUNT, COUNT_OR_SHARE, OURS, SHARE, Settings
 
 
 @dataclass

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_draws import draw_uniform, share
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
+from siftune.base.settings import documented
+from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.methods.drivers.layer_draws import draw_uniform, share
+from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.methods.rst.settings import RSTSettings
-from siftune.settings import documented
 
 
 class RandomLayers(LayerPolicy):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from siftune.settings import SHARE, Settings
+from siftune.base.settings import SHARE, Settings
 
 
 @dataclass

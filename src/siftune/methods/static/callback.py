@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from siftune.errors import LayerError
-from siftune.methods.layer_callback import LayerCallback
-from siftune.methods.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
+from siftune.base.errors import LayerError
+from siftune.base.settings import documented
+from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
 from siftune.methods.static.settings import StaticSettings
 from siftune.models.layers import layer_numbers
-from siftune.settings import documented
 
 
 class SameLayers(LayerPolicy):

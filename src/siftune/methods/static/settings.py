@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
-from siftune.settings import OURS, Settings
+from siftune.base.settings import OURS, Settings
 
 
 @dataclass

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.settings import documented
 from siftune.engine.groups import LayerGroup
-from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.sample_callback import SampleCallback
-from siftune.methods.sample_driver import SampleSelection
+from siftune.methods.drivers.sample_callback import SampleCallback
+from siftune.methods.drivers.sample_driver import SampleSelection
 from siftune.methods.trim.rule import TrimmedSamples
 from siftune.methods.trim.settings import TrimSettings
 from siftune.models.row_losses import row_losses
-from siftune.settings import documented
 
 
 @documented

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
-from siftune.errors import UnsupportedError
-from siftune.methods.sample_choice import Choosing, whole_model
-from siftune.methods.sample_driver import SampleRule, summed
-from siftune.methods.support import Gradients
+from siftune.methods.drivers.sample_choice import Choosing, whole_model
+from siftune.methods.drivers.sample_driver import SampleRule, summed
+from siftune.methods.drivers.support import Gradients
 from siftune.methods.trim import maths
 from siftune.methods.trim.settings import TrimSettings
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from siftune.settings import COUNT_OR_SHARE, OURS, Settings
+from siftune.base.settings import COUNT_OR_SHARE, OURS, Settings
 
 Which = Literal["small", "large", "random"]
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from siftune.files import Progress
+from siftune.base.files import Progress
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.streamed import tensor_of

@@ -27,9 +27,9 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor, nn
 
+from siftune.base.numerics import widened
 from siftune.models.families import Family
 from siftune.models.modes import trainable_only
-from siftune.numerics import widened
 from siftune.offsite.emulator.compress import CompressedLayer
 from siftune.offsite.emulator.model import reshape
 from siftune.offsite.emulator.recording import Recording, own

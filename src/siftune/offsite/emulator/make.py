@@ -10,8 +10,8 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from siftune.errors import RecipeError
-from siftune.files import Progress
+from siftune.base.errors import RecipeError
+from siftune.base.files import Progress
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble

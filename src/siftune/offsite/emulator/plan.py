@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from siftune.errors import RecipeError, UnsupportedError
-from siftune.files import Progress
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.files import Progress
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.compress import Compression

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.errors import DataError
-from siftune.files import Progress
+from siftune.base.errors import DataError
+from siftune.base.files import Progress
 from siftune.models.cross_entropy import cross_entropy
 from siftune.models.layers import find_layers, hidden_states
 from siftune.models.loss import label_positions, logits_at, next_labels

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from siftune.files import write_beside
+from siftune.base.files import write_beside
 
 
 class States:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from siftune.errors import LayerError
+from siftune.base.errors import LayerError
 from siftune.models.layers import find_layers
 
 

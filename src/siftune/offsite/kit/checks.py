@@ -6,7 +6,7 @@ The child that tries a tokenizer imports this file, so that it imports neither t
 from collections.abc import Callable
 from typing import Any
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.strict import as_int, as_list, shown
 
 Check = Callable[[Any, str], object]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.model import build, emulator_config, frozen_names
 from siftune.offsite.emulator.split import outer_names

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.models.streamed import tensor_of
 
 _CHUNK = 1 << 22  # values that are hashed at a time

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.emulator.assemble import EmulatorParts
 from siftune.offsite.kit import config, tokenizer
 from siftune.offsite.kit.config import CONFIG

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from siftune.errors import KitError, SiftuneError
+from siftune.base.errors import KitError, SiftuneError
 from siftune.offsite.kit.strict import brief
 
 _BOOT = "import sys; sys.path += sys.argv[3:]; from siftune.offsite.kit.limited import serve; serve(*sys.argv[1:3])"

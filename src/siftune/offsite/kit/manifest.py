@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES, Family
 from siftune.offsite.emulator.model import LayerShape
 from siftune.offsite.emulator.split import Split

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.strict import brief
 
 _TOKENS = 2  # in the row that is tried

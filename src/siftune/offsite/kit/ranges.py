@@ -8,7 +8,7 @@ when the model is built and run without memory; see config.py.
 from collections.abc import Mapping
 from typing import Any
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.checks import MAX_ITEMS, Check, list_of, null_or, number, one_of, truth, whole
 from siftune.offsite.kit.manifest import MAX_LAYERS
 from siftune.offsite.kit.strict import as_list, as_object, as_text, shown

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.manifest import LIMITS, SIGNATURE
 from siftune.offsite.kit.strict import brief, read_bytes
 

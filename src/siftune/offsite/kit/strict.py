@@ -22,9 +22,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from siftune.errors import KitError
-from siftune.files import new_folder
-from siftune.words import one_line
+from siftune.base.errors import KitError
+from siftune.base.files import new_folder
+from siftune.base.words import one_line
 
 MAX_NESTING = 32  # levels of objects and lists in JSON
 MAX_DIGITS = 40  # of a whole number in JSON; tokenizers write 10^30 for "no limit"

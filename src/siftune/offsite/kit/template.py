@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.strict import brief, shown
 
 TEMPLATE = "chat_template.jinja"

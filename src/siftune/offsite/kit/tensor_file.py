@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.manifest import FileSpec
 from siftune.offsite.kit.strict import open_regular
 from siftune.offsite.kit.tensors import DTYPES, TensorSpec, check_finite, read_header

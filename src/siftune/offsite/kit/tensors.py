@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.strict import (
     as_int,
     as_list,

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.checks import truth
 from siftune.offsite.kit.limited import Limits, run_limited
 from siftune.offsite.kit.manifest import canonical

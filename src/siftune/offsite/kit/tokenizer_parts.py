@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.checks import Check, null_or, one_of, truth, whole
 from siftune.offsite.kit.strict import as_list, as_object, shown
 

@@ -8,7 +8,7 @@ Bounds are ours; Gemma 3 has 262,144 tokens and 514,906 merges, and no token tha
 from collections.abc import Mapping
 from typing import Any
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.checks import Check, null_or, truth
 from siftune.offsite.kit.strict import as_int, as_list, as_map, as_object, shown
 from siftune.offsite.kit.tokenizer_parts import TOKENIZER, Part, Room, check_fields, leaves, text

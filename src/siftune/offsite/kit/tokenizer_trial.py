@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.limited import limit_memory
 from siftune.offsite.kit.strict import brief, shown
 from siftune.offsite.kit.template import try_template

@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 
 
 def water_fill(sizes: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:

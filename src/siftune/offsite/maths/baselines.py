@@ -35,8 +35,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from siftune.errors import RecipeError
-from siftune.numerics import widened
+from siftune.base.errors import RecipeError
+from siftune.base.numerics import widened
 from siftune.offsite.maths.drd import canonical
 
 

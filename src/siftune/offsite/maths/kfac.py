@@ -33,8 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siftune.errors import ModelError
-from siftune.numerics import widened
+from siftune.base.errors import ModelError
+from siftune.base.numerics import widened
 
 DAMPING = 1e-3  # relative; far above the rounding of float32, far below the directions that matter
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siftune.errors import ModelError
+from siftune.base.errors import ModelError
 from siftune.offsite.maths.kfac import Curvature, Moments, score
 
 DAMPING = 0.1  # relative; a thousand tokens tell little of how 1536 channels go together, and less would fit noise

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.report.page.figure import TEMPLATES, WIDTHS, Figure, distinct
 from siftune.report.page.page import sections
 from siftune.report.page.subjects import find_subjects

@@ -4,13 +4,13 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from siftune.base.words import counted
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.report.metrics import label_of
 from siftune.report.page.quality import change_text, held_out_alike, level_text, measured, shared_metric, value_text
 from siftune.report.page.sections import audit, bench, kit, rates, reproduction, sweep
 from siftune.report.page.subjects import RunData, Subjects
 from siftune.report.page.words import listed, short
-from siftune.words import counted
 
 _SENTENCES: dict[str, Callable[[Any], str]] = {
     "audit": audit.in_a_sentence, "kit": kit.in_a_sentence, "sweep": sweep.in_a_sentence,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from siftune import __version__
-from siftune.errors import RecipeError
-from siftune.files import write_beside
+from siftune.base.errors import RecipeError
+from siftune.base.files import write_beside
 from siftune.report.page.figure import TEMPLATES, distinct
 from siftune.report.page.headline import commands, headline
 from siftune.report.page.section import Section

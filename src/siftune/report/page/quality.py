@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from siftune.config import Recipe
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
+from siftune.recipe.schema import Recipe
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import percent, points, short
 

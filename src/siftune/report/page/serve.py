@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from siftune.errors import SiftuneError
+from siftune.base.errors import SiftuneError
 from siftune.report.page.page import make_page
 
 logger = logging.getLogger(__name__)

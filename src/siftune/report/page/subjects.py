@@ -7,17 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from siftune.config import Recipe
-from siftune.errors import InputError, RecipeError
-from siftune.jsonable import finite, parsed
+from siftune.base.errors import InputError, RecipeError
+from siftune.base.jsonable import finite, parsed
 from siftune.offsite.kit.folder import is_kit
 from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manifest
 from siftune.offsite.kit.strict import read_bytes
-from siftune.recipe_file import load_recipe
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
 from siftune.report.page.words import duration
-from siftune.trainer.run_folder import RECIPE
-from siftune.trainer.selection_file import LayersOfStep, RowsOfBatch, read_selection
+from siftune.train.folder.run import RECIPE
+from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selection
 
 # what fails in a file that holds something else than it ought to
 STRANGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)

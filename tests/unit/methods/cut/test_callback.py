@@ -9,8 +9,8 @@ from support.tiny import batch
 from support.trainers import adapted, weights
 
 from siftune import Cut
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError
 
 LOWEST = ("layers.1.self_attn.q_proj", "layers.3.self_attn.q_proj")
 

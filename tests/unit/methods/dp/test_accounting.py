@@ -11,7 +11,7 @@ import torch
 from opacus.accountants import PRVAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.methods.dp.accounting import calibrated, spent, statement
 from siftune.methods.dp.mechanism import Mechanism
 

@@ -9,15 +9,15 @@ from support.oracles import row_of, summed_loss
 from support.tiny import batch, tiny
 from torch import nn
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import group_by_layer
-from siftune.errors import UnsupportedError
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.loss import row_loss
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret
-from siftune.models.adapters import attach_adapter
-from siftune.models.full import OpenLayers
+from siftune.models.adapters.attach import attach_adapter
+from siftune.models.adapters.full import OpenLayers
 from siftune.models.loss import label_positions
 
 ROWS, CLIP = 5, 0.3

@@ -29,8 +29,8 @@ from trl import (
 )
 
 from siftune import GAST, IST
+from siftune.base.errors import DataError, RecipeError, UnsupportedError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import DataError, RecipeError, UnsupportedError
 from siftune.methods.gast.settings import GASTSettings
 
 

@@ -10,8 +10,8 @@ from support.oracles import flat, gradients, rest_scores, sample_gradients, summ
 from support.tiny import batch
 
 from siftune import GAST, IST
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError
 from siftune.methods.gast import maths
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.errors import RecipeError
-from siftune.methods.followed import how_many
+from siftune.base.errors import RecipeError
+from siftune.methods.drivers.followed import how_many
 from siftune.methods.gast import maths
 from siftune.methods.gast.settings import GASTSettings
 

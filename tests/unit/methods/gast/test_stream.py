@@ -11,11 +11,11 @@ from support.tiny import batch
 
 from siftune import GAST, Static
 from siftune.engine.groups import group_by_layer
+from siftune.methods.drivers.sample_choice import Unit
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.gast.stream import Stream
-from siftune.methods.sample_choice import Unit
 
 DIVISOR = 8
 

@@ -10,7 +10,7 @@ from support.trainers import Watch, adapted, arguments, rows, train, weights
 from trl import DPOConfig, DPOTrainer
 
 from siftune import GREATS, IST
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.methods.greats.maths import greedy
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}

@@ -8,8 +8,8 @@ from support.tiny import batch
 from torch.nn.functional import cosine_similarity
 
 from siftune import GREATS, IST
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError
 
 
 def double(family="llama", **settings):

@@ -14,9 +14,9 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from siftune import GAST, IST, RST
+from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError, UnsupportedError
-from siftune.methods.callback import _metrics_kept
+from siftune.methods.host.callback import _metrics_kept
 
 
 def layers_of(names):

@@ -10,8 +10,8 @@ from support.trainers import adapted, train, weights
 from transformers import TrainerCallback
 
 from siftune import IST
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError
 
 FREE = {"importance_from": "gradients"}
 

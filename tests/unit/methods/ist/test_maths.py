@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
+from siftune.methods.drivers.layer_draws import draw_uniform, share
 from siftune.methods.ist import maths
 from siftune.methods.ist.settings import ISTSettings
-from siftune.methods.layer_draws import draw_uniform, share
 
 
 def generator(seed=0):

@@ -10,8 +10,8 @@ from support.tiny import batch
 from support.trainers import adapted, train, weights
 
 from siftune import LISA, RST
+from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
-from siftune.errors import RecipeError
 
 
 def recorded(**settings):

@@ -14,15 +14,15 @@ from support.tiny import batch, tiny
 from support.trainers import adapted, train
 
 from siftune import IST, LoRADrop
+from siftune.base.errors import AdapterError, RecipeError, TrainingError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.responses import measured_responses
-from siftune.errors import AdapterError, RecipeError, TrainingError
-from siftune.methods.layer_driver import LayerStack
+from siftune.methods.drivers.layer_driver import LayerStack
 from siftune.methods.loradrop import maths
 from siftune.methods.loradrop.callback import RespondingLayers
 from siftune.methods.loradrop.settings import LoRADropSettings
-from siftune.models.adapters import attach_adapter
-from siftune.models.full import OpenLayers
+from siftune.models.adapters.attach import attach_adapter
+from siftune.models.adapters.full import OpenLayers
 
 SHARES = st.lists(st.integers(0, 20), min_size=1, max_size=7).map(
     lambda parts: torch.tensor(parts, dtype=torch.float64)

@@ -7,7 +7,7 @@ import pytest
 from support.trainers import adapted
 
 from siftune import RST
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 
 DRAWS = 4000
 

@@ -6,7 +6,7 @@ from support.tiny import batch
 from support.trainers import Watch, adapted, train, weights
 
 from siftune import Static
-from siftune.errors import InputError, LayerError, RecipeError
+from siftune.base.errors import InputError, LayerError, RecipeError
 
 
 def layers_of(names):

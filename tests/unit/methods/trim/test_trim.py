@@ -11,10 +11,10 @@ from support.trainers import adapted, rows, train
 from torch import nn
 
 from siftune import Trim
+from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.data.tokenize import Collator
-from siftune.errors import RecipeError, UnsupportedError
 from siftune.methods.trim import maths
-from siftune.trainer.trainer import SiftTrainer
+from siftune.train.trainer import SiftTrainer
 
 
 def mean_loss(model, inputs, row):

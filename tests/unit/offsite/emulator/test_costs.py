@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.emulators import base, calibration, settings
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator import costs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.emulators import FAMILIES, base, calibration, emulator, logits, settings
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator import distil

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.emulators import FAMILIES, base, calibration, settings
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import allot, keep_for_size
 from siftune.offsite.emulator.split import Split

@@ -5,7 +5,7 @@ import torch
 from support.emulators import FAMILIES, base, calibration
 from torch import nn
 
-from siftune.errors import DataError
+from siftune.base.errors import DataError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.record import record, replay

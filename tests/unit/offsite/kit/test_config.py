@@ -6,7 +6,7 @@ from support.kits import KINDS, contents
 from support.tiny import tiny
 from transformers import AutoConfig
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.model import LayerShape
 from siftune.offsite.emulator.split import Split

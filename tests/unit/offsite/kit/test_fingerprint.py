@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny import tiny
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit import fingerprint as fingerprint_module
 from siftune.offsite.kit.fingerprint import fingerprint
 

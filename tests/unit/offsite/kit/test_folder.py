@@ -7,7 +7,7 @@ from support.kits import contents, copied, edit, header_of, read_json, repair, s
 from support.tokenizer import byte_tokenizer
 from transformers import AutoTokenizer
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.kit import config as kit_config

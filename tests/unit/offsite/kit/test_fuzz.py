@@ -12,9 +12,9 @@ import pytest
 from support.damage import Subject, byte_mutations, dump, mutations, some_of
 from support.kits import copied, read_json, small_kit, small_return
 
+from siftune.offsite.exchange.returned import read_return
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.kit.manifest import canonical
-from siftune.offsite.protocol.returned import read_return
 
 
 @pytest.fixture(scope="module")

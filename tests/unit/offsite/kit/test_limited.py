@@ -10,7 +10,7 @@ import time
 import pytest
 from support.tokenizer import CHATML, byte_tokenizer
 
-from siftune.errors import KitError, SiftuneError
+from siftune.base.errors import KitError, SiftuneError
 from siftune.offsite.kit import limited
 from siftune.offsite.kit import tokenizer as kit_tokenizer
 from siftune.offsite.kit.limited import Limits, run_limited

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.kits import contents
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.emulator.model import LayerShape
 from siftune.offsite.kit.manifest import (
     LIMITS,

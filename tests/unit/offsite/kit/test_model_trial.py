@@ -3,7 +3,7 @@ import torch
 from support.kits import contents
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.emulator.model import build
 from siftune.offsite.kit import model_trial as trial
 from siftune.offsite.kit.model_trial import try_model

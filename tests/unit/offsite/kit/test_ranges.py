@@ -4,7 +4,7 @@ import pytest
 from support.kits import contents
 from transformers import CONFIG_MAPPING
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
 from siftune.offsite.kit import config, ranges
 from siftune.offsite.kit.config import check_settings, make_config, scrub

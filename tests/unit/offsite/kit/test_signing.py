@@ -7,7 +7,7 @@ import pytest
 from support.keys import make_keys
 from support.kits import contents, copied, edit, repair
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit.folder import read_kit, write_kit
 from siftune.offsite.kit.signing import load_signer, sign, verify
 from siftune.offsite.kit.strict import sha256_of

@@ -5,7 +5,7 @@ import os
 import pytest
 from support.kits import copied
 
-from siftune.errors import InputError, KitError
+from siftune.base.errors import InputError, KitError
 from siftune.offsite.kit import strict
 from siftune.offsite.kit.strict import (
     MAX_DIGITS,

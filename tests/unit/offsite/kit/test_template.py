@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 from support.tokenizer import CHATML, byte_tokenizer
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit import template
 from siftune.offsite.kit.template import try_template
 

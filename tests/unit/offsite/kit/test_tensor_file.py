@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit import tensor_file, tensors
 from siftune.offsite.kit.manifest import FileSpec
 from siftune.offsite.kit.tensor_file import open_tensors

@@ -10,7 +10,7 @@ from support.kits import header_of, tensor_specs, write_header
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit import tensors
 from siftune.offsite.kit.tensors import (
     DTYPES,

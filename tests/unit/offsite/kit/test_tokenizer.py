@@ -4,7 +4,7 @@ import pytest
 from support.tokenizer import CHATML, byte_tokenizer
 from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit import tokenizer as kit_tokenizer
 from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files

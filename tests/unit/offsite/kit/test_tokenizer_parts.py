@@ -11,7 +11,7 @@ from support.tokenizer import byte_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.models.smollm2 import cache_root
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
 from siftune.offsite.kit.tokenizer_parts import DECODERS, MAX_GROWTH, NORMALIZERS, PRE_TOKENIZERS, Growth, check_chains

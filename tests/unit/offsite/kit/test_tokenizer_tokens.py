@@ -5,7 +5,7 @@ import json
 import pytest
 from support.tokenizer import byte_tokenizer
 
-from siftune.errors import KitError
+from siftune.base.errors import KitError
 from siftune.offsite.kit import tokenizer_tokens
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
 from siftune.offsite.kit.tokenizer_tokens import check_tokens

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.offsite.maths.allotment import hull, water_fill
 
 numbers = st.floats(0, 100, allow_nan=False)

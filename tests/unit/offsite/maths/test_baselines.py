@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.errors import RecipeError
+from siftune.base.errors import RecipeError
 from siftune.offsite.maths.baselines import (
     crash_sources,
     flap_bias,

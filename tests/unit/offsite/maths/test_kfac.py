@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siftune.errors import ModelError
+from siftune.base.errors import ModelError
 from siftune.offsite.maths import kfac
 from siftune.offsite.maths.kfac import Moments, apply, curvature, moments, score
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.errors import ModelError
+from siftune.base.errors import ModelError
 from siftune.offsite.maths.kfac import curvature, moments
 from siftune.offsite.maths.refit import refit, refit_scores
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from support.report_runs import save_run
 
-from siftune.errors import InputError
+from siftune.base.errors import InputError
 from siftune.report import show
 from siftune.report.page.page import sections
 from siftune.report.page.sections.rows import agreement, zscores
 from siftune.report.page.subjects import find_subjects
-from siftune.trainer.selection_file import RowsOfBatch
+from siftune.train.folder.selections import RowsOfBatch
 
 
 def test_agreement_is_the_mean_over_batches_that_tell(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.kits import small_kit
 
-from siftune.errors import InputError, KitError
+from siftune.base.errors import InputError, KitError
 from siftune.report import show
 from siftune.report.page.headline import headline
 from siftune.report.page.page import sections

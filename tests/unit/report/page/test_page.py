@@ -7,18 +7,18 @@ from xml.etree import ElementTree
 import pytest
 from support.report_runs import save_eval, save_run
 
+from siftune.base.errors import InputError, RecipeError
 from siftune.cli.common import parse
 from siftune.cli.train import Options
-from siftune.errors import InputError, RecipeError
 from siftune.evaluate.measure import MetricRow
+from siftune.records.texts import Text
 from siftune.report import show
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page.export import write_figures
 from siftune.report.page.headline import commands, headline
 from siftune.report.page.page import make_page, sections
 from siftune.report.page.subjects import find_subjects
-from siftune.rows.suspects import Suspect
-from siftune.rows.texts import Text
+from siftune.suspects.named import Suspect
 
 ATTACK = "<script>alert(1)</script>\"'><b>&amp;"
 

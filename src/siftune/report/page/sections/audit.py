@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from siftune.jsonable import finite
-from siftune.offsite.audits.result import LABELS
+from siftune.base.jsonable import finite
+from siftune.offsite.audit.result import LABELS
 from siftune.report.page.figure import Figure, slug
 from siftune.report.page.points import Point, Scale, listed_points
 from siftune.report.page.section import Section

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from siftune.errors import InputError
-from siftune.jsonable import finite
+from siftune.base.errors import InputError
+from siftune.base.jsonable import finite
+from siftune.base.words import counted
 from siftune.report.bench import cost_table, notes
 from siftune.report.page.figure import Figure, slug
 from siftune.report.page.points import Point, Scale, listed_points
 from siftune.report.page.section import Section, grid_of
 from siftune.report.page.subjects import STRANGE, Other
 from siftune.report.page.words import short
-from siftune.words import counted
 
 
 def in_a_sentence(record: Mapping[str, Any]) -> str:

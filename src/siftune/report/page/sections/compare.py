@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from siftune.evaluate.measure import PERPLEXITY
-from siftune.recipe_file import recipe_values
+from siftune.recipe.read import recipe_values
 from siftune.report.metrics import label_of
 from siftune.report.page.figure import Figure
 from siftune.report.page.points import Point, Scale, scatter

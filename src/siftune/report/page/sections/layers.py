@@ -10,7 +10,7 @@ from siftune.report.page.heat import Cells, heat_map
 from siftune.report.page.section import Section
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import NBSP, listed
-from siftune.trainer.selection_file import LayersOfStep
+from siftune.train.folder.selections import LayersOfStep
 
 BINS = 112  # columns of a heat map over steps; a cell is then ten pixels wide at most
 _NAMED = 3

@@ -6,8 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from siftune.errors import InputError
-from siftune.jsonable import finite
+from siftune.base.errors import InputError
+from siftune.base.jsonable import finite
+from siftune.base.words import counted
 from siftune.methods import METHODS
 from siftune.report.lr import advice, before, bests, cells_of, table, top_of
 from siftune.report.page.axes import BOLD, Plot, room, spread, x_axis, y_axis
@@ -17,8 +18,7 @@ from siftune.report.page.section import Section, grid_of
 from siftune.report.page.subjects import STRANGE, Other
 from siftune.report.page.svg import path, tag
 from siftune.report.page.words import listed, short
-from siftune.trainer.lr_grid import LRRun, rate_text
-from siftune.words import counted
+from siftune.train.rates.grid import LRRun, rate_text
 
 _NAMED = 6  # rates that are named below the picture, at the most
 _MEANING = (

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from siftune.errors import InputError
+from siftune.base.errors import InputError
 from siftune.report.page.figure import slug
 from siftune.report.page.section import Section, grid_of
 from siftune.report.page.subjects import STRANGE, Other

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.methods.sample_choice import WHOLE
+from siftune.methods.drivers.sample_choice import WHOLE
 from siftune.report.page.figure import Figure, slug
 from siftune.report.page.heat import Cells, heat_map
 from siftune.report.page.lines import COLOURS, Chart, Line, line_chart
 from siftune.report.page.section import Section
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import listed, percent
-from siftune.trainer.selection_file import RowsOfBatch
+from siftune.train.folder.selections import RowsOfBatch
 
 _BINS = 24  # points of a line of shares
 _SOURCES = COLOURS  # sources that have a line of their own; the rarer ones stand together

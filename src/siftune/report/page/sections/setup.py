@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from siftune.recipe_file import recipe_to_yaml
+from siftune.recipe.read import recipe_to_yaml
 from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
 

@@ -1,13 +1,13 @@
 """Rows that may be wrong, with their text: what `siftune rows` names."""
 
-from siftune.errors import InputError
+from siftune.base.errors import InputError
+from siftune.records.texts import Text
+from siftune.records.visits import NAME
 from siftune.report.page.figure import slug
 from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import cut, short
-from siftune.rows.suspects import suspects as find
-from siftune.rows.texts import Text
-from siftune.rows.visits import NAME
+from siftune.suspects.named import suspects as find
 
 _SHOWN = 20
 _LONG = 600  # letters of a text

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from siftune.errors import InputError
-from siftune.jsonable import finite
+from siftune.base.errors import InputError
+from siftune.base.jsonable import finite
 from siftune.report.page.figure import slug
 from siftune.report.page.points import Point, Scale, scatter
 from siftune.report.page.section import Cell, Grid, Section

@@ -1,0 +1,1 @@
+"""Foundations that import nothing else of siftune."""

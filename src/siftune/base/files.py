@@ -1,0 +1,194 @@
+"""Files and folders that are there whole or not at all, and what to say where the disk refuses.
+
+Everything is written beside its place and moved there at the end. Also here, because every long piece of work below
+the command line takes it: `Progress`.
+"""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from siftune.base.errors import InputError, ModelError, TrainingError
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+
+
+@contextmanager
+def write_beside(*places: Path) -> Iterator[list[Path]]:
+    """Have files or folders written beside their places; they are moved there together at the end.
+
+    After an error in the block nothing is moved, and nothing is left beside. What an earlier process left there is
+    thrown away first. What is moved is on the disk itself before, so that a machine that loses power has the old or
+    the new.
+
+    Args:
+        places: Files or folders in folders that exist; what is there is replaced.
+
+    Yields:
+        A path to write to for each of them.
+
+    Raises:
+        InputError: A folder stands where a file was to go; it is left alone.
+
+    Example:
+        >>> import tempfile
+        >>> place = Path(tempfile.mkdtemp()) / "run.json"
+        >>> with write_beside(place) as [beside]:
+        ...     _ = beside.write_text("{}")
+        >>> [path.name for path in place.parent.iterdir()]
+        ['run.json']
+    """
+    pairs = [(place.with_name(f".{place.name}.partial"), place) for place in places]
+    for beside, _ in pairs:
+        _remove(beside)
+    try:
+        yield [beside for beside, _ in pairs]
+    except BaseException:
+        for beside, _ in pairs:
+            _remove(beside)  # half an adapter, on what may be a full disk
+        raise
+    for beside, place in pairs:
+        if place.is_dir() and not beside.is_dir():
+            _remove(beside)
+            raise InputError(f"{place} is a folder, and no file is put in its place; give another name.")
+        to_disk(beside)
+        _swap(beside, place)
+        to_disk(place.parent, all_in_it=False)
+
+
+def _swap(beside: Path, place: Path) -> None:
+    """Move a file or folder to its place; no system replaces a full folder, so an old one goes aside first."""
+    old = place.with_name(f".{place.name}.old")
+    _remove(old)
+    if place.is_dir():
+        os.replace(place, old)
+    os.replace(beside, place)
+    _remove(old)
+
+
+def to_disk(path: Path, all_in_it: bool = True) -> None:
+    """Have the system write a file, or a folder and all that is in it, to the disk itself, out of its memory.
+
+    Args:
+        path: The file or folder.
+        all_in_it: False: of a folder only the names.
+    """
+    if path.is_dir() and all_in_it:
+        for part in path.iterdir():
+            to_disk(part)
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def why_unreadable(error: BaseException) -> str:
+    """What to say of a file of weights or state that could not be read, in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in the file
+        return "it is damaged, or holds more than tensors and plain values, which could run code and is not read"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """Give a folder to write to beside `out`; it becomes `out` at the end, or is removed after an error.
+
+    Args:
+        out: Folder that does not exist yet or is empty. Missing parents are made.
+
+    Raises:
+        ModelError: `out` is in use, or cannot be made; before anything is written.
+    """
+    place = Path(os.path.abspath(Path(out).expanduser()))  # "." has no name of its own
+    refuse_full(out)
+    with write_beside(place) as [beside]:
+        try:
+            beside.mkdir(parents=True)
+        except OSError as error:
+            raise _unwritable(out, error) from error
+        yield beside
+        if place.exists():
+            place.rmdir()  # fails where somebody filled it meanwhile
+
+
+def refuse_full(out: str | Path) -> None:
+    """Refuse a folder that is in use, or a file.
+
+    Raises:
+        ModelError: `out` exists and is no empty folder.
+    """
+    try:
+        if Path(out).expanduser().exists() and any(Path(out).expanduser().iterdir()):
+            raise ModelError(f"{out} is not empty; give another folder with --out.")
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def writable_folder(path: Path) -> None:
+    """Make a folder that work will be written to, and try a file in it.
+
+    Raises:
+        OSError: It cannot be made or written to.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with write_beside(probe := path / ".writable") as [beside]:
+        beside.write_bytes(b"")
+    probe.unlink()
+
+
+@contextmanager
+def disk_faults(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence.
+
+    Raises:
+        TrainingError: Something in the block could not be written below `folder`.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _disk_reason(error)
+        if reason is None:
+            raise
+        raise TrainingError(
+            f"Writing to {folder} failed: {reason}. Free some space or choose another disk with --out; complete "
+            "checkpoints there are intact, and --resume continues from the newest."
+        ) from error
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """Why writing failed, or None where the error is of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # torch.save names its own code, not the cause
+    torch_words = ("inline_container.cc", "iostream error")
+    return "a file could not be written to its end" if any(words in str(error) for words in torch_words) else None
+
+
+def _unwritable(out: str | Path, error: OSError) -> ModelError:
+    return ModelError(f"{out} cannot be written to ({error.strerror}); give another folder with --out.")

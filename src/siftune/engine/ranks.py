@@ -1,0 +1,141 @@
+"""What siftune needs of torch.distributed; the only file that touches it."""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from siftune.base.ranks import launch_size
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 fetches a model and tokenises many rows
+
+
+def join_launch() -> bool:
+    """Meet the other ranks of a launch by torchrun, accelerate or `--processes`, before a Trainer does so.
+
+    Returns:
+        Whether there was something to join; `leave_launch` is then to be called.
+    """
+    if launch_size() == 1 or dist.is_initialized():
+        return False
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+    return True
+
+
+def let_go(trainer: Any) -> None:
+    """Free a Trainer's wrapper for several ranks, which holds the process group beyond its end.
+
+    Args:
+        trainer: A transformers Trainer that has trained.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
+
+
+def leave_launch() -> None:
+    """End the process group, if there is one: gloo's threads that outlive it abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Have rank 0 make a value that can be pickled, and give it to all ranks."""
+    values = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Have rank 0 do what is in the block before the others, which find then what it left on disk."""
+    if rank():
+        dist.barrier()
+    yield
+    if world_size() > 1 and not rank():
+        dist.barrier()
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def world_size() -> int:
+    """Number of ranks; 1 where no process group is set up."""
+    return dist.get_world_size() if in_group() else 1
+
+
+def in_group() -> bool:
+    """Whether a process group is set up, be it of this process alone: DDP and ZeRO then wait for every gradient."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this rank; 0 where no process group is set up."""
+    return dist.get_rank() if in_group() else 0
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sum each of `tensors` over the ranks, in one exchange; they must have the same shapes on each of them."""
+    if world_size() == 1 or not tensors:
+        return list(tensors)
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Columns of all ranks side by side, in the order of the ranks, which may have different numbers of them.
+
+    Args:
+        values: (U, n) float64, on the CPU; U the same on all ranks.
+        device: Device of the model: NCCL exchanges what is there only.
+
+    Returns:
+        (U, sum of n over the ranks) float64, on the CPU.
+    """
+    if world_size() == 1:
+        return values
+    own = torch.tensor(values.shape[1], device=device)
+    counts = [torch.zeros_like(own) for _ in range(world_size())]
+    dist.all_gather(counts, own)
+    widest = int(torch.stack(counts).max())
+    sent = nn.functional.pad(values, (0, widest - values.shape[1])).to(device)
+    parts = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(parts, sent)
+    return torch.cat([part[:, : int(n)] for part, n in zip(parts, counts, strict=True)], 1).cpu()
+
+
+def on_any_rank(found: bool, device: torch.device) -> bool:
+    """Whether something holds on this rank or another; `device` is the model's."""
+    return float(mean_over_ranks(torch.tensor(float(found), dtype=torch.float64), device)) > 0
+
+
+def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Mean of `values` over the ranks, the same bits on each of them.
+
+    Args:
+        values: Any shape, float64.
+        device: Device of the model: NCCL reduces there only.
+
+    Returns:
+        The mean, on the CPU, float64.
+    """
+    if world_size() == 1:
+        return values
+    total = values.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    dist.all_reduce(total)
+    return (total / world_size()).to(device="cpu", dtype=torch.float64)

@@ -1,0 +1,100 @@
+"""What the tape records in one layer and one pass, and what stands in the layer meanwhile.
+
+A `LayerRecord` holds the gradients of single samples; a `Tap` reads them off a module's output; a `RowVector` is a
+vector with a copy per row, the gradient of which is that of the rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siftune.base.errors import UnsupportedError
+from siftune.engine import kinds as per_sample
+
+
+class LayerRecord:
+    """Gradients of single samples for the parameters of one layer, in one pass.
+
+    Args:
+        rows: Rows B of the batch.
+        positions: Positions T in a row.
+        pairs: Rows i and i + B/2 are one sample.
+    """
+
+    def __init__(self, rows: int, positions: int, pairs: bool) -> None:
+        self._rows = rows
+        self._positions = positions
+        self._pairs = pairs
+        self._grads: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, parameter: nn.Parameter, grads_BD: Tensor) -> None:
+        """Add the rows' gradients for a parameter; a module may run more than once."""
+        grads_SD = per_sample.over_pairs(grads_BD) if self._pairs else grads_BD
+        before = self._grads.get(parameter)
+        self._grads[parameter] = grads_SD if before is None else before + grads_SD
+
+    def take(self) -> dict[nn.Parameter, Tensor]:
+        """Hand over what was recorded, and hold it no longer."""
+        grads, self._grads = self._grads, {}
+        return grads
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """View a module's input or output as (B, T, …)."""
+        if values.ndim == 2:
+            return values.view(self._rows, self._positions, -1)
+        return values
+
+    def check(self, module: nn.Module, values: Tensor) -> None:
+        """Refuse a module that does not see the rows one by one."""
+        flat = values.ndim == 2 and values.shape[0] == self._rows * self._positions
+        if not flat and (values.ndim < 3 or values.shape[0] != self._rows):
+            raise UnsupportedError(
+                f"{type(module).__name__} works on a tensor of shape {tuple(values.shape)} in a batch of {self._rows} "
+                f"rows and {self._positions} positions, so the rows' gradients cannot be told apart; leave it "
+                "without an adapter"
+            )
+
+    def copies(self, vector: Tensor, given: Tensor) -> Tensor:
+        """Expand a vector to one copy per row, a leaf whose gradient is that of the rows; (B, 1, …, D)."""
+        between = (1,) * max(0, given.ndim - 2)
+        return vector.detach().reshape(-1).expand(self._rows, *between, -1).requires_grad_()
+
+    def spread(self, copies: Tensor, given: Tensor) -> Tensor:
+        """Let copies per row meet values that have rows and positions in one dimension."""
+        return copies.repeat_interleave(self._positions, 0) if given.ndim == 2 else copies
+
+
+class Tap(torch.autograd.Function):
+    """Identity on a module's output that reads the output's gradient, and the module's input."""
+
+    @staticmethod
+    def forward(ctx: Any, read: Callable[[Tensor, Tensor], None], output: Tensor, given: Tensor) -> Tensor:
+        """Pass `output` on; `read(grad_output, given)` is called in backward."""
+        ctx.read = read
+        ctx.save_for_backward(given.to(output.dtype))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        """Read the gradient and pass it on."""
+        ctx.read(grads[0], ctx.saved_tensors[0])
+        return None, grads[0], None
+
+
+class RowVector(Tensor):
+    """One copy of a vector per row, (B, 1, D), which keeps the rows where a vector would be flattened.
+
+    PEFT flattens DoRA's magnitude and IA3's scales before it multiplies with them.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Ignore flattening, stay what it is when divided, and become a plain tensor otherwise."""
+        if func in (Tensor.view, Tensor.flatten, Tensor.reshape):
+            return args[0].as_subclass(Tensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        divided = func in (Tensor.div, Tensor.__truediv__, Tensor.true_divide)
+        return result.as_subclass(cls) if divided else result

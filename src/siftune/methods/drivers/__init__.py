@@ -1,0 +1,1 @@
+"""Drivers that connect a method with the engine."""

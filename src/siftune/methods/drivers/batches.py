@@ -1,0 +1,144 @@
+"""Rows for a method's own use, drawn from the training set or given by the user, and their loss and gradient."""
+
+import base64
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from siftune.base.errors import DataError
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class Draws(Protocol):
+    """Where a method's rows come from."""
+
+    def draw(self, count: int, chunk: int) -> Sequence[Batch]:
+        """Draw `count` rows as batches of at most `chunk` rows."""
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that the model computes from a batch with labels; a scalar."""
+    device = next(model.parameters()).device
+    loss: Tensor = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).loss
+    return loss
+
+
+class RowDraws:
+    """Draws batches from a dataset without touching the global generators or the Trainer's sampler.
+
+    The dataset is indexed by row, or an iterable that can be started again; it is read by a walker of its own then, of
+    which `taken` says how many rows it has handed out, also before a resume. The generator is on the CPU.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Batch], generator: torch.Generator, taken: int = 0
+    ) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._generator = generator
+        self._indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        self._walker: Iterator[Any] | None = None
+        self.taken = taken
+
+    def draw(self, count: int, chunk: int) -> list[Batch]:
+        """Draw `count` rows, or all where there are fewer, as batches of at most `chunk` rows."""
+        rows = self._pick(count) if self._indexed else self._walk(count)
+        if not rows:
+            raise DataError("The training set yields no rows, so there is nothing to score layers on.")
+        return [self._batch(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
+
+    def check(self) -> None:
+        """See that rows become a batch, where a row can be read without taking it.
+
+        Raises:
+            DataError: The collator makes something else of them.
+        """
+        if self._indexed and len(self._dataset):
+            self._batch([self._dataset[0]])
+
+    def _batch(self, rows: list[Any]) -> Batch:
+        with torch.random.fork_rng(devices=[]):
+            batch = self._collate(rows)
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"The Trainer's collator makes a {type(batch).__name__} of rows, not a batch: a trainer that generates "
+                "its batches, as GRPO does, leaves no rows to score layers on or to compare gradients with. Use GAST "
+                'with support="rest" or "momentum", or RST.'
+            )
+        return batch
+
+    def _pick(self, count: int) -> list[Any]:
+        order = torch.randperm(len(self._dataset), generator=self._generator)[:count]
+        return [self._dataset[index] for index in order.tolist()]
+
+    def _walk(self, count: int) -> list[Any]:
+        if self._walker is None:
+            self._walker = itertools.islice(_forever(self._dataset), self.taken, None)
+        rows = list(itertools.islice(self._walker, count))
+        self.taken += len(rows)
+        return rows
+
+
+class GivenBatches:
+    """Batches with labels, of the user's: the next one each time, whatever its size; after the last the first.
+
+    They are an iterable that can be started again, or an endless one.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+        self._walker: Iterator[Batch] | None = None
+        self.taken = 0
+
+    def draw(self, count: int, chunk: int) -> Sequence[Batch]:
+        """Return the next batch."""
+        if self._walker is None:
+            self._walker = itertools.islice(_forever(self._batches), self.taken, None)
+        batch = next(self._walker, None)
+        if batch is None:
+            raise DataError("attach(..., batches=...) yields no batches any more; give what can start again.")
+        self.taken += 1
+        return [batch]
+
+
+def _forever(rows: Iterable[Any]) -> Iterator[Any]:
+    """Go through an iterable again and again; stop where it yields nothing."""
+    while True:
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+        if empty:
+            return
+
+
+def draws_state(generator: torch.Generator, draws: Any) -> dict[str, Any]:
+    """JSON-ready state of a generator, and how much `draws` has taken from an iterable."""
+    state = generator.get_state().numpy().tobytes()
+    return {"generator": base64.b64encode(state).decode("ascii"), "taken": getattr(draws, "taken", 0)}
+
+
+def load_draws_state(state: Mapping[str, Any], generator: torch.Generator, draws: Any) -> None:
+    """Continue from a `draws_state()`."""
+    raw = bytearray(base64.b64decode(state["generator"]))
+    generator.set_state(torch.frombuffer(raw, dtype=torch.uint8))
+    if hasattr(draws, "taken"):
+        draws.taken = int(state["taken"])
+
+
+def label_weight(batch: Batch) -> float:
+    """What a batch counts for in a mean over tokens: its predicted labels; its rows where it has no labels."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        return float((labels[:, 1:] != -100).sum())
+    return float(_rows(batch))
+
+
+def _rows(batch: Batch) -> int:
+    sized: Sequence[Any] = [value for value in batch.values() if hasattr(value, "__len__")]
+    return len(sized[0]) if sized else 1

@@ -1,0 +1,151 @@
+"""What the callbacks that choose layers share: a `LayerSelection` that lives as long as a training run."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from siftune.base.errors import RecipeError
+from siftune.methods.drivers.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
+from siftune.methods.drivers.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.methods.host import deepspeed
+from siftune.methods.host.callback import (
+    SelectionCallback,
+    calling_trainer,
+    plain_optimizer,
+    trainer_loss,
+)
+from siftune.methods.host.spread import refuse_wrappers
+
+
+@dataclass(eq=False, repr=False)
+class LayerCallback(SelectionCallback[LayerSelection]):
+    """A callback that chooses the layers of every step; subclasses bring settings and a policy.
+
+    The Trainer's log gets `GROUP/layers`, the layers that trained in a step, a mean since the last line; and where
+    there is importance `GROUP/importance_spread`, the highest less the lowest.
+    """
+
+    _chooses_layers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the settings, and begin without a model."""
+        super().__post_init__()
+        self.on_select: Callable[[LayerChoice], None] | None = None
+
+    def _figures(self) -> dict[str, float]:
+        """`layers`, how many trained in a step; `importance_spread`, how far apart the layers' importance is."""
+        figures, importance = super()._figures(), self.importance
+        if figures and importance is not None:
+            figures["importance_spread"] = float(importance.max() - importance.min())
+        return figures
+
+    @abstractmethod
+    def policy(self, stack: LayerStack, generator: torch.Generator) -> LayerPolicy:
+        """Make the policy of a training run."""
+
+    @property
+    def last(self) -> LayerChoice | None:
+        """The choice of the current step; None before training."""
+        return self._selection.last if self._selection else None
+
+    @property
+    def importance(self) -> Tensor | None:
+        """(L,) float64 importance logits, high = important; None before training, and for a policy without any."""
+        return self._selection.importance if self._selection else None
+
+    def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
+        """Select layers in a plain training loop.
+
+        Args:
+            model: Causal LM with adapters.
+            optimizer: Where given, its steps drive the selection, and its state may be dropped;
+                else call `step()` after each.
+
+        Returns:
+            A context manager; `last.layers` are the layers that train now.
+
+        Raises:
+            RecipeError: There is no optimizer, although the method has to do with its steps.
+        """
+        return self._attach(model, optimizer=optimizer)
+
+    def _attach(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: Loss = model_loss,
+    ) -> LayerSelection:
+        """Put a selection on a model, and choose the first step's layers.
+
+        Raises:
+            RecipeError: There is no optimizer, although the policy has to do with its steps.
+            UnsupportedError: It is DeepSpeed's.
+        """
+        deepspeed.refuse_in_loops(optimizer)
+        draws = GivenBatches(batches) if batches is not None else None
+        optimizer = plain_optimizer(optimizer)
+        selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
+        if optimizer is None and selection.policy.needs_norms:
+            selection.remove()
+            raise RecipeError(
+                f"these settings of {type(self).__name__} act around optimizer steps: give attach(..., optimizer=...)"
+            )
+        selection.begin()
+        if optimizer is not None:
+            selection.follow(optimizer)
+        return selection
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the layers, set the gates, and continue from a checkpoint's state."""
+        self.remove()
+        refuse_wrappers(args, kwargs["model"])
+        trainer = calling_trainer(self)
+        self._lines.begin(trainer)
+        deepspeed.keep_whole(trainer, kwargs["model"], self.layers)
+        selection = self._selection = LayerSelection(
+            kwargs["model"],
+            self.policy,
+            seed=self.seed,
+            loss=trainer_loss(self),
+            layers=self.layers,
+            chunk=args.per_device_train_batch_size,
+        )
+        selection.optimizer = plain_optimizer(kwargs.get("optimizer"))
+        if selection.policy.needs_norms:
+            deepspeed.refuse(trainer, "these settings look at whole gradients", 'take importance_from="response"')
+        if deepspeed.is_used(trainer):
+            forget = selection.policy.drops_state
+            selection.on_remove(deepspeed.skip(selection.optimizer, lambda: selection.idle, forget))
+        loader = kwargs.get("train_dataloader")
+        if loader is not None:
+            draws = RowDraws(loader.dataset, loader.collate_fn, selection.generator)
+            if selection.policy.needs_rows:
+                draws.check()
+            selection.draws = draws
+        self._resume(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose the layers of this optimizer step."""
+        assert self._selection is not None
+        self._selection.steps = state.global_step
+        choice = self._selection.begin()
+        self._means.note({"layers": len(choice.layers)})
+        if self.on_select is not None:
+            self.on_select(choice)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that the optimizer skips inactive layers."""
+        assert self._selection is not None
+        self._selection.before_update()

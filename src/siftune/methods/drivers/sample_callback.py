@@ -1,0 +1,288 @@
+"""What the callbacks that choose samples share: a `SampleSelection` that lives as long as a training run."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.words import counted
+from siftune.engine.groups import LayerGroup
+from siftune.methods.drivers.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
+from siftune.methods.drivers.followed import can_look_back, chooses_nothing
+from siftune.methods.drivers.sample_choice import SampleChoice
+from siftune.methods.drivers.sample_driver import SampleRule, SampleSelection
+from siftune.methods.host import deepspeed
+from siftune.methods.host.callback import (
+    SelectionCallback,
+    calling_trainer,
+    plain_optimizer,
+    resumed_from,
+    trainer_loss,
+)
+from siftune.methods.host.row_numbers import RowNumbers, row_numbers
+from siftune.methods.host.spread import refuse_wrappers
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=type)
+
+
+def takes_target(kind: C) -> C:
+    """Give a callback the argument `target`: rows of a target, and with them the defaults of `with_target`."""
+    plain = kind.__init__  # type: ignore[misc]
+    names = [part.name for part in fields(kind)]
+
+    @wraps(plain)
+    def init(self: Any, *values: Any, target: Any = None, **given: Any) -> None:
+        given |= dict(zip(names, values, strict=False))
+        if target is not None:
+            if given.get("support_set") is not None or given.get("support", "dataset") != "dataset":
+                raise RecipeError(f"{kind.__name__}(target=...) compares with it: leave support and support_set out")
+            given = {**kind.with_target, **given, "support_set": target}  # type: ignore[attr-defined]
+        plain(self, **given)
+
+    kind.__init__ = init  # type: ignore[misc]
+    return kind
+
+
+@dataclass(eq=False, repr=False)
+class SampleCallback(SelectionCallback[SampleSelection]):
+    """A callback that chooses the samples of every batch; subclasses bring settings and a rule.
+
+    Choices are made per forward pass: with gradient accumulation in each micro-batch, with several ranks in each rank's
+    part of the batch. Parameters outside of the decoder layers follow all samples. The Trainer's log gets the choices'
+    `figures`, means since the last line over this rank's batches, as `GROUP/followed` and so on.
+    """
+
+    support_set: Any = field(default=None, repr=False)
+    pairs: bool | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings, and begin without a model."""
+        super().__post_init__()
+        self.history: list[SampleChoice] = []
+        self.on_select: Callable[[SampleChoice], None] | None = None
+        self._numbers: RowNumbers | None = None
+
+    @abstractmethod
+    def rule(self, groups: Sequence[LayerGroup]) -> SampleRule:
+        """Make the rule of a training run."""
+
+    @property
+    @abstractmethod
+    def support_source(self) -> str | None:
+        """Where support rows come from: "sample", the training set; "dataset", `support_set`; None: there are none."""
+
+    @property
+    def last(self) -> SampleChoice | None:
+        """The choice in the last batch; None before training."""
+        return self._selection.last if self._selection else None
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        batches: Iterable[Batch] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: Loss = model_loss,
+    ) -> SampleSelection:
+        """Select samples in a plain training loop.
+
+        Args:
+            model: Causal LM with adapters.
+            batches: Support sets, one each step, where the method compares with rows; started again at the end.
+            optimizer: Where given, its steps drive the selection; else call `end()` before and `step()` after each.
+                GAST's support "rest" needs neither. Its score "preconditioned" takes the optimizer's metric, and GREATS
+                its learning rate.
+            loss: Loss of a support batch, a scalar.
+
+        Returns:
+            A context manager; `last` is the choice in the last batch that went backward.
+
+        Raises:
+            RecipeError: When `batches` or `optimizer` are missing and needed.
+            UnsupportedError: The optimizer is DeepSpeed's.
+        """
+        self._check_attach(batches, optimizer)
+        deepspeed.refuse_in_loops(optimizer)
+        draws = None if batches is None else GivenBatches(batches)
+        selection = SampleSelection(
+            model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
+        )
+        selection.rule.optimizer = optimizer = plain_optimizer(optimizer)
+        if optimizer is not None:
+            selection.follow(optimizer)
+        return selection
+
+    def _check_attach(self, batches: Any, optimizer: Any) -> None:
+        """Refuse a loop that does not give what the method needs."""
+        if batches is None and self.support_source is not None:
+            raise RecipeError(
+                f'support="{self.support_source}" compares with rows: give attach(..., batches=...), or '
+                'with GAST set support="rest" or "momentum".'
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the layers, set the tape, and continue from a checkpoint's state."""
+        self.remove()
+        refuse_wrappers(args, kwargs["model"])
+        self._warn_of_nothing_to_choose(args.per_device_train_batch_size)
+        loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
+        self._lines.begin(trainer)
+        deepspeed.keep_whole(trainer, kwargs["model"], self.layers)
+        collate = getattr(loader, "collate_fn", None)
+        _refuse_packing(args, collate)
+        selection = self._selection = SampleSelection(
+            kwargs["model"],
+            self.rule,
+            seed=self.seed,
+            loss=trainer_loss(self),
+            layers=self.layers,
+            chunk=args.per_device_train_batch_size,
+            pairs=_are_pairs(trainer, collate) if self.pairs is None else self.pairs,
+            compiled=bool(args.torch_compile),
+        )
+        selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
+        selection.rule.planned = state.max_steps
+        selection.numbers = self._numbers = None if trainer is None else row_numbers(trainer)
+        if self.support_source is not None:
+            draws = RowDraws(self._support_rows(loader), collate, selection.generator)  # type: ignore[arg-type]
+            draws.check()
+            selection.draws = draws
+        if self._resume(state) and not selection.rule.follows_all(state.global_step):  # else no mean is asked for
+            self._load_mean(selection)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the batches tell of which rows they are, where they can."""
+        if self._numbers is not None:
+            self._numbers.number(kwargs.get("train_dataloader"))
+
+    def remove(self) -> None:
+        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        super().remove()
+        if self._numbers is not None:
+            self._numbers.release()
+            self._numbers = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the support set of this optimizer step."""
+        assert self._selection is not None
+        if self.support_source is not None:  # the Trainer does so before each batch, but after this
+            kwargs["model"].train()
+        self._selection.steps = state.global_step
+        self._selection.begin()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hand out the choice of a micro-batch."""
+        self._tell()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hand out the choice of the step's last batch, and move the running mean."""
+        assert self._selection is not None
+        self._tell()
+        self._selection.end()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the running mean into the checkpoint."""
+        assert self._selection is not None
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        tensors = self._selection.mean_tensors()
+        if tensors and state.is_world_process_zero and folder.is_dir():
+            save_file({name: mean.contiguous() for name, mean in tensors.items()}, folder / self._mean_file)
+
+    def _warn_of_nothing_to_choose(self, samples: int) -> None:
+        if chooses_nothing(self, samples):
+            logger.warning(
+                "%s(select=%s) follows every row of a forward pass of %s, so that nothing is chosen: %sraise "
+                "per_device_train_batch_size",
+                type(self).__name__,
+                self.select,
+                counted(samples, "row"),
+                'set among="recent", by which a row competes with those of the last steps, or '
+                if can_look_back(self)
+                else "",
+            )
+
+    @property
+    def _mean_file(self) -> str:
+        """Name of the running mean in a checkpoint."""
+        return f"{self.group}_mean.safetensors"
+
+    def _tell(self) -> None:
+        choice = self.last
+        if choice is None:
+            return
+        self._means.note(choice.figures())
+        if self.keep:
+            self.history.append(choice)
+        if self.on_select is not None:
+            self.on_select(choice)
+
+    def _support_rows(self, loader: Any) -> Any:
+        return loader.dataset if self.support_source == "sample" else self._given_rows()
+
+    def _given_rows(self) -> Any:
+        if self.support_set is None:
+            name = type(self).__name__
+            raise RecipeError(
+                f'support="dataset" needs rows: give {name}(target=...), prepared as the training rows are. Where '
+                "they were given, restore_callback_states_from_checkpoint has lost them: leave it off, "
+                f"{name} reads its state from the checkpoint in any case."
+            )
+        return self.support_set
+
+    def _load_mean(self, selection: SampleSelection) -> None:
+        """Read the running mean from the checkpoint."""
+        if not selection.rule.keeps_mean:
+            return
+        folder = resumed_from(self)
+        if folder is None or not (folder / self._mean_file).is_file():
+            raise RecipeError(
+                f"the checkpoint {folder or ''} has no {self._mean_file}, so the running mean of earlier gradients is "
+                'lost; resume from another checkpoint, or with support="rest"'
+            )
+        selection.load_mean_tensors(load_file(folder / self._mean_file))
+
+
+def _refuse_packing(args: TrainingArguments, collate: Any) -> None:
+    """Refuse rows that hold several samples, as far as arguments and collator tell."""
+    packed = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
+    flattening = getattr(collate, "padding_free", False) or "Flattening" in type(collate).__name__
+    if packed or flattening:
+        raise UnsupportedError(
+            f"{' and '.join(packed) or type(collate).__name__} puts several samples into one row, so that they cannot "
+            "be selected one by one; turn packing and padding_free off"
+        )
+
+
+def _are_pairs(trainer: Trainer | None, collate: Any) -> bool:
+    """Whether the batches hold chosen rows first and rejected rows second, as TRL's paired preference trainers do."""
+    collators = (collate, getattr(trainer, "data_collator", None))
+    names = [kind.__name__ for c in collators if c is not None for kind in type(c).__mro__]
+    triple = next((name for name in names if "TriplePreference" in name), None)
+    if triple is not None:
+        raise UnsupportedError(
+            f"{triple} makes three rows of one sample, which cannot be selected together; samples may be rows or pairs"
+        )
+    paired = ("Preference" in name or "DPO" in name for name in names if "Unpaired" not in name)
+    return any(paired)

@@ -1,0 +1,1 @@
+"""Integration with a host Trainer: callbacks, ranks, logs."""

@@ -1,0 +1,1 @@
+"""Adapter types and their registry."""

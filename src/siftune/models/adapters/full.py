@@ -1,0 +1,92 @@
+"""Train the weights of some decoder layers themselves, without adapters.
+
+The weights W of these layers train in float32 whatever the base's dtype; see `substitution.use_base_dtype` to compute
+in the base's. What they were at first, W₀, can be kept: the *response* of such a layer's modules is then their output
+minus what it would be with W₀, and can be damped as an adapter's is (ours; see `adapters.suppress`).
+"""
+
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from siftune.base.errors import AdapterError
+from siftune.models.adapters.attach import refuse_adapters
+from siftune.models.layers import find_layers, layer_numbers
+
+_originals: WeakKeyDictionary[nn.Module, dict[nn.Parameter, Tensor]] = WeakKeyDictionary()
+
+
+class OpenLayers:
+    """Layers whose own weights train, until `close()`; everything else in the model is frozen.
+
+    Weights in half precision become float32 in place, so that small updates are not lost.
+
+    Args:
+        model: Causal language model without adapters.
+        layers: Numbers of the layers, from 0; negative ones count from the end. None stands for all.
+        originals: Keep the weights as they are now, in their dtype, which damping (IST) needs: one more copy of them.
+        outside: What else trains: "embeddings", "head". Where the model ties them, each brings the other.
+
+    Raises:
+        LayerError: There is no such layer, or the layers cannot be found.
+        AdapterError: The model has adapters, or something that is to train is quantised.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int] | None, originals: bool = True, outside: Sequence[str] = ()
+    ) -> None:
+        refuse_adapters(model)
+        stack = find_layers(model)
+        depth = len(stack.layers)
+        self.numbers = layer_numbers(depth, range(depth) if layers is None else layers)  # from 0, ascending
+        self.outside = tuple(outside)
+        self._layers = [stack.layers[number] for number in self.numbers]
+        names = [f"{stack.path}.{number}" for number in self.numbers]
+        self.parameters = {  # by name in the model's state dict
+            f"{name}.{key}": parameter
+            for name, layer in zip(names, self._layers, strict=True)
+            for key, parameter in layer.named_parameters()
+        }
+        for part in self.outside:
+            self.parameters |= _outer_parameters(model, part)
+        _refuse_quantised(self.parameters)
+        self._dtypes = {name: parameter.dtype for name, parameter in self.parameters.items()}
+        if originals:
+            for layer in self._layers:
+                _originals[layer] = {p: p.detach().clone() for p in layer.parameters()}
+        model.requires_grad_(False)
+        for parameter in self.parameters.values():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_()
+
+    def close(self) -> None:
+        """Round the weights to the dtype that they had, and forget the originals; calling it twice does no harm."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None if parameter.dtype != self._dtypes[name] else parameter.grad
+            parameter.data = parameter.data.to(self._dtypes[name])
+        for layer in self._layers:
+            _originals.pop(layer, None)
+
+
+def _outer_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """The parameters of a model's embeddings or head, by their first name in the model."""
+    module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()  # type: ignore[operator]
+    own = {id(parameter) for parameter in module.parameters()} if module is not None else set()
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def original_weights(layer: nn.Module) -> Mapping[nn.Parameter, Tensor] | None:
+    """What the weights of an open layer were at first, each in the shape of its parameter; None where not kept."""
+    return _originals.get(layer)
+
+
+def _refuse_quantised(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise AdapterError(
+                f"{name} is kept as {str(parameter.dtype).removeprefix('torch.')}, which cannot train; load the model "
+                "unquantised, or train adapters (lora)"
+            )

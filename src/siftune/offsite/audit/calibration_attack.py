@@ -1,0 +1,202 @@
+"""Who calibrated a kit? An attack by whoever has the base's weights *(ours)*.
+
+The kit's matrices were fitted to the calibration rows, so they leave less out of what the base writes on those rows
+than on others of their kind (`maths.residual`). The base runs on a candidate row; beside every matrix of a middle
+layer that the kit replaced, the kit's matrix is given the same inputs. A row's score is minus the mean of its residuals
+over the attention matrices, over the MLP's, or over all.
+
+What the attacker needs besides the kit is the base: any public model, or the owner's own staff. Which channels
+a kit's MLP kept is read off its rows, which are the base's own.
+
+*Beside a reference* is stronger, as difficulty calibration is for membership (Watson et al. 2022): the attacker makes a
+kit of his own, of the same settings, with other rows of the kind, and scores a candidate by how much more that one
+loses of it. What any kit loses of the row then cancels.
+
+Matrices that the kit holds whole are left out, and a kit of whole layers has nothing to look at.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from siftune.evaluate.batching import model_device
+from siftune.evaluate.bootstrap import Bootstrap, Floats
+from siftune.models.families import family_of
+from siftune.models.layers import find_layers
+from siftune.models.modes import evaluating
+from siftune.offsite.audit.membership import Attack, measure_attack
+from siftune.offsite.emulator.model import FactoredLinear, weight_OI
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.maths.residual import residuals
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+KINDS = ("attention", "mlp", "all")
+
+_SHORT = 1000  # resamples of each single matrix's interval, of which there are hundreds
+
+
+@dataclass(frozen=True)
+class CalibrationLeak:
+    """How well calibration rows are told from others of their kind, by a kit and its base."""
+
+    # `attention`, `mlp`, `all`: the mean over those matrices; kinds that the kit holds whole are not there
+    attacks: dict[str, Attack]
+    matrices: dict[str, Attack]  # name of a matrix, such as `3.mlp.down_proj` -> the attack that looks at it alone
+    beside: dict[str, Attack]  # as `attacks`, beside a kit of other rows; empty where there was none
+    # no attack: the base's loss alone. If it tells the sides apart, they differ by source; None where it was not
+    # measured
+    blind: Attack | None = None
+
+    @property
+    def strongest(self) -> Attack | None:
+        """The attack of the highest AUC over a kind of matrices, with a reference or without; None without any."""
+        found = [*self.attacks.values(), *self.beside.values()]
+        return max(found, key=lambda attack: attack.auc.value or 0.0) if found else None
+
+
+@dataclass(frozen=True)
+class Kits:
+    """What the attacker has."""
+
+    base: PreTrainedModel  # left as it was
+    emulator: nn.Module  # the one under attack
+    split: Split
+    reference: nn.Module | None = None  # an emulator of the same settings that other rows calibrated; None for none
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A matrix of the base, and what the kit has in its place."""
+
+    name: str  # number of the layer and path in it, such as `3.mlp.down_proj`
+    kind: str  # attention or mlp
+    base: nn.Module
+    kit: nn.Module
+    kept: Tensor | None = None  # (K,) numbers of the inputs that the kit's takes; None for all
+
+
+def attack_calibration(
+    kits: Kits, rows: Batches, others: Batches, bootstrap: Bootstrap | None = None
+) -> CalibrationLeak:
+    """Tell calibration rows from others.
+
+    Args:
+        kits: Base and emulator.
+        rows: The rows that calibrated the emulator: (B, T) `input_ids` and `attention_mask`, cut as they were then.
+        others: Rows of the same source, cut alike, that calibrated neither emulator nor reference.
+        bootstrap: How intervals are drawn.
+
+    Example:
+        >>> leak = attack_calibration(Kits(base, emulator, split), batches[:1], batches[1:], Bootstrap(100))
+        >>> sorted(leak.attacks), leak.beside
+        (['all', 'attention', 'mlp'], {})
+    """
+    bootstrap = bootstrap or Bootstrap()
+    matrices = compared(kits.base, kits.emulator, kits.split)
+    twins = [] if kits.reference is None else compared(kits.base, kits.reference, kits.split)
+    named = [replace(twin, name=f"reference {twin.name}") for twin in twins]
+    known = {one.name for one in twins}
+    sides = [row_residuals(kits.base, [*matrices, *named], part) for part in (rows, others)]
+    both = [one for one in matrices if one.name in known]
+    plain = [{one.name: -side[one.name] for one in matrices} for side in sides]
+    beside = [{one.name: side[f"reference {one.name}"] - side[one.name] for one in both} for side in sides]
+    each = replace(bootstrap, resamples=min(bootstrap.resamples, _SHORT))
+    return CalibrationLeak(
+        _by_kind(matrices, plain, bootstrap),
+        {one.name: measure_attack(plain[0][one.name], plain[1][one.name], each) for one in matrices},
+        _by_kind(both, beside, bootstrap),
+    )
+
+
+def _by_kind(
+    matrices: Sequence[Compared], sides: Sequence[Mapping[str, Floats]], bootstrap: Bootstrap
+) -> dict[str, Attack]:
+    """Attacks by the mean score over the matrices of a kind."""
+    found = {}
+    for kind in KINDS:
+        names = [one.name for one in matrices if kind in ("all", one.kind)]
+        if names:
+            members, others = (np.mean([side[name] for name in names], axis=0) for side in sides)
+            found[kind] = measure_attack(members, others, bootstrap)
+    return found
+
+
+def compared(base: PreTrainedModel, emulator: nn.Module, split: Split) -> list[Compared]:
+    """The middle's matrices that an emulator replaced; none where it has fewer layers than the base: all are whole."""
+    layers, others = find_layers(base).layers, find_layers(emulator).layers
+    if len(layers) != len(others):
+        return []
+    family = family_of(base.config)
+    found = []
+    for number in split.middle(len(layers)):
+        kept = _kept(layers[number], others[number], family.reads[-1])
+        for path in family.matrices:
+            one, other = (layer[number].get_submodule(path) for layer in (layers, others))
+            narrowed = kept is not None and path == family.writes
+            if narrowed or isinstance(other, FactoredLinear):
+                kind = "attention" if path in family.attention else "mlp"
+                found.append(Compared(f"{number}.{path}", kind, one, other, kept if narrowed else None))
+    return found
+
+
+def row_residuals(base: PreTrainedModel, matrices: Sequence[Compared], batches: Batches) -> dict[str, Floats]:
+    """What every compressed matrix, from `compared`, loses of every row of (B, T) `input_ids` and `attention_mask`.
+
+    Returns:
+        Name of the matrix -> (R,) residuals, in the order of the rows.
+    """
+    parts: dict[str, list[Floats]] = {one.name: [] for one in matrices}
+    with ExitStack() as undo:
+        undo.enter_context(evaluating(base))
+        undo.enter_context(torch.no_grad())
+        real: list[Tensor] = []
+        last = [one.base for one in matrices][-1:]
+        for one in matrices:
+            undo.callback(one.base.register_forward_hook(partial(_look, one, real, parts[one.name])).remove)
+        for module in last:  # what follows costs time and tells nothing
+            undo.callback(module.register_forward_hook(_stop).remove)
+        for batch in batches:
+            real[:] = [batch["attention_mask"].bool().to(model_device(base))]
+            inputs = {name: batch[name].to(model_device(base)) for name in ("input_ids", "attention_mask")}
+            with suppress(_Seen):
+                base.base_model(**inputs, use_cache=False)  # without the head
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def _look(
+    one: Compared, real: list[Tensor], found: list[Floats], _: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> None:
+    """Beside a matrix of the base: what would the kit's have written?"""
+    inputs = args[0] if one.kept is None else args[0][..., one.kept.to(args[0].device)]
+    like = next(one.kit.parameters())
+    kept = one.kit(inputs.to(like.device, like.dtype)).to(output.device, output.dtype)
+    shape = (*real[0].shape, -1)  # OPT hands its MLP rows that are flat already
+    found.append(residuals(output.reshape(shape), kept.reshape(shape), real[0]).cpu().numpy())
+
+
+class _Seen(Exception):
+    """All that is to be seen of a batch was seen."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Seen
+
+
+def _kept(layer: nn.Module, other: nn.Module, path: str) -> Tensor | None:
+    """Which of the base's channels an emulator's MLP has, by its rows; None for all."""
+    whole, fewer = layer.get_submodule(path), other.get_submodule(path)
+    if isinstance(fewer, FactoredLinear):
+        return None
+    rows, some = weight_OI(whole).detach().float(), weight_OI(fewer).detach().float()
+    if len(rows) == len(some):
+        return None
+    return torch.cdist(some.to(rows.device), rows).argmin(1)

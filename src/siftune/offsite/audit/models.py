@@ -1,0 +1,158 @@
+"""The models of an audit: what is read from them, and what is put into them for a while.
+
+Both models are in memory once. The outer layers' tensors are swapped in and out in place, and what was there before
+comes back bit for bit.
+"""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from siftune.base.errors import KitError
+from siftune.models.layers import find_layers
+from siftune.offsite.emulator.split import Split, outer_names
+
+_ROUNDING = 2**-7  # a little more than bfloat16 loses
+
+
+@dataclass(frozen=True)
+class OffsiteModels:
+    """A base model and an emulator of it.
+
+    Attributes:
+        base: The base model, without PEFT around it.
+        emulator: The emulator; it may share tensors with the base.
+        split: The split of both.
+        tokenizer: The tokenizer of both.
+        reference: An emulator of the same settings that yet other rows calibrated, for the attack on calibration rows.
+    """
+
+    base: PreTrainedModel
+    emulator: PreTrainedModel
+    split: Split
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of the base's parameters an emulator has, as fractions; shared ones are counted once."""
+
+    middle: float  # of the layers between the outer ones
+    whole: float  # of the whole model
+
+
+def check_models(models: OffsiteModels) -> None:
+    """Check that base and emulator belong together.
+
+    Their outer layers must be equal up to the rounding of half precision, in which a kit may be stored.
+
+    Raises:
+        KitError: The emulator's outer layers are not the base's.
+        LayerError: The split does not fit.
+    """
+    for model in (models.base, models.emulator):
+        models.split.middle(len(find_layers(model).layers))  # refuses a split that leaves no middle
+    base, emulator = (read_outer(model, models.split) for model in (models.base, models.emulator))
+    for name in sorted(base.keys() | emulator.keys()):
+        if name not in base or name not in emulator or not _is_near(base[name], emulator[name]):
+            raise KitError(f"the emulator's tensor {name} is not the base model's: give the base that it was made of")
+
+
+def read_outer(model: nn.Module, split: Split) -> dict[str, Tensor]:
+    """Copies of the outer layers' tensors by neutral name (see `emulator.split`)."""
+    state = model.state_dict()
+    return {neutral: state[name].detach().clone() for neutral, name in outer_names(model, split).items()}
+
+
+@contextmanager
+def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
+    """Put a model's tensors, those of these names or all, back afterwards, bit for bit and in place."""
+    before = {name: t.detach().clone() for name, t in model.state_dict().items() if names is None or name in names}
+    try:
+        yield
+    finally:
+        _write(model, before)
+
+
+@contextmanager
+def plugged(model: nn.Module, split: Split, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put outer layers, by neutral name, into a base model or an emulator for a while; they are cast to its dtype."""
+    names = outer_names(model, split)
+    with restored(model, names.values()):
+        _write(model, {names[neutral]: tensor for neutral, tensor in tensors.items()})
+        yield
+
+
+@contextmanager
+def unshared(model: nn.Module) -> Iterator[None]:
+    """Give every decoder layer weights of its own for a while, where an emulator's layers share some."""
+    seen: set[int] = set()
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in (module for layer in find_layers(model).layers for module in layer.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                before.append((module, name, parameter))
+            seen.add(id(parameter))
+    for module, name, parameter in before:
+        module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+
+
+def random_floor(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same architecture with random weights, as its config initialises them.
+
+    The global generator is as before afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        floor = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return floor.to(model.device).eval()
+
+
+def on_accelerator(models: OffsiteModels) -> OffsiteModels:
+    """Move the models to the accelerator if there is one."""
+    if not torch.accelerator.is_available():
+        return models
+    device: Any = torch.accelerator.current_accelerator()
+    reference = None if models.reference is None else models.reference.to(device)
+    return replace(models, base=models.base.to(device), emulator=models.emulator.to(device), reference=reference)
+
+
+def kept_fraction(base: nn.Module, emulator: nn.Module, split: Split) -> Kept:
+    """Count parameters."""
+    middle = count(_middle(emulator, split)) / count(_middle(base, split))
+    return Kept(middle, count(emulator) / count(base))
+
+
+def count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _middle(model: nn.Module, split: Split) -> nn.ModuleList:
+    layers = find_layers(model).layers
+    return nn.ModuleList(layers[number] for number in split.middle(len(layers)))
+
+
+def _write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def _is_near(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.shape != other.shape:
+        return False
+    return torch.allclose(tensor.float(), other.to(tensor.device).float(), rtol=_ROUNDING, atol=1e-6)

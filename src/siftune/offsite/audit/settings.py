@@ -1,0 +1,159 @@
+"""What an audit is told. Nothing here imports torch, so that a command can show its options quickly."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from siftune.base.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How the models of an audit are tuned and measured.
+
+    Every model is tuned on the same rows in the same order, from the same weights.
+    """
+
+    steps: int = 100
+    """Optimizer steps of each fine-tuning."""
+    lr: float = 1e-4
+    """Peak learning rate of the outer layers."""
+    batch_size: int = 16
+    """Rows in an optimizer step."""
+    max_length: int = 512
+    """Longest row in tokens, prompt and completion together."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
+    completion_only: bool = True
+    """Learn and measure the completions alone, not the prompts."""
+    recovery: bool = True
+    """Also fine-tune the whole emulator: what a data owner could get who does not return anything."""
+    recovery_lrs: tuple[float, ...] = ()
+    """Peak learning rates of the whole emulator, of which the best counts; lr times 1, 3 and 10 if not given."""
+    membership: bool = True
+    """Also measure how well training rows are told from held-out ones by the plugged model."""
+    membership_rows: int = 512
+    """Rows of either kind for that, at most."""
+    shadows: int = 0
+    """Shadow models for LiRA, the stronger attack on membership; each is one more fine-tuning. 0 leaves it out."""
+    canaries: int = 0
+    """Secrets of each number of repeats, to see in a further fine-tuning what comes out again; 0 leaves it out."""
+    gradient_rows: int = 64
+    """Held-out rows on which the outer layers' gradients are compared, at most."""
+    eval_batch_size: int = 16
+    """Rows in a forward pass of a measurement."""
+    resamples: int = 10_000
+    """Bootstrap resamples of every interval."""
+    level: float = 0.95
+    """Coverage of the intervals."""
+    seed: int = 0
+    """Seed of the order of rows, the random-weights floor and the bootstrap."""
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates of recovery."""
+        return self.recovery_lrs or (self.lr, 3 * self.lr, 10 * self.lr)
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+        """
+        for name in ("steps", "batch_size", "membership_rows", "gradient_rows", "eval_batch_size", "resamples"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}, but must be 1 or more")
+        if self.max_length < 2:
+            raise RecipeError(f"max_length is {self.max_length}, but must be 2 or more: a token to read, one to learn")
+        for name, value in (("lr", self.lr), *(("recovery_lrs", lr) for lr in self.recovery_lrs)):
+            if not 0 < value < float("inf"):
+                raise RecipeError(f"{name} is {value}, but must be a finite number above 0")
+        if self.shadows < 0 or self.shadows == 1:
+            raise RecipeError(f"shadows is {self.shadows}, but must be 0, or 2 or more: one that saw a row, one not")
+        if self.shadows and not self.membership:
+            raise RecipeError("shadows attack membership, which is left out: give --membership, or no --shadows")
+        if self.canaries < 0:
+            raise RecipeError(f"canaries is {self.canaries}, but must be 0 or more")
+        if not 0 < self.level < 1:
+            raise RecipeError(f"level is {self.level}, but must be above 0 and below 1")
+        if not 0 <= self.seed < 2**32:
+            raise RecipeError(f"seed is {self.seed}, but must be from 0 to 4294967295")
+
+
+@dataclass(frozen=True)
+class AuditOptions(AuditSettings):
+    """Audit a kit: what its emulator gives the data owner, what it gives away, and what comes back.
+
+    The base model and the emulator are measured before and after their outer layers are tuned on the same rows; the
+    ones tuned on the emulator are plugged into the base; and what a data owner could recover, and what a return tells
+    of its training rows, is tried out.
+    """
+
+    model: str = ""
+    """Base model of the kit: a folder, a hub id, or smollm2. A data owner, who has it not, leaves it out."""
+    kit: str = ""
+    """Folder of the kit."""
+    train: str = ""
+    """Rows to tune on: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    train_split: str = "train"
+    """Split to tune on, where the data has splits."""
+    limit: int | None = None
+    """Use only the first so many training rows."""
+    eval: str = ""
+    """Held-out rows of the same source, as for train."""
+    eval_split: str = "test"
+    """Split to measure on, where the data has splits."""
+    eval_limit: int | None = None
+    """Use only the first so many held-out rows."""
+    format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
+    """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
+    returned: Path | None = None
+    """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
+    calibration: str = ""
+    """Rows that the kit was calibrated on, as for train, to see whether the kit tells who they are."""
+    calibration_rows: int = 32
+    """The first so many of them, as for emulate's rows."""
+    calibration_length: int = 128
+    """Where they were cut, in tokens, as for emulate's max_length."""
+    calibration_others: str = ""
+    """Rows of the same source that the kit was not calibrated on; if not given, those that follow in calibration."""
+    reference: str = ""
+    """Kit of the same settings, calibrated on yet other rows of the source: makes that attack much stronger."""
+    public_key: Path | None = None
+    """PEM file of the owner's public key, to check the kit's signature."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of both models; auto: the checkpoint's, or float32 on a processor that lacks it."""
+
+    def check(self) -> None:
+        """Check the ranges, and that what is needed is given.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+        """
+        super().check()
+        for name in ("kit", "train", "eval"):
+            if not getattr(self, name):
+                raise RecipeError(f"no {name} given: name it with --{name}")
+        for name, least in (("limit", 1), ("eval_limit", 1), ("calibration_rows", 1), ("calibration_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f"{name} is {value}, but must be {least} or more")
+        self._check_roles()
+
+    def _check_roles(self) -> None:
+        """What only the owner can measure needs the base; what only a return can show needs one."""
+        if not self.model and self.returned is None:
+            raise RecipeError(
+                "neither model nor return given: the owner names the base with --model, a data owner who has no base "
+                "the return with --return"
+            )
+        if not self.model and (self.calibration or self.canaries):
+            raise RecipeError("calibration and canaries are tried out on the base: name it with --model")
+        if (self.reference or self.calibration_others) and not self.calibration:
+            raise RecipeError(
+                "reference and calibration_others go with the kit's own rows: name them with --calibration"
+            )
+
+    def settings(self) -> AuditSettings:
+        """The settings alone."""
+        return AuditSettings(**{field.name: getattr(self, field.name) for field in fields(AuditSettings)})

@@ -1,0 +1,192 @@
+"""What an owner chooses on: how useful an emulator is, against how much of the model it gives away.
+
+*Useful* is the cosine between the outer layers' gradients on the base and on the emulator (`gradients.py`). *Given
+away* is measured by the loss gap, loss(emulator) − loss(base) on held-out rows, in nats per label token: the wider, the
+less the emulator is worth without the base. An emulator for which another has both a higher cosine and a wider gap is
+no choice; those that remain are the *front*. What an emulator tells of its calibration rows stands beside
+(`calibration_attack`).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from siftune.base.errors import RecipeError
+from siftune.base.files import Progress
+from siftune.evaluate.bootstrap import Bootstrap, Estimate
+from siftune.offsite.audit.calibration_attack import Kits, attack_calibration
+from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audit.models import count, kept_fraction
+from siftune.offsite.emulator.assemble import materialise
+from siftune.offsite.emulator.compress import Method, Mlp
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import Allotment, EmulatorSettings
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.maths.drd import Basis
+
+LambdaOn = Literal["both", "attn", "mlp"]
+Batches = Sequence[dict[str, Tensor]]
+
+_RESAMPLES = 2000
+_AT_ONCE = 4.0  # times the middle's weights that emulators may take while they wait to be measured
+
+
+@dataclass(frozen=True)
+class SweepGrid:
+    """The emulators to compare: every method at every kept fraction; for gradot also every basis and λ."""
+
+    keeps: tuple[float, ...] = (0.7, 0.5, 0.3)  # kept fractions, in (0, 1]
+    lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)  # values of λ; 0 stands once, whatever `lambda_on` says
+    bases: tuple[Basis, ...] = ("whitened", "svd")  # of gradot
+    mlps: tuple[Mlp, ...] = ("refit",)  # what gradot does to them
+    methods: tuple[Method, ...] = ("gradot", "layerdrop")
+    lambda_on: tuple[LambdaOn, ...] = ("both",)  # where λ acts: on attention, on the MLP, or the same on both
+    split: Split = field(default_factory=Split)  # outer layers at either end
+    allot: Allotment = "uniform"  # how gradot and svd+flap share out what is kept among layers
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+        """
+        for name in ("keeps", "lambdas", "bases", "mlps", "methods", "lambda_on"):
+            if not getattr(self, name):
+                raise RecipeError(f"{name} is empty: give at least one value, or leave it out")
+        for choice in self.settings():
+            choice.check()
+
+    def settings(self) -> list[EmulatorSettings]:
+        """One setting per emulator, each once."""
+        choices = [choice for keep, method in product(self.keeps, self.methods) for choice in self._of(method, keep)]
+        return list(dict.fromkeys(choices))
+
+    def _of(self, method: Method, keep: float) -> Iterator[EmulatorSettings]:
+        if method in ("layerdrop", "crash"):
+            yield EmulatorSettings(method=method, keep=keep, split=self.split)
+        elif method == "svd+flap":
+            yield EmulatorSettings(method=method, keep=keep, split=self.split, allot=self.allot)
+        else:
+            for basis, mlp, value, on in product(self.bases, self.mlps, self.lambdas, self.lambda_on):
+                on_attn, on_mlp = (value if on in ("both", part) else 0.0 for part in ("attn", "mlp"))
+                yield EmulatorSettings(
+                    keep=keep, lambda_attn=on_attn, lambda_mlp=on_mlp, basis=basis, mlp=mlp, split=self.split,
+                    allot=self.allot,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One emulator."""
+
+    method: str
+    keep: float  # fraction that was asked for
+    lambda_attn: float  # 0 for methods without λ
+    lambda_mlp: float
+    basis: str | None  # None for methods other than gradot
+    mlp: str | None  # likewise
+    cosine: float  # cosine of the outer layers' gradients; NaN where one of them is zero
+    loss: float  # its loss on the held-out rows, in nats per label token
+    loss_full: float  # the base's
+    parameters: int  # its parameters, outer layers and embeddings included; shared ones count once
+    kept: float  # parameters of its middle over those of the base's
+    # AUC of the attack on its calibration rows (`calibration_attack`), the held-out rows being the others; the
+    # higher of that on attention and that on the MLPs. Without a value where it has nothing but whole layers
+    told: Estimate = field(default_factory=Estimate)
+
+    @property
+    def gap(self) -> float:
+        """How much worse the emulator is than the base, in nats per label token."""
+        return self.loss - self.loss_full
+
+
+def sweep(
+    model: PreTrainedModel,
+    batches: Batches,
+    held_out: Batches,
+    grid: SweepGrid | None = None,
+    progress: Progress | None = None,
+) -> list[SweepPoint]:
+    """Make every emulator of a grid in memory, and measure it.
+
+    Args:
+        model: The base model, without adapters; left as it was.
+        batches: Calibration rows, as for `protocol.emulate`.
+        held_out: Other rows of the kind, to measure on.
+        grid: What to compare; points come in the order of its settings.
+        progress: Told of every batch, layer and measurement.
+
+    Raises:
+        InputError: On a grid, rows or a model that cannot be used.
+        ValueError: No held-out row has a label.
+    """
+    grid = grid or SweepGrid()
+    grid.check()
+    choices = grid.settings()
+    full = outer_gradient(model, held_out, grid.split)
+    points: list[SweepPoint] = []
+    for chunk in _chunks(choices):
+        parts = emulators(model, batches, chunk, progress=progress)
+        for choice in chunk:
+            emulator = materialise(parts.pop(0)).to(model.device)
+            told = _told(Kits(model, emulator, choice.split), batches, held_out)
+            points.append(replace(_measure(model, emulator, choice, held_out, full), told=told))
+            if progress is not None:
+                progress("measuring", len(points), len(choices))
+    return points
+
+
+def front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """The points that no other beats in cosine and gap at once, from the narrowest gap to the widest."""
+    unbeaten = [p for p in points if not math.isnan(p.cosine) and not any(_beats(other, p) for other in points)]
+    return sorted(unbeaten, key=lambda point: point.gap)
+
+
+def _beats(a: SweepPoint, b: SweepPoint) -> bool:
+    """Whether `a` is at least as good in both, and better in one."""
+    return a.cosine >= b.cosine and a.gap >= b.gap and (a.cosine > b.cosine or a.gap > b.gap)
+
+
+def _measure(
+    model: PreTrainedModel, emulator: PreTrainedModel, choice: EmulatorSettings, held_out: Batches, full: OuterGradient
+) -> SweepPoint:
+    likeness = cosine(full, outer_gradient(emulator, held_out, choice.split))
+    return SweepPoint(
+        method=choice.method,
+        keep=choice.keep,
+        lambda_attn=choice.lambda_attn,
+        lambda_mlp=choice.lambda_mlp,
+        basis=choice.basis if choice.method == "gradot" else None,
+        mlp=choice.mlp if choice.method == "gradot" else None,
+        cosine=likeness.overall,
+        loss=likeness.loss_emulator,
+        loss_full=likeness.loss_full,
+        parameters=count(emulator),
+        kept=kept_fraction(model, emulator, choice.split).middle,
+    )
+
+
+def _told(kits: Kits, batches: Batches, held_out: Batches) -> Estimate:
+    """How well calibration rows are told from held-out ones."""
+    strongest = attack_calibration(kits, batches, held_out, Bootstrap(_RESAMPLES)).strongest
+    return Estimate() if strongest is None else strongest.auc
+
+
+def _chunks(choices: Sequence[EmulatorSettings]) -> Iterator[list[EmulatorSettings]]:
+    """Emulators that are made together, from one pass; whole layers are the base's own and take no memory."""
+    chunk: list[EmulatorSettings] = []
+    size = 0.0
+    for choice in choices:
+        weight = 0.0 if choice.method in ("layerdrop", "crash") else choice.keep
+        if chunk and size + weight > _AT_ONCE:
+            yield chunk
+            chunk, size = [], 0.0
+        chunk.append(choice)
+        size += weight
+    if chunk:
+        yield chunk

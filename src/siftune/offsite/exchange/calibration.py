@@ -1,0 +1,144 @@
+"""Calibration: the model that is compressed, and the rows that it is looked at with.
+
+Nothing here imports torch before it is needed, so that a command can show its options quickly.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from siftune.base.errors import DataError
+from siftune.base.settings import COUNT, Range, check_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from siftune.data.rows import Row
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What is told to whoever makes emulators: of which model, from which rows, and where the outer layers end."""
+
+    calibration: str
+    """Rows of text that the model is looked at with: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    out: Path
+    """Folder to write to; must be new or empty."""
+    model: str = "smollm2"
+    """Model to compress: a folder, a hub id, or smollm2."""
+    first: int = 2
+    """Layers next to the embeddings that are to be tuned."""
+    last: int = 2
+    """Layers before the head that are to be tuned."""
+    allot: Literal["uniform", "score", "measured"] = "uniform"
+    """gradot, svd+flap: keep the same share of all layers, or by score more of those that matter more; gradot: measured
+    shares out among all matrices, attention and MLPs alike, by what each loses on half of the rows."""
+    rows: Annotated[int, COUNT] = 32
+    """Use the first so many rows."""
+    max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more")] = 128
+    """Longest row in tokens; what is over is cut off."""
+    batch_size: Annotated[int, COUNT] = 4
+    """Rows in a forward and backward pass."""
+    completion_only: bool = False
+    """Look at the completions alone, not at the prompts."""
+    split: str = "train"
+    """Split of --calibration, where it has splits."""
+    format: Literal["auto", "prompt", "messages", "alpaca", "text"] = "auto"
+    """Columns of the rows: prompt and completion; messages; instruction, input and output; or text."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
+    dtype: Dtype = "auto"
+    """Number format to compute in; auto: the checkpoint's, or float32 on a processor that lacks it."""
+
+    def check(self) -> None:
+        """Check the ranges, and that the folder can be used.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+            ModelError: The folder is in use.
+        """
+        from siftune.base.files import refuse_full
+
+        check_fields(self, ["rows", "max_length", "batch_size"], "--")
+        refuse_full(self.out)
+
+
+def calibration_rows(options: CalibrationOptions) -> "list[Row]":
+    """Read the rows.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    return _read(options.calibration, options, options.rows)
+
+
+def calibration_and_held_out(
+    options: CalibrationOptions, held_out: str | None, count: int
+) -> "tuple[list[Row], list[Row]]":
+    """Read rows to calibrate on, and `count` others to measure on.
+
+    Those are in `held_out`, as for `options.calibration`, or follow the former there.
+
+    Raises:
+        DataError: They cannot be read, or no row follows those to calibrate on.
+    """
+    if held_out is not None:
+        return calibration_rows(options), _read(held_out, options, count)
+    rows = _read(options.calibration, options, options.rows + count)
+    if len(rows) <= options.rows:
+        raise DataError(
+            f"{options.calibration} has {len(rows)} rows, all of which --rows {options.rows} uses for calibration: "
+            "give other rows to measure on with --held-out FILE, or a smaller --rows"
+        )
+    return rows[: options.rows], rows[options.rows :]
+
+
+def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model, to the accelerator if there is one, and its tokenizer.
+
+    Streamed, its layers' weights stay in their files until they run.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    import torch
+
+    from siftune.models.source import load_model
+
+    model, tokenizer = load_model(options.model, options.dtype, streamed)
+    if not streamed and torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return model, tokenizer
+
+
+def batches_of(
+    rows: "Sequence[Row]", tokenizer: "PreTrainedTokenizerBase", options: CalibrationOptions
+) -> "list[dict[str, Tensor]]":
+    """Turn rows into token ids: batches of (B, T) `input_ids`, `attention_mask` and `labels`, in the order of the rows.
+
+    Raises:
+        DataError: A row cannot be used; the message names it.
+    """
+    from siftune.data.tokenize import tokenize_rows
+
+    table = tokenize_rows(rows, tokenizer, options.max_length, options.template, options.completion_only)
+    return in_batches(table, options.batch_size, tokenizer.pad_token_id)
+
+
+def in_batches(table: Iterable[Any], batch_size: int, pad_token_id: int) -> "list[dict[str, Tensor]]":
+    """Pad tokenised rows and put them into batches, in their order."""
+    from siftune.data.tokenize import Collator
+
+    collate, rows = Collator(pad_token_id), iter(table)
+    return [collate(part) for part in iter(lambda: list(islice(rows, batch_size)), [])]
+
+
+def _read(source: str, options: CalibrationOptions, limit: int) -> "list[Row]":
+    from siftune.data.readers import load_rows
+
+    return load_rows(source, options.split, limit, options.format)

@@ -1,0 +1,140 @@
+"""Several returns of one kit become one update of the base's outer layers; the maths is in `maths.merging`.
+
+What is merged is what each return changes, W_n − W. So of LoRA's factors it is their products that are merged, each in
+full and in float64: the product of two means is not the mean of two products. One tensor after the other is read of all
+returns; beside the result, no more of them is in memory at a time.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from siftune.base.errors import KitError
+from siftune.offsite.exchange.returned import OpenReturn
+from siftune.offsite.exchange.settings import Merging
+from siftune.offsite.exchange.thin import Tuned, is_thin
+from siftune.offsite.exchange.updates import Part, compare
+from siftune.offsite.kit.strict import about
+from siftune.offsite.maths.merging import clip_factors, mean, shares, trimmed_mean
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A return beside the base."""
+
+    tuned: Mapping[str, Tensor]  # the outer layers with it in them
+    part: Part
+
+
+def candidates(
+    before: Mapping[str, Tensor], returns: Sequence[Mapping[str, Tensor]], limit: float, model_type: str
+) -> list[Candidate]:
+    """Hold every return to the base and to the limit, as if it were the only one.
+
+    Args:
+        before: The base's outer layers by neutral name.
+        returns: What the returns hold.
+        limit: Relative updates of tensors must stay below it.
+        model_type: Family of the base, in transformers' words.
+
+    Raises:
+        KitError: A return does not fit, moved too far, or is given twice; or they are of two kinds. Named is which.
+        RecipeError: The limit is no number above 0.
+    """
+    names = [str(r.path) if isinstance(r, OpenReturn) else str(place) for place, r in enumerate(returns, 1)]
+    _check_together(names, returns)
+    found = []
+    for name, returned in zip(names, returns, strict=True):
+        with about(f"return {name}" if len(names) > 1 else ""):
+            tuned = Tuned(before, returned)
+            report = compare(before, tuned, limit, model_type)
+            report.check()
+        privacy = returned.privacy if isinstance(returned, OpenReturn) else None
+        found.append(Candidate(tuned, Part(name, report, privacy=privacy)))
+    return found
+
+
+def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuse returns of two kinds, and one that stands twice."""
+    thin = [name for name, returned in zip(names, returns, strict=True) if is_thin(returned)]
+    if whole := [name for name in names if name not in thin] if thin else []:
+        raise KitError(
+            f"return {thin[0]} holds LoRA's factors and return {whole[0]} whole layers: merge returns of one kind of "
+            "adapter, and plug the others in by themselves"
+        )
+    seen: dict[str, str] = {}
+    for name, returned in zip(names, returns, strict=True):
+        digest = returned.sha256 if isinstance(returned, OpenReturn) else str(id(returned))
+        if digest in seen:
+            raise KitError(
+                f"the returns {seen[digest]} and {name} are the same: give it once, and with --weights what it is to "
+                "count"
+            )
+        seen[digest] = name
+
+
+def merged(
+    before: Mapping[str, Tensor], found: Sequence[Candidate], how: Merging
+) -> tuple[dict[str, Tensor], list[Part]]:
+    """Merge returns, from `candidates`, by checked settings.
+
+    Returns:
+        The outer layers with the merged update in them, in float32 or wider, and what became of every return. A single
+        return is not computed with: its tensors are as they came, and factors are put into the base's.
+
+    Raises:
+        KitError: More than half of the returns change nothing, so that clipping would leave nothing of the others.
+    """
+    if len(found) == 1:
+        [one] = found
+        moves = one.part.report.whole.change > 0
+        values = {name: _stored(one.tuned[name], before[name]) for name in before}
+        return values, [replace(one.part, cosine=1.0 if moves else None)]
+    norms = [candidate.part.report.whole.change for candidate in found]
+    factors = _factors(norms, how)
+    weights = shares(how.weights or [1.0] * len(found))
+    values, dots, square = {}, torch.zeros(len(found), dtype=torch.float64), 0.0
+    for name, old in before.items():
+        updates_NX = _updates(old, [candidate.tuned[name] for candidate in found])
+        scaled_NX = updates_NX * updates_NX.new_tensor(factors).reshape(-1, *[1] * old.ndim)
+        update_X = trimmed_mean(scaled_NX, how.trim) if how.merge == "trimmed" else mean(scaled_NX, weights)
+        values[name] = _stored(old.detach().double() + update_X, old)
+        dots += (updates_NX.reshape(len(found), -1) @ update_X.flatten()).cpu()
+        square += float(update_X.square().sum())
+    return values, [
+        replace(
+            candidate.part,
+            weight=weight,
+            factor=factor,
+            cosine=float(dot) / (norm * math.sqrt(square)) if norm * square else None,
+        )
+        for candidate, weight, factor, norm, dot in zip(found, weights, factors, norms, dots, strict=True)
+    ]
+
+
+def _factors(norms: Sequence[float], how: Merging) -> list[float]:
+    """What every update is scaled by."""
+    if how.clip_norm is None:
+        return [1.0] * len(norms)
+    factors = clip_factors(norms, how.clip_norm)
+    if 0 in factors:
+        raise KitError(
+            "half of the returns or more change nothing, so that --clip-norm would clip the others to nothing: leave "
+            "out the returns that change nothing, or --clip-norm"
+        )
+    return factors
+
+
+def _updates(before: Tensor, after: Sequence[Tensor]) -> Tensor:
+    """What every return changes in a tensor, (N, …) float64; the base is rounded as the kit's copy of it was."""
+    old = before.detach()
+    return torch.stack([new.detach().to(old.device).double() - old.to(new.dtype).double() for new in after])
+
+
+def _stored(tensor: Tensor, before: Tensor) -> Tensor:
+    """A tensor in float32, or in float64 where the base is; narrower ones as they came."""
+    wide = torch.promote_types(before.dtype, torch.float32)
+    return tensor.to(wide) if tensor.dtype == torch.float64 else tensor

@@ -1,0 +1,227 @@
+"""The owner's way back: check what data owners returned, and put it into the base model.
+
+A return is refused for having moved a tensor too far (`updates`), and, where the owner gives rows to measure on, for a
+model that got worse on them. Of several returns each must pass by itself, and so must what they are merged to
+(`merge`).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from siftune.base.errors import KitError, UnsupportedError
+from siftune.base.files import new_folder
+from siftune.data.readers import load_rows
+from siftune.evaluate.measure import PERPLEXITY
+from siftune.evaluate.prepare import prepare_rows
+from siftune.models.portable import save_model, save_tokenizer
+from siftune.models.source import load_model, quiet_bars
+from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.exchange.merge import Candidate, candidates, merged
+from siftune.offsite.exchange.own_rows import LossChange, OwnRows
+from siftune.offsite.exchange.returned import open_return
+from siftune.offsite.exchange.settings import MAX_UPDATE, Merging, PlugSettings
+from siftune.offsite.exchange.updates import UpdateReport, compare
+from siftune.offsite.kit.config import check_of_base
+from siftune.offsite.kit.fingerprint import fingerprint
+from siftune.offsite.kit.folder import Kit
+from siftune.offsite.kit.strict import about, naming
+
+logger = logging.getLogger(__name__)
+
+_SHORT = 12  # hex digits of a hash in messages
+_TELL = 0.1  # (ours) share of the update that a rounding error may have without a word
+_MERGED = "the returns, merged"
+
+
+@dataclass(frozen=True)
+class PlugResult:
+    """A base model with returned layers in it, on disk."""
+
+    folder: Path
+    dtype: str  # such as bfloat16
+    kit: Kit
+    report: UpdateReport  # what changed, and what each return had to do with it
+
+
+def plug(
+    model_source: str,
+    kit: Kit,
+    returns: Sequence[str | Path],
+    out: str | Path,
+    settings: PlugSettings | None = None,
+) -> PlugResult:
+    """Put returns into the base model, and save an ordinary model that needs neither kit nor siftune.
+
+    Args:
+        model_source: The base model that the kit was made from, for `load_model`.
+        kit: The kit that was handed out, from `read_kit`.
+        returns: The folder of the return, or those of several that are merged.
+        out: Folder of the plugged model; must be new or empty.
+        settings: Checks, merging, rows to measure on, and the dtype: auto is the checkpoint's, whatever is computed in.
+
+    Raises:
+        InputError: On a return, model, folder or setting that cannot be used; nothing is written then.
+    """
+    settings = settings or PlugSettings()
+    settings.check(len(returns))
+    rows = settings.eval and load_rows(settings.eval, settings.eval_split, settings.eval_limit, settings.format)
+    with new_folder(out) as partial, ExitStack() as stack:
+        opened = [stack.enter_context(open_return(path, kit)) for path in returns]
+        model, tokenizer = load_model(model_source, settings.dtype)
+        if settings.dtype == "auto":
+            model = model.to(model.config.dtype or model.dtype)  # back from float32 without a loss
+        own = None
+        if rows:
+            own = OwnRows(prepare_rows(rows, tokenizer, (PERPLEXITY,), settings.template), settings.loss_limit)
+            if torch.accelerator.is_available():
+                model = model.to(torch.accelerator.current_accelerator())
+        report = plug_in(model, kit, opened, settings.max_update, own, settings)
+        with quiet_bars():
+            save_model(model, partial)
+        save_tokenizer(tokenizer, partial)
+    logger.info("plugged model in %s", out)
+    return PlugResult(Path(out), str(model.dtype).removeprefix("torch."), kit, report)
+
+
+def plug_in(
+    model: PreTrainedModel,
+    kit: Kit,
+    returns: Sequence[Mapping[str, Tensor]],
+    max_update: float = MAX_UPDATE,
+    rows: OwnRows | None = None,
+    merging: Merging | None = None,
+) -> UpdateReport:
+    """Put returned tensors into the outer layers of a base model, in place and in the model's dtype.
+
+    Args:
+        model: The base model, without PEFT around it, its weights in memory.
+        kit: The kit that was handed out.
+        returns: What the return holds, or what each of several holds that are merged: from `open_return`, so that one
+            tensor of each is in memory at a time; or the outer layers' tensors by neutral name, as of `read_return`.
+        max_update: Relative updates of tensors must stay below it; see `updates`.
+        rows: Rows on which the model must not get worse, measured before and after: with every return by itself, then
+            with all of them.
+        merging: How several returns are merged; by their mean if not given.
+
+    Returns:
+        How far every tensor and layer moved, the loss on the rows, and the part of every return.
+
+    Raises:
+        KitError: The model is not the kit's base, the tensors are not those of the kit's outer layers, an update is not
+            below the limit, the model got worse, or returns cannot be merged. The model is as it was then.
+        DataError: A row does not fit the model's window.
+        RecipeError: A setting is out of range.
+        UnsupportedError: Weights of the model are not in memory.
+
+    Example:
+        >>> from siftune.evaluate.prepare import prepare_rows
+        >>> from siftune.offsite.exchange.own_rows import OwnRows
+        >>> rows = OwnRows(prepare_rows(held_out_rows, tokenizer, ("perplexity",)))
+        >>> plug_in(base, kit, [returned], rows=rows).rounding  # of `read_return`; here nothing was tuned
+        0.0
+    """
+    merging = merging or Merging()
+    merging.check_merging(len(returns))
+    before = _outer(model, kit)
+    found = candidates(before, returns, max_update, kit.manifest.model_type)
+    values, report = _merge(before, found, merging, kit)
+    if rows is None:
+        _fill(before, values)
+    else:
+        report = _with_losses(report, _fill_if_no_worse(model, before, found, values, rows))
+    _tell_rounding(report, model)
+    return report
+
+
+def _merge(
+    before: Mapping[str, Tensor], found: Sequence[Candidate], merging: Merging, kit: Kit
+) -> tuple[dict[str, Tensor], UpdateReport]:
+    """The outer layers with all returns in them, which moved no further than a single return may."""
+    values, parts = merged(before, found, merging)
+    report = parts[0].report
+    if len(parts) > 1:
+        report = compare(before, values, report.limit, kit.manifest.model_type)
+        with about(_MERGED):
+            report.check()
+    return values, replace(report, parts=tuple(parts))
+
+
+def _tell_rounding(report: UpdateReport, model: PreTrainedModel) -> None:
+    if report.rounding > _TELL:
+        logger.warning(
+            "rounding to %s adds an error of %.0f %% of the update's norm; --dtype float32 avoids it",
+            str(model.dtype).removeprefix("torch."),
+            100 * report.rounding,
+        )
+
+
+def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name in places:
+            places[name].copy_(values[name])
+
+
+def _fill_if_no_worse(
+    model: PreTrainedModel,
+    places: Mapping[str, Tensor],
+    found: Sequence[Candidate],
+    values: Mapping[str, Tensor],
+    rows: OwnRows,
+) -> list[LossChange]:
+    """Measure before, with every one of several returns, and at last with what is to stay in the model.
+
+    Where it is refused, or measuring fails, the model is as it was.
+    """
+    kept = {name: tensor.clone() for name, tensor in places.items()}
+    several = [(f"return {one.part.name}", one.tuned) for one in found] if len(found) > 1 else []
+    before, changes = rows.loss(model), []
+    try:
+        for what, after in [*several, (_MERGED if several else "", values)]:
+            _fill(places, kept)
+            _fill(places, after)
+            changes.append(LossChange(before, rows.loss(model), len(rows.prepared.origins), rows.max_loss_increase))
+            with about(what):
+                changes[-1].check()
+    except BaseException:
+        _fill(places, kept)
+        raise
+    return changes
+
+
+def _with_losses(report: UpdateReport, changes: Sequence[LossChange]) -> UpdateReport:
+    """A report with the losses of every return, and that of all of them at the end."""
+    pairs = zip(report.parts, changes, strict=False)  # the merged update's follows those of several
+    parts = (replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs)
+    return replace(report, loss=changes[-1], parts=tuple(parts))
+
+
+def check_base(model: PreTrainedModel, kit: Kit) -> None:
+    """Refuse a model that a kit was not made from.
+
+    Raises:
+        KitError: It is another one.
+    """
+    own, of_kit = fingerprint(model), kit.manifest.fingerprint
+    if own != of_kit:
+        raise KitError(
+            f"the kit {kit.path} was made from a model with fingerprint {of_kit[:_SHORT]}…, but this one has "
+            f"{own[:_SHORT]}…: give the kit's own base model, with the --dtype that the kit was made with"
+        )
+    with naming(f"kit {kit.path}"):
+        check_of_base(kit.config, kit.manifest, model.config)
+
+
+def _outer(model: PreTrainedModel, kit: Kit) -> dict[str, Tensor]:
+    """The tensors of a kit's base that returns are put into, by neutral name."""
+    state: dict[str, Tensor] = model.state_dict()
+    if any(tensor.device.type == "meta" for tensor in state.values()):
+        raise UnsupportedError("weights of the model are not in memory: load it on one device, the processor will do")
+    check_base(model, kit)
+    return {neutral: state[name] for neutral, name in outer_names(model, kit.manifest.split).items()}

@@ -1,0 +1,137 @@
+"""What an owner demands of a return. Nothing here imports torch, so that commands can show their options quickly."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from siftune.base.errors import RecipeError
+
+MAX_UPDATE = 0.25
+# no worse, on rows that the owner chose: there is no other figure that suits rows of the task and any other text alike
+MAX_LOSS_INCREASE = 0.0
+TRIM = 0.2  # (ours) one of up to nine returns
+MIN_ROBUST = 3  # of two that differ nobody can say which is the bad one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging:
+    """How the updates of several returns become one; see `maths.merging`."""
+
+    weights: tuple[float, ...] | None = None
+    """Of several returns: what each counts, in their order, such as its number of rows; all alike if not given."""
+    merge: Literal["mean", "trimmed"] = "mean"
+    """Of several returns: their mean; or, number by number, the mean without the largest and the smallest."""
+    trim: float = TRIM
+    """With --merge trimmed: share of the returns that is dropped at either end; at least one is."""
+    clip_norm: float | None = None
+    """Of several returns: scale each update down to so many times the median of their norms at most."""
+
+    def check_merging(self, count: int) -> None:
+        """Check the ranges, and that so many returns can be merged so.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+        """
+        if count < 1:
+            raise RecipeError("no return was given: name one or more with --return")
+        self._check_weights(count)
+        if not 0 < self.trim < 0.5:
+            raise RecipeError(f"--trim is {self.trim}, but must be above 0 and below 0.5")
+        if self.trim != TRIM and self.merge != "trimmed":
+            raise RecipeError("--trim has no effect on a mean of all: add --merge trimmed, or leave it out")
+        if self.clip_norm is not None and not 0 < self.clip_norm < float("inf"):
+            raise RecipeError(f"--clip-norm is {self.clip_norm}, but must be a finite number above 0")
+        robust = "--merge trimmed" if self.merge == "trimmed" else None if self.clip_norm is None else "--clip-norm"
+        if robust and count < MIN_ROBUST:
+            raise RecipeError(
+                f"{robust} needs {MIN_ROBUST} returns or more, to tell which of them is far off, and {count} "
+                f"{'is' if count == 1 else 'are'} given: give more, or leave it out"
+            )
+
+    def _check_weights(self, count: int) -> None:
+        if self.weights is None:
+            return
+        if self.merge == "trimmed":
+            raise RecipeError("--weights has no effect on a trimmed mean, where all count alike: leave one of them out")
+        if len(self.weights) != count or count == 1:
+            raise RecipeError(
+                f"--weights has {len(self.weights)} numbers for {count} returns: give one for each of several returns"
+            )
+        for weight in self.weights:
+            if not 0 < weight < float("inf"):
+                raise RecipeError(
+                    f"--weights holds {weight}, but each must be a finite number above 0: leave out a return that is "
+                    "to count nothing"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlugSettings(Merging):
+    """What a return must be like, how several are merged, and how the tuned model is stored."""
+
+    max_update: float = MAX_UPDATE
+    """Each tensor must have moved by less, relative to its norm; at 1 nothing needs be left of what it was."""
+    eval: str | None = None
+    """Your own rows to measure the model on before and after, as for siftune eval; a model that got worse on them is
+    refused."""
+    eval_split: str = "test"
+    """Split of --eval, where it has splits."""
+    eval_limit: int | None = None
+    """Use only the first so many of your rows."""
+    max_loss_increase: float | None = None
+    """With --eval: how many nats per token the loss on your rows may rise; 0 if not given."""
+    format: Literal["auto", "prompt", "messages", "alpaca", "text"] = "auto"
+    """Columns of your rows: prompt and completion; messages; instruction, input and output; or text."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """Chat template for your rows: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it
+    is."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the tuned model; auto: the base's own."""
+
+    def check(self, returns: int = 1) -> None:
+        """Check the ranges, and that nothing is asked of rows or returns that are not there.
+
+        Args:
+            returns: How many there are.
+
+        Raises:
+            RecipeError: With one sentence on the first value that cannot be used.
+        """
+        check_max_update(self.max_update)
+        self.check_merging(returns)
+        if self.eval is None:
+            self._refuse_idle()
+        if self.eval_limit is not None and self.eval_limit < 1:
+            raise RecipeError(f"--eval-limit is {self.eval_limit}, but must be 1 or more")
+        check_max_loss_increase(self.loss_limit)
+
+    @property
+    def loss_limit(self) -> float:
+        """By how much the loss may rise, in nats per token."""
+        return MAX_LOSS_INCREASE if self.max_loss_increase is None else self.max_loss_increase
+
+    def _refuse_idle(self) -> None:
+        own = {field.name: field.default for field in fields(PlugSettings)}
+        for name in ("max_loss_increase", "eval_split", "eval_limit", "format", "template"):
+            if getattr(self, name) != own[name]:
+                flag = f"--{name.replace('_', '-')}"
+                raise RecipeError(f"{flag} has no effect without rows to measure on: add --eval FILE, or leave it out")
+
+
+def check_max_update(value: float) -> None:
+    """Refuse what is no limit on updates.
+
+    Raises:
+        RecipeError: It is no finite number above 0.
+    """
+    if not 0 < value < float("inf"):
+        raise RecipeError(f"the largest update is {value}, but must be a finite number above 0")
+
+
+def check_max_loss_increase(value: float) -> None:
+    """Refuse what is no limit on a loss's increase.
+
+    Raises:
+        RecipeError: It is no finite number from 0.
+    """
+    if not 0 <= value < float("inf"):
+        raise RecipeError(f"the largest increase of the loss is {value}, but must be a finite number, 0 or more")

@@ -1,0 +1,234 @@
+"""Kits in training: which layers of one train, and what goes back to the owner of the base model."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from siftune.base.errors import KitError, RecipeError
+from siftune.models.adapters.registry import CARRIERS
+from siftune.models.layers import find_layers, layer_numbers
+from siftune.offsite.emulator.split import Split, outer_names, places
+from siftune.offsite.exchange.load import kit_tokenizer, load_kit
+from siftune.offsite.exchange.returned import read_return, write_return
+from siftune.offsite.exchange.thin import DOWN, UP, largest_rank
+from siftune.offsite.kit.folder import Kit, is_kit, read_kit
+from siftune.offsite.kit.tensors import DTYPES, check_finite
+from siftune.offsite.maths.drd import canonical
+from siftune.recipe.schema import Recipe
+from siftune.train.source import ModelSource, Source
+from siftune.train.tuned_layers import put_in
+
+_USE_RETURN = """\
+The model above is a kit: it stands in for a model that its owner keeps. Send the folder RUN/return, and nothing else,
+to the owner, who makes the tuned model of it:
+
+```sh
+siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
+```
+
+`siftune eval RUN --data FILE` measures the kit's emulator before and after.
+"""
+
+
+@dataclass(frozen=True)
+class KitSource:
+    """A kit as what is tuned: its outer layers, or adapters in them."""
+
+    kit: Kit  # read and checked
+
+    @property
+    def usage(self) -> str:
+        """Words for the model card: the return goes to the owner."""
+        return _USE_RETURN
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """Fill in which layers train: the outer ones, or those of them that the recipe names.
+
+        Raises:
+            RecipeError: The recipe would change the kit's weights, or names a layer between the outer ones, or
+                embeddings or head.
+            LayerError: There is no such layer.
+        """
+        self._refuse_changed(recipe)
+        if recipe.outside:
+            raise RecipeError(
+                f"outside names {', '.join(recipe.outside)}, but of a kit only the outer layers go back to the model's "
+                "owner: leave outside out"
+            )
+        depth = self.kit.manifest.emulator_depth
+        outer = self.kit.manifest.split.outer(depth)
+        chosen = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)
+        middle = [number for number in chosen if number not in outer]
+        if middle:
+            raise RecipeError(
+                f"layers names {_listed(middle)}, but in the kit {self.kit.path} only the outer layers "
+                f"{_listed(outer)} can train: what lies between stays as the model's owner made it; give some of "
+                "these, or leave layers out"
+            )
+        return replace(recipe, layers=chosen)
+
+    def _refuse_changed(self, recipe: Recipe) -> None:
+        """Refuse what changes the weights that a return is put on."""
+        refusal = None if recipe.adapter == "full" else CARRIERS[recipe.adapter].unmergeable
+        if refusal:
+            raise RecipeError(
+                f"adapter {recipe.adapter} cannot go back in a return, which changes weights of the kit "
+                f"{self.kit.path}: take --adapter lora, or full"
+            )
+        changes = {"quantize": recipe.quantize, "init": recipe.init if recipe.init in ("pissa", "olora") else None}
+        for name, value in changes.items():
+            if value is not None:
+                raise RecipeError(
+                    f"{name} {value} changes weights of the kit {self.kit.path}, but a return is put on these as they "
+                    f"are: leave {name} out"
+                )
+
+    def load(self, dtype: str = "auto", quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load emulator and tokenizer; the model knows where it is from, for the adapter's config."""
+        model, tokenizer = load_kit(self.kit, dtype)
+        model.name_or_path = str(self.kit.path.absolute())
+        return model, tokenizer
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer alone."""
+        return kit_tokenizer(self.kit)
+
+    def leaves(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
+        """The return."""
+        return {"return": partial(save_return, model=model, kit=self.kit, privacy=privacy)}
+
+
+def source_of(name: str, public_key: str | Path | None = None) -> Source:
+    """What a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
+
+    With the PEM file of a model owner's public key it must be a kit that is signed with that.
+
+    Raises:
+        KitError: The kit is damaged or not signed by the key, or a key was given and it is no kit.
+    """
+    kit = find_kit(name, public_key)
+    return ModelSource(name) if kit is None else KitSource(kit)
+
+
+def find_kit(name: str, public_key: str | Path | None = None) -> Kit | None:
+    """Read the kit that a model's name stands for, as `source_of`; None for another model."""
+    path = Path(name).expanduser()
+    if is_kit(path):
+        return read_kit(path, None if public_key is None else Path(public_key).expanduser())
+    if public_key is not None:
+        raise KitError(f"{name} is no kit, and --public-key is to check a kit's signature: give a kit, or leave it out")
+    return None
+
+
+def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, Any] | None = None) -> None:
+    """Write what goes back to the owner: what LoRA adds to the outer layers, or else these as they are now.
+
+    Args:
+        folder: Where to; it must not exist.
+        model: The kit's emulator, with or without PEFT adapters; left as it is.
+        kit: The kit.
+        privacy: What a private run says of itself.
+
+    Raises:
+        KitError: A value is not finite in the kit's dtype.
+    """
+    tensors = thin_layers(model, kit)
+    if tensors is None:
+        merged = merged_layers(model, kit.manifest.split)
+        tensors = {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in kit.manifest.outer.items()}
+    write_return(folder, tensors, kit, privacy)
+
+
+def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:
+    """Put a return's tensors into the emulator that it was trained on, without PEFT around it, in place.
+
+    Raises:
+        KitError: The return is damaged, or of another kit.
+    """
+    names = outer_names(model, kit.manifest.split)
+    put_in(model, {names[name]: tensor for name, tensor in read_return(folder, kit).items()}, folder)
+
+
+def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
+    """The tensors of the outer layers, PEFT adapters in them merged; the model is left as it is.
+
+    Returns:
+        By the names of `split.outer_names`, on the CPU; floating-point ones in float32, or float64 where they are.
+    """
+    layers = find_layers(model).layers
+    tensors = {}
+    for place, number in places(split, len(layers)):
+        for name, tensor in _merged(layers[number]).items():
+            tensors[f"{place}.{name}"] = tensor.detach().cpu()
+    return tensors
+
+
+def thin_layers(model: nn.Module, kit: Kit) -> dict[str, Tensor] | None:
+    """What LoRA adds to the outer layers of a kit's emulator, as factors; see `thin`. The model is left as it is.
+
+    Returns:
+        The tensors of a thin return, on the CPU. None where something else than plain LoRA was trained, or where the
+        factors of a matrix are not smaller than itself.
+
+    Raises:
+        KitError: A value is not finite.
+    """
+    layers = find_layers(model).layers
+    tensors: dict[str, Tensor] = {}
+    for place, number in places(kit.manifest.split, len(layers)):
+        tuners = {path: m for path, m in layers[number].named_modules() if isinstance(m, BaseTunerLayer)}
+        factors = {path: _factors(module) for path, module in tuners.items()}
+        if _trains_more(layers[number], tuners.values()):
+            return None
+        for path, pair in factors.items():
+            name = f"{place}.{path}.weight"
+            if pair is None or len(pair[1]) > largest_rank(kit.manifest.outer[name]):
+                return None
+            for end, factor in zip((UP, DOWN), pair, strict=True):
+                check_finite(factor, f"what was tuned: {name}{end}")
+            tensors |= zip((f"{name}{UP}", f"{name}{DOWN}"), (f.float() for f in canonical(*pair)), strict=True)
+    return tensors or None
+
+
+def _factors(module: BaseTunerLayer) -> tuple[Tensor, Tensor] | None:
+    """A plain LoRA's factors with its scale in them, in float64 and as the weight lies; None for another adapter."""
+    if not isinstance(module, LoraLayer) or len(module.active_adapters) != 1 or module.merged:
+        return None
+    [name] = module.active_adapters
+    if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:
+        return None
+    a_RI, b_OR = (part[name].weight.detach().cpu().double() for part in (module.lora_A, module.lora_B))
+    scaled_OR = b_OR * module.scaling[name]
+    return (a_RI.T, scaled_OR.T) if getattr(module, "fan_in_fan_out", False) else (scaled_OR, a_RI)
+
+
+def _trains_more(layer: nn.Module, tuners: Iterable[nn.Module]) -> bool:
+    """Whether something of a layer can have been trained besides LoRA's factors: PEFT freezes all else."""
+    own = {id(p) for m in tuners if isinstance(m, LoraLayer) for p in (*m.lora_A.parameters(), *m.lora_B.parameters())}
+    return any(parameter.requires_grad and id(parameter) not in own for parameter in layer.parameters())
+
+
+def _merged(layer: nn.Module) -> dict[str, Tensor]:
+    """State of a copy of a layer, merged: merging into half precision and taking out again would leave its rounding."""
+    layer = copy.deepcopy(layer)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.float()
+    tuners = {name: module for name, module in layer.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, module in tuners.items():
+        module.merge()
+        layer.set_submodule(name, module.get_base_layer())
+    return layer.state_dict()
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

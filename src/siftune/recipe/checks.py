@@ -1,0 +1,274 @@
+"""What of a recipe cannot be used: ranges, and what its fields say about each other.
+
+Nothing here imports torch, so that a mistake is told at once.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from siftune.base.errors import RecipeError
+from siftune.base.settings import Settings, check_fields
+from siftune.base.words import counted
+from siftune.methods import METHODS, all_parts
+from siftune.methods.drivers.followed import can_look_back, chooses_nothing
+from siftune.models.adapters.registry import not_taken
+from siftune.recipe.schema import Recipe, compares, holds_out, method_of, settings_of, target_comes_last
+
+
+def check(recipe: Recipe) -> None:
+    """Check every range and what fields say about each other.
+
+    Raises:
+        RecipeError: With one sentence on the first value that cannot be used.
+    """
+    groups = {part.settings.group for part in all_parts()}
+    check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
+    for settings in settings_of(recipe):
+        settings.check()
+    faults = (_faults, _known_rows_faults, _row_faults, _start_faults, _private_faults, _idle, _all_rows)
+    for fault, sentence in (pair for part in faults for pair in part(recipe)):
+        if fault:
+            raise RecipeError(sentence)
+
+
+def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
+    return [
+        (not recipe.train and recipe.resume is not False, _no_recipe(recipe.resume)),
+        (not recipe.train, "no training data: give --train FILE, or `train: FILE` in the recipe"),
+        (
+            recipe.eval_every is not None and not holds_out(recipe),
+            "eval_every needs held-out rows: give --eval FILE or --eval-share 0.05, or leave eval_every out",
+        ),
+        (
+            recipe.eval_limit is not None and not holds_out(recipe),
+            "eval_limit needs held-out rows: give --eval FILE or --eval-share 0.05, or leave eval_limit out",
+        ),
+        (
+            recipe.patience is not None and not holds_out(recipe),
+            "patience waits for less held-out loss: give --eval FILE or --eval-share 0.05, or leave patience out",
+        ),
+        (
+            recipe.resume is True and not recipe.out,
+            "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
+        ),
+        (
+            recipe.allow_change and not recipe.resume,
+            "allow_change has no effect without resume: leave it out, or give --resume",
+        ),
+        (
+            bool(recipe.outside) and recipe.adapter != "full",
+            f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
+        ),
+        (
+            recipe.compile and not _can_compile(recipe),
+            "compile goes with adapters lora, rslora and full, on a base that is neither quantised nor sharded: leave "
+            "one of them out",
+        ),
+        (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
+        (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
+    ]
+
+
+def _no_recipe(resume: bool | str) -> str:
+    """Say why there is nothing to go on with where no recipe was found and none was given."""
+    if isinstance(resume, bool):
+        return "resume needs the run folder to go on with: give --resume RUN, by which the run's own recipe holds"
+    if not Path(resume).expanduser().exists():
+        return f"there is no run {resume} to go on with: no such folder (working directory: {Path.cwd()})"
+    return (
+        f"{resume} is no run folder, as there is no recipe.yaml in it: give --resume RUN, or with a checkpoint its "
+        "run's recipe, too: RUN/recipe.yaml --resume CHECKPOINT"
+    )
+
+
+def _can_compile(recipe: Recipe) -> bool:
+    plain = recipe.quantize is None and recipe.sharding == "none"
+    return plain and recipe.adapter in ("lora", "rslora", "full")
+
+
+def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
+    """What is wrong with a target, and with rows to compare with."""
+    return [
+        (
+            recipe.target is not None and recipe.support_rows is not None,
+            "target and support_rows both say what rows are compared with: give one of them",
+        ),
+        (
+            recipe.target is not None and _could_compare(recipe) and not compares(recipe),
+            "with a target, rows are compared with its rows, by support dataset: leave the option support out",
+        ),
+        *(
+            (
+                getattr(recipe, name) != getattr(Recipe, name) and recipe.target is None,
+                f"{name} has no effect without a target: leave it out, or give --target FILE",
+            )
+            for name in ("target_last", "target_share")
+        ),
+        (
+            recipe.target_last not in (None, 1) and not recipe.target_share,
+            "target_last says when a target's rows come, but with target_share 0 they are not trained on: leave one of "
+            "them out",
+        ),
+        (
+            recipe.group_by_length and target_comes_last(recipe) < 1,
+            "group_by_length puts rows in an order of its own, but a target's rows come last: leave it out, or give "
+            "--target-last 1",
+        ),
+        (
+            recipe.target is None and (compares(recipe) or recipe.retrieve > 0) != (recipe.support_rows is not None),
+            "retrieve compares rows with those of --target or --support-rows: give one of them"
+            if recipe.retrieve
+            else "support dataset and support_rows go together: give --gast.support dataset (or --greats.support "
+            "dataset) and --support-rows FILE, or neither",
+        ),
+    ]
+
+
+def _could_compare(recipe: Recipe) -> bool:
+    """Whether a recipe's method is one that compares rows with others, by its option support."""
+    return any(hasattr(settings, "support") for settings in settings_of(recipe))
+
+
+def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What is wrong with how rows are put together and divided."""
+    files = 1 if isinstance(recipe.train, str) else len(recipe.train)
+    times = recipe.train_times
+    yield (
+        times is not None and len(times) != files,
+        f"train_times has {counted(len(times or ()), 'number')} for {counted(files, 'file')} in train: give one for "
+        "each, or leave it out",
+    )
+    yield (
+        not all(0 < part < math.inf for part in times or ()),
+        f"train_times is {', '.join(map(str, times or ()))}, but all must be above 0: leave a file out of train whose "
+        "rows are not to come",
+    )
+    yield (
+        bool(recipe.eval) and recipe.eval_share > 0,
+        "eval and eval_share both say what rows are held out: give one of them",
+    )
+
+
+def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What does not go with how the base and the adapter begin."""
+    full, takes_apart = recipe.adapter == "full", recipe.init in ("pissa", "olora")
+    for name in ("quantize", "init", "from_adapter", "nonlinearity", "rank", "alpha", "dropout", "targets"):
+        written = name in ("rank", "alpha") and recipe.resume  # older versions wrote them into every run's recipe
+        yield (
+            full and not written and getattr(recipe, name) != getattr(Recipe, name),
+            f"{name} is for adapters, and adapter full has none: leave {name} out, or take --adapter lora",
+        )
+    yield (
+        recipe.adapter == "adalora" and (bool(method_of(recipe).parts) or recipe.dp_epsilon is not None),
+        "adapter adalora allots its ranks by the gradients of all layers and rows in every step: take --method dense "
+        "without dp_epsilon, or another adapter, such as lora",
+    )
+    if not full:
+        yield from ((True, sentence) for sentence in not_taken(recipe.adapter, recipe))
+    yield (
+        takes_apart and recipe.quantize is not None,
+        f"init {recipe.init} takes the base's weights apart, which quantize has rounded: leave one of them out",
+    )
+    yield (
+        takes_apart and recipe.adapter != "lora",
+        f"init {recipe.init} goes with adapter lora, not {recipe.adapter}: leave init out, or take --adapter lora",
+    )
+    yield (
+        takes_apart and any(part.suppresses or part.settings.group == "loradrop" for part in method_of(recipe).parts),
+        f"method {recipe.method} damps or measures what adapters add to the base, but with init {recipe.init} they "
+        "begin as a part of it: leave init out, or take another method",
+    )
+    yield (
+        recipe.sharding == "fsdp" and recipe.quantize is not None,
+        "sharding fsdp cannot divide weights that quantize has rounded: leave one of them out",
+    )
+    for name, default in (("init", "default"), ("layers", None), ("targets", None)):
+        yield (
+            recipe.from_adapter is not None and getattr(recipe, name) != default,
+            f"{name} is the adapter's that from_adapter names: leave {name} out",
+        )
+
+
+def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What does not go with differential privacy, and what goes with nothing else."""
+    if recipe.dp_epsilon is None:
+        for name, default in (("dp_delta", None), ("dp_clip", Recipe.dp_clip), ("dp_clipping", Recipe.dp_clipping)):
+            yield (
+                getattr(recipe, name) != default,
+                f"{name} has no effect without dp_epsilon: leave it out, or give --dp-epsilon",
+            )
+        return
+    yield (
+        any(part.by_data for part in method_of(recipe).parts),
+        f"method {recipe.method} looks at gradients or losses of the rows to choose, which no noise covers: with "
+        f"dp_epsilon take --method {', '.join(_blind())}",
+    )
+    yield (
+        recipe.target is not None,
+        "target repeats its rows among the training rows, but dp_epsilon is a promise about a row that is there once: "
+        "leave one of them out",
+    )
+    yield (
+        recipe.retrieve > 0,
+        "retrieve looks at the rows to choose some, which no noise covers: with dp_epsilon leave it out",
+    )
+    yield (
+        recipe.loss != "nll",
+        f"loss {recipe.loss} is not formed for single rows, so that they cannot be clipped: with dp_epsilon leave loss "
+        "out",
+    )
+    yield (
+        recipe.train_times is not None,
+        "train_times repeats rows, but dp_epsilon is a promise about a row that is there once: leave one of them out",
+    )
+    yield (
+        recipe.dp_delta is None,
+        "dp_epsilon needs dp_delta, the chance that the promise fails: give --dp-delta, well below one over the number "
+        "of training rows",
+    )
+    yield (
+        recipe.group_by_length,
+        "group_by_length puts rows together by what they are, but with dp_epsilon every row is drawn by itself: leave "
+        "group_by_length out",
+    )
+    yield (
+        bool(recipe.outside),
+        f"outside trains {' and '.join(recipe.outside)}, where gradients of single rows are not formed, so that they "
+        "cannot be clipped: with dp_epsilon leave outside out",
+    )
+
+
+def _blind() -> list[str]:
+    """Methods whose choices do not look at the rows."""
+    return [name for name, method in METHODS.items() if not any(part.by_data for part in method.parts)]
+
+
+def _idle(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """Options of methods that are not chosen: refused, since somebody meant them to do something."""
+    chosen = method_of(recipe).parts
+    for part in all_parts():
+        settings, default = getattr(recipe, part.settings.group), part.settings().to_dict()
+        aimed = {**default, **part.settings.with_target} if recipe.target else default
+        for name in () if part in chosen else Settings.names(part.settings):
+            key, value = f"{part.settings.group}.{name}", getattr(settings, name)
+            methods = " or ".join(name for name, method in METHODS.items() if part in method.parts)
+            yield (
+                value not in (default[name], aimed[name]),
+                f"{key} is {value}, which has no effect with method {recipe.method}: leave it out, or take --method "
+                f"{methods}",
+            )
+
+
+def _all_rows(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """Methods that choose rows, of batches that have no more than are followed."""
+    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
+        group, select = settings.group, getattr(settings, "select", 1.0)
+        back = f"--{group}.among recent, by which a row competes with those of the last steps, or "
+        fewer = f", or a --{group}.select below {select}" if isinstance(select, int) and recipe.batch_size > 1 else ""
+        yield (
+            part.rows and chooses_nothing(settings, recipe.batch_size),
+            f"{group}.select {select} follows every row of a forward pass of {counted(recipe.batch_size, 'row')}, so "
+            f"that nothing is chosen: give {back if can_look_back(settings) else ''}a larger --batch-size{fewer}",
+        )

@@ -1,0 +1,309 @@
+"""Recipes: what a training run does, as one dataclass, in which every method has a group of its own.
+
+The field below is the default, a YAML file overrides it, a command-line flag overrides both. The line under
+each field is its `--help`. Nothing here imports torch, so `siftune --help` stays quick.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from siftune.base.settings import (
+    BELOW_ONE,
+    CHANCE,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROMISE,
+    SHARE,
+    WARM_UP,
+    Range,
+    Settings,
+)
+from siftune.methods import METHODS, Method, all_parts
+from siftune.models.adapters.registry import CARRIERS, NONLINEARITIES, Shape, filled_in
+
+T = TypeVar("T", bound=type)
+
+TARGET_LAST = 0.33  # ours, measured: docs/measured.md
+
+
+def with_groups(kind: T) -> T:
+    """Give a recipe a field for the settings of every method, after its own fields."""
+    groups = [(part.settings.group, part.settings, field(default_factory=part.settings)) for part in all_parts()]
+    made = make_dataclass(kind.__name__, groups, bases=(kind,), namespace={"__doc__": kind.__doc__})
+    made.__module__ = kind.__module__
+    return made  # type: ignore[return-value]
+
+
+@with_groups
+@dataclass
+class Recipe:
+    """Fine-tune a language model with adapters, updating only the layers that count.
+
+    A RECIPE.yaml sets any of the options below; flags override it. Besides these fields a recipe has one for each
+    method with options, such as `gast`, which holds its `Settings`; see `siftune.methods`.
+    """
+
+    model: str = "smollm2"
+    """Model to tune: a folder, a hub id, smollm2 (packaged, no hub needed), or a kit of siftune emulate."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Round the frozen weights to 4 bits (NF4) or 8, by bitsandbytes: less memory."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Implementation of attention; auto: transformers' choice; where that is sdpa, short rows take faster products on
+    processors."""
+
+    train: str | tuple[str, ...] = ""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, whose rows are put together."""
+    train_times: tuple[float, ...] | None = None
+    """Times that a row of each of these comes in an epoch: 2 twice, 1.5 every second row twice, 0.5 every second row.
+    Once if not given."""
+    train_split: str = "train"
+    """Split to train on, where the data has splits."""
+    limit: Annotated[int | None, COUNT] = None
+    """Use only the first so many rows of each of these."""
+    bad_rows: Literal["stop", "drop"] = "stop"
+    """Where rows cannot be used: stop and name them all, or drop them and train on the others."""
+    eval: str | None = None
+    """Held-out rows: a file or hub id, as for train."""
+    eval_share: Annotated[float, BELOW_ONE] = 0.0
+    """Share of the training rows to hold out instead, by what they say, so that a row stays when others are added."""
+    eval_split: str = "test"
+    """Split to evaluate on, where the data has splits."""
+    eval_limit: Annotated[int | None, COUNT] = None
+    """Use only the first so many held-out rows."""
+    format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
+    """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
+    max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more: a token to read and one to learn")] = 512
+    """Longest row in tokens, prompt and completion together."""
+    loss: Literal["nll", "dft"] = "nll"
+    """What a learned token costs: its negative log-likelihood; dft: that times the model's own probability of it, taken
+    as a constant (arXiv 2508.05629). Held-out loss is always the former."""
+    completion_only: bool = True
+    """Learn the completions alone, not the prompts."""
+
+    method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
+    """How to train; each has options of its own below, but for dense, where all layers follow all rows: no other was
+    better in our measurements (docs/measured.md), so begin with it."""
+    target: str | None = None
+    """File or hub id of few clean rows of the task that counts: they are trained on too, and with method gast or greats
+    decide which rows of the others are followed."""
+    target_share: Annotated[float, BELOW_ONE] = 0.25
+    """Share of the training rows that target's rows are repeated to make up, each 30 times at the most; 0: they are not
+    trained on."""
+    target_last: Annotated[float | None, SHARE] = None
+    """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
+    given, 1 with method greats."""
+    retrieve: Annotated[float, BELOW_ONE] = 0.0
+    """Share of the training rows to train on, those most like target's or support_rows' by the untrained model's hidden
+    states (arXiv 2503.01807); target's own stay; 0: all rows."""
+    support_rows: str | None = None
+    """File or hub id of rows to compare with, few, clean, like the task: for retrieve, and for support dataset of gast
+    and greats."""
+    keep_scores: bool = True
+    """gast, greats: record every row's score, not the choices alone; a kilobyte for 16 rows and 30 layers."""
+
+    drop_rows: str | None = None
+    """File of training rows to leave out: places such as rows.jsonl:17, one a line, or a CSV file with a column place,
+    as siftune rows --csv writes it."""
+    row_weights: str | None = None
+    """CSV file with the columns place and weight: what the training rows that it names count for, in the place of their
+    own column weight."""
+    record_rows: bool = True
+    """Record every row's loss at each visit, for siftune rows; with dp_epsilon nothing is recorded."""
+
+    adapter: Literal[(*CARRIERS, "full")] = "lora"  # type: ignore[valid-type]
+    """Kind of adapter (docs/carriers.md); full: none, the weights of the chosen layers themselves train."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's outer layers
+    for kits."""
+    outside: tuple[Literal["embeddings", "head"], ...] = ()
+    """With adapter full: what else trains whole, in every step (LISA's paper: both)."""
+    rank: Annotated[int | None, COUNT] = None
+    """Rank of the adapter matrices, width of a bottleneck, keys of a prefix; if not given the kind's: 32 for lora."""
+    alpha: Annotated[int | None, POSITIVE] = None
+    """Scale of the adapter response; twice the rank if not given, 16 for rslora, the rank for series, four times it for
+    parallel."""
+    dropout: Annotated[float, BELOW_ONE] = 0.0
+    """Dropout on the adapter input."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """First values of the adapter, as PEFT has them; pissa and olora begin with a part of the base's weights."""
+    nonlinearity: NONLINEARITIES = "relu"
+    """With series and parallel: the function between the two matrices of a bottleneck."""
+    from_adapter: str | None = None
+    """Run, or folder of an adapter, whose adapter to go on training, with its rank, alpha and modules."""
+    targets: tuple[str, ...] | None = None
+    """Names of the modules that get adapters, such as q_proj v_proj; found in the model if not given. With series and
+    parallel attention, mlp or both: series has both if not given, parallel mlp."""
+
+    lr: Annotated[float | None, POSITIVE] = None
+    """Peak learning rate; the method's if not given: 2e-3 for ist and ist+gast, 1e-3 for rst and cut, else 5e-4."""
+    batch_size: Annotated[int, COUNT] = 16
+    """Rows in a forward pass."""
+    group_by_length: bool = False
+    """Batch rows of like length: less padding, so faster, but rows of one kind then come together."""
+    accumulate: Annotated[int, COUNT] = 1
+    """Forward passes in an optimizer step."""
+    auto_batch: bool = False
+    """Where memory runs out, go on from the newest checkpoint with half of batch_size and twice accumulate, as often as
+    it takes: the same rows in every step. Methods that choose rows choose among fewer then."""
+    epochs: Annotated[float, POSITIVE] = 1.0
+    """Passes over the training rows."""
+    steps: Annotated[int | None, COUNT] = None
+    """Optimizer steps; takes the place of epochs."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup: Annotated[int | float, WARM_UP] = 0.03
+    """Steps over which the learning rate rises from zero: a whole number of them, or a fraction below 1 of all."""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Decay of the adapter weights."""
+    neftune: Annotated[float | None, POSITIVE] = None
+    """Noise on the embeddings in training (NEFTune), scaled by this alpha; none if not given."""
+    clip: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    bad_steps: Annotated[int, NOT_NEGATIVE] = 3
+    """Steps that may be left out, and are told with their rows, because a loss or gradient is not finite; one more ends
+    the run. With dp_epsilon and adapter adalora the first one does."""
+    dp_epsilon: Annotated[float | None, PROMISE] = None
+    """Differential privacy for every training row: the largest ε of the run. Smaller protects more and learns less."""
+    dp_delta: Annotated[float | None, CHANCE] = None
+    """With dp_epsilon: its δ, the chance that the promise fails; well below one over the number of rows."""
+    dp_clip: Annotated[float, POSITIVE] = 0.1
+    """With dp_epsilon: largest norm of what one row adds to a step's gradient."""
+    dp_clipping: Literal["layer", "flat"] = "layer"
+    """With dp_epsilon: every layer has its part of dp_clip; or it is for all layers together, at more memory."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """With several processes: fsdp divides the frozen weights among them and gathers a layer's as it runs, for models
+    that do not fit one GPU; adapters stay whole on each. One process holds all of it either way."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Have torch.compile make attention, MLPs and norms: less memory, after some time of compiling, and losses that
+    differ in the last bits."""
+    seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0
+    """Seed of every random choice."""
+
+    out: str | None = None
+    """Run folder; runs/DATE-METHOD if not given."""
+    resume: bool | str = False
+    """Go on from the newest checkpoint in out, from that of this run folder, by its own recipe, or from this checkpoint
+    folder."""
+    allow_change: bool = False
+    """With resume: go on although method, rows, model, learning rate or other settings are not those of the run."""
+    save_every: Annotated[int | None, COUNT] = None
+    """Optimizer steps between two checkpoints, all of which are kept; if not given, after every tenth of the run, every
+    15 minutes, at the least held-out loss and at the end, of which the last two and the best are kept."""
+    eval_every: Annotated[int | None, COUNT] = None
+    """Optimizer steps between two evaluations; after every epoch if not given."""
+    patience: Annotated[int | None, COUNT] = None
+    """Stop early: after so many evaluations in a row that found no less held-out loss. What had the least is then kept,
+    also where the run came to its end."""
+    log_every: Annotated[int, COUNT] = 10
+    """Optimizer steps between two log lines."""
+    report_to: tuple[str, ...] = ("none",)
+    """Experiment trackers by their transformers names, such as tensorboard or wandb."""
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe names."""
+    return METHODS[recipe.method]
+
+
+def rate_of(recipe: Recipe) -> float:
+    """Peak learning rate of a recipe: its own, or that of its method."""
+    return method_of(recipe).lr if recipe.lr is None else recipe.lr
+
+
+def settings_of(recipe: Recipe) -> list[Settings]:
+    """The settings of the parts of a recipe's method, in their order."""
+    return [getattr(recipe, part.settings.group) for part in method_of(recipe).parts]
+
+
+def differences(before: Recipe, after: Recipe, free: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings in which two recipes differ, those of their method if it is one, but for some: name and both values."""
+    for name in (each.name for each in fields(Recipe) if each.name not in free):
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now and not isinstance(now, Settings):
+            yield name, was, now
+    if before.method == after.method:
+        for one, other in zip(settings_of(before), settings_of(after), strict=True):
+            pairs = zip(one.to_dict().items(), other.to_dict().values(), strict=True)
+            yield from ((f"{one.group}.{name}", was, now) for (name, was), now in pairs if was != now)
+
+
+def compares(recipe: Recipe) -> bool:
+    """Whether a recipe's method compares rows with those of a set that the user gave."""
+    return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
+
+
+def train_files(recipe: Recipe) -> list[tuple[str, float]]:
+    """The files or hub ids of a recipe's training rows, and how often a row of each comes in an epoch."""
+    files = (recipe.train,) if isinstance(recipe.train, str) else recipe.train
+    return list(zip(files, recipe.train_times or (1.0,) * len(files), strict=True))
+
+
+def holds_out(recipe: Recipe) -> bool:
+    """Whether a recipe has held-out rows."""
+    return bool(recipe.eval or recipe.eval_share)
+
+
+def compared_with(recipe: Recipe) -> str | None:
+    """The file or hub id of the rows that others are compared with, by `retrieve` or the method; None: of none."""
+    return (recipe.target or recipe.support_rows) if compares(recipe) or recipe.retrieve else None
+
+
+def target_comes_last(recipe: Recipe) -> float:
+    """Share of the steps, the last ones, in which a target's rows come."""
+    if not recipe.target_share:
+        return 1.0  # they do not come at all
+    if recipe.target_last is not None:
+        return recipe.target_last
+    goes_on = compares(recipe) and not any(hasattr(settings, "select_until") for settings in settings_of(recipe))
+    return 1.0 if recipe.target is None or goes_on else TARGET_LAST
+
+
+def new_folder(kind: str, now: datetime | None = None) -> str:
+    """Where a run goes that names no folder: runs/DATE-KIND."""
+    return f"runs/{now or datetime.now():%Y%m%d-%H%M%S}-{kind}"
+
+
+def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
+    """Fill in what depends on other fields: `lr`, `rank` and `alpha`, and `out` from the time."""
+    shape = shape_of(recipe)
+    return replace(
+        recipe,
+        **_until_the_target(recipe),
+        lr=rate_of(recipe),
+        rank=shape.rank,
+        alpha=shape.alpha,
+        target_last=target_comes_last(recipe) if recipe.target else recipe.target_last,
+        out=os.path.expanduser(recipe.out or new_folder(recipe.method, now)),
+    )
+
+
+def _until_the_target(recipe: Recipe) -> dict[str, Any]:
+    """Settings of methods that select rows until a target's begin to come, by group."""
+    last = target_comes_last(recipe)
+    if last == 1:
+        return {}
+    until = round(1 - max(last, recipe.target_share), 4)  # where its rows need more of the steps they begin earlier
+    return {
+        settings.group: replace(settings, **{"select_until": until})
+        for settings in settings_of(recipe)
+        if getattr(settings, "select_until", 0) == 1
+    }
+
+
+def shape_of(recipe: Recipe) -> Shape:
+    """The adapter that a recipe asks for, with the kind's own rank and alpha where it names none."""
+    shape = Shape(**{each.name: getattr(recipe, each.name) for each in fields(Shape)})
+    return shape if recipe.adapter == "full" else filled_in(recipe.adapter, shape)

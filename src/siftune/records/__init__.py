@@ -1,0 +1,1 @@
+"""Records of what every training row cost."""

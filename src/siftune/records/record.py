@@ -1,0 +1,231 @@
+"""What every row cost a training run, for any Trainer and any method: `RowRecord`."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from siftune.base.errors import UnsupportedError
+from siftune.engine.ranks import columns_of_ranks, world_size
+from siftune.methods.drivers.sample_callback import SampleCallback
+from siftune.methods.drivers.sample_choice import SampleChoice
+from siftune.methods.host.callback import calling_trainer, resumed_from
+from siftune.methods.host.row_numbers import RowNumbers, row_numbers
+from siftune.models.row_losses import by_row, row_losses
+from siftune.records.visits import NAME, NOTHING, Visits, read_visits, write_visits
+
+logger = logging.getLogger(__name__)
+
+_WAITING = 64  # batches whose figures wait on the accelerator: each way from there costs time
+
+
+class RowRecord(TrainerCallback):  # type: ignore[misc]
+    """Records what every row cost, each time that it was trained on, with any method and in any transformers Trainer.
+
+    Losses come from training's own forward pass, and training is the same to the bit with it. The file is written with
+    every checkpoint and at the end; a resumed run goes on with it, with several ranks it has the rows of all of them.
+    `siftune.records.visits` says which columns it has. Rows are told by their numbers in the training set.
+
+    It refuses what has no rows of its own: packed and padding-free batches, pairs, generated batches, data sets
+    without an index. Losses are plain cross entropies, whatever else the Trainer minimises.
+
+    Args:
+        path: File to write; `rows.parquet` in the Trainer's output folder if not given.
+        places: Where each row stands, by its number, such as "rows.jsonl:17"; for the column `place`.
+        about: A word on the rows that the file keeps, for a reader who has to know that they are still the same.
+
+    Raises:
+        UnsupportedError: In training: batches do not tell their rows, or the model's output their losses.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[record := RowRecord()])
+        >>> output = trainer.train()
+        >>> record.path.name, len(record.visits()), float(record.visits().loss[0]) > 0
+        ('rows.parquet', 24, True)
+    """
+
+    def __init__(self, path: str | Path | None = None, places: Sequence[str] = (), about: str = "") -> None:
+        self.path = self._given = None if path is None else Path(path)
+        self._places = places
+        self._about = about
+        self._trainer: Trainer | None = None
+        self._numbers: RowNumbers | None = None
+        self._handle: Any = None
+        self._methods: list[SampleCallback] = []
+        self._found: list[Tensor] = []  # (2, B) of the batch at work, from the model's output, by pass
+        self._waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._done: list[NDArray[np.float64]] = [NOTHING]
+
+    def visits(self) -> Visits:
+        """What was recorded so far, on this rank, and before the run was resumed."""
+        self._settle()
+        return Visits.of(self._done[0])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to listen, and continue with the record in the checkpoint."""
+        self.remove()
+        self._trainer = trainer = calling_trainer(self)
+        if trainer is None:
+            raise UnsupportedError(
+                "RowRecord listens to a transformers Trainer, and none has called it: give it to one"
+            )
+        self.path = self._given or Path(args.output_dir) / NAME
+        self._numbers = row_numbers(trainer)
+        self._handle = kwargs["model"].register_forward_hook(self._look)
+        self._methods = [part for part in trainer.callback_handler.callbacks if isinstance(part, SampleCallback)]
+        self._waiting, self._done, self._found = [], [self._resumed(state)], []
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the batches tell of which rows they are."""
+        assert self._numbers is not None
+        self._numbers.number(kwargs.get("train_dataloader"))
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note a batch of which the step has more."""
+        self._note(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the step's last batch."""
+        self._note(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the file, and a copy into the checkpoint."""
+        self._write(args, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the file, and listen no longer."""
+        self._write(args)
+        self.remove()
+
+    def leave(self) -> None:
+        """Write what was recorded, and take everything off: for training that ended in an exception, on one device.
+
+        Of several ranks the others may be gone, so that the file stays as the last checkpoint left it.
+        """
+        try:
+            if self._trainer is not None and world_size() == 1 and self._trainer.state.global_step:
+                self._write(self._trainer.args)
+        finally:
+            self.remove()
+
+    def remove(self) -> None:
+        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        if self._handle is not None:
+            self._handle.remove()
+        if self._numbers is not None:
+            self._numbers.release()
+        self._handle = self._numbers = self._trainer = None
+
+    def _resumed(self, state: TrainerState) -> NDArray[np.float64]:
+        """What was recorded before a run was cut off; of several ranks the first holds all of it."""
+        folder = resumed_from(self)
+        if not state.global_step or folder is None or not state.is_world_process_zero:
+            return NOTHING
+        if not (folder / NAME).is_file():
+            logger.warning("%s has no %s: rows are recorded from step %d on", folder, NAME, state.global_step + 1)
+            return NOTHING
+        saved = read_visits(folder / NAME)
+        if saved.about != self._about:
+            logger.warning("%s is of other rows: they are recorded from step %d on", folder, state.global_step + 1)
+            return NOTHING
+        return saved.visits.table()
+
+    def _look(self, _: Any, __: Any, output: Any) -> None:
+        """See what the forward pass of a training step returned."""
+        numbers = self._numbers
+        if numbers is None or not numbers.at_work or numbers.labels is None or not torch.is_grad_enabled():
+            return
+        if hasattr(self._trainer, "label_losses") and _at_labels(output, numbers.labels):
+            return  # siftune's own Trainer has them from its loss
+        self._found.append(row_losses(output, numbers.labels))
+
+    def _note(self, step: int) -> None:
+        """Keep the figures of a batch, where they are."""
+        assert self._numbers is not None
+        rows_B, labels_BT, found = self._numbers.rows, self._numbers.labels, self._found
+        losses_N = getattr(self._trainer, "label_losses", None)
+        if not found and losses_N is not None and labels_BT is not None:
+            found = [by_row(losses_N, labels_BT)]
+        if rows_B is None or [each.shape[1] for each in found] != [len(rows_B)]:
+            raise UnsupportedError(_why(rows_B, labels_BT, found))
+        self._waiting.append((step, rows_B, found[0], self._choices(rows_B)))
+        self._numbers.rows, self._found = None, []
+        if len(self._waiting) >= _WAITING:
+            self._settle()
+
+    def _choices(self, rows_B: Tensor) -> Tensor:
+        """Alignment and share followed of each row of a batch, (2, B), on the CPU; NaN where no method chose.
+
+        Alignment is the mean of a row's scores over the layers that chose (ours).
+        """
+        for method in self._methods:
+            choice = method.last
+            if choice is not None and choice.rows is not None and torch.equal(choice.rows, rows_B.cpu()):
+                return torch.stack([choice.scores.float().nanmean(0), _share(choice)])
+        return torch.full((2, len(rows_B)), torch.nan)
+
+    def _settle(self) -> None:
+        """Bring what waits into one table, (6, V)."""
+        if self._waiting:
+            steps, rows, found, choices = zip(*self._waiting, strict=True)
+            counts = torch.tensor([len(each) for each in rows])
+            step_V = torch.tensor(steps).repeat_interleave(counts)
+            parts = [torch.cat(rows).cpu()[None], step_V[None], torch.cat(found, 1).cpu(), torch.cat(choices, 1)]
+            self._done.append(torch.cat([part.double() for part in parts]).numpy())
+        self._waiting, self._done = [], [np.concatenate(self._done, axis=1)]
+
+    def _write(self, args: TrainingArguments, checkpoint: Path | None = None) -> None:
+        self._settle()
+        table = columns_of_ranks(torch.from_numpy(self._done[0]), args.device).numpy()
+        if args.process_index:
+            return
+        assert self.path is not None
+        for path in (self.path, *([checkpoint / NAME] if checkpoint is not None and checkpoint.is_dir() else [])):
+            write_visits(path, Visits.of(table), self._places, self._about)
+
+
+def _at_labels(output: Any, labels_BT: Tensor) -> bool:
+    """Whether an output has logits at label positions alone; the first token of a row never is one."""
+    logits = getattr(output, "logits", None)
+    return isinstance(logits, Tensor) and logits.shape[:2] != labels_BT.shape
+
+
+def _share(choice: SampleChoice) -> Tensor:
+    """Share of the layers that followed each sample; (S,) float32."""
+    counts_S = torch.zeros(choice.scores.shape[1] + 1)
+    chosen = choice.selected.flatten()
+    counts_S.index_add_(0, chosen.where(chosen >= 0, len(counts_S) - 1), torch.ones(len(chosen)))
+    return counts_S[:-1] / len(choice.layers)
+
+
+def _why(rows_B: Tensor | None, labels_BT: Tensor | None, found: Sequence[Tensor]) -> str:
+    """Say why a batch cannot be recorded."""
+    if rows_B is None:
+        return (
+            "RowRecord cannot tell which rows are in a batch: the data set has no index, or the collator does not make "
+            "one row of each that it is given, as with packing, padding_free, pairs or generated batches; turn that "
+            "off, or leave RowRecord out"
+        )
+    if labels_BT is None:
+        return "RowRecord needs the labels of a batch, and this Trainer's batches have none: leave it out"
+    passes = f"in passes of {', '.join(str(each.shape[1]) for each in found)} rows" if found else "not at all"
+    return (
+        f"RowRecord needs one forward pass over the {len(rows_B)} rows of a batch, and the model was called {passes}: "
+        "leave it out"
+    )

@@ -1,0 +1,164 @@
+"""What was recorded of rows: a line for every time that a row was trained on, and the Parquet file of these.
+
+    row        int32    number among the training rows, from 0
+    place      string   where the row stands, such as rows.jsonl:17; where that was told
+    step       int32    optimizer steps done before
+    loss       float32  mean cross entropy of its label tokens in nats, as training's own forward pass found it; NaN
+                        where it has none
+    tokens     int32    its label tokens
+    z          float32  the loss, in deviations above what was usual for rows at that time: see `scores.by_time`
+    alignment  float32  score by which a method compared it with others, over all layers; NaN where there was none
+    followed   float32  share of the layers that followed it, where a method chose rows
+
+Lines are in the order of steps, and within a step of rows, however many ranks and batches the step had. The columns
+`alignment` and `followed` are there where a method chose rows. Read it with pandas, polars, DuckDB or `read_visits`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftune.base.errors import DataError
+from siftune.base.files import write_beside
+from siftune.base.words import one_line
+from siftune.records.scores import by_time
+
+if TYPE_CHECKING:
+    import pyarrow
+
+NAME = "rows.parquet"
+ABOUT = b"siftune"  # key of what the file says of the run, in the Parquet metadata
+_COLUMNS = {
+    "row": "int32", "step": "int32", "loss": "float32", "tokens": "int32",
+    "alignment": "float32", "followed": "float32",
+}  # fmt: skip
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """Every time that a row was trained on; V of them. The header of this file says what the columns hold.
+
+    Attributes:
+        row: (V,) int32.
+        step: (V,) int32.
+        loss: (V,) float32.
+        tokens: (V,) int32.
+        alignment: (V,) float32.
+        followed: (V,) float32.
+    """
+
+    row: Ints
+    step: Ints
+    loss: Floats
+    tokens: Ints
+    alignment: Floats
+    followed: Floats
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @classmethod
+    def of(cls, table: NDArray[np.float64]) -> "Visits":
+        """Visits of a table whose lines are the columns, (6, V), in the order in which the file has them."""
+        order = np.lexsort((table[0], table[1]))
+        columns = zip(_COLUMNS.items(), table[:, order], strict=True)
+        return cls(**{name: values.astype(kind) for (name, kind), values in columns})
+
+    def table(self) -> NDArray[np.float64]:
+        """The columns as lines, (6, V)."""
+        return np.stack([getattr(self, field.name).astype(np.float64) for field in fields(self)])
+
+
+NOTHING = np.zeros((len(_COLUMNS), 0))
+
+
+def write_visits(path: Path, visits: Visits, places: Sequence[str] = (), about: str = "") -> None:
+    """Write visits in one move.
+
+    Args:
+        path: The file; its folder is made.
+        visits: What to write.
+        places: Where each row stands, by its number; empty where that is not known.
+        about: What the file is to say of the rows, for a reader who has to know that they are still the same.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    columns: dict[str, Any] = {"row": visits.row}
+    if places:
+        columns["place"] = _in_words(visits.row, places)
+    columns |= {"step": visits.step, "loss": visits.loss, "tokens": visits.tokens}
+    columns["z"] = by_time(visits.loss, visits.step)
+    if not np.isnan(visits.followed).all():
+        columns |= {"alignment": visits.alignment, "followed": visits.followed}
+    table = pyarrow.table(columns).replace_schema_metadata({ABOUT: about})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_beside(path) as [beside]:
+        parquet.write_table(table, beside, compression="zstd")
+
+
+def _in_words(rows: Ints, places: Sequence[str]) -> "pyarrow.DictionaryArray":
+    """A place per visit, each of which is written once; rows may share a place."""
+    import pyarrow
+
+    known: dict[str, int] = {}
+    numbers = np.array([known.setdefault(place, len(known)) for place in places], dtype=np.int32)
+    return pyarrow.DictionaryArray.from_arrays(numbers[rows], pyarrow.array(list(known)))
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a file of visits holds.
+
+    Attributes:
+        visits: They.
+        places: (V,) where each visit's row stands; empty where the file does not tell.
+        about: What it says of the rows.
+    """
+
+    visits: Visits
+    places: Sequence[str]
+    about: str
+
+
+def read_visits(path: Path) -> Record:
+    """Read a file of visits.
+
+    Raises:
+        DataError: There is none, or it is damaged or another file.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist, so no rows were recorded: train with record_rows on, as it is by default, or with "
+            "the callback RowRecord()."
+        ) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read ({one_line(str(error))}); train again to have rows recorded.") from None
+    missing = [name for name in ("row", "step", "loss", "tokens") if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path} has no column {missing[0]!r}, so it is no record of rows; give the file of a run.")
+    try:
+        found = {name: _column(table, name) for name in _COLUMNS}
+    except (ValueError, TypeError):
+        raise DataError(f"{path} has columns of other types than a record of rows; give the file of a run.") from None
+    places = table["place"].to_pylist() if "place" in table.column_names else []
+    metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
+    return Record(Visits(**found), places, metadata.get(ABOUT, b"").decode(errors="replace"))
+
+
+def _column(table: "pyarrow.Table", name: str) -> NDArray[Any]:
+    if name not in table.column_names:
+        return np.full(len(table), np.nan, dtype=_COLUMNS[name])
+    values: NDArray[Any] = table[name].to_numpy().astype(_COLUMNS[name])
+    return values

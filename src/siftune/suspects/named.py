@@ -1,0 +1,188 @@
+"""Rows of a run that look wrong, with what they say: for the command `siftune rows`, for pages, and for your own use.
+
+A row's score is what it cost above what was usual for rows of its source at that time, mean over its visits
+(`scores.by_row`): in a first visit nothing has been learned from it yet. A source is what the column `source` says, and
+a file where there is none (ours): a task that costs more than others is no fault of its rows. Rows that stand in one
+place, as those of a target that are repeated, are one row here.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftune.base.errors import DataError
+from siftune.data.rows import Row
+from siftune.data.target import SOURCE
+from siftune.records.scores import Seen, by_row, seen, usual
+from siftune.records.texts import Text, digest_of, text_of
+from siftune.records.visits import NAME, Record, read_visits
+from siftune.suspects.twins import Twins
+
+_RARE = 64  # rows of a source, below which it is not looked at by itself (ours)
+LEAST = 3.0  # deviations above what is usual from which a row is a suspect (ours)
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A row that may be wrong.
+
+    Attributes:
+        place: Where it stands, such as "rows.jsonl:17"; "row 17", its number from 0, where that was not recorded.
+        text: What it says; empty where only numbers were recorded.
+        reason: Why it is here, in words.
+        score: What it cost above what was usual for rows of its source at that time, mean over its visits, in
+            deviations of such means.
+        duplicates: Places of rows that say nearly the same.
+    """
+
+    place: str
+    text: Text
+    reason: str
+    score: float
+    duplicates: tuple[str, ...] = ()
+
+
+def suspects(run: Path, top: int | None = None) -> list[Suspect]:
+    """Rows of a run that may be wrong, the likeliest first.
+
+    Args:
+        run: Folder of a run of `siftune train`, or any folder with the `rows.parquet` that `RowRecord` writes. What
+            rows say is read again from where the run's recipe found them; without a recipe it is not known.
+        top: So many at the most; None: all that cost three deviations more than was usual.
+
+    Raises:
+        DataError: The run has no record of its rows, or the rows have changed since.
+        RecipeError: The run's recipe can't be read.
+
+    Example:
+        >>> for suspect in suspects(Path("runs/first"), top=20):  # doctest: +SKIP
+        ...     print(suspect.place, suspect.reason)
+    """
+    return Rows(run).suspects(top)
+
+
+class Rows:
+    """The rows of a run, with their record.
+
+    Args:
+        run: As for `suspects`.
+
+    Raises:
+        DataError, RecipeError: As `suspects`.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.record = read_visits(run / NAME)
+        rows, visits = rows_of(run, self.record), self.record.visits
+        self.texts = texts_of(rows, self.record)
+        self.places, self._who = _whereabouts(self.record)
+        self._sources = _sources_of(rows, visits.row)
+        kinds = np.unique(self._sources, return_inverse=True)[1]
+        self._usual = usual(visits.loss, visits.step, kinds)
+        self._scores = by_row(self._who, visits.loss, visits.step, kinds)
+
+    def suspects(self, top: int | None = None) -> list[Suspect]:
+        """As the function `suspects`."""
+        gathered, scores_R = seen(self._who), self._scores
+        order = [at for at in np.argsort(-scores_R, kind="stable") if scores_R[at] >= LEAST]  # NaN is not
+        return [self._suspect(gathered, int(at)) for at in order[:top]]
+
+    def _suspect(self, gathered: Seen, at: int) -> Suspect:
+        place = self.places[gathered.rows[at]]
+        text = self.texts.get(place, Text("", ""))
+        reason = "; ".join([self._why(np.flatnonzero(self._who == gathered.rows[at])), *self._contradicted(text)])
+        return Suspect(place, text, reason, round(float(self._scores[at]), 4), tuple(self._twins_of(place)))
+
+    def _why(self, own: NDArray[np.int64]) -> str:
+        """Say what a row cost in its visits, and what is known besides."""
+        visits, source = self.record.visits, self._sources[own[0]]
+        cost, was_usual = (float(np.nanmean(values[own])) for values in (visits.loss, self._usual))
+        seen_when = f"in step {visits.step[own[0]] + 1}" if len(own) == 1 else f"on average over {len(own)} visits"
+        like = f" for rows of {source}" if source else ""
+        words = f"cost {cost:.2f} nats a token {seen_when}, where {was_usual:.2f} was usual{like}"
+        followed = float(visits.followed[own[0]])
+        return words if np.isnan(followed) else f"{words}; {followed:.0%} of the layers followed it at first"
+
+    def _contradicted(self, text: Text) -> list[str]:
+        """Say where the same prompt has another completion."""
+        asked = self._asked.get(text.prompt, ()) if text.prompt else ()
+        other = next((place for place in asked if self.texts[place].completion != text.completion), None)
+        return [] if other is None else [f"{other} has the same prompt and another completion"]
+
+    def _twins_of(self, place: str) -> list[str]:
+        return [self._known[other] for other in self._twins.of(self._number[place])] if place in self.texts else []
+
+    @cached_property
+    def _known(self) -> list[str]:
+        return list(self.texts)
+
+    @cached_property
+    def _number(self) -> Mapping[str, int]:
+        return {place: number for number, place in enumerate(self.texts)}
+
+    @cached_property
+    def _twins(self) -> Twins:
+        return Twins([f"{text.prompt}\n{text.completion}" for text in self.texts.values()])
+
+    @cached_property
+    def _asked(self) -> Mapping[str, list[str]]:
+        places: dict[str, list[str]] = {}
+        for place, text in self.texts.items():
+            places.setdefault(text.prompt, []).append(place)
+        return places
+
+
+def _whereabouts(record: Record) -> tuple[list[str], NDArray[np.int64]]:
+    """Places of the rows, and for every visit the number of its place among these."""
+    known: dict[str, int] = {}
+    who = np.array([known.setdefault(place, len(known)) for place in _words(record)], dtype=np.int64)
+    return list(known), who
+
+
+def _words(record: Record) -> Sequence[str]:
+    """Where each visit's row stands; its number where that was not recorded."""
+    return record.places or [f"row {number}" for number in record.visits.row.tolist()]
+
+
+def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer]) -> list[str]:
+    """Of what source each visit's row is; "" for rare sources together, and where all are of one or it is not known."""
+    names = [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
+    if len(set(names)) < 2:
+        return [""] * len(row_V)
+    counts = Counter(names[number] for number in np.unique(row_V))
+    return [name if counts[name := names[number]] >= _RARE else "" for number in row_V]
+
+
+def rows_of(run: Path, record: Record) -> list[Row]:
+    """The rows of a run, by their numbers in its record; none where the folder has no recipe.
+
+    Raises:
+        DataError: The rows are others than the record is of.
+        RecipeError: The recipe can't be read.
+    """
+    if not (run / "recipe.yaml").is_file():
+        return []
+    from siftune.recipe.read import load_recipe
+    from siftune.train.prepare import trained_rows
+
+    rows = trained_rows(run, load_recipe(run / "recipe.yaml"))
+    if record.about and digest_of(rows) != record.about:
+        raise DataError(
+            f"the training rows have changed since {run} was trained, so that its record is of others: bring them "
+            "back, or train again."
+        )
+    return rows
+
+
+def texts_of(rows: Sequence[Row], record: Record) -> dict[str, Text]:
+    """What rows say, by their places in the record.
+
+    A row that was never seen is named as it is now, maybe by another path of the same file.
+    """
+    recorded = dict(zip(record.visits.row.tolist(), _words(record), strict=True))
+    return {recorded.get(number, row.origin): text_of(row) for number, row in enumerate(rows)}

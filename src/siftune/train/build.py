@@ -1,0 +1,269 @@
+"""From a recipe and a model in memory to a Trainer: adapter, methods and casts put on, and how they come off again."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from siftune.base.errors import RecipeError
+from siftune.data.tokenize import Collator
+from siftune.engine.compiled import CompiledParts
+from siftune.engine.groups import LayerGroup, group_by_layer
+from siftune.engine.sharding import shard_base
+from siftune.engine.substitution import use_base_dtype
+from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
+from siftune.models.adapters.full import OpenLayers
+from siftune.models.adapters.registry import CARRIERS
+from siftune.models.layers import find_layers
+from siftune.models.source import use_attention
+from siftune.recipe.read import anchored
+from siftune.recipe.schema import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
+from siftune.train.private import privacy_of, refuse_scaled_or_split, refuse_weights
+from siftune.train.start import adapter_folder, keep_initial
+from siftune.train.trainer import LayerTrainer, SiftTrainer
+
+
+@dataclass(frozen=True)
+class Built:
+    """A Trainer that is ready to train."""
+
+    trainer: SiftTrainer
+    methods: Sequence[Any]  # its callbacks that choose what is updated: layers before samples
+    depth: int  # layers that have something to train
+    # takes methods and casts off the model when training has ended, however it did. Layers whose own weights trained
+    # (adapter "full") are then in the base's dtype again
+    release: Callable[[], None]
+    parts: CompiledParts | None = None  # what of its layers runs compiled
+
+    def compiling(self) -> float:
+        """Seconds that compiling has taken so far."""
+        return 0.0 if self.parts is None else self.parts.seconds
+
+    def active_layers(self) -> int:
+        """How many layers train in the current step."""
+        choices = [method.last for method in self.methods if isinstance(method, LayerCallback) and method.last]
+        return len(choices[0].layers) if choices else self.depth
+
+
+def build(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Dataset],
+    output_dir: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Built:
+    """Attach adapter and methods, in place, and assemble the Trainer.
+
+    Args:
+        recipe: Resolved settings; with adapter "full" they name `layers`.
+        model: The base model, or an emulator.
+        tokenizer: Its tokenizer.
+        data: Tokenised rows: `train`, and `eval` and `support` where there are any.
+        output_dir: Where checkpoints go; nothing is written but these.
+        callbacks: Further callbacks, which stand before the methods.
+
+    Raises:
+        InputError: The recipe does not fit the model.
+    """
+    refuse_all_weights(recipe)
+    privacy = privacy_of(recipe, len(data["train"]))
+    if privacy is not None:
+        refuse_weights(data["train"].column_names)
+        # a batch is a step's, and there are no more steps than noise was found for
+        recipe = replace(recipe, accumulate=1, steps=privacy.mechanism.steps)
+    use_attention(model, recipe.attention)
+    set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
+    opened = _opened(recipe, model)
+    tuned = _adapted(recipe, model, output_dir) if opened is None else model
+    if recipe.sharding == "fsdp":
+        shard_base(tuned)
+    groups = group_by_layer(tuned)
+    methods = methods_of(recipe, data.get("support"))
+    kind: Any = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
+    arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
+    if privacy is not None:
+        refuse_scaled_or_split(arguments)
+    parts = _compiled(recipe, tuned) if recipe.compile else None
+    strict = privacy is not None or recipe.adapter == "adalora"  # a step left out tells of rows; an allocator counts
+    kind = partial(
+        kind,
+        last=target_comes_last(recipe),
+        privacy=privacy,
+        dynamic=recipe.loss == "dft",
+        bad_steps=0 if strict else recipe.bad_steps,
+        short_rows=recipe.attention == "auto",
+    )
+    own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
+    trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])
+    removed = [*([] if parts is None else [parts]), *([] if privacy is None else [privacy]), *methods]
+    release = _release(tuned, groups, opened, removed)
+    return Built(trainer, methods, len(groups), release, parts)
+
+
+def _compiled(recipe: Recipe, model: nn.Module) -> CompiledParts:
+    """Compile the parts of layers; methods that choose rows, and noise, look into every module that trains."""
+    by_row = recipe.dp_epsilon is not None or any(part.rows for part in method_of(recipe).parts)
+    return CompiledParts(find_layers(model).layers, frozen=by_row)
+
+
+def _release(
+    tuned: nn.Module, groups: Sequence[LayerGroup], opened: OpenLayers | None, methods: Sequence[Any]
+) -> Callable[[], None]:
+    """Put the casts on, and give what takes them off again, and the methods before them, the last one first."""
+    stack = ExitStack()
+    stack.callback(end_checkpointing, tuned)
+    if opened is not None:
+        stack.callback(opened.close)
+    stack.callback(use_base_dtype(tuned, groups).remove)
+    for method in methods:
+        stack.callback(method.remove)
+    return stack.close
+
+
+def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
+    """Make the callbacks of a recipe's method: what chooses layers before what chooses samples.
+
+    `support_rows` are the tokenised rows of a support set that the user gave.
+    """
+    methods = []
+    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
+        others = {"support_set": support_rows} if part.rows else {}
+        methods.append(part.build(settings, seed=recipe.seed, **others))
+    return methods
+
+
+def _opened(recipe: Recipe, model: nn.Module) -> OpenLayers | None:
+    """Have the layers' own weights train, where the recipe says so."""
+    if recipe.adapter != "full":
+        return None
+    originals = any(part.suppresses for part in method_of(recipe).parts)
+    return OpenLayers(model, recipe.layers, originals, recipe.outside)
+
+
+def _adapted(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:
+    """Put an adapter on, or the one to go on with."""
+    if recipe.from_adapter is not None:
+        refuse_adapters(model)
+        return load_adapter(model, adapter_folder(recipe.from_adapter), recipe.model, exact=True, trainable=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
+        tuned = attach_adapter(model, recipe.adapter, **vars(shape_of(recipe)))
+    if recipe.init in ("pissa", "olora"):
+        keep_initial(tuned, output_dir)
+    return tuned
+
+
+def _trainer(
+    kind: Callable[..., SiftTrainer],
+    arguments: TrainingArguments,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Dataset],
+    callbacks: list[TrainerCallback],
+) -> SiftTrainer:
+    trainer = kind(
+        model=model,
+        args=arguments,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+logger = logging.getLogger(__name__)
+
+
+def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> TrainingArguments:
+    """A recipe, resolved, in the Trainer's words; `fp16` says that the model is in float16."""
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.steps or -1,
+        learning_rate=recipe.lr,
+        lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        **_checkpointing(recipe.checkpointing),
+        fp16=fp16 and torch.cuda.is_available(),
+        seed=recipe.seed,
+        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        length_column_name="length",
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        eval_strategy="no" if not holds_out(recipe) else "steps" if recipe.eval_every else "epoch",
+        eval_steps=recipe.eval_every,
+        metric_for_best_model="loss" if holds_out(recipe) else None,
+        neftune_noise_alpha=recipe.neftune,
+        prediction_loss_only=True,
+        remove_unused_columns=False,  # the collator knows which it needs
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        disable_tqdm=True,
+        report_to=list(recipe.report_to),
+        use_cpu=not torch.accelerator.is_available(),  # else ranks without one do not find each other
+        ddp_find_unused_parameters=False,  # gates give a gradient of every layer that trains, and none is looked for
+    )
+    if arguments.n_gpu > 1:
+        logger.warning("%d GPUs are there, the first is used; CUDA_VISIBLE_DEVICES names another", arguments.n_gpu)
+        arguments._n_gpu = 1  # else the Trainer copies the model by nn.DataParallel, out of reach of selection
+    return arguments
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Activation checkpointing, under the name that this version of transformers has for it."""
+    known = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def end_checkpointing(model: Any) -> None:
+    """Take off what the Trainer put on the model for activation checkpointing, if anything."""
+    model = getattr(model, "get_base_model", lambda: model)()
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    if getattr(model, "supports_gradient_checkpointing", False):
+        disable()
+    model.disable_input_require_grads()
+
+
+def refuse_all_weights(recipe: Recipe) -> None:
+    """Refuse to train all weights of a model in every step.
+
+    Raises:
+        RecipeError: The adapter is "full", no layers are named, and the method does not choose some.
+    """
+    chooses = any(not part.rows for part in method_of(recipe).parts)
+    if recipe.adapter == "full" and recipe.layers is None and not chooses:
+        raise RecipeError(
+            "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
+            "give --layers, such as 0 1 -2 -1, an adapter such as lora, or a method that chooses layers, such as lisa"
+        )

@@ -1,0 +1,265 @@
+"""Checkpoints: when they are made, from which one a run goes on, and whether it is of this run."""
+
+import hashlib
+import logging
+import math
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from siftune.base.errors import RecipeError
+from siftune.base.jsonable import parsed
+from siftune.base.words import counted
+from siftune.data.rows import WEIGHT
+from siftune.engine.ranks import on_any_rank
+from siftune.models.adapters.registry import CARRIERS, carrier_of
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe, differences
+from siftune.train.folder.run import RECIPE, ROWS, RunFolder, newest_checkpoint, step_of
+from siftune.train.plan import planned_steps
+from siftune.train.tuned_layers import holds_tuned, read_about
+from siftune.train.whole import fault_of
+
+logger = logging.getLogger(__name__)
+
+# of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
+_MAY_CHANGE = {
+    "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
+    "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
+    "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
+    "drop_rows", "row_weights", "retrieve", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
+    "bad_steps",
+}  # fmt: skip
+_NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders
+
+_PARTS = 10  # of a run, after each of which it is saved
+_LEAST = 10  # steps between two of these, so that short runs do not save more than they train
+_SECONDS = 15 * 60  # after which a step is saved in any case
+_KEPT = 2  # newest checkpoints, besides that of the least held-out loss
+
+
+class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Has the Trainer save what a killed run goes on from, where a recipe does not say how often (ours).
+
+    After every tenth of the run, after a quarter of an hour at the latest, at its end, and where an evaluation finds
+    less loss than all before; kept are the last two, and that of the least loss.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set how often, now that the Trainer knows its steps."""
+        args.save_strategy, args.save_total_limit = SaveStrategy.STEPS, _KEPT
+        state.save_steps = max(_LEAST, math.ceil(state.max_steps / _PARTS))
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save a step that comes late after the last one."""
+        late = time.monotonic() - self._saved >= _SECONDS
+        if on_any_rank(late, args.device):  # clocks differ, and ranks save together or not at all
+            control.should_save = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save where the held-out loss is the least so far."""
+        if evaluations_since_best(state) == 0:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note when it was."""
+        self._saved = time.monotonic()
+
+
+class EarlyStop(TrainerCallback):  # type: ignore[misc]
+    """Stops training where evaluations find no less held-out loss any more, and has the best kept.
+
+    Not transformers' own, whose count begins anew when a run goes on: this one counts in the Trainer's history, which
+    stands in every checkpoint.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the Trainer put the best in the place of the last, and say where there are too few evaluations."""
+        args.load_best_model_at_end = True
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        evaluations = math.ceil(state.max_steps / state.eval_steps) if by_steps else state.num_train_epochs
+        if evaluations <= self._patience + 1:  # after the last nothing is left to stop
+            logger.warning(
+                "patience %d cannot stop this run, which has %s: the best is kept all the same; evaluate more often, "
+                "with eval_every",
+                self._patience,
+                counted(evaluations, "evaluation"),
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save where the loss is the least so far, and where training stops."""
+        since = evaluations_since_best(state)
+        if since >= self._patience:
+            control.should_training_stop = True
+            if state.global_step < state.max_steps and state.is_world_process_zero:
+                logger.info("stopped early, at step %d of %d: patience has run out", state.global_step, state.max_steps)
+        control.should_save |= since == 0 or since >= self._patience
+
+
+def evaluations_since_best(state: TrainerState) -> int:
+    """Evaluations after the first one of least loss; 0 where the last is it, and before the first."""
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
+    """The checkpoint to go on from, of a recipe that says to resume.
+
+    Raises:
+        InputError: There is no complete one where the recipe says.
+    """
+    if recipe.resume is True:
+        return newest_checkpoint(folder.checkpoints)
+    given = Path(str(recipe.resume)).expanduser()
+    if (fault := fault_of(given)) is not None:
+        why = f" ({fault})" if given.is_dir() else ""
+        raise RecipeError(f"{given} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N.")
+    return given
+
+
+def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
+    """Refuse to go on with other settings or rows, by their `digest_of`, than the checkpoint's run was begun with.
+
+    What makes an adapter another one is seen from the checkpoint itself: see `check_adapter`.
+
+    Raises:
+        RecipeError: They differ; the message names what, and both values.
+    """
+    run = checkpoint.absolute().parents[1]
+    if recipe.allow_change or not (run / RECIPE).is_file():
+        return
+    before: Recipe = load_recipe(run / RECIPE)
+    other = [("method", before.method, recipe.method)] if before.method != recipe.method else []
+    for name, was, now in [*other, *differences(before, recipe, _MAY_CHANGE)]:
+        if name in _NAMED_IN_FULL and was and now and _in_full(was) == _in_full(now):
+            continue
+        raise RecipeError(
+            f"{checkpoint} is of a run with {name} {was}, this recipe has {now}: set it as that run did, or give "
+            "--allow-change"
+        )
+    if (run / ROWS).is_file() and (run / ROWS).read_text(encoding="utf-8").strip() != rows:
+        raise RecipeError(
+            f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: bring these back, or give "
+            "--allow-change"
+        )
+
+
+def _in_full(name: str) -> Path:
+    return Path(name).expanduser().resolve()
+
+
+def digest_of(data: Dataset) -> str:
+    """What tells tokenised rows from others: a hash of their tokens, what is learned of them, and their weights."""
+    digest = hashlib.sha256()
+    for column in ("input_ids", "labels"):
+        for chunk in data.data.column(column).chunks:
+            digest.update(_with_lengths(chunk))
+    if WEIGHT in data.column_names:
+        digest.update(array("d", data[WEIGHT]).tobytes())
+    return digest.hexdigest()
+
+
+def _with_lengths(lists: Any) -> bytes:
+    """Lists of numbers, each behind its length, as int64."""
+    lengths, values = lists.value_lengths().to_numpy(), lists.flatten().to_numpy()
+    starts = lengths.cumsum() - lengths + np.arange(len(lengths))
+    numbers = np.empty(len(lengths) + len(values), dtype=np.int64)
+    is_length = np.zeros(len(numbers), dtype=bool)
+    is_length[starts] = True
+    numbers[is_length], numbers[~is_length] = lengths, values
+    return numbers.tobytes()
+
+
+def end_of(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> str | None:
+    """Why nothing is left to do from a checkpoint on, of a run on so many rows; None where something is."""
+    steps = planned_steps(arguments, rows)
+    if step_of(checkpoint) >= steps:
+        return (
+            f"{checkpoint} is the end of its run: all of {steps} steps are done, and nothing was touched; give more "
+            "--steps or --epochs to go on"
+        )
+    since = evaluations_since_best(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+    if patience is not None and since >= patience:
+        return (
+            f"{checkpoint} is the end of its run: {counted(since, 'evaluation')} in a row found no less held-out loss, "
+            "and nothing was touched; give more --patience to go on"
+        )
+    return None
+
+
+def check_layers(checkpoint: Path, layers: Sequence[int], outside: Sequence[str] = ()) -> None:
+    """Refuse a checkpoint that is not of the layers, by their numbers, and what else the recipe has train.
+
+    Raises:
+        RecipeError: They differ, or the checkpoint is of a run with an adapter.
+    """
+    if not holds_tuned(checkpoint):
+        raise _other_run(checkpoint, "it holds an adapter", "adapter full", "adapter")
+    about = read_about(checkpoint)
+    for name, saved, asked in (("layers", about.layers, layers), ("outside", about.outside, outside)):
+        if list(saved) != list(asked):
+            raise _other_run(checkpoint, f"it holds the {name} {list(saved)}", str(list(asked)), name)
+
+
+def check_adapter(checkpoint: Path, config: Any) -> None:
+    """Refuse a checkpoint whose adapter is not the one on the model, of which `config` is PEFT's.
+
+    Raises:
+        RecipeError: They differ; the message names the setting.
+    """
+    if holds_tuned(checkpoint):
+        raise _other_run(checkpoint, "it holds layers that were tuned themselves", "an adapter in them", "adapter")
+    path = checkpoint / "adapter_config.json"
+    try:
+        saved = parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
+    for key, name in _what_tells(config).items():
+        of_checkpoint, of_recipe = _plain(saved.get(key)), _plain(getattr(config, key))
+        if of_checkpoint != of_recipe:
+            of_checkpoint, of_recipe = _difference(of_checkpoint, of_recipe)
+            raise _other_run(checkpoint, f"its adapter has {key} = {of_checkpoint}", str(of_recipe), name)
+
+
+def _what_tells(config: Any) -> dict[str, str]:
+    """What makes an adapter another one: key of its config -> how a recipe calls it."""
+    carrier = CARRIERS[str(carrier_of(vars(config)))]
+    kept = {key: name for name, key in carrier.keys.items() if name not in ("dropout", "init")}
+    return {**dict.fromkeys(carrier.marks, "adapter"), **kept, "target_modules": "targets and layers"}
+
+
+def _other_run(checkpoint: Path, what: str, asked: str, name: str) -> RecipeError:
+    return RecipeError(
+        f"{checkpoint} is of another run: {what}, this recipe asks for {asked}; set {name} as that run did, or train "
+        "in another folder with --out."
+    )
+
+
+def _difference(one: Any, other: Any) -> tuple[Any, Any]:
+    """Leave out of two lists, which may be long, what they share."""
+    if not isinstance(one, list) or not isinstance(other, list):
+        return one, other
+    only_one, only_other = [x for x in one if x not in other], [x for x in other if x not in one]
+    return only_one or "nothing", f"{only_other or 'nothing'} in their place"
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set) else value

@@ -1,0 +1,1 @@
+"""Guards of a training run: non-finite steps, signals, memory."""

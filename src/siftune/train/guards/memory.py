@@ -1,0 +1,89 @@
+"""Where memory runs out: what to do about it, and a run that does it by itself (ours)."""
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from siftune.base.errors import RecipeError, TrainingError
+from siftune.base.ranks import launch_size
+from siftune.base.words import counted
+from siftune.recipe.schema import Recipe, method_of
+
+logger = logging.getLogger(__name__)
+
+# a plain RuntimeError there: of torch's allocator, and of its C++ besides
+_OF_PROCESSORS = ("can't allocate memory", "std::bad_alloc")
+
+
+class OutOfMemory(TrainingError):
+    """Memory ran out while a run was set up or trained."""
+
+
+@contextmanager
+def memory_faults(recipe: Recipe) -> Iterator[None]:
+    """Turn an allocation that failed into one sentence that names what takes less memory.
+
+    Raises:
+        OutOfMemory: Memory ran out in the block.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        reason = " ".join(str(error).split())[:150] or "MemoryError"
+        raise OutOfMemory(
+            f"Memory ran out ({reason}) with {counted(recipe.batch_size, 'row')} of up to {recipe.max_length} tokens "
+            f"in a forward pass. What takes less: {', '.join(_levers(recipe))}; --dry-run says how much."
+        ) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, of a device or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _OF_PROCESSORS)
+
+
+def _levers(recipe: Recipe) -> Iterator[str]:
+    smaller = halved(recipe)
+    if smaller is not None:
+        if not recipe.auto_batch and launch_size() == 1:
+            yield "--auto-batch"
+        yield f"--batch-size {smaller.batch_size} --accumulate {smaller.accumulate}"
+    if not recipe.checkpointing:
+        yield "--checkpointing"
+    yield "a smaller --max-length"
+    if recipe.quantize is None and recipe.adapter != "full" and torch.accelerator.is_available():
+        yield "--quantize 4bit"
+    if recipe.sharding == "none" and launch_size() > 1:
+        yield "--sharding fsdp"
+
+
+def halved(recipe: Recipe) -> Recipe | None:
+    """The recipe with at most half of the rows in a forward pass and as many in an optimizer step; None: there is none.
+
+    Methods that choose rows among those of a pass keep two.
+    """
+    rows = recipe.batch_size * recipe.accumulate
+    least = 2 if any(part.rows for part in method_of(recipe).parts) else 1
+    sizes = [size for size in range(recipe.batch_size // 2, least - 1, -1) if rows % size == 0]
+    return replace(recipe, batch_size=sizes[0], accumulate=rows // sizes[0]) if sizes else None
+
+
+def refuse_ranks(recipe: Recipe) -> None:
+    """Refuse `auto_batch` where other ranks would go on with the old batch.
+
+    Raises:
+        RecipeError: There are several.
+    """
+    if recipe.auto_batch and launch_size() > 1:
+        raise RecipeError("auto_batch is for one process: leave it out, and give a smaller batch_size")
+
+
+def free() -> None:
+    """Give back the memory of a run that failed, once nothing holds it any more."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where there is no such device

@@ -1,0 +1,287 @@
+"""The Trainer of siftune's own training path: transformers' Trainer with a cheaper loss and a guard.
+
+The loss computes logits only where labels are. At the first step it is compared with the model's own; where the two
+differ, as with an auxiliary loss of a mixture of experts, the model's own is used from then on, and one warning says
+so. A loss or gradient that is not finite never reaches the weights: see `broken`.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from siftune.base.errors import InputError, UnsupportedError
+from siftune.data.order import TargetLast
+from siftune.data.rows import WEIGHT
+from siftune.data.tokenize import AIMED, ROW
+from siftune.engine.ranks import mean_over_ranks
+from siftune.methods.dp.callback import DP
+from siftune.methods.dp.loss import row_loss
+from siftune.methods.host.spread import average_adapters
+from siftune.models import attention
+from siftune.models.adapters.full import OpenLayers
+from siftune.models.loss import (
+    by_own_probability,
+    difference_from_model,
+    label_positions,
+    logits_at,
+    losses_agree,
+    mean_loss,
+    token_losses,
+    weighed,
+)
+from siftune.models.modes import evaluating
+from siftune.train.folder.run import best_in
+from siftune.train.guards.non_finite import BrokenSteps
+from siftune.train.plan import planned_steps, steps_per_epoch
+from siftune.train.start import write_adapter
+from siftune.train.tuned_layers import About, put_in, read_tuned, save_tuned
+from siftune.train.whole import Sealing, begin, checkpoint_of, is_complete, read_of
+
+logger = logging.getLogger(__name__)
+
+
+class SiftTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer, with logits only at label positions.
+
+    It takes the Trainer's arguments, but for `compute_loss_func`, which it sets.
+
+    Args:
+        last: Share of the steps, the last ones, in which rows come that the column `aimed` says are a target's.
+        privacy: Has every optimizer step draw its rows, clip their gradients and add noise. A batch is then a step's;
+            the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
+        dynamic: A label's loss counts as much as the model finds the label likely; see `models.loss`.
+        bad_steps: Steps that may be left out because a number of theirs is not finite; see `BrokenSteps`.
+        short_rows: Train and evaluate with the products of `models.attention` where they are faster.
+    """
+
+    rows: Sequence[int] = ()  # numbers of those in the batch that was trained on last, where they are numbered
+    kept_step: int | None = None  # whose weights of least held-out loss the model was given at the end; None: the last
+    label_losses: Tensor | None = None  # (N,) float32 of the batch in row-major order, where the loss is made of them
+
+    def __init__(
+        self,
+        *args: Any,
+        callbacks: list[TrainerCallback] | None = None,
+        last: float = 1.0,
+        privacy: DP | None = None,
+        dynamic: bool = False,
+        bad_steps: int = 0,
+        short_rows: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # from the start: the Trainer counts the labels of a step before it asks for the first loss
+        kwargs["compute_loss_func"] = self._label_loss if privacy is None else _row_loss
+        self.broken = BrokenSteps(bad_steps)
+        own = [self.broken, *(callbacks or []), *([] if privacy is None else [privacy]), Sealing()]
+        super().__init__(*args, callbacks=own, **kwargs)
+        self.broken.log = self.log
+        average_adapters(self)  # where no method has done so
+        self.privacy = privacy
+        self._last = last
+        self._dynamic = dynamic
+        self._attention = attention.short_rows if short_rows else nullcontext
+        self._label_logits_only: bool | None = None
+        self._weights: Tensor | None = None  # of the rows in the batch whose loss is computed
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`."""
+        with self._attention():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.evaluate`."""
+        with self._attention():
+            return super().evaluate(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's batches; those of whole steps in a private run."""
+        if self.privacy is None:
+            return super().get_train_dataloader()
+        return self.accelerator.prepare(self.privacy.loader(self.train_dataset, self.data_collator))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """The Trainer's order of the rows, or that in which a target's rows come last."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        marks = data[AIMED] if AIMED in data.column_names else []
+        if len(set(marks)) < 2:
+            return super()._get_train_sampler(train_dataset)
+        epochs = planned_steps(self.args, len(data)) / steps_per_epoch(self.args, len(data))
+        return TargetLast(marks, round(epochs * len(data)), self._last, self.args.seed)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
+        self._weights = inputs.get(WEIGHT)
+        inputs = {name: value for name, value in inputs.items() if name not in (ROW, WEIGHT)}  # the model knows neither
+        if self._label_logits_only is None and self._all_have_labels(inputs["labels"]):
+            self._label_logits_only = self._agrees(model, inputs)
+            if not self._label_logits_only:
+                self._refuse_own_loss(model)
+                self.compute_loss_func = None
+        if self._label_logits_only is False:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with logits_at(model, label_positions(inputs["labels"])):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward."""
+        self.rows = inputs[ROW].tolist() if ROW in inputs else []
+        self.label_losses = None
+        loss: Tensor = (
+            super().training_step(model, inputs, num_items_in_batch)
+            if self.privacy is None
+            else self._private_step(model, inputs, self.privacy)
+        )
+        self.broken.look(loss, self.rows, self.label_losses, inputs["labels"])
+        return loss
+
+    def _label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        losses_N = token_losses(outputs.logits, labels)
+        if torch.is_grad_enabled():
+            self.label_losses = losses_N.detach()
+            losses_N = by_own_probability(losses_N) if self._dynamic else losses_N
+        return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
+
+    def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
+        """Forward and backward on a step's rows, some at a time, and noise once."""
+        total = torch.zeros((), device=self.args.device)
+        for part in privacy.parts(inputs):
+            total += super().training_step(model, part)
+        privacy.release(self.state.global_step)  # before the Trainer clips, logs or applies the gradient
+        return total / max(1, len(inputs["labels"]))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, which `Sealing` ends; older ones go only then."""
+        if self.args.should_save:
+            begin(checkpoint_of(self.args, self.state))
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read the adapter's weights."""
+        with read_of(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read their state, of which torch takes tensors and plain values and runs nothing."""
+        with read_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Read the generators' state, in the same way."""
+        with read_of(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter and the tokenizer."""
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_adapter(self.model, folder, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_best_model(self) -> None:
+        """Put the weights of least held-out loss in the place of the last, as resuming does."""
+        best = Path(self.state.best_model_checkpoint)
+        if is_complete(best):
+            self._load_from_checkpoint(str(best))
+            self.kept_step = self.state.best_global_step
+        else:
+            logger.warning(
+                "the checkpoint of least held-out loss, %s, is not there: what the last step left is kept", best
+            )
+
+    def take(self, checkpoint: Path, best: bool) -> None:
+        """Take history and weights, or the `best` weights, of a checkpoint at which nothing is left to train."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
+        if (beside := best_in(checkpoint.parent, checkpoint)) is not None:
+            self.state.best_model_checkpoint = str(beside)  # the state has it as seen from where the run was begun
+        if best and self.state.best_model_checkpoint:
+            self._load_best_model()
+
+    def _refuse_own_loss(self, model: nn.Module) -> None:
+        if self.privacy is not None:
+            raise UnsupportedError(
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows may have a part in "
+                "each other's: train another model, or without dp_epsilon"
+            )
+        if self._dynamic:
+            raise UnsupportedError(
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so that tokens cannot be weighed "
+                "in it: train another model, or leave loss dft out"
+            )
+        if self._weights is not None:
+            raise UnsupportedError(
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows cannot be weighed "
+                "in it: train another model, or rows without the column 'weight'"
+            )
+
+    def _all_have_labels(self, labels: Tensor) -> bool:
+        """Whether there are labels on every rank: then all of them compare, as weights may be gathered for it."""
+        own = label_positions(labels).any().to(device="cpu", dtype=torch.float64)
+        return float(mean_over_ranks(own, self.args.device)) == 1
+
+    def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether the label-only loss is the model's own, up to rounding."""
+        try:
+            with evaluating(model), self.compute_loss_context_manager():
+                ours, theirs = difference_from_model(model, self._prepare_inputs(inputs))
+        except InputError as error:
+            logger.warning("logits are computed at all positions, which costs time and memory: %s", error)
+            return False
+        agrees = losses_agree(model, ours, theirs)
+        if not agrees:
+            logger.warning(
+                "logits are computed at all positions, which costs time and memory: the model's own loss is %.5g "
+                "where the loss over label positions is %.5g; it adds or changes something in between",
+                theirs,
+                ours,
+            )
+        return agrees
+
+
+def _row_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    return row_loss(outputs.logits, labels)
+
+
+class LayerTrainer(SiftTrainer):
+    """SiftTrainer for layers whose own weights train: its checkpoints hold these layers alone, and name the `base`."""
+
+    def __init__(self, *args: Any, opened: OpenLayers, base: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._opened = opened
+        self.about = About(base, opened.numbers, opened.outside)
+
+    def save_layers(self, folder: Path) -> None:
+        """Write the open layers' weights, in the dtype that they have now."""
+        save_tuned(folder, self.about, self._opened.parameters)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the open layers' weights in the place of the whole model's."""
+        if self.args.should_save:
+            self.save_layers(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read them back."""
+        put_in(self.model, read_tuned(Path(resume_from_checkpoint)), resume_from_checkpoint)

@@ -1,0 +1,58 @@
+"""What JSON can hold stays; what it cannot becomes text, lists, numbers or null."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from siftune.base.jsonable import jsonable, parsed
+
+
+@dataclass
+class Pair:
+    values: np.ndarray
+    inner: "Pair | None" = None
+
+
+@pytest.mark.parametrize("value", [1, 1.5, True, None, "ü", [1, [2]], {"a": {"b": None}}])
+def test_what_json_can_hold_stays(value):
+    assert jsonable(value) == value
+    assert type(jsonable(value)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        ({1: float("inf")}, {"1": None}),
+        (torch.tensor(2), 2),
+        (torch.tensor([[1.5, float("nan")]]), [[1.5, None]]),
+        (np.float64("nan"), None),
+        (np.array([1, 2]), [1, 2]),
+        (np.bool_(True), True),
+        ({Path("a"): (Path("b"), {3})}, {"a": ["b", [3]]}),
+        (torch.float32, "torch.float32"),
+        (Pair(np.ones(1), Pair(np.zeros(2))), {"values": [1.0], "inner": {"values": [0.0, 0.0], "inner": None}}),
+        (Pair, str(Pair)),
+    ],
+)
+def test_what_it_cannot_is_brought_into_its_types(value, plain):
+    assert jsonable(value) == plain
+    json.dumps(jsonable(value), allow_nan=False)
+
+
+def test_floats_are_rounded_to_significant_digits_and_whole_numbers_are_not():
+    scores = torch.tensor([[123456.0, -0.000123456, float("nan")]])
+    assert jsonable({"scores": scores, "step": 123456}, digits=4) == {
+        "scores": [[123500.0, -0.0001235, None]],
+        "step": 123456,
+    }
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "{"])
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
+        parsed(text)
+    assert parsed('{"a": [1, null]}') == {"a": [1, None]}

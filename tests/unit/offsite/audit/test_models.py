@@ -1,0 +1,165 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from support.audits import QUICK, SETTINGS, SPLIT, TOKENIZER, base, models, rows, same, shorter, snapshot
+
+from siftune.base.errors import DataError, KitError, LayerError, RecipeError, TrainingError
+from siftune.offsite.audit.models import OffsiteModels, plugged, random_floor, read_outer, restored
+from siftune.offsite.audit.run import audit
+from siftune.offsite.emulator.split import Split, outer_names
+
+
+def test_half_precision_comes_back_bit_for_bit():
+    model = base().bfloat16()
+    both = OffsiteModels(model, shorter(model), SPLIT, TOKENIZER)
+    before = [snapshot(one) for one in (both.base, both.emulator)]
+    audit(both, rows(False), replace(QUICK, steps=1, recovery=True))
+    assert same(both.base, before[0])
+    assert same(both.emulator, before[1])
+
+
+def test_models_that_share_their_tensors_come_back():
+    model = base()
+    emulator = shorter(model)
+    for number, source in enumerate((0, 1, 3, 4)):  # all layers, as parts that were not compressed are shared
+        for name, parameter in model.model.layers[source].named_parameters():
+            emulator.model.layers[number].get_parameter(name).data = parameter.data
+    both = OffsiteModels(model, emulator, SPLIT, TOKENIZER)
+    before = snapshot(model)
+    found = audit(both, rows(False), replace(QUICK, recovery=True))
+    assert same(model, before)
+    apart = audit(models(), rows(False), replace(QUICK, recovery=True))
+    for name, one in apart.conditions.items():
+        assert found.conditions[name].scores.nll.tolist() == one.scores.nll.tolist()
+
+
+@pytest.mark.parametrize(
+    ("break_at", "at"), [("Full FT: tuning", 0), ("Emulator FT: tuning", 1), ("Plug-in: measuring", 0)]
+)
+def test_models_come_back_after_an_interruption(break_at, at):
+    model = base().bfloat16()
+    both = OffsiteModels(model, shorter(model), SPLIT, TOKENIZER)
+    before = [snapshot(one) for one in (both.base, both.emulator)]
+
+    def stop(what, done, total):
+        if what == break_at and done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(both, rows(False), QUICK, progress=stop)
+    assert same(both.base, before[0])
+    assert same(both.emulator, before[1])
+
+
+def test_a_loss_of_nan_is_one_sentence():
+    both = models()
+    with pytest.raises(TrainingError, match="loss is nan"):
+        audit(both, rows(False), replace(QUICK, lr=1e30))
+
+
+def test_other_models_are_refused():
+    both = models()
+    other = base()
+    other.model.layers[-1].self_attn.q_proj.weight.data[0, 0] *= 1.05
+    with pytest.raises(KitError, match=r"tensor last\.0\.self_attn\.q_proj\.weight is not the base model's"):
+        audit(replace(both, base=other), rows(False), QUICK)
+    wide = base()
+    wide.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 64, bias=False)
+    with pytest.raises(KitError, match=r"tensor first\.0\.mlp\.up_proj\.weight is not the base model's"):
+        audit(replace(both, base=wide), rows(False), QUICK)
+    biased = base()
+    biased.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(48))
+    with pytest.raises(KitError, match=r"tensor first\.0\.mlp\.up_proj\.bias is not the base model's"):
+        audit(replace(both, base=biased), rows(False), QUICK)
+    with pytest.raises(LayerError, match="no middle"):
+        audit(replace(both, split=Split(2, 2)), rows(False), QUICK)
+
+
+def test_other_returns_are_refused():
+    both = models()
+    right = read_outer(both.base, SPLIT)
+    name = "last.0.mlp.up_proj.weight"
+    with pytest.raises(KitError, match=f"tensor {name} is missing from the return"):
+        audit(both, rows(False), QUICK, {key: t for key, t in right.items() if key != name})
+    with pytest.raises(KitError, match=r"tensor last\.1\.x is none of the outer layers'"):
+        audit(both, rows(False), QUICK, {**right, "last.1.x": right[name]})
+    with pytest.raises(KitError, match=rf"tensor {name} .* shape \(32, 48\)"):
+        audit(both, rows(False), QUICK, {**right, name: right[name].T})
+    with pytest.raises(KitError, match=rf"tensor {name} .* not finite"):
+        audit(both, rows(False), QUICK, {**right, name: right[name] * float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("steps", 0, "steps is 0"),
+        ("max_length", 1, "max_length is 1"),
+        ("lr", 0.0, "lr is 0.0"),
+        ("recovery_lrs", (float("inf"),), "recovery_lrs is inf"),
+        ("level", 1.0, "level is 1.0"),
+        ("seed", -1, "seed is -1"),
+    ],
+)
+def test_ranges(field, value, words):
+    with pytest.raises(RecipeError, match=words):
+        audit(None, None, replace(SETTINGS, **{field: value}))
+
+
+def test_rows_without_labels_are_refused():
+    data = rows(False)
+    bare = data.held_out.map(
+        lambda row, i: {"labels": [-100] * len(row["labels"])} if i == 3 else row, with_indices=True
+    )
+    with pytest.raises(DataError, match="row 3 has no label"):
+        audit(models(), replace(data, held_out=bare), QUICK)
+
+
+def test_swaps():
+    model = base()
+    tensors = {name: t + 1 for name, t in read_outer(model, SPLIT).items()}
+    before = snapshot(model)
+    names = set(outer_names(model, SPLIT).values())
+
+    def inside():
+        with plugged(model, SPLIT, tensors):
+            assert all(torch.equal(t, before[0][n] + (n in names)) for n, t in model.state_dict().items())
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        inside()
+    assert same(model, before)
+    with restored(model):
+        for p in model.parameters():
+            p.data.zero_()
+    assert same(model, before)
+
+
+def test_the_floor_is_random_weights_of_the_same_architecture():
+    model = base()
+    before = snapshot(model)
+    states = torch.get_rng_state()
+    one, again, other = random_floor(model, 0), random_floor(model, 0), random_floor(model, 1)
+    assert torch.equal(torch.get_rng_state(), states)
+    assert same(model, before)
+    assert not one.training
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    assert {name: t.shape for name, t in one.state_dict().items()} == shapes
+    weight = "model.layers.1.mlp.up_proj.weight"
+    weights = [m.state_dict()[weight] for m in (one, again, other, model)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[3])
+    assert weights[0].std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert random_floor(model.bfloat16(), 0).dtype == torch.bfloat16
+
+
+def test_layers_that_share_weights_are_recovered_each_by_itself():
+    both = models()
+    layers = both.emulator.model.layers
+    layers[2].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
+    shared = layers[1].mlp.up_proj.weight
+    found = audit(both, rows(False), replace(QUICK, recovery=True))
+    assert found.conditions["recovered"].nll.value < found.conditions["emulator_zs"].nll.value
+    assert layers[1].mlp.up_proj.weight is shared
+    assert layers[2].mlp.up_proj.weight is shared

@@ -1,0 +1,211 @@
+"""The stronger attacks of an audit as a whole: shadow models, canaries, recovery, and the data owner's own audit."""
+
+import copy
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.audits import QUICK, SPLIT, TOKENIZER, losses, models, rows, same, shorter, snapshot, whole
+
+from siftune.base.errors import DataError, KitError, RecipeError
+from siftune.data.rows import rows_from
+from siftune.offsite.audit import attacks
+from siftune.offsite.audit.lira import halves
+from siftune.offsite.audit.models import OffsiteModels, read_outer
+from siftune.offsite.audit.own import own_audit
+from siftune.offsite.audit.rows import AuditRows, tokenize_audit
+from siftune.offsite.audit.run import audit
+from siftune.offsite.audit.settings import AuditOptions, AuditSettings
+from siftune.offsite.audit.tuning import Tuning, tuned
+
+LEARNT = replace(QUICK, steps=30, lr=1e-2, batch_size=8)
+
+
+def letters(count, seed=1):
+    generator = random.Random(seed)
+    words = [["".join(generator.choices("abcdefgh", k=5)) for _ in range(2)] for _ in range(count)]
+    return rows_from([{"prompt": prompt, "completion": completion} for prompt, completion in words])
+
+
+def cut(members, others, settings):
+    made = letters(members + others)
+    return replace(tokenize_audit(made[:members], made[members:], TOKENIZER, settings), questions=None)
+
+
+def outer_tuned(both, data, settings):
+    """What a data owner would return."""
+    outer = [0, both.emulator.config.num_hidden_layers - 1]
+    with tuned(both.emulator, outer, Tuning(data.train, TOKENIZER, settings)):
+        return read_outer(both.emulator, SPLIT)
+
+
+def test_shadow_models_tell_members_that_were_memorised():
+    settings = replace(LEARNT, shadows=4, membership=True)
+    data = cut(8, 8, settings)
+    both = models(whole)
+    before = snapshot(both.base), snapshot(both.emulator)
+    told = []
+    found = audit(both, data, settings, progress=lambda *what: told.append(what)).membership
+    assert same(both.base, before[0])
+    assert same(both.emulator, before[1])
+    assert found.online.auc.value > 0.95
+    assert found.offline.auc.value > 0.95
+    assert (found.shadows, found.online.members, found.online.others) == (4, 8, 8)
+    assert [what for what in told if what[0] == "shadow models"][-1] == ("shadow models", 4, 4)
+
+
+def test_every_shadow_model_is_tuned_on_its_half_as_often_as_the_return(monkeypatch):
+    settings = replace(LEARNT, steps=4, lr=5e-3, shadows=2, membership=True)
+    data = cut(12, 8, settings)
+    seen = []
+    original = attacks.Tuning
+    monkeypatch.setattr(attacks, "Tuning", lambda *parts: seen.append(parts) or original(*parts))
+    audit(models(), data, settings)
+    pool = [*data.train["input_ids"], *data.held_out["input_ids"]]
+    for chosen, (part, _, how) in zip(halves(2, 20, settings.seed), seen, strict=True):
+        assert list(part["input_ids"]) == [pool[i] for i in np.flatnonzero(chosen)]
+        assert how.steps == 3  # four steps for twelve rows are three for ten
+    assert seen[0][2].seed != seen[1][2].seed != settings.seed
+
+
+def test_shadow_models_tell_nothing_of_a_return_that_was_not_tuned():
+    settings = replace(LEARNT, steps=4, lr=5e-3, shadows=4, membership=True, level=0.999, resamples=400)
+    both = models(whole)
+    found = audit(both, cut(24, 24, settings), settings, read_outer(both.base, SPLIT)).membership
+    for one in (found.online, found.offline, found.loss, found.blind):
+        assert one.auc.low < 0.5 < one.auc.high
+
+
+def test_blind_is_the_base_s_loss_and_tells_sources_apart():
+    """Members are the rows that the base finds hard already, the others those that it finds easy."""
+    both, settings = models(whole), replace(QUICK, membership=True)
+    made = cut(40, 40, settings).train
+    order = np.argsort(losses(both.base, made) / 6).tolist()  # completions of five letters and an end
+    data = AuditRows(made.select(order[20:]), made.select(order[:20]))
+    found = audit(both, data, settings, read_outer(both.base, SPLIT)).membership
+    assert found.blind.auc.value == 0
+    assert found.blind.tells_apart
+    assert found.loss.auc == found.blind.auc  # though nothing was trained
+
+
+def test_canaries_come_out_the_more_the_more_often_they_were_trained_on():
+    settings = replace(LEARNT, steps=16, canaries=3, max_length=64)
+    both = models(whole)
+    before = snapshot(both.base), snapshot(both.emulator)
+    found = audit(both, cut(16, 8, settings), settings).canaries
+    assert same(both.base, before[0])
+    assert same(both.emulator, before[1])
+    assert found.most == 7
+    assert [(one.repeats, one.canaries) for one in found.groups] == [(0, 3), (1, 3), (4, 3), (16, 3)]
+    never, *_, often = found.groups
+    assert never.exposure.value < 4 < often.exposure.value
+    assert never.verbatim.value == 0
+    assert often.exposure.value > 6.5
+
+
+def test_recovery_is_a_curve_for_every_rate_and_the_best_end_counts():
+    settings = replace(QUICK, steps=8, recovery=True, recovery_lrs=(1e-5, 3e-3))
+    both, data = models(), rows(False)
+    found = audit(both, data, settings)
+    length = np.mean([len(data.train[i]["input_ids"]) for i in range(20)])
+    steps = [1, 2, 4, 8]
+    assert [(p.lr, p.tokens) for p in found.recovery] == [
+        (lr, round(s * 4 * length)) for lr in (1e-5, 3e-3) for s in steps
+    ]
+    ends = [p for p in found.recovery if p.tokens == found.recovery[-1].tokens]
+    assert found.conditions["recovered"].nll.value == pytest.approx(min(p.nll.value for p in ends))
+    assert found.comparisons["nll"].recovery.value == pytest.approx(max(p.recovery.value for p in ends))
+    assert all(p.nll.low < p.nll.value < p.nll.high for p in found.recovery)
+    single = audit(models(), data, replace(settings, recovery_lrs=(3e-3,)))
+    assert single.recovery == found.recovery[4:]  # being measured on the way changes nothing
+
+
+def test_three_rates_by_default():
+    assert AuditSettings(lr=2e-4).rates == pytest.approx((2e-4, 6e-4, 2e-3))
+    assert AuditSettings(recovery_lrs=(1.0,)).rates == (1.0,)
+
+
+def test_a_point_on_the_way_is_what_a_look_at_that_step_finds():
+    settings = replace(QUICK, steps=4, recovery=True, recovery_lrs=(3e-3,))
+    both, data = models(), rows(False)
+    found = audit(both, data, settings)
+    seen = {}
+
+    def told(done, _):
+        if done in (1, 2):
+            seen[done] = losses(copy.deepcopy(both.emulator).eval(), data.held_out)
+
+    with tuned(both.emulator, range(4), Tuning(data.train.select(range(16)), TOKENIZER, settings), 3e-3, told):
+        pass
+    assert len(seen) == 2
+    assert len(found.recovery) == 3
+
+
+# --- without the base
+
+
+def alone(both):
+    return OffsiteModels(both.emulator, both.emulator, SPLIT, TOKENIZER)
+
+
+def test_a_data_owner_whose_emulator_is_the_base_sees_what_the_owner_sees():
+    settings = replace(LEARNT, membership=True, shadows=2)
+    data, both = cut(16, 16, settings), models(whole)
+    returned = outer_tuned(both, data, settings)
+    before = snapshot(both.emulator)
+    own = own_audit(alone(both), data, returned, settings)
+    assert same(both.emulator, before)
+    assert own == audit(both, data, settings, returned).membership
+    assert own.loss.auc.value > 0.9
+
+
+def test_a_data_owner_sees_nearly_what_the_owner_sees():
+    settings = replace(LEARNT, steps=60, membership=True)
+    data, both = cut(16, 24, settings), models(shorter)
+    returned = outer_tuned(both, data, settings)
+    own, owners = own_audit(alone(both), data, returned, settings), audit(both, data, settings, returned).membership
+    for name in ("loss", "reference"):
+        here, there = getattr(own, name).auc, getattr(owners, name).auc
+        assert abs(here.value - there.value) < 0.15
+        assert max(here.low, there.low) <= min(here.high, there.high)
+    assert own.reference.auc.value > 0.9
+
+
+def test_a_return_that_was_not_tuned_tells_its_owner_nothing():
+    settings = replace(QUICK, membership=True)
+    both = models()
+    own = own_audit(alone(both), cut(20, 20, settings), read_outer(both.emulator, SPLIT), settings)
+    assert own.reference.auc.value == own.reference.auc.low == own.reference.auc.high == 0.5
+    assert own.loss.auc == own.blind.auc
+
+
+def test_what_a_data_owner_cannot_audit():
+    both, settings = models(), QUICK
+    data = cut(6, 4, settings)
+    sent = read_outer(both.emulator, SPLIT)
+    name = next(iter(sent))
+    with pytest.raises(KitError, match=name):
+        own_audit(alone(both), data, {key: tensor for key, tensor in sent.items() if key != name}, settings)
+    with pytest.raises(DataError, match="every held-out row"):
+        own_audit(alone(both), replace(data, held_out=data.train), sent, settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shadows": 1}, "shadows is 1"),
+        ({"shadows": 4, "membership": False}, "shadows attack membership"),
+        ({"canaries": -1}, "canaries is -1"),
+        ({"recovery_lrs": (1e-3, 0.0)}, r"recovery_lrs is 0\.0"),
+        ({"model": ""}, "neither model nor return"),
+        ({"model": "", "returned": "R", "canaries": 2}, "tried out on the base"),
+        ({"model": "", "returned": "R", "calibration": "c.jsonl"}, "tried out on the base"),
+        ({"reference": "K"}, "go with the kit's own rows"),
+        ({"calibration_length": 1}, "calibration_length is 1"),
+    ],
+)
+def test_settings_out_of_range(changes, words):
+    options = AuditOptions(**{"model": "m", "kit": "k", "train": "t", "eval": "e", **changes})
+    with pytest.raises(RecipeError, match=words):
+        options.check()

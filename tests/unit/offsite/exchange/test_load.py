@@ -1,0 +1,188 @@
+"""Kits as ordinary models."""
+
+import os
+
+import pytest
+import torch
+from support.emulators import FAMILIES, base, calibration, emulator, logits, settings
+from support.keys import make_keys
+from support.kits import copied, small_kit
+from support.opened import opened
+from support.tokenizer import byte_tokenizer
+from transformers import Trainer, TrainingArguments
+
+from siftune.base.errors import KitError, ModelError
+from siftune.models.layers import find_layers
+from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.exchange.emulate import emulate
+from siftune.offsite.exchange.load import load_emulator, load_kit
+from siftune.offsite.kit import folder as kit_folder
+from siftune.offsite.kit.folder import read_kit, write_kit
+from siftune.offsite.kit.manifest import EMULATOR, OUTER
+
+METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_kit_is_the_emulator(tmp_path, family):
+    model = base(family, vocab_size=300).float()
+    batches = calibration(model)
+    emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=0.6))
+    expected = emulator(model, batches, keep=0.6)
+    loaded = load_emulator(tmp_path / "kit")
+    torch.testing.assert_close(logits(loaded, batches[0]), logits(expected, batches[0]), rtol=1e-5, atol=1e-5)
+    assert type(loaded) is type(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_comes_back_from_disk(tmp_path, method):
+    model = base(layers=6, vocab_size=300).float()
+    batches = calibration(model)
+    emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(method=method, keep=0.5))
+    loaded, expected = load_emulator(tmp_path / "kit"), emulator(model, batches, method=method, keep=0.5)
+    torch.testing.assert_close(logits(loaded, batches[0]), logits(expected, batches[0]), rtol=1e-5, atol=1e-5)
+    if method == "crash":  # shared on disk, and shared again in memory
+        layers = find_layers(loaded).layers
+        assert len({id(layer.mlp.up_proj.weight) for layer in layers[1:5]}) == 2
+        assert len({layer.self_attn.layer_idx for layer in layers}) == 6
+
+
+def test_a_trainer_trains_the_outer_layers_alone(tmp_path):
+    model = base(vocab_size=300).float()
+    batches = calibration(model)
+    emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=0.6))
+    loaded, tokenizer = load_kit(read_kit(tmp_path / "kit"))
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True
+    )
+    rows = [{name: tensor[0] for name, tensor in batches[0].items()}] * 4
+    Trainer(loaded, arguments, train_dataset=rows, processing_class=tokenizer).train()
+    changed = {name for name, p in loaded.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(outer_names(loaded, Split(1, 1)).values())
+
+
+def test_dtypes(tmp_path):
+    model = base(vocab_size=300).float()
+    emulate(model, byte_tokenizer(), calibration(model), tmp_path / "kit", settings(keep=0.6))
+    assert {p.dtype for p in load_emulator(tmp_path / "kit", "bfloat16").parameters()} == {torch.bfloat16}
+    with pytest.raises(ModelError, match="unknown dtype 'int8'"):
+        load_emulator(tmp_path / "kit", "int8")
+
+
+def test_training_does_not_change_the_kit_on_disk(tmp_path):
+    model = base(vocab_size=300).float()
+    kit = emulate(model, byte_tokenizer(), calibration(model), tmp_path / "kit", settings(keep=0.6))
+    before = {path.name: path.read_bytes() for path in kit.path.iterdir()}
+    loaded = load_emulator(kit.path)
+    with torch.no_grad():
+        for p in loaded.parameters():
+            p.add_(1)
+    assert {path.name: path.read_bytes() for path in kit.path.iterdir()} == before
+
+
+# --- what is loaded is what was checked
+
+LOADED = (EMULATOR, OUTER, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return small_kit(tmp_path_factory.mktemp("sound") / "kit")
+
+
+def exchange(path, data):
+    """Put another file in the place of one."""
+    path.with_name("beside").write_bytes(data)
+    os.replace(path.with_name("beside"), path)
+
+
+@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("how", ["written over", "exchanged", "longer", "a link", "gone"])
+def test_a_file_that_changes_after_the_check_is_refused_by_name(sound, tmp_path, name, how):
+    kit = read_kit(copied(sound.path, tmp_path / "kit"))
+    path = kit.path / name
+    data = path.read_bytes()
+    other = data[:-1] + bytes([data[-1] ^ 1])
+    (tmp_path / "outside").write_bytes(data)
+    if how == "written over":
+        path.write_bytes(other)
+    elif how == "exchanged":
+        exchange(path, other)
+    elif how == "longer":
+        path.write_bytes(data + b" ")
+    else:
+        path.unlink()
+    if how == "a link":
+        path.symlink_to(tmp_path / "outside")
+    with pytest.raises(KitError, match=rf"kit .*/kit: {name}"):
+        load_kit(kit)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+def test_a_file_that_is_not_read_again_may_change(sound, tmp_path, name):
+    kit = read_kit(copied(sound.path, tmp_path / "kit"))
+    (kit.path / name).write_text("{}")
+    model, _ = load_kit(kit)
+    assert model.config.hidden_size == sound.config["hidden_size"]
+
+
+def test_another_sound_kit_in_its_place_is_refused(sound, tmp_path):
+    """With a manifest of its own, to which all of its files are true."""
+    kit = read_kit(copied(sound.path, tmp_path / "kit"))
+    kit.path.rename(tmp_path / "gone")
+    small_kit(tmp_path / "kit", rms_norm_eps=1e-5, hidden_size=64)
+    with pytest.raises(KitError, match=f"{EMULATOR} has "):
+        load_kit(kit)
+
+
+def test_every_file_is_opened_once(sound, monkeypatch):
+    with opened(sound.path, monkeypatch) as counts:
+        kit = read_kit(sound.path)
+    assert counts == dict.fromkeys([path.name for path in sound.path.iterdir()], 1)
+    with opened(sound.path, monkeypatch) as counts:
+        load_kit(kit)
+    assert counts == dict.fromkeys(LOADED, 1)
+
+
+def test_a_signature_is_of_what_was_read(tmp_path, monkeypatch):
+    """Neither does model-signing open the files again, nor does it matter what lies there by then."""
+    pytest.importorskip("model_signing")
+    from support.kits import contents
+
+    private, public = make_keys(tmp_path)
+    kit = write_kit(tmp_path / "kit", contents(), private)
+    with opened(kit.path, monkeypatch) as counts:
+        assert read_kit(kit.path, public).verified
+    assert counts == dict.fromkeys([path.name for path in kit.path.iterdir()], 1)
+
+    # an owner's kit at the moment of the check of the signature, a forged one before and after
+    forged = small_kit(tmp_path / "forged", rms_norm_eps=1e-5)
+    (forged.path / "kit.sig").write_bytes((kit.path / "kit.sig").read_bytes())
+    verify = kit_folder.verify
+
+    def exchanged(folder, *arguments):
+        folder.rename(tmp_path / "aside")
+        kit.path.rename(folder)
+        try:
+            verify(folder, *arguments)
+        finally:
+            folder.rename(kit.path)
+            (tmp_path / "aside").rename(folder)
+
+    monkeypatch.setattr(kit_folder, "verify", exchanged)
+    assert read_kit(forged.path).signed
+    with pytest.raises(KitError, match=r"kit\.sig is no signature of this folder"):
+        read_kit(forged.path, public)
+
+
+def test_tensors_take_the_memory_of_the_file_once(sound):
+    """Each has memory of its own, so that none keeps the others' alive, and the values are the file's."""
+    from safetensors.torch import load_file
+
+    for name in (EMULATOR, OUTER):
+        found, wanted = kit_folder.load_weights(sound, name), load_file(sound.path / name)
+        assert list(found) == list(wanted)
+        assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in wanted.items())
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in found.values())
+        assert len({t.untyped_storage().data_ptr() for t in found.values()}) == len(found)

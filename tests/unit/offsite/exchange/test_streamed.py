@@ -1,0 +1,254 @@
+"""Models larger than memory: the kit is the same, one layer is there at a time, and a killed run goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import OffloadedWeightsLoader
+from support.emulators import FAMILIES, base, calibration, settings
+from support.tokenizer import byte_tokenizer
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from siftune.base.errors import DataError, ModelError, RecipeError
+from siftune.models.layers import find_layers
+from siftune.models.source import load_model
+from siftune.offsite.exchange.emulate import KitOptions, emulate
+from siftune.offsite.kit.fingerprint import fingerprint
+
+
+def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = 5) -> str:
+    """A model in several files, with its tokenizer."""
+    base(family, layers, vocab_size=300).to(dtype).save_pretrained(folder, max_shard_size="30KB")
+    byte_tokenizer().save_pretrained(folder)
+    assert len([*folder.glob("*.safetensors")]) > 2
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_streamed_model_gives_the_same_kit(tmp_path, family):
+    name = saved(tmp_path / "base", family)
+    digests = []
+    for streamed in (False, True):
+        model, tokenizer = load_model(name, "float32", streamed)
+        layers = find_layers(model).layers
+        assert all(p.is_meta == streamed for layer in layers for p in layer.parameters())
+        kit = emulate(model, tokenizer, calibration(model), tmp_path / f"kit{streamed}", settings(keep=0.5))
+        digests.append((kit.digest, fingerprint(model)))
+    assert digests[0] == digests[1]
+
+
+def test_the_dtype_is_as_for_a_whole_model(tmp_path, monkeypatch):
+    from siftune.models import source
+
+    name = saved(tmp_path / "base", dtype=torch.bfloat16)
+    for multiplies, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(source, "_multiplies", lambda _, known=multiplies: known)
+        for streamed in (False, True):
+            model = load_model(name, "auto", streamed)[0]
+            assert {p.dtype for p in model.parameters()} == {dtype}
+            assert model.dtype == dtype
+
+
+class Alive:
+    """Counts the decoder layers that have a weight in memory, whenever another weight is read, and the reads."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.refs: list[tuple[str, StorageWeakRef]] = []
+        self.most = self.count = 0
+        self.read: set[str] = set()
+        original = OffloadedWeightsLoader.__getitem__
+
+        def get(loader, name):
+            tensor = original(loader, name)
+            if ".layers." in name:
+                layer = name.split(".layers.")[1].split(".")[0]
+                self.refs.append((layer, StorageWeakRef(tensor.untyped_storage())))
+                self.refs = [(number, ref) for number, ref in self.refs if not ref.expired()]
+                self.most = max(self.most, len({number for number, _ in self.refs}))
+                self.read.add(layer)
+                self.count += 1
+            return tensor
+
+        monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", get)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"method": "gradot"},
+        {"method": "crash"},
+        {"method": "layerdrop"},
+        {"allot": "measured"},
+        {"distil": 3},
+    ],
+)
+def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, how):
+    model, tokenizer = load_model(saved(tmp_path / "base", layers=8), "float32", streamed=True)
+    alive = Alive(monkeypatch)
+    emulate(model, tokenizer, calibration(model), tmp_path / "kit", settings(keep=0.5, **how))
+    assert alive.read == {str(number) for number in range(8)}
+    assert alive.most == 1
+
+
+def test_a_layer_is_read_as_often_for_many_batches_as_for_one(tmp_path, monkeypatch):
+    name, reads = saved(tmp_path / "base"), []
+    alive = Alive(monkeypatch)
+    for count in (1, 4):
+        model, tokenizer = load_model(name, "float32", streamed=True)
+        alive.count = 0
+        emulate(model, tokenizer, calibration(model, count=count), tmp_path / f"kit{count}", settings(keep=0.5))
+        reads.append(alive.count)
+    assert reads[0] == reads[1] > 0
+
+
+def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monkeypatch):
+    """Hidden states of two layers, in and out, and gradients of two; the folder has those of all."""
+    from siftune.offsite.emulator.recording import States
+
+    alive, most = [], []
+    original = States.put
+
+    def put(self, number, batches):
+        alive.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in batches)
+        alive[:] = [ref for ref in alive if not ref.expired()]
+        most.append(len(alive))
+        original(self, number, batches)
+
+    monkeypatch.setattr(States, "put", put)
+    model = base(layers=12, vocab_size=300).float()
+    emulate(model, byte_tokenizer(), calibration(model, count=3), tmp_path / "kit", settings(keep=0.5))
+    assert len(most) > 20
+    assert max(most) <= 4 * 3
+
+
+SCRIPT = """
+import os, signal, sys
+from support.emulators import calibration, settings
+from siftune.models.source import load_model
+from siftune.offsite.exchange.emulate import KitOptions, emulate
+name, out, what, at, distil = sys.argv[1:]
+def tell(stage, done, _):
+    if stage == what and done == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+model, tokenizer = load_model(name, "float32", streamed=True)
+emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, distil=int(distil)), progress=tell)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "at", "rest", "distil"),
+    [
+        pytest.param("calibration", 3, 3, 0, marks=pytest.mark.matrix),
+        ("calibration", 6, 6, 0),
+        ("compression", 2, 8, 0),
+        pytest.param("calibration", 7, 7, 3, marks=pytest.mark.matrix),
+        ("compression", 2, 9, 3),
+    ],
+)
+def test_a_killed_run_goes_on(tmp_path, what, at, rest, distil):
+    """The pass goes up five layers and down four, or two where compression goes down, and on from where it was."""
+    name, out = saved(tmp_path / "base"), tmp_path / "kit"
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [name, str(out), what, str(at), str(distil)]
+    ended = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=path, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert not out.exists()
+    model, tokenizer = load_model(name, "float32", streamed=True)
+    told, batches = [], calibration(model)
+    how = settings(keep=0.5, distil=distil)
+    kit = emulate(model, tokenizer, batches, out, how, progress=lambda *one: told.append(one))
+    assert [*tmp_path.glob(".kit*")] == []
+    uncut = emulate(model, tokenizer, batches, tmp_path / "uncut", how)
+    assert kit.digest == uncut.digest
+    assert [done for stage, done, _ in told if stage == "calibration"] == [*range(rest, 10 if distil else 8)]
+    layers = 1 if what == "compression" else 3
+    assert len([1 for stage, *_ in told if stage == "compression"]) == layers
+
+
+class Cut(Exception):
+    """Stands in for a lost connection."""
+
+
+def cut_after(what: str, at: int):
+    """A progress that ends a run."""
+
+    def tell(stage, done, _):
+        if (stage, done) == (what, at):
+            raise Cut
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("how", "what", "left"),
+    [
+        ({"allot": "measured"}, "measuring", ["measuring"] * 3 + ["compression"] * 3),
+        ({"distil": 3}, "compression", ["compression"]),
+    ],
+)
+def test_a_cut_run_goes_on_with_measuring_and_with_distillation(tmp_path, monkeypatch, how, what, left):
+    """Layers that are measured are not run again for it, and the kit is that of a run that was not cut."""
+    from siftune.offsite.emulator import costs
+
+    model, tokenizer, choice = base(vocab_size=300).float(), byte_tokenizer(), settings(keep=0.5, **how)
+    batches, told, measured = calibration(model), [], []
+    with pytest.raises(Cut):
+        emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=cut_after(what, 2))
+    original = costs.layer_costs
+    monkeypatch.setattr(costs, "layer_costs", lambda *args: measured.append(1) or original(*args))
+    kit = emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=lambda *one: told.append(one))
+    assert [stage for stage, *_ in told if stage != "calibration"] == left
+    assert len(measured) == (1 if what == "measuring" else 0)
+    assert kit.digest == emulate(model, tokenizer, batches, tmp_path / "uncut", choice).digest
+
+
+def test_unfinished_work_of_another_kit_is_refused_by_what_differs(tmp_path):
+    model, tokenizer, out = base(vocab_size=300).float(), byte_tokenizer(), tmp_path / "kit"
+    batches = calibration(model)
+    with pytest.raises(Cut):
+        emulate(model, tokenizer, batches, out, settings(keep=0.5), progress=cut_after("calibration", 4))
+    left = sorted((file, file.read_bytes()) for file in tmp_path.rglob("*.*") if file.is_file())
+    with pytest.raises(RecipeError, match=r"work in which keep is 0\.5, but now it is 0\.7: give what was given then"):
+        emulate(model, tokenizer, batches, out, settings(keep=0.7))
+    with pytest.raises(RecipeError, match=r"work in which distil is 0, but now it is 5"):
+        emulate(model, tokenizer, batches, out, settings(keep=0.5, distil=5))
+    with pytest.raises(RecipeError, match=r"the calibration is [0-9a-f]{12}…, but now it is [0-9a-f]{12}…"):
+        emulate(model, tokenizer, batches[:1], out, settings(keep=0.5))
+    with pytest.raises(RecipeError, match=r'the dtype is "None", but now it is "torch\.bfloat16"'):
+        emulate(model, tokenizer, batches, out, settings(keep=0.5), KitOptions(torch.bfloat16))
+    model.lm_head.weight.data += 1
+    with pytest.raises(RecipeError, match="the base model is"):
+        emulate(model, tokenizer, batches, out, settings(keep=0.5))
+    assert left == sorted((file, file.read_bytes()) for file in tmp_path.rglob("*.*") if file.is_file())
+
+
+def test_work_that_has_nothing_yet_is_begun_anew(tmp_path):
+    model, tokenizer, out = base(vocab_size=300).float(), byte_tokenizer(), tmp_path / "kit"
+    with pytest.raises(Cut):
+        emulate(model, tokenizer, calibration(model), out, settings(), progress=cut_after("calibration", 1))
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / ".kit.work").mkdir()  # of a run that was killed before anything was done
+    emulate(model, tokenizer, calibration(model), out, settings())
+
+
+def test_rows_that_cannot_be_used_leave_nothing_behind(tmp_path):
+    model = base(vocab_size=300).float()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(DataError, match="loss on the calibration rows is nan"):
+        emulate(model, byte_tokenizer(), calibration(model), tmp_path / "kit", settings())
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_weights_that_are_in_no_safetensors_are_refused(tmp_path):
+    name = saved(tmp_path / "base")
+    model = load_model(name)[0]
+    for file in (tmp_path / "base").glob("*.safetensors*"):
+        file.unlink()
+    torch.save(model.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    load_model(name)
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(name, streamed=True)

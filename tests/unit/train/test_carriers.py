@@ -1,0 +1,168 @@
+"""Kinds of adapters through siftune's own training path: every method, resume, from another run, eval, export."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from support.tiny_run import recipe
+from support.trainers import weights
+from transformers import AutoModelForCausalLM
+
+from siftune.artifacts import find_subject, load_subject
+from siftune.base.errors import AdapterError, RecipeError
+from siftune.cli.main import main
+from siftune.methods import METHODS
+from siftune.models.adapters.attach import load_adapter
+from siftune.models.adapters.registry import CARRIERS, carrier_of
+from siftune.recipe.checks import check
+from siftune.recipe.read import load_recipe
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
+OWN = ("series", "parallel")
+KINDS = [kind for kind in CARRIERS if kind not in ("lora", "rslora", "dora")]  # these are tried everywhere else
+# of the others one in three is tried in every run
+IN_PART = ["series", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in KINDS[1:])]
+every_kind = pytest.mark.parametrize("kind", IN_PART)
+DENSE = {"method": "dense", "lr": 0.05}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def sized(kind):
+    return {"rank": 2 if "rank" in CARRIERS[kind].keys else None}
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """Runs of every kind, which are made once."""
+    from support.tiny_run import save_rows
+
+    place, runs = tmp_path_factory.mktemp("finished"), {}
+
+    def get(kind):
+        if kind not in runs:
+            rows = save_rows(place / "rows.jsonl")
+            runs[kind] = train(recipe(base, rows, place / kind, adapter=kind, **{**DENSE, **sized(kind)}), QUIET)
+        return runs[kind]
+
+    return get
+
+
+@every_kind
+def test_a_run_is_loaded_as_it_was_left(finished, base, kind):
+    done = finished(kind)
+    config = json.loads((done.folder.adapter / "adapter_config.json").read_text())
+    assert carrier_of(config) == kind
+    assert not list(done.folder.path.rglob("*.bin"))
+    subject, _ = load_subject(find_subject(str(done.folder.path)))
+    torch.testing.assert_close(logits(subject), logits(done.model), rtol=1e-5, atol=1e-5)
+    assert float((logits(subject) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max()) > 1e-2
+    names = {name for name, p in done.model.named_parameters() if p.requires_grad}
+    assert {name for name, value in weights(subject).items()} <= names
+
+
+@every_kind
+def test_export(finished, base, kind, tmp_path, capsys):
+    done = finished(kind)
+    status = main(["export", str(done.folder.path), "--out", str(tmp_path / "merged")])
+    if CARRIERS[kind].unmergeable:
+        assert status == 2
+        assert f"cannot be merged: {CARRIERS[kind].unmergeable}" in capsys.readouterr().err
+        assert not (tmp_path / "merged").exists()
+    else:
+        assert status == 0
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(logits(merged), logits(done.model), rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+def test_eval_and_a_further_run(finished, base, kind, rows, tmp_path, capsys):
+    first = finished(kind)
+    given = {**DENSE, "lr": 1e-12, "steps": 2, "from_adapter": str(first.folder.path), "rank": None}
+    if kind == "adalora":
+        with pytest.raises(AdapterError, match="AdaLoRA, whose ranks have been allotted"):
+            train(recipe(base, rows, tmp_path / "second", **given), QUIET)
+        assert main(["eval", str(first.folder.path), "--data", str(rows), "--limit", "2"]) == 0
+        return
+    second = train(recipe(base, rows, tmp_path / "second", **given), QUIET)
+    torch.testing.assert_close(logits(second.model), logits(first.model))
+    kept, before = (load_recipe(run.folder.path / "recipe.yaml") for run in (second, first))
+    assert (kept.adapter, kept.rank, kept.alpha) == (kind, before.rank, before.alpha)
+    assert main(["eval", str(second.folder.path), "--data", str(rows), "--limit", "2"]) == 0
+    assert "exact match" in capsys.readouterr().out
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *itertools.product(OWN, METHODS),
+        *((kind, "dense" if kind == "adalora" else "ist+gast") for kind in KINDS if kind not in OWN),
+    ],
+)
+def test_every_method_resumes_bit_for_bit(base, rows, tmp_path, kind, method):
+    given = {"method": method, "adapter": kind, "save_every": 2, "steps": 4, **sized(kind)}
+    whole = train(recipe(base, rows, tmp_path / "whole", **given), QUIET)
+    place = str(tmp_path / "whole" / "checkpoints" / "checkpoint-2")
+    again = train(recipe(base, rows, tmp_path / "again", **given, resume=place), QUIET)
+    ours, theirs = weights(again.model), weights(whole.model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert whole.summary["loss_last"] != whole.summary["loss_first"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter": "parallel"}, "parallel"),
+        ({"rank": 3}, "r = 2"),
+        ({"nonlinearity": "tanh"}, "nonlinearity"),
+    ],
+)
+def test_another_adapter_is_refused_on_resuming(base, rows, tmp_path, settings, words):
+    given = {**DENSE, "adapter": "series", "steps": 1, "save_every": 1}
+    train(recipe(base, rows, tmp_path / "run", **given), QUIET)
+    with pytest.raises(RecipeError, match=words):
+        train(recipe(base, rows, tmp_path / "run", **given | settings | {"steps": 2, "resume": True}), QUIET)
+
+
+@pytest.mark.parametrize("kind", ["series"])
+def test_the_code_on_the_card_runs(finished, kind):
+    done = finished(kind)
+    code = (done.folder.path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(code, found)
+    torch.testing.assert_close(logits(found["model"]), logits(done.model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter": "series", "init": "pissa", "method": "dense"}, "goes with adapter lora, not series|does not have"),
+        ({"adapter": "ln"}, "rank is 2, which an adapter ln does not have"),
+        ({"adapter": "adalora", "method": "rst"}, "by the gradients of all layers and rows in every step: take"),
+        ({"adapter": "adalora", "dp_epsilon": 1.0, **DENSE}, "by the gradients of all layers and rows"),
+        ({"nonlinearity": "gelu"}, "nonlinearity is gelu, which an adapter lora does not have"),
+        ({"adapter": "full", "nonlinearity": "gelu", "layers": (0,)}, "nonlinearity is for adapters"),
+    ],
+)
+def test_what_a_kind_does_not_have_is_refused(base, rows, tmp_path, settings, words):
+    with pytest.raises(RecipeError, match=words):
+        check(recipe(base, rows, tmp_path / "run", **settings))
+
+
+def test_a_kind_that_is_not_known_is_refused(base, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "SHADOW"}')
+    with pytest.raises(AdapterError, match="of the kind SHADOW; known kinds: lora, rslora, dora, series"):
+        train(recipe(base, tmp_path, tmp_path / "run", from_adapter=str(tmp_path)), QUIET)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "BOTTLENECK", "parallel": True}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterError, match="doesn't fit the model"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path, "base")

@@ -1,0 +1,19 @@
+"""Shares of rows that were followed, by source."""
+
+import torch
+
+from siftune.methods.drivers.sample_choice import SampleChoice
+from siftune.train.followed import Followed
+
+
+def choice(*selected):
+    layers = tuple(range(len(selected)))
+    return SampleChoice(0, 0, tuple(map(str, layers)), layers, torch.zeros(len(layers), 3), torch.tensor(selected))
+
+
+def test_shares_are_means_over_layers_of_all_rows_that_came():
+    followed = Followed(["web", "books", "web", "web"])
+    followed.note(choice([0, 1], [0, 2]), [3, 1, 0])  # web: 1 + ½ of two; books: ½ of one
+    followed.note(choice([1, -1], [0, 1]), [1, 2, 0])  # web: 1 of two; books: ½ of one; -1 is nobody
+    assert followed.shares() == {"books": 0.5, "web": 0.625}
+    assert Followed([]).shares() == {}

@@ -1,0 +1,139 @@
+"""Runs hold wherever they are looked at from, and a start that fails leaves nothing behind."""
+
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+from support.tiny_run import recipe
+from support.trainers import At, stop
+
+from siftune.base.errors import InputError
+from siftune.cli.main import main
+from siftune.recipe.read import anchored, load_recipe
+from siftune.recipe.schema import Recipe
+from siftune.train import prepare as module
+from siftune.train.run import train
+from siftune.train.tuned_layers import read_about
+
+QUIET = Console(quiet=True)
+
+
+def test_what_is_there_is_named_in_full_and_other_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "smollm2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.jsonl").write_text("")
+    given = Recipe(model="base", train="a.jsonl", eval="owner/name", support_rows="none.jsonl", out="runs/x")
+    found = anchored(given)
+    assert (found.model, found.train) == (f"{tmp_path}/base", f"{tmp_path}/a.jsonl")
+    assert (found.eval, found.support_rows, found.target) == ("owner/name", "none.jsonl", None)
+    assert found.out == f"{tmp_path}/runs/x"
+    assert anchored(Recipe(model="smollm2")).model == "smollm2"  # that name is the packaged model's
+    assert anchored(found) == found
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_run_goes_on_and_is_measured_from_another_folder(base, rows, tmp_path, monkeypatch, capsys, adapter):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    shutil.copytree(base, here / "base")
+    shutil.copy(rows, here / "rows.jsonl")
+    monkeypatch.chdir(here)
+    settings = {"adapter": adapter, **({"layers": (0, -1)} if adapter == "full" else {}), "method": "dense"}
+    train(recipe("base", "rows.jsonl", "run", eval="rows.jsonl", steps=2, **settings), QUIET)
+    written = load_recipe(here / "run" / "recipe.yaml")
+    assert {written.model, written.train, written.eval} == {f"{here}/base", f"{here}/rows.jsonl"}
+    if adapter == "full":
+        assert read_about(here / "run" / "adapter").base == f"{here}/base"
+    else:
+        config = json.loads((here / "run" / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == f"{here}/base"
+    monkeypatch.chdir(there)
+    run, quick = str(here / "run"), ["--metrics", "perplexity", "--limit", "2"]
+    assert main(["train", "--resume", run, "--steps", "3"]) == 0
+    for name in (run, f"{run}/adapter"):
+        assert main(["eval", name, *quick, "--data", f"{here}/rows.jsonl"]) == 0
+    shutil.move(here / "base", there / "moved")
+    capsys.readouterr()
+    assert main(["eval", run, *quick]) == 2
+    assert f"was trained on {here}/base, which is not there: say with --base where it is" in capsys.readouterr().err
+    for name in (run, f"{run}/adapter"):
+        assert main(["eval", name, *quick, "--base", "moved", "--data", f"{here}/rows.jsonl"]) == 0
+    assert main(["export", run, "--base", "moved", "--out", "merged"]) == 0
+    assert list((there).glob("runs")) == []
+
+
+def test_a_base_that_is_no_model_is_named(base, rows, tmp_path, capsys):
+    train(recipe(base, rows, tmp_path / "run", steps=1), QUIET)
+    words = ["--data", str(rows), "--limit", "1"]
+    assert main(["eval", str(tmp_path / "run"), "--base", str(tmp_path / "none"), *words]) == 2
+    assert f"model folder {tmp_path}/none does not exist" in capsys.readouterr().err
+
+
+# --- starts that fail
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": "none.jsonl"},
+        {"model": "/none"},
+        {"targets": ("nothing_proj",)},
+        {"resume": True},
+        {"eval": "none.jsonl"},
+        {"max_length": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_it_leaves_no_folder(base, rows, tmp_path, change):
+    given = recipe(base, rows, tmp_path / "runs" / "first")
+    for name, value in change.items():
+        setattr(given, name, value)
+    with pytest.raises(InputError):
+        train(given, QUIET)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
+def test_an_end_before_the_first_step_leaves_what_was_there(base, rows, tmp_path, interfere, event):
+    out = tmp_path / "runs" / "first"
+    out.mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    (out / "recipe.yaml").write_text("method: dense\n")
+    interfere(At(event, 1, stop))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(base, rows, out), QUIET)
+    assert {path.name for path in out.iterdir()} == {"notes.txt", "recipe.yaml"}
+
+
+def test_what_was_learned_stays(base, rows, tmp_path, interfere):
+    interfere(At("on_step_begin", 3, stop))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(base, rows, tmp_path / "runs" / "first"), QUIET)
+    assert {"adapter", "recipe.yaml", "run.json"} <= {path.name for path in (tmp_path / "runs" / "first").iterdir()}
+
+
+def test_a_sweep_that_cannot_start_leaves_no_folder(base, rows, tmp_path, capsys):
+    given = ["--model", str(base), "--train", str(rows), "--eval", str(tmp_path / "none.jsonl"), "--rates", "1e-3"]
+    assert main(["sweep-lr", *given, "--out", str(tmp_path / "lr" / "first")]) == 2
+    given[1], given[5] = str(tmp_path / "none"), str(rows)
+    assert main(["sweep-lr", *given, "--out", str(tmp_path / "lr" / "first")]) == 2
+    assert not (tmp_path / "lr").exists()
+
+
+def test_names_that_stand_for_nothing_are_answered_at_once(base, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(module, "load_rows", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "recipe.yaml").write_text("")
+    assert main(["eval", "nope"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"siftune: error: there is no run nope: no such folder (working directory: {tmp_path})")
+    assert main(["eval", "runs/frist"]) == 2
+    assert "did you mean runs/first?" in capsys.readouterr().err
+    assert main(["train", "--model", "models/none", "--train", str(rows)]) == 2
+    assert "cannot load the model 'models/none': no such folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]

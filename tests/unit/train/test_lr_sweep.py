@@ -1,0 +1,370 @@
+"""A learning-rate sweep: its runs are those of `train`, it goes on where it was, and it refuses what does not fit."""
+
+import gc
+import json
+import math
+import re
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.tiny_run import lines, recipe, save_rows
+from torch.nn.functional import cross_entropy
+
+from siftune.base.errors import InputError, RecipeError, TrainingError
+from siftune.data.arithmetic import arithmetic_rows
+from siftune.data.readers import load_rows
+from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.ist.settings import ISTSettings
+from siftune.methods.lisa.settings import LISASettings
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
+from siftune.train import source as module
+from siftune.train.prepare import prepare, read_rows
+from siftune.train.rates import sweep as lr_sweep
+from siftune.train.rates.grid import Grid, difference, grid_of, rate_text, recipes_of
+from siftune.train.rates.sweep import open_sweep, run_missing
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """Rows that share none with the training rows, with answers of different lengths."""
+    path = tmp_path / "eval.jsonl"
+    rows = [{"prompt": f"{i} or {i}?", "completion": str(10 ** (i % 5))} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def plain(base, rows, held_out, tmp_path):
+    """The recipe of a sweep."""
+    return recipe(base, rows, tmp_path / "unused", method="dense", eval=str(held_out))
+
+
+def swept(recipe, grid, out, progress=lambda *_: None):
+    sweep = open_sweep(recipe, grid, out)
+    return list(run_missing(sweep, progress)), sweep
+
+
+def grid(*methods, rates=(1e-3, 1e-2), seeds=(0,)):
+    return Grid(methods, rates, seeds)
+
+
+def per_token(model, data):
+    """Mean loss over label tokens, row by row, from all logits in float64."""
+    total, count = 0.0, 0
+    for ids, labels in zip(data["input_ids"], data["labels"], strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+        for at, label in enumerate(labels[1:]):
+            if label != -100:
+                total += float(cross_entropy(logits[at], torch.tensor(label)))
+                count += 1
+    return total / count
+
+
+# --- what a run is ---
+
+
+@pytest.mark.parametrize("method", ["dense", "ist"])
+def test_a_run_is_that_of_train_measured_on_every_token_alike(plain, tmp_path, method):
+    runs, sweep = swept(plain, grid(method, rates=(3e-3,), seeds=(5,)), tmp_path / "sweep")
+    left = load_recipe(tmp_path / "sweep" / f"{method}.yaml")
+    one = replace(left, lr=3e-3, seed=5, log_every=1, out=str(tmp_path / "run"))
+    trained = train(one, QUIET)
+    data = prepare(one, trained.tokenizer, read_rows(one)).data["eval"]
+    assert runs[0].heldout_loss == pytest.approx(per_token(trained.model.eval(), data), rel=1e-6)
+    assert runs[0].train_loss == trained.summary["loss_last"]
+    assert (runs[0].cell, runs[0].steps, runs[0].diverged) == ((method, 3e-3, 5), 6, None)
+    base, _ = module.load_model(one.model)
+    assert sweep.folder.base_loss == pytest.approx(per_token(base, data), rel=1e-6)
+
+
+def test_the_training_loss_is_the_mean_of_the_last_tenth(plain, tmp_path):
+    long = replace(plain, steps=20)
+    (run,), _ = swept(long, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
+    trained = train(replace(long, lr=1e-3, log_every=1), QUIET)
+    losses = [line["loss"] for line in lines(trained.folder.path / "metrics.jsonl") if "loss" in line]
+    assert run.train_loss == pytest.approx(np.mean(losses[-2:]))
+
+
+def test_layers_that_train_themselves_start_anew_in_every_run(plain, tmp_path):
+    full = replace(plain, adapter="full", layers=(0, -1), rank=None)
+    together, _ = swept(full, grid("dense"), tmp_path / "both")
+    alone, _ = swept(full, grid("dense", rates=(1e-2,)), tmp_path / "one")
+    assert together[1].heldout_loss == alone[0].heldout_loss != together[0].heldout_loss
+
+
+def test_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
+    models, load = weakref.WeakSet(), module.load_model
+    most = 0
+
+    def counting(*args, **options):
+        nonlocal most
+        model, tokenizer = load(*args, **options)
+        models.add(model)
+        most = max(most, len(models))
+        return model, tokenizer
+
+    gc.collect()
+    monkeypatch.setattr(module, "load_model", counting)
+    runs, _ = swept(plain, grid("dense"), tmp_path / "sweep")
+    assert len(runs) == 2
+    assert most == 1
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_rate_that_breaks_training_is_a_result(plain, tmp_path):
+    runs, sweep = swept(plain, grid("dense", rates=(1e-3, 1e30), seeds=(0, 1)), tmp_path / "sweep")
+    good, bad, *others = runs
+    assert good.diverged is None
+    assert re.fullmatch(r"(The loss is (nan|inf)|A gradient is not finite) \(rows: .*\) at step \d", bad.diverged)
+    assert (bad.heldout_loss, bad.train_loss) == (None, None)
+    assert 0 < bad.steps < 6
+    assert [run.diverged is None for run in others] == [True, False]
+    assert sweep.missing() == []
+
+
+def test_a_held_out_loss_that_is_not_finite_is_a_divergence(plain, tmp_path, monkeypatch):
+    measured = iter([1.0, math.nan])
+    monkeypatch.setattr(lr_sweep, "_heldout_loss", lambda *_: next(measured))
+    (run,), _ = swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
+    assert (run.heldout_loss, run.train_loss) == (None, None)
+    assert run.diverged == "The held-out loss is nan after step 6"
+
+
+def test_a_base_model_without_a_loss_is_refused(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(lr_sweep, "_heldout_loss", lambda *_: math.inf)
+    with pytest.raises(TrainingError, match=r"held-out loss of .* is inf: look for broken rows in .*eval.jsonl"):
+        swept(plain, grid("dense"), tmp_path / "sweep")
+
+
+# --- going on ---
+
+
+def test_a_sweep_that_was_cut_does_only_the_rest(plain, tmp_path):
+    def stop(stage, done, total):  # as Ctrl-C does
+        if stage.startswith("run 2") and done == 3:
+            raise KeyboardInterrupt
+
+    whole, _ = swept(plain, grid("rst"), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        swept(plain, grid("rst"), tmp_path / "cut", stop)
+    first = open_sweep(plain, grid("rst"), tmp_path / "cut").folder.runs()
+    rest, again = swept(plain, grid("rst"), tmp_path / "cut")
+    assert [run.cell for run in rest] == [("rst", 1e-2, 0)]
+    assert losses(first + rest) == losses(whole) == losses(again.folder.runs())
+    assert len(lines(tmp_path / "cut" / "results.jsonl")) == 2
+
+
+def losses(runs):
+    return {run.cell: run.heldout_loss for run in runs}
+
+
+def test_a_whole_sweep_loads_no_model(plain, tmp_path, monkeypatch):
+    swept(plain, grid("dense"), tmp_path / "sweep")
+    monkeypatch.setattr(module, "load_model", None)
+    runs, sweep = swept(plain, grid("dense"), tmp_path / "sweep")
+    assert runs == []
+    assert len(sweep.folder.runs()) == 2
+
+
+def test_methods_rates_and_seeds_can_be_added(plain, tmp_path):
+    swept(plain, grid("dense"), tmp_path / "sweep")
+    more = replace(plain, gast=GASTSettings(select=2, support="rest"), save_every=3, log_every=2)
+    runs, sweep = swept(more, grid("gast", rates=(1e-2, 2e-2), seeds=(0, 1)), tmp_path / "sweep")
+    assert [run.cell for run in runs] == [("gast", rate, seed) for seed in (0, 1) for rate in (1e-2, 2e-2)]
+    assert len(sweep.folder.runs()) == 6
+    left = {path.name for path in (tmp_path / "sweep").rglob("*")}
+    assert left == {"start.json", "results.jsonl", "dense.yaml", "gast.yaml"}
+
+
+def test_a_line_that_a_crash_cut_off_is_done_again(plain, tmp_path, caplog):
+    whole, _ = swept(plain, grid("dense"), tmp_path / "sweep")
+    path = tmp_path / "sweep" / "results.jsonl"
+    path.write_text(path.read_text()[:-40])
+    rest, sweep = swept(plain, grid("dense"), tmp_path / "sweep")
+    assert "1 damaged lines are dropped" in caplog.text
+    assert [run.lr for run in rest] == [1e-2]
+    assert losses(sweep.folder.runs()) == losses(whole)
+    assert len(lines(path)) == 2
+
+
+# --- what is refused ---
+
+
+def test_another_recipe_in_the_same_folder(base, rows, held_out, tmp_path):
+    one = recipe(base, rows, tmp_path / "unused", eval=str(held_out))
+    swept(one, grid("ist", rates=(1e-3,)), tmp_path / "sweep")
+    for change, name in (
+        ({"rank": 4}, r"rank = 2, but now rank is 4: set rank as it was, or give another folder with --out\."),
+        ({"steps": 7}, "steps = 6, but now steps is 7"),
+        ({"model": "smollm2"}, "model = .*base.*, but now model is smollm2"),
+    ):
+        with pytest.raises(RecipeError, match=rf"sweep holds a sweep with {name}"):
+            open_sweep(replace(one, **change), grid("ist"), tmp_path / "sweep")
+    plain = replace(one, ist=ISTSettings())
+    assert open_sweep(replace(plain, method="dense"), grid("dense"), tmp_path / "sweep").missing()
+
+
+def test_every_method_is_compared_with_its_own_recipe(plain, tmp_path):
+    swept(plain, grid("dense", "ist", rates=(1e-3,)), tmp_path / "sweep")
+    other = replace(plain, ist=ISTSettings(interval=3))
+    with pytest.raises(RecipeError, match=r"ist.interval = \d+, but now ist.interval is 3"):
+        open_sweep(other, grid("dense", "ist"), tmp_path / "sweep")
+
+
+def test_another_recipe_is_refused_for_another_method_too(plain, tmp_path):
+    swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
+    with pytest.raises(RecipeError, match="batch_size = 4, but now batch_size is 8"):
+        open_sweep(replace(plain, batch_size=8), grid("rst"), tmp_path / "sweep")
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_other_rows_under_the_same_name(plain, tmp_path, name):
+    swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
+    path = tmp_path / ("rows.jsonl" if name == "train" else "eval.jsonl")
+    path.write_text(path.read_text().replace("1", "3"))
+    with pytest.raises(RecipeError, match=rf"the {name} rows are not those that the sweep in .*sweep was made with"):
+        open_sweep(plain, grid("dense"), tmp_path / "sweep")
+
+
+def test_a_folder_of_something_else(plain, tmp_path):
+    with pytest.raises(RecipeError, match="is not empty and holds no sweep"):
+        open_sweep(plain, grid("dense"), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"heldout_loss": "high", "rows": {}}'])
+def test_a_damaged_start(plain, tmp_path, text):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "start.json").write_text(text)
+    with pytest.raises(RecipeError, match=r"start.json can't be read"):
+        open_sweep(plain, grid("dense"), tmp_path / "sweep")
+
+
+def test_more_than_one_process(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="a sweep runs in one process"):
+        open_sweep(plain, grid("dense"), tmp_path / "sweep")
+
+
+def test_a_method_that_cannot_run_is_refused_before_the_first_run(plain, tmp_path):
+    with pytest.raises(InputError, match="adapter is full and no layers are given"):
+        open_sweep(replace(plain, adapter="full", rank=None), grid("rst", "gast"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+    deep = replace(plain, lisa=LISASettings(active=9))  # only training finds out how many layers there are
+    with pytest.raises(RecipeError, match=r"lisa.active is 9, but only 4 layers"):
+        swept(deep, grid("dense", "lisa"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "results.jsonl").exists()
+
+
+def test_held_out_rows_that_are_trained_on(plain, rows, tmp_path, caplog):
+    open_sweep(plain, grid("dense"), tmp_path / "none")
+    assert "training rows too" not in caplog.text
+    save_rows(tmp_path / "both.jsonl", count=30)
+    open_sweep(replace(plain, eval=str(tmp_path / "both.jsonl")), grid("dense"), tmp_path / "some")
+    assert "24 of 30 held-out rows are training rows too" in caplog.text
+
+
+# --- grids and recipes ---
+
+
+def test_the_grid_of_a_recipe():
+    assert grid_of(Recipe(method="ist", lr=1e-3, seed=4)) == Grid(("ist",), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), (4,))
+    assert grid_of(Recipe(), "dense, ist+gast", "1e-3,5e-4", "1,0") == Grid(("dense", "ist+gast"), (5e-4, 1e-3), (1, 0))
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"methods": "dense,gastt"}, "--methods names 'gastt', which is unknown; did you mean gast?"),
+        ({"methods": "dense,dense"}, "--methods names dense twice"),
+        ({"methods": " , "}, "--methods is empty"),
+        ({"rates": "1e-3,fast"}, "--rates names 'fast', which is no number"),
+        ({"rates": "0"}, "--rates names 0, but every rate must be a finite number above 0"),
+        ({"rates": "-1e-3"}, "--rates names -1e-3, but"),
+        ({"rates": "nan"}, "--rates names nan, but"),
+        ({"rates": "inf"}, "--rates names inf, but"),
+        ({"rates": "1e-3,0.001"}, "--rates names 0.001 twice"),
+        ({"rates": ""}, "--rates is empty"),
+        ({"seeds": "0,x"}, "--seeds names 'x', but every seed must be a whole number"),
+        ({"seeds": "4294967296"}, "--seeds names '4294967296'"),
+        ({"seeds": "-1"}, "--seeds names '-1'"),
+    ],
+)
+def test_lists_that_cannot_be_used(lists, message):
+    with pytest.raises(RecipeError) as caught:
+        grid_of(Recipe(), **lists)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("rate", [2.5e-4, 5e-4, 1e-3, 0.1, 3.0, 1 / 3, 1e-3 / 7, 123.456])
+def test_a_rate_reads_back_as_it_was(rate):
+    assert float(rate_text(rate)) == rate
+
+
+def test_each_method_gets_its_own_settings_and_no_others():
+    shared = Recipe(
+        train="a", eval="b", out="x", support_rows="c", method="gast",
+        gast=GASTSettings(support="dataset"), ist=ISTSettings(active=0.5),
+    )  # fmt: skip
+    made = recipes_of(shared, ("dense", "ist", "gast"))
+    assert [one.method for one in made.values()] == ["dense", "ist", "gast"]
+    assert made["gast"].gast.support == "dataset"
+    assert made["ist"].ist.active == 0.5
+    assert [one.support_rows for one in made.values()] == [None, None, "c"]
+    assert {one.out for one in made.values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "methods", "message"),
+    [
+        ({"eval": None}, ("dense",), "no held-out rows: .* give --eval FILE"),
+        ({"train": ""}, ("dense",), "no training data"),
+        ({"resume": True, "out": "x"}, ("dense",), "resume has no effect on a sweep"),
+        ({"dp_epsilon": 8.0, "dp_delta": 1e-5}, ("dense",), "does not cover the choice between them: leave dp_epsilon"),
+        ({"gast": GASTSettings(select=2)}, ("dense", "ist"), "gast.select is 2, which has no effect with method dense"),
+        ({"support_rows": "c"}, ("dense", "gast"), "support dataset and support_rows go together"),
+    ],
+)
+def test_recipes_that_cannot_be_swept(settings, methods, message):
+    with pytest.raises(RecipeError, match=message):
+        recipes_of(Recipe(**{"train": "a", "eval": "b", "method": "dense", **settings}), methods)
+
+
+def test_what_may_differ_within_a_sweep():
+    one = Recipe(method="gast", train="a")
+    free = replace(one, lr=1.0, seed=3, out="x", resume=True, save_every=1, log_every=3, report_to=("wandb",))
+    assert difference(one, free) is None
+    assert difference(one, replace(one, ist=ISTSettings(active=0.5))) is None
+    assert difference(one, replace(one, method="dense", gast=GASTSettings(select=2), support_rows="c")) is None
+    assert difference(one, replace(one, support_rows="c")) == ("support_rows", None, "c")
+    assert difference(one, replace(one, gast=GASTSettings(select=2))) == ("gast.select", 0.75, 2)
+
+
+def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
+    aimed = replace(plain, target=str(few), gast=GASTSettings(**{**GASTSettings.with_target, "select": 2}))
+    sweep = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
+    assert [one.target for one in sweep.recipes.values()] == [str(few), str(few)]
+    assert len(sweep.rows["support"]) == 3
+    assert len(sweep.rows["train"]) > len(load_rows(str(rows)))
+    assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]
+    again = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
+    assert again.missing() == []
+    with pytest.raises(RecipeError, match="target = "):
+        open_sweep(replace(aimed, target=str(rows)), grid("gast", rates=(1e-3,)), tmp_path / "sweep")
+
+
+def test_support_rows_are_read_once_and_go_to_the_method_that_compares(plain, rows, tmp_path):
+    with_support = replace(plain, support_rows=str(rows), gast=GASTSettings(support="dataset", select=2))
+    sweep = open_sweep(with_support, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
+    assert len(sweep.rows["support"]) == len(load_rows(str(rows)))
+    assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]

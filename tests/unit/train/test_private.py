@@ -1,0 +1,285 @@
+"""Private runs: what a step is, what they leave behind, going on, and what they refuse."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+from support.oracles import row_of, summed_loss
+from support.tiny_run import lines, recipe, save_rows
+from support.trainers import At, adapted, arguments, rows, stop, weights
+from transformers import TrainerCallback
+
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.data.tokenize import Collator, numbered
+from siftune.engine.groups import group_by_layer
+from siftune.methods.dp import callback as module
+from siftune.methods.dp.accounting import spent
+from siftune.methods.dp.callback import DP
+from siftune.methods.dp.mechanism import Mechanism
+from siftune.methods.dp.sampling import PoissonBatches, Secret
+from siftune.recipe.checks import check
+from siftune.recipe.schema import Recipe
+from siftune.train import private
+from siftune.train.private import privacy_of
+from siftune.train.run import train
+from siftune.train.trainer import SiftTrainer
+
+QUIET = Console(quiet=True)
+PROMISE = {"dp_epsilon": 8.0, "dp_delta": 1e-3}
+MECHANISM = Mechanism(8.0, 1e-3, 0.1, "layer", rows=24, batch=4, steps=6, noise=0.6)
+
+
+@pytest.fixture
+def told(base, rows):
+    """Recipes of private runs."""
+    return partial(recipe, base, rows, **{"method": "dense", **PROMISE})
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Chance that is the same in all runs."""
+    monkeypatch.setattr(module, "Secret", lambda: Secret(7))
+
+
+def trainer(folder, model, privacy, data=None, **settings):
+    return SiftTrainer(
+        model, arguments(folder, **settings), train_dataset=data or numbered(rows()), data_collator=Collator(0),
+        privacy=privacy,
+    )  # fmt: skip
+
+
+def ragged():
+    """Rows of different lengths, so that a mean over the tokens of a batch is no mean over its rows."""
+    cut = [{name: values[: 4 + number % 5] for name, values in row.items()} for number, row in enumerate(rows())]
+    return numbered(Dataset.from_list(cut))
+
+
+def slow_step(model, data, numbers, generator, mechanism):
+    """Set the gradient of a private step, by a backward pass for every row."""
+    collate, totals = Collator(0), {}
+    for number in numbers:
+        model.zero_grad()
+        summed_loss(model, row_of(collate([{k: v for k, v in data[number].items() if k != "row"}]), 0)).backward()
+        for group in group_by_layer(model):
+            norm = torch.stack([p.grad.norm() for p in group.parameters.values()]).norm()
+            for p in group.parameters.values():
+                totals[p] = totals.get(p, 0) + p.grad * min(1.0, mechanism.clip / 4**0.5 / float(norm))
+    for p in (p for group in group_by_layer(model) for p in group.parameters.values()):
+        noise = torch.randn(p.shape, generator=generator) * mechanism.noise * mechanism.clip
+        p.grad = (totals.get(p, 0) + noise) / mechanism.batch
+
+
+@pytest.mark.parametrize(("most", "clip"), [(4, 0.1), (2, 0.1), (2, 1e3)])
+def test_training_is_the_loop(tmp_path, most, clip):
+    """Rows drawn by themselves, each clipped, noise once a step and before the Trainer clips; parts change nothing."""
+    model, loop, data, secret = adapted(), adapted().train(), ragged(), Secret(5)
+    mechanism = replace(MECHANISM, clip=clip, noise=0.06 / clip)
+    settings = {"lr_scheduler_type": "constant", "adam_epsilon": 1e-3, "max_grad_norm": 0.02}
+    trainer(tmp_path, model, DP(mechanism, most, secret), data, **settings).train()
+    optimizer = torch.optim.AdamW([p for p in loop.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, weight_decay=0)
+    batches, sizes = PoissonBatches(24, 4 / 24, secret), set()
+    for step in range(6):
+        numbers = batches.draw(step)
+        sizes.add(len(numbers))
+        slow_step(loop, data, numbers, secret.generator("noise", step), mechanism)
+        torch.nn.utils.clip_grad_norm_(loop.parameters(), 0.02)
+        optimizer.step()
+    assert len(sizes) > 1
+    assert max(sizes) > most
+    for name, value in weights(loop).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+class Steps(TrainerCallback):
+    """What the model was after every step."""
+
+    def __init__(self):
+        self.all = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.all.append(weights(kwargs["model"]))
+
+
+def test_a_step_without_rows_is_a_step(tmp_path):
+    model, steps, secret = adapted(), Steps(), Secret(1)
+    one = replace(MECHANISM, batch=1, steps=8)
+    worker = trainer(tmp_path, model, DP(one, 1, secret), max_steps=8)
+    worker.add_callback(steps)
+    worker.train()
+    sizes = [len(PoissonBatches(24, 1 / 24, secret).draw(step)) for step in range(8)]
+    assert 0 in sizes[1:]
+    assert len(steps.all) == worker.state.global_step == 8
+    assert all(
+        not torch.equal(after[name], before[name])
+        for before, after in zip(steps.all, steps.all[1:], strict=False)
+        for name in before
+    )
+    losses = [entry["loss"] for entry in worker.state.log_history if "loss" in entry]
+    assert [loss == 0 for loss in losses] == [size == 0 for size in sizes]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"adapter": "dora", "dp_clipping": "flat", "checkpointing": True},
+        {"method": "rst", "accumulate": 2},
+        {"method": "lisa", "adapter": "full", "active": 2, "interval": 2},
+        {"method": "static", "adapter": "rslora"},
+        {"method": "cut", "epochs": 2.0, "steps": None},
+    ],
+)
+def test_a_run_says_what_it_spent(told, tmp_path, settings):
+    given = told(tmp_path / "run", **settings)
+    done = train(given, QUIET)
+    batch = given.batch_size * given.accumulate
+    steps = given.steps or 12
+    said = done.summary["privacy"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["privacy"] == said
+    assert (said["steps"], said["expected_batch"], said["sampling_rate"]) == (steps, batch, batch / 24)
+    assert (said["delta"], said["clip"], said["clipping"]) == (1e-3, 0.1, given.dp_clipping)
+    assert 8 - 0.02 <= said["epsilon"] <= 8
+    assert said["epsilon"] == spent(
+        Mechanism(8.0, 1e-3, 0.1, "layer", 24, batch, steps, said["noise_multiplier"]), steps
+    )
+    for card in (tmp_path / "run" / "README.md", tmp_path / "run" / "adapter" / "README.md"):
+        text = card.read_text()
+        assert f"ε = {said['epsilon']:.4g}, δ = 0.001, counted by\nopacus PRV" in text
+        assert f"Gaussian noise of {said['noise_multiplier']:.4g} times" in text
+        assert f"{done.summary['loss_last']:.4f}" not in text, "a loss on private rows is no private figure"
+    assert all(not m._forward_pre_hooks for m in done.model.modules())
+
+
+def test_noise_is_put_on_once_a_step(told, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(DP, "release", lambda self, step: calls.append(step))
+    train(told(tmp_path / "run", accumulate=3, steps=4), QUIET)
+    assert calls == [0, 1, 2, 3]
+
+
+def test_a_run_without_a_promise_makes_none(told, tmp_path):
+    done = train(told(tmp_path / "run", dp_epsilon=None, dp_delta=None, steps=1), QUIET)
+    assert "privacy" not in done.summary
+    assert "rivacy" not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_less_noise_for_a_larger_epsilon_and_none_is_the_same_twice(told, tmp_path):
+    runs = [train(told(tmp_path / f"run{i}", dp_epsilon=epsilon), QUIET) for i, epsilon in enumerate((1.0, 8.0, 8.0))]
+    noise = [run.summary["privacy"]["noise_multiplier"] for run in runs]
+    assert noise[0] > noise[1] == noise[2]
+    one, other = (load_file(run.folder.adapter / "adapter_model.safetensors") for run in runs[1:])
+    assert any(not torch.equal(one[name], other[name]) for name in one), "the recipe's seed decides on the noise"
+
+
+@pytest.mark.parametrize(("method", "stopped"), [("dense", 4), ("lisa", 6)])  # an epoch has six steps
+def test_resume_is_bitwise_the_unbroken_run(told, tmp_path, repeated, method, stopped):
+    given = told(tmp_path / "run", method=method, dropout=0.2, steps=8, save_every=stopped, accumulate=1)
+    unbroken = weights(train(given, QUIET).model)
+    checkpoint = str(tmp_path / "run" / "checkpoints" / f"checkpoint-{stopped}")
+    again = train(replace(given, resume=checkpoint), QUIET)
+    for name, value in weights(again.model).items():
+        assert torch.equal(value, unbroken[name]), name
+    assert again.summary["privacy"]["steps"] == 8
+    assert [record["step"] for record in lines(tmp_path / "run" / "metrics.jsonl")][:8] == list(range(1, 9))
+
+
+def test_a_run_that_goes_on_has_noise_of_its_own(told, tmp_path):
+    """Two updates that share noise show their difference bare; so no checkpoint holds what noise will come."""
+    given = told(tmp_path / "run", steps=4, save_every=3)
+    first = weights(train(given, QUIET).model)
+    second = train(replace(given, resume=str(tmp_path / "run" / "checkpoints" / "checkpoint-3")), QUIET)
+    assert any(not torch.equal(value, first[name]) for name, value in weights(second.model).items())
+    assert 8 - 0.02 <= second.summary["privacy"]["epsilon"] <= 8
+
+
+def test_an_interrupted_run_spent_less(told, tmp_path, interfere):
+    interfere(At("on_step_begin", 4, stop))
+    with pytest.raises(KeyboardInterrupt):
+        train(told(tmp_path / "run"), QUIET)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    said = record["summary"]["privacy"]
+    assert (record["status"], said["steps"]) == ("interrupted", 3)
+    mechanism = Mechanism(8.0, 1e-3, 0.1, "layer", 24, 4, 6, said["noise_multiplier"])
+    assert said["epsilon"] == spent(mechanism, 3) < spent(mechanism, 6)
+
+
+def test_another_runs_checkpoint_is_refused(told, tmp_path):
+    """Steps of two kinds are not counted together, steps without noise not at all."""
+    given = told(tmp_path / "run", steps=4, save_every=2)
+    train(given, QUIET)
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    for name, value, message in (
+        ("dp_clip", 0.5, r"private run with clip = 0\.1, this one has 0\.5"),
+        ("steps", 9, r"private run with steps = 4, this one has 9"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            train(replace(given, resume=checkpoint, allow_change=True, **{name: value}), QUIET)
+    open_run = replace(given, dp_epsilon=None, dp_delta=None, out=str(tmp_path / "open"))
+    train(open_run, QUIET)
+    checkpoint = str(tmp_path / "open" / "checkpoints" / "checkpoint-2")
+    with pytest.raises(RecipeError, match="of a run without dp_epsilon, so that its steps had no noise"):
+        train(replace(given, resume=checkpoint, allow_change=True), QUIET)
+
+
+REFUSED = [
+    ({"method": "ist"}, r"method ist looks at gradients or losses.*take --method dense, rst, lisa, cut, static$"),
+    ({"method": "gast"}, r"method gast looks at"),
+    ({"method": "greats"}, r"method greats looks at"),
+    ({"method": "ist+gast"}, r"method ist\+gast looks at"),
+    ({"target": "few.jsonl"}, r"target repeats its rows"),
+    ({"dp_delta": None}, r"dp_epsilon needs dp_delta"),
+    ({"dp_epsilon": None}, r"dp_delta has no effect without dp_epsilon"),
+    ({"dp_epsilon": None, "dp_delta": None, "dp_clip": 1.0}, r"dp_clip has no effect without dp_epsilon"),
+    ({"dp_epsilon": None, "dp_delta": None, "dp_clipping": "flat"}, r"dp_clipping has no effect without dp_epsilon"),
+    ({"group_by_length": True}, r"group_by_length puts rows together by what they are"),
+    ({"adapter": "full", "layers": (0,), "outside": ("embeddings", "head")}, r"outside trains embeddings and head"),
+    ({"dp_epsilon": 0.0}, r"dp_epsilon is 0.0, but must be above 0 and at most 100"),
+    ({"dp_epsilon": 101.0}, r"dp_epsilon is 101.0, but must be above 0 and at most 100"),
+    ({"dp_delta": 1.0}, r"dp_delta is 1.0, but must be above 0 and below 1"),
+    ({"dp_clip": 0.0}, r"dp_clip is 0.0, but must be above 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_recipes_that_keep_no_promise_are_refused(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        check(Recipe(train="rows.jsonl", **{**PROMISE, **settings}))
+
+
+def test_rows_must_be_enough():
+    given = Recipe(train="rows.jsonl", batch_size=16, **PROMISE)
+    with pytest.raises(RecipeError, match="a step would draw 16 rows, but there are 15"):
+        privacy_of(given, 15)
+    with pytest.raises(RecipeError, match=r"dp_delta is 0\.001, but with 1000 rows it must be below 0.001"):
+        privacy_of(given, 1000)
+    assert privacy_of(given, 999).mechanism.steps == 63
+
+
+def test_several_ranks_and_scaled_losses_are_refused(told, tmp_path, monkeypatch):
+    given = told(tmp_path / "run", steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(private, "world_size", lambda: 2)
+        with pytest.raises(UnsupportedError, match=r"2 ranks would each draw rows.*start one process"):
+            train(given, QUIET)
+    half = arguments(tmp_path)
+    half.fp16 = True
+    with pytest.raises(UnsupportedError, match="float16 scales the loss up"):
+        private.refuse_scaled_or_split(half)
+
+
+def test_a_loss_in_which_rows_meet_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(SiftTrainer, "_agrees", lambda *_: False)
+    with pytest.raises(UnsupportedError, match="not a mean over label tokens"):
+        trainer(tmp_path, adapted(), DP(MECHANISM, 4, Secret(0))).train()
+
+
+def test_rows_of_different_lengths_train(base, tmp_path):
+    data = save_rows(tmp_path / "more.jsonl", 60)
+    given = recipe(base, data, tmp_path / "run", method="dense", **PROMISE, eval=str(data), eval_every=2)
+    assert train(given, QUIET).summary["steps"] == 6

@@ -1,0 +1,532 @@
+"""A recipe in, a run folder out; resuming; what is left when training ends early."""
+
+import io
+import json
+import logging
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from support.tiny_run import choices_of, lines, recipe, save_rows
+from support.trainers import At, stop, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from siftune.base.errors import AdapterError, InputError, RecipeError, TrainingError
+from siftune.cli.main import main
+from siftune.data.arithmetic import arithmetic_rows
+from siftune.models import attention
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import resolve_recipe
+from siftune.records.visits import read_visits
+from siftune.train import source as module
+from siftune.train.run import train
+from siftune.train.trainer import SiftTrainer
+
+QUIET = Console(quiet=True)
+IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_equal(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def loaded(base, folder):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+
+
+def hooks(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    found = sum(len(getattr(part, kind) or ()) for part in model.modules() for kind in kinds)
+    return found + sum(len(p._backward_hooks or ()) for p in model.parameters())
+
+
+# --- what a run leaves behind ---
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "checkpointing"),
+    [
+        ("dense", "lora", False),
+        ("rst", "rslora", True),
+        ("ist", "dora", True),
+        ("gast", "lora", False),
+        ("gast", "dora", True),
+        ("ist+gast", "rslora", False),
+    ],
+)
+def test_the_adapter_gives_the_logits_of_the_tuned_model(base, rows, tmp_path, method, kind, checkpointing):
+    settings = {"method": method, "adapter": kind, "checkpointing": checkpointing, "steps": 3}
+    done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    assert done.summary["steps"] == 3
+    assert hooks(done.model) == 0
+    with torch.no_grad():
+        tuned, plain = done.model.eval()(IDS).logits, AutoModelForCausalLM.from_pretrained(base)(IDS).logits
+        torch.testing.assert_close(loaded(base, done.folder.adapter)(IDS).logits, tuned)
+    assert float((tuned - plain).abs().max()) > 1e-3
+    assert all(p.requires_grad == ("lora" in name) for name, p in done.model.named_parameters())
+
+
+def test_the_folder_is_complete(base, rows, tmp_path):
+    given = recipe(base, rows, tmp_path / "run", eval=str(rows), eval_limit=5, eval_every=3, save_every=4, accumulate=2)
+    done = train(given, QUIET)
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml", "rows.sha256", "rows.parquet", "run.json", "metrics.jsonl", "selection.bin", "adapter",
+        "checkpoints", "README.md",
+    }  # fmt: skip
+    assert load_recipe(folder / "recipe.yaml") == resolve_recipe(given)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["summary"] == done.summary
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["hardware"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    assert tokenizer("a?").input_ids == AutoTokenizer.from_pretrained(base)("a?").input_ids
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
+    few = save_rows(tmp_path / "few.jsonl", 3)
+    given = recipe(
+        base, rows, tmp_path / "run", method="gast", support="dataset", support_rows=str(few), select=1, accumulate=2,
+        keep_scores=True,
+    )  # fmt: skip
+    train(given, QUIET)
+    records = choices_of(tmp_path / "run")
+    assert [(record["step"], record["batch"]) for record in records] == [(s, b) for s in range(6) for b in range(2)]
+    for record in records:
+        assert record["layers"] == (0, 1, 2, 3)
+        assert [sum(chosen) for chosen in record["followed"]] == [1] * 4
+        assert [len(scores) for scores in record["scores"]] == [4] * 4
+    assert "every layer follows the rows whose gradients point its way" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_gast_without_scores_records_choices_alone(base, rows, tmp_path):
+    train(recipe(base, rows, tmp_path / "run", method="gast", support="rest", keep_scores=False), QUIET)
+    records = choices_of(tmp_path / "run")
+    assert len(records) == 6
+    for record in records:
+        assert record["scores"] is None
+        assert len(record["rows"]) == len(record["followed"][0]) == 4
+        assert record["sources"] == ("other",) * 4
+
+
+def few_rows(path):
+    """A file of three rows of a target."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
+    return path
+
+
+@pytest.mark.parametrize(("last", "early"), [(None, False), (1.0, True)])
+@pytest.mark.parametrize("length", [{"steps": 9}, {"steps": None, "epochs": 2, "accumulate": 2}])
+def test_a_targets_rows_come_last(base, rows, tmp_path, last, early, length):
+    few = few_rows(tmp_path / "few.jsonl")
+    settings = {"method": "dense", "target": str(few), "target_last": last, "target_share": 0.3, **length}
+    done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").target_last == (last or 0.33)
+    visits = read_visits(tmp_path / "run" / "rows.parquet").visits
+    aimed = visits.row >= len(rows.read_text().splitlines())
+    share = visits.step / done.summary["steps"]
+    assert aimed.any()
+    assert bool(aimed[share < 0.5].any()) == early
+
+
+def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
+    few = few_rows(tmp_path / "few.jsonl")
+    run = tmp_path / "run"
+    file = tmp_path / "recipe.yaml"
+    own = f"train: {rows}\ntarget: {few}\ntemplate: none\nbatch_size: 4\nsteps: 8\nrank: 2\nout: {run}\n"
+    file.write_text(own)
+    assert load_recipe(file).method == "dense"
+    file.write_text(f"{own}method: gast\n")
+    done = train(replace(load_recipe(file), model=str(base)), QUIET)
+    count = len(rows.read_text().splitlines())
+    numbers = {row for record in choices_of(run) for row in record["rows"]}
+    assert max(numbers) < count + max(3, round(count / 3))
+    assert any(row >= count for row in numbers)
+    assert set(done.summary["followed"]) == {"other", "target"}
+    assert done.summary["followed"]["target"] == 1
+    assert 0 < done.summary["followed"]["other"] < 1
+    again = load_recipe(run / "recipe.yaml")
+    assert (again.method, again.gast.support, again.gast.select_until) == ("gast", "dataset", 0.67)
+    batches = choices_of(run)
+    assert all(not set(numbers) & set(range(count, count + 30)) for batch in batches[:5] for numbers in [batch["rows"]])
+    assert [sum(batch["followed"][0]) for batch in batches] == [2] * 5 + [4] * 3
+
+
+def test_the_records_have_a_line_per_step(base, rows, tmp_path):
+    done = train(recipe(base, rows, tmp_path / "run", eval=str(rows), eval_every=3), QUIET)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    logs = [line for line in metrics if "loss" in line]
+    assert [line["step"] for line in logs] == [1, 2, 3, 4, 5, 6]
+    for line in logs:
+        assert line["active_layers"] == 2
+        assert line["loss"] > 0
+        assert min(line["tokens_per_second"], line["seconds_per_step"], line["peak_memory_mb"]) > 0
+        assert {"learning_rate", "grad_norm"} <= set(line)
+    evals = [line for line in metrics if "eval_loss" in line]
+    assert [line["step"] for line in evals] == [3, 6]
+    summary = done.summary
+    assert (summary["loss_first"], summary["loss_last"]) == (logs[0]["loss"], logs[-1]["loss"])
+    assert summary["eval_loss"] == evals[-1]["eval_loss"]
+    selection = choices_of(tmp_path / "run")
+    assert [line["step"] for line in selection] == list(range(6))
+    assert all(len(line["layers"]) == 2 and set(line["layers"]) <= set(range(4)) for line in selection)
+    assert [line["step"] for line in selection if line["importance"] is not None] == [2, 4]
+
+
+def test_tokens_are_counted_without_padding(base, rows, tmp_path):
+    done = train(recipe(base, rows, tmp_path / "run", steps=6), QUIET)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = [row["prompt"] + row["completion"] for row in lines(rows)]
+    assert done.summary["tokens"] == pytest.approx(sum(len(tokenizer(text).input_ids) for text in texts), abs=24)
+
+
+def test_the_card_can_be_followed(base, rows, tmp_path):
+    done = train(recipe(base, rows, tmp_path / "run", eval=str(rows)), QUIET)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card == (done.folder.adapter / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head == {"base_model": str(base), "library_name": "peft", "tags": ["siftune", "ist", "lora"]}
+    assert f"{done.summary['loss_last']:.4f}" in card
+    assert f"{done.summary['eval_loss']:.4f}" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("BASE", str(base)).replace("RUN", str(tmp_path / "run")), names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](IDS).logits, done.model.eval()(IDS).logits)
+
+
+def test_the_seed_decides_everything(base, rows, tmp_path):
+    settings = {"dropout": 0.1, "interval": 2}
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(runs))  # what was drawn before must not matter
+        train(recipe(base, rows, tmp_path / name, seed=seed, **settings), QUIET)
+        runs.append((adapter(tmp_path / name / "adapter"), choices_of(tmp_path / name)))
+    assert_equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1] != runs[2][1]
+    name = next(name for name in runs[0][0] if "lora_A" in name)
+    assert not torch.allclose(runs[0][0][name], runs[2][0][name], atol=0.02)
+
+
+@pytest.mark.parametrize(("named", "taken"), [("auto", True), ("sdpa", False)])
+def test_short_rows_take_their_own_products_unless_an_attention_is_named(
+    base, rows, tmp_path, monkeypatch, named, taken
+):
+    gradients, products = [], attention._products
+    monkeypatch.setattr(
+        attention, "_products", lambda *given: gradients.append(torch.is_grad_enabled()) or products(*given)
+    )
+    settings = {"eval": str(rows), "eval_every": 1, "dtype": "bfloat16", "attention": named, "steps": 1}
+    train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    assert set(gradients) == ({True, False} if taken else set())  # in training, and in evaluation
+
+
+def test_the_attention_of_the_recipe_is_used(base, rows, tmp_path):
+    run = train(recipe(base, rows, tmp_path / "run", attention="eager", steps=1), QUIET)
+    assert run.model.config._attn_implementation == "eager"
+    with pytest.raises(InputError, match="attention flash_attention_2 cannot be used"):
+        train(recipe(base, rows, tmp_path / "other", attention="flash_attention_2"), QUIET)
+
+
+def test_bfloat16_weights_keep_their_dtype_and_the_adapter_is_float32(base, rows, tmp_path):
+    done = train(recipe(base, rows, tmp_path / "run", dtype="bfloat16"), QUIET)
+    dtypes = {"lora" in name: p.dtype for name, p in done.model.named_parameters()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
+    assert all(value.dtype == torch.float32 for value in adapter(done.folder.adapter).values())
+
+
+# --- resuming ---
+
+
+def figures(folder):
+    """The lines of the metrics without times."""
+    names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "num_input_tokens_seen", "active_layers")
+    return [
+        {name: line[name] for name in names if name in line}
+        for line in lines(folder / "metrics.jsonl")
+        if "loss" in line or "eval_loss" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"method": "rst", "accumulate": 2}, marks=pytest.mark.matrix),
+        pytest.param({"method": "dense", "adapter": "dora"}, marks=pytest.mark.matrix),
+        {"method": "gast", "accumulate": 2, "keep_scores": True},
+        pytest.param({"method": "ist+gast", "support": "momentum"}, marks=pytest.mark.matrix),
+        {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
+    ],
+)
+def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, settings):
+    settings = {"save_every": 2, "dropout": 0.1, "steps": 8, "eval": str(rows), "eval_every": 2, **settings}
+    if "target" in settings:
+        settings["target"] = str(few_rows(tmp_path / settings["target"]))
+    unbroken = train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
+        interfere(At("on_pre_optimizer_step", 6, stop))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(base, rows, tmp_path / "broken", **settings), QUIET)
+    torch.manual_seed(99)
+    done = train(recipe(base, rows, tmp_path / "broken", resume=True, **settings), QUIET)
+    assert_equal(adapter(tmp_path / "broken" / "adapter"), adapter(tmp_path / "whole" / "adapter"))
+    assert figures(tmp_path / "broken") == figures(tmp_path / "whole")
+    chosen, wanted = (choices_of(tmp_path / name) for name in ("broken", "whole"))
+    assert chosen == wanted
+    assert bool(wanted) == (settings.get("method") != "dense")
+    assert done.summary["steps"] == unbroken.summary["steps"] >= 8
+    assert done.summary["loss_first"] == figures(tmp_path / "whole")[0]["loss"]
+    whole, resumed = (load_recipe(tmp_path / name / "recipe.yaml") for name in ("whole", "broken"))
+    resumed.out = whole.out
+    assert resumed == whole
+
+
+def test_a_half_written_checkpoint_is_passed_over(base, rows, tmp_path):
+    settings = {"save_every": 2, "steps": 6}
+    train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    whole = adapter(tmp_path / "run" / "adapter")
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-6"
+    state = newest / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    train(recipe(base, rows, tmp_path / "run", resume=True, **settings), QUIET)
+    assert_equal(adapter(tmp_path / "run" / "adapter"), whole)
+    assert [line["step"] for line in choices_of(tmp_path / "run")] == list(range(6))
+
+
+def test_a_checkpoint_can_be_named(base, rows, tmp_path):
+    settings = {"save_every": 2, "steps": 6}
+    train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    whole = adapter(tmp_path / "run" / "adapter")
+    first = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    train(recipe(base, rows, tmp_path / "run", resume=str(first), **settings), QUIET)
+    assert_equal(adapter(tmp_path / "run" / "adapter"), whole)
+    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_to_resume(base, rows, tmp_path):
+    with pytest.raises(InputError, match=r"No complete checkpoint in .*run/checkpoints; train without --resume"):
+        train(recipe(base, rows, tmp_path / "run", resume=True), QUIET)
+    with pytest.raises(RecipeError, match="nowhere is no complete checkpoint; give a folder RUN/checkpoints"):
+        train(recipe(base, rows, tmp_path / "run", resume=str(tmp_path / "nowhere")), QUIET)
+
+
+def test_resuming_with_another_adapter_is_refused(base, rows, tmp_path):
+    train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
+    before = adapter(tmp_path / "run" / "adapter")
+    record = (tmp_path / "run" / "recipe.yaml").read_text()
+    for change in ({"rank": 3}, {"targets": ("q_proj",)}, {"adapter": "dora"}):
+        with pytest.raises(InputError, match="checkpoint-6"):
+            train(recipe(base, rows, tmp_path / "run", save_every=2, steps=8, resume=True, **change), QUIET)
+    assert_equal(adapter(tmp_path / "run" / "adapter"), before)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == record
+
+
+def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(base, rows, tmp_path, monkeypatch):
+    train(recipe(base, rows, tmp_path / "run"), QUIET)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setattr(module, "load_model", None)
+    with pytest.raises(RecipeError, match=r"run holds a run already; give another folder with --out, or go on with"):
+        train(recipe(base, rows, tmp_path / "run"), QUIET)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+# --- training that ends early ---
+
+
+@pytest.mark.parametrize(("event", "kind"), [("on_step_begin", "lora"), ("on_pre_optimizer_step", "dora")])
+def test_an_interrupt_leaves_the_adapter_of_the_last_whole_step(base, rows, tmp_path, interfere, event, kind):
+    kept = {}
+
+    def act(model):
+        kept.update(weights(model))
+        raise KeyboardInterrupt
+
+    interfere(At(event, 4, act))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(recipe(base, rows, tmp_path / "run", adapter=kind), QUIET)
+    assert stopped.value.__notes__ == [f"the adapter after step 3 is in {tmp_path}/run/adapter"]
+    assert_equal(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["summary"]["steps"]) == ("interrupted", 3)
+
+
+def trainable(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora" in name
+    return model
+
+
+def test_an_interrupt_in_a_forward_pass_leaves_a_whole_adapter(base, rows, tmp_path, interfere):
+    """There the parameters of a layer stand aside for others."""
+    seen = []
+
+    def arm(model):
+        def inside(*_):
+            seen.append(weights(model))
+            raise KeyboardInterrupt
+
+        part = next(part for name, part in model.named_modules() if name.endswith("1.self_attn.q_proj.lora_A.default"))
+        part.register_forward_hook(inside)
+
+    interfere(At("on_step_begin", 3, arm))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(base, rows, tmp_path / "run", dtype="bfloat16", method="dense"), QUIET)
+    assert len(seen) == 1
+    left = adapter(tmp_path / "run" / "adapter")
+    assert len(left) == 4 * 7 * 2
+    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in left.values())
+
+
+def test_an_interrupt_before_the_first_step_says_so(base, rows, tmp_path, interfere):
+    interfere(At("on_step_begin", 1, stop))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(recipe(base, rows, tmp_path / "run"), QUIET)
+    assert stopped.value.__notes__ == ["no step was finished"]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
+    base, rows, tmp_path, interfere, number, times, request
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    settings = {"method": "ist+gast", "dropout": 0.1, "eval": str(rows), "eval_limit": 4}
+    train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+
+    def send(_):
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
+        interfere(At("on_step_begin", 3, send))
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    run = tmp_path / "run"
+    said = f"the adapter after step {4 - times} is in {run}/adapter"
+    onward = f", and `siftune train --resume {run}` goes on from there"
+    assert stopped.value.__notes__ == [said + (onward if times == 1 else "")]
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    if times == 1:
+        done = train(recipe(base, rows, run, resume=True, **settings), QUIET)
+        assert_equal(adapter(run / "adapter"), adapter(tmp_path / "whole" / "adapter"))
+        assert choices_of(run) == choices_of(tmp_path / "whole")
+        assert figures(run) == figures(tmp_path / "whole")  # no evaluation more, and none less
+        assert done.summary["steps"] == 6
+    else:
+        assert not list((run / "checkpoints").iterdir())
+
+
+def test_an_end_at_once_says_from_which_step_it_goes_on(base, rows, tmp_path, interfere):
+    interfere(At("on_step_begin", 4, stop))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
+    run = tmp_path / "run"
+    onward = f"`siftune train --resume {run}` goes on from step 2"
+    assert stopped.value.__notes__ == [f"the adapter after step 3 is in {run}/adapter, and {onward}"]
+
+
+def test_of_a_run_that_goes_on_it_is_told_to_which_steps_its_time_belongs(base, rows, tmp_path, capsys):
+    whole = train(recipe(base, rows, tmp_path / "run", method="dense", steps=2), QUIET)
+    assert "resumed_step" not in whole.summary
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    assert "done: 3 steps, those after 2 in " in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["resumed_step"] == 2
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert ", for the steps after 2 |" in next(line for line in card.splitlines() if line.startswith("| time |"))
+
+
+def test_a_run_on_fewer_rows_than_a_batch_has_says_so(base, rows, tmp_path):
+    box = io.StringIO()
+    train(recipe(base, rows, tmp_path / "run", method="dense", limit=3, steps=None), Console(file=box, width=200))
+    assert "; 1 step of 3 rows, all there are\n" in box.getvalue()
+
+
+def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_path, interfere):
+    kept = {}
+
+    def act(model):
+        kept.update(weights(model))
+        model.get_input_embeddings().weight.data.fill_(float("nan"))
+
+    interfere(At("on_step_begin", 4, act))
+    with pytest.raises(TrainingError, match=r"The loss is nan .*at step 4.* So far, the adapter after step 3 is in "):
+        train(recipe(base, rows, tmp_path / "run", bad_steps=0), QUIET)
+    assert_equal(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(base, rows, tmp_path, monkeypatch):
+    save, saved = SiftTrainer._save_optimizer_and_scheduler, []
+
+    def fails(self, folder):
+        saved.append(folder)
+        if len(saved) == 2:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+        save(self, folder)
+
+    monkeypatch.setattr(SiftTrainer, "_save_optimizer_and_scheduler", fails)
+    with pytest.raises(TrainingError, match=r"Writing to .*run failed: .*--resume continues from the newest"):
+        train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
+    assert len(adapter(tmp_path / "run" / "adapter")) > 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.setattr(SiftTrainer, "_save_optimizer_and_scheduler", save)
+    done = train(recipe(base, rows, tmp_path / "run", save_every=2, resume=True), QUIET)
+    train(recipe(base, rows, tmp_path / "whole"), QUIET)
+    assert_equal(adapter(done.folder.adapter), adapter(tmp_path / "whole" / "adapter"))
+
+
+def test_an_error_of_another_kind_passes_as_it_is(base, rows, tmp_path, interfere):
+    def act(_):
+        raise ZeroDivisionError("a bug")
+
+    interfere(At("on_step_begin", 3, act))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        train(recipe(base, rows, tmp_path / "run"), QUIET)
+
+
+# --- what is refused before the model is loaded ---
+
+
+def test_data_is_read_before_the_model(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_model", None)
+    good = save_rows(tmp_path / "good.jsonl")
+    with pytest.raises(InputError, match=r"none\.jsonl does not exist"):
+        train(recipe(base, tmp_path / "none.jsonl", tmp_path / "run"), QUIET)
+    with pytest.raises(InputError, match=r"none\.jsonl does not exist"):
+        train(recipe(base, good, tmp_path / "run", eval=str(tmp_path / "none.jsonl")), QUIET)
+
+
+def test_a_target_that_is_not_there(base, rows, tmp_path):
+    with pytest.raises(AdapterError, match="nothing_proj"):
+        train(recipe(base, rows, tmp_path / "run", targets=("nothing_proj",)), QUIET)
+    train(recipe(base, rows, tmp_path / "run"), QUIET)  # the folder is still free
+
+
+def test_the_trainer_says_nothing_of_its_own(base, rows, tmp_path, capsys, caplog):
+    with caplog.at_level(logging.WARNING, "siftune"):
+        train(recipe(base, rows, tmp_path / "run", log_every=2))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 7, captured.err  # what is trained, steps 1, 2, 4, 6
+    assert not caplog.records

@@ -1,0 +1,161 @@
+"""The run folder: files change in one move, records can be cut, half a checkpoint is none."""
+
+import json
+
+import pytest
+from support.tiny_run import lines
+
+from siftune.base.environment import hardware, versions
+from siftune.base.errors import InputError, RecipeError
+from siftune.train.folder.run import RunFolder, newest_checkpoint, step_of
+from siftune.train.whole import begin, is_complete, seal
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "a" / "run")
+
+
+def checkpoint(folder, step, state=None, weights=True):
+    place = folder.checkpoints / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (place / name).write_bytes(b"state")
+    if weights:
+        (place / "adapter_model.safetensors").write_bytes(b"weights")
+    if state is not False:
+        (place / "trainer_state.json").write_text(state or json.dumps({"global_step": step}))
+    return place
+
+
+def test_it_is_made_and_left_empty(folder):
+    assert folder.path.is_dir()
+    assert not list(folder.path.iterdir())
+    assert folder.is_fresh()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "rows.sha256", "bad_rows.txt", "selection.bin"])
+def test_a_failed_start_takes_back_what_it_wrote(folder, name):
+    def fail():
+        folder.write(name, "text")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), folder.taken_back():
+        fail()
+    assert not folder.path.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda folder: (folder.path / "adapter").mkdir(), lambda folder: checkpoint(folder, 9)]
+)
+def test_what_a_run_leaves_makes_it_used(folder, make):
+    (folder.path / "train.jsonl").write_text("")
+    assert folder.is_fresh()
+    make(folder)
+    assert not folder.is_fresh()
+
+
+def test_a_run_that_was_killed_in_its_first_save_can_be_begun_anew(folder):
+    checkpoint(folder, 9, state=False)
+    assert folder.is_fresh()
+
+
+def test_where_all_checkpoints_are_damaged_it_is_not_said_to_begin_in_their_place(folder):
+    seal_it(checkpoint(folder, 9))
+    (folder.checkpoints / "checkpoint-9" / "optimizer.pt").write_bytes(b"State")
+    assert not folder.is_fresh()
+    with pytest.raises(InputError, match="all are damaged: train in another folder"):
+        newest_checkpoint(folder.checkpoints)
+
+
+def seal_it(place):
+    begin(place)
+    seal(place)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"file/run cannot be written to \(Not a directory\); give another"):
+        RunFolder(tmp_path / "file" / "run")
+
+
+def test_a_file_keeps_its_old_text_when_writing_fails(folder, monkeypatch):
+    folder.write("x.json", "old")
+    monkeypatch.setattr("siftune.base.files.os.replace", None)
+    with pytest.raises(TypeError):
+        folder.write("x.json", "new")
+    assert (folder.path / "x.json").read_text() == "old"
+
+
+def test_lines_are_appended_and_text_is_utf8(folder):
+    folder.append("m.jsonl", {"a": 1})
+    folder.append("m.jsonl", {"b": "ü"})
+    assert lines(folder.path / "m.jsonl") == [{"a": 1}, {"b": "ü"}]
+    folder.write("t", "ü")
+    assert (folder.path / "t").read_bytes() == "ü".encode()
+
+
+def test_the_adapter_is_replaced_whole_or_not_at_all(folder):
+    def good(text):
+        return lambda place: (place.mkdir(), (place / text).write_text(text))
+
+    def bad(place):
+        good("half")(place)
+        raise KeyboardInterrupt
+
+    folder.replace({"adapter": good("first")})
+    folder.replace({"adapter": good("second")})
+    assert [path.name for path in folder.adapter.iterdir()] == ["second"]
+    with pytest.raises(KeyboardInterrupt):
+        folder.replace({"adapter": bad})
+    assert [path.name for path in folder.adapter.iterdir()] == ["second"]
+    assert [path.name for path in folder.path.iterdir()] == ["adapter"]
+
+
+def test_records_are_cut_behind_a_step(folder):
+    for step in range(6):
+        folder.append("selection.jsonl", {"step": step})  # steps done before
+        folder.append("metrics.jsonl", {"step": step + 1, "loss": 1.0})
+    folder.append("metrics.jsonl", {"step": 4, "eval_loss": 1.0})
+    folder.cut_records(4)
+    assert [line["step"] for line in lines(folder.path / "selection.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines(folder.path / "metrics.jsonl")] == [1, 2, 3, 4, 4]
+    RunFolder(folder.path / "empty").cut_records(3)
+
+
+@pytest.mark.parametrize("rest", [b'{"step": 5, "lo', b"\n", b"nonsense\n", b"null\n", b"{}\n", b"[]\n", b"\xff\xfe\n"])
+def test_a_record_that_was_cut_off_by_a_crash_or_is_none_is_dropped(folder, rest):
+    folder.append("metrics.jsonl", {"step": 3})
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(rest)
+    folder.cut_records(4)
+    assert lines(folder.path / "metrics.jsonl") == [{"step": 3}]
+
+
+def test_records_that_cannot_be_read_are_told(folder):
+    (folder.path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read \(.*\); put it away to go on"):
+        folder.cut_records(4)
+
+
+def test_the_newest_complete_checkpoint(folder):
+    with pytest.raises(InputError, match=r"No complete checkpoint in .*checkpoints; train without --resume"):
+        newest_checkpoint(folder.checkpoints)
+    checkpoint(folder, 9)
+    newest = checkpoint(folder, 10)
+    checkpoint(folder, 11, state='{"global_step": 1')
+    checkpoint(folder, 12, weights=False)
+    checkpoint(folder, 13, state=False)
+    (folder.checkpoints / "checkpoint-old").mkdir()
+    assert newest_checkpoint(folder.checkpoints) == newest
+    assert step_of(newest) == 10
+    assert not is_complete(folder.checkpoints / "checkpoint-13")
+    folder.drop_half_written()
+    left = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert left == ["checkpoint-10", "checkpoint-9", "checkpoint-old"]
+
+
+def test_a_run_is_written_with_versions_and_hardware(folder):
+    folder.write_run(status="finished")
+    record = json.loads((folder.path / "run.json").read_text())
+    assert record == {"status": "finished", "versions": versions(), "hardware": hardware()}

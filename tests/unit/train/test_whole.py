@@ -1,0 +1,182 @@
+"""A checkpoint is taken for whole only where every file is as it was written, wherever writing was cut off."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_run import choices_of, recipe
+
+from siftune.train import whole
+from siftune.train.run import train
+from siftune.train.whole import SEAL, begin, fault_of, is_complete, seal
+
+FILES = {
+    "adapter_model.safetensors": b"weights",
+    "optimizer.pt": b"moments",
+    "scheduler.pt": b"rate",
+    "rng_state.pth": b"",
+    "trainer_state.json": b'{"global_step": 4}',
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    place = tmp_path / "checkpoint-4"
+    begin(place)
+    for name, data in FILES.items():
+        assert not is_complete(place)
+        (place / name).write_bytes(data)
+    seal(place)
+    return place
+
+
+def test_it_is_whole_once_it_is_sealed(checkpoint):
+    assert is_complete(checkpoint)
+    assert json.loads((checkpoint / SEAL).read_text()).keys() == FILES.keys()
+    (checkpoint / "note.txt").write_text("somebody's own")
+    assert is_complete(checkpoint)
+
+
+@pytest.mark.parametrize("name", [*FILES, SEAL])
+def test_every_change_of_every_file_is_found(checkpoint, name):
+    path = checkpoint / name
+    data = path.read_bytes()
+    changes = {"longer": data + b"\0", "cut": data[:-2], "flipped": bytes(byte ^ 1 for byte in data[:1]) + data[1:]}
+    for what, changed in changes.items():
+        path.write_bytes(changed)
+        assert is_complete(checkpoint) == (changed == data), what
+    path.unlink()
+    if name != SEAL:  # without a list it is one of an earlier version, by its other files
+        assert f"{name} is missing" in fault_of(checkpoint) or "trainer_state.json" in fault_of(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "listed", ["[]", "{}", '{"trainer_state.json": 3}', "[" * 100_000, "\xff", '{"../x": [1, "a"]}']
+)
+def test_a_list_that_is_none(checkpoint, listed):
+    (checkpoint / SEAL).write_text(listed, encoding="latin-1")
+    assert not is_complete(checkpoint)
+
+
+def test_names_and_sizes_are_enough_where_files_are_not_read(checkpoint):
+    (checkpoint / "optimizer.pt").write_bytes(b"Moments")
+    assert fault_of(checkpoint, hashes=False) is None
+    assert fault_of(checkpoint) == "optimizer.pt is not what was written"
+
+
+@pytest.mark.parametrize("gone", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "trainer_state.json"])
+def test_of_earlier_versions_all_parts_are_asked_for(checkpoint, gone):
+    (checkpoint / SEAL).unlink()
+    assert is_complete(checkpoint)
+    (checkpoint / gone).unlink()
+    assert not is_complete(checkpoint)
+
+
+class Cut(Exception):
+    """Stands for the end of the process."""
+
+
+def test_writing_that_is_cut_off_anywhere_leaves_none_that_looks_whole(checkpoint, monkeypatch):
+    """The folder of an old checkpoint is written anew, with other values, and every call to the system is the last."""
+
+    def rewrite():
+        begin(checkpoint)
+        for name, data in FILES.items():
+            (checkpoint / name).write_bytes(data[::-1] if name != "trainer_state.json" else b'{"global_step": 5}')
+        seal(checkpoint)
+
+    old = checkpoint.with_name("old")
+    shutil.copytree(checkpoint, old)
+    for last in range(100):
+        left = [last]
+
+        def counted(call, left=left):
+            def either(*args, **kwargs):
+                if left[0] == 0:
+                    raise Cut
+                left[0] -= 1
+                return call(*args, **kwargs)
+
+            return either
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("fsync", "replace", "unlink", "open"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            patch.setattr(Path, "write_bytes", counted(Path.write_bytes))
+            try:
+                rewrite()
+            except Cut:
+                ended = False
+            else:
+                ended = True
+        parts = {name: (checkpoint / name).read_bytes() for name in FILES if (checkpoint / name).exists()}
+        if is_complete(checkpoint):
+            assert parts == FILES or all(parts[name] != FILES[name] for name in FILES if FILES[name])
+        if ended:
+            assert is_complete(checkpoint)
+            assert last > 8
+            return
+        shutil.rmtree(checkpoint)
+        shutil.copytree(old, checkpoint)
+    raise AssertionError("it was never written to its end")
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(base, rows, tmp_path, caplog):
+    settings = {"save_every": 2, "steps": 6}
+    run = tmp_path / "run"
+    adapter = train(recipe(base, rows, run, **settings)).folder.adapter / "adapter_model.safetensors"
+    weights, chosen = adapter.read_bytes(), choices_of(run)
+    optimizer = run / "checkpoints" / "checkpoint-6" / "optimizer.pt"
+    data = bytearray(optimizer.read_bytes())
+    data[len(data) // 2] ^= 1
+    optimizer.write_bytes(data)
+    train(recipe(base, rows, run, resume=True, **settings))
+    assert "checkpoint-6 is not whole: optimizer.pt is not what was written; the one before it" in caplog.text
+    assert adapter.read_bytes() == weights
+    assert choices_of(run) == chosen
+    assert is_complete(optimizer.parent)
+
+
+def test_older_ones_go_only_when_the_new_one_is_sealed(base, rows, tmp_path, monkeypatch):
+    sealed = []
+
+    def looked(folder):
+        sealed.append(sorted(path.name for path in folder.parent.iterdir() if fault_of(path) is None))
+        seal(folder)
+
+    monkeypatch.setattr(whole, "seal", looked)
+    monkeypatch.setattr("siftune.train.folder.checkpoints._LEAST", 1)
+    train(recipe(base, rows, tmp_path / "run", method="gast", support="momentum", steps=3))
+    assert sealed == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
+    listed = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-3" / SEAL).read_text())
+    assert {"gast_mean.safetensors", "rows.parquet"} <= listed.keys()  # what callbacks write, too
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_there_is_no_template_of_a_card_in_it(base, rows, tmp_path, init):
+    train(recipe(base, rows, tmp_path / "run", method="dense", steps=1, init=init))
+    folders = [tmp_path / "run" / "checkpoints" / "checkpoint-1"]
+    folders += [folders[0].with_name("initial")] if init == "pissa" else []
+    for folder in folders:
+        assert (folder / "adapter_model.safetensors").is_file()
+        assert not (folder / "README.md").exists()
+    assert "README.md" not in json.loads((folders[0] / SEAL).read_text())
+
+
+def test_a_run_that_was_killed_after_its_last_step_leaves_what_it_trained(base, rows, tmp_path):
+    for settings in ({}, {"eval": str(rows), "eval_every": 1, "patience": 3, "lr": 1e3, "eval_limit": 4}):
+        run = tmp_path / f"run{len(settings)}"
+        given = {"method": "dense", "steps": 3, **settings}
+        train(recipe(base, rows, run, **given))
+        weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+        shutil.rmtree(run / "adapter")
+        (run / "run.json").unlink()
+        run = run.rename(tmp_path / f"moved{len(settings)}")  # with the best of its checkpoints
+        done = train(recipe(base, rows, run, resume=True, **given))
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+        assert (done.summary["steps"], json.loads((run / "run.json").read_text())["status"]) == (3, "finished")
+        assert done.summary.get("kept_step") == (2 if settings else None)
+        assert torch.isfinite(torch.tensor(done.summary["loss_last"]))
