@@ -140,14 +140,14 @@ def _by_score(members: ArrayLike, others: ArrayLike) -> tuple[Counts, Counts]:
     return members_V, others_V
 
 
-def _auc(members_NV: Floats, others_NV: Floats) -> Floats:
+def auc(members_NV: Floats, others_NV: Floats) -> Floats:
     """Area under the ROC curve by ranks, for each line of counts; equal scores count half: (N,)."""
     below_NV = others_NV.cumsum(axis=1) - others_NV / 2  # others of a lower score, and half of those of the same
     wins_N = (members_NV * below_NV).sum(axis=1)
     return np.asarray(wins_N / (members_NV.sum(axis=1) * others_NV.sum(axis=1)))
 
 
-def _tpr(members_NV: Floats, others_NV: Floats, rate: float) -> Floats:
+def tpr(members_NV: Floats, others_NV: Floats, rate: float) -> Floats:
     """Share of members above the least score that at most a share `rate` of the others exceed, by line: (N,)."""
     allowed_N1 = rate * others_NV.sum(axis=1, keepdims=True) + 1e-9
     above_NV = others_NV.sum(axis=1, keepdims=True) - others_NV.cumsum(axis=1)  # others of a higher score
@@ -158,4 +158,4 @@ def _tpr(members_NV: Floats, others_NV: Floats, rate: float) -> Floats:
 
 def _figures(members_NV: Floats, others_NV: Floats) -> tuple[Floats, ...]:
     """AUC and the shares found, for each line of counts: (N,) each."""
-    return _auc(members_NV, others_NV), *(_tpr(members_NV, others_NV, rate) for rate in RATES)
+    return auc(members_NV, others_NV), *(tpr(members_NV, others_NV, rate) for rate in RATES)
