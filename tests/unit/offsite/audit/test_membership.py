@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.evaluate.bootstrap import Bootstrap
-from siftune.offsite.audit.membership import RowLosses, _by_score, _tpr, infer_membership, measure_attack
+from siftune.offsite.audit.membership import RowLosses, _by_score, infer_membership, measure_attack, tpr
 
 FEW = Bootstrap(resamples=400, seed=2)
 # few distinct values, so that there are ties
@@ -18,7 +18,7 @@ def auc(members, others):
 
 
 def tpr(members, others, rate):
-    return _tpr(*(side[None].astype(float) for side in _by_score(members, others)), rate)[0]
+    return tpr(*(side[None].astype(float) for side in _by_score(members, others)), rate)[0]
 
 
 def by_pairs(members, others):
