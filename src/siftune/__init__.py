@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from siftune.methods.host.label_logits import LabelLogits
     from siftune.methods.ist.callback import IST
     from siftune.methods.lisa.callback import LISA
-    from siftune.methods.loradrop.callback import LoRADrop
     from siftune.methods.rst.callback import RST
-    from siftune.methods.static.callback import Static
     from siftune.methods.trim.callback import Trim
     from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
@@ -30,11 +28,9 @@ _LAZY = {
     "IST": "siftune.methods.ist.callback",
     "LabelLogits": "siftune.methods.host.label_logits",
     "LISA": "siftune.methods.lisa.callback",
-    "LoRADrop": "siftune.methods.loradrop.callback",
     "RST": "siftune.methods.rst.callback",
     "RowRecord": "siftune.records.record",
     "SiftuneError": "siftune.base.errors",
-    "Static": "siftune.methods.static.callback",
     "Trim": "siftune.methods.trim.callback",
     "attach_adapter": "siftune.models.adapters.attach",
     "find_layers": "siftune.models.layers",
@@ -48,11 +44,9 @@ __all__ = [  # noqa: RUF022
     "IST",
     "LISA",
     "LabelLogits",
-    "LoRADrop",
     "RST",
     "RowRecord",
     "SiftuneError",
-    "Static",
     "Trim",
     "attach_adapter",
     "find_layers",

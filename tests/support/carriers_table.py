@@ -28,9 +28,8 @@ CLOSED, AGAIN, WORKS = "exact", "again", "works"
 TRANSPOSED = "on GPT2LMHeadModel: Target module"
 ALLOCATOR = "allots its ranks by the gradients of all layers and rows in every step"
 MIXED = "see tokens of all rows mixed together, so samples cannot be told apart in them"
-SILENT = "no PEFT adapter whose response could be damped or measured"
 OUTSIDE = "has no parameters of its own in each layer"
-PART = "holds a part of the base, so that its response cannot be damped or measured"
+PART = "holds a part of the base, so that its response cannot be damped"
 PACKED = "reads the shape of the weights, which 4 bits pack"
 LOST = "loses the scales of the weights after the first pass on a processor"
 UNTRAINED = "which cannot train; load the model unquantised"
@@ -83,11 +82,9 @@ def with_method(kind: str, method: str) -> str:
         return OUTSIDE if chooses else WORKS
     if kind == "adalora" and chooses:
         return ALLOCATOR
-    if kind == "full" and method == "loradrop":
-        return SILENT
     if kind == "lora on experts" and method in BY_ROW:
         return MIXED
-    if kind in ("lora, pissa", "lora, olora") and method in ("ist", "ist+gast", "loradrop"):
+    if kind in ("lora, pissa", "lora, olora") and method in ("ist", "ist+gast"):
         return PART
     if method in BY_ROW:
         return AGAIN if kind in ("vera", "loha", "lokr", "oft", "boft") else CLOSED

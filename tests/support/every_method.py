@@ -37,9 +37,7 @@ CASES = {
     "ist": Case({"active": 1.0, "interval": None}, {"active": 0.5, "interval": 2, "score_batch_size": 6}),
     "lisa": Case({"active": 4}, {"active": 2, "interval": 3}),
     "cut": Case({"depths": (0,)}, {"depths": (0.25, 0.5, 0.75)}),
-    "static": Case({"numbers": (0, 1, 2, 3)}, {"numbers": (1, -1)}),
     "gast": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
-    "loradrop": Case({"threshold": 1.0, "select_after": 1}, {"active": 2, "select_after": 2, "score_rows": 6}),
     "trim": Case({"select": 1.0}, {"select": 2}),
     "greats": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
 }

@@ -33,7 +33,7 @@ def save_run(path: Path, method: str = "dense", steps: int = 40, depth: int = 12
     figures = {"loss_first": 2.1, "loss_last": 0.4, "eval_loss": 0.7 + seed / 50, "seconds": 61.5 + 9 * seed}
     summary = {"steps": steps, **figures, "tokens": 4000, "peak_memory_mb": 1800.0 + 90 * seed, "followed": {}}
     folder.write_run(status="finished", summary=summary)
-    if "ist" in method or method in ("rst", "lisa", "cut", "static", "loradrop"):
+    if "ist" in method or method in ("rst", "lisa", "cut"):
         _layers(path, method, steps, depth, generator)
     if "gast" in method or method == "greats":
         _rows(path, method, steps, depth, generator)

@@ -57,8 +57,6 @@ class Workload:
             fields["compile"] = True
         if name.endswith("gast"):
             options |= SUPPORTS[support or "rest"]
-        if name == "loradrop":
-            options["select_after"] = 1  # so that its layers are chosen before a step is timed
         for part in METHODS[name].parts:
             own = Settings.names(part.settings)
             settings = {option: value for option, value in options.items() if option in own}

@@ -88,7 +88,7 @@ def adapted_modules(group: LayerGroup) -> list[Any]:
                 )
     if not found:
         raise AdapterError(
-            f"{group.name} has no PEFT adapter whose response could be damped or measured; attach one, or to have it "
+            f"{group.name} has no PEFT adapter whose response could be damped; attach one, or to have it "
             "damped open the layer with siftune.models.adapters.full.OpenLayers before training; or use RST, which "
             "needs none"
         )
@@ -105,8 +105,8 @@ def refuse_taken_apart(model: nn.Module) -> None:
         init = str(getattr(config, "init_lora_weights", ""))
         if init.startswith(_TAKE_APART):
             raise AdapterError(
-                f"an adapter that began with {init} holds a part of the base, so that its response cannot be damped or "
-                "measured: take another method, or another init_lora_weights"
+                f"an adapter that began with {init} holds a part of the base, so that its response cannot be damped: "
+                "take another method, or another init_lora_weights"
             )
 
 

@@ -15,9 +15,7 @@ from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
 from siftune.methods.lisa.settings import LISASettings
-from siftune.methods.loradrop.settings import LoRADropSettings
 from siftune.methods.rst.settings import RSTSettings
-from siftune.methods.static.settings import StaticSettings
 from siftune.methods.trim.settings import TrimSettings
 
 
@@ -57,8 +55,6 @@ _RST = Part(RSTSettings, "siftune.methods.rst.callback:RST")
 _IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True, by_data=True)
 _LISA = Part(LISASettings, "siftune.methods.lisa.callback:LISA")
 _CUT = Part(CutSettings, "siftune.methods.cut.callback:Cut")
-_STATIC = Part(StaticSettings, "siftune.methods.static.callback:Static")
-_LORADROP = Part(LoRADropSettings, "siftune.methods.loradrop.callback:LoRADrop", by_data=True)
 _GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True)
 _GREATS = Part(GREATSSettings, "siftune.methods.greats.callback:GREATS", rows=True, by_data=True)
 _TRIM = Part(TrimSettings, "siftune.methods.trim.callback:Trim", rows=True, by_data=True)
@@ -69,10 +65,6 @@ METHODS = {
     "ist": Method("layers drawn by their importance in every step (arXiv 2410.11772)", (_IST,), lr=2e-3),
     "lisa": Method("layers drawn at random and held for some steps (arXiv 2403.17919)", (_LISA,)),
     "cut": Method("all layers above a random depth, at which backward ends (ours)", (_CUT,), lr=1e-3),
-    "static": Method("the same layers in every step", (_STATIC,)),
-    "loradrop": Method(
-        "the layers whose adapters respond most, after some steps of all (arXiv 2402.07721)", (_LORADROP,)
-    ),
     "gast": Method("every layer follows the rows whose gradients point its way (arXiv 2603.09865)", (_GAST,)),
     "greats": Method("all layers follow the rows that most help a support set (NeurIPS 2024)", (_GREATS,)),
     "trim": Method("all layers follow the rows of smallest loss, or of largest, or any (arXiv 1810.11874)", (_TRIM,)),

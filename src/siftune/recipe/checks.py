@@ -176,7 +176,7 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         f"init {recipe.init} goes with adapter lora, not {recipe.adapter}: leave init out, or take --adapter lora",
     )
     yield (
-        takes_apart and any(part.suppresses or part.settings.group == "loradrop" for part in method_of(recipe).parts),
+        takes_apart and any(part.suppresses for part in method_of(recipe).parts),
         f"method {recipe.method} damps or measures what adapters add to the base, but with init {recipe.init} they "
         "begin as a part of it: leave init out, or take another method",
     )

@@ -37,10 +37,10 @@ from siftune.models.layers import find_layers
 from siftune.recipe.schema import Recipe
 
 OVER_FLOOR = 1.9  # of a step's time over that of its matrix products, measured: docs/measured.md
-# method -> times dense's time and memory, measured: docs/measured.md; static's hang on which layers it is given
+# method -> times dense's time and memory, measured: docs/measured.md
 RATIOS = {
     "dense": (1.0, 1.0), "ist": (1.05, 0.88), "rst": (0.91, 0.89), "lisa": (0.98, 0.89), "cut": (0.72, 1.0),
-    "loradrop": (1.13, 0.97), "gast": (1.36, 1.03), "greats": (1.31, 1.03), "trim": (1.1, 1.05),
+    "gast": (1.36, 1.03), "greats": (1.31, 1.03), "trim": (1.1, 1.05),
     "ist+gast": (1.08, 0.89),
 }  # fmt: skip
 # name -> operations a second in bfloat16, without sparsity, and bytes of memory, as the maker states them

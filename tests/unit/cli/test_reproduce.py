@@ -197,7 +197,7 @@ def _rate(recipe):
 @pytest.mark.parametrize(("suite", "model", "family", "method"), [
     ("commonsense", "llama-7b", "llama", "ist+gast"), ("commonsense", "gpt-j-6b", "gptj", "ist"),
     ("commonsense", "opt-1.3b", "opt", "gast"), ("math", "llama3-8b", "llama", "trim"),
-    ("math", "gpt-j-6b", "gptj", "loradrop"),
+    ("math", "gpt-j-6b", "gptj", "cut"),
 ])  # fmt: skip
 def test_all_stages_on_every_architecture(words, tmp_path, suite, model, family, method):
     assert main(words(f"{suite}-{model}", family, "--rates", "1e-3", "--methods", method)) == 0
@@ -210,7 +210,7 @@ def test_all_stages_on_every_architecture(words, tmp_path, suite, model, family,
 def test_a_dry_run_names_every_setting_and_counts_the_rows_that_are_there(words, capsys):
     given = words("commonsense-opt-1.3b", "opt")
     at = given.index("--model")
-    given = [*given, "--dry-run", "--methods", "dense,static", "--gpu", "h100"]
+    given = [*given, "--dry-run", "--methods", "dense,cut", "--gpu", "h100"]
     assert "--dry-run reckons with the paper's model" in error_of(capsys, given)
     assert main([*given[:at], *given[at + 2 :]]) == 0
     told = capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_a_dry_run_names_every_setting_and_counts_the_rows_that_are_there(words,
     lines = {line.split(",")[0]: line.split()[2:] for line in told.splitlines()}
     assert lines["dense"][:3] == ["1,572,864", "440", "2"]  # of rank 2
     assert lines["dense"][-1] == "4"  # three rates, and a seed
-    assert lines["static"][3:] == [*["not", "measured"] * 2, "4"]
+    assert lines["cut"][-1] == "4"
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from siftune import GAST, IST, LabelLogits, RowRecord, Static
+from siftune import GAST, IST, LabelLogits, RST, RowRecord
 from siftune.base.errors import RecipeError
 from siftune.integrations.groups import callbacks, keys
 from siftune.methods import all_parts
@@ -14,7 +14,7 @@ def test_groups_become_callbacks_with_their_settings():
     assert (made[0].seed, made[1].seed, made[1].select) == (3, 7, 0.5)
     assert made[0].to_dict() == IST().to_dict()
     assert isinstance(callbacks({"label_logits": True, "gast": None})[0], LabelLogits)
-    assert repr(callbacks({"static": {"numbers": [0, -1]}})) == repr([Static(numbers=(0, -1))])
+    assert repr(callbacks({"rst": {"active": 0.5}})) == repr([RST(active=0.5)])
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_what_cannot_be_is_told_in_a_sentence(given, sentence):
 
 def test_the_keys_are_the_groups_of_all_methods():
     assert keys() == [*(part.settings.group for part in all_parts()), "label_logits", "row_record"]
-    assert {"gast", "ist", "lisa", "static"} < set(keys())
+    assert {"gast", "ist", "lisa", "rst"} < set(keys())
     for part in all_parts():
         (made,) = callbacks({part.settings.group: part.settings().to_dict()})
         assert made.to_dict() == part.settings().to_dict()

@@ -8,7 +8,7 @@ import torch
 from support.trainers import adapted, rows, weights
 from torch.utils.data import DataLoader
 
-from siftune import GAST, IST, LISA, RST, LabelLogits, LoRADrop, RowRecord, Trim
+from siftune import GAST, IST, LISA, RST, LabelLogits, RowRecord, Trim
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.drivers.batches import RowDraws
 
@@ -153,8 +153,6 @@ def test_what_cannot_be_attached_is_refused():
         fit(Sift(RST()), Module(torch.nn.Linear(2, 2)))
     with pytest.raises(RecipeError, match=r'support="dataset" compares with rows: give attach\(..., batches=...\)'):
         fit(Sift(GAST(support="dataset")))
-    with pytest.raises(RecipeError, match="LoRADrop measures responses on rows"):
-        fit(Sift(LoRADrop()))
     with pytest.raises(RecipeError, match=r"the training rows are a list.*Sift\(..., batches=...\)"):
         fit(Sift(GAST()), data=list(loader()))
 

@@ -40,7 +40,7 @@ FIGURES = {
     "greats": {"greats/followed", "greats/score", "greats/score_followed"},
     "trim": {"trim/followed", "trim/score", "trim/score_followed"},
     "ist": {"ist/layers", "ist/importance_spread"},
-    **{name: {f"{name}/layers"} for name in ("rst", "lisa", "cut", "static", "loradrop")},
+    **{name: {f"{name}/layers"} for name in ("rst", "lisa", "cut")},
 }
 
 

@@ -99,8 +99,7 @@ def test_ratios_that_were_not_measured_are_not_made_up():
     shape = Shape(10, 1, steps=100, flops=312e12, memory=1e9)
     assert shape.seconds("a100-80gb") == pytest.approx(100 * OVER_FLOOR)
     assert shape.seconds("a100-80gb", "gast") == pytest.approx(136 * OVER_FLOOR)
-    assert shape.seconds("a100-80gb", "static") is None
-    assert (shape.bytes("ist"), shape.bytes("static")) == (pytest.approx(0.88e9), None)
+    assert shape.bytes("ist") == pytest.approx(0.88e9)
 
 
 def layer_of(config, width):

@@ -131,7 +131,7 @@ def test_a_step_without_rows_is_a_step(tmp_path):
         {"adapter": "dora", "dp_clipping": "flat", "checkpointing": True},
         {"method": "rst", "accumulate": 2},
         {"method": "lisa", "adapter": "full", "active": 2, "interval": 2},
-        {"method": "static", "adapter": "rslora"},
+        {"method": "cut", "adapter": "rslora"},
         {"method": "cut", "epochs": 2.0, "steps": None},
     ],
 )
@@ -228,7 +228,7 @@ def test_another_runs_checkpoint_is_refused(told, tmp_path):
 
 
 REFUSED = [
-    ({"method": "ist"}, r"method ist looks at gradients or losses.*take --method dense, rst, lisa, cut, static$"),
+    ({"method": "ist"}, r"method ist looks at gradients or losses.*take --method dense, rst, lisa, cut$"),
     ({"method": "gast"}, r"method gast looks at"),
     ({"method": "greats"}, r"method greats looks at"),
     ({"method": "ist+gast"}, r"method ist\+gast looks at"),

@@ -218,7 +218,7 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
         ({"init": "pissa", "quantize": "8bit", "method": "dense"}, "which quantize has rounded"),
         ({"init": "olora", "adapter": "dora", "method": "dense"}, "goes with adapter lora, not dora"),
         ({"init": "pissa", "method": "ist"}, "method ist damps or measures what adapters add"),
-        ({"init": "olora", "method": "loradrop"}, "method loradrop damps or measures what adapters add"),
+        ({"init": "olora", "method": "ist"}, "method ist damps or measures what adapters add"),
         ({"from_adapter": "a", "init": "gaussian"}, "init is the adapter's"),
         ({"from_adapter": "a", "layers": (0,)}, "layers is the adapter's"),
         ({"init": "eva"}, "init is 'eva', but must be one of"),

@@ -1,8 +1,7 @@
 """Layer selection at work on one model: a policy chooses, gates carry it out, step by step.
 
 `LayerSelection` is what the Trainer callbacks drive, and what `attach` returns for a plain training loop. Which layers
-train is the business of a `LayerPolicy`: IST goes by importance, LoRADrop by
-responses, RST, LISA and Cut draw at random, Static stays.
+train is the business of a `LayerPolicy`: IST draws by importance, RST, LISA and Cut draw at random.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +16,6 @@ from siftune.base.numerics import gradient_norm, side_by_side
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.ranks import in_group, mean_over_ranks
-from siftune.engine.responses import measured_responses, refuse_unresponsive
 from siftune.engine.suppression import refuse_taken_apart, suppress
 from siftune.methods.drivers.batches import Batch, Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
 from siftune.methods.host.step_hooks import around_steps
@@ -77,7 +75,6 @@ class LayerPolicy(ABC):
     """Who chooses the layers: an object, with state where it has any."""
 
     needs_rows: bool = False  # it compares layers on rows, so that the driver needs some
-    needs_responses: bool = False  # it is shown the adapters' responses; see `rows_for_responses`
     needs_norms: bool = False  # it is shown the norms of the layers' gradients; see `observe`
     drops_state: bool = False  # the optimizer is to forget the layers that leave
     importance: Tensor | None = None  # (L,) float64 importance logits, high = important; None where it goes by none
@@ -85,18 +82,6 @@ class LayerPolicy(ABC):
     @abstractmethod
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Choose for the step after `step` optimizer steps; layers and sets are positions in the `LayerStack`."""
-
-    def rows_for_responses(self, step: int) -> int:
-        """How many rows the adapters' responses are to be measured on before the step after `step` optimizer steps."""
-        return 0
-
-    def note_responses(self, responses_L: Tensor) -> None:  # noqa: B027
-        """Take note of the responses that were asked for, just before `choose`.
-
-        Args:
-            responses_L: (L,) float64 squared lengths of what each layer's adapters add, over the rows' tokens: the mean
-                over the ranks.
-        """
 
     def observe(self, positions_N: Tensor, norms_N: Tensor) -> None:  # noqa: B027
         """Take note of the gradients of the layers that train, just before an optimizer step.
@@ -153,8 +138,6 @@ class LayerSelection:
         self.last: LayerChoice | None = None
         self._chunk = chunk
         self._handles: list[Any] = []
-        if self.policy.needs_responses:
-            refuse_unresponsive(self.groups)
         if self.policy.needs_rows:
             refuse_taken_apart(model)
         self._gates = LayerGates(model, self.groups, deliver_zeros=in_group())
@@ -171,8 +154,6 @@ class LayerSelection:
 
     def begin(self) -> LayerChoice:
         """Choose the layers of the coming step."""
-        if rows := self.policy.rows_for_responses(self.steps):
-            self.policy.note_responses(self._responses(rows))
         choice = self.policy.choose(self.steps, self.suppressed_losses)
         sets = tuple(self._numbers(positions) for positions in choice.suppressed)
         self.last = replace(choice, layers=self._numbers(choice.layers), suppressed=sets)
@@ -256,16 +237,6 @@ class LayerSelection:
         with evaluating(self.model):
             losses = [self._suppressed_loss(layers, factor, batches) for layers in sets_KN.tolist()]
         return mean_over_ranks(torch.tensor(losses, dtype=torch.float64), next(self.model.parameters()).device)
-
-    def _responses(self, rows: int) -> Tensor:
-        """Squared lengths of what each layer's adapters add on drawn rows; (L,) float64, the mean over the ranks."""
-        assert self.draws is not None
-        device = next(self.model.parameters()).device
-        with evaluating(self.model), measured_responses(self.groups) as responses:
-            for batch in self.draws.draw(rows, self._chunk):
-                responses.seen = batch.get("attention_mask")
-                self.loss(self.model, batch)
-        return mean_over_ranks(responses.squares_L, device)
 
     def _numbers(self, positions: Sequence[int]) -> tuple[int, ...]:
         """Numbers of the layers at some positions: layers without adapters are not counted among `groups`."""

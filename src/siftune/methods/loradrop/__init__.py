@@ -1,1 +1,0 @@
-"""LoRA-drop: the layers whose adapters respond most."""

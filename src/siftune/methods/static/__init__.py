@@ -1,1 +1,0 @@
-"""Static: the same layers in every step."""
