@@ -16,16 +16,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of tests that are marked `matrix` leave one in eight, the same in every run, and none marked `fuzz`.
-
-    Where -m asks for either, all of it is left.
-    """
-    asked = config.getoption("-m")
-
-    def is_left_out(item):
-        others = item.get_closest_marker("matrix") and crc32(item.nodeid.encode()) % 8 != 2
-        return ("matrix" not in asked and others) or ("fuzz" not in asked and item.get_closest_marker("fuzz"))
-
-    left_out = {item for item in items if is_left_out(item)}
+    """Of tests that are marked `matrix` leave one in eight, the same in every run, unless -m names them."""
+    if "matrix" in config.getoption("-m"):
+        return
+    left_out = {item for item in items if item.get_closest_marker("matrix") and crc32(item.nodeid.encode()) % 8 != 2}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
