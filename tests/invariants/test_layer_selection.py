@@ -1,4 +1,4 @@
-"""What must not change the result, beside what holds of every method: IST's scoring, and checkpoints of any age."""
+"""What must not change the result, beside what holds of every method: IST's scoring, and its checkpoints."""
 
 import json
 
@@ -7,8 +7,7 @@ import torch
 from support.seen import assert_same
 from support.trainers import adapted, rows, train, weights
 
-from siftune import IST, LISA, Cut
-from siftune.base.errors import RecipeError
+from siftune import IST
 
 
 def recorded(method):
@@ -58,38 +57,3 @@ def test_resume_of_an_iterable_continues_its_walk(tmp_path):
     train(tmp_path, whole, **settings)
     train(tmp_path, resumed, resume=str(tmp_path / "checkpoint-5"), **settings)
     assert [c.losses for c in resumed.all] == [c.losses for c in whole.all[5:]]
-
-
-OLD = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
-
-# as they were saved before options were taken out: the callback's arguments, and its selection's state
-HELD = {"pattern": "scattered", "in_turn": False, "select_after": 0}, {"waiting": []}
-CUT = {"hold": 1, "compensate": False}, {"lowest": 2}
-
-
-def saved_then(folder, method, old, state=None):
-    """Train into a folder, and make the checkpoint after three of eight steps one of an earlier version."""
-    model, _ = train(folder, method, **OLD)
-    file = folder / "checkpoint-3" / "trainer_state.json"
-    saved = json.loads(file.read_text())
-    entry = saved["stateful_callbacks"][type(method).__name__]
-    entry["args"] |= old
-    entry["attributes"]["_resumed"] |= state or {}
-    file.write_text(json.dumps(saved))
-    return weights(model)
-
-
-@pytest.mark.parametrize("restore", [False, True])
-@pytest.mark.parametrize(("kind", "own", "old"), [(LISA, {"interval": 2}, HELD), (Cut, {}, CUT)])
-def test_a_checkpoint_of_before_options_were_taken_out_goes_on(tmp_path, kind, own, old, restore):
-    wanted = saved_then(tmp_path, kind(**own), *old)
-    settings = OLD | {"restore_callback_states_from_checkpoint": restore}
-    model, _ = train(tmp_path, kind(**own), resume=str(tmp_path / "checkpoint-3"), **settings)
-    assert_same(wanted, weights(model))
-
-
-def test_a_checkpoint_with_what_is_gone_is_refused(tmp_path):
-    saved_then(tmp_path, Cut(), {"hold": 5})
-    settings = OLD | {"restore_callback_states_from_checkpoint": True}
-    with pytest.raises(RecipeError, match=r"^cut\.hold 5: this option is gone, siftune draws a depth"):
-        train(tmp_path, Cut(), resume=str(tmp_path / "checkpoint-3"), **settings)

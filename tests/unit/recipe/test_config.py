@@ -272,18 +272,6 @@ def test_a_recipe_of_0_1_is_read_with_what_its_method_looks_at(recipe_file):
     assert load_recipe(recipe_file(old.format(method="gast", active=0.25, select=8))).gast.select == 8
 
 
-@pytest.mark.parametrize("one", ["1.0", "1", "1e0"])
-def test_options_that_are_gone_may_say_what_holds_anyway(recipe_file, one):
-    gone = f"pool: layer, scale: mean, replacement: false, temperature: {one}"
-    recipe = load_recipe(recipe_file(f"method: gast\ngast: {{select: 8, {gone}}}\n"))
-    assert recipe == Recipe(method="gast", gast=GASTSettings(select=8))
-    flat = gone.replace(", ", "\n")
-    assert load_recipe(recipe_file(f"method: gast\nselect: 8\n{flat}\n")) == recipe
-    held = "lisa: {active: 3, pattern: scattered, in_turn: false, select_after: 0}\n"
-    other = "cut: {depths: [0.5], hold: 1, compensate: false}\n"
-    assert load_recipe(recipe_file(held + other)) == Recipe(lisa=LISASettings(active=3), cut=CutSettings(depths=(0.5,)))
-
-
 def test_settings_of_the_wrong_type_are_refused():
     for settings, words in (({"interval": 2.5}, "a whole number or nothing"), ({"active": "half"}, "a number")):
         with pytest.raises(RecipeError, match=f"but must be {words}"):

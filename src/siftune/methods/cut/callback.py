@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from siftune.base.settings import documented, reads_gone
+from siftune.base.settings import documented
 from siftune.methods.cut import maths
 from siftune.methods.cut.settings import CutSettings
 from siftune.methods.drivers.layer_callback import LayerCallback
@@ -25,7 +25,6 @@ class LayersAbove(LayerPolicy):
         return LayerChoice(step, tuple(range(lowest, self._layers)))
 
 
-@reads_gone
 @documented
 @dataclass(eq=False)
 class Cut(LayerCallback, CutSettings):

@@ -1,10 +1,10 @@
 """Settings of Cut."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-from siftune.base.settings import OURS, Gone, Settings
+from siftune.base.settings import OURS, Settings
 
 
 @dataclass
@@ -12,11 +12,6 @@ class CutSettings(Settings):
     """All layers above a random depth train, so that backward ends there."""
 
     group = "cut"
-
-    gone: ClassVar[Mapping[str, Gone]] = {
-        "hold": Gone(1, "draws a depth anew in every step"),
-        "compensate": Gone(False, "leaves steps as the optimizer makes them"),
-    }
 
     depths: Annotated[tuple[float, ...], OURS] = (0.0, 0.25, 0.5, 0.75)
     """Shares of the layers that lie below the cut, one drawn at a time, evenly; a share given twice counts twice."""

@@ -203,7 +203,7 @@ class SampleSelection:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`, as if never interrupted."""
         self.steps = int(state["steps"])
-        self._seed, self._opened, self._next_batch = None, None, int(state.get("passes", 0))
+        self._seed, self._opened, self._next_batch = None, None, int(state["passes"])
         load_draws_state(state, self.generator, self.draws)
         if self.rule.stream is not None:
             self.rule.stream.load_state_dict(state.get("stream", {}))

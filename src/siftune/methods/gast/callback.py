@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import documented, reads_gone
+from siftune.base.settings import documented
 from siftune.engine.groups import LayerGroup
 from siftune.methods.drivers.sample_callback import SampleCallback, takes_target
 from siftune.methods.gast.rule import AlignedSamples
@@ -16,7 +16,6 @@ from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import calling_trainer
 
 
-@reads_gone
 @documented
 @takes_target
 @dataclass(eq=False)

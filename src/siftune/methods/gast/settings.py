@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from siftune.base.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, OURS, SHARE, Gone, Settings
+from siftune.base.settings import BELOW_ONE, COUNT, COUNT_OR_SHARE, OURS, SHARE, Settings
 
 Support = Literal["sample", "rest", "momentum", "dataset"]
 Choice = Literal["stochastic", "topk", "random"]
@@ -22,15 +22,6 @@ class GASTSettings(Settings):
     with_target: ClassVar[Mapping[str, Any]] = {
         "select": 0.5, "support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine",
     }  # fmt: skip
-
-    gone: ClassVar[Mapping[str, Gone]] = {
-        "pool": Gone("layer", "lets every layer choose once"),
-        "share": Gone("own", "lets every layer go by its own scores; greats has one choice for all"),
-        "scale": Gone("mean", "scales the chosen rows' gradients up to the whole batch"),
-        "replacement": Gone(False, "draws without replacement"),
-        "temperature": Gone(1.0, "draws at temperature 1"),
-        "select_after": Gone(0, "selects from the first step on"),
-    }
 
     select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
     """Rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75 (the paper's: 0.5)."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import documented, reads_gone
+from siftune.base.settings import documented
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.methods.drivers.layer_draws import draw_uniform, share
 from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
@@ -63,7 +63,6 @@ class HeldLayers(LayerPolicy):
         self._current = tuple(state["current"])
 
 
-@reads_gone
 @documented
 @dataclass(eq=False)
 class LISA(LayerCallback, LISASettings):

@@ -1,10 +1,9 @@
 """Settings of LISA."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-from siftune.base.settings import COUNT, COUNT_OR_SHARE, OURS, Gone, Settings
+from siftune.base.settings import COUNT, COUNT_OR_SHARE, OURS, Settings
 
 
 @dataclass
@@ -12,12 +11,6 @@ class LISASettings(Settings):
     """Layerwise importance sampled AdamW: a few layers drawn at random, held for some steps."""
 
     group = "lisa"
-
-    gone: ClassVar[Mapping[str, Gone]] = {
-        "pattern": Gone("scattered", "draws layers anywhere, which learned more than windows of neighbours"),
-        "in_turn": Gone(False, "draws layers without regard to earlier draws"),
-        "select_after": Gone(0, "draws layers from the first step on"),
-    }
 
     active: Annotated[int | float, COUNT_OR_SHARE] = 2
     """Layers that train: a whole number of them, or a share such as 0.25."""
