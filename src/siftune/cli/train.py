@@ -1,6 +1,5 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,6 @@ from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, resolve_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.console import Console
-
     from siftune.train.run import Run
 
 
@@ -32,8 +27,6 @@ class Options(Recipe):
     processes: Annotated[int, COUNT] = 1
     """Processes of this machine that train together, one for each GPU or for some of the processor's cores; each takes
     batch_size rows in a step. torchrun and accelerate launch do the same, also on several machines."""
-    watch: bool = False
-    """Serve the run's report to a browser on this machine while it trains; the address is told."""
     dry_run: bool = False
     """Train nothing: name all bad rows, show what is learned of three, and try some steps to tell time and memory."""
 
@@ -56,8 +49,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.train.run import train
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with _watched(recipe, console) if options.watch else nullcontext(recipe) as recipe:
-        finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
+    finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
     if launch_rank():
         return {}
     summary, path = finished.summary, finished.folder.path
@@ -92,24 +84,7 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
         path = Path(folder) / "recipe.yaml"
         path.write_text(recipe_to_yaml(resolve_recipe(adopted(recipe))), encoding="utf-8")
         key = [] if options.public_key is None else ["--public-key", options.public_key]
-        watch = ["--watch"] if options.watch else []
-        return launch(["train", str(path), *key, *watch], options.processes)
-
-
-@contextmanager
-def _watched(recipe: Recipe, console: "Console") -> "Iterator[Recipe]":
-    """Serve the report of the run while it goes on; of several processes the first one does."""
-    from siftune.report.page.serve import serve
-    from siftune.train.start import adopted
-
-    check(recipe)
-    recipe = resolve_recipe(adopted(recipe))  # which names the run folder
-    if launch_rank():
-        yield recipe
-        return
-    with serve(str(recipe.out)) as address:
-        console.print(f"report, for a browser on this machine: {address}", markup=False)
-        yield recipe
+        return launch(["train", str(path), *key], options.processes)
 
 
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:

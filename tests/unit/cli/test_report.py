@@ -1,15 +1,10 @@
-"""`siftune report`, `siftune train --watch`, and what eval leaves for reports."""
+"""`siftune report`, and the measurements that eval leaves for it."""
 
 import json
-import re
-import urllib.request
 
 import pytest
 from support.commands import error_of, siftune
 from support.report_runs import save_run
-
-from siftune.report.page import serve
-from siftune.train.progress import Metrics
 
 
 def test_a_page_and_figures(tmp_path, capsys):
@@ -33,45 +28,6 @@ def test_what_it_refuses(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert error_of(capsys, "report", *arguments).startswith(message)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_training_is_watched(base, rows, tmp_path, capsys, monkeypatch):
-    pages, addresses = [], []
-    plain, log = serve.serve, Metrics.on_log
-
-    def noted(run):
-        serving = plain(run)
-        addresses.append(serving.__enter__())
-        return _Entered(serving, addresses[0])
-
-    def on_log(self, *given, **others):
-        log(self, *given, **others)
-        with urllib.request.urlopen(addresses[0], timeout=10) as answer:
-            pages.append(answer.read().decode())
-
-    monkeypatch.setattr(serve, "serve", noted)
-    monkeypatch.setattr(Metrics, "on_log", on_log)
-    given = ["--model", base, "--train", rows, "--steps", "3", "--log-every", "1", "--method", "rst"]
-    result, told = siftune(capsys, "train", *given, "--template", "none", "--watch", "--out", tmp_path / "run")
-    assert f"report, for a browser on this machine: {addresses[0]}" in told
-    assert re.search("is at step 2 of 3: training loss", pages[1])
-    assert "Who trained" in pages[1]
-    assert result["run"] == str(tmp_path / "run")
-    with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(addresses[0], timeout=10)
-
-
-class _Entered:
-    """A context that was entered already."""
-
-    def __init__(self, context, value):
-        self._context, self._value = context, value
-
-    def __enter__(self):
-        return self._value
-
-    def __exit__(self, *error):
-        return self._context.__exit__(*error)
 
 
 def test_eval_keeps_figures_and_answers_in_the_run(base, tmp_path, capsys):

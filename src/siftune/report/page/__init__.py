@@ -4,7 +4,6 @@
     sections/   a module for each part of the page: from what was read to words, figures and tables
     figure      what a figure is, and its file; svg, axes and the charts (lines, heat, points) draw it
     page        puts all of it into the template, which escapes whatever comes from outside
-    serve       the page of a run that is under way, on this machine alone
 
 Figures are SVG of our own: they take the page's colours, light and dark, print as lines, weigh a few kilobytes, and
 need no script. plotly.js alone has more than the 3 MB that a page may take, Vega and Bokeh draw by script, uPlot on a
