@@ -19,7 +19,7 @@ class Options:
     out: Annotated[str, arg(aliases=["-o"])] = "report.html"
     """File to write; one that is there is replaced."""
     figures: str | None = None
-    """Folder to write the figures to as well, each as an SVG file, and as PNG where resvg-py is installed."""
+    """Folder for the figures as SVG files; none are written if not given."""
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -257,24 +257,19 @@ def test_half_a_surrogate_pair_does_no_harm(tmp_path):
 
 def test_figures_are_files_of_their_own(runs, tmp_path):
     files = write_figures([str(run) for run in runs.values()], tmp_path / "figures")
-    drawn = [path for path in files if path.suffix == ".svg"]
-    assert {"loss.svg", "trained-ist.svg", "batch-gast.svg", "seconds.svg"} <= {path.name for path in drawn}
+    assert {"loss.svg", "trained-ist.svg", "batch-gast.svg", "seconds.svg"} <= {path.name for path in files}
     assert len({path.name for path in files}) == len(files) == len(list((tmp_path / "figures").iterdir()))
-    for path in drawn:
+    for path in files:
         text = path.read_text(encoding="utf-8")
         assert text.startswith('<svg xmlns="http://www.w3.org/2000/svg" width="')
         assert "var(" not in text
-    pictures = [path for path in files if path.suffix == ".png"]
-    assert len(pictures) in (0, len(drawn))
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
 def test_figures_are_files_whatever_stands_in_them(tmp_path, monkeypatch):
     monkeypatch.setattr("support.report_runs.KINDS", ("a\x00b", "\ud800", "\x1b[31m"))
     run = save_run(tmp_path / "run", "gast", steps=4)
     for path in write_figures([str(run)], tmp_path / "figures"):
-        if path.suffix == ".svg":
-            ElementTree.parse(path)
+        ElementTree.parse(path)
 
 
 def test_names_that_are_written_alike_are_told_apart(tmp_path):
