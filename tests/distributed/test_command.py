@@ -21,9 +21,7 @@ template: none
 max_length: 64
 rank: 2
 method: ist
-interval: 2
-score_batch_size: 4
-active: 0.5
+ist: {interval: 2, score_batch_size: 4, active: 0.5}
 lr: 0.01
 log_every: 1
 save_every: 2

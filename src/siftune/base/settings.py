@@ -23,9 +23,8 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from siftune.base.errors import RecipeError
 
@@ -85,22 +84,6 @@ COUNT_OR_SHARE = Range(
 )
 
 
-class Gone(NamedTuple):
-    """What is in the place of an option that was taken out, which older recipes and checkpoints still name.
-
-    Attributes:
-        value: The value that it has for good.
-        words: What that means, to follow "siftune".
-    """
-
-    value: Any
-    words: str
-
-    def refusal(self, option: str) -> str:
-        """The sentence on an option, and where it has one its value, that asks for anything else."""
-        return f"{option}: this option is gone, siftune {self.words}: leave it out"
-
-
 @dataclass
 class Settings:
     """Base of a method's settings; checked when they are made.
@@ -114,9 +97,6 @@ class Settings:
 
     with_target: ClassVar[Mapping[str, Any]] = {}
     """Defaults where few rows of a target are given: what a recipe's `target` puts in their place."""
-
-    gone: ClassVar[Mapping[str, Gone]] = {}
-    """Options that earlier versions had, by name."""
 
     def __post_init__(self) -> None:
         """Check every field; a list is as good as a tuple, such as a checkpoint's JSON holds."""
@@ -253,24 +233,4 @@ def documented(kind: type[S]) -> type[S]:
     lines = [f"        {name}: {line}" for name, line in help_of(_owner(kind)).items()]
     if kind.__doc__ and lines:
         kind.__doc__ = kind.__doc__.replace("    Args:\n", "    Args:\n" + "\n".join(lines) + "\n", 1)
-    return kind
-
-
-def reads_gone(kind: type[S]) -> type[S]:
-    """Let a callback be made with options that are gone: the Trainer makes a checkpoint's with all those of its time.
-
-    Raises:
-        RecipeError: When the callback is made and such an option asks for anything but what holds.
-    """
-    plain = kind.__init__
-
-    @wraps(plain)
-    def init(self: Any, *values: Any, **given: Any) -> None:
-        for name in [name for name in kind.gone if name in given]:
-            value = given.pop(name)
-            if value != kind.gone[name].value:
-                raise RecipeError(kind.gone[name].refusal(f"{kind.group}.{name} {value}"))
-        plain(self, *values, **given)
-
-    kind.__init__ = init  # type: ignore[method-assign]
     return kind

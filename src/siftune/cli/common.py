@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import Gone, in_words, nearest
+from siftune.base.settings import in_words, nearest
 from siftune.cli.help import flow_text, values_as_typed
 from siftune.methods import METHODS
 from siftune.recipe.read import load_recipe
@@ -188,14 +188,6 @@ def _spell_out(kind: type, arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _gone(name: str) -> Gone | None:
-    """What is in the place of an option that earlier versions had, such as gast.temperature; None for others."""
-    from siftune.methods import all_parts
-
-    options = {f"{part.settings.group}.{old}": gone for part in all_parts() for old, gone in part.settings.gone.items()}
-    return options.get(name)
-
-
 def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> str:
     """Turn the parser's refusal into one sentence: what was found, what is wanted, where to look."""
     hints = _hints(kind)
@@ -204,8 +196,6 @@ def _complaint(kind: type, arguments: Sequence[str], program: str, box: str) -> 
         if _field(flag) not in hints:
             if _field(flag) in COMMANDS:
                 return f"unknown option {flag} of `{program}`; `siftune {_field(flag)}` is a command of its own"
-            if (gone := _gone(_field(flag))) is not None:
-                return gone.refusal(flag)
             close = nearest(_field(flag), hints)
             guess = f"did you mean {_flags(close)}?" if close else f"see `{program} --help`"
             return f"unknown option {flag.partition('=')[0]} of `{program}`; {guess}"

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import Gone, Settings, in_words, nearest
-from siftune.methods import METHODS, all_parts
+from siftune.base.settings import Settings, in_words, nearest
+from siftune.methods import all_parts
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.recipe.schema import R, Recipe, method_of
 
@@ -39,22 +39,12 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe, target: bool = False
             the wrong type. The message names file, line and key.
     """
     values: dict[str, Any] = {}
-    flat: dict[str, tuple[str, _Entry]] = {}  # options that 0.1 spelled without their method: where, what
     hints = get_type_hints(kind)
     for path in map(Path, paths):
         for key, entry in _read(path).items():
-            where = f"{path}:{entry.line}"
-            if key not in hints and key in _options_by_name():
-                flat[key] = where, entry
-            elif key not in hints and key in _gone_by_name():
-                _pass_over(key, entry.value, _gone_by_name()[key], where)
-            else:
-                values[key] = _value(key, entry, hints, values.get(key), where)
+            values[key] = _value(key, entry, hints, values.get(key), f"{path}:{entry.line}")
     if target or values.get("target") is not None:
         values = _aimed(values, hints)
-    method = values.get("method", Recipe.method)
-    for key, (where, entry) in flat.items():
-        _lift(key, entry, where, method, values)
     return kind(**{key: hints[key](**value) if _is_group(hints[key]) else value for key, value in values.items()})
 
 
@@ -124,15 +114,6 @@ def _is_group(hint: Any) -> bool:
     return is_dataclass(hint) and issubclass(hint, Settings)  # type: ignore[arg-type]
 
 
-def _options_by_name() -> dict[str, list[type[Settings]]]:
-    """Name of an option of some method -> the settings that have it."""
-    options: dict[str, list[type[Settings]]] = {}
-    for part in all_parts():
-        for name in Settings.names(part.settings):
-            options.setdefault(name, []).append(part.settings)
-    return options
-
-
 def _value(key: str, entry: _Entry, hints: Mapping[str, Any], before: Any, where: str) -> Any:
     """Return an entry as the type of its field; a group as a dict, with what earlier files said of it."""
     if key not in hints:
@@ -143,54 +124,15 @@ def _value(key: str, entry: _Entry, hints: Mapping[str, Any], before: Any, where
         shown = _shown(entry.value)
         raise RecipeError(f"{where}: {key} must hold options of its own, each on a line of its own, not {shown}")
     inner, path = get_type_hints(hints[key]), where.rpartition(":")[0]
-    names, gone = Settings.names(hints[key]), hints[key].gone
+    names = Settings.names(hints[key])
     values = dict(before or {})
     for name, part in entry.value.items():
         place = f"{path}:{part.line}"
         if name in names:
             values[name] = _converted(f"{key}.{name}", part.value, inner[name], place)
-        elif name in gone:
-            _pass_over(f"{key}.{name}", part.value, gone[name], place)
         else:
             raise RecipeError(f"{place}: unknown key '{key}.{name}'; {_hint(name, names)}")
     return values
-
-
-def _gone_by_name() -> dict[str, Gone]:
-    """Name of an option that some method had -> what is in its place."""
-    return {name: gone for part in all_parts() for name, gone in part.settings.gone.items()}
-
-
-def _pass_over(key: str, value: Any, gone: Gone, where: str) -> None:
-    """Refuse an option that is gone, unless it says what holds anyway: older versions wrote all options out."""
-    plain = _plain(value)
-    try:
-        same = _convert(plain, type(gone.value)) == gone.value
-    except TypeError:
-        same = False
-    if not same:
-        raise RecipeError(gone.refusal(f"{where}: {key} {plain}"))
-
-
-def _lift(key: str, entry: _Entry, where: str, method: str, values: dict[str, Any]) -> None:
-    """Put an option that stands by itself, as 0.1 had it, into the settings of the method.
-
-    Recipes that 0.1 wrote name the options of all methods: those of others are passed over where they say nothing but
-    the default.
-    """
-    owners = _options_by_name()[key]
-    chosen = [part.settings for part in METHODS[method].parts if part.settings in owners]
-    if len(chosen) == 1:
-        group = values.setdefault(chosen[0].group, {})
-        group.setdefault(key, _converted(key, entry.value, get_type_hints(chosen[0])[key], where))
-    elif key in _gone_by_name():
-        _pass_over(key, entry.value, _gone_by_name()[key], where)
-    elif all(entry.value != getattr(owner(), key) for owner in owners):
-        names = " or ".join(f"{owner.group}: {{{key}: …}}" for owner in owners)
-        raise RecipeError(
-            f"{where}: {key} belongs to the settings of a method, and method {method} has none of that name: leave it "
-            f"out, or write {names} and take that method"
-        )
 
 
 def _converted(key: str, value: Any, hint: Any, where: str) -> Any:

@@ -127,10 +127,6 @@ def test_resume_alone_reads_no_recipe_that_happens_to_be_there(ran, tmp_path, mo
         (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
         (["--learning-rate=1"], "unknown option --learning-rate of `siftune train`; did you mean --lr?"),
         (["--zzzz"], "unknown option --zzzz of `siftune train`; see `siftune train --help`"),
-        (
-            ["--gast.temperature", "2"],
-            "--gast.temperature: this option is gone, siftune draws at temperature 1: leave it out",
-        ),
         (["--rank", "eight"], "--rank must be a whole number or nothing, not 'eight'"),
         (["--rank"], "--rank must be a whole number or nothing, not left empty"),
         (["--rank", "--lr", "1"], "--rank must be a whole number or nothing, not left empty"),

@@ -26,9 +26,7 @@ rank: 2
 batch_size: 4
 steps: 6
 method: ist
-interval: 2
-score_batch_size: 4
-active: 0.5
+ist: {interval: 2, score_batch_size: 4, active: 0.5}
 lr: 0.01
 log_every: 1
 """

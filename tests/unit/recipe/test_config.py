@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
-from support.of_0_1 import RECIPE
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import ELSEWHERE, Range, help_of, marks_of, nearest
 from siftune.methods import METHODS, all_parts
-from siftune.methods.cut.settings import CutSettings
 from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
@@ -90,27 +88,6 @@ def test_a_later_file_overrides_an_earlier_one(recipe_file):
         ("gast:\n  selct: 3\n", "r.yaml:2: unknown key 'gast.selct'; did you mean 'select'?"),
         ("gast:\n  seed: 3\n", "r.yaml:2: unknown key 'gast.seed'"),
         ("gast:\n  select: 3\n  select: 4\n", "r.yaml:3: select is given twice, first in line 2"),
-        ("method: dense\nselect: 3\n", "r.yaml:2: select belongs to the settings of a method, and method dense has"),
-        (
-            "# c\ngast:\n  temperature: 0.5\n",
-            "r.yaml:3: gast.temperature 0.5: this option is gone, siftune draws at temperature 1: leave it out",
-        ),
-        ("gast: {temperature: true}\n", "r.yaml:1: gast.temperature True: this option is gone"),
-        ("gast: {temperature: [1]}\n", "r.yaml:1: gast.temperature [1]: this option is gone"),
-        ("gast: {pool: {layer: 1}}\n", "r.yaml:1: gast.pool {'layer': 1}: this option is gone, siftune lets every"),
-        ("gast: {scale: sum}\n", "r.yaml:1: gast.scale sum: this option is gone, siftune scales"),
-        ("gast: {replacement: true}\n", "r.yaml:1: gast.replacement True: this option is gone, siftune draws without"),
-        ("method: gast\npool: module\n", "r.yaml:2: pool module: this option is gone, siftune lets every layer choose"),
-        ("method: gast\nselect_after: 5\n", "r.yaml:2: select_after 5: this option is gone, siftune selects from the"),
-        ("temperature: 2.0\n", "r.yaml:1: temperature 2.0: this option is gone, siftune draws at temperature 1"),
-        (
-            "lisa: {pattern: upper}\n",
-            "r.yaml:1: lisa.pattern upper: this option is gone, siftune draws layers anywhere",
-        ),
-        ("lisa: {in_turn: true}\n", "r.yaml:1: lisa.in_turn True: this option is gone, siftune draws layers without"),
-        ("lisa: {select_after: 9}\n", "r.yaml:1: lisa.select_after 9: this option is gone, siftune draws layers from"),
-        ("cut: {hold: 10}\n", "r.yaml:1: cut.hold 10: this option is gone, siftune draws a depth anew in every step"),
-        ("cut: {compensate: true}\n", "r.yaml:1: cut.compensate True: this option is gone, siftune leaves steps as"),
         ("greats: {temperature: 1.0}\n", "r.yaml:1: unknown key 'greats.temperature'"),
         (b"model: \xff\n", "r.yaml is not UTF-8 text: byte 7 is invalid"),
         ("model: \x00\n", "r.yaml: not valid YAML:"),
@@ -259,17 +236,6 @@ def test_a_later_file_adds_to_the_settings_of_an_earlier_one(recipe_file):
     base = recipe_file("method: gast\ngast:\n  select: 8\n  support: rest\n", "base.yaml")
     recipe = load_recipe(base, recipe_file("gast: {support: momentum}\n"))
     assert recipe.gast == GASTSettings(select=8, support="momentum")
-
-
-def test_a_recipe_of_0_1_is_read_with_what_its_method_looks_at(recipe_file):
-    old = RECIPE.format(method="{method}", active="{active}", select="{select}", decay=0.9)
-    recipe = load_recipe(recipe_file(old.format(method="ist+gast", active=0.5, select=0.5)))
-    assert recipe.ist == ISTSettings(active=0.5)
-    assert recipe.gast == GASTSettings(select=0.5)
-    check(recipe)
-    with pytest.raises(RecipeError, match=r"r\.yaml:15: active belongs to the settings of a method"):
-        load_recipe(recipe_file(old.format(method="gast", active=0.5, select=0.5)))
-    assert load_recipe(recipe_file(old.format(method="gast", active=0.25, select=8))).gast.select == 8
 
 
 def test_settings_of_the_wrong_type_are_refused():
