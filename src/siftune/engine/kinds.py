@@ -28,7 +28,6 @@ from siftune.engine.groups import LayerGroup, refuse_allocator
 from siftune.engine.substitution import Slot, parameter_owners, units
 from siftune.models.adapters.attach import expert_banks, is_linear
 from siftune.models.adapters.own import OwnLayer
-from siftune.models.adapters.prefix import PrefixLayer
 
 
 def linear_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
@@ -144,7 +143,7 @@ def _kind(unit: LayerGroup, slot: Slot) -> Kind:
         return Kind.NORM if slot.name == "weight" else Kind.BIAS
     if type(owner) is DoraLinearLayer or isinstance(unit.module, IA3Linear):
         return Kind.FLATTENED
-    if (type(owner).__name__.endswith("RMSNorm") and slot.name == "weight") or isinstance(unit.module, PrefixLayer):
+    if type(owner).__name__.endswith("RMSNorm") and slot.name == "weight":
         return Kind.SCALE
     raise UnsupportedError(
         f"{unit.name}: the gradient of {slot.name} in {type(owner).__name__} cannot be told apart by row; supported "

@@ -15,7 +15,6 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import Substitution
 from siftune.models.adapters.bottleneck import BottleneckLayer
 from siftune.models.adapters.full import original_weights
-from siftune.models.adapters.prefix import CACHES
 
 _TAKE_APART = ("pissa", "olora", "corda", "loftq")  # values of PEFT's init_lora_weights
 
@@ -121,9 +120,13 @@ def is_scaled(module: Any) -> bool:
     )
 
 
+# the arguments of attention and mixers that hold a cache
+_CACHES = ("cache", "past_key_values", "layer_past")
+
+
 def base_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the base of an adapted module gives for the same input, of whole rows: what it caches stays as it is."""
-    return module.get_base_layer()(*args, **{name: v for name, v in kwargs.items() if name not in CACHES})
+    return module.get_base_layer()(*args, **{name: v for name, v in kwargs.items() if name not in _CACHES})
 
 
 def states(output: Any) -> Tensor:

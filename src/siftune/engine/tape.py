@@ -5,8 +5,8 @@ While a layer runs, its trainable parameters are *detached*, so that autograd fo
 adds it to the record of the layer. The gate on the layer's input runs last of all in the layer: there the record is
 complete, is reduced to one gradient per parameter, and freed. So what is held at any time is one layer's.
 
-Vectors that scale activations (DoRA's magnitude, IA3, the weight of an RMSNorm) and prefixes are expanded to one copy
-per row instead; the gradient of the copies is the one that is wanted.
+Vectors that scale activations (DoRA's magnitude, IA3, the weight of an RMSNorm) are expanded to one copy per row
+instead; the gradient of the copies is the one that is wanted.
 
 A tap saves a module's input as autograd would have done for the weight: by `save_for_backward`, so that activation
 checkpointing recomputes it.

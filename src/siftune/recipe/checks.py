@@ -160,11 +160,6 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
             full and not written and getattr(recipe, name) != getattr(Recipe, name),
             f"{name} is for adapters, and adapter full has none: leave {name} out, or take --adapter lora",
         )
-    yield (
-        recipe.adapter == "adalora" and (bool(method_of(recipe).parts) or recipe.dp_epsilon is not None),
-        "adapter adalora allots its ranks by the gradients of all layers and rows in every step: take --method dense "
-        "without dp_epsilon, or another adapter, such as lora",
-    )
     if not full:
         yield from ((True, sentence) for sentence in not_taken(recipe.adapter, recipe))
     yield (

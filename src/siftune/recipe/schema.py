@@ -126,7 +126,7 @@ class Recipe:
     outside: tuple[Literal["embeddings", "head"], ...] = ()
     """With adapter full: what else trains whole, in every step (LISA's paper: both)."""
     rank: Annotated[int | None, COUNT] = None
-    """Rank of the adapter matrices, width of a bottleneck, keys of a prefix; if not given the kind's: 32 for lora."""
+    """Rank of the adapter matrices, or width of a bottleneck; if not given the kind's: 32 for lora."""
     alpha: Annotated[int | None, POSITIVE] = None
     """Scale of the adapter response; twice the rank if not given, 16 for rslora, the rank for series, four times it for
     parallel."""
@@ -169,7 +169,7 @@ class Recipe:
     """Largest gradient norm; 0 turns clipping off."""
     bad_steps: Annotated[int, NOT_NEGATIVE] = 3
     """Steps that may be left out, and are told with their rows, because a loss or gradient is not finite; one more ends
-    the run. With dp_epsilon and adapter adalora the first one does."""
+    the run. With dp_epsilon the first one does."""
     dp_epsilon: Annotated[float | None, PROMISE] = None
     """Differential privacy for every training row: the largest ε of the run. Smaller protects more and learns less."""
     dp_delta: Annotated[float | None, CHANCE] = None

@@ -31,7 +31,6 @@ from siftune.engine.substitution import use_base_dtype
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.adapters.full import OpenLayers
-from siftune.models.adapters.registry import CARRIERS
 from siftune.models.layers import find_layers
 from siftune.models.source import use_attention
 from siftune.recipe.read import anchored
@@ -103,17 +102,15 @@ def build(
     if privacy is not None:
         refuse_scaled_or_split(arguments)
     parts = _compiled(recipe, tuned) if recipe.compile else None
-    strict = privacy is not None or recipe.adapter == "adalora"  # a step left out tells of rows; an allocator counts
     kind = partial(
         kind,
         last=target_comes_last(recipe),
         privacy=privacy,
         dynamic=recipe.loss == "dft",
-        bad_steps=0 if strict else recipe.bad_steps,
+        bad_steps=recipe.bad_steps if privacy is None else 0,  # a step left out tells of rows
         short_rows=recipe.attention == "auto",
     )
-    own = [] if recipe.adapter == "full" else CARRIERS[recipe.adapter].callbacks()
-    trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *own, *methods])
+    trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *methods])
     removed = [*([] if parts is None else [parts]), *([] if privacy is None else [privacy]), *methods]
     release = _release(tuned, groups, opened, removed)
     return Built(trainer, methods, len(groups), release, parts)

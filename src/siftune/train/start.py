@@ -57,11 +57,6 @@ def adopted(recipe: Recipe) -> Recipe:
         raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
     if kind is None:
         raise AdapterError(f"{path} is of the kind {own['adapter']}; known kinds: {', '.join(CARRIERS)}")
-    if kind == "adalora":
-        raise AdapterError(
-            f"the adapter in {path.parent} is an AdaLoRA, whose ranks have been allotted, so it cannot train further: "
-            "begin anew, or with an adapter of another kind"
-        )
     own["adapter"] = kind
     for name, value in own.items():
         asked = getattr(recipe, name)

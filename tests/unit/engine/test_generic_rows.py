@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.carriers_table import build
+from peft import VeraConfig
+from support.adapted import from_config
 
 from siftune.engine import generic_rows
 from siftune.engine.generic_rows import ModuleRows
@@ -14,7 +15,7 @@ from siftune.engine.substitution import units
 @pytest.fixture
 def given():
     """A module, what stands for its parameters, output gradients and inputs of three rows."""
-    model = build("vera").double()
+    model = from_config(VeraConfig(r=4, target_modules=["q_proj"])).double()
     unit = next(unit for group in group_by_layer(model) for unit in units(group) if runs_again(unit.module))
     values = {p: p.detach() + 0.1 for p in unit.parameters.values()}
     base = unit.module.get_base_layer()

@@ -216,7 +216,7 @@ def attach_adapter(
     Args:
         model: A transformers model without adapters.
         kind: One of `carriers.CARRIERS`, such as "lora", "dora", "series" or "parallel".
-        rank: Rank of the matrices A (rank, in) and B (out, rank), width of a bottleneck, or length of a prefix. None
+        rank: Rank of the matrices A (rank, in) and B (out, rank), or width of a bottleneck. None
             stands for the kind's: 32 for LoRA, 256 for bottlenecks.
         alpha: Numerator of the response's scale, alpha/rank (alpha/√rank for rsLoRA). None stands for 2·rank, a scale
             of 2 (LoRA and DoRA), for 16 whatever the rank (rsLoRA, whose point is that the scale falls with √rank

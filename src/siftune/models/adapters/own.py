@@ -73,11 +73,10 @@ class OwnTuner(BaseTuner):  # type: ignore[misc]
 
 def register() -> None:
     """Tell PEFT of these kinds, so that it loads folders that hold them; calling it twice does no harm."""
-    from siftune.models.adapters import bottleneck, prefix
+    from siftune.models.adapters import bottleneck
 
     kinds: list[tuple[str, type[PeftConfig], type[OwnTuner]]] = [
         (bottleneck.TYPE, bottleneck.BottleneckConfig, bottleneck.BottleneckModel),
-        (prefix.TYPE, prefix.PrefixConfig, prefix.PrefixModel),
     ]
     for name, config, tuner in kinds:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config

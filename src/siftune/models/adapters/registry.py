@@ -41,20 +41,14 @@ class Carrier:
     rank: int = 32  # where none is given
     alpha: Callable[[int], int] = field(default=lambda rank: 2 * rank)  # the same, made of the rank
     unmergeable: str | None = None  # why it cannot be put into the base's weights; None where it can
-    callback: str | None = None  # what has to hear of a Trainer's steps, as MODULE:CLASS
 
     def make(self, model: Any, shape: Shape) -> Any:
         """Make PEFT's config for a model."""
         return resolve_name(self.config)(model, shape)
 
-    def callbacks(self) -> list[Any]:
-        """Make what has to hear of a Trainer's steps."""
-        return [] if self.callback is None else [resolve_name(self.callback)()]
-
 
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"}
 _BOTTLENECK = {"rank": "r", "alpha": "alpha", "dropout": "dropout", "nonlinearity": "nonlinearity"}
-_LYCORIS = {"rank": "r", "alpha": "alpha"}
 _NON_LINEAR = "between its two matrices stands a non-linearity, so that no weight does the same; use it beside its base"
 
 CARRIERS = {
@@ -94,58 +88,6 @@ CARRIERS = {
         rank=256,
         alpha=lambda rank: 4 * rank,
         unmergeable=_NON_LINEAR,
-    ),
-    "prefix": Carrier(
-        "keys and values of each layer's own before those of the tokens, `rank` of them (arXiv 2101.00190)",
-        "siftune.models.adapters.prefix:prefix",
-        {"peft_type": "LAYER_PREFIX"},
-        {"rank": "r"},
-        rank=30,
-        unmergeable="its keys and values stand before the tokens', so that no weight does it; use it beside its base",
-    ),
-    "vera": Carrier(
-        "two vectors in every linear module, beside shared random matrices (arXiv 2310.11454)",
-        "siftune.models.adapters.linear:vera",
-        {"peft_type": "VERA"},
-        {"rank": "r", "dropout": "vera_dropout"},
-        rank=256,
-    ),
-    "loha": Carrier(
-        "the elementwise product of two low-rank matrices (arXiv 2108.06098)",
-        "siftune.models.adapters.linear:loha",
-        {"peft_type": "LOHA"},
-        _LYCORIS,
-        rank=8,
-        alpha=lambda rank: rank,
-    ),
-    "lokr": Carrier(
-        "the Kronecker product of two small matrices (arXiv 2212.10650)",
-        "siftune.models.adapters.linear:lokr",
-        {"peft_type": "LOKR"},
-        _LYCORIS,
-        rank=8,
-        alpha=lambda rank: rank,
-    ),
-    "oft": Carrier(
-        "rotations of blocks of the inputs, of the size `rank` (arXiv 2306.07280)",
-        "siftune.models.adapters.linear:oft",
-        {"peft_type": "OFT"},
-        {"rank": "oft_block_size"},
-    ),
-    "boft": Carrier(
-        "butterflies of rotations, with blocks of the size `rank` (arXiv 2311.06243)",
-        "siftune.models.adapters.linear:boft",
-        {"peft_type": "BOFT"},
-        {"rank": "boft_block_size"},
-        rank=4,
-    ),
-    "adalora": Carrier(
-        "LoRA in three parts, of which the ranks that matter least go (arXiv 2303.10512)",
-        "siftune.models.adapters.adalora:adalora",
-        {"peft_type": "ADALORA"},
-        {"rank": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-        rank=8,
-        callback="siftune.methods.allocator:Allocator",
     ),
     "ia3": Carrier(
         "vectors that scale keys, values and what the MLP's last module is given (arXiv 2205.05638)",

@@ -1,11 +1,10 @@
-"""Which kinds PEFT cannot put on weights that bitsandbytes has rounded: tried in tests/invariants/test_carriers.py."""
+"""Adapter types that PEFT cannot put on weights quantised by bitsandbytes; tests/unit/engine/test_quantised.py."""
 
 import torch
 from torch import nn
 
 from siftune.base.errors import AdapterError
 
-_PACKED = "reads the shape of the weights, which 4 bits pack"
 _WIDENS = "computes in float32 there and hands that on to what computes in half precision"
 _LOST = "loses the scales of the weights after the first pass on a processor"
 
@@ -22,11 +21,8 @@ def refuse_rounded(model: nn.Module, kind: str) -> None:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     half, on_processor = dtypes != {torch.float32}, next(model.parameters()).device.type == "cpu"
     reason = {
-        ("loha", 4): _PACKED,
-        ("lokr", 4): _PACKED,
         ("ia3", 4): _WIDENS if half else None,
         ("ia3", 8): _WIDENS if half else None,
-        ("adalora", 8): _WIDENS if half else None,
         ("dora", 8): _LOST if on_processor else None,
     }.get((kind, bits))
     if reason is not None:

@@ -86,11 +86,6 @@ def test_export(finished, base, kind, tmp_path, capsys):
 def test_eval_and_a_further_run(finished, base, kind, rows, tmp_path, capsys):
     first = finished(kind)
     given = {**DENSE, "lr": 1e-12, "steps": 2, "from_adapter": str(first.folder.path), "rank": None}
-    if kind == "adalora":
-        with pytest.raises(AdapterError, match="AdaLoRA, whose ranks have been allotted"):
-            train(recipe(base, rows, tmp_path / "second", **given), QUIET)
-        assert main(["eval", str(first.folder.path), "--data", str(rows), "--limit", "2"]) == 0
-        return
     second = train(recipe(base, rows, tmp_path / "second", **given), QUIET)
     torch.testing.assert_close(logits(second.model), logits(first.model))
     kept, before = (load_recipe(run.folder.path / "recipe.yaml") for run in (second, first))
@@ -104,7 +99,7 @@ def test_eval_and_a_further_run(finished, base, kind, rows, tmp_path, capsys):
     ("kind", "method"),
     [
         *itertools.product(OWN, METHODS),
-        *((kind, "dense" if kind == "adalora" else "ist+gast") for kind in KINDS if kind not in OWN),
+        *((kind, "ist+gast") for kind in KINDS if kind not in OWN),
     ],
 )
 def test_every_method_resumes_bit_for_bit(base, rows, tmp_path, kind, method):
@@ -147,8 +142,6 @@ def test_the_code_on_the_card_runs(finished, kind):
     [
         ({"adapter": "series", "init": "pissa", "method": "dense"}, "goes with adapter lora, not series|does not have"),
         ({"adapter": "ln"}, "rank is 2, which an adapter ln does not have"),
-        ({"adapter": "adalora", "method": "rst"}, "by the gradients of all layers and rows in every step: take"),
-        ({"adapter": "adalora", "dp_epsilon": 1.0, **DENSE}, "by the gradients of all layers and rows"),
         ({"nonlinearity": "gelu"}, "nonlinearity is gelu, which an adapter lora does not have"),
         ({"adapter": "full", "nonlinearity": "gelu", "layers": (0,)}, "nonlinearity is for adapters"),
     ],
