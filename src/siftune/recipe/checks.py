@@ -54,10 +54,6 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
         ),
         (
-            recipe.allow_change and not recipe.resume,
-            "allow_change has no effect without resume: leave it out, or give --resume",
-        ),
-        (
             bool(recipe.outside) and recipe.adapter != "full",
             f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
         ),

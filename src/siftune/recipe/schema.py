@@ -194,8 +194,6 @@ class Recipe:
     resume: bool | str = False
     """Go on from the newest checkpoint in out, from that of this run folder, by its own recipe, or from this checkpoint
     folder."""
-    allow_change: bool = False
-    """With resume: go on although method, rows, model, learning rate or other settings are not those of the run."""
     save_every: Annotated[int | None, COUNT] = None
     """Optimizer steps between two checkpoints, all of which are kept; if not given, after every tenth of the run, every
     15 minutes, at the least held-out loss and at the end, of which the last two and the best are kept."""

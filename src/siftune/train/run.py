@@ -109,7 +109,7 @@ def _train_in_memory(recipe: Recipe, folder: RunFolder, console: Console, source
         free()  # what the error held is gone only now
         given = recipe.batch_size, smaller.batch_size, smaller.accumulate
         logger.warning("memory ran out with batch_size %d: from here on batch_size %d, accumulate %d", *given)
-        recipe = replace(smaller, resume=folder.has_checkpoint(), allow_change=True)
+        recipe = replace(smaller, resume=folder.has_checkpoint())
 
 
 def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
@@ -138,7 +138,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     followed = Followed(kinds)
     if built.trainer.is_world_process_zero():
         _record(built, SelectionFile(folder.path, kinds, recipe.keep_scores), followed)
-    recorded = anchored(replace(recipe, resume=False, allow_change=False))
+    recorded = anchored(replace(recipe, resume=False))
     console.print(short_form(recipe, prepared, built, folder.path), markup=False)
     if rank() == 0:
         _leave_start(folder, recorded, prepared, digest)

@@ -64,7 +64,6 @@ def test_a_run_that_took_the_base_apart_goes_on_bit_for_bit(base, rows, tmp_path
     given = {"method": "gast", "init": "pissa", "save_every": 3}
     whole = train(recipe(base, rows, tmp_path / "whole", **given), QUIET)
     train(recipe(base, rows, tmp_path / "cut", **given | {"steps": 3}), QUIET)
-    given["allow_change"] = True  # the schedule is of another length
     end = train(
         recipe(base, rows, tmp_path / "again", **given, resume=str(tmp_path / "whole/checkpoints/checkpoint-3")), QUIET
     )

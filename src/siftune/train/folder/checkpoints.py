@@ -31,12 +31,13 @@ logger = logging.getLogger(__name__)
 
 # of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
 _MAY_CHANGE = {
-    "out", "resume", "allow_change", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
+    "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
     "drop_rows", "row_weights", "retrieve", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
     "bad_steps",
 }  # fmt: skip
+_HALVED = ("batch_size", "accumulate")  # by `auto_batch`, which keeps the rows of a step
 _NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders
 
 _PARTS = 10  # of a run, after each of which it is saved
@@ -144,22 +145,27 @@ def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
         RecipeError: They differ; the message names what, and both values.
     """
     run = checkpoint.absolute().parents[1]
-    if recipe.allow_change or not (run / RECIPE).is_file():
+    if not (run / RECIPE).is_file():
         return
     before: Recipe = load_recipe(run / RECIPE)
+    free = {*_MAY_CHANGE, *(_HALVED if recipe.auto_batch and _rows_of_step(before) == _rows_of_step(recipe) else ())}
     other = [("method", before.method, recipe.method)] if before.method != recipe.method else []
-    for name, was, now in [*other, *differences(before, recipe, _MAY_CHANGE)]:
+    for name, was, now in [*other, *differences(before, recipe, free)]:
         if name in _NAMED_IN_FULL and was and now and _in_full(was) == _in_full(now):
             continue
         raise RecipeError(
-            f"{checkpoint} is of a run with {name} {was}, this recipe has {now}: set it as that run did, or give "
-            "--allow-change"
+            f"{checkpoint} is of a run with {name} {was}, this recipe has {now}: set {name} as that run did, or train "
+            "in another folder with --out"
         )
     if (run / ROWS).is_file() and (run / ROWS).read_text(encoding="utf-8").strip() != rows:
         raise RecipeError(
-            f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: bring these back, or give "
-            "--allow-change"
+            f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: bring these back, or "
+            "train in another folder with --out"
         )
+
+
+def _rows_of_step(recipe: Recipe) -> int:
+    return recipe.batch_size * recipe.accumulate
 
 
 def _in_full(name: str) -> Path:

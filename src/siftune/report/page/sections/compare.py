@@ -14,7 +14,7 @@ from siftune.report.page.section import Cell, Grid, Section
 from siftune.report.page.subjects import RunData
 from siftune.report.page.words import memory, short
 
-_OUTSIDE = {"out", "resume", "allow_change", "report_to"}  # settings that change nothing of what is learned
+_OUTSIDE = {"out", "resume", "report_to"}  # settings that change nothing of what is learned
 
 
 def compare_runs(runs: Sequence[RunData]) -> Section | None:
