@@ -163,8 +163,6 @@ class Recipe:
     """Steps over which the learning rate rises from zero: a whole number of them, or a fraction below 1 of all."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decay of the adapter weights."""
-    neftune: Annotated[float | None, POSITIVE] = None
-    """Noise on the embeddings in training (NEFTune), scaled by this alpha; none if not given."""
     clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     bad_steps: Annotated[int, NOT_NEGATIVE] = 3

@@ -221,7 +221,6 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         eval_strategy="no" if not holds_out(recipe) else "steps" if recipe.eval_every else "epoch",
         eval_steps=recipe.eval_every,
         metric_for_best_model="loss" if holds_out(recipe) else None,
-        neftune_noise_alpha=recipe.neftune,
         prediction_loss_only=True,
         remove_unused_columns=False,  # the collator knows which it needs
         dataloader_pin_memory=torch.accelerator.is_available(),

@@ -139,17 +139,6 @@ def test_what_is_no_adapter_is_refused(base, rows, tmp_path):
 # what the Trainer and transformers are told
 
 
-def test_neftune_is_the_trainers(base, rows, tmp_path):
-    assert training_arguments(recipe(base, rows, tmp_path, neftune=5.0), tmp_path, False).neftune_noise_alpha == 5
-    assert training_arguments(recipe(base, rows, tmp_path), tmp_path, False).neftune_noise_alpha is None
-    plain, noisy = (
-        train(recipe(base, rows, tmp_path / f"run{alpha}", neftune=alpha, method="gast", steps=2), QUIET)
-        for alpha in (None, 5.0)
-    )
-    assert any(not torch.equal(v, weights(plain.model)[n]) for n, v in weights(noisy.model).items())
-    assert not any(m._forward_hooks for m in noisy.model.modules())
-
-
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is for Linux")
 @pytest.mark.parametrize(("kind", "method"), [("4bit", "dense"), ("4bit", "ist"), ("8bit", "gast")])
 def test_a_quantised_base_trains_and_its_adapter_fits_the_plain_one(rows, tmp_path, kind, method):
@@ -221,7 +210,6 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
         ({"from_adapter": "a", "init": "gaussian"}, "init is the adapter's"),
         ({"from_adapter": "a", "layers": (0,)}, "layers is the adapter's"),
         ({"init": "eva"}, "init is 'eva', but must be one of"),
-        ({"neftune": 0.0}, "neftune is 0.0, but must be above 0"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(tmp_path, rows, settings, words):
