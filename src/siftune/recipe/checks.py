@@ -113,10 +113,8 @@ def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "--target-last 1",
         ),
         (
-            recipe.target is None and (compares(recipe) or recipe.retrieve > 0) != (recipe.support_rows is not None),
-            "retrieve compares rows with those of --target or --support-rows: give one of them"
-            if recipe.retrieve
-            else "support dataset and support_rows go together: give --gast.support dataset (or --greats.support "
+            recipe.target is None and compares(recipe) != (recipe.support_rows is not None),
+            "support dataset and support_rows go together: give --gast.support dataset (or --greats.support "
             "dataset) and --support-rows FILE, or neither",
         ),
     ]
@@ -200,10 +198,6 @@ def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         recipe.target is not None,
         "target repeats its rows among the training rows, but dp_epsilon is a promise about a row that is there once: "
         "leave one of them out",
-    )
-    yield (
-        recipe.retrieve > 0,
-        "retrieve looks at the rows to choose some, which no noise covers: with dp_epsilon leave it out",
     )
     yield (
         recipe.loss != "nll",

@@ -100,12 +100,8 @@ class Recipe:
     target_last: Annotated[float | None, SHARE] = None
     """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
     given, 1 with method greats."""
-    retrieve: Annotated[float, BELOW_ONE] = 0.0
-    """Share of the training rows to train on, those most like target's or support_rows' by the untrained model's hidden
-    states (arXiv 2503.01807); target's own stay; 0: all rows."""
     support_rows: str | None = None
-    """File or hub id of rows to compare with, few, clean, like the task: for retrieve, and for support dataset of gast
-    and greats."""
+    """File or hub id of rows to compare with, few, clean, like the task: for support dataset of gast and greats."""
     keep_scores: bool = True
     """gast, greats: record every row's score, not the choices alone; a kilobyte for 16 rows and 30 layers."""
 
@@ -253,8 +249,8 @@ def holds_out(recipe: Recipe) -> bool:
 
 
 def compared_with(recipe: Recipe) -> str | None:
-    """The file or hub id of the rows that others are compared with, by `retrieve` or the method; None: of none."""
-    return (recipe.target or recipe.support_rows) if compares(recipe) or recipe.retrieve else None
+    """The file or hub id of the rows that others are compared with, by the method; None: of none."""
+    return (recipe.target or recipe.support_rows) if compares(recipe) else None
 
 
 def target_comes_last(recipe: Recipe) -> float:

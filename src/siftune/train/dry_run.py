@@ -18,7 +18,6 @@ from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.train.before import row_lengths, trained_and_held_out
 from siftune.train.forecast import Forecast, forecast
 from siftune.train.prepare import Prepared, prepare, read_rows
-from siftune.train.retrieve import retrieved
 from siftune.train.source import ModelSource, Source
 from siftune.train.start import adopted
 from siftune.train.trackers import check_trackers
@@ -80,7 +79,6 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with stages(console) as told:
         prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, told)
-        prepared = retrieved(recipe, model, tokenizer, prepared, told)
         told("trying some steps", 0, 0)
         found = forecast(recipe, model, tokenizer, prepared.data)
     return DryRun(recipe, prepared, examples(tokenizer, prepared), found)

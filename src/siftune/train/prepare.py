@@ -27,7 +27,7 @@ from siftune.data.tokenize import aimed, numbered, tell_notes, weighted
 from siftune.data.tokens import Form
 from siftune.recipe.schema import Recipe, compared_with, target_comes_last, train_files
 from siftune.records.lists import named_rows, row_weights, weighed, without
-from siftune.train.folder.run import BAD_ROWS, RETRIEVED
+from siftune.train.folder.run import BAD_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,6 @@ class Prepared:
     data: Mapping[str, Dataset]
     cut: Mapping[str, int]  # by part, how many rows are cut off at the recipe's `max_length`
     bad: Sequence[str]  # what is wrong with the rows that were left out, each row once
-    # numbers of the training rows among all that could be used, where `retrieve` chose some; None: all
-    kept: Sequence[int] | None = None
 
 
 def read_rows(recipe: Recipe) -> Read:
@@ -92,8 +90,7 @@ def trained_rows(run: Path, recipe: Recipe) -> list[Row]:
     Raises:
         DataError: A file cannot be read any more.
     """
-    rows, kept = _used(run, recipe, "train"), run / RETRIEVED
-    return [rows[int(number)] for number in kept.read_text(encoding="utf-8").split()] if kept.is_file() else rows
+    return _used(run, recipe, "train")
 
 
 def held_out_rows(run: Path, recipe: Recipe) -> list[Row]:

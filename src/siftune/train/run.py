@@ -41,7 +41,7 @@ from siftune.train.folder.checkpoints import (
     end_of,
     find_checkpoint,
 )
-from siftune.train.folder.run import BAD_ROWS, RECIPE, RETRIEVED, ROWS, RunFolder, best_in, step_of
+from siftune.train.folder.run import BAD_ROWS, RECIPE, ROWS, RunFolder, best_in, step_of
 from siftune.train.folder.selections import SelectionFile
 from siftune.train.followed import Followed
 from siftune.train.guards.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
@@ -50,7 +50,6 @@ from siftune.train.guards.signals import Interrupts
 from siftune.train.outcome import Outcome
 from siftune.train.prepare import Prepared, prepare, read_rows, refuse_read
 from siftune.train.progress import Metrics, ProgressView
-from siftune.train.retrieve import retrieved
 from siftune.train.source import ModelSource, Source
 from siftune.train.start import adopted
 from siftune.train.trackers import check_trackers
@@ -123,7 +122,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     with first_rank_first():
         model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with first_rank_first(), stages(console) as told:  # the others find the tokens in the cache
-        prepared = retrieved(recipe, model, tokenizer, prepare(recipe, tokenizer, read, told), told)
+        prepared = prepare(recipe, tokenizer, read, told)
     rows, data = prepared.rows, prepared.data
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers(), lambda: built.compiling())
@@ -204,7 +203,6 @@ def _has_ended(checkpoint: Path, recipe: Recipe, digest: str, trainer: SiftTrain
 def _leave_start(folder: RunFolder, recorded: Recipe, prepared: Prepared, digest: str) -> None:
     """Leave in the folder what a run is begun with."""
     _write_lines(folder, BAD_ROWS, prepared.bad)
-    _write_lines(folder, RETRIEVED, prepared.kept or ())
     folder.write(RECIPE, recipe_to_yaml(recorded))
     folder.write(ROWS, f"{digest}\n")
 

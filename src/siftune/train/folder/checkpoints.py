@@ -34,7 +34,7 @@ _MAY_CHANGE = {
     "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
-    "drop_rows", "row_weights", "retrieve", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
+    "drop_rows", "row_weights", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
     "bad_steps",
 }  # fmt: skip
 _HALVED = ("batch_size", "accumulate")  # by `auto_batch`, which keeps the rows of a step

@@ -5,7 +5,6 @@
       run.json          status, versions, hardware, summary
       rows.sha256       what tells its training rows from others
       bad_rows.txt      rows that were left out, and why, where there were any
-      retrieved.txt     numbers of the training rows that `retrieve` kept, where it did
       metrics.jsonl     one line per log: step, loss, learning rate, tokens per second, peak memory
       rows.parquet      one line per row and visit: its loss, and what methods made of it; for siftune rows
       selection.bin     what every step chose: see selection_file.py; selection.jsonl in runs of 0.1
@@ -34,7 +33,7 @@ from siftune.base.jsonable import parsed
 from siftune.train.folder.selections import OF_0_1, SELECTION, cut_selection
 from siftune.train.whole import fault_of
 
-RECIPE, ROWS, BAD_ROWS, RETRIEVED = "recipe.yaml", "rows.sha256", "bad_rows.txt", "retrieved.txt"
+RECIPE, ROWS, BAD_ROWS = "recipe.yaml", "rows.sha256", "bad_rows.txt"
 METRICS = "metrics.jsonl"
 
 logger = logging.getLogger(__name__)
@@ -149,7 +148,7 @@ class RunFolder:
             raise
 
     def _take_back(self) -> None:
-        for name in {RECIPE, ROWS, BAD_ROWS, RETRIEVED, SELECTION} - self._found:
+        for name in {RECIPE, ROWS, BAD_ROWS, SELECTION} - self._found:
             (self.path / name).unlink(missing_ok=True)
         if self.checkpoints.name not in self._found:
             shutil.rmtree(self.checkpoints, ignore_errors=True)

@@ -32,7 +32,6 @@ from siftune.train.prepare import Read, prepare, read_rows, refuse_read
 from siftune.train.progress import StepsTold
 from siftune.train.rates.folder import LRFolder
 from siftune.train.rates.grid import Grid, LRRun, rate_text, recipes_of
-from siftune.train.retrieve import retrieved
 from siftune.train.source import ModelSource, Source
 from siftune.train.trackers import NONE
 
@@ -116,8 +115,7 @@ def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
     recipe = sweep.recipes[sweep.grid.methods[0]]
     progress("loading the model", 0, 0)
     model, tokenizer = sweep.source.load(recipe.dtype, recipe.quantize)
-    prepared = prepare(recipe, tokenizer, Read(sweep.rows), progress)
-    data = retrieved(recipe, model, tokenizer, prepared, progress).data
+    data = prepare(recipe, tokenizer, Read(sweep.rows), progress).data
     if not sweep.folder.begun:
         progress("measuring the base model", 0, 0)
         if torch.accelerator.is_available():
