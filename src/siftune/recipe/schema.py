@@ -161,9 +161,6 @@ class Recipe:
     """Decay of the adapter weights."""
     clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    bad_steps: Annotated[int, NOT_NEGATIVE] = 3
-    """Steps that may be left out, and are told with their rows, because a loss or gradient is not finite; one more ends
-    the run. With dp_epsilon the first one does."""
     dp_epsilon: Annotated[float | None, PROMISE] = None
     """Differential privacy for every training row: the largest ε of the run. Smaller protects more and learns less."""
     dp_delta: Annotated[float | None, CHANCE] = None

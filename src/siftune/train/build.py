@@ -35,6 +35,7 @@ from siftune.models.layers import find_layers
 from siftune.models.source import use_attention
 from siftune.recipe.read import anchored
 from siftune.recipe.schema import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
+from siftune.train.guards.non_finite import BAD_STEPS
 from siftune.train.private import privacy_of, refuse_scaled_or_split, refuse_weights
 from siftune.train.start import adapter_folder, keep_initial
 from siftune.train.trainer import LayerTrainer, SiftTrainer
@@ -69,6 +70,7 @@ def build(
     data: Mapping[str, Dataset],
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    bad_steps: int = BAD_STEPS,
 ) -> Built:
     """Attach adapter and methods, in place, and assemble the Trainer.
 
@@ -79,6 +81,7 @@ def build(
         data: Tokenised rows: `train`, and `eval` and `support` where there are any.
         output_dir: Where checkpoints go; nothing is written but these.
         callbacks: Further callbacks, which stand before the methods.
+        bad_steps: Non-finite steps to skip before training stops; 0 in private runs.
 
     Raises:
         InputError: The recipe does not fit the model.
@@ -107,7 +110,7 @@ def build(
         last=target_comes_last(recipe),
         privacy=privacy,
         dynamic=recipe.loss == "dft",
-        bad_steps=recipe.bad_steps if privacy is None else 0,  # a step left out tells of rows
+        bad_steps=bad_steps if privacy is None else 0,  # a step left out tells of rows
         short_rows=recipe.attention == "auto",
     )
     trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *methods])

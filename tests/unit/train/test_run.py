@@ -470,8 +470,8 @@ def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_pat
         model.get_input_embeddings().weight.data.fill_(float("nan"))
 
     interfere(At("on_step_begin", 4, act))
-    with pytest.raises(TrainingError, match=r"The loss is nan .*at step 4.* So far, the adapter after step 3 is in "):
-        train(recipe(base, rows, tmp_path / "run", bad_steps=0), QUIET)
+    with pytest.raises(TrainingError, match=r"The loss is nan .*at step 7.* So far, the adapter after step 6 is in "):
+        train(recipe(base, rows, tmp_path / "run", steps=8), QUIET)
     assert_equal(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 

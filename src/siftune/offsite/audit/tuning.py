@@ -61,7 +61,7 @@ def tuned(
 def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
     with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
         told = [] if steps is None else [StepsTold(steps)]
-        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), told)
+        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), told, bad_steps=0)
         try:
             if steps is not None:
                 steps(0, tuning.settings.steps)
@@ -89,7 +89,6 @@ def _recipe(settings: AuditSettings, layers: Sequence[int], lr: float | None) ->
             max_length=settings.max_length,
             seed=settings.seed,
             log_every=settings.steps,
-            bad_steps=0,
             out="unused",
         )
     )

@@ -35,7 +35,6 @@ _MAY_CHANGE = {
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
     "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
     "drop_rows", "row_weights", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
-    "bad_steps",
 }  # fmt: skip
 _HALVED = ("batch_size", "accumulate")  # by `auto_batch`, which keeps the rows of a step
 _NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders

@@ -19,6 +19,7 @@ from siftune.models.loss import label_positions
 logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped_steps"  # in the log: how many so far; a run that goes on counts from its checkpoint's
+BAD_STEPS = 3  # steps of a run that may be left out; one more ends it
 _NAMED = 5  # rows that are told
 
 

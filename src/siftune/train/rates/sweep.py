@@ -178,13 +178,14 @@ def _tuned(
     """
     quiet = replace(
         recipe, eval=None, eval_share=0.0, eval_every=None, patience=None, save_every=None, log_every=1,
-        report_to=(NONE,), keep_scores=False, bad_steps=0,  # a rate that breaks a step is a result
+        report_to=(NONE,), keep_scores=False,
     )  # fmt: skip
     parts = {"train", *(["support"] if compares(recipe) else [])}
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
         used = {name: data[name] for name in parts}
-        built = build(quiet, model, tokenizer, used, Path(folder), [StepsTold(steps)])
+        # a rate that breaks a step is a result
+        built = build(quiet, model, tokenizer, used, Path(folder), [StepsTold(steps)], bad_steps=0)
         try:
             built.trainer.train()
         finally:
