@@ -102,8 +102,6 @@ class Recipe:
     given, 1 with method greats."""
     support_rows: str | None = None
     """File or hub id of rows to compare with, few, clean, like the task: for support dataset of gast and greats."""
-    keep_scores: bool = True
-    """gast, greats: record every row's score, not the choices alone; a kilobyte for 16 rows and 30 layers."""
 
     drop_rows: str | None = None
     """File of training rows to leave out: places such as rows.jsonl:17, one a line, or a CSV file with a column place,
@@ -111,8 +109,6 @@ class Recipe:
     row_weights: str | None = None
     """CSV file with the columns place and weight: what the training rows that it names count for, in the place of their
     own column weight."""
-    record_rows: bool = True
-    """Record every row's loss at each visit, for siftune rows; with dp_epsilon nothing is recorded."""
 
     adapter: Literal[(*CARRIERS, "full")] = "lora"  # type: ignore[valid-type]
     """Kind of adapter (docs/carriers.md); full: none, the weights of the chosen layers themselves train."""

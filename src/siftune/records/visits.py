@@ -140,7 +140,7 @@ def read_visits(path: Path) -> Record:
         table = parquet.read_table(path)
     except FileNotFoundError:
         raise DataError(
-            f"{path} does not exist, so no rows were recorded: train with record_rows on, as it is by default, or with "
+            f"{path} does not exist, so no rows were recorded: train with siftune train, without dp_epsilon, or with "
             "the callback RowRecord()."
         ) from None
     except (pyarrow.ArrowException, OSError) as error:

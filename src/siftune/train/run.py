@@ -136,7 +136,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     kinds = sources(rows["train"])
     followed = Followed(kinds)
     if built.trainer.is_world_process_zero():
-        _record(built, SelectionFile(folder.path, kinds, recipe.keep_scores), followed)
+        _record(built, SelectionFile(folder.path, kinds, True), followed)
     recorded = anchored(replace(recipe, resume=False))
     console.print(short_form(recipe, prepared, built, folder.path), markup=False)
     if rank() == 0:
@@ -240,8 +240,8 @@ def _write_lines(folder: RunFolder, name: str, lines: Sequence[Any]) -> None:
 
 
 def _row_record(recipe: Recipe, folder: RunFolder, rows: Sequence[Row]) -> list[RowRecord]:
-    """What records every row's losses, where the recipe has it; in a private run nothing, as no noise covers them."""
-    if not recipe.record_rows or recipe.dp_epsilon is not None:
+    """What records every row's losses; in a private run nothing, as no noise covers them."""
+    if recipe.dp_epsilon is not None:
         return []
     return [RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows))]
 

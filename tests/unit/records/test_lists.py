@@ -121,9 +121,8 @@ def test_a_run_trains_without_the_rows_of_a_list(base, tmp_path, caplog):
     assert len(suspects(tmp_path / "run", 3)) <= 3  # their texts are found again without the rows of the list
 
 
-def test_nothing_is_recorded_where_nobody_wants_it(base, tmp_path):
+def test_nothing_is_recorded_in_a_private_run(base, tmp_path):
     path = save_rows(tmp_path / "rows.jsonl")
-    train(recipe(base, path, tmp_path / "run", method="dense", steps=1, record_rows=False), Console(quiet=True))
     private = {"dp_epsilon": 8.0, "dp_delta": 1e-3, "steps": 1}
     train(recipe(base, path, tmp_path / "private", method="dense", **private), Console(quiet=True))
     assert not list(tmp_path.rglob("rows.parquet"))

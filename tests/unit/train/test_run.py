@@ -101,7 +101,6 @@ def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
     few = save_rows(tmp_path / "few.jsonl", 3)
     given = recipe(
         base, rows, tmp_path / "run", method="gast", support="dataset", support_rows=str(few), select=1, accumulate=2,
-        keep_scores=True,
     )  # fmt: skip
     train(given, QUIET)
     records = choices_of(tmp_path / "run")
@@ -111,16 +110,6 @@ def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
         assert [sum(chosen) for chosen in record["followed"]] == [1] * 4
         assert [len(scores) for scores in record["scores"]] == [4] * 4
     assert "every layer follows the rows whose gradients point its way" in (tmp_path / "run" / "README.md").read_text()
-
-
-def test_gast_without_scores_records_choices_alone(base, rows, tmp_path):
-    train(recipe(base, rows, tmp_path / "run", method="gast", support="rest", keep_scores=False), QUIET)
-    records = choices_of(tmp_path / "run")
-    assert len(records) == 6
-    for record in records:
-        assert record["scores"] is None
-        assert len(record["rows"]) == len(record["followed"][0]) == 4
-        assert record["sources"] == ("other",) * 4
 
 
 def few_rows(path):
@@ -268,7 +257,7 @@ def figures(folder):
         {},
         pytest.param({"method": "rst", "accumulate": 2}, marks=pytest.mark.matrix),
         pytest.param({"method": "dense", "adapter": "dora"}, marks=pytest.mark.matrix),
-        {"method": "gast", "accumulate": 2, "keep_scores": True},
+        {"method": "gast", "accumulate": 2},
         pytest.param({"method": "ist+gast", "support": "momentum"}, marks=pytest.mark.matrix),
         {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
     ],

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 # of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
 _MAY_CHANGE = {
-    "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to", "keep_scores",
+    "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
     "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
-    "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method", "record_rows",
+    "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method",
     "drop_rows", "row_weights", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
 }  # fmt: skip
 _HALVED = ("batch_size", "accumulate")  # by `auto_batch`, which keeps the rows of a step

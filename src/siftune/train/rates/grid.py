@@ -19,7 +19,6 @@ _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # ours: the default grid around a recipe'
 # what a sweep varies, and what leaves no mark on its results
 _FREE = {
     "method", "lr", "seed", "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
-    "keep_scores", "record_rows",
 }  # fmt: skip
 
 

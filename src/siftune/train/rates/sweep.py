@@ -178,7 +178,7 @@ def _tuned(
     """
     quiet = replace(
         recipe, eval=None, eval_share=0.0, eval_every=None, patience=None, save_every=None, log_every=1,
-        report_to=(NONE,), keep_scores=False,
+        report_to=(NONE,),
     )  # fmt: skip
     parts = {"train", *(["support"] if compares(recipe) else [])}
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)

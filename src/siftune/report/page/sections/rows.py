@@ -65,7 +65,7 @@ def _words(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> l
     elif not sources.names:
         words.append("Where rows are from was not recorded, so that they stand together.")
     if all(batch.scores is None for batch in batches):
-        words.append("Scores were not kept (keep_scores) or not needed, so that choices alone can be shown.")
+        words.append("No scores were needed, so that choices alone can be shown.")
     return words
 
 
