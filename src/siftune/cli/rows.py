@@ -19,7 +19,7 @@ class Options:
     """Name the training rows of a run that may be wrong: those that cost far more than others of their source.
 
     Look at them before you drop any: rows that are hard or rare cost much, too. `siftune train --drop-rows FILE` trains
-    without the rows of a list, `--row-weights FILE` with less of them.
+    without the rows of a list.
     """
 
     run: Annotated[Positional[str], arg(metavar="RUN")]

@@ -61,7 +61,6 @@ _PLACES = (
     "target",
     "support_rows",
     "drop_rows",
-    "row_weights",
     "from_adapter",
 )  # what may be a file or folder
 

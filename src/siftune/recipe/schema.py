@@ -106,9 +106,6 @@ class Recipe:
     drop_rows: str | None = None
     """File of training rows to leave out: places such as rows.jsonl:17, one a line, or a CSV file with a column place,
     as siftune rows --csv writes it."""
-    row_weights: str | None = None
-    """CSV file with the columns place and weight: what the training rows that it names count for, in the place of their
-    own column weight."""
 
     adapter: Literal[(*CARRIERS, "full")] = "lora"  # type: ignore[valid-type]
     """Kind of adapter (docs/carriers.md); full: none, the weights of the chosen layers themselves train."""

@@ -1,17 +1,16 @@
-"""Files that name training rows: which of them to leave out, and what others count for."""
+"""Lists of training rows to leave out."""
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from siftune.base.errors import DataError
 from siftune.base.words import counted
-from siftune.data.rows import WEIGHT, Row
+from siftune.data.rows import Row
 
 PLACE = "place"  # column
 _SHOWN = 3  # places in a message
@@ -32,22 +31,6 @@ def named_rows(path: str) -> list[str]:
     if not places:
         raise DataError(f"{path} names no rows; give places such as rows.jsonl:17, one a line.")
     return places
-
-
-def row_weights(path: str) -> dict[str, float]:
-    """Read a CSV file of places and weights.
-
-    Raises:
-        DataError: The file can't be read, a weight is no number from 0 on, or a row is named twice with other weights.
-    """
-    weights: dict[str, float] = {}
-    for where, place, fields in _csv(path, PLACE, WEIGHT):
-        weight = _weight(fields[WEIGHT], where)
-        if weights.setdefault(place, weight) != weight:
-            raise DataError(f"{where}: {place} has the weight {weight:g} here and {weights[place]:g} before; keep one.")
-    if not weights:
-        raise DataError(f"{path} weighs no rows; give a line for each, with its place and weight.")
-    return weights
 
 
 def without(rows: Sequence[Row], places: Iterable[str], path: str) -> list[Row]:
@@ -72,20 +55,6 @@ def without(rows: Sequence[Row], places: Iterable[str], path: str) -> list[Row]:
     if not left:
         raise DataError(f"{path} names all training rows, so that none is left; leave some in.")
     return left
-
-
-def weighed(rows: Sequence[Row], weights: Mapping[str, float], path: str) -> list[Row]:
-    """Give rows their weights, in the column `weight`; a row that has one there already gets this in its place.
-
-    Raises:
-        DataError: There is no such row.
-    """
-    _found(rows, weights, path)
-    known = {_same(place): weight for place, weight in weights.items()}
-    return [
-        replace(row, extra={**row.extra, WEIGHT: known[_same(row.origin)]}) if _same(row.origin) in known else row
-        for row in rows
-    ]
 
 
 def _found(rows: Sequence[Row], places: Iterable[str], path: str) -> set[str]:
@@ -136,16 +105,6 @@ def _wide_fields() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
-
-
-def _weight(text: str | None, where: str) -> float:
-    try:
-        weight = float(text or "")
-    except ValueError:
-        weight = -1.0
-    if not 0 <= weight < float("inf"):
-        raise DataError(f"{where}: the weight is {text!r}; give a number from 0 on.")
-    return weight
 
 
 def _text(path: str) -> str:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset
@@ -26,7 +25,7 @@ from siftune.data.token_cache import cached_tokens
 from siftune.data.tokenize import aimed, numbered, tell_notes, weighted
 from siftune.data.tokens import Form
 from siftune.recipe.schema import Recipe, compared_with, target_comes_last, train_files
-from siftune.records.lists import named_rows, row_weights, weighed, without
+from siftune.records.lists import named_rows, without
 from siftune.train.folder.run import BAD_ROWS
 
 logger = logging.getLogger(__name__)
@@ -107,11 +106,7 @@ def _used(run: Path, recipe: Recipe, part: str) -> list[Row]:
 
 
 def _listed(recipe: Recipe, files: list[list[Row]]) -> list[list[Row]]:
-    """Weigh the rows of each file that one of a recipe's lists names, and leave out those that another names."""
-    if recipe.row_weights is not None:
-        weights = row_weights(recipe.row_weights)
-        every = iter(weighed([row for rows in files for row in rows], weights, recipe.row_weights))
-        files = [list(islice(every, len(rows))) for rows in files]
+    """Leave out the rows of each file that a recipe's list names."""
     if recipe.drop_rows is None:
         return files
     named = named_rows(recipe.drop_rows)

@@ -51,7 +51,7 @@ def refuse_weights(columns: Sequence[str]) -> None:
     if WEIGHT in columns:
         raise UnsupportedError(
             "rows have weights, but with dp_epsilon each row is clipped to the same norm, which undoes them: leave the "
-            "column 'weight' and row_weights out"
+            "column 'weight' out"
         )
 
 

@@ -37,7 +37,7 @@ def suspects(run: RunData, several: bool) -> Section | None:
     ]
     caption = f"The {len(rows)} rows that stand out most; right rows can be among them: read before you drop."
     header = ["row", "text", "why", "score", "near-duplicates"]
-    words = [f"`siftune rows {run.path}` lists more of them, and writes files for --drop-rows and --row-weights."]
+    words = [f"`siftune rows {run.path}` lists more of them, and writes a file for --drop-rows."]
     return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
 
 
