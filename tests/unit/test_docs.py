@@ -16,10 +16,10 @@ from siftune.recipe.checks import check
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "lab/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-FOLDERS = ("src", "tests", "benchmarks", "examples")
+FOLDERS = ("src", "tests", "lab", "examples")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -126,6 +126,11 @@ def test_commands_in_the_text_exist(page, capsys):
 def test_flags_of_benchmarks_exist(page):
     for script, words in calls(shell_lines(page.read_text(encoding="utf-8")), "python"):
         flags_are_in((ROOT / script).read_text(encoding="utf-8"), words)
+    for module, words in calls(shell_lines(page.read_text(encoding="utf-8")), "python -m"):
+        if module.startswith("lab."):
+            place = ROOT / module.replace(".", "/")
+            source = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+            flags_are_in(source.read_text(encoding="utf-8"), words)
 
 
 def flags_are_in(text, words):

@@ -26,10 +26,6 @@ COMMANDS = {
     "demo": ("siftune.cli.demo", "Tune a small real model on a real task, minutes on two cores; a first look"),
     "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
     "sweep-lr": ("siftune.cli.sweep_lr", "Find the learning rate of each method, on held-out rows"),
-    "reproduce": (
-        "siftune.cli.reproduce",
-        "Reproduce a paper's table: rates, runs, answers, its figures beside one's own",
-    ),
     "eval": ("siftune.cli.eval", "Measure a base model and tuned ones on held-out rows"),
     "rows": ("siftune.cli.rows", "Name the training rows of a run that look wrong"),
     "report": ("siftune.cli.report", "Write a page on runs, kits, sweeps and audits, to read in a browser"),

@@ -122,6 +122,8 @@ def _dispatch(arguments: Sequence[str]) -> dict[str, Any] | None:
 
         sys.stdout.write(f"siftune {__version__}\n")
         return {"version": __version__}
+    if word == "reproduce":
+        raise InputError("`siftune reproduce` is now `python -m lab.reproduce`, run from a clone of the repository")
     if word not in COMMANDS:
         close = nearest(word, COMMANDS)
         guess = f"did you mean `siftune {close}`?" if close else "`siftune --help` lists the commands"

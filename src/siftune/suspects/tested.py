@@ -1,6 +1,6 @@
 """How often rows that were named were wrong where that is known: in siftune's own tests with planted errors.
 
-The figures are those of `tested.json`, which `python benchmarks/rows/report.py --write-tested` makes of finished runs.
+The figures are those of `tested.json`, which `python -m lab.rows.report --write-tested` makes of finished runs.
 """
 
 import json

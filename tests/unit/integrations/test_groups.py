@@ -2,7 +2,7 @@
 
 import pytest
 
-from siftune import GAST, IST, LabelLogits, RST, RowRecord
+from siftune import GAST, IST, RST, LabelLogits, RowRecord
 from siftune.base.errors import RecipeError
 from siftune.integrations.groups import callbacks, keys
 from siftune.methods import all_parts

@@ -1,21 +1,16 @@
 """Files that name rows, and what is done with these."""
 
-import json
 import logging
 
 import pytest
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from support.tiny_run import recipe, save_rows
 
-from siftune.base.errors import DataError, UnsupportedError
+from siftune.base.errors import DataError
 from siftune.data.readers import load_rows
-from siftune.recipe.read import load_recipe
 from siftune.records.lists import named_rows, without
 from siftune.records.visits import read_visits
 from siftune.suspects.named import suspects
-from siftune.train.prepare import read_rows
 from siftune.train.run import train
 
 

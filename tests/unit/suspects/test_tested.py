@@ -26,13 +26,10 @@ def test_without_figures_nothing_is_told(monkeypatch):
 
 
 def test_the_package_tells_what_the_committed_runs_came_to():
-    import sys
+    from lab.pays.results import read
+    from lab.rows.report import tested as of_runs
 
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from pays.results import read
-    from rows.report import tested as of_runs
-
-    lines = read(ROOT / "benchmarks" / "results" / "rows.jsonl")
+    lines = read(ROOT / "lab" / "results" / "rows.jsonl")
     path = ROOT / "src" / "siftune" / "suspects" / "tested.json"
     assert path.is_file() == bool(lines)
     assert not lines or json.loads(path.read_text()) == of_runs(lines)

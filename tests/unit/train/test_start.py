@@ -20,7 +20,6 @@ from siftune.models.source import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.train.before import trainable
-from siftune.train.build import training_arguments
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

@@ -1,4 +1,4 @@
-"""A paper's table beside one's own, as `siftune reproduce` made it."""
+"""A paper's table beside one's own, as `python -m lab.reproduce` made it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def reproduction(other: Other) -> Section:
         tables, notes = _tables(other.content), [str(note) for note in other.content["notes"]]
     except STRANGE as error:
         raise InputError(
-            f"{other.path / 'results.json'} holds no tables ({error!r}): call siftune reproduce again"
+            f"{other.path / 'results.json'} holds no tables ({error!r}): call python -m lab.reproduce again"
         ) from error
     return Section(
         f"reproduction-{slug(other.name)}", f"Tables in {other.name}", notes, tables=[grid_of(one) for one in tables]

@@ -1,0 +1,1 @@
+"""The laboratory: the experiments behind the documented figures. Run each from a clone: `python -m lab.NAME`."""

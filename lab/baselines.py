@@ -1,0 +1,198 @@
+"""Other ways to select rows by their gradients, written plainly: what siftune's engine is compared with.
+
+    TwoPass    GAST in two passes: the first scores the rows for every layer and keeps inner products only, the second
+               forms the gradients of the rows that were chosen.
+    StoreAll   GAST in one pass that keeps every row's gradient for every matrix until backward has ended.
+
+Both choose what siftune's `GAST` chooses, number for number. They take PEFT's plain LoRA on linear modules in the
+decoder layers, in one process, and nothing else.
+
+Shapes: B rows, T positions, I inputs, O outputs, K chosen rows, L layers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lab.lora_rows import gradient_of_chosen, lora_matrices, randomness_kept, reading
+from siftune.base import numerics
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.engine import kinds as per_sample
+from siftune.engine.ranks import world_size
+from siftune.methods.drivers.batches import Batch, Draws, Loss, model_loss
+from siftune.methods.drivers.followed import how_many
+from siftune.methods.drivers.support import support_gradient
+from siftune.methods.gast import maths
+from siftune.methods.gast.maths import Scored, score_samples
+from siftune.methods.gast.settings import GASTSettings
+
+Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The choice in one batch.
+
+    Attributes:
+        scores: (L, B).
+        selected: (L, K) int64 row numbers, ascending.
+    """
+
+    scores: Tensor
+    selected: Tensor
+
+
+class Baseline(ABC):
+    """What the two have in common. Call `begin()` before every optimizer step, and `step()` for every batch.
+
+    Args:
+        model: Causal LM with LoRA, as PEFT attaches it.
+        settings: GAST's settings.
+        draws: Support rows, where the settings ask for them.
+        loss: Loss of the support rows, a scalar.
+        chunk: Rows per forward pass over them.
+        seed: Seed of the draws.
+
+    Attributes:
+        last: The choice in the last batch; None before, and where all rows were followed.
+
+    Raises:
+        UnsupportedError: Something trains that is no LoRA matrix of a linear module, or there are several processes.
+        RecipeError: The settings ask for what only siftune's own `GAST` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: GASTSettings,
+        draws: Draws | None = None,
+        loss: Loss = model_loss,
+        chunk: int = 16,
+        seed: int = 0,
+    ) -> None:
+        _refuse_settings(type(self).__name__, settings)
+        if world_size() > 1:
+            raise UnsupportedError(f"{type(self).__name__} is a reference for one process; {world_size()} are at work")
+        self.model, self.settings, self.draws, self.loss, self.chunk = model, settings, draws, loss, chunk
+        self.layers = lora_matrices(model)
+        self.matrices = [matrix for layer in self.layers for matrix in layer]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.last: Choice | None = None
+        self.support: dict[nn.Parameter, Tensor] = {}
+        self._seed: int | None = None
+        self._batches = 0
+
+    def begin(self) -> None:
+        """Draw the step's numbers and support rows in the order in which GAST draws them."""
+        self._seed = int(torch.randint(2**62, (), generator=self.generator))
+        self._batches = 0
+        if self.settings.needs_rows:
+            if self.draws is None:
+                raise RecipeError('support="sample" compares with rows: give draws=..., or set support="rest"')
+            rows = self.draws.draw(self.settings.support_size, self.chunk)
+            wanted = [matrix.weight for matrix in self.matrices]
+            self.support = support_gradient(self.model, rows, self.loss, wanted, self._seed)
+
+    def step(self, batch: Batch, run: Run) -> Tensor:
+        """Add the gradients of the chosen rows to the parameters' `grad`.
+
+        Args:
+            batch: Tensors of B rows, `input_ids` among them.
+            run: Runs the model forward and backward on a batch and returns the loss.
+
+        Returns:
+            The loss that `run` returned in the pass that formed the gradients.
+        """
+        if self._seed is None:
+            self.begin()
+        rows = len(batch["input_ids"])
+        count = how_many(self.settings.select, rows)
+        uniform_LB = self._uniform(rows)
+        self.last = None
+        if count == rows:
+            return run(batch)
+        return self._select(batch, run, count, uniform_LB)
+
+    @abstractmethod
+    def _select(self, batch: Batch, run: Run, count: int, uniform_LB: Tensor) -> Tensor:
+        """Choose `count` rows with these uniform numbers, and form the gradients of those; see `step`."""
+
+    def _uniform(self, rows: int) -> Tensor:
+        """The numbers that GAST would draw for this batch, (L, B)."""
+        assert self._seed is not None
+        generator = torch.Generator().manual_seed((self._seed + self._batches) % 2**63)
+        self._batches += 1
+        return torch.rand(len(self.layers), rows, generator=generator, dtype=torch.float64)
+
+    def _support_of(self, matrix: nn.Linear) -> list[Tensor] | None:
+        """What a matrix's gradients are compared with; None: the other rows."""
+        if self.settings.support == "rest":
+            return None
+        return [self.support.get(matrix.weight, torch.zeros_like(matrix.weight))]
+
+    def _choose(self, scored: Sequence[Scored], count: int, uniform_LB: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Choose for every layer: its rows, and the factor on the sum of their gradients."""
+        chosen = []
+        for layer, uniform_B in zip(scored, uniform_LB, strict=True):
+            uniform_B = uniform_B.to(layer.scores.device)
+            rows_K = maths.choose(layer.scores, layer.live, uniform_B, count, self.settings)
+            chosen.append((rows_K, maths.factor(layer.live, rows_K)))
+        self.last = Choice(torch.stack([s.scores for s in scored]), torch.stack([rows_K for rows_K, _ in chosen]))
+        return chosen
+
+
+class TwoPass(Baseline):
+    """GAST in two passes: memory of dense training, most of its time twice."""
+
+    def _select(self, batch: Batch, run: Run, count: int, uniform_LB: Tensor) -> Tensor:
+        parts: dict[nn.Linear, Scored] = {}
+        with randomness_kept(self.model), reading(self.matrices, batch["input_ids"], partial(self._score, parts)):
+            run(batch)
+        scored = [_added([parts[matrix] for matrix in layer]) for layer in self.layers]
+        chosen = self._choose(scored, count, uniform_LB)
+        rows_of = {matrix: pick for layer, pick in zip(self.layers, chosen, strict=True) for matrix in layer}
+        with reading(self.matrices, batch["input_ids"], partial(gradient_of_chosen, rows_of)):
+            return run(batch)
+
+    def _score(self, parts: dict[nn.Linear, Scored], matrix: nn.Linear, grad_BTO: Tensor, input_BTI: Tensor) -> None:
+        """Keep what a matrix adds to its layer's scores; inner products over several matrices add up."""
+        parts[matrix] = score_samples([per_sample.linear_weight(grad_BTO, input_BTI)], self._support_of(matrix))
+
+
+class StoreAll(Baseline):
+    """GAST in one pass: time of dense training, and memory for the gradients of all rows for all matrices."""
+
+    def _select(self, batch: Batch, run: Run, count: int, uniform_LB: Tensor) -> Tensor:
+        kept: dict[nn.Linear, Tensor] = {}
+
+        def keep(matrix: nn.Linear, grad_BTO: Tensor, input_BTI: Tensor) -> None:
+            kept[matrix] = per_sample.linear_weight(grad_BTO, input_BTI)
+
+        with reading(self.matrices, batch["input_ids"], keep):
+            loss = run(batch)
+        scored = [_added([score_samples([kept[m]], self._support_of(m)) for m in layer]) for layer in self.layers]
+        for layer, (rows_K, factor) in zip(self.layers, self._choose(scored, count, uniform_LB), strict=True):
+            for matrix in layer:
+                reduced = (numerics.sum_of(kept[matrix], rows_K) * factor).to(matrix.weight.dtype)
+                before = matrix.weight.grad
+                matrix.weight.grad = reduced if before is None else before + reduced
+        return loss
+
+
+def _added(parts: Sequence[Scored]) -> Scored:
+    """A layer's scores from those of its matrices."""
+    return Scored(numerics.added([p.scores for p in parts]), torch.stack([p.live for p in parts]).any(0))
+
+
+def _refuse_settings(name: str, settings: GASTSettings) -> None:
+    known = {"support": ("rest", "sample"), "choice": ("stochastic", "topk"), "score": ("inner",), "among": ("batch",)}
+    for key, values in known.items():
+        if getattr(settings, key) not in values:
+            raise RecipeError(
+                f"{name} is a reference with {key} {' or '.join(values)}, not {getattr(settings, key)}; "
+                "siftune's GAST does the others"
+            )

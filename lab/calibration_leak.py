@@ -1,0 +1,315 @@
+"""Who calibrated a kit? An attack on calibration rows, over ways to make the kit, and what each costs in quality.
+
+    python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out FILE
+    python -m lab.calibration_leak --report FILE
+
+The attacker has the base and the kit (`siftune.offsite.audit.calibration_attack`), and in the second column a kit of
+his own, of the same settings, from as many other rows of the owner's source. A *set* says which rows calibrate:
+
+    own-N              N rows of the owner's
+    public-N           N public ones, none of the owner's; members are rows that no kit saw, so the AUC must be near 0.5
+    own-N+public-M     the owner's and M public ones; members are the owner's
+    own-N+generated-M  the same, with M texts that the model itself wrote
+    generated-N        N of those alone
+
+and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`. `noise-X` is of
+clipped tokens, and noise on A and G with noise multiplier X (`private_moments.py`), for which ε is printed
+at δ = 1e-5, for the layers made here and for all but four. Clipping is at the median norm of 16 public rows, so that it
+tells nothing of the owner's.
+
+Only `--layers` layers in the model's middle are compressed, so that a set takes minutes. Quality is the loss of other
+rows of the owner's source on that emulator, over the base's (*gap*, nats per token), and what its matrices lose there
+of the base's outputs (*lost*, geometric mean). A set and way that are in the file are not measured again.
+"""
+
+import argparse
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lab.pays.results import append, read
+from lab.private_moments import gaussian_epsilon, private_moments
+from siftune.base.environment import versions
+from siftune.data.readers import load_rows
+from siftune.data.rows import Row, rows_from
+from siftune.data.tokenize import tokenize_rows
+from siftune.evaluate.bootstrap import Bootstrap, Estimate, paired_bootstrap
+from siftune.evaluate.perplexity import perplexity
+from siftune.models.families import Family, family_of
+from siftune.models.layers import find_layers
+from siftune.models.source import load_model, use_attention
+from siftune.offsite.audit.calibration_attack import KINDS, Compared, compared, row_residuals
+from siftune.offsite.audit.membership import measure_attack
+from siftune.offsite.audit.rows import token_rows
+from siftune.offsite.emulator.assemble import EmulatorParts, assemble, materialise
+from siftune.offsite.emulator.compress import LayerCurvature, compress_layer, layer_curvature
+from siftune.offsite.emulator.make import emulators, middle_of
+from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.emulator.recording import Captured
+from siftune.offsite.emulator.split import Split
+from siftune.offsite.exchange.calibration import in_batches
+from siftune.offsite.maths.kfac import Curvature, Moments
+from siftune.report.table import Table, markdown_table
+
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {}, "paper": {"basis": "svd", "mlp": "channels"}, "keep-0.5": {"keep": 0.5},
+    "damping-0.01": {"damping": 0.01, "refit_damping": 0.01}, "damping-1": {"damping": 1.0, "refit_damping": 1.0},
+    "damping-10": {"damping": 10.0, "refit_damping": 10.0}, "damping-100": {"damping": 100.0, "refit_damping": 100.0},
+    "noise-0.01": {}, "noise-1": {}, "whitened+channels": {"mlp": "channels"},
+    "svd+refit": {"basis": "svd"}, "measured": {"allot": "measured"}, "distil-30": {"distil": 30},
+}  # fmt: skip
+SETS = (
+    "own-32", "own-128", "own-512", "own-1024", "own-32+public-96", "own-32+generated-96", "public-32", "public-128",
+    "generated-128",
+)  # fmt: skip
+DELTA = 1e-5
+FACTORS = 9  # moments of a layer that the default looks at: A of four inputs, G of five outputs
+OUTER = 4  # layers of a model that a whole kit does not compress
+MOST = 64  # members and others that are looked at
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sets share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    own: list[Row]
+    public: list[Row]
+    split: Split
+    length: int
+    seed: int
+
+    @cached_property
+    def clips(self) -> dict[int, dict[str, tuple[float, float]]]:
+        """Median norms of inputs and output gradients on public rows, by layer and matrix."""
+        numbers = middle_of(self.model, self.split)
+        recording = record(self.model, self.batches(self.public[-16:]), numbers)
+        found = {}
+        for number in numbers:
+            captured = replay(find_layers(self.model).layers[number], recording, number, self.family.matrices)
+            found[number] = {
+                path: (float(one.x_NI.norm(dim=1).median()), float(one.g_NO.norm(dim=1).median()))
+                for path, one in captured.items()
+            }
+        return found
+
+    @property
+    def family(self) -> Family:
+        """Where its matrices are."""
+        return family_of(self.model.config)
+
+    def table(self, rows: Sequence[Row]) -> Dataset:
+        """Rows in token ids, cut."""
+        return tokenize_rows(rows, self.tokenizer, self.length, "none", False)
+
+    def batches(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+        """Rows in batches."""
+        return in_batches(self.table(rows), 8, self.tokenizer.pad_token_id)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, or report; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--own", help="file of the owner's rows")
+    parser.add_argument("--public", help="file of public rows")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args(argv)
+    if args.report:
+        print(report(read(args.report)))
+        return 0
+    if not (args.own and args.public and args.out):
+        parser.error("--own, --public and --out must be given")
+    measure_all(args)
+    return 0
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Measure what is not in the file."""
+    known = {(j["set"], j["way"], j["seed"]) for j in read(args.out)}
+    model, tokenizer = load_model(args.model, "float32")
+    use_attention(model, "eager" if model.device.type == "cpu" else "auto")  # rows are short
+    first = (len(find_layers(model).layers) - args.layers) // 2
+    split = Split(first, len(find_layers(model).layers) - args.layers - first)
+    for seed in args.seeds:
+        own, public = (
+            random.Random(seed).sample(rows := load_rows(p, "train"), len(rows)) for p in (args.own, args.public)
+        )
+        setting = Setting(model, tokenizer, own, public, split, args.length, seed)
+        for name in args.sets:
+            ways = [way for way in args.ways if (name, way, seed) not in known]
+            facts = {"model": args.model, "own": Path(args.own).name, "public": Path(args.public).name}
+            facts |= {"layers": args.layers, "length": args.length, **versions()}
+            for line in measure_set(setting, name, ways) if ways else []:
+                append(args.out, {"set": name, "seed": seed, **line, "facts": facts})
+                print(name, line["way"], line["auc"], line["beside"], line["gap"], flush=True)
+
+
+def measure_set(setting: Setting, name: str, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Make kits of one set of rows in several ways, attack and measure them."""
+    counts = {kind: int(count) for kind, count in re.findall(r"(own|public|generated)-(\d+)", name)}
+    own, rest = counts.get("own", 0), {k: n for k, n in counts.items() if k != "own"}
+    members = max(own, 32)  # of a kit without the owner's rows: rows that it did not see
+    size = own or sum(rest.values())
+    need = members + MOST + size
+    if need > len(setting.own):
+        raise SystemExit(f"{name} needs {need} rows of the owner's, but there are {len(setting.own)}")
+    others = setting.own[members : members + MOST]
+    kits = setting.own[:own], setting.own[members + MOST : need]
+    more = [setting.public[:n] if kind == "public" else generated(setting, n) for kind, n in rest.items()]
+    made = [made_of(setting, sum(more, rows), ways) for rows in kits]
+    sides = [looked_at(setting, made, rows) for rows in (setting.own[:members][:MOST], others)]
+    for way in ways:
+        yield {"way": way, **scores(way, sides), "gap": gap(setting, made[0][way], others[:8]), **_bound(setting, way)}
+
+
+def made_of(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dict[str, PreTrainedModel]:
+    """One emulator per way."""
+    plain = [way for way in ways if not way.startswith("noise")]
+    batches = setting.batches(rows)
+    parts = (
+        emulators(setting.model, batches, [EmulatorSettings(split=setting.split, **WAYS[way]) for way in plain])
+        if plain
+        else []
+    )
+    found = dict(zip(plain, parts, strict=True))
+    found |= {way: with_noise(setting, batches, float(way[6:])) for way in ways if way not in plain}
+    return {way: materialise(found[way]) for way in ways}
+
+
+def with_noise(setting: Setting, batches: Sequence[dict[str, Tensor]], noise: float) -> EmulatorParts:
+    """An emulator from curvature with clipped tokens and noise."""
+    model, family, layers = setting.model, setting.family, find_layers(setting.model).layers
+    recording = record(model, batches, middle_of(model, setting.split))
+    made = []
+    for number in middle_of(model, setting.split):
+        captured = replay(layers[number], recording, number, family.matrices)
+        seen = noised(setting, layer_curvature(captured, slopes=False), noise, number)
+        made.append(compress_layer(layers[number], number, family, seen, EmulatorSettings(split=setting.split)))
+    return assemble(model, setting.split, made)
+
+
+def noised(setting: Setting, seen: LayerCurvature, noise: float, number: int) -> LayerCurvature:
+    """Curvature with clipped tokens and noise; a matrix that several read is released once."""
+    generator = torch.Generator().manual_seed(1000 * setting.seed + number)
+    inputs: dict[int, Moments] = {}
+    clips = setting.clips[number]
+
+    def one(path: str, captured: Captured) -> Curvature:
+        clip_x, clip_g = clips[path]
+        if id(captured.x_NI) not in inputs:
+            inputs[id(captured.x_NI)] = private_moments(captured.x_NI, clip_x, noise, setting.length, generator)
+        gradients = private_moments(captured.g_NO, clip_g, noise, setting.length, generator)
+        return Curvature(inputs[id(captured.x_NI)], gradients, seen.curvature[path].slope_OI)
+
+    return LayerCurvature(seen.captured, {path: one(path, captured) for path, captured in seen.captured.items()})
+
+
+def looked_at(setting: Setting, made: Sequence[dict[str, PreTrainedModel]], rows: Sequence[Row]) -> dict[str, Any]:
+    """What every kit loses of every row, by `kit/way/matrix`: one pass of the base for all kits."""
+    matrices: list[Compared] = []
+    for kit, by_way in enumerate(made):
+        for way, emulator in by_way.items():
+            for one in compared(setting.model, emulator, setting.split):
+                matrices.append(replace(one, name=f"{kit}/{way}/{one.kind}/{one.name}"))
+    return row_residuals(setting.model, matrices, setting.batches(rows))
+
+
+def scores(way: str, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """AUC by kind of matrix, of the kit alone and beside the attacker's; and what is lost on other rows."""
+    found: dict[str, Any] = {"auc": {}, "beside": {}, "tpr_5_beside": {}, "lost": {}}
+    for kind in KINDS:
+        start = tuple(f"0/{way}/{k}/" for k in KINDS if kind in (k, "all"))
+        # shares that were measured may leave a matrix whole in one of the kits
+        names = [name for name in sides[0] if name.startswith(start) and "1" + name[1:] in sides[0]]
+        if not names:
+            continue
+        alone = [np.mean([side[name] for name in names], axis=0) for side in sides]
+        twin = [np.mean([side["1" + name[1:]] for name in names], axis=0) for side in sides]
+        found["auc"][kind] = _figures(measure_attack(-alone[0], -alone[1]).auc)
+        beside = measure_attack(*(theirs - ours for theirs, ours in zip(twin, alone, strict=True)))
+        found["beside"][kind] = _figures(beside.auc)
+        found["tpr_5_beside"][kind] = _figures(beside.tpr_5)
+        found["lost"][kind] = round(float(np.exp(alone[1].mean())), 5)
+    return found
+
+
+def gap(setting: Setting, emulator: PreTrainedModel, rows: Sequence[Row]) -> list[float | None]:
+    """By how much the emulator's loss on rows is above the base's, in nats per token."""
+    pairs = token_rows(setting.table(rows))
+    found = [perplexity(model, pairs, 8) for model in (setting.model, emulator)]
+    return _figures(paired_bootstrap(found[0].nll, found[1].nll, Bootstrap(), weights=found[0].tokens))
+
+
+def generated(setting: Setting, count: int) -> list[Row]:
+    """Texts that the model writes by itself, from its first token on, at temperature 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(setting.seed)
+        start = torch.full((count, 1), setting.tokenizer.bos_token_id or setting.tokenizer.eos_token_id)
+        ids = setting.model.generate(  # type: ignore[operator]
+            start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=setting.length, min_new_tokens=setting.length // 2,
+            pad_token_id=setting.tokenizer.pad_token_id,
+        )  # fmt: skip
+    texts = setting.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return rows_from([{"text": text} for text in texts if text.strip()])
+
+
+def report(lines: Sequence[dict[str, Any]]) -> str:
+    """The file as a Markdown table."""
+    header = [
+        "rows", "way", "attention", "MLP", "beside: attention", "beside: MLP", "gap", "lost: attention", "lost: MLP",
+        "ε",
+    ]  # fmt: skip
+    table = []
+    for line in lines:
+        cells = [line["set"], line["way"]]
+        cells += [_shown(line[part].get(kind)) for part in ("auc", "beside") for kind in ("attention", "mlp")]
+        cells += [_shown(line["gap"], "+.4f"), *(f"{100 * line['lost'][kind]:.2f} %" for kind in ("attention", "mlp"))]
+        cells += [line.get("epsilon_whole", "")]
+        table.append(cells)
+    return markdown_table(Table(header, table, words=(0, 1)))
+
+
+def _bound(setting: Setting, way: str) -> dict[str, str]:
+    """ε of noise, for the layers made here and for a whole kit."""
+    kind, _, value = way.partition("-")
+    if kind != "noise":
+        return {}
+    layers, whole = len(middle_of(setting.model, setting.split)), len(find_layers(setting.model).layers) - OUTER
+    told = partial(gaussian_epsilon, DELTA, float(value))
+    return {name: f"{told(FACTORS * n):.3g}" for name, n in (("epsilon", layers), ("epsilon_whole", whole))}
+
+
+def _figures(estimate: Estimate) -> list[float | None]:
+    return [None if v is None else round(v, 5) for v in asdict(estimate).values()]
+
+
+def _shown(figures: Sequence[float] | None, spec: str = ".3f") -> str:
+    if figures is None:
+        return ""
+    value, low, high = (format(figure, spec) for figure in figures)
+    return f"{value} [{low}, {high}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

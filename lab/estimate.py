@@ -1,0 +1,76 @@
+"""How far the estimate of `siftune train --dry-run` is from the run: time and peak memory, method by method.
+
+    python -m lab.estimate --train rows.jsonl --methods dense,ist,gast --rows 320
+
+For each method it makes the estimate and then the run, each in a process of its own, and prints a line of JSON. Besides
+the time on the clock it takes processor time, on which other work on the machine has less of an influence: there the
+estimate is made of processor time, too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from rich.console import Console
+
+from siftune.recipe.schema import Recipe
+from siftune.train import forecast, run
+from siftune.train.dry_run import dry_run
+from siftune.train.trainer import SiftTrainer
+
+_CLOCKS = {"clock": time.perf_counter, "processor": time.process_time}
+
+
+def one(task: str, recipe: Recipe) -> dict[str, float]:
+    """Estimate a run, or make it; seconds and peak memory in MB."""
+    console = Console(quiet=True)
+    if task in _CLOCKS:
+        forecast.time.perf_counter = _CLOCKS[task]  # in a process of its own
+        found = dry_run(recipe, console).forecast
+        return {"seconds": found.seconds or 0.0, "memory_mb": found.memory_mb or 0.0}
+    spent: list[float] = []
+    train = SiftTrainer.train
+
+    def timed(self: SiftTrainer, *given: Any, **named: Any) -> Any:
+        before = time.process_time()
+        output = train(self, *given, **named)
+        spent.append(time.process_time() - before)
+        return output
+
+    SiftTrainer.train = timed
+    summary = run.train(recipe, console).summary
+    return {"seconds": summary["seconds"], "processor": spent[0], "memory_mb": summary["peak_memory_mb"]}
+
+
+def main() -> None:
+    """Compare, or do one task of a comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--methods", default="dense,ist,gast")
+    parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--task", choices=[*_CLOCKS, "run"])
+    options = parser.parse_args()
+    for method in options.methods.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = Recipe(
+                train=options.train, limit=options.rows, method=method, eval_share=0.05, out=f"{folder}/run"
+            )
+            if options.task:
+                print(json.dumps(one(options.task, recipe)))
+                continue
+        told: dict[str, Any] = {"method": method}
+        for task in ("clock", "processor", "run"):
+            words = ["--train", options.train, "--methods", method, "--rows", str(options.rows), "--task", task]
+            done = subprocess.run(
+                [sys.executable, "-m", "lab.estimate", *words], stdout=subprocess.PIPE, check=True, text=True
+            )
+            told[task] = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Several data owners, and one with all of their rows: what is a model worth that their returns are merged into?
+
+    python -m lab.federated --task options --data FOLDER --owners 1,2,4,8 --seeds 0,1,2 --out FILE
+    python -m lab.federated --report FILE
+
+Every owner has rows of its own: of tasks that nobody else has, or, where there are more owners than tasks, a shard of
+one. The tasks are the four files of option texts (`--task options`: ARC-Easy, ARC-Challenge, BoolQ, OpenBookQA), or
+the four kinds of arithmetic (`--task arithmetic`). In a round every owner passes over its rows as often as a single
+owner would over all, so that all together take as many steps. The returns are merged into the base:
+
+    mean       of the updates
+    trimmed    mean without the largest and the smallest, number by number
+    clipped    mean of updates that are at most as long as their median
+
+With `--bad flipped` the last owner returns `--bad-size` times its update, turned round; with `random` one of random
+numbers that is as long. The second round's kit is made of the plugged model by `next_kit`. Measured on held-out rows of
+all tasks, after every round: nats per label token, and multiple choice. A finished job adds a line of JSON to FILE, and
+one that is there already is not made again. Jobs that differ in how returns are merged, or in the bad one, share the
+kit and the first round's trainings; with `--work` these outlive a run that was cut.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lab.offsite import text_batches
+from lab.pays.results import append, key, read
+from siftune.base.environment import hardware, versions
+from siftune.data.arithmetic import split
+from siftune.data.rows import rows_from
+from siftune.evaluate.bootstrap import Bootstrap, resample
+from siftune.models.source import load_model
+from siftune.offsite.audit.rows import AuditRows, score_rows, tokenize_audit
+from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.exchange.emulate import emulate
+from siftune.offsite.exchange.plug import plug_in
+from siftune.offsite.exchange.returned import open_return
+from siftune.offsite.exchange.rounds import next_kit
+from siftune.offsite.exchange.settings import Merging
+from siftune.offsite.exchange.thin import DOWN, UP, Tuned, is_thin
+from siftune.offsite.exchange.tune import source_of
+from siftune.offsite.kit.folder import Kit, read_kit
+from siftune.recipe.schema import Recipe
+from siftune.report.table import Table, markdown_table
+from siftune.train.run import train
+
+Job = dict[str, Any]
+Line = dict[str, Any]
+Records = list[dict[str, Any]]
+
+FILES = ("ARC-Easy", "ARC-Challenge", "boolq", "openbookqa")
+MERGINGS = {"mean": Merging(), "trimmed": Merging(merge="trimmed"), "clipped": Merging(clip_norm=1.0)}
+ROBUST = 3  # returns without which nothing is trimmed or clipped
+AFTER_TRAINING = ("merge", "bad", "bad_size", "rounds")  # what a first round's trainings do not depend on
+NO_LIMIT = 1e6  # on updates: what merging holds back is what is measured, not what plug refuses
+QUESTIONS = 32  # in a forward pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what is missing, or print the report; return the exit code."""
+    args = _parse(argv)
+    if args.report:
+        print(report(read(args.report)))
+        return 0
+    done = {key(line["job"]) for line in read(args.out)}
+    with tempfile.TemporaryDirectory(prefix="siftune-federated-") as scratch:
+        work = args.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        for job in (job for job in _jobs(args) if key(job) not in done):
+            started = time.monotonic()
+            rounds = _measure(job, args, work)
+            facts = {"versions": versions(), "hardware": hardware(), "seconds": time.monotonic() - started}
+            append(args.out, {"job": job, "rounds": rounds, "facts": facts})
+            shown = [round(found["nll"], 3) for found in rounds]
+            print(f"{job['owners']} owners, {job['merge']}, bad: {job['bad']}, seed {job['seed']}: {shown}", flush=True)
+    return 0
+
+
+def place(work: Path, job: Job, shared_by: Sequence[str] = ()) -> Path:
+    """Where a job keeps its files, together with jobs that differ in some values alone."""
+    rest = {name: value for name, value in job.items() if name not in shared_by}
+    return work / hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
+    """Scores before the first round and after each."""
+    model, tokenizer = load_model(job["model"], args.dtype)
+    tasks, held_out = _rows(job, args.data)
+    shards = _shards(tasks, job["owners"])
+    settings = AuditSettings(template=job["template"], seed=job["seed"])
+    rows = tokenize_audit(rows_from(shards[0]), rows_from(held_out), tokenizer, settings)
+    shared = place(work, job, (*AFTER_TRAINING, "owners"))
+    shared.mkdir(exist_ok=True)
+    first, before_any = shared / "kit", shared / "before.json"
+    if not before_any.exists():
+        before_any.write_text(json.dumps(_scores(model, rows)), encoding="utf-8")
+    found = [json.loads(before_any.read_text(encoding="utf-8"))]
+    if not first.exists():
+        calibration = random.Random(job["seed"]).sample([row for part in tasks for row in part], job["calibration"])
+        batches = text_batches(rows_from(calibration), 128, tokenizer, job["template"])
+        emulate(model, tokenizer, batches, first, EmulatorSettings(keep=job["keep"]))
+    kit = read_kit(first)
+    for number in range(1, job["rounds"] + 1):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        folder = place(work, job, AFTER_TRAINING if number == 1 else ())
+        parts = _round(job, model, kit, shards, folder / f"round{number}")
+        found.append({**_scores(model, rows), "returns": parts})
+        if number < job["rounds"]:
+            base = load_model(job["model"], args.dtype)[0]
+            base.load_state_dict(before)
+            later = place(work, job) / f"kit{number + 1}"
+            shutil.rmtree(later, ignore_errors=True)  # of a job that was cut
+            kit = next_kit(base, model, kit, later).kit
+    return found
+
+
+def _round(job: Job, model: PreTrainedModel, kit: Kit, shards: Sequence[Records], folder: Path) -> list[Line]:
+    """Every owner tunes the kit; what they return is merged into the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        returns: list[Mapping[str, Tensor]] = []
+        for number, shard in enumerate(shards):
+            if not (folder / str(number) / "return").exists():
+                shutil.rmtree(folder / str(number), ignore_errors=True)  # of a job that was cut
+                _train(job, kit, shard, folder / str(number))
+            returns.append(stack.enter_context(open_return(folder / str(number) / "return", kit)))
+        if job["bad"] is not None:
+            state, names = model.state_dict(), outer_names(model, kit.manifest.split)
+            outer = {neutral: state[name] for neutral, name in names.items()}
+            returns[-1] = spoiled(outer, returns[-1], job["bad"], job["bad_size"], job["seed"])
+        report = plug_in(model, kit, returns, NO_LIMIT, merging=MERGINGS[job["merge"]])
+    kept = ("update", "cosine", "factor", "largest")
+    return [{name: value for name, value in part.to_dict().items() if name in kept} for part in report.parts]
+
+
+def _train(job: Job, kit: Kit, shard: Records, out: Path) -> None:
+    """One owner's training, as `siftune train` does it."""
+    path = out.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in shard), encoding="utf-8")
+    steps = max(1, round(job["epochs"] * len(shard) / job["batch"]))
+    rank = None if job["adapter"] == "full" else job["rank"]
+    recipe = Recipe(
+        model=str(kit.path), train=str(path), out=str(out), method="dense", adapter=job["adapter"], rank=rank,
+        steps=steps, lr=job["lr"], batch_size=job["batch"], seed=job["seed"], template=job["template"], log_every=steps,
+    )  # fmt: skip
+    train(recipe, Console(quiet=True), source_of)
+
+
+def spoiled(
+    before: Mapping[str, Tensor], returned: Mapping[str, Tensor], how: str, size: float, seed: int
+) -> dict[str, Tensor]:
+    """A bad return of the same kind: an update turned round, or one of random numbers.
+
+    Args:
+        before: The outer layers by neutral name.
+        returned: What the owner would have returned.
+        how: flipped or random.
+        size: How many times as long its update is, tensor by tensor.
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = {name.removesuffix(UP).removesuffix(DOWN) for name in returned}
+    tuned, bad = Tuned(before, returned), {}
+    for name in sorted(names):
+        old = before[name].double().cpu()
+        update = tuned[name].double().cpu() - old
+        if not is_thin(returned):
+            noise = torch.randn(update.shape, generator=generator, dtype=torch.float64)
+            turned = noise * update.norm() / noise.norm() if how == "random" else -update
+            bad[name] = (old + size * turned).to(returned[name].dtype)
+            continue
+        up, down = returned[f"{name}{UP}"], returned[f"{name}{DOWN}"]
+        if how == "random":
+            up, down = (torch.randn(part.shape, generator=generator) for part in (up, down))
+            up *= float(update.norm()) / float((up.double() @ down.double()).norm())
+        bad |= {f"{name}{UP}": (1 if how == "random" else -1) * size * up, f"{name}{DOWN}": down}
+    return bad
+
+
+def _shards(tasks: Sequence[Records], owners: int) -> list[Records]:
+    """The rows of every owner: of whole tasks, or a shard of one where there are more owners than tasks."""
+    if owners <= len(tasks):
+        return [[row for task in tasks[owner::owners] for row in task] for owner in range(owners)]
+    count = len(tasks)
+    return [tasks[o % count][o // count :: len(range(o % count, owners, count))] for o in range(owners)]
+
+
+def _rows(job: Job, data: Path | None) -> tuple[list[Records], Records]:
+    """Training rows task by task, as many of each, and held-out rows of all of them."""
+    if job["task"] == "arithmetic":
+        train_rows, test = split(job["rows"], job["questions"], job["seed"])
+        kinds = dict.fromkeys(row["kind"] for row in train_rows)
+        return [[row for row in train_rows if row["kind"] == kind] for kind in sorted(kinds)], test
+    from lab.quality_tasks import read_options
+
+    assert data is not None
+    drawn = random.Random(job["seed"])
+    parts = {part: [read_options(data / f"{name}.{part}.json", name) for name in FILES] for part in ("train", "test")}
+    counts = {"train": job["rows"] // len(FILES), "test": job["questions"] // len(FILES)}
+    some = {part: [drawn.sample(rows, counts[part]) for rows in tasks] for part, tasks in parts.items()}
+    return some["train"], [row for rows in some["test"] for row in rows]
+
+
+def _scores(model: PreTrainedModel, rows: AuditRows) -> Line:
+    scores = score_rows(model, rows, QUESTIONS)
+    correct = None if scores.correct is None else scores.correct.astype(int).tolist()
+    return {
+        "nll": float(scores.nll.sum() / scores.tokens.sum()),
+        "accuracy": None if scores.correct is None else float(scores.correct.mean()),
+        "rows": {"nll": scores.nll.round(5).tolist(), "tokens": scores.tokens.astype(int).tolist(), "correct": correct},
+    }
+
+
+_WAY = ("owners", "merge", "bad", "rounds")
+
+
+def report(lines: Sequence[Line]) -> str:
+    """A Markdown table; each beside one owner with all rows, questions of all seeds pooled."""
+    ways = {json.dumps([line["job"][name] for name in _WAY]): None for line in lines}
+    rows = [row for way in ways for row in _rows_of(json.loads(way), lines)]
+    header = ["owners", "merged by", "bad return", "round", "nats per token", "more than one owner's", "right", "seeds"]
+    return markdown_table(Table(header, rows, words=(1, 2)))
+
+
+def _rows_of(way: Sequence[Any], lines: Sequence[Line]) -> Iterator[list[str]]:
+    owners, merge, bad, rounds = way
+    most = sorted((line for line in lines if line["job"]["owners"] == 1), key=lambda line: line["job"]["rounds"])
+    alone = {line["job"]["seed"]: line for line in most if line["job"]["rounds"] >= rounds}
+    runs = [line for line in lines if [line["job"][name] for name in _WAY] == list(way)]
+    for number in range(0 if owners == 1 else 1, len(runs[0]["rounds"])):
+        found = [run["rounds"][number] for run in runs]
+        right = [one["accuracy"] for one in found if one["accuracy"] is not None]
+        pairs = [
+            (run["rounds"][number], alone[s]["rounds"][number]) for run in runs if (s := run["job"]["seed"]) in alone
+        ]
+        yield [
+            str(owners), merge if owners > 1 else "", bad or "", f"{number} of {rounds}",
+            f"{mean(one['nll'] for one in found):.3f}", _difference(pairs) if owners > 1 and pairs else "",
+            f"{mean(right):.1%}" if right else "", str(len(runs)),
+        ]  # fmt: skip
+
+
+def _difference(pairs: Sequence[tuple[Line, Line]]) -> str:
+    """Nats per token above those of one owner, with an interval over questions."""
+    names = ("several", "one")
+    nll = {name: np.concatenate([pair[at]["rows"]["nll"] for pair in pairs]) for at, name in enumerate(names)}
+    tokens = np.concatenate([np.array(pair[0]["rows"]["tokens"], float) for pair in pairs])
+    found = resample(nll, tokens, Bootstrap(4000)).difference("several", "one")
+    if found.value is None or found.low is None or found.high is None:
+        return "–"
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def _jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """All that is asked for: one owner first, then several, with every merging and bad return that there can be."""
+    names = ("task", "model", "rows", "questions", "epochs", "lr", "batch", "adapter", "rank", "rounds", "keep")
+    common = {name: getattr(args, name) for name in (*names, "calibration", "template")}
+    for seed in map(int, args.seeds.split(",")):
+        for owners in sorted(map(int, args.owners.split(","))):
+            for merge in args.merge if owners > 1 else ("mean",):
+                for bad in (None, *args.bad) if owners > 1 else (None,):
+                    if merge == "mean" or owners >= ROBUST:
+                        size = None if bad is None else args.bad_size
+                        yield {**common, "seed": seed, "owners": owners, "merge": merge, "bad": bad, "bad_size": size}
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=("options", "arithmetic"), default="options", help="what the owners' rows are of")
+    add("--data", type=Path, help="folder of the option files, for --task options")
+    add("--model", default="smollm2", help="base model")
+    add("--dtype", default="auto", help="number format of the base")
+    add("--owners", default="1,2,4,8", help="how many owners; 1 is the one with all rows")
+    add("--merge", nargs="+", choices=MERGINGS, default=list(MERGINGS), help="how returns are merged")
+    add("--bad", nargs="*", choices=("flipped", "random"), default=["flipped", "random"], help="bad returns, too")
+    add("--bad-size", type=float, default=10.0, help="how many times as long a bad update is")
+    add("--rows", type=int, default=1600, help="training rows of all owners together")
+    add("--questions", type=int, default=400, help="held-out rows of all tasks together")
+    add("--epochs", type=float, default=1.0, help="passes over an owner's rows in a round")
+    add("--rounds", type=int, default=2, help="rounds")
+    add("--lr", type=float, default=5e-4, help="peak learning rate")
+    add("--batch", type=int, default=16, help="rows in a step")
+    add("--adapter", choices=("lora", "full"), default="lora", help="what the owners train")
+    add("--rank", type=int, default=32, help="of LoRA")
+    add("--keep", type=float, default=0.7, help="kept fraction of the middle's matrices")
+    add("--calibration", type=int, default=64, help="rows that the kit is calibrated on, of all tasks")
+    add("--template", choices=("auto", "chat", "none"), default="none", help="chat template of all rows")
+    add("--seeds", default="0", help="of rows and training")
+    add("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
+    add("--work", type=Path, metavar="FOLDER", help="for kits and returns, to go on with; a temporary one if not given")
+    add("--out", type=Path, default=Path(__file__).parent / "results" / "federated.jsonl")
+    add("--report", type=Path, metavar="FILE", help="print the table of these results, and measure nothing")
+    args = parser.parse_args(argv)
+    if not args.report and args.task == "options" and args.data is None:
+        parser.error("--task options needs --data")
+    torch.set_num_threads(args.threads)
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

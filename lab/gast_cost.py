@@ -1,0 +1,302 @@
+"""What selecting rows costs: siftune's engine beside dense training and beside other ways to do it.
+
+    python -m lab.gast_cost --out cost.jsonl
+    python -m lab.gast_cost --sweep --out sweep.jsonl
+
+Every measurement is a fresh process that trains on random tokens; the methods take turns over the rounds, as in
+`siftune bench`. The table has medians over the rounds; ratios to the first method are formed within a round, and their
+range over the rounds stands behind them.
+
+With `--out`, every finished measurement adds a line of JSON to the file, and what is there already is not measured
+again: a run that was cut short goes on, and more methods or rounds can be added. `--sweep` varies rows, length and
+layers one at a time, on random llamas that are made for it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from siftune.base.errors import DataError, RecipeError, SiftuneError
+from siftune.base.settings import nearest
+from siftune.bench.cost import MEASURED, Measurement, check_workload, measure, schedule, summarise
+from siftune.bench.workload import Workload
+
+# baseline -> its class in `baselines`, and the method of siftune's whose settings it has
+BASELINES = {
+    "two-pass": ("TwoPass", "gast-rest"),
+    "two-pass-sample": ("TwoPass", "gast-sample"),
+    "store-all": ("StoreAll", "gast-rest"),
+    "store-all-sample": ("StoreAll", "gast-sample"),
+}
+METHODS = "dense,gast-rest,gast-momentum,gast-sample,ist,ist+gast,two-pass,store-all,greats"
+SWEPT = "dense,gast-rest,gast-momentum"
+
+WORKER = (sys.executable, "-m", "lab.gast_cost", "--worker")
+_HIDDEN, _LAYERS, _RANK = 256, (8, 30), 16  # of the sweep's models; rank over hidden size as in SmolLM2 with rank 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload that the methods are compared on.
+
+    Attributes:
+        name: What tells it from the others of a table.
+        work: The workload; its model is a description, the same in every run.
+        model: Where the model is now.
+    """
+
+    name: str
+    work: Workload
+    model: str
+
+    def key(self, threads: int | None) -> dict[str, Any]:
+        """What a measurement has to have in common with others, in JSON's types."""
+        key: dict[str, Any] = json.loads(json.dumps({**asdict(self.work), "threads": threads}))
+        return key
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what is missing and print the table; return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["--worker"]:
+        from siftune.bench import worker
+
+        return worker.main(words[1:], build)
+    args = _parse(words)
+    try:
+        methods = _methods(args.methods or (SWEPT if args.sweep else METHODS))
+        with tempfile.TemporaryDirectory(prefix="siftune-models-") as folder:
+            cases = _sweep(args, Path(folder)) if args.sweep else [_case(args)]
+            for case in cases:
+                check_workload(case.work, args.rounds, args.threads)
+            if args.out is not None and not os.access(args.out.parent, os.W_OK):
+                raise RecipeError(
+                    f"--out {args.out} cannot be written: there is no folder {args.out.parent} to write to"
+                )
+            results = collect(cases, methods, args.rounds, args.threads, args.out)
+    except SiftuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    lines = table(results, methods[0])
+    print("\n".join([*lines, "", *pooled(results, methods[0])] if args.pooled else lines))
+    return 0
+
+
+def build(method: str, work: Workload, folder: Path, *watchers: Any) -> Any:
+    """Assemble a method's Trainer, as `worker.build_trainer` does, also for the baselines."""
+    from siftune.bench.worker import build_trainer
+
+    if method not in BASELINES:
+        return build_trainer(method, work, folder, *watchers)
+    from lab import baselines
+    from lab.baseline_trainer import BaselineTrainer
+
+    kind, like = BASELINES[method]
+    trainer = build_trainer("dense", work, folder, *watchers)
+    return BaselineTrainer.take_over(trainer, getattr(baselines, kind), work.recipe(like, "unused").gast, work.seed)
+
+
+def collect(
+    cases: Sequence[Case],
+    methods: Sequence[str],
+    rounds: int,
+    threads: int | None,
+    out: Path | None,
+    measuring: Callable[..., Measurement] = measure,
+) -> list[tuple[Case, list[Measurement]]]:
+    """Measure what `out` does not hold yet, a round of all cases after the other, and add it there.
+
+    Returns:
+        The measurements of every case, those that were there before among them.
+
+    Raises:
+        DataError: `out` holds no measurements, or such of another machine or of other versions.
+    """
+    held = _read(out)
+    found: dict[str, dict[tuple[int, str], Measurement]] = {case.name: {} for case in cases}
+    for number in range(rounds):
+        for case in cases:
+            for method in (name for place, name in schedule(methods, rounds) if place == number):
+                key = case.key(threads)
+                record = _find(held, key, method, number)
+                if record is None:
+                    print(f"round {number + 1} of {rounds}: {case.name}, {method}", file=sys.stderr)
+                    here = replace(case.work, model=case.model)
+                    record = {"workload": key, **asdict(measuring(method, number, here, threads, worker=WORKER))}
+                    _refuse_mixture(held, record, out)
+                    held.append(record)
+                    if out is not None:
+                        with out.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(record) + "\n")
+                found[case.name][number, method] = _measurement(record)
+    return [(case, list(found[case.name].values())) for case in cases]
+
+
+def table(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> list[str]:
+    """Lines of a Markdown table of all cases, and of notes on what was measured, and where."""
+    several = len(results) > 1
+    heads = ["case"] * several + ["method", "s/step", f"× {reference}", "peak MB", f"× {reference}"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * (len(heads) - 4)}{'---:|' * 4}"]
+    for case, measurements in results:
+        for method, cost in summarise(measurements, [reference]).items():
+            cells = [case.name] * several + [
+                method,
+                f"{cost.seconds_per_step:.3g}",
+                _ratio(measurements, method, reference, lambda m: m.seconds_per_step),
+                f"{cost.peak_memory_mb:,.0f}",
+                _ratio(measurements, method, reference, lambda m: m.peak_memory_mb),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *_notes(results)]
+
+
+def pooled(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> list[str]:
+    """Lines of a Markdown table of medians over the single steps of all rounds, and of the ratios of these medians.
+
+    Where bursts of other work slow a few steps many times over, a round's mean says little and these say more.
+    """
+    lines = [f"| case | method | median s/step | × {reference} |", "|---|---|---:|---:|"]
+    for case, measurements in results:
+        steps: dict[str, list[float]] = {}
+        for measurement in measurements:
+            steps.setdefault(measurement.method, []).extend(measurement.seconds)
+        middle = {method: median(seconds) for method, seconds in steps.items()}
+        lines += [
+            f"| {case.name} | {m} | {value:.3g} | {value / middle[reference]:.2f} |" for m, value in middle.items()
+        ]
+    return lines
+
+
+def _ratio(measurements: Sequence[Measurement], method: str, reference: str, of: Callable[[Measurement], float]) -> str:
+    """Median and range over the rounds of a method's value over the reference's."""
+    values = {(m.method, m.round): of(m) for m in measurements}
+    ratios = [value / values[reference, number] for (name, number), value in values.items() if name == method]
+    return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def _notes(results: Sequence[tuple[Case, list[Measurement]]]) -> list[str]:
+    work, measurements = results[0][0].work, results[0][1]
+    rounds = len({m.round for m in measurements})
+    where = work.model if len(results) == 1 else f"random llamas of hidden size {_HIDDEN}"
+    rows = f", {work.batch_size} rows of {work.length} tokens" if len(results) == 1 else ""
+    facts = measurements[0].facts
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft", "siftune"))
+    return [
+        f"{rounds} round{'s' * (rounds > 1)} of {work.steps} steps after {work.warmup}; {where} in {facts['dtype']}"
+        f"{rows}, {work.label_share:.0%} of the tokens learned, LoRA of rank {work.rank} on {', '.join(work.targets)}.",
+        f"{facts['hardware']}; {versions}.",
+    ]
+
+
+def _read(out: Path | None) -> list[dict[str, Any]]:
+    """The measurements in a file; a last line that was cut off is taken away."""
+    if out is None or not out.exists():
+        return []
+    text = out.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        strange = text and not all({"workload", "method", "round"} <= record.keys() for record in records or [{}])
+    except (ValueError, AttributeError):
+        strange = True
+    if strange:
+        raise DataError(f"{out} holds something else than lines of measurements; give another --out")
+    if whole != text:
+        out.write_text(whole, encoding="utf-8")
+    return records
+
+
+def _find(held: Sequence[dict[str, Any]], key: dict[str, Any], method: str, number: int) -> dict[str, Any] | None:
+    return next((r for r in held if (r["method"], r["round"]) == (method, number) and r["workload"] == key), None)
+
+
+def _refuse_mixture(held: Sequence[dict[str, Any]], record: dict[str, Any], out: Path | None) -> None:
+    """Refuse to compare across machines or versions."""
+    for name in ("hardware", "versions"):
+        before = held[0]["facts"][name] if held else record["facts"][name]
+        if before != record["facts"][name]:
+            raise DataError(
+                f"{out} was measured with {name} {before}, but here it is {record['facts'][name]}: the two cannot be "
+                "compared; give another --out"
+            )
+
+
+def _measurement(record: dict[str, Any]) -> Measurement:
+    return Measurement(
+        record["method"], record["round"], tuple(record["seconds"]), record["peak_memory_mb"], record["facts"]
+    )
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
+    add = parser.add_argument
+    known = ", ".join([*MEASURED, *BASELINES])
+    add("--methods", help=f"with commas between; the first is what others are compared with. Known: {known}")
+    add("--batch-size", type=int, default=16, help="rows in a step; in the sweep also a quarter and four times of it")
+    add("--length", type=int, default=128, help="tokens in a row; in the sweep also half and four times of it")
+    add("--steps", type=int, default=20, help="timed steps in a round; a multiple of 10 holds ist's share of scoring")
+    add("--warmup", type=int, default=2, help="steps before these")
+    add("--rounds", type=int, default=3, help="times that each method is measured")
+    add("--model", default="smollm2", help="folder, hub id, or smollm2 (packaged); not with --sweep")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the frozen weights")
+    add("--threads", type=int, help="processor threads of each process; as in the environment if absent")
+    add("--out", type=Path, help="file that finished measurements are added to, one line of JSON each")
+    add("--pooled", action="store_true", help="add medians over the single steps of all rounds, for restless machines")
+    add("--sweep", action="store_true", help="random llamas; vary rows, length and layers one at a time")
+    return parser.parse_args(argv)
+
+
+def _methods(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    known = [*MEASURED, *BASELINES]
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None or not names:
+        close = nearest(unknown or "", known)
+        guess = f"did you mean {close}?" if close else f"known: {', '.join(known)}"
+        raise RecipeError(f"unknown method {unknown or text!r}; {guess}")
+    return names
+
+
+def _workload(args: argparse.Namespace, model: str) -> Workload:
+    return Workload(
+        model, args.dtype, batch_size=args.batch_size, length=args.length, steps=args.steps, warmup=args.warmup
+    )
+
+
+def _case(args: argparse.Namespace) -> Case:
+    from siftune.models.source import resolve
+
+    return Case(args.model, _workload(args, args.model), str(resolve(args.model)))
+
+
+def _sweep(args: argparse.Namespace, folder: Path) -> list[Case]:
+    """Vary one factor at a time about a case, which comes first."""
+    from lab.random_llama import save_llama  # imports torch
+
+    rows, length, (few, many) = args.batch_size, args.length, _LAYERS
+    shapes = [(rows, length, few), (max(1, rows // 4), length, few), (4 * rows, length, few)]
+    shapes += [(rows, max(2, length // 2), few), (rows, 4 * length, few), (rows, length, many)]
+    places = {layers: save_llama(folder / str(layers), layers, _HIDDEN, 4 * length) for layers in _LAYERS}
+    return [
+        Case(
+            f"{b} × {t}, {layers} layers",
+            replace(
+                _workload(args, f"random llama, hidden {_HIDDEN}, {layers} layers"),
+                batch_size=b, length=t, rank=_RANK,
+            ),
+            places[layers],
+        )
+        for b, t, layers in shapes
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""What is an emulator worth? Gradients, loss gap, and what is tuned on it, for every way to make one.
+
+    python -m lab.offsite --calibration ARC-Easy.train.json \
+        --text openbookqa.test.json --keeps 0.7,0.5 --seeds 0,1,2 --out FILE
+    python -m lab.offsite --report FILE
+
+The owner compresses the model with calibration rows of one task; the data owner tunes the first two and last two layers
+on another: on OpenBookQA (`--tune options`), or on two-digit arithmetic (`--tune arithmetic`). With `--format options`
+the rows of calibration and text are questions with the texts of right options, as those of `--tune options` are; with
+`--format raw` they are what the files hold. Measured for every emulator:
+
+    cosine     of the outer layers' gradients on base and emulator: on held-out text of a third task, and on the tuning
+               task
+    loss       of that text on the emulator, and on the base
+    accuracy   on held-out questions (multiple choice), and likelihood of the right answers: emulator before and after
+               tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
+               after tuning the same layers
+
+`--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
+there already is not made again. More emulators: `name=key:value,...` after --methods, keys of `EmulatorSettings`.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from siftune.base.environment import hardware, versions
+from siftune.data.arithmetic import split
+from siftune.data.readers import load_rows
+from siftune.data.rows import Row, rows_from
+from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.models.layers import find_layers
+from siftune.models.source import load_model, use_attention
+from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audit.models import OffsiteModels, kept_fraction, plugged, read_outer
+from siftune.offsite.audit.rows import AuditRows, RowScores, score_rows, tokenize_audit
+from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audit.tuning import Tuning, tuned
+from siftune.offsite.emulator.assemble import EmulatorParts, materialise
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.exchange.calibration import in_batches
+
+Job = dict[str, Any]
+Line = dict[str, Any]
+
+METHODS: dict[str, dict[str, Any]] = {
+    "layerdrop": {"method": "layerdrop"},
+    "crash": {"method": "crash"},
+    "svd+flap": {"method": "svd+flap"},
+    "gradot, paper's basis": {"basis": "svd", "mlp": "channels"},
+    "gradot, paper's basis, λ 0.1": {"basis": "svd", "mlp": "channels", "lambda_attn": 0.1, "lambda_mlp": 0.1},
+    "gradot, whitened": {"mlp": "channels"},
+    "gradot, whitened, MLP refit": {"mlp": "refit"},
+    "gradot, whitened, MLP refit, λ 0.1": {"mlp": "refit", "lambda_attn": 0.1, "lambda_mlp": 0.1},
+}
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all emulators are measured with.
+
+    Attributes:
+        model: The base.
+        tokenizer: Its tokenizer.
+        calibration: Batches that the owner has.
+        text: Batches of held-out text.
+        gradient: The outer layers' gradient on that text, on the base.
+        data: Folder of the files that rows to tune on are drawn from.
+        template: Chat template of all rows, as in a recipe.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    calibration: list[dict[str, Tensor]]
+    text: list[dict[str, Tensor]]
+    gradient: OuterGradient
+    data: Path
+    template: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what is missing, or print the report; return the exit code."""
+    args = _parse(argv)
+    if args.report:
+        from lab.offsite_report import report
+
+        print(report(_read(args.report)))
+        return 0
+    done = [line["job"] for line in _read(args.out)] if args.out.exists() else []
+    missing = [job for job in _jobs(args) if job not in done]
+    if missing:
+        _measure(missing, args)
+    return 0
+
+
+def _measure(jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """Make the emulators of all jobs in one go, then measure one after the other."""
+    setting = _setting(args)
+    kinds = [json.loads(text) for text in dict.fromkeys(json.dumps(job["emulator"]) for job in jobs) if text != "null"]
+    choices = [EmulatorSettings(**kind) for kind in kinds]
+    started = time.monotonic()
+    made = emulators(setting.model, setting.calibration, choices) if choices else []
+    print(f"{len(made)} emulators in {time.monotonic() - started:.0f} s", flush=True)
+    parts = {json.dumps(kind): found for kind, found in zip(kinds, made, strict=True)}
+    for job in jobs:
+        begun = time.monotonic()
+        emulator = parts.get(json.dumps(job["emulator"]))
+        line = _base(job, setting) if emulator is None else _emulator(job, setting, emulator)
+        facts = {"versions": versions(), "hardware": hardware(), "seconds": time.monotonic() - begun}
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"job": job, **line, "facts": facts}) + "\n")
+        shown = {name: round(scores["nll"], 3) for name, scores in line["scores"].items()}
+        print(f"{job['name']} keep {job['keep']} seed {job['seed']}: {line.get('text')} {shown}", flush=True)
+
+
+def _base(job: Job, setting: Setting) -> Line:
+    """The base model before and after tuning the outer layers."""
+    if job["tune"] is None:
+        return {"scores": {}}
+    model, (rows, tuning) = setting.model, _task(job, setting)
+    scores = {"full_zs": _scores(score_rows(model, rows, 32))}
+    with tuned(model, EmulatorSettings().split.outer(len(find_layers(model).layers)), tuning):
+        scores["full_ft"] = _scores(score_rows(model, rows, 32))
+    return {"scores": scores}
+
+
+def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
+    """An emulator: gradients, loss, and what tuning it does for itself and for the base."""
+    emulator = materialise(parts)
+    models = OffsiteModels(setting.model, emulator, parts.split, setting.tokenizer)
+    line: Line = {"kept": asdict(kept_fraction(models.base, models.emulator, models.split))}
+    line["text"] = asdict(cosine(setting.gradient, outer_gradient(emulator, setting.text, parts.split)))
+    scores: dict[str, Any] = {}
+    if job["tune"] is not None:
+        rows, tuning = _task(job, setting)
+        some = rows.held_out.select(range(min(64, len(rows.held_out))))
+        shown = in_batches(some, 16, setting.tokenizer.pad_token_id)
+        pair = [outer_gradient(model, shown, parts.split) for model in (setting.model, emulator)]
+        line["task"] = asdict(cosine(*pair))
+        scores["emulator_zs"] = _scores(score_rows(emulator, rows, 32))
+        with tuned(emulator, parts.split.outer(len(find_layers(emulator).layers)), tuning):
+            scores["emulator_ft"] = _scores(score_rows(emulator, rows, 32))
+            adapter = read_outer(emulator, parts.split)
+        with plugged(setting.model, parts.split, adapter):
+            scores["plug_in"] = _scores(score_rows(setting.model, rows, 32))
+    return {**line, "scores": scores}
+
+
+def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
+    """Rows of the tuning task, and how it is tuned."""
+    tune = job["tune"]
+    settings = AuditSettings(
+        steps=tune["steps"], lr=tune["lr"], batch_size=tune["batch"], seed=job["seed"], template=setting.template
+    )
+    rows, questions = tune["steps"] * tune["batch"], tune["questions"]
+    if tune["task"] == "options":
+        parts = (("train", rows), ("test", questions))
+        train, test = (_options(setting.data / f"openbookqa.{part}.json", n, job["seed"]) for part, n in parts)
+    else:
+        train, test = split(rows, questions, job["seed"])
+    rows = tokenize_audit(rows_from(train), rows_from(test), setting.tokenizer, settings)
+    return rows, Tuning(rows.train, setting.tokenizer, settings)
+
+
+def _options(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Questions of a file of the suite, as `quality.py` asks them."""
+    from lab.quality_tasks import read_options
+
+    return random.Random(seed).sample(read_options(path, path.stem), count)
+
+
+def _scores(scores: RowScores) -> dict[str, Any]:
+    correct = None if scores.correct is None else scores.correct.astype(int).tolist()
+    return {
+        "nll": float(scores.nll.sum() / scores.tokens.sum()),
+        "accuracy": None if scores.correct is None else float(scores.correct.mean()),
+        "rows": {"nll": scores.nll.round(5).tolist(), "tokens": scores.tokens.astype(int).tolist(), "correct": correct},
+    }
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    model, tokenizer = load_model(args.model, args.dtype)
+    use_attention(model, "eager" if model.device.type == "cpu" else "auto")  # rows are short
+    files = ((args.calibration, args.rows), (args.text, args.text_rows))
+    raw = args.format == "raw"
+    rows = [load_rows(f, "train", n) if raw else rows_from(_options(Path(f), n, 0)) for f, n in files]
+    calibration, text = (text_batches(part, args.length, tokenizer, args.template) for part in rows)
+    gradient = outer_gradient(model, text, EmulatorSettings().split)
+    return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent, args.template)
+
+
+def text_batches(
+    rows: Sequence[Row], length: int, tokenizer: PreTrainedTokenizerBase, template: str = "auto"
+) -> list[dict[str, Tensor]]:
+    """Rows in the chat template that tuning uses, every token a label; batches of 4."""
+    data = tokenize_rows(rows, tokenizer, length, template, completion_only=False)
+    collate = Collator(tokenizer.pad_token_id)
+    return [collate([data[i] for i in range(at, min(at + 4, len(data)))]) for at in range(0, len(data), 4)]
+
+
+def _jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """All that is asked for: for every seed the base, then the emulators."""
+    tune = {"task": args.tune, "steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
+    tuning = None if args.tune == "none" else tune
+    common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
+    common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
+    common |= {"format": args.format, "template": args.template}
+    for seed in map(int, args.seeds.split(",")):
+        if tuning:
+            yield {**common, "name": BASE, "keep": None, "seed": seed, "emulator": None}
+        for keep in map(float, args.keeps.split(",")):
+            for words in args.methods or METHODS:
+                name, values = _method(words)
+                yield {**common, "name": name, "keep": keep, "seed": seed, "emulator": {**values, "keep": keep}}
+
+
+def _method(words: str) -> tuple[str, dict[str, Any]]:
+    """A method of the table, or `name=key:value,key:value`."""
+    name, given, options = words.partition("=")
+    if not given:
+        if name not in METHODS:
+            raise SystemExit(f"unknown method {name!r}; use {'; '.join(METHODS)}, or name=key:value,key:value")
+        return name, METHODS[name]
+    pairs = (pair.partition(":") for pair in options.split(",") if pair)
+    return name, {key: _value(text) for key, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    """A number where it is one; steps are whole."""
+    if text.isdigit():
+        return int(text)
+    return float(text) if text.replace(".", "").isdigit() else text
+
+
+def _read(path: Path) -> list[Line]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2", help="base model")
+    add("--dtype", default="auto", help="number format of the base")
+    add("--calibration", default="", help="file of the owner's rows")
+    add("--text", default="", help="file of held-out rows on which gradients and losses are compared")
+    add("--rows", type=int, default=32, help="calibration rows")
+    add("--text-rows", type=int, default=64, help="held-out rows")
+    add("--format", choices=("raw", "options"), default="options", help="of both")
+    add(
+        "--template",
+        choices=("auto", "chat", "none"),
+        default="none",
+        help="chat template, also of the rows to tune on",
+    )
+    add("--length", type=int, default=128, help="longest calibration row in tokens")
+    add("--keeps", default="0.7,0.5", help="kept fractions of the middle's matrices")
+    add("--methods", nargs="+", help=f"of {'; '.join(METHODS)}; all if not given; or name=key:value,...")
+    add("--tune", choices=("options", "arithmetic", "none"), default="options", help="options: files beside --text")
+    add("--steps", type=int, default=100, help="optimizer steps of a tuning")
+    add("--lr", type=float, default=2e-4, help="peak learning rate")
+    add("--batch", type=int, default=16, help="rows in a step")
+    add("--questions", type=int, default=300, help="held-out questions")
+    add("--seeds", default="0", help="of the tuning task")
+    add("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
+    add("--out", type=Path, default=Path(__file__).parent / "results" / "offsite.jsonl")
+    add("--report", type=Path, metavar="FILE", help="print the table of these results, and measure nothing")
+    args = parser.parse_args(argv)
+    if not args.report and not (args.calibration and args.text):
+        parser.error("--calibration and --text are needed")
+    torch.set_num_threads(args.threads)
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""One job in a process of its own: `python -m pays.job OUT DATA` reads it from stdin and adds a line to OUT."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lab.pays.followed import Followed
+from lab.pays.gemma import folder as gemma_folder
+from lab.pays.masked_update import MaskedUpdate
+from lab.pays.measure import measure_rows, nats_per_token
+from lab.pays.pool import Pool, asked, make_pool
+from lab.pays.results import append
+from lab.pays.rules import RULES, Weigh, use_rule
+from lab.pays.stopping import KeepBest
+from lab.pays.subset import Book, Keep, SubsetTrainer
+from lab.pays.training_rows import training_rows
+from siftune.base.environment import hardware, versions
+from siftune.base.errors import SiftuneError
+from siftune.bench.worker import Clock
+from siftune.data.rows import rows_from
+from siftune.data.tokenize import AIMED, Collator, tokenize_rows
+from siftune.engine.groups import group_by_layer
+from siftune.engine.substitution import use_base_dtype
+from siftune.evaluate.embeddings import embed, most_alike, similarity
+from siftune.methods.drivers.sample_callback import SampleCallback
+from siftune.methods.drivers.sample_choice import WHOLE, SampleChoice
+from siftune.models.source import load_model
+from siftune.recipe.checks import check
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe, compares, resolve_recipe
+from siftune.train.build import Built, build
+
+Record = dict[str, Any]
+Job = dict[str, Any]
+
+_LONGEST = 512  # tokens of a row
+_RETRIEVED = 0.25  # of the pool that retrieval keeps
+_LOOK_EVERY = 10  # steps between two looks at rows that are held back
+_USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
+
+
+def recipe_of(job: Job, folder: Path) -> Recipe:
+    """Make a job's recipe, checked; nothing is read from the files that it names.
+
+    Args:
+        job: The job.
+        folder: For the run, and for a file that is read back.
+    """
+    method = job["method"]
+    own = {"batch_size": job["batch"], **{name: job[name] for name in ("lr", "seed", "steps", "model")}}
+    values = {**_USUAL, **own, **method.get("recipe", {}), "train": "pool", "out": str(folder)}
+    groups = [value for value in values.values() if isinstance(value, dict)]
+    kinds = {group.get("support") for group in groups}
+    if "late" in method:
+        values |= {"target": "known", "target_last": method["late"]}
+    elif "dataset" in kinds:
+        values["support_rows"] = "known"
+    file = folder / "pays.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    recipe: Recipe = resolve_recipe(load_recipe(file))
+    check(recipe)
+    return recipe
+
+
+@dataclass
+class Work:
+    """One job with what it is done on.
+
+    Attributes:
+        job: The job.
+        model: The base model; it gets the adapter in place.
+        tokenizer: Its tokenizer.
+        pool: The rows.
+        folder: For what the Trainer leaves.
+    """
+
+    job: Job
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    pool: Pool
+    folder: Path
+
+    @property
+    def method(self) -> Record:
+        """The job's method."""
+        return self.job["method"]
+
+    @property
+    def collate(self) -> Collator:
+        """Makes batches."""
+        return Collator(self.tokenizer.pad_token_id)
+
+    def tokenized(self, rows: Sequence[Record], completion_only: bool = True) -> Dataset:
+        """Tokenise rows, without a chat template; questions as `asked`, text as it is."""
+        rows = [asked(row) if "prompt" in row else row for row in rows]
+        return tokenize_rows(rows_from(rows), self.tokenizer, _LONGEST, "none", completion_only)
+
+    def run(self) -> Record:
+        """Train and measure."""
+        known, held = _apart(self.pool.known, self.method.get("stop", 0.0))
+        count = self.job["steps"] * self.job["batch"]
+        rows = training_rows(
+            self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
+        )
+        recipe = recipe_of(self.job, self.folder)
+        data = {"train": self.tokenized(rows)}
+        if "late" in self.method:
+            own = {id(row) for row in known}
+            data["train"] = data["train"].add_column(AIMED, [id(row) in own for row in rows])
+        if compares(recipe):
+            data["support"] = self.tokenized(known)
+        built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
+        trainer = self._take_over(built, rows)
+        found = {"steps": 0} if self.method.get("untrained") else self._train(trainer, built, held)
+        built.release()
+        with use_base_dtype(trainer.model, group_by_layer(trainer.model)):  # as in training; release() took that off
+            return {**self._measure(trainer.model), **found}
+
+    def _retrieved(self, known: Sequence[Record]) -> list[Record]:
+        pool_RH, known_KH = (embed(self.model, self.tokenized(part), self.collate) for part in (self.pool.train, known))
+        alike_R = similarity(pool_RH, known_KH)
+        return [self.pool.train[number] for number in most_alike(alike_R, _RETRIEVED)]
+
+    def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:
+        """Have the Trainer keep rows by the method's rule, and count what is followed."""
+        method, keep = self.method, None
+        if "keep" in method:
+            keep = Keep(method["keep"], method.get("select", 0.25))
+        followed = Followed([row["group"] for row in rows])
+        trainer = SubsetTrainer.take_over(built.trainer, Book(built.trainer.train_dataset, rows), followed, keep)
+        trainer.loss = method.get("loss")
+        if "rule" in method:
+            use_rule(built.methods, method["rule"])
+        for part in built.methods:
+            if isinstance(part, SampleCallback):
+                part.on_select = partial(_note, trainer, built.depth, RULES.get(method.get("rule")))
+        return trainer
+
+    def _train(self, trainer: SubsetTrainer, built: Built, held: Sequence[Record]) -> Record:
+        clock, best = Clock(), None
+        trainer.add_callback(clock)
+        if held:
+            data = self.tokenized(held)
+            best = KeepBest(lambda model: nats_per_token(measure_rows(model, data, self.collate)), _LOOK_EVERY)
+            trainer.add_callback(best)
+        if "masked" in self.method:
+            trainer.add_callback(MaskedUpdate(self.method["masked"], self.job["seed"]))
+        processor = time.process_time()
+        trainer.train()
+        steps = trainer.state.global_step
+        return {
+            "steps": steps,
+            **({"seconds_per_step": round(float(np.mean(clock.seconds(1))), 4)} if steps > 1 else {}),
+            "processor_seconds_per_step": round((time.process_time() - processor) / steps, 4),
+            **trainer.followed.summary(steps),
+            **({"best_step": best.step} if best else {}),
+        }
+
+    def _measure(self, model: nn.Module) -> Record:
+        """Held-out rows: the target's one by one, sums of the others."""
+        started = time.perf_counter()
+        found: Record = measure_rows(model, self.tokenized(self.pool.test), self.collate)
+        dev = measure_rows(model, self.tokenized(self.pool.dev), self.collate)
+        others = {name: self.tokenized(rows) for name, rows in self.pool.other.items()}
+        others["text"] = self.tokenized(self.pool.text, completion_only=False)
+        nats = {name: nats_per_token(measure_rows(model, data, self.collate)) for name, data in others.items()}
+        return {
+            **found,
+            "dev_nats": round(nats_per_token(dev), 5),
+            "other_nats": {name: round(value, 5) for name, value in nats.items()},
+            "seconds_measuring": round(time.perf_counter() - started, 2),
+        }
+
+
+def _apart(rows: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """Hold back a share of the rows, the last ones, at least one where there is a share."""
+    count = max(1, round(share * len(rows))) if share else 0
+    return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])
+
+
+def _note(trainer: SubsetTrainer, depth: int, weigh: Weigh | None, samples: SampleChoice) -> None:
+    """Count the rows that siftune's methods followed in a batch, by their weights where they have such."""
+    for layer, numbers, scores_S in zip(samples.layers, samples.followed(), samples.scores, strict=True):
+        place = None if layer == WHOLE else max(0, layer) / depth
+        weights = weigh(scores_S, torch.ones_like(scores_S, dtype=torch.bool))[numbers].tolist() if weigh else None
+        trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers], weights)
+
+
+def run_job(job: Job, data: Path, folder: Path) -> Record:
+    """Load, draw, train and measure.
+
+    Args:
+        job: The job.
+        data: Folder of the commonsense suite.
+        folder: For what the Trainer leaves.
+    """
+    source = str(gemma_folder()) if job["model"] == "gemma3" else job["model"]
+    model, tokenizer = load_model(source, job["method"].get("recipe", {}).get("dtype", "auto"))
+    pool = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
+    dtype = str(model.dtype).removeprefix("torch.")
+    result = Work(job, model, tokenizer, pool, folder).run()
+    return {**result, "dtype": dtype, "hardware": hardware(), "versions": versions()}
+
+
+def main(argv: list[str]) -> int:
+    """Work off the job of standard input; return the exit code."""
+    job = json.loads(sys.stdin.read())
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run_job(job, Path(argv[1]), Path(folder))
+    except SiftuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    append(Path(argv[0]), {"job": job, **result})
+    print(f"{np.mean(result['right']):.3f} right, {nats_per_token(result):.3f} nats")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""What recording rows costs: its share of a step's time, and bytes a row and epoch.
+
+    python -m lab.rows.price                                        # SmolLM2, 16 rows of 128 tokens, 32 learned
+    python -m lab.rows.price --model tiny --length 32 --steps 20    # a trial
+    python -m lab.rows.price --bytes                                # the file of 100,000 rows alone
+
+Training is the same to the bit with and without `RowRecord`, so that its own time is what it costs: the time of this
+thread in its functions, writing the file among them, over that of the training steps. `own` is siftune's Trainer, whose
+loss gives the rows' losses; `any` is transformers' Trainer, where they are computed from the logits.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lab.random_llama import save_llama
+from siftune.base.environment import hardware
+from siftune.methods.host.row_numbers import NumberingCollator, RowNumbers
+from siftune.models.adapters.attach import attach_adapter
+from siftune.models.source import load_model
+from siftune.records.record import RowRecord
+from siftune.records.visits import Visits, write_visits
+from siftune.train.trainer import SiftTrainer
+
+_OWN = ("on_train_begin", "on_epoch_begin", "on_substep_end", "on_pre_optimizer_step", "on_train_end", "_look")
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Time of this thread in whole steps, and of that in what is timed."""
+
+    def __init__(self) -> None:
+        self.inside = 0.0
+        self.steps: list[float] = []
+        self._since = 0.0
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose time is added up."""
+
+        @wraps(call)
+        def run(*values: Any, **named: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*values, **named)
+            finally:
+                self.inside += time.thread_time() - started
+
+        return run
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        self._since = time.thread_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop."""
+        self.steps.append(time.thread_time() - self._since)
+
+
+def rows_of(count: int, length: int, learned: int, vocabulary: int) -> Dataset:
+    """Random rows of exactly `length` tokens, of which the last ones are learned."""
+    ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : length - learned] = -100
+    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return Dataset.from_dict({name: values.tolist() for name, values in columns.items()})
+
+
+def share(kind: type[Trainer], args: argparse.Namespace, folder: Path) -> float:
+    """Train some steps; the record's share of their time."""
+    model, _ = load_model(save_llama(folder / "model", 2, 64, args.length) if args.model == "tiny" else args.model)
+    model = attach_adapter(model, rank=32)
+    settings = TrainingArguments(
+        str(folder), max_steps=args.steps, per_device_train_batch_size=args.batch, report_to="none", disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    data = rows_of(args.steps * args.batch, args.length, args.learned, model.config.vocab_size)
+    clock, record = Clock(), RowRecord()
+    for name in _OWN:
+        setattr(record, name, clock.timed(getattr(record, name)))
+    NumberingCollator._alike = staticmethod(clock.timed(NumberingCollator._alike))
+    RowNumbers._read = clock.timed(RowNumbers._read)
+    trainer = kind(model, settings, train_dataset=data, callbacks=[record, clock])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.inside / sum(clock.steps)
+
+
+def file_bytes(rows: int, followed: bool) -> float:
+    """Bytes of the file for each row of one epoch, places among them."""
+    rng = np.random.default_rng(0)
+    columns = [rng.permutation(rows), np.arange(rows) // 16, rng.gamma(2, 1, rows), rng.integers(1, 200, rows)]
+    chosen = rng.random((2, rows)) if followed else np.full((2, rows), np.nan)
+    places = [f"/home/somebody/data/instructions/rows.jsonl:{row + 1}" for row in range(rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.parquet"
+        write_visits(path, Visits.of(np.stack([*columns, *chosen])), places, "0" * 64)
+        return path.stat().st_size / rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2, a folder, or tiny: a random llama")
+    add("--batch", type=int, default=16)
+    add("--length", type=int, default=128)
+    add("--learned", type=int, default=None, help="label tokens of a row; a quarter of all if not given")
+    add("--steps", type=int, default=5)
+    add("--bytes", action="store_true", help="leave time out")
+    args = parser.parse_args()
+    args.learned = args.learned or args.length // 4
+    for followed in (False, True):
+        what = "with alignment and share followed" if followed else "dense"
+        print(f"bytes a row and epoch, 100,000 rows, {what}: {file_bytes(100_000, followed):.1f}")
+    for name, kind in () if args.bytes else (("own", SiftTrainer), ("any", Trainer)):
+        with tempfile.TemporaryDirectory() as folder:
+            found = share(kind, args, Path(folder))
+        print(f"time of a step, {name}: {100 * found:.3f} % ({args.model}, {args.batch} × {args.length}, {hardware()})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Which score names wrong rows? Runs training on planted errors, one process a job, and goes on where it stopped.
+
+    python -m lab.rows.run scores --data FOLDER --cells near-15,uniform-15 --seeds 0 --out rows.jsonl --workers 2
+    python -m lab.rows.run drop --data FOLDER --cells near-15,uniform-15 --seeds 0,1,2,3,4 --out rows.jsonl
+    python -m lab.rows.run peers --data FOLDER --cells near-15 --out rows.jsonl  # needs cleanlab
+    python -m lab.rows.report rows.jsonl
+
+`rows/cells.py` says what the cells are. Every job trains SmolLM2 or Gemma 3 with dense LoRA on siftune's own training
+path: "scores" once, "drop" five times, "peers" twice on half of the rows. A finished job adds a line of JSON to the
+file and is never made again; Ctrl-C loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE`
+runs those of a file, in its order.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lab.pays.run import Queue, check_data, start
+from lab.rows.cells import KINDS, PERCENTS, cell_of
+
+_LAB = Path(__file__).resolve().parents[1]
+Job = dict[str, Any]
+ALL = ",".join(f"{kind}-{percent}{way}" for way in ("", "-epochs") for kind in KINDS for percent in PERCENTS)
+
+
+class Rows(Queue):
+    """The queue of these jobs."""
+
+    module = "lab.rows.job"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing; return the exit code."""
+    args = _parse(argv)
+    return start(args, _made(args), lambda _, data: check_data(data), Rows)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("scenario", nargs="?", default="scores", choices=["scores", "drop", "peers"])
+    add("--cells", default=ALL, help="KIND-PERCENT or KIND-PERCENT-epochs, with commas between; all if not given")
+    add("--models", default="smollm2", help="smollm2, gemma3")
+    add("--lr", type=float, default=1e-3)
+    add("--seeds", default="0")
+    add("--steps", type=int, default=120)
+    add("--batch", type=int, default=16)
+    add("--jobs", type=Path, metavar="FILE", help="run the jobs of this file, in its order")
+    add("--list", action="store_true", help="print the jobs, and run nothing")
+    add("--data", type=Path, default=Path(), help="folder of the commonsense suite's files")
+    add("--out", type=Path, default=_LAB / "results" / "rows.jsonl")
+    add("--workers", type=int, default=1)
+    return parser.parse_args(argv)
+
+
+def _made(args: argparse.Namespace) -> Iterator[Job]:
+    """Seed by seed, and within a seed cell by cell."""
+    cells = [cell_of(name) for name in args.cells.split(",")]
+    fixed = {"scenario": args.scenario, "lr": args.lr, "steps": args.steps, "batch": args.batch}
+    for seed in map(int, args.seeds.split(",")):
+        for model in args.models.split(","):
+            for cell in cells:
+                yield {**fixed, "cell": cell, "method": {"name": args.scenario}, "model": model, "seed": seed}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

@@ -1,0 +1,72 @@
+"""How long it takes to read many rows and to tokenise them, the first time and once they are in the cache.
+
+    python -m lab.tokens --rows 200000
+
+The rows are those of `siftune.data.arithmetic`, numbered, written to a file in a new folder; the cache is there, too.
+It prints a line of JSON: seconds on the clock, and of processor time in this process and in those that it starts.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from siftune.base.environment import hardware
+from siftune.data.arithmetic import arithmetic_rows
+from siftune.models.source import resolve
+from siftune.recipe.schema import Recipe
+from siftune.train.prepare import prepare, read_rows
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Write rows that all differ, by their numbers."""
+    drawn = arithmetic_rows(min(count, 10_000), 0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            row = drawn[number % len(drawn)]
+            file.write(json.dumps({**row, "prompt": f"({number}) {row['prompt']}"}) + "\n")
+
+
+def timed(recipe: Recipe, model: str) -> dict[str, Any]:
+    """Read and tokenise, and say how long it took."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    started, before = time.perf_counter(), _processor()
+    read = read_rows(recipe)
+    reading = time.perf_counter() - started
+    prepare(recipe, tokenizer, read)
+    own, others = (after - earlier for after, earlier in zip(_processor(), before, strict=True))
+    found = {"seconds": time.perf_counter() - started, "of_them_reading": reading, "cpu": own, "cpu_of_workers": others}
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def _processor() -> list[float]:
+    """Seconds of processor time so far: of this process, and of those that it started and that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return [one.ru_utime + one.ru_stime for one in used]
+
+
+def main() -> None:
+    """Time it twice."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--model", default="smollm2")
+    options = parser.parse_args()
+    model = str(resolve(options.model))  # fetched while the cache is still the usual one
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SIFTUNE_CACHE"] = folder
+        rows = Path(folder) / "rows.jsonl"
+        write_rows(rows, options.rows)
+        recipe = Recipe(train=str(rows))
+        times = {"first": timed(recipe, model), "cached": timed(recipe, model)}
+    about = {"rows": options.rows, "cores": len(os.sched_getaffinity(0)), "hardware": hardware()}
+    print(json.dumps({**about, **times}))
+
+
+if __name__ == "__main__":
+    main()
