@@ -118,7 +118,6 @@ def test_every_method_resumes_bit_for_bit(base, rows, tmp_path, kind, method):
     [
         ({"adapter": "parallel"}, "parallel"),
         ({"rank": 3}, "r = 2"),
-        ({"nonlinearity": "tanh"}, "nonlinearity"),
     ],
 )
 def test_another_adapter_is_refused_on_resuming(base, rows, tmp_path, settings, words):
@@ -142,8 +141,6 @@ def test_the_code_on_the_card_runs(finished, kind):
     [
         ({"adapter": "series", "init": "pissa", "method": "dense"}, "goes with adapter lora, not series|does not have"),
         ({"adapter": "ln"}, "rank is 2, which an adapter ln does not have"),
-        ({"nonlinearity": "gelu"}, "nonlinearity is gelu, which an adapter lora does not have"),
-        ({"adapter": "full", "nonlinearity": "gelu", "layers": (0,)}, "nonlinearity is for adapters"),
     ],
 )
 def test_what_a_kind_does_not_have_is_refused(base, rows, tmp_path, settings, words):

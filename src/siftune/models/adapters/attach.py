@@ -207,7 +207,6 @@ def attach_adapter(
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     init: str = "default",
-    nonlinearity: str = "relu",
 ) -> PeftModel:
     """Attach an adapter to a causal language model, in place.
 
@@ -228,7 +227,6 @@ def attach_adapter(
         layers: Numbers of the decoder layers that get adapters, from 0, negative ones from the end. None stands for
             all of them.
         init: First values: "default", PEFT's own, or what its `init_lora_weights` takes besides, such as "pissa".
-        nonlinearity: Function in a bottleneck: "relu", "gelu", "silu" or "tanh".
 
     Raises:
         AdapterError: A setting is out of range or not for this kind, the model has adapters already, or a target names
@@ -241,7 +239,7 @@ def attach_adapter(
         >>> sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         3584
     """
-    shape = filled_in(kind, Shape(rank, alpha, dropout, init, nonlinearity, targets, layers))
+    shape = filled_in(kind, Shape(rank, alpha, dropout, init, targets, layers))
     if (shape.rank is not None and shape.rank < 1) or not 0 <= dropout < 1:
         raise AdapterError(f"rank must be ≥ 1 and dropout in [0, 1); found rank={shape.rank}, dropout={dropout}")
     refuse_adapters(model)

@@ -1,7 +1,7 @@
 """Series and parallel adapters: a small network of one hidden layer after, or beside, attention and MLP.
 
-    series       h ← h + s · (f(h W_down + b_down) W_up + b_up)      h: what a sublayer adds to the residual stream
-    parallel     h ← h + s · (f(x W_down + b_down) W_up + b_up)      x: what the sublayer is given
+    series       h ← h + s · (ReLU(h W_down + b_down) W_up + b_up)      h: what a sublayer adds to the residual stream
+    parallel     h ← h + s · (ReLU(x W_down + b_down) W_up + b_up)      x: what the sublayer is given
 
 Series: Houlsby et al. 2019 (arXiv 1902.00751, §2.1), after attention and after the MLP, with biases, so that an adapter
 has 2md + d + m parameters (bottleneck m, hidden size d). Pfeiffer et al. 2020 (arXiv 2005.00247) put one after the MLP
@@ -9,9 +9,9 @@ alone: `targets=["mlp"]`. Parallel and the scale s: He et al. 2022 (arXiv 2110.0
 LLM-Adapters (arXiv 2304.01933) has both in language models, bottleneck 256.
 
 Ours: h is what the sublayer writes, before any norm or dropout that a family has there; s is alpha/rank, rank being the
-bottleneck's width, so that alpha means what it does for LoRA, and scales b_up too; f is ReLU where none is chosen; W_up
-and both biases begin at zero, so that the start is the base exactly (Houlsby et al.: near it), and W_down as torch's
-linear modules do; dropout is on the network's input; several adapters in one place are added up.
+bottleneck's width, so that alpha means what it does for LoRA, and scales b_up too; W_up and both
+biases begin at zero, so that the start is the base exactly (Houlsby et al.: near it), and W_down as torch's linear
+modules do; dropout is on the network's input; several adapters in one place are added up.
 
 PEFT has no such kind. This one is a tuner of PEFT's of type BOTTLENECK; see `own`.
 """
@@ -34,8 +34,6 @@ from siftune.models.sublayers import PARTS, find_sublayers
 
 TYPE = "BOTTLENECK"
 
-FUNCTIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
-
 
 @dataclass
 class BottleneckConfig(PeftConfig):  # type: ignore[misc]
@@ -45,7 +43,6 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
         r: Width of the bottleneck.
         alpha: Numerator of the scale alpha/r.
         dropout: Probability of zeroing an input.
-        nonlinearity: A key of FUNCTIONS.
         parallel: Beside the sublayer rather than after it.
         target_modules: The modules by which sublayers write.
     """
@@ -53,15 +50,12 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     r: int = 256
     alpha: float = 256
     dropout: float = 0.0
-    nonlinearity: str = "relu"
     parallel: bool = False
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = TYPE
-        if self.nonlinearity not in FUNCTIONS:
-            raise AdapterError(f"unknown nonlinearity {self.nonlinearity!r}; known: {', '.join(FUNCTIONS)}")
 
 
 class BottleneckLayer(OwnLayer):
@@ -72,7 +66,7 @@ class BottleneckLayer(OwnLayer):
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("bottleneck_down", "bottleneck_up")
-    other_param_names: ClassVar[tuple[str, ...]] = ("bottleneck_dropout", "scaling", "functions", "parallel")
+    other_param_names: ClassVar[tuple[str, ...]] = ("bottleneck_dropout", "scaling", "parallel")
 
     def __init__(self, base_layer: nn.Module, width: int, active: str) -> None:
         super().__init__(base_layer, active)
@@ -81,7 +75,6 @@ class BottleneckLayer(OwnLayer):
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self.functions: dict[str, str] = {}
         self.parallel: dict[str, bool] = {}
         self._given: Tensor | None = None
         self._watch: RemovableHandle | None = None
@@ -94,7 +87,7 @@ class BottleneckLayer(OwnLayer):
         self.bottleneck_down[name], self.bottleneck_up[name] = down, up
         self.bottleneck_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scaling[name] = config.alpha / config.r
-        self.functions[name], self.parallel[name] = config.nonlinearity, config.parallel
+        self.parallel[name] = config.parallel
         if config.parallel and self._watch is None and reads is not self.base_layer:
             self._watch = reads.register_forward_pre_hook(self._keep, with_kwargs=True)
         self._move_adapter_to_device_of_base_layer(name)
@@ -137,9 +130,8 @@ class BottleneckLayer(OwnLayer):
     def _response(self, name: str, values: Any) -> Tensor:
         down: Any = self.bottleneck_down[name]
         dropped = self.bottleneck_dropout[name](self._cast_input_dtype(values, down.weight.dtype))
-        narrow = FUNCTIONS[self.functions[name]](down(dropped))
         up: Any = self.bottleneck_up[name]
-        response: Tensor = up(narrow) * self.scaling[name]
+        response: Tensor = up(torch.relu(down(dropped))) * self.scaling[name]
         return response
 
 
@@ -200,7 +192,6 @@ def _config(model: nn.Module, shape: Shape, parts: Sequence[str], parallel: bool
         r=shape.rank,
         alpha=shape.alpha,
         dropout=shape.dropout,
-        nonlinearity=shape.nonlinearity,
         parallel=parallel,
         target_modules=short_names(model, chosen),
     )

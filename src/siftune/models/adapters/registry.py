@@ -23,7 +23,6 @@ class Shape:
     alpha: int | None = None
     dropout: float = 0.0  # probability of zeroing an input, in [0, 1)
     init: str = "default"  # first values: "default", or what PEFT's LoRA takes besides
-    nonlinearity: str = "relu"  # function in a bottleneck
     # names of the modules to adapt; of bottlenecks "attention" and "mlp". None stands for the kind's own
     targets: Sequence[str] | None = None
     layers: Sequence[int] | None = None  # numbers of the decoder layers that get adapters; None stands for all
@@ -48,7 +47,7 @@ class Carrier:
 
 
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"}
-_BOTTLENECK = {"rank": "r", "alpha": "alpha", "dropout": "dropout", "nonlinearity": "nonlinearity"}
+_BOTTLENECK = {"rank": "r", "alpha": "alpha", "dropout": "dropout"}
 _NON_LINEAR = "between its two matrices stands a non-linearity, so that no weight does the same; use it beside its base"
 
 CARRIERS = {
