@@ -20,12 +20,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
+
+from lab.pays.seeds import seed_means
 
 HERE = Path(__file__).parent
 TEXT, MIXED, CLEAN = "#010203", "#2f81f7", "#d1730b"
 THEME = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,13 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 def paired(ours: dict[int, list[float]], dense: dict[int, list[float]]) -> tuple[float, float, float]:
     """Mean difference in points over seeds and questions, and its bootstrap interval over both."""
     seeds = sorted(ours.keys() & dense.keys())
-    differences_SQ = 100 * np.array([np.subtract(ours[seed], dense[seed]) for seed in seeds])
-    random, (count, questions) = np.random.default_rng(0), differences_SQ.shape
-    times_NS = random.multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    sums_N = np.zeros(RESAMPLES)
-    for row, times_N in zip(differences_SQ, times_NS.T, strict=True):
-        sums_N += random.multinomial(times_N * questions, np.full(questions, 1 / questions)) @ row
-    draws_N = sums_N / (count * questions)
-    low, high = np.quantile(draws_N, [0.025, 0.975])
-    return float(differences_SQ.mean()), float(low), float(high)
+    values = {
+        name: [[100.0 * right for right in runs[seed]] for seed in seeds]
+        for name, runs in (("ours", ours), ("dense", dense))
+    }
+    difference = seed_means(values, [[1.0] * len(ours[seed]) for seed in seeds]).difference("ours", "dense")
+    assert difference.value is not None and difference.low is not None and difference.high is not None
+    return difference.value, difference.low, difference.high
 
 
 def from_pays(path: Path, cell: str, known: int, lr: float) -> dict[str, dict[int, dict[str, Any]]]:
