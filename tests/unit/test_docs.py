@@ -1,4 +1,4 @@
-"""What the documentation names exists: links, headings, files, functions, tests, commands and flags."""
+"""The documentation: links, headings, files, functions, tests, commands and flags exist; the wording is plain."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from siftune.bench.cost import parse_methods
 from siftune.cli.common import COMMANDS, parse
@@ -136,3 +137,27 @@ def test_flags_of_benchmarks_exist(page):
 def flags_are_in(text, words):
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"{re.escape(flag)}(?![\w.-])", text), f"no {flag}"
+
+
+def test_wording():
+    """The expression of the pre-commit hook `wording` matches no line of a Python or Markdown file."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    hook = next(hook for hook in hooks if hook["id"] == "wording")
+    forbidden, exempt = re.compile(hook["entry"], re.IGNORECASE), re.compile(hook["exclude"])
+    assert forbidden.search(" ".join(("the run", "goes", "on")))
+    names = [*python_files(), *(f"/{page.relative_to(ROOT).as_posix()}" for page in PAGES)]
+    hits = [
+        f"{name}:{number}: {hit.group()}"
+        for name in (name.removeprefix("/") for name in names)
+        if not exempt.search(name)
+        for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1)
+        if (hit := forbidden.search(line))
+    ]
+    assert not hits, "\n".join(hits)
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    assert len(text.splitlines()) <= 90
+    assert len(script.splitlines()) <= 12
