@@ -199,7 +199,7 @@ def recipe_of(job: Job, folder: Path) -> Recipe:
         values.pop(name, None)
     values |= {"template": "none", "train": str(folder / "train.jsonl"), "out": str(folder), "log_every": 50}
     if values.get("support") == "dataset":
-        values["support_rows"] = str(folder / "support.jsonl")
+        values |= {"target": str(folder / "support.jsonl"), "target_share": 0.0}
     file = folder / "quality.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     recipe: Recipe = resolve_recipe(load_recipe(file))
@@ -228,7 +228,7 @@ def _train(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, Record]:
     """Train as `siftune train` does, or only prepare for it: the model, its tokenizer, and what was seen meanwhile."""
     model, tokenizer = load_model(recipe.model, recipe.dtype)
-    files = {"train": recipe.train, "support": recipe.support_rows}
+    files = {"train": recipe.train, "support": recipe.target}
     data = {
         name: tokenize_rows(load_rows(file), tokenizer, recipe.max_length, recipe.template)
         for name, file in files.items()

@@ -67,7 +67,7 @@ def recipe_of(job: Job, folder: Path) -> Recipe:
     if "late" in method:
         values |= {"target": "known", "target_last": method["late"]}
     elif "dataset" in kinds:
-        values["support_rows"] = "known"
+        values |= {"target": "known", "target_share": 0.0}
     file = folder / "pays.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     recipe: Recipe = resolve_recipe(load_recipe(file))

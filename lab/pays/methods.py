@@ -49,7 +49,6 @@ METHODS: dict[str, Method] = {
     "late-gast": {**_gast(), "rows": "pool+weighted", "late": 1 / 3},
     "late-gast-half": {**_gast(select=0.5), "rows": "pool+weighted", "late": 1 / 3},
     "gast-relu": {**_gast(), "rule": "relu"},
-    "dft": {"recipe": {"loss": "dft"}},
     "trim-momentum-cosine": {
         "recipe": {
             "method": "gast",

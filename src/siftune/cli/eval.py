@@ -107,9 +107,9 @@ def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list
     if recipe is None:
         raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
     if recipe.eval:
-        return recipe.eval, load_rows(recipe.eval, recipe.eval_split, options.limit or recipe.eval_limit, format)
+        return recipe.eval, load_rows(recipe.eval, recipe.eval_split, options.limit, format)
     if recipe.eval_share:
-        files = " and ".join(name for name, _ in train_files(recipe))
+        files = " and ".join(train_files(recipe))
         rows = held_out_rows(Path(subject.name).expanduser(), recipe)
         return f"{100 * recipe.eval_share:g} % of {files}", rows[: options.limit]
     raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")

@@ -36,24 +36,6 @@ def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> 
     return [row for row, is_out in zip(rows, out, strict=True) if not is_out], list(compress(rows, out))
 
 
-def repeated(rows: Sequence[Row], times: float) -> list[Row]:
-    """Have every row come so many times: ⌊times⌋ times, and once more if its place is below what is left of `times`.
-
-    Args:
-        rows: The rows.
-        times: How often, above 0; below 1, so many of them come at all.
-
-    Example:
-        >>> from siftune.data.rows import rows_from
-        >>> rows = rows_from({"text": f"row {i}"} for i in range(1000))
-        >>> len(repeated(rows, 2)), len(repeated(rows, 1.5))
-        (2000, 1500)
-    """
-    whole = int(times)
-    places = _places(rows, "repeated")
-    return [row for row, place in zip(rows, places, strict=True) for _ in range(whole + (place < times - whole))]
-
-
 def _places(rows: Sequence[Row], use: str) -> list[float]:
     """Places of rows in [0, 1), others for every use."""
     digests = (hashlib.sha256(use.encode() + b"\0" + row).digest() for row in said(rows))

@@ -161,19 +161,6 @@ def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Te
     return losses_N * weights_N.to(losses_N.device)
 
 
-def by_own_probability(losses_N: Tensor) -> Tensor:
-    """Losses of labels, each times the probability that the model gives its label, as a constant; (N,).
-
-    Dynamic fine-tuning (Wu et al., "On the Generalization of SFT", arXiv 2508.05629): the gradient of −p log p with p
-    held fixed, so that labels which the model finds unlikely count less.
-
-    Example:
-        >>> by_own_probability(torch.tensor([0.0, 2.0])).round(decimals=4)
-        tensor([0.0000, 0.2707])
-    """
-    return losses_N * (-losses_N.detach()).exp()
-
-
 def mean_loss(losses_N: Tensor, items: Tensor | int | None = None) -> Tensor:
     """Sum of the labels' losses over their number, or over `items`; a scalar, 0 where there is no label at all."""
     divisor = losses_N.numel() if items is None else items

@@ -3,7 +3,6 @@
 Nothing here imports torch, so that a mistake is told at once.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -40,10 +39,6 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (
             recipe.eval_every is not None and not holds_out(recipe),
             "eval_every needs held-out rows: give --eval FILE or --eval-share 0.05, or leave eval_every out",
-        ),
-        (
-            recipe.eval_limit is not None and not holds_out(recipe),
-            "eval_limit needs held-out rows: give --eval FILE or --eval-share 0.05, or leave eval_limit out",
         ),
         (
             recipe.patience is not None and not holds_out(recipe),
@@ -88,10 +83,6 @@ def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
     """What is wrong with a target, and with rows to compare with."""
     return [
         (
-            recipe.target is not None and recipe.support_rows is not None,
-            "target and support_rows both say what rows are compared with: give one of them",
-        ),
-        (
             recipe.target is not None and _could_compare(recipe) and not compares(recipe),
             "with a target, rows are compared with its rows, by support dataset: leave the option support out",
         ),
@@ -113,9 +104,8 @@ def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "--target-last 1",
         ),
         (
-            recipe.target is None and compares(recipe) != (recipe.support_rows is not None),
-            "support dataset and support_rows go together: give --gast.support dataset (or --greats.support "
-            "dataset) and --support-rows FILE, or neither",
+            recipe.target is None and compares(recipe),
+            "support dataset compares rows with a target's: give --target FILE (with --target-share 0 to compare only)",
         ),
     ]
 
@@ -127,18 +117,6 @@ def _could_compare(recipe: Recipe) -> bool:
 
 def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """What is wrong with how rows are put together and divided."""
-    files = 1 if isinstance(recipe.train, str) else len(recipe.train)
-    times = recipe.train_times
-    yield (
-        times is not None and len(times) != files,
-        f"train_times has {counted(len(times or ()), 'number')} for {counted(files, 'file')} in train: give one for "
-        "each, or leave it out",
-    )
-    yield (
-        not all(0 < part < math.inf for part in times or ()),
-        f"train_times is {', '.join(map(str, times or ()))}, but all must be above 0: leave a file out of train whose "
-        "rows are not to come",
-    )
     yield (
         bool(recipe.eval) and recipe.eval_share > 0,
         "eval and eval_share both say what rows are held out: give one of them",
@@ -148,10 +126,9 @@ def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
 def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """What does not go with how the base and the adapter begin."""
     full, takes_apart = recipe.adapter == "full", recipe.init in ("pissa", "olora")
-    for name in ("quantize", "init", "from_adapter", "nonlinearity", "rank", "alpha", "dropout", "targets"):
-        written = name in ("rank", "alpha") and recipe.resume  # older versions wrote them into every run's recipe
+    for name in ("quantize", "init", "from_adapter", "rank", "alpha", "dropout", "targets"):
         yield (
-            full and not written and getattr(recipe, name) != getattr(Recipe, name),
+            full and getattr(recipe, name) != getattr(Recipe, name),
             f"{name} is for adapters, and adapter full has none: leave {name} out, or take --adapter lora",
         )
     if not full:
@@ -183,7 +160,7 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
 def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """What does not go with differential privacy, and what goes with nothing else."""
     if recipe.dp_epsilon is None:
-        for name, default in (("dp_delta", None), ("dp_clip", Recipe.dp_clip), ("dp_clipping", Recipe.dp_clipping)):
+        for name, default in (("dp_delta", None), ("dp_clip", Recipe.dp_clip)):
             yield (
                 getattr(recipe, name) != default,
                 f"{name} has no effect without dp_epsilon: leave it out, or give --dp-epsilon",
@@ -198,15 +175,6 @@ def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         recipe.target is not None,
         "target repeats its rows among the training rows, but dp_epsilon is a promise about a row that is there once: "
         "leave one of them out",
-    )
-    yield (
-        recipe.loss != "nll",
-        f"loss {recipe.loss} is not formed for single rows, so that they cannot be clipped: with dp_epsilon leave loss "
-        "out",
-    )
-    yield (
-        recipe.train_times is not None,
-        "train_times repeats rows, but dp_epsilon is a promise about a row that is there once: leave one of them out",
     )
     yield (
         recipe.dp_delta is None,

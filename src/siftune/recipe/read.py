@@ -59,7 +59,6 @@ _PLACES = (
     "train",
     "eval",
     "target",
-    "support_rows",
     "drop_rows",
     "from_adapter",
 )  # what may be a file or folder

@@ -23,7 +23,7 @@ from siftune.base.settings import (
     Settings,
 )
 from siftune.methods import METHODS, Method, all_parts
-from siftune.models.adapters.registry import CARRIERS, NONLINEARITIES, Shape, filled_in
+from siftune.models.adapters.registry import CARRIERS, Shape, filled_in
 
 T = TypeVar("T", bound=type)
 
@@ -59,9 +59,6 @@ class Recipe:
 
     train: str | tuple[str, ...] = ""
     """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, whose rows are put together."""
-    train_times: tuple[float, ...] | None = None
-    """Times that a row of each of these comes in an epoch: 2 twice, 1.5 every second row twice, 0.5 every second row.
-    Once if not given."""
     train_split: str = "train"
     """Split to train on, where the data has splits."""
     limit: Annotated[int | None, COUNT] = None
@@ -74,17 +71,12 @@ class Recipe:
     """Share of the training rows to hold out instead, by what they say, so that a row stays when others are added."""
     eval_split: str = "test"
     """Split to evaluate on, where the data has splits."""
-    eval_limit: Annotated[int | None, COUNT] = None
-    """Use only the first so many held-out rows."""
     format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
     """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
     template: Literal["auto", "chat", "none"] = "auto"
     """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
     max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more: a token to read and one to learn")] = 512
     """Longest row in tokens, prompt and completion together."""
-    loss: Literal["nll", "dft"] = "nll"
-    """What a learned token costs: its negative log-likelihood; dft: that times the model's own probability of it, taken
-    as a constant (arXiv 2508.05629). Held-out loss is always the former."""
     completion_only: bool = True
     """Learn the completions alone, not the prompts."""
 
@@ -100,8 +92,6 @@ class Recipe:
     target_last: Annotated[float | None, SHARE] = None
     """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
     given, 1 with method greats."""
-    support_rows: str | None = None
-    """File or hub id of rows to compare with, few, clean, like the task: for support dataset of gast and greats."""
 
     drop_rows: str | None = None
     """File of training rows to leave out: places such as rows.jsonl:17, one a line, or a CSV file with a column place,
@@ -123,8 +113,6 @@ class Recipe:
     """Dropout on the adapter input."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """First values of the adapter, as PEFT has them; pissa and olora begin with a part of the base's weights."""
-    nonlinearity: NONLINEARITIES = "relu"
-    """With series and parallel: the function between the two matrices of a bottleneck."""
     from_adapter: str | None = None
     """Run, or folder of an adapter, whose adapter to go on training, with its rank, alpha and modules."""
     targets: tuple[str, ...] | None = None
@@ -160,8 +148,6 @@ class Recipe:
     """With dp_epsilon: its δ, the chance that the promise fails; well below one over the number of rows."""
     dp_clip: Annotated[float, POSITIVE] = 0.1
     """With dp_epsilon: largest norm of what one row adds to a step's gradient."""
-    dp_clipping: Literal["layer", "flat"] = "layer"
-    """With dp_epsilon: every layer has its part of dp_clip; or it is for all layers together, at more memory."""
     sharding: Literal["none", "fsdp"] = "none"
     """With several processes: fsdp divides the frozen weights among them and gathers a layer's as it runs, for models
     that do not fit one GPU; adapters stay whole on each. One process holds all of it either way."""
@@ -227,10 +213,9 @@ def compares(recipe: Recipe) -> bool:
     return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
 
 
-def train_files(recipe: Recipe) -> list[tuple[str, float]]:
-    """The files or hub ids of a recipe's training rows, and how often a row of each comes in an epoch."""
-    files = (recipe.train,) if isinstance(recipe.train, str) else recipe.train
-    return list(zip(files, recipe.train_times or (1.0,) * len(files), strict=True))
+def train_files(recipe: Recipe) -> tuple[str, ...]:
+    """The files or hub ids of a recipe's training rows."""
+    return (recipe.train,) if isinstance(recipe.train, str) else recipe.train
 
 
 def holds_out(recipe: Recipe) -> bool:
@@ -239,8 +224,8 @@ def holds_out(recipe: Recipe) -> bool:
 
 
 def compared_with(recipe: Recipe) -> str | None:
-    """The file or hub id of the rows that others are compared with, by the method; None: of none."""
-    return (recipe.target or recipe.support_rows) if compares(recipe) else None
+    """The file or hub id of the rows that the method compares others with; None if it compares with none."""
+    return recipe.target if compares(recipe) else None
 
 
 def target_comes_last(recipe: Recipe) -> float:
@@ -287,5 +272,5 @@ def _until_the_target(recipe: Recipe) -> dict[str, Any]:
 
 def shape_of(recipe: Recipe) -> Shape:
     """The adapter that a recipe asks for, with the kind's own rank and alpha where it names none."""
-    shape = Shape(**{each.name: getattr(recipe, each.name) for each in fields(Shape)})
+    shape = Shape(**{each.name: getattr(recipe, each.name) for each in fields(Shape) if hasattr(recipe, each.name)})
     return shape if recipe.adapter == "full" else filled_in(recipe.adapter, shape)

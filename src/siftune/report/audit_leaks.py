@@ -157,7 +157,7 @@ def before_it_is_sent(recipe: Recipe, returned: Path) -> str:
 
     Training is over: whatever keeps the audit from being made is said, and raised no further.
     """
-    rows = train_files(recipe)[0][0]
+    rows = train_files(recipe)[0]
     hint = f"`siftune audit --kit {recipe.model} --return {returned} --train {rows} --eval OTHERS`"
     try:
         found = audit_run(resolve_recipe(recipe), returned)

@@ -40,6 +40,8 @@ from siftune.train.private import privacy_of, refuse_scaled_or_split, refuse_wei
 from siftune.train.start import adapter_folder, keep_initial
 from siftune.train.trainer import LayerTrainer, SiftTrainer
 
+BAD_STEPS = 3  # ours: non-finite steps to skip before a run ends
+
 
 @dataclass(frozen=True)
 class Built:
@@ -109,7 +111,6 @@ def build(
         kind,
         last=target_comes_last(recipe),
         privacy=privacy,
-        dynamic=recipe.loss == "dft",
         bad_steps=bad_steps if privacy is None else 0,  # a step left out tells of rows
         short_rows=recipe.attention == "auto",
     )

@@ -19,7 +19,7 @@ from siftune.base.files import Progress
 from siftune.base.words import counted
 from siftune.data.readers import load_rows
 from siftune.data.rows import Row
-from siftune.data.split import held_out, repeated
+from siftune.data.split import held_out
 from siftune.data.target import with_target
 from siftune.data.token_cache import cached_tokens
 from siftune.data.tokenize import aimed, numbered, tell_notes, weighted
@@ -61,25 +61,22 @@ def read_rows(recipe: Recipe) -> Read:
     """
     bad: list[DataError] = []
     load = partial(load_rows, format=recipe.format, bad=bad)
-    sources = [name for name, _ in train_files(recipe)]
-    files = [list(_weighed(load(name, recipe.train_split, recipe.limit), bad)) for name in sources]
+    files = [list(_weighed(load(name, recipe.train_split, recipe.limit), bad)) for name in train_files(recipe)]
     target = list(_weighed(load(recipe.target, recipe.train_split, None), bad)) if recipe.target else []
     *files, target = _listed(recipe, [*files, target])
     parts: dict[str, Sequence[Row]] = {"train": [], "eval": []}
-    for rows, (_, times) in zip(files, train_files(recipe), strict=True):
+    for rows in files:
         kept, held = held_out(rows, recipe.eval_share, target) if recipe.eval_share else (rows, [])
-        parts["train"] = [*parts["train"], *(kept if times == 1 else repeated(kept, times))]
+        parts["train"] = [*parts["train"], *kept]
         parts["eval"] = [*parts["eval"], *held]
     if not bad or recipe.bad_rows == "drop":  # else these are told
         _check_share(recipe, parts)
-    parts["eval"] = parts["eval"][: recipe.eval_limit]
     if recipe.eval:
-        parts["eval"] = load(recipe.eval, recipe.eval_split, recipe.eval_limit)
+        parts["eval"] = load(recipe.eval, recipe.eval_split, None)
     if recipe.target:
         parts["train"] = with_target(parts["train"], target, recipe.target_share)
-    if support := compared_with(recipe):
-        own = () if recipe.target else _weighed(load(support, recipe.train_split, None), bad)
-        parts["support"] = [*target, *own]
+    if compared_with(recipe):
+        parts["support"] = target
     return Read({name: rows for name, rows in parts.items() if rows or name != "eval"}, bad)
 
 

@@ -17,7 +17,7 @@ from siftune.models.adapters.registry import CARRIERS, carrier_of
 from siftune.recipe.schema import Recipe
 from siftune.train.tuned_layers import holds_tuned
 
-_ADOPTED = ("adapter", "rank", "alpha", "nonlinearity")  # of a recipe: what an adapter says of itself
+_ADOPTED = ("adapter", "rank", "alpha")  # of a recipe: what an adapter says of itself
 _INITIAL = "initial"  # folder beside the checkpoints
 
 
@@ -39,7 +39,7 @@ def adapter_folder(name: str) -> Path:
 
 
 def adopted(recipe: Recipe) -> Recipe:
-    """Fill in what the adapter says that a recipe's `from_adapter` names: its kind, rank, alpha and non-linearity.
+    """Fill in what the adapter says that a recipe's `from_adapter` names: its kind, rank and alpha.
 
     Raises:
         AdapterError: It is of a kind that is not known, or cannot be read.

@@ -28,7 +28,6 @@ from siftune.methods.host.spread import average_adapters
 from siftune.models import attention
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.loss import (
-    by_own_probability,
     difference_from_model,
     label_positions,
     logits_at,
@@ -57,7 +56,6 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         last: Share of the steps, the last ones, in which rows come that the column `aimed` says are a target's.
         privacy: Has every optimizer step draw its rows, clip their gradients and add noise. A batch is then a step's;
             the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
-        dynamic: A label's loss counts as much as the model finds the label likely; see `models.loss`.
         bad_steps: Steps that may be left out because a number of theirs is not finite; see `BrokenSteps`.
         short_rows: Train and evaluate with the products of `models.attention` where they are faster.
     """
@@ -72,7 +70,6 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         last: float = 1.0,
         privacy: DP | None = None,
-        dynamic: bool = False,
         bad_steps: int = 0,
         short_rows: bool = False,
         **kwargs: Any,
@@ -86,7 +83,6 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         average_adapters(self)  # where no method has done so
         self.privacy = privacy
         self._last = last
-        self._dynamic = dynamic
         self._attention = attention.short_rows if short_rows else nullcontext
         self._label_logits_only: bool | None = None
         self._weights: Tensor | None = None  # of the rows in the batch whose loss is computed
@@ -154,7 +150,6 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         losses_N = token_losses(outputs.logits, labels)
         if torch.is_grad_enabled():
             self.label_losses = losses_N.detach()
-            losses_N = by_own_probability(losses_N) if self._dynamic else losses_N
         return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
 
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
@@ -225,11 +220,6 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             raise UnsupportedError(
                 f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows may have a part in "
                 "each other's: train another model, or without dp_epsilon"
-            )
-        if self._dynamic:
-            raise UnsupportedError(
-                f"the loss of {type(model).__name__} is not a mean over label tokens, so that tokens cannot be weighed "
-                "in it: train another model, or leave loss dft out"
             )
         if self._weights is not None:
             raise UnsupportedError(

@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch):
         torch.manual_seed(seed)
         tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
         tuned.save_pretrained(f"{name}/adapter")
-        recipe = Recipe(model="base", eval="rows.jsonl", eval_limit=5, template="none")
+        recipe = Recipe(model="base", eval="rows.jsonl", template="none")
         (tmp_path / name / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

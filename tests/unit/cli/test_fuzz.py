@@ -40,7 +40,7 @@ def place(base, tmp_path_factory):
     """A folder with a run that was measured, and beside it a copy: a recipe names its folder, so runs stay in place."""
     place = tmp_path_factory.mktemp("place")
     rows = save_rows(place / "rows.jsonl")
-    given = ["--train", str(rows), "--eval", str(rows), "--eval-limit", "4", "--template", "none", "--rank", "2"]
+    given = ["--train", str(rows), "--eval", str(rows), "--template", "none", "--rank", "2"]
     given += ["--model", str(base), "--steps", "4", "--batch-size", "4", "--log-every", "1", "--save-every", "2"]
     assert main(["train", *given, "--method", "gast", "--gast.support", "rest", "--out", str(place / "run")]) == 0
     assert main(["eval", str(place / "run"), "--limit", "2"]) == 0

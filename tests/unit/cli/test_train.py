@@ -77,7 +77,7 @@ def test_a_run(words, base, tmp_path, capsys):
 
 
 def test_what_it_came_to_is_told(words, rows, capsys):
-    assert main([*words, "--eval", str(rows), "--eval-limit", "1", "--eval-every", "3", "--json"]) == 0
+    assert main([*words, "--eval", str(rows), "--eval-every", "3", "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     done = re.search(r"done: 6 steps in \d+ s, loss (\S+) to (\S+), held-out loss (\S+), peak [\d,]+ MB", captured.err)

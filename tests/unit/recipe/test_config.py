@@ -174,16 +174,13 @@ def test_a_target_goes_with_every_method(tmp_path, method):
         ({"resume": True}, "resume needs the run folder"),
         ({"targets": ()}, "targets is empty"),
         ({"layers": ()}, "layers is empty: give at least one number"),
-        ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset and support_rows go together"),
-        ({"method": "gast", "support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
-        ({"support_rows": "few.jsonl"}, "support dataset and support_rows go together"),
+        ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset compares rows with a target's"),
         (
             {"target": "a", "target_share": 0.0, "target_last": 0.5},
             "target_last says when a target's rows come, but with target_share 0",
         ),
         ({"target_last": 0.5}, "target_last has no effect without a target"),
         ({"target": "a", "group_by_length": True}, "group_by_length puts rows in an order of its own, but a target's"),
-        ({"target": "a", "support_rows": "b"}, "target and support_rows both say what rows are compared with"),
         (
             {"target": "a", "method": "gast"},
             "with a target, rows are compared with its rows, by support dataset",

@@ -52,7 +52,7 @@ def _both(told, view):
 
 
 def settings(**others):
-    return {"method": "dense", "steps": 8, "eval_limit": 4, "eval_every": 1, "patience": 2, **others}
+    return {"method": "dense", "steps": 8, "eval_every": 1, "patience": 2, **others}
 
 
 def weights(folder):
@@ -159,7 +159,7 @@ def test_it_needs_held_out_rows(base, rows, tmp_path, capsys):
 
 def test_the_screen_says_what_is_kept(base, rows, tmp_path, capsys, found):
     found(2.0, 3.0, 3.0)
-    given = ["--model", str(base), "--train", str(rows), "--eval", str(rows), "--eval-limit", "2", "--eval-every", "1"]
+    given = ["--model", str(base), "--train", str(rows), "--eval", str(rows), "--eval-every", "1"]
     more = ["--template", "none", "--rank", "2", "--batch-size", "4", "--steps", "6", "--patience", "1"]
     assert main(["train", *given, *more, "--out", str(tmp_path / "run"), "--json"]) == 0
     captured = capsys.readouterr()

@@ -24,10 +24,10 @@ def test_what_is_there_is_named_in_full_and_other_names_stay(tmp_path, monkeypat
     for name in ("base", "smollm2"):
         (tmp_path / name).mkdir()
     (tmp_path / "a.jsonl").write_text("")
-    given = Recipe(model="base", train="a.jsonl", eval="owner/name", support_rows="none.jsonl", out="runs/x")
+    given = Recipe(model="base", train="a.jsonl", eval="owner/name", drop_rows="none.jsonl", out="runs/x")
     found = anchored(given)
     assert (found.model, found.train) == (f"{tmp_path}/base", f"{tmp_path}/a.jsonl")
-    assert (found.eval, found.support_rows, found.target) == ("owner/name", "none.jsonl", None)
+    assert (found.eval, found.drop_rows, found.target) == ("owner/name", "none.jsonl", None)
     assert found.out == f"{tmp_path}/runs/x"
     assert anchored(Recipe(model="smollm2")).model == "smollm2"  # that name is the packaged model's
     assert anchored(found) == found

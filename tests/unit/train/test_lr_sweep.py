@@ -311,14 +311,13 @@ def test_a_rate_reads_back_as_it_was(rate):
 
 def test_each_method_gets_its_own_settings_and_no_others():
     shared = Recipe(
-        train="a", eval="b", out="x", support_rows="c", method="gast",
+        train="a", eval="b", out="x", target="c", method="gast",
         gast=GASTSettings(support="dataset"), ist=ISTSettings(active=0.5),
     )  # fmt: skip
     made = recipes_of(shared, ("dense", "ist", "gast"))
     assert [one.method for one in made.values()] == ["dense", "ist", "gast"]
     assert made["gast"].gast.support == "dataset"
     assert made["ist"].ist.active == 0.5
-    assert [one.support_rows for one in made.values()] == [None, None, "c"]
     assert {one.out for one in made.values()} == {None}
 
 
@@ -330,7 +329,6 @@ def test_each_method_gets_its_own_settings_and_no_others():
         ({"resume": True, "out": "x"}, ("dense",), "resume has no effect on a sweep"),
         ({"dp_epsilon": 8.0, "dp_delta": 1e-5}, ("dense",), "does not cover the choice between them: leave dp_epsilon"),
         ({"gast": GASTSettings(select=2)}, ("dense", "ist"), "gast.select is 2, which has no effect with method dense"),
-        ({"support_rows": "c"}, ("dense", "gast"), "support dataset and support_rows go together"),
     ],
 )
 def test_recipes_that_cannot_be_swept(settings, methods, message):
@@ -343,8 +341,7 @@ def test_what_may_differ_within_a_sweep():
     free = replace(one, lr=1.0, seed=3, out="x", resume=True, save_every=1, log_every=3, report_to=("wandb",))
     assert difference(one, free) is None
     assert difference(one, replace(one, ist=ISTSettings(active=0.5))) is None
-    assert difference(one, replace(one, method="dense", gast=GASTSettings(select=2), support_rows="c")) is None
-    assert difference(one, replace(one, support_rows="c")) == ("support_rows", None, "c")
+    assert difference(one, replace(one, method="dense", gast=GASTSettings(select=2))) is None
     assert difference(one, replace(one, gast=GASTSettings(select=2))) == ("gast.select", 0.75, 2)
 
 
@@ -361,10 +358,3 @@ def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_
     assert again.missing() == []
     with pytest.raises(RecipeError, match="target = "):
         open_sweep(replace(aimed, target=str(rows)), grid("gast", rates=(1e-3,)), tmp_path / "sweep")
-
-
-def test_support_rows_are_read_once_and_go_to_the_method_that_compares(plain, rows, tmp_path):
-    with_support = replace(plain, support_rows=str(rows), gast=GASTSettings(support="dataset", select=2))
-    sweep = open_sweep(with_support, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
-    assert len(sweep.rows["support"]) == len(load_rows(str(rows)))
-    assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 from array import array
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -122,27 +121,11 @@ def two(tmp_path):
     return str(first), str(second)
 
 
-def test_files_are_put_together_and_repeated(tmp_path, two):
+def test_files_are_put_together(tmp_path, two):
     given = recipe(tmp_path, tmp_path, tmp_path / "run", train=two)
     assert answers(read_rows(given).parts["train"]) == list("012345")
-    given = recipe(tmp_path, tmp_path, tmp_path / "run", train=two, train_times=(1.0, 3.0))
-    assert Counter(answers(read_rows(given).parts["train"])) == {**dict.fromkeys("0123", 1), **dict.fromkeys("45", 3)}
     given = recipe(tmp_path, tmp_path, tmp_path / "run", train=two, limit=1)
     assert answers(read_rows(given).parts["train"]) == ["0", "4"]
-
-
-def test_a_bad_row_that_comes_several_times_is_told_once(tmp_path, mixed):
-    found = prepared(recipe(tmp_path, mixed, tmp_path / "run", bad_rows="drop", train_times=(4.0,)))
-    assert len(found.rows["train"]) == 24
-    assert len(found.bad) == 5
-
-
-def test_a_share_is_held_out_before_rows_are_repeated(tmp_path):
-    rows = save_rows(tmp_path / "rows.jsonl", 200)
-    given = recipe(tmp_path, rows, tmp_path / "run", eval_share=0.2, train_times=(2.0,))
-    parts = read_rows(given).parts
-    assert len(parts["train"]) == 2 * (200 - len(parts["eval"]))
-    assert not {row.prompt for row in parts["train"]} & {row.prompt for row in parts["eval"]}
 
 
 def test_a_share_that_holds_out_none_or_all_is_refused(tmp_path, two):
@@ -182,36 +165,22 @@ def test_held_out_rows_that_are_trained_on_are_told(rows, tmp_path):
     assert trained_and_held_out(prepared(share).rows) == 0
 
 
-def test_no_more_than_so_many_rows_of_a_share_are_measured(tmp_path):
-    path = save_rows(tmp_path / "rows.jsonl", 60)
-    given = recipe(tmp_path, path, tmp_path / "run", eval_share=0.3)
-    whole, few = (read_rows(one).parts for one in (given, replace(given, eval_limit=2)))
-    assert len(whole["eval"]) > 2
-    assert answers(few["eval"]) == answers(whole["eval"])[:2]
-    assert few["train"] == whole["train"]
-
-
 def test_a_recipe_holds_several_files(base, two, tmp_path):
-    done = train(recipe(base, tmp_path, tmp_path / "run", train=two, train_times=(1.0, 2.0), steps=1), QUIET)
+    done = train(recipe(base, tmp_path, tmp_path / "run", train=two, steps=1), QUIET)
     again = load_recipe(done.folder.path / "recipe.yaml")
-    assert (again.train, again.train_times) == (two, (1.0, 2.0))
+    assert again.train == two
     assert "first.jsonl`, `" in (done.folder.path / "README.md").read_text()
-    assert "second.jsonl` (2 times)." in (done.folder.path / "README.md").read_text()
+    assert "second.jsonl`." in (done.folder.path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"train_times": (1.0, 2.0)}, "train_times has 2 numbers for 1 file in train"),
-        ({"train_times": (0.0,)}, "all must be above 0"),
-        ({"train_times": (float("inf"),)}, "all must be above 0"),
         ({"eval": "rows.jsonl", "eval_share": 0.1}, "eval and eval_share both"),
         ({"eval_share": 1.0}, "eval_share is 1.0, but must be"),
         ({"train": ()}, "no training data"),
-        ({"eval_limit": 3}, "eval_limit needs held-out rows"),
         ({"target_share": 0.5}, "target_share has no effect without a target"),
         ({"bad_rows": "skip"}, "bad_rows is 'skip'"),
-        ({"train_times": (2.0,), "dp_epsilon": 8.0, "dp_delta": 1e-5, "method": "dense"}, "train_times repeats rows"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_refused(tmp_path, rows, settings, words):

@@ -128,7 +128,7 @@ def test_a_step_without_rows_is_a_step(tmp_path):
     "settings",
     [
         {},
-        {"adapter": "dora", "dp_clipping": "flat", "checkpointing": True},
+        {"adapter": "dora", "checkpointing": True},
         {"method": "rst", "accumulate": 2},
         {"method": "lisa", "adapter": "full", "active": 2, "interval": 2},
         {"method": "cut", "adapter": "rslora"},
@@ -143,7 +143,7 @@ def test_a_run_says_what_it_spent(told, tmp_path, settings):
     said = done.summary["privacy"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["privacy"] == said
     assert (said["steps"], said["expected_batch"], said["sampling_rate"]) == (steps, batch, batch / 24)
-    assert (said["delta"], said["clip"], said["clipping"]) == (1e-3, 0.1, given.dp_clipping)
+    assert (said["delta"], said["clip"], said["clipping"]) == (1e-3, 0.1, "layer")
     assert 8 - 0.02 <= said["epsilon"] <= 8
     assert said["epsilon"] == spent(
         Mechanism(8.0, 1e-3, 0.1, "layer", 24, batch, steps, said["noise_multiplier"]), steps
@@ -238,7 +238,6 @@ REFUSED = [
     ({"dp_delta": None}, r"dp_epsilon needs dp_delta"),
     ({"dp_epsilon": None}, r"dp_delta has no effect without dp_epsilon"),
     ({"dp_epsilon": None, "dp_delta": None, "dp_clip": 1.0}, r"dp_clip has no effect without dp_epsilon"),
-    ({"dp_epsilon": None, "dp_delta": None, "dp_clipping": "flat"}, r"dp_clipping has no effect without dp_epsilon"),
     ({"group_by_length": True}, r"group_by_length puts rows together by what they are"),
     ({"adapter": "full", "layers": (0,), "outside": ("embeddings", "head")}, r"outside trains embeddings and head"),
     ({"dp_epsilon": 0.0}, r"dp_epsilon is 0.0, but must be above 0 and at most 100"),

@@ -69,7 +69,7 @@ def test_ranks_save_together_where_one_is_late(base, rows, tmp_path, saves, monk
 
 
 def test_the_best_stays(base, rows, tmp_path, saves):
-    settings = {"method": "dense", "steps": 8, "eval": str(rows), "eval_limit": 4, "eval_every": 1, "lr": 0.5}
+    settings = {"method": "dense", "steps": 8, "eval": str(rows), "eval_every": 1, "lr": 0.5}
     train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
     state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
@@ -121,7 +121,7 @@ def test_another_recipe_or_other_rows_are_refused(base, rows, tmp_path, change, 
 
 def test_what_is_told_and_measured_may_change(base, rows, tmp_path):
     train(recipe(base, rows, tmp_path / "run", steps=3), QUIET)
-    more = {"steps": 4, "resume": True, "eval": str(rows), "eval_limit": 2, "log_every": 3, "save_every": 1}
+    more = {"steps": 4, "resume": True, "eval": str(rows), "log_every": 3, "save_every": 1}
     assert train(recipe(base, rows, tmp_path / "run", **more), QUIET).summary["eval_loss"] is not None
 
 

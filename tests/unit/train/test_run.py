@@ -79,7 +79,7 @@ def test_the_adapter_gives_the_logits_of_the_tuned_model(base, rows, tmp_path, m
 
 
 def test_the_folder_is_complete(base, rows, tmp_path):
-    given = recipe(base, rows, tmp_path / "run", eval=str(rows), eval_limit=5, eval_every=3, save_every=4, accumulate=2)
+    given = recipe(base, rows, tmp_path / "run", eval=str(rows), eval_every=3, save_every=4, accumulate=2)
     done = train(given, QUIET)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
@@ -100,7 +100,8 @@ def test_the_folder_is_complete(base, rows, tmp_path):
 def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
     few = save_rows(tmp_path / "few.jsonl", 3)
     given = recipe(
-        base, rows, tmp_path / "run", method="gast", support="dataset", support_rows=str(few), select=1, accumulate=2,
+        base, rows, tmp_path / "run", method="gast", support="dataset", target=str(few), target_share=0.0, select=1,
+        accumulate=2,
     )  # fmt: skip
     train(given, QUIET)
     records = choices_of(tmp_path / "run")
@@ -396,7 +397,7 @@ def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
 ):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    settings = {"method": "ist+gast", "dropout": 0.1, "eval": str(rows), "eval_limit": 4}
+    settings = {"method": "ist+gast", "dropout": 0.1, "eval": str(rows)}
     train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
 

@@ -167,7 +167,7 @@ def test_there_is_no_template_of_a_card_in_it(base, rows, tmp_path, init):
 
 
 def test_a_run_that_was_killed_after_its_last_step_leaves_what_it_trained(base, rows, tmp_path):
-    for settings in ({}, {"eval": str(rows), "eval_every": 1, "patience": 3, "lr": 1e3, "eval_limit": 4}):
+    for settings in ({}, {"eval": str(rows), "eval_every": 1, "patience": 3, "lr": 1e3}):
         run = tmp_path / f"run{len(settings)}"
         given = {"method": "dense", "steps": 3, **settings}
         train(recipe(base, rows, run, **given))

@@ -27,7 +27,7 @@ class GASTSettings(Settings):
     """Rows of a batch that a layer follows: a whole number of rows, or a share such as 0.75 (the paper's: 0.5)."""
     support: Support = "sample"
     """What rows are compared with: drawn training rows (the paper's), the batch's others, earlier gradients, or
-    support_rows, in whose place a target's may be."""
+    a target's rows."""
     support_size: Annotated[int, COUNT] = 4
     """Rows that are compared with in a step, for support sample and dataset."""
     support_every: Annotated[int, COUNT, OURS] = 1

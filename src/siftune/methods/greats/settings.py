@@ -18,7 +18,7 @@ class GREATSSettings(Settings):
     select: Annotated[int | float, COUNT_OR_SHARE] = 0.5
     """Rows of a batch that are followed: a whole number of rows, or a share such as 0.5."""
     support: Annotated[Literal["sample", "dataset"], OURS] = "sample"
-    """What rows are to help: drawn training rows, or support_rows (the paper's: rows that are held out)."""
+    """What rows are to help: drawn training rows, or a target's (the paper's: rows that are held out)."""
     support_size: Annotated[int, COUNT, OURS] = 4
     """Rows in the support set of a step."""
 

@@ -112,7 +112,7 @@ def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
         AuditOptions(
             kit=str(Path(recipe.model).expanduser()),
             returned=returned,
-            train=train_files(recipe)[0][0],
+            train=train_files(recipe)[0],
             train_split=recipe.train_split,
             limit=recipe.limit,
             eval=recipe.eval,

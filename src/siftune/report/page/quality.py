@@ -43,8 +43,8 @@ def held_out_alike(runs: Sequence[RunData]) -> bool:
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
     """What decides the held-out rows: a file, or a share of the training rows."""
-    share = ("train", "train_split", "limit", "eval_share", "drop_rows", "target", "eval_limit")
-    names = ("eval", "eval_split", "eval_limit") if recipe.eval is not None else share
+    share = ("train", "train_split", "limit", "eval_share", "drop_rows", "target")
+    names = ("eval", "eval_split") if recipe.eval is not None else share
     return tuple(getattr(recipe, name) for name in names)
 
 

@@ -215,6 +215,6 @@ def _what(recipe: Recipe) -> str:
 
 def _data(recipe: Recipe) -> str:
     """Say on what a run trained and measured."""
-    files = [f"`{name}`{'' if times == 1 else f' ({times:g} times)'}" for name, times in train_files(recipe)]
+    files = [f"`{name}`" for name in train_files(recipe)]
     share = f", held out {recipe.eval_share:.3g} of it" if recipe.eval_share else ""
     return f"Data: {', '.join(files)}{f', held out `{recipe.eval}`' if recipe.eval else share}."

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 # of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
 _MAY_CHANGE = {
     "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
-    "steps", "epochs", "eval", "eval_split", "eval_limit", "adapter", "rank", "alpha", "targets", "layers", "outside",
-    "train", "train_split", "limit", "format", "target", "target_share", "support_rows", "method",
-    "drop_rows", "train_times", "eval_share", "bad_rows", "sharding", "auto_batch",
+    "steps", "epochs", "eval", "eval_split", "adapter", "rank", "alpha", "targets", "layers", "outside",
+    "train", "train_split", "limit", "format", "target", "target_share", "method",
+    "drop_rows", "eval_share", "bad_rows", "sharding", "auto_batch",
 }  # fmt: skip
 _HALVED = ("batch_size", "accumulate")  # by `auto_batch`, which keeps the rows of a step
 _NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders

@@ -10,7 +10,7 @@ from siftune.base.settings import nearest
 from siftune.methods import METHODS
 from siftune.recipe.checks import check
 from siftune.recipe.read import anchored
-from siftune.recipe.schema import Recipe, compares, differences, holds_out, method_of, rate_of, resolve_recipe
+from siftune.recipe.schema import Recipe, differences, holds_out, method_of, rate_of, resolve_recipe
 
 T = TypeVar("T")
 
@@ -155,10 +155,7 @@ def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
 def _not_its_own(recipe: Recipe, others: Sequence[Recipe]) -> dict[str, Any]:
     """What a recipe holds for the sweep's other methods and would refuse itself, at its default."""
     parts = {part for other in others for part in method_of(other).parts} - set(method_of(recipe).parts)
-    values: dict[str, Any] = {part.settings.group: part.settings() for part in parts}
-    if not compares(recipe) and any(map(compares, others)):
-        values["support_rows"] = None
-    return values
+    return {part.settings.group: part.settings() for part in parts}
 
 
 def difference(before: Recipe, now: Recipe) -> tuple[str, Any, Any] | None:
@@ -166,4 +163,4 @@ def difference(before: Recipe, now: Recipe) -> tuple[str, Any, Any] | None:
 
     Rates, seeds and what a run leaves behind may differ; of different methods, their own settings too.
     """
-    return next(differences(before, now, _FREE if before.method == now.method else {*_FREE, "support_rows"}), None)
+    return next(differences(before, now, _FREE), None)
