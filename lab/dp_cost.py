@@ -9,7 +9,6 @@ and loss, with the same optimizer; they differ in how rows are clipped:
     dense             `siftune train` without a promise: batches of one size
     dense-drawn       the drawn rows, neither clipped nor noised
     dp-layer          `siftune train --dp-epsilon`, every layer clipped by itself, as it is by default
-    dp-flat           the same with --dp-clipping flat
     opacus            Opacus' GradSampleHooks and DPOptimizer: rows' gradients of all layers are kept
     opacus-ghost      Opacus' ghost clipping: norms in a first backward pass, gradients in a second
 
@@ -29,23 +28,17 @@ from siftune.bench.cost import Measurement, check_workload, measure
 from siftune.bench.workload import Workload
 from siftune.recipe.schema import Recipe
 
-METHODS = ("dense", "dense-drawn", "dp-layer", "dp-flat", "opacus", "opacus-ghost")
+METHODS = ("dense", "dense-drawn", "dp-layer", "opacus", "opacus-ghost")
 WORKER = (sys.executable, "-m", "lab.dp_cost", "--worker")
 
 
 class PrivateWork(Workload):
-    """The same workload with a promise.
-
-    Attributes:
-        clipping: What `--dp-clipping` is.
-    """
-
-    clipping = "layer"
+    """The same workload with a promise."""
 
     def recipe(self, method: str, out: str) -> Recipe:
         """The recipe of a private run; its promise is of no account here."""
         plain = super().recipe("dense", out)
-        return replace(plain, dp_epsilon=8.0, dp_delta=1e-6, dp_clipping=self.clipping)
+        return replace(plain, dp_epsilon=8.0, dp_delta=1e-6)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +78,6 @@ def build(method: str, work: Workload, folder: Path, *watchers: Any) -> Any:
 
     callback.Secret = lambda: Secret(work.seed)  # all draw the same rows
     private = PrivateWork(**asdict(work))
-    private.clipping = "layer" if method == "dp-layer" else "flat"
     trainer = build_trainer("dense", private, folder, *watchers)
     return trainer if method.startswith("dp-") else TRAINERS[method].take_over(trainer)
 

@@ -136,7 +136,7 @@ def filled_in(kind: str, shape: Shape) -> Shape:
 def not_taken(kind: str, shape: Any) -> Iterator[str]:
     """Say of everything that a `Shape`, or what has its fields, has and a kind has not what it is, and what to do."""
     for each in fields(Shape):
-        value = getattr(shape, each.name)
+        value = getattr(shape, each.name, each.default)
         if each.name not in (*CARRIERS[kind].keys, "targets", "layers") and value != each.default:
             others = ", ".join(name for name, carrier in CARRIERS.items() if each.name in carrier.keys)
             yield (
