@@ -40,8 +40,6 @@ from siftune.train.private import privacy_of, refuse_scaled_or_split, refuse_wei
 from siftune.train.start import adapter_folder, keep_initial
 from siftune.train.trainer import LayerTrainer, SiftTrainer
 
-BAD_STEPS = 3  # ours: non-finite steps to skip before a run ends
-
 
 @dataclass(frozen=True)
 class Built:
