@@ -8,7 +8,7 @@ import pytest
 
 from siftune.data import split
 from siftune.data.rows import rows_from
-from siftune.data.split import held_out, repeated
+from siftune.data.split import held_out
 
 
 def rows(numbers, name="row"):
@@ -65,22 +65,6 @@ def test_what_differs_in_anything_that_is_learned_has_a_place_of_its_own():
     places = split._places(found, "x")
     assert places[0] == places[1]
     assert len(set(places)) == 4
-
-
-def test_times_below_one_leave_rows_out_and_whole_ones_repeat_all():
-    base = rows(range(400))
-    assert texts(repeated(base, 1)) == texts(base)
-    assert Counter(texts(repeated(base, 3))) == dict.fromkeys(texts(base), 3)
-    half, more = Counter(texts(repeated(base, 0.5))), Counter(texts(repeated(base, 2.5)))
-    assert set(half.values()) == {1}
-    assert {text for text, count in more.items() if count == 3} == set(half)
-    assert set(more.values()) == {2, 3}
-
-
-def test_what_is_held_out_says_nothing_of_what_is_repeated():
-    kept, held = held_out(rows(range(2000)), 0.5)
-    shares = [len(repeated(part, 0.5)) / len(part) for part in (kept, held)]
-    assert all(0.4 < share < 0.6 for share in shares)
 
 
 def test_what_is_trained_on_anyway_is_not_held_out():

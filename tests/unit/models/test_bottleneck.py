@@ -168,5 +168,3 @@ def test_sublayers_are_where_they_are_by_hand(family):
 def test_what_is_refused(family, settings, words):
     with pytest.raises(AdapterError, match=words):
         attach_adapter(tiny(family), "series", **settings)
-
-

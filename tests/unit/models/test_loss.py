@@ -3,11 +3,9 @@
 import pytest
 import torch
 from support.tiny import FAMILIES, batch, tiny
-from torch import nn
 
 from siftune.models.loss import (
     IGNORED,
-    by_own_probability,
     difference_from_model,
     label_positions,
     logits_at,
@@ -114,22 +112,3 @@ def test_the_comparison_takes_the_row_with_most_labels():
         alone = float(model(**{name: value[row : row + 1] for name, value in inputs.items()}).loss)
     assert ours == pytest.approx(alone, rel=1e-5)
     assert theirs == pytest.approx(alone, rel=1e-5)
-
-
-def test_by_own_probability_weighs_tokens_as_the_model_finds_them_likely():
-    """The loss's gradient is Σ p ∇nll over the labels, p held fixed: by finite differences of Σ p₀ nll."""
-    logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    targets = torch.tensor([0, 3, 6, 2, 2])
-    loss = by_own_probability(nn.functional.cross_entropy(logits, targets, reduction="none")).mean()
-    (grad,) = torch.autograd.grad(loss, logits)
-    fixed = [float(logits.detach()[i].softmax(0)[t]) for i, t in enumerate(targets)]
-
-    def weighed(values):
-        return sum(-p * values[i].log_softmax(0)[t] for i, (t, p) in enumerate(zip(targets, fixed, strict=True))) / 5
-
-    assert float(loss.detach()) == pytest.approx(float(weighed(logits.detach())))
-    for place in ((0, 0), (1, 4), (4, 2)):
-        step = torch.zeros_like(logits)
-        step[place] = 1e-6
-        slope = (weighed(logits.detach() + step) - weighed(logits.detach() - step)) / 2e-6
-        assert float(grad[place]) == pytest.approx(float(slope), rel=1e-5)
