@@ -1,14 +1,12 @@
-"""Tables of finished jobs: `python -m lab.rows.report rows.jsonl [--write-tested]`.
+"""Tables of finished jobs: `python -m lab.rows.report rows.jsonl`.
 
 How well each score tells bad rows from others, by kind of error and model, means over seeds and shares; what siftune's
 default names; and what held-out rows gain when the named rows are left out, with intervals over seeds and questions.
-`--write-tested` writes what `siftune rows` tells beside its table, from the same file.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,7 @@ from lab.pays.seeds import seed_means
 from lab.rows.metrics import interval
 from siftune.report.table import Table, markdown_table
 
-_LAB = Path(__file__).resolve().parents[1]
 Line = dict[str, Any]
-TESTED = _LAB.parent / "src" / "siftune" / "suspects" / "tested.json"
 ARMS = ("named", "loss", "random", "truth")
 
 
@@ -29,12 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--write-tested", action="store_true", help=f"write {TESTED.name}, which the package carries")
     args = parser.parse_args(argv)
     lines = read(args.results)
     print("\n\n".join(sections(lines)))
-    if args.write_tested:
-        TESTED.write_text(json.dumps(tested(lines), indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -119,18 +112,6 @@ def _means(lines: Sequence[Line], measure: str) -> Any:
     if measure == "nats":
         weights = [list(map(float, line["arms"]["all"]["tokens"])) for line in lines]
     return seed_means(values, weights)
-
-
-def tested(lines: Sequence[Line]) -> list[Mapping[str, Any]]:
-    """What `siftune rows` tells: by cell of one pass, how many of the rows that the default named were bad."""
-    found = []
-    scored = [line for line in lines if "named" in line and not line["job"]["cell"]["epochs"]]
-    for model in sorted({line["job"]["model"] for line in scored}):
-        for name, cell in _by_cell([line for line in scored if line["job"]["model"] == model]).items():
-            sums = {key: sum(line["named"][key] for line in cell) for key in ("rows", "bad")}
-            kind, planted = cell[0]["job"]["cell"]["kind"], cell[0]["job"]["cell"]["planted"]
-            found.append({"model": model, "cell": name, "kind": kind, "planted": planted, "runs": len(cell), **sums})
-    return found
 
 
 if __name__ == "__main__":

@@ -206,15 +206,12 @@ def test_a_job_scores_and_a_job_drops_and_both_are_reported(job, tmp_path, monke
     append(tmp_path / "out.jsonl", {"job": drop, **gone})
     peers = {"rows": 8, "bad": 2, "scores": {"cleanlab": found["scores"]["z"]}}
     append(tmp_path / "out.jsonl", {"job": {**once, "scenario": "peers"}, **peers})
-    monkeypatch.setattr(report, "TESTED", tmp_path / "tested.json")
-    assert report.main([str(tmp_path / "out.jsonl"), "--write-tested"]) == 0
+    assert report.main([str(tmp_path / "out.jsonl")]) == 0
     said = capsys.readouterr().out
     assert "one pass" in said
     assert "| cleanlab |" in said
     assert "four passes over a quarter" in said
     assert "without the rows that are named" in said
-    (line,) = json.loads((tmp_path / "tested.json").read_text())
-    assert (line["kind"], line["runs"], line["rows"]) == ("uniform", 1, found["named"]["rows"])
 
 
 def test_probabilities_of_classes_are_those_of_a_loop():

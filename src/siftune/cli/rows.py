@@ -25,22 +25,22 @@ class Options:
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run folder, or any folder with the rows.parquet that RowRecord wrote."""
     top: Annotated[int | None, COUNT] = None
-    """Name so many at the most; if not given, 20 on the screen and all in files."""
+    """Report at most N rows; if not given, 10 on the screen and all in files."""
     csv: Path | None = None
     """Write them to this CSV file, texts whole."""
     html: Path | None = None
     """Write them to this page, texts whole."""
 
 
-_SHOWN = 20
+_SHOWN = 10
 
 
 def run(options: Options) -> dict[str, Any]:
     """Find them, show them, and write what was asked for."""
     from rich.console import Console
 
-    from siftune.report.rows import table, tests_table, to_csv, to_html
-    from siftune.report.table import print_table
+    from siftune.report.rows import table, to_csv, to_html
+    from siftune.report.table import plain_table
     from siftune.suspects.named import Rows
 
     check_fields(options, ["top"], "--")
@@ -57,10 +57,7 @@ def run(options: Options) -> dict[str, Any]:
     shown = found[: options.top or _SHOWN]
     console = Console(highlight=False, soft_wrap=True)
     if shown:
-        print_table(table(shown, title), console)
-        for part in tests_table():
-            console.print()
-            print_table(part, console)
+        console.print(plain_table(table(shown, title)), markup=False)
     _tell(Console(stderr=True, highlight=False, soft_wrap=True), found, shown, len(rows.places))
     if options.csv is not None:
         _write(options.csv, to_csv(found))

@@ -8,35 +8,18 @@ from collections.abc import Sequence
 from siftune.base.words import visible
 from siftune.report.table import Table
 from siftune.suspects.named import Suspect
-from siftune.suspects.tested import figures, in_words
 
 HEADER = ("place", "score", "prompt", "completion", "reason", "duplicates")
-_LONGEST = 60  # characters of a text in a table
-_DUPLICATES = 3  # named in a table
+_LONGEST = 40  # characters of a text in a table
 
 
 def table(suspects: Sequence[Suspect], title: str) -> Table:
-    """A line for each suspect, long texts cut; without a column of near-duplicates where no row has one."""
+    """A line for each suspect, long texts cut."""
     rows = [
-        (
-            suspect.place,
-            f"{suspect.score:.1f}",
-            visible(short(suspect.text.prompt)),
-            visible(short(suspect.text.completion)),
-            suspect.reason,
-            _named(suspect.duplicates),
-        )
-        for suspect in suspects
+        (f"{one.score:.1f}", one.place, visible(short(one.text.prompt)), visible(short(one.text.completion)))
+        for one in suspects
     ]
-    width = len(HEADER) if any(suspect.duplicates for suspect in suspects) else len(HEADER) - 1
-    return Table(HEADER[:width], [row[:width] for row in rows], title, words=(0, 2, 3, 4, 5))
-
-
-def tests_table() -> list[Table]:
-    """How often rows that were named were wrong in siftune's own tests; nothing where there are no figures."""
-    cells = in_words(figures())
-    title = "How often such rows were wrong where it is known: in siftune's tests with planted errors"
-    return [Table(list(cells[0]), [list(each.values()) for each in cells], title)] if cells else []
+    return Table(("score", "place", "prompt", "completion"), rows, title, words=(1, 2, 3))
 
 
 def short(text: str, longest: int = _LONGEST) -> str:
@@ -51,11 +34,6 @@ def short(text: str, longest: int = _LONGEST) -> str:
         return line
     end = (longest - 3) // 2
     return f"{line[: longest - 3 - end]} … {line[-end:]}"
-
-
-def _named(places: Sequence[str]) -> str:
-    more = len(places) - _DUPLICATES
-    return ", ".join([*places[:_DUPLICATES], *([f"{more} more"] if more > 0 else [])])
 
 
 def to_csv(suspects: Sequence[Suspect]) -> str:

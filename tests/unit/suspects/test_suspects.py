@@ -10,6 +10,7 @@ from support.commands import error_of, siftune
 from support.tiny_run import recipe
 
 from siftune.base.errors import DataError
+from siftune.cli.main import main
 from siftune.data.readers import load_rows
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import resolve_recipe
@@ -167,7 +168,6 @@ def test_the_command_shows_and_writes_them(run, capsys):
         40,
         [RECORDS[i]["completion"] for i in (5, 9)],
     )
-    assert "look before you drop" in said
     assert "--drop-rows" in said
     assert csv.read_text().startswith("place,score,prompt,completion,reason,duplicates\n")
     text = page.read_text()
@@ -203,6 +203,13 @@ def test_the_list_is_read_again_whatever_rows_say(tmp_path, text):
     assert named_rows(str(path)) == ["rows.jsonl:1", "rows.jsonl:2"]
 
 
+def test_the_screen_has_at_most_fifteen_lines(two_sources, capsys):
+    assert main(["rows", str(two_sources(1))]) == 0
+    shown, said = capsys.readouterr()
+    assert "1 more with --top" in said
+    assert len(f"{shown}{said}".splitlines()) <= 15
+
+
 def test_mistakes_are_told_in_a_sentence(run, capsys):
     assert (
         error_of(capsys, "rows", run / "nope")
@@ -216,16 +223,9 @@ def test_mistakes_are_told_in_a_sentence(run, capsys):
 
 def test_long_texts_are_cut_in_the_middle():
     assert short("a b\nc") == "a b c"
-    assert len(short("x" * 200)) == 60
+    assert len(short("x" * 200)) == 40
 
 
 def test_nothing_in_a_row_reaches_the_terminal_as_a_command():
     found = table([Suspect("rows.jsonl:1", Text("a\x1b[2J\x07", "b\u202ec"), "", 3.0)], "")
-    assert found.rows[0][2:4] == ("a\\x1b[2J\\x07", "b\\u202ec")
-
-
-def test_the_column_of_near_duplicates_stands_where_a_row_has_some():
-    alone, one_of_two = (Suspect("r:1", Text("a", "b"), "why", 3.0, twins) for twins in ((), ("r:2",)))
-    assert table([alone], "").header[-1] == "reason"
-    both = table([alone, one_of_two], "")
-    assert (both.header[-1], [row[-1] for row in both.rows]) == ("duplicates", ["", "r:2"])
+    assert found.rows[0][2:] == ("a\\x1b[2J\\x07", "b\\u202ec")
