@@ -1,6 +1,6 @@
-"""The papers' evaluation protocols, end to end: rows, learning rates, runs, answers, and the table beside the paper's.
+"""The papers' evaluation protocols: rows, learning rates, runs, answers, and the results beside the papers' figures.
 
-`protocol.py` knows them by name, `tasks.py` their questions, `rows.py` prepares files, `cells.py` trains and asks, and
-`table.py` prints; `shape.py` tells what a run would take without the model. Nothing here trains, measures or sweeps by
-itself: it has `trainer`, `evaluate` and `trainer.lr_sweep` do so.
+`protocol.py` looks a protocol up by name, `tasks.py` and `harness.py` phrase the questions, `rows.py` and
+`harness_rows.py` prepare files, `cells.py` and `offsite.py` train and evaluate, and `table.py` prints. Training,
+evaluation and sweeps are those of the package.
 """

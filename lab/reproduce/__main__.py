@@ -74,10 +74,6 @@ class Options:
     """Ask only the first so many questions of each task."""
     batch_size: Annotated[int, COUNT] = 16
     """Rows in a forward pass when questions are asked; training takes the recipe's."""
-    dry_run: bool = False
-    """Train nothing: tell parameters, steps, and an estimate of time and memory, from the real model's shape."""
-    gpu: Literal["a100-40gb", "a100-80gb", "h100", "rtx4090"] = "a100-80gb"
-    """With dry_run: the GPU that time and memory are reckoned for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,11 +96,9 @@ def run(options: Options) -> dict[str, Any]:
     _refuse_lines(options.recipe)
     _refuse_idle(options, protocol)
     options = replace(options, limit=options.limit or protocol.recipe.limit)
-    if options.dry_run and options.model is not None:
-        raise RecipeError("--dry-run reckons with the paper's model, not with that of --model: leave one of them out")
     changed = replace(protocol.recipe, model=options.model or protocol.recipe.model, limit=None)
     work = _opened(options, replace(protocol, recipe=changed))
-    return _told(options, work) if options.dry_run else _work(options, work)
+    return _work(options, work)
 
 
 # what a protocol sets for each run -> where it is given
@@ -264,33 +258,6 @@ def _report(work: "Reproduction | Offsite", console: "Console | None") -> dict[s
             print_table(table, console)
         console.print("\n".join(notes), markup=False)
     return {"results": found, "rates": rates}
-
-
-def _told(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
-    """What runs would take, and every setting of theirs."""
-    from rich.console import Console
-
-    from lab.reproduce.plan import plan_record, plan_table, planned
-    from lab.reproduce.shape import OVER_FLOOR
-    from siftune.recipe.read import recipe_to_yaml
-    from siftune.report.table import print_table
-
-    plan = planned(work, options.data, options.limit, options.gpu)
-    recipe, console = work.protocol.recipe, Console(highlight=False, soft_wrap=True)
-    console.print(recipe_to_yaml(recipe).rstrip(), markup=False)
-    console.print(
-        f"\na model of {plan[0].shape.parameters - plan[0].shape.trainable * (recipe.adapter != 'full'):,} parameters; "
-        f"{recipe.batch_size * recipe.accumulate} rows in a step",
-        markup=False,
-    )
-    print_table(plan_table(plan, options.gpu), console)
-    console.print(
-        f"reckoned, not measured: operations on the meta device, {OVER_FLOOR} times as long as the GPU's makers state, "
-        "and the methods' ratios of docs/measured.md, of SmolLM2 on processors; making kits and asking questions "
-        "come on top",
-        markup=False,
-    )
-    return plan_record(plan)
 
 
 if __name__ == "__main__":

@@ -61,16 +61,6 @@ def prepare_tasks(
         write_rows(out / CALIBRATION, [{key: row[key] for key in keys} for row in some[:CALIBRATION_ROWS]])
 
 
-def training_counts(suite: Suite, tasks: Sequence[str], data: str, limit: int | None) -> dict[str, int]:
-    """How many rows of each task would be trained on; of the hub's, as many as are known to be there."""
-    counts = {}
-    for task in tasks:
-        total = suite.rows[task] if data == HUB else len(_questions(task, data, "train"))
-        refuse_few(suite, f"{data}: {task}", total)
-        counts[task] = min(total - suite.held_out, limit or total)
-    return counts
-
-
 def _questions(task: str, data: str, part: str) -> list[Question]:
     """Rows of a task in the harness's words."""
     one = HARNESS[task]

@@ -190,9 +190,4 @@ class Offsite:
         recipe = replace(self.protocol.recipe, train=train, eval=heldout)
         if name != BASE:
             return replace(recipe, model=str(self.out / "kits" / name))
-        return outer_layers_of(recipe)
-
-
-def outer_layers_of(recipe: Recipe) -> Recipe:
-    """A recipe for the layers of a whole model that a kit would have as its outer ones."""
-    return replace(recipe, layers=(*range(SPLIT.first), *range(-SPLIT.last, 0)))
+        return replace(recipe, layers=(*range(SPLIT.first), *range(-SPLIT.last, 0)))  # those that a kit has

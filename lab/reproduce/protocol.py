@@ -1,4 +1,4 @@
-"""Protocols by name: the recipe, the tasks, the model's shape and the papers' figures of each. Imports no torch."""
+"""Protocols by name: the recipe, the tasks and the papers' figures of each. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,6 @@ class Suite:
 
     Attributes:
         tasks: Their names; see `tasks.TASKS` and `harness.HARNESS`.
-        rows: How many training rows there are on the hub: in the file of all, or by task.
         held_out: How many of them are held out.
         rates: Learning rates that are tried.
         max_new_tokens: Longest answer.
@@ -36,7 +35,6 @@ class Suite:
     """
 
     tasks: tuple[str, ...]
-    rows: Mapping[str, int]
     held_out: int
     rates: tuple[float, ...]
     max_new_tokens: int
@@ -76,14 +74,12 @@ class Protocol:
         name: Suite and model with a hyphen between.
         suite: The tasks.
         recipe: Settings of a run, without rows, method, rate and seed.
-        config: Of the real model, for `AutoConfig.for_model`.
         printed: What papers print of it; may be empty.
     """
 
     name: str
     suite: Suite
     recipe: Recipe
-    config: Mapping[str, Any]
     printed: tuple[Printed, ...]
 
 
@@ -106,7 +102,7 @@ def protocol_of(name: str, *recipes: str) -> Protocol:
         close = nearest(name, names())
         guess = f"did you mean {close}?" if close else f"there are {', '.join(names())}"
         raise RecipeError(f"there is no protocol {name!r}; {guess}")
-    suite, _, model = name.partition("-")
+    suite, _, _ = name.partition("-")
     facts = _facts()
     one: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in facts["suites"][suite].items()
@@ -115,7 +111,6 @@ def protocol_of(name: str, *recipes: str) -> Protocol:
         name=name,
         suite=Suite(**one),
         recipe=load_recipe(*recipe_files(name), *recipes),
-        config=facts["models"][model],
         printed=tuple(_printed(row, one["tasks"]) for row in facts["tables"].get(name, [])),
     )
 

@@ -68,13 +68,6 @@ def trained_on(suite: Suite, tasks: Sequence[str], data: str) -> list[str]:
     return list(suite.tasks if one_file else tasks)
 
 
-def training_count(suite: Suite, tasks: Sequence[str], data: str, limit: int | None) -> int:
-    """How many rows would be trained on; of the hub's, as many as are known to be there."""
-    total = suite.rows[suite.joint] if data == HUB else len(_training(suite, tasks, data))
-    refuse_few(suite, data, total)
-    return min(total - suite.held_out, limit or total)
-
-
 def refuse_few(suite: Suite, data: str, rows: int) -> None:
     """Refuse rows of which none would be left to train on."""
     if rows <= suite.held_out:
