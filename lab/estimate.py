@@ -18,7 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from siftune.recipe.schema import Recipe
-from siftune.train import forecast, run
+from siftune.train import dry_run as trial
+from siftune.train import run
 from siftune.train.dry_run import dry_run
 from siftune.train.trainer import SiftTrainer
 
@@ -29,7 +30,7 @@ def one(task: str, recipe: Recipe) -> dict[str, float]:
     """Estimate a run, or make it; seconds and peak memory in MB."""
     console = Console(quiet=True)
     if task in _CLOCKS:
-        forecast.time.perf_counter = _CLOCKS[task]  # in a process of its own
+        trial.time.perf_counter = _CLOCKS[task]  # in a process of its own
         found = dry_run(recipe, console).forecast
         return {"seconds": found.seconds or 0.0, "memory_mb": found.memory_mb or 0.0}
     spent: list[float] = []

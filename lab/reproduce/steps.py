@@ -23,7 +23,7 @@ from siftune.train.rates.folder import LRFolder
 from siftune.train.rates.grid import Grid
 from siftune.train.rates.sweep import open_sweep, run_missing
 from siftune.train.run import train
-from siftune.train.source import ModelSource, Source
+from siftune.train.prepare import ModelSource, Source
 
 _RUN = "run.json"
 

@@ -32,7 +32,7 @@ from siftune.base.errors import SiftuneError
 from siftune.models.source import load_model
 from siftune.records.record import RowRecord
 from siftune.records.scores import by_row, seen
-from siftune.records.texts import Text
+from siftune.records.rows import Text
 from siftune.suspects.named import LEAST
 from siftune.train.build import Built
 

@@ -18,8 +18,8 @@ from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.train.source import ModelSource
-from siftune.train.tuned_layers import holds_tuned, put_in, read_about, read_tuned
+from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
+from siftune.train.prepare import ModelSource
 
 _SIGNS = ("recipe.yaml", "adapter_config.json", "tuned_layers.json", "config.json")  # of run, adapter, layers, model
 

@@ -11,7 +11,7 @@ from siftune.artifacts import find_subject, is_of_kit, load_base, load_subject
 from siftune.base.errors import AdapterError, KitError, ModelError
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
-from siftune.train.tuned_layers import About, save_tuned
+from siftune.train.folder.weights import About, save_tuned
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from support.tiny_run import recipe
 
 from siftune.cli.main import main
 from siftune.train.run import train
-from siftune.train.whole import seal
+from siftune.train.folder.checkpoints import seal
 
 
 class Malice:

@@ -99,7 +99,7 @@ def _job(subject: "Subject", options: Options) -> _Job:
 def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.readers import load_rows
-    from siftune.train.prepare import held_out_rows
+    from siftune.records.rows import held_out_rows
 
     recipe = subject.recipe
     if options.data is not None:

@@ -77,7 +77,7 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
 
     from siftune.cli.launch import launch
     from siftune.recipe.read import recipe_to_yaml
-    from siftune.train.start import adopted
+    from siftune.train.folder.weights import adopted
 
     check(recipe)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,9 +3,8 @@
 from rich.text import Text
 
 from siftune.base.words import counted, duration, visible
-from siftune.train.before import bad_lines, rows_line
 from siftune.train.dry_run import DryRun, Example
-from siftune.train.plan import steps_in_words
+from siftune.train.prepare import bad_lines, rows_line, steps_in_words
 
 _MOST = 600  # characters of a part of a row; the middle of a longer one is left out
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from siftune.base.errors import DataError
 from siftune.data.rows import Row
 from siftune.data.target import SOURCE
+from siftune.records.rows import Text, digest_of, text_of
 from siftune.records.scores import Seen, by_row, seen, usual
-from siftune.records.texts import Text, digest_of, text_of
 from siftune.records.visits import NAME, Record, read_visits
 from siftune.suspects.twins import Twins
 
@@ -168,7 +168,7 @@ def rows_of(run: Path, record: Record) -> list[Row]:
     if not (run / "recipe.yaml").is_file():
         return []
     from siftune.recipe.read import load_recipe
-    from siftune.train.prepare import trained_rows
+    from siftune.records.rows import trained_rows
 
     rows = trained_rows(run, load_recipe(run / "recipe.yaml"))
     if record.about and digest_of(rows) != record.about:

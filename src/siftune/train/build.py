@@ -1,6 +1,7 @@
-"""From a recipe and a model in memory to a Trainer: adapter, methods and casts put on, and how they come off again."""
+"""Build the Trainer of a recipe: adapter, methods and casts, and their removal."""
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,12 +23,18 @@ from transformers import (
     set_seed,
 )
 
-from siftune.base.errors import RecipeError
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.settings import nearest
+from siftune.data.rows import WEIGHT
 from siftune.data.tokenize import Collator
 from siftune.engine.compiled import CompiledParts
 from siftune.engine.groups import LayerGroup, group_by_layer
+from siftune.engine.ranks import world_size
 from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
+from siftune.methods.dp.accounting import calibrated
+from siftune.methods.dp.callback import DP
+from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.adapters.full import OpenLayers
@@ -35,10 +42,12 @@ from siftune.models.layers import find_layers
 from siftune.models.source import use_attention
 from siftune.recipe.read import anchored
 from siftune.recipe.schema import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
+from siftune.train.folder.weights import adapter_folder, keep_initial
 from siftune.train.guards.non_finite import BAD_STEPS
-from siftune.train.private import privacy_of, refuse_scaled_or_split, refuse_weights
-from siftune.train.start import adapter_folder, keep_initial
 from siftune.train.trainer import LayerTrainer, SiftTrainer
+
+logger = logging.getLogger(__name__)
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -193,9 +202,6 @@ def _trainer(
     return trainer
 
 
-logger = logging.getLogger(__name__)
-
-
 def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> TrainingArguments:
     """A recipe, resolved, in the Trainer's words; `fp16` says that the model is in float16."""
     arguments = TrainingArguments(
@@ -264,4 +270,99 @@ def refuse_all_weights(recipe: Recipe) -> None:
         raise RecipeError(
             "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
             "give --layers, such as 0 1 -2 -1, an adapter such as lora, or a method that chooses layers, such as lisa"
+        )
+
+
+def trainable(built: Built) -> tuple[int, int]:
+    """Parameters that train, and all of them."""
+    model = built.trainer.model
+    if isinstance(model, PeftModel):  # it knows that two parameters of 4 bits lie in a byte
+        train, total = model.get_nb_trainable_parameters()
+        return int(train), int(total)
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def privacy_of(recipe: Recipe, rows: int) -> DP | None:
+    """What a recipe's promise takes on so many training rows; None where it makes none.
+
+    Raises:
+        RecipeError: The promise would be empty for so many rows, no noise keeps it, or Opacus is not installed.
+    """
+    if recipe.dp_epsilon is None or recipe.dp_delta is None:
+        return None
+    batch = recipe.batch_size * recipe.accumulate
+    if batch > rows:
+        raise RecipeError(
+            f"a step would draw {batch} rows, but there are {rows}: with dp_epsilon lower --batch-size or --accumulate"
+        )
+    if recipe.dp_delta >= 1 / rows:
+        raise RecipeError(
+            f"dp_delta is {recipe.dp_delta:g}, but with {rows} rows it must be below {1 / rows:.2g}: to give a row "
+            "away whole would be within the promise"
+        )
+    steps = recipe.steps or math.ceil(recipe.epochs * math.ceil(rows / batch))
+    asked = Mechanism(recipe.dp_epsilon, recipe.dp_delta, recipe.dp_clip, "layer", rows, batch, steps)
+    mechanism = calibrated(asked)
+    logger.info("noise of %.4g times dp_clip in each of %d steps", mechanism.noise, steps)
+    return DP(mechanism, recipe.batch_size)
+
+
+def refuse_weights(columns: Sequence[str]) -> None:
+    """Refuse rows that are weighed: what a row may add to a step is bounded by clipping, the same for all.
+
+    Raises:
+        UnsupportedError: With one sentence.
+    """
+    if WEIGHT in columns:
+        raise UnsupportedError(
+            "rows have weights, but with dp_epsilon each row is clipped to the same norm, which undoes them: leave the "
+            "column 'weight' out"
+        )
+
+
+def refuse_scaled_or_split(arguments: TrainingArguments) -> None:
+    """Refuse what would clip gradients in other units, or draw rows and noise on several ranks.
+
+    Raises:
+        UnsupportedError: With one sentence.
+    """
+    if arguments.fp16:
+        raise UnsupportedError(
+            "training in float16 scales the loss up, so that clipping would not bound what it should: with dp_epsilon "
+            "take --dtype bfloat16 or float32"
+        )
+    if world_size() > 1:
+        raise UnsupportedError(
+            f"{world_size()} ranks would each draw rows and noise of their own, for which ε is not counted: with "
+            "dp_epsilon start one process"
+        )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers, a recipe's `report_to`, that the Trainer would stumble over once the model is loaded.
+
+    Raises:
+        RecipeError: A name is unknown, "none" stands beside others, or a tracker's package is missing.
+    """
+    if tuple(names) == (NONE,):
+        return
+    from transformers.integrations import integration_utils
+
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    if not names or NONE in names:
+        raise RecipeError("report_to names trackers, or none and nothing else: leave it out to report to none")
+    for name in names:
+        if name not in known:
+            close = nearest(name, known)
+            if "," in name:
+                raise RecipeError(f"report_to has {name!r}: put spaces between trackers, not commas")
+            hint = f"did you mean {close!r}?" if close else f"use one of {', '.join(known)}, or none"
+            raise RecipeError(f"report_to has the unknown tracker {name!r}; {hint}")
+    installed = integration_utils.get_available_reporting_integrations()
+    if missing := [name for name in names if name not in installed]:
+        package = missing[0].replace("_", "-")
+        raise RecipeError(
+            f"the package of the tracker {missing[0]} is not installed: `pip install {package}`, or leave it out of "
+            "report_to"
         )

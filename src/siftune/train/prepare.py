@@ -1,44 +1,100 @@
-"""What a run trains and measures on: rows read, checked, divided, and as tokens.
+"""Prepare a run: the model source, the rows and their tokens, and a summary of them.
 
-Rows that cannot be used are gathered on the way, from all files and from the tokenizer, and told together.
+Rows that cannot be used are collected from all files and from the tokenizer, and reported together.
 """
 
 import contextlib
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError, ModelError
 from siftune.base.files import Progress
 from siftune.base.words import counted
-from siftune.data.readers import load_rows
-from siftune.data.rows import Row
-from siftune.data.split import held_out
-from siftune.data.target import with_target
+from siftune.data.rows import WEIGHT, Row, said
 from siftune.data.token_cache import cached_tokens
 from siftune.data.tokenize import aimed, numbered, tell_notes, weighted
 from siftune.data.tokens import Form
-from siftune.recipe.schema import Recipe, compared_with, target_comes_last, train_files
-from siftune.records.lists import named_rows, without
-from siftune.train.folder.run import BAD_ROWS
+from siftune.models.loss import IGNORED
+from siftune.models.source import check_source, load_model, load_tokenizer
+from siftune.recipe.schema import Recipe, target_comes_last
+from siftune.records.rows import (
+    Read,
+)
+from siftune.train.build import refuse_all_weights
 
 logger = logging.getLogger(__name__)
-
 _SHOWN = 20  # bad rows that an error names; --dry-run names all
+_USES = {"train": "train on", "eval": "measure on", "support": "compare with"}
+NAMED = 5  # bad rows that are named; the run folder has all
+
+
+class Source(Protocol):
+    """What a run needs to know of that which is tuned."""
+
+    @property
+    def usage(self) -> str | None:
+        """What the model card says on the use of the result; None for what it says of any adapter."""
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """Fill in the recipe's `layers` where this decides them, before anything is loaded.
+
+        Raises:
+            InputError: The recipe asks for what cannot train here.
+        """
+
+    def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load model and tokenizer; `dtype` and `quantize` as for `load_model`."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer alone."""
+
+    def leaves(
+        self, model: nn.Module, privacy: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Callable[[Path], None]]:
+        """What a run on it leaves besides an adapter: name of a subfolder of the run -> what writes that folder.
+
+        Where there is any, it stands for layers that were tuned themselves: these are not saved once more. `privacy` is
+        what a private run says of itself; see `methods.dp.accounting.statement`.
+        """
 
 
 @dataclass(frozen=True)
-class Read:
-    """Rows as they were read."""
+class ModelSource:
+    """An ordinary model."""
 
-    parts: Mapping[str, Sequence[Row]]  # `train`; and `eval` and `support`, where there are any
-    bad: Sequence[DataError] = ()  # what is wrong with rows that are left out of them
+    name: str  # a folder, a hub id or smollm2
+    usage: str | None = None
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """Leave the recipe as it is; see `refuse_all_weights` and `check_source` for what is refused."""
+        refuse_all_weights(recipe)
+        check_source(self.name)
+        return recipe
+
+    def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load it by `load_model`."""
+        return load_model(self.name, dtype, quantize=quantize)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load it by `load_tokenizer`."""
+        return load_tokenizer(self.name)
+
+    def leaves(
+        self, model: nn.Module, privacy: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Callable[[Path], None]]:
+        """Nothing: the adapter, or the layers that were tuned themselves, say it all."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -51,88 +107,6 @@ class Prepared:
     data: Mapping[str, Dataset]
     cut: Mapping[str, int]  # by part, how many rows are cut off at the recipe's `max_length`
     bad: Sequence[str]  # what is wrong with the rows that were left out, each row once
-
-
-def read_rows(recipe: Recipe) -> Read:
-    """Read the training rows, a target's rows among them, and held-out and support rows where there are any.
-
-    Raises:
-        DataError: A file cannot be read, or nothing is held out or left to train on.
-    """
-    bad: list[DataError] = []
-    load = partial(load_rows, format=recipe.format, bad=bad)
-    files = [list(_weighed(load(name, recipe.train_split, recipe.limit), bad)) for name in train_files(recipe)]
-    target = list(_weighed(load(recipe.target, recipe.train_split, None), bad)) if recipe.target else []
-    *files, target = _listed(recipe, [*files, target])
-    parts: dict[str, Sequence[Row]] = {"train": [], "eval": []}
-    for rows in files:
-        kept, held = held_out(rows, recipe.eval_share, target) if recipe.eval_share else (rows, [])
-        parts["train"] = [*parts["train"], *kept]
-        parts["eval"] = [*parts["eval"], *held]
-    if not bad or recipe.bad_rows == "drop":  # else these are told
-        _check_share(recipe, parts)
-    if recipe.eval:
-        parts["eval"] = load(recipe.eval, recipe.eval_split, None)
-    if recipe.target:
-        parts["train"] = with_target(parts["train"], target, recipe.target_share)
-    if compared_with(recipe):
-        parts["support"] = target
-    return Read({name: rows for name, rows in parts.items() if rows or name != "eval"}, bad)
-
-
-def trained_rows(run: Path, recipe: Recipe) -> list[Row]:
-    """The rows that the run in a folder has trained on: as its recipe has them, but for those that were left out.
-
-    Raises:
-        DataError: A file cannot be read any more.
-    """
-    return _used(run, recipe, "train")
-
-
-def held_out_rows(run: Path, recipe: Recipe) -> list[Row]:
-    """The rows that a run with `eval_share` has held out of its training rows; as `trained_rows`."""
-    return _used(run, recipe, "eval")
-
-
-def _used(run: Path, recipe: Recipe, part: str) -> list[Row]:
-    """Rows of a part, but for those that could not be used."""
-    path = run / BAD_ROWS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    places = {line[: found.start()] for line in lines for found in re.finditer(": ", line)}  # each begins with its own
-    return [row for row in read_rows(recipe).parts[part] if row.origin not in places]
-
-
-def _listed(recipe: Recipe, files: list[list[Row]]) -> list[list[Row]]:
-    """Leave out the rows of each file that a recipe's list names."""
-    if recipe.drop_rows is None:
-        return files
-    named = named_rows(recipe.drop_rows)
-    logger.info("%s: %s to leave out", recipe.drop_rows, counted(len(set(named)), "row"))
-    left = {id(row) for row in without([row for rows in files for row in rows], named, recipe.drop_rows)}
-    return [[row for row in rows if id(row) in left] for rows in files]
-
-
-def _weighed(rows: Sequence[Row], bad: list[DataError]) -> Iterator[Row]:
-    """Leave out rows whose weight is none."""
-    for row in rows:
-        try:
-            _ = row.weight
-        except DataError as error:
-            bad.append(error)
-        else:
-            yield row
-
-
-def _check_share(recipe: Recipe, parts: Mapping[str, Sequence[Row]]) -> None:
-    if not recipe.eval_share:
-        return
-    for name, wanted in (("eval", "holds out none"), ("train", "leaves none to train on")):
-        if not parts[name]:
-            total = sum(map(len, parts.values()))
-            raise DataError(
-                f"eval_share {recipe.eval_share:g} of {counted(total, 'row')} {wanted}; give another share, or other "
-                "rows with --eval FILE."
-            )
 
 
 def prepare(
@@ -166,9 +140,6 @@ def prepare(
     return Prepared(rows, {**weighed, "train": train}, cut, told)
 
 
-_USES = {"train": "train on", "eval": "measure on", "support": "compare with"}
-
-
 def refuse_read(recipe: Recipe, read: Read, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
     """Refuse bad rows before a model is loaded, together with those that would be found to be bad later on.
 
@@ -198,3 +169,84 @@ def refuse_bad(recipe: Recipe, bad: Sequence[str]) -> None:
     last = [f"… and {more} more, which `siftune train --dry-run` lists"] if more > 0 else []
     lines = "\n  ".join([*bad[:_SHOWN], *last])
     raise DataError(f"{len(bad)} rows cannot be used; mend them, or leave them out with --bad-rows drop:\n  {lines}")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the rows of a part."""
+
+    mean: float  # of a row
+    longest: int  # of the longest row
+    learned: float  # of a row, those that are learned, on average
+
+
+def lengths_of(data: Dataset) -> Lengths:
+    """Look at tokenised rows."""
+    lengths = row_lengths(data)
+    labels = data.data.column("labels")
+    learned = sum(
+        pyarrow.compute.sum(pyarrow.compute.not_equal(chunk.flatten(), IGNORED)).as_py() or 0 for chunk in labels.chunks
+    )
+    return Lengths(float(lengths.mean()), int(lengths.max()), learned / len(data))
+
+
+def row_lengths(data: Dataset) -> npt.NDArray[np.int32]:
+    """Tokens of each row; (rows,) int32."""
+    found: npt.NDArray[np.int32] = data.data.column("length").to_numpy()
+    return found
+
+
+def rows_line(recipe: Recipe, prepared: Prepared) -> str:
+    """Say how many rows there are, and how long they are."""
+    data, held = prepared.data["train"], prepared.data.get("eval")
+    seen = lengths_of(data)
+    out = "" if held is None else f", {counted(len(held), 'row')} held out{_trained_too(prepared)}"
+    return (
+        f"{counted(len(data), 'row')} to train on{out}: {seen.mean:.0f} tokens on average, {seen.learned:.0f} of them "
+        f"learned, the longest {seen.longest}{_cut(recipe, prepared)}{_weights(data)}"
+    )
+
+
+def trained_and_held_out(rows: Mapping[str, Sequence[Row]]) -> int:
+    """How many of the held-out rows say what a training row says, so that their loss tells little."""
+    trained = set(said(rows["train"]))
+    return sum(words in trained for words in said(rows.get("eval", ())))
+
+
+def _trained_too(prepared: Prepared) -> str:
+    count = trained_and_held_out(prepared.rows)
+    return f" ({count:,} of them trained on, too, so that the held-out loss flatters)" if count else ""
+
+
+def bad_lines(prepared: Prepared, most: int, stops: bool = False) -> list[str]:
+    """Say which rows are left out, or would stop a run, naming so many of them at the most."""
+    if not prepared.bad:
+        return []
+    more = len(prepared.bad) - most
+    rest = [f"  … and {more} more"] if more > 0 else []
+    how = "cannot be used, for which a run stops; --bad-rows drop leaves them out" if stops else "left out"
+    return [f"{counted(len(prepared.bad), 'row')} {how}:", *(f"  {reason}" for reason in prepared.bad[:most]), *rest]
+
+
+def _cut(recipe: Recipe, prepared: Prepared) -> str:
+    cut = sum(prepared.cut.values())
+    return f"; {counted(cut, 'row')} cut at --max-length {recipe.max_length}" if cut else ""
+
+
+def _weights(data: Dataset) -> str:
+    if WEIGHT not in data.column_names:
+        return ""
+    weights = Counter(data[WEIGHT])
+    zeros = f", {weights[0.0]} of them 0, which teach nothing" if weights[0.0] else ""
+    return f"; weights go from {min(weights):g} to {max(weights):g}{zeros}"
+
+
+def steps_in_words(steps: int, per_step: int, rows: int) -> str:
+    """Say how many optimizer steps a run has, of how many rows: all of them where there are fewer than a step takes.
+
+    Example:
+        >>> steps_in_words(20, 16, 300), steps_in_words(1, 16, 5)
+        ('20 steps of 16 rows', '1 step of 5 rows, all there are')
+    """
+    told = f"{counted(steps, 'step')} of {counted(min(per_step, rows), 'row')}"
+    return told if per_step <= rows else f"{told}, all there are"

@@ -1,4 +1,4 @@
-"""siftune's own training path: a recipe in, a run folder out."""
+"""siftune's own training path: from a recipe to a run folder."""
 
 import logging
 import time
@@ -17,6 +17,7 @@ from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import disk_faults
 from siftune.base.quiet import quiet, unsaid
 from siftune.base.stages import stages
+from siftune.base.words import counted
 from siftune.data.rows import Row
 from siftune.data.target import sources
 from siftune.engine.ranks import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
@@ -27,33 +28,32 @@ from siftune.recipe.checks import check
 from siftune.recipe.read import anchored, recipe_to_yaml
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.records.record import RowRecord
-from siftune.records.texts import digest_of as digest_of_texts
+from siftune.records.rows import BAD_ROWS, read_rows
+from siftune.records.rows import digest_of as digest_of_texts
 from siftune.records.visits import NAME
-from siftune.train.before import short_form
-from siftune.train.build import Built, build
-from siftune.train.folder.checkpoints import (
-    EarlyStop,
-    RegularCheckpoints,
-    check_adapter,
-    check_layers,
-    check_same,
-    digest_of,
-    end_of,
-    find_checkpoint,
-)
-from siftune.train.folder.run import BAD_ROWS, RECIPE, ROWS, RunFolder, best_in, step_of
+from siftune.train.build import Built, build, check_trackers, trainable
+from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
+from siftune.train.folder.checkpoints import best_in, step_of
+from siftune.train.folder.run import RECIPE, ROWS, RunFolder
 from siftune.train.folder.selections import SelectionFile
-from siftune.train.followed import Followed
+from siftune.train.folder.weights import adopted
 from siftune.train.guards.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
 from siftune.train.guards.non_finite import refuse_broken_end
 from siftune.train.guards.signals import Interrupts
-from siftune.train.outcome import Outcome
-from siftune.train.prepare import Prepared, prepare, read_rows, refuse_read
-from siftune.train.progress import Metrics, ProgressView
-from siftune.train.source import ModelSource, Source
-from siftune.train.start import adopted
-from siftune.train.trackers import check_trackers
-from siftune.train.trainer import LayerTrainer, SiftTrainer
+from siftune.train.prepare import (
+    NAMED,
+    ModelSource,
+    Prepared,
+    Source,
+    bad_lines,
+    prepare,
+    refuse_read,
+    rows_line,
+    steps_in_words,
+)
+from siftune.train.results import Followed, Outcome
+from siftune.train.resume import check_adapter, check_layers, check_same, digest_of, end_of, find_checkpoint
+from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
 
 logger = logging.getLogger(__name__)
 
@@ -276,3 +276,17 @@ def _refuse_overwriting(recipe: Recipe, folder: RunFolder) -> None:
         )
     if not recipe.resume and not folder.is_fresh():
         raise RecipeError(f"{folder.path} holds a run already; give another folder with --out, or go on with --resume.")
+
+
+def short_form(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
+    """Say in a few lines what a run is about to do, and in which folder."""
+    rows = len(prepared.data["train"])
+    steps = planned_steps(built.trainer.args, rows)
+    train, total = trainable(built)
+    lines = [
+        f"{recipe.model}: run folder {folder}",
+        rows_line(recipe, prepared),
+        f"{counted(train, 'parameter')} of {total:,} train, in {counted(built.depth, 'layer')}; "
+        f"{steps_in_words(steps, recipe.batch_size * recipe.accumulate, rows)}",
+    ]
+    return "\n".join([*bad_lines(prepared, NAMED), *lines])

@@ -6,6 +6,7 @@ so. A loss or gradient that is not finite never reaches the weights: see `broken
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from siftune.base.errors import InputError, UnsupportedError
 from siftune.data.order import TargetLast
@@ -37,12 +38,9 @@ from siftune.models.loss import (
     weighed,
 )
 from siftune.models.modes import evaluating
-from siftune.train.folder.run import best_in
+from siftune.train.folder.checkpoints import Sealing, begin, best_in, checkpoint_of, is_complete, read_of
+from siftune.train.folder.weights import About, put_in, read_tuned, save_tuned, write_adapter
 from siftune.train.guards.non_finite import BrokenSteps
-from siftune.train.plan import planned_steps, steps_per_epoch
-from siftune.train.start import write_adapter
-from siftune.train.tuned_layers import About, put_in, read_tuned, save_tuned
-from siftune.train.whole import Sealing, begin, checkpoint_of, is_complete, read_of
 
 logger = logging.getLogger(__name__)
 
@@ -275,3 +273,16 @@ class LayerTrainer(SiftTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read them back."""
         put_in(self.model, read_tuned(Path(resume_from_checkpoint)), resume_from_checkpoint)
+
+
+def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of an epoch of so many training rows."""
+    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
+    steps: int = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return steps
+
+
+def planned_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of a whole run on so many training rows."""
+    asked: int = arguments.max_steps
+    return asked if asked > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch(arguments, rows))

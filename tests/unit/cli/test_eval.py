@@ -15,7 +15,7 @@ from siftune.data.split import held_out
 from siftune.evaluate import measure as evaluation
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
-from siftune.train.tuned_layers import About, save_tuned
+from siftune.train.folder.weights import About, save_tuned
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from support.tiny_run import lines, save_rows
 
 from siftune.cli.main import main
-from siftune.train import source as module
+from siftune.train import prepare as module
 
 SETTINGS = """\
 template: none

@@ -17,7 +17,7 @@ from support.tiny_run import choices_of
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
-from siftune.train import source as module
+from siftune.train import prepare as module
 
 SETTINGS = """\
 template: none

@@ -14,8 +14,7 @@ from siftune.cli.main import main
 from siftune.data.readers import load_rows
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import resolve_recipe
-from siftune.records.lists import named_rows
-from siftune.records.texts import Text, digest_of
+from siftune.records.rows import Text, digest_of, named_rows
 from siftune.records.visits import NAME, Visits, read_visits, write_visits
 from siftune.report.rows import short, table, to_csv
 from siftune.suspects import named as module

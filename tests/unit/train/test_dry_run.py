@@ -9,9 +9,8 @@ from support.commands import error_of, siftune
 from support.tiny_run import recipe, save_rows
 
 from siftune.base.words import duration, visible
-from siftune.train import forecast as module
-from siftune.train.dry_run import dry_run
-from siftune.train.forecast import _batches, _cost, _saves, _tried_batches, _tries
+from siftune.train import dry_run as module
+from siftune.train.dry_run import _batches, _cost, _saves, _tried_batches, _tries, dry_run
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from siftune.base.errors import RecipeError
 from siftune.cli.main import main
 from siftune.recipe.checks import check
-from siftune.train.folder.checkpoints import EarlyStop, evaluations_since_best
+from siftune.train.callbacks import EarlyStop, evaluations_since_best
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

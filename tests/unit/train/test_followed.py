@@ -3,7 +3,7 @@
 import torch
 
 from siftune.methods.drivers.sample_choice import SampleChoice
-from siftune.train.followed import Followed
+from siftune.train.results import Followed
 
 
 def choice(*selected):

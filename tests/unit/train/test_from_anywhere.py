@@ -13,8 +13,8 @@ from siftune.cli.main import main
 from siftune.recipe.read import anchored, load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.train import prepare as module
+from siftune.train.folder.weights import read_about
 from siftune.train.run import train
-from siftune.train.tuned_layers import read_about
 
 QUIET = Console(quiet=True)
 

@@ -19,11 +19,11 @@ from siftune.methods.lisa.settings import LISASettings
 from siftune.models.source import load_model
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, resolve_recipe
-from siftune.train import source as module
+from siftune.train import prepare as module
 from siftune.train.build import build
+from siftune.train.folder.weights import About, put_in, read_about, read_tuned, save_tuned
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
-from siftune.train.tuned_layers import About, put_in, read_about, read_tuned, save_tuned
 
 QUIET = Console(quiet=True)
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])

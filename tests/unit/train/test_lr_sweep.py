@@ -22,8 +22,9 @@ from siftune.methods.ist.settings import ISTSettings
 from siftune.methods.lisa.settings import LISASettings
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.train import source as module
-from siftune.train.prepare import prepare, read_rows
+from siftune.records.rows import read_rows
+from siftune.train import prepare as module
+from siftune.train.prepare import prepare
 from siftune.train.rates import sweep as lr_sweep
 from siftune.train.rates.grid import Grid, difference, grid_of, rate_text, recipes_of
 from siftune.train.rates.sweep import open_sweep, run_missing

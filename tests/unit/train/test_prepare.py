@@ -14,9 +14,9 @@ from support.tokenizer import byte_tokenizer
 from siftune.base.errors import DataError, RecipeError
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
-from siftune.train.before import rows_line, trained_and_held_out
-from siftune.train.folder.checkpoints import digest_of
-from siftune.train.prepare import prepare, read_rows, trained_rows
+from siftune.records.rows import read_rows, trained_rows
+from siftune.train.prepare import prepare, rows_line, trained_and_held_out
+from siftune.train.resume import digest_of
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

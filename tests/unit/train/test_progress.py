@@ -8,9 +8,9 @@ from rich.console import Console
 from support.tiny_run import lines, recipe
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.train import progress
+from siftune.train import callbacks
+from siftune.train.callbacks import Metrics, ProgressView, describe
 from siftune.train.folder.run import RunFolder
-from siftune.train.progress import Metrics, ProgressView, describe
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -36,7 +36,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(callbacks, "time", clock)
     return clock
 
 

@@ -24,7 +24,7 @@ from siftune.models import attention
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import resolve_recipe
 from siftune.records.visits import read_visits
-from siftune.train import source as module
+from siftune.train import prepare as module
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 

@@ -7,8 +7,8 @@ from support.tiny_run import lines
 
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
-from siftune.train.folder.run import RunFolder, newest_checkpoint, step_of
-from siftune.train.whole import begin, is_complete, seal
+from siftune.train.folder.checkpoints import begin, is_complete, newest_checkpoint, seal, step_of
+from siftune.train.folder.run import RunFolder
 
 
 @pytest.fixture

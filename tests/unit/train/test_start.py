@@ -19,7 +19,7 @@ from siftune.base.errors import AdapterError, ModelError, RecipeError
 from siftune.models.source import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
-from siftune.train.before import trainable
+from siftune.train.build import trainable
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

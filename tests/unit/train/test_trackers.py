@@ -6,8 +6,8 @@ from transformers.integrations import integration_utils
 from siftune.base.errors import RecipeError
 from siftune.cli.main import main
 from siftune.recipe.read import load_recipe
-from siftune.train import source as module
-from siftune.train.trackers import check_trackers
+from siftune.train import prepare as module
+from siftune.train.build import check_trackers
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.tiny_run import choices_of, recipe
 
-from siftune.train import whole
+from siftune.train.folder import checkpoints
+from siftune.train.folder.checkpoints import SEAL, begin, fault_of, is_complete, seal
 from siftune.train.run import train
-from siftune.train.whole import SEAL, begin, fault_of, is_complete, seal
 
 FILES = {
     "adapter_model.safetensors": b"weights",
@@ -147,7 +147,7 @@ def test_older_ones_go_only_when_the_new_one_is_sealed(base, rows, tmp_path, mon
         sealed.append(sorted(path.name for path in folder.parent.iterdir() if fault_of(path) is None))
         seal(folder)
 
-    monkeypatch.setattr(whole, "seal", looked)
+    monkeypatch.setattr(checkpoints, "seal", looked)
     monkeypatch.setattr("siftune.train.folder.checkpoints._LEAST", 1)
     train(recipe(base, rows, tmp_path / "run", method="gast", support="momentum", steps=3))
     assert sealed == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]

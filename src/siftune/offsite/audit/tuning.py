@@ -19,7 +19,7 @@ from siftune.offsite.audit.models import restored
 from siftune.offsite.audit.settings import AuditSettings
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.train.build import build
-from siftune.train.progress import StepsTold
+from siftune.train.callbacks import StepsTold
 
 Steps = Callable[[int, int], None]  # optimizer steps done, of how many
 

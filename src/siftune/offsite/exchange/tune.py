@@ -24,8 +24,8 @@ from siftune.offsite.kit.folder import Kit, is_kit, read_kit
 from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical
 from siftune.recipe.schema import Recipe
-from siftune.train.source import ModelSource, Source
-from siftune.train.tuned_layers import put_in
+from siftune.train.folder.weights import put_in
+from siftune.train.prepare import ModelSource, Source
 
 _USE_RETURN = """\
 The model above is a kit: it stands in for a model that its owner keeps. Send the folder RUN/return, and nothing else,

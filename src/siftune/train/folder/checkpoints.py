@@ -1,270 +1,170 @@
-"""Checkpoints: when they are made, from which one a run goes on, and whether it is of this run."""
+"""Checkpoints in a run folder: integrity, and the newest complete one (ours).
 
-import hashlib
+While a checkpoint is written it holds a mark. At the end come a list of its files with sizes and hashes, and the mark
+is removed. A process that was killed while saving, or a disk that lost data, therefore never makes a run resume from
+less than was saved.
+"""
+
+import json
 import logging
-import math
-import time
-from array import array
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
+import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from siftune.base.errors import RecipeError
+from siftune.base.errors import InputError, TrainingError
+from siftune.base.files import hash_of, to_disk, why_unreadable, write_beside
 from siftune.base.jsonable import parsed
-from siftune.base.words import counted
-from siftune.data.rows import WEIGHT
-from siftune.engine.ranks import on_any_rank
-from siftune.models.adapters.registry import CARRIERS, carrier_of
-from siftune.recipe.read import load_recipe
-from siftune.recipe.schema import Recipe, differences
-from siftune.train.folder.run import RECIPE, ROWS, RunFolder, newest_checkpoint, step_of
-from siftune.train.plan import planned_steps
-from siftune.train.tuned_layers import holds_tuned, read_about
-from siftune.train.whole import fault_of
+from siftune.engine.ranks import wait_for_all
+
+SEAL = "files.json"  # name -> [bytes, sha256]
+_MARK = ".unfinished"
+_STATE = "trainer_state.json"
+_STRANGE = (KeyError, ValueError, TypeError, AttributeError, IndexError)  # of states that are none
+_PARTS = ("optimizer.pt", "scheduler.pt")  # of checkpoints of earlier versions, which have no list
 
 logger = logging.getLogger(__name__)
 
-# of a run that goes on: how long, what is told and measured; and what checkpoints themselves tell of adapters and rows
-_MAY_CHANGE = {
-    "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
-    "steps", "epochs", "eval", "eval_split", "adapter", "rank", "alpha", "targets", "layers", "outside",
-    "train", "train_split", "limit", "format", "target", "target_share", "method",
-    "drop_rows", "eval_share", "bad_rows", "sharding", "auto_batch",
-}  # fmt: skip
-_HALVED = ("batch_size", "accumulate")  # by `auto_batch`, which keeps the rows of a step
-_NAMED_IN_FULL = ("model", "from_adapter")  # in a run's recipe, where they are folders
 
-_PARTS = 10  # of a run, after each of which it is saved
-_LEAST = 10  # steps between two of these, so that short runs do not save more than they train
-_SECONDS = 15 * 60  # after which a step is saved in any case
-_KEPT = 2  # newest checkpoints, besides that of the least held-out loss
+class Sealing(TrainerCallback):  # type: ignore[misc]
+    """Ends a checkpoint when every other callback has written its part of it, and lets older ones go only then.
 
-
-class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Has the Trainer save what a killed run goes on from, where a recipe does not say how often (ours).
-
-    After every tenth of the run, after a quarter of an hour at the latest, at its end, and where an evaluation finds
-    less loss than all before; kept are the last two, and that of the least loss.
+    It must stand behind all of them.
     """
-
-    def __init__(self) -> None:
-        self._saved = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Set how often, now that the Trainer knows its steps."""
-        args.save_strategy, args.save_total_limit = SaveStrategy.STEPS, _KEPT
-        state.save_steps = max(_LEAST, math.ceil(state.max_steps / _PARTS))
-        self._saved = time.monotonic()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save a step that comes late after the last one."""
-        late = time.monotonic() - self._saved >= _SECONDS
-        if on_any_rank(late, args.device):  # clocks differ, and ranks save together or not at all
-            control.should_save = True
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save where the held-out loss is the least so far."""
-        if evaluations_since_best(state) == 0:
-            control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note when it was."""
-        self._saved = time.monotonic()
+        """List the files."""
+        wait_for_all()  # every rank writes its generators' state
+        if args.should_save:
+            seal(checkpoint_of(args, state))
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
 
-class EarlyStop(TrainerCallback):  # type: ignore[misc]
-    """Stops training where evaluations find no less held-out loss any more, and has the best kept.
-
-    Not transformers' own, whose count begins anew when a run goes on: this one counts in the Trainer's history, which
-    stands in every checkpoint.
-    """
-
-    def __init__(self, patience: int) -> None:
-        self._patience = patience
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Have the Trainer put the best in the place of the last, and say where there are too few evaluations."""
-        args.load_best_model_at_end = True
-        by_steps = args.eval_strategy == IntervalStrategy.STEPS
-        evaluations = math.ceil(state.max_steps / state.eval_steps) if by_steps else state.num_train_epochs
-        if evaluations <= self._patience + 1:  # after the last nothing is left to stop
-            logger.warning(
-                "patience %d cannot stop this run, which has %s: the best is kept all the same; evaluate more often, "
-                "with eval_every",
-                self._patience,
-                counted(evaluations, "evaluation"),
-            )
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save where the loss is the least so far, and where training stops."""
-        since = evaluations_since_best(state)
-        if since >= self._patience:
-            control.should_training_stop = True
-            if state.global_step < state.max_steps and state.is_world_process_zero:
-                logger.info("stopped early, at step %d of %d: patience has run out", state.global_step, state.max_steps)
-        control.should_save |= since == 0 or since >= self._patience
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """Folder of the checkpoint of this step."""
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def evaluations_since_best(state: TrainerState) -> int:
-    """Evaluations after the first one of least loss; 0 where the last is it, and before the first."""
-    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-
-def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
-    """The checkpoint to go on from, of a recipe that says to resume.
+@contextmanager
+def read_of(checkpoint: str | None) -> Iterator[None]:
+    """Turn a checkpoint's file that is no state of a run, though it is as it was written, into one sentence.
 
     Raises:
-        InputError: There is no complete one where the recipe says.
+        TrainingError: Something in the block could not be read from it.
     """
-    if recipe.resume is True:
-        return newest_checkpoint(folder.checkpoints)
-    given = Path(str(recipe.resume)).expanduser()
-    if (fault := fault_of(given)) is not None:
-        why = f" ({fault})" if given.is_dir() else ""
-        raise RecipeError(f"{given} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N.")
-    return given
-
-
-def check_same(checkpoint: Path, recipe: Recipe, rows: str) -> None:
-    """Refuse to go on with other settings or rows, by their `digest_of`, than the checkpoint's run was begun with.
-
-    What makes an adapter another one is seen from the checkpoint itself: see `check_adapter`.
-
-    Raises:
-        RecipeError: They differ; the message names what, and both values.
-    """
-    run = checkpoint.absolute().parents[1]
-    if not (run / RECIPE).is_file():
-        return
-    before: Recipe = load_recipe(run / RECIPE)
-    free = {*_MAY_CHANGE, *(_HALVED if recipe.auto_batch and _rows_of_step(before) == _rows_of_step(recipe) else ())}
-    other = [("method", before.method, recipe.method)] if before.method != recipe.method else []
-    for name, was, now in [*other, *differences(before, recipe, free)]:
-        if name in _NAMED_IN_FULL and was and now and _in_full(was) == _in_full(now):
-            continue
-        raise RecipeError(
-            f"{checkpoint} is of a run with {name} {was}, this recipe has {now}: set {name} as that run did, or train "
-            "in another folder with --out"
-        )
-    if (run / ROWS).is_file() and (run / ROWS).read_text(encoding="utf-8").strip() != rows:
-        raise RecipeError(
-            f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: bring these back, or "
-            "train in another folder with --out"
-        )
-
-
-def _rows_of_step(recipe: Recipe) -> int:
-    return recipe.batch_size * recipe.accumulate
-
-
-def _in_full(name: str) -> Path:
-    return Path(name).expanduser().resolve()
-
-
-def digest_of(data: Dataset) -> str:
-    """What tells tokenised rows from others: a hash of their tokens, what is learned of them, and their weights."""
-    digest = hashlib.sha256()
-    for column in ("input_ids", "labels"):
-        for chunk in data.data.column(column).chunks:
-            digest.update(_with_lengths(chunk))
-    if WEIGHT in data.column_names:
-        digest.update(array("d", data[WEIGHT]).tobytes())
-    return digest.hexdigest()
-
-
-def _with_lengths(lists: Any) -> bytes:
-    """Lists of numbers, each behind its length, as int64."""
-    lengths, values = lists.value_lengths().to_numpy(), lists.flatten().to_numpy()
-    starts = lengths.cumsum() - lengths + np.arange(len(lengths))
-    numbers = np.empty(len(lengths) + len(values), dtype=np.int64)
-    is_length = np.zeros(len(numbers), dtype=bool)
-    is_length[starts] = True
-    numbers[is_length], numbers[~is_length] = lengths, values
-    return numbers.tobytes()
-
-
-def end_of(checkpoint: Path, arguments: TrainingArguments, rows: int, patience: int | None = None) -> str | None:
-    """Why nothing is left to do from a checkpoint on, of a run on so many rows; None where something is."""
-    steps = planned_steps(arguments, rows)
-    if step_of(checkpoint) >= steps:
-        return (
-            f"{checkpoint} is the end of its run: all of {steps} steps are done, and nothing was touched; give more "
-            "--steps or --epochs to go on"
-        )
-    since = evaluations_since_best(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
-    if patience is not None and since >= patience:
-        return (
-            f"{checkpoint} is the end of its run: {counted(since, 'evaluation')} in a row found no less held-out loss, "
-            "and nothing was touched; give more --patience to go on"
-        )
-    return None
-
-
-def check_layers(checkpoint: Path, layers: Sequence[int], outside: Sequence[str] = ()) -> None:
-    """Refuse a checkpoint that is not of the layers, by their numbers, and what else the recipe has train.
-
-    Raises:
-        RecipeError: They differ, or the checkpoint is of a run with an adapter.
-    """
-    if not holds_tuned(checkpoint):
-        raise _other_run(checkpoint, "it holds an adapter", "adapter full", "adapter")
-    about = read_about(checkpoint)
-    for name, saved, asked in (("layers", about.layers, layers), ("outside", about.outside, outside)):
-        if list(saved) != list(asked):
-            raise _other_run(checkpoint, f"it holds the {name} {list(saved)}", str(list(asked)), name)
-
-
-def check_adapter(checkpoint: Path, config: Any) -> None:
-    """Refuse a checkpoint whose adapter is not the one on the model, of which `config` is PEFT's.
-
-    Raises:
-        RecipeError: They differ; the message names the setting.
-    """
-    if holds_tuned(checkpoint):
-        raise _other_run(checkpoint, "it holds layers that were tuned themselves", "an adapter in them", "adapter")
-    path = checkpoint / "adapter_config.json"
     try:
-        saved = parsed(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
-    for key, name in _what_tells(config).items():
-        of_checkpoint, of_recipe = _plain(saved.get(key)), _plain(getattr(config, key))
-        if of_checkpoint != of_recipe:
-            of_checkpoint, of_recipe = _difference(of_checkpoint, of_recipe)
-            raise _other_run(checkpoint, f"its adapter has {key} = {of_checkpoint}", str(of_recipe), name)
+        yield
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError, *_STRANGE) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TrainingError(
+            f"{checkpoint} cannot be read ({why_unreadable(error)}): go on from another checkpoint, or train in "
+            "another folder."
+        ) from error
 
 
-def _what_tells(config: Any) -> dict[str, str]:
-    """What makes an adapter another one: key of its config -> how a recipe calls it."""
-    carrier = CARRIERS[str(carrier_of(vars(config)))]
-    kept = {key: name for name, key in carrier.keys.items() if name not in ("dropout", "init")}
-    return {**dict.fromkeys(carrier.marks, "adapter"), **kept, "target_modules": "targets and layers"}
+def begin(checkpoint: Path) -> None:
+    """Mark a folder as one that is being written, before anything else in it is."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    with (checkpoint / _MARK).open("wb"):
+        pass
+    to_disk(checkpoint, all_in_it=False)
+    (checkpoint / SEAL).unlink(missing_ok=True)
 
 
-def _other_run(checkpoint: Path, what: str, asked: str, name: str) -> RecipeError:
-    return RecipeError(
-        f"{checkpoint} is of another run: {what}, this recipe asks for {asked}; set {name} as that run did, or train "
-        "in another folder with --out."
-    )
+def seal(checkpoint: Path) -> None:
+    """Bring a checkpoint that has all its files to the disk itself, list them, and take off the mark."""
+    to_disk(checkpoint)
+    files = {name: [path.stat().st_size, hash_of(path)] for name, path in _files(checkpoint).items()}
+    with write_beside(checkpoint / SEAL) as [beside]:
+        beside.write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+    (checkpoint / _MARK).unlink()
+    to_disk(checkpoint, all_in_it=False)
 
 
-def _difference(one: Any, other: Any) -> tuple[Any, Any]:
-    """Leave out of two lists, which may be long, what they share."""
-    if not isinstance(one, list) or not isinstance(other, list):
-        return one, other
-    only_one, only_other = [x for x in one if x not in other], [x for x in other if x not in one]
-    return only_one or "nothing", f"{only_other or 'nothing'} in their place"
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint that is as it was written."""
+    return fault_of(checkpoint) is None
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list | tuple | set) else value
+def fault_of(checkpoint: Path, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None where it is whole. Without `hashes` names and sizes alone are looked at."""
+    if (checkpoint / _MARK).exists():
+        return "it was not written to its end"
+    try:
+        state = parsed((checkpoint / _STATE).read_text(encoding="utf-8"))
+        int(state["global_step"])
+        listed = parsed((checkpoint / SEAL).read_text(encoding="utf-8")) if (checkpoint / SEAL).exists() else None
+        return _without_list(checkpoint) if listed is None else _against(checkpoint, listed, hashes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _without_list(checkpoint: Path) -> str | None:
+    missing = [name for name in _PARTS if not (checkpoint / name).is_file()]
+    if not any(checkpoint.glob("*.safetensors")):
+        missing.append("its weights")
+    return f"{', '.join(missing)} missing" if missing else None
+
+
+def _against(checkpoint: Path, listed: Any, hashes: bool) -> str | None:
+    """Compare files with the list of them."""
+    if not isinstance(listed, dict):
+        return f"{SEAL} is no list of files"
+    found = _files(checkpoint)
+    for name, [size, digest] in listed.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].stat().st_size != size or (hashes and hash_of(found[name]) != digest):
+            return f"{name} is not what was written"
+    return None if _STATE in listed else f"{SEAL} does not name {_STATE}"
+
+
+def _files(checkpoint: Path) -> dict[str, Path]:
+    """Files of a checkpoint by their names in it, but for list and mark."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return {path.relative_to(checkpoint).as_posix(): path for path in paths if path.name not in (SEAL, _MARK)}
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done at a complete checkpoint."""
+    return int(parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def best_in(folder: Path, checkpoint: Path) -> Path | None:
+    """The checkpoint of least held-out loss up to another; None where `folder` does not have it."""
+    best = parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
+    path = folder / f"checkpoint-{best}"
+    return path if path.is_dir() else None
+
+
+def whole_checkpoints(folder: Path) -> Iterator[Path]:
+    """Checkpoints in `folder` that are as they were written, the newest first."""
+    return (path for path in reversed(checkpoints_in(folder)) if fault_of(path) is None)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in `folder` that is whole; one that is half-written or damaged is passed over.
+
+    Raises:
+        InputError: When there is none.
+    """
+    for path in reversed(checkpoints_in(folder)):
+        if (fault := fault_of(path)) is None:
+            return path
+        logger.warning("%s is not whole: %s; the one before it is looked at", path, fault)
+    damaged = any(fault_of(path, hashes=False) is None for path in checkpoints_in(folder))
+    instead = "all are damaged: train in another folder" if damaged else "train without --resume"
+    raise InputError(f"No complete checkpoint in {folder}; {instead}.")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders of checkpoints in the order of their steps."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))

@@ -30,12 +30,17 @@ from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import writable_folder, write_beside
 from siftune.base.jsonable import parsed
+from siftune.records.rows import BAD_ROWS
+from siftune.train.folder.checkpoints import (
+    checkpoints_in,
+    fault_of,
+    step_of,
+    whole_checkpoints,
+)
 from siftune.train.folder.selections import OF_0_1, SELECTION, cut_selection
-from siftune.train.whole import fault_of
 
-RECIPE, ROWS, BAD_ROWS = "recipe.yaml", "rows.sha256", "bad_rows.txt"
+RECIPE, ROWS = "recipe.yaml", "rows.sha256"
 METRICS = "metrics.jsonl"
-
 logger = logging.getLogger(__name__)
 
 
@@ -107,7 +112,7 @@ class RunFolder:
 
     def drop_half_written(self) -> None:
         """Remove checkpoints that are not complete: on a full disk the adapter needs their place."""
-        for path in _checkpoints(self.checkpoints):
+        for path in checkpoints_in(self.checkpoints):
             if fault_of(path, hashes=False):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -128,7 +133,7 @@ class RunFolder:
     def is_fresh(self) -> bool:
         """Whether no run has left anything here that was trained."""
         left = self.adapter.exists() or self.returned.exists()
-        return not left and all(fault_of(path, hashes=False) for path in _checkpoints(self.checkpoints))
+        return not left and all(fault_of(path, hashes=False) for path in checkpoints_in(self.checkpoints))
 
     def holds_other(self) -> str | None:
         """What was in the folder before that is no run's, and would be written over or mixed with it; None: nothing."""
@@ -155,44 +160,6 @@ class RunFolder:
         for folder in self._made:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 folder.rmdir()
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done at a complete checkpoint."""
-    return int(parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-
-
-def best_in(folder: Path, checkpoint: Path) -> Path | None:
-    """The checkpoint of least held-out loss up to another; None where `folder` does not have it."""
-    best = parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
-    path = folder / f"checkpoint-{best}"
-    return path if path.is_dir() else None
-
-
-def whole_checkpoints(folder: Path) -> Iterator[Path]:
-    """Checkpoints in `folder` that are as they were written, the newest first."""
-    return (path for path in reversed(_checkpoints(folder)) if fault_of(path) is None)
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in `folder` that is whole; one that is half-written or damaged is passed over.
-
-    Raises:
-        InputError: When there is none.
-    """
-    for path in reversed(_checkpoints(folder)):
-        if (fault := fault_of(path)) is None:
-            return path
-        logger.warning("%s is not whole: %s; the one before it is looked at", path, fault)
-    damaged = any(fault_of(path, hashes=False) is None for path in _checkpoints(folder))
-    instead = "all are damaged: train in another folder" if damaged else "train without --resume"
-    raise InputError(f"No complete checkpoint in {folder}; {instead}.")
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders of checkpoints in the order of their steps."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def _step(line: str) -> float:

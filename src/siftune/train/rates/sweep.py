@@ -26,14 +26,12 @@ from siftune.base.ranks import launch_size
 from siftune.data.rows import Row
 from siftune.evaluate.perplexity import perplexity
 from siftune.recipe.schema import Recipe, compares, rate_of
-from siftune.train.before import trained_and_held_out
-from siftune.train.build import build
-from siftune.train.prepare import Read, prepare, read_rows, refuse_read
-from siftune.train.progress import StepsTold
+from siftune.records.rows import Read, read_rows
+from siftune.train.build import NONE, build
+from siftune.train.callbacks import StepsTold
+from siftune.train.prepare import ModelSource, Source, prepare, refuse_read, trained_and_held_out
 from siftune.train.rates.folder import LRFolder
 from siftune.train.rates.grid import Grid, LRRun, rate_text, recipes_of
-from siftune.train.source import ModelSource, Source
-from siftune.train.trackers import NONE
 
 logger = logging.getLogger(__name__)
 

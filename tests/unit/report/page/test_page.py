@@ -11,7 +11,7 @@ from siftune.base.errors import InputError, RecipeError
 from siftune.cli.common import parse
 from siftune.cli.train import Options
 from siftune.evaluate.measure import MetricRow
-from siftune.records.texts import Text
+from siftune.records.rows import Text
 from siftune.report import show
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page.export import write_figures

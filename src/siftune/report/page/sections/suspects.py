@@ -1,7 +1,7 @@
 """Rows that may be wrong, with their text: what `siftune rows` names."""
 
 from siftune.base.errors import InputError
-from siftune.records.texts import Text
+from siftune.records.rows import Text
 from siftune.records.visits import NAME
 from siftune.report.page.figure import slug
 from siftune.report.page.section import Cell, Grid, Section

@@ -1,5 +1,7 @@
-"""What a user sees of a training run, and what its metrics file holds."""
+"""Callbacks of a training run: metrics, progress, regular checkpoints, early stopping."""
 
+import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from siftune.base.environment import peak_memory_mb
 from siftune.base.words import counted
+from siftune.engine.ranks import on_any_rank
 from siftune.train.folder.run import RunFolder
+
+logger = logging.getLogger(__name__)
+_PARTS = 10  # of a run, after each of which it is saved
+_LEAST = 10  # steps between two of these, so that short runs do not save more than they train
+_SECONDS = 15 * 60  # after which a step is saved in any case
+_KEPT = 2  # newest checkpoints, besides that of the least held-out loss
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
@@ -144,3 +154,78 @@ def describe(logs: dict[str, Any]) -> str:
     if "compile_seconds" in logs:
         parts.append(f"{logs['compile_seconds']:,.0f} s compiling")
     return "  ".join(parts)
+
+
+class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Has the Trainer save what a killed run goes on from, where a recipe does not say how often (ours).
+
+    After every tenth of the run, after a quarter of an hour at the latest, at its end, and where an evaluation finds
+    less loss than all before; kept are the last two, and that of the least loss.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set how often, now that the Trainer knows its steps."""
+        args.save_strategy, args.save_total_limit = SaveStrategy.STEPS, _KEPT
+        state.save_steps = max(_LEAST, math.ceil(state.max_steps / _PARTS))
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save a step that comes late after the last one."""
+        late = time.monotonic() - self._saved >= _SECONDS
+        if on_any_rank(late, args.device):  # clocks differ, and ranks save together or not at all
+            control.should_save = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save where the held-out loss is the least so far."""
+        if evaluations_since_best(state) == 0:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note when it was."""
+        self._saved = time.monotonic()
+
+
+class EarlyStop(TrainerCallback):  # type: ignore[misc]
+    """Stops training where evaluations find no less held-out loss any more, and has the best kept.
+
+    Not transformers' own, whose count begins anew when a run goes on: this one counts in the Trainer's history, which
+    stands in every checkpoint.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the Trainer put the best in the place of the last, and say where there are too few evaluations."""
+        args.load_best_model_at_end = True
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS
+        evaluations = math.ceil(state.max_steps / state.eval_steps) if by_steps else state.num_train_epochs
+        if evaluations <= self._patience + 1:  # after the last nothing is left to stop
+            logger.warning(
+                "patience %d cannot stop this run, which has %s: the best is kept all the same; evaluate more often, "
+                "with eval_every",
+                self._patience,
+                counted(evaluations, "evaluation"),
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save where the loss is the least so far, and where training stops."""
+        since = evaluations_since_best(state)
+        if since >= self._patience:
+            control.should_training_stop = True
+            if state.global_step < state.max_steps and state.is_world_process_zero:
+                logger.info("stopped early, at step %d of %d: patience has run out", state.global_step, state.max_steps)
+        control.should_save |= since == 0 or since >= self._patience
+
+
+def evaluations_since_best(state: TrainerState) -> int:
+    """Evaluations after the first one of least loss; 0 where the last is it, and before the first."""
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0

@@ -1,6 +1,6 @@
-"""What a run leaves behind when training ends, however it does: what was trained, the summary, the model card."""
+"""Results of a run, however it ends: trained weights, summary, model card."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,49 @@ from siftune.base.environment import peak_memory_mb
 from siftune.base.files import disk_faults
 from siftune.data.encoder import writes_chat
 from siftune.methods.dp.accounting import statement
+from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.models.origin import Origin, origin_of
 from siftune.models.portable import save_tokenizer
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.card import card_with_usage, model_card
-from siftune.train.folder.run import RunFolder, step_of, whole_checkpoints
-from siftune.train.followed import Followed
+from siftune.train.folder.checkpoints import step_of, whole_checkpoints
+from siftune.train.folder.run import RunFolder
+from siftune.train.folder.weights import save_adapter
 from siftune.train.guards.non_finite import SKIPPED, skipped_steps
-from siftune.train.source import Source
-from siftune.train.start import save_adapter
+from siftune.train.prepare import Source
 from siftune.train.trainer import LayerTrainer, SiftTrainer
+
+
+class Followed:
+    """Counts over the batches of a run, on this rank, since it was resumed; `sources` says where each row is from."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self._sources = sources
+        self._followed: dict[str, float] = {}
+        self._seen: dict[str, int] = {}
+
+    def note(self, choice: SampleChoice, rows: Sequence[int]) -> None:
+        """Count the choice in a batch, whose rows have these numbers among the training rows."""
+        for row in rows:
+            self._seen[self._sources[row]] = self._seen.get(self._sources[row], 0) + 1
+        for unit in choice.selected.tolist():
+            for place in unit:
+                if place < 0:  # where a layer followed fewer rows than another
+                    continue
+                source = self._sources[rows[place]]
+                self._followed[source] = self._followed.get(source, 0.0) + 1 / len(choice.layers)
+
+    def shares(self) -> dict[str, float]:
+        """Source -> share of its rows that were followed, 0 to 1: the mean over layers; empty where nothing was chosen.
+
+        Example:
+            >>> followed, scores = Followed(["web", "books"]), torch.zeros(2, 2)
+            >>> choice = SampleChoice(0, 0, ("a", "b"), (0, 1), scores, torch.tensor([[0], [1]]))
+            >>> followed.note(choice, [0, 1])
+            >>> followed.shares()
+            {'books': 0.5, 'web': 0.5}
+        """
+        return {source: round(self._followed.get(source, 0.0) / self._seen[source], 4) for source in sorted(self._seen)}
 
 
 @dataclass(frozen=True)

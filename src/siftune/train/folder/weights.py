@@ -1,0 +1,182 @@
+"""Trained weights in a folder: an adapter in PEFT's format, or decoder layers.
+
+FOLDER/                      of an adapter: adapter_config.json, adapter_model.safetensors
+  tuned_layers.safetensors   weights of decoder layers, by name in the model's state dict
+  tuned_layers.json          {"base": source of the base model, "layers": numbers of the layers, "outside": names}
+
+PiSSA and OLoRA move a part of the base's weights into the adapter. The saved adapter must fit the unchanged base, so
+PEFT converts it to an ordinary LoRA of twice the rank, for which it needs the initial values.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from siftune.base.errors import AdapterError, RecipeError
+from siftune.base.jsonable import parsed
+from siftune.models.adapters.registry import CARRIERS, carrier_of
+from siftune.recipe.schema import Recipe
+
+_ADOPTED = ("adapter", "rank", "alpha")  # of a recipe: what an adapter says of itself
+_INITIAL = "initial"  # folder beside the checkpoints
+_WEIGHTS = "tuned_layers.safetensors"
+_ABOUT = "tuned_layers.json"
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of the adapter that a run's folder, or its own, stands for.
+
+    Raises:
+        AdapterError: There is none, or layers were tuned themselves.
+    """
+    given = Path(name).expanduser()
+    for folder in (given / "adapter", given):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+        if holds_tuned(folder):
+            raise AdapterError(
+                f"{folder} holds layers that were tuned themselves, no adapter: export it to a model first"
+            )
+    raise AdapterError(f"from_adapter is {name}, but there is no adapter_config.json in it or in its folder adapter")
+
+
+def adopted(recipe: Recipe) -> Recipe:
+    """Fill in what the adapter says that a recipe's `from_adapter` names: its kind, rank and alpha.
+
+    Raises:
+        AdapterError: It is of a kind that is not known, or cannot be read.
+        RecipeError: The recipe asks for something else.
+    """
+    if recipe.from_adapter is None:
+        return recipe
+    path = adapter_folder(recipe.from_adapter) / "adapter_config.json"
+    try:
+        config = parsed(path.read_text(encoding="utf-8"))
+        kind = carrier_of(config)
+        keys = {"adapter": "peft_type"} if kind is None else CARRIERS[kind].keys
+        own = {name: config[key] for name, key in keys.items() if name in _ADOPTED}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
+    if kind is None:
+        raise AdapterError(f"{path} is of the kind {own['adapter']}; known kinds: {', '.join(CARRIERS)}")
+    own["adapter"] = kind
+    for name, value in own.items():
+        asked = getattr(recipe, name)
+        if asked not in (getattr(Recipe, name), value):
+            raise RecipeError(f"{name} is {asked}, but the adapter in {path.parent} has {value}: leave {name} out")
+    return replace(recipe, **own)
+
+
+def keep_initial(model: PeftModel, folder: Path) -> None:
+    """Write an adapter's first values beside a run's checkpoints, for `save_adapter`."""
+    write_adapter(model, folder / _INITIAL)
+
+
+def write_adapter(model: PeftModel, folder: Path, **given: Any) -> None:
+    """Write an adapter in PEFT's format, without PEFT's template of a card, which says nothing of it.
+
+    Embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out.
+
+    Args:
+        model: The tuned model.
+        folder: Where to; a card that stands there goes.
+        given: Further arguments of PEFT's `save_pretrained`.
+    """
+    model.save_pretrained(folder, save_embedding_layers=False, **given)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:
+    """Write an adapter that fits the base as it was; `keep_initial` may have left first values in `checkpoints`."""
+    initial = checkpoints / _INITIAL
+    first = str(initial) if initial.is_dir() else None
+    with warnings.catch_warnings():  # PEFT asks for the very conversion that it is making here
+        warnings.filterwarnings("ignore", message="(PiSSA|OLoRA) changes the base weights")
+        write_adapter(model, path, path_initial_model_for_weight_conversion=first)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the weights in a folder belong to."""
+
+    base: str  # source of the base model, for `load_model`
+    layers: tuple[int, ...]  # numbers of the layers, from 0, ascending
+    outside: tuple[str, ...] = ()  # what else was trained: "embeddings", "head"
+
+
+def save_tuned(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
+    """Write weights, by name in the model's state dict, and what they belong to; `folder` is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / _WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps({**asdict(about), "layers": list(about.layers), "outside": list(about.outside)}, indent=2) + "\n"
+    (folder / _ABOUT).write_text(text, encoding="utf-8")
+
+
+def holds_tuned(folder: Path) -> bool:
+    """Whether a folder holds tuned layers."""
+    return (folder / _ABOUT).is_file()
+
+
+def read_about(folder: Path) -> About:
+    """Read what the weights in a folder belong to.
+
+    Raises:
+        AdapterError: The file is damaged.
+    """
+    path = folder / _ABOUT
+    try:
+        content = parsed(path.read_text(encoding="utf-8"))
+        base, layers, outside = content["base"], content["layers"], content.get("outside", [])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path} can't be read ({error}); train again.") from error
+    if not isinstance(base, str) or not isinstance(layers, list) or not all(type(n) is int for n in layers):
+        raise AdapterError(f"{path} must hold `base`, a text, and `layers`, a list of whole numbers; train again.")
+    if not isinstance(outside, list) or not all(isinstance(name, str) for name in outside):
+        raise AdapterError(f"{path}: `outside` must be a list of names; train again.")
+    return About(base, tuple(layers), tuple(outside))
+
+
+def read_tuned(folder: Path) -> dict[str, Tensor]:
+    """Read weights, by name in the model's state dict.
+
+    Raises:
+        AdapterError: The file is missing or damaged, or a value is not finite.
+    """
+    path = folder / _WEIGHTS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} can't be read ({error}); train again.") from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{path}: {name} holds NaN or infinity; train again with a lower --lr.")
+    return tensors
+
+
+def put_in(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Put tensors, by name, in the place of a model's own, in the dtype and on the device of these.
+
+    Raises:
+        AdapterError: The model has no such tensor, or one of another shape; then nothing is changed.
+    """
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = f"shape {tuple(own[name].shape)}" if name in own else "nothing"
+            raise AdapterError(
+                f"the layers in {source} don't fit the model: {name} has shape {tuple(tensor.shape)}, the model has "
+                f"{found} there; give the model that they were trained on."
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
