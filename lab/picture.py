@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
 
-from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selection
+from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
 _RECORDS = Path(__file__).parent / "results" / "picture"
 _EMPTY = "#f8f9fa"  # a cell in which nothing trained
@@ -43,7 +43,7 @@ def main() -> None:
 
 def records(run: Path) -> list[LayersOfStep | RowsOfBatch]:
     """Read the selection records of a run folder."""
-    found = list(read_selection(run))
+    found = list(read_selections(run))
     if not found:
         raise SystemExit(f"{run} has no record of selection; give the folder of a run with IST or GAST")
     return found

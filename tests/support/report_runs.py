@@ -13,9 +13,10 @@ from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.report.evals import Answer, Eval, record_eval
 from siftune.train.folder.run import RunFolder
-from siftune.train.folder.selections import SelectionFile
+from siftune.train.folder.selections import SelectionRecord
 
 KINDS = ("arithmetic", "facts", "wrong")
+SAMPLES = 8  # rows of a batch
 
 
 def save_run(path: Path, method: str = "dense", steps: int = 40, depth: int = 12, seed: int = 0, **settings) -> Path:
@@ -33,10 +34,12 @@ def save_run(path: Path, method: str = "dense", steps: int = 40, depth: int = 12
     figures = {"loss_first": 2.1, "loss_last": 0.4, "eval_loss": 0.7 + seed / 50, "seconds": 61.5 + 9 * seed}
     summary = {"steps": steps, **figures, "tokens": 4000, "peak_memory_mb": 1800.0 + 90 * seed, "followed": {}}
     folder.write_run(status="finished", summary=summary)
+    record = SelectionRecord(path, [KINDS[number % 3] for number in range(steps * SAMPLES)])
     if "ist" in method or method in ("rst", "lisa", "cut"):
-        _layers(path, method, steps, depth, generator)
+        _layers(record, method, steps, depth, generator)
     if "gast" in method or method == "greats":
-        _rows(path, method, steps, depth, generator)
+        _rows(record, method, steps, depth, generator)
+    record.write()
     return path
 
 
@@ -50,8 +53,7 @@ def _line(step, steps, generator):
     }  # fmt: skip
 
 
-def _layers(path, method, steps, depth, generator):
-    record = SelectionFile(path, [], scores=True)
+def _layers(record, method, steps, depth, generator):
     importance = torch.zeros(depth, dtype=torch.float64)
     for step in range(steps):
         moved = method.startswith("ist") and step % 10 == 0 and step > 0
@@ -63,16 +65,14 @@ def _layers(path, method, steps, depth, generator):
         record.layers(LayerChoice(step, tuple(sorted(chosen.tolist())), given, moved))
 
 
-def _rows(path, method, steps, depth, generator, samples=8):
-    kinds = [KINDS[number % 3] for number in range(steps * samples)]
-    record = SelectionFile(path, kinds, scores=True)
+def _rows(record, method, steps, depth, generator):
     units = 1 if method == "greats" else depth
     for step in range(steps):
-        rows = list(range(step * samples, (step + 1) * samples))
-        kind = np.array([KINDS.index(kinds[row]) for row in rows])
-        common = 1.0 - kind + generator.normal(size=samples)
-        scores = torch.from_numpy(1e-9 * (common + 0.7 * generator.normal(size=(units, samples)))).float()
-        selected = scores.topk(samples // 2).indices.sort().values
+        rows = list(range(step * SAMPLES, (step + 1) * SAMPLES))
+        kind = np.array([row % 3 for row in rows])
+        common = 1.0 - kind + generator.normal(size=SAMPLES)
+        scores = torch.from_numpy(1e-9 * (common + 0.7 * generator.normal(size=(units, SAMPLES)))).float()
+        selected = scores.topk(SAMPLES // 2).indices.sort().values
         layers = (-1,) if method == "greats" else tuple(range(depth))
         record.rows(SampleChoice(step, 0, tuple(map(str, layers)), layers, scores, selected), rows)
 

@@ -10,7 +10,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.methods import METHODS
 from siftune.recipe.schema import Recipe
-from siftune.train.folder.selections import read_selection
+from siftune.train.folder.selections import read_selections
 
 
 def save_base(folder: Path) -> Path:
@@ -48,7 +48,7 @@ def choices_of(run: Path) -> list[dict[str, Any]]:
     """Read what a run chose; arrays as lists, so that records can be compared."""
     return [
         {key: value.tolist() if hasattr(value, "tolist") else value for key, value in asdict(record).items()}
-        for record in read_selection(run)
+        for record in read_selections(run)
     ]
 
 

@@ -35,7 +35,7 @@ from siftune.train.build import Built, build, check_trackers, trainable
 from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
 from siftune.train.folder.checkpoints import best_in, step_of
 from siftune.train.folder.run import RECIPE, ROWS, RunFolder
-from siftune.train.folder.selections import SelectionFile
+from siftune.train.folder.selections import SelectionRecord
 from siftune.train.folder.weights import adopted
 from siftune.train.guards.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
 from siftune.train.guards.non_finite import refuse_broken_end
@@ -126,17 +126,18 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     rows, data = prepared.rows, prepared.data
     view = ProgressView(console)
     metrics = Metrics(folder, lambda: built.active_layers(), lambda: built.compiling())
-    record, signals = _row_record(recipe, folder, rows["train"]), Interrupts()
-    own = [metrics, view, *_saving(recipe), *record, signals]
+    kinds, signals = sources(rows["train"]), Interrupts()
+    selections = [SelectionRecord(folder.path, kinds)] if rank() == 0 else []
+    records: list[RowRecord | SelectionRecord] = [*_row_record(recipe, folder, rows["train"]), *selections]
+    own = [metrics, view, *_saving(recipe), *records, signals]
     built = build(recipe, model, tokenizer, data, folder.checkpoints, own)
     built.trainer.broken.name = lambda row: rows["train"][row].origin
     stand_first(built.trainer, metrics)  # trackers read a line before other callbacks extend it
     digest = digest_of(data["train"])
     ended = checkpoint is not None and _has_ended(checkpoint, recipe, digest, built.trainer, folder)
-    kinds = sources(rows["train"])
     followed = Followed(kinds)
-    if built.trainer.is_world_process_zero():
-        _record(built, SelectionFile(folder.path, kinds, True), followed)
+    for each in selections:
+        _record(built, each, followed)
     recorded = anchored(replace(recipe, resume=False))
     console.print(short_form(recipe, prepared, built, folder.path), markup=False)
     if rank() == 0:
@@ -145,7 +146,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     def release() -> None:
         view.close()
         built.release()
-        for part in record:
+        for part in records:
             part.leave()
 
     fit = partial(_train_on, built.trainer, signals, checkpoint, ended, best=recipe.patience is not None)
@@ -246,7 +247,7 @@ def _row_record(recipe: Recipe, folder: RunFolder, rows: Sequence[Row]) -> list[
     return [RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows))]
 
 
-def _record(built: Built, record: SelectionFile, followed: Followed) -> None:
+def _record(built: Built, record: SelectionRecord, followed: Followed) -> None:
     """Have every choice written to the run folder; of rows by their numbers in the training rows, too."""
 
     def note(choice: Any) -> None:

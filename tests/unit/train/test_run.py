@@ -83,7 +83,7 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     done = train(given, QUIET)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "rows.sha256", "rows.parquet", "run.json", "metrics.jsonl", "selection.bin", "adapter",
+        "recipe.yaml", "rows.sha256", "rows.parquet", "run.json", "metrics.jsonl", "selections.parquet", "adapter",
         "checkpoints", "README.md",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == resolve_recipe(given)

@@ -34,7 +34,7 @@ def test_it_is_made_and_left_empty(folder):
     assert folder.is_fresh()
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "rows.sha256", "bad_rows.txt", "selection.bin"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "rows.sha256", "bad_rows.txt", "selections.parquet"])
 def test_a_failed_start_takes_back_what_it_wrote(folder, name):
     def fail():
         folder.write(name, "text")
@@ -114,11 +114,9 @@ def test_the_adapter_is_replaced_whole_or_not_at_all(folder):
 
 def test_records_are_cut_behind_a_step(folder):
     for step in range(6):
-        folder.append("selection.jsonl", {"step": step})  # steps done before
         folder.append("metrics.jsonl", {"step": step + 1, "loss": 1.0})
     folder.append("metrics.jsonl", {"step": 4, "eval_loss": 1.0})
     folder.cut_records(4)
-    assert [line["step"] for line in lines(folder.path / "selection.jsonl")] == [0, 1, 2, 3]
     assert [line["step"] for line in lines(folder.path / "metrics.jsonl")] == [1, 2, 3, 4, 4]
     RunFolder(folder.path / "empty").cut_records(3)
 

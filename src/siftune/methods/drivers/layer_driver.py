@@ -45,19 +45,6 @@ class LayerChoice:
     rewards: tuple[float, ...] = ()
     suppressed: tuple[tuple[int, ...], ...] = ()
 
-    def record(self, scores: bool = False) -> dict[str, Any]:
-        """JSON-ready form, for a run's selection records; layers have no `scores` of rows to leave out."""
-        record: dict[str, Any] = {"step": self.step, "layers": list(self.layers)}
-        if self.moved and self.importance is not None:
-            record["importance"] = self.importance.tolist()
-        if self.losses:
-            record |= {
-                "losses": list(self.losses),
-                "rewards": list(self.rewards),
-                "suppressed": [list(layers) for layers in self.suppressed],
-            }
-        return record
-
 
 class LayerStack(NamedTuple):
     """The layers that a policy chooses from."""

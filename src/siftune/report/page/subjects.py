@@ -17,7 +17,7 @@ from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
 from siftune.report.page.words import duration
 from siftune.train.folder.run import RECIPE
-from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selection
+from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
 # what fails in a file that holds something else than it ought to
 STRANGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
@@ -46,7 +46,7 @@ class RunData:
     @cached_property
     def selection(self) -> list[LayersOfStep | RowsOfBatch]:
         """What every step chose."""
-        return list(read_selection(self.path))
+        return list(read_selections(self.path))
 
     @property
     def layers(self) -> list[LayersOfStep]:

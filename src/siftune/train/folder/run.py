@@ -1,18 +1,18 @@
 """The folder that a training run leaves behind.
 
     RUN/
-      recipe.yaml       every setting, resolved
-      run.json          status, versions, hardware, summary
-      rows.sha256       what tells its training rows from others
-      bad_rows.txt      rows that were left out, and why, where there were any
-      metrics.jsonl     one line per log: step, loss, learning rate, tokens per second, peak memory
-      rows.parquet      one line per row and visit: its loss, and what methods made of it; for siftune rows
-      selection.bin     what every step chose: see selection_file.py; selection.jsonl in runs of 0.1
-      eval.json         what siftune eval found, with answers: see report/evals.py
-      adapter/          the adapter in PEFT's format, or the layers that were tuned themselves; and the tokenizer
-      return/           of a run on a kit: what goes back to the model's owner
-      checkpoints/      the Trainer's checkpoints, for --resume
-      README.md         model card
+      recipe.yaml         every setting, resolved
+      run.json            status, versions, hardware, summary
+      rows.sha256         what tells its training rows from others
+      bad_rows.txt        rows that were left out, and why, where there were any
+      metrics.jsonl       one line per log: step, loss, learning rate, tokens per second, peak memory
+      rows.parquet        one line per row and visit: its loss, and what methods made of it; for siftune rows
+      selections.parquet  one line per choice of layers or rows: see selections.py
+      eval.json           what siftune eval found, with answers: see report/evals.py
+      adapter/            the adapter in PEFT's format, or the layers that were tuned themselves; and the tokenizer
+      return/             of a run on a kit: what goes back to the model's owner
+      checkpoints/        the Trainer's checkpoints, for --resume
+      README.md           model card
 
 Single files are written beside their place and moved into it, so that a full disk leaves the old one intact.
 """
@@ -37,7 +37,7 @@ from siftune.train.folder.checkpoints import (
     step_of,
     whole_checkpoints,
 )
-from siftune.train.folder.selections import OF_0_1, SELECTION, cut_selection
+from siftune.train.folder.selections import SELECTIONS
 
 RECIPE, ROWS = "recipe.yaml", "rows.sha256"
 METRICS = "metrics.jsonl"
@@ -99,16 +99,14 @@ class RunFolder:
                 save(path)
 
     def cut_records(self, step: int) -> None:
-        """Drop metrics and selections after `step`, which a resumed run will write again."""
-        cut_selection(self.path, step)
-        for name, first_dropped in ((METRICS, step + 1), (OF_0_1, step)):
-            path = self.path / name
-            if path.exists():
-                try:
-                    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                except OSError as error:
-                    raise InputError(f"{path} cannot be read ({error.strerror}); put it away to go on") from error
-                self.write(name, "".join(line + "\n" for line in lines if _step(line) < first_dropped))
+        """Drop metrics after `step`, which a resumed run will write again."""
+        path = self.path / METRICS
+        if path.exists():
+            try:
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror}); put it away to go on") from error
+            self.write(METRICS, "".join(line + "\n" for line in lines if _step(line) <= step))
 
     def drop_half_written(self) -> None:
         """Remove checkpoints that are not complete: on a full disk the adapter needs their place."""
@@ -153,7 +151,7 @@ class RunFolder:
             raise
 
     def _take_back(self) -> None:
-        for name in {RECIPE, ROWS, BAD_ROWS, SELECTION} - self._found:
+        for name in {RECIPE, ROWS, BAD_ROWS, SELECTIONS} - self._found:
             (self.path / name).unlink(missing_ok=True)
         if self.checkpoints.name not in self._found:
             shutil.rmtree(self.checkpoints, ignore_errors=True)

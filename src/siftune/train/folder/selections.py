@@ -1,253 +1,265 @@
-"""What selection chose in a run, step by step: written while it trains, in few bytes, and read again for reports.
+"""The selections of a run: RUN/selections.parquet, and a copy in each checkpoint.
 
-    RUN/selection.bin
-      the 8 bytes b"siftsel1", then frames: kind (1 byte), length of the body (uint32), body; little-endian throughout
+One line for each choice, in the order of training: of layers for a step, or of rows for a batch.
 
-    kind  body
-    N     the training rows' sources: JSON list of their names, a line break, and the number of each row's name
-          (uint16), deflated; holds for what follows it
-    L     a step's layers: JSON, as `LayerChoice.record`
-    S     a batch's rows: step (uint32), batch, units U, samples S, rows R (uint16 each), scored (uint8); numbers of the
-          units' layers (U int16); who follows whom (U·S bits); numbers of the rows in the training data (R uint32); and
-          where they were scored, of every unit a power of two (U int8) and its scores as shares of it (U·S float16)
+    step        int32           optimizer steps done before it
+    batch       int32           number of the batch in the step; null for a choice of layers
+    layers      list<int16>     layers that train; for rows the (U,) layers that choose, -1 for one choice for all layers
+    importance  list<float64>   (L,) importance logits, if the step changed them
+    losses      list<float64>   losses of the candidate sets, if the step compared them
+    rows        list<int32>     (S,) numbers of the batch's rows among the training rows
+    sources     list<string>    (S,) the sources of these rows, if they are recorded
+    followed    list<bool>      (U·S,) whether a layer follows a row, layer by layer
+    scores      list<float32>   (U·S,) scores of the rows, layer by layer; NaN for a row without a score
 
-With 16 rows and 30 layers a batch takes 1,192 bytes, scores included. A score keeps 11 bits, down to 2⁻¹⁴ of the
-largest in its layer. A process that was killed leaves at most the last frame incomplete: reading stops before it, and
-`cut_selection` takes it off before more is written. Runs of 0.1 have selection.jsonl in its place, which is read as
-well.
+A list that does not apply is empty. Read it with pandas, polars, DuckDB or `read_selections`. The file is written with
+each checkpoint and at the end of the run. A resumed run continues the copy in its checkpoint.
 """
 
-import json
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.base.errors import InputError
+from siftune.base.files import write_beside
+from siftune.base.words import one_line
 from siftune.methods.drivers.layer_driver import LayerChoice
-from siftune.methods.drivers.sample_choice import SampleChoice
+from siftune.methods.drivers.sample_choice import WHOLE, SampleChoice
+from siftune.methods.host.callback import resumed_from
 
-SELECTION, OF_0_1 = "selection.bin", "selection.jsonl"
+if TYPE_CHECKING:
+    import pyarrow
 
-_MAGIC = b"siftsel1"
-_FRAME = struct.Struct("<cI")
-_BATCH = struct.Struct("<IHHHHB")
-_NAMES = 2**16  # sources that can be told apart
-_DAMAGE = (
-    ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, struct.error, zlib.error,
-)  # fmt: skip
-_DEEPEST = 2**10  # layers that a model may have: a stranger's record could name any
-_MOST = 2**26  # bytes that their numbers may take: a stranger's record could unfold to any size
+SELECTIONS = "selections.parquet"
+
+_MOST_SOURCES = 2**16  # more names than this name single rows, not kinds of rows
+_MOST_LAYERS = 2**10  # an untrusted file could name any layer
+_MOST_VALUES = 2**28  # an untrusted file could unpack to any size
 
 
 @dataclass(frozen=True)
 class LayersOfStep:
-    """The layers that trained in a step."""
+    """The layers that train in a step."""
 
     step: int  # optimizer steps done before it
     layers: tuple[int, ...]
-    importance: NDArray[np.float64] | None = None  # (L,) logits, where they had moved
-    losses: tuple[float, ...] = ()  # losses of the candidate sets, where they were compared before this step
+    importance: NDArray[np.float64] | None = None  # (L,) logits, if the step changed them
+    losses: tuple[float, ...] = ()  # losses of the candidate sets, if they were compared before this step
 
 
 @dataclass(frozen=True, eq=False)
 class RowsOfBatch:
-    """The rows that each layer followed in a batch."""
+    """The rows that each layer follows in a batch."""
 
     step: int  # optimizer steps done before it
     batch: int  # its number in the step
-    layers: tuple[int, ...]  # (U,) numbers of the layers; -1 where one choice is for all
-    rows: tuple[int, ...]  # (S,) numbers of its rows among the training rows; empty where they are not numbered
-    sources: tuple[str, ...]  # where these rows are from; empty where that was not recorded
-    followed: NDArray[np.bool_]  # (U, S) who follows whom
-    scores: NDArray[np.float32] | None  # (U, S); None where none were kept or needed
+    layers: tuple[int, ...]  # (U,) numbers of the layers; -1 for one choice for all layers
+    rows: tuple[int, ...]  # (S,) numbers of its rows among the training rows; empty if they are not numbered
+    sources: tuple[str, ...]  # (S,) sources of these rows; empty if they are not recorded
+    followed: NDArray[np.bool_]  # (U, S) whether a layer follows a row
+    scores: NDArray[np.float32] | None  # (U, S); None if the choice needed none
 
 
-class SelectionFile:
-    """Writes a run's selection record; `sources` says where each training row is from, `scores` keeps those of rows."""
+class SelectionRecord(TrainerCallback):  # type: ignore[misc]
+    """Records each choice of layers and rows, and writes the file with each checkpoint, on the first rank.
 
-    def __init__(self, folder: Path, sources: Sequence[str], scores: bool) -> None:
-        self._path = folder / SELECTION
-        self._sources = sources
-        self._scores = scores
-        self._begun = False
+    Args:
+        folder: The run folder.
+        sources: The source of each training row, by its number.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+        self._path = folder / SELECTIONS
+        names = {name: name.encode(errors="replace").decode() for name in set(sources)}  # half a surrogate pair
+        self._sources = [names[name] for name in sources] if len(names) <= _MOST_SOURCES else []
+        self._tables: list[pyarrow.Table] = []  # choices in their final form
+        self._lines: list[dict[str, Any]] = []  # choices since then
 
     def layers(self, choice: LayerChoice) -> None:
-        """Add a step's layers."""
-        self._append([_frame(b"L", json.dumps(choice.record()).encode())])
+        """Add a choice of layers."""
+        importance = choice.importance if choice.moved else None
+        self._lines.append(
+            {
+                "step": choice.step,
+                "layers": choice.layers,
+                "importance": () if importance is None else importance.double().tolist(),
+                "losses": choice.losses,
+            }
+        )
 
     def rows(self, choice: SampleChoice, rows: Sequence[int]) -> None:
-        """Add the choice in a batch, whose rows have these numbers among the training rows."""
-        frames = [] if self._begun else [_frame(b"N", _names(self._sources))]
-        self._append([*frames, _frame(b"S", _batch(choice, rows, self._scores))])
-        self._begun = True
+        """Add the choice in a batch; `rows` are the numbers of its rows among the training rows."""
+        followed_US = np.zeros(choice.scores.shape, bool)
+        for unit, numbers in enumerate(choice.followed()):
+            followed_US[unit, numbers] = True
+        with_scores = not choice.scores.isnan().all()
+        has_sources = bool(rows) and max(rows) < len(self._sources)
+        self._lines.append(
+            {
+                "step": choice.step,
+                "batch": choice.batch,
+                "layers": choice.layers,
+                "rows": rows,
+                "sources": [self._sources[row] for row in rows] if has_sources else (),
+                "followed": followed_US.ravel(),
+                "scores": choice.scores.float().numpy().ravel() if with_scores else (),
+            }
+        )
 
-    def _append(self, frames: Sequence[bytes]) -> None:
-        with self._path.open("ab") as file:
-            file.write(b"".join(frames if file.tell() else [_MAGIC, *frames]))
+    def write(self, *places: Path) -> None:
+        """Write the file, and copies; without a choice none is written, and an old one is removed."""
+        import pyarrow
+        from pyarrow import parquet
+
+        if self._lines:
+            schema = _schema()
+            columns = {name: [line.get(name, _DEFAULTS.get(name)) for line in self._lines] for name in schema.names}
+            self._tables.append(pyarrow.table(columns, schema=schema))
+            self._lines = []
+        if not self._tables:
+            self._path.unlink(missing_ok=True)
+            return
+        self._tables = [pyarrow.concat_tables(self._tables)]
+        for path in (self._path, *places):
+            with write_beside(path) as [beside]:
+                parquet.write_table(
+                    self._tables[0],
+                    beside,
+                    compression="zstd",
+                    use_dictionary=["rows.list.element", "sources.list.element"],
+                    column_encoding={"scores.list.element": "BYTE_STREAM_SPLIT"},  # a fifth smaller
+                )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Continue the record in the checkpoint, or begin a new one."""
+        checkpoint = resumed_from(self) if state.global_step else None
+        before = None if checkpoint is None else checkpoint / SELECTIONS
+        self._lines, self._tables = [], [_read(before)] if before is not None and before.is_file() else []
+        self.write()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the file, and a copy into the checkpoint."""
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        self.write(*([checkpoint / SELECTIONS] if checkpoint.is_dir() else []))
+
+    def leave(self) -> None:
+        """Write what is not written yet, after training ended in an exception."""
+        if self._lines:
+            self.write()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the file."""
+        self.write()
 
 
-def read_selection(folder: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
-    """Read a run's selection record, in the order in which it was written; nothing where the run chose nothing.
+def read_selections(folder: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
+    """Read the choices of a run in the order of training; none if the run has no record.
 
     Raises:
-        InputError: The record is damaged, or not of this version.
+        InputError: The record is damaged, or another kind of file.
     """
-    try:
-        if (folder / OF_0_1).is_file():
-            yield from _of_0_1(folder / OF_0_1)
-        if (folder / SELECTION).is_file():
-            yield from _records(folder / SELECTION)
-    except _DAMAGE as error:
-        raise InputError(f"the selection record in {folder} is damaged ({error}): move it elsewhere") from error
-
-
-def _records(path: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
-    names: list[str] = []
-    numbers: NDArray[np.uint16] = np.zeros(0, np.uint16)
-    for _, kind, body in _frames(path):
-        if kind == b"N":
-            names, numbers = _parse_names(body)
-        elif kind == b"L":
-            yield _parse_layers(json.loads(body))
-        elif kind == b"S":
-            yield _parse_batch(body, names, numbers)
-
-
-def cut_selection(folder: Path, step: int) -> None:
-    """Take off what was chosen from `step` on, which a resumed run will write again, and a frame that is not whole."""
-    path = folder / SELECTION
+    path = folder / SELECTIONS
     if not path.is_file():
         return
-    end = len(_MAGIC) if path.stat().st_size >= len(_MAGIC) else 0
-    for after, kind, body in _frames(path):
-        if kind in b"LS" and _step(kind, body) >= step:
-            break
-        end = after
-    with path.open("r+b") as file:
-        file.truncate(end)
+    table = _read(path)
+    steps, batches = (table[name].to_pylist() for name in ("step", "batch"))
+    lists = {name: _lists(table, name) for name in table.column_names[2:]}
+    try:
+        for number, (step, batch) in enumerate(zip(steps, batches, strict=True)):
+            line = {name: values[number] for name, values in lists.items()}
+            yield _layers(step, line) if batch is None else _rows(step, batch, line)
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
 
 
-def _frame(kind: bytes, body: bytes) -> bytes:
-    return _FRAME.pack(kind, len(body)) + body
+def _layers(step: int, line: dict[str, Any]) -> LayersOfStep:
+    layers = _checked(line["layers"], least=0)
+    importance = line["importance"].astype(np.float64)
+    if len(importance) > _MOST_LAYERS:
+        raise ValueError(f"importance of {len(importance)} layers")
+    losses = tuple(line["losses"].astype(np.float64).tolist())
+    return LayersOfStep(int(step), layers, importance if len(importance) else None, losses)
 
 
-def _frames(path: Path) -> Iterator[tuple[int, bytes, bytes]]:
-    """Where each whole frame ends, its kind and its body."""
-    data = path.read_bytes()
-    if data[: len(_MAGIC)] != _MAGIC[: len(data)]:
-        raise InputError(
-            f"{path} is no record of selection that this version reads: take the version of siftune that wrote it"
-        )
-    place = len(_MAGIC)
-    while place + _FRAME.size <= len(data):
-        kind, length = _FRAME.unpack_from(data, place)
-        start, place = place + _FRAME.size, place + _FRAME.size + length
-        if place <= len(data):
-            yield place, kind, data[start:place]
-
-
-def _step(kind: bytes, body: bytes) -> int:
-    return int(json.loads(body)["step"] if kind == b"L" else _BATCH.unpack_from(body)[0])
-
-
-def _names(sources: Sequence[str]) -> bytes:
-    names = {name: number for number, name in enumerate(dict.fromkeys(sources))}
-    if len(names) > _NAMES:  # a name for each row, which tells nothing of kinds of rows
-        return b"[]\n"
-    numbers = np.fromiter((names[source] for source in sources), np.uint16, len(sources))
-    return json.dumps([*names]).encode() + b"\n" + zlib.compress(numbers.astype("<u2").tobytes())
-
-
-def _parse_names(body: bytes) -> tuple[list[str], NDArray[np.uint16]]:
-    names, _, numbers = body.partition(b"\n")
-    return [str(name) for name in json.loads(names)], np.frombuffer(
-        zlib.decompressobj().decompress(numbers, _MOST), "<u2"
+def _rows(step: int, batch: int, line: dict[str, Any]) -> RowsOfBatch:
+    layers, followed, scores = _checked(line["layers"], least=WHOLE), line["followed"], line["scores"]
+    samples, rest = divmod(len(followed), max(1, len(layers)))
+    lengths = (len(line["rows"]), len(line["sources"]))
+    if not samples or rest or len(scores) not in (0, len(followed)) or not {*lengths} <= {0, samples}:
+        raise ValueError(f"a batch of {samples} rows and {len(layers)} layers")
+    shape = len(layers), samples
+    return RowsOfBatch(
+        int(step),
+        int(batch),
+        layers,
+        tuple(line["rows"].astype(np.int64).tolist()),
+        tuple(line["sources"].tolist()),
+        followed.astype(bool).reshape(shape),
+        scores.astype(np.float32).reshape(shape) if len(scores) else None,
     )
 
 
-def _batch(choice: SampleChoice, rows: Sequence[int], scores: bool) -> bytes:
-    units, samples = choice.scores.shape
-    chosen = np.zeros((units, samples), bool)
-    for unit, numbers in enumerate(choice.followed()):
-        chosen[unit, numbers] = True
-    kept = choice.scores.numpy() if scores and not choice.scores.isnan().all() else None
-    return b"".join(
-        [
-            _BATCH.pack(choice.step, choice.batch, units, samples, len(rows), kept is not None),
-            np.array(choice.layers, "<i2").tobytes(),
-            np.packbits(chosen).tobytes(),
-            np.array(rows, "<u4").tobytes(),
-            *([] if kept is None else _packed(kept)),
-        ]
+def _checked(layers: NDArray[Any], least: int) -> tuple[int, ...]:
+    numbers = tuple(layers.astype(np.int64).tolist())
+    if not all(least <= number < _MOST_LAYERS for number in numbers) or len(numbers) > _MOST_LAYERS:
+        raise ValueError(f"layers {min(numbers)} to {max(numbers)}")
+    return numbers
+
+
+def _schema() -> "pyarrow.Schema":
+    import pyarrow
+
+    lists = {
+        "layers": pyarrow.int16(), "importance": pyarrow.float64(), "losses": pyarrow.float64(),
+        "rows": pyarrow.int32(), "sources": pyarrow.string(), "followed": pyarrow.bool_(), "scores": pyarrow.float32(),
+    }  # fmt: skip
+    fields = {"step": pyarrow.int32(), "batch": pyarrow.int32()}
+    return pyarrow.schema(fields | {name: pyarrow.list_(kind) for name, kind in lists.items()})
+
+
+_DEFAULTS: dict[str, tuple[()]] = dict.fromkeys(("importance", "losses", "rows", "sources", "followed", "scores"), ())
+
+
+def _read(path: Path) -> "pyarrow.Table":
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            about = file.metadata
+            columns = (
+                about.row_group(group).column(i)
+                for group in range(about.num_row_groups)
+                for i in range(about.num_columns)
+            )
+            if sum(column.num_values for column in columns) > _MOST_VALUES:
+                raise _damaged(path, "it is too large")
+            table = file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+    if not table.schema.equals(_schema()):
+        raise _damaged(path, "it has other columns")
+    return table
+
+
+def _lists(table: "pyarrow.Table", name: str) -> list[NDArray[Any]]:
+    """The lists of a column, an array for each line."""
+    column = table[name].combine_chunks()
+    values, ends = (
+        column.flatten().to_numpy(zero_copy_only=False),
+        column.value_lengths().fill_null(0).to_numpy().cumsum(),
     )
+    return np.split(values, ends[:-1]) if len(ends) else []
 
 
-def _packed(scores_US: NDArray[Any]) -> list[bytes]:
-    """A power of two for every unit, and its scores as shares of it: gradients can be too small for float16."""
-    sizes_US = np.where(np.isfinite(scores_US), np.abs(scores_US), 0)
-    powers_U = np.frexp(sizes_US.max(1))[1].clip(-127, 127).astype(np.int8)
-    shares_US = np.ldexp(scores_US, -powers_U[:, None].astype(np.int32)).astype("<f2")
-    return [powers_U.tobytes(), shares_US.tobytes()]
-
-
-def _parse_batch(body: bytes, names: Sequence[str], numbers: NDArray[np.uint16]) -> RowsOfBatch:
-    step, batch, units, samples, count, scored = _BATCH.unpack_from(body)
-    place = _BATCH.size
-    if not (0 < units <= _DEEPEST and samples):
-        raise ValueError(f"a batch of {samples} samples and {units} layers")
-
-    def take(kind: str, length: int) -> NDArray[Any]:
-        nonlocal place
-        values = np.frombuffer(body, kind, length, place)
-        place += values.nbytes
-        return values
-
-    layers = tuple(take("<i2", units).tolist())
-    bits = take("u1", -(-units * samples // 8))
-    rows = tuple(take("<u4", count).tolist())
-    scores = None
-    if scored:
-        powers_U = take("i1", units).astype(np.int32)
-        scores = np.ldexp(take("<f2", units * samples).astype(np.float32).reshape(units, samples), powers_U[:, None])
-    followed = np.unpackbits(bits, count=units * samples).astype(bool).reshape(units, samples)
-    sources = tuple(names[numbers[row]] for row in rows) if all(row < len(numbers) for row in rows) else ()
-    return RowsOfBatch(step, batch, layers, rows, sources, followed, scores)
-
-
-def _parse_layers(record: dict[str, Any]) -> LayersOfStep:
-    layers = tuple(map(int, record["layers"]))
-    importance = None if record.get("importance") is None else np.array(record["importance"], np.float64)
-    if not all(0 <= layer < _DEEPEST for layer in layers):
-        raise ValueError(f"layers {min(layers)} to {max(layers)}")
-    if importance is not None and (importance.ndim != 1 or len(importance) > _DEEPEST):
-        raise ValueError(f"importance of shape {importance.shape}")
-    return LayersOfStep(int(record["step"]), layers, importance, tuple(map(float, record.get("losses", ()))))
-
-
-def _of_0_1(path: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
-    """Read the lines that 0.1 wrote; one that a crash has cut off is passed over."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        yield _parse_layers(record) if "selected" not in record else _rows_of_0_1(record)
-
-
-def _rows_of_0_1(record: dict[str, Any]) -> RowsOfBatch:
-    scores = None
-    if "scores" in record:
-        scores = np.array([[np.nan if s is None else s for s in unit] for unit in record["scores"]], np.float32)
-    rows = tuple(record.get("rows", ()))
-    most = max((number + 1 for unit in record["selected"] for number in unit), default=0)
-    samples = scores.shape[1] if scores is not None else max(len(rows), most)
-    followed = np.zeros((len(record["layers"]), samples), bool)
-    for unit, numbers in enumerate(record["selected"]):
-        followed[unit, numbers] = True
-    return RowsOfBatch(record["step"], record["batch"], tuple(record["layers"]), rows, (), followed, scores)
+def _damaged(path: Path, why: object) -> InputError:
+    return InputError(f"the selection record {path} is damaged ({one_line(str(why))}): move it elsewhere")

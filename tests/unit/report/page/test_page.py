@@ -305,7 +305,7 @@ def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):
         ("eval.json", eval_json("1e999"), "eval.json can't be read"),
         ("eval.json", eval_json('1, "tuned": 1' + "0" * 400), "eval.json can't be read"),
         ("eval.json", eval_json('1, "tuned_interval": [1]'), "eval.json can't be read"),
-        ("selection.bin", "nonsense", "selection.bin is no record of selection"),
+        ("selections.parquet", "nonsense", "selections.parquet is damaged"),
         ("recipe.yaml", "methodd: ist\n", "unknown key 'methodd'"),
     ],
 )
