@@ -21,8 +21,8 @@ from siftune.base.environment import hardware
 from siftune.data.arithmetic import arithmetic_rows
 from siftune.models.source import resolve
 from siftune.recipe.schema import Recipe
-from siftune.train.prepare import prepare
 from siftune.records.rows import read_rows
+from siftune.train.prepare import prepare
 
 
 def write_rows(path: Path, count: int) -> None:

@@ -19,11 +19,11 @@ from siftune.data.readers import load_rows
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.lr import bests, write_report
+from siftune.train.prepare import ModelSource, Source
 from siftune.train.rates.folder import LRFolder
 from siftune.train.rates.grid import Grid
 from siftune.train.rates.sweep import open_sweep, run_missing
 from siftune.train.run import train
-from siftune.train.prepare import ModelSource, Source
 
 _RUN = "run.json"
 

@@ -31,8 +31,8 @@ from siftune.base.environment import hardware, versions
 from siftune.base.errors import SiftuneError
 from siftune.models.source import load_model
 from siftune.records.record import RowRecord
-from siftune.records.scores import by_row, seen
 from siftune.records.rows import Text
+from siftune.records.scores import by_row, seen
 from siftune.suspects.named import LEAST
 from siftune.train.build import Built
 

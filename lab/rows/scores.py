@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.records.scores import by_row, by_time, course, seen, usual
 from siftune.records.rows import Text
+from siftune.records.scores import by_row, by_time, course, seen, usual
 from siftune.records.visits import Visits
 from siftune.suspects.twins import Twins
 

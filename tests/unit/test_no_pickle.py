@@ -10,8 +10,8 @@ from rich.console import Console
 from support.tiny_run import recipe
 
 from siftune.cli.main import main
-from siftune.train.run import train
 from siftune.train.folder.checkpoints import seal
+from siftune.train.run import train
 
 
 class Malice:
