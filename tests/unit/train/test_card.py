@@ -82,7 +82,7 @@ def test_a_merged_model_has_card_and_licence_and_runs_as_printed(licensed, tmp_p
         "base_model": str(base), "library_name": "transformers", "tags": ["siftune", "dense", "lora"],
         "base_model_relation": "finetune", "license": "mit",
     }  # fmt: skip
-    assert "terms hold for this one, too: mit.\n- `LICENSE`" in card
+    assert "terms apply to this model too: mit.\n- `LICENSE`" in card
     assert "all layers follow all rows" in card
     printed, _, output = run_code(card, tmp_path)
     again, _, apart = run_code((tmp_path / "run" / "README.md").read_text(), tmp_path)
