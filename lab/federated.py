@@ -13,7 +13,7 @@ owner would over all, so that all together take as many steps. The returns are m
     clipped    mean of updates that are at most as long as their median
 
 With `--bad flipped` the last owner returns `--bad-size` times its update, turned round; with `random` one of random
-numbers that is as long. The second round's kit is made of the plugged model by `next_kit`. Measured on held-out rows of
+numbers that is as long. The second round's kit is made of the plugged model in the same way. Measured on held-out rows of
 all tasks, after every round: nats per label token, and multiple choice. A finished job adds a line of JSON to FILE, and
 one that is there already is not made again. Jobs that differ in how returns are merged, or in the bad one, share the
 kit and the first round's trainings; with `--work` these outlive a run that was cut.
@@ -53,7 +53,6 @@ from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.exchange.emulate import emulate
 from siftune.offsite.exchange.plug import plug_in
 from siftune.offsite.exchange.returned import open_return
-from siftune.offsite.exchange.rounds import next_kit
 from siftune.offsite.exchange.settings import Merging
 from siftune.offsite.exchange.thin import DOWN, UP, Tuned, is_thin
 from siftune.offsite.exchange.tune import source_of
@@ -113,22 +112,19 @@ def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
     if not before_any.exists():
         before_any.write_text(json.dumps(_scores(model, rows)), encoding="utf-8")
     found = [json.loads(before_any.read_text(encoding="utf-8"))]
+    calibration = random.Random(job["seed"]).sample([row for part in tasks for row in part], job["calibration"])
+    batches = text_batches(rows_from(calibration), 128, tokenizer, job["template"])
     if not first.exists():
-        calibration = random.Random(job["seed"]).sample([row for part in tasks for row in part], job["calibration"])
-        batches = text_batches(rows_from(calibration), 128, tokenizer, job["template"])
         emulate(model, tokenizer, batches, first, EmulatorSettings(keep=job["keep"]))
     kit = read_kit(first)
     for number in range(1, job["rounds"] + 1):
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         folder = place(work, job, AFTER_TRAINING if number == 1 else ())
         parts = _round(job, model, kit, shards, folder / f"round{number}")
         found.append({**_scores(model, rows), "returns": parts})
         if number < job["rounds"]:
-            base = load_model(job["model"], args.dtype)[0]
-            base.load_state_dict(before)
             later = place(work, job) / f"kit{number + 1}"
             shutil.rmtree(later, ignore_errors=True)  # of a job that was cut
-            kit = next_kit(base, model, kit, later).kit
+            kit = emulate(model, tokenizer, batches, later, EmulatorSettings(keep=job["keep"]))
     return found
 
 

@@ -1,12 +1,11 @@
 """`siftune emulate`: compress a model's middle and write a kit that another party can tune."""
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from tyro.conf import arg
 
 from siftune.base.errors import RecipeError
 from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from siftune.offsite.kit.folder import Kit
 
 _KEEP = 0.7  # where neither --keep nor --size-mb is given
-_OF_ROUND = ("model", "tuned", "kit", "public_key", "out", "dtype", "sign")  # options of a further round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +24,9 @@ class Options(CalibrationOptions):
     """Write a kit: a model whose middle is compressed, which another party can tune without having the model.
 
     The first and last layers go out as they are, to be tuned; the layers between are compressed so that these layers'
-    gradients stay like the model's own. `siftune sweep` compares emulators, to choose the options by. With --from and
-    --kit it is the kit of a further round, with the tuned model's layers to tune, in the directions of the kit before.
+    gradients stay close to the model's own. Choose the options by comparing emulators with `siftune sweep`.
     """
 
-    calibration: str = ""
-    """Rows of text that the model is looked at with: a .jsonl, .json, .csv or .parquet file, or a hub id."""
-    tuned: Annotated[str | None, arg(name="from")] = None
-    """For a further round, without calibration: the tuned model that `siftune plug` made of --model and --kit."""
-    kit: Path | None = None
-    """With --from: folder of the kit of the round before."""
-    public_key: Path | None = None
-    """With --kit: your public key, a PEM file, to check that it is as you signed it."""
     keep: float | None = None
     """Fraction of the middle's parameters that the kit holds; 0.7 if --size-mb is not given either."""
     size_mb: float | None = None
@@ -68,34 +57,11 @@ class Options(CalibrationOptions):
     def check(self) -> None:
         """Check what can be checked before anything is loaded."""
         super().check()
-        if self.tuned is not None or self.kit is not None:
-            return self._check_round()
-        if not self.calibration:
-            raise RecipeError("--calibration must be given; or for a further round --from and --kit")
-        if self.public_key is not None:
-            raise RecipeError("--public-key has no effect without the kit of an earlier round: add --from and --kit")
         if self.keep is not None and self.size_mb is not None:
             raise RecipeError("--keep and --size-mb were both given: give one of them")
         if self.size_mb is not None and (self.keep_attn, self.keep_mlp) != (None, None):
             raise RecipeError("--size-mb sets one fraction for all matrices: leave out --keep-attn and --keep-mlp")
         self.settings().check()
-        self._check_signer()
-
-    def _check_round(self) -> None:
-        """Check what a further round takes: all else is as in the kit of the round before."""
-        if self.tuned is None or self.kit is None:
-            raise RecipeError(
-                "a further round takes both --from, the tuned model, and --kit, the kit of the round before"
-            )
-        for field in fields(Options):
-            if field.name not in _OF_ROUND and getattr(self, field.name) != field.default:
-                raise RecipeError(
-                    f"--{field.name.replace('_', '-')} has no effect with --from, where all is as in the kit of the "
-                    "round before: leave it out"
-                )
-        self._check_signer()
-
-    def _check_signer(self) -> None:
         if self.sign is not None:
             from siftune.offsite.kit.signing import load_signer
 
@@ -124,8 +90,6 @@ class Options(CalibrationOptions):
 def run(options: Options) -> dict[str, Any]:
     """Write a kit and say what it is."""
     options.check()
-    if options.tuned is not None:
-        return _next_round(options)
     import torch
 
     from siftune.base.stages import stages
@@ -149,31 +113,6 @@ def run(options: Options) -> dict[str, Any]:
     result = {**facts(kit), "seconds": round(time.monotonic() - started, 1)}
     _say(kit, result, options, console)
     return result
-
-
-def _next_round(options: Options) -> dict[str, Any]:
-    """Write the kit of a further round and say what it shows."""
-    from siftune.models.source import load_model
-    from siftune.offsite.exchange.rounds import next_kit
-    from siftune.offsite.kit.facts import facts
-    from siftune.offsite.kit.folder import read_kit
-
-    assert options.kit is not None  # checked
-    assert options.tuned is not None
-    console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
-    with console.status("bringing the kit up to date"):
-        kit = read_kit(options.kit, options.public_key)
-        base, tuned = (load_model(name, options.dtype, True)[0] for name in (options.model, options.tuned))
-        made = next_kit(base, tuned, kit, options.out, options.sign)
-    middle = f"{len(made.moved)} tensors moved with the model, in the directions and channels that were there"
-    for line in (
-        f"kit in {made.kit.path}: hand out all of this folder, and nothing else",
-        f"besides the layers to tune: {middle if made.moved else 'as it was, bit for bit'}",
-        "who has both kits learns what all data owners together changed; of two, each has what the other changed",
-        f"you again: `siftune plug --model {options.tuned} --kit {made.kit.path} --return RETURN --out TUNED`",
-    ):
-        console.print(line, markup=False)
-    return {**facts(made.kit), "moved": made.moved, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console) -> None:

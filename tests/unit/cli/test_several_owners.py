@@ -1,4 +1,4 @@
-"""The way of a model between one owner and several data owners, over two rounds, by commands alone."""
+"""The way of a model between one owner and several data owners, by commands alone."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def words(place, half, out, *names):
     return ["plug", "--model", half, "--kit", place / "kit", "--out", out, *given]
 
 
-def test_three_returns_and_a_second_round(owners, half, tmp_path, capsys):
+def test_three_returns_are_merged(owners, half, tmp_path, capsys):
     for name in "abc":
         assert read_json(owners / name / "return" / "manifest.json")["lora"]
         assert "of rank 2 at most" in shown(capsys, "verify", owners / name / "return", "--kit", owners / "kit")
@@ -43,24 +43,6 @@ def test_three_returns_and_a_second_round(owners, half, tmp_path, capsys):
     for name in "abc":
         assert f"{owners}/{name}/return" in text
     assert "cosine to the merged" in text
-
-    round_two = ("emulate", "--model", half, "--from", tmp_path / "tuned", "--kit", owners / "kit")
-    made, said = siftune(capsys, *round_two, "--out", tmp_path / "kit2")
-    assert made["moved"] == []
-    assert "besides the layers to tune: as it was, bit for bit" in said
-    siftune(capsys, "verify", tmp_path / "kit2")
-    siftune(
-        capsys, "train", "--model", tmp_path / "kit2", "--train", owners / "rows.jsonl", "--out", tmp_path / "d", *LORA
-    )
-    last = ("plug", "--kit", tmp_path / "kit2", "--return", tmp_path / "d" / "return", "--out", tmp_path / "tuned2")
-    assert "fingerprint" in error_of(capsys, *last, "--model", half)
-    found, _ = siftune(capsys, *last, "--model", tmp_path / "tuned")
-    [part] = found["returns"]
-    assert (part["cosine"], part["weight"], part["factor"]) == (1.0, 1.0, 1.0)
-    assert f"return {owners}/a/return: manifest.json: kit is" in error_of(
-        capsys, *words(owners, half, tmp_path / "tuned3", "a")[:3], "--kit", tmp_path / "kit2",
-        "--return", owners / "a" / "return", "--out", tmp_path / "tuned3"
-    )  # fmt: skip
 
 
 def shown(capsys, *arguments):
@@ -99,25 +81,3 @@ def test_what_several_returns_refuse(owners, half, tmp_path, capsys):
     ]:
         assert said in error_of(capsys, *words(owners, half, tmp_path / "tuned", *names), *options), options
         assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
-
-
-def test_what_a_further_round_refuses(owners, half, tmp_path, capsys):
-    siftune(capsys, *words(owners, half, tmp_path / "tuned", "a"))
-    usual = {"--model": half, "--from": tmp_path / "tuned", "--kit": owners / "kit", "--out": tmp_path / "kit"}
-    for flags, said in [
-        ({"--from": None}, "a further round takes both --from, the tuned model, and --kit"),
-        ({"--kit": None}, "a further round takes both --from"),
-        ({"--calibration": owners / "rows.jsonl"}, "--calibration has no effect with --from"),
-        ({"--keep": 0.7}, "--keep has no effect with --from, where all is as in the kit of the round before"),
-        ({"--first": 1}, "--first has no effect with --from"),
-        ({"--from": half}, "the tuned model is the base itself"),
-        ({"--model": tmp_path / "tuned"}, "fingerprint"),
-        ({"--kit": tmp_path / "none"}, f"kit {tmp_path}/none"),
-        ({"--from": tmp_path / "none"}, "does not exist"),
-        ({"--public-key": owners / "rows.jsonl"}, "is no public key"),
-    ]:
-        pairs = {name: value for name, value in {**usual, **flags}.items() if value is not None}
-        assert said in error_of(capsys, "emulate", *(word for pair in pairs.items() for word in pair)), flags
-        assert not (tmp_path / "kit").exists()
-    rows = ("--calibration", owners / "rows.jsonl", "--out", tmp_path / "kit", "--public-key", owners / "rows.jsonl")
-    assert "--public-key has no effect without the kit" in error_of(capsys, "emulate", "--model", half, *rows)
