@@ -12,7 +12,6 @@ from siftune.offsite.audit.result import LABELS, Audit
 from siftune.report.audit_leaks import (
     NOT_DEFINED,
     calibration_section,
-    canary_section,
     membership_section,
     recovery_section,
     shown,
@@ -142,8 +141,6 @@ def _attacks(audit: Audit) -> list[str]:
         sections += ["### What the whole emulator can be made into", recovery_section(audit.recovery)]
     if audit.membership is not None:
         sections += ["### What the return tells of its rows", membership_section(audit.membership)]
-    if audit.canaries is not None:
-        sections += ["### What planted secrets come out again", canary_section(audit.canaries)]
     if audit.calibration is not None:
         sections += ["### What the kit tells of its calibration rows", calibration_section(audit.calibration)]
     return sections

@@ -6,7 +6,6 @@ from pathlib import Path
 from siftune.base.errors import InputError
 from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audit.calibration_attack import CalibrationLeak
-from siftune.offsite.audit.canaries import Canaries
 from siftune.offsite.audit.membership import Attack, Membership
 from siftune.offsite.audit.own import AFTER_TRAINING, audit_run
 from siftune.offsite.audit.result import RecoveryPoint
@@ -51,18 +50,6 @@ def recovery_section(points: tuple[RecoveryPoint, ...]) -> str:
     still = best.tokens == most
     words = f"The least loss came at a learning rate of {best.lr:g} after {best.tokens:,} tokens. " + (
         "It was still falling at the end: more rows or steps may get further." if still else "Longer was no better."
-    )
-    return f"{table}\n\n{words}"
-
-
-def canary_section(found: Canaries) -> str:
-    """What planted secrets came out again."""
-    rows = [[f"{g.repeats}", f"{g.canaries}", shown(g.exposure), shown(g.verbatim, percent=True)] for g in found.groups]
-    table = markdown_table(Table(["repeats", "canaries", "exposure in bits", "completed word by word"], rows))
-    words = (
-        f"Exposure is at most {found.most:g} bits here: the secret then comes first among {2**found.most:.0f} codes. "
-        "Secrets that were never trained on (0 repeats) have about 1.4. *Completed* means that the plugged model, "
-        "given the prompt, writes the secret to its end."
     )
     return f"{table}\n\n{words}"
 

@@ -6,12 +6,10 @@ import pytest
 
 from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audit.calibration_attack import CalibrationLeak
-from siftune.offsite.audit.canaries import Canaries, CanaryGroup
 from siftune.offsite.audit.membership import Attack, Membership
 from siftune.offsite.audit.result import RecoveryPoint
 from siftune.report.audit_leaks import (
     calibration_section,
-    canary_section,
     membership_section,
     recovery_section,
 )
@@ -70,16 +68,6 @@ def test_recovery_by_rate():
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:6]] == ["0.0001"] * 2 + ["0.001"] * 2
     assert "learning rate of 0.001 after 2,000 tokens. It was still falling at the end" in text
     assert "Longer was no better" in recovery_section((point(1e-3, 1000, 2.0), point(1e-3, 2000, 2.1)))
-
-
-def test_canaries():
-    groups = tuple(
-        CanaryGroup(repeats, 4, Estimate(bits, bits - 1, bits), Estimate(share, 0.0, 0.6))
-        for repeats, bits, share in ((0, 1.5, 0.0), (16, 7.0, 0.25))
-    )
-    text = canary_section(Canaries(groups, 7.0))
-    assert cells(text, "16") == ["4", "7.000 [6.000, 7.000]", "25.0 % [0.0, 60.0]"]
-    assert "at most 7 bits here: the secret then comes first among 128 codes" in text
 
 
 def test_calibration():

@@ -24,7 +24,6 @@ from typing import Any
 from siftune.base.jsonable import jsonable
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
 from siftune.offsite.audit.calibration_attack import CalibrationLeak
-from siftune.offsite.audit.canaries import Canaries
 from siftune.offsite.audit.gradients import GradientCosine
 from siftune.offsite.audit.membership import Membership
 from siftune.offsite.audit.models import Kept
@@ -92,7 +91,6 @@ class Audit:
         settings: How models were tuned and measured.
         facts: Numbers of rows, versions, names: what the figures depend on besides.
         recovery: The emulator's way to `recovered`, at every learning rate; empty where that was not tried.
-        canaries: What planted secrets came out again; None where there were none.
         calibration: The attack on the kit's calibration rows; None where these were not given.
     """
 
@@ -105,7 +103,6 @@ class Audit:
     settings: AuditSettings
     facts: dict[str, Any]
     recovery: tuple[RecoveryPoint, ...] = ()
-    canaries: Canaries | None = None
     calibration: CalibrationLeak | None = None
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Five conditions on the same held-out rows, as in offsite-tuning (Xiao et al. 202
 
 and besides (ours): *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are
 the base's own in any kit, so nothing in them is left to recover); a floor of random weights; the cosine of the outer
-layers' gradients; membership inference on the plugged model, with shadow models if asked for; canaries, if asked for;
+layers' gradients; membership inference on the plugged model, with shadow models if asked for;
 and the attack on the kit's calibration rows where these are given. All tunings start from the base's outer layers and
 see the same rows in the same order.
 """
@@ -39,7 +39,6 @@ from siftune.offsite.audit.models import (
     random_floor,
     read_outer,
 )
-from siftune.offsite.audit.planting import plant
 from siftune.offsite.audit.recovery import recovered
 from siftune.offsite.audit.result import (
     EMULATOR_FT,
@@ -113,11 +112,10 @@ def audit(
         points: tuple[RecoveryPoint, ...] = ()
         if settings.recovery:
             scores[RECOVERED], points = recovered(job, scores[FULL_FT], scores[EMULATOR_ZS])
-        canaries = plant(job) if settings.canaries else None
     kept = kept_fraction(models.base, models.emulator, models.split)
     return Audit(
         *summarise(scores, job.bootstrap), accuracy_name(rows), cosine, kept, membership, settings,
-        _facts(job, returned is not None), points, canaries, calibration_leak(job),
+        _facts(job, returned is not None), points, calibration_leak(job),
     )  # fmt: skip
 
 

@@ -36,8 +36,6 @@ class AuditSettings:
     """Rows of either kind for that, at most."""
     shadows: int = 0
     """Shadow models for LiRA, the stronger attack on membership; each is one more fine-tuning. 0 leaves it out."""
-    canaries: int = 0
-    """Secrets of each number of repeats, to see in a further fine-tuning what comes out again; 0 leaves it out."""
     gradient_rows: int = 64
     """Held-out rows on which the outer layers' gradients are compared, at most."""
     eval_batch_size: int = 16
@@ -72,8 +70,6 @@ class AuditSettings:
             raise RecipeError(f"shadows is {self.shadows}, but must be 0, or 2 or more: one that saw a row, one not")
         if self.shadows and not self.membership:
             raise RecipeError("shadows attack membership, which is left out: give --membership, or no --shadows")
-        if self.canaries < 0:
-            raise RecipeError(f"canaries is {self.canaries}, but must be 0 or more")
         if not 0 < self.level < 1:
             raise RecipeError(f"level is {self.level}, but must be above 0 and below 1")
         if not 0 <= self.seed < 2**32:
@@ -147,8 +143,8 @@ class AuditOptions(AuditSettings):
                 "neither model nor return given: the owner names the base with --model, a data owner who has no base "
                 "the return with --return"
             )
-        if not self.model and (self.calibration or self.canaries):
-            raise RecipeError("calibration and canaries are tried out on the base: name it with --model")
+        if not self.model and self.calibration:
+            raise RecipeError("calibration is tried out on the base: name it with --model")
         if (self.reference or self.calibration_others) and not self.calibration:
             raise RecipeError(
                 "reference and calibration_others go with the kit's own rows: name them with --calibration"

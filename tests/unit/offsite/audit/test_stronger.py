@@ -1,4 +1,4 @@
-"""The stronger attacks of an audit as a whole: shadow models, canaries, recovery, and the data owner's own audit."""
+"""The stronger attacks of an audit as a whole: shadow models, recovery, and the data owner's own audit."""
 
 import copy
 import random
@@ -87,21 +87,6 @@ def test_blind_is_the_base_s_loss_and_tells_sources_apart():
     assert found.blind.auc.value == 0
     assert found.blind.tells_apart
     assert found.loss.auc == found.blind.auc  # though nothing was trained
-
-
-def test_canaries_come_out_the_more_the_more_often_they_were_trained_on():
-    settings = replace(LEARNT, steps=16, canaries=3, max_length=64)
-    both = models(whole)
-    before = snapshot(both.base), snapshot(both.emulator)
-    found = audit(both, cut(16, 8, settings), settings).canaries
-    assert same(both.base, before[0])
-    assert same(both.emulator, before[1])
-    assert found.most == 7
-    assert [(one.repeats, one.canaries) for one in found.groups] == [(0, 3), (1, 3), (4, 3), (16, 3)]
-    never, *_, often = found.groups
-    assert never.exposure.value < 4 < often.exposure.value
-    assert never.verbatim.value == 0
-    assert often.exposure.value > 6.5
 
 
 def test_recovery_is_a_curve_for_every_rate_and_the_best_end_counts():
@@ -196,10 +181,8 @@ def test_what_a_data_owner_cannot_audit():
     [
         ({"shadows": 1}, "shadows is 1"),
         ({"shadows": 4, "membership": False}, "shadows attack membership"),
-        ({"canaries": -1}, "canaries is -1"),
         ({"recovery_lrs": (1e-3, 0.0)}, r"recovery_lrs is 0\.0"),
         ({"model": ""}, "neither model nor return"),
-        ({"model": "", "returned": "R", "canaries": 2}, "tried out on the base"),
         ({"model": "", "returned": "R", "calibration": "c.jsonl"}, "tried out on the base"),
         ({"reference": "K"}, "go with the kit's own rows"),
         ({"calibration_length": 1}, "calibration_length is 1"),
