@@ -68,7 +68,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "damping-0.01": {"damping": 0.01, "refit_damping": 0.01}, "damping-1": {"damping": 1.0, "refit_damping": 1.0},
     "damping-10": {"damping": 10.0, "refit_damping": 10.0}, "damping-100": {"damping": 100.0, "refit_damping": 100.0},
     "noise-0.01": {}, "noise-1": {}, "whitened+channels": {"mlp": "channels"},
-    "svd+refit": {"basis": "svd"}, "measured": {"allot": "measured"}, "distil-30": {"distil": 30},
+    "svd+refit": {"basis": "svd"}, "measured": {"allot": "measured"},
 }  # fmt: skip
 SETS = (
     "own-32", "own-128", "own-512", "own-1024", "own-32+public-96", "own-32+generated-96", "public-32", "public-128",

@@ -45,8 +45,6 @@ class Options(CalibrationOptions):
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
     lambda_mlp: float = 0.0
     """gradot: the same in the MLPs."""
-    distil: int = 0
-    """gradot: train each compressed layer for so many steps on the calibration rows; the paper trains nothing."""
     kit_dtype: Dtype = "auto"
     """Number format of the kit's frozen part; auto: the checkpoint's."""
     outer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -81,7 +79,6 @@ class Options(CalibrationOptions):
             mlp=self.mlp,
             keep_attn=self.keep_attn,
             keep_mlp=self.keep_mlp,
-            distil=self.distil,
             split=Split(self.first, self.last),
             allot=self.allot,
         )

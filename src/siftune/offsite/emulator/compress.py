@@ -47,7 +47,6 @@ class Compression:
         refit_damping: *(ours)* Relative damping of the channels' fit.
         keep_attn: Fraction for attention alone, in place of `keep`; at 1 only the MLP is compressed (SCP alone).
         keep_mlp: Fraction for the MLP alone; at 1 only attention is compressed (DRD alone).
-        distil: *(ours)* Steps by which each layer is trained, once compressed (`distil.py`); 0 leaves it as it is.
         shares: *(ours)* Fractions in place of all these, by path of the matrix; that of the one that writes to the
             hidden state is the MLP's channels'. From a plan (`plan.py`), and not to be set.
     """
@@ -63,7 +62,6 @@ class Compression:
     refit_damping: float = REFIT_DAMPING
     keep_attn: float | None = None
     keep_mlp: float | None = None
-    distil: int = 0
     shares: Mapping[str, float] | None = field(default=None, hash=False)
 
     def share(self, path: str, family: Family) -> float:

@@ -115,7 +115,7 @@ def measured_shares(
         Number of the layer -> path -> share.
     """
     family, layers = family_of(getattr(model, "config", None)), find_layers(model).layers
-    known = recording.costs(replace(how, keep=1.0, distil=0))  # costs do not depend on these
+    known = recording.costs(replace(how, keep=1.0))  # costs do not depend on it
     tables: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
     for done, number in enumerate(recording.numbers, 1):
         if not known.has(number):

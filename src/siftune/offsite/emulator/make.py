@@ -23,7 +23,6 @@ from siftune.offsite.emulator.compress import (
     layer_curvature,
     whole,
 )
-from siftune.offsite.emulator.distil import Prefix, distil
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.emulator.recording import Recording
@@ -119,18 +118,7 @@ def _compress_one(
     paths = list(dict.fromkeys(path for how in jobs.values() if how.keep < 1 for path in how.judged(family)))
     seen = layer_curvature(replay(layer, recording, number, paths), slopes) if paths else LayerCurvature()
     for place, how in jobs.items():
-        made = compress_layer(layer, number, family, seen, how)
-        if how.distil:
-            prefix = _prefix(recording, number, place)
-            made = distil(layer, family, made, prefix, how.distil)
-            recording.carried(place).put(number + 1, prefix.outputs(layer, family, made))
-        take(place, number, made)
-
-
-def _prefix(recording: Recording, number: int, place: int) -> Prefix:
-    """What a job's compressed layers below give; the first of the middle has none below."""
-    states = recording.hidden if number == recording.numbers[0] else recording.carried(place)
-    return Prefix(number, recording, states.get(number))
+        take(place, number, compress_layer(layer, number, family, seen, how))
 
 
 def in_places(

@@ -42,7 +42,7 @@ class EmulatorSettings(Compression):
     @property
     def downwards(self) -> bool:
         """Whether layers may be compressed from the last to the first: neither plan nor layers need those below."""
-        return self.allot == "uniform" and not self.distil
+        return self.allot == "uniform"
 
     def check(self) -> None:
         """Check the ranges.
@@ -64,10 +64,6 @@ class EmulatorSettings(Compression):
         whole_layers = self.method in ("layerdrop", "crash")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot by score")
-        if self.distil < 0:
-            raise RecipeError(f"distil is {self.distil}, but must be a number of steps, 0 or more")
-        if self.distil and self.method != "gradot":
-            raise RecipeError(f"distil is for method gradot, but method is {self.method}: leave one of them out")
         if self.allot == "measured":
             self._check_measured()
 

@@ -93,8 +93,6 @@ class Recording:
     numbers: Sequence[int]  # numbers of these layers
     hidden: States  # what goes into a layer, by its number; what comes out is what goes into the next
     grads: States  # gradients of the summed loss for what comes out, by number of the layer
-    # by place of a job, what goes into a layer after compressed ones, by its number
-    after: dict[int, States] = field(default_factory=dict)
     # what layers' matrices would cost, by what that depends on
     measured: dict[Hashable, States] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)  # by batch, then by number of the layer
@@ -110,10 +108,6 @@ class Recording:
         calls = [calls[number] for calls in self.calls]
         for parts in zip(calls, self.hidden.get(number), self.grads.get(number), self.real, strict=True):
             yield Visit(*parts)
-
-    def carried(self, place: int) -> States:
-        """What goes into a layer after the compressed ones of a job."""
-        return self.after.setdefault(place, self.hidden.beside(f"carried-{place}"))
 
     def costs(self, of: Hashable) -> States:
         """Where measured costs of layers are kept, by number; jobs of which `of` is the same share them."""
@@ -138,8 +132,6 @@ class Recording:
         """Free the memory of a layer that is done with."""
         self.hidden.drop(number)
         self.grads.drop(number)
-        for states in self.after.values():
-            states.drop(number)
 
 
 @dataclass(frozen=True)

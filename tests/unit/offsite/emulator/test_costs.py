@@ -135,7 +135,7 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
     batches = calibration(model)
     choices = [
         settings(**MEASURED), settings(keep=0.5), settings(**MEASURED, mlp="channels"),
-        settings(keep=0.8, allot="measured", distil=2), settings(**MEASURED, damping=0.1),
+        settings(keep=0.8, allot="measured"), settings(**MEASURED, damping=0.1),
     ]  # fmt: skip
     original, measured = costs.layer_costs, []
     monkeypatch.setattr(costs, "layer_costs", lambda *args: measured.append(1) or original(*args))

@@ -83,7 +83,6 @@ class Alive:
         {"method": "crash"},
         {"method": "layerdrop"},
         {"allot": "measured"},
-        {"distil": 3},
     ],
 )
 def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, how):
@@ -130,41 +129,35 @@ import os, signal, sys
 from support.emulators import calibration, settings
 from siftune.models.source import load_model
 from siftune.offsite.exchange.emulate import KitOptions, emulate
-name, out, what, at, distil = sys.argv[1:]
+name, out, what, at = sys.argv[1:]
 def tell(stage, done, _):
     if stage == what and done == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
 model, tokenizer = load_model(name, "float32", streamed=True)
-emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, distil=int(distil)), progress=tell)
+emulate(model, tokenizer, calibration(model), out, settings(keep=0.5), progress=tell)
 """
 
 
 @pytest.mark.parametrize(
-    ("what", "at", "rest", "distil"),
-    [
-        pytest.param("calibration", 3, 3, 0, marks=pytest.mark.matrix),
-        ("calibration", 6, 6, 0),
-        ("compression", 2, 8, 0),
-        pytest.param("calibration", 7, 7, 3, marks=pytest.mark.matrix),
-        ("compression", 2, 9, 3),
-    ],
+    ("what", "at", "rest"),
+    [("calibration", 3, 3), ("calibration", 6, 6), ("compression", 2, 8)],
 )
-def test_a_killed_run_goes_on(tmp_path, what, at, rest, distil):
+def test_a_killed_run_continues(tmp_path, what, at, rest):
     """The pass goes up five layers and down four, or two where compression goes down, and on from where it was."""
     name, out = saved(tmp_path / "base"), tmp_path / "kit"
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [name, str(out), what, str(at), str(distil)]
+    words = [name, str(out), what, str(at)]
     ended = subprocess.run([sys.executable, "-c", SCRIPT, *words], env=path, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert not out.exists()
     model, tokenizer = load_model(name, "float32", streamed=True)
     told, batches = [], calibration(model)
-    how = settings(keep=0.5, distil=distil)
+    how = settings(keep=0.5)
     kit = emulate(model, tokenizer, batches, out, how, progress=lambda *one: told.append(one))
     assert [*tmp_path.glob(".kit*")] == []
     uncut = emulate(model, tokenizer, batches, tmp_path / "uncut", how)
     assert kit.digest == uncut.digest
-    assert [done for stage, done, _ in told if stage == "calibration"] == [*range(rest, 10 if distil else 8)]
+    assert [done for stage, done, _ in told if stage == "calibration"] == [*range(rest, 8)]
     layers = 1 if what == "compression" else 3
     assert len([1 for stage, *_ in told if stage == "compression"]) == layers
 
@@ -183,26 +176,19 @@ def cut_after(what: str, at: int):
     return tell
 
 
-@pytest.mark.parametrize(
-    ("how", "what", "left"),
-    [
-        ({"allot": "measured"}, "measuring", ["measuring"] * 3 + ["compression"] * 3),
-        ({"distil": 3}, "compression", ["compression"]),
-    ],
-)
-def test_a_cut_run_goes_on_with_measuring_and_with_distillation(tmp_path, monkeypatch, how, what, left):
+def test_a_cut_run_continues_measuring(tmp_path, monkeypatch):
     """Layers that are measured are not run again for it, and the kit is that of a run that was not cut."""
     from siftune.offsite.emulator import costs
 
-    model, tokenizer, choice = base(vocab_size=300).float(), byte_tokenizer(), settings(keep=0.5, **how)
+    model, tokenizer, choice = base(vocab_size=300).float(), byte_tokenizer(), settings(keep=0.5, allot="measured")
     batches, told, measured = calibration(model), [], []
     with pytest.raises(Cut):
-        emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=cut_after(what, 2))
+        emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=cut_after("measuring", 2))
     original = costs.layer_costs
     monkeypatch.setattr(costs, "layer_costs", lambda *args: measured.append(1) or original(*args))
     kit = emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=lambda *one: told.append(one))
-    assert [stage for stage, *_ in told if stage != "calibration"] == left
-    assert len(measured) == (1 if what == "measuring" else 0)
+    assert [stage for stage, *_ in told if stage != "calibration"] == ["measuring"] * 3 + ["compression"] * 3
+    assert len(measured) == 1
     assert kit.digest == emulate(model, tokenizer, batches, tmp_path / "uncut", choice).digest
 
 
@@ -214,8 +200,6 @@ def test_unfinished_work_of_another_kit_is_refused_by_what_differs(tmp_path):
     left = sorted((file, file.read_bytes()) for file in tmp_path.rglob("*.*") if file.is_file())
     with pytest.raises(RecipeError, match=r"work in which keep is 0\.5, but now it is 0\.7: give what was given then"):
         emulate(model, tokenizer, batches, out, settings(keep=0.7))
-    with pytest.raises(RecipeError, match=r"work in which distil is 0, but now it is 5"):
-        emulate(model, tokenizer, batches, out, settings(keep=0.5, distil=5))
     with pytest.raises(RecipeError, match=r"the calibration is [0-9a-f]{12}…, but now it is [0-9a-f]{12}…"):
         emulate(model, tokenizer, batches[:1], out, settings(keep=0.5))
     with pytest.raises(RecipeError, match=r'the dtype is "None", but now it is "torch\.bfloat16"'):
