@@ -47,7 +47,7 @@ class SweepGrid:
     methods: tuple[Method, ...] = ("gradot", "layerdrop")
     lambda_on: tuple[LambdaOn, ...] = ("both",)  # where λ acts: on attention, on the MLP, or the same on both
     split: Split = field(default_factory=Split)  # outer layers at either end
-    allot: Allotment = "uniform"  # how gradot and svd+flap share out what is kept among layers
+    allot: Allotment = "uniform"  # how gradot shares out what is kept among matrices
 
     def check(self) -> None:
         """Check the ranges.
@@ -67,10 +67,8 @@ class SweepGrid:
         return list(dict.fromkeys(choices))
 
     def _of(self, method: Method, keep: float) -> Iterator[EmulatorSettings]:
-        if method in ("layerdrop", "crash"):
+        if method in ("layerdrop", "crash") or method == "svd+flap":
             yield EmulatorSettings(method=method, keep=keep, split=self.split)
-        elif method == "svd+flap":
-            yield EmulatorSettings(method=method, keep=keep, split=self.split, allot=self.allot)
         else:
             for basis, mlp, value, on in product(self.bases, self.mlps, self.lambdas, self.lambda_on):
                 on_attn, on_mlp = (value if on in ("both", part) else 0.0 for part in ("attn", "mlp"))

@@ -1,6 +1,6 @@
 """Plan an emulator's middle: which layers it has, and how much of each stays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,9 +17,7 @@ from siftune.offsite.emulator.recording import Recording
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
 
-Allotment = Literal["uniform", "score", "measured"]
-
-_LEAST = 0.5  # (ours) no layer keeps less than this part of the average share
+Allotment = Literal["uniform", "measured"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class EmulatorSettings(Compression):
 
     Attributes:
         split: Outer layers at either end.
-        allot: Whether all matrices keep the same share; or *(ours)* layers more where skipping one would move the loss
-            more; or *(ours)* every matrix as much as pays by its measured cost (gradot).
+        allot: `uniform`: all matrices keep the same share. `measured` *(ours, gradot)*: each as much as pays by its
+            measured cost.
 
     Example:
         >>> EmulatorSettings(keep=0.5, split=Split(first=1, last=1)).keep
@@ -63,13 +61,13 @@ class EmulatorSettings(Compression):
                 raise RecipeError(f"{name} is {getattr(self, name)}, but must be above 0")
         whole_layers = self.method in ("layerdrop", "crash")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
-            raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot by score")
+            raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot")
         if self.allot == "measured":
             self._check_measured()
 
     def _check_measured(self) -> None:
         if self.method != "gradot":
-            raise RecipeError(f"allot measured is for method gradot, but method is {self.method}: use allot score")
+            raise RecipeError(f"allot measured is for method gradot, but method is {self.method}: use allot uniform")
         if self.keep < SHARES[0]:
             raise RecipeError(f"keep is {self.keep}, but allot measured leaves {SHARES[0]} of every matrix or more")
 
@@ -116,32 +114,10 @@ def plan(
     if settings.method == "crash":
         sources = crash_sources(neighbour_similarities(recording.outputs(number) for number in numbers), count)
         return [Step(numbers[s], same_as=None if s == place else s) for place, s in enumerate(sources)]
-    if settings.allot == "score" and settings.keep < 1:
-        shares = allot([recording.effect(number) ** 0.5 for number in numbers], settings.keep)
-        return [Step(number, share) for number, share in zip(numbers, shares, strict=True)]
     if settings.allot == "measured" and settings.keep < 1:
         measured = measured_shares(model, recording, settings, progress)
         return [Step(number, settings.keep, shares=measured[number]) for number in numbers]
     return [Step(number, settings.keep) for number in numbers]
-
-
-def allot(scores: Sequence[float], keep: float) -> list[float]:
-    """Share out what is kept among layers of one size *(ours)*.
-
-    In proportion to the root of the scores, one of 0 or more per layer, high where it matters; each share is between
-    half of `keep` and 1, and their mean is `keep`.
-    """
-    roots = [max(score, 0.0) ** 0.5 for score in scores]
-    largest = max(roots)
-    if not all(0 <= root < float("inf") for root in roots) or largest == 0:
-        return [keep] * len(roots)
-    weights = [max(root / largest, 1e-6) for root in roots]
-    low, high = 0.0, 1e6
-    for _ in range(100):  # the mean grows with the factor: bisect
-        factor = (low + high) / 2
-        mean = sum(_clipped(factor * w, keep) for w in weights) / len(weights)
-        low, high = (factor, high) if mean < keep else (low, factor)
-    return [_clipped(high * w, keep) for w in weights]
 
 
 def keep_for_size(model: nn.Module, split: Split, target_bytes: float, element_bytes: int) -> float:
@@ -170,10 +146,6 @@ def keep_for_size(model: nn.Module, split: Split, target_bytes: float, element_b
 def _matrix_parameters(layer: nn.Module, family: Family) -> int:
     shapes = [features(layer.get_submodule(path)) for path in family.matrices]
     return sum(inputs * outputs for inputs, outputs, _ in shapes)
-
-
-def _clipped(share: float, keep: float) -> float:
-    return min(1.0, max(_LEAST * keep, share))
 
 
 def _refuse_numbered(config: Any, method: str) -> None:

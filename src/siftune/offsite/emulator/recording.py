@@ -117,17 +117,6 @@ class Recording:
         """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
         return torch.cat([rows_of(h, real) for h, real in zip(self.hidden.get(number + 1), self.real, strict=True)])
 
-    def effect(self, number: int) -> float:
-        """The sum over tokens of ⟨∂ℓ/∂y, y − x⟩², x and y a layer's input and output.
-
-        Its root is, to first order, by how much the loss of a token would move if the layer were skipped.
-        """
-        total = 0.0
-        for visit, out_BTH in zip(self.visits(number), self.hidden.get(number + 1), strict=True):
-            change_BTH = (out_BTH - visit.hidden_BTH).float()
-            total += float(((visit.grad_BTH.float() * change_BTH).sum(-1) ** 2)[visit.real_BT].sum())
-        return total
-
     def forget(self, number: int) -> None:
         """Free the memory of a layer that is done with."""
         self.hidden.drop(number)

@@ -35,9 +35,9 @@ class CalibrationOptions:
     """Layers next to the embeddings that are to be tuned."""
     last: int = 2
     """Layers before the head that are to be tuned."""
-    allot: Literal["uniform", "score", "measured"] = "uniform"
-    """gradot, svd+flap: keep the same share of all layers, or by score more of those that matter more; gradot: measured
-    shares out among all matrices, attention and MLPs alike, by what each loses on half of the rows."""
+    allot: Literal["uniform", "measured"] = "uniform"
+    """uniform: all matrices keep the same share. measured (gradot): each keeps as much as pays, by what it loses on
+    half of the rows."""
     rows: Annotated[int, COUNT] = 32
     """Use the first so many rows."""
     max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more")] = 128

@@ -61,12 +61,19 @@ def test_a_grid_has_every_emulator_once():
         ("gradot", 0.5, "svd", 0.0, 0.2),
         ("layerdrop", 0.5, "whitened", 0.0, 0.0),
     ]
-    grid = SweepGrid(methods=("crash", "svd+flap"), split=Split(1, 2), allot="score", keeps=(0.5, 0.3, 0.5))
+    grid = SweepGrid(
+        methods=("crash", "gradot"),
+        split=Split(1, 2),
+        allot="measured",
+        keeps=(0.5, 0.3, 0.5),
+        lambdas=(0.0,),
+        bases=("svd",),
+    )
     assert [(c.method, c.keep, c.allot) for c in grid.settings()] == [
         ("crash", 0.5, "uniform"),
-        ("svd+flap", 0.5, "score"),
+        ("gradot", 0.5, "measured"),
         ("crash", 0.3, "uniform"),
-        ("svd+flap", 0.3, "score"),
+        ("gradot", 0.3, "measured"),
     ]
     grid = SweepGrid(keeps=(0.5,), lambdas=(0.0,), bases=("svd",), mlps=("channels", "refit"))
     assert [(c.method, c.mlp) for c in grid.settings()] == [

@@ -54,29 +54,6 @@ def test_matrices_that_read_one_tensor_share_it():
     assert found["self_attn.q_proj"].x_NI is not found["mlp.up_proj"].x_NI
 
 
-def test_effect_is_the_first_order_change_of_the_loss_when_a_layer_is_skipped():
-    model = base()
-    batches = calibration(model, count=1)
-    recording = record(model, batches, range(1, 4))
-    kept = {}
-
-    def keep(_, args, output):
-        kept["x"], kept["y"] = args[0].detach(), output
-        output.retain_grad()
-
-    handle = find_layers(model).layers[2].register_forward_hook(keep)
-    inputs = batches[0]
-    found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    labels = inputs["labels"][:, 1:].flatten()
-    nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), labels, reduction="sum").backward()
-    handle.remove()
-    expected = sum(
-        float(kept["y"].grad[b, t] @ (kept["y"].detach()[b, t] - kept["x"][b, t])) ** 2
-        for b, t in inputs["attention_mask"].nonzero().tolist()
-    )
-    assert recording.effect(2) == pytest.approx(expected, rel=1e-4)
-
-
 def test_loss_is_the_mean_over_labels():
     model = base()
     batches = calibration(model)

@@ -14,8 +14,6 @@ from siftune.offsite.emulator import make
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import FactoredLinear, weight_OI
-from siftune.offsite.emulator.plan import allot
-from siftune.offsite.emulator.record import record
 from siftune.offsite.emulator.split import Split, outer_names
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 
@@ -110,17 +108,6 @@ def test_kinds_of_attention_go_with_the_layers():
     assert small.config.layer_types != model.config.layer_types[:5]
 
 
-def test_what_is_allotted_by_score_goes_to_the_layers_that_matter():
-    model = base()
-    batches = calibration(model)
-    effect = record(model, batches, range(1, 4)).effect
-    (parts,) = emulators(model, batches, [settings(keep=0.5, allot="score")])
-    channels = [shape.channels for shape in parts.middle]
-    shares = allot([effect(number) ** 0.5 for number in (1, 2, 3)], 0.5)
-    assert channels == [int(48 * share + 1e-9) for share in shares]
-    assert len(set(channels)) == 3
-
-
 @pytest.mark.parametrize("method", ["gradot", "svd+flap", "crash"])
 def test_batches_and_padding_do_not_matter(method):
     model = base()
@@ -146,7 +133,6 @@ def test_several_at_once_are_those_made_one_by_one():
         settings(keep=0.5),
         settings(keep=0.7, basis="svd", lambda_attn=0.3),
         settings(method="layerdrop", keep=0.4),
-        settings(keep=0.6, allot="score"),
     ]
     for choice, parts in zip(choices, emulators(model, batches, choices), strict=True):
         (alone,) = emulators(model, batches, [choice])
@@ -222,7 +208,7 @@ def test_dtypes_of_the_kit(tmp_path):
         ({"lambda_mlp": -1.0}, "lambda_mlp is -1.0"),
         ({"lambda_attn": float("inf")}, "lambda_attn is inf"),
         ({"damping": 0.0}, "damping is 0.0"),
-        ({"method": "crash", "allot": "score"}, "crash drops whole layers"),
+        ({"method": "crash", "allot": "measured"}, "crash drops whole layers"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, values, words):
