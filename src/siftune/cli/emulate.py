@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from siftune.base.errors import RecipeError
 from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
 
 if TYPE_CHECKING:
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
     from siftune.offsite.emulator.plan import EmulatorSettings
     from siftune.offsite.kit.folder import Kit
-
-_KEEP = 0.7  # where neither --keep nor --size-mb is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +24,8 @@ class Options(CalibrationOptions):
     gradients stay close to the model's own. Choose the options by comparing emulators with `siftune sweep`.
     """
 
-    keep: float | None = None
-    """Fraction of the middle's parameters that the kit holds; 0.7 if --size-mb is not given either."""
-    size_mb: float | None = None
-    """In place of --keep: size of emulator.safetensors in MB."""
-    keep_attn: float | None = None
-    """gradot, svd+flap: in place of --keep for attention alone; 1 compresses the MLPs only (the paper's SCP alone)."""
-    keep_mlp: float | None = None
-    """gradot, svd+flap: in place of --keep for the MLPs alone; 1 compresses attention only (the paper's DRD alone)."""
+    keep: float = 0.7
+    """Fraction of the middle's parameters that the kit holds."""
     method: Literal["gradot", "layerdrop", "crash", "svd+flap"] = "gradot"
     """gradot keeps outer layers' gradients; layerdrop drops whole layers, crash shares them, svd+flap keeps outputs."""
     basis: Literal["whitened", "svd"] = "whitened"
@@ -55,30 +46,24 @@ class Options(CalibrationOptions):
     def check(self) -> None:
         """Check what can be checked before anything is loaded."""
         super().check()
-        if self.keep is not None and self.size_mb is not None:
-            raise RecipeError("--keep and --size-mb were both given: give one of them")
-        if self.size_mb is not None and (self.keep_attn, self.keep_mlp) != (None, None):
-            raise RecipeError("--size-mb sets one fraction for all matrices: leave out --keep-attn and --keep-mlp")
         self.settings().check()
         if self.sign is not None:
             from siftune.offsite.kit.signing import load_signer
 
             load_signer(self.sign)
 
-    def settings(self, keep: float | None = None) -> "EmulatorSettings":
-        """How the middle is compressed; `keep` stands in the place of what was given."""
+    def settings(self) -> "EmulatorSettings":
+        """How the middle is compressed."""
         from siftune.offsite.emulator.plan import EmulatorSettings
         from siftune.offsite.emulator.split import Split
 
         return EmulatorSettings(
             method=self.method,
-            keep=next(value for value in (keep, self.keep, _KEEP) if value is not None),
+            keep=self.keep,
             lambda_attn=self.lambda_attn,
             lambda_mlp=self.lambda_mlp,
             basis=self.basis,
             mlp=self.mlp,
-            keep_attn=self.keep_attn,
-            keep_mlp=self.keep_mlp,
             split=Split(self.first, self.last),
             allot=self.allot,
         )
@@ -90,7 +75,6 @@ def run(options: Options) -> dict[str, Any]:
     import torch
 
     from siftune.base.stages import stages
-    from siftune.offsite.emulator.plan import keep_for_size
     from siftune.offsite.exchange.calibration import batches_of, calibration_rows, load_base
     from siftune.offsite.exchange.emulate import KitOptions, emulate
     from siftune.offsite.kit.facts import facts
@@ -102,8 +86,6 @@ def run(options: Options) -> dict[str, Any]:
         model, tokenizer = load_base(options, streamed=True)
     batches = batches_of(rows, tokenizer, options)
     dtype, settings = _kit_dtype(options, model), options.settings()
-    if options.size_mb is not None:
-        settings = options.settings(keep_for_size(model, settings.split, options.size_mb * 1e6, dtype.itemsize))
     kit_options = KitOptions(dtype, getattr(torch, options.outer_dtype), options.sign)
     with stages(console) as progress:
         kit = emulate(model, tokenizer, batches, options.out, settings, kit_options, progress)

@@ -25,8 +25,6 @@ class Options(CalibrationOptions):
     """Kept fractions."""
     lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)
     """Values of λ, for gradot."""
-    lambda_on: tuple[Literal["both", "attn", "mlp"], ...] = ("both",)
-    """Where λ acts."""
     bases: tuple[Literal["whitened", "svd"], ...] = ("whitened", "svd")
     """Bases, for gradot."""
     mlps: tuple[Literal["refit", "channels"], ...] = ("refit",)
@@ -55,7 +53,6 @@ class Options(CalibrationOptions):
             bases=self.bases,
             mlps=self.mlps,
             methods=self.methods,
-            lambda_on=self.lambda_on,
             split=Split(self.first, self.last),
             allot=self.allot,
         )

@@ -101,11 +101,8 @@ def test_dropped_and_shared_layers_count_once(half, rows, tmp_path, capsys, meth
 
 def test_options_reach_the_kit(half, rows, tmp_path, capsys):
     arguments = ("--model", half, "--calibration", rows, "--rows", "6", "--template", "none")
-    sized, _ = siftune(
-        capsys, "emulate", *arguments, "--out", tmp_path / "sized", "--first", "1", "--last", "2", "--size-mb", "0.048"
-    )
+    sized, _ = siftune(capsys, "emulate", *arguments, "--out", tmp_path / "sized", "--first", "1", "--last", "2")
     assert sized["split"] == {"first": 1, "last": 2}
-    assert 0.042 < sized["emulator_mb"] < 0.052  # header included; ranks are rounded down
     typed, _ = siftune(
         capsys, "emulate", *arguments, "--out", tmp_path / "typed", "--first", "1", "--last", "1",
         "--kit-dtype", "float32", "--outer-dtype", "bfloat16", "--dtype", "float32",
@@ -154,13 +151,10 @@ def test_every_setting_changes_the_kit(half, parties, rows, tmp_path, capsys, fl
 def test_a_sweep_writes_table_figures_and_picture(half, rows, tmp_path, capsys):
     out = tmp_path / "sweep"
     arguments = ("--model", half, "--calibration", rows, "--out", out, *EMULATE, "--held-out-rows", "4")
-    found, said = siftune(
-        capsys, "sweep", *arguments, "--keeps", "0.5", "--lambdas", "0", "2", "--lambda-on", "attn", "mlp",
-        "--bases", "svd",
-    )  # fmt: skip
+    found, said = siftune(capsys, "sweep", *arguments, "--keeps", "0.5", "--lambdas", "0", "2", "--bases", "svd")
     points = found["points"]
     assert {(p["method"], p["lambda_attn"], p["lambda_mlp"]) for p in points} == {
-        ("gradot", 0.0, 0.0), ("gradot", 2.0, 0.0), ("gradot", 0.0, 2.0), ("layerdrop", 0.0, 0.0)
+        ("gradot", 0.0, 0.0), ("gradot", 2.0, 2.0), ("layerdrop", 0.0, 0.0)
     }  # fmt: skip
     assert (found["calibration_rows"], found["held_out_rows"]) == (6, 4)
     assert {path.name for path in out.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
@@ -182,8 +176,6 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--out": tmp_path / "used"}, f"{tmp_path}/used is not empty; give another folder with --out."),
         ({"--out": few}, "cannot be written to (Not a directory)"),
         ({"--keep": 0}, "keep is 0.0, but must be above 0 and at most 1"),
-        ({"--keep": 0.5, "--size-mb": 1}, "--keep and --size-mb were both given: give one of them"),
-        ({"--size-mb": 100}, "an emulator of 100.0 MB cannot be made"),
         ({"--lambda-mlp": -1}, "lambda_mlp is -1.0"),
         ({"--method": "crash", "--allot": "measured"}, "method crash drops whole layers"),
         ({"--first": 3}, "the model has 4 layers"),

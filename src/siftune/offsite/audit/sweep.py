@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +28,6 @@ from siftune.offsite.emulator.plan import Allotment, EmulatorSettings
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.drd import Basis
 
-LambdaOn = Literal["both", "attn", "mlp"]
 Batches = Sequence[dict[str, Tensor]]
 
 _RESAMPLES = 2000
@@ -41,11 +39,10 @@ class SweepGrid:
     """The emulators to compare: every method at every kept fraction; for gradot also every basis and λ."""
 
     keeps: tuple[float, ...] = (0.7, 0.5, 0.3)  # kept fractions, in (0, 1]
-    lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)  # values of λ; 0 stands once, whatever `lambda_on` says
+    lambdas: tuple[float, ...] = (0.0, 0.1, 0.3)  # values of λ, of attention and MLPs alike
     bases: tuple[Basis, ...] = ("whitened", "svd")  # of gradot
     mlps: tuple[Mlp, ...] = ("refit",)  # what gradot does to them
     methods: tuple[Method, ...] = ("gradot", "layerdrop")
-    lambda_on: tuple[LambdaOn, ...] = ("both",)  # where λ acts: on attention, on the MLP, or the same on both
     split: Split = field(default_factory=Split)  # outer layers at either end
     allot: Allotment = "uniform"  # how gradot shares out what is kept among matrices
 
@@ -55,7 +52,7 @@ class SweepGrid:
         Raises:
             RecipeError: With one sentence on the first value that cannot be used.
         """
-        for name in ("keeps", "lambdas", "bases", "mlps", "methods", "lambda_on"):
+        for name in ("keeps", "lambdas", "bases", "mlps", "methods"):
             if not getattr(self, name):
                 raise RecipeError(f"{name} is empty: give at least one value, or leave it out")
         for choice in self.settings():
@@ -70,10 +67,9 @@ class SweepGrid:
         if method in ("layerdrop", "crash") or method == "svd+flap":
             yield EmulatorSettings(method=method, keep=keep, split=self.split)
         else:
-            for basis, mlp, value, on in product(self.bases, self.mlps, self.lambdas, self.lambda_on):
-                on_attn, on_mlp = (value if on in ("both", part) else 0.0 for part in ("attn", "mlp"))
+            for basis, mlp, value in product(self.bases, self.mlps, self.lambdas):
                 yield EmulatorSettings(
-                    keep=keep, lambda_attn=on_attn, lambda_mlp=on_mlp, basis=basis, mlp=mlp, split=self.split,
+                    keep=keep, lambda_attn=value, lambda_mlp=value, basis=basis, mlp=mlp, split=self.split,
                     allot=self.allot,
                 )  # fmt: skip
 

@@ -45,8 +45,6 @@ class Compression:
         protect: Share of the largest singular values that always stay.
         damping: *(ours)* Relative damping of those roots.
         refit_damping: *(ours)* Relative damping of the channels' fit.
-        keep_attn: Fraction for attention alone, in place of `keep`; at 1 only the MLP is compressed (SCP alone).
-        keep_mlp: Fraction for the MLP alone; at 1 only attention is compressed (DRD alone).
         shares: *(ours)* Fractions in place of all these, by path of the matrix; that of the one that writes to the
             hidden state is the MLP's channels'. From a plan (`plan.py`), and not to be set.
     """
@@ -60,16 +58,11 @@ class Compression:
     protect: float = 0.05
     damping: float = DAMPING
     refit_damping: float = REFIT_DAMPING
-    keep_attn: float | None = None
-    keep_mlp: float | None = None
     shares: Mapping[str, float] | None = field(default=None, hash=False)
 
-    def share(self, path: str, family: Family) -> float:
-        """What stays of a matrix."""
-        if self.shares is not None:
-            return self.shares[path]
-        own = self.keep_attn if path in family.attention else self.keep_mlp
-        return self.keep if own is None else own
+    def share(self, path: str) -> float:
+        """Fraction of a matrix that stays."""
+        return self.keep if self.shares is None else self.shares[path]
 
     def judged(self, family: Family) -> tuple[str, ...]:
         """Matrices of whose curvature something is asked: those that channels read by only where these are scored."""
@@ -141,7 +134,7 @@ def compress_layer(
     for path in family.attention:
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)
-        share = how.share(path, family)
+        share = how.share(path)
         if share >= 1:
             continue
         rank = rank_of(share, outputs, inputs)
@@ -151,7 +144,7 @@ def compress_layer(
         if f"{path}.bias" in tensors:
             tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
-    if how.share(family.writes, family) >= 1:
+    if how.share(family.writes) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
     channels, biased = _narrow(layer, family, tensors, seen, how)
     return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
@@ -175,7 +168,7 @@ def _narrow(
     """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
     paths = (*family.reads, family.writes)
     weights = {path: weight_OI(layer.get_submodule(path), tensors[f"{path}.weight"]) for path in paths}
-    count = channel_count(how.share(family.writes, family), weights[family.writes].shape[1])
+    count = channel_count(how.share(family.writes), weights[family.writes].shape[1])
     staying = keep_channels(score_channels(weights, family, seen, how), count)
     biased: tuple[str, ...] = ()
     if how.method == "svd+flap":

@@ -8,11 +8,8 @@ from torch import nn
 
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.files import Progress
-from siftune.models.families import Family, family_of
-from siftune.models.layers import find_layers
 from siftune.offsite.emulator.compress import Compression
 from siftune.offsite.emulator.costs import SHARES, measured_shares
-from siftune.offsite.emulator.model import features
 from siftune.offsite.emulator.recording import Recording
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
@@ -50,7 +47,6 @@ class EmulatorSettings(Compression):
         """
         if not 0 < self.keep <= 1:
             raise RecipeError(f"keep is {self.keep}, but must be above 0 and at most 1")
-        self._check_parts()
         for name in ("lambda_attn", "lambda_mlp"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise RecipeError(f"{name} is {getattr(self, name)}, but must be a finite number of 0 or more")
@@ -70,20 +66,6 @@ class EmulatorSettings(Compression):
             raise RecipeError(f"allot measured is for method gradot, but method is {self.method}: use allot uniform")
         if self.keep < SHARES[0]:
             raise RecipeError(f"keep is {self.keep}, but allot measured leaves {SHARES[0]} of every matrix or more")
-
-    def _check_parts(self) -> None:
-        """Check the fractions of attention and MLP by themselves."""
-        parts = {name: getattr(self, name) for name in ("keep_attn", "keep_mlp") if getattr(self, name) is not None}
-        for name, share in parts.items():
-            if not 0 < share <= 1:
-                raise RecipeError(f"{name} is {share}, but must be above 0 and at most 1")
-        if parts and (self.method in ("layerdrop", "crash") or self.allot != "uniform" or self.keep >= 1):
-            raise RecipeError(
-                f"{next(iter(parts))} says what stays of a part of every layer: leave out allot, methods that "
-                "drop whole layers, and a keep of 1"
-            )
-        if parts.get("keep_attn") == parts.get("keep_mlp") == 1:
-            raise RecipeError("keep_attn and keep_mlp are both 1, so that nothing is compressed: lower one of them")
 
 
 @dataclass(frozen=True)
@@ -118,34 +100,6 @@ def plan(
         measured = measured_shares(model, recording, settings, progress)
         return [Step(number, settings.keep, shares=measured[number]) for number in numbers]
     return [Step(number, settings.keep) for number in numbers]
-
-
-def keep_for_size(model: nn.Module, split: Split, target_bytes: float, element_bytes: int) -> float:
-    """The kept fraction at which emulator.safetensors, the frozen part of an emulator, has a size in bytes.
-
-    Raises:
-        RecipeError: It cannot be that small or large; the message names the range.
-    """
-    decoder = find_layers(model)
-    middle = [decoder.layers[number] for number in split.middle(len(decoder.layers))]
-    outer = sum(p.numel() for n in split.outer(len(decoder.layers)) for p in decoder.layers[n].parameters())
-    family = family_of(getattr(model, "config", None))
-    matrices = sum(_matrix_parameters(layer, family) for layer in middle)
-    total = sum(p.numel() for p in model.parameters())
-    fixed = total - outer - matrices
-    keep = (target_bytes / element_bytes - fixed) / matrices
-    if not 0 < keep <= 1:
-        low, high = (size * element_bytes / 1e6 for size in (fixed, fixed + matrices))
-        raise RecipeError(
-            f"an emulator of {target_bytes / 1e6:.1f} MB cannot be made: without its middle it has {low:.1f} MB, "
-            f"whole {high:.1f} MB; give a size between"
-        )
-    return keep
-
-
-def _matrix_parameters(layer: nn.Module, family: Family) -> int:
-    shapes = [features(layer.get_submodule(path)) for path in family.matrices]
-    return sum(inputs * outputs for inputs, outputs, _ in shapes)
 
 
 def _refuse_numbered(config: Any, method: str) -> None:

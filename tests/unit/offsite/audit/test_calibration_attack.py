@@ -102,12 +102,12 @@ def test_rows_that_calibrated_neither_kit_are_at_chance():
 
 
 def test_directions_of_the_weight_alone_tell_nothing_without_channels():
-    """`svd` directions, all kept, and the MLP whole: no calibration row has a part in them."""
+    """`svd` directions, all of them protected: no calibration row has a part in the attention matrices."""
     model = base(layers=4)
     own, others = rows(model, 1, 6), rows(model, 2, 60)
-    small = emulator(model, own, keep=0.5, basis="svd", keep_mlp=1.0, protect=1.0)
+    small = emulator(model, own, keep=0.5, basis="svd", protect=1.0)
     found = attack_calibration(Kits(model, small, SPLIT), own, others, FEW)
-    assert found.attacks["all"].auc.low < 0.5 < found.attacks["all"].auc.high
+    assert found.attacks["attention"].auc.low < 0.5 < found.attacks["attention"].auc.high
 
 
 def test_whole_layers_leave_nothing_to_look_at():

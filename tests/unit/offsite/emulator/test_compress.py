@@ -148,24 +148,3 @@ def test_settings_of_attention_arrive(name, values):
     found = [compress(model, keep=0.5, lambda_attn=5.0, **{name: value})[3].tensors for value in values]
     key = "self_attn.q_proj.up.weight"
     assert not torch.allclose(found[0][key], found[1][key])
-
-
-@pytest.mark.parametrize("method", ["gradot", "svd+flap"])
-@pytest.mark.parametrize("mlp", ["refit", "channels"])
-def test_attention_or_the_mlp_alone(method, mlp):
-    """At 1 a part is the base's, bit for bit, and the other part is what it is where both are compressed."""
-    model = base()
-    layer, family, _, both = compress(model, keep=0.5, method=method, mlp=mlp)
-    before = dict(layer.state_dict())
-    for alone, other in (("keep_attn", "keep_mlp"), ("keep_mlp", "keep_attn")):
-        found = compress(model, keep=0.9, method=method, mlp=mlp, **{alone: 0.5, other: 1.0})[3]
-        for name, tensor in found.tensors.items():
-            attention = name.startswith(family.attention)
-            wanted = both.tensors if attention == (alone == "keep_attn") else before
-            assert torch.equal(tensor, wanted[name]), name
-        if alone == "keep_attn":
-            assert (found.shape.channels, found.shape.biased) == (None, ())
-            assert set(found.shape.ranks) == set(family.attention)
-        else:
-            assert not set(found.shape.ranks) & set(family.attention)
-            assert found.shape.channels == both.shape.channels

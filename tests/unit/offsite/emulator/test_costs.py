@@ -152,7 +152,6 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
         ({"method": "svd+flap"}, r"measured is for method gradot, but method is svd\+flap"),
         ({"method": "layerdrop"}, "drops whole layers"),
         ({"keep": 0.05}, r"keep is 0\.05, but allot measured leaves 0\.1"),
-        ({"keep_mlp": 0.5}, "leave out allot"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(values, words):
