@@ -57,7 +57,6 @@ def recovery_section(points: tuple[RecoveryPoint, ...]) -> str:
 def calibration_section(found: CalibrationLeak) -> str:
     """How well the kit tells who calibrated it."""
     named = {f"by {_KINDS[kind]}": attack for kind, attack in found.attacks.items()}
-    named |= {f"by {_KINDS[kind]}, beside a kit of other rows": attack for kind, attack in found.beside.items()}
     if not named:
         return "The kit has nothing but whole layers: no matrix was fitted to the calibration rows."
     if found.blind is not None:
@@ -70,7 +69,7 @@ def calibration_section(found: CalibrationLeak) -> str:
         f"Rows: {strongest.members} that calibrated the kit, {strongest.others} others. Of the {len(found.matrices)} "
         f"matrices alone, {worst} tells most: AUC {shown(found.matrices[worst].auc)} (the highest of that many is "
         "high by chance too).",
-        _calibration_words(strongest, bool(found.beside)),
+        _calibration_words(strongest),
         _few(strongest),
     ]
     if found.blind is not None and found.blind.tells_apart:
@@ -128,9 +127,9 @@ def _membership_words(attacks: Mapping[str, Attack]) -> str:
     )
 
 
-def _calibration_words(strongest: Attack, beside: bool) -> str:
+def _calibration_words(strongest: Attack) -> str:
     assert strongest.auc.low is not None
-    advice = "" if beside else " A kit of the same settings and other rows (--reference) makes the attack stronger."
+    advice = " An attacker with a second kit, of the same settings and other rows, does better."
     if strongest.auc.low > 0.5:
         return (
             f"Whoever has the base can tell which rows calibrated the kit: AUC {shown(strongest.auc)} (0.5 is "

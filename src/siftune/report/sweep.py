@@ -25,7 +25,7 @@ from the held-out ones by the emulator (0.5 is guessing); the strongest of the a
 
 _CAVEAT = """\
 A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover. Nor does a *told* near 0.5: an
-attacker with a kit of his own sees more (`siftune audit --calibration FILE --reference KIT`)."""
+attacker with a second kit, of the same settings and other rows, does better."""
 
 _MARKERS = {"layerdrop": "s", "crash": "D", "svd+flap": "^"}
 

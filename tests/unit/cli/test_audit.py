@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from support.commands import EMULATE, error_of, siftune
+from support.commands import error_of, siftune
 from support.tiny_run import save_rows
 
-from siftune.base.errors import DataError, KitError
+from siftune.base.errors import DataError
 from siftune.offsite.audit.own import audit_run, own_audit_paths
 from siftune.offsite.audit.run import audit_paths
 from siftune.offsite.audit.settings import AuditOptions
@@ -29,17 +29,12 @@ def options(half, parties, others, **changes):
     return AuditOptions(**{"model": str(half), **{k: str(v) for k, v in paths.items()}, **QUICK, **changes})
 
 
-def test_an_owner_s_calibration_rows(half, parties, others, tmp_path, capsys):
+def test_an_owner_s_calibration_rows(half, parties, others):
     calibration = {"calibration": str(parties / "rows.jsonl"), "calibration_rows": 6, "calibration_others": str(others)}
     found = audit_paths(options(half, parties, others, **calibration)).calibration
     assert (found.attacks["all"].members, found.attacks["all"].others) == (6, 20)
     assert set(found.attacks) == {"attention", "mlp", "all"}
-    assert found.beside == {}
     assert found.blind is not None
-    siftune(capsys, "emulate", "--model", half, "--calibration", others, "--out", tmp_path / "other", *EMULATE)
-    beside = audit_paths(options(half, parties, others, **calibration, reference=str(tmp_path / "other"))).calibration
-    assert beside.attacks == found.attacks
-    assert set(beside.beside) == {"attention", "mlp", "all"}
     assert audit_paths(options(half, parties, others)).calibration is None
 
 
@@ -49,14 +44,6 @@ def test_rows_that_follow_are_the_others(half, parties, tmp_path):
     assert (found.attacks["all"].members, found.attacks["all"].others) == (6, 5)
     with pytest.raises(DataError, match="all of which calibrated the kit"):
         audit_paths(options(half, parties, rows, calibration=str(rows), calibration_rows=11))
-
-
-def test_a_reference_of_another_split_is_refused(half, parties, others, tmp_path, capsys):
-    split = ("--first", "1", "--last", "2", *EMULATE[4:])
-    siftune(capsys, "emulate", "--model", half, "--calibration", others, "--out", tmp_path / "other", *split)
-    calibration = {"calibration": str(parties / "rows.jsonl"), "reference": str(tmp_path / "other")}
-    with pytest.raises(KitError, match="of another base or split"):
-        audit_paths(options(half, parties, others, **calibration))
 
 
 def test_a_data_owner_s_audit(parties, others, tmp_path, capsys):

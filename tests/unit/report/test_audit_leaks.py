@@ -72,15 +72,11 @@ def test_recovery_by_rate():
 
 def test_calibration():
     matrices = {"3.self_attn.q_proj": attack(0.7), "4.mlp.down_proj": attack(0.95)}
-    leak = CalibrationLeak({"attention": attack(0.7), "mlp": attack(0.9)}, matrices, {}, attack(0.5))
+    leak = CalibrationLeak({"attention": attack(0.7), "mlp": attack(0.9)}, matrices, attack(0.5))
     text = calibration_section(leak)
     assert cells(text, "by attention's matrices")[0] == "0.700 [0.620, 0.780]"
     assert "4.mlp.down_proj tells most: AUC 0.950 [0.870, 1.000]" in text
     assert "Whoever has the base can tell which rows calibrated the kit: AUC 0.900" in text
-    assert "(--reference) makes the attack stronger" in text
-    beside = calibration_section(replace(leak, beside={"mlp": attack(0.99)}))
-    assert cells(beside, "by the MLPs' matrices, beside a kit of other rows")[0].startswith("0.990")
-    assert "--reference" not in beside
     chance = calibration_section(replace(leak, attacks={"all": attack(0.52)}))
     assert "not told from others beyond chance" in chance
-    assert "nothing but whole layers" in calibration_section(CalibrationLeak({}, {}, {}))
+    assert "nothing but whole layers" in calibration_section(CalibrationLeak({}, {}))

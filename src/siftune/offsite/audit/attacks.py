@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from siftune.evaluate.bootstrap import Floats
-from siftune.offsite.audit.calibration_attack import CalibrationLeak, Kits, attack_calibration
+from siftune.offsite.audit.calibration_attack import CalibrationLeak, attack_calibration
 from siftune.offsite.audit.job import Job
 from siftune.offsite.audit.lira import confidence, halves, lira
 from siftune.offsite.audit.membership import Membership, RowLosses, infer_membership, measure_attack
@@ -86,8 +86,7 @@ def calibration_leak(job: Job) -> CalibrationLeak | None:
     job.tell("calibration rows")
     sides = rows.calibrated, rows.uncalibrated
     own, others = (in_batches(side, job.settings.eval_batch_size, padding(models.tokenizer)) for side in sides)
-    kits = Kits(models.base, models.emulator, models.split, models.reference)
-    found = attack_calibration(kits, own, others, job.bootstrap)
+    found = attack_calibration(models.base, models.emulator, models.split, own, others, job.bootstrap)
     known, unknown = (-job.losses(models.base, side) for side in sides)
     blind = measure_attack(known, unknown, job.bootstrap)
     job.tell("calibration rows", 1)

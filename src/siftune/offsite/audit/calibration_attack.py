@@ -8,9 +8,8 @@ over the attention matrices, over the MLP's, or over all.
 What the attacker needs besides the kit is the base: any public model, or the owner's own staff. Which channels
 a kit's MLP kept is read off its rows, which are the base's own.
 
-*Beside a reference* is stronger, as difficulty calibration is for membership (Watson et al. 2022): the attacker makes a
-kit of his own, of the same settings, with other rows of the kind, and scores a candidate by how much more that one
-loses of it. What any kit loses of the row then cancels.
+An attacker who makes a kit of the same settings from other rows, and scores a candidate by how much more that kit
+loses of it, does better: `calibration_leak.py` of the benchmarks measures this.
 
 Matrices that the kit holds whole are left out, and a kit of whole layers has nothing to look at.
 """
@@ -51,26 +50,14 @@ class CalibrationLeak:
     # `attention`, `mlp`, `all`: the mean over those matrices; kinds that the kit holds whole are not there
     attacks: dict[str, Attack]
     matrices: dict[str, Attack]  # name of a matrix, such as `3.mlp.down_proj` -> the attack that looks at it alone
-    beside: dict[str, Attack]  # as `attacks`, beside a kit of other rows; empty where there was none
     # no attack: the base's loss alone. If it tells the sides apart, they differ by source; None where it was not
     # measured
     blind: Attack | None = None
 
     @property
     def strongest(self) -> Attack | None:
-        """The attack of the highest AUC over a kind of matrices, with a reference or without; None without any."""
-        found = [*self.attacks.values(), *self.beside.values()]
-        return max(found, key=lambda attack: attack.auc.value or 0.0) if found else None
-
-
-@dataclass(frozen=True)
-class Kits:
-    """What the attacker has."""
-
-    base: PreTrainedModel  # left as it was
-    emulator: nn.Module  # the one under attack
-    split: Split
-    reference: nn.Module | None = None  # an emulator of the same settings that other rows calibrated; None for none
+        """The attack of the highest AUC over a kind of matrices; None without any."""
+        return max(self.attacks.values(), key=lambda attack: attack.auc.value or 0.0, default=None)
 
 
 @dataclass(frozen=True)
@@ -85,49 +72,40 @@ class Compared:
 
 
 def attack_calibration(
-    kits: Kits, rows: Batches, others: Batches, bootstrap: Bootstrap | None = None
+    base: PreTrainedModel,
+    emulator: nn.Module,
+    split: Split,
+    rows: Batches,
+    others: Batches,
+    bootstrap: Bootstrap | None = None,
 ) -> CalibrationLeak:
     """Tell calibration rows from others.
 
     Args:
-        kits: Base and emulator.
+        base: The base model, which is left unchanged.
+        emulator: The emulator under attack.
+        split: The split of both.
         rows: The rows that calibrated the emulator: (B, T) `input_ids` and `attention_mask`, cut as they were then.
-        others: Rows of the same source, cut alike, that calibrated neither emulator nor reference.
+        others: Rows of the same source, cut alike, that did not calibrate it.
         bootstrap: How intervals are drawn.
 
     Example:
-        >>> leak = attack_calibration(Kits(base, emulator, split), batches[:1], batches[1:], Bootstrap(100))
-        >>> sorted(leak.attacks), leak.beside
-        (['all', 'attention', 'mlp'], {})
+        >>> leak = attack_calibration(base, emulator, split, batches[:1], batches[1:], Bootstrap(100))
+        >>> sorted(leak.attacks)
+        ['all', 'attention', 'mlp']
     """
     bootstrap = bootstrap or Bootstrap()
-    matrices = compared(kits.base, kits.emulator, kits.split)
-    twins = [] if kits.reference is None else compared(kits.base, kits.reference, kits.split)
-    named = [replace(twin, name=f"reference {twin.name}") for twin in twins]
-    known = {one.name for one in twins}
-    sides = [row_residuals(kits.base, [*matrices, *named], part) for part in (rows, others)]
-    both = [one for one in matrices if one.name in known]
-    plain = [{one.name: -side[one.name] for one in matrices} for side in sides]
-    beside = [{one.name: side[f"reference {one.name}"] - side[one.name] for one in both} for side in sides]
-    each = replace(bootstrap, resamples=min(bootstrap.resamples, _SHORT))
-    return CalibrationLeak(
-        _by_kind(matrices, plain, bootstrap),
-        {one.name: measure_attack(plain[0][one.name], plain[1][one.name], each) for one in matrices},
-        _by_kind(both, beside, bootstrap),
-    )
-
-
-def _by_kind(
-    matrices: Sequence[Compared], sides: Sequence[Mapping[str, Floats]], bootstrap: Bootstrap
-) -> dict[str, Attack]:
-    """Attacks by the mean score over the matrices of a kind."""
-    found = {}
+    matrices = compared(base, emulator, split)
+    members, outsiders = (row_residuals(base, matrices, part) for part in (rows, others))
+    attacks = {}
     for kind in KINDS:
         names = [one.name for one in matrices if kind in ("all", one.kind)]
         if names:
-            members, others = (np.mean([side[name] for name in names], axis=0) for side in sides)
-            found[kind] = measure_attack(members, others, bootstrap)
-    return found
+            own, other = (-np.mean([side[name] for name in names], axis=0) for side in (members, outsiders))
+            attacks[kind] = measure_attack(own, other, bootstrap)
+    short = replace(bootstrap, resamples=min(bootstrap.resamples, _SHORT))
+    alone = {one.name: measure_attack(-members[one.name], -outsiders[one.name], short) for one in matrices}
+    return CalibrationLeak(attacks, alone)
 
 
 def compared(base: PreTrainedModel, emulator: nn.Module, split: Split) -> list[Compared]:

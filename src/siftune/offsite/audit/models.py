@@ -30,14 +30,12 @@ class OffsiteModels:
         emulator: The emulator; it may share tensors with the base.
         split: The split of both.
         tokenizer: The tokenizer of both.
-        reference: An emulator of the same settings that yet other rows calibrated, for the attack on calibration rows.
     """
 
     base: PreTrainedModel
     emulator: PreTrainedModel
     split: Split
     tokenizer: PreTrainedTokenizerBase
-    reference: PreTrainedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,7 @@ def on_accelerator(models: OffsiteModels) -> OffsiteModels:
     if not torch.accelerator.is_available():
         return models
     device: Any = torch.accelerator.current_accelerator()
-    reference = None if models.reference is None else models.reference.to(device)
-    return replace(models, base=models.base.to(device), emulator=models.emulator.to(device), reference=reference)
+    return replace(models, base=models.base.to(device), emulator=models.emulator.to(device))
 
 
 def kept_fraction(base: nn.Module, emulator: nn.Module, split: Split) -> Kept:

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import KitError
@@ -60,7 +59,7 @@ from siftune.offsite.exchange.load import load_kit
 from siftune.offsite.exchange.returned import read_return
 from siftune.offsite.exchange.updates import compare
 from siftune.offsite.kit.fingerprint import fingerprint
-from siftune.offsite.kit.folder import Kit, read_kit
+from siftune.offsite.kit.folder import read_kit
 
 Scores = dict[str, RowScores]  # by condition
 
@@ -186,22 +185,12 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
             "that the kit was made of, with the --dtype that it was made with"
         )
     emulator, _ = load_kit(kit, options.dtype)
-    models = on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer, _reference(options, kit)))
+    models = on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
     settings = options.settings()
     rows = with_calibration(tokenize_audit(train, held_out, tokenizer, settings), tokenizer, options)
     result = audit(models, rows, settings, returned, progress)
     names = {"model": options.model, "kit": kit.digest, "train": options.train, "eval": options.eval}
     return replace(result, facts={**names, **result.facts})
-
-
-def _reference(options: AuditOptions, kit: Kit) -> PreTrainedModel | None:
-    """The emulator of the kit that other rows calibrated."""
-    if not options.reference:
-        return None
-    other = read_kit(options.reference)
-    if (other.manifest.fingerprint, other.manifest.split) != (kit.manifest.fingerprint, kit.manifest.split):
-        raise KitError(f"{options.reference}: it is of another base or split than {options.kit}: make it with the same")
-    return load_kit(other, options.dtype)[0]
 
 
 def _facts(job: Job, returned: bool) -> dict[str, Any]:

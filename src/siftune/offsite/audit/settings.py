@@ -113,8 +113,6 @@ class AuditOptions(AuditSettings):
     """Where they were cut, in tokens, as for emulate's max_length."""
     calibration_others: str = ""
     """Rows of the same source that the kit was not calibrated on; if not given, those that follow in calibration."""
-    reference: str = ""
-    """Kit of the same settings, calibrated on yet other rows of the source: makes that attack much stronger."""
     public_key: Path | None = None
     """PEM file of the owner's public key, to check the kit's signature."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -145,10 +143,8 @@ class AuditOptions(AuditSettings):
             )
         if not self.model and self.calibration:
             raise RecipeError("calibration is tried out on the base: name it with --model")
-        if (self.reference or self.calibration_others) and not self.calibration:
-            raise RecipeError(
-                "reference and calibration_others go with the kit's own rows: name them with --calibration"
-            )
+        if self.calibration_others and not self.calibration:
+            raise RecipeError("calibration_others goes with the kit's own rows: name them with --calibration")
 
     def settings(self) -> AuditSettings:
         """The settings alone."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
-from siftune.offsite.audit.calibration_attack import Kits, attack_calibration
+from siftune.offsite.audit.calibration_attack import attack_calibration
 from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient
 from siftune.offsite.audit.models import count, kept_fraction
 from siftune.offsite.emulator.assemble import materialise
@@ -128,7 +128,8 @@ def sweep(
         parts = emulators(model, batches, chunk, progress=progress)
         for choice in chunk:
             emulator = materialise(parts.pop(0)).to(model.device)
-            told = _told(Kits(model, emulator, choice.split), batches, held_out)
+            leak = attack_calibration(model, emulator, choice.split, batches, held_out, Bootstrap(_RESAMPLES)).strongest
+            told = Estimate() if leak is None else leak.auc
             points.append(replace(_measure(model, emulator, choice, held_out, full), told=told))
             if progress is not None:
                 progress("measuring", len(points), len(choices))
@@ -163,12 +164,6 @@ def _measure(
         parameters=count(emulator),
         kept=kept_fraction(model, emulator, choice.split).middle,
     )
-
-
-def _told(kits: Kits, batches: Batches, held_out: Batches) -> Estimate:
-    """How well calibration rows are told from held-out ones."""
-    strongest = attack_calibration(kits, batches, held_out, Bootstrap(_RESAMPLES)).strongest
-    return Estimate() if strongest is None else strongest.auc
 
 
 def _chunks(choices: Sequence[EmulatorSettings]) -> Iterator[list[EmulatorSettings]]:

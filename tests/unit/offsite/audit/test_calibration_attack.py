@@ -8,7 +8,7 @@ from support.emulators import FAMILIES, base, calibration, emulator
 from siftune.evaluate.bootstrap import Bootstrap
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.audit.calibration_attack import Kits, attack_calibration, compared, row_residuals
+from siftune.offsite.audit.calibration_attack import attack_calibration, compared, row_residuals
 from siftune.offsite.emulator.model import weight_OI
 from siftune.offsite.emulator.split import Split
 
@@ -70,7 +70,7 @@ def test_the_model_is_as_it_was():
 def test_calibration_rows_are_told_where_a_few_were_fitted_to():
     model = base(layers=6)
     own, others = rows(model, 1, 4), rows(model, 2, 40)
-    found = attack_calibration(Kits(model, emulator(model, own, keep=0.5), SPLIT), own, others, FEW)
+    found = attack_calibration(model, emulator(model, own, keep=0.5), SPLIT, own, others, FEW)
     assert found.attacks["mlp"].auc.value > 0.95
     assert found.attacks["all"].auc.low > 0.9
     assert found.strongest.auc.value >= found.attacks["attention"].auc.value
@@ -80,24 +80,11 @@ def test_calibration_rows_are_told_where_a_few_were_fitted_to():
     )}  # fmt: skip
 
 
-def test_a_kit_of_other_rows_beside_it_makes_the_attack_stronger():
+def test_rows_that_did_not_calibrate_the_kit_are_at_chance():
     model = base(layers=6)
-    own, others, theirs = rows(model, 1, 16), rows(model, 2, 60), rows(model, 3, 16)
-    kits = Kits(model, emulator(model, own, keep=0.5), SPLIT, emulator(model, theirs, keep=0.5))
-    found = attack_calibration(kits, own, others, FEW)
-    assert found.beside["all"].auc.value > found.attacks["all"].auc.value
-    assert found.beside["all"].auc.value > 0.9
-    every = (*found.attacks.values(), *found.beside.values())
-    assert found.strongest.auc.value == max(one.auc.value for one in every)
-
-
-def test_rows_that_calibrated_neither_kit_are_at_chance():
-    model = base(layers=6)
-    made = [emulator(model, rows(model, seed, 8), keep=0.5) for seed in (1, 9)]
-    found = attack_calibration(
-        Kits(model, made[0], SPLIT, made[1]), rows(model, 4, 80), rows(model, 5, 80), Bootstrap(400, level=0.999)
-    )
-    for one in (*found.attacks.values(), *found.beside.values()):
+    small = emulator(model, rows(model, 1, 8), keep=0.5)
+    found = attack_calibration(model, small, SPLIT, rows(model, 4, 80), rows(model, 5, 80), Bootstrap(400, level=0.999))
+    for one in found.attacks.values():
         assert one.auc.low < 0.5 < one.auc.high
 
 
@@ -106,14 +93,14 @@ def test_directions_of_the_weight_alone_tell_nothing_without_channels():
     model = base(layers=4)
     own, others = rows(model, 1, 6), rows(model, 2, 60)
     small = emulator(model, own, keep=0.5, basis="svd", protect=1.0)
-    found = attack_calibration(Kits(model, small, SPLIT), own, others, FEW)
+    found = attack_calibration(model, small, SPLIT, own, others, FEW)
     assert found.attacks["attention"].auc.low < 0.5 < found.attacks["attention"].auc.high
 
 
 def test_whole_layers_leave_nothing_to_look_at():
     model = base()
     small = emulator(model, calibration(model), method="layerdrop", keep=0.4)
-    found = attack_calibration(Kits(model, small, SPLIT), *(rows(model, seed, 5) for seed in (1, 2)), FEW)
+    found = attack_calibration(model, small, SPLIT, *(rows(model, seed, 5) for seed in (1, 2)), FEW)
     assert (found.attacks, found.matrices, found.strongest) == ({}, {}, None)
 
 

@@ -17,7 +17,7 @@ def auc(members, others):
     return measure_attack(members, others, Bootstrap(1)).auc.value
 
 
-def tpr(members, others, rate):
+def share_found(members, others, rate):
     return tpr(*(side[None].astype(float) for side in _by_score(members, others)), rate)[0]
 
 
@@ -49,7 +49,7 @@ def found_by_trying(members, others, rate):
 
 @given(some, some, st.sampled_from([0.01, 0.05, 0.25, 0.5, 1.0]))
 def test_members_found_at_a_share_of_false_alarms(members, others, rate):
-    assert tpr(members, others, rate) == pytest.approx(found_by_trying(members, others, rate), abs=1e-12)
+    assert share_found(members, others, rate) == pytest.approx(found_by_trying(members, others, rate), abs=1e-12)
 
 
 def test_figures_of_an_attack_and_their_intervals():

@@ -184,7 +184,7 @@ def test_what_a_data_owner_cannot_audit():
         ({"recovery_lrs": (1e-3, 0.0)}, r"recovery_lrs is 0\.0"),
         ({"model": ""}, "neither model nor return"),
         ({"model": "", "returned": "R", "calibration": "c.jsonl"}, "tried out on the base"),
-        ({"reference": "K"}, "go with the kit's own rows"),
+        ({"calibration_others": "c.jsonl"}, "--calibration"),
         ({"calibration_length": 1}, "calibration_length is 1"),
     ],
 )

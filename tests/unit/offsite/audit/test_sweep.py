@@ -13,7 +13,7 @@ from support.emulators import base, calibration
 from siftune.base.errors import InputError, RecipeError
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.offsite.audit import sweep as module
-from siftune.offsite.audit.calibration_attack import Kits, attack_calibration
+from siftune.offsite.audit.calibration_attack import attack_calibration
 from siftune.offsite.audit.gradients import gradient_cosine
 from siftune.offsite.audit.sweep import SweepGrid, SweepPoint, front, sweep
 from siftune.offsite.emulator.assemble import materialise
@@ -117,7 +117,7 @@ def test_points_are_those_of_emulators_made_and_measured_alone(model, rows, poin
             alone.overall, alone.loss_emulator, alone.loss_full
         )  # fmt: skip
         assert found.gap == found.loss - found.loss_full
-        leak = attack_calibration(Kits(model, emulator, GRID.split), *rows, Bootstrap(2000)).strongest
+        leak = attack_calibration(model, emulator, GRID.split, *rows, Bootstrap(2000)).strongest
         assert found.told == (Estimate() if leak is None else leak.auc)
         assert found.parameters == sum({p.data_ptr(): p.numel() for p in emulator.parameters()}.values())
         assert found.kept == pytest.approx((found.parameters - outside) / sum(sizes[1:4]))
