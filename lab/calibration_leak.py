@@ -48,7 +48,7 @@ from siftune.evaluate.bootstrap import Bootstrap, Estimate, paired_bootstrap
 from siftune.evaluate.perplexity import perplexity
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
-from siftune.models.source import load_model, use_attention
+from siftune.models.load import load_model, use_attention
 from siftune.offsite.audit.calibration_attack import KINDS, Compared, compared, row_residuals
 from siftune.offsite.audit.membership import measure_attack
 from siftune.offsite.audit.rows import token_rows

@@ -26,7 +26,7 @@ from lab.quality_tasks import read_options
 from siftune.data.readers import load_rows
 from siftune.evaluate.choices import ChoiceItem, score_choices
 from siftune.evaluate.prepare import prepare_rows
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 
 TOOLS = ("siftune", "lm-eval")
 

@@ -45,7 +45,7 @@ from siftune.base.environment import hardware, versions
 from siftune.data.arithmetic import split
 from siftune.data.rows import rows_from
 from siftune.evaluate.bootstrap import Bootstrap, resample
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.offsite.audit.rows import AuditRows, score_rows, tokenize_audit
 from siftune.offsite.audit.settings import AuditSettings
 from siftune.offsite.emulator.plan import EmulatorSettings

@@ -40,7 +40,7 @@ from siftune.data.readers import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tokenize import Collator, tokenize_rows
 from siftune.models.layers import find_layers
-from siftune.models.source import load_model, use_attention
+from siftune.models.load import load_model, use_attention
 from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient
 from siftune.offsite.audit.models import OffsiteModels, kept_fraction, plugged, read_outer
 from siftune.offsite.audit.rows import AuditRows, RowScores, score_rows, tokenize_audit

@@ -31,7 +31,7 @@ from siftune.evaluate.prepare import prepare_rows
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.gast.callback import GAST
 from siftune.methods.gast.maths import zscores
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, resolve_recipe

@@ -17,7 +17,7 @@ from lab.offsite import text_batches
 from siftune.data.readers import load_rows
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.models.source import load_model, use_attention
+from siftune.models.load import load_model, use_attention
 from siftune.offsite.emulator.model import weight_OI
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.emulator.recording import Captured

@@ -37,7 +37,7 @@ from siftune.engine.substitution import use_base_dtype
 from siftune.evaluate.embeddings import embed, most_alike, similarity
 from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import WHOLE, SampleChoice
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, compares, resolve_recipe

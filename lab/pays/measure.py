@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from siftune.evaluate.batching import by_length, model_device
 from siftune.models.loss import label_positions, logits_at, next_labels
-from siftune.models.modes import evaluating
+from siftune.models.modules import evaluating
 
 _BATCH = 64
 Floats = NDArray[np.float64]

@@ -169,10 +169,10 @@ def _opened(options: Options, protocol: "Protocol") -> "Reproduction | Offsite":
 def _groups(options: Options, protocol: "Protocol") -> "tuple[Group, ...]":
     """Every kind of adapter with prompts learned or masked."""
     from lab.reproduce.cells import Group
-    from siftune.models.adapters.registry import CARRIERS
+    from siftune.models.adapters.registry import ADAPTER_TYPES
 
     recipe = protocol.recipe
-    adapters = _listed("adapters", options.adapters, (*CARRIERS, "full"), (recipe.adapter,))
+    adapters = _listed("adapters", options.adapters, (*ADAPTER_TYPES, "full"), (recipe.adapter,))
     own = "masked" if recipe.completion_only else "learned"
     prompts = _listed("prompts", options.prompts, ("learned", "masked"), (own,))
     return tuple(Group(adapter, words) for adapter in adapters for words in prompts)

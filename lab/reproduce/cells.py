@@ -27,7 +27,7 @@ from lab.reproduce.table import Line
 from lab.reproduce.tasks import TASKS
 from siftune.artifacts import find_subject, load_subject
 from siftune.base.files import Progress
-from siftune.models.adapters.registry import CARRIERS
+from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.schema import Recipe
 from siftune.train.rates.grid import Grid, recipes_of
 
@@ -56,7 +56,7 @@ class Group:
         changed = replace(recipe, completion_only=self.prompts == "masked", adapter=self.adapter)
         if self.adapter == recipe.adapter or {self.adapter, recipe.adapter} <= {*_ALIKE}:
             return changed
-        dropout = recipe.dropout if self.adapter != "full" and "dropout" in CARRIERS[self.adapter].keys else 0.0
+        dropout = recipe.dropout if self.adapter != "full" and "dropout" in ADAPTER_TYPES[self.adapter].keys else 0.0
         return replace(changed, rank=None, alpha=None, targets=None, dropout=dropout)
 
 

@@ -30,7 +30,7 @@ from siftune.artifacts import find_subject, load_subject
 from siftune.base.files import Progress
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import Split
 from siftune.offsite.exchange.calibration import in_batches

@@ -29,7 +29,7 @@ from lab.rows.scores import all_scores
 from lab.rows.watch import Watch
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import SiftuneError
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.records.record import RowRecord
 from siftune.records.rows import Text
 from siftune.records.scores import by_row, seen

@@ -24,7 +24,7 @@ from torch import nn
 from lab.pays.job import Record, Work
 from siftune.evaluate.batching import by_length, model_device
 from siftune.models.loss import label_positions, logits_at, next_labels
-from siftune.models.modes import evaluating
+from siftune.models.modules import evaluating
 
 _BATCH = 64
 Floats = NDArray[np.float64]

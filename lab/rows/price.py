@@ -26,7 +26,7 @@ from lab.random_llama import save_llama
 from siftune.base.environment import hardware
 from siftune.methods.host.row_numbers import NumberingCollator, RowNumbers
 from siftune.models.adapters.attach import attach_adapter
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.records.record import RowRecord
 from siftune.records.visits import Visits, write_visits
 from siftune.train.trainer import SiftTrainer

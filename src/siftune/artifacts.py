@@ -11,9 +11,8 @@ import torch
 from siftune.base.errors import AdapterError, KitError, ModelError
 from siftune.base.jsonable import parsed
 from siftune.models.adapters.attach import load_adapter
-from siftune.models.hub import similar_folder, why_missing
 from siftune.models.smollm2 import NAME as SMOLLM2
-from siftune.models.source import resolve
+from siftune.models.source import resolve, similar_folder, why_missing
 from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
 from siftune.recipe.read import load_recipe

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.exchange.load import load_kit

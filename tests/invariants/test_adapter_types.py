@@ -25,7 +25,7 @@ from siftune.methods.dp.sampling import Secret
 from siftune.methods.drivers.sample_choice import WHOLE
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.adapters.full import OpenLayers
-from siftune.models.adapters.registry import CARRIERS
+from siftune.models.adapters.registry import ADAPTER_TYPES
 
 ROUNDED = {"4 bits": 4, "8 bits": 8}  # llama, by bitsandbytes
 PRIVATE = Mechanism(8.0, 1e-5, 1e9, "layer", rows=100, batch=1, steps=10, noise=0.0)
@@ -44,7 +44,7 @@ def build(kind, family="llama", **settings):
     if kind == "full":
         OpenLayers(model, None)
     else:
-        rank = {"rank": 4} if "rank" in CARRIERS[kind].keys else {}
+        rank = {"rank": 4} if "rank" in ADAPTER_TYPES[kind].keys else {}
         model = shake(attach_adapter(model, kind, **rank, **settings)).eval()
     # bitsandbytes has no float64; in eval mode its kernels differ with and without gradients
     return model.train() if family in ROUNDED else model.double()

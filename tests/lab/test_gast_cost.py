@@ -15,7 +15,7 @@ from siftune.bench.cost import MEASURED, Measurement, measure
 from siftune.bench.worker import build_trainer
 from siftune.bench.workload import Workload
 from siftune.methods.gast.callback import GAST
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.train.trainer import SiftTrainer
 
 FACTS = {"dtype": "float32", "hardware": "one machine"}

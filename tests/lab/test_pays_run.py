@@ -22,7 +22,7 @@ from lab.pays.results import append, read
 from lab.pays.stopping import KeepBest
 from siftune.base.errors import ModelError, RecipeError
 from siftune.data.tokenize import Collator
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 
 SIZES = {"QUESTIONS": 12, "DEV_QUESTIONS": 6, "OTHER_QUESTIONS": 4, "_PROBLEMS": 600}
 

@@ -30,7 +30,7 @@ from siftune.base.environment import hardware, peak_memory_mb, versions
 from siftune.base.errors import RecipeError, SiftuneError
 from siftune.bench.cost import FLOOR
 from siftune.bench.workload import Workload
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.train.build import build
 
 _SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes

@@ -35,8 +35,8 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.artifacts import find_subject, is_of_kit, load_subject
     from siftune.base.files import new_folder
-    from siftune.models.portable import save_model, save_tokenizer
-    from siftune.models.source import quiet_bars
+    from siftune.models.load import quiet_bars
+    from siftune.models.save import save_model, save_tokenizer
 
     subject = find_subject(options.run, options.public_key, options.base)
     if is_of_kit(subject):
@@ -67,7 +67,7 @@ def _write_papers(subject: "Subject", tokenizer: Any, folder: Path, out: Path) -
     import shutil
 
     from siftune.data.encoder import writes_chat
-    from siftune.models.origin import origin_of
+    from siftune.models.source import origin_of
     from siftune.train.folder.card import merged_card
 
     origin = origin_of(subject.base)

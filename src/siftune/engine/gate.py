@@ -24,7 +24,7 @@ from siftune.base.errors import RecipeError
 from siftune.engine.groups import LayerGroup, outside, refuse_allocator
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.models.layers import with_hidden
-from siftune.models.packing import KeptUnpacked, refuse_packed
+from siftune.models.quantised import KeptUnpacked, refuse_packed
 
 taped: WeakSet[nn.Module] = WeakSet()  # layers in which a tape records
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()

@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from siftune.base.errors import UnsupportedError
 from siftune.engine.groups import LayerGroup, refuse_allocator
 from siftune.engine.substitution import Slot, parameter_owners, units
-from siftune.models.adapters.attach import expert_banks, is_linear
-from siftune.models.adapters.own import OwnLayer
+from siftune.models.adapters.bottleneck import BottleneckLayer
+from siftune.models.modules import expert_banks, is_linear
 
 
 def linear_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
@@ -153,14 +153,14 @@ def _kind(unit: LayerGroup, slot: Slot) -> Kind:
 
 def _is_known(module: nn.Module) -> bool:
     """Whether a PEFT module uses its parameters only by calling modules with the rows, or by scaling activations."""
-    if isinstance(module, IA3Linear | LNTuningLayer | OwnLayer):
+    if isinstance(module, IA3Linear | LNTuningLayer | BottleneckLayer):
         return True
     return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper | MultiheadAttention)
 
 
 def runs_again(module: nn.Module) -> bool:
     """Whether a PEFT module on a linear one has no closed form here, so that it runs again on every row."""
-    known = LoraLayer | IA3Linear | LNTuningLayer | OwnLayer
+    known = LoraLayer | IA3Linear | LNTuningLayer | BottleneckLayer
     if not isinstance(module, BaseTunerLayer) or isinstance(module, known) or not hasattr(module, "base_layer"):
         return False
     return is_linear(module.get_base_layer())

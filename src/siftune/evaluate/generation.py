@@ -13,7 +13,7 @@ from torch import nn
 from siftune.base.errors import AdapterError, DataError
 from siftune.evaluate.batching import by_length, model_device, model_window
 from siftune.models.loss import contiguous_head_input
-from siftune.models.modes import evaluating
+from siftune.models.modules import evaluating
 
 
 def greedy(

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from siftune.base.errors import DataError
 from siftune.evaluate.batching import by_length, model_device
-from siftune.models.cross_entropy import cross_entropy
-from siftune.models.loss import IGNORED, logits_at
-from siftune.models.modes import evaluating
+from siftune.models.loss import IGNORED, cross_entropy, logits_at
+from siftune.models.modules import evaluating
 
 TokenRow = tuple[Sequence[int], Sequence[int]]
 

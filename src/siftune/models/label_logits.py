@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from siftune.base.errors import LayerError
 from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, losses_agree, next_labels
-from siftune.models.modes import evaluating
+from siftune.models.modules import evaluating
 
 logger = logging.getLogger(__name__)
 

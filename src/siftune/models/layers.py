@@ -1,25 +1,31 @@
-"""Find the decoder layers of a causal language model by its structure, not by its class.
+"""Decoder layers of a causal language model, and attention and MLP in them, by structure rather than by class.
 
-The decoder layers are the longest `nn.ModuleList` of like blocks next to the input embeddings:
+The decoder layers are the longest `nn.ModuleList` of similar blocks next to the input embeddings:
 
 * *Blocks* have modules of their own, so lists of projections or norms do not count.
-* *Like* blocks have one class, or classes of one source file (models that alternate attention with state-space
+* *Similar* blocks have one class, or classes of one source file (models that alternate attention with state-space
   or cross-attention blocks), or forward methods with the same parameter names.
-* *Outermost*: a list inside a layer, such as the experts of a mixture, never counts, however long it is.
+* *Outermost*: a list inside a layer, such as the experts of a mixture, never counts.
 * *Next to the embeddings*: in the innermost module that holds both the input embeddings and such a list. So a
   vision-language model yields its language model's layers, not those of the vision tower.
+
+A *sublayer*, attention or MLP, is a child of the layer with a name that transformers uses for one; OPT's MLP alone is
+two linear modules of the layer itself. A sublayer *writes* through the linear module that only dropout, a norm and the
+residual follow. If it has no such module of its own, it writes through its own output. Examples are mixtures of
+experts, and Mamba's mixers, whose output matrix is read past any adapter.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from siftune.base.errors import AdapterError, LayerError
+from siftune.models.modules import is_linear, is_mamba
 
-# names under which wrappers (DDP, torch.compile, PEFT, FSDP, activation checkpointing) keep what they wrap
+# attributes in which wrappers (DDP, torch.compile, PEFT, FSDP, activation checkpointing) hold the wrapped module
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPED = ("module", "base_model", "model", *_TRANSPARENT)
 
@@ -42,15 +48,15 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
 
     Args:
         model: Any causal language model, also inside PEFT, DDP, `torch.compile` or FSDP.
-        path: Dotted path of the list of layers, for models whose structure does not tell. Prefixes that
-            wrappers add may be left out: "model.layers" also finds "base_model.model.model.layers".
+        path: Dotted path of the list of layers, if the structure is ambiguous. Prefixes that wrappers add may be
+            left out: "model.layers" also finds "base_model.model.model.layers".
 
     Returns:
         The layers and the full path of their list.
 
     Raises:
-        LayerError: No list of like blocks was found, or several of the same length, or the model has an
-            encoder as well, or there is no list under `path`. The message names the lists that were found.
+        LayerError: There is no list of similar blocks, or several of the same length, or the model has an encoder
+            as well, or there is no list under `path`. The message names the lists of the model.
 
     Example:
         >>> layers = find_layers(base)
@@ -62,7 +68,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
     owner, embeddings = _input_embeddings(model)
     candidates = _nearest(_outermost_lists(model, embeddings), embeddings)
     if not candidates:
-        raise LayerError(f"{type(model).__name__} has no list of like decoder layers. {_advice(model)}")
+        raise LayerError(f"{type(model).__name__} has no list of similar decoder layers. {_advice(model)}")
     length = max(len(blocks) for blocks in candidates.values())
     longest = {name: blocks for name, blocks in candidates.items() if len(blocks) == length}
     if len(longest) > 1 or getattr(getattr(owner, "config", None), "is_encoder_decoder", False):
@@ -81,8 +87,8 @@ def _at_path(model: nn.Module, path: str) -> DecoderLayers:
         blocks = matches[name]
         if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks):
             return DecoderLayers(name, list(blocks))
-    found = ", ".join(f"a {type(m).__name__}" for m in matches.values()) or "nothing"
-    raise LayerError(f"{type(model).__name__} has no list of layers at {path!r}: found {found} there. {_advice(model)}")
+    classes = ", ".join(f"a {type(m).__name__}" for m in matches.values()) or "nothing"
+    raise LayerError(f"{type(model).__name__} has no list of layers at {path!r} but {classes}. {_advice(model)}")
 
 
 def _is_wrapped(name: str, path: str) -> bool:
@@ -92,34 +98,34 @@ def _is_wrapped(name: str, path: str) -> bool:
 
 
 def _input_embeddings(model: nn.Module) -> tuple[nn.Module, str | None]:
-    """Return the outermost module that knows its input embeddings, and their path in `model`."""
+    """Return the outermost module with input embeddings, and their path in `model`."""
     for module in model.modules():
         getter = getattr(module, "get_input_embeddings", None)
         try:
             embeddings = getter() if callable(getter) else None
         except NotImplementedError:
-            continue  # transformers' way to say that this module does not know; one inside or around it may
+            continue  # transformers raises it if a module has none; one inside or around it may have
         paths = [name for name, m in model.named_modules() if m is embeddings]
         if paths:
             return module, paths[0]
-    # a model outside transformers: its first embedding is the one of the tokens
+    # a model outside transformers: its first embedding is that of the tokens
     first = (name for name, m in model.named_modules() if isinstance(m, nn.Embedding))
     return model, next(first, None)
 
 
 def _outermost_lists(model: nn.Module, embeddings: str | None) -> dict[str, nn.ModuleList]:
-    """Collect the lists of like blocks that are in no other such list and do not hold the embeddings."""
-    found: dict[str, nn.ModuleList] = {}
+    """Collect the lists of similar blocks that are in no other such list and do not hold the embeddings."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        nested = any(name.startswith(outer + ".") for outer in found)
+        nested = any(name.startswith(outer + ".") for outer in lists)
         holds_embeddings = embeddings is not None and embeddings.startswith(name + ".")
-        if isinstance(module, nn.ModuleList) and not nested and not holds_embeddings and _is_alike(module):
-            found[name] = module
-    return found
+        if isinstance(module, nn.ModuleList) and not nested and not holds_embeddings and _are_similar(module):
+            lists[name] = module
+    return lists
 
 
-def _is_alike(blocks: nn.ModuleList) -> bool:
-    """Whether a list is made of like blocks, each with modules of its own."""
+def _are_similar(blocks: nn.ModuleList) -> bool:
+    """Whether the blocks of a list are similar, each with modules of its own."""
     inner = [_unwrap(block) for block in blocks]
     if not inner or any(next(block.children(), None) is None for block in inner):
         return False
@@ -139,7 +145,7 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def _nearest(lists: dict[str, nn.ModuleList], embeddings: str | None) -> dict[str, nn.ModuleList]:
-    """Keep the lists of the innermost module that holds both the embeddings and a list."""
+    """Select the lists of the innermost module that holds both the embeddings and a list."""
     scope = embeddings or ""
     while scope:
         scope = scope.rpartition(".")[0]
@@ -159,19 +165,19 @@ def _listing(lists: dict[str, nn.ModuleList]) -> str:
 
 
 def _advice(model: nn.Module) -> str:
-    """Name every list of modules in the model, and say how to give the right one by hand."""
+    """Name every list of modules in the model, and say how to choose one."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     shown = dict(list(lists.items())[:12])
     more = f" and {len(lists) - len(shown)} more" if len(lists) > len(shown) else ""
     example = next(iter(lists), "model.layers")
     return (
         f"Lists of modules in it: {_listing(shown) or 'none'}{more}. "
-        f'Give the path of the decoder layers by hand, e.g. find_layers(model, "{example}").'
+        f'Pass the path of the decoder layers, e.g. find_layers(model, "{example}").'
     )
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a decoder layer's arguments; (B, T, H)."""
+    """Return the hidden states among a decoder layer's arguments; (B, T, H)."""
     hidden: Tensor = args[0] if args and isinstance(args[0], Tensor) else kwargs["hidden_states"]
     return hidden
 
@@ -186,9 +192,9 @@ def with_hidden(
 
 
 def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> tuple[int, ...]:
-    """Resolve numbers of layers, from -depth to depth − 1: from 0, ascending, each once.
+    """Resolve numbers of layers, from -depth to depth − 1, into numbers from 0, ascending, each once.
 
-    `option` is where the user gave them.
+    `option` names the user's option in the message.
 
     Raises:
         LayerError: There is no such layer, or none at all.
@@ -203,20 +209,78 @@ def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> 
 
 
 def inside(model: nn.Module, modules: dict[str, nn.Module], layers: Sequence[int] | None) -> dict[str, nn.Module]:
-    """Keep the modules, by full name, that are in some layers; None: all.
+    """Select the modules, by full name, that are in some layers; None: all.
 
     Raises:
-        AdapterError: None is.
+        AdapterError: No module is.
         LayerError: There is no such layer, or the layers cannot be found.
     """
     if layers is None:
         return modules
-    found = find_layers(model)
-    places = tuple(f"{found.path}.{number}." for number in layer_numbers(len(found.layers), layers))
-    kept = {name: module for name, module in modules.items() if name.startswith(places)}
-    if not kept:
+    stack = find_layers(model)
+    places = tuple(f"{stack.path}.{number}." for number in layer_numbers(len(stack.layers), layers))
+    selected = {name: module for name, module in modules.items() if name.startswith(places)}
+    if not selected:
         raise AdapterError(
             f"none of the modules that `targets` names is in the layers {', '.join(map(str, layers))}; give other "
             "targets or layers"
         )
-    return kept
+    return selected
+
+
+_CHILDREN = {
+    "attention": ("self_attn", "attn", "attention", "self_attention", "mixer", "mamba"),
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+}
+_WRITES = {
+    "attention": ("o_proj", "out_proj", "c_proj", "dense", "output"),
+    "mlp": ("down_proj", "c_proj", "fc_out", "dense_4h_to_h"),
+}
+_IN_THE_LAYER = ("fc1", "fc2")
+
+PARTS = tuple(_CHILDREN)
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Attention or MLP of a decoder layer."""
+
+    layer: int  # number of the layer, from 0
+    part: str  # "attention" or "mlp"
+    reads: str  # full name of the module whose first argument is the sublayer's input, the hidden states
+    writes: str  # full name of the module whose output is added to the hidden states
+
+
+def find_sublayers(model: nn.Module) -> list[Sublayer]:
+    """Find attention and MLP of every decoder layer that has them.
+
+    Raises:
+        LayerError: The layers cannot be found.
+    """
+    stack = find_layers(model)
+    return [
+        sublayer
+        for number, layer in enumerate(stack.layers)
+        for sublayer in _of_layer(number, f"{stack.path}.{number}", layer)
+    ]
+
+
+def _of_layer(number: int, name: str, layer: nn.Module) -> Iterator[Sublayer]:
+    for part, names in _CHILDREN.items():
+        child = next((key for key in names if isinstance(getattr(layer, key, None), nn.Module)), None)
+        if child is not None:
+            reads = f"{name}.{child}"
+            yield Sublayer(number, part, reads, _writes(part, reads, layer.get_submodule(child)))
+        elif part == "mlp" and all(isinstance(getattr(layer, key, None), nn.Module) for key in _IN_THE_LAYER):
+            yield Sublayer(number, part, *(f"{name}.{key}" for key in _IN_THE_LAYER))
+
+
+def _writes(part: str, name: str, block: nn.Module) -> str:
+    own = [] if is_mamba(block) else [key for key in _WRITES[part] if _holds_linear(getattr(block, key, None))]
+    return f"{name}.{own[0]}" if own else name
+
+
+def _holds_linear(module: nn.Module | None) -> bool:
+    """Whether a module is linear, or an adapter around one that is."""
+    inner = getattr(module, "base_layer", module)
+    return isinstance(inner, nn.Module) and is_linear(inner)

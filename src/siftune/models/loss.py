@@ -1,12 +1,16 @@
-"""The loss over label positions, from logits that are computed only there.
+"""Loss over label positions, from logits that are computed only there; the loss of each row.
 
-A vocabulary is large and completions are short: a causal LM spends a large share of its time and memory on logits of
-prompt and padding positions, which no loss looks at. `label_positions` says where logits are needed. `logits_at` lets
-the model's own forward pass run unchanged up to its output embedding, and hands that module only the hidden states
-there; what a model does to its logits afterwards (soft-capping, scaling) happens to those positions alone, without this
-project having to know of it. `token_loss` is the loss that the model would have returned.
+A vocabulary is large and completions are short. A causal LM spends a large share of its time and memory on logits of
+prompt and padding positions, which no loss uses. `label_positions` returns the positions that need logits. `logits_at`
+lets the model's own forward pass run unchanged up to its output embeddings, and passes them only the hidden states
+there. Later changes of the logits by the model (soft-capping, scaling) then apply to those positions alone.
+`token_loss` is the loss that the model would have returned.
 
-Shapes: B rows, T positions, H hidden size, N label positions, V vocabulary size.
+`cross_entropy` computes in float32 for a few labels at a time, forward and backward, and writes the gradient in the
+logits' dtype. Torch's keeps a float32 copy of the logits, their log-softmax and both gradients, each as large as the
+labels of a batch times the vocabulary, at the point of training that needs the most memory.
+
+Shapes: B rows, T positions, H hidden size, N label positions in row-major order, V vocabulary size.
 """
 
 import math
@@ -16,22 +20,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from siftune.base.errors import AdapterError, LayerError
-from siftune.models.cross_entropy import cross_entropy
+from siftune.base.errors import AdapterError, LayerError, UnsupportedError
 
-IGNORED = -100  # label of a token that is not learned, as torch's cross entropy expects it
+IGNORED = -100  # label of a token without a loss, as in torch's cross entropy
+
+# logits at a time, of which there are two or three copies in float32: a processor's cache; 0.5 GB on a GPU
+_AT_A_TIME = {"cpu": 2**18}
+_ELSEWHERE = 2**27
+_ROW_LOSSES_AT_A_TIME = 2**24  # logits: 64 MB in float32
+
+_FUSED = ("log_probs", "label_mask")  # of TRL's outputs
 
 
 def label_positions(labels_BT: Tensor) -> Tensor:
-    """Positions whose next token is a label; (B, T) bool, false in the last column."""
+    """Return the positions whose next token is a label; (B, T) bool, false in the last column."""
     mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
     mask_BT[:, :-1] = labels_BT[:, 1:] != IGNORED
     return mask_BT
 
 
 def next_labels(labels_BT: Tensor) -> Tensor:
-    """The labels that `label_positions` predict, in row-major order; (N,) int64."""
+    """Return the labels that `label_positions` predict, in row-major order; (N,) int64."""
     shifted = labels_BT[:, 1:]
     return shifted[shifted != IGNORED]
 
@@ -57,7 +68,7 @@ def find_output_embeddings(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Make the next forward pass compute logits only where `mask` is true.
+    """Compute logits only where `mask` is true in the next forward pass.
 
     Inside the block `model(input_ids=…).logits` has shape (1, N, V) instead of (B, T, V): the positions under
     the mask in row-major order, the order of `labels[mask]`. Gradients flow as usual. Pass no labels to the
@@ -97,7 +108,7 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
 @contextmanager
 def contiguous_head_input(model: nn.Module) -> Iterator[None]:
-    """Hand the head contiguous hidden states inside the block, whatever slice of them the model takes.
+    """Pass the head contiguous hidden states inside the block, whatever slice of them the model takes.
 
     Generation needs the logits of each row's last position: a strided view. With frozen weights in bfloat16 torch 2.13
     multiplies such a view on processors by a loop of its own, hundreds of times slower than by its library.
@@ -134,11 +145,11 @@ def token_loss(logits_1NV: Tensor, labels_BT: Tensor, items: Tensor | int | None
 
     Args:
         logits_1NV: (1, N, V) logits at `label_positions(labels_BT)`, any floating dtype.
-        labels_BT: (B, T) int64, -100 where nothing is learned.
+        labels_BT: (B, T) int64, -100 at tokens without a loss.
         items: Divisor in place of N: the labels of all micro-batches of an optimizer step.
 
     Returns:
-        Scalar float32; 0 where there is no label at all.
+        Scalar float32; 0 without labels.
     """
     return mean_loss(token_losses(logits_1NV, labels_BT), items)
 
@@ -150,10 +161,9 @@ def token_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Tensor:
-    """Losses of labels, each times its row's weight, (B,); as they are where rows have none.
+    """Multiply the losses of labels by their rows' weights, (B,); None: return them unchanged.
 
-    The divisor of a mean stays, so that a row's gradient is as many times that of weight 1, whatever else is in the
-    batch.
+    The divisor of a mean does not change. So a row's gradient scales with its weight, whatever else is in the batch.
     """
     if weights_B is None:
         return losses_N
@@ -162,7 +172,7 @@ def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Te
 
 
 def mean_loss(losses_N: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Sum of the labels' losses over their number, or over `items`; a scalar, 0 where there is no label at all."""
+    """Sum of the labels' losses over their number, or over `items`; a scalar, 0 without labels."""
     divisor = losses_N.numel() if items is None else items
     if isinstance(divisor, Tensor):
         return losses_N.sum() / divisor.to(losses_N.device).clamp_min(1)
@@ -170,16 +180,16 @@ def mean_loss(losses_N: Tensor, items: Tensor | int | None = None) -> Tensor:
 
 
 def losses_agree(model: nn.Module, ours: float, theirs: float) -> bool:
-    """Whether two losses of a model are one, up to the rounding of its dtype."""
+    """Whether two losses of a model are equal up to the rounding of its dtype."""
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     return math.isclose(ours, theirs, rel_tol=1e-2 if half else 1e-4, abs_tol=1e-4)
 
 
 def difference_from_model(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float]:
-    """This loss and the model's own on one row of a batch; the caller has gradients and dropout off.
+    """Return this loss and the model's own on one row of a batch; the caller turns gradients and dropout off.
 
-    The row with most labels is taken, so that the full logits of one row are all that it costs. The batch has (B, T)
-    `input_ids`, `attention_mask` and `labels`.
+    It takes the row with the most labels, and costs the full logits of one row. The batch has `input_ids`,
+    `attention_mask` and `labels`, (B, T).
     """
     row = int((inputs["labels"] != IGNORED).sum(1).argmax())
     rows = inputs["labels"].shape[0]
@@ -188,3 +198,117 @@ def difference_from_model(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[
     with logits_at(model, label_positions(labels)):
         logits = model(**{k: v for k, v in one.items() if k != "labels"}).logits
     return float(token_loss(logits, labels)), float(model(**one).loss)
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """−log softmax at each label, in float32, or in float64 where the logits are.
+
+    Args:
+        logits_NV: (N, V), of any floating dtype.
+        targets_N: (N,) int64, from 0 to V − 1.
+
+    Returns:
+        (N,), of that dtype; its gradient can be formed once.
+
+    Example:
+        >>> cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+        tensor([0.6931])
+    """
+    losses: Tensor = _CrossEntropy.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        # the largest logits are separate from the sums: one number for both would lose what is small beside them
+        wide = _wide(logits_NV)
+        largest_N = logits_NV.amax(1).to(wide)
+        parts = _parts(logits_NV, largest_N)
+        logsums_N = torch.cat(
+            [(logits_nV.to(wide) - largest_n[:, None]).exp_().sum(1).log_() for logits_nV, largest_n in parts]
+        )
+        ctx.save_for_backward(logits_NV, targets_N, largest_N, logsums_N)
+        return logsums_N - (logits_NV.gather(1, targets_N[:, None])[:, 0].to(wide) - largest_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+        logits_NV, targets_N, largest_N, logsums_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        parts = _parts(grad_NV, logits_NV, targets_N, largest_N, logsums_N, grad_N)
+        for written_nV, logits_nV, targets_n, largest_n, logsums_n, grad_n in parts:
+            share_nV = (logits_nV.to(_wide(logits_NV)) - largest_n[:, None]).sub_(logsums_n[:, None]).exp_()
+            share_nV.scatter_add_(1, targets_n[:, None], share_nV.new_full((len(targets_n), 1), -1.0))
+            written_nV.copy_(share_nV.mul_(grad_n[:, None]))
+        return grad_NV, None
+
+
+def _wide(logits_NV: Tensor) -> torch.dtype:
+    return torch.promote_types(logits_NV.dtype, torch.float32)
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same labels of all tensors, in chunks; the first is (N, V)."""
+    at_a_time = _AT_A_TIME.get(tensors[0].device.type, _ELSEWHERE)
+    labels = max(1, at_a_time // max(1, tensors[0].shape[1]))
+    return zip(*(torch.split(tensor, labels) for tensor in tensors), strict=True)
+
+
+def by_row(losses_N: Tensor, labels_BT: Tensor) -> Tensor:
+    """Compute the mean loss of each row from the losses of its label tokens.
+
+    Args:
+        losses_N: (N,) losses, those of `label_positions(labels_BT)`.
+        labels_BT: (B, T) labels.
+
+    Returns:
+        (2, B) float32: each row's mean loss, NaN where it has no label; and its label tokens.
+    """
+    row_N = label_positions(labels_BT).nonzero()[:, 0].to(losses_N.device)
+    wide_N = losses_N.detach().float()
+    sums_2B = wide_N.new_zeros(2, len(labels_BT))
+    sums_2B.index_add_(1, row_N, torch.stack([wide_N, torch.ones_like(wide_N)]))
+    return torch.stack([sums_2B[0] / sums_2B[1], sums_2B[1]])
+
+
+@torch.no_grad()
+def row_losses(output: Any, labels_BT: Tensor) -> Tensor:
+    """Compute the loss of every row, as `by_row`, from a causal language model's output.
+
+    Args:
+        output: With `logits` of (B, T, V); or of (1, N, V), at the labels alone; or of (1, N + 1, V), as `LabelLogits`
+            makes them. Or with `log_probs` and `label_mask`, both (B, T − 1) or (1, N), as TRL's SFTTrainer makes them.
+        labels_BT: (B, T) int64, -100 at tokens without a loss.
+
+    Raises:
+        UnsupportedError: It has neither.
+    """
+    positions_BT = label_positions(labels_BT)
+    count, log_probs, mask = int(positions_BT.sum()), *(getattr(output, name, None) for name in _FUSED)
+    if log_probs is not None and mask is not None and len(log_probs) == len(labels_BT):
+        sums_2B = torch.stack([-log_probs.detach().float().mul(mask).sum(1), mask.sum(1).float()])
+        return torch.stack([sums_2B[0] / sums_2B[1], sums_2B[1]])
+    if log_probs is not None and log_probs.shape == (1, count):
+        return by_row(-log_probs.flatten(), labels_BT)
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and logits.ndim == 3:
+        if logits.shape[:2] == labels_BT.shape:
+            return by_row(_losses(logits, positions_BT.flatten().nonzero()[:, 0], labels_BT), labels_BT)
+        if logits.shape[:2] in ((1, count), (1, count + 1)):
+            return by_row(_losses(logits, torch.arange(count), labels_BT), labels_BT)
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else "no logits"
+    raise UnsupportedError(
+        f"labels are {tuple(labels_BT.shape)} and the model's output has {found}, from which losses of rows cannot "
+        "be computed: turn off what fuses the loss into the model (such as use_liger_kernel), or leave out "
+        "RowRecord or Trim"
+    )
+
+
+def _losses(logits: Tensor, where_N: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross entropy at some positions, (N,), in chunks, so that no second set of logits is in memory."""
+    flat, targets_N = logits.detach().flatten(0, 1), next_labels(labels_BT).to(logits.device)
+    size = max(1, _ROW_LOSSES_AT_A_TIME // flat.shape[1])
+    parts = zip(torch.split(where_N.to(flat.device), size), torch.split(targets_N, size), strict=True)
+    losses = [nn.functional.cross_entropy(flat[at].float(), wanted, reduction="none") for at, wanted in parts]
+    return torch.cat(losses) if losses else flat.new_zeros(0, dtype=torch.float32)

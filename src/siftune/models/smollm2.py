@@ -224,7 +224,7 @@ def _convert(gguf: Path, model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from siftune.models.portable import save_model, save_tokenizer
+    from siftune.models.save import save_model, save_tokenizer
 
     # without dequantize=True the model would refuse to be saved and to be trained
     plain = GgufConfig(dequantize=True)

@@ -23,7 +23,7 @@ from siftune.base.settings import (
     Settings,
 )
 from siftune.methods import METHODS, Method, all_parts
-from siftune.models.adapters.registry import CARRIERS, Shape, filled_in
+from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
 
 T = TypeVar("T", bound=type)
 
@@ -97,7 +97,7 @@ class Recipe:
     """File of training rows to leave out: places such as rows.jsonl:17, one a line, or a CSV file with a column place,
     as siftune rows --csv writes it."""
 
-    adapter: Literal[(*CARRIERS, "full")] = "lora"  # type: ignore[valid-type]
+    adapter: Literal[(*ADAPTER_TYPES, "full")] = "lora"  # type: ignore[valid-type]
     """Kind of adapter (docs/carriers.md); full: none, the weights of the chosen layers themselves train."""
     layers: tuple[int, ...] | None = None
     """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's outer layers

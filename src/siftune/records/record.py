@@ -17,7 +17,7 @@ from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.host.callback import calling_trainer, resumed_from
 from siftune.methods.host.row_numbers import RowNumbers, row_numbers
-from siftune.models.row_losses import by_row, row_losses
+from siftune.models.loss import by_row, row_losses
 from siftune.records.visits import NAME, NOTHING, Visits, read_visits, write_visits
 
 logger = logging.getLogger(__name__)

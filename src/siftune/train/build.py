@@ -39,7 +39,7 @@ from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
-from siftune.models.source import use_attention
+from siftune.models.load import use_attention
 from siftune.recipe.read import anchored
 from siftune.recipe.schema import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
 from siftune.train.folder.weights import adapter_folder, keep_initial

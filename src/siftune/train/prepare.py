@@ -25,8 +25,9 @@ from siftune.data.rows import WEIGHT, Row, said
 from siftune.data.token_cache import cached_tokens
 from siftune.data.tokenize import aimed, numbered, tell_notes, weighted
 from siftune.data.tokens import Form
+from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
-from siftune.models.source import check_source, load_model, load_tokenizer
+from siftune.models.source import check_source
 from siftune.recipe.schema import Recipe, target_comes_last
 from siftune.records.rows import (
     Read,

@@ -13,8 +13,8 @@ from siftune.base.files import disk_faults
 from siftune.data.encoder import writes_chat
 from siftune.methods.dp.accounting import statement
 from siftune.methods.drivers.sample_choice import SampleChoice
-from siftune.models.origin import Origin, origin_of
-from siftune.models.portable import save_tokenizer
+from siftune.models.save import save_tokenizer
+from siftune.models.source import Origin, origin_of
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.card import card_with_usage, model_card
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints

@@ -14,7 +14,7 @@ from siftune.base.errors import RecipeError
 from siftune.base.jsonable import parsed
 from siftune.base.words import counted
 from siftune.data.rows import WEIGHT
-from siftune.models.adapters.registry import CARRIERS, carrier_of
+from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, differences
 from siftune.train.callbacks import (
@@ -162,7 +162,7 @@ def check_adapter(checkpoint: Path, config: Any) -> None:
 
 def _what_tells(config: Any) -> dict[str, str]:
     """What makes an adapter another one: key of its config -> how a recipe calls it."""
-    carrier = CARRIERS[str(carrier_of(vars(config)))]
+    carrier = ADAPTER_TYPES[str(adapter_type_of(vars(config)))]
     kept = {key: name for name, key in carrier.keys.items() if name not in ("dropout", "init")}
     return {**dict.fromkeys(carrier.marks, "adapter"), **kept, "target_modules": "targets and layers"}
 

@@ -37,7 +37,7 @@ from siftune.models.loss import (
     token_losses,
     weighed,
 )
-from siftune.models.modes import evaluating
+from siftune.models.modules import evaluating
 from siftune.train.folder.checkpoints import Sealing, begin, best_in, checkpoint_of, is_complete, read_of
 from siftune.train.folder.weights import About, put_in, read_tuned, save_tuned, write_adapter
 from siftune.train.guards.non_finite import BrokenSteps

@@ -11,15 +11,15 @@ from siftune.base.errors import AdapterError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.models.adapters.attach import attach_adapter
-from siftune.models.adapters.registry import CARRIERS
+from siftune.models.adapters.registry import ADAPTER_TYPES
 
 bnb = pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", CARRIERS)
+@pytest.mark.parametrize("kind", ADAPTER_TYPES)
 def test_on_rounded_weights_it_is_the_adapter_on_what_they_stand_for(kind):
-    rank = {"rank": 4} if "rank" in CARRIERS[kind].keys else {}
+    rank = {"rank": 4} if "rank" in ADAPTER_TYPES[kind].keys else {}
     model, plain = rounded(4), tiny("llama", **SIZES)
     for name, module in plain.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
@@ -33,7 +33,7 @@ def test_on_rounded_weights_it_is_the_adapter_on_what_they_stand_for(kind):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", CARRIERS)
+@pytest.mark.parametrize("kind", ADAPTER_TYPES)
 def test_in_half_precision_a_kind_trains_or_is_refused(kind, bits):
     model = rounded(bits)
     for part in (model.model.embed_tokens, model.model.norm, model.lm_head, model.model.rotary_emb):
@@ -46,7 +46,7 @@ def test_in_half_precision_a_kind_trains_or_is_refused(kind, bits):
         with pytest.raises(AdapterError, match=rf"PEFT's {kind} .* cannot be put on a base in {bits} bits: leave"):
             attach_adapter(model, kind)
         return
-    rank = {"rank": 4} if "rank" in CARRIERS[kind].keys else {}
+    rank = {"rank": 4} if "rank" in ADAPTER_TYPES[kind].keys else {}
     tuned = shake(attach_adapter(model, kind, **rank)).train()
     groups = group_by_layer(tuned)
     with use_base_dtype(tuned, groups), GAST(2, "rest").attach(tuned):

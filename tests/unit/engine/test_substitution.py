@@ -11,7 +11,7 @@ from torch import nn
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import ForwardSubstitution, Substitution, parameter_owners, units, use_base_dtype
 from siftune.models.adapters.attach import attach_adapter
-from siftune.models.adapters.registry import CARRIERS
+from siftune.models.adapters.registry import ADAPTER_TYPES
 
 
 def held(model: nn.Module) -> dict[str, int]:
@@ -195,9 +195,9 @@ def test_base_dtype_equals_peft_with_adapters_of_that_dtype(family, kind):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", CARRIERS)
+@pytest.mark.parametrize("kind", ADAPTER_TYPES)
 def test_every_kind_trains_on_a_half_precision_base(kind):
-    model = bf16(kind=kind, rank=4 if "rank" in CARRIERS[kind].keys else None)
+    model = bf16(kind=kind, rank=4 if "rank" in ADAPTER_TYPES[kind].keys else None)
     expected = step(model)[0]
     with use_base_dtype(model, group_by_layer(model)):
         logits, grads = step(model)

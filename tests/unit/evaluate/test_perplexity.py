@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from siftune.base.errors import DataError
 from siftune.evaluate.batching import by_length
 from siftune.evaluate.perplexity import perplexity, row_nll
-from siftune.models import cross_entropy
-from siftune.models.modes import evaluating
+from siftune.models import loss as cross_entropy
+from siftune.models.modules import evaluating
 
 # lengths 1 to 9; labels at the end, in the middle, at position 0 (not predictable), everywhere, nowhere
 ROWS = [

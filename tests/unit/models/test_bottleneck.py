@@ -11,8 +11,7 @@ from support.tiny import FAMILIES, batch, tiny
 
 from siftune.base.errors import AdapterError
 from siftune.models.adapters.attach import attach_adapter, load_adapter
-from siftune.models.layers import find_layers
-from siftune.models.sublayers import find_sublayers
+from siftune.models.layers import find_layers, find_sublayers
 
 # by hand: attention, what it writes by, MLP, what it writes by
 PLACES = {
@@ -93,7 +92,7 @@ def test_a_folder_is_pefts_and_loads_to_the_same_bits(family, kind, tmp_path):
 def test_it_has_no_merged_form():
     model = attach_adapter(tiny("llama"), "series", rank=WIDTH)
     for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(ValueError, match="a non-linearity, so that no weight does the same"):
+        with pytest.raises(ValueError, match="non-linearity"):
             merge()
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from siftune.models import cross_entropy as module
-from siftune.models.cross_entropy import cross_entropy
+from siftune.models import loss as module
+from siftune.models.loss import cross_entropy
 
 
 def both(logits, targets, towards):

@@ -14,9 +14,9 @@ from siftune.base.errors import AdapterError, LayerError
 from siftune.engine.groups import group_by_layer, outside
 from siftune.engine.substitution import use_base_dtype
 from siftune.engine.suppression import suppress
-from siftune.models.adapters.attach import expert_banks
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers, layer_numbers
+from siftune.models.modules import expert_banks
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -7,9 +7,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from siftune.base.errors import ModelError
-from siftune.models import source
-from siftune.models.hub import similar_folder, why_missing
-from siftune.models.source import check_source, load_model
+from siftune.models import load, source
+from siftune.models.load import load_model
+from siftune.models.source import check_source, similar_folder, why_missing
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_mistyped_folder_is_told_of_before_anything_is_loaded(answers, tmp_pat
     (tmp_path / "models" / "llama").mkdir(parents=True)
     (tmp_path / "models" / "llama" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(source, "_whole", None)
+    monkeypatch.setattr(load, "_in_memory", None)
     for call in (load_model, check_source):
         with pytest.raises(ModelError, match=r"no such folder .*did you mean models/llama\?"):
             call("models/lama")

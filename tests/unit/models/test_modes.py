@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.tiny import tiny
 
-from siftune.models.modes import evaluating, flags_restored, trainable_only
+from siftune.models.modules import evaluating, flags_restored, trainable_only
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from siftune.models import origin
-from siftune.models.origin import Origin, origin_of
+from siftune.models import source as origin
 from siftune.models.smollm2 import REQUIREMENT
+from siftune.models.source import Origin, origin_of
 
 
 def folder_with(path, **files):

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from siftune import GAST, IST
 from siftune.base.errors import UnsupportedError
 from siftune.models.adapters.attach import attach_adapter
-from siftune.models.packing import KeptUnpacked, refuse_packed
+from siftune.models.quantised import KeptUnpacked, refuse_packed
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -11,7 +11,7 @@ from support.tiny import FAMILIES, batch, tiny
 from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftune.models.portable import save_model, save_tokenizer, with_older_rope
+from siftune.models.save import save_model, save_tokenizer, with_older_rope
 
 OLDER = os.environ.get("SIFTUNE_TRANSFORMERS_4")
 RENAMED = {"qwen3_moe"}  # 5 names its experts otherwise: 4.57 refuses the weights

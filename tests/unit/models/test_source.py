@@ -8,8 +8,9 @@ from support.tiny import batch, tiny
 from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import ModelError
-from siftune.models import source
-from siftune.models.source import load_model, resolve, use_attention
+from siftune.models import load, source
+from siftune.models.load import load_model, use_attention
+from siftune.models.source import resolve
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def folder_with(path, **config):
     [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
 )
 def test_a_folder_loads_in_the_wanted_dtype(saved, dtype, wanted, monkeypatch):
-    monkeypatch.setattr(source, "_multiplies", lambda dtype: True)
+    monkeypatch.setattr(load, "_multiplies", lambda dtype: True)
     model, tokenizer = load_model(str(saved), dtype)
     assert {p.dtype for p in model.parameters()} == {wanted}
     assert not model.training
@@ -46,7 +47,7 @@ def test_a_folder_loads_in_the_wanted_dtype(saved, dtype, wanted, monkeypatch):
 
 def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkeypatch, caplog):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.setattr(source, "_multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(load, "_multiplies", lambda dtype: dtype == torch.float32)
     with caplog.at_level("INFO"):
         assert load_model(str(saved))[0].dtype == torch.float32
     assert "the model is used in float32" in caplog.text
@@ -56,8 +57,8 @@ def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkey
 
 
 def test_what_multiplies_here_is_what_torch_says():
-    assert source._multiplies(torch.float32)
-    assert source._multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert load._multiplies(torch.float32)
+    assert load._multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_a_missing_padding_token_becomes_the_end_token(saved, tmp_path):

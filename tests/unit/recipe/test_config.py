@@ -16,7 +16,7 @@ from siftune.methods.gast.settings import GASTSettings
 from siftune.methods.greats.settings import GREATSSettings
 from siftune.methods.ist.settings import ISTSettings
 from siftune.methods.lisa.settings import LISASettings
-from siftune.models.adapters.registry import CARRIERS
+from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe, recipe_to_yaml
 from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, settings_of
@@ -293,6 +293,6 @@ def test_a_shipped_recipe_is_valid_and_shows_the_defaults(path):
     check(recipe)
     # a recipe shows the defaults, so that they can be learned from it
     assert recipe.lr == METHODS[recipe.method].lr
-    assert recipe.rank in (None, CARRIERS[recipe.adapter].rank)
+    assert recipe.rank in (None, ADAPTER_TYPES[recipe.adapter].rank)
     shown = replace(recipe, train="", save_every=None, lr=None, rank=None)
     assert shown == Recipe(**OWN.get(path.stem, {"method": path.stem}))

@@ -17,7 +17,7 @@ from siftune import GAST, LabelLogits, RowRecord
 from siftune.base.errors import UnsupportedError
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
-from siftune.models.row_losses import by_row, row_losses
+from siftune.models.loss import by_row, row_losses
 from siftune.records.record import _share
 from siftune.records.visits import read_visits
 from siftune.train.run import train as siftune_train
@@ -297,7 +297,7 @@ def test_rows_without_labels_have_no_loss():
 
 
 def test_logits_everywhere_at_labels_and_fused_are_one(monkeypatch):
-    import siftune.models.row_losses as module
+    import siftune.models.loss as module
 
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 6, 11), torch.randint(0, 11, (3, 6))
@@ -312,7 +312,7 @@ def test_logits_everywhere_at_labels_and_fused_are_one(monkeypatch):
         row_losses(Output(log_probs=log_probs[mask][None], label_mask=mask[mask][None]), labels), whole
     )
     torch.testing.assert_close(row_losses(Output(logits=None, log_probs=log_probs, label_mask=mask), labels), whole)
-    monkeypatch.setattr(module, "_AT_ONCE", 22)
+    monkeypatch.setattr(module, "_ROW_LOSSES_AT_A_TIME", 22)
     torch.testing.assert_close(row_losses(Output(logits=logits), labels), whole)
     with pytest.raises(UnsupportedError, match="output has no logits"):
         row_losses(Output(logits=None), labels)

@@ -15,7 +15,7 @@ from siftune.base.errors import AdapterError, RecipeError
 from siftune.cli.main import main
 from siftune.methods import METHODS
 from siftune.models.adapters.attach import load_adapter
-from siftune.models.adapters.registry import CARRIERS, carrier_of
+from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.train.run import train
@@ -23,7 +23,7 @@ from siftune.train.run import train
 QUIET = Console(quiet=True)
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 OWN = ("series", "parallel")
-KINDS = [kind for kind in CARRIERS if kind not in ("lora", "rslora", "dora")]  # these are tried everywhere else
+KINDS = [kind for kind in ADAPTER_TYPES if kind not in ("lora", "rslora", "dora")]  # these are tried everywhere else
 # of the others one in three is tried in every run
 IN_PART = ["series", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in KINDS[1:])]
 every_kind = pytest.mark.parametrize("kind", IN_PART)
@@ -36,7 +36,7 @@ def logits(model):
 
 
 def sized(kind):
-    return {"rank": 2 if "rank" in CARRIERS[kind].keys else None}
+    return {"rank": 2 if "rank" in ADAPTER_TYPES[kind].keys else None}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def finished(base, tmp_path_factory):
 def test_a_run_is_loaded_as_it_was_left(finished, base, kind):
     done = finished(kind)
     config = json.loads((done.folder.adapter / "adapter_config.json").read_text())
-    assert carrier_of(config) == kind
+    assert adapter_type_of(config) == kind
     assert not list(done.folder.path.rglob("*.bin"))
     subject, _ = load_subject(find_subject(str(done.folder.path)))
     torch.testing.assert_close(logits(subject), logits(done.model), rtol=1e-5, atol=1e-5)
@@ -72,9 +72,9 @@ def test_a_run_is_loaded_as_it_was_left(finished, base, kind):
 def test_export(finished, base, kind, tmp_path, capsys):
     done = finished(kind)
     status = main(["export", str(done.folder.path), "--out", str(tmp_path / "merged")])
-    if CARRIERS[kind].unmergeable:
+    if ADAPTER_TYPES[kind].unmergeable:
         assert status == 2
-        assert f"cannot be merged: {CARRIERS[kind].unmergeable}" in capsys.readouterr().err
+        assert f"cannot be merged: {ADAPTER_TYPES[kind].unmergeable}" in capsys.readouterr().err
         assert not (tmp_path / "merged").exists()
     else:
         assert status == 0

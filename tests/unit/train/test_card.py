@@ -14,7 +14,7 @@ from support.tokenizer import byte_tokenizer
 from siftune.cli.main import main
 from siftune.data.encoder import Encoder
 from siftune.data.rows import Message, Row
-from siftune.models.origin import Origin
+from siftune.models.source import Origin
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.card import merged_card, model_card
 from siftune.train.run import train

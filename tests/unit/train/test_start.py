@@ -16,7 +16,7 @@ from support.trainers import weights
 from transformers import AutoModelForCausalLM
 
 from siftune.base.errors import AdapterError, ModelError, RecipeError
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.train.build import trainable

@@ -6,8 +6,7 @@ one row changes the gradients of all, and clipping bounds nothing.
 
 from torch import Tensor
 
-from siftune.models.cross_entropy import cross_entropy
-from siftune.models.loss import label_positions, next_labels
+from siftune.models.loss import cross_entropy, label_positions, next_labels
 
 
 def row_loss(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from siftune.engine.suppression import refuse_taken_apart, suppress
 from siftune.methods.drivers.batches import Batch, Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
 from siftune.methods.host.step_hooks import around_steps
 from siftune.models.layers import find_layers
-from siftune.models.modes import evaluating
+from siftune.models.modules import evaluating
 
 
 @dataclass(frozen=True)

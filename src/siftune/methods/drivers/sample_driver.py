@@ -25,7 +25,7 @@ from siftune.methods.drivers.sample_choice import WHOLE, Choosing, SampleChoice,
 from siftune.methods.drivers.support import Gradients, Support, support_gradient
 from siftune.methods.host.row_numbers import RowNumbers
 from siftune.methods.host.step_hooks import around_steps
-from siftune.models.packing import KeptUnpacked, refuse_packed
+from siftune.models.quantised import KeptUnpacked, refuse_packed
 
 logger = logging.getLogger(__name__)
 

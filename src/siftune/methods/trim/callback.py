@@ -15,7 +15,7 @@ from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_driver import SampleSelection
 from siftune.methods.trim.rule import TrimmedSamples
 from siftune.methods.trim.settings import TrimSettings
-from siftune.models.row_losses import row_losses
+from siftune.models.loss import row_losses
 
 
 @documented

@@ -1,45 +1,43 @@
-"""The kinds of adapters, in one table: what each is, what of a recipe it takes, and which file makes PEFT's config.
+"""Adapter types in one table: description, accepted settings, and the function that makes PEFT's config.
 
-A new kind is a line in CARRIERS and a function that makes its config. Nothing here imports torch, so that
+A new type is an entry of ADAPTER_TYPES and a function that makes its config. Nothing here imports torch, so that
 `siftune --help` stays quick.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Any
 
 from siftune.base.errors import AdapterError
-
-NONLINEARITIES = Literal["relu", "gelu", "silu", "tanh"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of an adapter can be chosen; a kind takes some of it."""
+    """Settings of an adapter; a type accepts some of them."""
 
-    rank: int | None = None  # rank of matrices, or width of a bottleneck; None stands for the kind's own
-    # numerator of the response's scale, alpha/rank for most kinds; None stands for the kind's own
+    rank: int | None = None  # rank of matrices, or width of a bottleneck; None: the type's default
+    # numerator of the response's scale, alpha/rank for most types; None: the type's default
     alpha: int | None = None
     dropout: float = 0.0  # probability of zeroing an input, in [0, 1)
-    init: str = "default"  # first values: "default", or what PEFT's LoRA takes besides
-    # names of the modules to adapt; of bottlenecks "attention" and "mlp". None stands for the kind's own
+    init: str = "default"  # initial values: "default", or another value of PEFT's `init_lora_weights`
+    # names of the modules to adapt; of bottlenecks "attention" and "mlp". None: the type's default
     targets: Sequence[str] | None = None
-    layers: Sequence[int] | None = None  # numbers of the decoder layers that get adapters; None stands for all
+    layers: Sequence[int] | None = None  # numbers of the decoder layers that get adapters; None: all
 
 
 @dataclass(frozen=True)
-class Carrier:
-    """A kind of adapter, as `--adapter` names it."""
+class AdapterType:
+    """An adapter type, as `--adapter` names it."""
 
-    line: str  # what it is
-    config: str  # what makes PEFT's config of a model and a `Shape`, as MODULE:FUNCTION; imported when it is called
-    # what tells the kind in an adapter_config.json: values by key; a key that is missing there is False
+    line: str  # description
+    config: str  # function from a model and a `Shape` to PEFT's config, as MODULE:FUNCTION; imported when called
+    # values by key that identify the type in an adapter_config.json; a missing key counts as False
     marks: Mapping[str, Any]
-    keys: Mapping[str, str]  # what of a `Shape` it takes, targets and layers apart -> the key in adapter_config.json
-    rank: int = 32  # where none is given
-    alpha: Callable[[int], int] = field(default=lambda rank: 2 * rank)  # the same, made of the rank
-    unmergeable: str | None = None  # why it cannot be put into the base's weights; None where it can
+    keys: Mapping[str, str]  # accepted fields of a `Shape` except targets and layers -> key in adapter_config.json
+    rank: int = 32  # default
+    alpha: Callable[[int], int] = field(default=lambda rank: 2 * rank)  # default, from the rank
+    unmergeable: str | None = None  # reason why it cannot be merged into the base's weights; None: it can be
 
     def make(self, model: Any, shape: Shape) -> Any:
         """Make PEFT's config for a model."""
@@ -48,29 +46,29 @@ class Carrier:
 
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"}
 _BOTTLENECK = {"rank": "r", "alpha": "alpha", "dropout": "dropout"}
-_NON_LINEAR = "between its two matrices stands a non-linearity, so that no weight does the same; use it beside its base"
+_NON_LINEAR = "a non-linearity is between its two matrices, so that no weight does the same; use it beside its base"
 
-CARRIERS = {
-    "lora": Carrier(
+ADAPTER_TYPES = {
+    "lora": AdapterType(
         "two thin matrices beside every linear module (arXiv 2106.09685)",
-        "siftune.models.adapters.lora:lora",
+        "siftune.models.adapters.configs:lora",
         {"peft_type": "LORA", "use_rslora": False, "use_dora": False},
         _LORA,
     ),
-    "rslora": Carrier(
+    "rslora": AdapterType(
         "LoRA whose scale falls with √rank (arXiv 2312.03732)",
-        "siftune.models.adapters.lora:rslora",
+        "siftune.models.adapters.configs:rslora",
         {"peft_type": "LORA", "use_rslora": True, "use_dora": False},
         _LORA,
         alpha=lambda _: 16,
     ),
-    "dora": Carrier(
-        "LoRA on the direction, and a magnitude apart (arXiv 2402.09353)",
-        "siftune.models.adapters.lora:dora",
+    "dora": AdapterType(
+        "LoRA on the direction, and a separate magnitude (arXiv 2402.09353)",
+        "siftune.models.adapters.configs:dora",
         {"peft_type": "LORA", "use_dora": True},
         _LORA,
     ),
-    "series": Carrier(
+    "series": AdapterType(
         "a bottleneck after attention and after the MLP (arXiv 1902.00751)",
         "siftune.models.adapters.bottleneck:series",
         {"peft_type": "BOTTLENECK", "parallel": False},
@@ -79,7 +77,7 @@ CARRIERS = {
         alpha=lambda rank: rank,
         unmergeable=_NON_LINEAR,
     ),
-    "parallel": Carrier(
+    "parallel": AdapterType(
         "a scaled bottleneck beside the MLP (arXiv 2110.04366)",
         "siftune.models.adapters.bottleneck:parallel",
         {"peft_type": "BOTTLENECK", "parallel": True},
@@ -88,57 +86,57 @@ CARRIERS = {
         alpha=lambda rank: 4 * rank,
         unmergeable=_NON_LINEAR,
     ),
-    "ia3": Carrier(
-        "vectors that scale keys, values and what the MLP's last module is given (arXiv 2205.05638)",
-        "siftune.models.adapters.ia3:ia3",
+    "ia3": AdapterType(
+        "vectors that scale keys, values and the input of the MLP's last module (arXiv 2205.05638)",
+        "siftune.models.adapters.configs:ia3",
         {"peft_type": "IA3"},
         {},
     ),
-    "ln": Carrier(
+    "ln": AdapterType(
         "the norms' own weights (arXiv 2312.11420)",
-        "siftune.models.adapters.norms:ln",
+        "siftune.models.adapters.configs:ln",
         {"peft_type": "LN_TUNING"},
         {},
     ),
 }
 
 
-def carrier_of(config: Mapping[str, Any]) -> str | None:
-    """The kind of an adapter by what its adapter_config.json says; None where it is none of these.
+def adapter_type_of(config: Mapping[str, Any]) -> str | None:
+    """Identify an adapter's type by its adapter_config.json; None if it is not in the table.
 
     Example:
-        >>> carrier_of({"peft_type": "LORA", "use_dora": True, "r": 8})
+        >>> adapter_type_of({"peft_type": "LORA", "use_dora": True, "r": 8})
         'dora'
     """
-    for name, carrier in CARRIERS.items():
-        if all(config.get(key, False) == value for key, value in carrier.marks.items()):
+    for name, adapter_type in ADAPTER_TYPES.items():
+        if all(config.get(key, False) == value for key, value in adapter_type.marks.items()):
             return name
     return None
 
 
 def filled_in(kind: str, shape: Shape) -> Shape:
-    """A shape with the kind's own rank and alpha where it has none.
+    """Return a shape with the type's default rank and alpha instead of None.
 
     Raises:
-        AdapterError: There is no such kind, or it does not take what the shape says.
+        AdapterError: There is no such type, or it does not accept a setting of the shape.
     """
-    if kind not in CARRIERS:
-        raise AdapterError(f"unknown kind of adapter {kind!r}; known: {', '.join(CARRIERS)}")
+    if kind not in ADAPTER_TYPES:
+        raise AdapterError(f"unknown adapter type {kind!r}; known: {', '.join(ADAPTER_TYPES)}")
     for sentence in not_taken(kind, shape):
         raise AdapterError(sentence)
-    carrier = CARRIERS[kind]
-    rank = carrier.rank if shape.rank is None else shape.rank
-    alpha = carrier.alpha(rank) if shape.alpha is None else shape.alpha
-    own = {name: value for name, value in (("rank", rank), ("alpha", alpha)) if name in carrier.keys}
+    adapter_type = ADAPTER_TYPES[kind]
+    rank = adapter_type.rank if shape.rank is None else shape.rank
+    alpha = adapter_type.alpha(rank) if shape.alpha is None else shape.alpha
+    own = {name: value for name, value in (("rank", rank), ("alpha", alpha)) if name in adapter_type.keys}
     return Shape(**{each.name: getattr(shape, each.name) for each in fields(Shape)} | own)
 
 
 def not_taken(kind: str, shape: Any) -> Iterator[str]:
-    """Say of everything that a `Shape`, or what has its fields, has and a kind has not what it is, and what to do."""
+    """Yield a sentence for each setting of a `Shape`, or of an object with its fields, that a type does not accept."""
     for each in fields(Shape):
-        value = getattr(shape, each.name, each.default)
-        if each.name not in (*CARRIERS[kind].keys, "targets", "layers") and value != each.default:
-            others = ", ".join(name for name, carrier in CARRIERS.items() if each.name in carrier.keys)
+        value = getattr(shape, each.name)
+        if each.name not in (*ADAPTER_TYPES[kind].keys, "targets", "layers") and value != each.default:
+            others = ", ".join(name for name, other in ADAPTER_TYPES.items() if each.name in other.keys)
             yield (
                 f"{each.name} is {value}, which an adapter {kind} does not have: leave {each.name} out, or take an "
                 f"adapter that has it ({others})"

@@ -24,7 +24,7 @@ from siftune.base.environment import hardware, versions
 from siftune.base.errors import KitError
 from siftune.base.files import Progress
 from siftune.data.readers import load_rows
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.offsite.audit.attacks import attack, calibration_leak
 from siftune.offsite.audit.gradients import GradientCosine, gradient_cosine
 from siftune.offsite.audit.job import Job, choose_candidates, choose_rows

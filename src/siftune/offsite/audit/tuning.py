@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.models.layers import find_layers
-from siftune.models.modes import flags_restored
+from siftune.models.modules import flags_restored
 from siftune.offsite.audit.models import restored
 from siftune.offsite.audit.settings import AuditSettings
 from siftune.recipe.schema import Recipe, resolve_recipe

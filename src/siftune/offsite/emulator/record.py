@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from siftune.base.errors import DataError
 from siftune.base.files import Progress
-from siftune.models.cross_entropy import cross_entropy
 from siftune.models.layers import find_layers, hidden_states
-from siftune.models.loss import label_positions, logits_at, next_labels
-from siftune.models.modes import evaluating, trainable_only
+from siftune.models.loss import cross_entropy, label_positions, logits_at, next_labels
+from siftune.models.modules import evaluating, trainable_only
 from siftune.models.streamed import held
 from siftune.offsite.emulator.recording import Call, Captured, Recording, States, Visit, own, rows_of
 

@@ -108,7 +108,7 @@ def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[Pre
     """
     import torch
 
-    from siftune.models.source import load_model
+    from siftune.models.load import load_model
 
     model, tokenizer = load_model(options.model, options.dtype, streamed)
     if not streamed and torch.accelerator.is_available():

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import ModelError
-from siftune.models.source import DTYPES, fit_for_this_machine, set_padding
+from siftune.models.load import DTYPES, fit_for_this_machine, set_padding
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.kit.folder import Kit, load_config, load_tokenizer, load_weights, read_kit
 from siftune.offsite.kit.manifest import EMULATOR, OUTER

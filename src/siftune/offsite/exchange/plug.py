@@ -20,8 +20,8 @@ from siftune.base.files import new_folder
 from siftune.data.readers import load_rows
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.evaluate.prepare import prepare_rows
-from siftune.models.portable import save_model, save_tokenizer
-from siftune.models.source import load_model, quiet_bars
+from siftune.models.load import load_model, quiet_bars
+from siftune.models.save import save_model, save_tokenizer
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.exchange.merge import Candidate, candidates, merged
 from siftune.offsite.exchange.own_rows import LossChange, OwnRows

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import KitError, RecipeError
-from siftune.models.adapters.registry import CARRIERS
+from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.models.layers import find_layers, layer_numbers
 from siftune.offsite.emulator.split import Split, outer_names, places
 from siftune.offsite.exchange.load import kit_tokenizer, load_kit
@@ -78,7 +78,7 @@ class KitSource:
 
     def _refuse_changed(self, recipe: Recipe) -> None:
         """Refuse what changes the weights that a return is put on."""
-        refusal = None if recipe.adapter == "full" else CARRIERS[recipe.adapter].unmergeable
+        refusal = None if recipe.adapter == "full" else ADAPTER_TYPES[recipe.adapter].unmergeable
         if refusal:
             raise RecipeError(
                 f"adapter {recipe.adapter} cannot go back in a return, which changes weights of the kit "

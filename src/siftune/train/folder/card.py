@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from siftune.base.environment import hardware, versions
-from siftune.models.origin import Origin
+from siftune.models.source import Origin
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe, method_of, train_files
 
@@ -85,7 +85,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r})
 """
 
 _REGISTER = """\
-from siftune.models.adapters.own import register
+from siftune.models.adapters.bottleneck import register
 
 register()  # PEFT does not have these adapters
 """

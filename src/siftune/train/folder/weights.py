@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from siftune.base.errors import AdapterError, RecipeError
 from siftune.base.jsonable import parsed
-from siftune.models.adapters.registry import CARRIERS, carrier_of
+from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.schema import Recipe
 
 _ADOPTED = ("adapter", "rank", "alpha")  # of a recipe: what an adapter says of itself
@@ -61,13 +61,13 @@ def adopted(recipe: Recipe) -> Recipe:
     path = adapter_folder(recipe.from_adapter) / "adapter_config.json"
     try:
         config = parsed(path.read_text(encoding="utf-8"))
-        kind = carrier_of(config)
-        keys = {"adapter": "peft_type"} if kind is None else CARRIERS[kind].keys
+        kind = adapter_type_of(config)
+        keys = {"adapter": "peft_type"} if kind is None else ADAPTER_TYPES[kind].keys
         own = {name: config[key] for name, key in keys.items() if name in _ADOPTED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
     if kind is None:
-        raise AdapterError(f"{path} is of the kind {own['adapter']}; known kinds: {', '.join(CARRIERS)}")
+        raise AdapterError(f"{path} is of the kind {own['adapter']}; known kinds: {', '.join(ADAPTER_TYPES)}")
     own["adapter"] = kind
     for name, value in own.items():
         asked = getattr(recipe, name)

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from siftune.base.errors import DataError, ModelError, RecipeError
 from siftune.models.layers import find_layers
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.kit.fingerprint import fingerprint
 
@@ -42,11 +42,11 @@ def test_a_streamed_model_gives_the_same_kit(tmp_path, family):
 
 
 def test_the_dtype_is_as_for_a_whole_model(tmp_path, monkeypatch):
-    from siftune.models import source
+    from siftune.models import load
 
     name = saved(tmp_path / "base", dtype=torch.bfloat16)
     for multiplies, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(source, "_multiplies", lambda _, known=multiplies: known)
+        monkeypatch.setattr(load, "_multiplies", lambda _, known=multiplies: known)
         for streamed in (False, True):
             model = load_model(name, "auto", streamed)[0]
             assert {p.dtype for p in model.parameters()} == {dtype}
@@ -127,7 +127,7 @@ def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monk
 SCRIPT = """
 import os, signal, sys
 from support.emulators import calibration, settings
-from siftune.models.source import load_model
+from siftune.models.load import load_model
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 name, out, what, at = sys.argv[1:]
 def tell(stage, done, _):

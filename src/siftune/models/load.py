@@ -1,0 +1,205 @@
+"""Loading of models and tokenizers, in a dtype, quantisation and attention that fit the machine."""
+
+import contextlib
+import logging
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from siftune.base.errors import ModelError
+from siftune.base.files import why_unreadable
+from siftune.base.quiet import quiet
+from siftune.models.source import check_source, not_there, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+_OF_BIN = (pickle.UnpicklingError, EOFError)  # of pytorch_model.bin
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    source: str, dtype: str = "auto", streamed: bool = False, quantize: str | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a causal language model and its tokenizer; code from its repository is never run.
+
+    Args:
+        source: A folder with `config.json`, a hub id, or `smollm2`, which is downloaded on first use.
+        dtype: Dtype of the weights: `float32`, `bfloat16`, `float16`, or `auto`, the checkpoint's, but float32 on a
+            processor without products in the checkpoint's.
+        streamed: Leave the decoder layers' weights in their files until they run; see `streamed.py`.
+        quantize: Quantise the weights to `4bit` or `8bit` with bitsandbytes; see `quantised.quantization`.
+
+    Returns:
+        The model in eval mode, on the CPU, or a streamed one on the device where it will run; and the tokenizer, with
+        a padding token.
+
+    Raises:
+        ModelError: The source does not exist, cannot be reached, is no causal language model, or needs code of its
+            own. The message says what was tried and what to do.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    check_source(source)
+    name = resolve(source)
+    with _load_errors(name):
+        model = _streamed(name, dtype) if streamed else _in_memory(name, dtype, quantize)
+        tokenizer = _tokenizer(name, source)
+    if quantize == "4bit":
+        from siftune.models.quantised import KeptUnpacked
+
+        KeptUnpacked(model)  # permanently
+    return model, tokenizer
+
+
+def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer alone, with a padding token.
+
+    Raises:
+        ModelError: As `load_model`.
+    """
+    check_source(source)
+    name = resolve(source)
+    with _load_errors(name):
+        return _tokenizer(name, source)
+
+
+def _tokenizer(name: str | Path, source: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    set_padding(tokenizer, source)
+    return tokenizer
+
+
+def set_padding(tokenizer: Any, source: str) -> None:
+    """Use the end token for padding if there is no padding token: a new one would change the vocabulary.
+
+    Raises:
+        ModelError: There is neither.
+    """
+    if tokenizer.pad_token_id is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"the tokenizer of {source} has neither a padding nor an end token: set pad_token in its "
+            "tokenizer_config.json"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTrainedModel":
+    """Load a model with all its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from siftune.models.quantised import quantization
+
+    settings = quantization(quantize, torch.bfloat16 if quantize and _suits(torch.bfloat16) else torch.float32)
+    with quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **settings)
+    if dtype == "auto" and quantize:  # quantised weights cannot be converted
+        return model if _suits(model.dtype) else _in_memory(name, "float32", quantize)
+    return fit_for_this_machine(model) if dtype == "auto" else model
+
+
+def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
+    """Load a model without its decoder layers' weights."""
+    from transformers import AutoModelForCausalLM
+
+    from siftune.models.streamed import streamed_map
+
+    with quiet_bars(), quiet("accelerate.big_modeling"):  # it reports that weights are on disk
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, device_map=streamed_map(name)
+        )
+    return _streamed(name, "float32") if dtype == "auto" and not _suits(model.dtype) else model
+
+
+def fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Use float32 on a processor without half-precision products, on which torch is far slower."""
+    return model if _suits(model.dtype) else model.float()
+
+
+def _suits(dtype: Any) -> bool:
+    """Whether this machine has fast products in a dtype."""
+    import torch
+
+    if torch.accelerator.is_available() or _multiplies(dtype):
+        return True
+    logger.info("this processor cannot multiply in %s; the model is used in float32", dtype)
+    return False
+
+
+def _multiplies(dtype: Any) -> bool:
+    """Whether torch reports fast products in a dtype on this processor."""
+    import torch
+
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    ask = getattr(torch.ops.mkldnn, name, None) if name and built_in else None
+    return ask is None or bool(ask())
+
+
+def use_attention(model: "PreTrainedModel", name: str) -> None:
+    """Set a model's attention implementation; its results are the same up to rounding.
+
+    Args:
+        model: The loaded model.
+        name: `auto`, which changes nothing, or a name of transformers: `eager`, `sdpa`, `flash_attention_2`,
+            `flash_attention_3`, `flex_attention`.
+
+    Raises:
+        ModelError: The model has no such implementation, or a package for it is missing.
+    """
+    if name == "auto":
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"attention {name} cannot be used: {' '.join(str(error).split())}") from error
+    used = model.config._attn_implementation
+    if used != name:
+        raise ModelError(f"{type(model).__name__} has {used} attention and no other; leave attention at auto")
+
+
+@contextlib.contextmanager
+def _load_errors(name: str | Path) -> Iterator[None]:
+    """Turn loading errors of the block into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, *_OF_BIN) as error:
+        raise ModelError(_reason(name, error)) from error
+
+
+def _reason(name: str | Path, error: Exception) -> str:
+    if isinstance(error, _OF_BIN):
+        return f"cannot load the weights of the model {name}: {why_unreadable(error)}: use another, or safetensors"
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"model {name} needs code of its own repository, which siftune never runs: use another model"
+    first = re.split(r"[.!] ", text, maxsplit=1)[0].rstrip(".")
+    if isinstance(name, Path):
+        return f"cannot load a causal language model from the folder {name}: {first}"
+    return not_there(name, first)
+
+
+@contextlib.contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Turn off transformers' progress bars in the block, and restore the setting."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()

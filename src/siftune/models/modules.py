@@ -1,0 +1,86 @@
+"""Properties of modules, and context managers that restore what a block changes about a model.
+
+Predicates: linear modules, mixers of Mamba, banks of experts. Context managers: modes, `requires_grad` and `grad`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: torch's, GPT-2's transposed one, or a quantised one."""
+    quantised = hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
+    return isinstance(module, nn.Linear | Conv1D) or quantised
+
+
+def is_mamba(module: nn.Module) -> bool:
+    """Whether a module is a mixer of Mamba."""
+    return {"A_log", "D"} <= module._parameters.keys()
+
+
+def expert_banks(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules in a layer that hold its experts."""
+    return [child for block in layer.modules() for child in block.children() if expert_count(child)]
+
+
+def expert_count(module: nn.Module) -> int:
+    """Return how many experts a module holds; 0 unless it is a bank of experts.
+
+    A bank is a ModuleList, or one module with weights of (experts, out, in).
+    """
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    others = nn.modules.conv._ConvNd | nn.ParameterDict | nn.ParameterList  # the last two: parts of adapters
+    if isinstance(module, others) or is_mamba(module):  # three dimensions as well
+        return 0
+    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1), 0)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode and without gradients; restore the mode of each module."""
+    with _modes_restored(model):
+        model.eval()
+        # not inference_mode: training could not use tensors that the model caches inside it (rotary tables)
+        with torch.no_grad():
+            yield
+
+
+@contextmanager
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def flags_restored(model: nn.Module) -> Iterator[None]:
+    """Restore modes, `requires_grad` and `grad` after the block."""
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        with _modes_restored(model):
+            yield
+    finally:
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+@contextmanager
+def trainable_only(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Compute gradients of some parameters only, by default of none.
+
+    Modes, `requires_grad` and `grad` are restored after the block.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    with flags_restored(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
