@@ -20,9 +20,8 @@ from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.lr import bests, write_report
 from siftune.train.prepare import ModelSource, Source
-from siftune.train.rates.folder import LRFolder
 from siftune.train.rates.grid import Grid
-from siftune.train.rates.sweep import open_sweep, run_missing
+from siftune.train.rates.sweep import LRFolder, open_sweep, run_missing
 from siftune.train.run import train
 
 _RUN = "run.json"

@@ -10,8 +10,8 @@ from siftune.base.jsonable import jsonable
 from siftune.methods import METHODS
 from siftune.report.picture import COLOURS, new_figure, png
 from siftune.report.table import Table, markdown_table
-from siftune.train.rates.folder import LRFolder
 from siftune.train.rates.grid import LRRun, rate_text
+from siftune.train.rates.sweep import LRFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,9 @@ def write_report(folder: LRFolder) -> dict[str, Any]:
     lines = "\n".join(f"- {line}" for line in advice(runs, base))
     page = f"# Learning rates\n\n{markdown_table(table(runs))}\n\n{before(base)}\n\n{lines}\n\n{_MEANINGS}\n\n"
     record = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    folder.write_report({"results.json": record, "results.md": f"{page}![](results.png)\n"}, png(draw(runs, base)))
+    folder.write("results.json", record)
+    folder.write("results.md", f"{page}![](results.png)\n")
+    folder.write("results.png", png(draw(runs, base)))
     return result
 
 

@@ -1,6 +1,7 @@
 """What is said of a learning-rate sweep: the table, the best rates, where to look further, the picture."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from siftune.report.lr import Best, advice, bests, draw, table, to_dict, write_report
 from siftune.report.picture import png
 from siftune.report.table import plain_table
-from siftune.train.rates.folder import LRFolder
 from siftune.train.rates.grid import LRRun
+from siftune.train.rates.sweep import LRFolder
 
 BASE = 2.0
 
@@ -91,10 +92,11 @@ def test_the_line_to_copy(losses, line):
 
 def test_the_files_hold_all_of_it(tmp_path):
     folder = LRFolder(tmp_path / "sweep")
-    folder.begin(BASE, {})
+    folder.begin({})
+    folder.set_state(heldout_loss=BASE)
     found = [*runs("dense", INSIDE), *runs("gast", UPWARDS)]
     for run in found:
-        folder.append(run)
+        folder.append("results.jsonl", asdict(run))
     result = write_report(folder)
     assert json.loads((folder.path / "results.json").read_text()) == result == to_dict(found, BASE)
     assert result["best"]["gast"] == {

@@ -7,7 +7,6 @@ import re
 import weakref
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -26,7 +25,7 @@ from siftune.records.rows import read_rows
 from siftune.train import prepare as module
 from siftune.train.prepare import prepare
 from siftune.train.rates import sweep as lr_sweep
-from siftune.train.rates.grid import Grid, difference, grid_of, rate_text, recipes_of
+from siftune.train.rates.grid import Grid, grid_of, rate_text, recipes_of
 from siftune.train.rates.sweep import open_sweep, run_missing
 from siftune.train.run import train
 
@@ -85,14 +84,6 @@ def test_a_run_is_that_of_train_measured_on_every_token_alike(plain, tmp_path, m
     assert (runs[0].cell, runs[0].steps, runs[0].diverged) == ((method, 3e-3, 5), 6, None)
     base, _ = module.load_model(one.model)
     assert sweep.folder.base_loss == pytest.approx(per_token(base, data), rel=1e-6)
-
-
-def test_the_training_loss_is_the_mean_of_the_last_tenth(plain, tmp_path):
-    long = replace(plain, steps=20)
-    (run,), _ = swept(long, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
-    trained = train(replace(long, lr=1e-3, log_every=1), QUIET)
-    losses = [line["loss"] for line in lines(trained.folder.path / "metrics.jsonl") if "loss" in line]
-    assert run.train_loss == pytest.approx(np.mean(losses[-2:]))
 
 
 def test_layers_that_train_themselves_start_anew_in_every_run(plain, tmp_path):
@@ -186,17 +177,6 @@ def test_methods_rates_and_seeds_can_be_added(plain, tmp_path):
     assert left == {"start.json", "results.jsonl", "dense.yaml", "gast.yaml"}
 
 
-def test_a_line_that_a_crash_cut_off_is_done_again(plain, tmp_path, caplog):
-    whole, _ = swept(plain, grid("dense"), tmp_path / "sweep")
-    path = tmp_path / "sweep" / "results.jsonl"
-    path.write_text(path.read_text()[:-40])
-    rest, sweep = swept(plain, grid("dense"), tmp_path / "sweep")
-    assert "1 damaged lines are dropped" in caplog.text
-    assert [run.lr for run in rest] == [1e-2]
-    assert losses(sweep.folder.runs()) == losses(whole)
-    assert len(lines(path)) == 2
-
-
 # --- what is refused ---
 
 
@@ -204,11 +184,11 @@ def test_another_recipe_in_the_same_folder(base, rows, held_out, tmp_path):
     one = recipe(base, rows, tmp_path / "unused", eval=str(held_out))
     swept(one, grid("ist", rates=(1e-3,)), tmp_path / "sweep")
     for change, name in (
-        ({"rank": 4}, r"rank = 2, but now rank is 4: set rank as it was, or give another folder with --out\."),
-        ({"steps": 7}, "steps = 6, but now steps is 7"),
-        ({"model": "smollm2"}, "model = .*base.*, but now model is smollm2"),
+        ({"rank": 4}, "rank is 2"),
+        ({"steps": 7}, "steps is 6"),
+        ({"model": "smollm2"}, "model is"),
     ):
-        with pytest.raises(RecipeError, match=rf"sweep holds a sweep with {name}"):
+        with pytest.raises(RecipeError, match=name):
             open_sweep(replace(one, **change), grid("ist"), tmp_path / "sweep")
     plain = replace(one, ist=ISTSettings())
     assert open_sweep(replace(plain, method="dense"), grid("dense"), tmp_path / "sweep").missing()
@@ -217,13 +197,13 @@ def test_another_recipe_in_the_same_folder(base, rows, held_out, tmp_path):
 def test_every_method_is_compared_with_its_own_recipe(plain, tmp_path):
     swept(plain, grid("dense", "ist", rates=(1e-3,)), tmp_path / "sweep")
     other = replace(plain, ist=ISTSettings(interval=3))
-    with pytest.raises(RecipeError, match=r"ist.interval = \d+, but now ist.interval is 3"):
+    with pytest.raises(RecipeError, match=r"ist.interval is \d+, but now it is 3"):
         open_sweep(other, grid("dense", "ist"), tmp_path / "sweep")
 
 
 def test_another_recipe_is_refused_for_another_method_too(plain, tmp_path):
     swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
-    with pytest.raises(RecipeError, match="batch_size = 4, but now batch_size is 8"):
+    with pytest.raises(RecipeError, match="batch_size is 4"):
         open_sweep(replace(plain, batch_size=8), grid("rst"), tmp_path / "sweep")
 
 
@@ -232,20 +212,7 @@ def test_other_rows_under_the_same_name(plain, tmp_path, name):
     swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
     path = tmp_path / ("rows.jsonl" if name == "train" else "eval.jsonl")
     path.write_text(path.read_text().replace("1", "3"))
-    with pytest.raises(RecipeError, match=rf"the {name} rows are not those that the sweep in .*sweep was made with"):
-        open_sweep(plain, grid("dense"), tmp_path / "sweep")
-
-
-def test_a_folder_of_something_else(plain, tmp_path):
-    with pytest.raises(RecipeError, match="is not empty and holds no sweep"):
-        open_sweep(plain, grid("dense"), tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"heldout_loss": "high", "rows": {}}'])
-def test_a_damaged_start(plain, tmp_path, text):
-    (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "start.json").write_text(text)
-    with pytest.raises(RecipeError, match=r"start.json can't be read"):
+    with pytest.raises(RecipeError, match=f"the {name} rows"):
         open_sweep(plain, grid("dense"), tmp_path / "sweep")
 
 
@@ -284,25 +251,16 @@ def test_the_grid_of_a_recipe():
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ({"methods": "dense,gastt"}, "--methods names 'gastt', which is unknown; did you mean gast?"),
-        ({"methods": "dense,dense"}, "--methods names dense twice"),
-        ({"methods": " , "}, "--methods is empty"),
-        ({"rates": "1e-3,fast"}, "--rates names 'fast', which is no number"),
-        ({"rates": "0"}, "--rates names 0, but every rate must be a finite number above 0"),
-        ({"rates": "-1e-3"}, "--rates names -1e-3, but"),
-        ({"rates": "nan"}, "--rates names nan, but"),
-        ({"rates": "inf"}, "--rates names inf, but"),
-        ({"rates": "1e-3,0.001"}, "--rates names 0.001 twice"),
-        ({"rates": ""}, "--rates is empty"),
-        ({"seeds": "0,x"}, "--seeds names 'x', but every seed must be a whole number"),
-        ({"seeds": "4294967296"}, "--seeds names '4294967296'"),
-        ({"seeds": "-1"}, "--seeds names '-1'"),
+        ({"methods": "dense,gastt"}, "--methods .* did you mean gast?"),
+        ({"methods": "dense,dense"}, "--methods"),
+        ({"methods": " , "}, "--methods"),
+        *(({"rates": rates}, "--rates") for rates in ("1e-3,fast", "0", "-1e-3", "nan", "inf", "1e-3,0.001", "")),
+        *(({"seeds": seeds}, "--seeds") for seeds in ("0,x", "4294967296", "-1")),
     ],
 )
 def test_lists_that_cannot_be_used(lists, message):
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match=message):
         grid_of(Recipe(), **lists)
-    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("rate", [2.5e-4, 5e-4, 1e-3, 0.1, 3.0, 1 / 3, 1e-3 / 7, 123.456])
@@ -325,25 +283,16 @@ def test_each_method_gets_its_own_settings_and_no_others():
 @pytest.mark.parametrize(
     ("settings", "methods", "message"),
     [
-        ({"eval": None}, ("dense",), "no held-out rows: .* give --eval FILE"),
+        ({"eval": None}, ("dense",), "--eval FILE"),
         ({"train": ""}, ("dense",), "no training data"),
-        ({"resume": True, "out": "x"}, ("dense",), "resume has no effect on a sweep"),
-        ({"dp_epsilon": 8.0, "dp_delta": 1e-5}, ("dense",), "does not cover the choice between them: leave dp_epsilon"),
+        ({"resume": True, "out": "x"}, ("dense",), "resume"),
+        ({"dp_epsilon": 8.0, "dp_delta": 1e-5}, ("dense",), "dp_epsilon"),
         ({"gast": GASTSettings(select=2)}, ("dense", "ist"), "gast.select is 2, which has no effect with method dense"),
     ],
 )
 def test_recipes_that_cannot_be_swept(settings, methods, message):
     with pytest.raises(RecipeError, match=message):
         recipes_of(Recipe(**{"train": "a", "eval": "b", "method": "dense", **settings}), methods)
-
-
-def test_what_may_differ_within_a_sweep():
-    one = Recipe(method="gast", train="a")
-    free = replace(one, lr=1.0, seed=3, out="x", resume=True, save_every=1, log_every=3, report_to=("wandb",))
-    assert difference(one, free) is None
-    assert difference(one, replace(one, ist=ISTSettings(active=0.5))) is None
-    assert difference(one, replace(one, method="dense", gast=GASTSettings(select=2))) is None
-    assert difference(one, replace(one, gast=GASTSettings(select=2))) == ("gast.select", 0.75, 2)
 
 
 def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_path):
@@ -357,5 +306,5 @@ def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_
     assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]
     again = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
     assert again.missing() == []
-    with pytest.raises(RecipeError, match="target = "):
+    with pytest.raises(RecipeError, match="target is"):
         open_sweep(replace(aimed, target=str(rows)), grid("gast", rates=(1e-3,)), tmp_path / "sweep")

@@ -30,8 +30,8 @@ _RUN = """\
 
 {% if privacy %}## Privacy
 
-These weights are differentially private in the training rows ({{ privacy.unit }}): ε = {{ "%.4g" % privacy.epsilon }}, \
-δ = {{ "%g" % privacy.delta }}, counted by
+These weights are differentially private in the training rows ({{ privacy.unit }}): \
+ε = {{ "%.4g" % privacy.epsilon }}, δ = {{ "%g" % privacy.delta }}, counted by
 {{ privacy.accountant }} {{ privacy.accountant_version }}. Each of the {{ privacy.steps }} steps drew every row with \
 probability {{ "%.4g" % privacy.sampling_rate }}, clipped
 each row's gradient to norm {{ "%g" % privacy.clip }} (clipping: {{ privacy.clipping }}) and added Gaussian noise of \
@@ -179,7 +179,7 @@ def merged_card(recipe: Recipe | None, base: Origin, folder: Path, chat: bool) -
     tags = ["siftune"] if recipe is None else ["siftune", recipe.method, recipe.adapter]
     return _rendered(
         _MERGED,
-        _data(base, "transformers", tags, base_model_relation="finetune"),
+        _data(base, "transformers", tags, "finetune"),
         name=base.hub_id or base.place,
         description=None if recipe is None else _description(recipe),
         usage=_usage(_MODEL, base, folder, chat),
@@ -193,8 +193,9 @@ def _rendered(template: str, data: ModelCardData, **values: Any) -> str:
     return f"{ModelCard.from_template(data, template_str=template, **values)}\n"
 
 
-def _data(base: Origin, library: str, tags: list[str], **more: str) -> ModelCardData:
+def _data(base: Origin, library: str, tags: list[str], relation: str | None = None) -> ModelCardData:
     name = base.hub_id or base.place
+    more: dict[str, Any] = {"base_model_relation": relation} if relation else {}
     return ModelCardData(base_model=name, library_name=library, tags=tags, license=base.licence, **more)
 
 

@@ -1,7 +1,13 @@
-"""A learning-rate sweep: every method at every rate, each run as `train` does it, measured on held-out rows.
+"""Learning-rate sweeps: every method at every rate, trained as by `train`, measured on held-out rows.
 
-The model is loaded afresh for every run and thrown away after it: no adapter has to come off bit for bit, layers whose
-own weights train need no copy, and loading costs little beside training. Nothing is kept of a run but its figures.
+FOLDER/
+start.json      the settings and digests of rows that results depend on, and the base model's held-out loss
+METHOD.yaml     the recipe of each method, for `siftune train`; its `lr` is the recipe's, not the best
+results.jsonl   a line for each finished run
+results.json, results.md, …   written by `siftune.report.lr`
+
+Every run loads the model again and discards it afterwards: no adapter has to be removed bit for bit, layers with
+trainable weights need no copy, and loading is cheap compared with training.
 """
 
 import gc
@@ -11,7 +17,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,31 +29,51 @@ from torch import nn
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import Progress
 from siftune.base.ranks import launch_size
+from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
 from siftune.evaluate.perplexity import perplexity
+from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe, compares, rate_of
 from siftune.records.rows import Read, read_rows
 from siftune.train.build import NONE, build
 from siftune.train.callbacks import StepsTold
 from siftune.train.prepare import ModelSource, Source, prepare, refuse_read, trained_and_held_out
-from siftune.train.rates.folder import LRFolder
-from siftune.train.rates.grid import Grid, LRRun, rate_text, recipes_of
+from siftune.train.rates.grid import Grid, LRRun, facts_of, rate_text, recipes_of
 
 logger = logging.getLogger(__name__)
+
+_RESULTS, _BASE_LOSS = "results.jsonl", "heldout_loss"
+
+
+class LRFolder(WorkFolder):
+    """The folder of a sweep."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, "start.json", "*.yaml", _RESULTS)
+
+    @property
+    def base_loss(self) -> float:
+        """Held-out loss of the base model, in nats per label token; available once the first run begins."""
+        return float(self.state[_BASE_LOSS])
+
+    def runs(self) -> list[LRRun]:
+        """Finished runs in the order of their ends; of two in one cell the later."""
+        runs = [LRRun(**line) for line in self.lines(_RESULTS)]
+        return list({run.cell: run for run in runs}.values())
 
 
 @dataclass(frozen=True)
 class LRSweep:
-    """A sweep that may begin or go on: all that can be refused without the model has been looked at."""
+    """A sweep that is checked as far as possible without the model."""
 
-    grid: Grid  # what it tries
+    grid: Grid
     recipes: Mapping[str, Recipe]  # method -> its recipe, resolved
-    folder: LRFolder  # where its results go, with those of earlier calls
+    folder: LRFolder  # results, those of earlier calls included
     source: Source
-    rows: Mapping[str, Sequence[Row]]  # `train`, `eval` and, where a method compares with them, `support`
+    rows: Mapping[str, Sequence[Row]]  # `train`, `eval` and, if a method compares with them, `support`
 
     def missing(self) -> list[tuple[str, float, int]]:
-        """Method, rate and seed of the runs that are still to do."""
+        """Method, rate and seed of the runs that remain."""
         done = {run.cell for run in self.folder.runs()}
         return [cell for cell in self.grid.cells() if cell not in done]
 
@@ -55,7 +81,7 @@ class LRSweep:
 def open_sweep(
     recipe: Recipe, grid: Grid, out: str | Path, source_of: Callable[[str], Source] = ModelSource
 ) -> LRSweep:
-    """Check a sweep, and read its rows and what its folder has of it: a new one, or one of the same recipe and rows.
+    """Check a sweep and read its rows; a folder with results continues if recipe and rows are the same.
 
     Raises:
         InputError: A method cannot run with the recipe, or recipe or rows are not those of the folder.
@@ -65,28 +91,22 @@ def open_sweep(
     recipes = recipes_of(recipe, grid.methods)
     source = source_of(recipe.model)
     recipes = {method: source.settle(one) for method, one in recipes.items()}
-    folder = LRFolder(out)
-    with folder.taken_back():
-        folder.refuse_others(recipes)
-        widest = next(filter(compares, recipes.values()), recipes[grid.methods[0]])
-        read = read_rows(widest)
-        refuse_read(widest, read, source.tokenizer)
-        rows = read.parts
-        folder.refuse_other_rows(_digests(rows))
+    widest = next(filter(compares, recipes.values()), recipes[grid.methods[0]])
+    read = read_rows(widest)
+    refuse_read(widest, read, source.tokenizer)
+    rows = read.parts
     if both := trained_and_held_out(rows):
         logger.warning(
-            "%d of %d held-out rows are training rows too: of these the loss tells how well they are learned by heart",
-            both,
-            len(rows["eval"]),
+            "%d of %d held-out rows are training rows too: their loss measures memorization", both, len(rows["eval"])
         )
-    return LRSweep(grid, recipes, folder, source, rows)
+    digests = {f"the {name} rows": _digest(part) for name, part in rows.items()}
+    return LRSweep(grid, recipes, LRFolder(out).begin({**facts_of(recipe, recipes), **digests}), source, rows)
 
 
 def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
-    """Do the runs that are missing, and yield each when it is in the folder.
+    """Do the remaining runs, and yield each once it is in the folder.
 
-    Before the first of a method, one step is tried with every method that is new here, so that none is refused when
-    others have run for hours.
+    Before a method's first run, one step is tried with every new method, so that none is refused hours later.
 
     Raises:
         InputError: A method cannot train this model.
@@ -94,51 +114,46 @@ def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
     missing = sweep.missing()
     if not missing:
         return
-    with sweep.folder.taken_back():
+    folder = sweep.folder
+    with folder:
         data = _begin(sweep, progress)
-    for method in dict.fromkeys(method for method, _, _ in missing):
-        if not sweep.folder.has(method):
-            _try(sweep, method, data, progress)
+        for method in dict.fromkeys(method for method, _, _ in missing):
+            if not (folder.path / f"{method}.yaml").exists():
+                progress(f"trying a step of {method}", 0, 0)
+                _tuned(sweep.source, replace(sweep.recipes[method], steps=1, lr=sweep.grid.rates[0]), data)
+                gc.collect()
+                folder.write(f"{method}.yaml", recipe_to_yaml(sweep.recipes[method]))
     for number, (method, rate, seed) in enumerate(missing, 1):
         stage = f"run {number} of {len(missing)}: {method} at {rate_text(rate)}"
         recipe = replace(sweep.recipes[method], lr=rate, seed=seed)
         run = _run(sweep.source, recipe, data, partial(progress, stage))
         gc.collect()  # the Trainer refers to itself: without this two models would be in memory
-        sweep.folder.append(run)
+        folder.append(_RESULTS, asdict(run))
         yield run
 
 
 def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
-    """Tokenise the rows, and measure the base model where that has not been done."""
+    """Tokenise the rows, and evaluate the base model if that has not been done."""
     recipe = sweep.recipes[sweep.grid.methods[0]]
     progress("loading the model", 0, 0)
     model, tokenizer = sweep.source.load(recipe.dtype, recipe.quantize)
     data = prepare(recipe, tokenizer, Read(sweep.rows), progress).data
-    if not sweep.folder.begun:
-        progress("measuring the base model", 0, 0)
-        if torch.accelerator.is_available():
-            model = model.to(torch.accelerator.current_accelerator())
-        loss = _heldout_loss(model, data["eval"], recipe.batch_size)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The held-out loss of {recipe.model} is {loss}: look for broken rows in {recipe.eval or 'its share'}"
-            )
-    else:
-        loss = sweep.folder.base_loss
-    sweep.folder.begin(loss, _digests(sweep.rows))
+    if _BASE_LOSS in sweep.folder.state:
+        return data
+    progress("evaluating the base model", 0, 0)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    loss = _heldout_loss(model, data["eval"], recipe.batch_size)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The held-out loss of {recipe.model} is {loss}: look for broken rows in {recipe.eval or 'its share'}"
+        )
+    sweep.folder.set_state(**{_BASE_LOSS: loss})
     return data
 
 
-def _try(sweep: LRSweep, method: str, data: Mapping[str, Dataset], progress: Progress) -> None:
-    """Train one step, and note that the method can."""
-    progress(f"trying a step of {method}", 0, 0)
-    _tuned(sweep.source, replace(sweep.recipes[method], steps=1, lr=sweep.grid.rates[0]), data, lambda *_: None)
-    gc.collect()
-    sweep.folder.add(sweep.recipes[method])
-
-
 def _run(source: Source, recipe: Recipe, data: Mapping[str, Dataset], steps: Callable[[int, int], None]) -> LRRun:
-    """Train and measure; a loss that is not finite is a result."""
+    """Train and evaluate; a loss that is not finite is a result."""
     started = time.monotonic()
     done, heldout, train, diverged = 0, math.nan, math.nan, None
 
@@ -153,7 +168,7 @@ def _run(source: Source, recipe: Recipe, data: Mapping[str, Dataset], steps: Cal
         if not math.isfinite(heldout):
             diverged = f"The held-out loss is {heldout} after step {done}"
     except TrainingError as error:
-        diverged = str(error).partition(";")[0]  # what follows is advice on one rate
+        diverged = str(error).partition(";")[0]  # the rest is advice for a single run
     return LRRun(
         method=recipe.method,
         lr=rate_of(recipe),
@@ -167,12 +182,15 @@ def _run(source: Source, recipe: Recipe, data: Mapping[str, Dataset], steps: Cal
 
 
 def _tuned(
-    source: Source, recipe: Recipe, data: Mapping[str, Dataset], steps: Callable[[int, int], None]
+    source: Source,
+    recipe: Recipe,
+    data: Mapping[str, Dataset],
+    steps: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[nn.Module, float]:
-    """Train as `train` does, but for what a run leaves behind.
+    """Train as by `train`, without a run folder.
 
     Returns:
-        The tuned model, methods and casts taken off, and the mean training loss of the last tenth of the steps.
+        The tuned model, without methods and casts, and the mean training loss of the last tenth of the steps.
     """
     quiet = replace(
         recipe, eval=None, eval_share=0.0, eval_every=None, patience=None, save_every=None, log_every=1,
@@ -193,16 +211,13 @@ def _tuned(
 
 
 def _heldout_loss(model: nn.Module, rows: Dataset, batch_size: int) -> float:
-    """Nats per label token, over all tokens alike; the Trainer's own figure hangs on how rows fall into batches."""
+    """Nats per label token, every token with the same weight; the Trainer's figure depends on how rows are batched."""
     pairs = list(zip(rows["input_ids"], rows["labels"], strict=True))
     result = perplexity(model, pairs, batch_size)
     return float(result.nll.sum() / result.tokens.sum())
 
 
-def _digests(rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
-    """A digest of each part's rows: what is read, what is learned and how much it counts, in their order."""
-    return {name: hashlib.sha256("\n".join(map(_told, part)).encode()).hexdigest()[:16] for name, part in rows.items()}
-
-
-def _told(row: Row) -> str:
-    return repr((row.prompt, row.completion, *(() if row.weight == 1 else (row.weight,))))
+def _digest(rows: Sequence[Row]) -> str:
+    """Hash of prompts, completions and weights in their order."""
+    parts = (repr((row.prompt, row.completion, *(() if row.weight == 1 else (row.weight,)))) for row in rows)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
