@@ -124,14 +124,13 @@ def test_commands_in_the_text_exist(page, capsys):
 
 
 @every_page
-def test_flags_of_benchmarks_exist(page):
-    for script, words in calls(shell_lines(page.read_text(encoding="utf-8")), "python"):
-        flags_are_in((ROOT / script).read_text(encoding="utf-8"), words)
+def test_flags_of_the_laboratory_exist(page):
     for module, words in calls(shell_lines(page.read_text(encoding="utf-8")), "python -m"):
         if module.startswith("lab."):
             place = ROOT / module.replace(".", "/")
-            source = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-            flags_are_in(source.read_text(encoding="utf-8"), words)
+            source = (place / "__main__.py" if place.is_dir() else place.with_suffix(".py")).read_text(encoding="utf-8")
+            options = re.sub(r"^    (\w+):", lambda field: f"--{field.group(1).replace('_', '-')} ", source, flags=re.M)
+            flags_are_in(options, words)
 
 
 def flags_are_in(text, words):
