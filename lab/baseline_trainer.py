@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lab.baselines import Baseline
 from siftune.methods.drivers.batches import Batch, RowDraws
-from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.options import GASTSettings
 from siftune.train.trainer import SiftTrainer
 
 

@@ -24,11 +24,10 @@ from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.engine import kinds as per_sample
 from siftune.engine.ranks import world_size
 from siftune.methods.drivers.batches import Batch, Draws, Loss, model_loss
-from siftune.methods.drivers.followed import how_many
 from siftune.methods.drivers.support import support_gradient
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, score_samples
-from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.options import GASTSettings, count_of
 
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
 
@@ -110,7 +109,7 @@ class Baseline(ABC):
         if self._seed is None:
             self.begin()
         rows = len(batch["input_ids"])
-        count = how_many(self.settings.select, rows)
+        count = count_of(self.settings.select, rows)
         uniform_LB = self._uniform(rows)
         self.last = None
         if count == rows:
@@ -189,7 +188,7 @@ def _added(parts: Sequence[Scored]) -> Scored:
 
 
 def _refuse_settings(name: str, settings: GASTSettings) -> None:
-    known = {"support": ("rest", "sample"), "choice": ("stochastic", "topk"), "score": ("inner",), "among": ("batch",)}
+    known = {"support": ("rest", "sample"), "choice": ("stochastic", "topk"), "score": ("inner",)}
     for key, values in known.items():
         if getattr(settings, key) not in values:
             raise RecipeError(

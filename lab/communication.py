@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 
 from siftune.engine.ranks import join_launch, leave_launch, let_go, rank, world_size
 from siftune.engine.sharding import shard_base
-from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.options import GASTSettings
 from siftune.models.adapters.attach import attach_adapter
 from siftune.recipe.schema import Recipe
 from siftune.train.build import methods_of
@@ -39,7 +39,7 @@ RECIPES = {
     "ist": Recipe(method="ist"),
     "gast, rest": Recipe(method="gast", gast=GASTSettings(support="rest")),
     "gast, sample": Recipe(method="gast", gast=GASTSettings(support="sample")),
-    "gast, sample, averaged": Recipe(method="gast", gast=GASTSettings(support_every=4, support_decay=0.9)),
+    "gast, sample, averaged": Recipe(method="gast", gast=GASTSettings(support_every=4)),
     "gast, momentum": Recipe(method="gast", gast=GASTSettings(support="momentum")),
 }
 

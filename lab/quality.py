@@ -48,7 +48,6 @@ METHODS: dict[str, dict[str, Any]] = {
         f"{support}-cosine": {**_GAST, "support": support, "score": "cosine"}
         for support in ("rest", "sample", "dataset")
     },
-    "preconditioned": {**_GAST, "support": "rest", "score": "preconditioned"},
     "ist": {"method": "ist"},
     "rst": {"method": "rst"},
     "lisa": {"method": "lisa"},

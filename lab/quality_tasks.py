@@ -149,7 +149,7 @@ class LabelWatch:
         pairs = zip(self._batch["input_ids"], self._batch["attention_mask"].bool(), strict=True)
         rows = [self._rows[tuple(ids[seen].tolist())] for ids, seen in pairs]
         wrong_S = torch.tensor([row["wrong"] for row in rows])
-        for layer, numbers, scores_S in zip(samples.layers, samples.followed(), samples.scores, strict=True):
+        for layer, numbers, scores_S in zip(samples.layers, samples.selected.tolist(), samples.scores, strict=True):
             drawn_K = torch.tensor(numbers, dtype=torch.int64)
             z_S = zscores(scores_S.double(), torch.ones_like(wrong_S))
             drawn = [len(drawn_K), int(wrong_S[drawn_K].sum()), len(wrong_S), int(wrong_S.sum())]

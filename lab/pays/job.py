@@ -193,7 +193,7 @@ def _apart(rows: Sequence[Record], share: float) -> tuple[list[Record], list[Rec
 
 def _note(trainer: SubsetTrainer, depth: int, weigh: Weigh | None, samples: SampleChoice) -> None:
     """Count the rows that siftune's methods followed in a batch, by their weights where they have such."""
-    for layer, numbers, scores_S in zip(samples.layers, samples.followed(), samples.scores, strict=True):
+    for layer, numbers, scores_S in zip(samples.layers, samples.selected.tolist(), samples.scores, strict=True):
         place = None if layer == WHOLE else max(0, layer) / depth
         weights = weigh(scores_S, torch.ones_like(scores_S, dtype=torch.bool))[numbers].tolist() if weigh else None
         trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers], weights)

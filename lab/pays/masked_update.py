@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from siftune.base.numerics import draw_uniform
 from siftune.engine.groups import group_by_layer
-from siftune.methods.drivers.layer_draws import draw_uniform, share
+from siftune.methods.options import count_of
 
 
 class MaskedUpdate(TrainerCallback):
@@ -50,7 +51,7 @@ class MaskedUpdate(TrainerCallback):
     ) -> None:
         """Draw the layers that are kept, and note what the others go back to."""
         layers = len(self._groups)
-        kept = draw_uniform(layers, share(self._kept, layers), self._generator).tolist()
+        kept = draw_uniform(layers, count_of(self._kept, layers), self._generator).tolist()
         if self.on_select is not None:
             self.on_select(tuple(self._groups[at].index for at in kept))
         lengths = [layers / len(kept) if at in kept else 0.0 for at in range(layers)]

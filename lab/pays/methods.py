@@ -24,9 +24,9 @@ def _gast(**settings: Any) -> dict[str, Any]:
     return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
 
 
-def _trim(which: str, select: float = 0.25) -> dict[str, Any]:
-    """Recipe of Trim, which follows rows of a batch by their losses, or any."""
-    return {"recipe": {"method": "trim", "trim": {"which": which, "select": select}}}
+def _trim(select: float = 0.25) -> dict[str, Any]:
+    """Recipe of Trim, which follows the rows of a batch with the smallest loss."""
+    return {"recipe": {"method": "trim", "trim": {"select": select}}}
 
 
 METHODS: dict[str, Method] = {
@@ -39,10 +39,10 @@ METHODS: dict[str, Method] = {
     "retrieval": {"rows": "retrieved"},
     "retrieval+known-weighted": {"rows": "retrieved+weighted"},
     "ceiling": {"keep": "target"},
-    "random": _trim("random"),
-    "small-loss": _trim("small"),
+    "random": _gast(support="rest", choice="random"),
+    "small-loss": _trim(),
     "small-excess": {"keep": "small-excess", "select": 0.25},
-    "trim-loss": _trim("small", 0.75),
+    "trim-loss": _trim(0.75),
     "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
     "gast": _gast(),
     "late-known": {"rows": "pool+weighted", "late": 1 / 3},
@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
             "gast": {"support": "momentum", "choice": "topk", "score": "cosine", "select": 0.75},
         }
     },
-    "greats": {"recipe": {"method": "greats", "greats": {"support": "dataset", "support_size": 8, "select": 0.25}}},
+    "greats": {"recipe": {"method": "greats", "greats": {"select": 0.25}}},
     "ist": {"recipe": {"method": "ist"}},
     "rst": {"recipe": {"method": "rst"}},
     "lisa": {"recipe": {"method": "lisa"}},

@@ -20,9 +20,8 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.methods.drivers.sample_choice import Choosing, Unit
 from siftune.methods.drivers.support import Gradients
-from siftune.methods.gast.callback import GAST
+from siftune.methods.gast.callback import GAST, AlignedSamples
 from siftune.methods.gast.maths import Scored
-from siftune.methods.gast.rule import AlignedSamples
 
 Weigh = Callable[[Tensor, Tensor], Tensor]  # scores, live rows -> weights, all (B,)
 
@@ -54,7 +53,7 @@ class WeighedSamples(AlignedSamples):
     def _follow(self, choosing: Choosing, unit: Unit, scored: Scored, grads: SampleGradients) -> Gradients:
         """Weigh the rows by their scores, and add up their gradients."""
         weights_B = self._weigh(scored.scores, scored.live)
-        choosing.note(unit, scored.scores, weights_B > 0)
+        choosing.note(unit, scored.scores, weights_B.topk(choosing.count).indices.sort().values)
         return {parameter: _sum(weights_B.to(part.device), part) for parameter, part in grads.items()}
 
 
@@ -71,14 +70,12 @@ def use_rule(methods: Sequence[Any], name: str) -> None:
         name: One of the rules above.
 
     Raises:
-        RecipeError: There is no such rule, no GAST that has scores, or one that chooses among recent rows.
+        RecipeError: There is no such rule, or no GAST that has scores.
     """
     if name not in RULES:
         raise RecipeError(f"there is no rule {name!r}; use {', '.join(RULES)}")
     chosen = [method for method in methods if isinstance(method, GAST) and method.needs_scores]
     if not chosen:
         raise RecipeError(f"the rule {name} weighs rows by GAST's scores: take it with method gast, not choice random")
-    if any(method.among != "batch" for method in chosen):
-        raise RecipeError(f"the rule {name} weighs the rows of a batch: leave gast.among out")
     for method in chosen:
         method.rule = lambda groups, method=method: WeighedSamples(method, groups, RULES[name])

@@ -20,7 +20,7 @@ from lab.pays.followed import Followed
 from lab.pays.measure import row_losses
 from siftune.base.errors import RecipeError
 from siftune.methods.dp.loss import row_loss
-from siftune.methods.drivers.followed import how_many
+from siftune.methods.options import count_of
 from siftune.models.loss import label_positions, logits_at
 from siftune.train.trainer import SiftTrainer
 
@@ -67,7 +67,7 @@ class Keep:
         """Choose rows; (K,) int64, ascending, possibly none."""
         if self.name == "target":
             return torch.tensor([place for place, row in enumerate(rows) if row["group"] in ("target", "known")]).long()
-        count = how_many(self.select, len(rows))
+        count = count_of(self.select, len(rows))
         return excess(model, batch).cpu().topk(count, largest=False).indices.sort().values
 
 

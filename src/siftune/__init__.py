@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siftune.base.errors import SiftuneError
     from siftune.engine.sharding import shard_base
-    from siftune.methods.cut.callback import Cut
+    from siftune.methods.cut import Cut
     from siftune.methods.gast.callback import GAST
-    from siftune.methods.greats.callback import GREATS
+    from siftune.methods.greats import GREATS
     from siftune.methods.host.label_logits import LabelLogits
     from siftune.methods.ist.callback import IST
-    from siftune.methods.lisa.callback import LISA
-    from siftune.methods.rst.callback import RST
-    from siftune.methods.trim.callback import Trim
+    from siftune.methods.lisa import LISA
+    from siftune.methods.rst import RST
+    from siftune.methods.trim import Trim
     from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
     from siftune.records.record import RowRecord
@@ -22,16 +22,16 @@ __version__ = "0.1.0"
 
 # name -> module; imported on first use, because torch and transformers take seconds
 _LAZY = {
-    "Cut": "siftune.methods.cut.callback",
+    "Cut": "siftune.methods.cut",
     "GAST": "siftune.methods.gast.callback",
-    "GREATS": "siftune.methods.greats.callback",
+    "GREATS": "siftune.methods.greats",
     "IST": "siftune.methods.ist.callback",
     "LabelLogits": "siftune.methods.host.label_logits",
-    "LISA": "siftune.methods.lisa.callback",
-    "RST": "siftune.methods.rst.callback",
+    "LISA": "siftune.methods.lisa",
+    "RST": "siftune.methods.rst",
     "RowRecord": "siftune.records.record",
     "SiftuneError": "siftune.base.errors",
-    "Trim": "siftune.methods.trim.callback",
+    "Trim": "siftune.methods.trim",
     "attach_adapter": "siftune.models.adapters.attach",
     "find_layers": "siftune.models.layers",
     "shard_base": "siftune.engine.sharding",

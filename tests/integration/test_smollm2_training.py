@@ -11,7 +11,7 @@ from support.tiny_run import choices_of, lines
 from transformers import AutoModelForCausalLM
 
 from siftune.data.arithmetic import arithmetic_rows
-from siftune.methods.ist.settings import ISTSettings
+from siftune.methods.options import ISTSettings
 from siftune.recipe.schema import Recipe
 from siftune.train.run import train
 

@@ -9,7 +9,7 @@ from support.tiny import batch, tiny
 
 from lab.baselines import StoreAll, TwoPass
 from siftune.base.errors import RecipeError, UnsupportedError
-from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.options import GASTSettings
 from siftune.models.adapters.attach import attach_adapter
 
 

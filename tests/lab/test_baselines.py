@@ -19,7 +19,7 @@ from siftune import GAST
 from siftune.engine import kinds as per_sample
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.options import GASTSettings
 
 
 def with_ranks():

@@ -9,8 +9,8 @@ from support.trainers import arguments, rows, weights
 
 from lab.baselines import StoreAll, TwoPass
 from siftune import GAST
-from siftune.methods.drivers.batches import GivenBatches
-from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.drivers.batches import UserBatches
+from siftune.methods.options import GASTSettings
 from siftune.train.trainer import SiftTrainer
 
 PASSES = {TwoPass: [6, 6], StoreAll: [6]}  # rows of every pass over the model, for 3 of 6 rows
@@ -52,7 +52,7 @@ def by_engine(model, settings, batches, support=None):
 
 
 def by_baseline(kind, model, settings, batches, support=None, run=None):
-    draws = GivenBatches(support) if support is not None else None
+    draws = UserBatches(support) if support is not None else None
     own = {name: value for name, value in settings.items() if name != "seed"}
     baseline, found = kind(model, GASTSettings(**own), draws, loss=summed_loss, seed=settings.get("seed", 0)), []
     for inputs in batches:

@@ -3,10 +3,10 @@
 Shapes: B samples, D values of a parameter. Sums run in float32, or float64 where the input is.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _LEAST_UNIFORM = 1e-300  # log 0 is −∞: a uniform number of exactly 0 would give a Gumbel of −∞ and tie with others
 
@@ -44,6 +44,26 @@ def gumbel_top_k(log_weights: Tensor, uniform: Tensor, count: int) -> Tensor:
     return (log_weights + gumbel).topk(count).indices.sort().values
 
 
+def draw_layers(log_weights_L: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw layers one by one, without replacement, with probability ∝ their weight.
+
+    Args:
+        log_weights_L: (L,) float64 logarithms of the weights.
+        count: Number of layers, 1 ≤ count ≤ L.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        (count,) int64 positions of layers, ascending.
+    """
+    uniform_L = torch.rand(log_weights_L.shape, generator=generator, dtype=torch.float64)
+    return gumbel_top_k(log_weights_L, uniform_L, count)
+
+
+def draw_uniform(layers: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` of `layers` layers uniformly, without replacement; (count,) int64, ascending."""
+    return draw_layers(torch.zeros(layers, dtype=torch.float64), count, generator)
+
+
 def total(grads_BD: Tensor) -> Tensor:
     """Sum over the rows; (D,)."""
     return grads_BD.flatten(1).sum(0, dtype=wide_dtype(grads_BD))
@@ -60,16 +80,6 @@ def squares(grads_BD: Tensor) -> Tensor:
     return lengths_B.square()
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Euclidean norm of the gradients of some parameters together; a float32 or float64 scalar, 0 without gradients."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    norms = [torch.linalg.vector_norm(grad, dtype=wide_dtype(grad)) for grad in grads]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return whole
-
-
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no value is infinite or no number; the tensors may be on several devices."""
     return bool(torch.isfinite(side_by_side(torch._foreach_norm(list(tensors)))).all())
@@ -80,17 +90,9 @@ def side_by_side(numbers: Sequence[Tensor]) -> Tensor:
     return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
-def sum_of(grads_BD: Tensor, rows: Tensor) -> Tensor:
-    """Sum of the gradients of some rows; the shape of the parameter.
-
-    Args:
-        grads_BD: The rows' gradients.
-        rows: (K,) int64, numbers of rows, as often as they count; or (B,) bool, to make numbers of which an accelerator
-            would have to be waited for.
-    """
-    if rows.dtype == torch.bool:
-        return total(grads_BD.flatten(1).where(rows[:, None], 0.0)).view(grads_BD.shape[1:])
-    return grads_BD.index_select(0, rows).sum(0, dtype=wide_dtype(grads_BD))
+def sum_of(grads_BD: Tensor, rows_K: Tensor) -> Tensor:
+    """Sum of the gradients of some rows, (K,) int64 row numbers; the shape of the parameter."""
+    return grads_BD.index_select(0, rows_K).sum(0, dtype=wide_dtype(grads_BD))
 
 
 def added(parts: Sequence[Tensor]) -> Tensor:

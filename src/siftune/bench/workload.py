@@ -10,7 +10,7 @@ from siftune.recipe.schema import Recipe, resolve_recipe
 # what GAST is measured with, each of which has a price of its own -> its settings
 SUPPORTS: dict[str, dict[str, Any]] = {
     "sample": {"support": "sample"},
-    "averaged": {"support": "sample", "support_every": 4, "support_decay": 0.9},
+    "averaged": {"support": "sample", "support_every": 4},
     "rest": {"support": "rest"},
     "momentum": {"support": "momentum"},
 }

@@ -13,7 +13,6 @@ from weakref import WeakSet
 import torch
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 
 from siftune.engine.groups import LayerGroup, outside
@@ -168,9 +167,9 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     """Use trainable parameters in the dtype of the hidden states while they are kept in their own.
 
     float32 adapters on a bfloat16 base then compute in bfloat16, as the base does, instead of casting every
-    input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype. Of IA3 and
-    VeRA nothing is cast, as PEFT casts what they work on: IA3's vectors begin at one, beside which half precision does
-    not see small updates, and VeRA's shared matrices are float32, unless the whole model was cast.
+    input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype. IA3's
+    vectors are not cast: they begin at one, beside which half precision does not resolve small updates, and PEFT casts
+    their inputs.
 
     Args:
         model: The model; what it trains outside of the layers is cast as well.
@@ -182,7 +181,7 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     # embeddings are given token numbers: what they give has the dtype of what is frozen
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     base = next(frozen, None)
-    wide = [module for module in model.modules() if isinstance(module, IA3Layer) or _has_wide_matrices(module)]
+    wide = [module for module in model.modules() if isinstance(module, IA3Layer)]
     kept = {id(p) for module in wide for p in module.parameters() if p.requires_grad}
 
     def cast(slot: Slot, current: Tensor, given: Tensor | None) -> Tensor:
@@ -193,10 +192,6 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
     layers = list(groups)
     rest = LayerGroup(-1, "", model, outside(model, layers))
     return ForwardSubstitution([*layers, rest], cast)
-
-
-def _has_wide_matrices(module: nn.Module) -> bool:
-    return isinstance(module, VeraLayer) and any(a_RI.dtype == torch.float32 for a_RI in module.vera_A.values())
 
 
 def units(group: LayerGroup) -> list[LayerGroup]:

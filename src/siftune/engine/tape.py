@@ -23,11 +23,11 @@ from torch.utils.hooks import RemovableHandle
 
 from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import Deliver, Gate, is_active, is_upstream, taped
-from siftune.engine.generic_rows import taps_of
 from siftune.engine.groups import LayerGroup
-from siftune.engine.kinds import Kind, kinds_of
+from siftune.engine.kinds import Kind
 from siftune.engine.record import LayerRecord, RowVector, Tap
 from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
+from siftune.engine.survey import Survey
 from siftune.models.layers import hidden_states, with_hidden
 
 Gradients = Mapping[nn.Parameter, Tensor]
@@ -73,7 +73,7 @@ class Tape(Generic[P]):
     """Records in the layers of one model until `remove()`.
 
     Args:
-        groups: The layers of a model and their trainable parameters.
+        survey: Survey of the layers.
         begin: Called with the number of samples when a forward pass with gradients enters its first layer. Returns
             what stands for the pass, or None: then it is as if there were no tape.
         reduce: Called in backward for each layer, from the last to the first, with what stands for the pass, and with
@@ -82,20 +82,17 @@ class Tape(Generic[P]):
         pairs: Row i and row i + B/2 are one sample, as in preference training.
         whole: Call `reduce` once, with all layers, when backward has passed the first of them. The gradients of all
             layers are then held at a time.
-
-    Raises:
-        UnsupportedError: A parameter's gradients cannot be told apart by row.
     """
 
     def __init__(
         self,
-        groups: Sequence[LayerGroup],
+        survey: Survey,
         begin: Callable[[int], P | None],
         reduce: Callable[[P, Sequence[tuple[LayerGroup, SampleGradients]]], Gradients],
         pairs: bool = False,
         whole: bool = False,
     ) -> None:
-        self._groups = list(groups)
+        self._groups = survey.groups
         self._begin = begin
         self._reduce = reduce
         self._pairs = pairs
@@ -106,18 +103,14 @@ class Tape(Generic[P]):
         self._pass: P | None = None
         self._paused = False
         self._checked = False
-        kinds = kinds_of(self._groups)
-        self._vectors = {slot.parameter: kind for slot, kind in kinds.items() if kind.is_vector}
-        again = taps_of(self._groups, lambda layer: self._records.get(layer))
-        self._again = {parameter: tap for tap in again for parameter in tap.parameters}
+        self._vectors = survey.vectors
         self._substitution = ForwardSubstitution(self._groups, self._stand_in)
         self._handles: list[RemovableHandle] = [
             group.module.register_forward_pre_hook(untraced(partial(self._enter, group)), with_kwargs=True)
             for group in self._groups
         ]
-        for owner, uses in _by_owner(kinds).items():
+        for owner, uses in survey.tapped.items():
             self._handles.append(owner.register_forward_hook(untraced(partial(self._tap, uses))))
-        self._handles += [tap.put_on() for tap in again]
         taped.update(group.module for group in self._groups)
 
     @contextmanager
@@ -196,8 +189,6 @@ class Tape(Generic[P]):
         if record is None or not torch.is_grad_enabled() or not current.requires_grad:
             return current
         kind = self._vectors.get(slot.parameter)
-        if slot.parameter in self._again:
-            self._again[slot.parameter].stood[slot.parameter] = current.detach()
         if kind is None:
             return current.detach()
         assert given is not None
@@ -274,14 +265,6 @@ def _refuse_reentrant(group: LayerGroup) -> NoReturn:
         f"activation checkpointing with use_reentrant=True runs {group.name} with gradients in backward only, so "
         "samples cannot be selected there; set use_reentrant=False"
     )
-
-
-def _by_owner(kinds: Mapping[Slot, Kind]) -> dict[nn.Module, list[tuple[Slot, Kind]]]:
-    owners: dict[nn.Module, list[tuple[Slot, Kind]]] = {}
-    for slot, kind in kinds.items():
-        if kind.is_tapped:
-            owners.setdefault(slot.owner, []).append((slot, kind))
-    return owners
 
 
 def _read_copies(record: LayerRecord, parameter: nn.Parameter, grads_B1D: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The methods, a room for each: settings, maths, and the callback that brings it into training.
+"""The methods: options of each, its maths, and the callback that applies it to training.
 
-A method is a folder here and an entry in `METHODS`; recipes, flags, help, model cards and the tests of every method
-follow from that. Nothing in this file imports torch, so that `siftune --help` stays quick.
+A method is a file or folder here and an entry in `METHODS`, from which recipes, flags, help, model cards and the tests
+of all methods follow. Nothing in this file imports torch, so that `siftune --help` stays fast.
 """
 
 from collections.abc import Iterator
@@ -10,68 +10,72 @@ from pkgutil import resolve_name
 from typing import Any
 
 from siftune.base.settings import Settings
-from siftune.methods.cut.settings import CutSettings
-from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.greats.settings import GREATSSettings
-from siftune.methods.ist.settings import ISTSettings
-from siftune.methods.lisa.settings import LISASettings
-from siftune.methods.rst.settings import RSTSettings
-from siftune.methods.trim.settings import TrimSettings
+from siftune.methods.options import (
+    CutSettings,
+    GASTSettings,
+    GREATSSettings,
+    ISTSettings,
+    LISASettings,
+    RSTSettings,
+    TrimSettings,
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a method is made of: one callback and its settings."""
+    """One callback of a method, and its settings."""
 
     settings: type[Settings]
-    callback: str  # class of its callback, as MODULE:NAME; imported when it is built
-    rows: bool = False  # it chooses rows; else it chooses layers
-    # it damps the response of adapters, and so needs to know a layer's weights before training
-    suppresses: bool = False
-    # what it chooses depends on what is in the rows, so that noise on gradients does not cover it
-    by_data: bool = False
+    callback: str  # class of its callback, as MODULE:NAME; imported on first use
+    rows: bool = False  # it selects rows; else it selects layers
+    suppresses: bool = False  # it damps the response of adapters, for which it needs a layer's initial weights
+    by_data: bool = False  # its choice depends on the rows, so that noise on gradients does not make it private
+    by_support: bool = False  # it compares rows with a support set, such as a target
+    until_target: bool = False  # it stops selecting rows where a target's rows begin
 
     def build(self, settings: Settings, **others: Any) -> Any:
-        """Make the callback; `others` are what it takes besides: `seed`, and `support_set` where it chooses rows."""
+        """Make the callback; `others` are its further arguments: `seed`, and `support_set` if it selects rows."""
         return self.make(**settings.to_dict(), **others)
 
     def make(self, **options: Any) -> Any:
-        """Make the callback from single settings, and what it takes besides."""
+        """Make the callback from options and further arguments."""
         return resolve_name(self.callback)(**options)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, as `--method` names it."""
+    """A value of `--method`."""
 
-    line: str  # what it does, for help and model cards
-    parts: tuple[Part, ...] = ()  # what it is made of, in the order of the callbacks
-    # peak learning rate where none is given (ours): of those that were tried one that did well on held-out rows
-    # (docs/guide.md says which were); that of dense where none were
+    line: str  # summary for help and model cards
+    parts: tuple[Part, ...] = ()  # its callbacks, in their order
+    # default peak learning rate (ours): of the rates tried, one that did well on held-out rows (docs/guide.md lists
+    # them); that of dense for methods without a sweep
     lr: float = 5e-4
 
 
-_RST = Part(RSTSettings, "siftune.methods.rst.callback:RST")
+_RST = Part(RSTSettings, "siftune.methods.rst:RST")
 _IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True, by_data=True)
-_LISA = Part(LISASettings, "siftune.methods.lisa.callback:LISA")
-_CUT = Part(CutSettings, "siftune.methods.cut.callback:Cut")
-_GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True)
-_GREATS = Part(GREATSSettings, "siftune.methods.greats.callback:GREATS", rows=True, by_data=True)
-_TRIM = Part(TrimSettings, "siftune.methods.trim.callback:Trim", rows=True, by_data=True)
+_LISA = Part(LISASettings, "siftune.methods.lisa:LISA")
+_CUT = Part(CutSettings, "siftune.methods.cut:Cut")
+_GAST = Part(
+    GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True, by_support=True, until_target=True
+)
+_GREATS = Part(GREATSSettings, "siftune.methods.greats:GREATS", rows=True, by_data=True, by_support=True)
+_TRIM = Part(TrimSettings, "siftune.methods.trim:Trim", rows=True, by_data=True)
 
 METHODS = {
     "dense": Method("all layers follow all rows"),
     "rst": Method("layers drawn at random in every step (IST's ablation)", (_RST,), lr=1e-3),
-    "ist": Method("layers drawn by their importance in every step (arXiv 2410.11772)", (_IST,), lr=2e-3),
+    "ist": Method("layers drawn by importance in every step (arXiv 2410.11772)", (_IST,), lr=2e-3),
     "lisa": Method("layers drawn at random and held for some steps (arXiv 2403.17919)", (_LISA,)),
-    "cut": Method("all layers above a random depth, at which backward ends (ours)", (_CUT,), lr=1e-3),
-    "gast": Method("every layer follows the rows whose gradients point its way (arXiv 2603.09865)", (_GAST,)),
+    "cut": Method("all layers above a random depth, where backward ends (ours)", (_CUT,), lr=1e-3),
+    "gast": Method("every layer follows the rows that align with a support set (arXiv 2603.09865)", (_GAST,)),
     "greats": Method("all layers follow the rows that most help a support set (NeurIPS 2024)", (_GREATS,)),
-    "trim": Method("all layers follow the rows of smallest loss, or of largest, or any (arXiv 1810.11874)", (_TRIM,)),
-    "ist+gast": Method("layers drawn by importance, and in each the rows that point its way", (_IST, _GAST), lr=2e-3),
+    "trim": Method("all layers follow the rows of smallest loss (arXiv 1810.11874)", (_TRIM,)),
+    "ist+gast": Method("layers drawn by importance, and per layer the rows that align with it", (_IST, _GAST), lr=2e-3),
 }
 
 
 def all_parts() -> Iterator[Part]:
-    """Every part once, in the order in which methods name them."""
+    """Every part once, in the order of the methods."""
     yield from dict.fromkeys(part for method in METHODS.values() for part in method.parts)

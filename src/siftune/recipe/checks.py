@@ -11,7 +11,7 @@ from siftune.base.errors import RecipeError
 from siftune.base.settings import Settings, check_fields
 from siftune.base.words import counted
 from siftune.methods import METHODS, all_parts
-from siftune.methods.drivers.followed import can_look_back, chooses_nothing
+from siftune.methods.options import selects_all
 from siftune.models.adapters.registry import not_taken
 from siftune.recipe.schema import Recipe, compares, holds_out, method_of, settings_of, target_comes_last
 
@@ -111,8 +111,8 @@ def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
 
 
 def _could_compare(recipe: Recipe) -> bool:
-    """Whether a recipe's method is one that compares rows with others, by its option support."""
-    return any(hasattr(settings, "support") for settings in settings_of(recipe))
+    """Whether a recipe's method can compare rows with others."""
+    return any(part.by_support for part in method_of(recipe).parts)
 
 
 def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
@@ -218,10 +218,9 @@ def _all_rows(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """Methods that choose rows, of batches that have no more than are followed."""
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
         group, select = settings.group, getattr(settings, "select", 1.0)
-        back = f"--{group}.among recent, by which a row competes with those of the last steps, or "
         fewer = f", or a --{group}.select below {select}" if isinstance(select, int) and recipe.batch_size > 1 else ""
         yield (
-            part.rows and chooses_nothing(settings, recipe.batch_size),
+            part.rows and selects_all(settings, recipe.batch_size),
             f"{group}.select {select} follows every row of a forward pass of {counted(recipe.batch_size, 'row')}, so "
-            f"that nothing is chosen: give {back if can_look_back(settings) else ''}a larger --batch-size{fewer}",
+            f"that nothing is selected: give a larger --batch-size{fewer}",
         )

@@ -209,8 +209,12 @@ def differences(before: Recipe, after: Recipe, free: Collection[str]) -> Iterato
 
 
 def compares(recipe: Recipe) -> bool:
-    """Whether a recipe's method compares rows with those of a set that the user gave."""
-    return any(getattr(settings, "support", None) == "dataset" for settings in settings_of(recipe))
+    """Whether a recipe's method compares rows with a target."""
+    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
+        if part.by_support:  # a method without the option support uses a target if there is one
+            default = "dataset" if recipe.target else "sample"
+            return bool(getattr(settings, "support", default) == "dataset")
+    return False
 
 
 def train_files(recipe: Recipe) -> tuple[str, ...]:
@@ -234,7 +238,7 @@ def target_comes_last(recipe: Recipe) -> float:
         return 1.0  # they do not come at all
     if recipe.target_last is not None:
         return recipe.target_last
-    goes_on = compares(recipe) and not any(hasattr(settings, "select_until") for settings in settings_of(recipe))
+    goes_on = compares(recipe) and not any(part.until_target for part in method_of(recipe).parts)
     return 1.0 if recipe.target is None or goes_on else TARGET_LAST
 
 
@@ -248,7 +252,6 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     shape = shape_of(recipe)
     return replace(
         recipe,
-        **_until_the_target(recipe),
         lr=rate_of(recipe),
         rank=shape.rank,
         alpha=shape.alpha,
@@ -257,17 +260,11 @@ def resolve_recipe(recipe: R, now: datetime | None = None) -> R:
     )
 
 
-def _until_the_target(recipe: Recipe) -> dict[str, Any]:
-    """Settings of methods that select rows until a target's begin to come, by group."""
+def select_until(recipe: Recipe) -> float:
+    """Share of the steps, the first ones, in which methods select rows: until a target's rows begin."""
     last = target_comes_last(recipe)
-    if last == 1:
-        return {}
-    until = round(1 - max(last, recipe.target_share), 4)  # where its rows need more of the steps they begin earlier
-    return {
-        settings.group: replace(settings, **{"select_until": until})
-        for settings in settings_of(recipe)
-        if getattr(settings, "select_until", 0) == 1
-    }
+    # the target's rows begin earlier if they need more of the steps
+    return 1.0 if last == 1 else round(1 - max(last, recipe.target_share), 4)
 
 
 def shape_of(recipe: Recipe) -> Shape:

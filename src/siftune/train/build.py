@@ -41,7 +41,7 @@ from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
 from siftune.recipe.read import anchored
-from siftune.recipe.schema import Recipe, holds_out, method_of, settings_of, shape_of, target_comes_last
+from siftune.recipe.schema import Recipe, holds_out, method_of, select_until, settings_of, shape_of, target_comes_last
 from siftune.train.folder.weights import adapter_folder, keep_initial
 from siftune.train.guards.non_finite import BAD_STEPS
 from siftune.train.trainer import LayerTrainer, SiftTrainer
@@ -155,7 +155,10 @@ def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
     methods = []
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
         others = {"support_set": support_rows} if part.rows else {}
-        methods.append(part.build(settings, seed=recipe.seed, **others))
+        method = part.build(settings, seed=recipe.seed, **others)
+        if part.until_target:
+            method.select_until = select_until(recipe)
+        methods.append(method)
     return methods
 
 

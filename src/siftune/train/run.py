@@ -22,7 +22,7 @@ from siftune.data.rows import Row
 from siftune.data.target import sources
 from siftune.engine.ranks import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
 from siftune.methods.drivers.sample_choice import SampleChoice
-from siftune.methods.host.log_lines import stand_first
+from siftune.methods.host.callback import stand_first
 from siftune.methods.host.spread import refuse_launched
 from siftune.recipe.checks import check
 from siftune.recipe.read import anchored, recipe_to_yaml

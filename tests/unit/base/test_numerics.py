@@ -1,13 +1,12 @@
-"""The dtype of sums, a norm of gradients, and the draw without replacement against every order it could have had."""
+"""The dtype of sums, and the draw without replacement against every order it could have had."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from torch import nn
 
-from siftune.base.numerics import gradient_norm, gumbel_top_k, wide_dtype, widened
+from siftune.base.numerics import gumbel_top_k, wide_dtype, widened
 
 
 def sequential_probabilities(weights, count):
@@ -74,14 +73,3 @@ def test_half_precision_widens_without_a_change_of_value(dtype, wide):
     assert wide_dtype(values) == widened(values).dtype == wide
     assert torch.equal(widened(values).to(dtype), values)
     assert torch.equal(widened(values).double(), values.double())
-
-
-def test_norm_of_gradients_together():
-    parameters = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
-    assert gradient_norm(parameters) == 0
-    parameters[0].grad, parameters[1].grad = torch.randn(4, 3), torch.randn(5)
-    whole = torch.cat([p.grad.flatten() for p in parameters[:2]])
-    assert float(gradient_norm(parameters)) == pytest.approx(float(whole.norm()), rel=1e-6)
-    half = nn.Parameter(torch.zeros(10_000, dtype=torch.float16))
-    half.grad = torch.full_like(half, 300.0)  # the square of which float16 cannot hold, nor the norm
-    assert float(gradient_norm([half, half])) == pytest.approx(300 * 20_000**0.5, rel=1e-5)

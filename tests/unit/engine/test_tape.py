@@ -26,6 +26,7 @@ from siftune.engine import kinds as per_sample
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
+from siftune.engine.survey import Survey
 from siftune.engine.tape import Tape
 
 # family -> modules for IA3, and those of them whose input it scales; biases trained along
@@ -88,7 +89,7 @@ class Recorder:
     def __init__(self, model, rows=None, pairs=False):
         self.grads, self.passes, self.order = {}, [], []
         self._rows = rows
-        self.tape = Tape(group_by_layer(model), self._begin, self._reduce, pairs)
+        self.tape = Tape(Survey(group_by_layer(model)), self._begin, self._reduce, pairs)
 
     def _begin(self, samples):
         self.passes.append(samples)
@@ -431,7 +432,7 @@ def test_live_gradients_of_rows_are_those_of_one_layer(monkeypatch):
 
     monkeypatch.setattr(per_sample, "linear_weight", counted)
     groups = group_by_layer(model)
-    tape = Tape(groups, lambda n: True, lambda this, layers: {p: g.sum(0) for p, g in layers[0][1].items()})
+    tape = Tape(Survey(groups), lambda n: True, lambda this, layers: {p: g.sum(0) for p, g in layers[0][1].items()})
     summed_loss(model, batch(model, 4)).backward()
     tape.remove()
     assert len(peak) == 4 * 4  # layers, matrices in each

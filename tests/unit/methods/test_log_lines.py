@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 from siftune import GAST, IST
 from siftune.methods import METHODS
 from siftune.methods.drivers.sample_choice import SampleChoice
-from siftune.methods.host.log_lines import LogLines, stand_first
+from siftune.methods.host.callback import LogLines, stand_first
 from siftune.train import run as module
 
 
@@ -95,10 +95,10 @@ def test_a_run_of_ours_tells_trackers_all_and_once(base, rows, tmp_path, tracker
     assert len(written) == 6
 
 
-def test_where_followed_rows_are_padded():
+def test_figures_of_a_choice():
     scores = torch.tensor([[1.0, 2.0, 6.0], [3.0, torch.nan, 5.0]])
-    choice = SampleChoice(0, 0, ("a", "b"), (0, 1), scores, torch.tensor([[0, 1], [2, -1]]))
-    assert choice.figures() == {"followed": 0.5, "score": pytest.approx(3.4), "score_followed": pytest.approx(8 / 3)}
+    choice = SampleChoice(0, 0, ("a", "b"), (0, 1), scores, torch.tensor([[1], [2]]))
+    assert choice.figures() == {"followed": pytest.approx(1 / 3), "score": pytest.approx(3.4), "score_followed": 3.5}
     nothing = SampleChoice(0, 0, ("a",), (0,), torch.full((1, 3), torch.nan), torch.tensor([[0, 1, 2]]))
     assert nothing.figures() == {"followed": 1.0}
 

@@ -117,17 +117,6 @@ def test_scores_keep_their_dtype(dtype):
     assert batch.done().scores[0, 0].item() == torch.tensor(1 / 3, dtype=dtype).item()
 
 
-def test_units_that_follow_different_numbers_of_samples():
-    """Told by which samples they follow; -1 stands behind the numbers."""
-    batch = choosing(4)
-    for place, follows in enumerate([[True, False, True, True], [False] * 4, [False, True, False, False]]):
-        batch.note(unit(place), torch.zeros(4), torch.tensor(follows))
-    done = batch.done()
-    assert done.selected.tolist() == [[0, 2, 3], [-1, -1, -1], [1, -1, -1]]
-    assert done.selected.dtype == torch.int64
-    assert done.followed() == [[0, 2, 3], [], [1]]
-
-
 def test_a_choice_without_scores():
     batch = choosing(4, 3)
     batch.note(unit(0), None, torch.tensor([0, 1, 3]))

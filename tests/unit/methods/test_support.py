@@ -1,4 +1,4 @@
-"""The support set's gradient against autograd, and Adam's metric against real optimizer steps."""
+"""The support set's gradient against autograd."""
 
 import random
 
@@ -8,12 +8,9 @@ from support.oracles import summed_loss
 from support.tiny import batch
 from support.trainers import adapted
 from torch import nn
-from transformers import Adafactor
 
-from siftune.base.errors import RecipeError
 from siftune.methods.drivers.batches import model_loss
 from siftune.methods.drivers.support import Support, support_gradient
-from siftune.methods.gast.rule import adam_metric
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 
@@ -177,89 +174,9 @@ def test_gradients_are_on_where_they_were_off():
         assert not torch.is_grad_enabled()
 
 
-# Adam's metric
-
-
-def stepped(kind, steps, **settings):
-    """An optimizer with two groups after some steps, its parameters, and the gradients of the steps."""
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(3, 2, dtype=torch.float64)) for _ in range(3)]
-    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "betas": (0.5, 0.6), "eps": 0.25}]
-    optimizer = kind(groups if "Adam" in kind.__name__ else parameters, lr=0.1, **settings)
-    seen = [[torch.randn(3, 2, dtype=torch.float64) for _ in parameters] for _ in range(steps)]
-    for grads in seen:
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad.clone()
-        optimizer.step()
-    return optimizer, parameters, seen
-
-
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_adams_metric(kind, steps):
-    optimizer, parameters, seen = stepped(kind, steps, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0)
-    for place, parameter in enumerate(parameters):
-        decay, eps = (0.6, 0.25) if place else (0.99, 1e-3)
-        mean = torch.zeros(3, 2, dtype=torch.float64)
-        for grads in seen:
-            mean = decay * mean + (1 - decay) * grads[place] ** 2
-        expected = 1 / ((mean / (1 - decay**steps)).sqrt() + eps)
-        torch.testing.assert_close(adam_metric(optimizer, parameter), expected, rtol=1e-12, atol=0)
-
-
-def test_adams_metric_is_what_its_step_uses():
-    """With no momentum, AdamW moves a parameter by lr · metric · gradient."""
-    torch.manual_seed(0)
-    parameter = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.0, 0.9), eps=1e-2, weight_decay=0.0)
-    for _ in range(3):
-        before, parameter.grad = parameter.detach().clone(), torch.randn(4, 3, dtype=torch.float64)
-        optimizer.step()
-        moved = (before - parameter.detach()) / 0.1
-        torch.testing.assert_close(moved, adam_metric(optimizer, parameter) * parameter.grad, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
-def test_ones_before_the_first_step(kind):
-    optimizer, (parameter, *_), _ = stepped(kind, 0)
-    got = adam_metric(optimizer, parameter)
-    assert torch.equal(got, torch.ones_like(parameter))
-    assert (got.shape, got.dtype, got.requires_grad) == (parameter.shape, parameter.dtype, False)
-    assert not optimizer.state
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.RMSprop, {}), (torch.optim.Adagrad, {}),
-        (torch.optim.Adamax, {}), (Adafactor, {"relative_step": False}),
-    ],
-)  # fmt: skip
-def test_optimizers_without_the_mean_are_refused(kind, settings):
-    optimizer, (parameter, *_), _ = stepped(kind, 1, **settings)
-    with pytest.raises(RecipeError) as caught:
-        adam_metric(optimizer, parameter)
-    assert str(caught.value) == (
-        f'score="preconditioned" takes the metric of Adam or AdamW, but {kind.__name__} keeps no exp_avg_sq; '
-        'use torch\'s AdamW (transformers: optim="adamw_torch"), or score="inner"'
-    )
-
-
-def test_a_vector_of_adafactor_is_refused():
-    """Its mean has the same name there, and is another."""
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = Adafactor([parameter])
-    parameter.grad = torch.ones(3)
-    optimizer.step()
-    assert "exp_avg_sq" in optimizer.state[parameter]
-    with pytest.raises(RecipeError, match="Adafactor keeps no exp_avg_sq"):
-        adam_metric(optimizer, parameter)
-
-
-@pytest.mark.parametrize("settings", [(1, 0.5), (2, 0.0)])
-def test_an_average_never_takes_in_what_is_no_number(settings):
+def test_a_mean_never_takes_in_nan():
     weight = nn.Parameter(torch.zeros(2))
-    support = Support(4, *settings)
+    support = Support(4, every=2)
     support.begin(0, lambda: {weight: torch.tensor([torch.nan, 0.0])})
     support.end()
     assert support.gradients[weight].isnan().any()  # the fault is seen where there is nothing else

@@ -12,14 +12,11 @@ import pytest
 from siftune.base.errors import RecipeError
 from siftune.base.settings import ELSEWHERE, Range, help_of, marks_of, nearest
 from siftune.methods import METHODS, all_parts
-from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.greats.settings import GREATSSettings
-from siftune.methods.ist.settings import ISTSettings
-from siftune.methods.lisa.settings import LISASettings
+from siftune.methods.options import GASTSettings, ISTSettings, LISASettings
 from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe, recipe_to_yaml
-from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, settings_of
+from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, settings_of
 from siftune.train.rates.grid import rate_text
 
 _FEW = {"method": "gast", "target": "few.jsonl", "gast": GASTSettings(**GASTSettings.with_target)}
@@ -239,8 +236,8 @@ def test_settings_of_the_wrong_type_are_refused():
     for settings, words in (({"interval": 2.5}, "a whole number or nothing"), ({"active": "half"}, "a number")):
         with pytest.raises(RecipeError, match=f"but must be {words}"):
             ISTSettings(**settings)
-    with pytest.raises(RecipeError, match=r"lisa\.keep_state is 1, but must be true or false"):
-        LISASettings(keep_state=1)
+    with pytest.raises(RecipeError, match=r"lisa\.interval is True, but must be a whole number"):
+        LISASettings(interval=True)
 
 
 def test_nearest_knows_the_names_of_other_trainers():
@@ -262,12 +259,12 @@ def test_nearest_knows_the_names_of_other_trainers():
         ({"target_share": 0.0}, 1.0, 1.0),
         ({"target_share": 0.0, "group_by_length": True}, 1.0, 1.0),
         ({"method": "dense"}, 0.33, 1.0),
-        ({"method": "greats", "greats": GREATSSettings(support="dataset")}, 1.0, 1.0),
+        ({"method": "greats"}, 1.0, 1.0),
     ],
 )
 def test_rows_are_selected_until_a_targets_come(change, last, until):
     recipe = resolve_recipe(replace(Recipe(train="rows.jsonl", **_FEW), **change))
-    assert (recipe.target_last, recipe.gast.select_until) == (last, until)
+    assert (recipe.target_last, select_until(recipe)) == (last, until)
     check(recipe)
 
 
@@ -276,13 +273,13 @@ def test_recipes_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-_AIMED = GASTSettings(**GASTSettings.with_target, select_until=0.67)
+_AIMED = GASTSettings(**GASTSettings.with_target)
 # what is not a default in the recipes that are not named after their method
 OWN = {
     "kit": {"model": "KIT", "method": "dense"},
     "parallel": {"method": "dense", "adapter": "parallel"},
     "gast-paper": {"method": "gast", "gast": GASTSettings(select=0.5)},
-    "target": {**_FEW, "gast": _AIMED, "target_last": 0.33, "greats": GREATSSettings(**GREATSSettings.with_target)},
+    "target": {**_FEW, "gast": _AIMED, "target_last": 0.33},
 }
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 

@@ -15,7 +15,7 @@ from siftune.artifacts import find_subject, load_subject
 from siftune.base.errors import AdapterError, LayerError, RecipeError
 from siftune.data.readers import load_rows
 from siftune.data.tokenize import tokenize_rows
-from siftune.methods.lisa.settings import LISASettings
+from siftune.methods.options import LISASettings
 from siftune.models.load import load_model
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, resolve_recipe

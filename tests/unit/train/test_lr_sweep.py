@@ -16,9 +16,7 @@ from torch.nn.functional import cross_entropy
 from siftune.base.errors import InputError, RecipeError, TrainingError
 from siftune.data.arithmetic import arithmetic_rows
 from siftune.data.readers import load_rows
-from siftune.methods.gast.settings import GASTSettings
-from siftune.methods.ist.settings import ISTSettings
-from siftune.methods.lisa.settings import LISASettings
+from siftune.methods.options import GASTSettings, ISTSettings, LISASettings
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import read_rows

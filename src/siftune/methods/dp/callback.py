@@ -19,8 +19,7 @@ from siftune.methods.dp.accounting import spent
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
-from siftune.methods.host.callback import calling_trainer, saved_state
-from siftune.methods.host.log_lines import LogLines
+from siftune.methods.host.callback import LogLines, calling_trainer, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 
 

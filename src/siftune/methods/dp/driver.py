@@ -8,6 +8,7 @@ from torch import nn
 from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup, group_by_layer, outside
+from siftune.engine.survey import Survey
 from siftune.engine.tape import Gradients, SampleGradients, Tape
 from siftune.methods.dp import maths
 from siftune.methods.dp.mechanism import Mechanism
@@ -37,7 +38,7 @@ class PrivateGradients:
         self._mechanism = mechanism
         self._secret = secret
         whole = mechanism.clipping == "flat"
-        self._tape = Tape(self.groups, self._threshold, self._clip, whole=whole)
+        self._tape = Tape(Survey(self.groups), self._threshold, self._clip, whole=whole)
 
     def release(self, step: int) -> None:
         """Put noise on the gradients of a step, and divide them by the expected number of rows.

@@ -1,4 +1,4 @@
-"""Rows for a method's own use, drawn from the training set or given by the user, and their loss and gradient."""
+"""Rows for scoring: drawn from the training set, or batches of the user; their loss and their weight."""
 
 import base64
 import itertools
@@ -15,7 +15,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 class Draws(Protocol):
-    """Where a method's rows come from."""
+    """Source of a method's rows."""
 
     def draw(self, count: int, chunk: int) -> Sequence[Batch]:
         """Draw `count` rows as batches of at most `chunk` rows."""
@@ -31,8 +31,8 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 class RowDraws:
     """Draws batches from a dataset without touching the global generators or the Trainer's sampler.
 
-    The dataset is indexed by row, or an iterable that can be started again; it is read by a walker of its own then, of
-    which `taken` says how many rows it has handed out, also before a resume. The generator is on the CPU.
+    The dataset is indexed by row, or an iterable that can be restarted. An iterable is read by an iterator of its own;
+    `taken` counts its rows, including those before a resume. The generator is on the CPU.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class RowDraws:
         self._collate = collate
         self._generator = generator
         self._indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        self._walker: Iterator[Any] | None = None
+        self._iterator: Iterator[Any] | None = None
         self.taken = taken
 
     def draw(self, count: int, chunk: int) -> list[Batch]:
-        """Draw `count` rows, or all where there are fewer, as batches of at most `chunk` rows."""
-        rows = self._pick(count) if self._indexed else self._walk(count)
+        """Draw `count` rows, or all if there are fewer, as batches of at most `chunk` rows."""
+        rows = self._pick(count) if self._indexed else self._next_rows(count)
         if not rows:
-            raise DataError("The training set yields no rows, so there is nothing to score layers on.")
+            raise DataError("The training set yields no rows to score layers on.")
         return [self._batch(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
 
     def check(self) -> None:
-        """See that rows become a batch, where a row can be read without taking it.
+        """Check that the collator makes a batch of rows, for a dataset indexed by row.
 
         Raises:
-            DataError: The collator makes something else of them.
+            DataError: It makes something else.
         """
         if self._indexed and len(self._dataset):
             self._batch([self._dataset[0]])
@@ -66,8 +66,8 @@ class RowDraws:
             batch = self._collate(rows)
         if not isinstance(batch, Mapping):
             raise DataError(
-                f"The Trainer's collator makes a {type(batch).__name__} of rows, not a batch: a trainer that generates "
-                "its batches, as GRPO does, leaves no rows to score layers on or to compare gradients with. Use GAST "
+                f"The Trainer's collator makes a {type(batch).__name__} of rows, not a batch. A trainer that generates "
+                "its batches, such as GRPO, has no rows to score layers on or to compare gradients with: use GAST "
                 'with support="rest" or "momentum", or RST.'
             )
         return batch
@@ -76,38 +76,38 @@ class RowDraws:
         order = torch.randperm(len(self._dataset), generator=self._generator)[:count]
         return [self._dataset[index] for index in order.tolist()]
 
-    def _walk(self, count: int) -> list[Any]:
-        if self._walker is None:
-            self._walker = itertools.islice(_forever(self._dataset), self.taken, None)
-        rows = list(itertools.islice(self._walker, count))
+    def _next_rows(self, count: int) -> list[Any]:
+        if self._iterator is None:
+            self._iterator = itertools.islice(_forever(self._dataset), self.taken, None)
+        rows = list(itertools.islice(self._iterator, count))
         self.taken += len(rows)
         return rows
 
 
-class GivenBatches:
-    """Batches with labels, of the user's: the next one each time, whatever its size; after the last the first.
+class UserBatches:
+    """Batches with labels from the user, one per draw whatever its size; after the last comes the first.
 
-    They are an iterable that can be started again, or an endless one.
+    They are an iterable that can be restarted, or an endless one.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches
-        self._walker: Iterator[Batch] | None = None
+        self._iterator: Iterator[Batch] | None = None
         self.taken = 0
 
     def draw(self, count: int, chunk: int) -> Sequence[Batch]:
         """Return the next batch."""
-        if self._walker is None:
-            self._walker = itertools.islice(_forever(self._batches), self.taken, None)
-        batch = next(self._walker, None)
+        if self._iterator is None:
+            self._iterator = itertools.islice(_forever(self._batches), self.taken, None)
+        batch = next(self._iterator, None)
         if batch is None:
-            raise DataError("attach(..., batches=...) yields no batches any more; give what can start again.")
+            raise DataError("attach(..., batches=...) yields no more batches: pass an iterable that can be restarted")
         self.taken += 1
         return [batch]
 
 
 def _forever(rows: Iterable[Any]) -> Iterator[Any]:
-    """Go through an iterable again and again; stop where it yields nothing."""
+    """Repeat an iterable; stop if it yields nothing."""
     while True:
         empty = True
         for row in rows:
@@ -118,7 +118,7 @@ def _forever(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 def draws_state(generator: torch.Generator, draws: Any) -> dict[str, Any]:
-    """JSON-ready state of a generator, and how much `draws` has taken from an iterable."""
+    """JSON-ready state of a generator, and the number of rows that `draws` has taken from an iterable."""
     state = generator.get_state().numpy().tobytes()
     return {"generator": base64.b64encode(state).decode("ascii"), "taken": getattr(draws, "taken", 0)}
 
@@ -132,13 +132,9 @@ def load_draws_state(state: Mapping[str, Any], generator: torch.Generator, draws
 
 
 def label_weight(batch: Batch) -> float:
-    """What a batch counts for in a mean over tokens: its predicted labels; its rows where it has no labels."""
+    """Weight of a batch in a mean over tokens: its predicted labels; its rows if it has no labels."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.ndim == 2:
         return float((labels[:, 1:] != -100).sum())
-    return float(_rows(batch))
-
-
-def _rows(batch: Batch) -> int:
-    sized: Sequence[Any] = [value for value in batch.values() if hasattr(value, "__len__")]
-    return len(sized[0]) if sized else 1
+    sized = [value for value in batch.values() if hasattr(value, "__len__")]
+    return float(len(sized[0]) if sized else 1)

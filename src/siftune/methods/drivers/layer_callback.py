@@ -1,4 +1,4 @@
-"""What the callbacks that choose layers share: a `LayerSelection` that lives as long as a training run."""
+"""Base of the callbacks that choose layers: a `LayerSelection` for the time of a training run."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from siftune.base.errors import RecipeError
-from siftune.methods.drivers.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
+from siftune.methods.drivers.batches import Batch, Loss, RowDraws, UserBatches, model_loss
 from siftune.methods.drivers.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
 from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import (
@@ -24,21 +23,19 @@ from siftune.methods.host.spread import refuse_wrappers
 
 @dataclass(eq=False, repr=False)
 class LayerCallback(SelectionCallback[LayerSelection]):
-    """A callback that chooses the layers of every step; subclasses bring settings and a policy.
+    """A callback that chooses the layers of every step; subclasses define settings and a policy.
 
-    The Trainer's log gets `GROUP/layers`, the layers that trained in a step, a mean since the last line; and where
-    there is importance `GROUP/importance_spread`, the highest less the lowest.
+    It adds to the Trainer's log `GROUP/layers`, the mean number of layers that train in a step. With importance it also
+    adds `GROUP/importance_spread`, the highest minus the lowest.
     """
 
     _chooses_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the settings, and begin without a model."""
         super().__post_init__()
         self.on_select: Callable[[LayerChoice], None] | None = None
 
     def _figures(self) -> dict[str, float]:
-        """`layers`, how many trained in a step; `importance_spread`, how far apart the layers' importance is."""
         figures, importance = super()._figures(), self.importance
         if figures and importance is not None:
             figures["importance_spread"] = float(importance.max() - importance.min())
@@ -55,22 +52,19 @@ class LayerCallback(SelectionCallback[LayerSelection]):
 
     @property
     def importance(self) -> Tensor | None:
-        """(L,) float64 importance logits, high = important; None before training, and for a policy without any."""
+        """(L,) float64 importance logits, high = important; None before training or without any."""
         return self._selection.importance if self._selection else None
 
     def attach(self, model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> LayerSelection:
-        """Select layers in a plain training loop.
+        """Select layers in a custom training loop.
 
         Args:
             model: Causal LM with adapters.
-            optimizer: Where given, its steps drive the selection, and its state may be dropped;
-                else call `step()` after each.
+            optimizer: If passed, its steps drive the selection, and LISA may drop parts of its state; else call
+                `step()` after each step.
 
         Returns:
             A context manager; `last.layers` are the layers that train now.
-
-        Raises:
-            RecipeError: There is no optimizer, although the method has to do with its steps.
         """
         return self._attach(model, optimizer=optimizer)
 
@@ -84,18 +78,12 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         """Put a selection on a model, and choose the first step's layers.
 
         Raises:
-            RecipeError: There is no optimizer, although the policy has to do with its steps.
-            UnsupportedError: It is DeepSpeed's.
+            UnsupportedError: The optimizer is DeepSpeed's.
         """
         deepspeed.refuse_in_loops(optimizer)
-        draws = GivenBatches(batches) if batches is not None else None
+        draws = UserBatches(batches) if batches is not None else None
         optimizer = plain_optimizer(optimizer)
         selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
-        if optimizer is None and selection.policy.needs_norms:
-            selection.remove()
-            raise RecipeError(
-                f"these settings of {type(self).__name__} act around optimizer steps: give attach(..., optimizer=...)"
-            )
         selection.begin()
         if optimizer is not None:
             selection.follow(optimizer)
@@ -106,12 +94,13 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     ) -> None:
         """Find the layers, set the gates, and continue from a checkpoint's state."""
         self.remove()
-        refuse_wrappers(args, kwargs["model"])
+        model: nn.Module = kwargs["model"]
+        refuse_wrappers(args, model)
         trainer = calling_trainer(self)
         self._lines.begin(trainer)
-        deepspeed.keep_whole(trainer, kwargs["model"], self.layers)
+        deepspeed.keep_whole(trainer, model, self.layers)
         selection = self._selection = LayerSelection(
-            kwargs["model"],
+            model,
             self.policy,
             seed=self.seed,
             loss=trainer_loss(self),
@@ -119,8 +108,6 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             chunk=args.per_device_train_batch_size,
         )
         selection.optimizer = plain_optimizer(kwargs.get("optimizer"))
-        if selection.policy.needs_norms:
-            deepspeed.refuse(trainer, "these settings look at whole gradients", 'take importance_from="response"')
         if deepspeed.is_used(trainer):
             forget = selection.policy.drops_state
             selection.on_remove(deepspeed.skip(selection.optimizer, lambda: selection.idle, forget))
@@ -146,6 +133,6 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make sure that the optimizer skips inactive layers."""
+        """Have the optimizer skip inactive layers."""
         assert self._selection is not None
-        self._selection.before_update()
+        self._selection.drop_inactive_grads()

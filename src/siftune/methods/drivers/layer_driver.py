@@ -1,7 +1,7 @@
-"""Layer selection at work on one model: a policy chooses, gates carry it out, step by step.
+"""Layer selection on one model: a policy chooses layers, and gates apply the choice, step by step.
 
-`LayerSelection` is what the Trainer callbacks drive, and what `attach` returns for a plain training loop. Which layers
-train is the business of a `LayerPolicy`: IST draws by importance, RST, LISA and Cut draw at random.
+The Trainer callbacks drive a `LayerSelection`, and their `attach` returns it for a custom training loop. A
+`LayerPolicy` chooses the layers: IST draws by importance; RST, LISA and Cut draw at random.
 """
 
 from abc import ABC, abstractmethod
@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from siftune.base.numerics import gradient_norm, side_by_side
 from siftune.engine.gate import LayerGates
-from siftune.engine.groups import LayerGroup, group_by_layer
+from siftune.engine.groups import group_by_layer
 from siftune.engine.ranks import in_group, mean_over_ranks
 from siftune.engine.suppression import refuse_taken_apart, suppress
-from siftune.methods.drivers.batches import Batch, Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
-from siftune.methods.host.step_hooks import around_steps
+from siftune.methods.drivers.batches import Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
+from siftune.methods.host.callback import around_steps
 from siftune.models.layers import find_layers
 from siftune.models.modules import evaluating
 
@@ -28,11 +27,11 @@ class LayerChoice:
     """One step's choice.
 
     Attributes:
-        step: Optimizer steps done before it.
+        step: Optimizer steps before it.
         layers: Numbers of the layers that train, from the embeddings, ascending.
-        importance: (L,) float64 importance logits of the layers that have adapters; None where a policy has none.
-        moved: The importance is another than at the choice before.
-        losses: Losses of the candidate sets where this step scored them, else empty.
+        importance: (L,) float64 importance logits of the layers with adapters; None for a policy without importance.
+        moved: The importance has changed since the previous choice.
+        losses: Losses of the candidate sets if this step scored them, else empty.
         rewards: Their rewards.
         suppressed: The candidate sets.
     """
@@ -49,34 +48,25 @@ class LayerChoice:
 class LayerStack(NamedTuple):
     """The layers that a policy chooses from."""
 
-    # numbers of those that have something to train, from the embeddings, ascending; a policy names them by their
-    # positions here
+    # numbers of the layers with trainable parameters, from the embeddings, ascending; a policy refers to layers by
+    # their positions in this tuple
     numbers: tuple[int, ...]
-    depth: int  # how many layers the model has
+    depth: int  # number of layers of the model
 
 
 Compare = Callable[[Tensor, float, int], Tensor]  # see LayerSelection.suppressed_losses
 
 
 class LayerPolicy(ABC):
-    """Who chooses the layers: an object, with state where it has any."""
+    """Chooses the layers of every step."""
 
-    needs_rows: bool = False  # it compares layers on rows, so that the driver needs some
-    needs_norms: bool = False  # it is shown the norms of the layers' gradients; see `observe`
-    drops_state: bool = False  # the optimizer is to forget the layers that leave
-    importance: Tensor | None = None  # (L,) float64 importance logits, high = important; None where it goes by none
+    needs_rows: bool = False  # it compares layers on rows, which the driver must supply
+    drops_state: bool = False  # the optimizer drops the state of the layers that leave
+    importance: Tensor | None = None  # (L,) float64 importance logits, high = important; None without importance
 
     @abstractmethod
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Choose for the step after `step` optimizer steps; layers and sets are positions in the `LayerStack`."""
-
-    def observe(self, positions_N: Tensor, norms_N: Tensor) -> None:  # noqa: B027
-        """Take note of the gradients of the layers that train, just before an optimizer step.
-
-        Args:
-            positions_N: (N,) int64 positions of these layers, ascending.
-            norms_N: (N,) float64 norm of each one's gradient: of the whole step, over all ranks, after clipping.
-        """
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state; none by default."""
@@ -87,18 +77,18 @@ class LayerPolicy(ABC):
 
 
 class LayerSelection:
-    """A layer policy at work on a model, until `remove()`.
+    """A layer policy applied to a model, until `remove()`.
 
-    In a plain loop use it as a context manager and call `step()` after every optimizer step, or give `attach` the
-    optimizer, which then calls it.
+    In a custom loop use it as a context manager and call `step()` after every optimizer step, or pass the optimizer to
+    `attach`, which then calls it.
 
     Args:
         model: Causal LM with adapters, PEFT-wrapped or not.
         policy: Makes the policy from the layers and the method's own generator.
         seed: Seed of that generator.
-        draws: Rows for a policy that compares layers on some.
+        draws: Rows for a policy that compares layers.
         loss: Loss of a batch, a scalar; by default the model's own.
-        layers: Path of the decoder layers in `model`, where they are not found by structure.
+        layers: Path of the decoder layers in `model`, if their structure does not identify them.
         chunk: Rows per forward pass when layers are compared.
     """
 
@@ -131,16 +121,16 @@ class LayerSelection:
 
     @property
     def importance(self) -> Tensor | None:
-        """(L,) float64 importance logits, high = important; None where the policy has none."""
+        """(L,) float64 importance logits, high = important; None for a policy without importance."""
         return self.policy.importance
 
     @property
     def idle(self) -> frozenset[int]:
-        """Numbers of the layers that have something to train, and do not train now."""
+        """Numbers of the layers with trainable parameters that do not train now."""
         return frozenset(group.index for group in self.groups) - self._gates.active
 
     def begin(self) -> LayerChoice:
-        """Choose the layers of the coming step."""
+        """Choose the layers of the next step."""
         choice = self.policy.choose(self.steps, self.suppressed_losses)
         sets = tuple(self._numbers(positions) for positions in choice.suppressed)
         self.last = replace(choice, layers=self._numbers(choice.layers), suppressed=sets)
@@ -154,31 +144,22 @@ class LayerSelection:
         """Set the gradients of inactive layers to None; call it before an optimizer step."""
         self._gates.drop_inactive_grads()
 
-    def before_update(self) -> None:
-        """Do what is due just before an optimizer step, when gradients are whole: the Trainer's callback calls it."""
-        self.drop_inactive_grads()
-        active = self._active_groups()
-        seen = any(p.grad is not None for group in active.values() for p in group.parameters.values())
-        if self.policy.needs_norms and seen:  # of a step that is left out there is none
-            norms = side_by_side([gradient_norm(group.parameters.values()) for group in active.values()])
-            self.policy.observe(torch.tensor(list(active)), norms.to("cpu").to(torch.float64))
-
     def step(self) -> LayerChoice:
-        """Note that an optimizer step is done, and choose the layers of the next."""
+        """Count an optimizer step, and choose the layers of the next."""
         self.steps += 1
         return self.begin()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Do `before_update()` before, and `step()` after every step of `optimizer`."""
+        """Call `drop_inactive_grads()` before and `step()` after every step of `optimizer`."""
         self.optimizer = optimizer
-        self._handles += around_steps(optimizer, self.before_update, self.step)
+        self._handles += around_steps(optimizer, self.drop_inactive_grads, self.step)
 
     def on_remove(self, handle: Any) -> None:
-        """Have a further handle removed together with the selection."""
+        """Remove another handle together with the selection."""
         self._handles.append(handle)
 
     def remove(self) -> None:
-        """Take everything off the model and the optimizer; calling it twice does no harm."""
+        """Remove all hooks from the model and the optimizer; a second call has no effect."""
         self._gates.remove()
         for handle in self._handles:
             handle.remove()
@@ -198,9 +179,9 @@ class LayerSelection:
         self.steps = int(state["steps"])
         self.policy.load_state_dict(state)
         load_draws_state(state, self.generator, self.draws)
-        if layers := state.get("layers"):  # of the coming step in a plain loop; a Trainer's callback draws anew
-            self._gates.set_active(layers)
-            self.last = LayerChoice(self.steps, tuple(layers), self.importance)
+        if state["layers"]:  # of the next step in a custom loop; a Trainer's callback draws anew
+            self._gates.set_active(state["layers"])
+            self.last = LayerChoice(self.steps, tuple(state["layers"]), self.importance)
 
     def __enter__(self) -> "LayerSelection":
         return self
@@ -213,31 +194,24 @@ class LayerSelection:
 
         Args:
             sets_KN: (K, N) int64 positions of layers.
-            factor: What their adapter response is multiplied by.
-            rows: How many rows to draw.
+            factor: Factor for their adapter response.
+            rows: Number of rows to draw.
 
         Returns:
             (K,) float64, the mean over the ranks: the same bits on each of them.
         """
         assert self.draws is not None
         batches = self.draws.draw(rows, self._chunk)
+        weights = [label_weight(batch) for batch in batches]
+        means = []
         with evaluating(self.model):
-            losses = [self._suppressed_loss(layers, factor, batches) for layers in sets_KN.tolist()]
-        return mean_over_ranks(torch.tensor(losses, dtype=torch.float64), next(self.model.parameters()).device)
+            for layers in sets_KN.tolist():
+                with suppress(self.groups, layers, factor):
+                    losses = [float(self.loss(self.model, batch)) for batch in batches]
+                weighted = [w * loss for w, loss in zip(weights, losses, strict=True) if w > 0]
+                means.append(sum(weighted) / sum(weights) if weighted else float("nan"))
+        return mean_over_ranks(torch.tensor(means, dtype=torch.float64), next(self.model.parameters()).device)
 
     def _numbers(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """Numbers of the layers at some positions: layers without adapters are not counted among `groups`."""
+        """Numbers of the layers at some positions; layers without adapters are not in `groups`."""
         return tuple(self.groups[position].index for position in positions)
-
-    def _active_groups(self) -> dict[int, LayerGroup]:
-        """The layers that train now, by position."""
-        active = self._gates.active
-        return {at: group for at, group in enumerate(self.groups) if group.index in active}
-
-    def _suppressed_loss(self, layers: list[int], factor: float, batches: Sequence[Batch]) -> float:
-        """Mean loss over the batches with the adapters of `layers` damped."""
-        weights = [label_weight(batch) for batch in batches]
-        with suppress(self.groups, layers, factor):
-            losses = [float(self.loss(self.model, batch)) for batch in batches]
-        weighted = [w * loss for w, loss in zip(weights, losses, strict=True) if w > 0]
-        return sum(weighted) / sum(weights) if weighted else float("nan")

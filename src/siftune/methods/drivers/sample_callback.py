@@ -1,4 +1,4 @@
-"""What the callbacks that choose samples share: a `SampleSelection` that lives as long as a training run."""
+"""Base of the callbacks that choose samples: a `SampleSelection` for the time of a training run."""
 
 import logging
 from abc import abstractmethod
@@ -16,8 +16,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.words import counted
 from siftune.engine.groups import LayerGroup
-from siftune.methods.drivers.batches import Batch, GivenBatches, Loss, RowDraws, model_loss
-from siftune.methods.drivers.followed import can_look_back, chooses_nothing
+from siftune.methods.drivers.batches import Batch, Loss, RowDraws, UserBatches, model_loss
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.drivers.sample_driver import SampleRule, SampleSelection
 from siftune.methods.host import deepspeed
@@ -30,6 +29,7 @@ from siftune.methods.host.callback import (
 )
 from siftune.methods.host.row_numbers import RowNumbers, row_numbers
 from siftune.methods.host.spread import refuse_wrappers
+from siftune.methods.options import selects_all
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +37,18 @@ C = TypeVar("C", bound=type)
 
 
 def takes_target(kind: C) -> C:
-    """Give a callback the argument `target`: rows of a target, and with them the defaults of `with_target`."""
+    """Add the argument `target` to a callback: a target's rows, with the defaults of `with_target`."""
     plain = kind.__init__  # type: ignore[misc]
     names = [part.name for part in fields(kind)]
 
     @wraps(plain)
-    def init(self: Any, *values: Any, target: Any = None, **given: Any) -> None:
-        given |= dict(zip(names, values, strict=False))
+    def init(self: Any, *values: Any, target: Any = None, **options: Any) -> None:
+        options |= dict(zip(names, values, strict=False))
         if target is not None:
-            if given.get("support_set") is not None or given.get("support", "dataset") != "dataset":
-                raise RecipeError(f"{kind.__name__}(target=...) compares with it: leave support and support_set out")
-            given = {**kind.with_target, **given, "support_set": target}  # type: ignore[attr-defined]
-        plain(self, **given)
+            if options.get("support_set") is not None or options.get("support", "dataset") != "dataset":
+                raise RecipeError(f"{kind.__name__}(target=...) is the support set: leave support and support_set out")
+            options = {**kind.with_target, **options, "support_set": target}  # type: ignore[attr-defined]
+        plain(self, **options)
 
     kind.__init__ = init  # type: ignore[misc]
     return kind
@@ -56,11 +56,15 @@ def takes_target(kind: C) -> C:
 
 @dataclass(eq=False, repr=False)
 class SampleCallback(SelectionCallback[SampleSelection]):
-    """A callback that chooses the samples of every batch; subclasses bring settings and a rule.
+    """A callback that chooses the samples of every batch; subclasses define settings and a rule.
 
-    Choices are made per forward pass: with gradient accumulation in each micro-batch, with several ranks in each rank's
-    part of the batch. Parameters outside of the decoder layers follow all samples. The Trainer's log gets the choices'
-    `figures`, means since the last line over this rank's batches, as `GROUP/followed` and so on.
+    Choices are per forward pass: with gradient accumulation per micro-batch, with several ranks per rank's part of the
+    batch. Parameters outside of the decoder layers follow all samples. The choices' `figures` are added to the
+    Trainer's log as `GROUP/followed` and so on, means over this rank's batches.
+
+    Attributes:
+        select_until: Share of the Trainer's steps, the first ones, in which samples are selected. `siftune train` sets
+            it to the point where a target's rows begin.
     """
 
     support_set: Any = field(default=None, repr=False)
@@ -68,8 +72,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
     keep: bool = False
 
     def __post_init__(self) -> None:
-        """Check the settings, and begin without a model."""
         super().__post_init__()
+        self.select_until = 1.0
         self.history: list[SampleChoice] = []
         self.on_select: Callable[[SampleChoice], None] | None = None
         self._numbers: RowNumbers | None = None
@@ -81,7 +85,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
     @property
     @abstractmethod
     def support_source(self) -> str | None:
-        """Where support rows come from: "sample", the training set; "dataset", `support_set`; None: there are none."""
+        """Source of support rows: "sample", the training set; "dataset", `support_set`; None: there are none."""
 
     @property
     def last(self) -> SampleChoice | None:
@@ -96,26 +100,25 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         optimizer: torch.optim.Optimizer | None = None,
         loss: Loss = model_loss,
     ) -> SampleSelection:
-        """Select samples in a plain training loop.
+        """Select samples in a custom training loop.
 
         Args:
             model: Causal LM with adapters.
-            batches: Support sets, one each step, where the method compares with rows; started again at the end.
-            optimizer: Where given, its steps drive the selection; else call `end()` before and `step()` after each.
-                GAST's support "rest" needs neither. Its score "preconditioned" takes the optimizer's metric, and GREATS
-                its learning rate.
+            batches: Support sets, one per step, if the method compares with rows; restarted at the end.
+            optimizer: If passed, its steps drive the selection; else call `end()` before and `step()` after each.
+                GAST's support "rest" needs neither. GREATS uses its learning rate.
             loss: Loss of a support batch, a scalar.
 
         Returns:
             A context manager; `last` is the choice in the last batch that went backward.
 
         Raises:
-            RecipeError: When `batches` or `optimizer` are missing and needed.
+            RecipeError: `batches` or `optimizer` is missing.
             UnsupportedError: The optimizer is DeepSpeed's.
         """
         self._check_attach(batches, optimizer)
         deepspeed.refuse_in_loops(optimizer)
-        draws = None if batches is None else GivenBatches(batches)
+        draws = None if batches is None else UserBatches(batches)
         selection = SampleSelection(
             model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
         )
@@ -125,11 +128,11 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         return selection
 
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
-        """Refuse a loop that does not give what the method needs."""
+        """Refuse a loop without the arguments that the method needs."""
         if batches is None and self.support_source is not None:
             raise RecipeError(
-                f'support="{self.support_source}" compares with rows: give attach(..., batches=...), or '
-                'with GAST set support="rest" or "momentum".'
+                f"{type(self).__name__} compares with support rows: pass attach(..., batches=...), or with GAST set "
+                'support="rest" or "momentum"'
             )
 
     def on_train_begin(
@@ -138,7 +141,15 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         """Find the layers, set the tape, and continue from a checkpoint's state."""
         self.remove()
         refuse_wrappers(args, kwargs["model"])
-        self._warn_of_nothing_to_choose(args.per_device_train_batch_size)
+        samples = args.per_device_train_batch_size
+        if selects_all(self, samples):
+            logger.warning(
+                "%s(select=%s) follows every row of a forward pass of %s, so that nothing is selected: raise "
+                "per_device_train_batch_size",
+                type(self).__name__,
+                self.select,
+                counted(samples, "row"),
+            )
         loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
         self._lines.begin(trainer)
         deepspeed.keep_whole(trainer, kwargs["model"], self.layers)
@@ -150,29 +161,30 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             seed=self.seed,
             loss=trainer_loss(self),
             layers=self.layers,
-            chunk=args.per_device_train_batch_size,
+            chunk=samples,
             pairs=_are_pairs(trainer, collate) if self.pairs is None else self.pairs,
             compiled=bool(args.torch_compile),
         )
         selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
-        selection.rule.planned = state.max_steps
+        if self.select_until < 1:
+            selection.rule.until = round(self.select_until * state.max_steps)
         selection.numbers = self._numbers = None if trainer is None else row_numbers(trainer)
         if self.support_source is not None:
             draws = RowDraws(self._support_rows(loader), collate, selection.generator)  # type: ignore[arg-type]
             draws.check()
             selection.draws = draws
-        if self._resume(state) and not selection.rule.follows_all(state.global_step):  # else no mean is asked for
+        if self._resume(state) and not selection.rule.follows_all(state.global_step):  # else the mean is not needed
             self._load_mean(selection)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the batches tell of which rows they are, where they can."""
+        """Number the rows of the batches if possible."""
         if self._numbers is not None:
             self._numbers.number(kwargs.get("train_dataloader"))
 
     def remove(self) -> None:
-        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        """Remove all hooks from model and Trainer; needed only after an exception in training."""
         super().remove()
         if self._numbers is not None:
             self._numbers.release()
@@ -183,7 +195,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
     ) -> None:
         """Draw the support set of this optimizer step."""
         assert self._selection is not None
-        if self.support_source is not None:  # the Trainer does so before each batch, but after this
+        if self.support_source is not None:  # the Trainer does so before each batch, but later
             kwargs["model"].train()
         self._selection.steps = state.global_step
         self._selection.begin()
@@ -191,15 +203,15 @@ class SampleCallback(SelectionCallback[SampleSelection]):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hand out the choice of a micro-batch."""
-        self._tell()
+        """Report the choice of a micro-batch."""
+        self._report()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hand out the choice of the step's last batch, and move the running mean."""
+        """Report the choice of the step's last batch, and move the running mean."""
         assert self._selection is not None
-        self._tell()
+        self._report()
         self._selection.end()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -210,25 +222,12 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if tensors and state.is_world_process_zero and folder.is_dir():
             save_file({name: mean.contiguous() for name, mean in tensors.items()}, folder / self._mean_file)
 
-    def _warn_of_nothing_to_choose(self, samples: int) -> None:
-        if chooses_nothing(self, samples):
-            logger.warning(
-                "%s(select=%s) follows every row of a forward pass of %s, so that nothing is chosen: %sraise "
-                "per_device_train_batch_size",
-                type(self).__name__,
-                self.select,
-                counted(samples, "row"),
-                'set among="recent", by which a row competes with those of the last steps, or '
-                if can_look_back(self)
-                else "",
-            )
-
     @property
     def _mean_file(self) -> str:
         """Name of the running mean in a checkpoint."""
         return f"{self.group}_mean.safetensors"
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         choice = self.last
         if choice is None:
             return
@@ -239,15 +238,14 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             self.on_select(choice)
 
     def _support_rows(self, loader: Any) -> Any:
-        return loader.dataset if self.support_source == "sample" else self._given_rows()
+        return loader.dataset if self.support_source == "sample" else self._user_rows()
 
-    def _given_rows(self) -> Any:
+    def _user_rows(self) -> Any:
         if self.support_set is None:
             name = type(self).__name__
             raise RecipeError(
-                f'support="dataset" needs rows: give {name}(target=...), prepared as the training rows are. Where '
-                "they were given, restore_callback_states_from_checkpoint has lost them: leave it off, "
-                f"{name} reads its state from the checkpoint in any case."
+                f'support="dataset" needs rows: pass {name}(target=...), in the form of the training rows. If you did, '
+                "restore_callback_states_from_checkpoint has lost them: turn it off, the checkpoint has the state"
             )
         return self.support_set
 
@@ -258,20 +256,20 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         folder = resumed_from(self)
         if folder is None or not (folder / self._mean_file).is_file():
             raise RecipeError(
-                f"the checkpoint {folder or ''} has no {self._mean_file}, so the running mean of earlier gradients is "
-                'lost; resume from another checkpoint, or with support="rest"'
+                f"the checkpoint {folder or ''} has no {self._mean_file} with the running mean of earlier gradients: "
+                'resume from another checkpoint, or with support="rest"'
             )
         selection.load_mean_tensors(load_file(folder / self._mean_file))
 
 
 def _refuse_packing(args: TrainingArguments, collate: Any) -> None:
-    """Refuse rows that hold several samples, as far as arguments and collator tell."""
+    """Refuse rows that hold several samples, judging by arguments and collator."""
     packed = [name for name in ("packing", "padding_free") if getattr(args, name, False)]
     flattening = getattr(collate, "padding_free", False) or "Flattening" in type(collate).__name__
     if packed or flattening:
         raise UnsupportedError(
-            f"{' and '.join(packed) or type(collate).__name__} puts several samples into one row, so that they cannot "
-            "be selected one by one; turn packing and padding_free off"
+            f"{' and '.join(packed) or type(collate).__name__} puts several samples into one row, where they "
+            "cannot be selected separately: turn packing and padding_free off"
         )
 
 
@@ -281,8 +279,6 @@ def _are_pairs(trainer: Trainer | None, collate: Any) -> bool:
     names = [kind.__name__ for c in collators if c is not None for kind in type(c).__mro__]
     triple = next((name for name in names if "TriplePreference" in name), None)
     if triple is not None:
-        raise UnsupportedError(
-            f"{triple} makes three rows of one sample, which cannot be selected together; samples may be rows or pairs"
-        )
+        raise UnsupportedError(f"{triple} makes three rows of one sample, but samples must be rows or pairs")
     paired = ("Preference" in name or "DPO" in name for name in names if "Unpaired" not in name)
     return any(paired)

@@ -1,8 +1,4 @@
-"""The support set: rows that others are compared with, their gradient, and its average over steps.
-
-`Support` may form it in every `every`-th step alone, which costs less, and average what was formed (`decay`), so that
-more rows stand behind a score; both are ours.
-"""
+"""The support set: rows to compare others with, their gradient, and its running mean over steps."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,87 +11,92 @@ from siftune.methods.drivers.batches import Batch, Loss, label_weight
 
 Gradients = dict[nn.Parameter, Tensor]
 
+DECAY = 0.9
+"""Share of the running mean of support gradients that remains after a step, if they are formed in every n-th step
+(ours)."""
+
 
 class Support:
-    """The gradient of a support set, over the steps of a run.
+    """The gradient of a support set over the steps of a run.
+
+    With `every` above 1 (ours) it is formed in every `every`-th step, which costs less, and averaged, so that more rows
+    are behind a score. DECAY^every of the mean remains when it is formed again.
 
     Args:
-        size: Rows that are drawn for it, where they are drawn.
-        every: Steps between two times that it is formed.
-        decay: Share of the average that stays in a step, so that decay^every of it stay when it is formed anew; 0:
-            there is no average.
+        size: Rows per draw, if rows are drawn.
+        every: Steps between two support gradients.
 
     Example:
-        >>> weight, support = nn.Parameter(torch.zeros(2)), Support(size=8, every=2, decay=0.5)
+        >>> weight, support = nn.Parameter(torch.zeros(2)), Support(size=8, every=2)
         >>> for step in range(3):
-        ...     support.begin(step, lambda step=step: {weight: torch.tensor([1.0, 2.0 * step])})
+        ...     support.begin(step, lambda step=step: {weight: torch.tensor([1.0, 100.0 * step])})
         ...     support.end()
-        >>> support.gradients[weight]  # of the steps 0 and 2: a quarter of the first, three of the second
-        tensor([1., 3.])
+        >>> support.gradients[weight]  # of steps 0 and 2: 0.81 of the first, 0.19 of the second
+        tensor([ 1., 38.])
     """
 
-    def __init__(self, size: int, every: int = 1, decay: float = 0.0) -> None:
+    def __init__(self, size: int, every: int = 1) -> None:
         self.size = size
-        self.gradients: Gradients = {}  # what rows are compared with in this step
-        self.average: Gradients = {}  # what is left of earlier steps, as checkpoints keep it; empty without any
+        self.gradients: Gradients = {}  # for comparison in this step
+        self.average: Gradients = {}  # running mean over earlier steps, saved in checkpoints; empty with every = 1
         self._every = every
-        self._sound = True
-        self._stays = decay**every
+        self._finite = True
 
     @property
     def lasts(self) -> bool:
         """Whether a step's support depends on earlier steps."""
-        return self._every > 1 or self._stays > 0
+        return self._every > 1
 
     def begin(self, step: int, form: Callable[[], Gradients]) -> None:
-        """Begin a step: form the gradient where it is time to. A step that begins again is as if it began once.
+        """Begin a step, and form the gradient if it is time. To begin a step twice has the effect of once.
 
-        An average that takes in a NaN never loses it, so a gradient with one is left out of it.
+        The mean would never lose a NaN, so a gradient with a NaN does not enter it.
 
         Args:
-            step: Optimizer steps done before it.
-            form: Draws rows and returns their gradient; a parameter that is left out keeps its average.
+            step: Optimizer steps before it.
+            form: Draws rows and returns their gradient; a parameter that is not in it keeps its mean.
         """
         if self.average and step % self._every:
             self.gradients = self.average
-        else:
-            fresh = form()
-            self._sound = not self.lasts or not fresh or all_finite(list(fresh.values()))
-            self.gradients = self._moved(fresh) if self._sound else {**fresh, **self.average}
+            return
+        fresh = form()
+        if not self.lasts:
+            self.gradients = fresh
+            return
+        self._finite = not fresh or all_finite(list(fresh.values()))
+        if not self._finite:
+            self.gradients = {**fresh, **self.average}
+            return
+        mean, wide = self.average, {parameter: widened(grad) for parameter, grad in fresh.items()}
+        moved = {p: mean[p].lerp(g, 1 - DECAY**self._every) if p in mean else g for p, g in wide.items()}
+        self.gradients = {**mean, **moved}
 
     def end(self) -> None:
-        """Note that the gradients of a step are complete."""
-        if self.lasts and self._sound:
+        """End a step, whose gradients are complete."""
+        if self.lasts and self._finite:
             self.average = self.gradients
 
-    def _moved(self, fresh: Gradients) -> Gradients:
-        if not self._stays:
-            return {**self.average, **fresh}
-        wide = {parameter: widened(grad) for parameter, grad in fresh.items()}
-        known = self.average
-        return {**known, **{p: known[p].lerp(g, 1 - self._stays) if p in known else g for p, g in wide.items()}}
 
-
-_LIFT = 2.0**10  # keeps float16 gradients out of the range where they vanish; taken off again
+_LIFT = 2.0**10  # keeps float16 gradients above underflow; divided out again
 
 
 def support_gradient(
     model: nn.Module, batches: Sequence[Batch], loss: Loss, parameters: Sequence[nn.Parameter], seed: int
 ) -> Gradients:
-    """Gradient of the mean loss over the support set; parameters' `grad` stays as it is.
+    """Gradient of the mean loss over the support set; the `grad` of the parameters is unchanged.
 
-    The model runs in the mode it is in; dropout draws from a generator of its own.
+    The model keeps its train or eval mode; dropout uses a generator of its own.
 
     Args:
         model: The model, not wrapped for several ranks.
         batches: The support set.
         loss: Loss of a batch, a scalar; batches are weighted by their labels.
-        parameters: Parameters to differentiate for.
+        parameters: Parameters to differentiate.
         seed: Seed of dropout.
 
     Returns:
-        parameter -> gradient, in the parameter's shape and dtype; parameters that the loss does not depend on are left
-        out.
+        parameter -> gradient, in the parameter's shape and dtype, without the parameters that the loss does not depend
+        on.
     """
     weights = [label_weight(batch) for batch in batches]
     sums: Gradients = {}
@@ -113,7 +114,7 @@ def support_gradient(
 
 @contextmanager
 def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the global generators for the time of a block, and put them back as they were."""
+    """Seed the global generators within a block, and restore them."""
     on_accelerator = device.type not in ("cpu", "mps")  # torch cannot fork the generator of the latter
     devices = range(torch.accelerator.device_count()) if on_accelerator else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if on_accelerator else "cuda"):

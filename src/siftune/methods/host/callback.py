@@ -1,16 +1,18 @@
-"""What all callbacks share: a selection that lives as long as a training run, and its place in checkpoints.
+"""Base of all callbacks: a selection for the time of a training run, its state in checkpoints, its figures in the log.
 
-A callback is its method's settings, and what only a callback needs besides: a seed, and where the layers are. What it
-needs of the Trainer that calls it, and is not handed, it finds among its callers.
+A callback is its method's settings, plus a seed and the path of the layers. The Trainer does not pass itself to
+callbacks, so a callback finds it among the callers. Trackers come before a user's callbacks and read a log line first,
+so `LogLines` comes before all others during training.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -18,7 +20,6 @@ from transformers.trainer_callback import ExportableState
 from siftune.base.settings import Settings
 from siftune.methods.drivers.batches import Batch, Loss, model_loss
 from siftune.methods.host import deepspeed
-from siftune.methods.host.log_lines import LogLines, Means
 from siftune.methods.host.spread import average_adapters
 
 
@@ -33,16 +34,83 @@ class _Selecting(Protocol):
 T = TypeVar("T", bound=_Selecting)
 
 
+class Means:
+    """Means of figures between two log lines.
+
+    Example:
+        >>> means = Means()
+        >>> means.note({"layers": 2.0})
+        >>> means.note({"layers": 3.0})
+        >>> means.take(), means.take()
+        ({'layers': 2.5}, {})
+    """
+
+    def __init__(self) -> None:
+        self._noted: dict[str, list[float]] = {}
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Add the figures of a step or batch."""
+        for name, value in figures.items():
+            self._noted.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, of the figures that were noted."""
+        means = {name: sum(values) / len(values) for name, values in self._noted.items()}
+        self._noted.clear()
+        return means
+
+
+class LogLines(TrainerCallback):  # type: ignore[misc]
+    """Adds figures to a Trainer's log lines on training, under a group: `gast/followed`."""
+
+    def __init__(self, group: str, figures: Callable[[], Mapping[str, float]]) -> None:
+        self._group = group
+        self._figures = figures
+        self._trainer: Trainer | None = None
+
+    def begin(self, trainer: Trainer | None) -> None:
+        """Join a Trainer before its other callbacks; None: log nothing."""
+        self.remove()
+        self._trainer = trainer
+        if trainer is not None:
+            stand_first(trainer, self)
+
+    def remove(self) -> None:
+        """Leave the Trainer; a second call has no effect."""
+        if self._trainer is not None:
+            handler = self._trainer.callback_handler
+            handler.callbacks = [one for one in handler.callbacks if one is not self]
+            self._trainer = None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Extend a line, and its copy in the Trainer's history."""
+        logs: dict[str, Any] = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        figures = {f"{self._group}/{name}": float(f"{value:.6g}") for name, value in self._figures().items()}
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+
+def stand_first(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Put a callback before all others of a Trainer, whether or not it is there already.
+
+    The Trainer gets a new list, since it may be iterating over the old one.
+    """
+    others = [one for one in trainer.callback_handler.callbacks if one is not callback]
+    trainer.callback_handler.callbacks = [callback, *others]
+
+
 @dataclass(eq=False, repr=False)
 class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):  # type: ignore[misc]
-    """A callback whose selection is made when training begins, and taken off the model when it ends."""
+    """A callback whose selection begins and ends with training."""
 
     seed: int = 0
     layers: str | None = None
     _chooses_layers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the settings, and begin without a model."""
         super().__post_init__()
         self._selection: T | None = None
         self._resumed: Mapping[str, Any] | None = None
@@ -50,23 +118,23 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         self._lines = LogLines(self.group, self._figures)
 
     def _figures(self) -> dict[str, float]:
-        """What the Trainer's log is told, since it was last."""
+        """Figures for the Trainer's log since its last line."""
         return self._means.take()
 
     def remove(self) -> None:
-        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        """Remove all hooks from model and Trainer; needed only after an exception in training."""
         self._lines.remove()
         if self._selection is not None:
             self._selection.remove()
 
     def state(self) -> dict[str, Any]:
-        """State for the Trainer's checkpoints: the constructor's arguments, but for rows, and the selection's state."""
+        """State for the Trainer's checkpoints: the constructor's arguments except rows, and the selection's state."""
         selection = self._selection.state_dict() if self._selection else None
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.repr}
         return {"args": arguments, "attributes": {"_resumed": selection}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Have the adapters of a base that is divided averaged over the ranks, or kept whole by DeepSpeed."""
+        """Average the adapters of a sharded base over the ranks, or have DeepSpeed keep them whole."""
         trainer = calling_trainer(self)
         if trainer is not None:
             average_adapters(trainer)
@@ -75,11 +143,11 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was, but for the adapter's values."""
+        """Restore the model, except for the adapter's values."""
         self.remove()
 
     def _resume(self, state: TrainerState) -> bool:
-        """Continue from the state in the checkpoint that the Trainer resumed from; False where there is none."""
+        """Continue from the state in the Trainer's checkpoint; False without one."""
         saved = self._resumed or saved_state(state, type(self).__name__)
         self._resumed = None
         if not state.global_step or not saved:
@@ -90,32 +158,56 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
 
 
 def plain_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper and DeepSpeed's, if it is in one."""
+    """The optimizer inside accelerate's or DeepSpeed's wrapper, if there is one."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
+def around_steps(
+    optimizer: torch.optim.Optimizer, before: Callable[[], Any], after: Callable[[], Any]
+) -> Sequence[Any]:
+    """Call `before` when the gradients of a step are complete, and `after` when it is done.
+
+    With a closure, as in Lightning, the gradients are made within the step; `before` then comes at the closure's end.
+
+    Returns:
+        Handles with `remove()`.
+    """
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = {**dict(zip(("self", "closure"), args, strict=False)), **kwargs}
+        if (closure := arguments.pop("closure", None)) is None:
+            before()
+            return None
+
+        def with_before() -> Any:
+            loss = closure()
+            before()
+            return loss
+
+        return (arguments.pop("self"), *args[2:]), {**arguments, "closure": with_before}
+
+    return [optimizer.register_step_pre_hook(hook), optimizer.register_step_post_hook(lambda *_: after())]
+
+
 def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:
-    """A callback's state in the checkpoint that the Trainer resumed from."""
+    """A callback's state in the checkpoint from which the Trainer resumes."""
     saved = getattr(state, "stateful_callbacks", None) or {}
     entry = saved.get(name) if isinstance(saved, Mapping) else None
     if isinstance(entry, list):
         entry = entry[0]
-    return entry["attributes"].get("_resumed") if entry else None
+    return entry["attributes"]["_resumed"] if entry else None
 
 
 def trainer_loss(callback: TrainerCallback) -> Loss:
-    """The loss of the Trainer that calls this callback, so that DPO and the like are scored by their own.
-
-    Trainers do not hand themselves to callbacks; the one at work is found among the callers.
-    """
+    """The loss of the Trainer that calls this callback, so that DPO and others are scored by their own loss."""
     trainer = calling_trainer(callback)
     if trainer is None:
         return model_loss
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        with _metrics_kept(trainer), trainer.compute_loss_context_manager():
+        with _metrics_unchanged(trainer), trainer.compute_loss_context_manager():
             value: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
         return value
 
@@ -123,12 +215,12 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
-    """The Trainer that has called a callback; None where something else did."""
+    """The Trainer that calls a callback; None for any other caller."""
     return next((owner for owner, _ in _calls(callback)), None)
 
 
 def resumed_from(callback: TrainerCallback) -> Path | None:
-    """The checkpoint folder that the calling Trainer was told to resume from."""
+    """The checkpoint folder from which the calling Trainer resumes."""
     for _, values in _calls(callback):
         folder = values.get("resume_from_checkpoint")
         if isinstance(folder, str | Path):
@@ -147,13 +239,13 @@ def _calls(callback: TrainerCallback) -> Iterator[tuple[Trainer, Mapping[str, An
 
 
 @contextmanager
-def _metrics_kept(trainer: Trainer) -> Iterator[None]:
+def _metrics_unchanged(trainer: Trainer) -> Iterator[None]:
     """Keep scoring out of the metrics that TRL's trainers collect in `compute_loss`."""
     metrics: dict[str, dict[str, list[float]]] = getattr(trainer, "_metrics", None) or {}
-    kept = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
+    before = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
     try:
         yield
     finally:
-        for mode, values in kept.items():
+        for mode, values in before.items():
             metrics[mode].clear()
             metrics[mode].update(values)

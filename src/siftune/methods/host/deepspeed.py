@@ -142,16 +142,6 @@ def skip(optimizer: Any, idle: Callable[[], Collection[int]], forget: bool) -> A
     return optimizer.register_step_pre_hook(hook)
 
 
-def refuse(trainer: Trainer | None, what: str, instead: str) -> None:
-    """Refuse what looks at whole gradients, or at a parameter's own state in the optimizer, under DeepSpeed.
-
-    Raises:
-        UnsupportedError: The Trainer trains by DeepSpeed.
-    """
-    if is_used(trainer):
-        raise UnsupportedError(f"{what}, which DeepSpeed divides among the ranks: {instead}, or train by DDP")
-
-
 def refuse_in_loops(optimizer: Any) -> None:
     """Refuse DeepSpeed's optimizer in a loop of one's own: it steps group by group, and is not told of layers.
 

@@ -1,18 +1,66 @@
-"""IST for any transformers Trainer, and for plain training loops."""
+"""IST for any transformers Trainer and for custom training loops; the equations are in `maths`."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import documented
 from siftune.methods.drivers.batches import Batch, Loss, model_loss
 from siftune.methods.drivers.layer_callback import LayerCallback
-from siftune.methods.drivers.layer_driver import LayerSelection, LayerStack
-from siftune.methods.ist.importance import Importance
-from siftune.methods.ist.settings import ISTSettings
+from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
+from siftune.methods.ist import maths
+from siftune.methods.options import ISTSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Importance(LayerPolicy):
+    """Draws layers by importance, which it updates every `interval` steps by comparing candidate sets of layers."""
+
+    importance: Tensor  # (L,) float64 logits, high = important
+
+    def __init__(self, stack: LayerStack, settings: ISTSettings, generator: torch.Generator) -> None:
+        self.importance = torch.zeros(len(stack.numbers), dtype=torch.float64)
+        self.needs_rows = settings.interval is not None
+        self._settings = settings
+        self._generator = generator
+
+    def choose(self, step: int, compare: Compare) -> LayerChoice:
+        """Update the importance if it is time, then draw the layers of the next step."""
+        interval = self._settings.interval
+        due = interval is not None and step > 0 and step % interval == 0
+        scoring = self._score(step, compare) if due else {}
+        active_N = maths.draw_active(self.importance, self._settings.active, self._generator)
+        return LayerChoice(step, tuple(active_N.tolist()), self.importance, bool(scoring), **scoring)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state."""
+        return {"importance": self.importance.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict()`."""
+        self.importance = torch.tensor(state["importance"], dtype=torch.float64)
+
+    def _score(self, step: int, compare: Compare) -> dict[str, Any]:
+        """Compare candidate sets on drawn rows and update the importance."""
+        settings = self._settings
+        sets_KN = maths.draw_candidates(self.importance, settings.candidates, settings.suppressed, self._generator)
+        losses_K = compare(sets_KN, settings.factor, settings.score_batch_size)
+        if not bool(torch.isfinite(losses_K).all()):
+            logger.warning("step %d: losses %s are not finite; the importance is unchanged", step, losses_K.tolist())
+            return {}
+        rewards_K = maths.rewards(losses_K)
+        self.importance = maths.update_importance(self.importance, sets_KN, rewards_K, settings.score_lr)
+        return {
+            "losses": tuple(losses_K.tolist()),
+            "rewards": tuple(rewards_K.tolist()),
+            "suppressed": tuple(tuple(layers) for layers in sets_KN.tolist()),
+        }
 
 
 @documented
@@ -22,15 +70,15 @@ class IST(LayerCallback, ISTSettings):
 
     Args:
         seed: Seed of IST's own generator.
-        layers: Path of the decoder layers, where they are not found by structure.
+        layers: Path of the decoder layers, if their structure does not identify them.
 
     Attributes:
         last: The `LayerChoice` of the current step.
         importance: (L,) float64 importance logits, high = important.
-        on_select: Called with each step's choice, where set.
+        on_select: Callback for each step's choice, optional.
 
     Raises:
-        RecipeError: When a setting is out of its range.
+        RecipeError: A setting is out of its range.
 
     Example:
         >>> ist = IST(active=0.5, interval=2)
@@ -52,21 +100,19 @@ class IST(LayerCallback, ISTSettings):
         optimizer: torch.optim.Optimizer | None = None,
         loss: Loss = model_loss,
     ) -> LayerSelection:
-        """Select layers in a plain training loop.
+        """Select layers in a custom training loop.
 
         Args:
             model: Causal LM with adapters.
-            batches: Batches on which the candidate sets are compared, one each time; started again at the end.
-            optimizer: Where given, its steps drive the selection; else call `step()` after each. Importance from
-                gradients takes it.
+            batches: Batches for comparing the candidate sets, one per update; restarted at the end.
+            optimizer: If passed, its steps drive the selection; else call `step()` after each.
             loss: Loss of a batch, a scalar.
 
         Returns:
             A context manager; `last.layers` are the layers that train now.
 
         Raises:
-            RecipeError: When there are no `batches` although `interval` asks for updates, or no `optimizer` although
-                the importance is from gradients.
+            RecipeError: `batches` is missing although `interval` asks for updates.
 
         Example:
             >>> with IST(active=0.5, interval=2).attach(model, batches=loader, optimizer=optimizer) as sift:
@@ -77,6 +123,6 @@ class IST(LayerCallback, ISTSettings):
             ...     sift.importance.shape
             torch.Size([4])
         """
-        if batches is None and self.interval is not None and not self.scores_nothing:
-            raise RecipeError("IST compares layers on rows: give attach(..., batches=...), or set interval=None.")
+        if batches is None and self.interval is not None:
+            raise RecipeError("IST compares layers on rows: pass attach(..., batches=...), or set interval=None")
         return self._attach(model, batches, optimizer, loss)

@@ -13,22 +13,8 @@ keeps the opposite sign). With p = σ(−I):
 
 Symbols: L layers, K candidate sets, N layers in a set. I `logits_L`, S `sets_KN`, r `rewards_K`.
 
-Ours, importance from gradients (`importance_from="gradients"`), after MISA (Liu et al., "Memory-Efficient LLMs
-Optimization with Module-wise Importance Sampling", NeurIPS 2025, arXiv 2511.00056), which draws modules by running
-means of their gradients' norms. There are no sets and no passes; before every optimizer step, for the layers S that
-train in it and have a gradient, n_ℓ its norm:
-
-    level     c = mean_{ℓ∈S} (log n_ℓ − I_ℓ)
-    update    I_ℓ ← I_ℓ + (1 − β)·(log n_ℓ − c − I_ℓ),  ℓ ∈ S,  β = 0.9
-
-a running mean of the layer's log-norm above the step's level. What multiplies all gradients of a step cancels:
-clipping, GradScaler's factor, a hard batch, the fall of gradients in the course of training. And since the level takes
-off what the layers of S are known to have, it does not matter which others happened to train. ΣI stays 0. A layer of
-twice the typical norm tends to I = log 2, and σ(I) = 2/3.
-
-Ours, not the paper's: at least one layer is suppressed however few there are; where fewer than K distinct
-sets exist, all of them are drawn; a draw works on log-probabilities (Gumbel top-N), so that logits far from
-zero do not underflow.
+Ours, not the paper's: at least one layer is suppressed, however few there are. If fewer than K distinct sets exist, all
+of them are drawn. A draw uses log-probabilities (Gumbel top-N), so that logits far from zero do not underflow.
 """
 
 import math
@@ -36,17 +22,16 @@ import math
 import torch
 from torch import Tensor
 
-from siftune.methods.drivers.layer_draws import draw_layers, share
+from siftune.base.numerics import draw_layers
+from siftune.methods.options import count_of
 
 _MAX_DRAWS = 1000  # rejections before fewer than K sets are accepted; reached only by logits far from zero
-
-_NORM_DECAY = 0.9  # β, share of the running mean that stays at a visit
 
 
 def draw_active(logits_L: Tensor, active: float, generator: torch.Generator) -> Tensor:
     """Draw the layers that train in this step, probability ∝ σ(I); (N,) int64, ascending."""
     layers = logits_L.numel()
-    return draw_layers(torch.nn.functional.logsigmoid(logits_L), share(active, layers), generator)
+    return draw_layers(torch.nn.functional.logsigmoid(logits_L), count_of(float(active), layers), generator)
 
 
 def draw_candidates(logits_L: Tensor, candidates: int, suppressed: float, generator: torch.Generator) -> Tensor:
@@ -59,11 +44,10 @@ def draw_candidates(logits_L: Tensor, candidates: int, suppressed: float, genera
         generator: Source of randomness, on the CPU.
 
     Returns:
-        (K, N) int64 positions of layers, each row ascending; K is smaller than `candidates` where fewer distinct sets
-        exist.
+        (K, N) int64 positions of layers, each row ascending; K is below `candidates` if fewer distinct sets exist.
     """
     layers = logits_L.numel()
-    size = share(suppressed, layers)
+    size = count_of(float(suppressed), layers)
     count = min(candidates, math.comb(layers, size))
     log_weights_L = torch.nn.functional.logsigmoid(-logits_L)
     sets: dict[tuple[int, ...], None] = {}
@@ -75,15 +59,15 @@ def draw_candidates(logits_L: Tensor, candidates: int, suppressed: float, genera
 
 
 def rewards(losses_K: Tensor) -> Tensor:
-    """Reward of each candidate set, exp(−loss) above its mean; (K,) float64."""
+    """Reward of each candidate set, exp(−loss) minus its mean; (K,) float64."""
     likelihood_K = torch.exp(-losses_K.to(torch.float64))
     return likelihood_K - likelihood_K.mean()
 
 
 def update_importance(logits_L: Tensor, sets_KN: Tensor, rewards_K: Tensor, lr: float) -> Tensor:
-    """Move the importance of the suppressed layers against the reward of their sets.
+    """Update the importance of the suppressed layers by the reward of their sets.
 
-    A set whose suppression left the likelihood high holds layers that matter little.
+    If the likelihood stays high while a set is suppressed, its layers matter little.
 
     Args:
         logits_L: (L,) float64 importance before the update.
@@ -99,26 +83,3 @@ def update_importance(logits_L: Tensor, sets_KN: Tensor, rewards_K: Tensor, lr: 
     for set_N, reward in zip(sets_KN, rewards_K, strict=True):
         total_L[set_N] += reward
     return logits_L - lr * total_L * p_L * (1 - p_L)
-
-
-def follow_norms(logits_L: Tensor, positions_N: Tensor, norms_N: Tensor) -> Tensor:
-    """Move the importance of the layers that train by the norms of their gradients.
-
-    Args:
-        logits_L: (L,) float64 importance before the update.
-        positions_N: (N,) int64 layers that train, each once.
-        norms_N: (N,) float64 norms of their gradients, up to a common factor; layers without a gradient have 0 and are
-            left out. Where one is not finite, the importance stays as it was: such a step is skipped, or training ends.
-
-    Returns:
-        (L,) float64 importance after the update; the input is not changed.
-    """
-    if not bool(torch.isfinite(norms_N).all()):
-        return logits_L
-    there = norms_N > 0
-    layers_S, logs_S = positions_N[there], norms_N[there].log()
-    above_S = logs_S - logits_L[layers_S]
-    moved_L = logits_L.clone()
-    if len(layers_S) > 0:
-        moved_L[layers_S] += (1 - _NORM_DECAY) * (above_S - above_S.mean())
-    return moved_L

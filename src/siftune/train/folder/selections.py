@@ -95,7 +95,7 @@ class SelectionRecord(TrainerCallback):  # type: ignore[misc]
     def rows(self, choice: SampleChoice, rows: Sequence[int]) -> None:
         """Add the choice in a batch; `rows` are the numbers of its rows among the training rows."""
         followed_US = np.zeros(choice.scores.shape, bool)
-        for unit, numbers in enumerate(choice.followed()):
+        for unit, numbers in enumerate(choice.selected.tolist()):
             followed_US[unit, numbers] = True
         with_scores = not choice.scores.isnan().all()
         has_sources = bool(rows) and max(rows) < len(self._sources)

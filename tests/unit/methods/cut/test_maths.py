@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from siftune.methods.cut.maths import draw_depth, lowest_layer
+from siftune.methods.cut import draw_depth, lowest_layer
 
 shares = st.tuples(st.integers(1, 40), st.integers(0, 39)).map(lambda pair: Fraction(pair[1] % pair[0], pair[0]))
 

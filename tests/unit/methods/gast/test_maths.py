@@ -1,6 +1,5 @@
 """GAST's scores, chances and draws against plain Python, exact chances and counts."""
 
-import dataclasses
 import itertools
 import math
 
@@ -11,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from siftune.base.errors import RecipeError
-from siftune.methods.drivers.followed import how_many
 from siftune.methods.gast import maths
-from siftune.methods.gast.settings import GASTSettings
+from siftune.methods.gast.maths import live_samples, score_samples
+from siftune.methods.options import GASTSettings
 
 EPS = 1e-5  # of the largest score, in the z-scores' denominator
 
@@ -39,96 +37,6 @@ def scores_and_live(draw):
     numbers = draw(st.lists(st.integers(-999, 999), min_size=1, max_size=9))
     live = draw(st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers)).filter(any))
     return float64(numbers) / 7, torch.tensor(live)
-
-
-@pytest.mark.parametrize("select", [1, 8, 10**6, 1.0, 0.5, 1e-9])
-def test_a_count_is_an_int_and_a_share_a_float(select):
-    assert GASTSettings(select=select).select == select
-
-
-@pytest.mark.parametrize("select", [0, -1, True, False, 0.0, -0.5, 1.5, 8.0, math.nan, math.inf, "0.5", None])
-def test_other_selects_are_refused(select):
-    with pytest.raises(RecipeError, match=rf"gast.select is {select!r}, but must be "):
-        GASTSettings(select=select)
-
-
-_NAMES = {
-    "support": ("sample", "rest", "momentum", "dataset"),
-    "choice": ("stochastic", "topk", "random"),
-    "score": ("inner", "cosine", "preconditioned"),
-    "among": ("batch", "recent"),
-}
-
-
-@pytest.mark.parametrize("name", _NAMES)
-def test_names(name):
-    for value in _NAMES[name]:
-        assert getattr(GASTSettings(**{name: value}), name) == value
-    for value in ("other", "", None, _NAMES[name][0].upper()):
-        with pytest.raises(RecipeError, match=rf"{name} is {value!r}, but must be one of {', '.join(_NAMES[name])}"):
-            GASTSettings(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "good", "bad", "advice"),
-    [
-        ("support_size", [1, 4, 1000], [0, -3], "1 or more"),
-        ("support_size", [], [2.5, 2.0, True, math.nan], "a whole number"),
-        ("decay", [0, 0.0, 0.5, 0.999], [1, 1.0, -0.1], "from 0 to below 1"),
-        ("decay", [], [math.nan, math.inf], "a finite number"),
-        ("select_until", [0.1, 1, 1.0], [0, -0.5, 1.5], "above 0 and at most 1"),
-    ],
-)
-def test_ranges(name, good, bad, advice):
-    for value in good:
-        assert getattr(GASTSettings(**{name: value}), name) == value
-    for value in bad:
-        with pytest.raises(RecipeError, match=rf"gast.{name} is {value}, but must be {advice}"):
-            GASTSettings(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("settings", "advice"),
-    [
-        ({"support_every": 2, "support": "rest"}, "gast.support_every and gast.support_decay go with support sample"),
-        ({"support_decay": 0.5, "support": "momentum"}, "gast.support_every and gast.support_decay go with"),
-        ({"among": "recent", "select": 8}, "give gast.select as a share such as 0.5, not as 8 rows of a batch"),
-        ({"among": "recent", "support": "rest"}, "gast.among recent looks at one row at a time"),
-    ],
-)
-def test_what_goes_together(settings, advice):
-    with pytest.raises(RecipeError, match=advice):
-        GASTSettings(**settings)
-
-
-def test_the_defaults_are_the_papers_but_for_the_share_of_rows():
-    expected = (0.75, "sample", 4, 1, 0.0, "stochastic", "inner", 0.9, 1.0, "batch")
-    assert dataclasses.astuple(GASTSettings()) == expected
-
-
-@pytest.mark.parametrize("support", _NAMES["support"])
-@pytest.mark.parametrize("choice", _NAMES["choice"])
-def test_what_a_choice_needs(choice, support):
-    settings = GASTSettings(choice=choice, support=support)
-    assert settings.needs_scores == (choice != "random")
-    assert settings.needs_rows == (choice != "random" and support in ("sample", "dataset"))
-
-
-@pytest.mark.parametrize(
-    ("select", "samples", "count"),
-    [
-        (1, 1, 1), (3, 1, 1), (1, 8, 1), (3, 8, 3), (8, 8, 8), (9, 8, 8),
-        (0.5, 1, 1), (0.5, 2, 1), (0.5, 3, 1), (0.5, 16, 8), (0.01, 16, 1), (0.99, 16, 15), (1.0, 16, 16), (1.0, 1, 1),
-        (0.29, 100, 29), (0.3, 10, 3), (0.7, 10, 7), (1 / 3, 9, 3), (2 / 3, 3, 2),
-    ],
-)  # fmt: skip
-def test_how_many(select, samples, count):
-    assert how_many(select, samples) == count
-
-
-@given(part=st.integers(1, 64), rest=st.integers(0, 64))
-def test_a_share_that_comes_out_even_is_not_rounded_down(part, rest):
-    assert how_many(part / (part + rest), part + rest) == part
 
 
 @given(rows=st.integers(1, 5), width=st.integers(1, 5), seed=st.integers(0, 99))
@@ -281,3 +189,157 @@ def test_factor(given_scores, data):
     got = maths.factor(live, torch.tensor(chosen))
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(int(live.sum()) / max(kept, 1))
+
+
+# scores against double loops over samples and values, in Python floats
+
+shapes = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4)
+
+
+@st.composite
+def cases(draw):
+    """Gradients of the samples and a support gradient, of one to four parameters; some samples without."""
+    samples, parameters = draw(st.integers(1, 6)), draw(shapes)
+    live = torch.tensor(draw(st.lists(st.booleans(), min_size=samples, max_size=samples)))
+    source = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    grads = [torch.randn(samples, *shape, generator=source, dtype=torch.float64) for shape in parameters]
+    support = [torch.randn(shape, generator=source, dtype=torch.float64) for shape in parameters]
+    for grad in grads:
+        grad[~live] = 0
+    return grads, support, live
+
+
+def side_by_side(tensors):
+    return [value for tensor in tensors for value in tensor.flatten().tolist()]
+
+
+def oracle(grads, support, cosine=False):
+    """⟨h_i, g_i⟩ one sample and one value at a time; h_i is the support's gradient, or the sum of the others'."""
+    samples = [side_by_side(g[i] for g in grads) for i in range(len(grads[0]))]
+    scores = []
+    for i, own in enumerate(samples):
+        if support is None:
+            other = [0.0] * len(own)
+            for j, theirs in enumerate(samples):
+                other = [a + b for a, b in zip(other, theirs, strict=True)] if j != i else other
+        else:
+            other = side_by_side(support)
+        product = sum(a * b for a, b in zip(own, other, strict=True))
+        length = math.sqrt(sum(a * a for a in own)) * math.sqrt(sum(b * b for b in other))
+        scores.append(product if not cosine else product / length if length else 0.0)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("rest", [False, True], ids=["support", "rest"])
+@given(case=cases())
+def test_scores_equal_the_double_loop(rest, cosine, case):
+    grads, support, live = case
+    support = None if rest else support
+    got = score_samples(grads, support, cosine)
+    if not (rest and cosine and live.sum() <= 1):  # then the support is zero but for rounding, and there is no choice
+        assert_close(got.scores, oracle(grads, support, cosine), rtol=1e-10, atol=1e-10)
+    assert (got.scores[~live] == 0).all()
+    assert torch.equal(got.live, live)
+
+
+@given(case=cases())
+def test_totals_are_the_sums_over_samples(case):
+    grads, support, _ = case
+    for total, grad in zip(score_samples(grads, support, totals=True).totals, grads, strict=True):
+        assert_close(total, grad.sum(0).flatten(), rtol=1e-10, atol=1e-10)
+    assert not score_samples(grads, support).totals
+
+
+@given(case=cases(), place=st.integers(0, 9))
+def test_one_value_is_enough_to_be_live(case, place):
+    grads, _, live = case
+    single = [torch.zeros_like(g) for g in grads]
+    chosen = single[place % len(single)]
+    chosen.flatten(1)[:, place % chosen[0].numel()] = live.double() * -1e-3
+    for scored in (score_samples(single, None), score_samples(single, [s[0] for s in single])):
+        assert torch.equal(scored.live, live)
+    assert torch.equal(live_samples(single), live)
+    assert torch.equal(live_samples(grads), live)
+
+
+def test_a_sample_may_be_live_in_the_larger_parameter_alone():
+    grads = [torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0], [0.0], [0.0]])]
+    assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, True, False]
+
+
+def test_opposite_values_do_not_cancel():
+    grads = [torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([[-1.0], [0.0]])]
+    assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, False]
+
+
+def test_scores_by_hand():
+    grads = [torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]]), torch.tensor([[[0.0]], [[2.0]], [[0.0]]])]
+    support = [torch.tensor([1.0, 1.0]), torch.tensor([[-1.0]])]
+    assert score_samples(grads, support).scores.tolist() == [7.0, -1.0, 0.0]
+    assert score_samples(grads, None).scores.tolist() == [3.0, 3.0, 0.0]
+    expected = [7 / (5 * math.sqrt(3)), -1 / (math.sqrt(5) * math.sqrt(3)), 0.0]
+    assert score_samples(grads, support, cosine=True).scores.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rest", [False, True])
+def test_scores_are_wide(dtype, rest):
+    source = torch.Generator().manual_seed(0)
+    grads = [torch.randn(3, 4, 2, generator=source).to(dtype), torch.randn(3, 5, generator=source).to(dtype)]
+    support = None if rest else [torch.ones(4, 2), torch.ones(5)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for cosine in (False, True):
+        scored = score_samples(grads, support, cosine=cosine)
+        assert (scored.scores.dtype, scored.live.dtype) == (wide, torch.bool)
+        expected = oracle([g.double() for g in grads], support, cosine)
+        assert_close(scored.scores.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_large_halves_do_not_overflow():
+    """Values whose squares are beyond float16."""
+    grads = [torch.tensor([[3e4, 1.0], [3e4, -1.0]], dtype=torch.float16)]
+    large = float(grads[0][0, 0])
+    support = [torch.tensor([3e4, 0.0])]
+    assert score_samples(grads, support).scores.tolist() == pytest.approx([large * 3e4] * 2)
+    assert score_samples(grads, None).scores.tolist() == pytest.approx([large**2] * 2, rel=1e-6)
+
+
+def test_the_length_of_a_support_gradient_in_float16():
+    """The squares of 1e-5 and of 3e4 are no float16 numbers."""
+    grads, support = small_case()
+    expected = oracle([g.double() for g in grads], [support[0].double()], True)
+    assert_close(score_samples(grads, support, cosine=True).scores.double(), expected, rtol=1e-4, atol=1e-5)
+    large = score_samples(grads, [torch.full((8,), 3e4, dtype=torch.float16)], cosine=True).scores
+    assert_close(large.double(), oracle([g.double() for g in grads], [torch.ones(8)], True), rtol=1e-4, atol=1e-5)
+
+
+def small_case():
+    source = torch.Generator().manual_seed(0)
+    grads, support = torch.randn(4, 8, generator=source) * 1e-3, torch.randn(8, generator=source) * 1e-5
+    return [grads.half()], [support.half()]
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_cosine_of_a_row_much_longer_than_the_rest(ratio):
+    grads = [torch.randn(4, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for grad in grads:
+        grad[0] *= ratio
+    got = score_samples(grads, None, cosine=True).scores
+    assert_close(got.double(), oracle([g.double() for g in grads], None, True), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_are_no_number_are_seen():
+    grads = [torch.tensor([[1.0], [math.nan], [2.0]])]
+    assert not torch.isfinite(score_samples(grads, None).scores).all()
+    assert not torch.isfinite(score_samples(grads, [torch.ones(1)]).scores).all()
+
+
+@pytest.mark.parametrize("support", [None, "ones", "bad"])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_what_is_not_finite_shows_in_the_scores(support, cosine):
+    grads = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    towards = {None: None, "ones": [torch.ones(2)], "bad": [torch.tensor([1.0, math.nan])]}[support]
+    if support != "bad":
+        grads[1, 0] = math.nan
+    assert not torch.isfinite(score_samples([grads], towards, cosine=cosine).scores).all()

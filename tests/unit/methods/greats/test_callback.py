@@ -10,8 +10,14 @@ from support.trainers import Watch, adapted, arguments, rows, train, weights
 from trl import DPOConfig, DPOTrainer
 
 from siftune import GREATS, IST
-from siftune.base.errors import RecipeError
-from siftune.methods.greats.maths import greedy
+from siftune.methods.greats import greedy
+
+
+@pytest.fixture(autouse=True)
+def three_support_rows(monkeypatch):
+    """Unlike a batch, so that passes are distinguished by size."""
+    monkeypatch.setattr("siftune.methods.greats.SUPPORT_SIZE", 3)
+
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
@@ -26,7 +32,7 @@ def trained(folder, method, *before, **settings):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_follows_the_chosen_rows_of_every_batch(tmp_path, accumulate):
-    method = GREATS(2, support_size=3, keep=True)
+    method = GREATS(2, keep=True)
     settings = {"max_steps": 1, "gradient_accumulation_steps": accumulate}
     model, (support, *batches), _ = trained(tmp_path, method, **settings)
     plain = adapted()
@@ -50,25 +56,19 @@ def test_a_step_follows_the_chosen_rows_of_every_batch(tmp_path, accumulate):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("support", ["sample", "dataset"])
-def test_support_rows_come_from_where_it_says(tmp_path, support):
-    given = rows(7, seed=9)
-    _, seen, _ = trained(tmp_path, GREATS(2, support, support_size=3, support_set=given))
+@pytest.mark.parametrize("target", [None, rows(7, seed=9)], ids=["training set", "target"])
+def test_support_rows_come_from_the_target_if_there_is_one(tmp_path, target):
+    _, seen, _ = trained(tmp_path, GREATS(2, target=target))
     drawn = [row for inputs in seen if len(inputs["input_ids"]) == 3 for row in inputs["input_ids"].tolist()]
-    source = rows() if support == "sample" else given
+    source = target or rows()
     assert len(drawn) == 6 * 3
     assert all(row in source["input_ids"] for row in drawn)
     assert len({tuple(row) for row in drawn}) > 3
 
 
-def test_rows_are_missing(tmp_path):
-    with pytest.raises(RecipeError, match=r"give GREATS\(target=\.\.\.\)"):
-        trained(tmp_path, GREATS(2, "dataset"))
-
-
 def test_with_ist_the_active_layers_follow_one_choice(tmp_path):
     layers = IST(active=0.5, interval=2, score_batch_size=6)
-    chosen, method = [], GREATS(2, support_size=3, keep=True)
+    chosen, method = [], GREATS(2, keep=True)
     layers.on_select = chosen.append
     _, _, watch = trained(tmp_path, method, layers)
     assert len({choice.layers for choice in chosen}) > 1
@@ -79,7 +79,7 @@ def test_with_ist_the_active_layers_follow_one_choice(tmp_path):
 
 def test_dpo_pairs_are_found_out(tmp_path):
     data = Dataset.from_list([{"prompt": f"add {i}", "chosen": f" is {i}", "rejected": " no"} for i in range(12)])
-    method = GREATS(2, support_size=4, keep=True)
+    method = GREATS(2, keep=True)
     settings = arguments(tmp_path, DPOConfig, bf16=False, gradient_checkpointing=False, max_steps=2)
     DPOTrainer(
         adapted(vocab_size=300), args=settings, train_dataset=data, processing_class=byte_tokenizer(),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.methods.greats.maths import greedy
+from siftune.methods.greats import greedy
 
 COUNTS = {"count": st.integers(1, 7), "size": st.integers(1, 5), "share": st.floats(0, 1)}
 

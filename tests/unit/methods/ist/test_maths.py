@@ -3,15 +3,12 @@
 import itertools
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.base.errors import RecipeError
-from siftune.methods.drivers.layer_draws import draw_uniform, share
+from siftune.base.numerics import draw_uniform
 from siftune.methods.ist import maths
-from siftune.methods.ist.settings import ISTSettings
 
 
 def generator(seed=0):
@@ -46,51 +43,6 @@ def test_update_equals_oracle(data, layers, lr):
     expected = torch.tensor(oracle_update(logits, sets, losses, lr), dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(before, kept)
-
-
-def oracle_follow(logits, layers, norms):
-    """The running mean of log-norms above the step's level, number by number."""
-    known = [(layer, math.log(norm)) for layer, norm in zip(layers, norms, strict=True) if norm > 0]
-    if not known:
-        return list(logits)
-    level = sum(log - logits[layer] for layer, log in known) / len(known)
-    after = list(logits)
-    for layer, log in known:
-        after[layer] = 0.9 * logits[layer] + 0.1 * (log - level)
-    return after
-
-
-@given(data=st.data(), layers=st.integers(1, 12), factor=st.floats(1e-6, 1e6))
-def test_following_norms_equals_oracle_and_a_common_factor_cancels(data, layers, factor):
-    logits = data.draw(st.lists(st.floats(-3, 3), min_size=layers, max_size=layers))
-    train = sorted(data.draw(st.sets(st.integers(0, layers - 1), min_size=1)))
-    size = {"min_size": len(train), "max_size": len(train)}
-    norms = data.draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e3)), **size))
-    before = torch.tensor(logits, dtype=torch.float64)
-    kept = before.clone()
-    positions, norms_N = torch.tensor(train), torch.tensor(norms, dtype=torch.float64)
-    got = maths.follow_norms(before, positions, norms_N)
-    expected = torch.tensor(oracle_follow(logits, train, norms), dtype=torch.float64)
-    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(maths.follow_norms(before, positions, factor * norms_N), got, rtol=1e-9, atol=1e-9)
-    assert torch.equal(before, kept)
-    assert float(got.sum()) == pytest.approx(float(before.sum()), abs=1e-9)
-
-
-def test_importance_tends_to_the_log_norm_above_the_typical_whoever_trains_beside():
-    """Norms e^a times a factor of the step; sets that hold the loud layers more often than the others."""
-    true_L = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 0.6], dtype=torch.float64)
-    logits_L, source = torch.zeros(6, dtype=torch.float64), generator()
-    for step in range(3000):
-        chosen_N = maths.draw_active(3 * true_L, 0.5, source)
-        logits_L = maths.follow_norms(logits_L, chosen_N, true_L[chosen_N].exp() * (1 + step % 7))
-    torch.testing.assert_close(logits_L, true_L - true_L.mean(), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_norms_that_are_not_finite_leave_the_importance(bad):
-    logits = torch.tensor([0.3, -0.3], dtype=torch.float64)
-    assert maths.follow_norms(logits, torch.tensor([0, 1]), torch.tensor([1.0, bad], dtype=torch.float64)) is logits
 
 
 def test_layers_that_can_be_missed_lose_importance():
@@ -160,13 +112,6 @@ def test_extreme_importance_still_draws():
     assert sets[0].tolist() == [1, 3]
 
 
-@pytest.mark.parametrize(
-    ("fraction", "layers", "count"), [(0.25, 30, 7), (0.25, 3, 1), (0.29, 100, 29), (1.0, 5, 5), (0.01, 7, 1)]
-)
-def test_share(fraction, layers, count):
-    assert share(fraction, layers) == count
-
-
 def test_draws_are_reproducible_and_leave_the_global_generator_alone():
     logits = torch.linspace(-1, 1, 20, dtype=torch.float64)
     torch.manual_seed(5)
@@ -176,23 +121,3 @@ def test_draws_are_reproducible_and_leave_the_global_generator_alone():
     assert first == second
     assert len({tuple(layers) for layers in first}) > 1
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"active": 0},
-        {"active": 1.5},
-        {"suppressed": 0},
-        {"suppressed": 1.0},
-        {"interval": 0},
-        {"interval": math.inf},
-        {"candidates": 1},
-        {"factor": math.inf},
-        {"factor": 1.0},
-        {"score_lr": 0.0},
-    ],
-)
-def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(RecipeError, match=next(iter(bad))):
-        ISTSettings(**bad)

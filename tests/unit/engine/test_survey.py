@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from peft import AdaLoraConfig, GraloraConfig, LoHaConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from support.adapted import ADAPTED, adapted, from_config, shake
 from support.tiny import batch, tiny
 from torch import nn
 
-from siftune import GAST
+from siftune import GAST, IST, RST
 from siftune.base.errors import AdapterError, UnsupportedError
 from siftune.engine.groups import group_by_layer
-from siftune.engine.kinds import Kind, kinds_of
+from siftune.engine.kinds import Kind
+from siftune.engine.survey import Survey
 
 REST = {"select": 2, "support": "rest"}
 
@@ -40,12 +41,8 @@ def lora_that_waits():
     return from_config(LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1], task_type="CAUSAL_LM"))
 
 
-def vera_with_dropout():
-    return from_config(VeraConfig(r=2, target_modules=["q_proj"], vera_dropout=0.1))
-
-
-def loha_with_dropout():
-    return from_config(LoHaConfig(r=2, target_modules=["q_proj"], module_dropout=0.1))
+def vera():
+    return from_config(VeraConfig(r=2, target_modules=["q_proj"]))
 
 
 def adalora():
@@ -76,25 +73,21 @@ def unknown_parameter():
 @pytest.mark.parametrize(
     ("build", "kind", "words"),
     [
-        (lora_that_waits, UnsupportedError, r"q_proj is a .*lora.layer.Linear with ALoraLinearVariant, .* use LoRA"),
-        (vera_with_dropout, UnsupportedError, r"q_proj is a peft.tuners.vera.layer.Linear with dropout, .* to 0"),
-        (loha_with_dropout, UnsupportedError, r"q_proj is a peft.tuners.loha.layer.Linear with dropout, .* to 0"),
-        (
-            adalora,
-            UnsupportedError,
-            r"layers.0 has AdaLoRA, which allots its ranks by .* \(dense\)",
-        ),
-        (ADAPTED["lora on experts"], UnsupportedError, r"mlp.experts is a .*ParamWrapper, by which experts"),
-        (experts_in_a_list, UnsupportedError, r"layers.0.mlp.experts: experts see tokens of all rows mixed"),
-        (dora_with_biases, UnsupportedError, r"DoRA with trained biases .* set bias='none'"),
-        (shared_between_layers, UnsupportedError, "layers share a trainable parameter"),
-        (unknown_parameter, UnsupportedError, "gradient of knob in Own cannot be told apart by row"),
+        (lora_that_waits, UnsupportedError, "ALoraLinearVariant"),
+        (vera, UnsupportedError, "vera"),
+        (ADAPTED["loha"], UnsupportedError, "loha"),
+        (adalora, UnsupportedError, "AdaLoRA"),
+        (ADAPTED["lora on experts"], UnsupportedError, "ParamWrapper"),
+        (experts_in_a_list, UnsupportedError, "experts"),
+        (dora_with_biases, UnsupportedError, "DoRA"),
+        (shared_between_layers, UnsupportedError, "share"),
+        (unknown_parameter, UnsupportedError, "knob"),
         (
             lambda: get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
             UnsupportedError,
-            "no parameters of its own in each layer",
+            "PROMPT_TUNING",
         ),
-        (lambda: tiny("llama").requires_grad_(False), AdapterError, "has a trainable parameter"),
+        (lambda: tiny("llama").requires_grad_(False), AdapterError, "trainable"),
     ],
 )
 def test_what_is_refused(build, kind, words):
@@ -105,16 +98,14 @@ def test_what_is_refused(build, kind, words):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("kind", ["dora", "ia3", "loha"])
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
 def test_what_is_not_tapped_under_compile(kind, whole):
     model = ADAPTED[kind]()
     if whole:
         model = torch.compile(model, backend="eager")
     else:
         group_by_layer(model)[1].module.compile(backend="eager")
-    with pytest.raises(
-        UnsupportedError, match=r"compiled by torch.compile, and .* turn torch_compile off, or use LoRA"
-    ):
+    with pytest.raises(UnsupportedError, match=r"torch\.compile"):
         attach(model)
 
 
@@ -129,7 +120,7 @@ def test_what_is_not_tapped_under_compile(kind, whole):
 def test_packed_rows(extra, rows):
     model = adapted()
     inputs = batch(model, rows)
-    with attach(model, select=1), pytest.raises(UnsupportedError, match="packing or padding-free"):
+    with attach(model, select=1), pytest.raises(UnsupportedError, match="packing"):
         model(**inputs, **extra)
 
 
@@ -148,13 +139,13 @@ def test_positions_of_padded_rows_are_not_taken_for_packing(padded):
 def test_hidden_states_without_rows():
     model = adapted()
     layer = group_by_layer(model)[0].module
-    with attach(model, select=1), pytest.raises(UnsupportedError, match=r"given hidden states of shape \(6, 32\)"):
+    with attach(model, select=1), pytest.raises(UnsupportedError, match="hidden states"):
         layer(torch.zeros(6, 32))
 
 
 def test_pairs_of_an_odd_batch():
     model = adapted()
-    with attach(model, select=1, pairs=True), pytest.raises(UnsupportedError, match="batch of 3 rows cannot be pairs"):
+    with attach(model, select=1, pairs=True), pytest.raises(UnsupportedError, match="pairs"):
         model(**batch(model, 3))
 
 
@@ -162,17 +153,40 @@ def test_a_module_that_does_not_see_rows():
     model = adapted()
     module = model.base_model.model.model.layers[0].mlp.up_proj
     module.register_forward_pre_hook(lambda m, args: (args[0][:, :3].flatten(0, 1),))
-    with attach(model, select=1), pytest.raises(UnsupportedError, match=r"works on a tensor of shape \(9, 4\)"):
+    with attach(model, select=1), pytest.raises(UnsupportedError, match="shape"):
         model(**batch(model, 3))
 
 
-def test_kinds():
-    model = ADAPTED["dora gpt2"]()
-    kinds = kinds_of(group_by_layer(model))
-    assert set(kinds.values()) == {Kind.LINEAR, Kind.FLATTENED}
-    kinds = kinds_of(group_by_layer(from_config(GraloraConfig(r=4, target_modules=["q_proj"]))))
-    assert set(kinds.values()) == {Kind.GENERIC}
-    kinds = kinds_of(group_by_layer(tiny("gpt2")))
-    assert set(kinds.values()) == {Kind.TRANSPOSED, Kind.BIAS, Kind.NORM}
-    kinds = kinds_of(group_by_layer(tiny("qwen3")))
-    assert set(kinds.values()) == {Kind.LINEAR, Kind.SCALE}
+@pytest.mark.parametrize(
+    ("build", "kinds"),
+    [
+        (ADAPTED["dora gpt2"], {Kind.LINEAR, Kind.FLATTENED}),
+        (lambda: tiny("gpt2"), {Kind.TRANSPOSED, Kind.BIAS, Kind.NORM}),
+        (lambda: tiny("qwen3"), {Kind.LINEAR, Kind.SCALE}),
+    ],
+)
+def test_kinds(build, kinds):
+    groups = group_by_layer(build())
+    survey = Survey(groups)
+    assert set(survey.kinds.values()) == kinds
+    parameters = {p for group in groups for p in group.parameters.values()}
+    tapped = {slot.parameter for uses in survey.tapped.values() for slot, _ in uses}
+    assert tapped | set(survey.vectors) == parameters
+    assert not tapped & set(survey.vectors)
+
+
+@pytest.mark.parametrize("build", [vera, ADAPTED["loha"]], ids=["vera", "loha"])
+def test_ist_and_rst_work_with_any_adapter_of_peft(build):
+    model = build()
+    inputs = batch(model, 3)
+    for method in (IST(active=0.5, interval=1, score_batch_size=3), RST(active=0.5)):
+        given = {"batches": [inputs]} if isinstance(method, IST) else {}
+        with method.attach(model, **given) as sift:
+            for _ in range(3):
+                model.zero_grad()
+                model(**inputs).loss.backward()
+                for group in group_by_layer(model):
+                    trains = any(p.grad is not None and bool(p.grad.any()) for p in group.parameters.values())
+                    assert trains == (group.index in sift.last.layers)
+                choice = sift.step()
+            assert not isinstance(method, IST) or len(set(choice.losses)) > 1

@@ -1,4 +1,4 @@
-"""GAST in plain loops: support modes, choices and gradients against the obvious computation."""
+"""GAST in custom loops: support modes, choices and gradients against the obvious computation."""
 
 import logging
 import math
@@ -105,7 +105,7 @@ def test_the_support_gradient_is_formed_now_and_then_and_averaged(model, inputs)
             yield batch(model, 2, seed=seed)
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    method, average = GAST(2, "dataset", support_every=2, support_decay=0.75), None
+    method, average = GAST(2, "dataset", support_every=2), None
     with method.attach(model, batches=sets(), optimizer=optimizer, loss=loss_of) as sift:
         for step in range(5):
             with sift._tape.paused():
@@ -114,7 +114,7 @@ def test_the_support_gradient_is_formed_now_and_then_and_averaged(model, inputs)
             if average is None:
                 average = fresh
             elif step % 2 == 0:
-                average = {p: 0.75**2 * average[p] + (1 - 0.75**2) * fresh[p] for p in fresh}
+                average = {p: 0.9**2 * average[p] + (1 - 0.9**2) * fresh[p] for p in fresh}
             backward(model, inputs)
             directions = [torch.cat([average[p].flatten() for p in own]) for own in layers(model)]
             assert_scores(sift.last, [flat(single, own) @ h for own, h in zip(layers(model), directions, strict=True)])
@@ -142,7 +142,7 @@ def test_the_support_set_is_drawn_once_per_optimizer_step(model, inputs):
 def test_momentum_is_the_running_mean_of_all_rows_gradients(model, inputs):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     mean = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
-    with GAST(2, "momentum", decay=0.8).attach(model, optimizer=optimizer) as sift:
+    with GAST(2, "momentum").attach(model, optimizer=optimizer) as sift:
         for step in range(4):
             total = {p: torch.zeros_like(p) for p in mean}
             for part in range(2):  # two micro-batches
@@ -155,37 +155,10 @@ def test_momentum_is_the_running_mean_of_all_rows_gradients(model, inputs):
                     total[parameter] += rows.sum(0)
             optimizer.step()
             optimizer.zero_grad()
-            mean = {p: 0.8 * mean[p] + 0.2 * total[p] for p in mean}
+            mean = {p: 0.9 * mean[p] + 0.1 * total[p] for p in mean}
     for parameter, value in sift.rule.mean.items():
         torch.testing.assert_close(value, mean[parameter])
     assert len(sift.mean_tensors()) == len(mean)
-
-
-@pytest.mark.parametrize("support", ["rest", "sample"])
-def test_preconditioned_is_the_inner_product_in_adams_metric(model, inputs, support):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, eps=1e-6)
-    given = batch(model, 3, seed=4)
-    settings = {"batches": [given], "loss": loss_of} if support == "sample" else {}
-    with GAST(2, support, score="preconditioned").attach(model, optimizer=optimizer, **settings) as sift:
-        for _ in range(3):
-            with sift._tape.paused():
-                single, towards = sample_gradients(model, inputs), gradients(model, given)
-            wanted = []
-            for own in layers(model):
-                metric = torch.cat([_metric(optimizer, p).flatten() for p in own])
-                rows = flat(single, own)
-                h = torch.cat([towards[p].flatten() for p in own]) if support == "sample" else rows.sum(0) - rows
-                wanted.append((rows * metric * h).sum(1))
-            backward(model, inputs)
-            assert_scores(sift.last, wanted)
-            optimizer.step()
-
-
-def _metric(optimizer, parameter):
-    state = optimizer.state[parameter]
-    if not state:
-        return torch.ones_like(parameter)
-    return 1 / ((state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-6)
 
 
 @pytest.mark.parametrize("choice", ["stochastic", "topk", "random"])
@@ -228,7 +201,7 @@ def test_the_same_seed_gives_the_same_choices_and_another_does_not(model, inputs
 
 def test_the_draws_of_a_layer_follow_the_softmax(model, inputs):
     """χ² over many passes: the engine's own draws, not the draw function alone."""
-    counts, passes = torch.zeros(4, 6, dtype=torch.float64), 400
+    counts, passes = torch.zeros(4, 6, dtype=torch.float64), 200
     with GAST(1, "rest", seed=5).attach(model) as sift:
         for _ in range(passes):
             backward(model, inputs)
@@ -370,23 +343,12 @@ def test_with_ist_only_active_layers_choose(model, inputs):
 
 
 def test_gast_attached_before_ist_is_refused(model):
-    with GAST(2, "rest").attach(model), pytest.raises(RecipeError, match="list IST before GAST"):
+    with GAST(2, "rest").attach(model), pytest.raises(RecipeError, match="IST"):
         IST(interval=None).attach(model)
-    IST(interval=None).attach(model).remove()  # the tape is gone
+    IST(interval=None).attach(model).remove()  # the tape is removed
 
 
 def test_what_attach_needs(model):
-    with pytest.raises(RecipeError, match=r"give attach\(..., batches=...\)"):
+    with pytest.raises(RecipeError, match="batches"):
         GAST(2, "sample").attach(model)
-    with pytest.raises(RecipeError, match=r"give attach\(..., optimizer=...\)"):
-        GAST(2, "rest", score="preconditioned").attach(model)
     GAST(2, "sample", choice="random").attach(model).remove()  # a random choice compares with nothing
-
-
-def test_an_optimizer_without_adams_metric(model, inputs):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    with GAST(2, "rest", score="preconditioned").attach(model, optimizer=optimizer):
-        backward(model, inputs)
-        optimizer.step()
-        with pytest.raises(RecipeError, match="SGD keeps no exp_avg_sq"):
-            backward(model, inputs)

@@ -1,4 +1,4 @@
-"""LISA for any transformers Trainer, and for plain training loops.
+"""LISA: a few layers drawn at random and held for some steps.
 
 Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning", NeurIPS 2024,
 arXiv 2403.17919, algorithm 1: every K steps draw γ decoder layers uniformly; these train, and the embeddings and the
@@ -7,13 +7,12 @@ head; all others are frozen.
     γ   `active`
     K   `interval`
 
-The paper trains the layers' whole weights, and embeddings and head as well. Here what trains in a layer is whatever
-the model has there, adapters or (`siftune train --adapter full`) the weights; and outside of the layers whatever else
-is trainable, in every step (`siftune train --outside embeddings head`).
+The paper trains the layers' full weights, and embeddings and head as well. Here the trainable parameters of a layer
+train, be they adapters or (`siftune train --adapter full`) weights. Trainable parameters outside of the layers train in
+every step (`siftune train --outside embeddings head`).
 
-Ours, not the paper's: a share of the layers in the place of a number; and whether the optimizer forgets the layers that
-leave (`keep_state`), on which the paper is silent: its claim on memory needs them forgotten. With `interval=1` and
-`keep_state` it is RST.
+Ours, not the paper's: a share of the layers instead of a number. The optimizer drops the state of the layers that
+leave. The paper does not mention it, but its claim on memory requires it.
 """
 
 from collections.abc import Mapping
@@ -23,39 +22,39 @@ from typing import Any
 import torch
 
 from siftune.base.errors import RecipeError
+from siftune.base.numerics import draw_uniform
 from siftune.base.settings import documented
 from siftune.methods.drivers.layer_callback import LayerCallback
-from siftune.methods.drivers.layer_draws import draw_uniform, share
 from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
-from siftune.methods.lisa.settings import LISASettings
+from siftune.methods.options import LISASettings, count_of
 
 
 class HeldLayers(LayerPolicy):
     """Draws layers and holds them for `interval` optimizer steps.
 
     Raises:
-        RecipeError: More layers are to train than there are to draw from.
+        RecipeError: `active` is above the number of layers with trainable parameters.
     """
 
+    drops_state = True
+
     def __init__(self, stack: LayerStack, settings: LISASettings, generator: torch.Generator) -> None:
-        self.drops_state = not settings.keep_state
         self._layers = len(stack.numbers)
-        active = settings.active
-        self._count = active if isinstance(active, int) else share(active, self._layers)
-        if self._count > self._layers:
-            raise RecipeError(f"lisa.active is {active}, but only {self._layers} layers have something to train")
+        if settings.active > self._layers:
+            raise RecipeError(f"lisa.active is {settings.active}, but only {self._layers} layers can train")
+        self._count = count_of(settings.active, self._layers)
         self._interval = settings.interval
         self._generator = generator
         self._current: tuple[int, ...] = ()
 
     def choose(self, step: int, compare: Compare) -> LayerChoice:
-        """Hold the layers, or draw anew if it is time."""
+        """Hold the layers, or draw new ones if it is time."""
         if step % self._interval == 0 or not self._current:
             self._current = tuple(draw_uniform(self._layers, self._count, self._generator).tolist())
         return LayerChoice(step, self._current)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state: the positions of the layers that are held."""
+        """JSON-ready state: the positions of the current layers."""
         return {"current": list(self._current)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -70,14 +69,14 @@ class LISA(LayerCallback, LISASettings):
 
     Args:
         seed: Seed of LISA's own generator.
-        layers: Path of the decoder layers, where they are not found by structure.
+        layers: Path of the decoder layers, if their structure does not identify them.
 
     Attributes:
-        last: The `LayerChoice` of the current step: `layers` are the numbers of those that train.
-        on_select: Called with each step's choice, where set.
+        last: The `LayerChoice` of the current step; its `layers` are the numbers of the layers that train.
+        on_select: Callback for each step's choice, optional.
 
     Raises:
-        RecipeError: When a setting is out of its range.
+        RecipeError: A setting is out of its range.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[LISA(active=2, interval=20)])

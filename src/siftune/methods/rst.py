@@ -1,48 +1,48 @@
-"""RST for any transformers Trainer, and for plain training loops.
+"""RST: layers drawn at random in every step.
 
 Random sparse tuning is the ablation in the IST paper (arXiv 2410.11772): the same number of layers trains in a step,
-drawn uniformly. LISA with `keep_state` is the same with draws that are held for some steps.
+drawn uniformly.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from siftune.base.numerics import draw_uniform
 from siftune.base.settings import documented
 from siftune.methods.drivers.layer_callback import LayerCallback
-from siftune.methods.drivers.layer_draws import draw_uniform, share
 from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
-from siftune.methods.rst.settings import RSTSettings
+from siftune.methods.options import RSTSettings, count_of
 
 
 class RandomLayers(LayerPolicy):
-    """Draws layers uniformly in every step; it has no state but the generator's."""
+    """Draws layers uniformly in every step; its only state is the generator's."""
 
     def __init__(self, stack: LayerStack, settings: RSTSettings, generator: torch.Generator) -> None:
         self._layers = len(stack.numbers)
-        self._count = share(settings.active, self._layers)
+        self._count = count_of(float(settings.active), self._layers)
         self._generator = generator
 
     def choose(self, step: int, compare: Compare) -> LayerChoice:
-        """Draw the layers of the coming step."""
+        """Draw the layers of the next step."""
         return LayerChoice(step, tuple(draw_uniform(self._layers, self._count, self._generator).tolist()))
 
 
 @documented
 @dataclass(eq=False)
 class RST(LayerCallback, RSTSettings):
-    """Random sparse tuning, IST's ablation: as many layers, drawn uniformly.
+    """Random sparse tuning, IST's ablation: the same number of layers, drawn uniformly.
 
     Args:
         seed: Seed of RST's own generator.
-        layers: Path of the decoder layers, where they are not found by structure.
+        layers: Path of the decoder layers, if their structure does not identify them.
 
     Attributes:
-        last: The `LayerChoice` of the current step: `layers` are the numbers of those that train.
-        on_select: Called with each step's choice, where set.
+        last: The `LayerChoice` of the current step; its `layers` are the numbers of the layers that train.
+        on_select: Callback for each step's choice, optional.
 
     Raises:
-        RecipeError: When a setting is out of its range.
+        RecipeError: A setting is out of its range.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[RST(active=0.5)])

@@ -1,1 +1,0 @@
-"""Cut: all layers above a random depth train, and backward ends there."""

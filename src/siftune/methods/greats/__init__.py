@@ -1,1 +1,0 @@
-"""GREATS: one choice of rows for all layers, those that most help a support set."""

@@ -1,1 +1,0 @@
-"""LISA: a few layers, drawn at random and held for some steps."""

@@ -1,0 +1,141 @@
+"""Options of the methods, one class per method. No import of torch, so that `siftune --help` stays fast."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from siftune.base.settings import BELOW_ONE, CHANCE, COUNT, COUNT_OR_SHARE, OURS, POSITIVE, SHARE, Range, Settings
+
+PAIR = Range(lambda v: v >= 2, "2 or more: the reward of a candidate is relative to the others")
+
+
+def count_of(select: int | float, total: int) -> int:
+    """Number of items to take from `total`: the count, at most all, or max(1, ⌊share · total⌋) without rounding errors.
+
+    Example:
+        >>> count_of(8, 16), count_of(0.25, 30), count_of(8, 4)
+        (8, 7, 4)
+    """
+    count = select if isinstance(select, int) else max(1, math.floor(select * total + 1e-9))
+    return min(count, total)
+
+
+def selects_all(settings: Any, samples: int) -> bool:
+    """Whether a method that selects rows follows every row of a batch without being asked to by a share of 1.0."""
+    explicit = isinstance(settings.select, float) and settings.select == 1.0
+    return not explicit and count_of(settings.select, samples) == samples
+
+
+@dataclass
+class RSTSettings(Settings):
+    """Random sparse tuning: layers drawn at random in every step."""
+
+    group = "rst"
+
+    active: Annotated[float, SHARE] = 0.25
+    """Share of the layers that train in a step."""
+
+
+@dataclass
+class ISTSettings(Settings):
+    """Importance-aware sparse tuning: layers drawn by their importance in every step."""
+
+    group = "ist"
+
+    active: Annotated[float, SHARE] = 0.25
+    """Share of the layers that train in a step."""
+    interval: Annotated[int | None, COUNT] = 10
+    """Optimizer steps between two updates of the importance; None (in YAML null) disables updates."""
+    score_batch_size: Annotated[int, COUNT] = 16
+    """Training rows used to measure the loss in an update."""
+    candidates: Annotated[int, PAIR] = 3
+    """Sets of layers compared in an update."""
+    suppressed: Annotated[float, CHANCE] = 0.5
+    """Share of the layers in each of these sets."""
+    factor: Annotated[float, BELOW_ONE] = 0.25
+    """Factor applied to the adapter response of a suppressed layer."""
+    score_lr: Annotated[float, POSITIVE] = 10.0
+    """Learning rate of the importance."""
+
+
+@dataclass
+class LISASettings(Settings):
+    """Layerwise importance sampled AdamW: a few layers drawn at random and held for some steps."""
+
+    group = "lisa"
+
+    active: Annotated[int | float, COUNT_OR_SHARE] = 2
+    """Layers that train: a number of layers, or a share such as 0.25."""
+    interval: Annotated[int, COUNT] = 20
+    """Optimizer steps between two draws."""
+
+
+@dataclass
+class CutSettings(Settings):
+    """All layers above a random depth train, and backward ends there."""
+
+    group = "cut"
+
+
+@dataclass
+class GASTSettings(Settings):
+    """Gradient-aligned sparse tuning: every layer follows the rows whose gradients align with a support set."""
+
+    group = "gast"
+
+    # ours: the paper draws support rows from the training set; with a target these are few, clean and of the task
+    with_target: ClassVar[Mapping[str, Any]] = {
+        "select": 0.5, "support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine",
+    }  # fmt: skip
+
+    select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
+    """Rows of a batch that a layer follows: a number of rows, or a share such as 0.75 (the paper's: 0.5)."""
+    support: Literal["sample", "rest", "momentum", "dataset"] = "sample"
+    """Rows to compare with: drawn training rows (the paper's), the other rows of the batch, the gradients of earlier
+    steps, or the rows of a target."""
+    support_size: Annotated[int, COUNT] = 4
+    """Support rows per step, for support sample and dataset."""
+    support_every: Annotated[int, COUNT, OURS] = 1
+    """Optimizer steps between two support gradients, for support sample and dataset; above 1 a running mean of them is
+    used."""
+    choice: Literal["stochastic", "topk", "random"] = "stochastic"
+    """Draw rows by their score (the paper's), take those with the highest scores, or draw uniformly."""
+    score: Literal["inner", "cosine"] = "inner"
+    """Inner product of the gradients (the paper's), or their cosine."""
+
+    def _faults(self) -> Any:
+        yield (
+            self.support_every > 1 and not self.needs_rows,
+            "gast.support_every applies to gast.support sample and dataset only: leave it out",
+        )
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the choice depends on the samples."""
+        return self.choice != "random"
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the support gradient takes rows of its own."""
+        return self.needs_scores and self.support in ("sample", "dataset")
+
+
+@dataclass
+class GREATSSettings(Settings):
+    """GREATS: all layers follow the rows that most help a support set, the target's rows or training rows."""
+
+    group = "greats"
+
+    select: Annotated[int | float, COUNT_OR_SHARE] = 0.5
+    """Rows of a batch that are followed: a number of rows, or a share such as 0.5."""
+
+
+@dataclass
+class TrimSettings(Settings):
+    """All layers follow the rows of a batch with the smallest loss."""
+
+    group = "trim"
+
+    select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
+    """Rows of a batch that are followed: a number of rows, or a share such as 0.75."""

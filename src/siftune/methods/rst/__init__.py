@@ -1,1 +1,0 @@
-"""RST: the layers that train in a step, drawn at random."""

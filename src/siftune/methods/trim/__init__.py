@@ -1,1 +1,0 @@
-"""Trim: the rows of a batch with the smallest loss, or the largest, or any."""
