@@ -37,7 +37,6 @@ if __name__ == "__main__":
             "layers": [c.layers for c in chosen],
             "importance": methods[0].importance if with_ist else None,
             "samples": [vars(s) for s in methods[-1].history] if samples is not None else [],
-            "stream": (methods[-1].state()["attributes"]["_resumed"] or {}).get("stream"),
             "find_unused": getattr(trainer.model_wrapped, "find_unused_parameters", None),
         },
         out / f"rank{trainer.args.process_index}.pt",
