@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebook.ipynb"
@@ -25,7 +24,7 @@ def test_it_was_run_to_its_end_without_an_error():
 @pytest.mark.integration
 def test_it_runs(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    matplotlib.use("Agg")
+    pytest.importorskip("matplotlib").use("Agg")
     names = {}
     for cell in code_cells():
         exec("".join(cell["source"]).replace("max_steps=20", "max_steps=6"), names)  # it checks gradients itself

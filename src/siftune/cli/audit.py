@@ -25,7 +25,7 @@ class Options(AuditOptions):
     returned: Annotated[Path | None, arg(name="return")] = None
     """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
     out: Path | None = None
-    """Folder for audit.json, audit.md and audit.png."""
+    """Folder for audit.json and audit.md."""
 
 
 def run(options: Options) -> dict[str, Any]:

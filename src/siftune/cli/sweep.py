@@ -59,10 +59,8 @@ class Options(CalibrationOptions):
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Make and measure emulators; write table and picture."""
+    """Make and measure emulators; write the table."""
     options.check()
-    import matplotlib  # noqa: F401 - a missing package is told before the work
-
     from siftune.base.files import new_folder
     from siftune.base.stages import stages
     from siftune.offsite.audit.sweep import sweep
@@ -85,5 +83,8 @@ def run(options: Options) -> dict[str, Any]:
         write_sweep(points, folder, facts)
     Console(highlight=False, soft_wrap=True).print(table(points), markup=False)
     seconds = round(time.monotonic() - started, 1)
-    console.print(f"done in {seconds:.0f} s: table, figures and picture in {options.out}", markup=False)
+    console.print(
+        f"done in {seconds:.0f} s: table and figures in {options.out}; `siftune report {options.out}` draws them",
+        markup=False,
+    )
     return {"folder": options.out, **to_dict(points, facts), "seconds": seconds}

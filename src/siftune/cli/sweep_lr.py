@@ -30,14 +30,13 @@ class Options(Recipe):
     seeds: str | None = None
     """Seeds to try each with, with commas between; the recipe's seed if not given."""
     out: str | None = None
-    """Folder for results, table and picture; runs/DATE-sweep-lr if not given."""
+    """Folder for results and table; runs/DATE-sweep-lr if not given."""
     public_key: str | None = None
     """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Train and measure what is missing; write and show table and picture."""
-    import matplotlib  # noqa: F401 - a missing package is told before the work
+    """Train and measure what is missing; write and show the table."""
     from rich.console import Console
 
     from siftune.offsite.exchange.tune import source_of
@@ -59,8 +58,8 @@ def run(options: Options) -> dict[str, Any]:
     shown.print("\n".join([before(base), "", *advice(runs, base)]), markup=False)
     seconds = round(time.monotonic() - started, 1)
     console.print(
-        f"done in {seconds:.0f} s: table, picture and a recipe for each method in {path}\n"
-        f"next: `siftune train {path}/METHOD.yaml --lr RATE --out RUN`",
+        f"done in {seconds:.0f} s: table and a recipe for each method in {path}\n"
+        f"next: `siftune report {path}` draws it, `siftune train {path}/METHOD.yaml --lr RATE --out RUN`",
         markup=False,
     )
     return {"folder": path, **result, "seconds": seconds}

@@ -1,4 +1,4 @@
-"""Write an audit down: audit.json, audit.md and audit.png."""
+"""An audit as audit.json and audit.md."""
 
 import json
 import math
@@ -16,7 +16,6 @@ from siftune.report.audit_leaks import (
     recovery_section,
     shown,
 )
-from siftune.report.audit_picture import picture
 from siftune.report.table import Table, markdown_table
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
@@ -46,8 +45,6 @@ AUC near 0.5 says that these attacks fail on these rows; stronger ones exist (`-
 def write_audit(audit: Audit | OwnAudit, out: str | Path) -> Path:
     """Write an audit to a folder, in the place of one that is there; its files are complete, or not there.
 
-    A data owner's has no picture.
-
     Raises:
         RecipeError: The folder cannot be written to.
     """
@@ -55,7 +52,6 @@ def write_audit(audit: Audit | OwnAudit, out: str | Path) -> Path:
     record = audit.to_dict(rows=True) if isinstance(audit, Audit) else audit.to_dict()
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     contents = {"audit.json": text.encode(), "audit.md": markdown(audit).encode()}
-    contents |= {"audit.png": picture(audit)} if isinstance(audit, Audit) else {}
     prepare_folder(folder)
     try:
         with write_beside(*(folder / name for name in contents)) as beside:

@@ -1,29 +1,22 @@
-"""Write a learning-rate sweep down: a table, what to take from it, and a picture."""
+"""A learning-rate sweep as a table, with the best rate of each method and where to look further."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from siftune.base.jsonable import jsonable
 from siftune.methods import METHODS
-from siftune.report.picture import COLOURS, new_figure, png
 from siftune.report.table import Table, markdown_table
 from siftune.train.rates.grid import LRRun, rate_text
 from siftune.train.rates.sweep import LRFolder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _MEANINGS = """\
 Loss on held-out rows when training has ended, in nats per label token, over all tokens alike; ± is the standard
 deviation over seeds, and a number in brackets says how many there are where not all rates have the same. *: the best
 rate of a method at which no run diverged. Differences that are small beside those between seeds say nothing. The best
 rate depends on the number of steps."""
-
-_MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
@@ -59,15 +52,14 @@ class Best:
 
 
 def write_report(folder: LRFolder) -> dict[str, Any]:
-    """Write results.json, results.md and results.png of all runs in a folder; return what the first holds."""
+    """Write results.json and results.md of all runs in a folder; return the content of the first."""
     runs, base = folder.runs(), folder.base_loss
     result = to_dict(runs, base)
     lines = "\n".join(f"- {line}" for line in advice(runs, base))
-    page = f"# Learning rates\n\n{markdown_table(table(runs))}\n\n{before(base)}\n\n{lines}\n\n{_MEANINGS}\n\n"
+    page = f"# Learning rates\n\n{markdown_table(table(runs))}\n\n{before(base)}\n\n{lines}\n\n{_MEANINGS}\n"
     record = json.dumps(result, indent=2, allow_nan=False) + "\n"
     folder.write("results.json", record)
-    folder.write("results.md", f"{page}![](results.png)\n")
-    folder.write("results.png", png(draw(runs, base)))
+    folder.write("results.md", page)
     return result
 
 
@@ -161,54 +153,7 @@ def _advice(one: Best, base: float) -> str:
     return f"{line}; the only rate tried: add --rates {rates}" if one.extend else line
 
 
-def draw(runs: Sequence[LRRun], base: float) -> "Figure":
-    """Draw loss over rate: a line through the means of each method, a point for each run.
-
-    Losses far above the base model's would press all others together: they stand at the top edge, as do runs that
-    diverged. The base model's own is a line where it is near, and always in the title.
-    """
-    figure = new_figure(7, 4.6)
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    losses = [run.heldout_loss for run in runs if run.heldout_loss is not None] or [base]
-    low, top = min(losses), top_of(losses, base)
-    for number, method in enumerate(cells_of(runs)):
-        colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
-        _draw_method(axes, [run for run in runs if run.method == method], top, color=colour, marker=marker)
-    if base <= top + 0.5 * (top - low):
-        axes.axhline(base, color="#777777", linewidth=0.9, linestyle="--", label="before training")
-    axes.set_title(f"before training: {base:.3f}    ×: diverged    ▲: higher than drawn", fontsize=9)
-    axes.set_xlabel("peak learning rate")
-    axes.set_ylabel("held-out loss, nats per label token")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="best", frameon=False)
-    _label_rates(axes, sorted({run.lr for run in runs}))
-    return figure
-
-
 def top_of(losses: Sequence[float], base: float) -> float:
     """The highest loss that is drawn at its place: a little above the base model's, where training helped at all."""
     low, high = min(losses), max(losses)
     return min(high, base + 0.3 * (base - low)) if low < base else high
-
-
-def _draw_method(axes: "Axes", runs: Sequence[LRRun], top: float, **style: str) -> None:
-    """Draw the runs of one method; what has no place in the picture is marked at its top edge."""
-    (row,) = cells_of(runs).values()
-    means = {rate: min(cell.mean, top) for rate, cell in row.items() if cell.losses}
-    axes.plot([*means], [*means.values()], label=runs[0].method, **style)  # type: ignore[arg-type]
-    drawn = [(run.lr, run.heldout_loss) for run in runs if run.heldout_loss is not None]
-    points = {
-        "o": [(rate, loss) for rate, loss in drawn if loss <= top],
-        "^": [(rate, top) for rate, loss in drawn if loss > top],
-        "x": [(run.lr, top) for run in runs if run.heldout_loss is None],
-    }
-    for marker, places in points.items():
-        xs, ys = [x for x, _ in places], [y for _, y in places]
-        axes.scatter(xs, ys, marker=marker, s=16 if marker == "o" else 60, color=style["color"], alpha=0.6)
-
-
-def _label_rates(axes: "Axes", rates: Sequence[float]) -> None:
-    """Name the rates that were tried, not the powers of ten."""
-    axes.set_xticks(rates, [rate_text(rate) for rate in rates])
-    axes.set_xticks([], minor=True)

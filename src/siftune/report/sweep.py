@@ -1,19 +1,15 @@
-"""Write a sweep down: sweep.json, sweep.md and sweep.png."""
+"""A sweep of emulators as sweep.json and sweep.md."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from siftune.base.jsonable import jsonable
 from siftune.offsite.audit.sweep import SweepPoint, front
 from siftune.report.audit_leaks import shown
-from siftune.report.picture import COLOURS, new_figure, png
 from siftune.report.table import Table, markdown_table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MEANINGS = """\
 kept: parameters of the middle that the emulator has, of the base's. cosine: between the outer layers' gradients on
@@ -27,17 +23,13 @@ _CAVEAT = """\
 A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover. Nor does a *told* near 0.5: an
 attacker with a second kit, of the same settings and other rows, does better."""
 
-_MARKERS = {"layerdrop": "s", "crash": "D", "svd+flap": "^"}
-
 
 def write_sweep(points: Sequence[SweepPoint], folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write table, figures and picture; `facts` is what they depend on besides the grid, as JSON can hold it."""
+    """Write table and figures; `facts` is what they depend on besides the grid, as JSON can hold it."""
     record = json.dumps(to_dict(points, facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    page = f"# Emulators to choose from\n\n{table(points)}\n\n{_MEANINGS}\n\n{_CAVEAT}\n\n![](sweep.png)\n"
-    image = picture(points)
+    page = f"# Emulators to choose from\n\n{table(points)}\n\n{_MEANINGS}\n\n{_CAVEAT}\n"
     (folder / "sweep.json").write_text(record, encoding="utf-8")
     (folder / "sweep.md").write_text(page, encoding="utf-8")
-    (folder / "sweep.png").write_bytes(image)
 
 
 def to_dict(points: Sequence[SweepPoint], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,52 +58,3 @@ def table(points: Sequence[SweepPoint]) -> str:
         rows.append([*cells, shown(p.told), "*" if p in best else ""])
     grid = markdown_table(Table(header, rows, words=(0, 1, 2, 12)))
     return f"{grid}\n\nThe base's loss is {points[0].loss_full:.3f}."
-
-
-def picture(points: Sequence[SweepPoint]) -> bytes:
-    """Draw cosine over loss gap, as a PNG file."""
-    figure = new_figure(8, 5.2)
-    axes = figure.subplots()
-    points = [p for p in points if not math.isnan(p.cosine)]
-    keeps = sorted({p.keep for p in points})
-    for number, kind in enumerate(dict.fromkeys((p.method, p.basis, p.mlp) for p in points)):
-        drawn = [p for p in points if (p.method, p.basis, p.mlp) == kind]
-        axes.scatter(
-            [p.gap for p in drawn],
-            [p.cosine for p in drawn],
-            s=[40 + 140 * keeps.index(p.keep) / max(1, len(keeps) - 1) for p in drawn],
-            color=COLOURS[number % len(COLOURS)],
-            marker=_MARKERS.get(kind[0], "o"),
-            alpha=0.75,
-            linewidths=0,
-            label=" ".join(filter(None, kind)),
-        )
-    _annotate(axes, points)
-    _draw_front(axes, points)
-    axes.set_xlabel("loss gap: emulator − base, nats per label token (wide: worth little without the base)")
-    axes.set_ylabel("cosine of the outer layers' gradients (high: tuning transfers)")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="best", frameon=False)
-    return png(figure)
-
-
-def _annotate(axes: "Axes", points: Sequence[SweepPoint]) -> None:
-    """Say kept fraction and λ beside every point."""
-    for p in points:
-        axes.annotate(
-            _label(p), (p.gap, p.cosine), xytext=(6, 4), textcoords="offset points", fontsize=7, color="#444444"
-        )
-
-
-def _label(p: SweepPoint) -> str:
-    share = f"{100 * p.keep:g} %"
-    if p.lambda_attn == p.lambda_mlp:
-        return f"{share}, λ {p.lambda_attn:g}" if p.lambda_attn else share
-    values = {"attn": p.lambda_attn, "MLP": p.lambda_mlp}
-    return ", ".join([share, *(f"λ {part} {value:g}" for part, value in values.items() if value)])
-
-
-def _draw_front(axes: "Axes", points: Sequence[SweepPoint]) -> None:
-    best = front(points)
-    gaps, cosines = [p.gap for p in best], [p.cosine for p in best]
-    axes.plot(gaps, cosines, color="black", linewidth=0.9, linestyle="--", zorder=0, label="not beaten in both")

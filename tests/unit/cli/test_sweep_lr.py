@@ -63,9 +63,8 @@ def test_a_sweep(words, tmp_path, capsys):
     assert [row.split()[0] for row in table[2:4]] == ["dense", "gast"]
     assert len(re.findall(r"^--method (dense|gast) --lr 1e-\d   held-out loss", captured.out, re.MULTILINE)) == 2
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {
-        "start.json", "results.jsonl", "results.json", "results.md", "results.png", "dense.yaml", "gast.yaml",
+        "start.json", "results.jsonl", "results.json", "results.md", "dense.yaml", "gast.yaml",
     }  # fmt: skip
-    assert (tmp_path / "sweep" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_and_a_second_call(words, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,5 @@
 import json
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,6 @@ from siftune.offsite.audit.rows import RowScores
 from siftune.offsite.audit.settings import AuditSettings
 from siftune.report import audit as page
 from siftune.report.audit import markdown, write_audit
-from siftune.report.audit_picture import picture
 
 SETTINGS = AuditSettings(resamples=200)
 # condition -> nll per token, and right rows of 20
@@ -89,8 +87,7 @@ def test_the_sign_of_an_interval_of_the_loss():
         assert 0 < one.nll.low < one.nll.value < one.nll.high
 
 
-def test_json_is_plain_and_strict(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "picture", lambda audit: b"a picture")
+def test_json_is_plain_and_strict(tmp_path):
     audit = made()
     write_audit(audit, tmp_path / "a" / "b")
 
@@ -162,28 +159,14 @@ def test_figures_without_value_or_interval():
         assert table(markdown(replace(audit, comparisons=comparisons)), "gain share") == [words, words]
 
 
-@pytest.mark.parametrize("less", [{}, {"accuracy": None, "recovery": False, "membership": None}])
-def test_the_picture_is_drawn_without_global_state(less, monkeypatch):
-    import matplotlib
-
-    settings = dict(matplotlib.rcParams)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
-    audit = made(**less)
-    found = picture(audit)
-    assert found.startswith(b"\x89PNG\r\n")
-    assert found != picture(replace(audit, cosine=replace(audit.cosine, overall=0.1)))
-    assert settings == dict(matplotlib.rcParams)
-
-
 def test_a_failed_write_leaves_the_old_audit(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "picture", lambda audit: b"a picture")
     write_audit(made(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(before) == {"audit.json", "audit.md", "audit.png"}
+    assert set(before) == {"audit.json", "audit.md"}
     write = page.Path.write_bytes
 
     def full(self, data):
-        if self.name == ".audit.png.partial":
+        if self.name == ".audit.md.partial":
             write(self, data[:10])
             raise OSError(28, "No space left on device")
         return write(self, data)
@@ -198,8 +181,7 @@ def test_a_failed_write_leaves_the_old_audit(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "audit.json").read_text())["kept"]["middle"] == 0.1
 
 
-def test_a_folder_that_is_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "picture", lambda audit: b"a picture")
+def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match=r"the folder .*file cannot be written to"):
         write_audit(made(), tmp_path / "file")

@@ -1,4 +1,4 @@
-"""What is said of a learning-rate sweep: the table, the best rates, where to look further, the picture."""
+"""What is said of a learning-rate sweep: the table, the best rates, where to look further."""
 
 import json
 from dataclasses import asdict
@@ -6,8 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from siftune.report.lr import Best, advice, bests, draw, table, to_dict, write_report
-from siftune.report.picture import png
+from siftune.report.lr import Best, advice, bests, table, to_dict, write_report
 from siftune.report.table import plain_table
 from siftune.train.rates.grid import LRRun
 from siftune.train.rates.sweep import LRFolder
@@ -107,47 +106,3 @@ def test_the_files_hold_all_of_it(tmp_path):
     assert "| dense | 1.5000 | * 1.2500 | 1.7500 |" in page
     assert "Before training the loss is 2.0000." in page
     assert "- --method dense --lr 1e-3   held-out loss 1.2500" in page
-    assert (folder.path / "results.png").read_bytes() == png(draw(found, BASE))
-
-
-def drawn(figure):
-    """What a picture shows: method -> its line; marker of the points -> where they are; the horizontal line."""
-    (axes,) = figure.axes
-    lines = {line.get_label(): list(map(tuple, line.get_xydata().tolist())) for line in axes.lines}
-    flat = lines.pop("before training", None)
-    sizes = {16: "inside", 60: "edge"}
-    points = {"inside": [], "edge": []}
-    for part in axes.collections:
-        points[sizes[int(part.get_sizes()[0])]] += list(map(tuple, part.get_offsets().tolist()))
-    return axes, lines, points, flat
-
-
-def test_the_picture_has_a_line_for_each_method_and_a_point_for_each_run():
-    found = [*runs("dense", INSIDE), *runs("dense", {5e-4: 1.0}, seed=1), *runs("gast", {5e-4: 1.75, 1e-3: 1.5})]
-    axes, lines, points, flat = drawn(draw(found, BASE))
-    assert axes.get_xscale() == "log"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["5e-4", "1e-3", "2e-3"]
-    assert lines == {"dense": [(5e-4, 1.25), (1e-3, 1.25), (2e-3, 1.75)], "gast": [(5e-4, 1.75), (1e-3, 1.5)]}
-    assert sorted(points["inside"]) == sorted((run.lr, run.heldout_loss) for run in found)
-    assert points["edge"] == []
-    assert {y for _, y in flat} == {BASE}
-    assert "before training: 2.000" in axes.get_title()
-
-
-def test_what_is_off_the_scale_or_diverged_stands_at_the_edge():
-    _, lines, points, _ = drawn(draw(runs("dense", {1e-3: 1.0, 2e-3: 30.0, 4e-3: None}), BASE))
-    top = BASE + 0.3 * (BASE - 1.0)
-    assert lines == {"dense": [(1e-3, 1.0), (2e-3, top)]}
-    assert points == {"inside": [(1e-3, 1.0)], "edge": [(2e-3, top), (4e-3, top)]}
-
-
-def test_a_base_model_far_above_does_not_press_the_lines_together():
-    axes, _, points, flat = drawn(draw(runs("dense", INSIDE), 9.0))
-    assert flat is None
-    assert len(points["inside"]) == 3
-    assert axes.get_ylim()[1] < 2
-
-
-def test_nothing_but_divergence_can_be_drawn():
-    _, lines, points, _ = drawn(draw(runs("dense", {1e-3: None}), BASE))
-    assert (lines, points) == ({"dense": []}, {"inside": [], "edge": [(1e-3, BASE)]})

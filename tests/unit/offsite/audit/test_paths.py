@@ -45,7 +45,7 @@ def test_a_kit_on_disk(on_disk, tmp_path):
     out = tmp_path / "out"
     found = audit_paths(options(on_disk, limit=9, eval_limit=5))
     write_audit(found, out)
-    assert {path.name for path in out.iterdir()} == {"audit.json", "audit.md", "audit.png"}
+    assert {path.name for path in out.iterdir()} == {"audit.json", "audit.md"}
     assert json.loads((out / "audit.json").read_text()) == found.to_dict(rows=True)
     parts = [rows_from(records(*bounds, False)) for bounds in ((0, 9), (100, 105))]
     kit = read_kit(on_disk / "kit")

@@ -19,7 +19,7 @@ from siftune.offsite.audit.sweep import SweepGrid, SweepPoint, front, sweep
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.split import Split
-from siftune.report.sweep import ordered, picture, table, to_dict, write_sweep
+from siftune.report.sweep import ordered, table, to_dict, write_sweep
 
 GRID = SweepGrid(
     keeps=(0.7, 0.4), lambdas=(0.0, 0.5), bases=("svd",), methods=("gradot", "layerdrop", "crash"), split=Split(1, 1)
@@ -184,7 +184,6 @@ def test_a_point_without_a_cosine_is_on_no_front_but_in_the_table():
     record = to_dict(candidates, {"model": "m"})
     assert [entry["cosine"] for entry in record["points"]] == [0.5, None]
     assert "| nan |" in table(candidates)
-    assert picture(candidates).startswith(b"\x89PNG")
 
 
 def test_the_table_is_sorted_and_marks_the_front():
@@ -217,29 +216,10 @@ def test_the_table_is_sorted_and_marks_the_front():
 
 def test_the_folder(points, tmp_path):
     write_sweep(points, tmp_path, {"model": "tiny"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json", "sweep.md", "sweep.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json", "sweep.md"]
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert record == to_dict(points, {"model": "tiny"})
     assert {entry["front"] for entry in record["points"]} == {True, False}
     page = (tmp_path / "sweep.md").read_text()
     assert table(points) in page
     assert "proves no privacy" in page
-    assert (tmp_path / "sweep.png").read_bytes() == picture(points)
-
-
-def test_a_picture_shows_every_point_and_draws_the_front_through_its_own(points, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    original = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or original(self, *a, **k))
-    picture(points)
-    (axes,) = figures[0].axes
-    drawn = {tuple(xy) for collection in axes.collections for xy in collection.get_offsets().tolist()}
-    assert drawn == {(p.gap, p.cosine) for p in points}
-    (line,) = [line for line in axes.lines if len(line.get_xdata())]
-    best = front(points)
-    assert line.get_xydata().tolist() == [[p.gap, p.cosine] for p in best]
-    texts = [text.get_text() for text in axes.texts]
-    assert len(texts) == len(points)
-    assert {"70 %", "40 %, λ 0.5"} <= set(texts)

@@ -30,6 +30,7 @@ def estimate(value):
 AUDIT = {
     "conditions": {name: {"nll": estimate(3.0), "accuracy": estimate(0.5)} for name in ("full_zs", "plug_in", "floor")},
     "comparisons": {"nll": {"delta": estimate(0.31)}},
+    "cosine": {"layers": ["first.0", "last.0"], "per_layer": [0.75, None], "overall": 0.5},
     "membership": {
         "loss": {"auc": estimate(0.62)}, "reference": {"auc": estimate(0.85)}, "blind": {"auc": estimate(0.5)},
         "online": None, "members": 24,
@@ -71,8 +72,11 @@ def test_an_audit(tmp_path):
         "Audit: the plugged-in layers do 0.310 nats per token better than the emulator alone; the strongest attack "
         "tells rows apart with an AUC of 0.850 (0.5 is guessing)."
     )
-    assert [figure.title for figure in section.figures] == ["Loss of the models", "Accuracy of the models", "Attacks"]
-    drawing = str(section.figures[2].draw(500))
+    assert [figure.title for figure in section.figures] == [
+        "Loss of the models", "Accuracy of the models", "Cosine of gradients", "Attacks"
+    ]  # fmt: skip
+    assert str(section.figures[2].draw(500)).count("<circle") == 2
+    drawing = str(section.figures[3].draw(500))
     assert drawing.count("<circle") == 4
     assert ATTACK not in drawing
 
@@ -217,7 +221,7 @@ def test_a_damaged_sweep_is_told(tmp_path, points):
     "value", [None, 3, "x", [], {"loss": 3}, {"loss": {"auc": {"value": "x"}}}, {"loss": {"auc": {"value": 10**400}}}]
 )
 def test_an_audit_shows_what_is_there(tmp_path, value):
-    record = {"conditions": value, "comparisons": value, "membership": value, "calibration": value}
+    record = {"conditions": value, "comparisons": value, "membership": value, "calibration": value, "cosine": value}
     assert (
         headline(find_subjects([str(save(tmp_path / "audit", "audit.json", record))])) == "Audit: no figure was found."
     )

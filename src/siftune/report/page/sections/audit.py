@@ -33,7 +33,7 @@ def in_a_sentence(record: Mapping[str, Any]) -> str:
 def audit(other: Other) -> Section:
     """Conditions and attacks."""
     record, name = other.content, slug(other.name)
-    figures = [*_conditions(record, name), *_attack_figures(record, name)]
+    figures = [*_conditions(record, name), *_cosines(record, name), *_attack_figures(record, name)]
     words = [
         in_a_sentence(record),
         "ZS: nothing tuned. FT: the outer layers tuned. Plug-in: the base with the layers that were tuned on the "
@@ -55,6 +55,16 @@ def _conditions(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
         ]
         if points:
             yield listed_points(f"{measure}-{name}", title, points, scale)
+
+
+def _cosines(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
+    layers, values = (_at(record, "cosine", key) for key in ("layers", "per_layer"))
+    pairs = [*zip(layers, values, strict=False)] if isinstance(layers, list) and isinstance(values, list) else []
+    pairs.append(("all layers", _at(record, "cosine", "overall")))
+    points = [Point(str(layer), cosine) for layer, value in pairs if (cosine := _finite(value)) is not None]
+    if points:
+        note = "Between the outer layers' gradients on the base and on the emulator; 1 is tuning as on the base."
+        yield listed_points(f"cosine-{name}", "Cosine of gradients", points, Scale("cosine"), note)
 
 
 def _attack_figures(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
