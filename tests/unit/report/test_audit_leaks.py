@@ -47,7 +47,7 @@ def test_at_chance_nothing_is_promised():
 def test_sources_that_differ_are_warned_of(auc):
     text = membership_section(Membership(attack(0.8), attack(0.5), attack(auc), 40, 200))
     assert "**Members and others differ by source**" in text
-    leak = CalibrationLeak({"all": attack(0.9)}, {"3.mlp.down_proj": attack(0.9)}, {}, attack(auc))
+    leak = CalibrationLeak({"all": attack(0.9)}, {"3.mlp.down_proj": attack(0.9)}, attack(auc))
     assert "**The two kinds of rows differ by source**" in calibration_section(leak)
 
 
