@@ -31,7 +31,7 @@ def one(task: str, recipe: Recipe) -> dict[str, float]:
     console = Console(quiet=True)
     if task in _CLOCKS:
         trial.time.perf_counter = _CLOCKS[task]  # in a process of its own
-        found = dry_run(recipe, console).forecast
+        found = dry_run(recipe, console).estimate
         return {"seconds": found.seconds or 0.0, "memory_mb": found.memory_mb or 0.0}
     spent: list[float] = []
     train = SiftTrainer.train

@@ -140,5 +140,5 @@ def test_an_interrupt_reaches_all_and_saves_what_was_trained(given, tmp_path):
     _, said = finish(process, 90)
     assert process.returncode == 130, said
     assert "the adapter after step" in said.splitlines()[-1]
-    assert "siftune train --resume run` goes on from there" in said.splitlines()[-1]
+    assert "siftune train --resume run` continues from there" in said.splitlines()[-1]
     assert Path(tmp_path, "run", "adapter", "adapter_model.safetensors").is_file()

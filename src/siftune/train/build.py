@@ -28,7 +28,7 @@ from siftune.base.settings import nearest
 from siftune.data.rows import WEIGHT
 from siftune.data.tokenize import Collator
 from siftune.engine.compiled import CompiledParts
-from siftune.engine.groups import LayerGroup, group_by_layer
+from siftune.engine.groups import group_by_layer
 from siftune.engine.ranks import world_size
 from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
@@ -47,7 +47,8 @@ from siftune.train.guards.non_finite import BAD_STEPS
 from siftune.train.trainer import LayerTrainer, SiftTrainer
 
 logger = logging.getLogger(__name__)
-NONE = "none"
+
+NONE = "none"  # no tracker
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,19 @@ class Built:
     """A Trainer that is ready to train."""
 
     trainer: SiftTrainer
-    methods: Sequence[Any]  # its callbacks that choose what is updated: layers before samples
-    depth: int  # layers that have something to train
-    # takes methods and casts off the model when training has ended, however it did. Layers whose own weights trained
-    # (adapter "full") are then in the base's dtype again
+    methods: Sequence[Any]  # its selection callbacks, layers before samples
+    depth: int  # layers with trainable parameters
+    # removes methods and casts from the model, however training ended. With adapter "full" the tuned layers are then in
+    # the base's dtype again
     release: Callable[[], None]
-    parts: CompiledParts | None = None  # what of its layers runs compiled
+    parts: CompiledParts | None = None  # compiled parts of the layers
 
     def compiling(self) -> float:
-        """Seconds that compiling has taken so far."""
+        """Seconds spent on compilation so far."""
         return 0.0 if self.parts is None else self.parts.seconds
 
     def active_layers(self) -> int:
-        """How many layers train in the current step."""
+        """Number of layers that train in the current step."""
         choices = [method.last for method in self.methods if isinstance(method, LayerCallback) and method.last]
         return len(choices[0].layers) if choices else self.depth
 
@@ -81,15 +82,15 @@ def build(
     callbacks: Sequence[TrainerCallback] = (),
     bad_steps: int = BAD_STEPS,
 ) -> Built:
-    """Attach adapter and methods, in place, and assemble the Trainer.
+    """Attach adapter and methods to a model, in place, and create the Trainer.
 
     Args:
         recipe: Resolved settings; with adapter "full" they name `layers`.
         model: The base model, or an emulator.
         tokenizer: Its tokenizer.
-        data: Tokenised rows: `train`, and `eval` and `support` where there are any.
-        output_dir: Where checkpoints go; nothing is written but these.
-        callbacks: Further callbacks, which stand before the methods.
+        data: Tokenised rows: `train`, and optionally `eval` and `support`.
+        output_dir: Folder of the checkpoints; nothing else is written.
+        callbacks: Further callbacks, called before the methods.
         bad_steps: Non-finite steps to skip before training stops; 0 in private runs.
 
     Raises:
@@ -99,58 +100,61 @@ def build(
     privacy = privacy_of(recipe, len(data["train"]))
     if privacy is not None:
         refuse_weights(data["train"].column_names)
-        # a batch is a step's, and there are no more steps than noise was found for
+        # a batch is a step's, and the noise is calibrated for this number of steps
         recipe = replace(recipe, accumulate=1, steps=privacy.mechanism.steps)
     use_attention(model, recipe.attention)
-    set_seed(recipe.seed)  # the adapter's first values, dropout, and the order of the rows
-    opened = _opened(recipe, model)
-    tuned = _adapted(recipe, model, output_dir) if opened is None else model
+    set_seed(recipe.seed)  # initial values of the adapter, dropout, order of the rows
+    opened = None
+    tuned = model
+    if recipe.adapter == "full":
+        originals = any(part.suppresses for part in method_of(recipe).parts)
+        opened = OpenLayers(model, recipe.layers, originals, recipe.outside)
+    else:
+        tuned = _with_adapter(recipe, model, output_dir)
     if recipe.sharding == "fsdp":
         shard_base(tuned)
     groups = group_by_layer(tuned)
     methods = methods_of(recipe, data.get("support"))
-    kind: Any = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
+    parts = None
     if privacy is not None:
         refuse_scaled_or_split(arguments)
-    parts = _compiled(recipe, tuned) if recipe.compile else None
-    kind = partial(
-        kind,
+    if recipe.compile:  # methods that choose rows, and noise, look into every trainable module
+        by_row = privacy is not None or any(part.rows for part in method_of(recipe).parts)
+        parts = CompiledParts(find_layers(model).layers, frozen=by_row)
+    kind: Any = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
+    trainer = kind(
+        model=tuned,
+        args=arguments,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        callbacks=[*callbacks, *methods],
         last=target_comes_last(recipe),
         privacy=privacy,
-        bad_steps=bad_steps if privacy is None else 0,  # a step left out tells of rows
+        bad_steps=bad_steps if privacy is None else 0,  # a skipped step reveals its rows
         short_rows=recipe.attention == "auto",
     )
-    trainer = _trainer(kind, arguments, tuned, tokenizer, data, [*callbacks, *methods])
-    removed = [*([] if parts is None else [parts]), *([] if privacy is None else [privacy]), *methods]
-    release = _release(tuned, groups, opened, removed)
-    return Built(trainer, methods, len(groups), release, parts)
-
-
-def _compiled(recipe: Recipe, model: nn.Module) -> CompiledParts:
-    """Compile the parts of layers; methods that choose rows, and noise, look into every module that trains."""
-    by_row = recipe.dp_epsilon is not None or any(part.rows for part in method_of(recipe).parts)
-    return CompiledParts(find_layers(model).layers, frozen=by_row)
-
-
-def _release(
-    tuned: nn.Module, groups: Sequence[LayerGroup], opened: OpenLayers | None, methods: Sequence[Any]
-) -> Callable[[], None]:
-    """Put the casts on, and give what takes them off again, and the methods before them, the last one first."""
-    stack = ExitStack()
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    stack = ExitStack()  # the last one is removed first
     stack.callback(end_checkpointing, tuned)
     if opened is not None:
         stack.callback(opened.close)
     stack.callback(use_base_dtype(tuned, groups).remove)
-    for method in methods:
-        stack.callback(method.remove)
-    return stack.close
+    for part in (parts, privacy, *methods):
+        if part is not None:
+            stack.callback(part.remove)
+    return Built(trainer, methods, len(groups), stack.close, parts)
 
 
 def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
-    """Make the callbacks of a recipe's method: what chooses layers before what chooses samples.
+    """Create the callbacks of a recipe's method, those that choose layers before those that choose samples.
 
-    `support_rows` are the tokenised rows of a support set that the user gave.
+    Args:
+        recipe: Resolved settings.
+        support_rows: Tokenised rows of a support set.
     """
     methods = []
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
@@ -162,16 +166,8 @@ def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
     return methods
 
 
-def _opened(recipe: Recipe, model: nn.Module) -> OpenLayers | None:
-    """Have the layers' own weights train, where the recipe says so."""
-    if recipe.adapter != "full":
-        return None
-    originals = any(part.suppresses for part in method_of(recipe).parts)
-    return OpenLayers(model, recipe.layers, originals, recipe.outside)
-
-
-def _adapted(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:
-    """Put an adapter on, or the one to go on with."""
+def _with_adapter(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:
+    """Attach a new adapter, or that of `from_adapter`."""
     if recipe.from_adapter is not None:
         refuse_adapters(model)
         return load_adapter(model, adapter_folder(recipe.from_adapter), recipe.model, exact=True, trainable=True)
@@ -183,30 +179,12 @@ def _adapted(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:
     return tuned
 
 
-def _trainer(
-    kind: Callable[..., SiftTrainer],
-    arguments: TrainingArguments,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Mapping[str, Dataset],
-    callbacks: list[TrainerCallback],
-) -> SiftTrainer:
-    trainer = kind(
-        model=model,
-        args=arguments,
-        data_collator=Collator(tokenizer.pad_token_id),
-        train_dataset=data["train"],
-        eval_dataset=data.get("eval"),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return trainer
-
-
 def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> TrainingArguments:
-    """A recipe, resolved, in the Trainer's words; `fp16` says that the model is in float16."""
+    """Trainer arguments of a resolved recipe; `fp16` for a model in float16."""
+    # the name of activation checkpointing depends on the version of transformers
+    new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,
@@ -219,7 +197,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
-        **_checkpointing(recipe.checkpointing),
+        **(checkpointing if recipe.checkpointing else {}),
         fp16=fp16 and torch.cuda.is_available(),
         seed=recipe.seed,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
@@ -233,28 +211,21 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         eval_steps=recipe.eval_every,
         metric_for_best_model="loss" if holds_out(recipe) else None,
         prediction_loss_only=True,
-        remove_unused_columns=False,  # the collator knows which it needs
+        remove_unused_columns=False,  # the collator selects columns
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
         report_to=list(recipe.report_to),
-        use_cpu=not torch.accelerator.is_available(),  # else ranks without one do not find each other
-        ddp_find_unused_parameters=False,  # gates give a gradient of every layer that trains, and none is looked for
+        use_cpu=not torch.accelerator.is_available(),  # ranks without an accelerator must agree
+        ddp_find_unused_parameters=False,  # gates provide the gradient of every trainable layer
     )
     if arguments.n_gpu > 1:
-        logger.warning("%d GPUs are there, the first is used; CUDA_VISIBLE_DEVICES names another", arguments.n_gpu)
-        arguments._n_gpu = 1  # else the Trainer copies the model by nn.DataParallel, out of reach of selection
+        logger.warning("of %d GPUs the first is used; CUDA_VISIBLE_DEVICES selects another", arguments.n_gpu)
+        arguments._n_gpu = 1  # the Trainer would copy the model by nn.DataParallel, where selection cannot reach
     return arguments
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Activation checkpointing, under the name that this version of transformers has for it."""
-    known = TrainingArguments.__dataclass_fields__
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
-
-
 def end_checkpointing(model: Any) -> None:
-    """Take off what the Trainer put on the model for activation checkpointing, if anything."""
+    """Disable the activation checkpointing that the Trainer enabled."""
     model = getattr(model, "get_base_model", lambda: model)()
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     if getattr(model, "supports_gradient_checkpointing", False):
@@ -266,7 +237,7 @@ def refuse_all_weights(recipe: Recipe) -> None:
     """Refuse to train all weights of a model in every step.
 
     Raises:
-        RecipeError: The adapter is "full", no layers are named, and the method does not choose some.
+        RecipeError: The adapter is "full", there are no `layers`, and the method does not choose layers.
     """
     chooses = any(not part.rows for part in method_of(recipe).parts)
     if recipe.adapter == "full" and recipe.layers is None and not chooses:
@@ -277,9 +248,9 @@ def refuse_all_weights(recipe: Recipe) -> None:
 
 
 def trainable(built: Built) -> tuple[int, int]:
-    """Parameters that train, and all of them."""
+    """Number of trainable parameters, and of all."""
     model = built.trainer.model
-    if isinstance(model, PeftModel):  # it knows that two parameters of 4 bits lie in a byte
+    if isinstance(model, PeftModel):  # it counts two 4-bit parameters in a byte
         train, total = model.get_nb_trainable_parameters()
         return int(train), int(total)
     parameters = list(model.parameters())
@@ -287,10 +258,10 @@ def trainable(built: Built) -> tuple[int, int]:
 
 
 def privacy_of(recipe: Recipe, rows: int) -> DP | None:
-    """What a recipe's promise takes on so many training rows; None where it makes none.
+    """Differential privacy of a recipe for a number of training rows; None if it asks for none.
 
     Raises:
-        RecipeError: The promise would be empty for so many rows, no noise keeps it, or Opacus is not installed.
+        RecipeError: The guarantee would be empty for these rows, no noise achieves it, or Opacus is not installed.
     """
     if recipe.dp_epsilon is None or recipe.dp_delta is None:
         return None
@@ -301,8 +272,8 @@ def privacy_of(recipe: Recipe, rows: int) -> DP | None:
         )
     if recipe.dp_delta >= 1 / rows:
         raise RecipeError(
-            f"dp_delta is {recipe.dp_delta:g}, but with {rows} rows it must be below {1 / rows:.2g}: to give a row "
-            "away whole would be within the promise"
+            f"dp_delta is {recipe.dp_delta:g}, but with {rows} rows it must be below {1 / rows:.2g}: otherwise "
+            "the guarantee would allow to publish a row"
         )
     steps = recipe.steps or math.ceil(recipe.epochs * math.ceil(rows / batch))
     asked = Mechanism(recipe.dp_epsilon, recipe.dp_delta, recipe.dp_clip, "layer", rows, batch, steps)
@@ -312,10 +283,10 @@ def privacy_of(recipe: Recipe, rows: int) -> DP | None:
 
 
 def refuse_weights(columns: Sequence[str]) -> None:
-    """Refuse rows that are weighed: what a row may add to a step is bounded by clipping, the same for all.
+    """Refuse weighted rows in a private run.
 
     Raises:
-        UnsupportedError: With one sentence.
+        UnsupportedError: Rows have weights.
     """
     if WEIGHT in columns:
         raise UnsupportedError(
@@ -325,28 +296,28 @@ def refuse_weights(columns: Sequence[str]) -> None:
 
 
 def refuse_scaled_or_split(arguments: TrainingArguments) -> None:
-    """Refuse what would clip gradients in other units, or draw rows and noise on several ranks.
+    """Refuse scaled losses and several ranks in a private run.
 
     Raises:
-        UnsupportedError: With one sentence.
+        UnsupportedError: Training is in float16, or on several ranks.
     """
     if arguments.fp16:
         raise UnsupportedError(
-            "training in float16 scales the loss up, so that clipping would not bound what it should: with dp_epsilon "
-            "take --dtype bfloat16 or float32"
+            "training in float16 scales the loss, so clipping would not bound gradients: with dp_epsilon use --dtype "
+            "bfloat16 or float32"
         )
     if world_size() > 1:
         raise UnsupportedError(
-            f"{world_size()} ranks would each draw rows and noise of their own, for which ε is not counted: with "
-            "dp_epsilon start one process"
+            f"{world_size()} ranks would each draw rows and noise, for which ε is not accounted: with dp_epsilon start "
+            "one process"
         )
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers, a recipe's `report_to`, that the Trainer would stumble over once the model is loaded.
+    """Check a recipe's `report_to` before the model is loaded.
 
     Raises:
-        RecipeError: A name is unknown, "none" stands beside others, or a tracker's package is missing.
+        RecipeError: A name is unknown, "none" comes with others, or a tracker's package is missing.
     """
     if tuple(names) == (NONE,):
         return

@@ -17,17 +17,21 @@ from siftune.engine.ranks import on_any_rank
 from siftune.train.folder.run import RunFolder
 
 logger = logging.getLogger(__name__)
-_PARTS = 10  # of a run, after each of which it is saved
-_LEAST = 10  # steps between two of these, so that short runs do not save more than they train
-_SECONDS = 15 * 60  # after which a step is saved in any case
-_KEPT = 2  # newest checkpoints, besides that of the least held-out loss
+_PARTS = 10  # of a run, with a checkpoint after each
+_LEAST = 10  # steps between two of these checkpoints: short runs train longer than they save
+_SECONDS = 15 * 60  # between two checkpoints at most
+_KEPT = 2  # newest checkpoints, besides the one of the least held-out loss
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """Adds speed, memory and active layers to the Trainer's logs, and writes them to metrics.jsonl.
 
-    It must stand before callbacks that read these figures from the logs. `active` tells how many layers train in the
-    current step, `compiling` the seconds that compiling has taken so far, which the speed leaves out.
+    It must precede callbacks that read these values from the logs.
+
+    Args:
+        folder: The run folder.
+        active: Returns the number of layers that train in the current step.
+        compiling: Returns the seconds spent on compilation so far, which the speed excludes.
     """
 
     def __init__(self, folder: RunFolder, active: Callable[[], int], compiling: Callable[[], float] = float) -> None:
@@ -44,7 +48,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self._mark(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Have the last step logged, too: what a run came to is read from the log."""
+        """Log the last step too: the summary reads the log."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -61,7 +65,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             logs["active_layers"] = self._active()
             logs |= {"compile_seconds": round(compiled, 3)} if compiled else {}
             self._mark(state)
-        logs.pop("train_tokens_per_second", None)  # the Trainer's, which takes evaluations for training time
+        logs.pop("train_tokens_per_second", None)  # the Trainer's, which includes evaluations
         if state.is_world_process_zero:
             self._folder.append("metrics.jsonl", {"step": state.global_step, **logs})
 
@@ -73,7 +77,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
 
 class ProgressView(TrainerCallback):  # type: ignore[misc]
-    """A bar with figures on a terminal, a plain line per log elsewhere."""
+    """A progress bar on a terminal, a plain line for each log elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -103,7 +107,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show the newest figures."""
+        """Show the newest values."""
         logs: dict[str, Any] = kwargs["logs"]
         if not {"loss", "eval_loss"} & logs.keys() or not state.is_world_process_zero:
             return
@@ -116,13 +120,13 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
             self._console.print(f"step {state.global_step}/{state.max_steps}  {self._newest[kind]}{left}")
 
     def close(self) -> None:
-        """Take the bar down, also where training ended in an exception."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         self.close()
 
     def _seconds_left(self, state: TrainerState) -> float:
@@ -131,19 +135,19 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         return float((time.monotonic() - self._started) / done * left)
 
 
-class StepsTold(TrainerCallback):  # type: ignore[misc]
-    """Tells how many optimizer steps are done, and of how many, for displays of work that trains on its way."""
+class StepProgress(TrainerCallback):  # type: ignore[misc]
+    """Reports optimizer steps, those done and all, for progress bars of work that includes training."""
 
-    def __init__(self, told: Callable[[int, int], None]) -> None:
-        self._told = told
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self._report = report
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Tell."""
-        self._told(state.global_step, state.max_steps)
+        """Report a step."""
+        self._report(state.global_step, state.max_steps)
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """The figures of a log in one line."""
+    """A log as one line of text."""
     parts = [f"loss {float(logs['loss']):.4f}"]
     if "tokens_per_second" in logs:
         parts += [
@@ -157,10 +161,10 @@ def describe(logs: dict[str, Any]) -> str:
 
 
 class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Has the Trainer save what a killed run goes on from, where a recipe does not say how often (ours).
+    """Saves checkpoints of a recipe without `save_every` (ours).
 
-    After every tenth of the run, after a quarter of an hour at the latest, at its end, and where an evaluation finds
-    less loss than all before; kept are the last two, and that of the least loss.
+    After every tenth of the run, after 15 minutes at most, at its end, and after an evaluation with the least held-out
+    loss so far. The last two and the best are kept.
     """
 
     def __init__(self) -> None:
@@ -169,32 +173,32 @@ class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set how often, now that the Trainer knows its steps."""
+        """Set the interval, now that the number of steps is known."""
         args.save_strategy, args.save_total_limit = SaveStrategy.STEPS, _KEPT
         state.save_steps = max(_LEAST, math.ceil(state.max_steps / _PARTS))
         self._saved = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save a step that comes late after the last one."""
+        """Save a step long after the last checkpoint."""
         late = time.monotonic() - self._saved >= _SECONDS
-        if on_any_rank(late, args.device):  # clocks differ, and ranks save together or not at all
+        if on_any_rank(late, args.device):  # clocks differ, and ranks must save together
             control.should_save = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save where the held-out loss is the least so far."""
+        """Save if the held-out loss is the least so far."""
         if evaluations_since_best(state) == 0:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note when it was."""
+        """Note the time."""
         self._saved = time.monotonic()
 
 
 class EarlyStop(TrainerCallback):  # type: ignore[misc]
-    """Stops training where evaluations find no less held-out loss any more, and has the best kept.
+    """Stops training if `patience` evaluations in a row do not improve, and keeps the best weights.
 
-    Not transformers' own, whose count begins anew when a run goes on: this one counts in the Trainer's history, which
-    stands in every checkpoint.
+    transformers' own callback starts to count again in a resumed run. This one counts in the Trainer's history, which
+    is part of every checkpoint.
     """
 
     def __init__(self, patience: int) -> None:
@@ -203,29 +207,29 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the Trainer put the best in the place of the last, and say where there are too few evaluations."""
+        """Have the Trainer load the best weights at the end, and warn if there are too few evaluations."""
         args.load_best_model_at_end = True
         by_steps = args.eval_strategy == IntervalStrategy.STEPS
         evaluations = math.ceil(state.max_steps / state.eval_steps) if by_steps else state.num_train_epochs
         if evaluations <= self._patience + 1:  # after the last nothing is left to stop
             logger.warning(
-                "patience %d cannot stop this run, which has %s: the best is kept all the same; evaluate more often, "
+                "patience %d cannot stop this run, which has %s; the best weights are kept anyway: evaluate more often "
                 "with eval_every",
                 self._patience,
                 counted(evaluations, "evaluation"),
             )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save where the loss is the least so far, and where training stops."""
+        """Save if the loss is the least so far, and when training stops."""
         since = evaluations_since_best(state)
         if since >= self._patience:
             control.should_training_stop = True
             if state.global_step < state.max_steps and state.is_world_process_zero:
-                logger.info("stopped early, at step %d of %d: patience has run out", state.global_step, state.max_steps)
+                logger.info("stopped early, at step %d of %d: no improvement", state.global_step, state.max_steps)
         control.should_save |= since == 0 or since >= self._patience
 
 
 def evaluations_since_best(state: TrainerState) -> int:
-    """Evaluations after the first one of least loss; 0 where the last is it, and before the first."""
+    """Number of evaluations after the first one of least loss; 0 before the first."""
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0

@@ -10,7 +10,7 @@ keep their layers for some steps draw them in every step.
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -46,130 +46,180 @@ from siftune.train.prepare import (
 )
 from siftune.train.trainer import planned_steps
 
-_LEAST, _MOST = 6, 24  # steps that are timed
-_MEASURED = 4  # held-out batches that are timed
+_LEAST, _MOST = 6, 24  # steps to time
+_EVALUATED = 4  # held-out batches to time
+
 Numbers = npt.NDArray[np.int32]
 Batches = list[list[int]]  # numbers of the rows in each
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What a run will take."""
+class Estimate:
+    """Size, time and memory of a run."""
 
-    trainable: int  # parameters that train
-    parameters: int  # all of them
-    layers: int  # layers that have something to train
+    trainable: int  # parameters
+    parameters: int
+    layers: int  # layers with trainable parameters
     steps: int
     lengths: Lengths
-    seconds: float | None = None  # time of training, with evaluations and checkpoints; None where it was not tried
-    memory_mb: float | None = None  # peak memory in 10^6 bytes; None where it was not tried
-    tried: int = 0  # steps that were timed
+    seconds: float | None = None  # of training, evaluations and checkpoints; None for a private run
+    uncertainty: float | None = None  # two standard errors of `seconds`, as a share of it, by the spread of timed steps
+    memory_mb: float | None = None  # peak, in 10^6 bytes; None for a private run
+    tried: int = 0  # timed steps
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model sees it."""
+
+    place: str
+    parts: list[tuple[str, bool]]  # pieces of its text, and whether they are labels
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Result of a dry run."""
+
+    recipe: Recipe  # resolved
+    prepared: Prepared
+    examples: list[Example]  # the first training row, one of median length and the longest
+    estimate: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in plain types."""
+        known, lengths, data = self.estimate, self.estimate.lengths, self.prepared.data
+        return {
+            "rows": len(data["train"]),
+            "held_out": len(data["eval"]) if "eval" in data else 0,
+            "held_out_trained_on": trained_and_held_out(self.prepared.rows),
+            "bad_rows": list(self.prepared.bad),
+            "cut": sum(self.prepared.cut.values()),
+            "tokens": {
+                "mean": round(lengths.mean, 1),
+                "labels": round(lengths.labels, 1),
+                "longest": lengths.longest,
+            },
+            "examples": [{"place": one.place, "parts": one.parts} for one in self.examples],
+            "trainable": known.trainable,
+            "parameters": known.parameters,
+            "layers": known.layers,
+            "steps": known.steps,
+            "seconds": known.seconds and round(known.seconds, 1),
+            "uncertainty": known.uncertainty and round(known.uncertainty, 3),
+            "memory_mb": known.memory_mb and round(known.memory_mb, 1),
+            "steps_tried": known.tried,
+        }
+
+
+def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source] = ModelSource) -> DryRun:
+    """Prepare a run as `train` does, try a few steps, and leave nothing behind; arguments as for `train`.
+
+    Raises:
+        InputError: Recipe, data or model cannot be used. Bad rows are reported instead, unless all are bad.
+    """
+    check(recipe)
+    check_trackers(recipe.report_to)
+    if recipe.resume:
+        raise RecipeError("a dry run is of a complete run: leave resume out")
+    source = source_of(recipe.model)
+    recipe = source.settle(resolve_recipe(adopted(recipe)))
+    read = read_rows(recipe)
+    model, tokenizer = source.load(recipe.dtype, recipe.quantize)
+    with stages(console) as progress:
+        prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, progress)
+        progress("trying some steps", 0, 0)
+        estimate = _estimate(recipe, model, tokenizer, prepared.data)
+    data, rows = prepared.data["train"], prepared.rows["train"]
+    order = np.argsort(row_lengths(data), kind="stable")
+    examples = []
+    for number in dict.fromkeys((0, int(order[len(order) // 2]), int(order[-1]))):
+        pairs = zip(data[number]["input_ids"], data[number]["labels"], strict=True)
+        runs = groupby(pairs, lambda pair: pair[1] != IGNORED)
+        parts = [(str(tokenizer.decode([token for token, _ in run])), labels) for labels, run in runs]
+        examples.append(Example(rows[number].origin, parts))
+    return DryRun(recipe, prepared, examples, estimate)
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Notes when training began and when each of its steps ended."""
+    """Times of the start of training and of the end of every step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._note()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._note()
-
-    def _note(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
+    on_step_end = on_train_begin
 
-def forecast(
+
+def _estimate(
     recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Dataset]
-) -> Forecast:
-    """Try a few steps of a run; of a private one none, whose steps draw rows by chance. Arguments are those of `build`.
+) -> Estimate:
+    """Time a few steps. A private run is not tried, as its steps draw rows at random.
 
-    The adapter is put on the model, and its values are of no use afterwards.
-
-    Raises:
-        InputError: As `build`; what a run would be refused for is refused here.
+    The adapter is attached, and its values are useless afterwards.
     """
+    private, lengths = recipe.dp_epsilon is not None, row_lengths(data["train"])
     tries = _tries(recipe)
-    batches = _batches(recipe, row_lengths(data["train"]))
-    tried = _tried_batches(batches, row_lengths(data["train"]), recipe.accumulate, tries)
+    epoch = _batches(recipe, lengths)
+    tried = _tried_batches(epoch, lengths, recipe.accumulate, tries)
+    short = replace(_drawn_anew(recipe), save_every=tries + 1, eval_every=None, report_to=(NONE,), compile=False)
+    train = data["train"]
+    if not private:  # the noise of a private run is calibrated for all its steps
+        short = replace(short, steps=tries + 1)
+        train = train.select([row for batch in tried for row in batch])
     with tempfile.TemporaryDirectory() as folder:
         clock = _Clock()
-        short = replace(_hurried(recipe), save_every=tries + 1, eval_every=None, report_to=(NONE,), compile=False)
-        if recipe.dp_epsilon is None:  # else noise is looked for that covers all steps
-            short = replace(short, steps=tries + 1)
-        rows = data["train"] if recipe.dp_epsilon else data["train"].select([row for batch in tried for row in batch])
-        built = build(short, model, tokenizer, {**data, "train": rows}, Path(folder), [clock])
+        built = build(short, model, tokenizer, {**data, "train": train}, Path(folder), [clock])
         try:
-            known = _known(recipe, built, data)
-            if recipe.dp_epsilon is not None:
-                return known
-            return _timed(recipe, built, clock, known, _Work(batches, tried, data))
+            trainer, arguments = built.trainer, built.trainer.args
+            if not private:
+                arguments.max_steps = recipe.steps or -1
+            steps = planned_steps(arguments, len(data["train"]))
+            size = Estimate(*trainable(built), built.depth, steps, lengths_of(data["train"]))
+            if private:
+                return size
+            arguments.max_steps, arguments.train_sampling_strategy = tries + 1, "sequential"
+            arguments.eval_strategy = "no"
+            trainer.train()
+            saving = time.perf_counter() - clock.times[-1]  # of one checkpoint
+            evaluation = _evaluation(built, data["eval"]) if "eval" in data else 0.0
         finally:
             built.release()
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Batches of an epoch, those of the trial, and the rows."""
-
-    epoch: Batches
-    tried: Batches
-    data: Mapping[str, Dataset]
-
-    def cost(self, batches: Batches) -> int:
-        return _cost(batches, row_lengths(self.data["train"]))
-
-
-def _known(recipe: Recipe, built: Built, data: Mapping[str, Dataset]) -> Forecast:
-    """What is known without a trial."""
-    arguments = built.trainer.args
-    if recipe.dp_epsilon is None:  # a private run's Trainer has them
-        arguments.max_steps = recipe.steps or -1
-    steps = planned_steps(arguments, len(data["train"]))
-    return Forecast(*trainable(built), built.depth, steps, lengths_of(data["train"]))
-
-
-def _timed(recipe: Recipe, built: Built, clock: _Clock, known: Forecast, work: _Work) -> Forecast:
-    """Train the steps of the trial, and reckon."""
-    trainer, tries = built.trainer, len(work.tried) // recipe.accumulate - 1
-    trainer.args.max_steps, trainer.args.train_sampling_strategy = tries + 1, "sequential"
-    trainer.args.eval_strategy = "no"
-    trainer.train()
-    saving = time.perf_counter() - clock.times[-1]  # one checkpoint
     first, *others = (after - before for before, after in pairwise(clock.times))
-    head, rest = work.tried[: recipe.accumulate], work.tried[recipe.accumulate :]
-    rate = sum(others) / work.cost(rest)
-    per_step = rate * work.cost(work.epoch) / len(work.epoch) * recipe.accumulate
-    once = max(0.0, first - rate * work.cost(head))
-    measuring = _evaluations(recipe, known.steps, len(work.epoch)) * _evaluation(built, work.data)
-    seconds = known.steps * per_step + once + measuring + _saves(recipe, known.steps) * saving
-    return replace(known, seconds=seconds, memory_mb=peak_memory_mb(), tried=tries)
+    head, *rest = (tried[at : at + recipe.accumulate] for at in range(0, len(tried), recipe.accumulate))
+    costs = [_cost(batches, lengths) for batches in rest]
+    rate = sum(others) / sum(costs)
+    per_step = rate * _cost(epoch, lengths) / len(epoch) * recipe.accumulate
+    once = max(0.0, first - rate * _cost(head, lengths))
+    evaluations = steps // (recipe.eval_every or max(1, math.ceil(len(epoch) / recipe.accumulate)))
+    seconds = steps * per_step + once + evaluations * evaluation + _saves(recipe, steps) * saving
+    rates = np.array(others) / np.array(costs)
+    uncertainty = float(2 * rates.std(ddof=1) / len(rates) ** 0.5 / rates.mean()) if rates.mean() else 0.0
+    return replace(size, seconds=seconds, uncertainty=uncertainty, memory_mb=peak_memory_mb(), tried=tries)
 
 
 def _tries(recipe: Recipe) -> int:
-    """Steps to time: all that happens in every so many steps happens in them as often as in the run."""
+    """Number of steps to time: periodic work has the same share of them as of the run."""
     parts = zip(method_of(recipe).parts, settings_of(recipe), strict=True)
     periods = [(part.suppresses and getattr(s, "interval", 1)) or getattr(s, "support_every", 1) for part, s in parts]
     period = math.lcm(*periods)
     return min(_MOST, period * math.ceil(_LEAST / period))
 
 
-def _hurried(recipe: Recipe) -> Recipe:
-    """A recipe whose method draws layers in every step: those of one step say little of the others."""
-    held: dict[str, Any] = {}
+def _drawn_anew(recipe: Recipe) -> Recipe:
+    """The recipe with a method that draws layers in every step: the layers of one draw are not typical."""
+    groups: dict[str, Any] = {}
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
         if hasattr(settings, "interval") and not part.suppresses:
-            held[settings.group] = replace(settings, **{"interval": 1})
-    return replace(recipe, **held)
+            groups[settings.group] = replace(settings, **{"interval": 1})
+    return replace(recipe, **groups)
 
 
 def _batches(recipe: Recipe, lengths: Numbers) -> Batches:
-    """Batches of an epoch, drawn as the run draws them."""
+    """Batches of an epoch, drawn as in the run."""
     size, generator = recipe.batch_size, torch.Generator().manual_seed(recipe.seed)
     if recipe.group_by_length:
         order = get_length_grouped_indices(lengths.tolist(), size * recipe.accumulate, generator=generator)
@@ -179,115 +229,32 @@ def _batches(recipe: Recipe, lengths: Numbers) -> Batches:
 
 
 def _tried_batches(batches: Batches, lengths: Numbers, accumulate: int, tries: int) -> Batches:
-    """Batches of the trial: the one with the longest row, and then as many of the others as the steps take."""
+    """Batches of the trial: first the one with the longest row, then others of full size."""
     longest = max(range(len(batches)), key=lambda number: _cost([batches[number]], lengths))
-    whole = [batch for batch in batches if len(batch) == len(batches[0])]  # a last one may be smaller
+    full = [batch for batch in batches if len(batch) == len(batches[0])]
     count = (tries + 1) * accumulate
-    order = [batches[longest], *(whole * math.ceil(count / len(whole)))]
+    order = [batches[longest], *(full * math.ceil(count / len(full)))]
     return order[:count]
 
 
 def _cost(batches: Batches, lengths: Numbers) -> int:
-    """Tokens of batches, with their padding."""
+    """Tokens of batches, padding included."""
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
 
-def _evaluations(recipe: Recipe, steps: int, batches: int) -> float:
-    """How often a run measures its held-out rows."""
-    every = recipe.eval_every or max(1, math.ceil(batches / recipe.accumulate))
-    return steps // every
-
-
 def _saves(recipe: Recipe, steps: int) -> int:
-    """How often a run saves a checkpoint, at the least."""
+    """Number of checkpoints of a run, at least."""
     return steps // recipe.save_every if recipe.save_every else math.ceil(steps / max(10, math.ceil(steps / 10)))
 
 
-def _evaluation(built: Built, data: Mapping[str, Dataset]) -> float:
-    """Seconds of measuring the held-out rows, from a few batches of them."""
-    if "eval" not in data:
-        return 0.0
-    size, lengths = built.trainer.args.eval_batch_size, row_lengths(data["eval"])
+def _evaluation(built: Built, data: Dataset) -> float:
+    """Seconds of an evaluation, from a few batches."""
+    size, lengths = built.trainer.args.eval_batch_size, row_lengths(data)
     batches = [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
-    some: Sequence[int] = [row for batch in batches[:: max(1, len(batches) // _MEASURED)][:_MEASURED] for row in batch]
+    some = batches[:: max(1, len(batches) // _EVALUATED)][:_EVALUATED]
+    rows = [row for batch in some for row in batch]
     started = time.perf_counter()
-    built.trainer.evaluate(data["eval"].select(some))
+    built.trainer.evaluate(data.select(rows))
     seconds = time.perf_counter() - started
-    chunks = [list(some[start : start + size]) for start in range(0, len(some), size)]
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]  # a short batch moves the others
     return seconds * _cost(batches, lengths) / _cost(chunks, lengths)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as it is trained on."""
-
-    place: str
-    parts: list[tuple[str, bool]]  # its text in pieces, and whether each is learned
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What a run would do and take."""
-
-    recipe: Recipe  # its settings, resolved
-    prepared: Prepared  # its rows, and what is wrong with others
-    examples: list[Example]  # the first of its rows, one of middle length and the longest
-    forecast: Forecast  # what trains, and what it takes
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        known, seen = self.forecast, self.forecast.lengths
-        data = self.prepared.data
-        return {
-            "rows": len(data["train"]),
-            "held_out": len(data["eval"]) if "eval" in data else 0,
-            "held_out_trained_on": trained_and_held_out(self.prepared.rows),
-            "bad_rows": list(self.prepared.bad),
-            "cut": sum(self.prepared.cut.values()),
-            "tokens": {"mean": round(seen.mean, 1), "learned": round(seen.learned, 1), "longest": seen.longest},
-            "examples": [{"place": one.place, "parts": one.parts} for one in self.examples],
-            "trainable": known.trainable,
-            "parameters": known.parameters,
-            "layers": known.layers,
-            "steps": known.steps,
-            "seconds": None if known.seconds is None else round(known.seconds, 1),
-            "memory_mb": None if known.memory_mb is None else round(known.memory_mb, 1),
-            "steps_tried": known.tried,
-        }
-
-
-def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source] = ModelSource) -> DryRun:
-    """Do what `train` does before it trains, try a few steps, and leave nothing; arguments as for `train`.
-
-    Raises:
-        InputError: On anything in the recipe, the data or the model that cannot be used, but for bad rows, which are
-            named, as long as there are others.
-    """
-    check(recipe)
-    check_trackers(recipe.report_to)
-    if recipe.resume:
-        raise RecipeError("a dry run is of a run from its beginning: leave resume out")
-    source = source_of(recipe.model)
-    recipe = source.settle(resolve_recipe(adopted(recipe)))
-    read = read_rows(recipe)
-    model, tokenizer = source.load(recipe.dtype, recipe.quantize)
-    with stages(console) as told:
-        prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, told)
-        told("trying some steps", 0, 0)
-        found = forecast(recipe, model, tokenizer, prepared.data)
-    return DryRun(recipe, prepared, examples(tokenizer, prepared), found)
-
-
-def examples(tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> list[Example]:
-    """The first of the training rows, one of middle length and the longest, as far as they are different ones."""
-    data, rows = prepared.data["train"], prepared.rows["train"]
-    order = np.argsort(row_lengths(data), kind="stable")
-    numbers = dict.fromkeys((0, int(order[len(order) // 2]), int(order[-1])))
-    return [Example(rows[number].origin, _parts(tokenizer, data, number)) for number in numbers]
-
-
-def _parts(tokenizer: PreTrainedTokenizerBase, data: Dataset, number: int) -> list[tuple[str, bool]]:
-    """A row's text, cut where learned and other tokens meet."""
-    row = data[number]
-    runs = groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED)
-    return [(str(tokenizer.decode([token for token, _ in run])), learned) for learned, run in runs]

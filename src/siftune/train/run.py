@@ -2,10 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from siftune.base.files import disk_faults
 from siftune.base.quiet import quiet, unsaid
 from siftune.base.stages import stages
 from siftune.base.words import counted
-from siftune.data.rows import Row
 from siftune.data.target import sources
 from siftune.engine.ranks import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
 from siftune.methods.drivers.sample_choice import SampleChoice
@@ -49,11 +47,11 @@ from siftune.train.prepare import (
     prepare,
     refuse_read,
     rows_line,
-    steps_in_words,
+    steps_text,
 )
-from siftune.train.results import Followed, Outcome
-from siftune.train.resume import check_adapter, check_layers, check_same, digest_of, end_of, find_checkpoint
-from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
+from siftune.train.results import FollowedShares, Results
+from siftune.train.resume import digest_of, find_checkpoint, has_ended
+from siftune.train.trainer import SiftTrainer, planned_steps
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +61,22 @@ class Run:
     """A finished training run."""
 
     folder: RunFolder
-    model: nn.Module  # the tuned model, adapters attached where it has any
+    model: nn.Module  # the tuned model, adapters attached
     tokenizer: PreTrainedTokenizerBase
     summary: dict[str, Any]  # steps, losses, seconds, tokens per second, peak memory in MB
 
 
 def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[str], Source] = ModelSource) -> Run:
-    """Fine-tune as `recipe` says.
+    """Fine-tune by a recipe.
 
     Args:
         recipe: Settings; checked and resolved here.
-        console: Where progress goes; stderr by default.
-        source_of: Turns the recipe's `model` into what is tuned; by default an ordinary model.
+        console: Console for progress; stderr by default.
+        source_of: Maps the recipe's `model` to its source; by default an ordinary model.
 
     Raises:
-        InputError: On anything in the recipe, the data or the model that cannot be used. Where training had
-            begun, the adapter as it stood after the last whole step is in the run folder; else there is none.
+        InputError: Recipe, data or model cannot be used. If training had begun, the run folder has the adapter after
+            the last complete step.
     """
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     check(recipe)
@@ -88,92 +86,101 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     joined = join_launch()
     recipe = from_first(lambda: resolve_recipe(adopted(recipe)))
     folder = from_first(lambda: RunFolder(str(recipe.out)))
-    with folder.taken_back() if rank() == 0 else nullcontext():
-        run = _train_in_memory(recipe, folder, console if rank() == 0 else Console(quiet=True), source_of)
+    console = console if rank() == 0 else Console(quiet=True)
+    with folder.removed_on_failure() if rank() == 0 else nullcontext():
+        while True:
+            try:
+                with memory_faults(recipe):
+                    run = _train(recipe, folder, console, source_of)
+                break
+            except OutOfMemory:
+                smaller = halved(recipe) if recipe.auto_batch else None
+                if smaller is None:
+                    raise
+            free()  # the error held the model until here
+            sizes = recipe.batch_size, smaller.batch_size, smaller.accumulate
+            logger.warning("out of memory with batch_size %d: continuing with batch_size %d, accumulate %d", *sizes)
+            recipe = replace(smaller, resume=folder.has_checkpoint())
     if joined:
         leave_launch()
     return run
 
 
-def _train_in_memory(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
-    """Train with as many rows in a forward pass as memory holds, where the recipe asks for that."""
-    while True:
-        try:
-            with memory_faults(recipe):
-                return _train(recipe, folder, console, source_of)
-        except OutOfMemory:
-            smaller = halved(recipe) if recipe.auto_batch else None
-            if smaller is None:
-                raise
-        free()  # what the error held is gone only now
-        given = recipe.batch_size, smaller.batch_size, smaller.accumulate
-        logger.warning("memory ran out with batch_size %d: from here on batch_size %d, accumulate %d", *given)
-        recipe = replace(smaller, resume=folder.has_checkpoint())
-
-
 def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
-    """Train by a resolved recipe, into a folder that is there."""
+    """Train by a resolved recipe into an existing folder."""
     checkpoint = from_first(lambda: find_checkpoint(recipe, folder)) if recipe.resume else None
-    _refuse_overwriting(recipe, folder)
+    if (other := folder.holds_other()) is not None:
+        raise RecipeError(f"{folder.path} is no run folder: it holds a {other}; give another folder with --out.")
+    if not recipe.resume and not folder.is_fresh():
+        raise RecipeError(
+            f"{folder.path} holds a run already; give another folder with --out, or resume it with --resume"
+        )
     source = source_of(recipe.model)
     recipe = source.settle(recipe)
     read = read_rows(recipe)  # before the model, which may have to be fetched
     refuse_read(recipe, read, source.tokenizer)
     with first_rank_first():
         model, tokenizer = source.load(recipe.dtype, recipe.quantize)
-    with first_rank_first(), stages(console) as told:  # the others find the tokens in the cache
-        prepared = prepare(recipe, tokenizer, read, told)
-    rows, data = prepared.rows, prepared.data
-    view = ProgressView(console)
+    with first_rank_first(), stages(console) as progress:  # other ranks read the first one's cache
+        prepared = prepare(recipe, tokenizer, read, progress)
+    rows = prepared.rows["train"]
+
+    view, signals = ProgressView(console), Interrupts()
     metrics = Metrics(folder, lambda: built.active_layers(), lambda: built.compiling())
-    kinds, signals = sources(rows["train"]), Interrupts()
-    selections = [SelectionRecord(folder.path, kinds)] if rank() == 0 else []
-    records: list[RowRecord | SelectionRecord] = [*_row_record(recipe, folder, rows["train"]), *selections]
-    own = [metrics, view, *_saving(recipe), *records, signals]
-    built = build(recipe, model, tokenizer, data, folder.checkpoints, own)
-    built.trainer.broken.name = lambda row: rows["train"][row].origin
-    stand_first(built.trainer, metrics)  # trackers read a line before other callbacks extend it
-    digest = digest_of(data["train"])
-    ended = checkpoint is not None and _has_ended(checkpoint, recipe, digest, built.trainer, folder)
-    followed = Followed(kinds)
-    for each in selections:
-        _record(built, each, followed)
+    selections = SelectionRecord(folder.path, sources(rows)) if rank() == 0 else None
+    records: list[Any] = [] if selections is None else [selections]
+    if recipe.dp_epsilon is None:  # no noise covers recorded losses
+        records.insert(0, RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows)))
+    saving: list[TrainerCallback] = [] if recipe.save_every else [RegularCheckpoints()]
+    stopping = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
+    callbacks = [metrics, view, *saving, *stopping, *records, signals]
+    built = build(recipe, model, tokenizer, prepared.data, folder.checkpoints, callbacks)
+    trainer = built.trainer
+    trainer.broken.name = lambda row: rows[row].origin
+    stand_first(trainer, metrics)  # trackers read a line of the log before other callbacks extend it
+    digest = digest_of(prepared.data["train"])
+    ended = checkpoint is not None and has_ended(checkpoint, recipe, digest, trainer, folder)
+    followed = FollowedShares(sources(rows))
+    if selections is not None:
+        _record_choices(built, selections, followed)
     recorded = anchored(replace(recipe, resume=False))
-    console.print(short_form(recipe, prepared, built, folder.path), markup=False)
+    console.print(_summary_lines(recipe, prepared, built, folder.path), markup=False)
+    begun = 0 if checkpoint is None else step_of(checkpoint)
     if rank() == 0:
-        _leave_start(folder, recorded, prepared, digest)
+        folder.write_lines(BAD_ROWS, prepared.bad)
+        folder.write(RECIPE, recipe_to_yaml(recorded))
+        folder.write(ROWS, f"{digest}\n")
+        folder.cut_records(begun)  # of a run that ended before its next checkpoint
 
     def release() -> None:
         view.close()
         built.release()
-        for part in records:
-            part.leave()
+        for record in records:
+            record.leave()
 
-    fit = partial(_train_on, built.trainer, signals, checkpoint, ended, best=recipe.patience is not None)
-    begun = 0 if checkpoint is None else step_of(checkpoint)
-    if rank() == 0:
-        folder.cut_records(begun)  # of a run that got no further
-    summary = _fit(Outcome(built.trainer, folder, recorded, source, followed, begun), fit, release)
+    def fit() -> None:
+        _fit(trainer, signals, checkpoint, ended, best=recipe.patience is not None)
+
+    summary = _run(Results(trainer, folder, recorded, source, followed, begun), fit, release)
     if world_size() > 1:
-        let_go(built.trainer)
-    return Run(folder, built.trainer.model, tokenizer, summary)
+        let_go(trainer)
+    return Run(folder, trainer.model, tokenizer, summary)
 
 
-def _train_on(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None, ended: bool, best: bool) -> None:
-    """Train to the end, or take what a checkpoint holds that is the end already: the `best` weights where asked for.
+def _fit(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None, ended: bool, best: bool) -> None:
+    """Train to the end, or load a checkpoint that is the end already: its `best` weights on request.
 
     Raises:
-        KeyboardInterrupt: A signal came.
-        TrainingError: Training broke, also at its very end.
+        KeyboardInterrupt: A signal arrived.
+        TrainingError: Training failed.
     """
     if ended and checkpoint is not None:
         trainer.take(checkpoint, best)
     else:
-        # the best is looked for where the run was begun, and found again in the run's folder at the next save
+        # the Trainer warns if the best checkpoint is in another folder, and compares arguments that siftune has checked
         moved = checkpoint is not None and best_in(Path(trainer.args.output_dir), checkpoint) is not None
-        elsewhere = unsaid("transformers.trainer", "The best checkpoint") if moved else nullcontext()
-        # which compares times of files and arguments of a checkpoint: ours are checked by siftune itself
-        with signals.listening(), quiet("transformers.trainer_utils"), elsewhere:
+        no_warning = unsaid("transformers.trainer", "The best checkpoint") if moved else nullcontext()
+        with signals.listening(), quiet("transformers.trainer_utils"), no_warning:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if signals.came:
         raise KeyboardInterrupt
@@ -181,106 +188,46 @@ def _train_on(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None
         refuse_broken_end(trainer.state)
 
 
-def _saving(recipe: Recipe) -> list[TrainerCallback]:
-    """What decides when checkpoints are made, and when training stops, where the Trainer does not."""
-    regular = [] if recipe.save_every else [RegularCheckpoints()]
-    return [*regular, *([] if recipe.patience is None else [EarlyStop(recipe.patience)])]
-
-
-def _has_ended(checkpoint: Path, recipe: Recipe, digest: str, trainer: SiftTrainer, folder: RunFolder) -> bool:
-    """Whether a checkpoint's run was killed after its last step, before it had left what was trained.
-
-    Raises:
-        RecipeError: The checkpoint is of another run, or has nothing left to do.
-    """
-    check_same(checkpoint, recipe, digest)
-    _check_checkpoint(checkpoint, trainer)
-    ended = end_of(checkpoint, trainer.args, len(trainer.train_dataset), recipe.patience)
-    if ended and folder.has_left(checkpoint):
-        raise RecipeError(ended)
-    return ended is not None
-
-
-def _leave_start(folder: RunFolder, recorded: Recipe, prepared: Prepared, digest: str) -> None:
-    """Leave in the folder what a run is begun with."""
-    _write_lines(folder, BAD_ROWS, prepared.bad)
-    folder.write(RECIPE, recipe_to_yaml(recorded))
-    folder.write(ROWS, f"{digest}\n")
-
-
-def _fit(outcome: Outcome, fit: Callable[[], None], release: Callable[[], None]) -> dict[str, Any]:
-    """Train, take everything off the model, and leave result, card and summary behind however training ends."""
-    trainer, folder = outcome.trainer, outcome.folder
+def _run(results: Results, fit: Callable[[], None], release: Callable[[], None]) -> dict[str, Any]:
+    """Train, restore the model, and write weights, model card and summary however training ends."""
+    trainer, folder = results.trainer, results.folder
     started = time.monotonic()
     status = "interrupted"
     try:
-        with disk_faults(folder.path), memory_faults(outcome.recipe):
+        with disk_faults(folder.path), memory_faults(results.recipe):
             fit()
         status = "finished"
     except KeyboardInterrupt as stop:
-        stop.add_note(outcome.words())
+        stop.add_note(results.text())
         raise
     except TrainingError as error:
         status = "stopped"
-        raise type(error)(f"{error} So far, {outcome.words()}.") from error
+        raise type(error)(f"{error} So far, {results.text()}.") from error
     finally:
         release()
-        summary = outcome.summary(time.monotonic() - started)
+        summary = results.summary(time.monotonic() - started)
         if trainer.is_world_process_zero() and (status == "finished" or trainer.state.global_step > 0):
             folder.drop_half_written()
-            outcome.leave(status, summary)
+            results.write(status, summary)
     return summary
 
 
-def _write_lines(folder: RunFolder, name: str, lines: Sequence[Any]) -> None:
-    """Write a file of the run folder, or take away that of a run that was begun here with other rows."""
-    if lines:
-        folder.write(name, "".join(f"{line}\n" for line in lines))
-    else:
-        (folder.path / name).unlink(missing_ok=True)
+def _record_choices(built: Built, selections: SelectionRecord, followed: FollowedShares) -> None:
+    """Have every method report its choices."""
 
-
-def _row_record(recipe: Recipe, folder: RunFolder, rows: Sequence[Row]) -> list[RowRecord]:
-    """What records every row's losses; in a private run nothing, as no noise covers them."""
-    if recipe.dp_epsilon is not None:
-        return []
-    return [RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows))]
-
-
-def _record(built: Built, record: SelectionRecord, followed: Followed) -> None:
-    """Have every choice written to the run folder; of rows by their numbers in the training rows, too."""
-
-    def note(choice: Any) -> None:
+    def on_select(choice: Any) -> None:
         if isinstance(choice, SampleChoice):
-            record.rows(choice, built.trainer.rows)
-            followed.note(choice, built.trainer.rows)
+            selections.rows(choice, built.trainer.rows)
+            followed.add(choice, built.trainer.rows)
         else:
-            record.layers(choice)
+            selections.layers(choice)
 
     for method in built.methods:
-        method.on_select = note
+        method.on_select = on_select
 
 
-def _check_checkpoint(checkpoint: Path, trainer: SiftTrainer) -> None:
-    """Refuse a checkpoint of another run."""
-    if isinstance(trainer, LayerTrainer):
-        check_layers(checkpoint, trainer.about.layers, trainer.about.outside)
-    else:
-        check_adapter(checkpoint, trainer.model.peft_config["default"])
-
-
-def _refuse_overwriting(recipe: Recipe, folder: RunFolder) -> None:
-    if (other := folder.holds_other()) is not None:
-        raise RecipeError(
-            f"{folder.path} holds a {other} that is no run's, over which or beside which a run would write; give "
-            "another folder with --out."
-        )
-    if not recipe.resume and not folder.is_fresh():
-        raise RecipeError(f"{folder.path} holds a run already; give another folder with --out, or go on with --resume.")
-
-
-def short_form(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
-    """Say in a few lines what a run is about to do, and in which folder."""
+def _summary_lines(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
+    """Run folder, rows, trainable parameters and steps."""
     rows = len(prepared.data["train"])
     steps = planned_steps(built.trainer.args, rows)
     train, total = trainable(built)
@@ -288,6 +235,6 @@ def short_form(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -
         f"{recipe.model}: run folder {folder}",
         rows_line(recipe, prepared),
         f"{counted(train, 'parameter')} of {total:,} train, in {counted(built.depth, 'layer')}; "
-        f"{steps_in_words(steps, recipe.batch_size * recipe.accumulate, rows)}",
+        f"{steps_text(steps, recipe.batch_size * recipe.accumulate, rows)}",
     ]
     return "\n".join([*bad_lines(prepared, NAMED), *lines])

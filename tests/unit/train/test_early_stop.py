@@ -81,7 +81,7 @@ def test_it_stops_after_patience_and_keeps_the_best(base, rows, tmp_path, found,
         recipe(base, rows, tmp_path / "run", eval=str(rows), **settings(save_every=save_every, **adapter)), QUIET
     )
     assert (done.summary["steps"], done.summary["kept_step"], done.summary["eval_loss"]) == (4, 2, 2.0)
-    assert "stopped early, at step 4 of 8: patience has run out" in caplog.messages
+    assert "stopped early, at step 4 of 8: no improvement" in caplog.messages
     left = tmp_path / "run" / "adapter"
     best, last = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (2, 4))
     name = "tuned_layers.safetensors" if adapter else "adapter_model.safetensors"

@@ -3,7 +3,7 @@
 import torch
 
 from siftune.methods.drivers.sample_choice import SampleChoice
-from siftune.train.results import Followed
+from siftune.train.results import FollowedShares
 
 
 def choice(*selected):
@@ -12,8 +12,8 @@ def choice(*selected):
 
 
 def test_shares_are_means_over_layers_of_all_rows_that_came():
-    followed = Followed(["web", "books", "web", "web"])
-    followed.note(choice([0, 1], [0, 2]), [3, 1, 0])  # web: 1 + ½ of two; books: ½ of one
-    followed.note(choice([1, -1], [0, 1]), [1, 2, 0])  # web: 1 of two; books: ½ of one; -1 is nobody
+    followed = FollowedShares(["web", "books", "web", "web"])
+    followed.add(choice([0, 1], [0, 2]), [3, 1, 0])  # web: 1 + ½ of two; books: ½ of one
+    followed.add(choice([1, -1], [0, 1]), [1, 2, 0])  # web: 1 of two; books: ½ of one; -1 is nobody
     assert followed.shares() == {"books": 0.5, "web": 0.625}
-    assert Followed([]).shares() == {}
+    assert FollowedShares([]).shares() == {}

@@ -131,7 +131,7 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
         interfere(At("on_pre_optimizer_step", 4, stop))
         with pytest.raises(KeyboardInterrupt) as stopped:
             train(recipe(base, rows, tmp_path / "broken", **settings), QUIET)
-    goes_on = f"`siftune train --resume {tmp_path}/broken` goes on from step 2"
+    goes_on = f"`siftune train --resume {tmp_path}/broken` continues from step 2"
     assert stopped.value.__notes__ == [f"the adapter after step 3 is in {tmp_path}/broken/adapter, and {goes_on}"]
     assert any(not torch.equal(v, weights(tmp_path / "whole")[n]) for n, v in weights(tmp_path / "broken").items())
     torch.manual_seed(99)

@@ -67,8 +67,8 @@ def test_auto_batch_is_the_same_run_in_smaller_passes(base, rows, tmp_path, smal
     done = train(recipe(base, rows, tmp_path / "run", auto_batch=True, **settings), QUIET)
     told = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert (told.batch_size, told.accumulate, told.resume) == (2, 4, False)
-    assert "with batch_size 8: from here on batch_size 4, accumulate 2" in caplog.text
-    assert "with batch_size 4: from here on batch_size 2, accumulate 4" in caplog.text
+    assert "with batch_size 8: continuing with batch_size 4, accumulate 2" in caplog.text
+    assert "with batch_size 4: continuing with batch_size 2, accumulate 4" in caplog.text
     assert done.summary["steps"] == 4
     drawn = [[choice["layers"] for choice in choices_of(tmp_path / name)] for name in ("run", "whole")]
     assert drawn[0] == drawn[1]

@@ -46,7 +46,7 @@ def test_all_bad_rows_are_told_together_by_file_and_line(tmp_path, mixed):
     with pytest.raises(DataError) as caught:
         prepared(recipe(tmp_path, mixed, tmp_path / "run"))
     head, *named = str(caught.value).split("\n  ")
-    assert head == "5 rows cannot be used; mend them, or leave them out with --bad-rows drop:"
+    assert head == "5 rows cannot be used; correct them, or leave them out with --bad-rows drop:"
     assert [line.partition(": ")[0] for line in named] == [f"{mixed}:{number}" for number in (4, 5, 6, 8, 7)]
     for line, words in zip(
         named, ("invalid JSON", "'completion' is missing", "a string", "'weight'", "90"), strict=True
@@ -160,7 +160,7 @@ def test_held_out_rows_that_are_trained_on_are_told(rows, tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_text("".join([*rows.read_text().splitlines(True)[3:5], *(line + "\n" for line in GOOD[:4])]))
     given = recipe(tmp_path, rows, tmp_path / "run", eval=str(held))
-    assert "24 rows to train on, 6 rows held out (2 of them trained on, too, so" in rows_line(given, prepared(given))
+    assert "24 rows to train on, 6 rows held out (2 of them are training rows too" in rows_line(given, prepared(given))
     share = recipe(tmp_path, rows, tmp_path / "run", eval_share=0.3)
     assert trained_and_held_out(prepared(share).rows) == 0
 

@@ -413,7 +413,7 @@ def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
     run = tmp_path / "run"
     said = f"the adapter after step {4 - times} is in {run}/adapter"
-    onward = f", and `siftune train --resume {run}` goes on from there"
+    onward = f", and `siftune train --resume {run}` continues from there"
     assert stopped.value.__notes__ == [said + (onward if times == 1 else "")]
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     if times == 1:
@@ -431,7 +431,7 @@ def test_an_end_at_once_says_from_which_step_it_goes_on(base, rows, tmp_path, in
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
     run = tmp_path / "run"
-    onward = f"`siftune train --resume {run}` goes on from step 2"
+    onward = f"`siftune train --resume {run}` continues from step 2"
     assert stopped.value.__notes__ == [f"the adapter after step 3 is in {run}/adapter, and {onward}"]
 
 

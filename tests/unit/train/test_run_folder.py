@@ -40,7 +40,7 @@ def test_a_failed_start_takes_back_what_it_wrote(folder, name):
         folder.write(name, "text")
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), folder.taken_back():
+    with pytest.raises(ZeroDivisionError), folder.removed_on_failure():
         fail()
     assert not folder.path.parent.exists()
 

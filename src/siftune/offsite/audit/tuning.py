@@ -19,7 +19,7 @@ from siftune.offsite.audit.models import restored
 from siftune.offsite.audit.settings import AuditSettings
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.train.build import build
-from siftune.train.callbacks import StepsTold
+from siftune.train.callbacks import StepProgress
 
 Steps = Callable[[int, int], None]  # optimizer steps done, of how many
 
@@ -60,7 +60,7 @@ def tuned(
 
 def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
     with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
-        told = [] if steps is None else [StepsTold(steps)]
+        told = [] if steps is None else [StepProgress(steps)]
         built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), told, bad_steps=0)
         try:
             if steps is not None:

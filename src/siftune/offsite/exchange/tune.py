@@ -102,7 +102,7 @@ class KitSource:
         """Load the tokenizer alone."""
         return kit_tokenizer(self.kit)
 
-    def leaves(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
+    def returned(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
         """The return."""
         return {"return": partial(save_return, model=model, kit=self.kit, privacy=privacy)}
 

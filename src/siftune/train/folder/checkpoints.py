@@ -23,24 +23,26 @@ from siftune.base.files import hash_of, to_disk, why_unreadable, write_beside
 from siftune.base.jsonable import parsed
 from siftune.engine.ranks import wait_for_all
 
+logger = logging.getLogger(__name__)
+
 SEAL = "files.json"  # name -> [bytes, sha256]
 _MARK = ".unfinished"
 _STATE = "trainer_state.json"
-_STRANGE = (KeyError, ValueError, TypeError, AttributeError, IndexError)  # of states that are none
-_PARTS = ("optimizer.pt", "scheduler.pt")  # of checkpoints of earlier versions, which have no list
-
-logger = logging.getLogger(__name__)
+_READING = (  # errors of reading a file that is no state of a run
+    pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError,
+    KeyError, ValueError, TypeError, AttributeError, IndexError,
+)  # fmt: skip
 
 
 class Sealing(TrainerCallback):  # type: ignore[misc]
-    """Ends a checkpoint when every other callback has written its part of it, and lets older ones go only then.
+    """Seals a checkpoint once every other callback has written its part, then deletes older ones.
 
-    It must stand behind all of them.
+    It must be the last callback.
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """List the files."""
-        wait_for_all()  # every rank writes its generators' state
+        wait_for_all()  # every rank writes the state of its generators
         if args.should_save:
             seal(checkpoint_of(args, state))
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
@@ -53,24 +55,24 @@ def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
 
 @contextmanager
 def read_of(checkpoint: str | None) -> Iterator[None]:
-    """Turn a checkpoint's file that is no state of a run, though it is as it was written, into one sentence.
+    """Report a file of a checkpoint that cannot be read although it is intact.
 
     Raises:
-        TrainingError: Something in the block could not be read from it.
+        TrainingError: Reading failed in the block.
     """
     try:
         yield
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError, *_STRANGE) as error:
+    except _READING as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise TrainingError(
-            f"{checkpoint} cannot be read ({why_unreadable(error)}): go on from another checkpoint, or train in "
+            f"{checkpoint} cannot be read ({why_unreadable(error)}): resume from another checkpoint, or train in "
             "another folder."
         ) from error
 
 
 def begin(checkpoint: Path) -> None:
-    """Mark a folder as one that is being written, before anything else in it is."""
+    """Mark a checkpoint as unfinished before anything else is written to it."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     with (checkpoint / _MARK).open("wb"):
         pass
@@ -79,7 +81,7 @@ def begin(checkpoint: Path) -> None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Bring a checkpoint that has all its files to the disk itself, list them, and take off the mark."""
+    """Flush a complete checkpoint to disk, list its files, and remove the mark."""
     to_disk(checkpoint)
     files = {name: [path.stat().st_size, hash_of(path)] for name, path in _files(checkpoint).items()}
     with write_beside(checkpoint / SEAL) as [beside]:
@@ -89,82 +91,69 @@ def seal(checkpoint: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder is a checkpoint that is as it was written."""
+    """Whether a folder is an intact checkpoint."""
     return fault_of(checkpoint) is None
 
 
 def fault_of(checkpoint: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole. Without `hashes` names and sizes alone are looked at."""
+    """The fault of a checkpoint; None if it is intact. Without `hashes` only names and sizes are checked."""
     if (checkpoint / _MARK).exists():
         return "it was not written to its end"
     try:
-        state = parsed((checkpoint / _STATE).read_text(encoding="utf-8"))
-        int(state["global_step"])
-        listed = parsed((checkpoint / SEAL).read_text(encoding="utf-8")) if (checkpoint / SEAL).exists() else None
-        return _without_list(checkpoint) if listed is None else _against(checkpoint, listed, hashes)
+        int(parsed((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
+        listed = parsed((checkpoint / SEAL).read_text(encoding="utf-8"))
+        if not isinstance(listed, dict) or _STATE not in listed:
+            return f"{SEAL} is no list of files"
+        files = _files(checkpoint)
+        for name, [size, digest] in listed.items():
+            if name not in files:
+                return f"{name} is missing"
+            if files[name].stat().st_size != size or (hashes and hash_of(files[name]) != digest):
+                return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _without_list(checkpoint: Path) -> str | None:
-    missing = [name for name in _PARTS if not (checkpoint / name).is_file()]
-    if not any(checkpoint.glob("*.safetensors")):
-        missing.append("its weights")
-    return f"{', '.join(missing)} missing" if missing else None
-
-
-def _against(checkpoint: Path, listed: Any, hashes: bool) -> str | None:
-    """Compare files with the list of them."""
-    if not isinstance(listed, dict):
-        return f"{SEAL} is no list of files"
-    found = _files(checkpoint)
-    for name, [size, digest] in listed.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name].stat().st_size != size or (hashes and hash_of(found[name]) != digest):
-            return f"{name} is not what was written"
-    return None if _STATE in listed else f"{SEAL} does not name {_STATE}"
-
-
-def _files(checkpoint: Path) -> dict[str, Path]:
-    """Files of a checkpoint by their names in it, but for list and mark."""
-    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    return {path.relative_to(checkpoint).as_posix(): path for path in paths if path.name not in (SEAL, _MARK)}
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps done at a complete checkpoint."""
-    return int(parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    return int(parsed((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def best_in(folder: Path, checkpoint: Path) -> Path | None:
-    """The checkpoint of least held-out loss up to another; None where `folder` does not have it."""
-    best = parsed((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
-    path = folder / f"checkpoint-{best}"
+    """The checkpoint in `folder` with the least held-out loss up to another one; None if it is not there."""
+    best = parsed((checkpoint / _STATE).read_text(encoding="utf-8")).get("best_global_step")
+    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{best}"
     return path if path.is_dir() else None
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders of checkpoints in the order of their steps, complete or not."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
 def whole_checkpoints(folder: Path) -> Iterator[Path]:
-    """Checkpoints in `folder` that are as they were written, the newest first."""
+    """Intact checkpoints, the newest first."""
     return (path for path in reversed(checkpoints_in(folder)) if fault_of(path) is None)
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in `folder` that is whole; one that is half-written or damaged is passed over.
+    """The newest intact checkpoint; incomplete and damaged ones are skipped with a warning.
 
     Raises:
-        InputError: When there is none.
+        InputError: There is none.
     """
     for path in reversed(checkpoints_in(folder)):
         if (fault := fault_of(path)) is None:
             return path
-        logger.warning("%s is not whole: %s; the one before it is looked at", path, fault)
+        logger.warning("%s is skipped: %s", path, fault)
     damaged = any(fault_of(path, hashes=False) is None for path in checkpoints_in(folder))
     instead = "all are damaged: train in another folder" if damaged else "train without --resume"
     raise InputError(f"No complete checkpoint in {folder}; {instead}.")
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders of checkpoints in the order of their steps."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+def _files(checkpoint: Path) -> dict[str, Path]:
+    """Files of a checkpoint by their relative names, without list and mark."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return {path.relative_to(checkpoint).as_posix(): path for path in paths if path.name not in (SEAL, _MARK)}

@@ -26,34 +26,31 @@ from siftune.base.jsonable import parsed
 from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.schema import Recipe
 
-_ADOPTED = ("adapter", "rank", "alpha")  # of a recipe: what an adapter says of itself
 _INITIAL = "initial"  # folder beside the checkpoints
 _WEIGHTS = "tuned_layers.safetensors"
 _ABOUT = "tuned_layers.json"
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of the adapter that a run's folder, or its own, stands for.
+    """Adapter folder of a run folder, or of itself.
 
     Raises:
-        AdapterError: There is none, or layers were tuned themselves.
+        AdapterError: There is none.
     """
-    given = Path(name).expanduser()
-    for folder in (given / "adapter", given):
+    path = Path(name).expanduser()
+    for folder in (path / "adapter", path):
         if (folder / "adapter_config.json").is_file():
             return folder
         if holds_tuned(folder):
-            raise AdapterError(
-                f"{folder} holds layers that were tuned themselves, no adapter: export it to a model first"
-            )
+            raise AdapterError(f"{folder} holds tuned layers, no adapter: export it to a model first")
     raise AdapterError(f"from_adapter is {name}, but there is no adapter_config.json in it or in its folder adapter")
 
 
 def adopted(recipe: Recipe) -> Recipe:
-    """Fill in what the adapter says that a recipe's `from_adapter` names: its kind, rank and alpha.
+    """Fill in type, rank and alpha of the adapter that a recipe's `from_adapter` names.
 
     Raises:
-        AdapterError: It is of a kind that is not known, or cannot be read.
+        AdapterError: The adapter is of an unknown type, or cannot be read.
         RecipeError: The recipe asks for something else.
     """
     if recipe.from_adapter is None:
@@ -61,14 +58,14 @@ def adopted(recipe: Recipe) -> Recipe:
     path = adapter_folder(recipe.from_adapter) / "adapter_config.json"
     try:
         config = parsed(path.read_text(encoding="utf-8"))
-        kind = adapter_type_of(config)
-        keys = {"adapter": "peft_type"} if kind is None else ADAPTER_TYPES[kind].keys
-        own = {name: config[key] for name, key in keys.items() if name in _ADOPTED}
+        adapter_type = adapter_type_of(config)
+        keys = {"adapter": "peft_type"} if adapter_type is None else ADAPTER_TYPES[adapter_type].keys
+        own = {name: config[key] for name, key in keys.items() if name in ("adapter", "rank", "alpha")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
-    if kind is None:
-        raise AdapterError(f"{path} is of the kind {own['adapter']}; known kinds: {', '.join(ADAPTER_TYPES)}")
-    own["adapter"] = kind
+    if adapter_type is None:
+        raise AdapterError(f"{path} is of type {own['adapter']}; supported types: {', '.join(ADAPTER_TYPES)}")
+    own["adapter"] = adapter_type
     for name, value in own.items():
         asked = getattr(recipe, name)
         if asked not in (getattr(Recipe, name), value):
@@ -76,50 +73,48 @@ def adopted(recipe: Recipe) -> Recipe:
     return replace(recipe, **own)
 
 
-def keep_initial(model: PeftModel, folder: Path) -> None:
-    """Write an adapter's first values beside a run's checkpoints, for `save_adapter`."""
-    write_adapter(model, folder / _INITIAL)
-
-
-def write_adapter(model: PeftModel, folder: Path, **given: Any) -> None:
-    """Write an adapter in PEFT's format, without PEFT's template of a card, which says nothing of it.
-
-    Embeddings are the base's: PEFT need not read the base's config again, or ask a hub, to find that out.
+def write_adapter(model: PeftModel, folder: Path, **options: Any) -> None:
+    """Write an adapter in PEFT's format, without PEFT's model card.
 
     Args:
         model: The tuned model.
-        folder: Where to; a card that stands there goes.
-        given: Further arguments of PEFT's `save_pretrained`.
+        folder: Folder to write to; a model card there is removed.
+        options: Further arguments of PEFT's `save_pretrained`.
     """
-    model.save_pretrained(folder, save_embedding_layers=False, **given)
+    # embeddings are the base's: PEFT need not read the base's config again, or ask the hub, to decide that
+    model.save_pretrained(folder, save_embedding_layers=False, **options)
     (folder / "README.md").unlink(missing_ok=True)
 
 
+def keep_initial(model: PeftModel, checkpoints: Path) -> None:
+    """Write an adapter's initial values beside the checkpoints, for `save_adapter`."""
+    write_adapter(model, checkpoints / _INITIAL)
+
+
 def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:
-    """Write an adapter that fits the base as it was; `keep_initial` may have left first values in `checkpoints`."""
+    """Write an adapter that fits the unchanged base; `checkpoints` may hold the initial values of `keep_initial`."""
     initial = checkpoints / _INITIAL
     first = str(initial) if initial.is_dir() else None
-    with warnings.catch_warnings():  # PEFT asks for the very conversion that it is making here
+    with warnings.catch_warnings():  # PEFT recommends the conversion that is made here
         warnings.filterwarnings("ignore", message="(PiSSA|OLoRA) changes the base weights")
         write_adapter(model, path, path_initial_model_for_weight_conversion=first)
 
 
 @dataclass(frozen=True)
 class About:
-    """What the weights in a folder belong to."""
+    """Origin of tuned layers."""
 
     base: str  # source of the base model, for `load_model`
     layers: tuple[int, ...]  # numbers of the layers, from 0, ascending
-    outside: tuple[str, ...] = ()  # what else was trained: "embeddings", "head"
+    outside: tuple[str, ...] = ()  # other trained modules: "embeddings", "head"
 
 
 def save_tuned(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
-    """Write weights, by name in the model's state dict, and what they belong to; `folder` is made if it is missing."""
+    """Write weights, by name in the model's state dict, and their origin."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / _WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps({**asdict(about), "layers": list(about.layers), "outside": list(about.outside)}, indent=2) + "\n"
-    (folder / _ABOUT).write_text(text, encoding="utf-8")
+    (folder / _ABOUT).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
 
 def holds_tuned(folder: Path) -> bool:
@@ -128,7 +123,7 @@ def holds_tuned(folder: Path) -> bool:
 
 
 def read_about(folder: Path) -> About:
-    """Read what the weights in a folder belong to.
+    """Read the origin of tuned layers.
 
     Raises:
         AdapterError: The file is damaged.
@@ -147,7 +142,7 @@ def read_about(folder: Path) -> About:
 
 
 def read_tuned(folder: Path) -> dict[str, Tensor]:
-    """Read weights, by name in the model's state dict.
+    """Read the weights of tuned layers, by name in the model's state dict.
 
     Raises:
         AdapterError: The file is missing or damaged, or a value is not finite.
@@ -164,7 +159,7 @@ def read_tuned(folder: Path) -> dict[str, Tensor]:
 
 
 def put_in(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Put tensors, by name, in the place of a model's own, in the dtype and on the device of these.
+    """Copy tensors, by name, into a model's own, whose dtype and device stay.
 
     Raises:
         AdapterError: The model has no such tensor, or one of another shape; then nothing is changed.
@@ -172,10 +167,10 @@ def put_in(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> N
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
-            found = f"shape {tuple(own[name].shape)}" if name in own else "nothing"
+            there = f"shape {tuple(own[name].shape)}" if name in own else "nothing"
             raise AdapterError(
                 f"the layers in {source} don't fit the model: {name} has shape {tuple(tensor.shape)}, the model has "
-                f"{found} there; give the model that they were trained on."
+                f"{there} there; give the model that they were trained on."
             )
     with torch.no_grad():
         for name, tensor in tensors.items():

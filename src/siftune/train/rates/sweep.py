@@ -36,7 +36,7 @@ from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe, compares, rate_of
 from siftune.records.rows import Read, read_rows
 from siftune.train.build import NONE, build
-from siftune.train.callbacks import StepsTold
+from siftune.train.callbacks import StepProgress
 from siftune.train.prepare import ModelSource, Source, prepare, refuse_read, trained_and_held_out
 from siftune.train.rates.grid import Grid, LRRun, facts_of, rate_text, recipes_of
 
@@ -201,7 +201,7 @@ def _tuned(
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
         used = {name: data[name] for name in parts}
         # a rate that breaks a step is a result
-        built = build(quiet, model, tokenizer, used, Path(folder), [StepsTold(steps)], bad_steps=0)
+        built = build(quiet, model, tokenizer, used, Path(folder), [StepProgress(steps)], bad_steps=0)
         try:
             built.trainer.train()
         finally:

@@ -193,7 +193,7 @@ def test_stopped_and_resumed(kit, rows, tmp_path, interfere, adapter):
         with pytest.raises(KeyboardInterrupt) as stopped:
             train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
     what, where = ("return", "return") if adapter == "full" else ("adapter", "adapter")
-    goes_on = f"`siftune train --resume {tmp_path}/run` goes on from step 2"
+    goes_on = f"`siftune train --resume {tmp_path}/run` continues from step 2"
     assert stopped.value.__notes__ == [f"the {what} after step 3 is in {tmp_path}/run/{where}, and {goes_on}"]
     half = read_return(tmp_path / "run" / "return", kit)
     train(recipe(kit.path, rows, tmp_path / "run", resume=True, **settings), QUIET)
