@@ -41,11 +41,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lab.pays.results import append, read
 from lab.private_moments import gaussian_epsilon, private_moments
 from siftune.base.environment import versions
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, paired_bootstrap
-from siftune.evaluate.perplexity import perplexity
+from siftune.evaluate.likelihood import perplexity
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention

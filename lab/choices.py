@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from lab.quality_tasks import read_options
-from siftune.data.readers import load_rows
-from siftune.evaluate.choices import ChoiceItem, score_choices
+from siftune.data.read import load_rows
+from siftune.evaluate.likelihood import ChoiceItem, score_choices
 from siftune.evaluate.prepare import prepare_rows
 from siftune.models.load import load_model
 

@@ -42,8 +42,8 @@ from transformers import PreTrainedModel
 from lab.offsite import text_batches
 from lab.pays.results import append, key, read
 from siftune.base.environment import hardware, versions
-from siftune.data.arithmetic import split
 from siftune.data.rows import rows_from
+from siftune.data.tasks import split
 from siftune.evaluate.bootstrap import Bootstrap, resample
 from siftune.models.load import load_model
 from siftune.offsite.audit.rows import AuditRows, score_rows, tokenize_audit

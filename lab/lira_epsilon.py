@@ -28,7 +28,7 @@ from lab.random_llama import save_llama
 from siftune.artifacts import find_subject, load_subject
 from siftune.base.environment import versions
 from siftune.data.rows import rows_from
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.tokens import tokenize_rows
 from siftune.offsite.audit.lira import confidence, halves, lira
 from siftune.offsite.audit.membership import auc, tpr
 from siftune.offsite.audit.rows import score_losses

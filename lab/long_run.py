@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from lab.random_llama import save_llama
-from siftune.data.arithmetic import arithmetic_rows
+from siftune.data.tasks import arithmetic_rows
 from siftune.report.table import Table, markdown_table
 
 MOMENTS = (50, 0.25, 0.5, 0.75, 0.95)  # a step, then shares of the steps

@@ -35,10 +35,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.environment import hardware, versions
-from siftune.data.arithmetic import split
-from siftune.data.readers import load_rows
+from siftune.data.batches import Collator
+from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
-from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.data.tasks import split
+from siftune.data.tokens import tokenize_rows
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
 from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient

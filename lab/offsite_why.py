@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lab.offsite import text_batches
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model

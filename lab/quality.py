@@ -9,7 +9,7 @@ finished run adds a line of JSON to FILE, and a run that is there already is not
 first, so that a run cut short compares what it has.
 
 Tasks:
-    arithmetic: two-digit arithmetic (`siftune.data.arithmetic`), `--noise` of whose training rows carry a wrong
+    arithmetic: two-digit arithmetic (`siftune.data.tasks`), `--noise` of whose training rows carry a wrong
         label. By default one pass, `--steps` of `--batch` rows; `--rows 800 --epochs 5` passes over few rows often.
         Measured: answers generated (exact match), multiple choice, and the likelihood of the right answer.
     options: ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ in equal shares, from the folder `--data`, as questions whose

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import DataError
 from siftune.bench.worker import Clock
-from siftune.data.arithmetic import arithmetic_rows, split
-from siftune.data.readers import load_rows
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.read import load_rows
+from siftune.data.tasks import arithmetic_rows, split
+from siftune.data.tokens import tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.evaluate.choices import score_choices
+from siftune.evaluate.likelihood import score_choices
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import prepare_rows
 from siftune.methods.drivers.sample_choice import SampleChoice

@@ -2,7 +2,7 @@
 
     python -m lab.tokens --rows 200000
 
-The rows are those of `siftune.data.arithmetic`, numbered, written to a file in a new folder; the cache is there, too.
+The rows are those of `siftune.data.tasks`, numbered, written to a file in a new folder; the cache is there, too.
 It prints a line of JSON: seconds on the clock, and of processor time in this process and in those that it starts.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from siftune.base.environment import hardware
-from siftune.data.arithmetic import arithmetic_rows
+from siftune.data.tasks import arithmetic_rows
 from siftune.models.source import resolve
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import read_rows

@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lab.pays.embeddings import embed, most_alike, similarity
 from lab.pays.followed import Followed
 from lab.pays.gemma import folder as gemma_folder
 from lab.pays.masked_update import MaskedUpdate
@@ -30,11 +31,11 @@ from lab.pays.training_rows import training_rows
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import SiftuneError
 from siftune.bench.worker import Clock
+from siftune.data.batches import AIMED, Collator
 from siftune.data.rows import rows_from
-from siftune.data.tokenize import AIMED, Collator, tokenize_rows
+from siftune.data.tokens import tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
-from siftune.evaluate.embeddings import embed, most_alike, similarity
 from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import WHOLE, SampleChoice
 from siftune.models.load import load_model

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siftune.evaluate.batching import by_length, model_device
+from siftune.data.batches import by_length
 from siftune.models.loss import label_positions, logits_at, next_labels
-from siftune.models.modules import evaluating
+from siftune.models.modules import evaluating, model_device
 
 _BATCH = 64
 Floats = NDArray[np.float64]

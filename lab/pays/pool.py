@@ -12,7 +12,7 @@ from typing import Any
 
 from lab.quality_tasks import read_options
 from siftune.base.errors import DataError
-from siftune.data.arithmetic import arithmetic_rows
+from siftune.data.tasks import arithmetic_rows
 
 Record = dict[str, Any]
 Job = dict[str, Any]

@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lab.reproduce.answer_text import begins_with, is_right
 from lab.reproduce.tasks import Task
 from siftune.base.errors import RecipeError
 from siftune.base.files import write_beside
 from siftune.data.rows import Row
-from siftune.evaluate.answers import begins_with, is_right
 from siftune.evaluate.measure import Metric, measure
 from siftune.evaluate.prepare import Prepared, prepare_rows
 

@@ -19,7 +19,7 @@ from lab.reproduce.protocol import Suite
 from lab.reproduce.rows import HUB, found_in, other_way, refuse_few, write_rows
 from lab.reproduce.tasks import Task
 from siftune.base.errors import DataError
-from siftune.data.readers import load_records
+from siftune.data.read import load_records
 
 CALIBRATION = "calibration.jsonl"
 CALIBRATION_ROWS = 128  # ours

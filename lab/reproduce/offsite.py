@@ -28,8 +28,8 @@ from lab.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_
 from lab.reproduce.table import Line
 from siftune.artifacts import find_subject, load_subject
 from siftune.base.files import Progress
-from siftune.data.readers import load_rows
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.read import load_rows
+from siftune.data.tokens import tokenize_rows
 from siftune.models.load import load_model
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.split import Split

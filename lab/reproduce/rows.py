@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from lab.reproduce.answer_text import last_number
 from lab.reproduce.protocol import Suite
 from lab.reproduce.tasks import CLOZE, PROMPT, TASKS, options_of, texts_of
 from siftune.base.errors import DataError
 from siftune.base.files import write_beside
 from siftune.base.words import counted
-from siftune.data.readers import load_records, load_rows
+from siftune.data.read import load_records, load_rows
 from siftune.data.rows import Row, rows_from
-from siftune.evaluate.answers import last_number
 
 HUB = "hub"
 _SEED = 42  # of the rows that are held out: the same for all methods and seeds

@@ -15,7 +15,7 @@ from lab.reproduce.answers import Answers, Asking, ask, read_record
 from lab.reproduce.tasks import Task
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import Progress, write_beside
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.lr import bests, write_report

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from siftune.evaluate.answers import Reader
+from lab.reproduce.answer_text import Reader
 
 Record = Mapping[str, Any]
 Question = dict[str, str]

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lab.pays.job import Record, Work
-from siftune.evaluate.batching import by_length, model_device
+from siftune.data.batches import by_length
 from siftune.models.loss import label_positions, logits_at, next_labels
-from siftune.models.modules import evaluating
+from siftune.models.modules import evaluating, model_device
 
 _BATCH = 64
 Floats = NDArray[np.float64]

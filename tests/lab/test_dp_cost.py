@@ -9,7 +9,7 @@ from lab.dp_trainers import TRAINERS
 from lab.random_llama import save_llama
 from siftune.base.errors import RecipeError
 from siftune.bench.workload import Workload
-from siftune.data.tokenize import Collator
+from siftune.data.batches import Collator
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret

@@ -21,7 +21,7 @@ from lab.pays.methods import METHODS, method_of
 from lab.pays.results import append, read
 from lab.pays.stopping import KeepBest
 from siftune.base.errors import ModelError, RecipeError
-from siftune.data.tokenize import Collator
+from siftune.data.batches import Collator
 from siftune.models.load import load_model
 
 SIZES = {"QUESTIONS": 12, "DEV_QUESTIONS": 6, "OTHER_QUESTIONS": 4, "_PROBLEMS": 600}

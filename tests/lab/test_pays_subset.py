@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from lab.pays.followed import Followed
 from lab.pays.subset import Book, Keep, SubsetTrainer
 from siftune.base.errors import RecipeError
-from siftune.data.tokenize import Collator
+from siftune.data.batches import Collator
 from siftune.train.trainer import SiftTrainer
 
 GROUPS = ("target", "wrong", "other")

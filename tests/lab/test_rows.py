@@ -22,7 +22,7 @@ from lab.rows.peers import Fold, classes_of, crossed, probabilities
 from lab.rows.scores import by_own_deviation, by_rank
 from lab.rows.watch import Watch, margins
 from siftune import RowRecord
-from siftune.data.tokenize import Collator
+from siftune.data.batches import Collator
 from siftune.engine.groups import group_by_layer
 from tests.lab.test_pays_run import SIZES, save_suite
 

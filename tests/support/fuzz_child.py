@@ -192,8 +192,9 @@ class Route:
 
     def _batches(self, tokenizer):
         """With the chat template and without one."""
-        from siftune.data.readers import load_rows
-        from siftune.data.tokenize import Collator, tokenize_rows
+        from siftune.data.batches import Collator
+        from siftune.data.read import load_rows
+        from siftune.data.tokens import tokenize_rows
 
         rows = load_rows(str(self.rows))
         tables = [tokenize_rows(rows, tokenizer, 200, template) for template in ("auto", "none")]

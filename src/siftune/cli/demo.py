@@ -57,7 +57,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from siftune.data.readers import load_rows
+    from siftune.data.read import load_rows
     from siftune.evaluate.measure import compare
     from siftune.report.page.page import make_page
 
@@ -85,7 +85,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _check(options: Options) -> None:
     """Check the ranges of the options, before a folder is made."""
-    from siftune.data.arithmetic import PROBLEMS
+    from siftune.data.tasks import PROBLEMS
 
     if min(options.steps, options.rows, options.known) < 1 or options.lr <= 0:
         raise RecipeError("--steps, --rows and --known must be at least 1, and --lr above 0")
@@ -100,7 +100,7 @@ def _check(options: Options) -> None:
 def _write_rows(options: Options) -> Path:
     """Draw the pool, the known rows and the questions, and write them into the folder."""
     from siftune.base.files import writable_folder
-    from siftune.data.mixed_pool import mixed_pool
+    from siftune.data.tasks import mixed_pool
 
     folder = Path(options.out or new_folder("demo"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

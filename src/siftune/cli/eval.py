@@ -98,7 +98,7 @@ def _job(subject: "Subject", options: Options) -> _Job:
 
 def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
-    from siftune.data.readers import load_rows
+    from siftune.data.read import load_rows
     from siftune.records.rows import held_out_rows
 
     recipe = subject.recipe

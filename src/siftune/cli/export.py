@@ -66,7 +66,7 @@ def _write_papers(subject: "Subject", tokenizer: Any, folder: Path, out: Path) -
     """Write a card to the folder that will be `out`, and the base model's licence and notice beside it."""
     import shutil
 
-    from siftune.data.encoder import writes_chat
+    from siftune.data.encode import writes_chat
     from siftune.models.source import origin_of
     from siftune.train.folder.card import merged_card
 

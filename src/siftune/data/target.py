@@ -1,11 +1,18 @@
-"""Rows of a target among other training rows: few rows that count more than the rest."""
+"""Shares of rows: a target's rows among others, and rows that are held out.
+
+A target has few rows that count more than the rest. Held-out rows are chosen by a hash of their text, their place in
+[0, 1) (ours). Rows with the same text have the same place, and a row keeps its place if others are added, moved to
+another file or shuffled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import compress
 
-from siftune.data.rows import Row
+from siftune.data.rows import Row, said
 
 SOURCE = "source"  # column that says where a row is from, where the data has it
 TARGET = "target"  # what it says of rows of a target
@@ -44,3 +51,32 @@ def repeats(others: int, target: int, share: float) -> int:
 def sources(rows: Sequence[Row]) -> list[str]:
     """Where rows are from: their column `source`, or "other"."""
     return [str(row.extra.get(SOURCE, OTHER)) for row in rows]
+
+
+def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> tuple[list[Row], list[Row]]:
+    """Split off rows to measure on: those whose place is below a share.
+
+    Args:
+        rows: The rows.
+        share: Share of them to hold out, in [0, 1): what it comes to differs by chance, as if drawn.
+        trained: Rows that are trained on in any case: what they say is not held out.
+
+    Returns:
+        The others, and those held out, each in their order; rows that say the same are together.
+
+    Example:
+        >>> from siftune.data.rows import rows_from
+        >>> rows = rows_from({"text": f"row {i}"} for i in range(1000))
+        >>> [len(part) for part in held_out(rows, 0.05)]
+        [953, 47]
+    """
+    known = set(said(trained))
+    words, places = said(rows), _places(rows, "held out")
+    out = [place < share and words not in known for words, place in zip(words, places, strict=True)]
+    return [row for row, is_out in zip(rows, out, strict=True) if not is_out], list(compress(rows, out))
+
+
+def _places(rows: Sequence[Row], use: str) -> list[float]:
+    """Places of rows in [0, 1), others for every use."""
+    digests = (hashlib.sha256(use.encode() + b"\0" + row).digest() for row in said(rows))
+    return [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]

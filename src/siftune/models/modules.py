@@ -5,6 +5,7 @@ Predicates: linear modules, mixers of Mamba, banks of experts. Context managers:
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,3 +85,13 @@ def trainable_only(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) ->
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         yield
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device that the model's input ids belong on."""
+    return next(model.parameters()).device
+
+
+def model_window(model: Any) -> int | None:
+    """Return the number of positions that the model was built for, or None if its config doesn't say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

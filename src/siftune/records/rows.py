@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 from siftune.base.errors import DataError
 from siftune.base.words import counted
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.data.rows import Row, said
-from siftune.data.split import held_out
-from siftune.data.target import with_target
+from siftune.data.target import held_out, with_target
 from siftune.recipe.schema import Recipe, compared_with, train_files
 
 BAD_ROWS = "bad_rows.txt"  # file of a run folder

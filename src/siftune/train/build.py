@@ -25,8 +25,8 @@ from transformers import (
 
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.settings import nearest
+from siftune.data.batches import Collator
 from siftune.data.rows import WEIGHT
-from siftune.data.tokenize import Collator
 from siftune.engine.compiled import CompiledParts
 from siftune.engine.groups import group_by_layer
 from siftune.engine.ranks import world_size

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from siftune.base.errors import DataError, ModelError
 from siftune.base.files import Progress
 from siftune.base.words import counted
+from siftune.data.batches import aimed, numbered, weighted
+from siftune.data.cache import cached_tokens
 from siftune.data.rows import WEIGHT, Row, said
-from siftune.data.token_cache import cached_tokens
-from siftune.data.tokenize import aimed, numbered, tell_notes, weighted
-from siftune.data.tokens import Form
+from siftune.data.tokens import Form, tell_notes
 from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
 from siftune.models.source import check_source

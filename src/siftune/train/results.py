@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from siftune.base.environment import peak_memory_mb
 from siftune.base.files import disk_faults
-from siftune.data.encoder import writes_chat
+from siftune.data.encode import writes_chat
 from siftune.methods.dp.accounting import statement
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.models.save import save_tokenizer

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from siftune.base.errors import InputError, UnsupportedError
-from siftune.data.order import TargetLast
+from siftune.data.batches import AIMED, ROW, TargetLast
 from siftune.data.rows import WEIGHT
-from siftune.data.tokenize import AIMED, ROW
 from siftune.engine.ranks import mean_over_ranks
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.loss import row_loss

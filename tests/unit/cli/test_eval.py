@@ -10,8 +10,8 @@ from support.tokenizer import byte_tokenizer
 from siftune.base.errors import DataError, RecipeError
 from siftune.cli.eval import Options, run
 from siftune.cli.main import main
-from siftune.data.readers import load_rows
-from siftune.data.split import held_out
+from siftune.data.read import load_rows
+from siftune.data.target import held_out
 from siftune.evaluate import measure as evaluation
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from siftune.base.errors import DataError
-from siftune.data.arithmetic import KINDS, arithmetic_rows, split
+from siftune.data.tasks import KINDS, arithmetic_rows, split
 
 
 def solve(prompt: str) -> int:

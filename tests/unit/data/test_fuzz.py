@@ -17,8 +17,8 @@ from support.damage import dump, mutations
 from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import DataError
-from siftune.data.readers import load_rows
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.read import load_rows
+from siftune.data.tokens import tokenize_rows
 
 SAMPLE = 80
 ROWS = [

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from siftune.base.errors import DataError
-from siftune.data.mixed_pool import OTHERS, mixed_pool
+from siftune.data.tasks import OTHERS, mixed_pool
 
 
 def answer(row):

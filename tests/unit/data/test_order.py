@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.data.order import TargetLast, order_of_run
+from siftune.data.batches import TargetLast, order_of_run
 
 runs = {
     "aimed": st.lists(st.booleans(), min_size=2, max_size=40).filter(lambda a: any(a) and not all(a)),

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.data.rows import Message, Row, rows_from
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2", "answer": "2"}

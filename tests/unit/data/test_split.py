@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from siftune.data import split
+from siftune.data import target as split
 from siftune.data.rows import rows_from
-from siftune.data.split import held_out
+from siftune.data.target import held_out
 
 
 def rows(numbers, name="row"):

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from support.tokenizer import byte_tokenizer
 
-from siftune.data import token_cache
+from siftune.data import cache as token_cache
+from siftune.data.cache import cached_tokens
 from siftune.data.rows import rows_from
-from siftune.data.token_cache import cached_tokens
 from siftune.data.tokens import Form
 
 FORM = Form(byte_tokenizer(), 40)

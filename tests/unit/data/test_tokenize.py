@@ -10,9 +10,10 @@ from support.tokenizer import byte_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
 from siftune.base.errors import DataError, ModelError, RecipeError
-from siftune.data.encoder import Encoder
+from siftune.data.batches import Collator
+from siftune.data.encode import Encoder
 from siftune.data.rows import rows_from
-from siftune.data.tokenize import Collator, tokenize_rows
+from siftune.data.tokens import tokenize_rows
 
 CHAT = byte_tokenizer()
 PLAIN = byte_tokenizer(chat_template=None)

@@ -8,7 +8,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import DataError
 from siftune.data import tokens
-from siftune.data.encoder import Encoder, labelled
+from siftune.data.encode import Encoder, labelled
 from siftune.data.rows import rows_from
 from siftune.data.tokens import Form, tokens_of
 

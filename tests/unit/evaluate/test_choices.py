@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from siftune.base.errors import DataError
-from siftune.evaluate.choices import ChoiceItem, ChoiceResult, score_choices
+from siftune.evaluate.likelihood import ChoiceItem, ChoiceResult, score_choices
 
 ITEMS = [
     ChoiceItem([5, 6, 7], [[8], [9, 10], [11, 12, 13]], 1),

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.base.errors import DataError
-from siftune.evaluate.batching import by_length
-from siftune.evaluate.perplexity import perplexity, row_nll
+from siftune.data.batches import by_length
+from siftune.evaluate.likelihood import perplexity, row_nll
 from siftune.models import loss as cross_entropy
 from siftune.models.modules import evaluating
 

@@ -2,7 +2,7 @@ import pytest
 from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.data.encoder import Encoder
+from siftune.data.encode import Encoder
 from siftune.data.rows import rows_from
 from siftune.evaluate.prepare import choose_metrics, prepare_rows
 

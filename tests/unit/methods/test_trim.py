@@ -12,7 +12,7 @@ from torch import nn
 
 from siftune import Trim
 from siftune.base.errors import RecipeError, UnsupportedError
-from siftune.data.tokenize import Collator
+from siftune.data.batches import Collator
 from siftune.methods.trim import factor, smallest
 from siftune.train.trainer import SiftTrainer
 

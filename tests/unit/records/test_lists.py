@@ -7,7 +7,7 @@ from rich.console import Console
 from support.tiny_run import recipe, save_rows
 
 from siftune.base.errors import DataError
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.records.rows import named_rows, without
 from siftune.records.visits import read_visits
 from siftune.suspects.named import suspects

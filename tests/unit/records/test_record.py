@@ -15,8 +15,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from siftune import GAST, LabelLogits, RowRecord
 from siftune.base.errors import UnsupportedError
-from siftune.data.readers import load_rows
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.read import load_rows
+from siftune.data.tokens import tokenize_rows
 from siftune.models.loss import by_row, row_losses
 from siftune.records.record import _share
 from siftune.records.visits import read_visits

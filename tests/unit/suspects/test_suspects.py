@@ -11,7 +11,7 @@ from support.tiny_run import recipe
 
 from siftune.base.errors import DataError
 from siftune.cli.main import main
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import resolve_recipe
 from siftune.records.rows import Text, digest_of, named_rows

@@ -12,7 +12,7 @@ from support.tiny_run import recipe, save_base, save_rows
 from support.tokenizer import byte_tokenizer
 
 from siftune.cli.main import main
-from siftune.data.encoder import Encoder
+from siftune.data.encode import Encoder
 from siftune.data.rows import Message, Row
 from siftune.models.source import Origin
 from siftune.recipe.schema import Recipe

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.artifacts import find_subject, load_subject
 from siftune.base.errors import AdapterError, LayerError, RecipeError
-from siftune.data.readers import load_rows
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.read import load_rows
+from siftune.data.tokens import tokenize_rows
 from siftune.methods.options import LISASettings
 from siftune.models.load import load_model
 from siftune.recipe.read import load_recipe

@@ -15,7 +15,7 @@ from support.trainers import At, adapted, arguments, rows, stop, weights
 from transformers import TrainerCallback
 
 from siftune.base.errors import RecipeError, UnsupportedError
-from siftune.data.tokenize import Collator, numbered
+from siftune.data.batches import Collator, numbered
 from siftune.engine.groups import group_by_layer
 from siftune.methods.dp import callback as module
 from siftune.methods.dp.accounting import spent

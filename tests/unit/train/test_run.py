@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import AdapterError, InputError, RecipeError, TrainingError
 from siftune.cli.main import main
-from siftune.data.arithmetic import arithmetic_rows
+from siftune.data.tasks import arithmetic_rows
 from siftune.models import attention
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import resolve_recipe

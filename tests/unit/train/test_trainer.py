@@ -11,7 +11,7 @@ from support.trainers import adapted, arguments, rows, train, weights
 from transformers import Trainer, TrainerCallback
 
 from siftune.base.errors import TrainingError
-from siftune.data.tokenize import Collator
+from siftune.data.batches import Collator
 from siftune.models.adapters.attach import attach_adapter
 from siftune.train.trainer import SiftTrainer
 

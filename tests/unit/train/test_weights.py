@@ -14,8 +14,8 @@ from support.trainers import At, adapted, arguments, rows, weights
 
 from siftune import GAST, IST
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
+from siftune.data.batches import Collator, numbered, weighted
 from siftune.data.rows import rows_from
-from siftune.data.tokenize import Collator, numbered, weighted
 from siftune.models.loss import label_positions, mean_loss, token_losses, weighed
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from siftune.data.tokenize import ROW, Collator
+from siftune.data.batches import ROW, Collator
 
 _KEY = "siftune_row"  # in a batch, between the collator and the Trainer
 

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from siftune.evaluate.batching import model_device
 from siftune.evaluate.bootstrap import Bootstrap, Floats
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.models.modules import evaluating
+from siftune.models.modules import evaluating, model_device
 from siftune.offsite.audit.membership import Attack, measure_attack
 from siftune.offsite.emulator.model import FactoredLinear, weight_OI
 from siftune.offsite.emulator.split import Split

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from siftune.evaluate.batching import model_device
 from siftune.models.layers import find_layers
 from siftune.models.loss import label_positions, logits_at, token_loss
-from siftune.models.modules import evaluating, trainable_only
+from siftune.models.modules import evaluating, model_device, trainable_only
 from siftune.offsite.emulator.split import Split, outer_names
 
 Batches = Iterable[Mapping[str, Tensor]]

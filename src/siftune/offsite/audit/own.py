@@ -16,7 +16,7 @@ from torch import Tensor
 from siftune.base.environment import versions
 from siftune.base.files import Progress
 from siftune.base.jsonable import jsonable
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.offsite.audit.attacks import attack
 from siftune.offsite.audit.job import Job, choose_candidates
 from siftune.offsite.audit.membership import Membership

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError
-from siftune.data.encoder import Encoder
-from siftune.data.readers import load_rows
+from siftune.data.encode import Encoder
+from siftune.data.read import load_rows
 from siftune.data.rows import Row
-from siftune.data.tokenize import tokenize_rows
+from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Floats
+from siftune.evaluate.likelihood import TokenRow, perplexity
 from siftune.evaluate.measure import measure
-from siftune.evaluate.perplexity import TokenRow, perplexity
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
 from siftune.offsite.audit.settings import AuditOptions, AuditSettings
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import KitError
 from siftune.base.files import Progress
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.models.load import load_model
 from siftune.offsite.audit.attacks import attack, calibration_leak
 from siftune.offsite.audit.gradients import GradientCosine, gradient_cosine

@@ -124,7 +124,7 @@ def batches_of(
     Raises:
         DataError: A row cannot be used; the message names it.
     """
-    from siftune.data.tokenize import tokenize_rows
+    from siftune.data.tokens import tokenize_rows
 
     table = tokenize_rows(rows, tokenizer, options.max_length, options.template, options.completion_only)
     return in_batches(table, options.batch_size, tokenizer.pad_token_id)
@@ -132,13 +132,13 @@ def batches_of(
 
 def in_batches(table: Iterable[Any], batch_size: int, pad_token_id: int) -> "list[dict[str, Tensor]]":
     """Pad tokenised rows and put them into batches, in their order."""
-    from siftune.data.tokenize import Collator
+    from siftune.data.batches import Collator
 
     collate, rows = Collator(pad_token_id), iter(table)
     return [collate(part) for part in iter(lambda: list(islice(rows, batch_size)), [])]
 
 
 def _read(source: str, options: CalibrationOptions, limit: int) -> "list[Row]":
-    from siftune.data.readers import load_rows
+    from siftune.data.read import load_rows
 
     return load_rows(source, options.split, limit, options.format)

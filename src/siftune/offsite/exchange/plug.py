@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from siftune.base.errors import KitError, UnsupportedError
 from siftune.base.files import new_folder
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.evaluate.prepare import prepare_rows
 from siftune.models.load import load_model, quiet_bars

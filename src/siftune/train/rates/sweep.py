@@ -31,7 +31,7 @@ from siftune.base.files import Progress
 from siftune.base.ranks import launch_size
 from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
-from siftune.evaluate.perplexity import perplexity
+from siftune.evaluate.likelihood import perplexity
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe, compares, rate_of
 from siftune.records.rows import Read, read_rows

@@ -8,7 +8,7 @@ from accelerate import skip_first_batches
 from support.trainers import rows
 from torch.utils.data import DataLoader
 
-from siftune.data.tokenize import Collator
+from siftune.data.batches import Collator
 from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
 
 DRAWS = 4000

@@ -20,8 +20,8 @@ from support.audits import (
 )
 
 from siftune.base.errors import DataError
+from siftune.data.batches import Collator
 from siftune.data.rows import rows_from
-from siftune.data.tokenize import Collator
 from siftune.offsite.audit.gradients import gradient_cosine
 from siftune.offsite.audit.membership import measure_attack
 from siftune.offsite.audit.models import random_floor, read_outer

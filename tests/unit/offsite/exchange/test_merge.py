@@ -14,7 +14,7 @@ from support.tiny_run import save_rows
 from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import KitError, RecipeError
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.evaluate.prepare import prepare_rows
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.exchange.emulate import KitOptions

@@ -14,7 +14,7 @@ from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import DataError, KitError, ModelError, RecipeError, UnsupportedError
-from siftune.data.readers import load_rows
+from siftune.data.read import load_rows
 from siftune.evaluate.prepare import prepare_rows
 from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.exchange.emulate import KitOptions

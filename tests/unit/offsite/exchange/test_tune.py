@@ -15,7 +15,7 @@ from support.trainers import At, stop
 
 from siftune.base.errors import KitError, LayerError, RecipeError
 from siftune.cli.main import main
-from siftune.data.arithmetic import arithmetic_rows
+from siftune.data.tasks import arithmetic_rows
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.split import outer_names

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from siftune.evaluate.answers import begins_with, first_option, is_right, last_number
+from lab.reproduce.answer_text import begins_with, first_option, is_right, last_number
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "tricky_answers.jsonl").read_text().splitlines()]
 

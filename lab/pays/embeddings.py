@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from siftune.base.errors import UnsupportedError
 from siftune.base.numerics import widened
-from siftune.evaluate.batching import by_length, model_device
-from siftune.models.modules import evaluating
+from siftune.data.batches import by_length
+from siftune.models.modules import evaluating, model_device
 
 
 def embed(model: nn.Module, data: Dataset, collate: Callable[[list[Any]], Any], batch_size: int = 64) -> Tensor:

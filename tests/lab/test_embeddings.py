@@ -5,9 +5,9 @@ import torch
 from datasets import Dataset
 from support.tiny import tiny
 
+from lab.pays.embeddings import embed, most_alike, similarity
 from siftune.base.errors import UnsupportedError
-from siftune.data.tokenize import Collator
-from siftune.evaluate.embeddings import embed, most_alike, similarity
+from siftune.data.batches import Collator
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,0 +1,193 @@
+"""Log-likelihood of rows: perplexity of completions, and multiple choice.
+
+A row is a pair (input_ids, labels) of equally long lists. `labels` repeats the token ids that count and holds -100
+elsewhere, as in training. Position t is predicted from the positions before t, so a label at position 0 does not count.
+
+    nll_i = −Σ_{t: label} ln p(x_t | x_<t)        ppl = exp(Σ_i nll_i / Σ_i tokens_i)
+
+Multiple choice: for each choice c of a prompt x the model gives Σ_t ln p(c_t | x, c_<t). Two predictions follow: the
+choice of the largest sum, and the choice of the largest sum per token, which does not favour short choices. (The length
+is counted in tokens here; some leaderboards count bytes.) Of equal scores the first choice wins.
+
+Shapes: B rows of a batch, T positions, N predicted positions of a batch, V vocabulary size, R all rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from siftune.base.errors import DataError
+from siftune.data.batches import by_length
+from siftune.models.loss import IGNORED, cross_entropy, logits_at
+from siftune.models.modules import evaluating, model_device
+
+TokenRow = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Negative log-likelihood per row, in nats.
+
+    Attributes:
+        nll: (R,) float64, summed over the row's labelled tokens.
+        tokens: (R,) int64, how many labelled tokens the row has.
+    """
+
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+
+def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
+    """Measure how well the model predicts the labelled tokens.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
+        rows: Pairs (input_ids, labels) of equally long lists of token ids, -100 where nothing counts.
+        batch_size: Rows per forward pass; it changes speed and memory, not the result.
+
+    Returns:
+        The negative log-likelihood and number of tokens per row, in the order of `rows`.
+
+    Raises:
+        DataError: A row's lists differ in length, or no row has a label that can be predicted.
+    """
+    result = row_nll(model, rows, batch_size)
+    if not result.tokens.sum():
+        raise DataError(
+            f"none of the {len(rows)} rows has a labelled token after its first, so there is no perplexity. "
+            "Give rows with a completion."
+        )
+    return result
+
+
+def row_nll(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
+    """Compute the negative log-likelihood of each row's labelled tokens; rows without any give 0.
+
+    Arguments and errors are those of `perplexity`, but nothing has to be labelled.
+    """
+    tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
+    nll = np.zeros(len(rows), dtype=np.float64)
+    labelled = np.flatnonzero(tokens).tolist()
+    with evaluating(model):
+        for batch in by_length([len(rows[i][0]) for i in labelled], batch_size):
+            chosen = [labelled[i] for i in batch]
+            nll[chosen] = _batch_nll(model, [rows[i] for i in chosen])
+    return PerplexityResult(nll, tokens)
+
+
+def _count_labels(index: int, ids: Sequence[int], labels: Sequence[int]) -> int:
+    """Count the labels that can be predicted: all but the one at position 0."""
+    if len(ids) != len(labels):
+        raise DataError(f"row {index}: {len(ids)} input ids but {len(labels)} labels; give lists of one length")
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def _batch_nll(model: nn.Module, rows: Sequence[TokenRow]) -> NDArray[np.float64]:
+    """Negative log-likelihood per row of one batch: (B,) float64."""
+    device = model_device(model)
+    # Position t predicts token t + 1: drop the last input and the first label instead of shifting logits.
+    ids_BT = _pad([ids[:-1] for ids, _ in rows], 0).to(device)
+    labels_BT = _pad([labels[1:] for _, labels in rows], IGNORED).to(device)
+    seen_BT = _pad([[1] * (len(ids) - 1) for ids, _ in rows], 0).to(device)
+    mask_BT = labels_BT != IGNORED
+    with logits_at(model, mask_BT):
+        logits_NV = model(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False).logits[0]
+    nll_N = cross_entropy(logits_NV, labels_BT[mask_BT].to(logits_NV.device)).cpu().double()
+    row_N = mask_BT.nonzero()[:, 0].cpu()
+    sums_B = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_N, nll_N)
+    return np.asarray(sums_B.numpy())
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Right-pad lists of ids to one length: (B, T) int64."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """One question in token ids.
+
+    Attributes:
+        prompt_ids: The tokens that every choice follows; at least one (a model can't score a first token).
+        choices_ids: The tokens of each choice, at least one token each.
+        answer: Index of the right choice.
+    """
+
+    prompt_ids: Sequence[int]
+    choices_ids: Sequence[Sequence[int]]
+    answer: int
+
+
+@dataclass(frozen=True)
+class ChoiceResult:
+    """Scores and predictions in the order of the items (R of them; C choices, which may differ per item).
+
+    Attributes:
+        loglik: Per item (C,) float64, the log-likelihood of each choice in nats, summed over its tokens.
+        lengths: Per item (C,) int64, the number of tokens of each choice.
+        answers: (R,) int64, the right choices.
+    """
+
+    loglik: list[NDArray[np.float64]]
+    lengths: list[NDArray[np.int64]]
+    answers: NDArray[np.int64]
+
+    @property
+    def by_sum(self) -> NDArray[np.int64]:
+        """(R,) the choice with the largest log-likelihood."""
+        return np.array([int(np.argmax(scores)) for scores in self.loglik], dtype=np.int64)
+
+    @property
+    def by_mean(self) -> NDArray[np.int64]:
+        """(R,) the choice with the largest log-likelihood per token."""
+        pairs = zip(self.loglik, self.lengths, strict=True)
+        return np.array([int(np.argmax(scores / length)) for scores, length in pairs], dtype=np.int64)
+
+    def correct(self, normalised: bool = False) -> NDArray[np.bool_]:
+        """(R,) whether the prediction by sum, or by mean if `normalised`, is the answer."""
+        return np.equal(self.by_mean if normalised else self.by_sum, self.answers)
+
+
+def score_choices(model: nn.Module, items: Sequence[ChoiceItem], batch_size: int = 16) -> ChoiceResult:
+    """Score every choice of every item.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
+        items: The questions.
+        batch_size: Choices (not items) per forward pass; it changes speed and memory, not the result.
+
+    Returns:
+        Log-likelihoods, lengths and predictions in the order of `items`.
+
+    Raises:
+        DataError: An item has an empty prompt, no choices, an empty choice or an answer out of range.
+    """
+    for index, item in enumerate(items):
+        _check(index, item)
+    nll = row_nll(model, [_as_row(item, choice) for item in items for choice in item.choices_ids], batch_size)
+    bounds = np.cumsum([len(item.choices_ids) for item in items])[:-1]
+    return ChoiceResult(
+        loglik=list(np.split(-nll.nll, bounds)) if items else [],
+        lengths=list(np.split(nll.tokens, bounds)) if items else [],
+        answers=np.array([item.answer for item in items], dtype=np.int64),
+    )
+
+
+def _as_row(item: ChoiceItem, choice: Sequence[int]) -> TokenRow:
+    """Join prompt and choice; only the choice counts."""
+    return [*item.prompt_ids, *choice], [*[IGNORED] * len(item.prompt_ids), *choice]
+
+
+def _check(index: int, item: ChoiceItem) -> None:
+    """Refuse an item that can't be scored."""
+    if not item.prompt_ids:
+        raise DataError(f"item {index}: the prompt has no tokens. Begin it with the tokenizer's first-token mark.")
+    if not item.choices_ids or not all(item.choices_ids):
+        raise DataError(f"item {index}: choices {item.choices_ids!r}. Give at least one, with a token or more each.")
+    if not 0 <= item.answer < len(item.choices_ids):
+        raise DataError(f"item {index}: answer {item.answer}, but the {len(item.choices_ids)} choices count from 0.")
