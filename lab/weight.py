@@ -12,7 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 
-COMMAND_LINE = ("datasets", "gguf", "rich", "tyro")  # what the callbacks do without
+COMMAND_LINE = ("datasets", "gguf", "rich")  # what the callbacks do without
 IMPORTS = {
     "python itself": "pass",
     "import siftune": "import siftune",

@@ -3,16 +3,16 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError, SiftuneError
-from siftune.base.settings import BELOW_ONE, COUNT, check_fields
+from siftune.base.settings import CONFIG, BelowOne, Count, Validated
 from siftune.base.threads import settle_threads
-from siftune.cli.common import parse
+from siftune.cli.options import Flag, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _KEEP = 0.7  # ours, as `siftune emulate` has it
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Reproduce a paper's table: rates, runs, answers, and the paper's figures beside one's own.
 
     NAME is a suite and a model: commonsense, math or gradot, with llama-7b, llama-13b, llama3-8b, gpt-j-6b, opt-1.3b,
@@ -34,7 +34,7 @@ class Options:
     methods, adapters and seeds can be added.
     """
 
-    name: Annotated[Positional[str], arg(metavar="NAME")]
+    name: Annotated[str, Flag(positional=True)]
     """Which table: see above."""
     methods: str | None = None
     """Methods, with commas between, such as dense,ist,gast; dense if not given. For gradot the emulators: gradot (as
@@ -60,19 +60,19 @@ class Options:
     log-likelihood), nats (of the right answer); all that the suite has if not given."""
     rates: str | None = None
     """Learning rates to try, with commas between; one is taken without a sweep; the suite's if not given."""
-    sweep_steps: Annotated[int | None, COUNT] = None
+    sweep_steps: Count | None = None
     """Steps of each run of the sweep; as many as a run has if not given, since the best rate hangs on them."""
-    keep: Annotated[float | None, BELOW_ONE] = None
+    keep: BelowOne | None = None
     """gradot: fraction of the middle's parameters that a kit holds; 0.7 if not given."""
     model: str | None = None
     """Another model in the place of the paper's: a folder, hub id or smollm2."""
     recipe: str | None = None
     """Recipe file (.yaml) whose lines stand in the place of the paper's, such as steps or checkpointing."""
-    limit: Annotated[int | None, COUNT] = None
+    limit: Count | None = None
     """Train on so many of the rows, drawn evenly; for gradot, of each task."""
-    questions: Annotated[int | None, COUNT] = None
+    questions: Count | None = None
     """Ask only the first so many questions of each task."""
-    batch_size: Annotated[int, COUNT] = 16
+    batch_size: Count = 16
     """Rows in a forward pass when questions are asked; training takes the recipe's."""
 
 
@@ -89,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> dict[str, Any]:
     """Do what is missing, and print the tables."""
-    check_fields(options, ["limit", "questions", "sweep_steps", "batch_size", "keep"], "--")
     from lab.reproduce.protocol import protocol_of
 
     protocol = protocol_of(options.name, *([options.recipe] if options.recipe else []))

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from siftune.bench.cost import parse_methods
-from siftune.cli.common import COMMANDS, parse
+from siftune.cli.main import COMMANDS
+from siftune.cli.options import parse
 from siftune.cli.main import main
 from siftune.recipe.checks import check
 

@@ -1,38 +1,50 @@
-"""Settings that are declared once: a dataclass field is type, default, help, range and source of an option.
+"""Settings: types, ranges, defaults and help of every option, in the fields of a dataclass that pydantic validates.
 
-A class of settings gives each field a type, a default, and under it a line of help. What else is known of it stands
-in the type: its `Range`, and `OURS` where neither the method's paper nor its code has it or its default.
-
-    @dataclass
+    @dataclass(config=CONFIG)
     class ISTSettings(Settings):
         group = "ist"
 
-        active: Annotated[float, SHARE] = 0.25
-        \"\"\"Share of the layers that train in a step.\"\"\"
+        active: Share = 0.25
+        \"\"\"Share of the layers to train in a step.\"\"\"
 
-Constructors, recipes, flags, their help and the documentation come from that. Nothing here imports torch, so that
-`siftune --help` stays quick.
+The constructor, recipes, flags and their help use these fields. Nothing here imports torch, so `siftune --help` stays
+fast.
 """
 
-import ast
 import difflib
 import inspect
-import itertools
-import math
-import textwrap
 import types
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from siftune.base.errors import RecipeError
 
+T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
 
-OURS = "ours"  # in a field's type: a choice of this project, not the paper's
+CONFIG = ConfigDict(
+    allow_inf_nan=False, arbitrary_types_allowed=True, extra="forbid", strict=True, use_attribute_docstrings=True
+)
 
-# names that other trainers use, so that the hint is right where spelling alone would not find it
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Share = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Chance = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+CountOrShare = Count | Share
+Steps = CountOrZero | BelowOne  # a number of steps, or a fraction of all steps
+
+# names in other trainers -> name here, for hints that spelling alone does not give
 ELSEWHERE = {
     "gradient_accumulation_steps": "accumulate",
     "gradient_checkpointing": "checkpointing",
@@ -55,182 +67,240 @@ ELSEWHERE = {
 }
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers that a setting may be.
+class SettingError(RecipeError):
+    """A value that its field does not allow, or a required field without a value.
 
     Attributes:
-        valid: Whether a number is one of them.
-        words: Which they are, to follow "must be".
+        field: Name of the field, behind the name of its group and a dot if it has one.
+        valid: The allowed values, to follow "must be".
+        missing: Names of all required fields without a value.
     """
 
-    valid: Callable[[float], bool]
-    words: str
+    def __init__(self, field: str, value: Any, valid: str, missing: tuple[str, ...] = ()) -> None:
+        super().__init__(f"{field} must be given" if missing else f"{field} is {value!r}, but must be {valid}")
+        self.field, self.valid, self.missing = field, valid, missing
 
 
-COUNT = Range(lambda v: v >= 1, "1 or more")
-SHARE = Range(lambda v: 0 < v <= 1, "above 0 and at most 1")
-BELOW_ONE = Range(lambda v: 0 <= v < 1, "from 0 to below 1")
-POSITIVE = Range(lambda v: v > 0, "above 0")
-CHANCE = Range(lambda v: 0 < v < 1, "above 0 and below 1")
-PROMISE = Range(lambda v: 0 < v <= 100, "above 0 and at most 100, beyond which it promises nothing")
-NOT_NEGATIVE = Range(lambda v: v >= 0, "0 or more")
-WARM_UP = Range(
-    lambda v: v >= 0 if isinstance(v, int) else 0 <= v < 1, "a whole number of steps, or a fraction from 0 to below 1"
-)
-COUNT_OR_SHARE = Range(
-    lambda v: v >= 1 if isinstance(v, int) else 0 < v <= 1,
-    "a whole number from 1, or a share above 0 and at most 1.0",
-)
+@dataclass(config=CONFIG)
+class Validated:
+    """Base of all settings and options: a value that its field does not allow raises `SettingError`."""
+
+    group: ClassVar[str] = ""
+    """Name of the group in recipes and flags; empty for options without a group."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(values)
+        except ValidationError as error:
+            raise cls._refusal(values, error) from None
+
+    @classmethod
+    def _refusal(cls, values: Any, error: ValidationError) -> RecipeError:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        prefix = f"{cls.group}." if cls.group else ""
+        if problem["type"] == "unexpected_keyword_argument":
+            close = nearest(name, types_of(cls))
+            return RecipeError(f"unknown setting {prefix}{name}" + (f"; did you mean {close}?" if close else ""))
+        missing = tuple(str(each["loc"][0]) for each in error.errors() if each["type"] == "missing")
+        given = dict(zip(types_of(cls), values.args, strict=False)) if isinstance(values, ArgsKwargs) else {}
+        given |= (values.kwargs or {}) if isinstance(values, ArgsKwargs) else {}
+        return SettingError(f"{prefix}{name}", given.get(name), described(types_of(cls)[name]), missing)
 
 
-@dataclass
-class Settings:
-    """Base of a method's settings; checked when they are made.
+@dataclass(config=CONFIG)
+class Settings(Validated):
+    """Base of a method's settings, which are checked when they are made.
 
     Raises:
-        RecipeError: When a setting is out of its range.
+        RecipeError: A setting is out of its range, or settings contradict each other.
     """
 
-    group: ClassVar[str]
-    """Name of the method's settings in recipes and flags."""
-
     with_target: ClassVar[Mapping[str, Any]] = {}
-    """Defaults where few rows of a target are given: what a recipe's `target` puts in their place."""
+    """Defaults in a run with a target."""
 
     def __post_init__(self) -> None:
-        """Check every field; a list is as good as a tuple, such as a checkpoint's JSON holds."""
-        for name in self.names(type(self)):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, tuple(getattr(self, name)))
-        self.check()
-
-    def check(self) -> None:
-        """Check every field that is not at its default, and what fields say about each other; see `_faults`."""
+        """Validate a callback's settings, whose constructor is not pydantic's, and check all settings together."""
         owner = _owner(type(self))
-        changed = [field.name for field in fields(owner) if getattr(self, field.name) != field.default]
-        check_fields(self, changed, f"{self.group}.")
-        for fault, sentence in self._faults() if changed else ():
-            if fault:
+        if owner is not type(self):
+            values = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in self.to_dict().items()
+            }
+            for name, value in vars(owner(**values)).items():
+                setattr(self, name, value)
+        for is_wrong, sentence in self._faults():
+            if is_wrong:
                 raise RecipeError(sentence)
 
     def _faults(self) -> Iterable[tuple[bool, str]]:
-        """Pairs of what is wrong with fields taken together, and the sentence that says so."""
+        """Contradictions between settings: whether there is one, and the sentence about it."""
         return ()
 
     @staticmethod
     def names(kind: type["Settings"]) -> list[str]:
-        """Names of a class's settings; what a callback adds to them is none."""
+        """Names of a class's settings, without the fields that a callback adds."""
         return [field.name for field in fields(_owner(kind))]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings by name, without what a callback adds to them."""
+        """Settings by name, without the fields that a callback adds."""
         return {name: getattr(self, name) for name in self.names(type(self))}
 
 
 def _owner(kind: type[Settings]) -> type[Settings]:
-    """The class that names the group: a callback derives from it."""
+    """The class that defines the settings: a callback derives from it."""
     return next(base for base in kind.__mro__ if base.__dict__.get("group"))
 
 
-def check_fields(values: Any, names: Iterable[str], prefix: str = "") -> None:
-    """Check types and ranges of a dataclass's fields.
+def types_of(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass and their types, ranges included."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def help_of(kind: type) -> dict[str, str]:
+    """The help of every field of a class, on one line each."""
+    lines: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        described_here = base.__dict__.get("__pydantic_fields__", {})
+        lines |= {
+            name: " ".join(field.description.split()) for name, field in described_here.items() if field.description
+        }
+    return lines
+
+
+def leaves(hint: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The alternatives of a type, each with its metadata: `int | None` has two."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        return [(leaf, (*own, *marks)) for leaf, own in leaves(inner)]
+    if get_origin(hint) in (Union, types.UnionType):
+        return [leaf for part in get_args(hint) for leaf in leaves(part)]
+    return [(hint, ())]
+
+
+def bounds_of(marks: Iterable[Any]) -> str:
+    """The range that a field's metadata describes; empty if there is none.
+
+    Example:
+        >>> bounds_of(Share.__metadata__)
+        'above 0 and at most 1'
+    """
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    limits = [limit for mark in marks for limit in getattr(mark, "metadata", ())]
+    pairs = [(words[key], getattr(limit, key, None)) for limit in limits for key in words]
+    parts = [f"{word} {value}" for word, value in pairs if value is not None]
+    return " and ".join(parts)
+
+
+def described(hint: Any) -> str:
+    """The values that a type allows, as text.
+
+    Example:
+        >>> described(Count | None), described(CountOrShare), described(tuple[int, ...])
+        ('an integer, at least 1', 'an integer, at least 1, or a number, above 0 and at most 1', 'a list of integers')
+    """
+    names = {str: "text", Path: "a path", int: "an integer", float: "a number", bool: "true or false"}
+    many = {str: "texts", Path: "paths", int: "integers", float: "numbers"}
+    parts = []
+    for leaf, marks in leaves(hint):
+        origin, arguments, bounds = get_origin(leaf), get_args(leaf), bounds_of(marks)
+        if origin is Literal:
+            parts.append(f"one of {', '.join(map(str, arguments))}")
+        elif origin is tuple:
+            (item, own), *_ = leaves(arguments[0])
+            bounds = bounds_of(own)
+            parts.append(f"a list of {many.get(item) or 'names, each ' + described(item)}")
+        elif leaf is not type(None):
+            parts.append(names.get(leaf, getattr(leaf, "__name__", str(leaf))))
+        if bounds:
+            parts[-1] += f", {bounds}"
+    return ", or ".join(parts) if any("," in part for part in parts) else " or ".join(parts)
+
+
+def converted(value: Any, hint: Any) -> Any:
+    """A value from YAML or the command line in the type that its field asks for, if it can be read as such.
+
+    Text becomes a number, a path or None where the field takes no text; a list becomes a tuple. Everything else stays,
+    and pydantic refuses it.
+    """
+    kinds = [leaf for leaf, _ in leaves(hint)]
+    for kind in (kind for kind in kinds if get_origin(kind) is tuple):
+        if isinstance(value, list) or str not in kinds:
+            values = value if isinstance(value, list) else [value]
+            return None if value is None else tuple(converted(each, get_args(kind)[0]) for each in values)
+    if not isinstance(value, str) or any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
+        return value
+    if value in ("None", "null") and type(None) in kinds:
+        return None
+    for kind in (Path, int, float):
+        if kind in kinds and str not in kinds:
+            try:
+                return kind(value)
+            except (ValueError, OverflowError):
+                continue
+    return value
+
+
+def made(
+    kind: type[T], given: Mapping[str, tuple[Any, str]], names: Mapping[str, str] | None = None, hint: str = ""
+) -> T:
+    """Make settings from values as they are read from YAML or the command line.
 
     Args:
-        values: An instance.
-        names: The fields to look at.
-        prefix: What messages put in front of a field's name; after "--" it is written as a flag.
+        kind: A dataclass of settings; a field may be a group, which is a dataclass of its own.
+        given: Name of a field, with a group's behind its name and a dot, to its value and how messages call it, such
+            as `r.yaml:3: rank` or `--rank`.
+        names: Name of a field to how a message on a missing value calls it.
+        hint: The end of that message.
 
     Raises:
-        RecipeError: With one sentence on the first value that cannot be used.
+        RecipeError: A value is not allowed or missing; the message names the option.
     """
-    hints = get_type_hints(type(values), include_extras=True)
-    for name in names:
-        value, (hint, *marks) = getattr(values, name), _unwrapped(hints[name])
-        shown = f"--{name.replace('_', '-')}" if prefix == "--" else f"{prefix}{name}"
-        if not fits(value, hint):
-            raise RecipeError(f"{shown} is {value!r}, but must be {in_words(hint)}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if not math.isfinite(value):
-            raise RecipeError(f"{shown} is {value}, but must be a finite number")
-        for mark in marks:
-            if isinstance(mark, Range) and not mark.valid(value):
-                raise RecipeError(f"{shown} is {value}, but must be {mark.words}")
-
-
-def marks_of(kind: type, name: str) -> tuple[Any, ...]:
-    """What the type of a field says besides the type: `Range`, `OURS`."""
-    return tuple(_unwrapped(get_type_hints(kind, include_extras=True)[name])[1:])
-
-
-def _unwrapped(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) is Annotated else (hint,)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; a whole number passes for a number."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return fits(value, arguments[0])
-    if origin is Literal:
-        return value in arguments
-    if origin in (Union, types.UnionType):
-        return any(fits(value, part) for part in arguments)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(fits(part, arguments[0]) for part in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint or (isinstance(hint, type) and hint not in (int, bool) and isinstance(value, hint))
-
-
-def in_words(hint: Any) -> str:
-    """Say what values the type of a field admits."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return in_words(arguments[0])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin in (Union, types.UnionType):
-        return " or ".join(in_words(part) for part in arguments)
-    if origin is tuple:
-        return "a list of names" if arguments[0] is str else f"a list, each {in_words(arguments[0])}"
-    words = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
-    return "nothing" if hint is type(None) else words.get(hint, getattr(hint, "__name__", str(hint)))
+    hints, values, groups = types_of(kind), dict[str, Any](), dict[str, dict[str, Any]]()
+    for name, (value, _) in given.items():
+        group, _, own = name.rpartition(".")
+        if group:
+            groups.setdefault(group, {})[own] = converted(value, types_of(hints[group])[own])
+        else:
+            values[name] = converted(value, hints[name])
+    try:
+        for group, own_values in groups.items():
+            values[group] = hints[group](**own_values)
+        return kind(**values)
+    except SettingError as error:
+        if error.missing:
+            missing = [(names or {}).get(name, name) for name in error.missing]
+            raise RecipeError(f"{' and '.join(missing)} must be given{hint}") from None
+        if error.field not in given:
+            raise
+        value, label = given[error.field]
+        raise RecipeError(f"{label} is {value!r}, but must be {error.valid}") from None
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that `word` most likely stands for, or None.
+    """The one of `names` that `word` most likely stands for, or None.
 
-    Names with a dot are those of a method's settings: `select` stands for `gast.select` where no other group has it.
+    Names with a dot are a method's settings: `select` stands for `gast.select` if no other group has it.
     """
     names = list(names)
     word = word.replace("-", "_").lower()
     if ELSEWHERE.get(word) in names:
         return ELSEWHERE[word]
     grouped = [name for name in names if name.endswith(f".{word}")]
-    known = [*names, *(other for other, name in ELSEWHERE.items() if name in names)]
-    close = grouped or [ELSEWHERE.get(one, one) for one in difflib.get_close_matches(word, known, n=1)]
+    candidates = [*names, *(other for other, name in ELSEWHERE.items() if name in names)]
+    close = grouped or [ELSEWHERE.get(one, one) for one in difflib.get_close_matches(word, candidates, n=1)]
     return " or ".join(close) if close else None
 
 
-def help_of(kind: type) -> dict[str, str]:
-    """The line of help under each field of a class; empty where its source is not at hand."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    except (OSError, TypeError):
-        return {}
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-    }
-
-
 def documented(kind: type[S]) -> type[S]:
-    """Put the help of the settings that a callback takes over into its docstring, at the line `Args:`."""
+    """Show a callback's settings in `help()`: their help at the line `Args:`, and plain types in the signature."""
     lines = [f"        {name}: {line}" for name, line in help_of(_owner(kind)).items()]
     if kind.__doc__ and lines:
         kind.__doc__ = kind.__doc__.replace("    Args:\n", "    Args:\n" + "\n".join(lines) + "\n", 1)
+    plain = get_type_hints(kind)
+    signature = inspect.signature(kind)
+    parameters = [each.replace(annotation=plain.get(each.name, Any)) for each in signature.parameters.values()]
+    kind.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return kind

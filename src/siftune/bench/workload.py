@@ -1,9 +1,10 @@
 """The training that `siftune bench` measures: its options, and the recipe that it stands for."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from siftune.base.settings import Settings
+from pydantic.dataclasses import dataclass
+
+from siftune.base.settings import CONFIG, AtLeastTwo, Count, Seed, Settings, Share, Validated
 from siftune.methods import METHODS
 from siftune.recipe.schema import Recipe, resolve_recipe
 
@@ -16,33 +17,33 @@ SUPPORTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Workload:
+@dataclass(config=CONFIG)
+class Workload(Validated):
     """The same rows, model and adapter for every method."""
 
     model: str = "smollm2"
     """Model to train: a folder, a hub id, or smollm2 (packaged, no hub needed)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights; auto keeps that of the checkpoint."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows in a step."""
-    length: int = 128
+    length: AtLeastTwo = 128
     """Tokens in a row; every row has as many."""
-    label_share: float = 0.25
+    label_share: Share = 0.25
     """Fraction of a row, at its end, that is learned; the rest stands for the prompt."""
-    rank: int = 32
+    rank: Count = 32
     """Rank of the LoRA matrices."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     """Names of the modules that get adapters."""
-    active: float = 0.25
+    active: Share = 0.25
     """rst, ist, lisa: fraction of the layers that train in a step."""
-    interval: int = 10
+    interval: Count = 10
     """ist: optimizer steps between two updates of the importance; lisa: between two draws."""
-    steps: int = 20
+    steps: Count = 20
     """Timed optimizer steps in a round; a multiple of interval, so that ist's scoring counts for its share."""
-    warmup: int = 2
+    warmup: Count = 2
     """Optimizer steps before these, not timed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the tokens, the adapters and the draws."""
 
     def recipe(self, method: str, out: str) -> Recipe:

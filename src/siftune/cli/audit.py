@@ -1,16 +1,17 @@
 """`siftune audit`: what a kit gives the data owner, what it gives away, and what comes back."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
-from tyro.conf import arg
 
+from siftune.base.settings import CONFIG
+from siftune.cli.options import Flag
 from siftune.offsite.audit.settings import AuditOptions
 
 
-@dataclass(frozen=True)
+@dataclass(config=CONFIG)
 class Options(AuditOptions):
     """Audit a kit: what its emulator gives the data owner, what it gives away, and what comes back.
 
@@ -22,7 +23,7 @@ class Options(AuditOptions):
     emulator what the return tells about its rows.
     """
 
-    returned: Annotated[Path | None, arg(name="return")] = None
+    returned: Annotated[Path | None, Flag("return")] = None
     """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
     out: Path | None = None
     """Folder for audit.json and audit.md."""

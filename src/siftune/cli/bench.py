@@ -4,13 +4,15 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from siftune.base.errors import RecipeError
+from siftune.base.settings import CONFIG, Count
 from siftune.bench.workload import Workload
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class Options(Workload):
     """Measure what a training step costs with each method on this machine: wall time and peak memory.
 
@@ -33,9 +35,9 @@ class Options(Workload):
     trl-no-checkpointing."""
     against: str | None = None
     """A further method that all are compared with, such as trl: TRL's SFTTrainer with its own defaults."""
-    rounds: int = 3
+    rounds: Count = 3
     """Times that each method is measured."""
-    threads: int | None = None
+    threads: Count | None = None
     """Processor threads of each process; as in the environment if not given."""
     floor: bool = True
     """Also measure how fast this machine multiplies matrices, and what a dense step would take at that rate."""
@@ -86,7 +88,7 @@ def _workload(options: Options, methods: Sequence[str]) -> Workload:
     from siftune.models.source import resolve
 
     work = Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
-    check_workload(work, options.rounds, options.threads)
+    check_workload(work)
     if options.out is not None and not os.access(options.out.parent, os.W_OK):
         raise RecipeError(f"--out {options.out} cannot be written: there is no folder {options.out.parent} to write to")
     if "ist" in methods and work.steps % work.interval:

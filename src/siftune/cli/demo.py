@@ -1,13 +1,15 @@
 """`siftune demo`: the case that pays, on a real model, in minutes."""
 
 import json
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic.dataclasses import dataclass
+
 from siftune.base.errors import RecipeError
 from siftune.base.jsonable import jsonable
+from siftune.base.settings import CONFIG, Count, Positive, Seed, Validated
 from siftune.methods import METHODS
 from siftune.recipe.schema import Recipe, new_folder
 
@@ -26,8 +28,8 @@ _LEVEL = 0.95  # coverage of the intervals
 _SHOWN = 4  # questions whose answers are shown
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Tune SmolLM2-135M on a mixed pool, and on the same pool with few rows of the task that counts.
 
     Of the pool a quarter is two-digit arithmetic, a quarter arithmetic with wrong answers, and half other tasks. Both
@@ -37,15 +39,15 @@ class Options:
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
     """How to train with the few rows, as for siftune train."""
-    steps: int = 120
+    steps: Count = 120
     """Optimizer steps of 16 rows, for each of the two."""
-    lr: float = METHODS["dense"].lr
+    lr: Positive = METHODS["dense"].lr
     """Peak learning rate."""
-    known: int = 100
+    known: Count = 100
     """Rows of the task that are known to be right."""
-    rows: int = 200
+    rows: Count = 200
     """Held-out questions; none of their problems is in the training rows."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the task's rows, the adapter and the method."""
     out: str | None = None
     """Folder of rows and runs; runs/DATE-demo if not given."""
@@ -84,11 +86,9 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _check(options: Options) -> None:
-    """Check the ranges of the options, before a folder is made."""
+    """Refuse more rows than there are problems, before a folder is made."""
     from siftune.data.tasks import PROBLEMS
 
-    if min(options.steps, options.rows, options.known) < 1 or options.lr <= 0:
-        raise RecipeError("--steps, --rows and --known must be at least 1, and --lr above 0")
     needed = options.steps * _ROWS // 2 + options.rows + options.known
     if needed > PROBLEMS - 4:  # the four kinds are asked for equally often
         raise RecipeError(

@@ -1,12 +1,13 @@
 """`siftune emulate`: compress a model's middle and write a kit that another party can tune."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from siftune.base.settings import CONFIG, Share
 from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from siftune.offsite.kit.folder import Kit
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, config=CONFIG)
 class Options(CalibrationOptions):
     """Write a kit: a model whose middle is compressed, which another party can tune without having the model.
 
@@ -24,7 +25,7 @@ class Options(CalibrationOptions):
     gradients stay close to the model's own. Choose the options by comparing emulators with `siftune sweep`.
     """
 
-    keep: float = 0.7
+    keep: Share = 0.7
     """Fraction of the middle's parameters that the kit holds."""
     method: Literal["gradot", "layerdrop", "crash", "svd+flap"] = "gradot"
     """gradot keeps outer layers' gradients; layerdrop drops whole layers, crash shares them, svd+flap keeps outputs."""

@@ -1,14 +1,15 @@
 """`siftune eval`: measure runs, adapters and models on held-out rows, base against tuned."""
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
 from siftune.base.jsonable import jsonable
-from siftune.base.settings import CHANCE, COUNT, NOT_NEGATIVE, check_fields
+from siftune.base.settings import CONFIG, Chance, Count, Seed, Validated
+from siftune.cli.options import Flag
 from siftune.recipe.schema import Recipe, train_files
 
 if TYPE_CHECKING:
@@ -17,18 +18,18 @@ if TYPE_CHECKING:
     from siftune.evaluate.measure import Metrics
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Measure base models and tuned ones on held-out rows: multiple choice, exact match and perplexity."""
 
-    runs: Positional[tuple[str, ...]]
+    runs: Annotated[tuple[str, ...], Flag(positional=True)]
     """What to measure: run folders, PEFT adapter folders, kits, or models (folder, hub id, smollm2)."""
     data: str | None = None
     """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id; a run's own if not given, its
     eval_share among them."""
     split: str = "test"
     """Split of --data, where it has splits."""
-    limit: Annotated[int | None, COUNT] = None
+    limit: Count | None = None
     """Use only the first so many rows."""
     metrics: tuple[Literal["auto", "choices", "exact_match", "perplexity"], ...] = ("auto",)
     """What to measure; auto goes by the columns: choices, or exact match for short answers, and perplexity."""
@@ -40,19 +41,19 @@ class Options:
     """Number format of the weights: as in a run's recipe, or auto, if not given."""
     base: str | None = None
     """What was trained on, where it is not where the runs say: a folder, hub id, smollm2 or a kit."""
-    batch_size: Annotated[int, COUNT] = 16
+    batch_size: Count = 16
     """Rows in a forward pass."""
-    max_new_tokens: Annotated[int | None, COUNT] = None
+    max_new_tokens: Count | None = None
     """exact_match: longest text to generate; a little over the longest right one if not given."""
-    level: Annotated[float, CHANCE] = 0.95
+    level: Chance = 0.95
     """Coverage of the intervals."""
-    seed: Annotated[int, NOT_NEGATIVE] = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
     public_key: Path | None = None
     """Public key of a model's owner, a PEM file; what is measured must be kits signed by the owner, or runs on them."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """One subject, its settings, its rows and what they are called."""
 
@@ -78,7 +79,6 @@ def run(options: Options) -> dict[str, Any]:
         raise RecipeError("nothing to measure: give a run folder, an adapter folder or a model")
     if not options.metrics:
         raise RecipeError("--metrics is empty: name at least one, or leave it out")
-    check_fields(options, ["limit", "batch_size", "max_new_tokens", "level", "seed"], "--")
     # everything that can be refused without loading a model comes first
     subjects = find_subjects(options.runs, options.public_key, options.base)
     jobs = [_job(subject, options) for subject in subjects]

@@ -1,22 +1,23 @@
 """`siftune export`: put what was trained into its base model."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import AdapterError, ModelError
+from siftune.base.settings import CONFIG, Validated
+from siftune.cli.options import Flag
 
 if TYPE_CHECKING:
     from siftune.artifacts import Subject
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Merge what a run has trained into its base model. The result is an ordinary model."""
 
-    run: Annotated[Positional[str], arg(metavar="RUN")]
+    run: Annotated[str, Flag("run", positional=True)]
     """Run folder, or a folder with an adapter in PEFT's format or with tuned layers."""
     out: str | None = None
     """Folder of the merged model; RUN/merged if not given."""

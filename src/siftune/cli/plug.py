@@ -1,25 +1,18 @@
 """`siftune plug`: put what data owners returned into the base model."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
-from tyro.conf import UseAppendAction, arg
-from tyro.constructors import PrimitiveConstructorSpec
 
+from siftune.base.settings import CONFIG
+from siftune.cli.options import Flag
 from siftune.offsite.exchange.settings import PlugSettings
 
-_NUMBERS = PrimitiveConstructorSpec[tuple[float, ...] | None](
-    nargs="*",
-    metavar="FLOAT,FLOAT,...",
-    instance_from_str=lambda words: tuple(float(part) for word in words for part in word.split(",") if part),
-    is_instance=lambda value: value is None or isinstance(value, tuple),
-    str_from_instance=lambda value: ["None"] if value is None else [",".join(map(str, value))],
-)
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, config=CONFIG)
 class Options(PlugSettings):
     """Put one return, or several merged, into the model that their kit was made from, and save an ordinary model.
 
@@ -28,7 +21,7 @@ class Options(PlugSettings):
 
     kit: Path
     """Folder of the kit that was handed out."""
-    returned: Annotated[UseAppendAction[tuple[Path, ...]], arg(name="return")]
+    returned: Annotated[tuple[Path, ...], Flag("return")]
     """Folder of what came back; once for every data owner."""
     out: Path
     """Folder of the tuned model; must be new or empty."""
@@ -36,8 +29,6 @@ class Options(PlugSettings):
     """Model that the kit was made from: a folder, a hub id, or smollm2."""
     public_key: Path | None = None
     """Your public key, a PEM file, to check that the kit is as you signed it."""
-    weights: Annotated[tuple[float, ...] | None, _NUMBERS] = None
-    """Of several returns: what each counts, in their order, such as its number of rows; all alike if not given."""
 
 
 def run(options: Options) -> dict[str, Any]:

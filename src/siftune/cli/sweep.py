@@ -1,19 +1,19 @@
 """`siftune sweep`: compare emulators of a model, for its owner to choose one."""
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from siftune.base.settings import COUNT, check_fields
+from siftune.base.settings import CONFIG, Count
 from siftune.offsite.exchange.calibration import CalibrationOptions
 
 if TYPE_CHECKING:
     from siftune.offsite.audit.sweep import SweepGrid
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, config=CONFIG)
 class Options(CalibrationOptions):
     """Compare emulators of a model: how like its own the gradients are, against how much worse the emulator is.
 
@@ -33,13 +33,12 @@ class Options(CalibrationOptions):
     """Methods."""
     held_out: str | None = None
     """Rows to measure on, as for --calibration; if not given, the rows that follow those used there."""
-    held_out_rows: Annotated[int, COUNT] = 16
+    held_out_rows: Count = 16
     """Use the first so many of them."""
 
     def check(self) -> None:
         """Check what can be checked before anything is loaded."""
         super().check()
-        check_fields(self, ["held_out_rows"], "--")
         self.grid().check()
 
     def grid(self) -> "SweepGrid":

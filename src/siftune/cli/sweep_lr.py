@@ -1,10 +1,13 @@
 """`siftune sweep-lr`: find the learning rate of each method, on held-out rows."""
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic.dataclasses import dataclass
+
+from siftune.base.settings import CONFIG
 from siftune.recipe.schema import Recipe, new_folder
 
 if TYPE_CHECKING:
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from siftune.train.rates.sweep import LRSweep
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class Options(Recipe):
     """Try learning rates: train with each method at each rate, and measure the loss on held-out rows.
 

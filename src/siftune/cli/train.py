@@ -1,13 +1,15 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
 from siftune.base.ranks import launch_rank, launch_size
-from siftune.base.settings import COUNT, check_fields
+from siftune.base.settings import CONFIG, Count
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, resolve_recipe
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from siftune.train.run import Run
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class Options(Recipe):
     """Fine-tune a language model, or a kit of one, updating only the layers that count.
 
@@ -24,7 +26,7 @@ class Options(Recipe):
 
     public_key: str | None = None
     """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
-    processes: Annotated[int, COUNT] = 1
+    processes: Count = 1
     """Processes of this machine that train together, one for each GPU or for some of the processor's cores; each takes
     batch_size rows in a step. torchrun and accelerate launch do the same, also on several machines."""
     dry_run: bool = False
@@ -34,7 +36,6 @@ class Options(Recipe):
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    check_fields(options, ["processes"])
     if options.dry_run:
         return _try(options, recipe)
     if options.processes > 1 and launch_size() > 1:

@@ -1,27 +1,28 @@
 """`siftune verify`: check a kit or a return, and say what it holds."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic.dataclasses import dataclass
 from rich.console import Console
-from tyro.conf import Positional, arg
 
 from siftune.base.errors import KitError
+from siftune.base.settings import CONFIG, Validated
+from siftune.cli.options import Flag
 from siftune.offsite.exchange.settings import MAX_UPDATE
 
 if TYPE_CHECKING:
     from siftune.offsite.kit.folder import Kit
 
 
-@dataclass
-class Options:
+@dataclass(config=CONFIG)
+class Options(Validated):
     """Check a kit, or with --kit a return for it: files, hashes, shapes and numbers. Nothing in them is run.
 
     A kit is what `siftune emulate` writes, a return what `siftune train --model KIT` leaves behind.
     """
 
-    path: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    path: Annotated[Path, Flag("folder", positional=True)]
     """Folder of the kit or of the return."""
     kit: Path | None = None
     """Kit that a return is for."""

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from siftune.base.settings import BELOW_ONE, CHANCE, COUNT, COUNT_OR_SHARE, OURS, POSITIVE, SHARE, Range, Settings
+from pydantic.dataclasses import dataclass
 
-PAIR = Range(lambda v: v >= 2, "2 or more: the reward of a candidate is relative to the others")
+from siftune.base.settings import CONFIG, AtLeastTwo, BelowOne, Chance, Count, CountOrShare, Positive, Settings, Share
 
 
 def count_of(select: int | float, total: int) -> int:
@@ -27,58 +26,58 @@ def selects_all(settings: Any, samples: int) -> bool:
     return not explicit and count_of(settings.select, samples) == samples
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class RSTSettings(Settings):
     """Random sparse tuning: layers drawn at random in every step."""
 
     group = "rst"
 
-    active: Annotated[float, SHARE] = 0.25
+    active: Share = 0.25
     """Share of the layers that train in a step."""
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class ISTSettings(Settings):
     """Importance-aware sparse tuning: layers drawn by their importance in every step."""
 
     group = "ist"
 
-    active: Annotated[float, SHARE] = 0.25
+    active: Share = 0.25
     """Share of the layers that train in a step."""
-    interval: Annotated[int | None, COUNT] = 10
+    interval: Count | None = 10
     """Optimizer steps between two updates of the importance; None (in YAML null) disables updates."""
-    score_batch_size: Annotated[int, COUNT] = 16
+    score_batch_size: Count = 16
     """Training rows used to measure the loss in an update."""
-    candidates: Annotated[int, PAIR] = 3
+    candidates: AtLeastTwo = 3
     """Sets of layers compared in an update."""
-    suppressed: Annotated[float, CHANCE] = 0.5
+    suppressed: Chance = 0.5
     """Share of the layers in each of these sets."""
-    factor: Annotated[float, BELOW_ONE] = 0.25
+    factor: BelowOne = 0.25
     """Factor applied to the adapter response of a suppressed layer."""
-    score_lr: Annotated[float, POSITIVE] = 10.0
+    score_lr: Positive = 10.0
     """Learning rate of the importance."""
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class LISASettings(Settings):
     """Layerwise importance sampled AdamW: a few layers drawn at random and held for some steps."""
 
     group = "lisa"
 
-    active: Annotated[int | float, COUNT_OR_SHARE] = 2
+    active: CountOrShare = 2
     """Layers that train: a number of layers, or a share such as 0.25."""
-    interval: Annotated[int, COUNT] = 20
+    interval: Count = 20
     """Optimizer steps between two draws."""
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class CutSettings(Settings):
     """All layers above a random depth train, and backward ends there."""
 
     group = "cut"
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class GASTSettings(Settings):
     """Gradient-aligned sparse tuning: every layer follows the rows whose gradients align with a support set."""
 
@@ -89,14 +88,14 @@ class GASTSettings(Settings):
         "select": 0.5, "support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine",
     }  # fmt: skip
 
-    select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
+    select: CountOrShare = 0.75  # ours
     """Rows of a batch that a layer follows: a number of rows, or a share such as 0.75 (the paper's: 0.5)."""
     support: Literal["sample", "rest", "momentum", "dataset"] = "sample"
     """Rows to compare with: drawn training rows (the paper's), the other rows of the batch, the gradients of earlier
     steps, or the rows of a target."""
-    support_size: Annotated[int, COUNT] = 4
+    support_size: Count = 4
     """Support rows per step, for support sample and dataset."""
-    support_every: Annotated[int, COUNT, OURS] = 1
+    support_every: Count = 1  # ours
     """Optimizer steps between two support gradients, for support sample and dataset; above 1 a running mean of them is
     used."""
     choice: Literal["stochastic", "topk", "random"] = "stochastic"
@@ -121,21 +120,21 @@ class GASTSettings(Settings):
         return self.needs_scores and self.support in ("sample", "dataset")
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class GREATSSettings(Settings):
     """GREATS: all layers follow the rows that most help a support set, the target's rows or training rows."""
 
     group = "greats"
 
-    select: Annotated[int | float, COUNT_OR_SHARE] = 0.5
+    select: CountOrShare = 0.5
     """Rows of a batch that are followed: a number of rows, or a share such as 0.5."""
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class TrimSettings(Settings):
     """All layers follow the rows of a batch with the smallest loss."""
 
     group = "trim"
 
-    select: Annotated[int | float, COUNT_OR_SHARE, OURS] = 0.75
+    select: CountOrShare = 0.75  # ours
     """Rows of a batch that are followed: a number of rows, or a share such as 0.75."""

@@ -1,14 +1,13 @@
-"""What of a recipe cannot be used: ranges, and what its fields say about each other.
+"""Recipe validation: options that contradict each other.
 
-Nothing here imports torch, so that a mistake is told at once.
+Ranges are in the types of the fields. Nothing here imports torch, so errors come at once.
 """
 
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import Settings, check_fields
+from siftune.base.settings import Settings
 from siftune.base.words import counted
 from siftune.methods import METHODS, all_parts
 from siftune.methods.options import selects_all
@@ -17,18 +16,14 @@ from siftune.recipe.schema import Recipe, compares, holds_out, method_of, settin
 
 
 def check(recipe: Recipe) -> None:
-    """Check every range and what fields say about each other.
+    """Refuse options that contradict each other.
 
     Raises:
-        RecipeError: With one sentence on the first value that cannot be used.
+        RecipeError: With one sentence on the first contradiction.
     """
-    groups = {part.settings.group for part in all_parts()}
-    check_fields(recipe, [field.name for field in fields(recipe) if field.name not in groups])
-    for settings in settings_of(recipe):
-        settings.check()
-    faults = (_faults, _known_rows_faults, _row_faults, _start_faults, _private_faults, _idle, _all_rows)
-    for fault, sentence in (pair for part in faults for pair in part(recipe)):
-        if fault:
+    faults = (_faults, _target_faults, _row_faults, _start_faults, _private_faults, _idle, _all_rows)
+    for is_wrong, sentence in (pair for part in faults for pair in part(recipe)):
+        if is_wrong:
             raise RecipeError(sentence)
 
 
@@ -79,7 +74,7 @@ def _can_compile(recipe: Recipe) -> bool:
     return plain and recipe.adapter in ("lora", "rslora", "full")
 
 
-def _known_rows_faults(recipe: Recipe) -> list[tuple[bool, str]]:
+def _target_faults(recipe: Recipe) -> list[tuple[bool, str]]:
     """What is wrong with a target, and with rows to compare with."""
     return [
         (

@@ -1,57 +1,93 @@
-"""Recipe files: YAML in, YAML out, and what to say where a key or value does not fit."""
+"""Recipe files: read YAML, write YAML, and name the line of a key or value that is not allowed."""
 
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import yaml
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import Settings, in_words, nearest
+from siftune.base.settings import made, nearest, types_of
 from siftune.methods import all_parts
 from siftune.models.smollm2 import NAME as SMOLLM2
+from siftune.recipe.removed import removal
 from siftune.recipe.schema import R, Recipe, method_of
 
 
 class _Entry(NamedTuple):
-    """What stands behind a key: a value, or a mapping's own entries."""
+    """The value of a key, or the entries of a mapping, and the line of the key."""
 
     value: Any
     line: int
 
 
-def load_recipe(*paths: str | Path, kind: type[R] = Recipe, target: bool = False) -> R:  # type: ignore[assignment]
-    """Read YAML recipes; a later file overrides an earlier one, what none names keeps its default.
+Given = Mapping[str, tuple[Any, str]]  # option -> its value, and how a message calls the option
 
-    Paths inside a recipe are relative to the working directory, as flags are.
+
+def load_recipe(*paths: str | Path, kind: type[R] = Recipe, flags: Given | None = None) -> R:  # type: ignore[assignment]
+    """Read YAML recipes: a later file overrides an earlier file, and flags override both.
+
+    Paths inside a recipe are relative to the working directory, as in flags.
 
     Args:
-        paths: YAML files, each a mapping from field to value, and for each method's settings a mapping of its own; an
-            empty file is a recipe of defaults.
-        kind: The dataclass to fill: `Recipe` or a subclass with further fields.
-        target: A target will be given besides. With one, here or in a file, methods have the defaults that their
-            settings name in `with_target`.
+        paths: YAML files that map options to values, and a method's name to a mapping of its settings; an empty file is
+            a recipe of defaults.
+        kind: The dataclass to fill: `Recipe`, or a subclass with further fields.
+        flags: Options from the command line: name to value and flag.
 
     Raises:
-        RecipeError: A file is missing, unreadable or not YAML; a key is unknown or given twice; a value has
-            the wrong type. The message names file, line and key.
+        RecipeError: A file is missing, unreadable or not YAML; a key is unknown or given twice; a value is not allowed.
+            The message names file, line and key.
     """
-    values: dict[str, Any] = {}
-    hints = get_type_hints(kind)
+    given: dict[str, tuple[Any, str]] = {}
     for path in map(Path, paths):
-        for key, entry in _read(path).items():
-            values[key] = _value(key, entry, hints, values.get(key), f"{path}:{entry.line}")
-    if target or values.get("target") is not None:
-        values = _aimed(values, hints)
-    return kind(**{key: hints[key](**value) if _is_group(hints[key]) else value for key, value in values.items()})
+        given |= _flat(path, kind)
+    given |= flags or {}
+    for name, (value, label) in given.items():
+        if isinstance(value, str) and (sentence := removal(name, value)):
+            raise RecipeError(f"{label} {sentence}")
+    if given.get("target", (None, ""))[0] is not None:
+        aimed = {part.settings.group: part.settings.with_target for part in all_parts()}
+        for group, values in aimed.items():
+            given |= {f"{group}.{n}": (v, f"{group}.{n}") for n, v in values.items() if f"{group}.{n}" not in given}
+    return made(kind, given)
 
 
-def _aimed(values: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the defaults of a run with a target below what was given."""
-    groups = {key: hint.with_target for key, hint in hints.items() if _is_group(hint) and hint.with_target}
-    return {**values, **{key: {**below, **values.get(key, {})} for key, below in groups.items()}}
+def options_of(kind: type) -> dict[str, Any]:
+    """Names and types of all options of a dataclass; a group's behind its name and a dot, such as gast.select."""
+    options: dict[str, Any] = {}
+    for name, hint in types_of(kind).items():
+        own = types_of(hint) if isinstance(hint, type) and is_dataclass(hint) else {}
+        options |= {f"{name}.{part}": kind for part, kind in own.items()} or {name: hint}
+    return options
+
+
+def _flat(path: Path, kind: type) -> dict[str, tuple[Any, str]]:
+    """The options that a file sets, those of groups too."""
+    options, groups = options_of(kind), {part.settings.group for part in all_parts()}
+    given: dict[str, tuple[Any, str]] = {}
+    for key, entry in _read(path).items():
+        where = f"{path}:{entry.line}: "
+        if key in groups:
+            if not isinstance(entry.value, dict):
+                raise RecipeError(f"{where}{key} is {entry.value!r}, but must be a mapping of its settings")
+            given |= {f"{key}.{n}": (_plain(e.value), f"{path}:{e.line}: {key}.{n}") for n, e in entry.value.items()}
+        else:
+            given[key] = _plain(entry.value), f"{where}{key}"
+    for name, (_, label) in given.items():
+        if name not in options:
+            if sentence := removal(name):
+                raise RecipeError(f"{label}: {sentence}")
+            close = nearest(name, options) or nearest(name.rpartition(".")[2], options)
+            hint = f"did you mean {close!r}?" if close else "`siftune train --help` lists the keys"
+            raise RecipeError(f"{label.removesuffix(name)}unknown key {name!r}; {hint}")
+    return given
+
+
+def _plain(value: Any) -> Any:
+    """A value without the lines of its parts."""
+    return {key: _plain(part.value) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 _PLACES = (
@@ -106,53 +142,6 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 def _yaml(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _is_group(hint: Any) -> bool:
-    return is_dataclass(hint) and issubclass(hint, Settings)  # type: ignore[arg-type]
-
-
-def _value(key: str, entry: _Entry, hints: Mapping[str, Any], before: Any, where: str) -> Any:
-    """Return an entry as the type of its field; a group as a dict, with what earlier files said of it."""
-    if key not in hints:
-        raise RecipeError(f"{where}: unknown key {key!r}; {_hint(key, hints)}")
-    if not _is_group(hints[key]):
-        return _converted(key, entry.value, hints[key], where)
-    if not isinstance(entry.value, dict):
-        shown = _shown(entry.value)
-        raise RecipeError(f"{where}: {key} must hold options of its own, each on a line of its own, not {shown}")
-    inner, path = get_type_hints(hints[key]), where.rpartition(":")[0]
-    names = Settings.names(hints[key])
-    values = dict(before or {})
-    for name, part in entry.value.items():
-        place = f"{path}:{part.line}"
-        if name in names:
-            values[name] = _converted(f"{key}.{name}", part.value, inner[name], place)
-        else:
-            raise RecipeError(f"{place}: unknown key '{key}.{name}'; {_hint(name, names)}")
-    return values
-
-
-def _converted(key: str, value: Any, hint: Any, where: str) -> Any:
-    try:
-        return _convert(_plain(value), hint)
-    except TypeError:
-        raise RecipeError(f"{where}: {key} must be {in_words(hint)}, not {_shown(value)}") from None
-
-
-def _shown(value: Any) -> str:
-    plain = _plain(value)
-    return f"{plain!r} ({type(plain).__name__})"
-
-
-def _plain(value: Any) -> Any:
-    """A value without the lines where its parts stand."""
-    return {key: _plain(part.value) for key, part in value.items()} if isinstance(value, dict) else value
-
-
-def _hint(key: str, names: Iterable[str]) -> str:
-    close = nearest(key, names)
-    return f"did you mean {close!r}?" if close else "`siftune train --help` lists the keys"
 
 
 def _read(path: Path) -> dict[str, _Entry]:
@@ -214,32 +203,3 @@ def _where(error: yaml.YAMLError) -> str:
 
 def _problem(error: yaml.YAMLError) -> str:
     return getattr(error, "problem", None) or " ".join(str(error).split())
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`, or raise TypeError."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _convert(value, arguments[0])
-    if origin in (Union, types.UnionType):
-        for part in arguments:
-            try:
-                return _convert(value, part)
-            except TypeError:
-                continue
-    elif origin is tuple and isinstance(value, list | str):  # a word is a list of one
-        value = [value] if isinstance(value, str) else value
-        return tuple(_convert(part, arguments[0]) for part in value)
-    elif (origin is Literal and value in arguments) or type(value) is hint:
-        return value
-    elif hint is float and type(value) in (int, str):
-        return _number(value)
-    raise TypeError
-
-
-def _number(value: int | str) -> float:
-    """Read a float; YAML 1.1 takes `5e-4`, without a point, for text."""
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        raise TypeError from None

@@ -1,26 +1,31 @@
-"""Recipes: what a training run does, as one dataclass, in which every method has a group of its own.
+"""Recipe: all options of a training run in one dataclass, with a group for the settings of every method.
 
-The field below is the default, a YAML file overrides it, a command-line flag overrides both. The line under
-each field is its `--help`. Nothing here imports torch, so `siftune --help` stays quick.
+The field below is the default; a YAML file overrides it, and a flag overrides both. The line under a field is its
+`--help`. Nothing here imports torch, so `siftune --help` stays fast.
 """
 
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import field, fields, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
 from siftune.base.settings import (
-    BELOW_ONE,
-    CHANCE,
-    COUNT,
-    NOT_NEGATIVE,
-    POSITIVE,
-    PROMISE,
-    SHARE,
-    WARM_UP,
-    Range,
+    CONFIG,
+    AtLeastTwo,
+    BelowOne,
+    Chance,
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
     Settings,
+    Share,
+    Steps,
+    Validated,
 )
 from siftune.methods import METHODS, Method, all_parts
 from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
@@ -31,16 +36,16 @@ TARGET_LAST = 0.33  # ours, measured: docs/measured.md
 
 
 def with_groups(kind: T) -> T:
-    """Give a recipe a field for the settings of every method, after its own fields."""
-    groups = [(part.settings.group, part.settings, field(default_factory=part.settings)) for part in all_parts()]
-    made = make_dataclass(kind.__name__, groups, bases=(kind,), namespace={"__doc__": kind.__doc__})
-    made.__module__ = kind.__module__
-    return made  # type: ignore[return-value]
+    """Add a field for the settings of every method to a recipe, after its own fields."""
+    groups = {part.settings.group: part.settings for part in all_parts()}
+    defaults = {group: field(default_factory=settings) for group, settings in groups.items()}
+    body = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__annotations__": groups, **defaults}
+    return dataclass(config=CONFIG)(type(kind.__name__, (kind,), body))  # type: ignore[return-value]
 
 
 @with_groups
-@dataclass
-class Recipe:
+@dataclass(config=CONFIG)
+class Recipe(Validated):
     """Fine-tune a language model with adapters, updating only the layers that count.
 
     A RECIPE.yaml sets any of the options below; flags override it. Besides these fields a recipe has one for each
@@ -61,13 +66,13 @@ class Recipe:
     """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, whose rows are put together."""
     train_split: str = "train"
     """Split to train on, where the data has splits."""
-    limit: Annotated[int | None, COUNT] = None
+    limit: Count | None = None
     """Use only the first so many rows of each of these."""
     bad_rows: Literal["stop", "drop"] = "stop"
     """Where rows cannot be used: stop and name them all, or drop them and train on the others."""
     eval: str | None = None
     """Held-out rows: a file or hub id, as for train."""
-    eval_share: Annotated[float, BELOW_ONE] = 0.0
+    eval_share: BelowOne = 0.0
     """Share of the training rows to hold out instead, by what they say, so that a row stays when others are added."""
     eval_split: str = "test"
     """Split to evaluate on, where the data has splits."""
@@ -75,7 +80,7 @@ class Recipe:
     """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
     template: Literal["auto", "chat", "none"] = "auto"
     """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
-    max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more: a token to read and one to learn")] = 512
+    max_length: AtLeastTwo = 512
     """Longest row in tokens, prompt and completion together."""
     completion_only: bool = True
     """Learn the completions alone, not the prompts."""
@@ -86,10 +91,10 @@ class Recipe:
     target: str | None = None
     """File or hub id of few clean rows of the task that counts: they are trained on too, and with method gast or greats
     decide which rows of the others are followed."""
-    target_share: Annotated[float, BELOW_ONE] = 0.25
+    target_share: BelowOne = 0.25
     """Share of the training rows that target's rows are repeated to make up, each 30 times at the most; 0: they are not
     trained on."""
-    target_last: Annotated[float | None, SHARE] = None
+    target_last: Share | None = None
     """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
     given, 1 with method greats."""
 
@@ -104,12 +109,12 @@ class Recipe:
     for kits."""
     outside: tuple[Literal["embeddings", "head"], ...] = ()
     """With adapter full: what else trains whole, in every step (LISA's paper: both)."""
-    rank: Annotated[int | None, COUNT] = None
+    rank: Count | None = None
     """Rank of the adapter matrices, or width of a bottleneck; if not given the kind's: 32 for lora."""
-    alpha: Annotated[int | None, POSITIVE] = None
+    alpha: Count | None = None
     """Scale of the adapter response; twice the rank if not given, 16 for rslora, the rank for series, four times it for
     parallel."""
-    dropout: Annotated[float, BELOW_ONE] = 0.0
+    dropout: BelowOne = 0.0
     """Dropout on the adapter input."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """First values of the adapter, as PEFT has them; pissa and olora begin with a part of the base's weights."""
@@ -119,34 +124,34 @@ class Recipe:
     """Names of the modules that get adapters, such as q_proj v_proj; found in the model if not given. With series and
     parallel attention, mlp or both: series has both if not given, parallel mlp."""
 
-    lr: Annotated[float | None, POSITIVE] = None
+    lr: Positive | None = None
     """Peak learning rate; the method's if not given: 2e-3 for ist and ist+gast, 1e-3 for rst and cut, else 5e-4."""
-    batch_size: Annotated[int, COUNT] = 16
+    batch_size: Count = 16
     """Rows in a forward pass."""
     group_by_length: bool = False
     """Batch rows of like length: less padding, so faster, but rows of one kind then come together."""
-    accumulate: Annotated[int, COUNT] = 1
+    accumulate: Count = 1
     """Forward passes in an optimizer step."""
     auto_batch: bool = False
     """Where memory runs out, go on from the newest checkpoint with half of batch_size and twice accumulate, as often as
     it takes: the same rows in every step. Methods that choose rows choose among fewer then."""
-    epochs: Annotated[float, POSITIVE] = 1.0
+    epochs: Positive = 1.0
     """Passes over the training rows."""
-    steps: Annotated[int | None, COUNT] = None
+    steps: Count | None = None
     """Optimizer steps; takes the place of epochs."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
-    warmup: Annotated[int | float, WARM_UP] = 0.03
+    warmup: Steps = 0.03
     """Steps over which the learning rate rises from zero: a whole number of them, or a fraction below 1 of all."""
-    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    weight_decay: NotNegative = 0.0
     """Decay of the adapter weights."""
-    clip: Annotated[float, NOT_NEGATIVE] = 1.0
+    clip: NotNegative = 1.0
     """Largest gradient norm; 0 turns clipping off."""
-    dp_epsilon: Annotated[float | None, PROMISE] = None
+    dp_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
     """Differential privacy for every training row: the largest ε of the run. Smaller protects more and learns less."""
-    dp_delta: Annotated[float | None, CHANCE] = None
+    dp_delta: Chance | None = None
     """With dp_epsilon: its δ, the chance that the promise fails; well below one over the number of rows."""
-    dp_clip: Annotated[float, POSITIVE] = 0.1
+    dp_clip: Positive = 0.1
     """With dp_epsilon: largest norm of what one row adds to a step's gradient."""
     sharding: Literal["none", "fsdp"] = "none"
     """With several processes: fsdp divides the frozen weights among them and gathers a layer's as it runs, for models
@@ -156,7 +161,7 @@ class Recipe:
     compile: bool = False
     """Have torch.compile make attention, MLPs and norms: less memory, after some time of compiling, and losses that
     differ in the last bits."""
-    seed: Annotated[int, Range(lambda v: 0 <= v < 2**32, "from 0 to 4294967295")] = 0
+    seed: Seed = 0
     """Seed of every random choice."""
 
     out: str | None = None
@@ -164,15 +169,15 @@ class Recipe:
     resume: bool | str = False
     """Go on from the newest checkpoint in out, from that of this run folder, by its own recipe, or from this checkpoint
     folder."""
-    save_every: Annotated[int | None, COUNT] = None
+    save_every: Count | None = None
     """Optimizer steps between two checkpoints, all of which are kept; if not given, after every tenth of the run, every
     15 minutes, at the least held-out loss and at the end, of which the last two and the best are kept."""
-    eval_every: Annotated[int | None, COUNT] = None
+    eval_every: Count | None = None
     """Optimizer steps between two evaluations; after every epoch if not given."""
-    patience: Annotated[int | None, COUNT] = None
+    patience: Count | None = None
     """Stop early: after so many evaluations in a row that found no less held-out loss. What had the least is then kept,
     also where the run came to its end."""
-    log_every: Annotated[int, COUNT] = 10
+    log_every: Count = 10
     """Optimizer steps between two log lines."""
     report_to: tuple[str, ...] = ("none",)
     """Experiment trackers by their transformers names, such as tensorboard or wandb."""

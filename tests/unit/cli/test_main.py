@@ -10,29 +10,25 @@ import re
 import subprocess
 import sys
 import types
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 import torch
-import tyro
-from tyro.conf import arg
+from pydantic.dataclasses import dataclass
 
-from siftune.base.errors import DataError, RecipeError, SiftuneError
+from siftune.base.errors import DataError, SiftuneError
+from siftune.base.settings import CONFIG, Count
 from siftune.cli import main as cli
-from siftune.cli.common import COMMANDS, parse
-from siftune.cli.help import as_typed
-from siftune.cli.main import main
-from siftune.methods import METHODS
+from siftune.cli.main import COMMANDS, main
 from siftune.recipe.schema import Recipe
 
 
-@dataclass
+@dataclass(config=CONFIG)
 class Options(Recipe):
     """Options of the command under test."""
 
-    extra: int = 1
+    extra: Count = 1
     """A field that recipes do not have."""
 
 
@@ -45,26 +41,6 @@ def command(monkeypatch):
     module.run = lambda options: module.act(options)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
-
-
-@pytest.fixture
-def ran(command):
-    """Return a function that runs `siftune train` and returns the options that it got."""
-
-    def run(*arguments):
-        seen = []
-        command.act = lambda options: seen.append(options) or {}
-        assert main(["train", *map(str, arguments)]) == 0
-        return seen[0]
-
-    return run
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("rank: 8\nlr: 0.1\ntrain: a.jsonl\n")
-    return path
 
 
 def siftune(*arguments, **environment):
@@ -88,83 +64,6 @@ def error_of(capsys, code, *arguments):
     return captured.err.removeprefix("siftune: error: ").strip()
 
 
-# --- which command, which options ---
-
-
-def test_flags_override_recipes_and_recipes_override_defaults(ran, recipe, tmp_path):
-    assert ran() == Options()
-    assert ran(recipe) == Options(rank=8, lr=0.1, train="a.jsonl")
-    assert ran(recipe, "--rank", 4) == Options(rank=4, lr=0.1, train="a.jsonl")
-    assert ran("--rank=4", recipe, "--extra", "2") == Options(rank=4, lr=0.1, train="a.jsonl", extra=2)
-    assert ran("--no-completion-only", recipe).completion_only is False
-    (tmp_path / "later.yml").write_text("rank: 2\n")
-    assert ran(recipe, tmp_path / "later.yml").rank == 2
-
-
-def test_flags_may_be_written_with_underscores(ran):
-    assert ran("--batch_size", 3, "--targets", "q_proj", "v_proj", "--steps", 5) == Options(
-        batch_size=3, targets=("q_proj", "v_proj"), steps=5
-    )
-
-
-def test_resume_stands_alone_or_takes_a_folder(ran, recipe):
-    assert ran("--resume").resume is True
-    assert ran("--resume", "--rank", 4) == Options(resume=True, rank=4)
-    assert ran("--resume", recipe).resume is True
-    assert ran("--resume", "runs/a/checkpoint-3").resume == "runs/a/checkpoint-3"
-    assert ran("--resume=runs/a").resume == "runs/a"
-
-
-def test_resume_alone_reads_no_recipe_that_happens_to_be_there(ran, tmp_path, monkeypatch):
-    (tmp_path / "recipe.yaml").write_text("rank: 4\nout: elsewhere\n")
-    monkeypatch.chdir(tmp_path)
-    assert ran("--out", "runs/a", "--resume") == Options(resume=True, out="runs/a")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
-        (["--learning-rate=1"], "unknown option --learning-rate of `siftune train`; did you mean --lr?"),
-        (["--zzzz"], "unknown option --zzzz of `siftune train`; see `siftune train --help`"),
-        (["--rank", "eight"], "--rank must be a whole number or nothing, not 'eight'"),
-        (["--rank"], "--rank must be a whole number or nothing, not left empty"),
-        (["--rank", "--lr", "1"], "--rank must be a whole number or nothing, not left empty"),
-        (["--steps=many"], "--steps must be a whole number or nothing, not 'many'"),
-        (["--lr", "fast"], "--lr must be a number or nothing, not 'fast'"),
-        (["--ist.score-lr", "fast"], "--ist.score-lr must be a number, not 'fast'"),
-        (["--method", "lora"], f"--method must be one of {', '.join(METHODS)}, not 'lora'"),
-        (["rows.jsonl"], "rows.jsonl stands behind no option; did you mean --train rows.jsonl?"),
-        (["rows"], "rows is not expected here; see `siftune train --help`"),
-        (["--lerning-rate=1"], "unknown option --lerning-rate of `siftune train`; did you mean --lr?"),
-        (["--steps", "4", "--steps", "ten"], "--steps must be a whole number or nothing, not 'ten'"),
-        (["--steps=4", "--steps=ten"], "--steps must be a whole number or nothing, not 'ten'"),
-        (["none.yaml"], f"recipe none.yaml does not exist (looked in {Path.cwd()})"),
-    ],
-)
-def test_a_wrong_argument_is_told_in_one_sentence(command, capsys, arguments, message):
-    assert error_of(capsys, 2, "train", *arguments) == message
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (
-            ["--train", "a", "--train", "b"],
-            ["--train is given twice, and the last one holds; several stand behind one"],
-        ),
-        (
-            ["--layers=1", "--layers", "2"],
-            ["--layers is given twice, and the last one holds; several stand behind one"],
-        ),
-        (["--train", "a", "b", "--steps", "1", "--steps", "2"], []),
-    ],
-)
-def test_a_list_in_two_flags_is_told_of(command, caplog, arguments, told):
-    parse(Options, arguments, "siftune train")
-    assert caplog.messages == told
-
-
 def test_advice_of_other_libraries_is_not_shown_while_a_command_runs():
     import logging
 
@@ -176,137 +75,10 @@ def test_advice_of_other_libraries_is_not_shown_while_a_command_runs():
     assert all(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in names)
 
 
-def test_a_wrong_key_in_a_recipe_is_told_with_its_line(command, capsys, recipe):
-    recipe.write_text("rank: 8\nrnk: 3\n")
-    assert error_of(capsys, 2, "train", str(recipe)) == f"{recipe}:2: unknown key 'rnk'; did you mean 'rank'?"
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # the parser draws its boxes in either
-def test_a_choice_among_positional_arguments(encoding):
-    done = siftune("pull", "gpt5", PYTHONIOENCODING=encoding)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "siftune: error: invalid choice 'gpt5' for argument 'model': expected one of ('smollm2',); "
-        "see `siftune pull --help`\n"
-    )
-
-
-def test_parse_without_recipes_does_not_take_their_files():
-    @dataclass
-    class Plain:
-        """No recipe."""
-
-        rows: int = 1
-        """Rows."""
-
-    assert parse(Plain, ["--rows", "2"], "siftune x") == Plain(2)
-    with pytest.raises(RecipeError, match=r"r\.yaml is not expected here; see `siftune x --help`"):
-        parse(Plain, ["r.yaml"], "siftune x")
-
-
-@dataclass
-class Renamed:
-    """A command whose option is a word of Python."""
-
-    model: str
-    """Needed; not to be mistaken for --rows, which is not (required)."""
-    returned: Annotated[Path, arg(name="return")]
-    """Needed too."""
-    rows: tuple[float, ...] = (1.0,)
-    """Not needed."""
-
-
-def test_an_option_is_known_by_the_name_that_the_user_sees():
-    assert parse(Renamed, ["--model", "m", "--return", "r"], "siftune x") == Renamed("m", Path("r"))
-    for arguments, message in [
-        (["--model", "m", "--retrun", "r"], "unknown option --retrun of `siftune x`; did you mean --return?"),
-        (["--model", "m", "--returned", "r"], "unknown option --returned of `siftune x`; did you mean --return?"),
-        (["--model", "m", "--return", "r", "--rows", "a"], "--rows must be a list, each a number, not 'a'"),
-        (["--model", "m", "--return"], "--return must be a path, not left empty"),
-        (["--model", "m", "--rows", "1"], "--return must be given; see `siftune x --help`"),
-        (["--rows", "1"], "--model and --return must be given; see `siftune x --help`"),
-    ]:
-        with pytest.raises(RecipeError) as refused:
-            parse(Renamed, arguments, "siftune x")
-        assert str(refused.value) == message
-
-
-@dataclass
-class Draws:
-    """A group of options."""
-
-    select: int = 3
-    """Rows."""
-    select_after: int = 0
-    """Steps."""
-    even: bool = False
-    """How."""
-    source: bool | str = False
-    """True or a place."""
-
-
-@dataclass
-class Grouped:
-    """A command whose options are in groups."""
-
-    needed: str
-    """Given always."""
-    gast: Draws = field(default_factory=Draws)
-    own: Annotated[Draws, arg(name="mine")] = field(default_factory=Draws)
-    batch_size: int = 1
-    """Rows."""
-
-
-def test_options_in_groups_are_set_behind_the_group_s_name():
-    arguments = ["--needed", "x", "--gast.select", "5", "--gast.select_after=2", "--mine.even", "--gast.no-even"]
-    assert parse(Grouped, arguments, "siftune x") == Grouped("x", Draws(5, 2), Draws(even=True))
-    assert parse(Grouped, ["--gast.source", "--needed", "x"], "siftune x").gast.source is True
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--gast.selct", "5"], "unknown option --gast.selct of `siftune x`; did you mean --gast.select?"),
-        (["--gast.no-evn"], "unknown option --gast.no-evn of `siftune x`; did you mean --gast.even?"),
-        (["--select-after=5"], "--gast.select-after or --mine.select-after?"),
-        (["--own.select", "5"], "unknown option --own.select of `siftune x`; did you mean --"),
-        (["--gast.select", "few"], "--gast.select must be a whole number, not 'few'"),
-        (["--gast.select_after=few"], "--gast.select-after must be a whole number, not 'few'"),
-        (["--gast.select", "5", "--gast.select-after"], "--gast.select-after must be a whole number, not left empty"),
-        (["--batch_size", "few"], "--batch-size must be a whole number, not 'few'"),
-        ([], "--needed must be given; see `siftune x --help`"),
-    ],
-)
-def test_a_wrong_option_in_a_group_is_told_in_one_sentence(arguments, message):
-    needed = [] if message.startswith("--needed") else ["--needed", "x"]
-    with pytest.raises(RecipeError) as refused:
-        parse(Grouped, [*needed, *arguments], "siftune x")
-    assert message in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "title", "message"),
-    [
-        (["--needed", "x", "--batch-size", "y"], "Value error", r"Error parsing --batch-size: .+ 'y'"),
-        (["--needed", "x", "--batch-size"], "Missing argument", r"Missing value for argument '--batch-size'\. .+"),
-        (["--needed", "x", "rows"], "Unrecognized options", r"Unrecognized options: rows"),
-        ([], "Required options", r"Missing from x: --needed STR .*\(required\)"),
-    ],
-)
-def test_the_parser_s_boxes_have_the_layout_that_is_read(arguments, title, message):
-    """A frame with a title, the message, a rule, and what does not matter here: tyro does not promise to keep it."""
-    with contextlib.redirect_stderr(io.StringIO()) as box, pytest.raises(SystemExit):
-        tyro.cli(Grouped, prog="x", args=arguments)
-    frame, *rows = box.getvalue().splitlines()
-    assert re.fullmatch(f"╭─ {title} ─+╮", frame)
-    rule = next(i for i, row in enumerate(rows) if re.fullmatch("│ ─+ │", row))
-    assert re.fullmatch(message, " ".join(row.strip("│ ") for row in rows[:rule]))
-
-
 # --- help and version ---
 
 
-def test_help_lists_the_commands_quickly_and_without_torch():
+def test_help_lists_the_commands_without_torch():
     code = (
         "import sys; from siftune.cli.main import main; code = main(['--help']);"
         "sys.exit(code or any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
@@ -318,75 +90,11 @@ def test_help_lists_the_commands_quickly_and_without_torch():
     assert "Traceback" not in done.stderr
 
 
-def test_help_of_a_command_needs_no_torch():
-    code = (
-        "import sys; from siftune.cli.main import main; code = main(['pull', '--help']);"
-        "sys.exit(code or any(m in sys.modules for m in ('torch', 'transformers')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--wheel" in done.stdout
-    assert "--json" in done.stdout
-
-
-def test_help_of_train_shows_every_field_with_its_words(command, capsys):
-    assert main(["train", "--help"]) == 0
-    text = " ".join(re.sub(r"[│\s]+", " ", capsys.readouterr().out).split())
-    for part in ("--ist.score-batch-size", "Rank of the adapter matrices, width of a bottleneck", "--json prints"):
-        assert part in text
-
-
-def test_help_flows_and_names_values_as_they_are_typed(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    for line in (
-        "--train STR [STR ...] ",
-        "--layers INT [INT ...] ",
-        "--outside {embeddings,head} ... ",
-        "--quantize {4bit,8bit} ",
-        "--rank INT ",
-        "0.5 every second row. Once if not given. ",  # a new line in the source
-    ):
-        assert line in text
-    assert not re.search(r"\{None|\]\]|\{\[", text)
-
-
-@pytest.mark.parametrize(
-    ("found", "shown"),
-    [
-        ("STR", "STR"),
-        ("{None}|INT", "INT"),
-        ("{None,a,b}", "{a,b}"),
-        ("[INT [INT ...]]", "INT [INT ...]"),
-        ("STR|{[STR [STR ...]]}", "STR [STR ...]"),
-        ("INT|{[STR [STR ...]]}", "INT|{[STR [STR ...]]}"),
-        ("{None}|{[FLOAT [FLOAT ...]]}", "FLOAT [FLOAT ...]"),
-        ("[{a_long_choice,another} [...]]", "{a_long_choice,another} ..."),
-        ("INT|FLOAT", "INT|FLOAT"),
-        ("{True,False}|STR", "{True,False}|STR"),
-    ],
-)
-def test_values_in_help(found, shown):
-    assert as_typed(found) == shown
-
-
-@pytest.mark.parametrize(("command", "name"), [("rows", "RUN"), ("export", "RUN"), ("verify", "FOLDER")])
-def test_what_stands_behind_no_flag_is_asked_for_by_its_name(capsys, command, name):
-    assert error_of(capsys, 2, command) == f"{name} must be given; see `siftune {command} --help`"
-
-
-def test_a_run_behind_no_option_is_one_to_go_on_with(command, capsys, tmp_path):
-    (tmp_path / "recipe.yaml").write_text("method: dense\n")
-    told = error_of(capsys, 2, "train", str(tmp_path))
-    assert told == f"{tmp_path} stands behind no option; did you mean --resume {tmp_path}?"
-
-
 _ON_A_CONSOLE = """
 import sys
 from rich.console import Console
 from rich.table import Table
-from siftune.cli.common import COMMANDS
+from siftune.cli.main import COMMANDS
 from siftune.cli.main import main
 codes = [main([*words, "--help"]) for words in ([], *([name] for name in COMMANDS))]
 table = Table("λ ‖W′ − W‖")
@@ -409,7 +117,7 @@ def test_help_tables_and_errors_on_a_console_that_lacks_their_characters(encodin
     assert done.stderr.decode(plain) == "siftune: error: unknown command ??; `siftune --help` lists the commands\n"
     assert done.returncode == 2
     shown = done.stdout.decode(plain)
-    assert shown.count("usage: siftune") == shown.count("--json") == len(COMMANDS) + 1
+    assert shown.count("usage: siftune") == len(COMMANDS) + 1
     for word in COMMANDS:
         assert f"usage: siftune {word} " in shown
 

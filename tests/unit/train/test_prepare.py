@@ -177,7 +177,7 @@ def test_a_recipe_holds_several_files(base, two, tmp_path):
     ("settings", "words"),
     [
         ({"eval": "rows.jsonl", "eval_share": 0.1}, "eval and eval_share both"),
-        ({"eval_share": 1.0}, "eval_share is 1.0, but must be"),
+        ({"eval_share": 1.0}, "eval_share is 1.0"),
         ({"train": ()}, "no training data"),
         ({"target_share": 0.5}, "target_share has no effect without a target"),
         ({"bad_rows": "skip"}, "bad_rows is 'skip'"),

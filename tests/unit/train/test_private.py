@@ -240,10 +240,10 @@ REFUSED = [
     ({"dp_epsilon": None, "dp_delta": None, "dp_clip": 1.0}, r"dp_clip has no effect without dp_epsilon"),
     ({"group_by_length": True}, r"group_by_length puts rows together by what they are"),
     ({"adapter": "full", "layers": (0,), "outside": ("embeddings", "head")}, r"outside trains embeddings and head"),
-    ({"dp_epsilon": 0.0}, r"dp_epsilon is 0.0, but must be above 0 and at most 100"),
-    ({"dp_epsilon": 101.0}, r"dp_epsilon is 101.0, but must be above 0 and at most 100"),
-    ({"dp_delta": 1.0}, r"dp_delta is 1.0, but must be above 0 and below 1"),
-    ({"dp_clip": 0.0}, r"dp_clip is 0.0, but must be above 0"),
+    ({"dp_epsilon": 0.0}, r"dp_epsilon is 0.0"),
+    ({"dp_epsilon": 101.0}, r"dp_epsilon is 101.0"),
+    ({"dp_delta": 1.0}, r"dp_delta is 1.0"),
+    ({"dp_clip": 0.0}, r"dp_clip is 0.0"),
 ]  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
             limit=recipe.limit,
             eval=recipe.eval,
             eval_split=recipe.eval_split,
-            eval_limit=recipe.eval_limit or AFTER_TRAINING,
+            eval_limit=AFTER_TRAINING,
             format=recipe.format,
             max_length=recipe.max_length,
             template=recipe.template,

@@ -1,26 +1,29 @@
 """What an audit is told. Nothing here imports torch, so that a command can show its options quickly."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
+from pydantic.dataclasses import dataclass
+
 from siftune.base.errors import RecipeError
+from siftune.base.settings import CONFIG, AtLeastTwo, Chance, Count, CountOrZero, Positive, Seed, Validated
 
 
-@dataclass(frozen=True)
-class AuditSettings:
+@dataclass(config=CONFIG)
+class AuditSettings(Validated):
     """How the models of an audit are tuned and measured.
 
     Every model is tuned on the same rows in the same order, from the same weights.
     """
 
-    steps: int = 100
+    steps: Count = 100
     """Optimizer steps of each fine-tuning."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate of the outer layers."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows in an optimizer step."""
-    max_length: int = 512
+    max_length: AtLeastTwo = 512
     """Longest row in tokens, prompt and completion together."""
     template: Literal["auto", "chat", "none"] = "auto"
     """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
@@ -28,23 +31,23 @@ class AuditSettings:
     """Learn and measure the completions alone, not the prompts."""
     recovery: bool = True
     """Also fine-tune the whole emulator: what a data owner could get who does not return anything."""
-    recovery_lrs: tuple[float, ...] = ()
+    recovery_lrs: tuple[Positive, ...] = ()
     """Peak learning rates of the whole emulator, of which the best counts; lr times 1, 3 and 10 if not given."""
     membership: bool = True
     """Also measure how well training rows are told from held-out ones by the plugged model."""
-    membership_rows: int = 512
+    membership_rows: Count = 512
     """Rows of either kind for that, at most."""
-    shadows: int = 0
+    shadows: CountOrZero = 0
     """Shadow models for LiRA, the stronger attack on membership; each is one more fine-tuning. 0 leaves it out."""
-    gradient_rows: int = 64
+    gradient_rows: Count = 64
     """Held-out rows on which the outer layers' gradients are compared, at most."""
-    eval_batch_size: int = 16
+    eval_batch_size: Count = 16
     """Rows in a forward pass of a measurement."""
-    resamples: int = 10_000
+    resamples: Count = 10_000
     """Bootstrap resamples of every interval."""
-    level: float = 0.95
+    level: Chance = 0.95
     """Coverage of the intervals."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of rows, the random-weights floor and the bootstrap."""
 
     @property
@@ -58,25 +61,13 @@ class AuditSettings:
         Raises:
             RecipeError: With one sentence on the first value that cannot be used.
         """
-        for name in ("steps", "batch_size", "membership_rows", "gradient_rows", "eval_batch_size", "resamples"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}, but must be 1 or more")
-        if self.max_length < 2:
-            raise RecipeError(f"max_length is {self.max_length}, but must be 2 or more: a token to read, one to learn")
-        for name, value in (("lr", self.lr), *(("recovery_lrs", lr) for lr in self.recovery_lrs)):
-            if not 0 < value < float("inf"):
-                raise RecipeError(f"{name} is {value}, but must be a finite number above 0")
-        if self.shadows < 0 or self.shadows == 1:
+        if self.shadows == 1:
             raise RecipeError(f"shadows is {self.shadows}, but must be 0, or 2 or more: one that saw a row, one not")
         if self.shadows and not self.membership:
             raise RecipeError("shadows attack membership, which is left out: give --membership, or no --shadows")
-        if not 0 < self.level < 1:
-            raise RecipeError(f"level is {self.level}, but must be above 0 and below 1")
-        if not 0 <= self.seed < 2**32:
-            raise RecipeError(f"seed is {self.seed}, but must be from 0 to 4294967295")
 
 
-@dataclass(frozen=True)
+@dataclass(config=CONFIG)
 class AuditOptions(AuditSettings):
     """Audit a kit: what its emulator gives the data owner, what it gives away, and what comes back.
 
@@ -93,13 +84,13 @@ class AuditOptions(AuditSettings):
     """Rows to tune on: a .jsonl, .json, .csv or .parquet file, or a hub id."""
     train_split: str = "train"
     """Split to tune on, where the data has splits."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first so many training rows."""
     eval: str = ""
     """Held-out rows of the same source, as for train."""
     eval_split: str = "test"
     """Split to measure on, where the data has splits."""
-    eval_limit: int | None = None
+    eval_limit: Count | None = None
     """Use only the first so many held-out rows."""
     format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
     """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
@@ -107,9 +98,9 @@ class AuditOptions(AuditSettings):
     """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
     calibration: str = ""
     """Rows that the kit was calibrated on, as for train, to see whether the kit tells who they are."""
-    calibration_rows: int = 32
+    calibration_rows: Count = 32
     """The first so many of them, as for emulate's rows."""
-    calibration_length: int = 128
+    calibration_length: AtLeastTwo = 128
     """Where they were cut, in tokens, as for emulate's max_length."""
     calibration_others: str = ""
     """Rows of the same source that the kit was not calibrated on; if not given, those that follow in calibration."""
@@ -128,10 +119,6 @@ class AuditOptions(AuditSettings):
         for name in ("kit", "train", "eval"):
             if not getattr(self, name):
                 raise RecipeError(f"no {name} given: name it with --{name}")
-        for name, least in (("limit", 1), ("eval_limit", 1), ("calibration_rows", 1), ("calibration_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise RecipeError(f"{name} is {value}, but must be {least} or more")
         self._check_roles()
 
     def _check_roles(self) -> None:

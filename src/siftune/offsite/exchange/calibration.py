@@ -4,13 +4,14 @@ Nothing here imports torch before it is needed, so that a command can show its o
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import DataError
-from siftune.base.settings import COUNT, Range, check_fields
+from siftune.base.settings import CONFIG, AtLeastTwo, Count, CountOrZero, Validated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
+@dataclass(kw_only=True, config=CONFIG)
+class CalibrationOptions(Validated):
     """What is told to whoever makes emulators: of which model, from which rows, and where the outer layers end."""
 
     calibration: str
@@ -31,18 +32,18 @@ class CalibrationOptions:
     """Folder to write to; must be new or empty."""
     model: str = "smollm2"
     """Model to compress: a folder, a hub id, or smollm2."""
-    first: int = 2
+    first: CountOrZero = 2
     """Layers next to the embeddings that are to be tuned."""
-    last: int = 2
+    last: CountOrZero = 2
     """Layers before the head that are to be tuned."""
     allot: Literal["uniform", "measured"] = "uniform"
     """uniform: all matrices keep the same share. measured (gradot): each keeps as much as pays, by what it loses on
     half of the rows."""
-    rows: Annotated[int, COUNT] = 32
+    rows: Count = 32
     """Use the first so many rows."""
-    max_length: Annotated[int, Range(lambda v: v >= 2, "2 or more")] = 128
+    max_length: AtLeastTwo = 128
     """Longest row in tokens; what is over is cut off."""
-    batch_size: Annotated[int, COUNT] = 4
+    batch_size: Count = 4
     """Rows in a forward and backward pass."""
     completion_only: bool = False
     """Look at the completions alone, not at the prompts."""
@@ -64,7 +65,6 @@ class CalibrationOptions:
         """
         from siftune.base.files import refuse_full
 
-        check_fields(self, ["rows", "max_length", "batch_size"], "--")
         refuse_full(self.out)
 
 

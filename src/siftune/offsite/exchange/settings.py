@@ -1,9 +1,13 @@
 """What an owner demands of a return. Nothing here imports torch, so that commands can show their options quickly."""
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import fields
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
+from siftune.base.settings import CONFIG, Count, NotNegative, Positive, Validated
 
 MAX_UPDATE = 0.25
 # no worse, on rows that the owner chose: there is no other figure that suits rows of the task and any other text alike
@@ -12,17 +16,17 @@ TRIM = 0.2  # (ours) one of up to nine returns
 MIN_ROBUST = 3  # of two that differ nobody can say which is the bad one
 
 
-@dataclass(frozen=True, kw_only=True)
-class Merging:
+@dataclass(kw_only=True, config=CONFIG)
+class Merging(Validated):
     """How the updates of several returns become one; see `maths.merging`."""
 
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Positive, ...] | None = None
     """Of several returns: what each counts, in their order, such as its number of rows; all alike if not given."""
     merge: Literal["mean", "trimmed"] = "mean"
     """Of several returns: their mean; or, number by number, the mean without the largest and the smallest."""
-    trim: float = TRIM
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = TRIM
     """With --merge trimmed: share of the returns that is dropped at either end; at least one is."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Of several returns: scale each update down to so many times the median of their norms at most."""
 
     def check_merging(self, count: int) -> None:
@@ -34,12 +38,8 @@ class Merging:
         if count < 1:
             raise RecipeError("no return was given: name one or more with --return")
         self._check_weights(count)
-        if not 0 < self.trim < 0.5:
-            raise RecipeError(f"--trim is {self.trim}, but must be above 0 and below 0.5")
         if self.trim != TRIM and self.merge != "trimmed":
             raise RecipeError("--trim has no effect on a mean of all: add --merge trimmed, or leave it out")
-        if self.clip_norm is not None and not 0 < self.clip_norm < float("inf"):
-            raise RecipeError(f"--clip-norm is {self.clip_norm}, but must be a finite number above 0")
         robust = "--merge trimmed" if self.merge == "trimmed" else None if self.clip_norm is None else "--clip-norm"
         if robust and count < MIN_ROBUST:
             raise RecipeError(
@@ -56,28 +56,22 @@ class Merging:
             raise RecipeError(
                 f"--weights has {len(self.weights)} numbers for {count} returns: give one for each of several returns"
             )
-        for weight in self.weights:
-            if not 0 < weight < float("inf"):
-                raise RecipeError(
-                    f"--weights holds {weight}, but each must be a finite number above 0: leave out a return that is "
-                    "to count nothing"
-                )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, config=CONFIG)
 class PlugSettings(Merging):
     """What a return must be like, how several are merged, and how the tuned model is stored."""
 
-    max_update: float = MAX_UPDATE
+    max_update: Positive = MAX_UPDATE
     """Each tensor must have moved by less, relative to its norm; at 1 nothing needs be left of what it was."""
     eval: str | None = None
     """Your own rows to measure the model on before and after, as for siftune eval; a model that got worse on them is
     refused."""
     eval_split: str = "test"
     """Split of --eval, where it has splits."""
-    eval_limit: int | None = None
+    eval_limit: Count | None = None
     """Use only the first so many of your rows."""
-    max_loss_increase: float | None = None
+    max_loss_increase: NotNegative | None = None
     """With --eval: how many nats per token the loss on your rows may rise; 0 if not given."""
     format: Literal["auto", "prompt", "messages", "alpaca", "text"] = "auto"
     """Columns of your rows: prompt and completion; messages; instruction, input and output; or text."""
@@ -96,13 +90,9 @@ class PlugSettings(Merging):
         Raises:
             RecipeError: With one sentence on the first value that cannot be used.
         """
-        check_max_update(self.max_update)
         self.check_merging(returns)
         if self.eval is None:
             self._refuse_idle()
-        if self.eval_limit is not None and self.eval_limit < 1:
-            raise RecipeError(f"--eval-limit is {self.eval_limit}, but must be 1 or more")
-        check_max_loss_increase(self.loss_limit)
 
     @property
     def loss_limit(self) -> float:

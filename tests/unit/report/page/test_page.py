@@ -8,7 +8,7 @@ import pytest
 from support.report_runs import save_eval, save_run
 
 from siftune.base.errors import InputError, RecipeError
-from siftune.cli.common import parse
+from siftune.cli.options import parse
 from siftune.cli.train import Options
 from siftune.evaluate.measure import MetricRow
 from siftune.records.rows import Text
