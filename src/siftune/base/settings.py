@@ -276,7 +276,9 @@ def made(
         if error.field not in given:
             raise
         value, label = given[error.field]
-        raise RecipeError(f"{label} is {value!r}, but must be {error.valid}") from None
+        words = value if isinstance(value, list) else [value]
+        shown = " ".join(map(str, words)) if label.startswith("-") else repr(value)
+        raise RecipeError(f"{label} is {shown}, but must be {error.valid}") from None
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from siftune.base.settings import CONFIG, Share
+from siftune.base.settings import CONFIG, NotNegative, Share
 from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class Options(CalibrationOptions):
     """gradot: directions to choose among: singular ones of the weights as the data and gradients see them, or plain."""
     mlp: Literal["refit", "channels"] = "refit"
     """gradot: refit takes channels out of MLPs, and the rest take over; channels only takes out."""
-    lambda_attn: float = 0.0
+    lambda_attn: NotNegative = 0.0
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
-    lambda_mlp: float = 0.0
+    lambda_mlp: NotNegative = 0.0
     """gradot: the same in the MLPs."""
     kit_dtype: Dtype = "auto"
     """Number format of the kit's frozen part; auto: the checkpoint's."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Options(Validated):
     """Measure base models and tuned ones on held-out rows: multiple choice, exact match and perplexity."""
 
-    runs: Annotated[tuple[str, ...], Flag(positional=True)]
+    runs: Annotated[tuple[str, ...], Flag("run", positional=True)]
     """What to measure: run folders, PEFT adapter folders, kits, or models (folder, hub id, smollm2)."""
     data: str | None = None
     """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id; a run's own if not given, its

@@ -15,7 +15,7 @@ class Options(Validated):
     Runs that are still under way can be shown, too.
     """
 
-    folders: Annotated[tuple[str, ...], Flag(positional=True)]
+    folders: Annotated[tuple[str, ...], Flag("folder", positional=True)]
     """Folders of siftune train, demo, sweep-lr, reproduce, emulate, sweep or audit, or files of siftune bench --out;
     several runs are compared."""
     out: Annotated[str, Flag(short="-o")] = "report.html"

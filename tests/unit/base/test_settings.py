@@ -88,8 +88,8 @@ def test_made_reads_text_and_names_the_option():
         Plain, {"rows": ("3", "--rows"), "gast.select": ("0.5", "--gast.select"), "place": ("a", "--place")}
     ) == (Plain(3, place=Path("a"), gast=GASTSettings(0.5)))
     for given, words in (
-        ({"rows": ("few", "--rows")}, "--rows is 'few'"),
-        ({"rows": (1, "x"), "gast.select": ("all", "--gast.select")}, "--gast.select is 'all'"),
+        ({"rows": ("few", "--rows")}, "--rows is few"),
+        ({"rows": (1, "x"), "gast.select": ("all", "--gast.select")}, "--gast.select is all"),
         ({}, "--rows must be given; try"),
     ):
         with pytest.raises(RecipeError) as caught:

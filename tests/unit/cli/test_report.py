@@ -20,7 +20,6 @@ def test_a_page_and_figures(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nope"], "nothing to report on in nope: there is no folder of that name"),
-        ([], "nothing to report on: give the folder of a run"),
         (["x", "--ouput", "y"], "unknown option --ouput of `siftune report`; did you mean --out?"),
     ],
 )
