@@ -28,8 +28,7 @@ from siftune.base.settings import (
     types_of,
 )
 from siftune.methods import all_parts
-from siftune.methods.options import GASTSettings
-from siftune.methods.options import ISTSettings
+from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.schema import Recipe
 
 
