@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from siftune import GAST, LabelLogits, RowRecord
+from siftune import GAST, RowRecord
 from siftune.base.errors import UnsupportedError
 from siftune.data.read import load_rows
 from siftune.data.tokens import tokenize_rows
@@ -127,22 +127,6 @@ def test_a_resumed_run_has_the_record_of_the_unbroken_one(tmp_path):
     assert one.shape[1] == 48
 
 
-def test_two_runs_of_one_trainer_are_two_records(tmp_path):
-    record = RowRecord()
-    _, trainer = train(tmp_path, record)
-    first = record.visits().table()
-    trainer.train()
-    assert record.visits().table().shape == first.shape
-
-
-def test_in_another_trainer_it_writes_another_file(tmp_path):
-    record = RowRecord()
-    for name in ("first", "second"):
-        train(tmp_path / name, record, max_steps=1)
-        assert record.path == tmp_path / name / "rows.parquet"
-        assert record.path.is_file()
-
-
 def test_after_an_error_training_goes_on_anew(tmp_path):
     record, gast = RowRecord(), GAST(select=2)
     interrupt = At("on_pre_optimizer_step", 3, stop)
@@ -189,13 +173,6 @@ def test_in_sfttrainer(tmp_path):
         loss, tokens = loss_of(before, text_rows()[int(found.visits.row[at])])
         assert found.visits.loss[at] == pytest.approx(loss, rel=1e-3)
         assert found.visits.tokens[at] == tokens
-
-
-def test_beside_label_logits(tmp_path):
-    record, plain = RowRecord(), RowRecord()
-    train(tmp_path / "one", record, LabelLogits(), max_steps=2)
-    train(tmp_path / "other", plain, max_steps=2)
-    np.testing.assert_allclose(record.visits().table(), plain.visits().table(), rtol=1e-4)
 
 
 def test_pairs_are_refused(tmp_path):
@@ -259,12 +236,6 @@ class Halves(Trainer):
 def test_what_cannot_be_told_is_refused(tmp_path, settings, words):
     with pytest.raises(UnsupportedError, match=words):
         train(tmp_path, RowRecord(), **settings)
-
-
-def test_a_method_has_no_numbers_where_they_cannot_be_told(tmp_path):
-    gast = GAST(select=2, support="rest", keep=True)
-    train(tmp_path, gast, collator=turning, max_steps=2)
-    assert all(choice.rows is None for choice in gast.history)
 
 
 def test_a_causal_collator_keeps_rows_apart(tmp_path):

@@ -51,7 +51,7 @@ def break_rows(monkeypatch):
     return broken
 
 
-@pytest.mark.parametrize("settings", [{"method": "dense", "weight_decay": 0.1}, {"accumulate": 2}, {"method": "gast"}])
+@pytest.mark.parametrize("settings", [{"method": "dense", "weight_decay": 0.1}, {"accumulate": 2}])
 def test_a_broken_step_changes_nothing_and_is_told_with_its_row(
     base, rows, tmp_path, interfere, break_rows, caplog, settings
 ):

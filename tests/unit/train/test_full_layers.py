@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from support.oracles import gradients, rest_scores, sample_gradients, summed_loss
+from support.oracles import rest_scores, sample_gradients, summed_loss
 from support.tiny import batch, tiny
 
-from siftune import GAST, IST, RST
+from siftune import GAST, IST
 from siftune.engine.groups import group_by_layer
 from siftune.models.adapters.full import OpenLayers
-from siftune.models.layers import find_layers
 
 OUTER = (0, 1, -2, -1)
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt")
+FAMILIES = ("llama", "gemma3")
 
 
 def opened(family="llama", layers=OUTER, depth=6):
@@ -47,35 +46,6 @@ def test_gast_follows_the_chosen_rows(family):
             torch.testing.assert_close(
                 parameter.grad, wanted, **tolerances(family), msg=lambda text, name=name: f"{name}: {text}"
             )
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_active_layers_get_the_gradients_of_dense_training(family):
-    model = opened(family)
-    inputs = batch(model, 3)
-    wanted = gradients(model, inputs)
-    groups = group_by_layer(model)
-    entered = []
-    for layer in find_layers(model).layers:
-        layer.register_forward_pre_hook(lambda _, args: entered.append(args[0].requires_grad))
-    seen = set()
-    with RST(active=0.5, seed=1).attach(model) as sift:
-        for _ in range(4):
-            entered.clear()
-            backward(model, inputs)
-            active = sift.last.layers
-            seen |= set(active)
-            lowest = min(active)
-            for group in groups:
-                for parameter in group.parameters.values():
-                    if group.index in active:
-                        torch.testing.assert_close(parameter.grad, wanted[parameter], rtol=1e-9, atol=1e-13)
-                    else:
-                        assert parameter.grad is None
-            # nothing is kept for a backward pass below the lowest active layer
-            assert entered == [number > lowest for number in range(6)]
-            sift.step()
-    assert seen == {0, 1, 4, 5}
 
 
 def test_ist_scores_layers_by_their_damped_response():

@@ -28,7 +28,7 @@ from siftune.train.trainer import SiftTrainer
 QUIET = Console(quiet=True)
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 FULL = {"adapter": "full", "layers": (0, -1)}
-METHODS = ("dense", "rst", "ist", "gast", "ist+gast")
+METHODS = ("ist", "gast")
 
 
 def weights(folder):
@@ -56,7 +56,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_layers_change(base, rows, tmp_path, method):
     done = train(recipe(base, rows, tmp_path / "run", method=method, steps=4, warmup=0, **FULL), QUIET)
-    choices = choices_of(tmp_path / "run") if method != "dense" else []
+    choices = choices_of(tmp_path / "run")
     assert all(set(line["layers"]) <= {0, 3} for line in choices)
     drawn = {number for line in choices for number in line["layers"]} or {0, 3}
     before, after = AutoModelForCausalLM.from_pretrained(base).state_dict(), done.model.state_dict()
@@ -119,12 +119,9 @@ def test_half_precision(base, rows, tmp_path):
 # --- resuming and stopping
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"method": "ist", "dtype": "bfloat16"}, {"method": "ist+gast", "support": "momentum", "accumulate": 2}],
-)
-def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, settings):
-    settings = {"save_every": 2, "steps": 6, "weight_decay": 0.1, **FULL, **settings}
+def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere):
+    settings = {"save_every": 2, "steps": 6, "weight_decay": 0.1, "dtype": "bfloat16", "accumulate": 2, **FULL}
+    settings |= {"method": "ist+gast", "support": "momentum"}
     train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
@@ -145,10 +142,10 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (FULL, {**FULL, "layers": (0, 1)}, r"it holds the layers \[0, 3\], this recipe asks for \[0, 1\]; set layers"),
-        (FULL, {"layers": (0, 3)}, "it holds layers that were tuned themselves, .* asks for an adapter in them; set a"),
-        ({}, FULL, "it holds an adapter, this recipe asks for adapter full; set adapter"),
-        ({}, {"layers": (0,)}, r"target_modules = \[.*asks for \['0\.mlp.* in their place; set targets and layers as"),
+        (FULL, {**FULL, "layers": (0, 1)}, "set layers"),
+        (FULL, {"layers": (0, 3)}, "set adapter"),
+        ({}, FULL, "set adapter"),
+        ({}, {"layers": (0,)}, r"target_modules = .* instead; set targets and layers"),
     ],
 )
 def test_resuming_with_other_layers_is_refused(base, rows, tmp_path, first, second, message):
@@ -234,13 +231,6 @@ def test_a_layer_that_is_not_there(base, rows, tmp_path):
     for kind in ("full", "lora"):
         with pytest.raises(LayerError, match="the model has 4 layers"):
             train(recipe(base, rows, tmp_path / "run", adapter=kind, layers=(4,)), QUIET)
-
-
-def test_adapters_in_some_layers(base, rows, tmp_path):
-    done = train(recipe(base, rows, tmp_path / "run", steps=2, layers=(-1, 1)), QUIET)
-    names = {name.split(".layers.")[1][0] for name in load_file(done.folder.adapter / "adapter_model.safetensors")}
-    assert names == {"1", "3"}
-    assert "Adapter: lora, rank 2, alpha 4, in the layers -1, 1." in (tmp_path / "run" / "README.md").read_text()
 
 
 # --- the folder of tuned layers

@@ -68,15 +68,14 @@ def state_of(run):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "settings"),
     [
         (0, {"method": "ist+gast", "support": "momentum"}),
-        pytest.param(
-            1, {"method": "dense", "adapter": "full", "layers": (0, -1), "dropout": 0.0}, marks=pytest.mark.matrix
-        ),
-        pytest.param(2, {"method": "gast", "accumulate": 2}, marks=pytest.mark.matrix),
-        pytest.param(3, {"method": "lisa"}, marks=pytest.mark.matrix),
+        (1, {"method": "dense", "adapter": "full", "layers": (0, -1), "dropout": 0.0}),
+        (2, {"method": "gast", "accumulate": 2}),
+        (3, {"method": "lisa"}),
     ],
 )
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -70,25 +70,17 @@ def per_token(model, data):
 # --- what a run is ---
 
 
-@pytest.mark.parametrize("method", ["dense", "ist"])
-def test_a_run_is_that_of_train_measured_on_every_token_alike(plain, tmp_path, method):
-    runs, sweep = swept(plain, grid(method, rates=(3e-3,), seeds=(5,)), tmp_path / "sweep")
-    left = load_recipe(tmp_path / "sweep" / f"{method}.yaml")
+def test_a_run_is_that_of_train_measured_on_every_token_alike(plain, tmp_path):
+    runs, sweep = swept(plain, grid("ist", rates=(3e-3,), seeds=(5,)), tmp_path / "sweep")
+    left = load_recipe(tmp_path / "sweep" / "ist.yaml")
     one = replace(left, lr=3e-3, seed=5, log_every=1, out=str(tmp_path / "run"))
     trained = train(one, QUIET)
     data = prepare(one, trained.tokenizer, read_rows(one)).data["eval"]
     assert runs[0].heldout_loss == pytest.approx(per_token(trained.model.eval(), data), rel=1e-6)
     assert runs[0].train_loss == trained.summary["loss_last"]
-    assert (runs[0].cell, runs[0].steps, runs[0].diverged) == ((method, 3e-3, 5), 6, None)
+    assert (runs[0].cell, runs[0].steps, runs[0].diverged) == (("ist", 3e-3, 5), 6, None)
     base, _ = module.load_model(one.model)
     assert sweep.folder.base_loss == pytest.approx(per_token(base, data), rel=1e-6)
-
-
-def test_layers_that_train_themselves_start_anew_in_every_run(plain, tmp_path):
-    full = replace(plain, adapter="full", layers=(0, -1), rank=None)
-    together, _ = swept(full, grid("dense"), tmp_path / "both")
-    alone, _ = swept(full, grid("dense", rates=(1e-2,)), tmp_path / "one")
-    assert together[1].heldout_loss == alone[0].heldout_loss != together[0].heldout_loss
 
 
 def test_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
@@ -111,13 +103,12 @@ def test_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
 
 
 def test_a_rate_that_breaks_training_is_a_result(plain, tmp_path):
-    runs, sweep = swept(plain, grid("dense", rates=(1e-3, 1e30), seeds=(0, 1)), tmp_path / "sweep")
-    good, bad, *others = runs
+    runs, sweep = swept(plain, grid("dense", rates=(1e-3, 1e30)), tmp_path / "sweep")
+    good, bad = runs
     assert good.diverged is None
     assert re.fullmatch(r"(The loss is (nan|inf)|A gradient is not finite) \(rows: .*\) at step \d", bad.diverged)
     assert (bad.heldout_loss, bad.train_loss) == (None, None)
     assert 0 < bad.steps < 6
-    assert [run.diverged is None for run in others] == [True, False]
     assert sweep.missing() == []
 
 
@@ -168,9 +159,9 @@ def test_a_whole_sweep_loads_no_model(plain, tmp_path, monkeypatch):
 def test_methods_rates_and_seeds_can_be_added(plain, tmp_path):
     swept(plain, grid("dense"), tmp_path / "sweep")
     more = replace(plain, gast=GASTSettings(select=2, support="rest"), save_every=3, log_every=2)
-    runs, sweep = swept(more, grid("gast", rates=(1e-2, 2e-2), seeds=(0, 1)), tmp_path / "sweep")
-    assert [run.cell for run in runs] == [("gast", rate, seed) for seed in (0, 1) for rate in (1e-2, 2e-2)]
-    assert len(sweep.folder.runs()) == 6
+    runs, sweep = swept(more, grid("gast", rates=(1e-2,), seeds=(0, 1)), tmp_path / "sweep")
+    assert [run.cell for run in runs] == [("gast", rate, seed) for seed in (0, 1) for rate in (1e-2,)]
+    assert len(sweep.folder.runs()) == 4
     left = {path.name for path in (tmp_path / "sweep").rglob("*")}
     assert left == {"start.json", "results.jsonl", "dense.yaml", "gast.yaml"}
 
@@ -197,12 +188,6 @@ def test_every_method_is_compared_with_its_own_recipe(plain, tmp_path):
     other = replace(plain, ist=ISTSettings(interval=3))
     with pytest.raises(RecipeError, match=r"ist.interval is \d+, but now it is 3"):
         open_sweep(other, grid("dense", "ist"), tmp_path / "sweep")
-
-
-def test_another_recipe_is_refused_for_another_method_too(plain, tmp_path):
-    swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
-    with pytest.raises(RecipeError, match="batch_size is 4"):
-        open_sweep(replace(plain, batch_size=8), grid("rst"), tmp_path / "sweep")
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])

@@ -46,9 +46,8 @@ def small_memory(monkeypatch):
     return holds
 
 
-@pytest.mark.parametrize("fail", [of_device, of_processor, of_its_c])
-def test_the_sentence_names_what_takes_less(base, rows, tmp_path, small_memory, fail):
-    small_memory(2, step=3, fail=fail)
+def test_the_sentence_names_what_takes_less(base, rows, tmp_path, small_memory):
+    small_memory(2, step=3)
     with pytest.raises(OutOfMemory) as failed:
         train(recipe(base, rows, tmp_path / "run"), QUIET)
     said = str(failed.value)
@@ -106,6 +105,12 @@ def test_it_is_for_one_process(base, rows, tmp_path, monkeypatch):
 def test_half_of_the_rows_and_as_many_in_a_step(base, rows, tmp_path, method, batch, accumulate, found):
     half = halved(recipe(base, rows, tmp_path, method=method, batch_size=batch, accumulate=accumulate))
     assert (half and (half.batch_size, half.accumulate)) == found
+
+
+@pytest.mark.parametrize("fail", [of_processor, of_its_c])
+def test_allocators_fail_in_words_of_their_own(base, rows, tmp_path, fail):
+    with pytest.raises(OutOfMemory), memory_faults(recipe(base, rows, tmp_path)):
+        fail()
 
 
 def test_other_errors_pass_as_they_are(base, rows, tmp_path):

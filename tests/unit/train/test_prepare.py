@@ -1,14 +1,12 @@
 """What a run trains and measures on: all bad rows told together, files put together, rows held out."""
 
-import hashlib
 import io
 import json
-from array import array
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from support.tiny_run import lines, recipe, save_rows
+from support.tiny_run import recipe, save_rows
 from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import DataError, RecipeError
@@ -16,7 +14,6 @@ from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.records.rows import read_rows, trained_rows
 from siftune.train.prepare import prepare, rows_line, trained_and_held_out
-from siftune.train.resume import digest_of
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -52,20 +49,6 @@ def test_all_bad_rows_are_told_together_by_file_and_line(tmp_path, mixed):
         named, ("invalid JSON", "'completion' is missing", "a string", "'weight'", "90"), strict=True
     ):
         assert words in line
-
-
-def test_where_all_rows_are_bad_they_are_told_and_not_the_share(tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_text("{\n{\n")
-    with pytest.raises(DataError, match=r"2 rows cannot be used(.|\n)*bad\.jsonl:1(.|\n)*bad\.jsonl:2"):
-        prepared(recipe(tmp_path, path, tmp_path / "run", eval_share=0.5))
-
-
-def test_one_bad_row_is_a_sentence(tmp_path):
-    path = tmp_path / "one.jsonl"
-    path.write_text("\n".join([*GOOD, "{"]))
-    with pytest.raises(DataError, match=r"one.jsonl:7: invalid JSON .*; or leave it out with --bad-rows drop\.$"):
-        prepared(recipe(tmp_path, path, tmp_path / "run"))
 
 
 def test_of_many_bad_rows_the_first_twenty_are_named(tmp_path):
@@ -186,15 +169,3 @@ def test_a_recipe_holds_several_files(base, two, tmp_path):
 def test_what_does_not_fit_together_is_refused(tmp_path, rows, settings, words):
     with pytest.raises(RecipeError, match=words):
         check(recipe(tmp_path, rows, tmp_path / "run", **settings))
-
-
-def test_the_digest_of_rows_is_as_it_always_was(tmp_path):
-    """Runs of earlier versions hold it."""
-    rows = save_rows(tmp_path / "rows.jsonl", 30)
-    data = prepared(recipe(tmp_path, rows, tmp_path / "run")).data["train"]
-    digest = hashlib.sha256()
-    for column in ("input_ids", "labels"):
-        for row in data[column]:
-            digest.update(array("q", [len(row), *row]).tobytes())
-    assert digest_of(data) == digest.hexdigest()
-    assert len(lines(rows)) == 30

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from siftune.base.errors import RecipeError
 from siftune.cli.main import main
 from siftune.recipe.read import load_recipe
-from siftune.train.folder import checkpoints
+from siftune.train import callbacks
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -42,7 +42,7 @@ def kept(folder):
 
 
 def test_every_tenth_and_the_end_of_which_the_last_two_stay(base, rows, tmp_path, saves, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_LEAST", 1)
+    monkeypatch.setattr(callbacks, "_LEAST", 1)
     train(recipe(base, rows, tmp_path / "run", method="dense", steps=25), QUIET)
     assert saves.steps == [3, 6, 9, 12, 15, 18, 21, 24, 25]
     assert kept(tmp_path / "run") == [24, 25]
@@ -56,14 +56,14 @@ def test_short_runs_are_saved_at_their_end(base, rows, tmp_path, saves):
 def test_a_quarter_of_an_hour_is_the_most_that_is_lost(base, rows, tmp_path, saves, monkeypatch):
     times = iter(range(0, 100_000, 400))
     clock = SimpleNamespace(monotonic=lambda: float(next(times)))  # looked at once a step, and when one is saved
-    monkeypatch.setattr(checkpoints, "time", clock)
+    monkeypatch.setattr(callbacks, "time", clock)
     train(recipe(base, rows, tmp_path / "run", method="dense", steps=8), QUIET)
     assert saves.steps == [3, 6, 8]
 
 
 def test_ranks_save_together_where_one_is_late(base, rows, tmp_path, saves, monkeypatch):
     others = iter([False, True, *[False] * 9])  # at the second step the other of two ranks is late
-    monkeypatch.setattr(checkpoints, "on_any_rank", lambda late, device: late or next(others))
+    monkeypatch.setattr(callbacks, "on_any_rank", lambda late, device: late or next(others))
     train(recipe(base, rows, tmp_path / "run", method="dense", steps=4), QUIET)
     assert saves.steps == [2, 4]
 

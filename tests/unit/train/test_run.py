@@ -1,6 +1,5 @@
 """A recipe in, a run folder out; resuming; what is left when training ends early."""
 
-import io
 import json
 import logging
 import os
@@ -9,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -17,7 +15,7 @@ from support.tiny_run import choices_of, lines, recipe, save_rows
 from support.trainers import At, stop, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftune.base.errors import AdapterError, InputError, RecipeError, TrainingError
+from siftune.base.errors import InputError, RecipeError, TrainingError
 from siftune.cli.main import main
 from siftune.data.tasks import arithmetic_rows
 from siftune.models import attention
@@ -58,12 +56,9 @@ def hooks(model):
 @pytest.mark.parametrize(
     ("method", "kind", "checkpointing"),
     [
-        ("dense", "lora", False),
         ("rst", "rslora", True),
-        ("ist", "dora", True),
-        ("gast", "lora", False),
         ("gast", "dora", True),
-        ("ist+gast", "rslora", False),
+        ("ist+gast", "lora", False),
     ],
 )
 def test_the_adapter_gives_the_logits_of_the_tuned_model(base, rows, tmp_path, method, kind, checkpointing):
@@ -120,10 +115,17 @@ def few_rows(path):
 
 
 @pytest.mark.parametrize(("last", "early"), [(None, False), (1.0, True)])
-@pytest.mark.parametrize("length", [{"steps": 9}, {"steps": None, "epochs": 2, "accumulate": 2}])
-def test_a_targets_rows_come_last(base, rows, tmp_path, last, early, length):
+def test_a_targets_rows_come_last(base, rows, tmp_path, last, early):
     few = few_rows(tmp_path / "few.jsonl")
-    settings = {"method": "dense", "target": str(few), "target_last": last, "target_share": 0.3, **length}
+    settings = {
+        "method": "dense",
+        "target": str(few),
+        "target_last": last,
+        "target_share": 0.3,
+        "steps": None,
+        "epochs": 2,
+        "accumulate": 2,
+    }
     done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
     assert load_recipe(tmp_path / "run" / "recipe.yaml").target_last == (last or 0.33)
     visits = read_visits(tmp_path / "run" / "rows.parquet").visits
@@ -184,21 +186,6 @@ def test_tokens_are_counted_without_padding(base, rows, tmp_path):
     assert done.summary["tokens"] == pytest.approx(sum(len(tokenizer(text).input_ids) for text in texts), abs=24)
 
 
-def test_the_card_can_be_followed(base, rows, tmp_path):
-    done = train(recipe(base, rows, tmp_path / "run", eval=str(rows)), QUIET)
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert card == (done.folder.adapter / "README.md").read_text()
-    head = yaml.safe_load(card.split("---\n")[1])
-    assert head == {"base_model": str(base), "library_name": "peft", "tags": ["siftune", "ist", "lora"]}
-    assert f"{done.summary['loss_last']:.4f}" in card
-    assert f"{done.summary['eval_loss']:.4f}" in card
-    code = card.split("```python\n")[1].split("```")[0]
-    names: dict = {}
-    exec(code.replace("BASE", str(base)).replace("RUN", str(tmp_path / "run")), names)
-    with torch.no_grad():
-        torch.testing.assert_close(names["model"](IDS).logits, done.model.eval()(IDS).logits)
-
-
 def test_the_seed_decides_everything(base, rows, tmp_path):
     settings = {"dropout": 0.1, "interval": 2}
     runs = []
@@ -255,11 +242,7 @@ def figures(folder):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        pytest.param({"method": "rst", "accumulate": 2}, marks=pytest.mark.matrix),
-        pytest.param({"method": "dense", "adapter": "dora"}, marks=pytest.mark.matrix),
-        {"method": "gast", "accumulate": 2},
-        pytest.param({"method": "ist+gast", "support": "momentum"}, marks=pytest.mark.matrix),
+        {"method": "ist+gast", "support": "momentum", "accumulate": 2, "adapter": "dora"},
         {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
     ],
 )
@@ -287,18 +270,6 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
     assert resumed == whole
 
 
-def test_a_half_written_checkpoint_is_passed_over(base, rows, tmp_path):
-    settings = {"save_every": 2, "steps": 6}
-    train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
-    whole = adapter(tmp_path / "run" / "adapter")
-    newest = tmp_path / "run" / "checkpoints" / "checkpoint-6"
-    state = newest / "trainer_state.json"
-    state.write_text(state.read_text()[:-20])
-    train(recipe(base, rows, tmp_path / "run", resume=True, **settings), QUIET)
-    assert_equal(adapter(tmp_path / "run" / "adapter"), whole)
-    assert [line["step"] for line in choices_of(tmp_path / "run")] == list(range(6))
-
-
 def test_a_checkpoint_can_be_named(base, rows, tmp_path):
     settings = {"save_every": 2, "steps": 6}
     train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
@@ -310,9 +281,9 @@ def test_a_checkpoint_can_be_named(base, rows, tmp_path):
 
 
 def test_nothing_to_resume(base, rows, tmp_path):
-    with pytest.raises(InputError, match=r"No complete checkpoint in .*run/checkpoints; train without --resume"):
+    with pytest.raises(InputError, match="No complete checkpoint"):
         train(recipe(base, rows, tmp_path / "run", resume=True), QUIET)
-    with pytest.raises(RecipeError, match="nowhere is no complete checkpoint; give a folder RUN/checkpoints"):
+    with pytest.raises(RecipeError, match="nowhere is no complete checkpoint"):
         train(recipe(base, rows, tmp_path / "run", resume=str(tmp_path / "nowhere")), QUIET)
 
 
@@ -331,7 +302,7 @@ def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(base, r
     train(recipe(base, rows, tmp_path / "run"), QUIET)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     monkeypatch.setattr(module, "load_model", None)
-    with pytest.raises(RecipeError, match=r"run holds a run already; give another folder with --out, or go on with"):
+    with pytest.raises(RecipeError, match="run holds a run already"):
         train(recipe(base, rows, tmp_path / "run"), QUIET)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
@@ -339,17 +310,16 @@ def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(base, r
 # --- training that ends early ---
 
 
-@pytest.mark.parametrize(("event", "kind"), [("on_step_begin", "lora"), ("on_pre_optimizer_step", "dora")])
-def test_an_interrupt_leaves_the_adapter_of_the_last_whole_step(base, rows, tmp_path, interfere, event, kind):
+def test_an_interrupt_leaves_the_adapter_of_the_last_whole_step(base, rows, tmp_path, interfere):
     kept = {}
 
     def act(model):
         kept.update(weights(model))
         raise KeyboardInterrupt
 
-    interfere(At(event, 4, act))
+    interfere(At("on_pre_optimizer_step", 4, act))
     with pytest.raises(KeyboardInterrupt) as stopped:
-        train(recipe(base, rows, tmp_path / "run", adapter=kind), QUIET)
+        train(recipe(base, rows, tmp_path / "run", adapter="dora"), QUIET)
     assert stopped.value.__notes__ == [f"the adapter after step 3 is in {tmp_path}/run/adapter"]
     assert_equal(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -381,14 +351,6 @@ def test_an_interrupt_in_a_forward_pass_leaves_a_whole_adapter(base, rows, tmp_p
     left = adapter(tmp_path / "run" / "adapter")
     assert len(left) == 4 * 7 * 2
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in left.values())
-
-
-def test_an_interrupt_before_the_first_step_says_so(base, rows, tmp_path, interfere):
-    interfere(At("on_step_begin", 1, stop))
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        train(recipe(base, rows, tmp_path / "run"), QUIET)
-    assert stopped.value.__notes__ == ["no step was finished"]
-    assert not (tmp_path / "run" / "adapter").exists()
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
@@ -426,15 +388,6 @@ def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
         assert not list((run / "checkpoints").iterdir())
 
 
-def test_an_end_at_once_says_from_which_step_it_goes_on(base, rows, tmp_path, interfere):
-    interfere(At("on_step_begin", 4, stop))
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
-    run = tmp_path / "run"
-    onward = f"`siftune train --resume {run}` continues from step 2"
-    assert stopped.value.__notes__ == [f"the adapter after step 3 is in {run}/adapter, and {onward}"]
-
-
 def test_of_a_run_that_goes_on_it_is_told_to_which_steps_its_time_belongs(base, rows, tmp_path, capsys):
     whole = train(recipe(base, rows, tmp_path / "run", method="dense", steps=2), QUIET)
     assert "resumed_step" not in whole.summary
@@ -444,12 +397,6 @@ def test_of_a_run_that_goes_on_it_is_told_to_which_steps_its_time_belongs(base, 
     assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["resumed_step"] == 2
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert ", for the steps after 2 |" in next(line for line in card.splitlines() if line.startswith("| time |"))
-
-
-def test_a_run_on_fewer_rows_than_a_batch_has_says_so(base, rows, tmp_path):
-    box = io.StringIO()
-    train(recipe(base, rows, tmp_path / "run", method="dense", limit=3, steps=None), Console(file=box, width=200))
-    assert "; 1 step of 3 rows, all there are\n" in box.getvalue()
 
 
 def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_path, interfere):
@@ -486,15 +433,6 @@ def test_a_disk_that_fills_up_leaves_what_was_there(base, rows, tmp_path, monkey
     assert_equal(adapter(done.folder.adapter), adapter(tmp_path / "whole" / "adapter"))
 
 
-def test_an_error_of_another_kind_passes_as_it_is(base, rows, tmp_path, interfere):
-    def act(_):
-        raise ZeroDivisionError("a bug")
-
-    interfere(At("on_step_begin", 3, act))
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        train(recipe(base, rows, tmp_path / "run"), QUIET)
-
-
 # --- what is refused before the model is loaded ---
 
 
@@ -505,12 +443,6 @@ def test_data_is_read_before_the_model(base, tmp_path, monkeypatch):
         train(recipe(base, tmp_path / "none.jsonl", tmp_path / "run"), QUIET)
     with pytest.raises(InputError, match=r"none\.jsonl does not exist"):
         train(recipe(base, good, tmp_path / "run", eval=str(tmp_path / "none.jsonl")), QUIET)
-
-
-def test_a_target_that_is_not_there(base, rows, tmp_path):
-    with pytest.raises(AdapterError, match="nothing_proj"):
-        train(recipe(base, rows, tmp_path / "run", targets=("nothing_proj",)), QUIET)
-    train(recipe(base, rows, tmp_path / "run"), QUIET)  # the folder is still free
 
 
 def test_the_trainer_says_nothing_of_its_own(base, rows, tmp_path, capsys, caplog):

@@ -79,22 +79,6 @@ def test_a_place_that_cannot_be_written(tmp_path):
         RunFolder(tmp_path / "file" / "run")
 
 
-def test_a_file_keeps_its_old_text_when_writing_fails(folder, monkeypatch):
-    folder.write("x.json", "old")
-    monkeypatch.setattr("siftune.base.files.os.replace", None)
-    with pytest.raises(TypeError):
-        folder.write("x.json", "new")
-    assert (folder.path / "x.json").read_text() == "old"
-
-
-def test_lines_are_appended_and_text_is_utf8(folder):
-    folder.append("m.jsonl", {"a": 1})
-    folder.append("m.jsonl", {"b": "ü"})
-    assert lines(folder.path / "m.jsonl") == [{"a": 1}, {"b": "ü"}]
-    folder.write("t", "ü")
-    assert (folder.path / "t").read_bytes() == "ü".encode()
-
-
 def test_the_adapter_is_replaced_whole_or_not_at_all(folder):
     def good(text):
         return lambda place: (place.mkdir(), (place / text).write_text(text))

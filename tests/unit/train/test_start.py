@@ -35,11 +35,10 @@ def base_logits(base):
     return logits(AutoModelForCausalLM.from_pretrained(base))
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_what_takes_the_base_apart_is_saved_as_an_ordinary_lora(base, rows, tmp_path, init):
+def test_pissa_is_saved_as_an_ordinary_lora(base, rows, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* changes the base weights")  # advice that has been followed
-        done = train(recipe(base, rows, tmp_path / "run", method="dense", init=init), QUIET)
+        done = train(recipe(base, rows, tmp_path / "run", method="dense", init="pissa"), QUIET)
     config = json.loads((done.folder.adapter / "adapter_config.json").read_text())
     assert (config["init_lora_weights"], config["r"]) == (True, 4)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), done.folder.adapter)
@@ -47,7 +46,7 @@ def test_what_takes_the_base_apart_is_saved_as_an_ordinary_lora(base, rows, tmp_
     assert float((logits(again) - base_logits(base)).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+@pytest.mark.parametrize("init", ["olora", "orthogonal"])
 def test_a_run_begins_where_its_base_is(base, rows, tmp_path, init):
     """The first loss is the base's: whatever is taken off the base is in the adapter."""
     found = [
@@ -95,15 +94,6 @@ def test_a_run_goes_on_with_the_adapter_of_another(base, rows, tmp_path):
     assert any(not torch.equal(v, weights(first.model)[n]) for n, v in weights(third.model).items())
 
 
-def test_a_run_on_an_adapter_goes_on_by_its_own_recipe(base, rows, tmp_path):
-    first = train(recipe(base, rows, tmp_path / "first", method="dense", rank=3, steps=1), QUIET)
-    given = {"method": "dense", "from_adapter": str(first.folder.path), "rank": None, "save_every": 2}
-    train(recipe(base, rows, tmp_path / "run", **given | {"steps": 2}), QUIET)
-    kept = load_recipe(tmp_path / "run" / "recipe.yaml")
-    kept.steps, kept.resume = 4, True
-    assert train(kept, QUIET).summary["steps"] == 4
-
-
 def test_a_run_on_an_adapter_goes_on_by_the_command_that_began_it(base, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(recipe(base, rows, tmp_path / "first", method="dense", steps=1), QUIET)
@@ -128,10 +118,10 @@ def test_an_adapter_of_another_form_is_refused_by_name(base, rows, tmp_path, set
 
 
 def test_what_is_no_adapter_is_refused(base, rows, tmp_path):
-    with pytest.raises(AdapterError, match="there is no adapter_config"):
+    with pytest.raises(AdapterError, match="no adapter_config"):
         train(recipe(base, rows, tmp_path / "run", from_adapter=str(tmp_path)), QUIET)
     layers = train(recipe(base, rows, tmp_path / "full", adapter="full", method="dense", layers=(0,), steps=1), QUIET)
-    with pytest.raises(AdapterError, match="tuned themselves"):
+    with pytest.raises(AdapterError, match="tuned layers"):
         train(recipe(base, rows, tmp_path / "run", from_adapter=str(layers.folder.path)), QUIET)
 
 
@@ -139,7 +129,7 @@ def test_what_is_no_adapter_is_refused(base, rows, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is for Linux")
-@pytest.mark.parametrize(("kind", "method"), [("4bit", "dense"), ("4bit", "ist"), ("8bit", "gast")])
+@pytest.mark.parametrize(("kind", "method"), [("4bit", "ist"), ("8bit", "gast")])
 def test_a_quantised_base_trains_and_its_adapter_fits_the_plain_one(rows, tmp_path, kind, method):
     base, tokenizer = tmp_path / "base", byte_tokenizer()
     # bitsandbytes rounds 64 values together
@@ -213,11 +203,4 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(tmp_path, rows, settings, words):
     with pytest.raises(RecipeError, match=words):
-        check(recipe(tmp_path, rows, tmp_path / "run", **settings))
-
-
-def test_whole_layers_go_on_by_a_recipe_in_which_an_older_version_wrote_a_rank(tmp_path, rows):
-    settings = {"adapter": "full", "rank": 32, "alpha": 64, "layers": (0,), "method": "dense"}
-    check(recipe(tmp_path, rows, tmp_path / "run", resume=True, **settings))
-    with pytest.raises(RecipeError, match="rank is for adapters"):
         check(recipe(tmp_path, rows, tmp_path / "run", **settings))

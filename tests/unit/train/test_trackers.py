@@ -5,7 +5,6 @@ from transformers.integrations import integration_utils
 
 from siftune.base.errors import RecipeError
 from siftune.cli.main import main
-from siftune.recipe.read import load_recipe
 from siftune.train import prepare as module
 from siftune.train.build import check_trackers
 
@@ -46,12 +45,3 @@ def test_it_comes_before_the_model(base, rows, tmp_path, capsys, monkeypatch):
         "siftune: error: report_to has the unknown tracker 'wandbb'; did you mean 'wandb'?"
     )
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "names"), [("none", ("none",)), ("wandb", ("wandb",)), ("[mlflow, wandb]", ("mlflow", "wandb"))]
-)
-def test_a_recipe_names_one_or_several(tmp_path, text, names):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"report_to: {text}\n")
-    assert load_recipe(path).report_to == names

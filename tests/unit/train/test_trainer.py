@@ -6,12 +6,10 @@ from functools import partial
 import pytest
 import torch
 from support.adapted import shake
-from support.tiny import FAMILIES, tiny
-from support.trainers import adapted, arguments, rows, train, weights
-from transformers import Trainer, TrainerCallback
+from support.tiny import tiny
+from support.trainers import adapted, arguments, rows, weights
+from transformers import Trainer
 
-from siftune.base.errors import TrainingError
-from siftune.data.batches import Collator
 from siftune.models.adapters.attach import attach_adapter
 from siftune.train.trainer import SiftTrainer
 
@@ -42,7 +40,7 @@ def assert_same(ours, theirs):
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox", "opt", "mixtral"])
 def test_weights_are_those_of_the_plain_trainer(family, tmp_path):
     settings = {"gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
     ours, trainer = fit(SiftTrainer, tmp_path, adapted(family, layers=2), **settings)
@@ -124,43 +122,6 @@ def test_the_same_loss_gives_no_warning(tmp_path, caplog):
     assert not caplog.records
 
 
-class Break(TrainerCallback):
-    """Breaks a number in the second step, and remembers the weights before it."""
-
-    def __init__(self, act):
-        self.act = act
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            self.before = weights(kwargs["model"])
-            self.act(kwargs["model"])
-
-
-def nan_in_the_embeddings(model):
-    model.get_input_embeddings().weight.data.fill_(float("nan"))
-
-
-def nan_in_a_gradient(model):
-    parameter = next(p for p in model.parameters() if p.requires_grad)
-    parameter.register_hook(lambda grad: grad * float("inf"))
-
-
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (nan_in_the_embeddings, r"The loss is nan.* at step 2; nothing of this step reached the adapter"),
-        (nan_in_a_gradient, r"A gradient is not finite.* at step 2; nothing of this step reached the adapter"),
-    ],
-)
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_broken_numbers_stop_training_before_the_weights_change(tmp_path, act, message, clip):
-    model, breaker = adapted(), Break(act)
-    with pytest.raises(TrainingError, match=message):
-        fit(SiftTrainer, tmp_path, model, [breaker], max_grad_norm=clip)
-    for name, value in weights(model).items():
-        assert torch.equal(value, breaker.before[name]), name
-
-
 def test_evaluation_gives_the_loss_of_the_model(tmp_path):
     losses = []
     for kind in (SiftTrainer, Trainer):
@@ -179,30 +140,3 @@ def test_a_first_batch_without_labels_decides_nothing(tmp_path, caplog):
         SiftTrainer(model, settings, train_dataset=data).train()
     assert not caplog.records
     assert counts[-1] == 4 * 6
-
-
-def test_dft_trains_on_tokens_as_the_model_finds_them_likely(tmp_path):
-    """The gradient of a step is that of Σ p₀·nll over the labels of the step, and what is recorded is plain nll."""
-    model, oracle, found = adapted(), adapted(), []
-
-    class Look(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-    data = rows(4).add_column("row", list(range(4)))
-    kind = partial(SiftTrainer, dynamic=True)
-    _, trainer = train(
-        tmp_path, Look(), model=model, dataset=data, trainer=kind, collator=Collator(0), max_steps=1,
-        max_grad_norm=1e9, remove_unused_columns=False,
-    )  # fmt: skip
-    inputs = {name: torch.tensor(data[name]) for name in ("input_ids", "attention_mask", "labels")}
-    log_p = (
-        oracle(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].log_softmax(-1)
-    )
-    log_p = log_p.gather(-1, inputs["labels"][:, 1:].clamp_min(0)[..., None])[..., 0]
-    labelled = inputs["labels"][:, 1:] != -100
-    (-(log_p.detach().exp() * log_p)[labelled].sum() / labelled.sum()).backward()
-    for name, parameter in oracle.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(found[0][name], parameter.grad, rtol=1e-4, atol=1e-7)
-    assert float(trainer.label_losses.mean()) == pytest.approx(-float(log_p.detach()[labelled].mean()), rel=1e-5)
