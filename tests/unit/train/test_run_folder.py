@@ -16,15 +16,13 @@ def folder(tmp_path):
     return RunFolder(tmp_path / "a" / "run")
 
 
-def checkpoint(folder, step, state=None, weights=True):
+def checkpoint(folder, step, state=None):
     place = folder.checkpoints / f"checkpoint-{step}"
-    place.mkdir(parents=True)
-    for name in ("optimizer.pt", "scheduler.pt"):
-        (place / name).write_bytes(b"state")
-    if weights:
-        (place / "adapter_model.safetensors").write_bytes(b"weights")
+    begin(place)
+    (place / "optimizer.pt").write_bytes(b"state")
     if state is not False:
         (place / "trainer_state.json").write_text(state or json.dumps({"global_step": step}))
+    seal(place)
     return place
 
 
@@ -61,16 +59,11 @@ def test_a_run_that_was_killed_in_its_first_save_can_be_begun_anew(folder):
 
 
 def test_where_all_checkpoints_are_damaged_it_is_not_said_to_begin_in_their_place(folder):
-    seal_it(checkpoint(folder, 9))
+    checkpoint(folder, 9)
     (folder.checkpoints / "checkpoint-9" / "optimizer.pt").write_bytes(b"State")
     assert not folder.is_fresh()
     with pytest.raises(InputError, match="all are damaged: train in another folder"):
         newest_checkpoint(folder.checkpoints)
-
-
-def seal_it(place):
-    begin(place)
-    seal(place)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -116,7 +109,7 @@ def test_a_record_that_was_cut_off_by_a_crash_or_is_none_is_dropped(folder, rest
 
 def test_records_that_cannot_be_read_are_told(folder):
     (folder.path / "metrics.jsonl").mkdir()
-    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read \(.*\); put it away to go on"):
+    with pytest.raises(InputError, match="cannot be read"):
         folder.cut_records(4)
 
 
@@ -126,7 +119,7 @@ def test_the_newest_complete_checkpoint(folder):
     checkpoint(folder, 9)
     newest = checkpoint(folder, 10)
     checkpoint(folder, 11, state='{"global_step": 1')
-    checkpoint(folder, 12, weights=False)
+    begin(folder.checkpoints / "checkpoint-12")
     checkpoint(folder, 13, state=False)
     (folder.checkpoints / "checkpoint-old").mkdir()
     assert newest_checkpoint(folder.checkpoints) == newest
