@@ -99,7 +99,7 @@ def _job(subject: "Subject", options: Options) -> _Job:
 def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
-    from siftune.records.rows import held_out_rows
+    from siftune.records.rows import used_rows
 
     recipe = subject.recipe
     if options.data is not None:
@@ -110,7 +110,7 @@ def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list
         return recipe.eval, load_rows(recipe.eval, recipe.eval_split, options.limit, format)
     if recipe.eval_share:
         files = " and ".join(train_files(recipe))
-        rows = held_out_rows(Path(subject.name).expanduser(), recipe)
+        rows = used_rows(Path(subject.name).expanduser(), recipe, "eval")
         return f"{100 * recipe.eval_share:g} % of {files}", rows[: options.limit]
     raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")
 

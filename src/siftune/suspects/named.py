@@ -168,9 +168,9 @@ def rows_of(run: Path, record: Record) -> list[Row]:
     if not (run / "recipe.yaml").is_file():
         return []
     from siftune.recipe.read import load_recipe
-    from siftune.records.rows import trained_rows
+    from siftune.records.rows import used_rows
 
-    rows = trained_rows(run, load_recipe(run / "recipe.yaml"))
+    rows = used_rows(run, load_recipe(run / "recipe.yaml"))
     if record.about and digest_of(rows) != record.about:
         raise DataError(
             f"the training rows have changed since {run} was trained, so that its record is of others: bring them "

@@ -1,8 +1,8 @@
 """The Trainer of siftune's own training path: transformers' Trainer with a cheaper loss and a guard.
 
-The loss computes logits only where labels are. At the first step it is compared with the model's own; where the two
-differ, as with an auxiliary loss of a mixture of experts, the model's own is used from then on, and one warning says
-so. A loss or gradient that is not finite never reaches the weights: see `broken`.
+Logits are computed only at label positions. The first step compares the loss with the model's own. If they differ, as
+with the auxiliary loss of a mixture of experts, the model's own loss is used, with a warning. A non-finite loss or
+gradient never reaches the weights; see `guards.non_finite`.
 """
 
 import logging
@@ -47,19 +47,19 @@ logger = logging.getLogger(__name__)
 class SiftTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer, with logits only at label positions.
 
-    It takes the Trainer's arguments, but for `compute_loss_func`, which it sets.
+    It takes the Trainer's arguments except `compute_loss_func`, which it sets.
 
     Args:
-        last: Share of the steps, the last ones, in which rows come that the column `aimed` says are a target's.
-        privacy: Has every optimizer step draw its rows, clip their gradients and add noise. A batch is then a step's;
-            the loss is the mean over its rows of each row's mean token loss, 0 where none was drawn.
-        bad_steps: Steps that may be left out because a number of theirs is not finite; see `BrokenSteps`.
-        short_rows: Train and evaluate with the products of `models.attention` where they are faster.
+        last: Share of the steps, the last ones, that train on rows with the column `aimed`.
+        privacy: Differential privacy: every step draws its rows, clips their gradients and adds noise. A batch is then
+            a step's, and the loss is the mean over its rows of each row's mean token loss; 0 without rows.
+        bad_steps: Non-finite steps to skip before training stops; see `BrokenSteps`.
+        short_rows: Whether to use the attention of `models.attention` for short rows.
     """
 
-    rows: Sequence[int] = ()  # numbers of those in the batch that was trained on last, where they are numbered
-    kept_step: int | None = None  # whose weights of least held-out loss the model was given at the end; None: the last
-    label_losses: Tensor | None = None  # (N,) float32 of the batch in row-major order, where the loss is made of them
+    rows: Sequence[int] = ()  # numbers of the rows in the last training batch, if they are numbered
+    kept_step: int | None = None  # step of the best weights, loaded at the end; None: the last step's are kept
+    label_losses: Tensor | None = None  # (N,) float32 losses of the batch's label tokens, in row-major order
 
     def __init__(
         self,
@@ -71,18 +71,18 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         short_rows: bool = False,
         **kwargs: Any,
     ) -> None:
-        # from the start: the Trainer counts the labels of a step before it asks for the first loss
+        # set here, as the Trainer counts the labels of a step before the first loss
         kwargs["compute_loss_func"] = self._label_loss if privacy is None else _row_loss
         self.broken = BrokenSteps(bad_steps)
         own = [self.broken, *(callbacks or []), *([] if privacy is None else [privacy]), Sealing()]
         super().__init__(*args, callbacks=own, **kwargs)
         self.broken.log = self.log
-        average_adapters(self)  # where no method has done so
+        average_adapters(self)  # unless a method has done so
         self.privacy = privacy
         self._last = last
         self._attention = attention.short_rows if short_rows else nullcontext
         self._label_logits_only: bool | None = None
-        self._weights: Tensor | None = None  # of the rows in the batch whose loss is computed
+        self._weights: Tensor | None = None  # of the rows in the current batch
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
@@ -95,13 +95,13 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             return super().evaluate(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's batches; those of whole steps in a private run."""
+        """The Trainer's batches; in a private run a batch is a step's."""
         if self.privacy is None:
             return super().get_train_dataloader()
         return self.accelerator.prepare(self.privacy.loader(self.train_dataset, self.data_collator))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        """The Trainer's order of the rows, or that in which a target's rows come last."""
+        """The Trainer's sampler, or one that puts a target's rows last."""
         data = self.train_dataset if train_dataset is None else train_dataset
         marks = data[AIMED] if AIMED in data.column_names else []
         if len(set(marks)) < 2:
@@ -118,7 +118,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
         self._weights = inputs.get(WEIGHT)
-        inputs = {name: value for name, value in inputs.items() if name not in (ROW, WEIGHT)}  # the model knows neither
+        inputs = {name: value for name, value in inputs.items() if name not in (ROW, WEIGHT)}  # not the model's
         if self._label_logits_only is None and self._all_have_labels(inputs["labels"]):
             self._label_logits_only = self._agrees(model, inputs)
             if not self._label_logits_only:
@@ -132,7 +132,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One forward and backward."""
+        """Forward and backward pass of a batch."""
         self.rows = inputs[ROW].tolist() if ROW in inputs else []
         self.label_losses = None
         loss: Tensor = (
@@ -150,7 +150,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
 
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
-        """Forward and backward on a step's rows, some at a time, and noise once."""
+        """Forward and backward passes of a step's rows, then noise."""
         total = torch.zeros((), device=self.args.device)
         for part in privacy.parts(inputs):
             total += super().training_step(model, part)
@@ -158,7 +158,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         return total / max(1, len(inputs["labels"]))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, which `Sealing` ends; older ones go only then."""
+        """Write a checkpoint, which `Sealing` completes before it deletes older ones."""
         if self.args.should_save:
             begin(checkpoint_of(self.args, self.state))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -173,12 +173,12 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Read their state, of which torch takes tensors and plain values and runs nothing."""
+        """Read the state; torch loads tensors and plain values only."""
         with read_of(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Read the generators' state, in the same way."""
+        """Read the generators' state."""
         with read_of(checkpoint):
             super()._load_rng_state(checkpoint)
 
@@ -193,44 +193,42 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
                 self.processing_class.save_pretrained(folder)
 
     def _load_best_model(self) -> None:
-        """Put the weights of least held-out loss in the place of the last, as resuming does."""
+        """Load the weights of the least held-out loss."""
         best = Path(self.state.best_model_checkpoint)
         if is_complete(best):
             self._load_from_checkpoint(str(best))
             self.kept_step = self.state.best_global_step
         else:
-            logger.warning(
-                "the checkpoint of least held-out loss, %s, is not there: what the last step left is kept", best
-            )
+            logger.warning("the best checkpoint, %s, is not there: the last weights are kept", best)
 
     def take(self, checkpoint: Path, best: bool) -> None:
-        """Take history and weights, or the `best` weights, of a checkpoint at which nothing is left to train."""
+        """Load history and weights, or the `best` weights, of the last checkpoint of a run."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
         if (beside := best_in(checkpoint.parent, checkpoint)) is not None:
-            self.state.best_model_checkpoint = str(beside)  # the state has it as seen from where the run was begun
+            self.state.best_model_checkpoint = str(beside)  # the state has the path at the start of the run
         if best and self.state.best_model_checkpoint:
             self._load_best_model()
 
     def _refuse_own_loss(self, model: nn.Module) -> None:
         if self.privacy is not None:
             raise UnsupportedError(
-                f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows may have a part in "
-                "each other's: train another model, or without dp_epsilon"
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so rows may contribute to each "
+                "other's: train another model, or without dp_epsilon"
             )
         if self._weights is not None:
             raise UnsupportedError(
-                f"the loss of {type(model).__name__} is not a mean over label tokens, so that rows cannot be weighed "
-                "in it: train another model, or rows without the column 'weight'"
+                f"the loss of {type(model).__name__} is not a mean over label tokens, so rows cannot be weighted: "
+                "train another model, or rows without the column 'weight'"
             )
 
     def _all_have_labels(self, labels: Tensor) -> bool:
-        """Whether there are labels on every rank: then all of them compare, as weights may be gathered for it."""
+        """Whether every rank has labels: all must compare, as weights may be gathered."""
         own = label_positions(labels).any().to(device="cpu", dtype=torch.float64)
         return float(mean_over_ranks(own, self.args.device)) == 1
 
     def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Whether the label-only loss is the model's own, up to rounding."""
+        """Whether the loss over label positions is the model's own, up to rounding."""
         try:
             with evaluating(model), self.compute_loss_context_manager():
                 ours, theirs = difference_from_model(model, self._prepare_inputs(inputs))
@@ -240,8 +238,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         agrees = losses_agree(model, ours, theirs)
         if not agrees:
             logger.warning(
-                "logits are computed at all positions, which costs time and memory: the model's own loss is %.5g "
-                "where the loss over label positions is %.5g; it adds or changes something in between",
+                "logits are computed at all positions, which costs time and memory: the model's own loss is %.5g, but "
+                "the loss over label positions is %.5g",
                 theirs,
                 ours,
             )
@@ -253,7 +251,7 @@ def _row_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | N
 
 
 class LayerTrainer(SiftTrainer):
-    """SiftTrainer for layers whose own weights train: its checkpoints hold these layers alone, and name the `base`."""
+    """SiftTrainer for tuned layers: its checkpoints hold these layers alone, and name the `base`."""
 
     def __init__(self, *args: Any, opened: OpenLayers, base: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -261,27 +259,27 @@ class LayerTrainer(SiftTrainer):
         self.about = About(base, opened.numbers, opened.outside)
 
     def save_layers(self, folder: Path) -> None:
-        """Write the open layers' weights, in the dtype that they have now."""
+        """Write the weights of the tuned layers in their current dtype."""
         save_tuned(folder, self.about, self._opened.parameters)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the open layers' weights in the place of the whole model's."""
+        """Write the weights of the tuned layers alone."""
         if self.args.should_save:
             self.save_layers(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Read them back."""
+        """Read the weights of the tuned layers."""
         put_in(self.model, read_tuned(Path(resume_from_checkpoint)), resume_from_checkpoint)
 
 
 def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of an epoch of so many training rows."""
+    """Optimizer steps of an epoch."""
     batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
     steps: int = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return steps
 
 
 def planned_steps(arguments: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of a whole run on so many training rows."""
+    """Optimizer steps of a run."""
     asked: int = arguments.max_steps
     return asked if asked > 0 else math.ceil(arguments.num_train_epochs * steps_per_epoch(arguments, rows))

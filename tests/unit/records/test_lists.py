@@ -42,15 +42,13 @@ def test_rows_are_left_out_by_their_place_from_wherever_it_is_named(data, tmp_pa
     (tmp_path / "other" / "rows.jsonl").write_text(data.read_text())
     for named in ("../rows.jsonl", str(tmp_path / "other" / ".." / "rows.jsonl"), "../link.jsonl"):
         assert said(without(load_rows(str(data)), [f"{named}:3"], "bad.txt")) == ["one", "three"]
-    with pytest.raises(DataError, match="names 1 place where no training row stands"):  # another file of that name
+    with pytest.raises(DataError, match="names 1 place"):  # another file of that name
         without(load_rows(str(data)), ["rows.jsonl:3"], "bad.txt")
 
 
 def test_places_that_are_no_rows_are_refused(data):
     rows = load_rows(str(data))
-    with pytest.raises(
-        DataError, match=r"bad.txt names 4 places where no training row stands \(a:1, b, .*rows.jsonl:2, …\); the first"
-    ):
+    with pytest.raises(DataError, match=r"names 4 places .*\(a:1, b, .*rows.jsonl:2, …\)"):
         without(rows, ["a:1", "b", f"{data}:2", "c"], "bad.txt")
     with pytest.raises(DataError, match="names all training rows"):
         without(rows, [row.origin for row in rows], "bad.txt")
@@ -58,7 +56,7 @@ def test_places_that_are_no_rows_are_refused(data):
 
 def test_an_empty_table_is_told_to_be_empty(tmp_path):
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(DataError, match=r"no column 'place' in its first line \(found: nothing\)"):
+    with pytest.raises(DataError, match="no column 'place'"):
         named_rows(str(tmp_path / "empty.csv"))
 
 
@@ -80,7 +78,7 @@ def test_a_run_trains_without_the_rows_of_a_list(base, tmp_path, caplog):
     bad.write_text("place,score\n" + "".join(f"{path}:{line},1\n" for line in (3, 5, 24)))
     settings = {"method": "dense", "drop_rows": str(bad)}
     train(recipe(base, path, tmp_path / "run", steps=None, **settings), Console(quiet=True))
-    assert f"{bad}: 3 rows to leave out" in caplog.messages
+    assert f"{bad}: leaving out 3 rows" in caplog.messages
     found = read_visits(tmp_path / "run" / "rows.parquet")
     assert {int(place.rpartition(":")[2]) for place in found.places} == set(range(1, 25)) - {3, 5, 24}
     assert len(suspects(tmp_path / "run", 3)) <= 3  # their texts are found again without the rows of the list

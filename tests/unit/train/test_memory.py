@@ -51,7 +51,7 @@ def test_the_sentence_names_what_takes_less(base, rows, tmp_path, small_memory):
     with pytest.raises(OutOfMemory) as failed:
         train(recipe(base, rows, tmp_path / "run"), QUIET)
     said = str(failed.value)
-    assert "Memory ran out (" in said
+    assert "Out of memory (" in said
     assert "with 4 rows of up to 64 tokens" in said
     assert "--auto-batch, --batch-size 2 --accumulate 2, --checkpointing, a smaller --max-length;" in said
     assert "So far, the adapter after step 2 is in" in said

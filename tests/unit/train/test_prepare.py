@@ -12,7 +12,7 @@ from support.tokenizer import byte_tokenizer
 from siftune.base.errors import DataError, RecipeError
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
-from siftune.records.rows import read_rows, trained_rows
+from siftune.records.rows import read_rows, used_rows
 from siftune.train.prepare import prepare, rows_line, trained_and_held_out
 from siftune.train.run import train
 
@@ -80,7 +80,7 @@ def test_bad_rows_of_a_run_are_in_its_folder_and_told(base, mixed, tmp_path):
     told = io.StringIO()
     done = train(recipe(base, mixed, tmp_path / "run", bad_rows="drop", steps=1), Console(file=told, width=500))
     assert len((done.folder.path / "bad_rows.txt").read_text().splitlines()) == 5
-    assert answers(trained_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == list("012345")
+    assert answers(used_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == list("012345")
     assert told.getvalue().startswith(f"5 rows left out:\n  {mixed}:4: invalid JSON")
     assert "6 rows to train on: " in told.getvalue()
     assert " of 4 rows\n" in told.getvalue()
@@ -90,7 +90,7 @@ def test_a_run_without_bad_rows_keeps_no_list_of_an_earlier_one(base, rows, tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "bad_rows.txt").write_text(f"{rows}:1: it was bad\n")
     done = train(recipe(base, rows, tmp_path / "run", steps=1), QUIET)
-    assert len(trained_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == 24
+    assert len(used_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == 24
 
 
 # several files, and shares of them

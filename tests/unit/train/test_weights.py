@@ -149,7 +149,7 @@ def test_a_loss_that_cannot_be_weighed_is_refused(tmp_path):
         model, arguments(tmp_path, remove_unused_columns=False), data_collator=Collator(0),
         train_dataset=rows(8).add_column("weight", WEIGHTS),
     )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="cannot be weighed"):
+    with pytest.raises(UnsupportedError, match="cannot be weighted"):
         trainer.train()
 
 

@@ -4,7 +4,7 @@ One line for each choice, in the order of training: of layers for a step, or of 
 
     step        int32           optimizer steps done before it
     batch       int32           number of the batch in the step; null for a choice of layers
-    layers      list<int16>     layers that train; for rows the (U,) layers that choose, -1 for one choice for all layers
+    layers      list<int16>     layers that train; for rows the (U,) layers that choose, -1 for one choice for all
     importance  list<float64>   (L,) importance logits, if the step changed them
     losses      list<float64>   losses of the candidate sets, if the step compared them
     rows        list<int32>     (S,) numbers of the batch's rows among the training rows

@@ -1,4 +1,4 @@
-"""Where memory runs out: what to do about it, and a run that does it by itself (ours)."""
+"""Out of memory: advice, and smaller batches for `auto_batch` (ours)."""
 
 import gc
 import logging
@@ -15,20 +15,20 @@ from siftune.recipe.schema import Recipe, method_of
 
 logger = logging.getLogger(__name__)
 
-# a plain RuntimeError there: of torch's allocator, and of its C++ besides
+# messages of a plain RuntimeError: torch's allocator, and C++
 _OF_PROCESSORS = ("can't allocate memory", "std::bad_alloc")
 
 
 class OutOfMemory(TrainingError):
-    """Memory ran out while a run was set up or trained."""
+    """Out of memory while a run was set up or trained."""
 
 
 @contextmanager
 def memory_faults(recipe: Recipe) -> Iterator[None]:
-    """Turn an allocation that failed into one sentence that names what takes less memory.
+    """Report a failed allocation with options that need less memory.
 
     Raises:
-        OutOfMemory: Memory ran out in the block.
+        OutOfMemory: An allocation in the block failed.
     """
     try:
         yield
@@ -37,17 +37,17 @@ def memory_faults(recipe: Recipe) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:150] or "MemoryError"
         raise OutOfMemory(
-            f"Memory ran out ({reason}) with {counted(recipe.batch_size, 'row')} of up to {recipe.max_length} tokens "
-            f"in a forward pass. What takes less: {', '.join(_levers(recipe))}; --dry-run says how much."
+            f"Out of memory ({reason}) with {counted(recipe.batch_size, 'row')} of up to {recipe.max_length} tokens "
+            f"in a forward pass. Reduce memory with {', '.join(_options(recipe))}; --dry-run estimates it."
         ) from error
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, of a device or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _OF_PROCESSORS)
+    """Whether an error is a failed allocation of a device or the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _OF_PROCESSORS)
 
 
-def _levers(recipe: Recipe) -> Iterator[str]:
+def _options(recipe: Recipe) -> Iterator[str]:
     smaller = halved(recipe)
     if smaller is not None:
         if not recipe.auto_batch and launch_size() == 1:
@@ -63,9 +63,9 @@ def _levers(recipe: Recipe) -> Iterator[str]:
 
 
 def halved(recipe: Recipe) -> Recipe | None:
-    """The recipe with at most half of the rows in a forward pass and as many in an optimizer step; None: there is none.
+    """The recipe with at most half of the rows in a forward pass and as many in an optimizer step; None if impossible.
 
-    Methods that choose rows among those of a pass keep two.
+    Methods that choose among the rows of a pass keep two.
     """
     rows = recipe.batch_size * recipe.accumulate
     least = 2 if any(part.rows for part in method_of(recipe).parts) else 1
@@ -74,16 +74,16 @@ def halved(recipe: Recipe) -> Recipe | None:
 
 
 def refuse_ranks(recipe: Recipe) -> None:
-    """Refuse `auto_batch` where other ranks would go on with the old batch.
+    """Refuse `auto_batch` on several ranks: the others would keep the old batch size.
 
     Raises:
-        RecipeError: There are several.
+        RecipeError: There are several ranks.
     """
     if recipe.auto_batch and launch_size() > 1:
         raise RecipeError("auto_batch is for one process: leave it out, and give a smaller batch_size")
 
 
 def free() -> None:
-    """Give back the memory of a run that failed, once nothing holds it any more."""
+    """Free the memory of a failed run, once nothing refers to it."""
     gc.collect()
-    torch.cuda.empty_cache()  # nothing where there is no such device
+    torch.cuda.empty_cache()  # does nothing without such a device

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: the step at work is finished and saved, and training ends (ours)."""
+"""Ctrl-C and SIGTERM during training: finish and save the current step, then stop (ours)."""
 
 import logging
 import signal
@@ -18,20 +18,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts(TrainerCallback):  # type: ignore[misc]
-    """Ends training after the step in which a signal came to any rank, with a checkpoint; a second one at once."""
+    """Stops training after the step in which a signal reaches any rank, with a checkpoint; a second signal at once."""
 
     def __init__(self) -> None:
-        self.came = False  # whether training was ended
+        self.came = False  # whether training was stopped
         self._asked = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while the block runs; outside of the main thread nobody can."""
+        """Handle the signals while the block runs; impossible outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # else it is not for us
-        before = {number: signal.signal(number, self._note) for number in heard}
+        # an ignored signal stays ignored
+        handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in handled}
         try:
             yield
         finally:
@@ -39,16 +40,16 @@ class Interrupts(TrainerCallback):  # type: ignore[misc]
                 signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, where a signal came to any rank."""
+        """Save and stop if a signal reached any rank."""
         if on_any_rank(self._asked, args.device) and state.global_step < state.max_steps:
             self.came = True
-            args.load_best_model_at_end = False  # the adapter of this step is left, not that of the best
+            args.load_best_model_at_end = False  # keep the weights of this step, not the best
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have nothing evaluated that the run would not have evaluated here: its epoch has not ended."""
+        """Skip the evaluation of an epoch that has not ended."""
         if self.came and not float(state.epoch or 0).is_integer():
             control.should_evaluate = control.should_log = False
 
@@ -56,4 +57,4 @@ class Interrupts(TrainerCallback):  # type: ignore[misc]
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        logger.warning("interrupted: the step at work is finished and saved first; another Ctrl-C ends it at once")
+        logger.warning("interrupted: the current step is finished and saved first; press Ctrl-C again to stop at once")
