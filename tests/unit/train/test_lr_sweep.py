@@ -14,8 +14,8 @@ from support.tiny_run import lines, recipe, save_rows
 from torch.nn.functional import cross_entropy
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
-from siftune.data.tasks import arithmetic_rows
 from siftune.data.read import load_rows
+from siftune.data.tasks import arithmetic_rows
 from siftune.methods.options import GASTSettings, ISTSettings, LISASettings
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
