@@ -16,7 +16,7 @@ from siftune.models.adapters.attach import attach_adapter
 @pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize(
     "settings",
-    [{"support": "momentum"}, {"choice": "random"}, {"score": "cosine"}, {"among": "recent"}, {"support": "dataset"}],
+    [{"support": "momentum"}, {"choice": "random"}, {"score": "cosine"}, {"support": "dataset"}],
 )
 def test_other_settings_are_refused(kind, settings):
     with pytest.raises(RecipeError, match=f"{next(iter(settings))} .*not {next(iter(settings.values()))}"):

@@ -30,15 +30,11 @@ def test_gradients_are_the_weighed_rows():
     layers = [list(group.parameters.values()) for group in group_by_layer(model)]
     scores = [rest_scores(single, parameters) for parameters in layers]
     torch.testing.assert_close(sift.last.scores, torch.stack(scores), rtol=1e-9, atol=1e-12)
-    followed = set()
-    for parameters, scores_S, numbers in zip(layers, scores, sift.last.followed(), strict=True):
+    for parameters, scores_S in zip(layers, scores, strict=True):
         weights = by_hand(scores_S.tolist())
-        assert numbers == [row for row, weight in enumerate(weights) if weight > 0]
-        followed.add(len(numbers))
         for parameter in parameters:
             wanted = sum(weight * grad for weight, grad in zip(weights, single[parameter], strict=True))
             torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-13)
-    assert followed - {2}, "as many rows as top-K would follow: the rule did nothing"
 
 
 def test_rows_without_a_gradient_count_nothing():
@@ -53,7 +49,5 @@ def test_a_rule_wants_gast_with_scores():
         use_rule([GAST()], "softmax")
     with pytest.raises(RecipeError, match="not choice random"):
         use_rule([GAST(choice="random", support="rest")], "relu")
-    with pytest.raises(RecipeError, match=r"leave gast\.among out"):
-        use_rule([GAST(among="recent")], "relu")
     with pytest.raises(RecipeError, match="with method gast"):
         use_rule([], "relu")

@@ -102,7 +102,7 @@ def test_with_a_method_alignment_and_share_are_of_the_same_row(tmp_path):
     for choice in choices:
         for place, row in enumerate(choice.rows.tolist()):
             alignment, followed = seen[choice.step, row]
-            assert followed == pytest.approx(sum(place in chosen for chosen in choice.followed()) / 4)
+            assert followed == pytest.approx(sum(place in chosen for chosen in choice.selected.tolist()) / 4)
             assert alignment == pytest.approx(float(choice.scores[:, place].mean()), rel=1e-4)
     assert 0 < found.followed.mean() < 1
 

@@ -21,7 +21,7 @@ from siftune.data.tasks import arithmetic_rows
 from siftune.methods import METHODS
 from siftune.models import attention
 from siftune.recipe.read import load_recipe
-from siftune.recipe.schema import resolve_recipe
+from siftune.recipe.schema import resolve_recipe, select_until
 from siftune.records.visits import read_visits
 from siftune.train import prepare as module
 from siftune.train.run import train
@@ -153,7 +153,7 @@ def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
     assert done.summary["followed"]["target"] == 1
     assert 0 < done.summary["followed"]["other"] < 1
     again = load_recipe(run / "recipe.yaml")
-    assert (again.method, again.gast.support) == ("gast", "dataset")
+    assert (again.method, again.gast.support, select_until(again)) == ("gast", "dataset", 0.67)
     batches = choices_of(run)
     assert all(not set(numbers) & set(range(count, count + 30)) for batch in batches[:5] for numbers in [batch["rows"]])
     assert [sum(batch["followed"][0]) for batch in batches] == [2] * 5 + [4] * 3

@@ -103,7 +103,7 @@ def test_gast_follows_weighted_rows(tmp_path):
     chosen = []  # per micro-batch: layer -> numbers of the rows that it follows
 
     def note(choice, numbers):
-        followed = zip(choice.layers, choice.followed(), strict=True)
+        followed = zip(choice.layers, choice.selected.tolist(), strict=True)
         chosen.append({layer: [numbers[place] for place in places] for layer, places in followed})
 
     ours, of_rows = step_of(tmp_path, GAST(select=2, support="rest"), accumulate=2, on_select=note)
