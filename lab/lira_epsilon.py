@@ -25,7 +25,7 @@ from rich.console import Console
 
 from lab.pays.results import append, key, read
 from lab.random_llama import save_llama
-from siftune.artifacts import find_subject, load_subject
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.base.environment import versions
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows

@@ -25,7 +25,7 @@ from lab.reproduce.rows import Wording, prepare_files
 from lab.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
 from lab.reproduce.table import Line
 from lab.reproduce.tasks import TASKS
-from siftune.artifacts import find_subject, load_subject
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.base.files import Progress
 from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.schema import Recipe

@@ -26,7 +26,7 @@ from lab.reproduce.harness_rows import CALIBRATION, prepare_tasks
 from lab.reproduce.protocol import Protocol
 from lab.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
 from lab.reproduce.table import Line
-from siftune.artifacts import find_subject, load_subject
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.base.files import Progress
 from siftune.data.read import load_rows
 from siftune.data.tokens import tokenize_rows

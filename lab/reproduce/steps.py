@@ -18,7 +18,7 @@ from siftune.base.files import Progress, write_beside
 from siftune.data.read import load_rows
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.report.lr import bests, write_report
+from siftune.report.rates import bests, write_report
 from siftune.train.prepare import ModelSource, Source
 from siftune.train.rates.grid import Grid
 from siftune.train.rates.sweep import LRFolder, open_sweep, run_missing

@@ -61,7 +61,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.data.read import load_rows
     from siftune.evaluate.measure import compare
-    from siftune.report.page.page import make_page
+    from siftune.report.page import make_page
 
     _check(options)
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
@@ -177,8 +177,8 @@ def _show(
     compared: "list[list[MetricRow]]",
 ) -> None:
     """Show a few answers and a table of each comparison."""
-    from siftune.report.metrics import metric_table
-    from siftune.report.page.words import cut
+    from siftune.report.evals import metric_table
+    from siftune.report.words import cut
     from siftune.report.table import print_table
 
     texts = [measured[name]["exact_match"].texts for name in _NAMES]

@@ -13,7 +13,7 @@ from siftune.cli.options import Flag
 from siftune.recipe.schema import Recipe, train_files
 
 if TYPE_CHECKING:
-    from siftune.artifacts import Subject
+    from siftune.cli.subjects import Subject
     from siftune.data.rows import Row
     from siftune.evaluate.measure import Metrics
 
@@ -73,7 +73,7 @@ class _Job:
 
 def run(options: Options) -> dict[str, Any]:
     """Measure each run and show a table for each; return the tables and settings."""
-    from siftune.artifacts import find_subjects
+    from siftune.cli.subjects import find_subjects
 
     if not options.runs:
         raise RecipeError("nothing to measure: give a run folder, an adapter folder or a model")
@@ -121,7 +121,7 @@ def _evaluate(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics
 
     from siftune.evaluate.measure import compare
     from siftune.report.evals import Eval, answers_of, record_eval
-    from siftune.report.metrics import metric_table
+    from siftune.report.evals import metric_table
     from siftune.report.table import print_table
 
     base, tuned = _measure(job, options, known)
@@ -139,7 +139,7 @@ def _measure(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics]
     """Measure the base, unless it's known, and the tuned model, if something was trained."""
     from rich.console import Console
 
-    from siftune.artifacts import load_base, put_on
+    from siftune.cli.subjects import load_base, put_on
     from siftune.evaluate.measure import measure
     from siftune.evaluate.prepare import prepare_rows
 

@@ -10,7 +10,7 @@ from siftune.base.settings import CONFIG, Validated
 from siftune.cli.options import Flag
 
 if TYPE_CHECKING:
-    from siftune.artifacts import Subject
+    from siftune.cli.subjects import Subject
 
 
 @dataclass(config=CONFIG)
@@ -34,7 +34,7 @@ def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     import logging
 
-    from siftune.artifacts import find_subject, is_of_kit, load_subject
+    from siftune.cli.subjects import find_subject, is_of_kit, load_subject
     from siftune.base.files import new_folder
     from siftune.models.load import quiet_bars
     from siftune.models.save import save_model, save_tokenizer

@@ -29,8 +29,8 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.base.words import counted
-    from siftune.report.page.export import write_figures
-    from siftune.report.page.page import make_page
+    from siftune.report.page import write_figures
+    from siftune.report.page import make_page
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     page = make_page(options.folders).write(options.out)

@@ -43,7 +43,7 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.offsite.exchange.tune import source_of
-    from siftune.report.lr import advice, before, table, write_report
+    from siftune.report.rates import advice, before, table, write_report
     from siftune.report.table import print_table
     from siftune.train.rates.grid import grid_of
     from siftune.train.rates.sweep import open_sweep

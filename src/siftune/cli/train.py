@@ -57,7 +57,7 @@ def run(options: Options) -> dict[str, Any]:
     returned = finished.folder.returned
     told = ""
     if returned.exists():
-        from siftune.report.audit_leaks import before_it_is_sent  # an audit's rooms, which few runs need
+        from siftune.report.audit import before_it_is_sent  # an audit's rooms, which few runs need
 
         told = f"{before_it_is_sent(recipe, returned)}\n"
     console.print(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from siftune.report.page.page import Page
+    from siftune.report.page import Page
 
 
 def show(*folders: str | Path) -> "Page":
@@ -25,6 +25,6 @@ def show(*folders: str | Path) -> "Page":
         Traceback (most recent call last):
         siftune.base.errors.RecipeError: nothing to report on
     """
-    from siftune.report.page.page import make_page
+    from siftune.report.page import make_page
 
     return make_page([str(folder) for folder in folders])

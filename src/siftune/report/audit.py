@@ -2,20 +2,18 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from siftune.base.errors import RecipeError
+from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import writable_folder, write_beside
+from siftune.evaluate.bootstrap import Estimate
+from siftune.offsite.audit.calibration_attack import CalibrationLeak
 from siftune.offsite.audit.gradients import GradientCosine
-from siftune.offsite.audit.own import OwnAudit
-from siftune.offsite.audit.result import LABELS, Audit
-from siftune.report.audit_leaks import (
-    NOT_DEFINED,
-    calibration_section,
-    membership_section,
-    recovery_section,
-    shown,
-)
+from siftune.offsite.audit.membership import Attack, Membership
+from siftune.offsite.audit.own import AFTER_TRAINING, OwnAudit, audit_run
+from siftune.offsite.audit.result import LABELS, Audit, RecoveryPoint
+from siftune.recipe.schema import Recipe, resolve_recipe, train_files
 from siftune.report.table import Table, markdown_table
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
@@ -146,4 +144,156 @@ def _cannot_write(folder: Path, error: OSError) -> RecipeError:
     reason = error.strerror or error
     return RecipeError(
         f"the folder {folder} cannot be written to ({reason}); free some space or give another with --out"
+    )
+
+
+NOT_DEFINED = "not defined"
+
+_ATTACK_HEADER = ["", "AUC", "found at 1 % false alarms", "found at 5 %"]
+
+_KINDS = {"attention": "attention's matrices", "mlp": "the MLPs' matrices", "all": "all matrices"}
+
+
+def membership_section(found: Membership, base: str = "base") -> str:
+    """How well training rows are told from others; `base` is what the losses are measured with, in a word."""
+    named = {"by loss": found.loss, f"by loss against the {base}'s": found.reference}
+    if found.online is not None and found.offline is not None:
+        named |= {"LiRA, online": found.online, "LiRA, offline": found.offline}
+    words_on_them = _membership_words(named)
+    named[f"blind: the {base}'s loss alone"] = found.blind
+    counts = f"Rows: {found.members} members, {found.others} others, {found.left_out} left out as both"
+    shadows = f"; {found.shadows} shadow models." if found.shadows else "; no shadow models were tuned (--shadows N)."
+    words = [_attack_table(named), counts + shadows, words_on_them, _few(found.loss)]
+    if found.blind.tells_apart:
+        words.append(
+            f"**Members and others differ by source**: the {base}, which has seen neither, tells them apart by its "
+            "loss. The figures above then say more of the sources than of the training; give held-out rows of the "
+            "very source of the training rows."
+        )
+    return "\n\n".join(filter(None, words))
+
+
+def recovery_section(points: tuple[RecoveryPoint, ...]) -> str:
+    """The way of the whole emulator, by learning rate."""
+    rows = [
+        [f"{p.lr:g}", f"{p.tokens:,}", shown(p.nll), shown(p.recovery)]
+        for p in sorted(points, key=lambda p: (p.lr, p.tokens))
+    ]
+    table = markdown_table(Table(["learning rate", "tokens", "NLL per token", "recovery"], rows))
+    best = min(points, key=lambda p: p.nll.value or 0.0)
+    most = max(p.tokens for p in points)
+    still = best.tokens == most
+    words = f"The least loss came at a learning rate of {best.lr:g} after {best.tokens:,} tokens. " + (
+        "It was still falling at the end: more rows or steps may get further." if still else "Longer was no better."
+    )
+    return f"{table}\n\n{words}"
+
+
+def calibration_section(found: CalibrationLeak) -> str:
+    """How well the kit tells who calibrated it."""
+    named = {f"by {_KINDS[kind]}": attack for kind, attack in found.attacks.items()}
+    if not named:
+        return "The kit has nothing but whole layers: no matrix was fitted to the calibration rows."
+    if found.blind is not None:
+        named["blind: the base's loss alone"] = found.blind
+    strongest = found.strongest
+    assert strongest is not None
+    worst = max(found.matrices, key=lambda name: found.matrices[name].auc.value or 0.0)
+    words = [
+        _attack_table(named),
+        f"Rows: {strongest.members} that calibrated the kit, {strongest.others} others. Of the {len(found.matrices)} "
+        f"matrices alone, {worst} tells most: AUC {shown(found.matrices[worst].auc)} (the highest of that many is "
+        "high by chance too).",
+        _calibration_words(strongest),
+        _few(strongest),
+    ]
+    if found.blind is not None and found.blind.tells_apart:
+        words.append(
+            "**The two kinds of rows differ by source**: the base's loss alone tells them apart, and the figures above "
+            "are no measure of the kit. Give others of the very source of the calibration rows."
+        )
+    return "\n\n".join(filter(None, words))
+
+
+def shown(estimate: Estimate, percent: bool = False, signed: bool = False) -> str:
+    """A figure with its interval in brackets."""
+    if estimate.value is None:
+        return NOT_DEFINED
+    spec = ("+" if signed else "") + (".1f" if percent else ".3f")
+    value, *bounds = (
+        None if number is None else format(100 * number if percent else number, spec)
+        for number in (estimate.value, estimate.low, estimate.high)
+    )
+    unit = "" if not percent else " points" if signed else " %"
+    interval = f" [{bounds[0]}, {bounds[1]}]" if None not in bounds else " [no interval]"
+    return f"{value}{unit}{interval}"
+
+
+def _attack_table(named: Mapping[str, Attack]) -> str:
+    rows = [[label, shown(a.auc), _found(a, 0.01), _found(a, 0.05)] for label, a in named.items()]
+    return markdown_table(Table(_ATTACK_HEADER, rows))
+
+
+def _found(attack: Attack, rate: float) -> str:
+    estimate = attack.tpr_1 if rate == 0.01 else attack.tpr_5
+    return shown(estimate, percent=True) + ("" if attack.resolves(rate) else " (too few others)")
+
+
+def _few(attack: Attack) -> str:
+    """Say what the number of other rows does not resolve."""
+    unresolved = [f"{100 * rate:g} %" for rate in (0.01, 0.05) if not attack.resolves(rate)]
+    if not unresolved:
+        return ""
+    return (
+        f"{attack.others} others are too few to resolve {' and '.join(unresolved)} false alarms: the share found there "
+        "is that without any false alarm, and its interval tells little."
+    )
+
+
+def _membership_words(attacks: Mapping[str, Attack]) -> str:
+    label = max(attacks, key=lambda name: attacks[name].auc.value or 0.0)
+    best = attacks[label]
+    assert best.auc.low is not None
+    if best.auc.low > 0.5:
+        return f"Training rows can be told from others: {label}, with an AUC of {shown(best.auc)} (0.5 is guessing)."
+    return (
+        f"None of these attacks told training rows from others beyond chance (the best: {label}, AUC "
+        f"{shown(best.auc)}); that says nothing of attacks that were not tried."
+    )
+
+
+def _calibration_words(strongest: Attack) -> str:
+    assert strongest.auc.low is not None
+    advice = " An attacker with a second kit, of the same settings and other rows, does better."
+    if strongest.auc.low > 0.5:
+        return (
+            f"Whoever has the base can tell which rows calibrated the kit: AUC {shown(strongest.auc)} (0.5 is "
+            f"guessing). Calibrate on public or generated text if that must not be known.{advice}"
+        )
+    return f"Calibration rows were not told from others beyond chance: AUC {shown(strongest.auc)}.{advice}"
+
+
+def before_it_is_sent(recipe: Recipe, returned: Path) -> str:
+    """Attack the return of a run of a kit before it is sent, and sum up in a sentence or two.
+
+    Training is over: whatever keeps the audit from being made is said, and raised no further.
+    """
+    rows = train_files(recipe)[0]
+    hint = f"`siftune audit --kit {recipe.model} --return {returned} --train {rows} --eval OTHERS`"
+    try:
+        found = audit_run(resolve_recipe(recipe), returned)
+    except InputError as error:
+        return f"what the return tells of its rows was not tried out: {error}"
+    if found is None:
+        return (
+            "what the return tells of its rows was not tried out: other rows of the same source are needed, by --eval "
+            f"in training, or now: {hint}"
+        )
+    best = max(found.membership.loss, found.membership.reference, key=lambda attack: attack.auc.value or 0.0)
+    assert best.auc.low is not None
+    verdict = "can be told from others" if best.auc.low > 0.5 else "were not told from others"
+    blind = " (but the two differ by source)" if found.membership.blind.tells_apart else ""
+    return (
+        f"rows {verdict} by the return{blind}: AUC {shown(best.auc)}, 0.5 is guessing; two attacks, at most "
+        f"{AFTER_TRAINING} rows of either kind, on the emulator; more: {hint}"
     )

@@ -1,12 +1,12 @@
-"""What `siftune eval` and the demo found of a run, kept in its folder for reports: RUN/eval.json.
+"""Measurements of `siftune eval` and the demo: their table, and RUN/eval.json.
 
-A list of measurements, the newest last, one for each file of held-out rows: `data`, `rows`, `level`, `metrics` (see
-`MetricRow`), and the first answers of base and tuned model, where they wrote any.
+The file is a list of measurements, the newest last, one for each file of held-out rows: `data`, `rows`, `level`,
+`metrics` (see `MetricRow`), and the first answers of base and tuned model, if they generated any.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from siftune.base.errors import InputError
 from siftune.base.files import write_beside
 from siftune.base.jsonable import finite, jsonable, parsed
 from siftune.data.rows import Row
-from siftune.evaluate.measure import Metric, MetricRow
+from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
+from siftune.report.table import Table
 
 logger = logging.getLogger(__name__)
 
@@ -125,3 +126,55 @@ def _number(value: Any) -> float | None:
 
 def _pair(value: Any) -> tuple[float, float] | None:
     return None if value is None else (finite(value[0]), finite(value[1]))
+
+
+_LABELS = {
+    "choices": "multiple choice",
+    "choices_per_token": "multiple choice, per token",
+    "exact_match": "exact match",
+}
+
+
+def metric_table(
+    title: str, rows: Sequence[MetricRow], level: float = 0.95, names: tuple[str, str] = ("base", "tuned")
+) -> Table:
+    """Make a table of the metrics of one model, or of a base model against a tuned one.
+
+    `rows` are those of `compare`, `level` is the coverage of their intervals, `names` what the two models are called.
+    """
+    interval = f"{100 * level:g} % interval"
+    if all(row.tuned is None for row in rows):
+        return Table(["metric", "rows", "value", interval], [_single(row) for row in rows], title)
+    header = ["metric", "rows", *names, "difference", interval]
+    return Table(header, [_compared(row) for row in rows], title)
+
+
+def _single(row: MetricRow) -> list[str]:
+    show = _formatter(row.metric)
+    interval = "" if row.base_interval is None else " to ".join(map(show, row.base_interval))
+    return [label_of(row.metric), str(row.rows), show(row.base), interval]
+
+
+def _compared(row: MetricRow) -> list[str]:
+    show, change = _formatter(row.metric), _change(row.metric)
+    numbers = (row.tuned, row.difference, row.low, row.high)
+    tuned, difference, low, high = (float("nan") if number is None else number for number in numbers)
+    interval = f"{change(low)} to {change(high)}"
+    return [label_of(row.metric), str(row.rows), show(row.base), show(tuned), change(difference), interval]
+
+
+def label_of(metric: str) -> str:
+    """What a metric is called."""
+    return _LABELS.get(metric, metric)
+
+
+def _formatter(metric: str) -> Callable[[float], str]:
+    if metric == PERPLEXITY:
+        return lambda value: f"{value:.4g}"
+    return lambda value: f"{100 * value:.1f} %"
+
+
+def _change(metric: str) -> Callable[[float], str]:
+    if metric == PERPLEXITY:
+        return lambda value: f"{value:+.3g}"
+    return lambda value: f"{100 * value:+.1f}"

@@ -11,7 +11,7 @@ from siftune.offsite.audit.own import audit_run, own_audit_paths
 from siftune.offsite.audit.run import audit_paths
 from siftune.offsite.audit.settings import AuditOptions
 from siftune.recipe.schema import Recipe
-from siftune.report.audit_leaks import before_it_is_sent
+from siftune.report.audit import before_it_is_sent
 
 QUICK = {"steps": 1, "batch_size": 2, "resamples": 50, "template": "none", "recovery": False, "membership": False}
 

@@ -57,8 +57,6 @@ def test_flags_override_the_recipe(place):
     assert plain["metrics"][0]["rows"] == 8
     assert chat["metrics"][0]["rows"] == 3
     assert chat["level"] == 0.5
-    [whole] = run(Options(("one",), data="rows.jsonl", metrics=("perplexity",)))["runs"]
-    assert whole["metrics"][0]["rows"] == 8  # the recipe's limit belongs to the recipe's data
 
 
 def test_a_run_is_measured_on_the_share_that_it_held_out(place, monkeypatch):

@@ -8,7 +8,7 @@ from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audit.calibration_attack import CalibrationLeak
 from siftune.offsite.audit.membership import Attack, Membership
 from siftune.offsite.audit.result import RecoveryPoint
-from siftune.report.audit_leaks import (
+from siftune.report.audit import (
     calibration_section,
     membership_section,
     recovery_section,

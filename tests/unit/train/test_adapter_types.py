@@ -9,9 +9,9 @@ from support.tiny_run import recipe
 from support.trainers import weights
 from transformers import AutoModelForCausalLM
 
-from siftune.artifacts import find_subject, load_subject
 from siftune.base.errors import AdapterError, RecipeError
 from siftune.cli.main import main
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.checks import check

@@ -11,8 +11,8 @@ from support.tiny_run import choices_of, recipe
 from support.trainers import At, stop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftune.artifacts import find_subject, load_subject
 from siftune.base.errors import AdapterError, LayerError, RecipeError
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.data.read import load_rows
 from siftune.data.tokens import tokenize_rows
 from siftune.methods.options import LISASettings

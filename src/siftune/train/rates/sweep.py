@@ -4,7 +4,7 @@ FOLDER/
 start.json      the settings and digests of rows that results depend on, and the base model's held-out loss
 METHOD.yaml     the recipe of each method, for `siftune train`; its `lr` is the recipe's, not the best
 results.jsonl   a line for each finished run
-results.json, results.md, …   written by `siftune.report.lr`
+results.json, results.md, …   written by `siftune.report.rates`
 
 Every run loads the model again and discards it afterwards: no adapter has to be removed bit for bit, layers with
 trainable weights need no copy, and loading is cheap compared with training.

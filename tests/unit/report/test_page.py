@@ -13,11 +13,10 @@ from siftune.cli.train import Options
 from siftune.evaluate.measure import MetricRow
 from siftune.records.rows import Text
 from siftune.report import show
+from siftune.report.compare import commands, headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
-from siftune.report.page.export import write_figures
-from siftune.report.page.headline import commands, headline
-from siftune.report.page.page import make_page, sections
-from siftune.report.page.subjects import find_subjects
+from siftune.report.page import make_page, sections, write_figures
+from siftune.report.subjects import find_subjects
 from siftune.suspects.named import Suspect
 
 ATTACK = "<script>alert(1)</script>\"'><b>&amp;"
@@ -199,7 +198,7 @@ def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):
 def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", steps=2)
     found = [Suspect("pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("pool.jsonl:9",))]
-    monkeypatch.setattr("siftune.report.page.sections.suspects.find", lambda path, top: found)
+    monkeypatch.setattr("siftune.report.run.find", lambda path, top: found)
     assert not [section for section in sections(subjects(run)) if section.title == "Suspect rows"]
     (run / "rows.parquet").write_bytes(b"there")
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")

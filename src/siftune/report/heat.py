@@ -1,4 +1,4 @@
-"""Heat maps: cells in a few classes of colour, which the page's theme names."""
+"""Heat maps as SVG, with a few classes of colour that the theme of the page defines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,9 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from siftune.report.page.axes import LETTER, Plot
-from siftune.report.page.figure import Figure, Size, canvas
-from siftune.report.page.svg import tag
-from siftune.report.page.words import cut, short
+from siftune.report.charts import LETTER, Plot
+from siftune.report.parts import Figure, Size, canvas, tag
+from siftune.report.words import cut, short
 
 _CLASSES = {"d": 9, "s": 8}  # diverging and sequential colours
 _LABEL = 13  # letters of a row's label

@@ -7,8 +7,9 @@ from support.report_runs import save_eval, save_run
 
 from siftune.report import show
 from siftune.report.evals import Answer
-from siftune.report.page.page import make_page
+from siftune.report.page import make_page
 
+pytestmark = pytest.mark.browser
 ATTACK = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'
 
 

@@ -7,9 +7,9 @@ from support.kits import small_kit
 
 from siftune.base.errors import InputError, KitError
 from siftune.report import show
-from siftune.report.page.headline import headline
-from siftune.report.page.page import sections
-from siftune.report.page.subjects import find_subjects
+from siftune.report.compare import headline
+from siftune.report.page import sections
+from siftune.report.subjects import find_subjects
 
 ATTACK = "<script>alert(1)</script>"
 
@@ -155,18 +155,6 @@ def test_costs(tmp_path):
     assert ATTACK not in show(path).html
 
 
-def test_a_paper_s_table(tmp_path):
-    table = {
-        "title": "a suite, % right",
-        "header": ["", "BoolQ"],
-        "rows": [["LoRA (a paper)", "68.9"], ["here", ATTACK]],
-    }
-    told, section = of(save(tmp_path / "made", "results.json", {"tables": [table], "notes": ["rates"]}))
-    assert told == "a suite, % right."
-    assert [row[1].text for row in section.tables[0].rows] == ["68.9", ATTACK]
-    assert ATTACK not in show(tmp_path / "made").html
-
-
 @pytest.mark.parametrize(
     "change", [{"methods": {"dense": {}}}, {"methods": 3}, {"workload": None}, {"floor": {"flops": 1}}]
 )
@@ -181,14 +169,6 @@ def test_damaged_costs_are_told(tmp_path, change):
 def test_a_damaged_sweep_of_learning_rates_is_told(tmp_path, change):
     with pytest.raises(InputError, match=r"lr is no sweep of learning rates .*: run siftune sweep-lr again"):
         show(save_rates(tmp_path / "lr", [lr_run() | change]))
-
-
-@pytest.mark.parametrize(
-    "record", [{}, {"tables": 3, "notes": []}, {"tables": [{"title": "", "header": [""], "rows": [[]]}]}]
-)
-def test_a_damaged_reproduction_is_told(tmp_path, record):
-    with pytest.raises(InputError, match=r"results.json holds no tables"):
-        show(save(tmp_path / "made", "results.json", record))
 
 
 def test_a_kit(tmp_path):

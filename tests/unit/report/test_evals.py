@@ -1,7 +1,7 @@
 """Metrics as a table, for one model and for two."""
 
 from siftune.evaluate.measure import MetricRow
-from siftune.report.metrics import metric_table
+from siftune.report.evals import metric_table
 from siftune.report.table import plain_table
 
 PAIR = metric_table(

@@ -7,9 +7,9 @@ from support.report_runs import save_run
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.report import show
-from siftune.report.page.page import sections
-from siftune.report.page.sections.rows import agreement, zscores
-from siftune.report.page.subjects import find_subjects
+from siftune.report.choices import agreement, zscores
+from siftune.report.page import sections
+from siftune.report.subjects import find_subjects
 from siftune.train.folder.selections import RowsOfBatch, SelectionRecord
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from siftune.report.lr import Best, advice, bests, table, to_dict, write_report
+from siftune.report.rates import Best, advice, bests, table, to_dict, write_report
 from siftune.report.table import plain_table
 from siftune.train.rates.grid import LRRun
 from siftune.train.rates.sweep import LRFolder

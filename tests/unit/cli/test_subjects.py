@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
-from siftune.artifacts import find_subject, is_of_kit, load_base, load_subject
 from siftune.base.errors import AdapterError, KitError, ModelError
+from siftune.cli.subjects import find_subject, is_of_kit, load_base, load_subject
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.weights import About, save_tuned

@@ -1,4 +1,4 @@
-"""What a report is made of: runs, kits, sweeps and more, read with suspicion, since a folder may be a stranger's."""
+"""The subjects of a report: runs, kits, sweeps, audits and measurements of cost, from folders that may be untrusted."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,19 +15,17 @@ from siftune.offsite.kit.strict import read_bytes
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
-from siftune.report.page.words import duration
+from siftune.report.words import duration
 from siftune.train.folder.run import RECIPE
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
 # what fails in a file that holds something else than it ought to
 STRANGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
 
-Kind = Literal["kit", "sweep", "audit", "rates", "bench", "reproduction"]
+Kind = Literal["kit", "sweep", "audit", "rates", "bench"]
 
-# a file that tells what a folder is of; the first that is there
-_MARKS: dict[str, Kind] = {
-    "audit.json": "audit", "sweep.json": "sweep", "start.json": "rates", "results.json": "reproduction"
-}  # fmt: skip
+# file that marks a folder -> its kind; the first that exists decides
+_MARKS: dict[str, Kind] = {"audit.json": "audit", "sweep.json": "sweep", "start.json": "rates"}
 
 
 @dataclass(frozen=True)

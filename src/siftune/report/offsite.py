@@ -1,15 +1,68 @@
-"""An audit: what a kit gives, and what attacks find."""
+"""Sections on a kit and on an audit."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
+
+import numpy as np
 
 from siftune.base.jsonable import finite
 from siftune.offsite.audit.result import LABELS
-from siftune.report.page.figure import Figure, slug
-from siftune.report.page.points import Point, Scale, listed_points
-from siftune.report.page.section import Section
-from siftune.report.page.subjects import STRANGE, Other
-from siftune.report.page.words import short
+from siftune.offsite.kit.manifest import EMULATOR, OUTER, Manifest
+from siftune.report.charts import Point, Scale, listed_points
+from siftune.report.heat import Cells, heat_map
+from siftune.report.parts import Cell, Figure, Grid, Section, slug
+from siftune.report.subjects import STRANGE, Other
+from siftune.report.words import memory, short
+
+
+def kit_sentence(manifest: Manifest) -> str:
+    """What the kit is."""
+    own = sum(shape.same_as is None for shape in manifest.middle)
+    first, last = manifest.split.first, manifest.split.last
+    return (
+        f"A kit of a {manifest.model_type} with {manifest.depth} layers: {first} and {last} outer layers to tune, "
+        f"{own} of {manifest.depth - first - last} middle layers in the emulator."
+    )
+
+
+def kit_section(other: Other) -> Section:
+    """Ranks and channels per layer."""
+    manifest: Manifest = other.content
+    size = memory(manifest.files[EMULATOR].bytes / 1e6), memory(manifest.files[OUTER].bytes / 1e6)
+    words = [
+        kit_sentence(manifest),
+        f"The emulator takes {size[0]}, the outer layers {size[1]}. The lower a rank or number of channels, the less "
+        "of a matrix is handed out; what is kept is the base's own.",
+    ]
+    return Section(f"kit-{slug(other.name)}", f"Kit {other.name}", words, _ranks(other), [_middle(manifest)])
+
+
+def _ranks(other: Other) -> list[Figure]:
+    manifest: Manifest = other.content
+    names = list(dict.fromkeys(chain.from_iterable(dict(shape.ranks) for shape in manifest.middle)))
+    layers = [str(shape.base) for shape in manifest.middle]
+    if not names:
+        return []
+    values = np.array([[dict(shape.ranks).get(name, np.nan) for shape in manifest.middle] for name in names], float)
+    shown = [name.rpartition(".")[2] for name in names]
+    cells = Cells(values, shown, layers, 0.0, float(np.nanmax(values)), "layer of the base", "matrix", "rank")
+    note = "An empty cell: the matrix is handed out whole, or with the MLP's channels."
+    return [heat_map(f"ranks-{slug(other.name)}", "Ranks", cells, note, "full")]
+
+
+def _middle(manifest: Manifest) -> Grid:
+    rows = [
+        [
+            Cell(str(shape.base), shape.base),
+            Cell("whole" if shape.channels is None else f"{shape.channels:,}", shape.channels),
+            Cell(", ".join(f"{name.rpartition('.')[2]} {rank}" for name, rank in dict(shape.ranks).items()) or "whole"),
+            Cell("" if shape.same_as is None else f"as layer {manifest.middle[shape.same_as].base}"),
+        ]
+        for shape in manifest.middle
+    ]
+    return Grid(["layer", "MLP channels", "ranks", "shared"], rows, "The emulator's middle layers.", (2, 3))
+
 
 _ATTACKS = {
     "loss": "by loss", "reference": "by loss against the base's", "online": "LiRA, online", "offline": "LiRA, offline",
@@ -18,7 +71,7 @@ _ATTACKS = {
 _GUESSING = 0.5
 
 
-def in_a_sentence(record: Mapping[str, Any]) -> str:
+def audit_sentence(record: Mapping[str, Any]) -> str:
     """What came out."""
     delta = _estimate(_at(record, "comparisons", "nll", "delta"))
     strongest = max(_attacks(record), key=lambda point: point.value, default=None)
@@ -30,12 +83,12 @@ def in_a_sentence(record: Mapping[str, Any]) -> str:
     return f"Audit: {'; '.join(parts) or 'no figure was found'}."
 
 
-def audit(other: Other) -> Section:
+def audit_section(other: Other) -> Section:
     """Conditions and attacks."""
     record, name = other.content, slug(other.name)
     figures = [*_conditions(record, name), *_cosines(record, name), *_attack_figures(record, name)]
     words = [
-        in_a_sentence(record),
+        audit_sentence(record),
         "ZS: nothing tuned. FT: the outer layers tuned. Plug-in: the base with the layers that were tuned on the "
         "emulator. An AUC near 0.5 says that these attacks fail on these rows; stronger ones exist.",
     ]

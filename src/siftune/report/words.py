@@ -1,4 +1,4 @@
-"""Numbers as a reader takes them in."""
+"""Numbers as text."""
 
 import math
 from collections.abc import Sequence

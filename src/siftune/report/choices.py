@@ -1,4 +1,4 @@
-"""Which rows the layers followed: in a batch, by where rows are from, and how far layers agree."""
+"""Sections on the layers that trained and the rows that layers followed."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,13 +6,90 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftune.methods.drivers.sample_choice import WHOLE
-from siftune.report.page.figure import Figure, slug
-from siftune.report.page.heat import Cells, heat_map
-from siftune.report.page.lines import COLOURS, Chart, Line, line_chart
-from siftune.report.page.section import Section
-from siftune.report.page.subjects import RunData
-from siftune.report.page.words import listed, percent
-from siftune.train.folder.selections import RowsOfBatch
+from siftune.report.charts import COLOURS, Chart, Line, line_chart
+from siftune.report.heat import Cells, heat_map
+from siftune.report.parts import Figure, Section, slug
+from siftune.report.subjects import RunData
+from siftune.report.words import NBSP, listed, percent
+from siftune.train.folder.selections import LayersOfStep, RowsOfBatch
+
+BINS = 112  # columns of a heat map over steps; a cell is then ten pixels wide at most
+_NAMED = 3
+
+
+def layers(run: RunData, several: bool) -> Section | None:
+    """Who trained, and importance where the method has one; None where layers were not chosen."""
+    steps = run.layers
+    if not steps:
+        return None
+    depth = 1 + max(max(step.layers, default=0) for step in steps)
+    depth = max([depth, *(len(step.importance) for step in steps if step.importance is not None)])
+    trained_LS = _trained(steps, depth)
+    figures = [_who(run, trained_LS, steps), *_importance(run, steps)]
+    title = f"Layers that trained{f': {run.name}' if several else ''}"
+    return Section(f"layers-{slug(run.name)}", title, [_layer_text(run, trained_LS)], figures)
+
+
+def _trained(steps: Sequence[LayersOfStep], depth: int) -> NDArray[np.float64]:
+    """(L, S) 1 where a layer trained in a step."""
+    trained = np.zeros((depth, len(steps)))
+    for place, step in enumerate(steps):
+        trained[list(step.layers), place] = 1
+    return trained
+
+
+def _layer_text(run: RunData, trained_LS: NDArray[np.float64]) -> str:
+    shares = trained_LS.mean(1)
+    order = np.argsort(-shares, kind="stable").tolist()
+    per_step = trained_LS.sum(0)
+    count = f"{per_step[0]:.0f}" if np.ptp(per_step) == 0 else f"{per_step.mean():.1f} on average"
+    most = listed([f"{layer} ({100 * shares[layer]:.0f}{NBSP}%)" for layer in order[:_NAMED]])
+    least = listed([f"{layer} ({100 * shares[layer]:.0f}{NBSP}%)" for layer in order[-_NAMED:]])
+    return (
+        f"Method {run.recipe.method}: of {len(shares)} layers {count} trained in a step. Most often the layers {most} "
+        f"of the steps, least often {least}. Layer 0 stands next to the embeddings."
+    )
+
+
+def _who(run: RunData, trained_LS: NDArray[np.float64], steps: Sequence[LayersOfStep]) -> Figure:
+    values, columns = binned(trained_LS, [step.step for step in steps])
+    share = values.shape[1] < trained_LS.shape[1]
+    unit = "share of the steps" if share else "trained"
+    cells = Cells(values[::-1], _numbers(len(values)), columns, 0, 1, "optimizer step", "layer", unit)
+    note = f"Each column stands for {-(-len(steps) // BINS)} steps." if share else ""
+    return heat_map(f"trained-{slug(run.name)}", "Who trained", cells, note, "full")
+
+
+def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
+    """Importance over steps, for methods that have one: it stays as it was where it is not recorded."""
+    depth = max((len(step.importance) for step in steps if step.importance is not None), default=0)
+    if not depth:
+        return []
+    current, columns = np.zeros(depth), []
+    for step in steps:
+        if step.importance is not None:
+            current = np.pad(step.importance, (0, depth - len(step.importance)))
+        columns.append(current)
+    values, labels = binned(np.stack(columns, 1), [step.step for step in steps])
+    bound = float(np.abs(values).max()) or 1.0
+    cells = Cells(
+        values[::-1], _numbers(len(values)), labels, -bound, bound, "optimizer step", "layer", "importance"
+    )  # fmt: skip
+    note = "Logits, high where the loss suffered most when the layer's adapter was damped; all begin at zero."
+    return [heat_map(f"importance-{slug(run.name)}", "Importance", cells, note, "full")]
+
+
+def _numbers(count: int) -> list[str]:
+    """Labels from the last layer, at the top, to the first."""
+    return [str(layer) for layer in reversed(range(count))]
+
+
+def binned(values_RS: NDArray[np.float64], steps: Sequence[int]) -> tuple[NDArray[np.float64], list[str]]:
+    """Means of neighbouring steps, no more than can be told apart; and the first step of each."""
+    size = -(-values_RS.shape[1] // BINS)
+    parts = [np.arange(start, min(start + size, len(steps))) for start in range(0, len(steps), size)]
+    return np.stack([values_RS[:, part].mean(1) for part in parts], 1), [str(steps[part[0]]) for part in parts]
+
 
 _BINS = 24  # points of a line of shares
 _SOURCES = COLOURS  # sources that have a line of their own; the rarer ones stand together
@@ -31,7 +108,7 @@ def rows(run: RunData, several: bool) -> Section | None:
     figures = [_one_batch(run, chosen[-1], sources), *_agreement(run, batches)]
     figures += [*_shares(run, batches, sources), *_by_source(run, batches, sources)]
     title = f"Rows that were followed{f': {run.name}' if several else ''}"
-    return Section(f"rows-{slug(run.name)}", title, _words(run, batches, sources), figures)
+    return Section(f"rows-{slug(run.name)}", title, _row_text(run, batches, sources), figures)
 
 
 class _Sources:
@@ -54,7 +131,7 @@ class _Sources:
         return [source if source in self._kept else _OTHERS for source in batch.sources]
 
 
-def _words(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[str]:
+def _row_text(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[str]:
     share = float(np.mean([batch.followed.mean() for batch in batches]))
     who = "one choice for all layers" if batches[0].layers == (WHOLE,) else "every layer for itself"
     words = [f"Method {run.recipe.method}: of a batch's rows {percent(share)} were followed, {who}."]
@@ -104,7 +181,7 @@ def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
     low, unit = (-_BOUND, "z-score") if batch.scores is not None else (0.0, "followed")
     high = _BOUND if batch.scores is not None else 1.0
     marks = batch.followed.T[order] if batch.scores is not None else None
-    cells = Cells(values_US.T[order], labels, _layers(batch), low, high, "layer", "row", unit, marks)
+    cells = Cells(values_US.T[order], labels, _labels(batch), low, high, "layer", "row", unit, marks)
     note = f"The last batch of which rows were left out, at step {batch.step:,}." + (
         " Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else ""
     )
@@ -129,7 +206,7 @@ def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) 
         return []
     values = np.stack([sums[name] / counts[name] for name in names])
     bound = float(np.abs(values).max()) or 1.0
-    cells = Cells(values, names, _layers(batches[0]), -bound, bound, "layer", "source", "mean z-score")
+    cells = Cells(values, names, _labels(batches[0]), -bound, bound, "layer", "source", "mean z-score")
     note = "Above zero: rows of this source point the support's way more than others in their batch."
     return [heat_map(f"alignment-{slug(run.name)}", "Alignment by source", cells, note, "half")]
 
@@ -145,7 +222,7 @@ def _agreement(run: RunData, batches: Sequence[RowsOfBatch]) -> list[Figure]:
     np.fill_diagonal(counts, 0)  # a layer agrees with itself
     if not counts.any():
         return []
-    mean, labels = np.where(counts, total / np.maximum(counts, 1), np.nan), _layers(same[0])
+    mean, labels = np.where(counts, total / np.maximum(counts, 1), np.nan), _labels(same[0])
     low, high = (np.floor(10 * np.nanmin(mean)) / 10, np.ceil(10 * np.nanmax(mean)) / 10)
     low, high = (-max(-low, high), max(-low, high)) if low < 0 else (low, high)
     cells = Cells(mean[::-1], labels[::-1], labels, float(low), float(high), "layer", "layer", "correlation")
@@ -177,5 +254,5 @@ def zscores(scores_US: NDArray[np.floating]) -> NDArray[np.float64]:
     return z
 
 
-def _layers(batch: RowsOfBatch) -> list[str]:
+def _labels(batch: RowsOfBatch) -> list[str]:
     return ["all" if layer == WHOLE else str(layer) for layer in batch.layers]

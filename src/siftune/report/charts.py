@@ -1,0 +1,283 @@
+"""Charts as SVG: axes, lines over steps, points with intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from markupsafe import Markup
+
+from siftune.report.parts import Figure, Size, canvas, path, tag
+from siftune.report.words import cut, percent, percent_texts, short, tick_texts, ticks
+
+LETTER, BOLD = 6.2, 7.2  # pixels that a letter takes, more or less
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The area that data are drawn in."""
+
+    left: float  # its left edge, in pixels
+    top: float  # its upper edge
+    width: float  # pixels across
+    height: float  # pixels down
+    x: tuple[float, float]  # values at its left and right edge
+    y: tuple[float, float]  # values at its lower and upper edge
+
+    def at_x(self, value: float) -> float:
+        """Where a value stands across."""
+        low, high = self.x
+        return self.left + self.width * (value - low) / (high - low)
+
+    def at_y(self, value: float) -> float:
+        """Where a value stands down."""
+        low, high = self.y
+        return self.top + self.height * (high - value) / (high - low)
+
+
+def room(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
+    """Bounds with a little room around values; from zero where it is to be seen."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    low = min(0.0, low) if zero else low
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return (low if zero and low == 0 else low - margin), high + margin
+
+
+def y_axis(plot: Plot, label: str, percent: bool = False) -> list[Markup]:
+    """Lines across with their values on the left, and what they are of above."""
+    values = ticks(*plot.y)
+    texts = percent_texts(values) if percent else tick_texts(values)
+    parts = [tag("text", label, x=0.0, y=10.0, class_="axis")]
+    for value, text in zip(values, texts, strict=True):
+        y = plot.at_y(value)
+        parts.append(tag("line", x1=plot.left, x2=plot.left + plot.width, y1=y, y2=y, class_="grid"))
+        parts.append(tag("text", text, x=plot.left - 6, y=y + 3.5, class_="tick end"))
+    return parts
+
+
+def x_axis(plot: Plot, label: str, texts: Mapping[float, str] | None = None) -> list[Markup]:
+    """Values below, by default round ones, and what they are of."""
+    values, bottom = ticks(*plot.x), plot.top + plot.height
+    texts = dict(zip(values, tick_texts(values), strict=True)) if texts is None else texts
+    parts = [tag("line", x1=plot.left, x2=plot.left + plot.width, y1=bottom, y2=bottom, class_="base")]
+    for value, text in texts.items():
+        parts.append(tag("text", text, x=plot.at_x(value), y=bottom + 15, class_="tick middle"))
+    return [*parts, tag("text", label, x=plot.left + plot.width, y=bottom + 29, class_="axis end")]
+
+
+def spread(places: Sequence[float], least: float, low: float, high: float) -> list[float]:
+    """Move places apart until they are `least` pixels from each other, between two bounds where there is room.
+
+    Example:
+        >>> spread([10, 12, 40], 10, 0, 100)
+        [10, 20, 40]
+    """
+    order = sorted(range(len(places)), key=lambda number: places[number])
+    moved = list(places)
+    for before, now in pairwise(order):
+        moved[now] = max(moved[now], moved[before] + least)
+    if order and moved[order[-1]] > high:
+        moved[order[-1]] = high
+        for after, now in pairwise(order[::-1]):
+            moved[now] = min(moved[now], moved[after] - least)
+    return [max(low, place) for place in moved]
+
+
+COLOURS = 6
+_MOST = 300  # points of a line; more are averaged
+_NAME_AT_END = 15  # letters of a name at a line's end
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line."""
+
+    name: str  # what stands at its end
+    xs: Sequence[float]  # steps, ascending
+    ys: Sequence[float]
+    colour: int = 0
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """How lines are drawn."""
+
+    y_label: str  # what the values are, with their unit
+    x_label: str = "optimizer step"
+    zero: bool = False  # begin there
+    percent: bool = False  # the values are shares
+
+
+def line_chart(
+    name: str, title: str, lines: Sequence[Line], chart: Chart, note: str = "", size: Size = "third"
+) -> Figure:
+    """Draw lines; values that are not finite are left out, and lines without any."""
+    kept = [thin for thin in map(_thinned, lines) if thin.xs]
+    hover = {
+        "kind": "lines",
+        "x": sorted({x for line in kept for x in line.xs}),
+        "lines": [[line.name, list(line.xs), [_rounded(y) for y in line.ys]] for line in kept],
+        "percent": chart.percent,
+    }
+
+    return Figure(
+        name, title, lambda width: _draw_lines(width, title, kept, chart), note, size, hover if kept else None
+    )
+
+
+def _draw_lines(width: int, title: str, lines: Sequence[Line], chart: Chart) -> Markup:
+    if not lines:
+        return canvas(width, 60, title, tag("text", "nothing was recorded", x=0.0, y=34.0, class_="axis"))
+    names = [cut(line.name, _NAME_AT_END) for line in lines]
+    right = 12 + BOLD * max(map(len, names))
+    xs, ys = [x for line in lines for x in line.xs], [y for line in lines for y in line.ys]
+    across = (min(xs), max(xs)) if max(xs) > min(xs) else (min(0.0, xs[0]), max(1.0, xs[0]))  # a single step
+    plot = Plot(44, 20, width - 44 - right, 150, across, room(ys, chart.zero))
+    ends = spread([plot.at_y(line.ys[-1]) for line in lines], 13, plot.top, plot.top + plot.height)
+    parts = [*y_axis(plot, chart.y_label, percent=chart.percent), *x_axis(plot, chart.x_label)]
+    for line, name, end in zip(lines, names, ends, strict=True):
+        kind = f"c{line.colour % COLOURS}"
+        dashes = " dashed" if line.dashed else ""
+        places = [(plot.at_x(x), plot.at_y(y)) for x, y in zip(line.xs, line.ys, strict=True)]
+        if len(places) > 1:
+            parts.append(tag("path", d=path(places), class_=f"line {kind}{dashes}"))
+        parts.append(tag("circle", cx=places[-1][0], cy=places[-1][1], r=2.5, class_=f"dot {kind}"))
+        parts.append(tag("text", name, x=plot.left + plot.width + 7, y=end + 4, class_=f"name {kind}"))
+    area = tag("rect", x=plot.left, y=plot.top, width=plot.width, height=plot.height, class_="hit")
+    return canvas(width, plot.top + plot.height + 34, title, *parts, area)
+
+
+def _thinned(line: Line) -> Line:
+    """The line with finite values alone, and no more points than can be seen: means of neighbours."""
+    pairs = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]
+    if len(pairs) > _MOST:
+        parts = np.array_split(np.array(pairs), _MOST)
+        pairs = [(float(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
+    return Line(line.name, [x for x, _ in pairs], [y for _, y in pairs], line.colour, line.dashed)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+_NAME = 24
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value."""
+
+    name: str  # whose it is
+    value: float
+    low: float | None = None  # bounds of its interval; None where it has none
+    high: float | None = None
+    x: float = 0.0  # what it stands against, in `scatter`
+    colour: int = 0
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The value, and its interval's ends where it has one."""
+        return tuple(one for one in (self.value, self.low, self.high) if one is not None)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How values are written, and where they begin."""
+
+    label: str  # what they are, with their unit
+    percent: bool = False  # they are shares
+    reference: float | None = None  # a value to compare with, drawn as a line
+    reference_name: str = ""
+
+    def text(self, value: float) -> str:
+        """A value in words."""
+        return percent(value) if self.percent else short(value)
+
+
+def listed_points(
+    name: str, title: str, points: Sequence[Point], scale: Scale, note: str = "", size: Size = "half"
+) -> Figure:
+    """Draw a line for each point: its name, its interval and its value in figures."""
+    return Figure(name, title, lambda width: _draw_list(width, title, points, scale), note, size)
+
+
+def scatter(
+    name: str, title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str, size: Size = "half",
+    front: Sequence[Point] = (),
+) -> Figure:  # fmt: skip
+    """Draw values against others, each named beside it; a line through those in `front`."""
+    return Figure(name, title, lambda width: _draw_scatter(width, title, points, axes, front), note, size)
+
+
+def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) -> Markup:
+    names = [cut(point.name, _NAME) for point in points]
+    left, right = 12 + LETTER * max(map(len, names)), 58.0
+    values = [value for point in points for value in point.bounds]
+    values += [] if scale.reference is None else [scale.reference]
+    plot = Plot(left, 26, width - left - right, 24.0 * len(points), room(values), (0, 1))
+    parts = [tag("text", scale.label, x=0.0, y=10.0, class_="axis"), *_scale_below(plot, scale)]
+    for row, (point, label) in enumerate(zip(points, names, strict=True)):
+        y, kind = plot.top + 24 * row + 12, f"c{point.colour % COLOURS}"
+        parts.append(tag("text", label, x=0.0, y=y + 4, class_="label"))
+        if point.low is not None and point.high is not None:
+            ends = plot.at_x(point.low), plot.at_x(point.high)
+            parts.append(tag("line", x1=ends[0], x2=ends[1], y1=y, y2=y, class_=f"interval {kind}"))
+        parts.append(tag("circle", cx=plot.at_x(point.value), cy=y, r=4.0, class_=f"dot {kind}"))
+        parts.append(tag("text", scale.text(point.value), x=float(width), y=y + 4, class_="label end"))
+    return canvas(width, plot.top + plot.height + 24, title, *parts)
+
+
+def _scale_below(plot: Plot, scale: Scale) -> list[Markup]:
+    """Values below the list with lines upwards, and what to compare with."""
+    values, bottom = ticks(*plot.x), plot.top + plot.height
+    texts = percent_texts(values) if scale.percent else tick_texts(values)
+    parts = []
+    for value, text in zip(values, texts, strict=True):
+        x = plot.at_x(value)
+        parts.append(tag("line", x1=x, x2=x, y1=plot.top, y2=bottom, class_="grid"))
+        parts.append(tag("text", text, x=x, y=bottom + 15, class_="tick middle"))
+    if scale.reference is not None:
+        x = plot.at_x(scale.reference)
+        parts.append(tag("line", x1=x, x2=x, y1=plot.top - 2, y2=bottom, class_="reference"))
+        parts.append(tag("text", scale.reference_name, x=x, y=plot.top - 6, class_="tick middle"))
+    return parts
+
+
+def _draw_scatter(
+    width: int, title: str, points: Sequence[Point], axes: tuple[str, Scale], front: Sequence[Point]
+) -> Markup:
+    x_label, scale = axes
+    names = [cut(point.name, _NAME) for point in points]
+    values = [value for point in points for value in point.bounds]
+    plot = Plot(44, 20, width - 54.0, 200, _wide([point.x for point in points]), room(values))
+    parts = [*y_axis(plot, scale.label, percent=scale.percent), *x_axis(plot, x_label)]
+    if len(front) > 1:
+        line = path([(plot.at_x(point.x), plot.at_y(point.value)) for point in front])
+        parts.append(tag("path", d=line, class_="line front"))
+    heights = spread([plot.at_y(point.value) for point in points], 12, plot.top, plot.top + plot.height)
+    for point, label, height in zip(points, names, heights, strict=True):
+        x, y, kind = plot.at_x(point.x), plot.at_y(point.value), f"c{point.colour % COLOURS}"
+        if point.low is not None and point.high is not None:
+            ends = plot.at_y(point.low), plot.at_y(point.high)
+            parts.append(tag("line", x1=x, x2=x, y1=ends[0], y2=ends[1], class_=f"interval {kind}"))
+        parts.append(tag("circle", cx=x, cy=y, r=4.0, class_=f"dot {kind}"))
+        inside = x < plot.left + plot.width - 12 - BOLD * len(label)
+        parts.append(
+            tag(
+                "text",
+                label,
+                x=x + (8 if inside else -8),
+                y=height + 4,
+                class_=f"name {kind}{'' if inside else ' end'}",
+            )
+        )
+    return canvas(width, plot.top + plot.height + 34, title, *parts)
+
+
+def _wide(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds with room for names beside the points."""
+    low, high = min(values), max(values)
+    margin = 0.15 * (high - low) or 0.2 * abs(high) or 1.0
+    return low - margin, high + margin

@@ -1,1 +1,0 @@
-"""The parts of a report, a module each; none knows how it is laid out."""

@@ -1,0 +1,142 @@
+"""The parts of a page as plain data, which the template escapes: text, tables and SVG figures."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from markupsafe import Markup, escape
+
+from siftune.report.table import Table
+
+Child = str | Markup
+
+
+def tag(name: str, *children: Child, **attributes: object) -> Markup:
+    """An element; `class_` stands for `class`, and hyphens in names of attributes are underscores here.
+
+    Example:
+        >>> tag("text", "a < b", x=1.25, class_="tick")
+        Markup('<text x="1.2" class="tick">a &lt; b</text>')
+    """
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
+    given = Markup("").join(Markup(' {}="{}"').format(Markup(key), _text(value)) for key, value in pairs)
+    inner = Markup("").join(escape(child) for child in children)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, inner)
+
+
+def path(points: list[tuple[float, float]]) -> str:
+    """A line through points, as the attribute `d` of a path."""
+    return "M" + "L".join(f"{number(x)} {number(y)}" for x, y in points)
+
+
+def number(value: float) -> str:
+    """A coordinate, to a tenth of a pixel."""
+    text = f"{value:.1f}"
+    return text[:-2] if text.endswith(".0") else text
+
+
+def _text(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+Size = Literal["third", "half", "two-thirds", "full"]
+
+# pixels across: on a phone every figure is as wide as a third of the page
+NARROW = 358
+WIDTHS: dict[Size, int] = {"third": NARROW, "half": 548, "two-thirds": 739, "full": 1120}
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure."""
+
+    name: str  # what it is called among the figures of a page: small letters, digits and hyphens
+    title: str
+    draw: Callable[[int], Markup]  # draws it so many pixels wide
+    note: str = ""  # what to look for, or how to read it
+    size: Size = "third"  # part of the page's width that it takes on a large screen
+    # what the page's script tells under the pointer; see page.js. None: nothing
+    hover: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def drawings(self) -> list[tuple[str, Markup]]:
+        """Class of the drawing -> the drawing: one for all screens, or one for small and one for large."""
+        if self.size == "third":
+            return [("any", self.draw(NARROW))]
+        return [("small", self.draw(NARROW)), ("large", self.draw(WIDTHS[self.size]))]
+
+
+def canvas(width: int, height: float, label: str, *children: Markup) -> Markup:
+    """A drawing of its own coordinates, in pixels."""
+    return tag(
+        "svg", tag("title", label), *children, viewBox=f"0 0 {width} {height:.0f}", role="img", class_="chart"
+    )  # fmt: skip
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names that differ: those that were given before have a number behind.
+
+    Example:
+        >>> distinct(["loss", "loss", "loss-2"])
+        ['loss', 'loss-2', 'loss-2-2']
+    """
+    taken: dict[str, None] = {}
+    for name in names:
+        new = (name, *(f"{name}-{count}" for count in range(2, len(names) + 1)))
+        taken[next(one for one in new if one not in taken)] = None
+    return list(taken)
+
+
+def slug(text: str) -> str:
+    """A text as part of a figure's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "figure"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table."""
+
+    text: str
+    key: float | None = None  # what it is sorted by; None: its text
+    mark: Literal["", "good", "bad"] = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table, which sorts by a click on a column's head."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    words: Sequence[int] = (0,)  # numbers of the columns that hold words; the others hold figures
+    cards: bool = False  # texts are long: on a small screen every row becomes a card
+
+
+def grid_of(table: Table) -> Grid:
+    """A table that is written out already; columns of figures sort by what their cells begin with."""
+    rows = [
+        [Cell(text, None if column in table.words else _leading(text)) for column, text in enumerate(row)]
+        for row in table.rows
+    ]
+    return Grid(table.header, rows, table.title, sorted(table.words))
+
+
+def _leading(text: str) -> float | None:
+    found = re.match(r"\W*?([-−]?[\d,]*\.?\d+(?:e[-+]?\d+)?)", text)
+    return float(found[1].replace(",", "").replace("−", "-")) if found else None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    anchor: str  # its name in links: small letters, digits and hyphens
+    title: str
+    words: Sequence[str] = ()  # paragraphs above the figures
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Grid] = ()
+    folded: bool = False  # its tables are shown on request

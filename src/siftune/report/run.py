@@ -1,0 +1,196 @@
+"""Sections on one run: training, base and tuned, suspect rows, recipe."""
+
+from collections.abc import Sequence
+
+from siftune.base.errors import InputError
+from siftune.evaluate.measure import PERPLEXITY, MetricRow
+from siftune.recipe.read import recipe_to_yaml
+from siftune.records.rows import Text
+from siftune.records.visits import NAME
+from siftune.report.charts import Chart, Line, Point, Scale, line_chart, listed_points
+from siftune.report.compare import change_text
+from siftune.report.evals import Eval, label_of
+from siftune.report.parts import Cell, Figure, Grid, Section, slug
+from siftune.report.subjects import RunData
+from siftune.report.words import cut, percent, short
+from siftune.suspects.named import suspects as find
+
+# key in metrics.jsonl, title, how it is drawn
+_COURSES = (
+    ("learning_rate", "Learning rate", Chart("of the schedule", zero=True)),
+    ("seconds_per_step", "Time", Chart("seconds per step", zero=True)),
+    ("peak_memory_mb", "Memory", Chart("peak so far, 10⁶ bytes", zero=True)),
+    ("grad_norm", "Gradient", Chart("norm before clipping", zero=True)),
+)
+_PRIVATE = (
+    "Losses and norms in this section were computed without noise: the promise of differential privacy does not cover "
+    "them, so keep this page where the rows may be."
+)
+
+
+def training(runs: Sequence[RunData]) -> Section | None:
+    """Losses, rates, times and memory of all runs; None where nothing was logged."""
+    if not any(run.metrics for run in runs):
+        return None
+    figures = _losses(runs) if len(runs) > 1 else [_both_losses(runs[0])]
+    figures += [_course(runs, key, title, chart) for key, title, chart in _COURSES]
+    if len(runs) == 1:
+        figures.append(_course(runs, "tokens_per_second", "Speed", Chart("tokens per second", zero=True)))
+    private = any(run.recipe.dp_epsilon is not None for run in runs)
+    return Section("training", "How training went", [_PRIVATE] if private else [], figures)
+
+
+def _both_losses(run: RunData) -> Figure:
+    lines = [Line("training", *run.course("loss")), Line("held out", *run.course("eval_loss"), colour=1)]
+    return line_chart("loss", "Loss", lines, _LOSS, _held_out_note(lines[1:]))
+
+
+_LOSS = Chart("nats per token")
+
+
+def _losses(runs: Sequence[RunData]) -> list[Figure]:
+    train, held_out = (_courses(runs, key) for key in ("loss", "eval_loss"))
+    return [
+        line_chart("loss", "Training loss", train, _LOSS),
+        line_chart("held-out-loss", "Held-out loss", held_out, _LOSS, _held_out_note(held_out)),
+    ]
+
+
+def _held_out_note(held_out: Sequence[Line]) -> str:
+    """Say what is missing."""
+    if not any(line.xs for line in held_out):
+        return "Nothing was held out: --eval FILE measures it while a run goes on."
+    return ""
+
+
+def _course(runs: Sequence[RunData], key: str, title: str, chart: Chart) -> Figure:
+    lines = _courses(runs, key) if len(runs) > 1 else [Line("", *runs[0].course(key))]
+    return line_chart(key.replace("_", "-"), title, lines, chart)
+
+
+def _courses(runs: Sequence[RunData], key: str) -> list[Line]:
+    return [Line(run.name, *run.course(key), colour=number) for number, run in enumerate(runs)]
+
+
+_LONG = 600  # letters of a text
+_NOTHING = "(nothing)"
+
+
+def answers(run: RunData, several: bool) -> Section:
+    """Base against tuned; words on how to get there where nothing was measured."""
+    title = f"Base and tuned{f': {run.name}' if several else ''}"
+    anchor = f"answers-{slug(run.name)}"
+    if not run.evals:
+        return Section(
+            anchor, title, [f"Nothing was measured yet: `siftune eval {run.path} --data FILE` puts it here."]
+        )
+    newest = run.evals[-1]
+    words = [f"{newest.rows:,} rows of {newest.data}, the same for both models. Intervals: {100 * newest.level:g} %."]
+    if not newest.answers:
+        words.append("No texts were generated on these rows, so that there are no answers to compare.")
+    tables = [_metrics(newest), *([_texts(newest)] if newest.answers else [])]
+    return Section(anchor, title, words, _rates(run, newest), tables)
+
+
+def _rates(run: RunData, found: Eval) -> list[Figure]:
+    """Rates of both models, where there are any."""
+    rates = [row for row in found.metrics if row.metric != PERPLEXITY and row.tuned is not None]
+    scale, drawn = Scale("share of right answers", percent=True), []
+    for row in rates:
+        assert row.tuned is not None
+        models = (("base", row.base, row.base_interval), ("tuned", row.tuned, row.tuned_interval))
+        pair = []
+        for number, (name, value, bounds) in enumerate(models):
+            low, high = bounds or (None, None)
+            pair.append(Point(name, value, low, high, colour=number))
+        name, title = f"{slug(row.metric)}-{slug(run.name)}", label_of(row.metric).capitalize()
+        drawn.append(listed_points(name, title, pair, scale, size="third"))
+    return drawn
+
+
+def _metrics(found: Eval) -> Grid:
+    header = ["metric", "rows", "base", "tuned", "difference", "interval"]
+    return Grid(header, [_row(row) for row in found.metrics], "Measured on held-out rows; differences in points.")
+
+
+def _row(row: MetricRow) -> list[Cell]:
+    show = short if row.metric == PERPLEXITY else percent
+    low, high = (None if bound is None else change_text(row.metric, bound) for bound in (row.low, row.high))
+    return [
+        Cell(label_of(row.metric)),
+        Cell(f"{row.rows:,}", row.rows),
+        Cell(show(row.base), row.base),
+        Cell(show(row.tuned), row.tuned),
+        Cell("–" if row.difference is None else change_text(row.metric, row.difference), row.difference),
+        Cell("–" if low is None or high is None else f"{low} to {high}", row.low),
+    ]
+
+
+def _texts(found: Eval) -> Grid:
+    rows = [
+        [
+            Cell(str(place), place),
+            Cell(cut(one.prompt, _LONG)),
+            Cell(cut(one.right, _LONG)),
+            Cell(_answer(one.base), mark="good" if one.base_right else "bad"),
+            Cell(_answer(one.tuned), mark="good" if one.tuned_right else "bad"),
+        ]
+        for place, one in enumerate(found.answers, 1)
+    ]
+    caption = f"The first {len(rows)} held-out rows, as they come. ✓ right, ✗ wrong."
+    return Grid(["row", "question", "right answer", "base", "tuned"], rows, caption, range(5), cards=True)
+
+
+def _answer(text: str) -> str:
+    return cut(text.strip(), _LONG) or _NOTHING
+
+
+_SUSPECTS = 20
+
+
+def suspects(run: RunData, several: bool) -> Section | None:
+    """The rows that most look wrong; None where the run kept no record of its rows."""
+    if not (run.path / NAME).is_file():
+        return None
+    title = f"Suspect rows{f': {run.name}' if several else ''}"
+    anchor = f"suspects-{slug(run.name)}"
+    try:
+        found = find(run.path, _SUSPECTS)
+    except InputError as error:  # rows that changed since, or a damaged record: the rest of the page stands
+        return Section(anchor, title, [f"Not known: {error}"])
+    if not found:
+        return Section(anchor, title, ["No row stands out."])
+    rows = [
+        [
+            Cell(one.place),
+            Cell(cut(_both(one.text), _LONG)),
+            Cell(one.reason),
+            Cell(short(one.score), one.score),
+            Cell(", ".join(map(str, one.duplicates)) or "none"),
+        ]
+        for one in found
+    ]
+    caption = f"The {len(rows)} rows that stand out most; right rows can be among them: read before you drop."
+    header = ["row", "text", "why", "score", "near-duplicates"]
+    words = [f"`siftune rows {run.path}` lists more of them, and writes a file for --drop-rows."]
+    return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
+
+
+def _both(text: Text) -> str:
+    """Prompt and completion, with an arrow between."""
+    return " → ".join(filter(None, (text.prompt.strip(), text.completion.strip())))
+
+
+def setup(runs: Sequence[RunData]) -> Section | None:
+    """Versions and hardware of every run, and its recipe."""
+    if not runs:
+        return None
+    names = list(dict.fromkeys(name for run in runs for name in run.about))
+    header = ["", *(run.name for run in runs)]
+    rows = [[Cell(name), *(Cell(run.about.get(name, "–")) for run in runs)] for name in names]
+    recipes = Grid(
+        ["run", "recipe"], [[Cell(run.name), Cell(recipe_to_yaml(run.recipe).rstrip())] for run in runs],
+        "The recipes, with every setting.", (0, 1),
+    )  # fmt: skip
+    tables = [*([Grid(header, rows, "Versions and hardware.", range(len(header)))] if rows else []), recipes]
+    return Section("setup", "Recipe, versions and hardware", tables=tables, folded=True)
