@@ -46,11 +46,11 @@ class Options(Validated):
     recipe has it if not given."""
     answers: Literal["names", "texts"] | None = None
     """commonsense: names (Answer1), as the papers have it, or texts, for small models: options are not listed, and what
-    the right one says is the answer (docs/reproduce.md); names if not given."""
+    the right one says is the answer (lab/README.md); names if not given."""
     seeds: str = "0"
     """Seeds, with commas between."""
     data: str = "hub"
-    """Folder with the rows (docs/reproduce.md); or hub, where there is a network."""
+    """Folder with the rows (lab/README.md); or hub, where there is a network."""
     out: str | None = None
     """Folder for everything; runs/NAME if not given."""
     tasks: str | None = None
