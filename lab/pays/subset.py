@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lab.pays.followed import Followed
 from lab.pays.measure import row_losses
 from siftune.base.errors import RecipeError
-from siftune.methods.dp.loss import row_loss
+from siftune.methods.dp.driver import row_loss
 from siftune.methods.options import count_of
 from siftune.models.loss import label_positions, logits_at
 from siftune.train.trainer import SiftTrainer

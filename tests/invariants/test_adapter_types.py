@@ -19,8 +19,8 @@ from support.tiny import batch
 from siftune.base.errors import AdapterError, UnsupportedError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
+from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.dp.driver import PrivateGradients
-from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret
 from siftune.methods.drivers.sample_choice import WHOLE
 from siftune.models.adapters.attach import attach_adapter

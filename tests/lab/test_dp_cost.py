@@ -10,8 +10,8 @@ from lab.random_llama import save_llama
 from siftune.base.errors import RecipeError
 from siftune.bench.workload import Workload
 from siftune.data.batches import Collator
+from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import Secret
 from siftune.train.trainer import SiftTrainer
 

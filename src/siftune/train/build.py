@@ -34,7 +34,7 @@ from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
 from siftune.methods.dp.accounting import calibrated
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.mechanism import Mechanism
+from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.adapters.full import OpenLayers

@@ -23,7 +23,7 @@ from siftune.data.batches import AIMED, ROW, TargetLast
 from siftune.data.rows import WEIGHT
 from siftune.engine.ranks import mean_over_ranks
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.loss import row_loss
+from siftune.methods.dp.driver import row_loss
 from siftune.methods.host.spread import average_adapters
 from siftune.models import attention
 from siftune.models.adapters.full import OpenLayers

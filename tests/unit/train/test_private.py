@@ -17,9 +17,8 @@ from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.data.batches import Collator, numbered
 from siftune.engine.groups import group_by_layer
 from siftune.methods.dp import callback as module
-from siftune.methods.dp.accounting import spent
+from siftune.methods.dp.accounting import Mechanism, spent
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.mechanism import Mechanism
 from siftune.methods.dp.sampling import PoissonBatches, Secret
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe

@@ -1,27 +1,27 @@
-"""DP: differential privacy for training rows, of any adapter, with methods whose choices do not look at the rows.
+"""DP: differential privacy for training rows, with any adapter and methods whose choices ignore the rows.
 
-What Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133, call DP-SGD. In every step
+DP-SGD: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133. In every step
 
-    each row i is drawn by itself, with chance q = b / n                          `sampling`
+    each row i is drawn independently, with probability q = b / n                 `sampling`
     g_i ← ∇ ℓ_i · min(1, C / ‖∇ ℓ_i‖)                                             `maths`, `driver`
     g   ← (Σ g_i + N(0, σ² C²)) / b                                               `driver`
     the optimizer takes g
 
-    ℓ_i  a row's mean token loss, which no other row has a part in                `loss`
-    n    rows to train on                                                         `Mechanism.rows`
-    b    rows of a step on average: batch size times accumulation                 `Mechanism.batch`
-    C    `--dp-clip`; with "layer" each of the K layers that train in the step has C / √K for itself, and one layer's
-         gradients are held at a time; with "flat" C is for all layers together, whose gradients are all held
-    σ    found for ε, δ, q and the number of steps                                `accounting`
+    ℓ_i  a row's mean token loss, independent of the other rows                   `driver`
+    n    training rows                                                            `Mechanism.rows`
+    b    expected rows per step: batch size times accumulation                    `Mechanism.batch`
+    C    `--dp-clip`; with "layer" each of the K layers that train in the step has C / √K, and one layer's gradients are
+         held at a time; with "flat" C is for all layers together, and all their gradients are held
+    σ    calibrated to ε, δ, q and the number of steps                            `accounting`
 
-The promise is about a row that is there or is not. It covers the weights, and all that is computed from them; not the
-losses, counts and times that a run writes down, not held-out rows, and not settings that were chosen by looking at
-other runs on these rows. Rows that are the same, or of one person, are rows of their own.
+The guarantee is for the presence or absence of one row. It covers the weights and everything computed from them. It
+does not cover logged losses, counts and times, held-out rows, or settings chosen by other runs on these rows. Duplicate
+rows, or rows of one person, count separately.
 
-Ours: that the layers are clipped one by one by default, at C / √K of the layers that train now, since one pass then
-does with one layer's buffer (groups of layers: McMahan et al., arXiv 1812.06210); the row's mean token loss; that a row
-whose gradient is not finite counts nothing; C = 0.1, small as Li et al., arXiv 2110.05679, find it best.
+Ours: layers are clipped separately by default, at C / √K for the K layers that train now, so that one pass needs one
+layer's buffer (groups of layers: McMahan et al., arXiv 1812.06210); the row's mean token loss; a row with a gradient
+that is not finite is left out; C = 0.1, small as Li et al., arXiv 2110.05679, recommend.
 
-Not hardened: Gaussian noise in floating point leaves traces in the lowest bits (Mironov 2012), and the generators of
-torch are not cryptographic, though none of them can be tried out; see `sampling`.
+Not hardened: Gaussian noise in floating point leaves traces in the lowest bits (Mironov 2012), and torch's generators
+are not cryptographic, although their seeds cannot be enumerated; see `sampling`.
 """

@@ -1,27 +1,52 @@
-"""How much noise a promise takes, and what ε the steps that were done have spent: by Opacus' accountant.
+"""The mechanism, its noise for (ε, δ), and ε of the steps so far, by Opacus' accountant.
 
 Gopi et al., "Numerical Composition of Differential Privacy", NeurIPS 2021, arXiv 2106.02848: the privacy loss of a step
-is discretised and composed with itself by Fourier transforms. What is given is an upper bound, which is at most 0.01
-above what it bounds. Nothing of Opacus but this is used. It is imported when somebody asks for it.
+is discretised and composed with itself by Fourier transforms. The result is an upper bound, at most 0.01 above the true
+value. Only the accountant of Opacus is used, and it is imported on first use.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from siftune.base.errors import RecipeError
-from siftune.methods.dp.mechanism import Mechanism
 
 ACCOUNTANT = "opacus PRV"
+Clipping = Literal["layer", "flat"]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A subsampled Gaussian mechanism, composed over steps."""
+
+    epsilon: float  # upper bound on ε of the complete run
+    delta: float
+    clip: float  # C, the largest norm of a row's contribution to a step
+    # "layer": each of the K layers that train in the step has C / √K; "flat": C for all together
+    clipping: Clipping
+    rows: int  # n, training rows
+    batch: int  # b, expected rows per step
+    steps: int  # optimizer steps of the complete run
+    noise: float = 0.0  # σ, the standard deviation of the noise in units of C; 0 before calibration
+
+    @property
+    def rate(self) -> float:
+        """Probability q that a row is drawn for a step."""
+        return self.batch / self.rows
+
+    def threshold(self, layers: int) -> float:
+        """Largest norm of a row's contribution to the layers that are clipped together, if `layers` layers train."""
+        return self.clip if self.clipping == "flat" else self.clip / math.sqrt(layers)
 
 
 @cache
 def calibrated(mechanism: Mechanism) -> Mechanism:
-    """The mechanism with the least noise, up to the search's tolerance, that keeps its ε and δ over its steps.
+    """The mechanism with the least noise, up to the search's tolerance, that satisfies its ε and δ over its steps.
 
     Raises:
         RecipeError: Opacus is not installed, or no noise is large enough.
@@ -38,15 +63,15 @@ def calibrated(mechanism: Mechanism) -> Mechanism:
             )
     except ValueError as error:
         raise RecipeError(
-            f"no noise keeps ε = {mechanism.epsilon:g} at δ = {mechanism.delta:g} over {mechanism.steps} steps, as far "
-            f"as the accountant can tell ({error}); raise --dp-epsilon or --dp-delta"
+            f"no noise satisfies ε = {mechanism.epsilon:g} at δ = {mechanism.delta:g} over {mechanism.steps} steps, by "
+            f"the accountant ({error}); raise --dp-epsilon or --dp-delta"
         ) from error
     return replace(mechanism, noise=float(noise))
 
 
 @cache
 def spent(mechanism: Mechanism, steps: int) -> float:
-    """ε of the steps that were done, at the mechanism's δ; 0 before the first.
+    """ε of the steps so far, at the mechanism's δ; 0 before the first.
 
     Raises:
         RecipeError: Opacus is not installed.
@@ -60,11 +85,11 @@ def spent(mechanism: Mechanism, steps: int) -> float:
 
 
 def statement(mechanism: Mechanism, steps: int) -> dict[str, Any]:
-    """What may be said of a run after so many steps, JSON-ready.
+    """JSON-ready privacy statement on a run after some steps.
 
     Returns:
         `epsilon` of these steps, `delta`, `noise_multiplier` σ, `clip` C, `clipping`, `sampling_rate` q,
-        `expected_batch` b, `steps`, `accountant`, `accountant_version`, and `unit`, what the promise is about.
+        `expected_batch` b, `steps`, `accountant`, `accountant_version`, and `unit`, the unit of privacy.
     """
     return {
         "epsilon": spent(mechanism, steps),
@@ -83,7 +108,7 @@ def statement(mechanism: Mechanism, steps: int) -> dict[str, Any]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep Opacus' warnings from users: of logarithms of 0 that it means, of a rough bound that only sets a range."""
+    """Suppress Opacus' warnings on intended logarithms of 0, and on a rough bound that only sets a range."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,9 +1,9 @@
-"""Private gradients of one model: every row's clipped as backward forms it, noise on their sum before the update."""
+"""Private gradients of one model: clip every row's during backward, and add noise to their sum before the update."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import is_active
@@ -11,24 +11,45 @@ from siftune.engine.groups import LayerGroup, group_by_layer, outside
 from siftune.engine.survey import Survey
 from siftune.engine.tape import Gradients, SampleGradients, Tape
 from siftune.methods.dp import maths
-from siftune.methods.dp.mechanism import Mechanism
+from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.dp.sampling import Secret
+from siftune.models.loss import cross_entropy, label_positions, next_labels
+
+
+def row_loss(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum over the rows of each row's mean token loss, in float32.
+
+    A mean over the tokens of a batch is unsuitable: a row's weight in it depends on the length of the others, so that
+    one row changes the gradients of all, and clipping bounds nothing.
+
+    Args:
+        logits_1NV: (1, N, V) logits at `label_positions(labels_BT)`, any floating dtype.
+        labels_BT: (B, T) int64, -100 at tokens without loss.
+
+    Returns:
+        Scalar float32, or float64 if the logits are float64; a row without labels adds nothing.
+    """
+    counts_B = label_positions(labels_BT).sum(1)
+    losses_N = cross_entropy(logits_1NV.squeeze(0), next_labels(labels_BT).to(logits_1NV.device))
+    weights_N = counts_B.to(losses_N.dtype).reciprocal().repeat_interleave(counts_B)
+    return (losses_N * weights_N.to(losses_N.device)).sum()
 
 
 class PrivateGradients:
-    """Clips what single rows add to the gradients of a model, and adds noise to the sum, until `remove()`.
+    """Clips the rows' contributions to the gradients of a model, and adds noise to the sum, until `remove()`.
 
-    The loss must be a sum over rows, as `row_loss` is. Every backward pass adds the clipped gradients of its rows to
-    the parameters' `grad`; `release` makes of these what the optimizer may see. What chooses layers comes first.
+    The loss must be a sum over rows, such as `row_loss`. Every backward pass adds the clipped gradients of its rows to
+    the parameters' `grad`; `release` turns these into the private gradients for the optimizer. Attach methods that
+    choose layers first.
 
     Args:
         model: Causal LM with adapters in its layers, or with layers that train themselves; nothing else may train.
         mechanism: The numbers, noise among them.
-        secret: Where the noise comes from.
-        layers: Path of the decoder layers in `model`, where they are not found by structure.
+        secret: Source of the noise.
+        layers: Path of the decoder layers in `model`, if their structure does not identify them.
 
     Raises:
-        UnsupportedError: A parameter's gradients cannot be told apart by row, or it is in half precision.
+        UnsupportedError: A parameter's gradients cannot be separated by row, or it is in half precision.
     """
 
     def __init__(self, model: nn.Module, mechanism: Mechanism, secret: Secret, layers: str | None = None) -> None:
@@ -43,8 +64,8 @@ class PrivateGradients:
     def release(self, step: int) -> None:
         """Put noise on the gradients of a step, and divide them by the expected number of rows.
 
-        Call it once for each optimizer step, also where no row was drawn, before anything else reads the gradients.
-        Layers that do not train in this step get none. `step` is the number of optimizer steps done before it.
+        Call it once per optimizer step, also if no row was drawn, before anything else reads the gradients. Layers that
+        do not train in this step get none. `step` is the number of optimizer steps before it.
         """
         std, batch = self._mechanism.noise * self._mechanism.clip, self._mechanism.batch
         generators: dict[torch.device, torch.Generator] = {}
@@ -57,14 +78,14 @@ class PrivateGradients:
                 parameter.grad = maths.noised_mean(total.detach(), std, batch, generators[device])
 
     def remove(self) -> None:
-        """Take everything off the model; calling it twice does no harm."""
+        """Remove all hooks from the model; a second call has no effect."""
         self._tape.remove()
 
     def _active(self) -> list[LayerGroup]:
         return [group for group in self.groups if is_active(group)]
 
     def _threshold(self, samples: int) -> float:
-        """What norm the rows of a pass are clipped to: what the tape has to stand for the pass."""
+        """Norm to which the rows of a pass are clipped; the tape passes it on to `_clip`."""
         return self._mechanism.threshold(len(self._active()))
 
     def _clip(self, threshold: float, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
@@ -80,8 +101,8 @@ def _refuse_outside(model: nn.Module, groups: Sequence[LayerGroup]) -> None:
     names = list(outside(model, groups))
     if names:
         raise UnsupportedError(
-            f"{names[0]} trains outside of the decoder layers, where the gradients of single rows are not formed, so "
-            "that they cannot be clipped: freeze it, and name targets within the layers"
+            f"{names[0]} trains outside of the decoder layers, where gradients of single rows are not formed and "
+            "cannot be clipped: freeze it, and name targets within the layers"
         )
 
 
@@ -91,5 +112,5 @@ def _refuse_half(groups: Sequence[LayerGroup]) -> None:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise UnsupportedError(
                     f"{group.name}.{name} trains in {str(parameter.dtype).removeprefix('torch.')}, which would round "
-                    "sums of clipped gradients before noise is on them: keep what trains in float32"
+                    "sums of clipped gradients before noise is added: train in float32"
                 )

@@ -1,7 +1,7 @@
 """Clipping of rows' gradients, and noise on their sum.
 
-Shapes: B rows, D values of a parameter, in any number of dimensions. Sums run in float32, or float64 where the input
-is.
+Shapes: B rows, D values of a parameter, in any number of dimensions. Sums run in float32, or float64 if the
+input is float64.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from siftune.base import numerics
 
 
 def clip_factors(grads: Sequence[Tensor], threshold: float) -> Tensor:
-    """What each row's gradient is multiplied by, so that its norm is at most the threshold.
+    """Factor for each row's gradient, so that its norm is at most the threshold.
 
     Args:
-        grads: (B, …) gradients of the rows, for each parameter of those that are clipped together.
+        grads: (B, …) gradients of the rows, for each of the parameters that are clipped together.
         threshold: Largest norm over all of them, above 0.
 
     Returns:
@@ -44,7 +44,7 @@ def clipped_sum(grads_BD: Tensor, factors_B: Tensor) -> Tensor:
 
 
 def noised_mean(total_D: Tensor, std: float, batch: float, generator: torch.Generator) -> Tensor:
-    """A sum over rows with Gaussian noise, divided by the number of rows that is expected.
+    """A sum over rows with Gaussian noise, divided by the expected number of rows.
 
     Args:
         total_D: The sum.

@@ -1,11 +1,11 @@
-"""Chance in a private run: a secret, the generators that come from it, and the rows that a step draws.
+"""Randomness of a private run: a secret key, its generators, and the draw of each step's rows.
 
-Whoever knows the noise can take it off. So it does not come from the recipe's seed, but from a key that the operating
-system draws when training begins; it is never written anywhere, and a run that goes on from a checkpoint draws another:
-two runs that go on from one checkpoint have noise of their own.
+An attacker who knows the noise can subtract it. Therefore it does not come from the recipe's seed, but from a key that
+the operating system draws when training begins. The key is never written. A resumed run draws a new key, so that two
+runs resumed from one checkpoint have different noise.
 
-Every step, and every use in it, has a generator of its own, made of the key and the step's number. On processors torch
-takes 32 bits of a seed, which can be tried one by one; there all 624 words of the generator's state come from the key.
+Every step, and every use in it, has a generator of its own, derived from the key and the step's number. On CPUs torch
+uses 32 bits of a seed, which can be enumerated; there all 624 words of the generator's state come from the key.
 """
 
 import hashlib
@@ -23,31 +23,31 @@ _WORDS, _FIRST = 624, 24  # of the Mersenne twister's state, and the byte where 
 
 
 class Secret:
-    """Where a private run's chance comes from; a seed is for tests, of runs that repeat and are not private."""
+    """Source of a private run's randomness; a seed is for tests only: such runs repeat and are not private."""
 
     def __init__(self, seed: int | None = None) -> None:
         self._key = secrets.token_bytes(_KEY_BYTES) if seed is None else seed.to_bytes(_KEY_BYTES, "big")
 
     def generator(self, use: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """A generator for one use in one step, the same whenever it is asked for."""
+        """Return the generator for one use in one step, always the same."""
         stream = hashlib.shake_256(self._key + f"{use}, step {step}, {device}".encode())
-        made = torch.Generator(device)
-        if made.device.type != "cpu":
-            return made.manual_seed(int.from_bytes(stream.digest(8), "big") >> 1)
-        state = made.manual_seed(0).get_state()
+        generator = torch.Generator(device)
+        if generator.device.type != "cpu":
+            return generator.manual_seed(int.from_bytes(stream.digest(8), "big") >> 1)
+        state = generator.manual_seed(0).get_state()
         words = torch.frombuffer(bytearray(stream.digest(4 * _WORDS)), dtype=torch.uint32).to(torch.int64)
         state[_FIRST : _FIRST + 8 * _WORDS] = words.view(torch.uint8)
-        return made.set_state(state)
+        return generator.set_state(state)
 
     def seed_dropout(self, step: int) -> None:
-        """Seed torch's own generators, which draw dropout: masks that are known move on with every row left out."""
+        """Seed torch's own generators, which draw dropout: known masks would shift with every row that is left out."""
         own = self.generator("dropout", step)
         torch.manual_seed(int(torch.randint(2**62, (), generator=own)))  # those of accelerators
         torch.set_rng_state(own.get_state())
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """Draws every one of n rows by itself for each step, with the same chance, `rate`; a step may have none."""
+    """Draws each of n rows independently for each step, with probability `rate`; a step may be empty."""
 
     def __init__(self, rows: int, rate: float, secret: Secret) -> None:
         self._rows = rows
@@ -56,11 +56,11 @@ class PoissonBatches(Sampler[list[int]]):
         self._epoch = 0
 
     def __len__(self) -> int:
-        """Steps in which as many rows are drawn, on average, as there are: what the Trainer takes for an epoch."""
+        """Steps in an expected pass over the rows, the Trainer's epoch."""
         return math.ceil(1 / self._rate)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which stretch of steps comes next."""
+        """Set the epoch, which determines the next steps."""
         self._epoch = epoch
 
     def draw(self, step: int) -> list[int]:
@@ -77,12 +77,12 @@ class PoissonBatches(Sampler[list[int]]):
 def collate_any(
     collate: Callable[[list[Any]], Mapping[str, Tensor]], dataset: Any, rows: list[Any]
 ) -> Mapping[str, Tensor]:
-    """Collate rows, of which there may be none: then the batch is like any other, without rows."""
+    """Collate rows; without rows the batch has the usual tensors of length 0."""
     return collate(rows) if rows else {name: value[:0] for name, value in collate([dataset[0]]).items()}
 
 
 def parts(batch: Mapping[str, Tensor], most: int) -> Sequence[dict[str, Tensor]]:
-    """Split a batch into parts of at most so many rows, as even as can be; without rows there are none.
+    """Split a batch evenly into parts of at most `most` rows; an empty batch has none.
 
     The batch has (B, T) tensors, padded on the right as `attention_mask` says, and (B,) ones; each part is as wide as
     its longest row.

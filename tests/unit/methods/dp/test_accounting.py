@@ -12,8 +12,7 @@ from opacus.accountants import PRVAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
 from siftune.base.errors import RecipeError
-from siftune.methods.dp.accounting import calibrated, spent, statement
-from siftune.methods.dp.mechanism import Mechanism
+from siftune.methods.dp.accounting import Mechanism, calibrated, spent, statement
 
 ASKED = Mechanism(epsilon=8, delta=1e-5, clip=0.1, clipping="layer", rows=2400, batch=16, steps=150)
 SLACK = 0.02  # the accountant's own error, above and below
