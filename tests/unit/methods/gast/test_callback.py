@@ -181,9 +181,8 @@ def trl_arguments(folder, kind, **settings):
     return arguments(folder, kind, bf16=False, gradient_checkpointing=False, **settings)
 
 
-@pytest.mark.parametrize("support", ["sample", "rest"])
-def test_sft_trainer(tmp_path, support):
-    method, model = GAST(2, support, keep=True), adapted(vocab_size=300)
+def test_sft_trainer(tmp_path):
+    method, model = GAST(2, "sample", keep=True), adapted(vocab_size=300)
     trainer = SFTTrainer(
         model, trl_arguments(tmp_path, SFTConfig), train_dataset=sft_rows(), processing_class=byte_tokenizer(),
         callbacks=[Watch(model), method],
@@ -219,20 +218,6 @@ def test_a_flattening_collator_is_refused(tmp_path):
 
 def preferences(count=12):
     return Dataset.from_list([{"prompt": f"add {i}", "chosen": f" is {i}", "rejected": " no"} for i in range(count)])
-
-
-@pytest.mark.parametrize("support", ["sample", "rest"])
-def test_dpo_draws_pairs(tmp_path, support):
-    method, model = GAST(2, support, keep=True), adapted(vocab_size=300)
-    seen = Batches(model)
-    trainer = DPOTrainer(
-        model, args=trl_arguments(tmp_path, DPOConfig, learning_rate=1e-4), train_dataset=preferences(),
-        processing_class=byte_tokenizer(), callbacks=[Watch(model), method],
-    )  # fmt: skip
-    trainer.train()
-    assert {inputs["input_ids"].shape[0] for inputs in seen.inputs} == {8}
-    assert all(s.scores.shape == (4, 4) and s.selected.shape == (4, 2) for s in method.history)
-    assert all(s.scores.isfinite().all() for s in method.history)
 
 
 def test_dpo_pairs_gradients_are_those_of_single_pairs(tmp_path):
@@ -278,9 +263,8 @@ def test_reward_trainer_draws_pairs(tmp_path):
     assert all(s.scores.shape == (3, 4) for s in method.history)
 
 
-@pytest.mark.parametrize("support", ["sample", "rest"])
-def test_kto_draws_rows(tmp_path, support):
-    method = GAST(2, support, keep=True)
+def test_kto_draws_rows(tmp_path):
+    method = GAST(2, "sample", keep=True)
     judged = [{"prompt": f"add {i}", "completion": f" is {i}", "label": bool(i % 2)} for i in range(12)]
     trainer = KTOTrainer(
         adapted(vocab_size=300), args=trl_arguments(tmp_path, KTOConfig), train_dataset=Dataset.from_list(judged),
@@ -299,9 +283,8 @@ def grpo(tmp_path, method):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("support", ["momentum", "rest"])
-def test_grpo_draws_completions(tmp_path, support):
-    method = GAST(2, support, keep=True)
+def test_grpo_draws_completions(tmp_path):
+    method = GAST(2, "momentum", keep=True)
     grpo(tmp_path, method).train()
     assert [(s.scores.shape, s.selected.shape) for s in method.history] == [((4, 4), (4, 2))] * 2
 
@@ -339,26 +322,11 @@ def collator_called(name):
     return type(name, (), {"__call__": lambda self, features: default_data_collator(features)})()
 
 
-@pytest.mark.parametrize(("pairs", "samples"), [(None, 4), (False, 4), (True, 2)])
+@pytest.mark.parametrize(("pairs", "samples"), [(None, 4), (True, 2)])
 def test_pairs_may_be_told(tmp_path, pairs, samples):
     sift = GAST(1, "rest", pairs=pairs, keep=True)
     train(tmp_path, sift, max_steps=2)
     assert {choice.scores.shape for choice in sift.history} == {(4, samples)}
-
-
-def test_the_last_batch_may_be_smaller(tmp_path):
-    method = GAST(3, "rest", keep=True)
-    train(tmp_path, method, dataset=rows(10), max_steps=3)
-    assert [s.selected.shape[1] for s in method.history] == [3, 3, 2]
-
-
-def test_rows_without_labels(tmp_path):
-    dataset = rows(8)
-    labels = [[-100] * 8 if i < 5 else row for i, row in enumerate(dataset["labels"])]
-    dataset = dataset.remove_columns("labels").add_column("labels", labels)
-    for support in ("sample", "rest", "momentum"):
-        model, _ = train(tmp_path, GAST(2, support), dataset=dataset)
-        assert all(bool(value.isfinite().all()) for value in weights(model).values())
 
 
 def test_what_dataset_needs(tmp_path):
@@ -376,14 +344,6 @@ def test_with_a_target_what_is_not_given_has_its_defaults():
     for wrong in ({"support": "rest"}, {"support_set": few}):
         with pytest.raises(RecipeError, match="support"):
             GAST(target=few, **wrong)
-
-
-def test_dora_with_torch_compile_is_refused(tmp_path):
-    settings = arguments(tmp_path)
-    settings.torch_compile = True
-    model = adapted(kind="dora")
-    with pytest.raises(UnsupportedError, match="torch_compile"):
-        GAST(2, "rest").on_train_begin(settings, None, None, model=model)
 
 
 def test_evaluation_during_training_is_not_a_batch(tmp_path):

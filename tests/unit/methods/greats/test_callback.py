@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from support.oracles import flat, gradients, sample_gradients
 from support.seen import Seen
-from support.tokenizer import byte_tokenizer
-from support.trainers import Watch, adapted, arguments, rows, train, weights
-from trl import DPOConfig, DPOTrainer
+from support.trainers import Watch, adapted, rows, train, weights
 
 from siftune import GREATS, IST
 from siftune.methods.greats import greedy
@@ -30,14 +27,13 @@ def trained(folder, method, *before, **settings):
     return model, seen.all, next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_follows_the_chosen_rows_of_every_batch(tmp_path, accumulate):
+def test_a_step_follows_the_chosen_rows_of_every_batch(tmp_path):
     method = GREATS(2, keep=True)
-    settings = {"max_steps": 1, "gradient_accumulation_steps": accumulate}
+    settings = {"max_steps": 1, "gradient_accumulation_steps": 2}
     model, (support, *batches), _ = trained(tmp_path, method, **settings)
     plain = adapted()
     labels = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in batches)
-    assert len(method.history) == len(batches) == accumulate
+    assert len(method.history) == len(batches) == 2
     expected = weights(plain)
     parameters = [p for p in plain.parameters() if p.requires_grad]
     h = torch.cat([grad.flatten() for grad in gradients(plain, support).values()]).double()
@@ -75,14 +71,3 @@ def test_with_ist_the_active_layers_follow_one_choice(tmp_path):
     for choice, changed in zip(chosen, watch.changed, strict=True):
         assert {int(name.split(".layers.")[1].split(".")[0]) for name in changed} == set(choice.layers)
     assert all(choice.selected.shape == (1, 2) and choice.scores.isfinite().all() for choice in method.history)
-
-
-def test_dpo_pairs_are_found_out(tmp_path):
-    data = Dataset.from_list([{"prompt": f"add {i}", "chosen": f" is {i}", "rejected": " no"} for i in range(12)])
-    method = GREATS(2, keep=True)
-    settings = arguments(tmp_path, DPOConfig, bf16=False, gradient_checkpointing=False, max_steps=2)
-    DPOTrainer(
-        adapted(vocab_size=300), args=settings, train_dataset=data, processing_class=byte_tokenizer(),
-        callbacks=[method],
-    ).train()  # fmt: skip
-    assert [choice.scores.shape for choice in method.history] == [(1, 4)] * 2  # four pairs are eight rows

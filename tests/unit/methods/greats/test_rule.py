@@ -5,9 +5,8 @@ import torch
 from support.adapted import adapted
 from support.oracles import flat, gradients, sample_gradients, summed_loss
 from support.tiny import batch
-from torch.nn.functional import cosine_similarity
 
-from siftune import GREATS, IST
+from siftune import GREATS
 from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
 
@@ -47,8 +46,7 @@ def support_vector(model, support):
     return torch.cat([grad.flatten() for grad in gradients(model, support).values()])
 
 
-@pytest.mark.parametrize("lr", [0.0, 1.0])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize(("family", "lr"), [("llama", 1.0), ("gpt2", 0.0)])
 def test_choice_and_gradient_are_those_of_a_loop_over_samples(family, lr):
     model = double(family)
     inputs, support = batch(model, 6, seed=1), batch(model, 3, seed=2)
@@ -61,30 +59,6 @@ def test_choice_and_gradient_are_those_of_a_loop_over_samples(family, lr):
     torch.testing.assert_close(choice.scores[0], rows @ h, rtol=1e-10, atol=1e-12)
     for parameter, grad in zip(trainable(model), grads, strict=True):
         torch.testing.assert_close(grad, single[parameter][chosen].sum(0) * 6 / 2, rtol=1e-10, atol=1e-12)
-
-
-def test_the_overlap_counts_with_the_learning_rate_times_batch_over_chosen():
-    model = double()
-    inputs, support = batch(model, 6, seed=1), batch(model, 3, seed=2)
-    rows, h = flat(sample_gradients(model, inputs), trainable(model)), support_vector(model, support)
-    for lr in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0):
-        choice, _ = followed(model, inputs, support, 3, lr)
-        assert choice.selected.tolist() == [greedy_loop(rows, h, 3, lr * 6 / 3)]
-    steps = [greedy_loop(rows, h, 2, lr) for lr in (0.0, 1.0, 3.0)]
-    assert steps[0] != steps[2]  # so that a step that is left out, or too short, would show
-    assert steps[1] != steps[2]
-
-
-def test_a_longer_step_chooses_rows_that_differ():
-    model = double()
-    inputs = batch(model, 4, length=9, seed=1)
-    inputs = {name: value[[0, 0, 0, 1, 2, 3]] for name, value in inputs.items()}  # one row three times
-    support = {name: value[:1] for name, value in inputs.items()}
-    rows = flat(sample_gradients(model, inputs), trainable(model))
-    assert cosine_similarity(rows[0], rows[1], 0) > 0.999
-    chosen = {lr: followed(model, inputs, support, 3, lr)[0].selected[0].tolist() for lr in (0.0, 1e3)}
-    assert chosen[0.0] == [0, 1, 2]
-    assert len({0, 1, 2} & set(chosen[1e3])) == 1
 
 
 def test_the_learning_rate_is_that_of_the_coming_step():
@@ -129,19 +103,6 @@ def test_samples_without_labels_stand_back(count):
         torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_pairs_are_chosen_together():
-    model = double()
-    inputs, support = batch(model, 8, seed=1), batch(model, 4, seed=2)
-    halves = {p: rows[:4] + rows[4:] for p, rows in sample_gradients(model, inputs).items()}
-    rows, h = flat(halves, trainable(model)), support_vector(model, support)
-    chosen = greedy_loop(rows, h, 2, 1.0 * 4 / 2)
-    choice, grads = followed(model, inputs, support, 2, 1.0, pairs=True)
-    assert choice.selected.tolist() == [chosen]
-    torch.testing.assert_close(choice.scores[0], rows @ h, rtol=1e-10, atol=1e-12)
-    for parameter, grad in zip(trainable(model), grads, strict=True):
-        torch.testing.assert_close(grad, halves[parameter][chosen].sum(0) * 4 / 2, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_activation_checkpointing_changes_nothing(kind):
     model = double(kind=kind)
@@ -154,27 +115,6 @@ def test_activation_checkpointing_changes_nothing(kind):
     torch.testing.assert_close(choice.scores, plain.scores, rtol=1e-10, atol=1e-12)
     for grad, wanted in zip(grads, plain_grads, strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-12)
-
-
-def test_with_ist_the_gradients_of_the_active_layers_decide():
-    model = double()
-    inputs, support = batch(model, 6, seed=1), batch(model, 3, seed=2)
-    single = sample_gradients(model, inputs)
-    of_support = gradients(model, support)
-    with IST(active=0.5, interval=None, seed=1).attach(model) as layers:
-        choice, grads = followed(model, inputs, support, 2, 1.0)
-    active = [p for g in group_by_layer(model) if g.index in layers.last.layers for p in g.parameters.values()]
-    rows = flat(single, active)
-    h = torch.cat([of_support[p].flatten() for p in active])
-    chosen = greedy_loop(rows, h, 2, 1.0 * 6 / 2)
-    assert choice.selected.tolist() == [chosen]
-    torch.testing.assert_close(choice.scores[0], rows @ h, rtol=1e-10, atol=1e-12)
-    of_active = {id(p) for p in active}
-    for parameter, grad in zip(trainable(model), grads, strict=True):
-        if id(parameter) in of_active:
-            torch.testing.assert_close(grad, single[parameter][chosen].sum(0) * 6 / 2, rtol=1e-10, atol=1e-12)
-        else:
-            assert grad is None
 
 
 def of_one_row(model, inputs, value):

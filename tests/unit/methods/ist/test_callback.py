@@ -1,6 +1,5 @@
 """IST and RST in Trainers of transformers and TRL, and in plain loops."""
 
-import itertools
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -34,19 +33,6 @@ class Choices:
 
 def watch_of(trainer):
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-
-
-@pytest.mark.parametrize("method", [IST(active=0.5, interval=2, score_batch_size=6), RST(active=0.5)])
-def test_trainer_updates_the_chosen_layers_alone(tmp_path, method):
-    chosen = Choices(method).all
-    model, trainer = train(tmp_path, method)
-    watch = watch_of(trainer)
-    assert len(chosen) == 6
-    assert len({c.layers for c in chosen}) > 1
-    for choice, grads, changed in zip(chosen, watch.with_grad, watch.changed, strict=True):
-        assert layers_of(grads) == layers_of(changed) == set(choice.layers)
-        assert len(choice.layers) == 2
-    assert all(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
 
 
 def test_importance_is_scored_every_interval_but_not_at_the_start(tmp_path):
@@ -96,30 +82,6 @@ def _lora_modules(model, layers):
     return [m for g in group_by_layer(model) if g.index in layers for m in g.module.modules() if hasattr(m, "lora_A")]
 
 
-def test_data_order_and_global_generators_are_left_alone(tmp_path):
-    class Order(Watch):
-        def __init__(self, model):
-            super().__init__(model)
-            self.seen = []
-            model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-        def _note(self, model, args, kwargs):
-            if model.training:
-                self.seen.append(kwargs["input_ids"].tolist())
-
-        def on_step_end(self, *_, **__):
-            self.seen.append(torch.rand(1).item())  # what dropout would draw
-
-    seen = []
-    for callbacks in ([], [IST(interval=2, score_batch_size=6)]):
-        model = adapted()
-        order = Order(model)
-        trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[order, *callbacks])
-        trainer.train()
-        seen.append(order.seen)
-    assert seen[0] == seen[1]
-
-
 def test_small_batches_score_in_chunks_with_the_same_loss(tmp_path):
     losses = []
     for size in (1, 24):
@@ -128,17 +90,6 @@ def test_small_batches_score_in_chunks_with_the_same_loss(tmp_path):
         train(tmp_path, method, max_steps=2, learning_rate=0.0, per_device_train_batch_size=size)
         losses.append(next(c for c in chosen if c.losses).losses)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-
-
-def test_iterable_dataset(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            yield from rows().with_format("torch")
-
-    method = IST(interval=2, score_batch_size=5)
-    chosen = Choices(method).all
-    train(tmp_path, method, dataset=Stream())
-    assert sum(bool(c.losses) for c in chosen) == 2
 
 
 @pytest.mark.parametrize(
@@ -219,14 +170,6 @@ def test_attach_follows_the_optimizer():
     assert steps == (0, 0)
 
 
-def test_attach_steps_by_hand():
-    model = adapted()
-    with RST(active=0.25, seed=1).attach(model) as sift:
-        drawn = [sift.last.layers] + [sift.step().layers for _ in range(20)]
-    assert set(itertools.chain(*drawn)) == {0, 1, 2, 3}
-    assert all(len(layers) == 1 for layers in drawn)
-
-
 def test_attach_without_rows_is_refused():
     with pytest.raises(RecipeError, match="batches"):
         IST().attach(adapted())
@@ -234,10 +177,9 @@ def test_attach_without_rows_is_refused():
         sift.step()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_scoring_does_not_change_training(tmp_path, dropout):
+def test_scoring_does_not_change_training(tmp_path):
     methods = ([], [IST(active=1.0, interval=2)])
-    plain, ours = (train(tmp_path, *m, model=adapted(dropout=dropout), max_steps=12)[0] for m in methods)
+    plain, ours = (train(tmp_path, *m, model=adapted(dropout=0.2), max_steps=12)[0] for m in methods)
     assert_same(weights(plain), weights(ours))
 
 

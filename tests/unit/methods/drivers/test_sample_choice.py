@@ -1,50 +1,12 @@
 """Units of every kind of adapter, and the record of one batch's choice."""
 
-import re
-
 import pytest
 import torch
-from support.adapted import ADAPTED
 from support.tiny import tiny
 
 from siftune.engine.groups import group_by_layer
 from siftune.methods.drivers.sample_choice import Choosing, Unit, units_of
 from siftune.models.adapters.attach import attach_adapter
-
-
-def in_layers(model):
-    """id of every trainable parameter of the layers -> its full name."""
-    return {id(p): n for n, p in model.named_parameters() if p.requires_grad and re.search(r"\.(layers|h)\.\d", n)}
-
-
-@pytest.mark.parametrize("kind", ADAPTED)
-def test_every_trainable_parameter_is_in_one_unit(kind):
-    model = ADAPTED[kind]()
-    groups = group_by_layer(model)
-    units = units_of(groups)
-    in_units = [id(p) for unit in units for p in unit.parameters]
-    assert len(in_units) == len(set(in_units))
-    assert set(in_units) == set(in_layers(model))
-    assert [unit.place for unit in units] == list(range(len(units)))
-    assert [unit.layer for unit in units] == [group.index for group in groups]
-    modules = dict(model.named_modules())
-    for unit in units:
-        assert re.search(rf"\.(layers|h)\.{unit.layer}(\.|$)", unit.name)
-        inside = {id(p) for p in modules[unit.name].parameters()}
-        assert unit.parameters
-        assert all(id(p) in inside for p in unit.parameters)
-    assert len({unit.name for unit in units}) == len(units)
-
-
-@pytest.mark.parametrize("kind", ["lora", "lora gpt2"])
-def test_a_layer_is_one_unit(kind):
-    model = ADAPTED[kind]()
-    groups = group_by_layer(model)
-    units = units_of(groups)
-    assert len(units) == 4
-    for group, unit in zip(groups, units, strict=True):
-        assert (unit.place, unit.layer, unit.name) == (group.index, group.index, group.name)
-        assert unit.parameters == tuple(group.parameters.values())
 
 
 def test_places_count_units_and_layers_keep_their_numbers():

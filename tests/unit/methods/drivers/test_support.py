@@ -48,17 +48,6 @@ def test_gradient_of_the_mean_over_all_labels(rows):
     assert_same(support_gradient(model, batches, model_loss, trainable(model), 0), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("cuts", [[1, 4], [2, 3], [1, 2, 3, 4]])
-def test_several_batches_are_as_one(cuts):
-    model = tiny_model()
-    whole = batch(model, 5, length=9)
-    ends = zip([0, *cuts], [*cuts, 5], strict=True)
-    parts = [{name: value[a:b] for name, value in whole.items()} for a, b in ends]
-    assert len({labels(part) for part in parts}) > 1
-    at_once = support_gradient(model, [whole], summed_loss, trainable(model), 0)
-    assert_same(support_gradient(model, parts, summed_loss, trainable(model), 0), at_once)
-
-
 def test_a_batch_without_labels_counts_for_nothing():
     model = tiny_model()
     full, empty = batch(model, 2), batch(model, 2, seed=1)
@@ -67,17 +56,6 @@ def test_a_batch_without_labels_counts_for_nothing():
     for batches in ([full, empty], [empty, full]):
         assert_same(support_gradient(model, batches, model_loss, trainable(model), 0), expected)
     assert support_gradient(model, [empty], model_loss, trainable(model), 0) == {}
-
-
-def test_a_batch_without_tensor_labels_counts_for_its_rows():
-    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-    batches = [{"x": torch.tensor([[1.0, 0.0]])}, {"x": torch.tensor([[0.0, 1.0]] * 3)}]
-
-    def loss(_, inputs):
-        return (inputs["x"] @ weight.square()).mean()
-
-    got = support_gradient(nn.Identity(), batches, loss, [weight], 0)
-    assert got[weight].tolist() == [2 * 1.0 / 4, 2 * 2.0 * 3 / 4]
 
 
 def test_half_precision_gradients_do_not_vanish_on_the_way():
@@ -139,30 +117,11 @@ def test_dropout_is_drawn_from_the_seed_alone():
     assert_same(once(3, 0), once(4, 0))
 
 
-def test_the_two_batches_do_not_share_a_dropout_mask():
-    model = tiny_model(dropout=0.5).train()
-    inputs = batch(model)
-    once = support_gradient(model, [inputs], model_loss, trainable(model), 0)
-    twice = support_gradient(model, [inputs, inputs], model_loss, trainable(model), 0)
-    assert not all(torch.allclose(once[p], twice[p]) for p in once)
-
-
 def test_unused_parameters_are_left_out():
     model = tiny_model()
     unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
     got = support_gradient(model, [batch(model)], model_loss, [*trainable(model)[:3], unused], 0)
     assert list(got) == trainable(model)[:3]
-
-
-def test_a_parameter_that_some_batches_use():
-    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-
-    def loss(_, inputs):
-        return (first + (second if inputs["both"][0] else 0)).sum() * 2
-
-    batches = [{"both": [flag]} for flag in (False, True, True, False)]
-    got = support_gradient(nn.Identity(), batches, loss, [first, second], 0)
-    assert {p: grad.item() for p, grad in got.items()} == {first: 2.0, second: 1.0}
 
 
 def test_gradients_are_on_where_they_were_off():
