@@ -46,7 +46,6 @@ from siftune.data.rows import Row, rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, paired_bootstrap
 from siftune.evaluate.likelihood import perplexity
-from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
 from siftune.offsite.audit.calibration_attack import KINDS, Compared, compared, row_residuals
@@ -54,11 +53,10 @@ from siftune.offsite.audit.membership import measure_attack
 from siftune.offsite.audit.rows import token_rows
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble, materialise
 from siftune.offsite.emulator.compress import LayerCurvature, compress_layer, layer_curvature
-from siftune.offsite.emulator.make import emulators, middle_of
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.record import record, replay
-from siftune.offsite.emulator.recording import Captured
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.record import Captured, record, replay
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.maths.kfac import Curvature, Moments
 from siftune.report.table import Table, markdown_table
@@ -95,21 +93,16 @@ class Setting:
     @cached_property
     def clips(self) -> dict[int, dict[str, tuple[float, float]]]:
         """Median norms of inputs and output gradients on public rows, by layer and matrix."""
-        numbers = middle_of(self.model, self.split)
-        recording = record(self.model, self.batches(self.public[-16:]), numbers)
+        base = Base(self.model, self.split)
+        recording = record(base, self.batches(self.public[-16:]))
         found = {}
-        for number in numbers:
-            captured = replay(find_layers(self.model).layers[number], recording, number, self.family.matrices)
+        for number in base.middle:
+            captured = replay(base, recording, number, base.family.matrices)
             found[number] = {
                 path: (float(one.x_NI.norm(dim=1).median()), float(one.g_NO.norm(dim=1).median()))
                 for path, one in captured.items()
             }
         return found
-
-    @property
-    def family(self) -> Family:
-        """Where its matrices are."""
-        return family_of(self.model.config)
 
     def table(self, rows: Sequence[Row]) -> Dataset:
         """Rows in token ids, cut."""
@@ -198,14 +191,14 @@ def made_of(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dict[
 
 def with_noise(setting: Setting, batches: Sequence[dict[str, Tensor]], noise: float) -> EmulatorParts:
     """An emulator from curvature with clipped tokens and noise."""
-    model, family, layers = setting.model, setting.family, find_layers(setting.model).layers
-    recording = record(model, batches, middle_of(model, setting.split))
+    base = Base(setting.model, setting.split)
+    recording = record(base, batches)
     made = []
-    for number in middle_of(model, setting.split):
-        captured = replay(layers[number], recording, number, family.matrices)
+    for number in base.middle:
+        captured = replay(base, recording, number, base.family.matrices)
         seen = noised(setting, layer_curvature(captured, slopes=False), noise, number)
-        made.append(compress_layer(layers[number], number, family, seen, EmulatorSettings(split=setting.split)))
-    return assemble(model, setting.split, made)
+        made.append(compress_layer(base, number, seen, EmulatorSettings(split=setting.split)))
+    return assemble(base, made)
 
 
 def noised(setting: Setting, seen: LayerCurvature, noise: float, number: int) -> LayerCurvature:
@@ -295,7 +288,7 @@ def _bound(setting: Setting, way: str) -> dict[str, str]:
     kind, _, value = way.partition("-")
     if kind != "noise":
         return {}
-    layers, whole = len(middle_of(setting.model, setting.split)), len(find_layers(setting.model).layers) - OUTER
+    layers, whole = len(Base(setting.model, setting.split).middle), len(find_layers(setting.model).layers) - OUTER
     told = partial(gaussian_epsilon, DELTA, float(value))
     return {name: f"{told(FACTORS * n):.3g}" for name, n in (("epsilon", layers), ("epsilon_whole", whole))}
 

@@ -13,10 +13,10 @@ owner would over all, so that all together take as many steps. The returns are m
     clipped    mean of updates that are at most as long as their median
 
 With `--bad flipped` the last owner returns `--bad-size` times its update, turned round; with `random` one of random
-numbers that is as long. The second round's kit is made of the plugged model in the same way. Measured on held-out rows of
-all tasks, after every round: nats per label token, and multiple choice. A finished job adds a line of JSON to FILE, and
-one that is there already is not made again. Jobs that differ in how returns are merged, or in the bad one, share the
-kit and the first round's trainings; with `--work` these outlive a run that was cut.
+numbers that is as long. The second round's kit is made of the plugged model. Measured on held-out rows of all tasks,
+after every round: nats per label token, and multiple choice. A finished job adds a line of JSON to FILE, and one that
+is there already is not made again. Jobs that differ in how returns are merged, or in the bad one, share the kit and the
+first round's trainings; with `--work` these outlive a run that was cut.
 """
 
 import argparse
@@ -48,13 +48,12 @@ from siftune.evaluate.bootstrap import Bootstrap, resample
 from siftune.models.load import load_model
 from siftune.offsite.audit.rows import AuditRows, score_rows, tokenize_audit
 from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.split import outer_names
 from siftune.offsite.exchange.emulate import emulate
 from siftune.offsite.exchange.plug import plug_in
-from siftune.offsite.exchange.returned import open_return
+from siftune.offsite.exchange.returned import DOWN, UP, Tuned, is_thin, open_return
 from siftune.offsite.exchange.settings import Merging
-from siftune.offsite.exchange.thin import DOWN, UP, Tuned, is_thin
 from siftune.offsite.exchange.tune import source_of
 from siftune.offsite.kit.folder import Kit, read_kit
 from siftune.recipe.schema import Recipe

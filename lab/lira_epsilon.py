@@ -25,8 +25,8 @@ from rich.console import Console
 
 from lab.pays.results import append, key, read
 from lab.random_llama import save_llama
-from siftune.cli.subjects import find_subject, load_subject
 from siftune.base.environment import versions
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.offsite.audit.lira import confidence, halves, lira

@@ -31,12 +31,11 @@ from siftune.data.read import load_rows
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model
-from siftune.offsite.emulator.model import weight_OI
+from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import Components, component_scores, components, keep_components, rank_of
 from siftune.offsite.maths.kfac import Curvature, cost, curvature
-from siftune.offsite.maths.refit import refit, refit_scores
-from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 Found = dict[tuple[str, ...], list[tuple[float, ...]]]
 
@@ -57,10 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = load_rows(args.calibration, "train", 2 * args.rows)
     if len(rows) < 2 * args.rows:
         parser.error(f"{args.calibration} has {len(rows)} rows, but {2 * args.rows} are needed; take fewer --rows")
-    middle = range(min(args.layers), max(args.layers) + 1)
+    base = Base(model, Split(min(args.layers), len(find_layers(model).layers) - 1 - max(args.layers)))
     recordings = [
-        record(model, text_batches(part, args.length, tokenizer), middle)
-        for part in (rows[: args.rows], rows[args.rows :])
+        record(base, text_batches(part, args.length, tokenizer)) for part in (rows[: args.rows], rows[args.rows :])
     ]
     family = family_of(model.config)
     directions: Found = {}
@@ -68,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in args.layers:
         layer = find_layers(model).layers[number]
         weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in family.matrices}
-        both = [replay(layer, recording, number, family.matrices) for recording in recordings]
+        both = [replay(base, recording, number, family.matrices) for recording in recordings]
         seen, others = ({path: curvature(c.x_NI, c.g_NO) for path, c in captured.items()} for captured in both)
         for path in family.attention:
             for choice, costs in _costs(weights[path], (seen[path], others[path]), args.keep).items():

@@ -18,12 +18,10 @@ from siftune.data.read import load_rows
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
-from siftune.offsite.emulator.model import weight_OI
-from siftune.offsite.emulator.record import record, replay
-from siftune.offsite.emulator.recording import Captured
+from siftune.offsite.emulator.model import Base, Split, weight_OI
+from siftune.offsite.emulator.record import Captured, record, replay
+from siftune.offsite.maths.channels import DAMPING, keep_channels, refit, refit_scores
 from siftune.offsite.maths.kfac import curvature
-from siftune.offsite.maths.refit import DAMPING, refit, refit_scores
-from siftune.offsite.maths.scp import keep_channels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     use_attention(model, "eager" if model.device.type == "cpu" else "auto")
     rows, write = load_rows(args.calibration, "train", 2 * args.rows), family_of(model.config).writes
     batches = text_batches(rows, args.length, tokenizer, "none")
-    middle = range(min(args.layers), max(args.layers) + 1)
-    recordings = [record(model, part, middle) for part in (batches[: len(batches) // 2], batches[len(batches) // 2 :])]
+    base = Base(model, Split(min(args.layers), len(find_layers(model).layers) - 1 - max(args.layers)))
+    recordings = [record(base, part) for part in (batches[: len(batches) // 2], batches[len(batches) // 2 :])]
     print("| layer | largest channel's share | damping by | calibration rows | other rows | other rows, no fit |")
     print("|---|---:|---|---:|---:|---:|")
     for number in args.layers:
         layer = find_layers(model).layers[number]
-        seen = [replay(layer, recording, number, (write,))[write] for recording in recordings]
+        seen = [replay(base, recording, number, (write,))[write] for recording in recordings]
         for line in compare(weight_OI(layer.get_submodule(write)).detach(), seen, args.keep):
             print(f"| {number} | {' | '.join(line)} |", flush=True)
     return 0

@@ -25,8 +25,8 @@ from lab.reproduce.rows import Wording, prepare_files
 from lab.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
 from lab.reproduce.table import Line
 from lab.reproduce.tasks import TASKS
-from siftune.cli.subjects import find_subject, load_subject
 from siftune.base.files import Progress
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.schema import Recipe
 from siftune.train.rates.grid import Grid, recipes_of

@@ -26,13 +26,13 @@ from lab.reproduce.harness_rows import CALIBRATION, prepare_tasks
 from lab.reproduce.protocol import Protocol
 from lab.reproduce.steps import ask_all, begin, rate_of, refuse_other_rate, run_once, swept
 from lab.reproduce.table import Line
-from siftune.cli.subjects import find_subject, load_subject
 from siftune.base.files import Progress
+from siftune.cli.subjects import find_subject, load_subject
 from siftune.data.read import load_rows
 from siftune.data.tokens import tokenize_rows
 from siftune.models.load import load_model
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.split import Split
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.exchange.plug import plug_in

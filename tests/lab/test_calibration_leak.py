@@ -8,7 +8,7 @@ from support.tokenizer import byte_tokenizer
 
 from lab import calibration_leak
 from siftune.data.rows import rows_from
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import Split
 
 
 @pytest.fixture(scope="module")

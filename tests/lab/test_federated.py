@@ -5,8 +5,8 @@ import torch
 from support.tiny_kit import base_model, save_kit
 
 from lab.federated import AFTER_TRAINING, _shards, place, spoiled
-from siftune.offsite.emulator.split import outer_names
-from siftune.offsite.exchange.thin import Tuned, is_thin
+from siftune.offsite.emulator.model import outer_names
+from siftune.offsite.exchange.returned import Tuned, is_thin
 
 
 @pytest.mark.parametrize("owners", [1, 2, 3, 4, 5, 8, 9])

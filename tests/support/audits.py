@@ -13,8 +13,7 @@ from siftune.data.rows import rows_from
 from siftune.offsite.audit.models import OffsiteModels
 from siftune.offsite.audit.rows import tokenize_audit
 from siftune.offsite.audit.settings import AuditSettings
-from siftune.offsite.emulator.model import LayerShape, build, emulator_config
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_config
 
 SPLIT = Split(1, 1)
 TOKENIZER = byte_tokenizer()

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.split import Split
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.kit.folder import Kit
 

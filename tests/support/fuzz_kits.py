@@ -7,10 +7,10 @@ from support.kits import DEPTH, KINDS, VOCAB, contents
 from support.tiny import tiny
 
 from siftune.models.families import FAMILIES
-from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.returned import write_return
-from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import write_kit
+from siftune.offsite.kit.manifest import fingerprint
 
 HALF = "half"  # a llama with an emulator in bfloat16
 SUBJECTS = (*(kind for kind in FAMILIES if kind != "gemma"), HALF)

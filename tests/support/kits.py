@@ -12,8 +12,7 @@ from support.tokenizer import byte_tokenizer
 from torch import Tensor
 
 from siftune.models.families import family_of
-from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_config, frozen_names, outer_names
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.manifest import canonical

@@ -8,10 +8,9 @@ from support.tokenizer import byte_tokenizer
 from transformers import PreTrainedModel
 
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.emulator.split import Split, outer_names
-from siftune.offsite.kit.fingerprint import fingerprint
+from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_config, frozen_names, outer_names
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
+from siftune.offsite.kit.manifest import fingerprint
 
 SPLIT = Split(2, 1)
 OUTER = (0, 1, 3)  # the outer layers in the emulator, which has four

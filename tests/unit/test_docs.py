@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from siftune.bench.cost import parse_methods
-from siftune.cli.main import COMMANDS
+from siftune.cli.main import COMMANDS, main
 from siftune.cli.options import parse
-from siftune.cli.main import main
 from siftune.recipe.checks import check
 
 ROOT = Path(__file__).parents[2]

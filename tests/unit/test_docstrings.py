@@ -20,8 +20,8 @@ import siftune.offsite
 from siftune.data.rows import rows_from
 from siftune.offsite.audit.models import OffsiteModels
 from siftune.offsite.audit.rows import tokenize_audit
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.split import Split
 from siftune.offsite.exchange.returned import read_return, write_return
 
 PUBLIC = [(module, name) for module in (siftune, siftune.offsite) for name in module.__all__]
@@ -81,7 +81,7 @@ def for_offsite(folder):
 
 
 def _outer(base, kit):
-    from siftune.offsite.emulator.split import outer_names
+    from siftune.offsite.emulator.model import outer_names
 
     own = base.state_dict()
     return {neutral: own[name] for neutral, name in outer_names(base, kit.manifest.split).items()}

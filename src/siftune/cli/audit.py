@@ -35,8 +35,7 @@ def run(options: Options) -> dict[str, Any]:
     from rich.markdown import Markdown
 
     from siftune.base.stages import stages
-    from siftune.offsite.audit.own import own_audit_paths
-    from siftune.offsite.audit.run import audit_paths
+    from siftune.offsite.audit.run import audit_paths, own_audit_paths
     from siftune.report.audit import markdown, prepare_folder, write_audit
 
     if options.out is not None:

@@ -178,8 +178,8 @@ def _show(
 ) -> None:
     """Show a few answers and a table of each comparison."""
     from siftune.report.evals import metric_table
-    from siftune.report.words import cut
     from siftune.report.table import print_table
+    from siftune.report.words import cut
 
     texts = [measured[name]["exact_match"].texts for name in _NAMES]
     for row, *answers in list(zip(questions, *texts, strict=True))[:_SHOWN]:

@@ -55,8 +55,8 @@ class Options(CalibrationOptions):
 
     def settings(self) -> "EmulatorSettings":
         """How the middle is compressed."""
+        from siftune.offsite.emulator.model import Split
         from siftune.offsite.emulator.plan import EmulatorSettings
-        from siftune.offsite.emulator.split import Split
 
         return EmulatorSettings(
             method=self.method,
@@ -78,7 +78,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.base.stages import stages
     from siftune.offsite.exchange.calibration import batches_of, calibration_rows, load_base
     from siftune.offsite.exchange.emulate import KitOptions, emulate
-    from siftune.offsite.kit.facts import facts
+    from siftune.offsite.kit.folder import facts
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()

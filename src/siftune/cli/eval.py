@@ -120,8 +120,7 @@ def _evaluate(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics
     from rich.console import Console
 
     from siftune.evaluate.measure import compare
-    from siftune.report.evals import Eval, answers_of, record_eval
-    from siftune.report.evals import metric_table
+    from siftune.report.evals import Eval, answers_of, metric_table, record_eval
     from siftune.report.table import print_table
 
     base, tuned = _measure(job, options, known)

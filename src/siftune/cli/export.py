@@ -34,8 +34,8 @@ def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     import logging
 
-    from siftune.cli.subjects import find_subject, is_of_kit, load_subject
     from siftune.base.files import new_folder
+    from siftune.cli.subjects import find_subject, is_of_kit, load_subject
     from siftune.models.load import quiet_bars
     from siftune.models.save import save_model, save_tokenizer
 

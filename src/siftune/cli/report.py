@@ -29,8 +29,7 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.base.words import counted
-    from siftune.report.page import write_figures
-    from siftune.report.page import make_page
+    from siftune.report.page import make_page, write_figures
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     page = make_page(options.folders).write(options.out)

@@ -44,7 +44,7 @@ class Options(CalibrationOptions):
     def grid(self) -> "SweepGrid":
         """The emulators to compare."""
         from siftune.offsite.audit.sweep import SweepGrid
-        from siftune.offsite.emulator.split import Split
+        from siftune.offsite.emulator.model import Split
 
         return SweepGrid(
             keeps=self.keeps,

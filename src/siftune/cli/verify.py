@@ -51,7 +51,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
-    from siftune.offsite.kit.facts import facts
+    from siftune.offsite.kit.folder import facts
 
     known = facts(kit)
     split, middle, outer = known["split"], known["middle"], known["outer"]
@@ -83,10 +83,9 @@ def _escaped(text: str) -> str:
 
 def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:
     from siftune.cli.updates import show_updates
-    from siftune.offsite.exchange.returned import open_return
-    from siftune.offsite.exchange.thin import ranks_of
+    from siftune.offsite.exchange.returned import open_return, ranks_of
     from siftune.offsite.exchange.updates import check_return
-    from siftune.offsite.kit.promise import in_words
+    from siftune.offsite.kit.manifest import in_words
 
     with open_return(options.path, kit) as returned:
         report = check_return(kit, returned, options.max_update)

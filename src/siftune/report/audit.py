@@ -11,8 +11,8 @@ from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audit.calibration_attack import CalibrationLeak
 from siftune.offsite.audit.gradients import GradientCosine
 from siftune.offsite.audit.membership import Attack, Membership
-from siftune.offsite.audit.own import AFTER_TRAINING, OwnAudit, audit_run
 from siftune.offsite.audit.result import LABELS, Audit, RecoveryPoint
+from siftune.offsite.audit.run import AFTER_TRAINING, OwnAudit, audit_run
 from siftune.recipe.schema import Recipe, resolve_recipe, train_files
 from siftune.report.table import Table, markdown_table
 

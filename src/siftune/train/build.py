@@ -32,9 +32,8 @@ from siftune.engine.groups import group_by_layer
 from siftune.engine.ranks import world_size
 from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
-from siftune.methods.dp.accounting import calibrated
+from siftune.methods.dp.accounting import Mechanism, calibrated
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.adapters.full import OpenLayers

@@ -14,6 +14,11 @@ def result(work):
     work.write("one.bin", b"1")
 
 
+def stop(work, error):
+    result(work)
+    raise error("stop")
+
+
 def test_results_state_and_facts_are_there_again(tmp_path):
     with folder(tmp_path).begin({"seed": 0, "rates": (1, 2)}) as work:
         result(work)
@@ -30,7 +35,7 @@ def test_other_facts_are_refused_by_name_and_nothing_is_touched(tmp_path):
     left = sorted((file, file.read_bytes()) for file in work.path.iterdir())
     with pytest.raises(RecipeError, match="seed"):
         folder(tmp_path).begin({"seed": 1})
-    with pytest.raises(RecipeError, match="rows is a{12}…, but now it is b{12}…"):
+    with pytest.raises(RecipeError, match=r"rows is a{12}…, but now it is b{12}…"):
         folder(tmp_path).begin({"rows": "b" * 64})
     assert left == sorted((file, file.read_bytes()) for file in work.path.iterdir())
 
@@ -62,9 +67,9 @@ def test_nothing_is_left_without_results(tmp_path, error):
 
 @pytest.mark.parametrize(("error", "stays"), [(DataError, False), (KeyboardInterrupt, True)])
 def test_results_of_refused_inputs_are_removed_and_those_of_a_cut_run_stay(tmp_path, error, stays):
-    with pytest.raises(error), folder(tmp_path).begin({}) as work:
-        result(work)
-        raise error("stop")
+    work = folder(tmp_path).begin({})
+    with pytest.raises(error), work:
+        stop(work, error)
     assert work.path.exists() == stays
     if stays:  # results of an earlier call are never removed
         with pytest.raises(DataError), folder(tmp_path).begin({}):
@@ -87,7 +92,7 @@ def test_a_damaged_record_is_refused(tmp_path):
     with folder(tmp_path).begin({"seed": 0}) as work:
         result(work)
     (work.path / "work.json").write_text('{"facts"')
-    with pytest.raises(RecipeError, match="work.json"):
+    with pytest.raises(RecipeError, match=r"work\.json"):
         folder(tmp_path).begin({"seed": 0})
 
 

@@ -175,4 +175,3 @@ def test_help_of_every_command_needs_no_torch():
 def test_a_missing_positional_value_is_named(capsys, command, name):
     assert main([command]) == 2
     assert f"{name} must be given" in capsys.readouterr().err
-

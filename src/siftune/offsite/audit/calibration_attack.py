@@ -1,15 +1,23 @@
 """Who calibrated a kit? An attack by whoever has the base's weights *(ours)*.
 
 The kit's matrices were fitted to the calibration rows, so they leave less out of what the base writes on those rows
-than on others of their kind (`maths.residual`). The base runs on a candidate row; beside every matrix of a middle
-layer that the kit replaced, the kit's matrix is given the same inputs. A row's score is minus the mean of its residuals
-over the attention matrices, over the MLP's, or over all.
+than on others of their kind (a row's *residual*). The base runs on a candidate row x; next to every matrix
+W of a middle layer that the kit replaced by Ŵ, the kit's matrix gets the same inputs: the channels x_K that it kept, or
+all of them if it is factored. Over the real tokens t of the row,
+
+    residual    ln Σ_t ‖W x_t − Ŵ x_t,K‖² − ln Σ_t ‖W x_t‖²
+
+The lower it is beside the residuals of other rows of its kind, the likelier the row calibrated the kit. A row's score
+is minus the mean of its residuals over the attention matrices, over the MLP's, or over all. Logarithms, so that the
+mean does not depend on the one matrix that loses most.
 
 What the attacker needs besides the kit is the base: any public model, or the owner's own staff. Which channels
 a kit's MLP kept is read off its rows, which are the base's own.
 
 An attacker who makes a kit of the same settings from other rows, and scores a candidate by how much more that kit
 loses of it, does better: `calibration_leak.py` of the benchmarks measures this.
+
+Shapes: B rows, T positions, O outputs.
 
 Matrices that the kit holds whole are left out, and a kit of whole layers has nothing to look at.
 """
@@ -30,15 +38,14 @@ from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.models.modules import evaluating, model_device
 from siftune.offsite.audit.membership import Attack, measure_attack
-from siftune.offsite.emulator.model import FactoredLinear, weight_OI
-from siftune.offsite.emulator.split import Split
-from siftune.offsite.maths.residual import residuals
+from siftune.offsite.emulator.model import FactoredLinear, Split, weight_OI
 
 Batches = Sequence[Mapping[str, Tensor]]
 
 
 KINDS = ("attention", "mlp", "all")
 
+_FLOOR = 1e-12  # relative: what float32 loses; a matrix that left nothing out tells nothing apart
 _SHORT = 1000  # resamples of each single matrix's interval, of which there are hundreds
 
 
@@ -158,6 +165,24 @@ def _look(
     kept = one.kit(inputs.to(like.device, like.dtype)).to(output.device, output.dtype)
     shape = (*real[0].shape, -1)  # OPT hands its MLP rows that are flat already
     found.append(residuals(output.reshape(shape), kept.reshape(shape), real[0]).cpu().numpy())
+
+
+def residuals(whole_BTO: Tensor, kept_BTO: Tensor, real_BT: Tensor) -> Tensor:
+    """Share of a matrix's output that its compressed form leaves out, of every row, in logarithms.
+
+    Args:
+        whole_BTO: What the base's matrix writes.
+        kept_BTO: What the kit's writes from the same inputs.
+        real_BT: bool; false on padding. Every row has a real token.
+
+    Returns:
+        (B,) float64; ln 1e-12 where nothing is lost, and where nothing is written.
+    """
+    lost_BT = (whole_BTO - kept_BTO).double().square().sum(-1)
+    size_BT = whole_BTO.double().square().sum(-1)
+    lost_B, size_B = ((part_BT * real_BT).sum(-1) for part_BT in (lost_BT, size_BT))
+    share_B = torch.where(size_B > 0, lost_B / size_B, 0.0)
+    return share_B.clamp(min=_FLOOR).log()
 
 
 class _Seen(Exception):

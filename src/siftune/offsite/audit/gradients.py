@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from siftune.models.layers import find_layers
 from siftune.models.loss import label_positions, logits_at, token_loss
 from siftune.models.modules import evaluating, model_device, trainable_only
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.emulator.model import Split, outer_names
 
 Batches = Iterable[Mapping[str, Tensor]]
 

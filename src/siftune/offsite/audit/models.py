@@ -1,22 +1,32 @@
-"""The models of an audit: what is read from them, and what is put into them for a while.
+"""The models of an audit: read from, changed and fine-tuned temporarily.
 
-Both models are in memory once. The outer layers' tensors are swapped in and out in place, and what was there before
-comes back bit for bit.
+Both models are in memory once. The outer layers' tensors are swapped in and out in place, tuning is siftune's own
+training path, and afterwards every tensor is restored bit for bit.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+import random
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import KitError
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.models.modules import flags_restored
+from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.emulator.model import Split, outer_names
+from siftune.recipe.schema import Recipe, resolve_recipe
+from siftune.train.build import build
+from siftune.train.callbacks import StepProgress
 
 _ROUNDING = 2**-7  # a little more than bfloat16 loses
 
@@ -153,3 +163,88 @@ def _is_near(tensor: Tensor, other: Tensor) -> bool:
     if tensor.shape != other.shape:
         return False
     return torch.allclose(tensor.float(), other.to(tensor.device).float(), rtol=_ROUNDING, atol=1e-6)
+
+
+Steps = Callable[[int, int], None]  # optimizer steps done, of how many
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What every model of an audit is tuned with."""
+
+    data: Dataset  # rows to tune on, as `tokenize_rows` makes them
+    tokenizer: PreTrainedTokenizerBase
+    settings: AuditSettings
+
+
+@contextmanager
+def tuned(
+    model: nn.Module, layers: Sequence[int], tuning: Tuning, lr: float | None = None, steps: Steps | None = None
+) -> Iterator[None]:
+    """Fine-tune the weights of some decoder layers, and put everything back afterwards, bit for bit.
+
+    Inside the block the model is in eval mode. Global generators are left as they were.
+
+    Args:
+        model: The model, tuned in place.
+        layers: Numbers of the layers whose weights train.
+        tuning: Rows and settings.
+        lr: Peak learning rate; None for that of the settings.
+        steps: Told of every optimizer step.
+
+    Raises:
+        TrainingError: A loss or gradient is not finite.
+    """
+    with restored(model, _tensors_of(model, layers)), flags_restored(model):
+        with _generators_restored():
+            _fine_tune(model, _recipe(tuning.settings, layers, lr), tuning, steps)
+        model.eval()
+        yield
+
+
+def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
+    with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
+        told = [] if steps is None else [StepProgress(steps)]
+        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), told, bad_steps=0)
+        try:
+            if steps is not None:
+                steps(0, tuning.settings.steps)
+            built.trainer.train()
+        finally:
+            built.release()
+
+
+def _tensors_of(model: nn.Module, layers: Sequence[int]) -> set[str]:
+    """Names in the state dict of all that may change."""
+    path = find_layers(model).path
+    return {name for name in model.state_dict() if name.startswith(tuple(f"{path}.{number}." for number in layers))}
+
+
+def _recipe(settings: AuditSettings, layers: Sequence[int], lr: float | None) -> Recipe:
+    """The settings in a recipe's words."""
+    return resolve_recipe(
+        Recipe(
+            method="dense",
+            adapter="full",
+            layers=tuple(layers),
+            steps=settings.steps,
+            lr=settings.lr if lr is None else lr,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            seed=settings.seed,
+            log_every=settings.steps,
+            out="unused",
+        )
+    )
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Training seeds the global generators; an audit is called from the user's own program."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

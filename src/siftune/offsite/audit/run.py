@@ -6,16 +6,21 @@ Five conditions on the same held-out rows, as in offsite-tuning (Xiao et al. 202
     Full FT   the base, its outer layers tuned          Emulator FT   the emulator, its outer layers tuned
     Plug-in   the base with the outer layers that were tuned on the emulator
 
-and besides (ours): *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are
-the base's own in any kit, so nothing in them is left to recover); a floor of random weights; the cosine of the outer
-layers' gradients; membership inference on the plugged model, with shadow models if asked for;
-and the attack on the kit's calibration rows where these are given. All tunings start from the base's outer layers and
-see the same rows in the same order.
+and *(ours)*: *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are the
+base's own in any kit, so that nothing of them is left to recover); a floor of random weights; the cosine of the outer
+layers' gradients; membership inference on the plugged model, with shadow models on request; and the attack on the kit's
+calibration rows if these are given. All tunings start from the base's outer layers and see the same rows in the same
+order.
+
+A data owner has no base. `own_audit` makes the same attacks on a return with the loss under the emulator, before the
+return is sent. If the emulator is near the base, so are the figures; the owner's own may be higher or lower, and so may
+those of attacks that were not tried.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +28,10 @@ from torch import Tensor
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import KitError
 from siftune.base.files import Progress
+from siftune.base.jsonable import jsonable
 from siftune.data.read import load_rows
 from siftune.models.load import load_model
-from siftune.offsite.audit.attacks import attack, calibration_leak
 from siftune.offsite.audit.gradients import GradientCosine, gradient_cosine
-from siftune.offsite.audit.job import Job, choose_candidates, choose_rows
 from siftune.offsite.audit.membership import Membership
 from siftune.offsite.audit.models import (
     OffsiteModels,
@@ -37,8 +41,8 @@ from siftune.offsite.audit.models import (
     plugged,
     random_floor,
     read_outer,
+    tuned,
 )
-from siftune.offsite.audit.recovery import recovered
 from siftune.offsite.audit.result import (
     EMULATOR_FT,
     EMULATOR_ZS,
@@ -51,15 +55,24 @@ from siftune.offsite.audit.result import (
     RecoveryPoint,
     summarise,
 )
-from siftune.offsite.audit.rows import AuditRows, RowScores, accuracy_name, padding, tokenize_audit, with_calibration
+from siftune.offsite.audit.rows import (
+    AuditRows,
+    RowScores,
+    accuracy_name,
+    padding,
+    score_losses,
+    tokenize_audit,
+    with_calibration,
+)
 from siftune.offsite.audit.settings import AuditOptions, AuditSettings
-from siftune.offsite.audit.tuning import tuned
+from siftune.offsite.audit.stages import Job, attack, calibration_leak, choose_candidates, choose_rows, recovered
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.load import load_kit
 from siftune.offsite.exchange.returned import read_return
 from siftune.offsite.exchange.updates import compare
-from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.kit.manifest import fingerprint
+from siftune.recipe.schema import Recipe, train_files
 
 Scores = dict[str, RowScores]  # by condition
 
@@ -204,3 +217,103 @@ def _facts(job: Job, returned: bool) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+AFTER_TRAINING = 128  # rows of either kind that are looked at when training ends: seconds, not minutes
+
+
+@dataclass(frozen=True)
+class OwnAudit:
+    """What a data owner's audit found."""
+
+    membership: Membership  # the attacks, by losses under the emulator
+    settings: AuditSettings
+    facts: dict[str, Any]  # names and versions
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain types for JSON."""
+        record: dict[str, Any] = jsonable(self)
+        return record
+
+
+def own_audit(
+    models: OffsiteModels,
+    rows: AuditRows,
+    returned: Mapping[str, Tensor],
+    settings: AuditSettings | None = None,
+    progress: Progress | None = None,
+) -> Membership:
+    """Attack a return without the base.
+
+    Args:
+        models: The emulator, as base too; tuned in place and put back bit for bit.
+        rows: Rows that the return was tuned on, and others of the same source.
+        returned: Its tensors by neutral name.
+        settings: How many rows, shadow models, and the seed.
+        progress: Told what is being done.
+
+    Raises:
+        KitError: The return does not fit the emulator.
+        DataError: Every other row is a training row too.
+    """
+    settings = settings or AuditSettings()
+    settings.check()
+    compare(read_outer(models.emulator, models.split), returned)
+    everything = list(range(len(rows.train)))
+    job = Job(models, rows, settings, everything, choose_candidates(rows, settings, everything), progress)
+    plug = partial(plugged, models.emulator, models.split, returned)
+    before = score_losses(models.emulator, rows.held_out, settings.eval_batch_size)
+    with plug():
+        after = score_losses(models.emulator, rows.held_out, settings.eval_batch_size)
+    found = attack(job, plug, before, after)
+    assert found is not None  # there are candidates
+    return found
+
+
+def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> OwnAudit:
+    """Attack a return on disk without the base; no model need be named.
+
+    Raises:
+        InputError: On a kit, return, rows or settings that cannot be used.
+    """
+    options.check()
+    kit = read_kit(options.kit, options.public_key)
+    assert options.returned is not None  # checked where no model is named
+    returned = read_return(options.returned, kit)
+    train = load_rows(options.train, options.train_split, options.limit, options.format)
+    others = load_rows(options.eval, options.eval_split, options.eval_limit, options.format)
+    emulator, tokenizer = load_kit(kit, options.dtype)
+    settings = options.settings()
+    rows = tokenize_audit(train, others, tokenizer, settings)
+    models = on_accelerator(OffsiteModels(emulator, emulator, kit.manifest.split, tokenizer))
+    found = own_audit(models, rows, returned, settings, progress)
+    facts = {"kit": kit.digest, "train": options.train, "eval": options.eval, "versions": versions()}
+    return OwnAudit(found, settings, facts)
+
+
+def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
+    """Attack the return of a run of a kit that has just ended, on at most `AFTER_TRAINING` rows of either kind.
+
+    None where the recipe names no held-out rows: without others there is nothing to compare with.
+    """
+    if not recipe.eval:
+        return None
+    return own_audit_paths(
+        AuditOptions(
+            kit=str(Path(recipe.model).expanduser()),
+            returned=returned,
+            train=train_files(recipe)[0],
+            train_split=recipe.train_split,
+            limit=recipe.limit,
+            eval=recipe.eval,
+            eval_split=recipe.eval_split,
+            eval_limit=AFTER_TRAINING,
+            format=recipe.format,
+            max_length=recipe.max_length,
+            template=recipe.template,
+            completion_only=recipe.completion_only,
+            membership_rows=AFTER_TRAINING,
+            dtype=recipe.dtype,
+            seed=recipe.seed,
+        )
+    )

@@ -24,8 +24,8 @@ from siftune.offsite.audit.models import count, kept_fraction
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.compress import Method, Mlp
 from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import Allotment, EmulatorSettings
-from siftune.offsite.emulator.split import Split
 from siftune.offsite.maths.drd import Basis
 
 Batches = Sequence[dict[str, Tensor]]

@@ -12,8 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from siftune.models.layers import find_layers
 from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.compress import CompressedLayer
-from siftune.offsite.emulator.model import LayerShape, build, emulator_config, frozen_names
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.emulator.model import Base, LayerShape, Split, build, emulator_config, frozen_names, outer_names
 
 
 @dataclass(frozen=True)
@@ -49,20 +48,20 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._sources)
 
 
-def assemble(model: PreTrainedModel, split: Split, layers: Sequence[CompressedLayer]) -> EmulatorParts:
-    """Collect the tensors of an emulator with this middle; those that were not compressed are the base's, no copies."""
-    middle = tuple(layer.shape for layer in layers)
-    config = emulator_config(model.config, split, middle)
+def assemble(base: Base, layers: Sequence[CompressedLayer]) -> EmulatorParts:
+    """Collect the tensors of an emulator with this middle; all others are the base's own, not copies."""
+    split, middle = base.split, tuple(layer.shape for layer in layers)
+    config = emulator_config(base.model.config, split, middle)
     skeleton = build(config, split, middle)
-    path = find_layers(skeleton).path
-    depth = len(find_layers(skeleton).layers)
-    made = {
-        f"{path}.{number}.{name}": partial(layer.tensors.__getitem__, name)
-        for number, layer in zip(split.middle(depth), layers, strict=True)
+    decoder = find_layers(skeleton)
+    compressed = {
+        f"{decoder.path}.{number}.{name}": partial(layer.tensors.__getitem__, name)
+        for number, layer in zip(split.middle(len(decoder.layers)), layers, strict=True)
         for name in layer.tensors
     }
-    frozen = {name: made.get(name) or partial(tensor_of, model, name) for name in frozen_names(skeleton, split, middle)}
-    outer = {neutral: partial(tensor_of, model, name) for neutral, name in outer_names(model, split).items()}
+    of_base = partial(partial, tensor_of, base.model)
+    frozen = {name: compressed.get(name) or of_base(name) for name in frozen_names(skeleton, split, middle)}
+    outer = {neutral: of_base(name) for neutral, name in outer_names(base.model, split).items()}
     return EmulatorParts(config, split, middle, Tensors(frozen), Tensors(outer))
 
 

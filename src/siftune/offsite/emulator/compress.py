@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from siftune.models.families import Family
 from siftune.models.streamed import tensor_of
-from siftune.offsite.emulator.model import LayerShape, features, weight_OI
-from siftune.offsite.emulator.recording import Captured
+from siftune.offsite.emulator.model import Base, LayerShape, features, weight_OI
+from siftune.offsite.emulator.record import Captured
 from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
+from siftune.offsite.maths.channels import DAMPING as REFIT_DAMPING
+from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.maths.kfac import DAMPING, Curvature, Moments, moments
-from siftune.offsite.maths.refit import DAMPING as REFIT_DAMPING
-from siftune.offsite.maths.refit import refit, refit_scores
-from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
 Mlp = Literal["refit", "channels"]
@@ -104,33 +103,20 @@ def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> La
     return LayerCurvature(captured, curvature)
 
 
-def whole(layer: nn.Module, number: int, same_as: int | None = None) -> CompressedLayer:
-    """A layer as it is, or one that takes the weights of another."""
-    if same_as is not None:
-        return CompressedLayer(LayerShape(number, same_as=same_as), {})
-    return CompressedLayer(LayerShape(number), {name: tensor_of(layer, name) for name in layer.state_dict()})
-
-
-def compress_layer(
-    layer: nn.Module,
-    number: int,
-    family: Family,
-    seen: LayerCurvature,
-    how: Compression,
-) -> CompressedLayer:
-    """Compress a decoder layer of the base model, which itself stays as it is; in that one's dtype.
+def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compression) -> CompressedLayer:
+    """Compress a decoder layer of the base model, which is left unchanged; in its dtype.
 
     Args:
-        layer: The layer.
-        number: Its number.
-        family: Where its matrices are.
-        seen: Their curvature; not needed where all is kept.
+        base: The base model.
+        number: Number of the layer.
+        seen: Curvature of its matrices; not needed if everything is kept.
         how: Settings.
     """
-    result = whole(layer, number)
+    layer, family = base.layers[number], base.family
+    tensors = {name: tensor_of(layer, name) for name in layer.state_dict()}
     if how.keep >= 1:
-        return result
-    tensors, ranks = dict(result.tensors), dict[str, int]()
+        return CompressedLayer(LayerShape(number), tensors)
+    ranks = dict[str, int]()
     for path in family.attention:
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)

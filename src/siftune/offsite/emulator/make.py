@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 
 from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
-from siftune.models.families import family_of
-from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble
 from siftune.offsite.emulator.compress import (
     CompressedLayer,
@@ -21,12 +19,10 @@ from siftune.offsite.emulator.compress import (
     LayerCurvature,
     compress_layer,
     layer_curvature,
-    whole,
 )
+from siftune.offsite.emulator.model import Base, LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
-from siftune.offsite.emulator.record import record, replay
-from siftune.offsite.emulator.recording import Recording
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.record import Recording, record, replay
 
 
 def emulators(
@@ -48,47 +44,35 @@ def emulators(
     """
     for choice in choices:
         choice.check()
-    split = choices[0].split
-    if any(choice.split != split for choice in choices):
-        raise RecipeError("emulators made together have one split; make those of another split apart")
-    whole = not all(choice.downwards for choice in choices)
-    recording = record(model, batches, middle_of(model, split), progress, whole=whole)
-    plans = [plan(model, recording, choice, progress) for choice in choices]
-    made: list[dict[int, CompressedLayer]] = [{} for _ in choices]
+    base = Base(model, choices[0].split)
+    if any(choice.split != base.split for choice in choices):
+        raise RecipeError("emulators of one pass have one split: make those of another split in another pass")
+    recording = record(base, batches, progress, whole=not all(choice.downwards for choice in choices))
+    plans = [plan(base, recording, choice, progress) for choice in choices]
+    layers: list[dict[int, CompressedLayer]] = [{} for _ in choices]
 
     def take(place: int, number: int, layer: CompressedLayer) -> None:
-        made[place][number] = layer
+        layers[place][number] = layer
 
-    compress_middle(model, recording, list(zip(choices, plans, strict=True)), take, progress)
-    return [assemble(model, split, in_places(model, steps, by)) for steps, by in zip(plans, made, strict=True)]
-
-
-def middle_of(model: PreTrainedModel, split: Split) -> range:
-    """Numbers of the layers to compress.
-
-    Raises:
-        UnsupportedError: The model's family cannot be compressed.
-        LayerError: The split leaves no middle.
-    """
-    family_of(model.config)
-    return split.middle(len(find_layers(model).layers))
+    compress_middle(base, recording, list(zip(choices, plans, strict=True)), take, progress)
+    return [assemble(base, in_places(steps, by)) for steps, by in zip(plans, layers, strict=True)]
 
 
 def compress_middle(
-    model: PreTrainedModel,
+    base: Base,
     recording: Recording,
     jobs: Sequence[tuple[EmulatorSettings, Sequence[Step]]],
     take: Callable[[int, int, CompressedLayer], None],
     progress: Progress | None,
 ) -> None:
-    """Go through the middle layers once, up, or down where the recording is not whole; compress each for every job.
+    """Compress each middle layer for every job, in one pass: up, or down if the recording is not complete.
 
     Args:
-        model: The base model.
-        recording: What its middle layers saw; a layer's part is freed when it is done.
-        jobs: Settings of each, and the layers that it wants.
-        take: Given each layer with the job's place and its number.
-        progress: Told of every layer.
+        base: The base model.
+        recording: Of its middle layers; a layer's part is freed after use.
+        jobs: Settings of each, and the layers to compress.
+        take: Called with the job's place, the layer's number and the layer.
+        progress: Called after every layer.
     """
     wanted = [(settings, {step.number: step for step in steps if step.same_as is None}) for settings, steps in jobs]
     numbers = sorted(set().union(*(steps for _, steps in wanted)), reverse=not recording.whole)
@@ -99,34 +83,32 @@ def compress_middle(
             for place, (settings, steps) in enumerate(wanted)
             if number in steps
         }
-        _compress_one(model, recording, number, here, slopes, take)
-        recording.forget(number)  # used; memory goes down as the work goes on
+        _compress_one(base, recording, number, here, slopes, take)
+        recording.forget(number)
         if progress is not None:
             progress("compression", done, len(numbers))
 
 
 def _compress_one(
-    model: PreTrainedModel,
+    base: Base,
     recording: Recording,
     number: int,
     jobs: Mapping[int, Compression],
     slopes: bool,
     take: Callable[[int, int, CompressedLayer], None],
 ) -> None:
-    """Compress a layer for every job; nothing of it is left in memory."""
-    layer, family = find_layers(model).layers[number], family_of(model.config)
-    paths = list(dict.fromkeys(path for how in jobs.values() if how.keep < 1 for path in how.judged(family)))
-    seen = layer_curvature(replay(layer, recording, number, paths), slopes) if paths else LayerCurvature()
+    """Compress a layer for every job; a function of its own, so that nothing of the layer is left in memory."""
+    paths = list(dict.fromkeys(path for how in jobs.values() if how.keep < 1 for path in how.judged(base.family)))
+    seen = layer_curvature(replay(base, recording, number, paths), slopes) if paths else LayerCurvature()
     for place, how in jobs.items():
-        take(place, number, compress_layer(layer, number, family, seen, how))
+        take(place, number, compress_layer(base, number, seen, how))
 
 
-def in_places(
-    model: PreTrainedModel, steps: Sequence[Step], by_number: dict[int, CompressedLayer]
-) -> list[CompressedLayer]:
-    """Put layers in the order of a plan."""
-    layers = find_layers(model).layers
+def in_places(steps: Sequence[Step], by_number: Mapping[int, CompressedLayer]) -> list[CompressedLayer]:
+    """The layers in the order of a plan."""
     return [
-        by_number[step.number] if step.same_as is None else whole(layers[step.number], step.number, step.same_as)
+        by_number[step.number]
+        if step.same_as is None
+        else CompressedLayer(LayerShape(step.number, same_as=step.same_as), {})
         for step in steps
     ]

@@ -1,8 +1,12 @@
-"""Emulators: models whose middle layers are smaller than their base's.
+"""Emulators: models whose middle layers are smaller than their base's, and the split of both.
 
-An emulator is an ordinary transformers model in which, in the middle layers, matrices are replaced by products of two
-thinner ones, MLPs have fewer channels, or layers are missing or take the weights of others. Shapes
-alone describe it, so that it can be built before any weight is read.
+An emulator is an ordinary transformers model. In its middle layers, matrices are replaced by products of two thinner
+ones, MLPs have fewer channels, or layers are missing or share the weights of others. Shapes alone describe it, so that
+it can be built before any weight is read.
+
+The first and last decoder layers of base and emulator are the *outer* ones, the others the *middle*. The outer layers'
+tensors have names that do not depend on the model's depth, because an emulator may have fewer layers: `first.0.…` for
+the layers next to the embeddings, `last.0.…` for those before the head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +18,97 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from siftune.base.errors import LayerError
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import Split
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many outer layers there are at either end."""
+
+    first: int = 2  # layers next to the embeddings
+    last: int = 2  # layers before the head
+
+    def middle(self, depth: int) -> range:
+        """Numbers of the middle layers of a model with `depth` layers.
+
+        Raises:
+            LayerError: No layer is left between, or there are no outer ones.
+        """
+        if min(self.first, self.last) < 0 or self.first + self.last == 0:
+            raise LayerError(
+                f"there would be {self.first} first and {self.last} last outer layers; give counts of 0 or more, and "
+                "at least one layer in all"
+            )
+        if self.first + self.last >= depth:
+            raise LayerError(
+                f"the model has {depth} layers: with {self.first} first and {self.last} last ones as outer layers no "
+                "middle is left to compress; give smaller counts"
+            )
+        return range(self.first, depth - self.last)
+
+    def outer(self, depth: int) -> list[int]:
+        """Numbers of the outer layers in a model with `depth` layers."""
+        return [*range(self.first), *range(depth - self.last, depth)]
+
+
+def outer_names(model: nn.Module, split: Split) -> dict[str, str]:
+    """Names of the outer layers' tensors, in a base model or an emulator of one without PEFT around it.
+
+    Returns:
+        Depth-independent name -> name in the model's state dict, of parameters and persistent buffers.
+    """
+    decoder = find_layers(model)
+    depth = len(decoder.layers)
+    names = {}
+    for place, number in places(split, depth):
+        for name in decoder.layers[number].state_dict():
+            names[f"{place}.{name}"] = f"{decoder.path}.{number}.{name}"
+    return names
+
+
+def places(split: Split, depth: int) -> Sequence[tuple[str, int]]:
+    """Neutral name and number of each of the outer layers, in a model with `depth` layers."""
+    first = [(f"first.{i}", i) for i in range(split.first)]
+    return [*first, *((f"last.{i}", depth - split.last + i) for i in range(split.last))]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model and its split: the one view of it that the steps of `emulate` share.
+
+    Raises:
+        UnsupportedError: The model's family cannot be compressed.
+        LayerError: The split leaves no middle.
+    """
+
+    model: PreTrainedModel  # without adapters; its layers may be loaded as they run (`models/streamed.py`)
+    split: Split = field(default_factory=Split)
+
+    def __post_init__(self) -> None:
+        family_of(self.model.config)
+        self.split.middle(self.depth)
+
+    @property
+    def family(self) -> Family:
+        """Where the matrices of a layer are."""
+        return family_of(self.model.config)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """All decoder layers."""
+        return find_layers(self.model).layers
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def middle(self) -> range:
+        """Numbers of the layers to compress."""
+        return self.split.middle(self.depth)
 
 
 class FactoredLinear(nn.Module):

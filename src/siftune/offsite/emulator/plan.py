@@ -1,18 +1,37 @@
-"""Plan an emulator's middle: which layers it has, and how much of each stays."""
+"""Settings of an emulator, and the plan of its middle: which layers it has, and how much of each matrix stays.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+*Measured* shares *(ours)* are allotted by the cost of every matrix at several sizes (`maths.allotment`). A matrix that
+is fitted to few rows loses little on them and more on others: v_proj's directions of SmolLM2 lose ten times as much,
+the MLP's channels four times. So one half of the calibration tokens chooses and fits, and the costs are those on the
+other half. The kit itself is made from all tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.files import Progress
-from siftune.offsite.emulator.compress import Compression
-from siftune.offsite.emulator.costs import SHARES, measured_shares
-from siftune.offsite.emulator.recording import Recording
-from siftune.offsite.emulator.split import Split
+from siftune.models.families import Family
+from siftune.models.streamed import tensor_of
+from siftune.offsite.emulator.compress import (
+    Compression,
+    LayerCurvature,
+    channel_count,
+    layer_curvature,
+    score_channels,
+    write_columns,
+)
+from siftune.offsite.emulator.model import Base, Split, weight_OI
+from siftune.offsite.emulator.record import Captured, Recording, replay
+from siftune.offsite.maths.allotment import water_fill
 from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
+from siftune.offsite.maths.channels import keep_channels
+from siftune.offsite.maths.drd import component_scores, components, joint_costs, keep_components, rank_of
+from siftune.offsite.maths.kfac import cost
 
 Allotment = Literal["uniform", "measured"]
 
@@ -79,10 +98,8 @@ class Step:
     shares: Mapping[str, float] | None = None
 
 
-def plan(
-    model: nn.Module, recording: Recording, settings: EmulatorSettings, progress: Progress | None = None
-) -> list[Step]:
-    """Plan the middle, of a model and what its layers saw, by checked settings.
+def plan(base: Base, recording: Recording, settings: EmulatorSettings, progress: Progress | None = None) -> list[Step]:
+    """Plan the middle by checked settings.
 
     Raises:
         UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
@@ -90,14 +107,14 @@ def plan(
     numbers = recording.numbers
     count = max(1, round(settings.keep * len(numbers)))
     if settings.method in ("layerdrop", "crash"):
-        _refuse_numbered(getattr(model, "config", None), settings.method)
+        _refuse_numbered(base.model.config, settings.method)
     if settings.method == "layerdrop":
         return [Step(numbers[place]) for place in uniform_layers(len(numbers), count)]
     if settings.method == "crash":
         sources = crash_sources(neighbour_similarities(recording.outputs(number) for number in numbers), count)
         return [Step(numbers[s], same_as=None if s == place else s) for place, s in enumerate(sources)]
     if settings.allot == "measured" and settings.keep < 1:
-        measured = measured_shares(model, recording, settings, progress)
+        measured = measured_shares(base, recording, settings, progress)
         return [Step(number, settings.keep, shares=measured[number]) for number in numbers]
     return [Step(number, settings.keep) for number in numbers]
 
@@ -109,3 +126,106 @@ def _refuse_numbered(config: Any, method: str) -> None:
             f"method {method} drops layers, but this model scales attention by the number of the layer "
             "(scale_attn_by_inverse_layer_idx); use method gradot"
         )
+
+
+SHARES = tuple(number / 20 for number in range(2, 21))  # at 1 a matrix is whole, and costs nothing
+
+
+def measured_paths(family: Family) -> tuple[str, ...]:
+    """What has a share: the matrices of attention, and for all of the MLP, the one that writes."""
+    return (*family.attention, family.writes)
+
+
+def layer_costs(base: Base, number: int, captured: Mapping[str, Captured], how: Compression) -> list[Tensor]:
+    """Parameters and costs of a layer's matrices at every share of `SHARES`.
+
+    `captured` is what those of `how.judged` saw; what the settings keep has no part.
+
+    Returns:
+        (2, S) float64 for each of `measured_paths`: parameters, then what is lost.
+    """
+    layer, family = base.layers[number], base.family
+    chosen = layer_curvature(_half(captured, False), bool(how.lambda_attn or how.lambda_mlp))
+    other = layer_curvature(_half(captured, True), False)
+    weights = {
+        path: weight_OI(layer.get_submodule(path), tensor_of(layer, f"{path}.weight")).float()
+        for path in family.matrices
+    }
+    return [
+        *(_factored(path, weights[path], (chosen, other), how) for path in family.attention),
+        _narrowed(weights, family, (chosen, other), how),
+    ]
+
+
+def _half(captured: Mapping[str, Captured], second: bool) -> dict[str, Captured]:
+    """The first or second half of the tokens; matrices that read the same tensor still share it."""
+    inputs: dict[int, Tensor] = {}
+    found = {}
+    for path, seen in captured.items():
+        middle = len(seen.x_NI) // 2
+        part = slice(middle, None) if second else slice(middle)
+        x_NI = inputs.setdefault(id(seen.x_NI), seen.x_NI[part])
+        found[path] = Captured(x_NI, seen.g_NO[part])
+    return found
+
+
+def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Compression) -> Tensor:
+    """A matrix that becomes a product of two."""
+    chosen, other = (half.curvature[path] for half in seen)
+    parts = components(weight, chosen, how.basis, how.damping)
+    scores_K = component_scores(parts, chosen, how.lambda_attn)
+    ranks = [rank_of(share, *weight.shape) for share in SHARES[:-1]]
+    kept = [keep_components(scores_K, parts.size_K, rank, how.protect) for rank in ranks]
+    sizes = [float(rank * sum(weight.shape)) for rank in ranks]
+    return _table([*sizes, float(weight.numel())], [*joint_costs(parts, other, kept), 0.0])
+
+
+def _narrowed(
+    weights: Mapping[str, Tensor], family: Family, seen: Sequence[LayerCurvature], how: Compression
+) -> Tensor:
+    """An MLP that loses channels: what is lost is what it writes."""
+    chosen, other = seen
+    write_OC, channels = weights[family.writes], weights[family.writes].shape[1]
+    per_channel = sum(weights[path].numel() for path in (*family.reads, family.writes)) // channels
+    scores_C = score_channels(weights, family, chosen, how)
+    counts = [channel_count(share, channels) for share in SHARES[:-1]]
+    costs = []
+    for count in counts:
+        staying = keep_channels(scores_C, count)
+        delta_OC = -write_OC
+        delta_OC[:, staying] += write_columns(write_OC, chosen.curvature[family.writes], staying, how)
+        costs.append(cost(other.curvature[family.writes], delta_OC))
+    return _table([float(count * per_channel) for count in (*counts, channels)], [*costs, 0.0])
+
+
+def _table(sizes: Sequence[float], costs: Sequence[float]) -> Tensor:
+    return torch.tensor([sizes, costs], dtype=torch.float64)
+
+
+def measured_shares(
+    base: Base, recording: Recording, how: Compression, progress: Progress | None = None
+) -> dict[int, dict[str, float]]:
+    """Share out what is kept, `how.keep` of the parameters of all the middle's matrices, by what each costs.
+
+    Layers are run one after the other; costs lie with the recording's states, so that a run that was cut goes on.
+
+    Returns:
+        Number of the layer -> path -> share.
+    """
+    known = recording.costs(replace(how, keep=1.0))  # costs do not depend on it
+    tables: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
+    for done, number in enumerate(recording.numbers, 1):
+        if not known.has(number):
+            captured = replay(base, recording, number, how.judged(base.family))
+            known.put(number, layer_costs(base, number, captured, how))
+        for path, table in zip(measured_paths(base.family), known.get(number), strict=True):
+            sizes, costs = table.tolist()
+            tables[number, path] = sizes, costs
+        if progress is not None:
+            progress("measuring", done, len(recording.numbers))
+    every = [sizes for sizes, _ in tables.values()]
+    chosen = water_fill(every, [costs for _, costs in tables.values()], how.keep * sum(one[-1] for one in every))
+    found: dict[int, dict[str, float]] = {number: {} for number in recording.numbers}
+    for (number, path), place in zip(tables, chosen, strict=True):
+        found[number][path] = SHARES[place]
+    return found

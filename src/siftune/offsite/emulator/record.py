@@ -1,41 +1,170 @@
-"""Calibration rows through a model layer by layer: what goes into a layer, and the gradient of what comes out of it.
+"""Calibration: the input of every layer on the calibration rows, and the gradient of its output.
 
-With those two a layer can be run forward and backward alone afterwards, so curvature, scores and compression need one
-layer's activations at a time. So does the pass itself: all batches go through one layer before the next one, upwards
-without a graph, and downwards once more layer by layer; no gradient of a weight is formed. Who replays the layers from
-the last to the first has the gradients go down with that, and spares the pass. A model whose layers are loaded when
-they run (`models/streamed.py`) has one of them in memory at any time.
+With those two a layer can be run forward and backward alone afterwards, so that curvature, scores and compression need
+one layer's activations at a time. The pass works the same way: all batches go through one layer before the next one,
+upwards without a graph, and downwards once more layer by layer; no gradient of a weight is formed. A caller who replays
+the layers from the last to the first computes the gradients on the way, and spares the second pass. Of a model whose
+layers are loaded when they run (`models/streamed.py`), one layer is in memory at a time.
 
     model --pass--> Recording --replay(layer)--> inputs x and output gradients g of each of the layer's matrices
 
-Shapes: B rows, T positions, H hidden size, N real tokens of all batches, I and O in and out features of a matrix.
+Shapes: B rows, T positions, H hidden size, N real tokens of all batches, F features, I and O in and out features.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siftune.base.errors import DataError
-from siftune.base.files import Progress
-from siftune.models.layers import find_layers, hidden_states
+from siftune.base.files import Progress, write_beside
+from siftune.models.layers import hidden_states
 from siftune.models.loss import cross_entropy, label_positions, logits_at, next_labels
 from siftune.models.modules import evaluating, trainable_only
 from siftune.models.streamed import held
-from siftune.offsite.emulator.recording import Call, Captured, Recording, States, Visit, own, rows_of
+from siftune.offsite.emulator.model import Base
+
+
+class States:
+    """Tensors by number of the layer, one per batch, on the CPU.
+
+    Args:
+        folder: Where they lie, one file per layer, there whole or not at all; None keeps them in memory.
+        name: Start of the files' names.
+    """
+
+    def __init__(self, folder: Path | None = None, name: str = "") -> None:
+        self._folder, self._name = folder, name
+        self._here: dict[int, list[Tensor]] = {}
+
+    def beside(self, name: str) -> "States":
+        """Others of another name, kept as these are."""
+        return States(self._folder, name)
+
+    def put(self, number: int, batches: Sequence[Tensor]) -> None:
+        """Keep a layer's tensors."""
+        plain = [tensor.detach().cpu() for tensor in batches]
+        if self._folder is None:
+            self._here[number] = plain
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with write_beside(self._file(self._folder, number)) as [beside]:
+            save_file({str(place): tensor.contiguous() for place, tensor in enumerate(plain)}, beside)
+
+    def get(self, number: int) -> list[Tensor]:
+        """A layer's tensors, not to be changed in place; those of a folder are read as they are used."""
+        if self._folder is None:
+            return self._here[number]
+        found = load_file(self._file(self._folder, number))
+        return [found[str(place)] for place in range(len(found))]
+
+    def has(self, number: int) -> bool:
+        """Whether a layer's tensors are there."""
+        return number in self._here if self._folder is None else self._file(self._folder, number).exists()
+
+    def drop(self, number: int) -> None:
+        """Free memory; what lies in a folder stays, for a run that may have to go on."""
+        self._here.pop(number, None)
+
+    def _file(self, folder: Path, number: int) -> Path:
+        return folder / f"{self._name}-{number:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a layer is called, hidden states apart: masks, positions, and what else its model hands it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden_BTH: Tensor) -> Tensor:
+        """Run a layer so; (B, T, H)."""
+        device = next(layer.parameters()).device
+        if device.type != "meta":  # else accelerate moves it
+            hidden_BTH = hidden_BTH.to(device)
+        output: Tensor = layer(hidden_BTH, *self.args, **self.kwargs)
+        return output
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One batch's visit to one layer."""
+
+    call: Call
+    hidden_BTH: Tensor  # what went in
+    grad_BTH: Tensor  # gradient of the summed loss for what came out
+    real_BT: Tensor  # bool; false on padding
+
+
+@dataclass
+class Recording:
+    """What the middle layers saw; hidden states and gradients in the model's dtype."""
+
+    numbers: Sequence[int]  # numbers of these layers
+    hidden: States  # what goes into a layer, by its number; what comes out is what goes into the next
+    grads: States  # gradients of the summed loss for what comes out, by number of the layer
+    # what layers' matrices would cost, by what that depends on
+    measured: dict[Hashable, States] = field(default_factory=dict)
+    calls: list[list[Call]] = field(default_factory=list)  # by batch, then by number of the layer
+    real: list[Tensor] = field(default_factory=list)  # (B, T) bool per batch: false on padding
+    tokens: int = 0  # labels of all batches
+    loss: float = 0.0  # mean loss per label
+    # the gradients of all these layers are there; else those of the last one, and each `replay` adds those of the
+    # layer below
+    whole: bool = True
+
+    def visits(self, number: int) -> Iterator[Visit]:
+        """The visits to a layer, one per batch."""
+        calls = [calls[number] for calls in self.calls]
+        for parts in zip(calls, self.hidden.get(number), self.grads.get(number), self.real, strict=True):
+            yield Visit(*parts)
+
+    def costs(self, of: Hashable) -> States:
+        """Where measured costs of layers are kept, by number; jobs of which `of` is the same share them."""
+        return self.measured.setdefault(of, self.hidden.beside("cost"))
+
+    def outputs(self, number: int) -> Tensor:
+        """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
+        return torch.cat([rows_of(h, real) for h, real in zip(self.hidden.get(number + 1), self.real, strict=True)])
+
+    def forget(self, number: int) -> None:
+        """Free the memory of a layer that is done with."""
+        self.hidden.drop(number)
+        self.grads.drop(number)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one matrix saw: float32, where the layer is; padding is left out."""
+
+    x_NI: Tensor  # inputs
+    g_NO: Tensor  # gradients of the summed loss for its outputs
+
+
+def rows_of(x_BTF: Tensor, real_BT: Tensor) -> Tensor:
+    """Real tokens of a (B, T, F) tensor as float32 rows (N, F); OPT hands its MLP rows that are flat already."""
+    flat = x_BTF.detach().reshape(-1, x_BTF.shape[-1])
+    return flat[real_BT.flatten().to(flat.device)].float()
+
+
+def own(hidden: Tensor) -> Tensor:
+    """A copy that a layer may go on with in place."""
+    return hidden.detach().clone()
+
 
 Batch = dict[str, Tensor]
 
 
 def record(
-    model: nn.Module,
+    base: Base,
     batches: Sequence[Batch],
-    numbers: Sequence[int],
     progress: Progress | None = None,
     folder: Path | None = None,
     whole: bool = True,
@@ -45,9 +174,8 @@ def record(
     The model is left as it was: mode, `requires_grad` and gradients.
 
     Args:
-        model: A causal language model without adapters; also spread over devices by accelerate.
+        base: The base model; also spread over devices by accelerate.
         batches: Each with (B, T) `input_ids`, `attention_mask` and `labels` (-100 where nothing is learned).
-        numbers: Numbers of the layers to record, without a gap.
         progress: Told after each layer.
         folder: Where hidden states and gradients lie; layers that are there already are not run again. None keeps them
             in memory.
@@ -56,8 +184,8 @@ def record(
     Raises:
         DataError: There is no batch, or not one label in all of them, or the loss is not finite.
     """
+    model, layers, numbers = base.model, base.layers, base.middle
     recording = Recording(numbers, States(folder, "hidden"), States(folder, "grad"), whole=whole)
-    layers = find_layers(model).layers
     used = [batch for batch in batches if bool(label_positions(batch["labels"]).any())]
     if not used:
         raise DataError("the calibration rows hold no token to learn: give rows with text")
@@ -76,13 +204,13 @@ def record(
     return recording
 
 
-def replay(layer: nn.Module, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
+def replay(base: Base, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
     """Run a recorded layer alone, and collect what its matrices saw, by path.
 
     Matrices that read the same tensor share `x_NI`. Where the recording is not whole, it then has the gradients for the
     layer below.
     """
-    parts: dict[str, list[Captured]] = {path: [] for path in paths}
+    layer, parts = base.layers[number], {path: list[Captured]() for path in paths}
     shared: dict[int, Tensor] = {}
     below: list[Tensor] = []
     with trainable_only(layer), evaluating(layer), held(layer), torch.enable_grad():

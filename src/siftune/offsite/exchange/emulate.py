@@ -1,31 +1,37 @@
-"""Make emulators: one pass over calibration rows, then one layer after the other.
+"""Write kits: one pass over calibration rows, then one layer after the other.
 
-What goes from layer to layer lies on disk, and so do finished layers: a run that was cut short goes on where it was.
+Finished layers, and the states that go from layer to layer, lie in a folder next to the kit until it is complete: an
+interrupted run continues where it stopped. That folder is the owner's own, and no part of the kit.
 Peak memory is the model and one layer's factors; of a model whose layers are loaded as they run (`models/streamed.py`)
 the embeddings, the head, and one layer with its factors.
 """
 
 import hashlib
+import json
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from siftune.base.files import Progress, refuse_full
-from siftune.models.layers import find_layers
-from siftune.offsite.emulator.assemble import assemble, converted
+from siftune.base.files import Progress, refuse_full, write_beside
+from siftune.base.work_folder import WorkFolder
+from siftune.offsite.emulator.assemble import assemble, cast, converted
 from siftune.offsite.emulator.compress import CompressedLayer
-from siftune.offsite.emulator.make import compress_middle, in_places, middle_of
-from siftune.offsite.emulator.plan import EmulatorSettings, plan
+from siftune.offsite.emulator.make import compress_middle, in_places
+from siftune.offsite.emulator.model import Base, LayerShape
+from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import record
-from siftune.offsite.exchange.work import Work
-from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
+from siftune.offsite.kit.manifest import fingerprint
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -80,55 +86,71 @@ def emulate(
     """
     settings, options, out = settings or EmulatorSettings(), options or KitOptions(), Path(out).expanduser()
     settings.check()
-    middle_of(model, settings.split)
+    base = Base(model, settings.split)
     refuse_full(out)
     make_tokenizer(tokenizer_files(tokenizer), model.config.get_text_config().vocab_size)  # refused now, not at the end
-    identity = fingerprint(model)
-    with Work(out, _made_of(identity, settings, options, batches)) as work:
-        layers = _compressed(model, batches, settings, options, work, progress)
-    parts = assemble(model, settings.split, layers)
+    identity, place = fingerprint(model), Path(os.path.abspath(out))  # "." has no name of its own
+    facts = {
+        "the base model": identity, "the calibration": _digest(batches), "the dtype": str(options.dtype),
+        **asdict(settings),
+    }  # fmt: skip
+    work = WorkFolder(place.with_name(f".{place.name}.work"), "plan.json", "*.safetensors")
+    with work.begin(facts):
+        layers = _compressed(base, batches, settings, options, work, progress)
+    parts = assemble(base, layers)
     contents = KitContents(
         parts.config, parts.split, parts.middle, converted(parts.frozen, options.dtype),
-        converted(parts.outer, options.outer_dtype), tokenizer, len(find_layers(model).layers), identity,
+        converted(parts.outer, options.outer_dtype), tokenizer, base.depth, identity,
     )  # fmt: skip
     kit = write_kit(out, contents, options.signing_key)
     work.remove()
     return kit
 
 
-def _compressed(
-    model: PreTrainedModel,
-    batches: Sequence[dict[str, Tensor]],
-    settings: EmulatorSettings,
-    options: KitOptions,
-    work: Work,
-    progress: Progress | None,
-) -> list[CompressedLayer]:
-    """The compressed middle; layers that are on disk already are not made again."""
-    steps = work.steps()
-    numbers = {step.number for step in steps} if steps else set()
-    if steps is None or any(not work.has(number) for number in numbers):
-        middle = middle_of(model, settings.split)
-        recording = record(model, batches, middle, progress, work.states, not settings.downwards)
-        steps = steps or plan(model, recording, settings, progress)
-        work.begin(steps)
-        missing = [step for step in steps if not work.has(step.number)]
-        if len(missing) < len(steps):
-            logger.info("%d of %d layers are there already", len(steps) - len(missing), len(steps))
-        compress_middle(
-            model, recording, [(settings, missing)], lambda _, n, layer: work.add(n, layer, options.dtype), progress
-        )
-    return in_places(model, steps, {number: work.load(number) for number in {s.number for s in steps}})
-
-
-def _made_of(
-    identity: str, settings: EmulatorSettings, options: KitOptions, batches: Sequence[dict[str, Tensor]]
-) -> dict[str, Any]:
-    """What compressed layers depend on."""
+def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
             digest.update(f"{name} {tuple(batch[name].shape)}".encode())
             digest.update(batch[name].cpu().contiguous().numpy().tobytes())
-    named = {"the base model": identity, "the calibration": digest.hexdigest(), "the dtype": str(options.dtype)}
-    return {**named, **asdict(settings)}
+    return digest.hexdigest()
+
+
+def _compressed(
+    base: Base,
+    batches: Sequence[dict[str, Tensor]],
+    settings: EmulatorSettings,
+    options: KitOptions,
+    work: WorkFolder,
+    progress: Progress | None,
+) -> list[CompressedLayer]:
+    """The compressed middle; layers in the work folder are not compressed again."""
+
+    def file(number: int) -> Path:
+        return work.path / f"{number:04d}.safetensors"
+
+    def take(_: int, number: int, layer: CompressedLayer) -> None:
+        tensors = {name: cast(tensor, options.dtype).contiguous().cpu() for name, tensor in layer.tensors.items()}
+        with write_beside(file(number)) as [beside]:
+            save_file(tensors, beside, {"shape": json.dumps(asdict(layer.shape))})
+
+    steps = [Step(*step) for step in work.state.get("steps", ())]
+    if not steps or not all(file(step.number).exists() for step in steps):
+        recording = record(base, batches, progress, work.path / "states", not settings.downwards)
+        if not steps:
+            steps = plan(base, recording, settings, progress)
+            work.set_state(steps=[astuple(step) for step in steps])
+        missing = [step for step in steps if not file(step.number).exists()]
+        if len(missing) < len(steps):
+            logger.info("%d of %d layers are there already", len(steps) - len(missing), len(steps))
+        compress_middle(base, recording, [(settings, missing)], take, progress)
+    return in_places(steps, {number: _load(file(number)) for number in {step.number for step in steps}})
+
+
+def _load(file: Path) -> CompressedLayer:
+    """A compressed layer, whose tensors are read when they are asked for."""
+    with safe_open(file, "pt") as opened:
+        shape: dict[str, Any] = json.loads(opened.metadata()["shape"])
+        index = {name: {"safetensors_file": str(file)} for name in opened.keys()}  # noqa: SIM118
+    shape["biased"] = tuple(shape["biased"])
+    return CompressedLayer(LayerShape(**shape), OffloadedWeightsLoader(index=index))

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from siftune.base.errors import KitError
-from siftune.offsite.exchange.returned import OpenReturn
+from siftune.offsite.exchange.returned import OpenReturn, Tuned, is_thin
 from siftune.offsite.exchange.settings import Merging
-from siftune.offsite.exchange.thin import Tuned, is_thin
 from siftune.offsite.exchange.updates import Part, compare
 from siftune.offsite.kit.strict import about
 from siftune.offsite.maths.merging import clip_factors, mean, shares, trimmed_mean

@@ -22,15 +22,14 @@ from siftune.evaluate.measure import PERPLEXITY
 from siftune.evaluate.prepare import prepare_rows
 from siftune.models.load import load_model, quiet_bars
 from siftune.models.save import save_model, save_tokenizer
-from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.merge import Candidate, candidates, merged
-from siftune.offsite.exchange.own_rows import LossChange, OwnRows
 from siftune.offsite.exchange.returned import open_return
 from siftune.offsite.exchange.settings import MAX_UPDATE, Merging, PlugSettings
-from siftune.offsite.exchange.updates import UpdateReport, compare
+from siftune.offsite.exchange.updates import LossChange, OwnRows, UpdateReport, compare
 from siftune.offsite.kit.config import check_of_base
-from siftune.offsite.kit.fingerprint import fingerprint
 from siftune.offsite.kit.folder import Kit
+from siftune.offsite.kit.manifest import fingerprint
 from siftune.offsite.kit.strict import about, naming
 
 logger = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ def plug_in(
 
     Example:
         >>> from siftune.evaluate.prepare import prepare_rows
-        >>> from siftune.offsite.exchange.own_rows import OwnRows
+        >>> from siftune.offsite.exchange.updates import OwnRows
         >>> rows = OwnRows(prepare_rows(held_out_rows, tokenizer, ("perplexity",)))
         >>> plug_in(base, kit, [returned], rows=rows).rounding  # of `read_return`; here nothing was tuned
         0.0

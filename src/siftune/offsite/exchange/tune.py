@@ -16,10 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from siftune.base.errors import KitError, RecipeError
 from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.models.layers import find_layers, layer_numbers
-from siftune.offsite.emulator.split import Split, outer_names, places
+from siftune.offsite.emulator.model import Split, outer_names, places
 from siftune.offsite.exchange.load import kit_tokenizer, load_kit
-from siftune.offsite.exchange.returned import read_return, write_return
-from siftune.offsite.exchange.thin import DOWN, UP, largest_rank
+from siftune.offsite.exchange.returned import DOWN, UP, largest_rank, read_return, write_return
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
 from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical

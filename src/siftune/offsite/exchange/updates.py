@@ -1,18 +1,18 @@
-"""How far a return moves the layers of a base model, and what is refused for having moved too far.
+"""The size of a return's updates, the owner's loss before and after, and the limits of both.
 
-What comes back is measured by how much of what each tensor does it changes, with Frobenius norms and, by default, less
-than a quarter (ours):
+The update of a tensor is measured relative to the tensor, with Frobenius norms. By default it must be below a quarter
+*(ours)*:
 
     a matrix W                         ‖W' − W‖ / ‖W‖
     a bias b beside a weight W         ‖b' − b‖ / ‖[W b]‖     b is one more column of W, and may be zero in the base
-    the weight w of a norm             ‖w' − w‖ / ‖g‖         g is what it multiplies by: w, in Gemma's norms 1 + w
+    the weight w of a norm             ‖w' − w‖ / ‖g‖         g is the factor: w, in Gemma's norms 1 + w
     another vector                     as a matrix
 
-So tensors of zeros, of another layer or without relation to W are refused: they come to 1 or more. A bias of zeros is
-measured by its weight, a norm of Gemma's by its gain, so that neither needs a floor of its own. Fine-tuning stays
-below: of SmolLM2-135M's two first and two last layers, 120 steps of 8 rows of arithmetic move none of the tensors by
-more than 0.061 with LoRA of rank 32 at a rate of 1e-3, and 0.026 with whole layers at 1e-4 (0.18 at 1e-3, ten times the
-usual). `siftune verify` tells it of any return. A tiny model of small random weights, as in tests, moves further.
+So tensors of zeros, of another layer or without relation to W are refused: their updates are 1 or more. A bias of zeros
+is measured by its weight, a norm of Gemma's by its gain, so that neither needs a floor of its own. Fine-tuning stays
+below: 120 steps of 8 rows of arithmetic on SmolLM2-135M's two first and two last layers move no tensor by more than
+0.061 with LoRA of rank 32 at a rate of 1e-3, and 0.026 with complete layers at 1e-4 (0.18 at 1e-3, ten times the usual
+rate). `siftune verify` shows the updates of any return. A tiny model of small random weights moves further.
 """
 
 import math
@@ -21,15 +21,63 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from siftune.base.errors import KitError
+from siftune.evaluate.measure import PERPLEXITY, measure
+from siftune.evaluate.prepare import Prepared
 from siftune.models.families import FAMILIES
-from siftune.offsite.exchange.own_rows import LossChange
-from siftune.offsite.exchange.settings import MAX_UPDATE, check_max_update
-from siftune.offsite.exchange.thin import Tuned
+from siftune.offsite.exchange.returned import Tuned
+from siftune.offsite.exchange.settings import MAX_LOSS_INCREASE, MAX_UPDATE, check_max_loss_increase, check_max_update
 from siftune.offsite.kit.folder import Kit, load_weights
 from siftune.offsite.kit.manifest import OUTER
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Rows on which a model must not get worse.
+
+    Attributes:
+        prepared: From `evaluate.prepare_rows`, for the metric `perplexity`.
+        max_loss_increase: By how many nats per token the loss may rise.
+
+    Raises:
+        RecipeError: The increase is no finite number from 0.
+    """
+
+    prepared: Prepared
+    max_loss_increase: float = MAX_LOSS_INCREASE
+
+    def __post_init__(self) -> None:
+        check_max_loss_increase(self.max_loss_increase)
+
+    def loss(self, model: nn.Module) -> float:
+        """A model's mean loss over all tokens that training would learn, in nats per token."""
+        found = measure(model, self.prepared)[PERPLEXITY]
+        return float(found.values.sum() / found.weights.sum())
+
+
+@dataclass(frozen=True)
+class LossChange:
+    """A model's loss on the owner's rows, in nats per token."""
+
+    before: float  # of the base
+    after: float  # of the base with the return in it
+    rows: int  # how many
+    limit: float  # by how much it may rise
+
+    def check(self) -> None:
+        """Refuse a model that got worse.
+
+        Raises:
+            KitError: The loss rose by more than the limit, or is no number any more.
+        """
+        if not self.after - self.before <= self.limit:
+            raise KitError(
+                f"the return makes the model worse: on your {self.rows} rows its loss goes from {self.before:.4f} to "
+                f"{self.after:.4f} nats per token, and may rise by {self.limit:g}: refuse the return, or raise "
+                "--max-loss-increase if you expect this"
+            )
 
 
 @dataclass(frozen=True)

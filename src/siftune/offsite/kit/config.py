@@ -1,9 +1,9 @@
-"""The config.json of a kit: what of a config may leave, and what of a stranger's config may be built.
+"""The config.json of a kit: the settings that may leave, and the untrusted settings that may be built.
 
-Allowed are the settings that the config's own class declares, besides `model_type` and `dtype`. So everything that
-is not the architecture's stays out: paths and names (`_name_or_path`), versions, labels, quantisation, code
-(`auto_map`), attributes that somebody has added. Which values a setting may have stands in ranges.py. The model that
-a stranger's config describes is built and run once without memory (model_trial.py) before a kit counts as sound.
+Allowed are the settings that the config's own class declares, besides `model_type` and `dtype`. So everything that is
+not the architecture's stays out: paths and names (`_name_or_path`), versions, labels, quantisation, code (`auto_map`),
+added attributes. The values of a setting are limited in ranges.py. The model that an untrusted config describes is
+built and run once without memory before a kit counts as sound, so that it does not fail later.
 """
 
 import copy
@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
-from siftune.offsite.emulator.model import build, emulator_config, frozen_names
-from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.emulator.model import build, emulator_config, frozen_names, outer_names
 from siftune.offsite.kit.manifest import EMULATOR, MANIFEST, Manifest
-from siftune.offsite.kit.model_trial import try_model
 from siftune.offsite.kit.ranges import LAYER_KINDS, ROTARY, check_range
 from siftune.offsite.kit.strict import brief, shown
 from siftune.offsite.kit.tensors import DTYPES, TensorSpec
@@ -197,3 +196,44 @@ def _check_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     unpaid = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in state)
     if unpaid > MAX_BUFFERS:
         raise KitError(f"{CONFIG}: the model would compute {unpaid} bytes of buffers; {MAX_BUFFERS} are allowed")
+
+
+_ROW = 2  # in the row that is tried
+
+
+def try_model(model: PreTrainedModel, name: str) -> None:
+    """Run a model from `build` once on the meta device, and its rotary embeddings with numbers; it is spent afterwards.
+
+    Its buffers are limited already; `name` is the file that it is built of, for messages.
+
+    Raises:
+        KitError: Shapes do not fit each other, or a position's angles are not finite.
+    """
+    rotary = [module for module in model.modules() if hasattr(module, "rope_type")]
+    try:
+        angles = [angle for module in rotary for angle in _angles(module)]
+        for module in rotary:
+            module.rope_type = _plain(module.rope_type)  # others look at the positions, which have no numbers here
+        model.float().train()  # not all of it was built in the same dtype
+        ids = torch.zeros(1, _ROW, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids, use_cache=True)
+    except Exception as error:  # transformers runs on a stranger's values
+        raise KitError(f"{name}: the model of it cannot run ({brief(error)})") from error
+    if not all(bool(angle.isfinite().all()) for angle in angles):
+        raise KitError(f"{name}: rope_parameters make angles that are not finite")
+
+
+def _plain(kind: Any) -> Any:
+    return dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+
+
+def _angles(module: nn.Module) -> list[torch.Tensor]:
+    """Cosines and sines of the first position and of one past the last, which some kinds treat otherwise."""
+    config: Any = module.config
+    with torch.device("cpu"):
+        real: Any = type(module)(config=config)
+        places = torch.tensor([[0, config.max_position_embeddings]])
+        kinds = real.rope_type if isinstance(real.rope_type, dict) else (None,)
+        wanted = [{} if kind is None else {"layer_type": kind} for kind in kinds]
+        return [angle for kind in wanted for angle in real(torch.zeros(1), places, **kind)]

@@ -1,15 +1,15 @@
-"""Kits on disk: what the owner of a model hands out, written in one move and read with suspicion.
+"""Kits on disk: what the owner of a model hands out, written in one move and read as untrusted data.
 
     KIT/
-      manifest.json            what is in the folder: see manifest.py
+      manifest.json            the files and shapes: see manifest.py
       config.json              the emulator's, see config.py
       tokenizer.json, tokenizer_config.json, chat_template.jinja     see tokenizer.py
       emulator.safetensors     everything frozen
       adapter.safetensors      the layers to tune, under names that do not depend on the depth
       kit.sig                  optional, see signing.py
 
-`read_kit` checks all that can be checked without allocating a tensor. What it cannot see is whether weights, which are
-finite and no larger than 65504, are the base's: a kit without a checked signature is as good as the way it came.
+`read_kit` checks all that can be checked without allocating a tensor. It cannot see whether weights, which are finite
+and no larger than 65504, are the base's: a kit without a checked signature is as trustworthy as its source.
 """
 
 import dataclasses
@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.base.errors import KitError
+from siftune.models.layers import find_layers
 from siftune.offsite.emulator.assemble import EmulatorParts
+from siftune.offsite.emulator.model import build
 from siftune.offsite.kit import config, tokenizer
 from siftune.offsite.kit.config import CONFIG
 from siftune.offsite.kit.manifest import (
@@ -41,7 +44,7 @@ from siftune.offsite.kit.manifest import (
 from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
 from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
 from siftune.offsite.kit.tensor_file import open_tensors
-from siftune.offsite.kit.tensors import TensorSpec, check_specs, spec_of, write_tensors
+from siftune.offsite.kit.tensors import DTYPES, TensorSpec, check_specs, spec_of, write_tensors
 
 
 @dataclass(frozen=True)
@@ -234,3 +237,35 @@ def load_weights(kit: Kit, name: str) -> dict[str, Tensor]:
     """
     with naming(f"kit {kit.path}"), open_tensors(kit.path / name) as file:
         return file.load(kit.manifest.files[name])
+
+
+def facts(kit: Kit) -> dict[str, Any]:
+    """What a kit is, in plain types.
+
+    `base_mb` is what the whole base model would take in the kit's dtype; `middle.kept` the share of the parameters of
+    the base's middle that the emulator has.
+    """
+    manifest = kit.manifest
+    model = build(load_config(kit), manifest.split, manifest.middle)
+    layers = find_layers(model).layers
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    middle = manifest.split.middle(len(layers))
+    own = sum(sizes[number] for number, shape in zip(middle, manifest.middle, strict=True) if shape.same_as is None)
+    base = len(manifest.split.middle(manifest.depth)) * sizes[manifest.split.outer(len(layers))[0]]
+    rest = sum(p.numel() for p in model.parameters()) - sum(sizes[number] for number in middle)
+    outer, dtype = manifest.outer, str(kit.config["dtype"])
+    outer_dtype = DTYPES[next(iter(outer.values())).dtype]
+    return {
+        "kit": kit.path,
+        "digest": kit.digest,
+        "model_type": manifest.model_type,
+        "layers": manifest.depth,
+        "split": {"first": manifest.split.first, "last": manifest.split.last},
+        "middle": {"layers": len(middle), "of": len(manifest.split.middle(manifest.depth)), "kept": own / base},
+        "dtype": dtype,
+        "emulator_mb": manifest.files[EMULATOR].bytes / 1e6,
+        "outer_mb": manifest.files[OUTER].bytes / 1e6,
+        "base_mb": (rest + base) * getattr(torch, dtype).itemsize / 1e6,
+        "outer": {"tensors": len(outer), "dtype": str(outer_dtype).removeprefix("torch.")},
+        "signature": "valid" if kit.verified else "not checked" if kit.signed else "none",
+    }

@@ -1,4 +1,4 @@
-"""The manifest of a kit, protocol 1: what is in the folder, and the shapes from which the emulator is built.
+"""The manifest of a kit, protocol 1: the files of the folder, and the shapes from which the emulator is built.
 
     {"siftune_kit": 1,
      "base": {"model_type": "llama", "layers": 30, "fingerprint": "<sha256>"},
@@ -7,22 +7,40 @@
      "adapter": {"first.0.self_attn.q_proj.weight": {"shape": [576, 576], "dtype": "F32"}},
      "files": {"config.json": {"bytes": 123, "sha256": "<sha256>"}}}
 
-Keys are sorted, the indent is 2, and nothing else may stand in it: a manifest has one form only, so that the hash
-of its bytes names the kit.
+Keys are sorted, the indent is 2, and no other key is allowed: a manifest has one form only, so that the hash of its
+bytes identifies the kit. The manifest of a return (`exchange.returned`) has the same form, and may state a promise of
+differential privacy: the data owner's word, which nobody else can check. Its keys are those of
+`methods.dp.accounting.statement`, all of them and no others.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES, Family
-from siftune.offsite.emulator.model import LayerShape
-from siftune.offsite.emulator.split import Split
-from siftune.offsite.kit.strict import as_int, as_list, as_map, as_object, as_text, parse_json, shown
+from siftune.models.streamed import tensor_of
+from siftune.offsite.emulator.model import LayerShape, Split
+from siftune.offsite.kit.strict import (
+    Check,
+    as_int,
+    as_list,
+    as_map,
+    as_object,
+    as_text,
+    number,
+    one_of,
+    parse_json,
+    shown,
+    whole,
+)
 from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, NAME, TensorSpec, parse_spec
 
 PROTOCOL = 1
@@ -234,3 +252,73 @@ def _outer(value: Any) -> dict[str, TensorSpec]:
     if len({spec.dtype for spec in specs.values()}) > 1:
         raise KitError(f"{where} has tensors of several dtypes; it must be one")
     return specs
+
+
+_CHUNK = 1 << 22  # values that are hashed at a time
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 in hexadecimal that names a base model's weights, held in float32 or in the checkpoint's bfloat16 alike.
+
+    Hashed are, in the order of the names, every tensor's name, shape, and values in float32; a tensor that is tied to
+    another counts once. One piece of a tensor is converted at a time. The model is without PEFT or other wrappers.
+
+    Raises:
+        KitError: A weight has no values: it is on the meta device, and accelerate does not know it either.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    digest = hashlib.sha256()
+    for name in sorted(model.state_dict().keys() - set(tied)):
+        _add(digest, name, tensor_of(model, name))
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise KitError(f"{name} of the model has no values; load the model with its weights")
+    digest.update(json.dumps([name, list(tensor.shape)]).encode())
+    for piece in torch.split(tensor.reshape(-1), _CHUNK):
+        digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)
+
+
+PRIVACY = "privacy"  # a key of a return's manifest
+_PROMISE = f"{MANIFEST}: {PRIVACY}"
+
+
+def _version(value: Any, where: str) -> None:
+    as_text(value, where, r"[0-9A-Za-z.+-]{1,32}")
+
+
+_PROMISED: dict[str, Check] = {
+    "epsilon": number(0, 1000),
+    "delta": number(1e-300, 1 - 1e-9),
+    "noise_multiplier": number(1e-6, 1e7),
+    "clip": number(1e-12, 1e12),
+    "clipping": one_of("layer", "flat"),
+    "sampling_rate": number(1e-12, 1),
+    "expected_batch": whole(1, 2**31),
+    "steps": whole(0, 2**31),
+    "accountant": one_of("opacus PRV"),
+    "accountant_version": _version,
+    "unit": one_of("one training row, there or not"),
+}
+
+
+def check_promise(value: Any) -> dict[str, Any]:
+    """Hold a statement on privacy to its keys, types and ranges.
+
+    Raises:
+        KitError: With file and field.
+    """
+    for name, part in as_object(value, _PROMISE, tuple(_PROMISED)).items():
+        _PROMISED[name](part, f"{_PROMISE}.{name}")
+    promise: dict[str, Any] = value
+    return promise
+
+
+def in_words(promise: dict[str, Any]) -> str:
+    """A statement in a line."""
+    return (
+        f"ε = {promise['epsilon']:.4g}, δ = {promise['delta']:g} for {promise['unit']}, after {promise['steps']} "
+        "steps: the data owner's word"
+    )

@@ -9,9 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from siftune.base.errors import KitError
-from siftune.offsite.kit.checks import MAX_ITEMS, Check, list_of, null_or, number, one_of, truth, whole
 from siftune.offsite.kit.manifest import MAX_LAYERS
-from siftune.offsite.kit.strict import as_list, as_object, as_text, shown
+from siftune.offsite.kit.strict import (
+    MAX_ITEMS,
+    Check,
+    as_list,
+    as_object,
+    as_text,
+    list_of,
+    null_or,
+    number,
+    one_of,
+    shown,
+    truth,
+    whole,
+)
 from siftune.offsite.kit.tensors import MAX_SIZE
 
 WORD = r"[A-Za-z0-9_.+-]{1,64}"

@@ -1,12 +1,14 @@
-"""Read files that a stranger made, and write folders in one move.
+"""Read untrusted files, check single untrusted values, and write folders in one move.
 
-Nothing here trusts a file: it must be a regular file (no link, folder, pipe or device), its size is checked before it
-is read, and JSON must be strict: UTF-8, no key twice, no NaN or infinity, no deep nesting, no number of many digits,
-no −0, no half of a surrogate pair, with which Python's strings and those of other languages differ.
-Limits are constants in capitals.
+No file is trusted: it must be a regular file (no link, folder, pipe or device), its size is checked before it is read,
+and JSON must be strict: UTF-8, no key twice, no NaN or infinity, no deep nesting, no number of many digits, no −0, no
+half of a surrogate pair, with which Python's strings and those of other languages differ.
+Limits are constants in capitals. A `Check` takes a value and its place, for the error message.
 
-What is checked is what is on disk during the check. A folder that others can write to while it is read is not safe:
-copy it first.
+The subprocess that tries a tokenizer imports this file, so that it imports neither torch nor transformers.
+
+The checks cover what is on disk at the time. A folder that others can write to while it is read is not safe: copy it
+first.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,56 @@ def fresh_folder(out: str | Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise KitError(f"{out} cannot be written ({reason}); free space, or give another place") from error
+
+
+Check = Callable[[Any, str], object]
+
+MAX_ITEMS = 1024  # in a list
+
+
+def whole(low: int, high: int) -> Check:
+    """A whole number from `low` to `high`."""
+    return lambda value, where: as_int(value, where, low, high)
+
+
+def number(low: float, high: float) -> Check:
+    """A number from `low` to `high`."""
+
+    def check(value: Any, where: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise KitError(f"{where} is {shown(value)}, not a number from {low:g} to {high:g}")
+
+    return check
+
+
+def one_of(*words: str) -> Check:
+    """One of some words."""
+
+    def check(value: Any, where: str) -> None:
+        if value not in words:
+            raise KitError(f"{where} is {shown(value)}; known are {', '.join(words)}")
+
+    return check
+
+
+def null_or(check: Check) -> Check:
+    """Null, or what another check lets through."""
+    return lambda value, where: None if value is None else check(value, where)
+
+
+def list_of(check: Check) -> Check:
+    """A list of at least one item, each of which another check lets through."""
+
+    def each(value: Any, where: str) -> None:
+        if not as_list(value, where, MAX_ITEMS):
+            raise KitError(f"{where} is empty")
+        for item in value:
+            check(item, where)
+
+    return each
+
+
+def truth(value: Any, where: str) -> None:
+    """True or false; 1 and 0 are neither."""
+    if not isinstance(value, bool):
+        raise KitError(f"{where} is {shown(value)}, not true or false")

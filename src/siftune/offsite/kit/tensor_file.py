@@ -1,7 +1,7 @@
-"""Tensor files of kits and returns, opened once: what is checked, what is hashed and what is loaded are the same bytes.
+"""Tensor files of kits and returns, opened once: the bytes that are checked, hashed and loaded are the same.
 
-No reading is trusted to be as the one before. A file that somebody exchanges after `read_kit` is noticed when it is
-loaded: its hash is taken of the bytes that go into the tensors, and must be the one of the manifest that was read.
+If a file is exchanged after `read_kit`, loading notices: the hash is taken of the bytes that go into the tensors, and
+must be that of the manifest that was read.
 """
 
 import contextlib

@@ -18,10 +18,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siftune.base.errors import KitError
-from siftune.offsite.kit.checks import truth
 from siftune.offsite.kit.limited import Limits, run_limited
 from siftune.offsite.kit.manifest import canonical
-from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, parse_json, shown
+from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, parse_json, shown, truth
 from siftune.offsite.kit.template import TEMPLATE
 from siftune.offsite.kit.tokenizer_parts import TOKENIZER, check_chains
 from siftune.offsite.kit.tokenizer_tokens import check_tokens

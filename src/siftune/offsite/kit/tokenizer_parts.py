@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from siftune.base.errors import KitError
-from siftune.offsite.kit.checks import Check, null_or, one_of, truth, whole
-from siftune.offsite.kit.strict import as_list, as_object, shown
+from siftune.offsite.kit.strict import Check, as_list, as_object, null_or, one_of, shown, truth, whole
 
 TOKENIZER = "tokenizer.json"
 MAX_PIECES = 16  # normalizers, pre-tokenizers, post-processors or decoders in one chain

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from siftune.base.errors import KitError
-from siftune.offsite.kit.checks import Check, null_or, truth
-from siftune.offsite.kit.strict import as_int, as_list, as_map, as_object, shown
+from siftune.offsite.kit.strict import Check, as_int, as_list, as_map, as_object, null_or, shown, truth
 from siftune.offsite.kit.tokenizer_parts import TOKENIZER, Part, Room, check_fields, leaves, text
 
 MAX_TOKEN = 1024  # characters of a token

@@ -9,8 +9,7 @@ from siftune.evaluate.bootstrap import Bootstrap
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.audit.calibration_attack import attack_calibration, compared, row_residuals
-from siftune.offsite.emulator.model import weight_OI
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import Split, weight_OI
 
 SPLIT = Split(1, 1)
 FEW = Bootstrap(200)

@@ -14,7 +14,7 @@ from siftune.offsite.audit.gradients import (
     outer_gradient,
     outer_parameters,
 )
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import Split
 
 SPLIT = Split(1, 2)
 

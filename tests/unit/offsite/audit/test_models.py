@@ -7,7 +7,7 @@ from support.audits import QUICK, SETTINGS, SPLIT, TOKENIZER, base, models, rows
 from siftune.base.errors import DataError, KitError, LayerError, RecipeError, TrainingError
 from siftune.offsite.audit.models import OffsiteModels, plugged, random_floor, read_outer, restored
 from siftune.offsite.audit.run import audit
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.emulator.model import Split, outer_names
 
 
 def test_half_precision_comes_back_bit_for_bit():

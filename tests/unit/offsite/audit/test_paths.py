@@ -12,7 +12,7 @@ from siftune.offsite.audit.models import OffsiteModels
 from siftune.offsite.audit.rows import tokenize_audit
 from siftune.offsite.audit.run import audit, audit_paths
 from siftune.offsite.audit.settings import AuditOptions, AuditSettings
-from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.load import load_emulator
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import read_kit

@@ -10,14 +10,12 @@ from support.audits import QUICK, SPLIT, TOKENIZER, losses, models, rows, same, 
 
 from siftune.base.errors import DataError, KitError, RecipeError
 from siftune.data.rows import rows_from
-from siftune.offsite.audit import attacks
+from siftune.offsite.audit import stages
 from siftune.offsite.audit.lira import halves
-from siftune.offsite.audit.models import OffsiteModels, read_outer
-from siftune.offsite.audit.own import own_audit
+from siftune.offsite.audit.models import OffsiteModels, Tuning, read_outer, tuned
 from siftune.offsite.audit.rows import AuditRows, tokenize_audit
-from siftune.offsite.audit.run import audit
+from siftune.offsite.audit.run import audit, own_audit
 from siftune.offsite.audit.settings import AuditOptions, AuditSettings
-from siftune.offsite.audit.tuning import Tuning, tuned
 
 LEARNT = replace(QUICK, steps=30, lr=1e-2, batch_size=8)
 
@@ -59,10 +57,11 @@ def test_every_shadow_model_is_tuned_on_its_half_as_often_as_the_return(monkeypa
     settings = replace(LEARNT, steps=4, lr=5e-3, shadows=2, membership=True)
     data = cut(12, 8, settings)
     seen = []
-    original = attacks.Tuning
-    monkeypatch.setattr(attacks, "Tuning", lambda *parts: seen.append(parts) or original(*parts))
+    original = stages.Tuning
+    monkeypatch.setattr(stages, "Tuning", lambda *parts: seen.append(parts) or original(*parts))
     audit(models(), data, settings)
     pool = [*data.train["input_ids"], *data.held_out["input_ids"]]
+    seen = [parts for parts in seen if parts[2].seed != settings.seed]  # the others are the audit's own tunings
     for chosen, (part, _, how) in zip(halves(2, 20, settings.seed), seen, strict=True):
         assert list(part["input_ids"]) == [pool[i] for i in np.flatnonzero(chosen)]
         assert how.steps == 3  # four steps for twelve rows are three for ten

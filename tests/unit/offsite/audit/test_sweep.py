@@ -18,7 +18,7 @@ from siftune.offsite.audit.gradients import gradient_cosine
 from siftune.offsite.audit.sweep import SweepGrid, SweepPoint, front, sweep
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import Split
 from siftune.report.sweep import ordered, table, to_dict, write_sweep
 
 GRID = SweepGrid(

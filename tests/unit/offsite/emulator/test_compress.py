@@ -7,27 +7,27 @@ from support.emulators import FAMILIES, base, calibration
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.compress import Compression, compress_layer, layer_curvature
-from siftune.offsite.emulator.model import weight_OI
+from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import component_scores, components, keep_components, rank_of
 from siftune.offsite.maths.kfac import curvature
-from siftune.offsite.maths.refit import refit, refit_scores
-from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 NUMBER = 2
 
 
 def seen(model, batches=None, slopes=True):
     family = family_of(model.config)
-    recording = record(model, batches or calibration(model, count=4, rows=4), range(1, 4))
+    whole = Base(model, Split(1, 1))
+    recording = record(whole, batches or calibration(model, count=4, rows=4))
     layer = find_layers(model).layers[NUMBER]
-    captured = replay(layer, recording, NUMBER, family.matrices)
+    captured = replay(whole, recording, NUMBER, family.matrices)
     return layer, family, captured, layer_curvature(captured, slopes)
 
 
 def compress(model, **values):
     layer, family, captured, curvatures = seen(model)
-    return layer, family, captured, compress_layer(layer, NUMBER, family, curvatures, Compression(**values))
+    return layer, family, captured, compress_layer(Base(model, Split(1, 1)), NUMBER, curvatures, Compression(**values))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,9 +123,12 @@ def test_flap_writes_the_same_on_average(family):
 
 def test_without_slopes_nothing_else_changes():
     model = base()
-    layer, family, _, with_slopes = seen(model)
+    *_, with_slopes = seen(model)
     without = layer_curvature(with_slopes.captured, slopes=False)
-    results = [compress_layer(layer, NUMBER, family, known, Compression(keep=0.5)) for known in (with_slopes, without)]
+    results = [
+        compress_layer(Base(model, Split(1, 1)), NUMBER, known, Compression(keep=0.5))
+        for known in (with_slopes, without)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*(r.tensors.values() for r in results), strict=True))
 
 

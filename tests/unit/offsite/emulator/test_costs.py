@@ -7,28 +7,24 @@ from support.emulators import base, calibration, settings
 from siftune.base.errors import RecipeError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator import costs
+from siftune.offsite.emulator import plan as plans
 from siftune.offsite.emulator.compress import Compression
-from siftune.offsite.emulator.costs import SHARES, layer_costs, measured_paths
-from siftune.offsite.emulator.make import emulators, middle_of
-from siftune.offsite.emulator.model import weight_OI
-from siftune.offsite.emulator.plan import plan
+from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.model import Base, Split, weight_OI
+from siftune.offsite.emulator.plan import SHARES, layer_costs, measured_paths, plan
 from siftune.offsite.emulator.record import record, replay
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import components, factor, rank_of
 from siftune.offsite.maths.kfac import curvature
-from siftune.offsite.maths.refit import refit, refit_scores
-from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 NUMBER = 2
 MEASURED = {"allot": "measured", "keep": 0.5}
 
 
 def seen(family):
-    model = base(family)
-    recording = record(model, calibration(model, count=4, rows=4), middle_of(model, Split(1, 1)))
-    layer, matrices = find_layers(model).layers[NUMBER], family_of(model.config)
-    return layer, matrices, replay(layer, recording, NUMBER, matrices.matrices)
+    whole = Base(base(family), Split(1, 1))
+    recording = record(whole, calibration(whole.model, count=4, rows=4))
+    return whole, replay(whole, recording, NUMBER, whole.family.matrices)
 
 
 def half(captured, second):
@@ -49,9 +45,10 @@ def lost(change, captured):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("basis", ["whitened", "svd"])
 def test_costs_of_factored_matrices(family, basis):
-    layer, matrices, captured = seen(family)
+    whole, captured = seen(family)
+    layer, matrices = whole.layers[NUMBER], whole.family
     how = Compression(basis=basis, lambda_attn=0.3, protect=0.1)
-    tables = layer_costs(layer, matrices, captured, how)
+    tables = layer_costs(whole, NUMBER, captured, how)
     for path, (sizes, lost_at) in zip(matrices.attention, tables[:-1], strict=True):
         weight = weight_OI(layer.get_submodule(path)).detach().float()
         known = curvature(*half(captured[path], False))
@@ -66,10 +63,11 @@ def test_costs_of_factored_matrices(family, basis):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("mlp", ["refit", "channels"])
 def test_costs_of_channels(family, mlp):
-    layer, matrices, captured = seen(family)
+    whole, captured = seen(family)
+    layer, matrices = whole.layers[NUMBER], whole.family
     how = Compression(mlp=mlp)
     assert measured_paths(matrices) == (*matrices.attention, matrices.writes)
-    sizes, lost_at = layer_costs(layer, matrices, captured, how)[-1].tolist()
+    sizes, lost_at = layer_costs(whole, NUMBER, captured, how)[-1].tolist()
     known = {path: curvature(*half(captured[path], False)) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in matrices.matrices}
     writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
@@ -92,7 +90,8 @@ def test_what_is_shared_out_is_what_is_kept(mlp):
     model = base()
     batches = calibration(model)
     how = settings(**MEASURED, mlp=mlp)
-    steps = plan(model, record(model, batches, middle_of(model, how.split)), how)
+    whole = Base(model, how.split)
+    steps = plan(whole, record(whole, batches), how)
     (parts,) = emulators(model, batches, [how])
     family, kept, every = family_of(model.config), 0, 0
     for step, shape in zip(steps, parts.middle, strict=True):
@@ -119,11 +118,12 @@ def test_it_costs_less_than_equal_shares():
     """Summed over all matrices, on the tokens that are measured on: what the split is chosen for."""
     model = base()
     how = settings(**MEASURED)
-    recording = record(model, calibration(model, count=4, rows=4), middle_of(model, how.split))
-    family, sums = family_of(model.config), {"measured": 0.0, "equal": 0.0}
-    for step in plan(model, recording, how):
-        layer = find_layers(model).layers[step.number]
-        tables = layer_costs(layer, family, replay(layer, recording, step.number, family.matrices), how)
+    whole = Base(model, how.split)
+    recording = record(whole, calibration(model, count=4, rows=4))
+    family, sums = whole.family, {"measured": 0.0, "equal": 0.0}
+    for step in plan(whole, recording, how):
+        captured = replay(whole, recording, step.number, family.matrices)
+        tables = layer_costs(whole, step.number, captured, how)
         for path, (_, lost_at) in zip(measured_paths(family), tables, strict=True):
             sums["measured"] += lost_at[SHARES.index(step.shares[path])].item()
             sums["equal"] += lost_at[SHARES.index(0.5)].item()
@@ -137,8 +137,8 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
         settings(**MEASURED), settings(keep=0.5), settings(**MEASURED, mlp="channels"),
         settings(keep=0.8, allot="measured"), settings(**MEASURED, damping=0.1),
     ]  # fmt: skip
-    original, measured = costs.layer_costs, []
-    monkeypatch.setattr(costs, "layer_costs", lambda *args: measured.append(1) or original(*args))
+    original, measured = plans.layer_costs, []
+    monkeypatch.setattr(plans, "layer_costs", lambda *args: measured.append(1) or original(*args))
     emulators(model, batches, choices)
     assert len(measured) == 3 * 3
     for choice, parts in zip(choices, emulators(model, batches, choices), strict=True):

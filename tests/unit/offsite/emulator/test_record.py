@@ -8,6 +8,7 @@ from torch import nn
 from siftune.base.errors import DataError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
+from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.record import record, replay
 
 
@@ -35,10 +36,10 @@ def seen_by_hooks(model, batches, number, path):
 def test_a_layer_alone_sees_what_it_saw_in_the_model(family):
     model = base(family)
     batches = calibration(model)
-    recording = record(model, batches, range(1, 4))
+    recording = record(Base(model, Split(1, 1)), batches)
     paths = family_of(model.config).matrices
     for number in (1, 3):
-        found = replay(find_layers(model).layers[number], recording, number, paths)
+        found = replay(Base(model, Split(1, 1)), recording, number, paths)
         for path in paths:
             x, g = seen_by_hooks(model, batches, number, path)
             torch.testing.assert_close(found[path].x_NI, x.float(), rtol=1e-5, atol=1e-6)
@@ -47,8 +48,8 @@ def test_a_layer_alone_sees_what_it_saw_in_the_model(family):
 
 def test_matrices_that_read_one_tensor_share_it():
     model = base()
-    recording = record(model, calibration(model), range(1, 4))
-    found = replay(find_layers(model).layers[1], recording, 1, family_of(model.config).matrices)
+    recording = record(Base(model, Split(1, 1)), calibration(model))
+    found = replay(Base(model, Split(1, 1)), recording, 1, family_of(model.config).matrices)
     assert found["self_attn.q_proj"].x_NI is found["self_attn.v_proj"].x_NI
     assert found["mlp.gate_proj"].x_NI is found["mlp.up_proj"].x_NI
     assert found["self_attn.q_proj"].x_NI is not found["mlp.up_proj"].x_NI
@@ -57,7 +58,7 @@ def test_matrices_that_read_one_tensor_share_it():
 def test_loss_is_the_mean_over_labels():
     model = base()
     batches = calibration(model)
-    recording = record(model, batches, range(1, 4))
+    recording = record(Base(model, Split(1, 1)), batches)
     with torch.no_grad():
         losses = [
             nn.functional.cross_entropy(
@@ -75,7 +76,7 @@ def test_loss_is_the_mean_over_labels():
 def test_outputs_of_a_layer_are_the_inputs_of_the_next_and_the_last_has_its_own():
     model = base()
     batches = calibration(model)
-    short, longer = record(model, batches, range(1, 3)), record(model, batches, range(1, 4))
+    short, longer = (record(Base(model, Split(1, last)), batches) for last in (2, 1))
     assert torch.equal(short.outputs(2), longer.outputs(2))
     assert torch.equal(short.outputs(1), longer.outputs(1))
     assert not torch.equal(short.outputs(1), short.outputs(2))
@@ -84,13 +85,13 @@ def test_outputs_of_a_layer_are_the_inputs_of_the_next_and_the_last_has_its_own(
 def test_a_model_that_goes_on_in_place_does_not_change_what_was_kept():
     model = base()
     batches = calibration(model)
-    untouched = record(model, batches, range(1, 4))
+    untouched = record(Base(model, Split(1, 1)), batches)
 
     def go_on(_, args, __):
         args[0].data.zero_()
 
     with find_layers(model).layers[2].register_forward_hook(go_on):
-        touched = record(model, batches, range(1, 4))
+        touched = record(Base(model, Split(1, 1)), batches)
     for before, after in zip(untouched.visits(2), touched.visits(2), strict=True):
         assert torch.equal(before.hidden_BTH, after.hidden_BTH)
 
@@ -100,7 +101,7 @@ def test_the_model_is_left_as_it_was():
     model.lm_head.weight.requires_grad_(False)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    record(model, calibration(model), range(1, 4))
+    record(Base(model, Split(1, 1)), calibration(model))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name][0])
         assert p.requires_grad == before[name][1]
@@ -115,14 +116,14 @@ def test_rows_without_labels_are_refused():
     for inputs in batches:
         inputs["labels"].fill_(-100)
     with pytest.raises(DataError, match="no token to learn"):
-        record(model, batches, range(1, 4))
+        record(Base(model, Split(1, 1)), batches)
 
 
 def test_a_batch_without_labels_among_others_changes_nothing():
     model = base()
     batches = calibration(model)
     silent = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}
-    one, two = record(model, batches, range(1, 4)), record(model, [silent, *batches], range(1, 4))
+    one, two = record(Base(model, Split(1, 1)), batches), record(Base(model, Split(1, 1)), [silent, *batches])
     assert one.loss == two.loss
     assert torch.equal(one.outputs(2), two.outputs(2))
 
@@ -131,18 +132,17 @@ def test_a_loss_that_is_not_finite_is_refused():
     model = base()
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match="loss on the calibration rows is nan"):
-        record(model, calibration(model), range(1, 4))
+        record(Base(model, Split(1, 1)), calibration(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_downwards_layers_see_what_they_see_after_a_whole_pass(family):
     model = base(family).train()
     batches, paths = calibration(model), family_of(model.config).matrices
-    whole, part = (record(model, batches, range(1, 4), whole=whole) for whole in (True, False))
+    whole, part = (record(Base(model, Split(1, 1)), batches, whole=whole) for whole in (True, False))
     assert [part.grads.has(number) for number in range(1, 4)] == [False, False, True]
     for number in (3, 2, 1):
-        layer = find_layers(model).layers[number]
-        one, other = (replay(layer, recording, number, paths) for recording in (whole, part))
+        one, other = (replay(Base(model, Split(1, 1)), recording, number, paths) for recording in (whole, part))
         for path in paths:
             assert torch.equal(one[path].x_NI, other[path].x_NI)
             assert torch.equal(one[path].g_NO, other[path].g_NO)

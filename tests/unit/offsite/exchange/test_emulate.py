@@ -13,8 +13,7 @@ from siftune.models.layers import find_layers
 from siftune.offsite.emulator import make
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
-from siftune.offsite.emulator.model import FactoredLinear, weight_OI
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.emulator.model import FactoredLinear, Split, outer_names, weight_OI
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")

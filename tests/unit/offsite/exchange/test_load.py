@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from siftune.base.errors import KitError, ModelError
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.emulator.model import Split, outer_names
 from siftune.offsite.exchange.emulate import emulate
 from siftune.offsite.exchange.load import load_emulator, load_kit
 from siftune.offsite.kit import folder as kit_folder

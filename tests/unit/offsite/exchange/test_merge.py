@@ -16,12 +16,12 @@ from support.tokenizer import byte_tokenizer
 from siftune.base.errors import KitError, RecipeError
 from siftune.data.read import load_rows
 from siftune.evaluate.prepare import prepare_rows
-from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.emulate import KitOptions
-from siftune.offsite.exchange.own_rows import OwnRows
 from siftune.offsite.exchange.plug import plug, plug_in
 from siftune.offsite.exchange.returned import OpenReturn, open_return, write_return
 from siftune.offsite.exchange.settings import Merging, PlugSettings
+from siftune.offsite.exchange.updates import OwnRows
 
 UP = "last.0.mlp.up_proj.weight"
 LIMIT = 100.0

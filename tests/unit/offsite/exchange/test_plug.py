@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from siftune.base.errors import DataError, KitError, ModelError, RecipeError, UnsupportedError
 from siftune.data.read import load_rows
 from siftune.evaluate.prepare import prepare_rows
-from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.emulate import KitOptions
-from siftune.offsite.exchange.own_rows import LossChange, OwnRows
 from siftune.offsite.exchange.plug import plug, plug_in
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.exchange.settings import PlugSettings
+from siftune.offsite.exchange.updates import LossChange, OwnRows
 from siftune.offsite.kit.folder import read_kit
 
 

@@ -11,8 +11,7 @@ from siftune.base.errors import KitError
 from siftune.models.adapters.attach import attach_adapter
 from siftune.offsite.exchange.load import load_emulator
 from siftune.offsite.exchange.plug import plug_in
-from siftune.offsite.exchange.returned import open_return, read_return, write_return
-from siftune.offsite.exchange.thin import Tuned, largest_rank
+from siftune.offsite.exchange.returned import Tuned, largest_rank, open_return, read_return, write_return
 from siftune.offsite.exchange.tune import merged_layers, save_return, thin_layers
 from siftune.offsite.kit.folder import load_weights
 from siftune.offsite.kit.manifest import OUTER

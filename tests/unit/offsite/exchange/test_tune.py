@@ -18,7 +18,7 @@ from siftune.cli.main import main
 from siftune.data.tasks import arithmetic_rows
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import outer_names
+from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange import tune as module
 from siftune.offsite.exchange.load import load_emulator
 from siftune.offsite.exchange.returned import open_return, read_return

@@ -12,7 +12,7 @@ from support.tokenizer import byte_tokenizer
 from siftune.base.errors import KitError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.split import Split, outer_names
+from siftune.offsite.emulator.model import Split, outer_names
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.exchange.plug import plug_in
 from siftune.offsite.exchange.updates import check_return, compare

@@ -8,8 +8,7 @@ from transformers import AutoConfig
 
 from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
-from siftune.offsite.emulator.model import LayerShape
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import LayerShape, Split
 from siftune.offsite.kit import config
 from siftune.offsite.kit.config import (
     MAX_BUFFERS,

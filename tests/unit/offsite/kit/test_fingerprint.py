@@ -8,8 +8,8 @@ import torch
 from support.tiny import tiny
 
 from siftune.base.errors import KitError
-from siftune.offsite.kit import fingerprint as fingerprint_module
-from siftune.offsite.kit.fingerprint import fingerprint
+from siftune.offsite.kit import manifest as fingerprint_module
+from siftune.offsite.kit.manifest import fingerprint
 
 
 def test_fingerprints_are_of_names_shapes_and_float32_values(monkeypatch):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.kit import config as kit_config
 from siftune.offsite.kit import folder as kit_module
 from siftune.offsite.kit.folder import is_kit, load_config, load_tokenizer, read_kit, write_kit

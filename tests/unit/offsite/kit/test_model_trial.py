@@ -5,8 +5,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from siftune.base.errors import KitError
 from siftune.offsite.emulator.model import build
-from siftune.offsite.kit import model_trial as trial
-from siftune.offsite.kit.model_trial import try_model
+from siftune.offsite.kit import config as trial
+from siftune.offsite.kit.config import try_model
 
 YARN = {"factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
 KINDS = {

@@ -11,7 +11,7 @@ from support.kits import contents, copied, header_of, small_kit, tensor_specs
 from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import InputError, KitError, ModelError
-from siftune.offsite.emulator.split import Split
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.kit import folder as kit_module
 from siftune.offsite.kit import tensors
 from siftune.offsite.kit.folder import read_kit, write_kit

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from siftune.base.errors import ModelError
+from siftune.offsite.maths.channels import refit, refit_scores
 from siftune.offsite.maths.kfac import curvature, moments
-from siftune.offsite.maths.refit import refit, refit_scores
 
 shapes = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
 

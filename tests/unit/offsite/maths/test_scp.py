@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from siftune.offsite.maths.channels import channel_scores, keep_channels
 from siftune.offsite.maths.kfac import curvature
-from siftune.offsite.maths.scp import channel_scores, keep_channels
 
 
 def drawn(seed, *shape):

@@ -1,27 +1,39 @@
-"""Fewer channels for an MLP, where those that stay take over what the dropped ones wrote *(ours, not the papers')*.
+"""Fewer channels for an MLP: SCP, the paper's, and a fit of the remaining channels *(ours)*.
 
-SCP (`scp.py`) leaves the kept columns of the write matrix d as they were. Here they are fitted anew to what the whole
-matrix wrote on the calibration rows, and a channel's score is what its dropping costs after that. With A_δ = A + δ I,
-δ a fraction of the median of A's diagonal, and the kept and dropped channels K and R:
+**SCP, Selective Channel Pruning.** From GradOT, "Training-free gradient-preserving offsite-tuning", ACL 2025, arXiv
+2507.04455. A channel is a row of every matrix that reads the hidden state (up, and gate where there is one) and a
+column of the one that writes to it (down). Dropping channel j removes all of them, and its GCS (see `kfac`) is the sum
+of theirs; each is of rank one, so that its 1-norm is a product of 1-norms. With row w_j of a read matrix W and column
+d_j of the write matrix:
+
+    score_j = Σ_W ‖G_W[:, j]‖₁ ‖A_W w_j‖₁ + ‖G_d d_j‖₁ ‖A_d[j, :]‖₁ + λ (Σ_W ⟨D_W[j], w_j⟩ + ⟨D_d[:, j], d_j⟩)
+
+Ours, not the paper's: either sum is relative to its mean absolute value over the channels (`kfac.score`). Biases
+follow their channel without a part in the score.
+
+**Refit** *(ours)*. SCP leaves the remaining columns of d unchanged. Here they are fitted to what the complete matrix
+wrote on the calibration rows, and a channel's score is the cost of dropping it after the fit. With A_δ = A + δ I, δ a
+fraction of the median of A's diagonal, and the kept and dropped channels K and R:
 
     refit    d̂ = d[:, K] + d[:, R] A[R, K] A_δ[K, K]⁻¹          the least of  E‖d x − d̂ x_K‖² + δ ‖d − d̂‖²
     change   δ_j = −d_j a_jᵀ / [A_δ⁻¹]_jj,  a_j = A_δ⁻¹ e_j       of d, where channel j alone is dropped
     score    ⟨δ_j, H δ_j⟩ − λ ⟨D, δ_j⟩,  ⟨δ_j, H δ_j⟩ = d_jᵀ G d_j / [A_δ⁻¹]_jj  with A_δ for A in H
 
 No change of d that drops channel j costs less than δ_j (Hassibi and Stork, "Optimal Brain Surgeon", NeurIPS 1992).
-ZipLM (Kurtic, Frantar and Alistarh, NeurIPS 2023, arXiv 2302.04089) prunes a transformer's structures so, for the error
-of the output alone (G = I) and one after the other; here G weighs in, and all columns are chosen at once.
-The median *(ours)*, since a few channels may be so large that the mean is theirs: one of SmolLM2's layer 11 has 89 % of
-the trace, and a damping by the mean drowns all others. Channels that never move are left out of the median.
-Where tokens are fewer than channels, A is rows X with A = Xᵀ X, and A_δ⁻¹ = (I − Xᵀ (δ I + X Xᵀ)⁻¹ X) / δ (Woodbury):
-no matrix of channels by channels is formed, which of a large model would be the largest of all.
-The rows of the read matrices have no part in the score: they go without any further change of what the MLP writes.
-Scores are for one channel alone; the fit is made once, for all that are dropped.
+ZipLM (Kurtic, Frantar and Alistarh, NeurIPS 2023, arXiv 2302.04089) prunes a transformer's structures in this way, for
+the error of the output alone (G = I) and one after the other. Here G counts too, and all columns are chosen at once.
+The damping is by the median, since a few channels may be so large that the mean is theirs: one of SmolLM2's layer 11
+has 89 % of the trace. Channels that never move are left out of the median.
+If there are fewer tokens than channels, A is rows X with A = Xᵀ X, and A_δ⁻¹ = (I − Xᵀ (δ I + X Xᵀ)⁻¹ X) / δ
+(Woodbury): no matrix of channels by channels is formed, the largest of all in a large model.
+The rows of the read matrices have no part in the score: dropping them changes nothing else of what the MLP writes.
+Scores are for one channel alone; the fit is made once, for all dropped channels.
 
-Symbols: d `write_OC`, d_j its column of channel j. A, G, D, H, λ as in `kfac`, of d.
-Shapes: C channels, O outputs, K channels kept, R dropped.
+Symbols: W `reads`, d `writes` and `write_OC`, d_j its column of channel j. A, G, D, H, λ as in `kfac`, of d.
+Shapes: C channels, I inputs of the MLP, O outputs, K channels kept, R dropped.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +41,41 @@ from torch import Tensor
 
 from siftune.base.errors import ModelError
 from siftune.offsite.maths.kfac import Curvature, Moments, score
+
+
+def channel_scores(reads: Sequence[tuple[Tensor, Curvature]], writes: tuple[Tensor, Curvature], lam: float) -> Tensor:
+    """Score channels; high ones should stay.
+
+    Args:
+        reads: (C, I) weight and curvature of every matrix that reads the hidden state.
+        writes: (O, C) weight and curvature of the matrix that writes to it.
+        lam: λ, the weight of the loss gap.
+
+    Returns:
+        (C,) scores.
+    """
+    parts = [_row_terms(weight_CI, curvature) for weight_CI, curvature in reads]
+    parts.append(_column_terms(*writes))
+    shifts, slopes = zip(*parts, strict=True)
+    return score(torch.stack(shifts).sum(0), -torch.stack(slopes).sum(0), lam)
+
+
+def keep_channels(scores_C: Tensor, count: int) -> Tensor:
+    """The channels with the highest scores; (count,) int64, ascending, so that their order doesn't tell the scores."""
+    return scores_C.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _row_terms(weight_CI: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
+    input_norms_C = curvature.inputs.times(weight_CI.T).abs().sum(0)
+    slopes_C = (weight_CI * curvature.slope_OI).sum(1)
+    return curvature.gradients.column_norms() * input_norms_C, slopes_C
+
+
+def _column_terms(weight_OC: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
+    gradient_norms_C = curvature.gradients.times(weight_OC).abs().sum(0)
+    slopes_C = (weight_OC * curvature.slope_OI).sum(0)
+    return gradient_norms_C * curvature.inputs.column_norms(), slopes_C
+
 
 DAMPING = 0.1  # relative; a thousand tokens tell little of how 1536 channels go together, and less would fit noise
 
