@@ -1,15 +1,14 @@
-"""Parts of decoder layers as torch.compile makes them: fewer passes over memory, the same gradients up to rounding.
+"""Compilation of the parts of decoder layers: fewer passes over memory, the same gradients up to rounding.
 
-A part is a direct child of a decoder layer: its attention, its MLP, a norm. Each is compiled as a whole and in place,
-so that no name in the model changes, and what was compiled for one layer serves all that are alike. What hooks do to
-trainable parameters, a cast or detaching, is done once around a part instead of around each module in it (see
-`substitution.units`), so that nothing untraceable stands inside.
+A part is a direct child of a decoder layer: its attention, its MLP, a norm. Each is compiled in place, so that no name
+in the model changes, and the code compiled for one layer is shared by all similar layers. Hooks on trainable parameters
+(a cast, detaching) run once around a part instead of around each module in it (see `substitution.units`), so that
+nothing untraceable is inside.
 
-A part runs compiled where gradients go through it. Evaluation, scoring, layers below all that train, what the first
-layer does to frozen embeddings, and attention that fills a cache, of which each layer has its own, run as ever: that
-keeps compilations few. Numbers of rows and of tokens are symbols in what is compiled: batches of another shape compile
-nothing anew, but for those of one row, those without padding, which need no mask, and those of rows too long for the
-products of `models.attention`.
+A part runs compiled if gradients pass through it. Otherwise it runs in eager mode: in evaluation, scoring, layers below
+all trainable ones, the first layer on frozen embeddings, and attention that fills a cache. This limits the number of
+compilations. The numbers of rows and tokens are symbolic: batches of another shape do not recompile, except batches of
+one row, batches without padding, which need no mask, and rows too long for the products of `models.attention`.
 """
 
 import time
@@ -26,26 +25,26 @@ from siftune.base.errors import UnsupportedError
 from siftune.base.words import one_line
 from siftune.engine.substitution import as_one
 
-_KINDS = 6  # so many that differ in code or shapes are compiled; dynamo itself stops at eight forms of one code
+_KINDS = 6  # largest number of parts with different code or shapes; dynamo itself stops at eight forms of one code
 
 
 class CompiledParts:
-    """Has parts of decoder layers run compiled, until `remove()`.
+    """Runs parts of decoder layers compiled, until `remove()`.
 
-    It stands before anything that hooks or substitutes the layers' parameters.
+    Make it before anything hooks or substitutes the layers' parameters.
 
     Args:
         layers: The decoder layers.
-        frozen: Compile those parts only in which nothing trains, as where hooks look into the others.
+        frozen: Compile only parts without trainable parameters, if hooks access the others.
         backend: torch.compile's.
 
     Attributes:
-        seconds: Wall time that compiling has taken so far.
-        graphs: How often torch has compiled so far, forward and backward together.
+        seconds: Wall time of compilation so far.
+        graphs: Number of compilations so far, forward and backward together.
 
     Raises:
-        UnsupportedError: Something runs the parts already, as with a `device_map`; there are too many kinds of them. In
-            training: one cannot be compiled, as where there is no C++ compiler.
+        UnsupportedError: The parts' forward is replaced already, as by a `device_map`, or there are too many different
+            parts. In training: a part cannot be compiled, for example without a C++ compiler.
     """
 
     def __init__(self, layers: Sequence[nn.Module], frozen: bool = False, backend: str = "inductor") -> None:
@@ -55,7 +54,7 @@ class CompiledParts:
         parts = [part for layer in layers for part in layer.children()]
         self._parts = [part for part in parts if not (frozen and any(p.requires_grad for p in part.parameters()))]
         _refuse(self._parts)
-        # random numbers, as of dropout, stay those that they are without
+        # the same random numbers as in eager mode, for example of dropout
         options: Any = {"fallback_random": True} if backend == "inductor" else None
         for part in self._parts:
             compiled = torch.compile(part.forward, dynamic=True, backend=backend, options=options)
@@ -65,13 +64,13 @@ class CompiledParts:
         callback_handler.register_end_callback(self._end)
 
     def remove(self) -> None:
-        """Let all parts run as they did; calling it twice does no harm."""
+        """Run all parts in eager mode again; a second call has no effect."""
         if not self._parts:
             return
         callback_handler.remove_start_callback(self._begin)
         callback_handler.remove_end_callback(self._end)
         for part in self._parts:
-            del part.forward  # of the instance: that of its class is found again
+            del part.forward  # of the instance, which uncovers that of the class
             as_one.discard(part)
         self._parts = []
 
@@ -85,16 +84,16 @@ class CompiledParts:
 
 def _either(kind: type[nn.Module], eager: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        graded = torch.is_grad_enabled() and any(v.requires_grad for v in given if isinstance(v, Tensor))
-        if not graded or any(isinstance(v, Cache) for v in given):
+        inputs = (*args, *kwargs.values())
+        graded = torch.is_grad_enabled() and any(v.requires_grad for v in inputs if isinstance(v, Tensor))
+        if not graded or any(isinstance(v, Cache) for v in inputs):
             return eager(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)
         except TorchDynamoException as error:
             reason = one_line(str(getattr(error, "inner_exception", error)) or type(error).__name__)
             raise UnsupportedError(
-                f"torch cannot compile {kind.__name__} here: {reason}. Have a C++ compiler on the PATH, or train "
+                f"torch cannot compile {kind.__name__} here: {reason}; put a C++ compiler on the PATH, or train "
                 "without compile"
             ) from error
 
@@ -105,12 +104,12 @@ def _refuse(parts: Sequence[nn.Module]) -> None:
     taken = next((part for part in parts if "forward" in vars(part)), None)
     if taken is not None:
         raise UnsupportedError(
-            f"something has put a forward of its own on {type(taken).__name__}, as a device_map does: compile goes "
-            "with a model on one device"
+            f"the forward of {type(taken).__name__} is replaced already, as by a device_map: compile needs a model on "
+            "one device"
         )
     kinds = {(type(part), tuple((name, *p.shape) for name, p in part.named_parameters())) for part in parts}
     if len(kinds) > _KINDS:
         raise UnsupportedError(
             f"the layers have {len(kinds)} different parts, as in a kit, and compiling each takes longer than it "
-            f"saves: compile goes with at most {_KINDS}"
+            f"saves: compile supports at most {_KINDS}"
         )

@@ -1,10 +1,10 @@
-"""Gates on the decoder layers: which layers' adapters take part in backward.
+"""Gates on the decoder layers: they exclude the adapters of inactive layers from backward.
 
-A layer that is not active runs with its trainable parameters *detached*: autograd saves nothing for them and they
-receive no gradient, while `requires_grad` stays as it is, so that optimizers and DDP never see a parameter come or
-go. Up to and including the lowest active layer the hidden states enter detached, so that backward ends there; this
-holds too where a model makes its embeddings require gradients for activation checkpointing. In models that go through
-their layers in a loop, they enter detached the first time only.
+An inactive layer runs with its trainable parameters *detached*: autograd saves nothing for them and they receive no
+gradient. `requires_grad` is unchanged, so that optimizers and DDP always see the same parameters. Up to and including
+the lowest active layer the hidden states enter detached, so that backward ends there, even if a model makes its
+embeddings require gradients for activation checkpointing. In models that loop over their layers, they enter detached
+the first time only.
 
 DDP waits for a gradient of every parameter. On request the lowest active layer's gate delivers zeros for the
 inactive ones; the caller drops them before the optimizer step.
@@ -26,14 +26,14 @@ from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.models.layers import with_hidden
 from siftune.models.quantised import KeptUnpacked, refuse_packed
 
-taped: WeakSet[nn.Module] = WeakSet()  # layers in which a tape records
+taped: WeakSet[nn.Module] = WeakSet()  # layers with a tape
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()
 
 Deliver = Callable[[], Sequence[Tensor | None]]
 
 
 class Gate(torch.autograd.Function):
-    """Identity on a layer's input that hands out the gradients of parameters when backward gets there.
+    """Identity on a layer's input that delivers the gradients of parameters when backward gets there.
 
     Everything in the layer depends on its input, so this backward runs after all others of the layer.
     """
@@ -52,9 +52,9 @@ class Gate(torch.autograd.Function):
 
 
 def nothing_trains_before(model: nn.Module, groups: Sequence[LayerGroup]) -> bool:
-    """Whether no trainable parameter stands before the layers, as far as the model's structure tells.
+    """Whether no trainable parameter precedes the layers, judging by the model's structure.
 
-    Trainable parameters outside the layers are taken to be upstream unless they belong to the output head alone.
+    Trainable parameters outside the layers count as upstream unless they belong to the output head alone.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     after = {id(p) for p in head.parameters()} if head is not None else set()
@@ -64,30 +64,31 @@ def nothing_trains_before(model: nn.Module, groups: Sequence[LayerGroup]) -> boo
 
 
 def is_active(group: LayerGroup) -> bool:
-    """Whether a layer trains now; without gates on it, it does."""
+    """Whether a layer trains now; a layer without gates does."""
     gates = _gates.get(group.module)
     return gates is None or group.index in gates.active
 
 
 class LayerGates:
-    """Hooks on the layers of one model; all layers are active until `set_active` says otherwise.
+    """Hooks on the layers of one model; all layers are active until `set_active`.
 
     Args:
         model: The model that holds the layers.
         groups: The layers and their trainable parameters.
-        deliver_zeros: Give inactive layers' parameters gradients of zero, as DDP and ZeRO need.
+        deliver_zeros: Deliver gradients of zero for inactive layers' parameters, as DDP and ZeRO need.
 
     Raises:
-        RecipeError: A tape records in the layers already; gates go first.
-        UnsupportedError: A layer has an adapter that needs the gradients of all, or the base is packed for inference.
+        RecipeError: The layers have a tape already; gates come first.
+        UnsupportedError: A layer has an adapter that needs the gradients of all layers, or the base is packed for
+            inference.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[LayerGroup], deliver_zeros: bool = False) -> None:
         self._groups = list(groups)
         if any(group.module in taped for group in self._groups):
             raise RecipeError(
-                "samples are selected in these layers already, and layers must be chosen first: list IST before GAST "
-                "among the callbacks, and in a plain loop attach it first"
+                "samples are selected in these layers already, but layers must be chosen first: list IST before GAST "
+                "among the callbacks, and in a custom loop attach it first"
             )
         refuse_allocator(self._groups)
         refuse_packed(model)
@@ -126,7 +127,7 @@ class LayerGates:
             parameter.grad = None
 
     def remove(self) -> None:
-        """Take all hooks off; calling it twice does no harm."""
+        """Remove all hooks; a second call has no effect."""
         self._substitution.remove()
         self._unpacked.remove()
         for handle in self._handles:
@@ -144,11 +145,11 @@ class LayerGates:
         self.remove()
 
     def _detach_inactive(self, slot: Slot, current: Tensor, _: Tensor | None) -> Tensor:
-        """Stand in for a parameter: itself in an active layer, detached in others."""
+        """Substitute a parameter: itself in an active layer, detached in others."""
         return current if slot.layer in self._active else current.detach()
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run before a layer: cut the graph at and below the lowest active layer, and have it deliver zeros."""
+        """Run before a layer: cut the graph at and below the lowest active layer, which may deliver zeros."""
         all_active = len(self._active) == len(self._groups)
         if all_active or index > self._lowest or not torch.is_grad_enabled():
             return None
@@ -169,7 +170,7 @@ class LayerGates:
         return self._with_zeros(hidden) if self._deliver_zeros else hidden
 
     def _with_zeros(self, hidden: Tensor) -> Tensor:
-        """Have backward deliver the zeros that DDP and ZeRO wait for."""
+        """Have backward deliver the zeros for which DDP and ZeRO wait."""
         idle = self.inactive_parameters()
         gate: Any = Gate  # `apply` is typed in some versions of torch only
         gated: Tensor = gate.apply(lambda: [torch.zeros_like(p) for p in idle], hidden, *idle)
@@ -182,7 +183,7 @@ class LayerGates:
 
 @untraced
 def is_upstream(value: Tensor, wanted: Callable[[Any], bool]) -> bool:
-    """Whether a node of autograd's graph that `wanted` accepts is among those that a value was computed with."""
+    """Whether autograd's graph of a value has a node that `wanted` accepts."""
     waiting = [value.grad_fn]
     seen = set()
     while waiting:

@@ -34,7 +34,7 @@ def group_by_layer(model: nn.Module, path: str | None = None) -> list[LayerGroup
 
     Args:
         model: Causal language model, adapted or not, wrapped or not.
-        path: Path of the decoder layers where structure does not tell; see `find_layers`.
+        path: Path of the decoder layers if their structure does not identify them; see `find_layers`.
 
     Returns:
         One group per layer that has trainable parameters, in the order of the layers.
@@ -46,16 +46,16 @@ def group_by_layer(model: nn.Module, path: str | None = None) -> list[LayerGroup
         LayerError: The layers cannot be found.
     """
     _refuse_prompts(model)
-    found = find_layers(model, path)
+    stack = find_layers(model, path)
     names = {module: name for name, module in model.named_modules()}
     groups = []
-    for index, layer in enumerate(found.layers):
+    for index, layer in enumerate(stack.layers):
         trainable = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         if trainable:
             groups.append(LayerGroup(index, names[layer], layer, trainable))
     if not groups:
         raise AdapterError(
-            f"none of the {len(found.layers)} layers at {found.path} has a trainable parameter; attach an "
+            f"none of the {len(stack.layers)} layers at {stack.path} has a trainable parameter; attach an "
             "adapter, e.g. with siftune.attach_adapter(model), and load saved adapters with is_trainable=True"
         )
     _refuse_sharing(groups)
@@ -64,7 +64,7 @@ def group_by_layer(model: nn.Module, path: str | None = None) -> list[LayerGroup
 
 
 def refuse_allocator(groups: Iterable[LayerGroup]) -> None:
-    """Refuse AdaLoRA where layers or rows are chosen.
+    """Refuse AdaLoRA for methods that choose layers or rows.
 
     Raises:
         UnsupportedError: A layer has it.
@@ -72,8 +72,8 @@ def refuse_allocator(groups: Iterable[LayerGroup]) -> None:
     for group in groups:
         if any(isinstance(module, AdaLoraLayer) for module in group.module.modules()):
             raise UnsupportedError(
-                f"{group.name} has AdaLoRA, which allots its ranks by the gradients of all layers and rows in every "
-                "step, so none can be left out; train without a method that chooses (dense), or take LoRA"
+                f"{group.name} has AdaLoRA, which allocates its ranks by the gradients of all layers and rows in every "
+                "step, so none can be left out: train densely, or use LoRA"
             )
 
 
@@ -88,8 +88,8 @@ def _refuse_prompts(model: nn.Module) -> None:
         for config in module.peft_config.values() if isinstance(module, PeftModel) else ():
             if config.is_prompt_learning:
                 raise UnsupportedError(
-                    f"{config.peft_type} has no parameters of its own in each layer; use LoRA, rsLoRA, DoRA "
-                    "or another adapter that sits inside the decoder layers, such as siftune's prefix"
+                    f"{config.peft_type} has no separate parameters in each layer: use LoRA, rsLoRA, DoRA or another "
+                    "adapter inside the decoder layers"
                 )
 
 
@@ -112,5 +112,5 @@ def _refuse_sharded(groups: Sequence[LayerGroup]) -> None:
             if isinstance(parameter, DTensor):
                 raise UnsupportedError(
                     f"{group.name}.{name} is sharded, and selection works on whole parameters: "
-                    "siftune.shard_base(model) divides the base by FSDP2 and leaves what trains whole"
+                    "siftune.shard_base(model) shards the base by FSDP2 and keeps trainable parameters unsharded"
                 )

@@ -1,4 +1,4 @@
-"""What siftune needs of torch.distributed; the only file that touches it."""
+"""torch.distributed for siftune: joining a launch, exchanges between ranks. The only file that uses it."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +14,14 @@ from siftune.base.ranks import launch_size
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 fetches a model and tokenises many rows
+_PATIENCE = timedelta(hours=2)  # other ranks wait while rank 0 fetches a model and tokenizes many rows
 
 
 def join_launch() -> bool:
-    """Meet the other ranks of a launch by torchrun, accelerate or `--processes`, before a Trainer does so.
+    """Join the other ranks of a launch by torchrun, accelerate or `--processes`, before a Trainer does so.
 
     Returns:
-        Whether there was something to join; `leave_launch` is then to be called.
+        Whether there are other ranks; then call `leave_launch` at the end.
     """
     if launch_size() == 1 or dist.is_initialized():
         return False
@@ -32,10 +32,10 @@ def join_launch() -> bool:
 
 
 def let_go(trainer: Any) -> None:
-    """Free a Trainer's wrapper for several ranks, which holds the process group beyond its end.
+    """Free a Trainer's DDP wrapper, which would keep the process group alive.
 
     Args:
-        trainer: A transformers Trainer that has trained.
+        trainer: A transformers Trainer after training.
     """
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
@@ -43,13 +43,13 @@ def let_go(trainer: Any) -> None:
 
 
 def leave_launch() -> None:
-    """End the process group, if there is one: gloo's threads that outlive it abort the process."""
+    """End the process group, if there is one: threads of gloo that outlive it abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Have rank 0 make a value that can be pickled, and give it to all ranks."""
+    """Have rank 0 make a picklable value, and send it to all ranks."""
     values = [make() if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(values)
@@ -58,7 +58,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Have rank 0 do what is in the block before the others, which find then what it left on disk."""
+    """Have rank 0 run the block before the others, which then read its files."""
     if rank():
         dist.barrier()
     yield
@@ -67,23 +67,23 @@ def first_rank_first() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Wait until every rank has come here."""
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
 def world_size() -> int:
-    """Number of ranks; 1 where no process group is set up."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if in_group() else 1
 
 
 def in_group() -> bool:
-    """Whether a process group is set up, be it of this process alone: DDP and ZeRO then wait for every gradient."""
+    """Whether there is a process group, even of this process alone: DDP and ZeRO then wait for every gradient."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """Number of this rank; 0 where no process group is set up."""
+    """Number of this rank; 0 without a process group."""
     return dist.get_rank() if in_group() else 0
 
 
@@ -98,11 +98,11 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Columns of all ranks side by side, in the order of the ranks, which may have different numbers of them.
+    """Concatenate the columns of all ranks, in their order; ranks may have different numbers of columns.
 
     Args:
         values: (U, n) float64, on the CPU; U the same on all ranks.
-        device: Device of the model: NCCL exchanges what is there only.
+        device: Device of the model, since NCCL exchanges tensors on it only.
 
     Returns:
         (U, sum of n over the ranks) float64, on the CPU.
@@ -119,9 +119,9 @@ def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:
     return torch.cat([part[:, : int(n)] for part, n in zip(parts, counts, strict=True)], 1).cpu()
 
 
-def on_any_rank(found: bool, device: torch.device) -> bool:
-    """Whether something holds on this rank or another; `device` is the model's."""
-    return float(mean_over_ranks(torch.tensor(float(found), dtype=torch.float64), device)) > 0
+def on_any_rank(condition: bool, device: torch.device) -> bool:
+    """Whether a condition holds on any rank; `device` is the model's."""
+    return float(mean_over_ranks(torch.tensor(float(condition), dtype=torch.float64), device)) > 0
 
 
 def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
@@ -129,7 +129,7 @@ def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 
     Args:
         values: Any shape, float64.
-        device: Device of the model: NCCL reduces there only.
+        device: Device of the model, since NCCL reduces on it only.
 
     Returns:
         The mean, on the CPU, float64.

@@ -1,7 +1,7 @@
-"""What the tape records in one layer and one pass, and what stands in the layer meanwhile.
+"""The record of one layer in one pass, and the tensors that fill it.
 
-A `LayerRecord` holds the gradients of single samples; a `Tap` reads them off a module's output; a `RowVector` is a
-vector with a copy per row, the gradient of which is that of the rows.
+A `LayerRecord` holds the gradients of single samples. A `Tap` reads them from a module's output. A `RowVector` is a
+vector with a copy per row, whose gradient is that of the rows.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class LayerRecord:
         self._grads[parameter] = grads_SD if before is None else before + grads_SD
 
     def take(self) -> dict[nn.Parameter, Tensor]:
-        """Hand over what was recorded, and hold it no longer."""
+        """Return the gradients, and release them."""
         grads, self._grads = self._grads, {}
         return grads
 
@@ -47,33 +47,33 @@ class LayerRecord:
         return values
 
     def check(self, module: nn.Module, values: Tensor) -> None:
-        """Refuse a module that does not see the rows one by one."""
+        """Refuse a module whose input or output has no row axis."""
         flat = values.ndim == 2 and values.shape[0] == self._rows * self._positions
         if not flat and (values.ndim < 3 or values.shape[0] != self._rows):
             raise UnsupportedError(
                 f"{type(module).__name__} works on a tensor of shape {tuple(values.shape)} in a batch of {self._rows} "
-                f"rows and {self._positions} positions, so the rows' gradients cannot be told apart; leave it "
+                f"rows and {self._positions} positions, so the rows' gradients cannot be separated: leave it "
                 "without an adapter"
             )
 
-    def copies(self, vector: Tensor, given: Tensor) -> Tensor:
+    def copies(self, vector: Tensor, inputs: Tensor) -> Tensor:
         """Expand a vector to one copy per row, a leaf whose gradient is that of the rows; (B, 1, …, D)."""
-        between = (1,) * max(0, given.ndim - 2)
+        between = (1,) * max(0, inputs.ndim - 2)
         return vector.detach().reshape(-1).expand(self._rows, *between, -1).requires_grad_()
 
-    def spread(self, copies: Tensor, given: Tensor) -> Tensor:
-        """Let copies per row meet values that have rows and positions in one dimension."""
-        return copies.repeat_interleave(self._positions, 0) if given.ndim == 2 else copies
+    def spread(self, copies: Tensor, inputs: Tensor) -> Tensor:
+        """Repeat the copies per row for values with rows and positions in one dimension."""
+        return copies.repeat_interleave(self._positions, 0) if inputs.ndim == 2 else copies
 
 
 class Tap(torch.autograd.Function):
     """Identity on a module's output that reads the output's gradient, and the module's input."""
 
     @staticmethod
-    def forward(ctx: Any, read: Callable[[Tensor, Tensor], None], output: Tensor, given: Tensor) -> Tensor:
-        """Pass `output` on; `read(grad_output, given)` is called in backward."""
+    def forward(ctx: Any, read: Callable[[Tensor, Tensor], None], output: Tensor, inputs: Tensor) -> Tensor:
+        """Pass `output` on; `read(grad_output, inputs)` is called in backward."""
         ctx.read = read
-        ctx.save_for_backward(given.to(output.dtype))
+        ctx.save_for_backward(inputs.to(output.dtype))
         return output.view_as(output)
 
     @staticmethod
@@ -84,14 +84,14 @@ class Tap(torch.autograd.Function):
 
 
 class RowVector(Tensor):
-    """One copy of a vector per row, (B, 1, D), which keeps the rows where a vector would be flattened.
+    """One copy of a vector per row, (B, 1, D), that ignores flattening.
 
     PEFT flattens DoRA's magnitude and IA3's scales before it multiplies with them.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Ignore flattening, stay what it is when divided, and become a plain tensor otherwise."""
+        """Ignore flattening, keep the class in divisions, and become a plain tensor otherwise."""
         if func in (Tensor.view, Tensor.flatten, Tensor.reshape):
             return args[0].as_subclass(Tensor)
         with torch._C.DisableTorchFunctionSubclass():

@@ -1,9 +1,9 @@
-"""A base that is divided among the ranks, under adapters that are whole on each of them (ours).
+"""A base sharded among the ranks, under unsharded adapters (ours).
 
 `fully_shard` (FSDP2) keeps a part of every frozen weight on each rank, and gathers a layer's weights while it runs.
-What trains is left out of it: it stays what gates, taps, optimizers and checkpoints know, ordinary parameters with
-ordinary gradients, which DDP averages. So selection, results and files are those of DDP, bit for bit; what is paid is
-the adapters' memory on every rank, and what is saved is the exchange of them in every forward and backward.
+Trainable parameters are excluded: gates, taps, optimizers and checkpoints see ordinary parameters with ordinary
+gradients, which DDP averages. Selection, results and files are therefore those of DDP, bit for bit. The cost is the
+adapters' memory on every rank; the benefit is that forward and backward need not exchange them.
 """
 
 from typing import Any
@@ -20,68 +20,70 @@ from siftune.models.layers import find_layers
 
 
 def shard_base(model: nn.Module, layers: str | None = None) -> None:
-    """Divide the frozen weights of a model among the ranks of a launch, layer by layer; in one process do nothing.
+    """Shard the frozen weights of a model among the ranks of a launch, layer by layer; in one process do nothing.
 
-    Call it on every rank, when the adapters are on the model and before a Trainer gets it; or before DDP, in a loop of
-    your own: `model = average_whole(model)`. Frozen weights go where the rank computes, trainable ones stay where they
-    are. Afterwards run the whole model, not its parts: it is the call of the model that gathers weights.
+    Call it on every rank after attaching the adapters and before making a Trainer. In a custom loop call it before DDP:
+    `model = average_whole(model)`. Frozen weights move to the rank's device; trainable ones stay on theirs. Afterwards
+    call the model itself, not its parts, since that call gathers weights.
 
     Args:
         model: Causal language model; the same on every rank. Changed in place.
-        layers: Path of the decoder layers, where they are not found by structure.
+        layers: Path of the decoder layers, if their structure does not identify them.
 
     Raises:
-        UnsupportedError: The weights are quantised, sharded already, or on several devices.
+        UnsupportedError: The weights are quantized, sharded already, or on several devices.
         LayerError: The layers cannot be found.
 
     Example:
-        >>> shard_base(model)  # in one process nothing is divided
+        >>> shard_base(model)  # in one process nothing is sharded
     """
     join_launch()
     if world_size() == 1:
         return
     _check(model)
-    whole = {p for p in model.parameters() if p.requires_grad}
+    trainable = {p for p in model.parameters() if p.requires_grad}
     for layer in find_layers(model, layers).layers:
-        fully_shard(layer, ignored_params=whole)
-    fully_shard(model, ignored_params=whole)
-    model.register_forward_hook(_divide_again)
+        fully_shard(layer, ignored_params=trainable)
+    fully_shard(model, ignored_params=trainable)
+    model.register_forward_hook(_reshard)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's base is divided among ranks."""
+    """Whether a model's base is sharded among ranks."""
     return isinstance(model, FSDPModule)
 
 
 def average_whole(model: nn.Module, **settings: Any) -> DistributedDataParallel:
-    """Have DDP average the gradients of what is whole on every rank, and leave the rest alone.
+    """Have DDP average the gradients of unsharded parameters, and ignore the others.
 
     Args:
-        model: After `shard_base`; what trains is where the rank computes.
+        model: After `shard_base`; trainable parameters are on the rank's device.
         settings: For DistributedDataParallel.
     """
-    divided = {name for name, p in model.named_parameters() if not p.requires_grad}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)  # type: ignore[no-untyped-call]
+    sharded = {name for name, p in model.named_parameters() if not p.requires_grad}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)  # type: ignore[no-untyped-call]
     return DistributedDataParallel(model, **settings)
 
 
-def _divide_again(model: nn.Module, *_: Any) -> None:
-    """Free what a pass without backward has gathered for the model's ends; FSDP2 keeps it for a backward.
+def _reshard(model: nn.Module, *_: Any) -> None:
+    """Reshard the weights outside of the layers after a pass without backward; FSDP2 keeps them for a backward.
 
-    A rank that saves by itself would free it, and be the only one to gather it again: ranks would wait for ever.
+    Else a rank that saves a checkpoint alone would reshard them, and alone gather them again: a deadlock.
     """
     if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
         model.reshard()
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse weights that cannot be divided."""
+    """Refuse weights that cannot be sharded."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise UnsupportedError("the model's weights are sharded already: load it whole, and call shard_base once")
+        raise UnsupportedError("the model's weights are sharded already: load it unsharded, and call shard_base once")
     if any(not p.is_floating_point() for p in model.parameters()):
-        raise UnsupportedError("the model's weights are quantised, which FSDP2 cannot divide: load it unquantised")
+        raise UnsupportedError(
+            "the model's weights are quantized, which FSDP2 cannot shard: load it without quantization"
+        )
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedError(
-            f"the model is on {', '.join(sorted(devices))}: load it without device_map, as every rank gets a part of it"
+            f"the model is on {', '.join(sorted(devices))}: load it without device_map, since every rank gets a shard"
         )

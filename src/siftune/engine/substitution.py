@@ -1,8 +1,8 @@
-"""Stand in for trainable parameters during a forward pass.
+"""Substitution of trainable parameters during a forward pass.
 
-Trainable parameters stay where the optimizer, DDP and checkpoints expect them. Where a method needs other tensors
-in their place (detached, in another dtype) they are *substituted*: while a module runs, it holds a tensor made
-from the parameter, and autograd carries the gradient back through whatever made it.
+Trainable parameters stay in the places where the optimizer, DDP and checkpoints expect them. If a method needs other
+tensors instead (detached, in another dtype), they are *substituted*: while a module runs, it holds a tensor computed
+from the parameter, and autograd propagates the gradient back to the parameter.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from siftune.engine.groups import LayerGroup, outside
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-as_one: WeakSet[nn.Module] = WeakSet()  # modules around whose call parameters are substituted, whatever is in them
+as_one: WeakSet[nn.Module] = WeakSet()  # modules whose parameters are substituted around the call of the module itself
 
 # modules that hold others but are never called
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -42,9 +42,9 @@ class Slot(NamedTuple):
 
 
 def parameter_owners(group: LayerGroup) -> list[Slot]:
-    """Return for every trainable parameter of a layer the place where a module holds it.
+    """Return the place of every trainable parameter of a layer.
 
-    A parameter that several modules of the layer hold comes once for each.
+    A parameter of several modules of the layer has a place in each.
     """
     wanted = {id(p) for p in group.parameters.values()}
     return [
@@ -56,13 +56,13 @@ def parameter_owners(group: LayerGroup) -> list[Slot]:
 
 
 class Substitution:
-    """Puts other tensors in the place of a layer's trainable parameters, and the parameters back.
+    """Replaces a layer's trainable parameters by other tensors, and restores them.
 
-    Swaps nest, also between several substitutions of one layer, as long as they end in the reverse order: an
-    inner swap is given the tensors that the outer one put in place.
+    Swaps nest, also between several substitutions of one layer, if they end in the reverse order: an inner swap
+    receives the tensors of the outer one.
 
     Args:
-        group: The layer; its owners are looked up once, here.
+        group: The layer; the places of its parameters are looked up once, here.
     """
 
     def __init__(self, group: LayerGroup) -> None:
@@ -70,7 +70,7 @@ class Substitution:
         self._saved: list[list[Tensor]] = []
 
     def swap(self, replace: Callable[[Slot, Tensor], Tensor]) -> None:
-        """Put `replace(slot, current)` in the place of every parameter."""
+        """Replace every parameter by `replace(slot, current)`."""
         saved: list[Tensor] = []
         self._saved.append(saved)  # before the loop: restore() then also cleans up after a `replace` that raises
         for held, slot in self._slots:
@@ -85,10 +85,10 @@ class Substitution:
                 held[slot.name] = previous
 
     def restore_all(self) -> None:
-        """Put the parameters themselves back, whatever swaps are left open; without one, do nothing.
+        """Restore the parameters themselves, however many swaps are open; without one, do nothing.
 
-        This cleans up after a forward pass that ended without its hooks, as on Ctrl-C. Then it does not matter
-        which of several open substitutions is cleaned up first.
+        This cleans up after a forward pass that ended without its hooks, as on Ctrl-C. Several open substitutions can
+        be cleaned up in any order.
         """
         if self._saved:
             self._saved.clear()
@@ -99,10 +99,10 @@ class Substitution:
 class ForwardSubstitution:
     """Substitutes parameters whenever the modules that use them run, until `remove()`.
 
-    The hooks sit on the adapted modules (for parameters outside of adapters: on the modules that hold them), not
-    on the layer: activation checkpointing in transformers recomputes a layer's `forward` without the layer's own
-    hooks, while those inside it run again. Recomputing stops early by an exception, so the hooks restore after an
-    exception too.
+    The hooks are on the adapted modules (for parameters outside of adapters: on the modules that hold them), not on
+    the layer: activation checkpointing in transformers recomputes a layer's `forward` without the layer's own hooks,
+    while those inside it run again. Recomputation stops early by an exception, so the hooks restore after an exception
+    too.
 
     Args:
         groups: The layers.
@@ -126,9 +126,9 @@ class ForwardSubstitution:
         substitution = Substitution(unit)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            substitution.restore_all()  # left open where Ctrl-C ended a forward
-            given = _first_input((*args, *kwargs.values()))
-            substitution.swap(lambda slot, current: replace(slot, current, given))
+            substitution.restore_all()  # left open if Ctrl-C ended a forward pass
+            hidden = _first_input((*args, *kwargs.values()))
+            substitution.swap(lambda slot, current: replace(slot, current, hidden))
 
         def after(*_: Any) -> None:
             substitution.restore()
@@ -140,7 +140,7 @@ class ForwardSubstitution:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off and put all parameters back; calling it twice does no harm."""
+        """Remove the hooks and restore all parameters; a second call has no effect."""
         for handle in self._handles:
             handle.remove()
         for substitution in self._substitutions:
@@ -158,36 +158,36 @@ class ForwardSubstitution:
 
 
 def untraced(hook: Hook) -> Hook:
-    """Keep a hook out of what torch.compile traces: it works on this very call, with the tensors of now."""
+    """Exclude a hook from torch.compile's trace, since it depends on the current call and its tensors."""
     wrapped: Hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return wrapped
 
 
 def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSubstitution:
-    """Use trainable parameters in the dtype of the hidden states while they are kept in their own.
+    """Use trainable parameters in the dtype of the hidden states, and store them in their own.
 
-    float32 adapters on a bfloat16 base then compute in bfloat16, as the base does, instead of casting every
+    float32 adapters on a bfloat16 base then compute in bfloat16, like the base, instead of casting every
     input to float32. Autograd goes through the cast: gradients arrive in the parameters' dtype. IA3's
     vectors are not cast: they begin at one, beside which half precision does not resolve small updates, and PEFT casts
     their inputs.
 
     Args:
-        model: The model; what it trains outside of the layers is cast as well.
+        model: The model; its trainable parameters outside of the layers are cast as well.
         groups: Its layers, as `group_by_layer` returns them.
 
     Returns:
-        A handle, also usable as a context manager; `remove()` takes the hooks off.
+        A handle, also usable as a context manager; `remove()` removes the hooks.
     """
-    # embeddings are given token numbers: what they give has the dtype of what is frozen
+    # embeddings receive token ids; their output has the dtype of the frozen weights
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     base = next(frozen, None)
     wide = [module for module in model.modules() if isinstance(module, IA3Layer)]
-    kept = {id(p) for module in wide for p in module.parameters() if p.requires_grad}
+    own_dtype = {id(p) for module in wide for p in module.parameters() if p.requires_grad}
 
-    def cast(slot: Slot, current: Tensor, given: Tensor | None) -> Tensor:
-        dtype = base if given is None else given.dtype
-        as_it_is = dtype is None or not current.is_floating_point() or id(slot.parameter) in kept
-        return current if as_it_is else current.to(dtype)
+    def cast(slot: Slot, current: Tensor, hidden: Tensor | None) -> Tensor:
+        dtype = base if hidden is None else hidden.dtype
+        unchanged = dtype is None or not current.is_floating_point() or id(slot.parameter) in own_dtype
+        return current if unchanged else current.to(dtype)
 
     layers = list(groups)
     rest = LayerGroup(-1, "", model, outside(model, layers))
@@ -197,7 +197,7 @@ def use_base_dtype(model: nn.Module, groups: Iterable[LayerGroup]) -> ForwardSub
 def units(group: LayerGroup) -> list[LayerGroup]:
     """Split a layer's parameters by the module whose call uses them: one group per such module.
 
-    That is the one of `as_one` around them, else the outermost PEFT module (DoRA reads its matrices without calling
+    It is the module of `as_one` around them, else the outermost PEFT module (DoRA reads its matrices without calling
     them), else the module that holds them.
     """
     wanted = {id(p) for p in group.parameters.values()}

@@ -1,4 +1,4 @@
-"""Damp the response of adapters: what IST's candidate sets are compared by."""
+"""Suppression of adapters' response, by which IST compares candidate sets."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,12 +23,11 @@ _TAKE_APART = ("pissa", "olora", "corda", "loftq")  # values of PEFT's init_lora
 def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float) -> Iterator[None]:
     """Multiply the adapters' response in some layers by `factor`.
 
-    The response of an adapted module is its output minus the output of its base layer for the same input. For
-    plain LoRA and bottlenecks its scale is changed; for DoRA and every other PEFT adapter a hook computes
-    base + factor·(output − base). Layers whose own weights train (`full.OpenLayers`) run with
-    W₀ + factor·(W − W₀) in the place of W (ours): linear and norm modules are linear in W, so that this damps their
-    response alike.
-    What was changed is put back bit for bit when the block ends, also after an error.
+    The response of an adapted module is its output minus the output of its base layer for the same input. For plain
+    LoRA and bottlenecks the scale is changed; for DoRA and every other PEFT adapter a hook computes
+    base + factor·(output − base). Layers with trainable weights of their own (`full.OpenLayers`) run with
+    W₀ + factor·(W − W₀) instead of W (ours): linear and norm modules are linear in W, so that this damps their response
+    in the same way. Everything is restored bit for bit when the block ends, also after an error.
 
     Args:
         groups: Layers, as `group_by_layer` returns them.
@@ -36,8 +35,7 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
         factor: 1 changes nothing, 0 is the base model.
 
     Raises:
-        AdapterError: A layer has no PEFT adapter and its original weights are not known, or its adapters are merged
-            into the base.
+        AdapterError: A layer has neither a PEFT adapter nor original weights, or its adapters are merged into the base.
     """
     chosen = [groups[index] for index in dict.fromkeys(indices)]
     modules = [m for group in chosen if original_weights(group.module) is None for m in adapted_modules(group)]
@@ -55,7 +53,7 @@ def suppress(groups: Sequence[LayerGroup], indices: Iterable[int], factor: float
 
 
 def _damp_weights(group: LayerGroup, factor: float, undo: ExitStack) -> None:
-    """Put W₀ + factor·(W − W₀) in the place of an open layer's weights; leave other layers alone."""
+    """Replace an open layer's weights by W₀ + factor·(W − W₀); other layers are unchanged."""
     originals = original_weights(group.module)
     if originals is None:
         return
@@ -66,36 +64,35 @@ def _damp_weights(group: LayerGroup, factor: float, undo: ExitStack) -> None:
 
 
 def adapted_modules(group: LayerGroup) -> list[Any]:
-    """Return a layer's outermost PEFT modules, and check that they compute a response.
+    """Return a layer's outermost PEFT modules, and check that they have a response.
 
     Raises:
-        AdapterError: It has none, or one that does not.
+        AdapterError: It has none, or one without a response.
     """
-    found: dict[str, Any] = {}
+    adapted: dict[str, Any] = {}
     for name, module in group.module.named_modules():
-        if isinstance(module, BaseTunerLayer) and not any(name.startswith(outer + ".") for outer in found):
-            found[name] = module
+        if isinstance(module, BaseTunerLayer) and not any(name.startswith(outer + ".") for outer in adapted):
+            adapted[name] = module
             if module.merged:
                 raise AdapterError(
                     f"{group.name}.{name}: adapter {', '.join(module.merged_adapters)} is merged into the "
-                    "base, so it has no response of its own; call unmerge_adapter() first"
+                    "base, so it has no separate response: call unmerge_adapter() first"
                 )
             if not hasattr(module, "base_layer"):
                 raise AdapterError(
                     f"{group.name}.{name}: {type(module).__name__} keeps no base layer, so its response is "
-                    "unknown; use LoRA, rsLoRA or DoRA, or a method that does not damp responses, such as RST"
+                    "unknown: use LoRA, rsLoRA or DoRA, or a method that does not damp responses, such as RST"
                 )
-    if not found:
+    if not adapted:
         raise AdapterError(
-            f"{group.name} has no PEFT adapter whose response could be damped; attach one, or to have it "
-            "damped open the layer with siftune.models.adapters.full.OpenLayers before training; or use RST, which "
-            "needs none"
+            f"{group.name} has no PEFT adapter whose response could be damped: attach one, open the layer with "
+            "siftune.models.adapters.full.OpenLayers before training, or use RST, which damps nothing"
         )
-    return list(found.values())
+    return list(adapted.values())
 
 
 def refuse_taken_apart(model: nn.Module) -> None:
-    """Refuse adapters that begin as a part of the base, whose response is not what they add to it.
+    """Refuse adapters that are initialized from the base's weights, whose response differs from their output.
 
     Raises:
         AdapterError: There is one.
@@ -104,8 +101,8 @@ def refuse_taken_apart(model: nn.Module) -> None:
         init = str(getattr(config, "init_lora_weights", ""))
         if init.startswith(_TAKE_APART):
             raise AdapterError(
-                f"an adapter that began with {init} holds a part of the base, so that its response cannot be damped: "
-                "take another method, or another init_lora_weights"
+                f"an adapter initialized with {init} holds a part of the base, so that its response cannot be damped: "
+                "use another method, or another init_lora_weights"
             )
 
 
@@ -113,7 +110,7 @@ def is_scaled(module: Any) -> bool:
     """Whether the response of a PEFT module is proportional to its scale and nothing else."""
     return isinstance(module, BottleneckLayer) or (
         isinstance(module, LoraLayer)
-        # these put the product of the matrices into a weight, on which the output depends in other ways
+        # these put the product of the matrices into a weight, and their output is not linear in it
         and not isinstance(module, ParamWrapper | MultiheadAttention)
         and not isinstance(module.base_layer, BaseTunerLayer)
         and not any(name in module.lora_variant for name in module.active_adapters)
@@ -125,12 +122,12 @@ _CACHES = ("cache", "past_key_values", "layer_past")
 
 
 def base_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the base of an adapted module gives for the same input, of whole rows: what it caches stays as it is."""
+    """Output of an adapted module's base for the same input; caches are not passed on, and stay unchanged."""
     return module.get_base_layer()(*args, **{name: v for name, v in kwargs.items() if name not in _CACHES})
 
 
 def states(output: Any) -> Tensor:
-    """The hidden states that a module puts out; attention as a whole has other things behind them."""
+    """The hidden states of a module's output; attention modules return further values after them."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
 

@@ -1,15 +1,15 @@
-"""Records the gradients of single rows, layer by layer, in one ordinary backward pass.
+"""Gradients of single rows, recorded layer by layer in one ordinary backward pass.
 
-While a layer runs, its trainable parameters are *detached*, so that autograd forms no gradient of its own for them. A
-*tap* on the output of the module that uses a parameter forms that of every row instead, when backward gets there, and
-adds it to the record of the layer. The gate on the layer's input runs last of all in the layer: there the record is
-complete, is reduced to one gradient per parameter, and freed. So what is held at any time is one layer's.
+While a layer runs, its trainable parameters are *detached*, so that autograd forms no gradient for them. Instead, a
+*tap* on the output of the module that uses a parameter forms the gradient of every row during backward, and adds it to
+the record of the layer. The gate on the layer's input runs last in the layer. There the record is complete; it is
+reduced to one gradient per parameter, and freed. Only one layer's gradients are held at a time.
 
-Vectors that scale activations (DoRA's magnitude, IA3, the weight of an RMSNorm) are expanded to one copy per row
-instead; the gradient of the copies is the one that is wanted.
+Vectors that scale activations (DoRA's magnitude, IA3, the weight of an RMSNorm) are expanded to one copy per row; the
+gradient of the copies is the gradient of the rows.
 
-A tap saves a module's input as autograd would have done for the weight: by `save_for_backward`, so that activation
-checkpointing recomputes it.
+A tap saves a module's input as autograd would for the weight: by `save_for_backward`, so that activation checkpointing
+recomputes it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,21 +32,21 @@ from siftune.models.layers import hidden_states, with_hidden
 
 Gradients = Mapping[nn.Parameter, Tensor]
 
-P = TypeVar("P")  # what stands for a pass
+P = TypeVar("P")  # representation of a pass
 SampleGradients = dict[nn.Parameter, Tensor]  # (S, …) for each parameter
 
-# what a decoder layer is given where one row holds several sequences
+# arguments of a decoder layer for rows with several sequences
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
 class Delivery(Generic[P]):
-    """What a gate calls in backward: takes the records of its layers, and has them reduced to gradients.
+    """Reduces the records of a gate's layers to gradients, called by the gate in backward.
 
     Args:
-        this: What stands for the pass.
+        this: Representation of the pass.
         groups: The layers that the gate delivers for.
-        records: Records of the pass by layer; those of layers that have not run yet come later.
-        reduce: As `Tape` is given.
+        records: Records of the pass by layer; layers that run later add theirs.
+        reduce: As of `Tape`.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Tape(Generic[P]):
 
     Args:
         survey: Survey of the layers.
-        begin: Called with the number of samples when a forward pass with gradients enters its first layer. Returns
-            what stands for the pass, or None: then it is as if there were no tape.
-        reduce: Called in backward for each layer, from the last to the first, with what stands for the pass, and with
-            the layer and the gradients of single samples, (S, …) for each of its parameters. Returns one gradient per
-            parameter; a parameter left out gets none.
+        begin: Called with the number of samples when a forward pass with gradients enters its first layer. Returns a
+            representation of the pass, or None to record nothing.
+        reduce: Called in backward for each layer, from the last to the first, with the representation of the pass, the
+            layer, and the gradients of single samples, (S, …) for each of its parameters. Returns one gradient per
+            parameter; a missing parameter gets none.
         pairs: Row i and row i + B/2 are one sample, as in preference training.
-        whole: Call `reduce` once, with all layers, when backward has passed the first of them. The gradients of all
-            layers are then held at a time.
+        whole: Call `reduce` once, with all layers, after backward has passed the first of them. The gradients of all
+            layers are then held at the same time.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Tape(Generic[P]):
         self._paused = False
         self._checked = False
         self._vectors = survey.vectors
-        self._substitution = ForwardSubstitution(self._groups, self._stand_in)
+        self._substitution = ForwardSubstitution(self._groups, self._substitute)
         self._handles: list[RemovableHandle] = [
             group.module.register_forward_pre_hook(untraced(partial(self._enter, group)), with_kwargs=True)
             for group in self._groups
@@ -115,7 +115,7 @@ class Tape(Generic[P]):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let passes in this block go by unrecorded; their backward must be in the block too."""
+        """Record nothing in this block; the backward of its passes must be in the block too."""
         records, self._records = self._records, {}
         self._paused = True
         try:
@@ -124,7 +124,7 @@ class Tape(Generic[P]):
             self._paused, self._records = False, records
 
     def remove(self) -> None:
-        """Take all hooks off and forget what was recorded; calling it twice does no harm."""
+        """Remove all hooks and drop the records; a second call has no effect."""
         self._substitution.remove()
         for handle in self._handles:
             handle.remove()
@@ -137,9 +137,9 @@ class Tape(Generic[P]):
     def _enter(self, group: LayerGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run before a layer: gate its input, and open its record.
 
-        A hook sees one layer at a time and is not told where a pass begins. It begins where a layer is entered that is
-        not above all those entered before, unless what enters it comes from layers of this very pass: a model that
-        loops over its layers is still in the same pass.
+        A hook sees one layer at a time and does not know where a pass begins. A pass begins at a layer that is not
+        above all layers entered before, unless its input comes from layers of the same pass: a model may loop over its
+        layers.
         """
         if not torch.is_grad_enabled() or self._paused:
             return None
@@ -151,7 +151,7 @@ class Tape(Generic[P]):
             self._check(kwargs)
             self._records, self._delivers, self._entered = {}, [], -1
             self._pass = self._begin(self._samples(rows))
-        elif group.index in self._records:  # its first gate is the last to run in backward, and the records add up
+        elif group.index in self._records:  # its first gate runs last in backward, and the records add up
             return None
         self._entered = max(self._entered, group.index)
         if self._pass is None or not is_active(group):
@@ -168,22 +168,22 @@ class Tape(Generic[P]):
         return [group for group in self._groups if is_active(group)]
 
     def _is_in_loop(self, hidden: Tensor) -> bool:
-        """Whether hidden states come from layers of the pass that runs: the model goes through them again."""
+        """Whether hidden states come from layers of the current pass, over which the model loops."""
         return is_upstream(hidden, lambda node: getattr(node, "deliver", None) in self._delivers)
 
     def _delivery(self, this: P, groups: Sequence[LayerGroup]) -> "Delivery[P]":
-        """What the gate calls when backward gets there: reduce what the layers of this pass have recorded by then."""
+        """Make the gate's callback, which reduces the records of this pass in backward."""
         delivery = Delivery(this, groups, self._records, self._reduce)
         self._delivers.append(delivery)
         return delivery
 
-    def _stand_in(self, slot: Slot, current: Tensor, given: Tensor | None) -> Tensor:
-        """Stand in for a parameter while its module runs.
+    def _substitute(self, slot: Slot, current: Tensor, inputs: Tensor | None) -> Tensor:
+        """Substitute a parameter while its module runs.
 
-        A matrix stands in detached: autograd forms no gradient for it, the tap on its module's output does. A vector
-        stands in as one copy per row, which are leaves of their own: the sum over rows that autograd would form for the
-        vector never happens, and the copies' gradient is that of the rows. `current` may be detached already, by IST's
-        gates, which come first: then the layer does not train, and there is nothing to record.
+        A matrix is detached: autograd forms no gradient for it, the tap on its module's output does. A vector is
+        replaced by one copy per row, a leaf of its own: autograd forms no sum over rows, and the copies' gradient is
+        that of the rows. `current` may be detached already by IST's gates, which come first: then the layer does not
+        train, and nothing is recorded.
         """
         record = self._records.get(slot.layer)
         if record is None or not torch.is_grad_enabled() or not current.requires_grad:
@@ -191,11 +191,11 @@ class Tape(Generic[P]):
         kind = self._vectors.get(slot.parameter)
         if kind is None:
             return current.detach()
-        assert given is not None
-        record.check(slot.owner, given)
-        copies = record.copies(current, given)
+        assert inputs is not None
+        record.check(slot.owner, inputs)
+        copies = record.copies(current, inputs)
         copies.register_hook(partial(_read_copies, record, slot.parameter))  # type: ignore[no-untyped-call]
-        spread = record.spread(copies, given)
+        spread = record.spread(copies, inputs)
         return spread.as_subclass(RowVector) if kind is Kind.FLATTENED else spread
 
     def _tap(
@@ -213,26 +213,26 @@ class Tape(Generic[P]):
     def _samples(self, rows: int) -> int:
         if self._pairs and rows % 2:
             raise UnsupportedError(
-                f"a batch of {rows} rows cannot be pairs: the first half must hold the chosen rows, the second the "
-                "rejected ones; set pairs=False for other batches"
+                f"a batch of {rows} rows cannot be pairs, whose first half holds the chosen rows and second half the "
+                "rejected ones: set pairs=False for other batches"
             )
         return rows // 2 if self._pairs else rows
 
     def _enter_again(self, group: LayerGroup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run before a layer that activation checkpointing runs again with its hooks: let it record as it did."""
+        """Run before a layer that activation checkpointing runs again with its hooks: record as before."""
         refuse = partial(_refuse_reentrant, group)
         if self._entered < 0:
             refuse()
         if group.index not in self._records:
             return None
-        # without a gate nothing in the layer might need a gradient; this one's is asked for by reentrant checkpointing
-        # alone: the other form takes from the second run what the taps saved, and leaves its gates alone
+        # without a gate nothing in the layer might require a gradient. Only reentrant checkpointing uses this gate's
+        # gradient: the other form takes only the taps' saved tensors from the second run
         gate: Any = Gate
         parameters = list(group.parameters.values())
         return with_hidden(args, kwargs, lambda entering: gate.apply(refuse, entering, *parameters))
 
     def _check(self, kwargs: Mapping[str, Any]) -> None:
-        """Refuse packed rows, once: their samples share a row."""
+        """Refuse packed rows, whose samples share a row; checked once."""
         if self._checked:
             return
         self._checked = True
@@ -242,28 +242,28 @@ class Tape(Generic[P]):
             starts = int(((where[:, :-1] == 0) & (where[:, 1:] == 1)).sum(-1).max())
         if starts > 1 or any(kwargs.get(name) is not None for name in _PACKED):
             raise UnsupportedError(
-                "rows hold several sequences (packing or padding-free collation), so samples cannot be told apart; "
-                "turn packing and padding_free off"
+                "rows hold several sequences (packing or padding-free collation), so samples cannot be separated: turn "
+                "packing and padding_free off"
             )
 
 
 def in_backward() -> bool:
-    """Whether autograd is at work in this thread, as when activation checkpointing runs a layer again."""
+    """Whether autograd runs in this thread, as when activation checkpointing runs a layer again."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _rows_and_positions(group: LayerGroup, hidden: Tensor) -> tuple[int, int]:
     if hidden.ndim < 3:
         raise UnsupportedError(
-            f"{group.name} is given hidden states of shape {tuple(hidden.shape)}, where rows cannot be told apart"
+            f"{group.name} receives hidden states of shape {tuple(hidden.shape)}, in which rows cannot be separated"
         )
-    return hidden.shape[-3], hidden.shape[-2]  # before them may stand copies of the hidden states, as in Gemma 3n
+    return hidden.shape[-3], hidden.shape[-2]  # copies of the hidden states may precede them, as in Gemma 3n
 
 
 def _refuse_reentrant(group: LayerGroup) -> NoReturn:
     raise UnsupportedError(
         f"activation checkpointing with use_reentrant=True runs {group.name} with gradients in backward only, so "
-        "samples cannot be selected there; set use_reentrant=False"
+        "samples cannot be selected there: set use_reentrant=False"
     )
 
 
@@ -271,7 +271,7 @@ def _read_copies(record: LayerRecord, parameter: nn.Parameter, grads_B1D: Tensor
     record.add(parameter, grads_B1D.reshape(-1, *parameter.shape))
 
 
-def _read_linear(record: LayerRecord, uses: Collection[tuple[Slot, Kind]], grad_output: Tensor, given: Tensor) -> None:
-    grad_BTO, input_BTI = record.by_row(grad_output), record.by_row(given)
+def _read_linear(record: LayerRecord, uses: Collection[tuple[Slot, Kind]], grad_output: Tensor, inputs: Tensor) -> None:
+    grad_BTO, input_BTI = record.by_row(grad_output), record.by_row(inputs)
     for slot, kind in uses:
         record.add(slot.parameter, kind.gradient(slot.owner, grad_BTO, input_BTI))

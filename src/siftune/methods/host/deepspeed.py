@@ -1,17 +1,17 @@
-"""DeepSpeed's ZeRO under a Trainer whose callbacks choose layers or rows (ours).
+"""DeepSpeed's ZeRO under a Trainer with callbacks that choose layers or rows (ours).
 
-Gates and taps want adapters that are whole while a layer runs, and an optimizer that can leave a layer out. ZeRO gives
-both, where it is told so before its engine is made:
+Gates and taps need adapters that are unsharded while a layer runs, and an optimizer that can skip a layer. ZeRO
+provides both if it is configured before its engine is made:
 
-- *Whole*: stage 3 divides every weight among the ranks and gathers those of a module while it runs. What trains is made
-  *persistent* and *external*, DeepSpeed's words for what stays whole; the base is divided. Its hooks are taken off the
-  modules that hold what trains: there is nothing left to gather, and they would look at what stands in there.
-- *By layer*, where layers are chosen: ZeRO flattens each parameter group of the optimizer into one tensor with one
-  state. So each layer gets a group of its own, and just before a step the gradients of the layers that do not train
-  are taken away: what has no gradient is skipped, with its momentum and its count of steps, as under DDP.
+- *Unsharded adapters*: stage 3 shards every weight among the ranks, and gathers those of a module while it runs.
+  Trainable parameters are made *persistent* and *external*, which in DeepSpeed means that they stay unsharded; the base
+  is sharded. DeepSpeed's hooks are removed from the modules with trainable parameters. There is nothing to gather, and
+  the hooks would read the tensors that stand in for the parameters.
+- *Layer by layer*, if layers are chosen: ZeRO flattens each parameter group of the optimizer into one tensor with one
+  state. Therefore each layer gets a group of its own. Just before a step the gradients of the layers that do not train
+  are removed. A group without a gradient is skipped, including its momentum and its step count, as under DDP.
 
-Gradients reach ZeRO as they reach DDP, by their parameters' accumulators, and it averages them. It keeps neither whole
-gradients nor a state for a parameter, so what looks at those is refused.
+Gradients reach ZeRO as they reach DDP, through their parameters' accumulators, and it averages them.
 """
 
 from collections.abc import Callable, Collection
@@ -35,12 +35,12 @@ def is_used(trainer: Trainer | None) -> bool:
 
 
 def prepare(trainer: Trainer, layers: str | None = None, apart: bool = True) -> None:
-    """Have DeepSpeed keep what trains whole, before its engine is made; in a Trainer without it do nothing.
+    """Have DeepSpeed keep trainable parameters unsharded, before its engine is made; without DeepSpeed do nothing.
 
     Args:
-        trainer: With the model that is trained, adapters on it.
-        layers: Path of the decoder layers, where they are not found by structure.
-        apart: The optimizer is to hold every layer apart, as layers are chosen.
+        trainer: A Trainer whose model has adapters.
+        layers: Path of the decoder layers, if their structure does not identify them.
+        apart: Put every layer into a parameter group of its own, since layers are chosen.
     """
     if not is_used(trainer):
         return
@@ -54,7 +54,7 @@ def prepare(trainer: Trainer, layers: str | None = None, apart: bool = True) -> 
 
     def create_optimizer(*args: Any, **kwargs: Any) -> Any:
         optimizer = make(*args, **kwargs)
-        if isinstance(optimizer, torch.optim.Optimizer):  # else it is a place for one that DeepSpeed makes
+        if isinstance(optimizer, torch.optim.Optimizer):  # else a placeholder for one that DeepSpeed makes
             split_by_layer(optimizer, trainer.model, layers)
         return optimizer
 
@@ -62,12 +62,12 @@ def prepare(trainer: Trainer, layers: str | None = None, apart: bool = True) -> 
 
 
 def split_by_layer(optimizer: torch.optim.Optimizer, model: nn.Module, layers: str | None = None) -> None:
-    """Divide an optimizer's parameter groups so that none has parameters of two layers; settings stay.
+    """Split an optimizer's parameter groups so that none has parameters of two layers; their settings are unchanged.
 
     Args:
         optimizer: Before its first step. Changed in place.
-        model: Whose parameters it trains.
-        layers: Path of the decoder layers, where they are not found by structure.
+        model: The model that it trains.
+        layers: Path of the decoder layers, if their structure does not identify them.
     """
     number = {id(p): group.index for group in group_by_layer(model, layers) for p in group.parameters.values()}
     groups: list[dict[str, Any]] = []
@@ -80,15 +80,15 @@ def split_by_layer(optimizer: torch.optim.Optimizer, model: nn.Module, layers: s
 
 
 def keep_whole(trainer: Trainer | None, model: nn.Module, layers: str | None = None) -> None:
-    """Make what trains whole for good, where stage 3 has divided it; call it when the engine is made.
+    """Unshard trainable parameters permanently if stage 3 has sharded them; call it when the engine is made.
 
     Args:
-        trainer: The Trainer, where there is one; without DeepSpeed nothing is done.
+        trainer: The Trainer, or None; without DeepSpeed do nothing.
         model: Its model.
-        layers: Path of the decoder layers, where they are not found by structure.
+        layers: Path of the decoder layers, if their structure does not identify them.
 
     Raises:
-        UnsupportedError: DeepSpeed does not keep it whole.
+        UnsupportedError: DeepSpeed does not keep them unsharded.
     """
     if not is_used(trainer):
         return
@@ -101,10 +101,10 @@ def keep_whole(trainer: Trainer | None, model: nn.Module, layers: str | None = N
                 continue
             if not divided.ds_persist:
                 raise UnsupportedError(
-                    "DeepSpeed's stage 3 divides the adapters, which are to stay whole: give the callbacks to the "
-                    "Trainer when it is made, and leave stage3_model_persistence_threshold out of DeepSpeed's config"
+                    "DeepSpeed's stage 3 shards the adapters, which must stay unsharded: pass the callbacks to the "
+                    "Trainer's constructor, and leave stage3_model_persistence_threshold out of DeepSpeed's config"
                 )
-            divided.is_external_param = True  # else it is divided even so until DeepSpeed knows the modules' order
+            divided.is_external_param = True  # else it is sharded until DeepSpeed knows the order of the modules
             if divided.ds_status.name != "AVAILABLE":
                 waiting.append(divided)
     if waiting:
@@ -112,23 +112,23 @@ def keep_whole(trainer: Trainer | None, model: nn.Module, layers: str | None = N
 
 
 def skip(optimizer: Any, idle: Callable[[], Collection[int]], forget: bool) -> Any:
-    """Have every step of an optimizer leave some layers as they are.
+    """Have every step of an optimizer skip some layers.
 
     Args:
-        optimizer: The one that DeepSpeed drives, of which `prepare` has divided the groups.
-        idle: Gives the numbers of the layers that do not train in this step.
+        optimizer: The one that DeepSpeed drives, with groups split by `prepare`.
+        idle: Returns the numbers of the layers that do not train in this step.
         forget: Drop their state in the optimizer.
 
     Returns:
-        A handle, whose `remove()` ends it.
+        A handle with `remove()`.
 
     Raises:
-        UnsupportedError: It has several layers in a group.
+        UnsupportedError: A group has several layers.
     """
     if any(_LAYER not in group for group in optimizer.param_groups):
         raise UnsupportedError(
-            "DeepSpeed's optimizer holds all layers in one piece, so that none can be left out: give the callbacks to "
-            "the Trainer when it is made, and leave `optimizer` out of DeepSpeed's config, so that the Trainer makes it"
+            "DeepSpeed's optimizer holds all layers in one tensor, so that none can be skipped: pass the callbacks to "
+            "the Trainer's constructor, and leave `optimizer` out of DeepSpeed's config, so that the Trainer makes it"
         )
 
     def hook(stepping: torch.optim.Optimizer, *_: Any) -> None:
@@ -143,7 +143,7 @@ def skip(optimizer: Any, idle: Callable[[], Collection[int]], forget: bool) -> A
 
 
 def refuse_in_loops(optimizer: Any) -> None:
-    """Refuse DeepSpeed's optimizer in a loop of one's own: it steps group by group, and is not told of layers.
+    """Refuse DeepSpeed's optimizer in a custom loop: it steps group by group, and does not know the layers.
 
     Raises:
         UnsupportedError: It is DeepSpeed's.
@@ -151,19 +151,19 @@ def refuse_in_loops(optimizer: Any) -> None:
     while optimizer is not None:
         if type(optimizer).__module__.startswith("deepspeed.runtime."):  # its FusedAdam and the like step as others do
             raise UnsupportedError(
-                "attach does not go with DeepSpeed's engine, which is to know of the layers before it is made: give "
-                "the method to a transformers Trainer as a callback, or take DDP"
+                "attach does not support DeepSpeed's engine, which must know the layers before it is made: pass the "
+                "method to a transformers Trainer as a callback, or use DDP"
             )
         optimizer = getattr(optimizer, "optimizer", None)
 
 
 def _owners(model: nn.Module, layers: str | None) -> list[nn.Module]:
-    """The modules in the decoder layers that hold what trains."""
+    """The modules in the decoder layers with trainable parameters."""
     return list({slot.owner: None for group in group_by_layer(model, layers) for slot in parameter_owners(group)})
 
 
 def _unhook(module: nn.Module) -> None:
-    """Take DeepSpeed's hooks off one module."""
+    """Remove DeepSpeed's hooks from one module."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if getattr(hook, "__module__", "").startswith("deepspeed."):
@@ -171,11 +171,11 @@ def _unhook(module: nn.Module) -> None:
 
 
 def _size(parameter: Any) -> int:
-    """Number of elements, also of a parameter that is divided."""
+    """Number of elements, also of a sharded parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _threshold(settings: dict[str, Any], model: nn.Module) -> int:
-    """The largest parameter that stays whole by the config; transformers puts ten rows of hidden states for auto."""
-    given = settings.get(_THRESHOLD, 100_000)
-    return 10 * int(getattr(model.config, "hidden_size", 0)) if given == "auto" else int(given)
+    """The config's threshold for unsharded parameters; transformers takes ten rows of hidden states for auto."""
+    threshold = settings.get(_THRESHOLD, 100_000)
+    return 10 * int(getattr(model.config, "hidden_size", 0)) if threshold == "auto" else int(threshold)

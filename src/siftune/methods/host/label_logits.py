@@ -1,7 +1,7 @@
-"""Logits at label positions only, for any transformers Trainer and for plain training loops.
+"""Logits at label positions only, for any transformers Trainer and for custom training loops.
 
-It chooses nothing and changes nothing that is learned: loss and gradients are those of the model, up to rounding. What
-is saved is the head's share of time and memory at prompts and padding; siftune's own training path saves it by itself.
+Loss and gradients are those of the model, up to rounding. It saves the head's time and memory at prompts and padding;
+siftune's own training path does so by itself.
 """
 
 from typing import Any
@@ -15,16 +15,16 @@ from siftune.models.label_logits import LabelHead
 
 
 class LabelLogits(TrainerCallback):  # type: ignore[misc]
-    """Have a causal LM compute logits only where labels are, in training; loss and gradients stay what they are.
+    """Have a causal LM compute logits at label positions only in training; loss and gradients are unchanged.
 
-    A vocabulary is large: where prompts are long and answers short, most of the head's work and memory goes to logits
-    that no loss looks at. Works in transformers' `Trainer`, in TRL's `SFTTrainer` and in loops in which the model
-    computes its loss. Trainers that read the logits themselves (`compute_loss` of their own, as in preference training)
-    are refused. A model whose loss is another than its mean over label tokens is found out at the first batch, told of,
-    and left alone.
+    With a large vocabulary, long prompts and short answers, most of the head's work and memory goes to logits without a
+    loss. It works in transformers' `Trainer`, in TRL's `SFTTrainer` and in loops in which the model computes its loss.
+    Trainers that read the logits themselves (with a `compute_loss` of their own, as in preference training) are
+    refused. If a model's loss is not its mean over label tokens, the first batch shows it: a warning is logged, and the
+    model is left unchanged.
 
     Raises:
-        UnsupportedError: The Trainer reads logits, or spreads batches by `nn.DataParallel`, or compiles the model.
+        UnsupportedError: The Trainer reads logits, uses `nn.DataParallel`, or compiles the model.
         LayerError: The model has no head of its own.
 
     Example:
@@ -32,7 +32,7 @@ class LabelLogits(TrainerCallback):  # type: ignore[misc]
         >>> output = trainer.train()
         >>> with LabelLogits().attach(model):
         ...     output = model(**batch)
-        >>> (batch["labels"][:, 1:] != -100).sum(), output.logits.shape  # those of 24 labels, and one more
+        >>> (batch["labels"][:, 1:] != -100).sum(), output.logits.shape  # of 24 labels, and one more
         (tensor(24), torch.Size([1, 25, 96]))
     """
 
@@ -43,18 +43,18 @@ class LabelLogits(TrainerCallback):  # type: ignore[misc]
         return "LabelLogits()"
 
     def attach(self, model: nn.Module) -> LabelHead:
-        """Put it on a model in a plain training loop.
+        """Use it in a custom training loop.
 
         Args:
             model: A causal LM, PEFT-wrapped or not, that is called with `labels`.
 
         Returns:
-            A context manager, at whose end the model is as it was.
+            A context manager that restores the model at its end.
         """
         return LabelHead(model)
 
     def remove(self) -> None:
-        """Take everything off the model: needed only where training ended in an exception."""
+        """Restore the model; needed only after an exception in training."""
         if self._head is not None:
             self._head.remove()
             self._head = None
@@ -62,7 +62,7 @@ class LabelLogits(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """See whether the Trainer leaves the logits alone, and begin."""
+        """Check that the Trainer does not read logits, and begin."""
         self.remove()
         trainer = calling_trainer(self)
         _refuse_spread_or_compiled(args)
@@ -73,7 +73,7 @@ class LabelLogits(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self.remove()
 
 
@@ -85,12 +85,12 @@ def _refuse_spread_or_compiled(args: TrainingArguments) -> None:
         )
     if args.torch_compile:
         raise UnsupportedError(
-            "torch_compile would compile anew for every number of labels in a batch: leave it or LabelLogits out"
+            "torch_compile would recompile for every number of labels in a batch: leave it or LabelLogits out"
         )
 
 
 def _refuse_readers(trainer: Trainer) -> None:
-    """Refuse a Trainer of whose `compute_loss` it is not known that it leaves the model's logits alone."""
+    """Refuse a Trainer whose `compute_loss` may read the model's logits."""
     owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     if owner is Trainer:
         return
@@ -101,14 +101,14 @@ def _refuse_readers(trainer: Trainer) -> None:
     if _hands_on(owner, trainer):
         return
     raise UnsupportedError(
-        f"{owner.__name__} computes its loss from logits by itself, all of which it may need: LabelLogits goes with "
-        "transformers' Trainer, TRL's SFTTrainer, and those of axolotl and LLaMA-Factory where the loss is the "
-        "model's, and siftune's own training path does without"
+        f"{owner.__name__} computes its loss from logits itself and may need all of them: LabelLogits supports "
+        "transformers' Trainer, TRL's SFTTrainer, and those of axolotl and LLaMA-Factory with the model's loss; in "
+        "siftune's own training path it is not needed"
     )
 
 
 def _hands_on(owner: type, trainer: Trainer) -> bool:
-    """Whether `compute_loss` is that of a tool which, with these arguments, leaves the loss to transformers."""
+    """Whether `compute_loss` is of a tool that leaves the loss to transformers with these arguments."""
     tool = (owner.__module__.partition(".")[0], owner.__name__)
     if tool == ("axolotl", "AxolotlTrainer"):
         return not trainer.args.orpo_alpha

@@ -1,12 +1,12 @@
-"""Which rows a Trainer's batches hold: numbers that go with the rows from the data set into the batch.
+"""Row numbers of a Trainer's batches, carried from the dataset into the batch.
 
-No Trainer tells a callback what is in a batch. So the rows that its loader reads carry their numbers in the data set
-(`Numbered`), the collator puts these into the batch (`NumberingCollator`), and where the Trainer begins to train on the
-batch they are read and taken out again (`RowNumbers`), before anything that belongs to the Trainer or the model sees
-them. Shuffling, workers, ranks and resuming change nothing about that. siftune's own batches have numbers already.
+No Trainer passes the rows of a batch to a callback. Therefore the dataset adds a number to each row (`Numbered`), and
+the collator puts the numbers into the batch (`NumberingCollator`). They are read and removed before the Trainer trains
+on the batch (`RowNumbers`), so that neither Trainer nor model sees them. Shuffling, workers, ranks and resuming do not
+matter. siftune's own batches have numbers already.
 
-A batch has numbers only where row i of it is row i of what the collator was given: its tokens are compared. Packed and
-padding-free batches, pairs, and batches that are generated have none.
+A batch has numbers only if its row i is row i of the collator's input; their tokens are compared. Packed and
+padding-free batches, pairs, and generated batches have none.
 
 Shapes: B rows of a batch.
 """
@@ -34,7 +34,7 @@ class NumberedRow(NamedTuple):
 
 
 class Numbered:
-    """A data set, indexed by row, of which every row comes with its number."""
+    """A dataset, indexed by row, that returns every row with its number."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -46,28 +46,28 @@ class Numbered:
         return NumberedRow(int(index), self.dataset[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[NumberedRow]:
-        """Read a batch at once, where the data set can."""
+        """Read a batch at once if the dataset can."""
         together = getattr(self.dataset, "__getitems__", None)
         rows = together(indices) if together is not None else [self.dataset[index] for index in indices]
         return [NumberedRow(int(index), row) for index, row in zip(indices, rows, strict=True)]
 
 
 class NumberingCollator:
-    """Puts the numbers of its rows into a batch, where each row of the batch is one of them."""
+    """Puts the numbers of its rows into a batch if each row of the batch is one of them."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
     def __call__(self, rows: list[NumberedRow]) -> Any:
-        """Make a batch, with numbers or without."""
+        """Make a batch, with or without numbers."""
         batch = self.collate([each.row for each in rows])
-        if isinstance(batch, MutableMapping) and self._alike([each.row for each in rows], batch):
+        if isinstance(batch, MutableMapping) and self._matches([each.row for each in rows], batch):
             batch[_KEY] = torch.tensor([each.number for each in rows])
         return batch
 
     @staticmethod
-    def _alike(rows: Sequence[Any], batch: Mapping[str, Any]) -> bool:
-        """Whether row i of a batch is the i-th of the rows: it has its tokens, or as many as are left of them."""
+    def _matches(rows: Sequence[Any], batch: Mapping[str, Any]) -> bool:
+        """Whether row i of a batch has the tokens of the i-th row, possibly truncated."""
         ids_BT, mask_BT = batch.get("input_ids"), batch.get("attention_mask")
         if not isinstance(ids_BT, Tensor) or len(ids_BT) != len(rows):
             return False
@@ -76,35 +76,35 @@ class NumberingCollator:
 
 
 def _same(row: Any, ids_T: Any, mask_T: Any) -> bool:
-    """Whether a row of a batch begins or ends as it did before; a row of text, which has no tokens yet, passes."""
-    given = row.get("input_ids") if isinstance(row, Mapping) else None
-    if given is None:
+    """Whether a row of a batch begins or ends with the row's tokens; a row of text has no tokens yet and passes."""
+    tokens = row.get("input_ids") if isinstance(row, Mapping) else None
+    if tokens is None:
         return True
-    own, found = np.asarray(given), ids_T[mask_T]
-    kept = min(len(own), len(found))
-    return kept > 0 and (np.array_equal(own[:kept], found[:kept]) or np.array_equal(own[-kept:], found[-kept:]))
+    own, other = np.asarray(tokens), ids_T[mask_T]
+    size = min(len(own), len(other))
+    return size > 0 and (np.array_equal(own[:size], other[:size]) or np.array_equal(own[-size:], other[-size:]))
 
 
 class RowNumbers:
-    """Tells which rows of the training set are in the batch that a Trainer trains on.
+    """Row numbers of the batch that a Trainer trains on.
 
-    `row_numbers` gives a Trainer's; whoever takes it lets go by `release`.
+    `row_numbers` returns a Trainer's; each user calls `release` at the end.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.rows: Tensor | None = None  # (B,) int64, numbers of the rows of the last batch that was trained on
+        self.rows: Tensor | None = None  # (B,) int64, row numbers of the last training batch
         self.labels: Tensor | None = None  # (B, T) int64, its labels
         self.at_work = False  # the Trainer is training on that batch
         self._trainer = trainer
-        self._before = vars(trainer).get("training_step")  # somebody else may stand in for the method, too
+        self._before = vars(trainer).get("training_step")  # others may replace the method, too
         self._users = 0
         self._loader: Any = None
         self._own: tuple[Any, Any] = (None, None)  # the loader's data set and collator
-        self._itself = False  # batches have numbers without our doing
+        self._itself = False  # the dataset has numbers of its own
         trainer.training_step = self._training_step
 
     def release(self) -> None:
-        """Let go; after the last one, Trainer and loader are as they were."""
+        """End one use; after the last one, Trainer and loader are restored."""
         self._users -= 1
         if self._users:
             return
@@ -115,10 +115,10 @@ class RowNumbers:
             self._trainer.training_step = self._before
 
     def number(self, loader: Any) -> None:
-        """Have a Trainer's loader number its rows, unless it does. Call it before the loader is read.
+        """Have a Trainer's loader number its rows. Call it before the loader is read.
 
-        Others may read data set and collator of the loader when training begins; they get them as they were, if this is
-        called when an epoch begins.
+        Others may read the loader's dataset and collator when training begins. They get the originals if this is called
+        when an epoch begins.
         """
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders hold torch's
         if inner is self._loader:
@@ -136,7 +136,7 @@ class RowNumbers:
         self._loader, self._itself = None, False
 
     def _training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        """Train, and know on what."""
+        """Train, and note the row numbers."""
         inputs = self._read(inputs)
         step = self._before or partial(type(self._trainer).training_step, self._trainer)
         self.at_work = True
@@ -146,7 +146,7 @@ class RowNumbers:
             self.at_work = False
 
     def _read(self, inputs: Any) -> Any:
-        """Read the numbers, and give what the Trainer would have without them."""
+        """Read the numbers, and return the inputs without them."""
         self.rows = self.labels = None
         if isinstance(inputs, Mapping):
             self.rows, self.labels = inputs.get(ROW if self._itself else _KEY), inputs.get("labels")
@@ -156,7 +156,7 @@ class RowNumbers:
 
 
 def row_numbers(trainer: Trainer) -> RowNumbers:
-    """Take a Trainer's `RowNumbers`: that which somebody has taken already, or a new one."""
+    """Return a Trainer's `RowNumbers`, a new one for the first user."""
     owner = getattr(vars(trainer).get("training_step"), "__self__", None)
     numbers = owner if isinstance(owner, RowNumbers) else RowNumbers(trainer)
     numbers._users += 1
@@ -168,6 +168,6 @@ def _indexed(dataset: Any) -> bool:
 
 
 def _set(loader: Any, dataset: Any, collate: Any) -> None:
-    """Exchange what a loader reads: torch guards the data set, since a sampler may go by another's length."""
+    """Replace a loader's dataset and collator; torch guards the dataset, since a sampler may depend on its length."""
     object.__setattr__(loader, "dataset", dataset)
     loader.collate_fn = collate

@@ -1,4 +1,4 @@
-"""How a Trainer spreads its model over processes and devices: what selection works with, and what it refuses."""
+"""Parallelism of a Trainer: DDP around a sharded base, and refusal of wrappers that selection does not support."""
 
 import os
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from siftune.engine.sharding import average_whole, is_sharded
 
 _SHARDS = "shards the adapters that selection works on."
 _INSTEAD = (
-    "Leave it out there, and call siftune.shard_base(model) before the Trainer is made: it divides the base by FSDP2 "
-    "and leaves the adapters whole; in siftune train, that is --sharding fsdp"
+    "Turn it off there, and call siftune.shard_base(model) before making the Trainer: it shards the base by FSDP2 and "
+    "keeps the adapters unsharded; in siftune train, that is --sharding fsdp"
 )
-# sizes of a transformers DistributedConfig or an accelerate ParallelismConfig -> what they stand for
+# sizes of a transformers DistributedConfig or an accelerate ParallelismConfig -> their meaning
 _SPLITS = {
     "tp_size": "a tensor-parallel plan",
     "pp_size": "a pipeline",
@@ -26,9 +26,9 @@ _SPLITS = {
 
 
 def average_adapters(trainer: Trainer) -> None:
-    """Where `shard_base` has divided a Trainer's model, put DDP around what is whole; else do nothing.
+    """Put DDP around the unsharded part of a Trainer's model if `shard_base` has sharded it; else do nothing.
 
-    accelerate's own way to DDP refuses a model any of whose weights are divided.
+    accelerate's own way to DDP refuses a model with sharded weights.
 
     Raises:
         UnsupportedError: The Trainer would compile the model, or see `refuse_wrappers`.
@@ -37,21 +37,21 @@ def average_adapters(trainer: Trainer) -> None:
     if not is_sharded(trainer.model) or trainer.model_wrapped is not trainer.model:
         return
     if trainer.args.torch_compile:
-        raise UnsupportedError("torch_compile does not go with a base that is sharded: leave one of them out")
-    model = trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # autocast, where it is asked for
+        raise UnsupportedError("torch_compile does not support a sharded base: leave one of them out")
+    model = trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # autocast if enabled
     trainer.model_wrapped = average_whole(model, **trainer.accelerator.ddp_handler.to_kwargs())
 
 
 def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None) -> None:
-    """Refuse what holds the adapters elsewhere, or a part of them only, while a layer runs.
+    """Refuse wrappers that hold the adapters elsewhere, or a part of them only, while a layer runs.
 
     Args:
         args: Of a Trainer.
         model: Its model.
-        plan: accelerate's ParallelismConfig, where the Trainer has one.
+        plan: accelerate's ParallelismConfig, if the Trainer has one.
 
     Raises:
-        UnsupportedError: Something does; the message names it.
+        UnsupportedError: There is such a wrapper; the message names it.
     """
     if _is_launched("fsdp"):
         raise UnsupportedError(f"accelerate's config has fsdp on, which {_SHARDS} {_INSTEAD}.")
@@ -59,29 +59,28 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
         raise UnsupportedError(f"The Trainer's argument fsdp {_SHARDS} {_INSTEAD}.")
     if args.n_gpu > 1:
         raise UnsupportedError(
-            f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model are "
-            "out of reach of selection. Start the script with torchrun or accelerate launch for DDP, or show it one "
-            "GPU: CUDA_VISIBLE_DEVICES=0."
+            f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model "
+            "selection cannot reach: start the script with torchrun or accelerate launch for DDP, or show it one GPU "
+            "by CUDA_VISIBLE_DEVICES=0"
         )
     for name, size in _splits(plan, getattr(getattr(model, "config", None), "distributed_config", None)):
         raise UnsupportedError(
-            f"The model is split by {_SPLITS[name]} ({name} {size}), so that a rank sees a part of a layer or of the "
-            "layers, and no rank a row's gradient. Train it by DDP, or, where it is too large for one device, divide "
-            "it by siftune.shard_base(model) or device_map."
+            f"The model is split by {_SPLITS[name]} ({name} {size}), so that no rank sees a complete layer or a row's "
+            "gradient: train it by DDP; if it is too large for one device, use siftune.shard_base(model) or device_map"
         )
 
 
 def refuse_launched() -> None:
-    """Refuse in siftune's own training what accelerate's launcher has turned on by its config.
+    """Refuse FSDP or DeepSpeed of accelerate's config in siftune's own training.
 
     Raises:
-        UnsupportedError: It is FSDP or DeepSpeed.
+        UnsupportedError: One of them is on.
     """
     for name in ("fsdp", "deepspeed"):
         if _is_launched(name):
             raise UnsupportedError(
-                f"accelerate's config has {name} on, by which siftune train does not go: leave it out there, and "
-                "divide the base by --sharding fsdp"
+                f"accelerate's config has {name} on, which siftune train does not support: turn it off there, and "
+                "shard the base by --sharding fsdp"
             )
 
 
@@ -90,7 +89,7 @@ def _is_launched(name: str) -> bool:
 
 
 def _splits(*plans: Any) -> Iterator[tuple[str, int]]:
-    """Ways in which plans split the work of one pass over ranks, and into how many parts."""
+    """Kinds of splitting in parallelism plans, and the number of parts of each."""
     for plan in plans:
         for name in _SPLITS:
             size = (plan.get(name) if isinstance(plan, dict) else getattr(plan, name, None)) or 1

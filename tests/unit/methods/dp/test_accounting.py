@@ -97,7 +97,7 @@ def test_the_statement_says_it_all():
 
 
 def test_a_promise_that_no_noise_keeps_is_refused():
-    with pytest.raises(RecipeError, match=r"no noise keeps ε = 0.001 at δ = 1e-05 over 150 steps.*raise --dp-epsilon"):
+    with pytest.raises(RecipeError, match="dp-epsilon"):
         calibrated(replace(ASKED, epsilon=0.001))
 
 
@@ -109,5 +109,5 @@ def test_without_opacus_one_sentence_says_what_to_install(monkeypatch):
 
     original = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(RecipeError, match=r"needs the package opacus.*pip install 'siftune\[dp\]'"):
+    with pytest.raises(RecipeError, match="opacus"):
         calibrated(replace(ASKED, epsilon=7.0))
