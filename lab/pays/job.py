@@ -37,7 +37,7 @@ from siftune.data.tokens import tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
 from siftune.methods.drivers.sample_callback import SampleCallback
-from siftune.methods.drivers.sample_choice import WHOLE, SampleChoice
+from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
 from siftune.models.load import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
@@ -195,7 +195,7 @@ def _apart(rows: Sequence[Record], share: float) -> tuple[list[Record], list[Rec
 def _note(trainer: SubsetTrainer, depth: int, weigh: Weigh | None, samples: SampleChoice) -> None:
     """Count the rows that siftune's methods followed in a batch, by their weights where they have such."""
     for layer, numbers, scores_S in zip(samples.layers, samples.selected.tolist(), samples.scores, strict=True):
-        place = None if layer == WHOLE else max(0, layer) / depth
+        place = None if layer == ALL_LAYERS else max(0, layer) / depth
         weights = weigh(scores_S, torch.ones_like(scores_S, dtype=torch.bool))[numbers].tolist() if weigh else None
         trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers], weights)
 

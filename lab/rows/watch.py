@@ -41,7 +41,7 @@ class Watching:
         groups: The layers.
     """
 
-    whole, always, select = False, True, 1.0
+    at_once, always, select = False, True, 1.0
     keeps_mean, stream, support = False, None, None
 
     def __init__(self, groups: Sequence[LayerGroup]) -> None:

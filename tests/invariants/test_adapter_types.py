@@ -22,7 +22,7 @@ from siftune.engine.suppression import suppress
 from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.sampling import Secret
-from siftune.methods.drivers.sample_choice import WHOLE
+from siftune.methods.drivers.sample_choice import ALL_LAYERS
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.adapters.registry import ADAPTER_TYPES
@@ -107,7 +107,7 @@ def test_a_steps_gradients_are_those_of_the_chosen_rows_and_layers(kind, method,
                 continue
             grads = single[parameter]
             if rows is not None:
-                unit = rows.layers.index(WHOLE if WHOLE in rows.layers else group.index)
+                unit = rows.layers.index(ALL_LAYERS if ALL_LAYERS in rows.layers else group.index)
                 grads = grads[rows.selected[unit]] * len(grads) / rows.selected.shape[1]
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             scale = max(float(single[parameter].abs().max()), 1e-3)

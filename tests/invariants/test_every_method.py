@@ -12,7 +12,7 @@ from support.trainers import adapted, rows, train, weights
 
 from siftune.engine.groups import group_by_layer
 from siftune.methods import METHODS, all_parts
-from siftune.methods.drivers.sample_choice import WHOLE
+from siftune.methods.drivers.sample_choice import ALL_LAYERS
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -45,15 +45,15 @@ def three_support_rows(monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Weights after twenty steps of plain training, with dropout in the adapters."""
-    model, _ = train(tmp_path_factory.mktemp("plain"), model=adapted(dropout=0.2), max_steps=20)
+    """Weights after eight steps of plain training, with dropout in the adapters."""
+    model, _ = train(tmp_path_factory.mktemp("plain"), model=adapted(dropout=0.2), max_steps=8)
     return weights(model)
 
 
 @every_method
 def test_at_its_limit_it_is_plain_training_bit_for_bit(tmp_path, plain, name, monkeypatch):
     monkeypatch.setattr("siftune.methods.cut.DEPTHS", (0.0,))
-    model, _ = train(tmp_path, *built(name, "limit"), model=adapted(dropout=0.2), max_steps=20)
+    model, _ = train(tmp_path, *built(name, "limit"), model=adapted(dropout=0.2), max_steps=8)
     assert_same(plain, weights(model))
 
 
@@ -65,7 +65,7 @@ def sums_of(model, name, inputs, labels, layers, choice):
         for parameter in group.parameters.values() if group.index in layers else ():
             grads = single[parameter]
             if choice is not None:
-                unit = choice.layers.index(WHOLE if WHOLE in choice.layers else group.index)
+                unit = choice.layers.index(ALL_LAYERS if ALL_LAYERS in choice.layers else group.index)
                 grads = grads[choice.selected[unit]] * len(grads) / choice.selected.shape[1]
             yield parameter, grads.sum(0)
 

@@ -111,6 +111,6 @@ def _refuse_sharded(groups: Sequence[LayerGroup]) -> None:
         for name, parameter in group.parameters.items():
             if isinstance(parameter, DTensor):
                 raise UnsupportedError(
-                    f"{group.name}.{name} is sharded, and selection works on whole parameters: "
+                    f"{group.name}.{name} is sharded, and selection works on unsharded parameters: "
                     "siftune.shard_base(model) shards the base by FSDP2 and keeps trainable parameters unsharded"
                 )

@@ -23,8 +23,8 @@ def shard_base(model: nn.Module, layers: str | None = None) -> None:
     """Shard the frozen weights of a model among the ranks of a launch, layer by layer; in one process do nothing.
 
     Call it on every rank after attaching the adapters and before making a Trainer. In a custom loop call it before DDP:
-    `model = average_whole(model)`. Frozen weights move to the rank's device; trainable ones stay on theirs. Afterwards
-    call the model itself, not its parts, since that call gathers weights.
+    `model = average_trainable(model)`. Frozen weights move to the rank's device; trainable ones stay on theirs.
+    Afterwards call the model itself, not its parts, since that call gathers weights.
 
     Args:
         model: Causal language model; the same on every rank. Changed in place.
@@ -53,7 +53,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def average_whole(model: nn.Module, **settings: Any) -> DistributedDataParallel:
+def average_trainable(model: nn.Module, **settings: Any) -> DistributedDataParallel:
     """Have DDP average the gradients of unsharded parameters, and ignore the others.
 
     Args:

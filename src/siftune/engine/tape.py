@@ -80,7 +80,7 @@ class Tape(Generic[P]):
             layer, and the gradients of single samples, (S, …) for each of its parameters. Returns one gradient per
             parameter; a missing parameter gets none.
         pairs: Row i and row i + B/2 are one sample, as in preference training.
-        whole: Call `reduce` once, with all layers, after backward has passed the first of them. The gradients of all
+        at_once: Call `reduce` once, with all layers, after backward has passed the first of them. The gradients of all
             layers are then held at the same time.
     """
 
@@ -90,13 +90,13 @@ class Tape(Generic[P]):
         begin: Callable[[int], P | None],
         reduce: Callable[[P, Sequence[tuple[LayerGroup, SampleGradients]]], Gradients],
         pairs: bool = False,
-        whole: bool = False,
+        at_once: bool = False,
     ) -> None:
         self._groups = survey.groups
         self._begin = begin
         self._reduce = reduce
         self._pairs = pairs
-        self._whole = whole
+        self._at_once = at_once
         self._records: dict[int, LayerRecord] = {}  # of the pass that ran last
         self._delivers: list[Deliver] = []  # of its gates
         self._entered = -1  # the highest layer in it
@@ -158,9 +158,9 @@ class Tape(Generic[P]):
             return None
         first = not self._records
         self._records[group.index] = LayerRecord(rows, positions, self._pairs)
-        if self._whole and not first:  # the gate of the first layer delivers for all
+        if self._at_once and not first:  # the gate of the first layer delivers for all
             return None
-        deliver = self._delivery(self._pass, self._active_groups() if self._whole else [group])
+        deliver = self._delivery(self._pass, self._active_groups() if self._at_once else [group])
         gate: Any = Gate  # `apply` is typed in some versions of torch only
         return with_hidden(args, kwargs, lambda entering: gate.apply(deliver, entering, *deliver.parameters))
 

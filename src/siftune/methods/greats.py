@@ -33,7 +33,7 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.ranks import world_size
 from siftune.engine.tape import SampleGradients
 from siftune.methods.drivers.sample_callback import SampleCallback, takes_target
-from siftune.methods.drivers.sample_choice import Choosing, whole_model
+from siftune.methods.drivers.sample_choice import Choosing, model_unit
 from siftune.methods.drivers.sample_driver import SampleRule, summed
 from siftune.methods.drivers.support import Gradients, Support
 from siftune.methods.options import GREATSSettings
@@ -76,11 +76,11 @@ class HelpfulSamples(SampleRule):
     It holds the gradients of all samples for all layers until backward ends.
     """
 
-    whole = True
+    at_once = True
     support: Support
 
     def __init__(self, settings: GREATSSettings, groups: Sequence[LayerGroup]) -> None:
-        super().__init__([whole_model(groups)], settings.select)
+        super().__init__([model_unit(groups)], settings.select)
         self.support = Support(SUPPORT_SIZE)
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:

@@ -26,7 +26,7 @@ from siftune.base.settings import documented
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
 from siftune.methods.drivers.sample_callback import SampleCallback
-from siftune.methods.drivers.sample_choice import Choosing, whole_model
+from siftune.methods.drivers.sample_choice import Choosing, model_unit
 from siftune.methods.drivers.sample_driver import SampleRule, SampleSelection, summed
 from siftune.methods.drivers.support import Gradients
 from siftune.methods.options import TrimSettings
@@ -63,7 +63,7 @@ class TrimmedSamples(SampleRule):
     """
 
     def __init__(self, settings: TrimSettings, groups: Sequence[LayerGroup], losses: Callable[[], Tensor]) -> None:
-        super().__init__([whole_model(groups)], settings.select)
+        super().__init__([model_unit(groups)], settings.select)
         self._losses = losses
         self._chosen: tuple[Choosing, Tensor, Tensor] | None = None  # the batch, its chosen rows, their factor
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.methods.drivers.sample_choice import WHOLE
+from siftune.methods.drivers.sample_choice import ALL_LAYERS
 from siftune.report.charts import COLOURS, Chart, Line, line_chart
 from siftune.report.heat import Cells, heat_map
 from siftune.report.parts import Figure, Section, slug
@@ -133,7 +133,7 @@ class _Sources:
 
 def _row_text(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[str]:
     share = float(np.mean([batch.followed.mean() for batch in batches]))
-    who = "one choice for all layers" if batches[0].layers == (WHOLE,) else "every layer for itself"
+    who = "one choice for all layers" if batches[0].layers == (ALL_LAYERS,) else "every layer for itself"
     words = [f"Method {run.recipe.method}: of a batch's rows {percent(share)} were followed, {who}."]
     totals = {name: _share(batches, sources, name) for name in sources.names}
     if len(totals) > 1:
@@ -255,4 +255,4 @@ def zscores(scores_US: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def _labels(batch: RowsOfBatch) -> list[str]:
-    return ["all" if layer == WHOLE else str(layer) for layer in batch.layers]
+    return ["all" if layer == ALL_LAYERS else str(layer) for layer in batch.layers]

@@ -58,8 +58,8 @@ class PrivateGradients:
         _refuse_half(self.groups)
         self._mechanism = mechanism
         self._secret = secret
-        whole = mechanism.clipping == "flat"
-        self._tape = Tape(Survey(self.groups), self._threshold, self._clip, whole=whole)
+        at_once = mechanism.clipping == "flat"
+        self._tape = Tape(Survey(self.groups), self._threshold, self._clip, at_once=at_once)
 
     def release(self, step: int) -> None:
         """Put noise on the gradients of a step, and divide them by the expected number of rows.

@@ -98,7 +98,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         refuse_wrappers(args, model)
         trainer = calling_trainer(self)
         self._lines.begin(trainer)
-        deepspeed.keep_whole(trainer, model, self.layers)
+        deepspeed.keep_unsharded(trainer, model, self.layers)
         selection = self._selection = LayerSelection(
             model,
             self.policy,

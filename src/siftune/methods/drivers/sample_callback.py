@@ -152,7 +152,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             )
         loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
         self._lines.begin(trainer)
-        deepspeed.keep_whole(trainer, kwargs["model"], self.layers)
+        deepspeed.keep_unsharded(trainer, kwargs["model"], self.layers)
         collate = getattr(loader, "collate_fn", None)
         _refuse_packing(args, collate)
         selection = self._selection = SampleSelection(

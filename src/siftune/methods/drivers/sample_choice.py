@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from siftune.engine.groups import LayerGroup
 
-WHOLE = -1  # layer number of a choice for all layers
+ALL_LAYERS = -1  # layer number of a choice for all layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,7 @@ class Unit:
     """A part of the model that chooses samples together: a layer, or all of it."""
 
     place: int  # its number among the units of the model
-    layer: int  # number of its layer; `WHOLE` for the model
+    layer: int  # number of its layer; `ALL_LAYERS` for the model
     name: str  # full name of the layer
     parameters: tuple[nn.Parameter, ...]  # its trainable parameters
 
@@ -29,7 +29,7 @@ class SampleChoice:
         step: Optimizer steps before it.
         batch: Number of the batch within the step, over all ranks.
         units: (U,) names of the layers, from the embeddings; or "model".
-        layers: (U,) numbers of the layers; `WHOLE` for the model.
+        layers: (U,) numbers of the layers; `ALL_LAYERS` for the model.
         scores: (U, S) scores, float32, or float64 if the gradients are; NaN if no scores were needed: all samples are
             followed, or the choice is random.
         selected: (U, K) int64 numbers of the samples in the batch, ascending.
@@ -112,6 +112,6 @@ def units_of(groups: Sequence[LayerGroup]) -> list[Unit]:
     return [Unit(place, part.index, part.name, tuple(part.parameters.values())) for place, part in enumerate(groups)]
 
 
-def whole_model(groups: Sequence[LayerGroup]) -> Unit:
+def model_unit(groups: Sequence[LayerGroup]) -> Unit:
     """All layers as one unit."""
-    return Unit(0, WHOLE, "model", tuple(p for group in groups for p in group.parameters.values()))
+    return Unit(0, ALL_LAYERS, "model", tuple(p for group in groups for p in group.parameters.values()))

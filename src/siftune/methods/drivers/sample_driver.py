@@ -20,7 +20,7 @@ from siftune.engine.ranks import rank, world_size
 from siftune.engine.survey import Survey
 from siftune.engine.tape import SampleGradients, Tape
 from siftune.methods.drivers.batches import Draws, Loss, draws_state, load_draws_state, model_loss
-from siftune.methods.drivers.sample_choice import WHOLE, Choosing, SampleChoice, Unit
+from siftune.methods.drivers.sample_choice import ALL_LAYERS, Choosing, SampleChoice, Unit
 from siftune.methods.drivers.support import Gradients, Support, support_gradient
 from siftune.methods.host.callback import around_steps
 from siftune.methods.host.row_numbers import RowNumbers
@@ -38,7 +38,7 @@ class SampleRule(ABC):
         select: Samples to follow in a batch: a count or a share.
     """
 
-    whole: bool = False  # reduce all layers at once, after backward has passed all of them
+    at_once: bool = False  # reduce all layers at once, after backward has passed all of them
     always: bool = False  # call `reduce` even if all samples are followed
     support: Support | None = None  # the support set, if it has rows of its own
     optimizer: torch.optim.Optimizer | None = None  # for its learning rate, if the driver has it
@@ -133,7 +133,7 @@ class SampleSelection:
         if compiled or hasattr(model, "_orig_mod"):
             survey.refuse_compiled("the model")
         refuse_packed(model)
-        self._tape = Tape(survey, self._begin_pass, self.rule.reduce, pairs, self.rule.whole)
+        self._tape = Tape(survey, self._begin_pass, self.rule.reduce, pairs, self.rule.at_once)
         self._handles.append(KeptUnpacked(model))
 
     @property
@@ -238,7 +238,7 @@ class SampleSelection:
 
     def _follow_all(self, choosing: Choosing) -> None:
         """Note that a batch has nothing to choose, and log it once."""
-        active = {group.index for group in self.groups if is_active(group)} | {WHOLE}
+        active = {group.index for group in self.groups if is_active(group)} | {ALL_LAYERS}
         for unit in self.rule.units:
             if unit.layer in active:
                 choosing.note(unit, None, torch.arange(choosing.samples))

@@ -134,7 +134,7 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         return {"args": arguments, "attributes": {"_resumed": selection}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Average the adapters of a sharded base over the ranks, or have DeepSpeed keep them whole."""
+        """Average the adapters of a sharded base over the ranks, or have DeepSpeed keep them unsharded."""
         trainer = calling_trainer(self)
         if trainer is not None:
             average_adapters(trainer)

@@ -71,15 +71,15 @@ def split_by_layer(optimizer: torch.optim.Optimizer, model: nn.Module, layers: s
     """
     number = {id(p): group.index for group in group_by_layer(model, layers) for p in group.parameters.values()}
     groups: list[dict[str, Any]] = []
-    for whole in optimizer.param_groups:
+    for group in optimizer.param_groups:
         parts: dict[int, list[nn.Parameter]] = {}
-        for parameter in whole["params"]:
+        for parameter in group["params"]:
             parts.setdefault(number.get(id(parameter), -1), []).append(parameter)
-        groups += [{**whole, "params": part, _LAYER: layer} for layer, part in parts.items()]
+        groups += [{**group, "params": part, _LAYER: layer} for layer, part in parts.items()]
     optimizer.param_groups[:] = groups
 
 
-def keep_whole(trainer: Trainer | None, model: nn.Module, layers: str | None = None) -> None:
+def keep_unsharded(trainer: Trainer | None, model: nn.Module, layers: str | None = None) -> None:
     """Unshard trainable parameters permanently if stage 3 has sharded them; call it when the engine is made.
 
     Args:

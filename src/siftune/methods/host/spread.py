@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from siftune.base.errors import UnsupportedError
-from siftune.engine.sharding import average_whole, is_sharded
+from siftune.engine.sharding import average_trainable, is_sharded
 
 _SHARDS = "shards the adapters that selection works on."
 _INSTEAD = (
@@ -39,7 +39,7 @@ def average_adapters(trainer: Trainer) -> None:
     if trainer.args.torch_compile:
         raise UnsupportedError("torch_compile does not support a sharded base: leave one of them out")
     model = trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # autocast if enabled
-    trainer.model_wrapped = average_whole(model, **trainer.accelerator.ddp_handler.to_kwargs())
+    trainer.model_wrapped = average_trainable(model, **trainer.accelerator.ddp_handler.to_kwargs())
 
 
 def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None) -> None:

@@ -29,7 +29,7 @@ from siftune.base.errors import InputError
 from siftune.base.files import write_beside
 from siftune.base.words import one_line
 from siftune.methods.drivers.layer_driver import LayerChoice
-from siftune.methods.drivers.sample_choice import WHOLE, SampleChoice
+from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
 from siftune.methods.host.callback import resumed_from
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _layers(step: int, line: dict[str, Any]) -> LayersOfStep:
 
 
 def _rows(step: int, batch: int, line: dict[str, Any]) -> RowsOfBatch:
-    layers, followed, scores = _checked(line["layers"], least=WHOLE), line["followed"], line["scores"]
+    layers, followed, scores = _checked(line["layers"], least=ALL_LAYERS), line["followed"], line["scores"]
     samples, rest = divmod(len(followed), max(1, len(layers)))
     lengths = (len(line["rows"]), len(line["sources"]))
     if not samples or rest or len(scores) not in (0, len(followed)) or not {*lengths} <= {0, samples}:
