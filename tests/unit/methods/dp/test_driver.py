@@ -38,6 +38,10 @@ MODELS = {
     "whole layers": opened,
 }
 every_model = pytest.mark.parametrize("kind", MODELS)
+every_case = pytest.mark.parametrize(
+    ("kind", "clipping"),
+    [("lora", "layer"), ("lora gpt2", "flat"), ("dora", "layer"), ("parallel", "flat"), ("whole layers", "layer")],
+)
 every_clipping = pytest.mark.parametrize("clipping", ["layer", "flat"])
 
 
@@ -108,8 +112,7 @@ def assert_close(ours, theirs):
         torch.testing.assert_close(ours.get(name, torch.zeros_like(value)), value, rtol=1e-9, atol=1e-11)
 
 
-@every_clipping
-@every_model
+@every_case
 def test_it_is_the_loop_over_rows(kind, clipping):
     model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
@@ -120,8 +123,7 @@ def test_it_is_the_loop_over_rows(kind, clipping):
     assert_close(clipped(model, [inputs], clipping=clipping, clip=1e9), plain)
 
 
-@every_clipping
-@every_model
+@every_case
 def test_no_row_has_more_influence_than_the_norm(kind, clipping):
     """One row less, or an adversary's in the place of another: his gradient is as large as he likes."""
     model = MODELS[kind]().double()
@@ -148,8 +150,7 @@ def test_a_row_whose_gradient_overflows_is_left_out(clipping):
     assert_close(clipped(model, [inputs], weights, clipping=clipping), clipped(model, [rest], clipping=clipping))
 
 
-@every_clipping
-@every_model
+@every_case
 def test_what_a_row_adds_depends_on_no_other_row(kind, clipping):
     """Rows of other lengths beside it change padding and the number of tokens."""
     model = MODELS[kind]().double()
@@ -161,8 +162,7 @@ def test_what_a_row_adds_depends_on_no_other_row(kind, clipping):
         assert_close(together, {name: alone[name] + other[name] for name in alone})
 
 
-@every_clipping
-@every_model
+@every_case
 def test_parts_of_a_batch_add_up(kind, clipping):
     model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
@@ -170,8 +170,7 @@ def test_parts_of_a_batch_add_up(kind, clipping):
     assert_close(clipped(model, pieces, clipping=clipping), clipped(model, [inputs], clipping=clipping))
 
 
-@every_clipping
-@every_model
+@every_case
 def test_checkpointing_changes_nothing(kind, clipping):
     model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
