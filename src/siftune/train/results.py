@@ -47,7 +47,7 @@ class FollowedShares:
     def add(self, choice: SampleChoice, rows: Sequence[int]) -> None:
         """Count the choice in a batch; `rows` are the numbers of its rows among the training rows."""
         self._seen.update(self._sources[row] for row in rows)
-        chosen = Counter(place for unit in choice.selected.tolist() for place in unit if place >= 0)  # -1 fills up
+        chosen = Counter(choice.selected.flatten().tolist())
         for place, count in chosen.items():
             source = self._sources[rows[place]]
             self._followed[source] = self._followed.get(source, 0.0) + count / len(choice.layers)

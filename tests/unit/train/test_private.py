@@ -249,7 +249,7 @@ def test_several_ranks_and_scaled_losses_are_refused(told, tmp_path, monkeypatch
             train(given, QUIET)
     half = arguments(tmp_path)
     half.fp16 = True
-    with pytest.raises(UnsupportedError, match="float16 scales the loss up"):
+    with pytest.raises(UnsupportedError, match="float16 scales the loss"):
         build.refuse_scaled_or_split(half)
 
 

@@ -12,11 +12,10 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from support.tiny_run import choices_of, lines, recipe, save_rows
-from support.trainers import At, stop, weights
+from support.trainers import At, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
-from siftune.cli.main import main
 from siftune.data.tasks import arithmetic_rows
 from siftune.methods import METHODS
 from siftune.models import attention
@@ -240,65 +239,6 @@ def figures(folder):
     ]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"method": "ist+gast", "support": "momentum", "accumulate": 2, "adapter": "dora"},
-        {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
-    ],
-)
-def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, settings):
-    settings = {"save_every": 2, "dropout": 0.1, "steps": 8, "eval": str(rows), "eval_every": 2, **settings}
-    if "target" in settings:
-        settings["target"] = str(few_rows(tmp_path / settings["target"]))
-    unbroken = train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
-        interfere(At("on_pre_optimizer_step", 6, stop))
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe(base, rows, tmp_path / "broken", **settings), QUIET)
-    torch.manual_seed(99)
-    done = train(recipe(base, rows, tmp_path / "broken", resume=True, **settings), QUIET)
-    assert_equal(adapter(tmp_path / "broken" / "adapter"), adapter(tmp_path / "whole" / "adapter"))
-    assert figures(tmp_path / "broken") == figures(tmp_path / "whole")
-    chosen, wanted = (choices_of(tmp_path / name) for name in ("broken", "whole"))
-    assert chosen == wanted
-    assert bool(wanted) == (settings.get("method") != "dense")
-    assert done.summary["steps"] == unbroken.summary["steps"] >= 8
-    assert done.summary["loss_first"] == figures(tmp_path / "whole")[0]["loss"]
-    whole, resumed = (load_recipe(tmp_path / name / "recipe.yaml") for name in ("whole", "broken"))
-    resumed.out = whole.out
-    assert resumed == whole
-
-
-def test_a_checkpoint_can_be_named(base, rows, tmp_path):
-    settings = {"save_every": 2, "steps": 6}
-    train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
-    whole = adapter(tmp_path / "run" / "adapter")
-    first = tmp_path / "run" / "checkpoints" / "checkpoint-2"
-    train(recipe(base, rows, tmp_path / "run", resume=str(first), **settings), QUIET)
-    assert_equal(adapter(tmp_path / "run" / "adapter"), whole)
-    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_nothing_to_resume(base, rows, tmp_path):
-    with pytest.raises(InputError, match="No complete checkpoint"):
-        train(recipe(base, rows, tmp_path / "run", resume=True), QUIET)
-    with pytest.raises(RecipeError, match="nowhere is no complete checkpoint"):
-        train(recipe(base, rows, tmp_path / "run", resume=str(tmp_path / "nowhere")), QUIET)
-
-
-def test_resuming_with_another_adapter_is_refused(base, rows, tmp_path):
-    train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
-    before = adapter(tmp_path / "run" / "adapter")
-    record = (tmp_path / "run" / "recipe.yaml").read_text()
-    for change in ({"rank": 3}, {"targets": ("q_proj",)}, {"adapter": "dora"}):
-        with pytest.raises(InputError, match="checkpoint-6"):
-            train(recipe(base, rows, tmp_path / "run", save_every=2, steps=8, resume=True, **change), QUIET)
-    assert_equal(adapter(tmp_path / "run" / "adapter"), before)
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == record
-
-
 def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(base, rows, tmp_path, monkeypatch):
     train(recipe(base, rows, tmp_path / "run"), QUIET)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -387,17 +327,6 @@ def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
         assert done.summary["steps"] == 6
     else:
         assert not list((run / "checkpoints").iterdir())
-
-
-def test_of_a_run_that_goes_on_it_is_told_to_which_steps_its_time_belongs(base, rows, tmp_path, capsys):
-    whole = train(recipe(base, rows, tmp_path / "run", method="dense", steps=2), QUIET)
-    assert "resumed_step" not in whole.summary
-    capsys.readouterr()
-    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
-    assert "done: 3 steps, those after 2 in " in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["resumed_step"] == 2
-    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert ", for the steps after 2 |" in next(line for line in card.splitlines() if line.startswith("| time |"))
 
 
 def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_path, interfere):

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.tiny_run import choices_of, recipe
-from support.trainers import At, stop
+from support.trainers import At
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import AdapterError, LayerError, RecipeError
@@ -23,7 +23,6 @@ from siftune.train import prepare as module
 from siftune.train.build import build
 from siftune.train.folder.weights import About, put_in, read_about, read_tuned, save_tuned
 from siftune.train.run import train
-from siftune.train.trainer import SiftTrainer
 
 QUIET = Console(quiet=True)
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
@@ -117,44 +116,6 @@ def test_half_precision(base, rows, tmp_path):
 
 
 # --- resuming and stopping
-
-
-def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere):
-    settings = {"save_every": 2, "steps": 6, "weight_decay": 0.1, "dtype": "bfloat16", "accumulate": 2, **FULL}
-    settings |= {"method": "ist+gast", "support": "momentum"}
-    train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SiftTrainer, "__init__", SiftTrainer.__init__)
-        interfere(At("on_pre_optimizer_step", 4, stop))
-        with pytest.raises(KeyboardInterrupt) as stopped:
-            train(recipe(base, rows, tmp_path / "broken", **settings), QUIET)
-    goes_on = f"`siftune train --resume {tmp_path}/broken` continues from step 2"
-    assert stopped.value.__notes__ == [f"the adapter after step 3 is in {tmp_path}/broken/adapter, and {goes_on}"]
-    assert any(not torch.equal(v, weights(tmp_path / "whole")[n]) for n, v in weights(tmp_path / "broken").items())
-    torch.manual_seed(99)
-    train(recipe(base, rows, tmp_path / "broken", resume=True, **settings), QUIET)
-    assert_equal(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
-    ends = [load_file(tmp_path / n / "checkpoints/checkpoint-6/tuned_layers.safetensors") for n in ("whole", "broken")]
-    assert_equal(*ends)
-    assert choices_of(tmp_path / "broken") == choices_of(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "message"),
-    [
-        (FULL, {**FULL, "layers": (0, 1)}, "set layers"),
-        (FULL, {"layers": (0, 3)}, "set adapter"),
-        ({}, FULL, "set adapter"),
-        ({}, {"layers": (0,)}, r"target_modules = .* instead; set targets and layers"),
-    ],
-)
-def test_resuming_with_other_layers_is_refused(base, rows, tmp_path, first, second, message):
-    settings = {"method": "dense", "save_every": 1, "steps": 1}
-    train(recipe(base, rows, tmp_path / "run", **settings, **first), QUIET)
-    record = (tmp_path / "run" / "recipe.yaml").read_text()
-    with pytest.raises(RecipeError, match=f"checkpoint-1 is of another run: .*{message}"):
-        train(recipe(base, rows, tmp_path / "run", resume=True, **settings, **second), QUIET)
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == record
 
 
 def test_an_interrupt_in_a_forward_pass_leaves_whole_layers(base, rows, tmp_path, interfere):

@@ -14,6 +14,6 @@ def choice(*selected):
 def test_shares_are_means_over_layers_of_all_rows_that_came():
     followed = FollowedShares(["web", "books", "web", "web"])
     followed.add(choice([0, 1], [0, 2]), [3, 1, 0])  # web: 1 + ½ of two; books: ½ of one
-    followed.add(choice([1, -1], [0, 1]), [1, 2, 0])  # web: 1 of two; books: ½ of one; -1 is nobody
-    assert followed.shares() == {"books": 0.5, "web": 0.625}
+    followed.add(choice([1, 2], [0, 1]), [1, 2, 0])  # web: 1½ of two; books: ½ of one
+    assert followed.shares() == {"books": 0.5, "web": 0.75}
     assert FollowedShares([]).shares() == {}

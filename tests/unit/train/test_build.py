@@ -1,0 +1,111 @@
+"""Trainer arguments, trackers, compilation."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from support.tiny_run import lines, recipe
+from transformers import TrainingArguments
+from transformers.integrations import integration_utils
+
+from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.cli.main import main
+from siftune.engine.compiled import CompiledParts
+from siftune.recipe.checks import check
+from siftune.recipe.schema import Recipe, resolve_recipe
+from siftune.train import build
+from siftune.train import prepare as module
+from siftune.train.build import check_trackers, training_arguments
+from siftune.train.run import train
+
+
+def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):
+    """Otherwise the Trainer copies the model to all of them."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 3))
+    with caplog.at_level(logging.WARNING, logger="siftune"):
+        arguments = training_arguments(Recipe(), tmp_path, fp16=False)
+    assert arguments._n_gpu == 1
+    assert "of 3 GPUs the first is used" in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard", "mlflow"])
+
+
+@pytest.mark.parametrize("names", [("none",), ("tensorboard",), ("tensorboard", "mlflow")])
+def test_what_is_there(names):
+    check_trackers(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("tensorbord",), "report_to has the unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
+        (("tensorboard,wandb",), "report_to has 'tensorboard,wandb': put spaces between trackers, not commas"),
+        (("mlflow", "zzz"), "report_to has the unknown tracker 'zzz'; use one of azure_ml,"),
+        (("wandb",), "the package of the tracker wandb is not installed: `pip install wandb`"),
+        (("tensorboard", "azure_ml"), "`pip install azure-ml`"),
+        (("none", "mlflow"), "report_to names trackers, or none and nothing else"),
+        ((), "report_to names trackers, or none and nothing else"),
+    ],
+)
+def test_what_is_refused(names, message):
+    with pytest.raises(RecipeError) as caught:
+        check_trackers(names)
+    assert message in str(caught.value)
+
+
+def test_it_comes_before_the_model(base, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "load_model", None)
+    words = ["train", "--model", str(base), "--train", str(rows), "--out", str(tmp_path / "run")]
+    assert main([*words, "--report-to", "tensorboard", "wandbb"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "siftune: error: report_to has the unknown tracker 'wandbb'; did you mean 'wandb'?"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    """Without torch's own compiler, which takes seconds."""
+    torch.compiler.reset()
+    monkeypatch.setattr(build, "CompiledParts", partial(CompiledParts, backend="eager"))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("method", ["dense", "gast"])
+def test_a_compiled_run_leaves_what_a_run_leaves(base, rows, tmp_path, method):
+    settings = {"method": method, "steps": 3, "accumulate": 2, "checkpointing": True}
+    ours, theirs = (
+        train(recipe(base, rows, tmp_path / str(compiled), compile=compiled, **settings), Console(quiet=True))
+        for compiled in (True, False)
+    )
+    found, wanted = (load_file(run.folder.adapter / "adapter_model.safetensors") for run in (ours, theirs))
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+    told = [line.get("compile_seconds", 0) for line in lines(ours.folder.path / "metrics.jsonl")]
+    assert told[0] > 0
+    assert not any("forward" in vars(module) for module in ours.model.modules())
+
+
+@pytest.mark.parametrize("change", [{"adapter": "dora"}, {"quantize": "8bit"}, {"sharding": "fsdp"}])
+def test_what_does_not_go_with_compile_is_refused(tmp_path, change):
+    made = resolve_recipe(recipe(tmp_path, tmp_path, tmp_path, method="dense", compile=True, **change))
+    with pytest.raises(RecipeError, match="compile goes with adapters lora, rslora and full"):
+        check(made)
+
+
+def broken(*_):
+    raise RuntimeError("No working C++ compiler found")
+
+
+def test_a_run_that_cannot_be_compiled_ends_in_a_sentence(base, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "CompiledParts", partial(CompiledParts, backend=broken))
+    made = recipe(base, rows, tmp_path / "run", method="dense", compile=True)
+    with pytest.raises(UnsupportedError, match=r"cannot compile Llama.*No working C\+\+ compiler found"):
+        train(made, Console(quiet=True))
