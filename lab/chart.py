@@ -77,8 +77,8 @@ def costs(path: Path) -> dict[str, tuple[float, float]]:
         rounds.setdefault(line["method"], {})[line["round"]] = (fmean(line["seconds"]), line["peak_memory_mb"])
     dense = rounds["dense"]
     return {
-        name: tuple(median(found[i][part] / dense[i][part] for i in found) for part in (0, 1))  # type: ignore[misc]
-        for name, found in rounds.items()
+        name: tuple(median(measured[i][part] / dense[i][part] for i in measured) for part in (0, 1))  # type: ignore[misc]
+        for name, measured in rounds.items()
     }
 
 
@@ -111,7 +111,7 @@ def points(results: Path) -> list[Point]:
     ]  # fmt: skip
 
 
-def draw(found: list[Point], out: Path) -> None:
+def draw(methods: list[Point], out: Path) -> None:
     """Draw both panels and write the SVG."""
     plt.rcParams |= {
         "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "siftune", "font.family": "sans-serif",
@@ -122,7 +122,7 @@ def draw(found: list[Point], out: Path) -> None:
         axes.axhline(0, color=TEXT, linewidth=0.8)
         axes.plot(1, 0, "s", color=TEXT, markersize=7)
         axes.annotate("LoRA on all rows", (1, 0), (-8, 6), textcoords="offset points", ha="right")
-        for point in found:
+        for point in methods:
             x = getattr(point, part)
             if x is not None:
                 bars = [[point.points - point.low], [point.high - point.points]]
@@ -148,10 +148,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the recorded runs")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images" / "chart.svg")
     options = parser.parse_args()
-    found = points(options.results)
-    for point in found:
+    methods = points(options.results)
+    for point in methods:
         print(point)
-    draw(found, options.out)
+    draw(methods, options.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class SiftuneError(Exception):
         ...     IST(active=2)
         ... except SiftuneError as error:
         ...     print(error)
-        ist.active is 2, but must be above 0 and at most 1
+        ist.active is 2, but must be a number, above 0 and at most 1
     """
 
     exit_code = 1

@@ -1,0 +1,23 @@
+"""The README's chart is what the recorded runs give."""
+
+from pathlib import Path
+
+import pytest
+
+from lab.chart import HERE, draw, points
+
+pytestmark = pytest.mark.lab
+COMMITTED = Path(__file__).parents[2] / "docs" / "images" / "chart.svg"
+
+
+def test_the_chart_is_that_of_the_records(tmp_path):
+    drawn = points(HERE / "results")
+    assert [point.name for point in drawn] == ["--target", "--target --method gast", "gast", "ist"]
+    assert (drawn[0].points, drawn[0].low, drawn[0].high) == pytest.approx((22.73, 16.13, 28.93), abs=0.01)
+    draw(drawn, tmp_path / "chart.svg")
+    text = (tmp_path / "chart.svg").read_text(encoding="utf-8")
+    assert "currentColor" in text
+    assert "prefers-color-scheme" in text
+    for point in drawn:
+        assert point.name in text
+        assert point.name in COMMITTED.read_text(encoding="utf-8")
