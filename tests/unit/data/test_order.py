@@ -48,12 +48,6 @@ def test_epochs_are_parts_of_one_order():
     assert drawn == order_of_run(np.array(aimed), 20, 0.5, 3).tolist()
 
 
-def test_the_seed_decides_the_order():
-    aimed = np.array([False] * 30 + [True] * 10)
-    orders = [order_of_run(aimed, 40, 0.5, seed).tolist() for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-
-
 def test_where_the_last_part_is_the_whole_run_they_come_all_along():
     aimed = np.array([False] * 300 + [True] * 100)
     halves = np.array_split(aimed[order_of_run(aimed, 400, 1.0, 0)], 2)

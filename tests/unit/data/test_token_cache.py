@@ -1,6 +1,5 @@
 """Tokens that were made before: found again by what they are of, and never where they are not what was written."""
 
-import logging
 import os
 from dataclasses import replace
 
@@ -137,12 +136,6 @@ def test_a_cache_that_cannot_be_written_is_no_reason_not_to_train(tmp_path, monk
     assert "tokens are not cached" in caplog.text
 
 
-def test_few_rows_leave_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
-    cached_tokens(rows(), FORM)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_others_on_the_machine_cannot_read_them(cache):
     cached_tokens(rows(), FORM)
     [folder] = cache.iterdir()
@@ -163,14 +156,6 @@ def test_a_tokenizer_that_cannot_be_told_from_others_is_not_cached(cache):
     assert not cache.exists()
 
 
-def test_a_hit_is_told(cache, caplog):
-    caplog.set_level(logging.INFO)
-    cached_tokens(rows(), FORM)
-    assert "are in" not in caplog.text
-    cached_tokens(rows(), FORM)
-    assert "tokens of 3 rows are in" in caplog.text
-
-
 def test_what_was_used_longest_ago_makes_room(cache, made, monkeypatch):
     """Three sets of equal size where two fit: the first, which was used again, outlives the second."""
     sets = [rows([{**RECORDS[0], "completion": digit}]) for digit in "123"]
@@ -189,12 +174,3 @@ def test_what_was_used_longest_ago_makes_room(cache, made, monkeypatch):
     assert len(made) == 3
     cached_tokens(sets[1], FORM)
     assert len(made) == 4
-
-
-def test_a_set_that_takes_more_than_all_may_stays_alone(cache, made, monkeypatch):
-    monkeypatch.setattr(token_cache, "_MOST", 1)
-    cached_tokens(rows(), FORM)
-    cached_tokens(rows(RECORDS[:1]), FORM)
-    assert len([*cache.iterdir()]) == 1
-    cached_tokens(rows(RECORDS[:1]), FORM)
-    assert len(made) == 2

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from hypothesis import given
@@ -95,11 +93,6 @@ def test_plain_text_is_learned_whole_and_untouched_by_the_template():
     assert row["labels"] == row["input_ids"]
 
 
-def test_prompts_are_learned_on_request():
-    row = tokenized(SUM, completion_only=False)
-    assert row["labels"] == row["input_ids"]
-
-
 def test_the_seam_is_never_merged():
     tokenizer = byte_tokenizer(None, merges=(("=", "2"),))
     joint = tokenizer("1+1=2")["input_ids"]
@@ -116,17 +109,6 @@ def test_every_turn_of_the_assistant_is_learned_with_its_end():
     expected = CHAT.apply_chat_template(TALK["messages"], tokenize=False)
     assert text(row) == expected.rstrip()
     assert learned(row) == ["Hello <|end|>", "Ciao<|end|>"]
-
-
-def test_a_conversational_prompt_is_not_learned():
-    turns = TALK["messages"]
-    row = tokenized({"prompt": turns[:3], "completion": turns[3:]})
-    assert learned(row) == ["Ciao<|end|>"]
-
-
-def test_an_opening_turn_of_the_assistant_is_not_learned():
-    row = tokenized({"messages": TALK["messages"][1:]})
-    assert learned(row) == ["Ciao<|end|>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_learns_the_last_one_and_warns_once(caplog):
@@ -193,18 +175,6 @@ def test_a_first_token_alone_teaches_nothing():
     with pytest.raises(DataError, match=r"row 1: .*the limit is 1, so nothing is left to learn"):
         tokenized({"text": "Once"}, max_length=1)
     assert learned(tokenized({"text": "Once"}, max_length=2)) == ["On"]
-
-
-def test_no_rows_are_refused():
-    with pytest.raises(DataError, match="no rows"):
-        tokenize_rows([], PLAIN, 10)
-
-
-def test_many_rows_keep_their_order(monkeypatch):
-    monkeypatch.setattr("siftune.data.tokens._CHUNK", 3)
-    data = tokenize_rows(rows_from([{"text": "x" * n} for n in range(1, 9)]), PLAIN, 20)
-    assert data["length"] == list(range(2, 10))
-    assert data.column_names == ["input_ids", "labels", "length"]
 
 
 # evaluation agrees with training
@@ -316,11 +286,3 @@ def test_collator_pads_on_the_right(sequences, pad):
         assert batch["input_ids"][i].tolist() == sequence + [pad] * padding
         assert batch["attention_mask"][i].tolist() == [1] * len(sequence) + [0] * padding
         assert batch["labels"][i].tolist() == [-100, *sequence[1:]] + [-100] * padding
-
-
-def test_collator_takes_rows_of_the_data_set(caplog):
-    caplog.set_level(logging.WARNING)
-    data = tokenize_rows(rows_from([SUM, {"prompt": "12+34=", "completion": "46"}]), CHAT, 100)
-    batch = Collator(CHAT.pad_token_id)([data[0], data[1]])
-    assert batch["attention_mask"].sum(1).tolist() == data["length"]
-    assert not caplog.records

@@ -66,31 +66,6 @@ def test_the_seed_decides_and_the_global_generator_does_not():
     assert (np.random.get_state()[1] == state).all()
 
 
-def test_equal_models_give_an_interval_of_nothing():
-    found = paired_bootstrap(TUNED, TUNED, Bootstrap(100))
-    assert (found.value, found.low, found.high) == (0, 0, 0)
-
-
-@pytest.mark.parametrize("rows", [1, 30])
-def test_all_rows_improve_alike(rows):
-    found = paired_bootstrap(np.zeros(rows), np.ones(rows), Bootstrap(100))
-    assert (found.value, found.low, found.high) == (1, 1, 1)
-
-
-def test_draws_without_weight_are_left_out():
-    found = paired_bootstrap([0, 2], [0, 4], Bootstrap(200), weights=[0, 1])
-    assert (found.value, found.low, found.high) == (2, 2, 2)
-
-
-def test_pairing_narrows_the_interval():
-    rng = np.random.default_rng(0)
-    hardness = rng.normal(size=200)
-    base, tuned = hardness, hardness + 0.1 + 0.1 * rng.normal(size=200)
-    paired = paired_bootstrap(base, tuned, Bootstrap(500))
-    shuffled = paired_bootstrap(base, rng.permutation(tuned), Bootstrap(500))
-    assert (paired.high - paired.low) < 0.3 * (shuffled.high - shuffled.low)
-
-
 def test_coverage_on_synthetic_data():
     # 400 intervals at 90 %: the rate of those that hold the truth has a standard error of 1.5 points
     rng = np.random.default_rng(7)
@@ -140,12 +115,6 @@ def test_wilson_holds_the_rate_and_solves_its_equation(correct, level):
     for bound in (low, high):
         # Wilson: |rate − bound| is z standard errors of the bound
         assert (rate - bound) ** 2 == pytest.approx(z**2 * bound * (1 - bound) / len(correct), abs=1e-9)
-
-
-@pytest.mark.parametrize(("correct", "level"), [([], 0.95), ([True], 1.0), ([[True]], 0.95)])
-def test_wilson_refuses(correct, level):
-    with pytest.raises(ValueError, match="one row or more"):
-        accuracy_interval(correct, level)
 
 
 # --- several models ---
@@ -219,36 +188,12 @@ def test_draws_whose_whole_is_zero_do_not_count():
     assert not any(math.isnan(bound) for bound in (found.low, found.high))
 
 
-def test_agrees_with_the_paired_bootstrap():
-    rng = np.random.default_rng(1)
-    base, tuned = rng.normal(size=(2, 200))
-    weights = rng.integers(1, 9, 200)
-    paired = paired_bootstrap(base, tuned, Bootstrap(20_000), weights=weights)
-    found = resample({"base": base, "tuned": tuned}, weights, Bootstrap(20_000)).difference("tuned", "base")
-    assert found.value == pytest.approx(paired.value)
-    assert (found.low, found.high) == pytest.approx((paired.low, paired.high), abs=0.002)
-
-
-def test_rows_without_weight_give_no_mean():
-    found = resample({"a": [3.0, 0.0]}, [1, 0], FEW).mean("a")
-    assert found == Estimate(3.0, 3.0, 3.0)
-
-
 def test_chunks_do_not_matter(monkeypatch):
     columns = {"a": np.arange(7.0)}
     whole = resample(columns, None, FEW)
     monkeypatch.setattr("siftune.evaluate.bootstrap._CELLS", 20)
     assert len(list(drawn_counts(np.ones(7, dtype=int), 200, np.random.default_rng(0)))) == 100
     np.testing.assert_array_equal(resample(columns, None, FEW).draws["a"], whole.draws["a"])
-
-
-def test_level_and_seed():
-    columns = {"a": np.random.default_rng(0).normal(size=50)}
-    wide = resample(columns, None, Bootstrap(500, 0.95)).mean("a")
-    narrow = resample(columns, None, Bootstrap(500, 0.5)).mean("a")
-    assert wide.low < narrow.low < narrow.high < wide.high
-    assert resample(columns, None, Bootstrap(500, 0.95)).mean("a") == wide
-    assert resample(columns, None, Bootstrap(500, 0.95, seed=1)).mean("a") != wide
 
 
 @pytest.mark.parametrize(
@@ -267,12 +212,6 @@ def test_level_and_seed():
 def test_what_cannot_be_resampled_is_refused(columns, weights, words):
     with pytest.raises(ValueError, match=words):
         resample(columns, weights)
-
-
-@pytest.mark.parametrize(("resamples", "level"), [(0, 0.95), (10, 0.0), (10, 1.0)])
-def test_bootstrap_ranges(resamples, level):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        Bootstrap(resamples, level)
 
 
 # --- the streams of random numbers ---

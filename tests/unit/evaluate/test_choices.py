@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from siftune.base.errors import DataError
 from siftune.evaluate.likelihood import ChoiceItem, ChoiceResult, score_choices
@@ -36,20 +35,6 @@ def test_equals_a_loop_over_tokens_at_any_batch_size(model, batch_size):
     assert result.answers.tolist() == [1, 0, 3]
 
 
-def test_an_adapter_counts_and_can_be_switched_off(model):
-    plain = score_choices(model, ITEMS)
-    targets = ["q_proj"] if hasattr(model.config, "hidden_act") else ["c_attn"]
-    tuned = get_peft_model(
-        model,
-        LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=targets),
-    )
-    changed = score_choices(tuned, ITEMS)
-    assert not np.allclose(np.concatenate(plain.loglik), np.concatenate(changed.loglik))
-    with tuned.disable_adapter():
-        again = score_choices(tuned, ITEMS)
-    np.testing.assert_allclose(np.concatenate(plain.loglik), np.concatenate(again.loglik), atol=1e-12)
-
-
 def test_predictions_by_sum_and_by_mean():
     result = ChoiceResult(
         loglik=[np.array([-3.0, -4.0]), np.array([-1.0, -1.0, -5.0])],
@@ -60,12 +45,6 @@ def test_predictions_by_sum_and_by_mean():
     assert result.by_mean.tolist() == [1, 2]
     assert result.correct().tolist() == [False, True]
     assert result.correct(normalised=True).tolist() == [True, False]
-
-
-def test_no_items(model):
-    result = score_choices(model, [])
-    assert result.loglik == []
-    assert result.correct().shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from siftune.base.errors import DataError
 from siftune.data.batches import by_length
 from siftune.evaluate.likelihood import perplexity, row_nll
 from siftune.models import loss as cross_entropy
-from siftune.models.modules import evaluating
 
 # lengths 1 to 9; labels at the end, in the middle, at position 0 (not predictable), everywhere, nowhere
 ROWS = [
@@ -49,39 +48,6 @@ def test_long_rows_are_widened_in_parts(model, monkeypatch):
     np.testing.assert_allclose(row_nll(model, ROWS).nll, whole, rtol=0, atol=1e-12)
 
 
-def test_bfloat16_logits_are_summed_in_float32(model):
-    model = model.bfloat16()
-    ids = [3, 4, 5, 6]
-    with torch.no_grad():
-        logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-    assert row_nll(model, [(ids, ids)]).nll[0] == pytest.approx(wanted.item(), rel=1e-5)
-
-
-def test_modes_come_back_and_nothing_is_recorded(model):
-    model.train()
-    first = next(model.children())
-    first.eval()
-    before = [m.training for m in model.modules()]
-    with evaluating(model):
-        assert not any(m.training for m in model.modules())
-        assert not torch.is_grad_enabled()
-        assert not torch.is_inference_mode_enabled()
-    assert [m.training for m in model.modules()] == before
-    with pytest.raises(RuntimeError, match="boom"), evaluating(model):
-        raise RuntimeError("boom")
-    assert [m.training for m in model.modules()] == before
-
-
-def test_dropout_is_off(model):
-    for m in model.modules():
-        if isinstance(m, torch.nn.Dropout):
-            m.p = 0.5
-        if hasattr(m, "attention_dropout"):
-            m.attention_dropout = 0.5
-    assert (row_nll(model, ROWS).nll == row_nll(model, ROWS).nll).all()
-
-
 def test_lists_of_unequal_length(model):
     with pytest.raises(DataError, match="row 1: 2 input ids but 1 labels"):
         perplexity(model, [([1, 2], [1, 2]), ([1, 2], [1])])
@@ -100,8 +66,3 @@ def test_batches_hold_every_row_once_the_longest_first(lengths, batch_size):
     assert sorted(flat) == list(range(len(lengths)))
     assert all(len(batch) <= batch_size for batch in batches)
     assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
-
-
-def test_batch_size_zero():
-    with pytest.raises(ValueError, match="at least 1, found 0"):
-        list(by_length([1], 0))

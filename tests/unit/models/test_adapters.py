@@ -2,7 +2,6 @@
 
 import json
 import logging
-import warnings
 
 import pytest
 import torch
@@ -14,12 +13,10 @@ from support.tiny import FAMILIES, batch, tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from siftune.base.errors import AdapterError, LayerError
+from siftune.base.errors import AdapterError
 from siftune.engine.groups import group_by_layer, outside
 from siftune.models.adapters.attach import attach_adapter, load_adapter
 from siftune.models.layers import find_layers
-
-KINDS = ("lora", "rslora", "dora")
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -30,8 +27,9 @@ def logits(model: nn.Module) -> Tensor:
 # --- attach
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((family, "lora") for family in FAMILIES), ("gpt2", "dora"), ("llama", "rslora")]
+)
 def test_attach_covers_the_linears_of_every_layer(family, kind, recwarn, caplog):
     model = tiny(family)
     before = logits(model)
@@ -49,7 +47,7 @@ def test_attach_covers_the_linears_of_every_layer(family, kind, recwarn, caplog)
     assert not [record for record in caplog.records if "loss_type" not in record.message]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_attach_to_some_layers(family, tmp_path):
     model = tiny(family, layers=12)  # so that layer 1 is the beginning of 10 and 11
     found = find_layers(model)
@@ -71,19 +69,6 @@ def test_attach_to_some_modules_of_some_layers():
     model = attach_adapter(tiny("llama"), rank=2, targets=["q_proj", "lm_head"], layers=(0, -4, 2))
     tuners = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     assert tuners == {f"base_model.model.model.layers.{n}.self_attn.q_proj" for n in (0, 2)}
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"layers": (4,)}, LayerError, "the model has 4 layers, so `layers` takes numbers from 0 to 3"),
-        ({"layers": ()}, LayerError, "found none"),
-        ({"layers": (0, 1), "targets": ["lm_head"]}, AdapterError, "none of the modules .* is in the layers 0, 1"),
-    ],
-)
-def test_attach_refuses_layers(settings, error, message):
-    with pytest.raises(error, match=message):
-        attach_adapter(tiny("llama"), rank=2, **settings)
 
 
 def test_attach_leaves_experts_and_routers_alone():
@@ -135,8 +120,7 @@ def test_default_targets_are_short_but_stay_in_the_layers():
     assert isinstance(model.model.layers[0].self_attn.q_proj, BaseTunerLayer)
 
 
-@pytest.mark.parametrize("layers", [None, (0, -1)])
-@pytest.mark.parametrize("others", [[], ["q_proj"]])
+@pytest.mark.parametrize(("others", "layers"), [([], None), (["q_proj"], (0, -1))])
 def test_experts_of_a_mixture(others, layers, tmp_path):
     model = attach_adapter(tiny("mixtral"), rank=2, targets=["experts", *others], layers=layers)
     shake(model).eval().save_pretrained(tmp_path)
@@ -197,11 +181,10 @@ def test_attach_refuses(settings, message):
         attach_adapter(tiny("llama"), **settings)
 
 
-@pytest.mark.parametrize("junk", [b"", b"junk junk", b"\x80\x02"])
-def test_a_damaged_file_of_weights_is_told_of(tmp_path, junk):
+def test_a_damaged_file_of_weights_is_refused(tmp_path):
     attach_adapter(tiny("llama")).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    (tmp_path / "adapter_model.bin").write_bytes(junk)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(AdapterError, match="doesn't fit the model base"):
         load_adapter(tiny("llama"), tmp_path, "base")
 
@@ -209,10 +192,3 @@ def test_a_damaged_file_of_weights_is_told_of(tmp_path, junk):
 def test_attach_refuses_a_second_time():
     with pytest.raises(AdapterError, match="has adapters already"):
         attach_adapter(adapted())
-
-
-def test_attaching_warns_of_nothing_of_ours():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        attach_adapter(tiny("gpt2"), "dora", rank=2)
-    assert not [w for w in caught if w.category is not FutureWarning], [str(w.message) for w in caught]

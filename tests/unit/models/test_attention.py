@@ -135,11 +135,6 @@ def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
     torch.testing.assert_close(found, sdpa_attention_forward(Layer(), query, key, value, mask, **more)[0])
 
 
-def test_what_sdpa_refuses_is_refused():
-    with pytest.raises(ValueError, match="softcap"):
-        attention._attention(Layer(), *asked(1, 2, 2, 3, 4), None, softcap=30.0)
-
-
 def test_only_bfloat16_is_changed_as_it_is(monkeypatch):
     monkeypatch.undo()
     called = _counted(monkeypatch)
@@ -154,8 +149,9 @@ def _counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("padded", [None, "right", "left"])
+@pytest.mark.parametrize(
+    ("family", "padded"), [*((family, "left") for family in FAMILIES), ("llama", None), ("llama", "right")]
+)
 def test_losses_and_gradients_are_sdpas_on_every_family(family, padded, monkeypatch):
     model = tiny(family)
     if model.config._attn_implementation != "sdpa":
@@ -180,18 +176,6 @@ def test_losses_and_gradients_are_sdpas_on_every_family(family, padded, monkeypa
     assert len(calls) == model.config.num_hidden_layers
     for ours, theirs in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_generation_is_the_same(monkeypatch):
-    model = tiny("llama").eval()
-    ids = batch(model)["input_ids"]
-    calls = _counted(monkeypatch)
-    with torch.no_grad():
-        before = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-        with short_rows():
-            after = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert len(calls) == 4  # of the prompt; single queries are sdpa's
-    assert after.tolist() == before.tolist()
 
 
 def test_afterwards_all_is_as_before_also_within_one_another_and_beside_others():

@@ -9,7 +9,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from siftune.base.errors import ModelError
 from siftune.models import load, source
 from siftune.models.load import load_model
-from siftune.models.source import check_source, similar_folder, why_missing
+from siftune.models.source import check_source, why_missing
 
 
 @pytest.fixture
@@ -67,13 +67,6 @@ def test_names_that_the_hub_cannot_have(name):
         check_source(name)
 
 
-def test_offline_is_told(monkeypatch):
-    why_missing.cache_clear()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert why_missing("nobody/nothing") == "the hub is not asked, as HF_HUB_OFFLINE is set"
-    why_missing.cache_clear()
-
-
 def test_a_mistyped_folder_is_told_of_before_anything_is_loaded(answers, tmp_path, monkeypatch):
     answers(OSError("no route"))
     (tmp_path / "models" / "llama").mkdir(parents=True)
@@ -86,11 +79,3 @@ def test_a_mistyped_folder_is_told_of_before_anything_is_loaded(answers, tmp_pat
     check_source("models/llama")
     monkeypatch.setattr(source, "resolve", None)
     check_source("smollm2")
-
-
-def test_similar_folders(tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-    assert similar_folder(str(tmp_path / "frist"), lambda path: True) == tmp_path / "first"
-    assert similar_folder(str(tmp_path / "frist"), lambda path: path.name != "first") is None
-    assert similar_folder(str(tmp_path / "no" / "frist"), lambda path: True) is None

@@ -9,7 +9,7 @@ from siftune.base.errors import LayerError
 from siftune.models.label_logits import LabelHead
 from siftune.models.loss import find_output_embeddings, label_positions
 
-AGAIN = ["gemma3n", "mamba", "glm4_moe"]
+AGAIN = ["mamba"]
 
 
 class Sizes:
@@ -36,8 +36,8 @@ def assert_same(ours, theirs, **tolerance):
 
 
 def built(family, **settings):
-    model = tiny(family, layers=4 if family == "gemma3n" else 2, **settings)
-    if family in ("mixtral", "qwen3_moe", "glm4_moe"):
+    model = tiny(family, layers=2, **settings)
+    if family in ("mixtral", "qwen3_moe"):
         model.set_experts_implementation("eager")  # the others have no float64
     return model.double()
 
@@ -135,17 +135,6 @@ def test_a_head_that_is_called_otherwise_later_is_refused():
         model.loss_function = lambda **_: model.lm_head(torch.zeros(3, 7, 32).double()).sum()
         with pytest.raises(LayerError, match="called its head 2 times in a forward pass, where once is supported"):
             model(**inputs)
-
-
-def test_a_pass_that_fails_leaves_the_next_one_whole():
-    model, inputs = built("llama"), batch(tiny("llama"))
-    theirs = result(model, inputs)
-    with LabelHead(model):
-        handle = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model.train()(**inputs)
-        handle.remove()
-        assert_same(result(model, inputs), theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_it_leaves_no_trace():

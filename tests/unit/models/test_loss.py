@@ -32,13 +32,12 @@ def assert_same(ours, theirs, **tolerance):
         torch.testing.assert_close(ours[name], grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_those_of_the_model(family, dtype):
+def test_loss_and_gradients_are_those_of_the_model(family):
     model = tiny(family, layers=2)
     if family in ("mixtral", "qwen3_moe"):
         model.set_experts_implementation("eager")  # the others have no float64
-    model.to(dtype)
+    model.double()
     inputs = batch(model)
     ours, theirs = label_loss(model, inputs), model(**inputs).loss
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-6, atol=1e-6)
@@ -55,29 +54,6 @@ def test_a_given_number_of_items_is_the_divisor(family):
     assert not torch.isclose(theirs.loss, label_loss(model, inputs), rtol=0.1)
 
 
-def test_soft_capping_is_part_of_the_loss():
-    """gemma2 bends its logits behind the head: a loss on the head's output would differ."""
-    model = tiny("gemma2", layers=2, final_logit_softcapping=0.5)
-    inputs = batch(model)
-    capped = label_loss(model, inputs)
-    torch.testing.assert_close(capped, model(**inputs).loss)
-    model.config.final_logit_softcapping = None
-    assert abs((label_loss(model, inputs) - capped).item()) > 0.01
-
-
-def test_padding_changes_nothing():
-    model = tiny("llama", layers=2).double()
-    inputs = batch(model)
-    longer = {
-        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, 5), value=0),
-        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=0),
-        "labels": torch.nn.functional.pad(inputs["labels"], (0, 5), value=IGNORED),
-    }
-    ours, theirs = label_loss(model, longer), label_loss(model, inputs)
-    torch.testing.assert_close(ours, theirs)
-    assert_same(gradients(model, ours), gradients(model, theirs), rtol=1e-4, atol=1e-9)
-
-
 @pytest.mark.parametrize("items", [None, 0, 3, torch.tensor(0), torch.tensor(3)])
 def test_without_any_label_the_loss_is_zero(items):
     model = tiny("llama", layers=2)
@@ -92,15 +68,6 @@ def test_the_first_token_is_never_predicted():
     labels = torch.tensor([[5, IGNORED, 6, 7], [8, IGNORED, IGNORED, 9], [4, IGNORED, IGNORED, IGNORED]])
     assert label_positions(labels).nonzero().tolist() == [[0, 1], [0, 2], [1, 2]]
     assert next_labels(labels).tolist() == [6, 7, 9]
-
-
-def test_half_precision_is_summed_in_float32():
-    logits = torch.randn(1, 400, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    labels = torch.randint(0, 50, (1, 401), generator=torch.Generator().manual_seed(1))
-    exact = torch.nn.functional.cross_entropy(logits[0].double(), labels[0, 1:])
-    loss = token_loss(logits, labels)
-    assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
 
 
 def test_the_comparison_takes_the_row_with_most_labels():

