@@ -31,18 +31,18 @@ from siftune.models.loss import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ROW = "row"  # column for the number of a row
-AIMED = "aimed"  # column that says whether a row is the target's, where those come last
-_BESIDE = {ROW: torch.int64, WEIGHT: torch.float32}  # columns of one number a row, which the model never sees
+ROW = "row"  # column with the number of a row
+AIMED = "aimed"  # column, true in rows of the target, if these come last
+_BESIDE = {ROW: torch.int64, WEIGHT: torch.float32}  # columns of one number per row, which the model never sees
 
 
 def numbered(rows: Dataset) -> Dataset:
-    """Add the column `row`, which says of every row where it stands; batches then tell which rows they are of."""
+    """Add the column `row` with the number of each row, so that batches name their rows."""
     return rows.add_column(ROW, list(range(len(rows))))
 
 
 def weighted(data: Dataset, rows: Sequence[Row]) -> Dataset:
-    """Add the column `weight`, where a row has a weight other than 1.
+    """Add the column `weight` if a row has a weight other than 1.
 
     Args:
         data: The rows' tokens, in the same order.
@@ -53,12 +53,12 @@ def weighted(data: Dataset, rows: Sequence[Row]) -> Dataset:
     """
     weights = [row.weight for row in rows]
     if not any(weights):
-        raise DataError("every row has the weight 0, so that there is nothing to learn; give some a weight above 0.")
+        raise DataError("every row has the weight 0, so that no row trains; give some a weight above 0.")
     return data if all(weight == 1 for weight in weights) else data.add_column(WEIGHT, weights)
 
 
 def aimed(data: Dataset, rows: Sequence[Row]) -> Dataset:
-    """Add the column `aimed`, which says of every row whether it is one of the target's.
+    """Add the column `aimed`, true in rows of the target.
 
     Args:
         data: The rows' tokens, in the same order.
@@ -71,8 +71,8 @@ def aimed(data: Dataset, rows: Sequence[Row]) -> Dataset:
 class Collator:
     """Pads rows on the right into one batch.
 
-    Not transformers' `DataCollatorForSeq2Seq`: that one pads on the side that the tokenizer says, and hands every other
-    column of numbers on to the model.
+    Not transformers' `DataCollatorForSeq2Seq`: it pads on the tokenizer's side, and passes every other column of
+    numbers to the model.
 
     Attributes:
         pad_token_id: fills `input_ids`; the model never sees it, because the attention mask is 0 there.
@@ -81,7 +81,7 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collate rows with `input_ids`, `labels` and, where they have them, `row` and `weight`.
+        """Collate rows with `input_ids`, `labels` and, if present, `row` and `weight`.
 
         Returns:
             `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `labels` (-100 on padding), each
@@ -108,11 +108,11 @@ Places = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class TargetLast(Sampler[int]):
-    """Draws an epoch's rows, of a run in which a target's come last.
+    """Sampler of an epoch's rows in a run in which a target's rows come last.
 
     Args:
         aimed: Which rows are the target's, (D,) bool; some are, and some are not.
-        draws: N, rows that the run draws from first to last, in however many epochs.
+        draws: N, rows that the run draws in all epochs.
         last: f, share of the run in which the target's rows come, above 0.
         seed: Of the order.
 
@@ -129,7 +129,7 @@ class TargetLast(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch, from 0."""
+        """Set the epoch, from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -141,10 +141,10 @@ class TargetLast(Sampler[int]):
 
 
 def order_of_run(aimed_D: np.ndarray[tuple[int], np.dtype[np.bool_]], draws: int, last: float, seed: int) -> Places:
-    """Places of the rows in the order in which a run draws them; as `TargetLast`.
+    """Draw the order of a complete run, as `TargetLast`.
 
     Returns:
-        (E D,) int64 in the E epochs that N draws begin: after the N come rows of both kinds.
+        (E D,) int64 places, in the E epochs that N draws begin; rows of both kinds follow the N.
     """
     randomness = np.random.default_rng(seed)
     target_places, other_places = np.flatnonzero(aimed_D), np.flatnonzero(~aimed_D)
@@ -157,13 +157,13 @@ def order_of_run(aimed_D: np.ndarray[tuple[int], np.dtype[np.bool_]], draws: int
 
 
 def _again(places: Places, count: int, randomness: np.random.Generator) -> Places:
-    """Go through places in random order, again and again, until there are `count`."""
+    """Repeat random orders of places until there are `count`."""
     passes = [randomness.permutation(places) for _ in range(-(-count // len(places)))]
     return np.concatenate([*passes, np.empty(0, dtype=np.int64)])[:count]
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of indices of similar length, the longest first so that a lack of memory shows at once.
+    """Yield batches of indices of similar length, the longest first, so that a lack of memory shows at once.
 
     Raises:
         ValueError: `batch_size` is less than 1.

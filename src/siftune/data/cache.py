@@ -1,13 +1,14 @@
-"""Tokens that were made before: a folder for each set of rows, by what they and their tokenizer are.
+"""Cache of tokens: a folder for each set of rows and tokenizer.
 
     CACHE/tokens/KEY/
       tokens.arrow   the columns, in Arrow's stream format
-      about.json     what was wrong with rows, how many were cut, and the hash of the other file
+      about.json     errors of rows, the number of cut rows, and the hash of the other file
 
-KEY is a hash of what the rows say, of the tokenizer, its chat template and special tokens, of the settings, and of the
-versions of the libraries that tokenise; where a row stands is not part of it. A folder that is damaged is made anew.
-One that cannot be written is no reason not to train. All folders together take 4 GB at the most: those that were used
-longest ago go first (ours), and the newest stays, however large it is.
+KEY is a hash of the rows' texts, of the tokenizer, its chat template and special tokens, of the settings, and of the
+versions of the libraries that tokenise. The origin of a row is not part of it. A damaged folder is replaced. If a
+folder cannot be written, training continues without. All folders together take at most 4 GB: the least recently used
+are removed first (ours), and the newest stays, whatever its size. Files are read as Arrow and JSON, and never run
+code.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from siftune.base.files import Progress, hash_of
-from siftune.data.rows import Row, said
+from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form, Tokens, tokens_of
 from siftune.models.smollm2 import cache_root
 
@@ -37,20 +38,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LAYOUT = 1  # of the files, and of what they hold
-_FROM = 2000  # rows from which it is worth a file
-_MOST = 4 * 10**9  # bytes that all folders take
+_FROM = 2000  # least number of rows for a file
+_MOST = 4 * 10**9  # bytes of all folders
 _ARROW, _ABOUT = "tokens.arrow", "about.json"
 
 
 def cached_tokens(rows: Sequence[Row], form: Form, progress: Progress | None = None) -> Tokens:
-    """Tokenise rows as `tokens_of`, or take the tokens that were made of them before.
+    """Tokenise rows as `tokens_of`, or read their tokens from the cache.
 
-    Where many rows are tokenised, the tokens stay in the cache, and the table is a view of the file there.
+    The tokens of many rows stay in the cache, and the table is a view of the file there.
 
     Args:
         rows: at least one.
         form: how.
-        progress: told how many rows are done.
+        progress: receives the number of tokenised rows.
 
     Raises:
         InputError: as `tokens_of`.
@@ -59,34 +60,34 @@ def cached_tokens(rows: Sequence[Row], form: Form, progress: Progress | None = N
     if key is None:
         return tokens_of(rows, form, progress)
     folder = cache_root() / "tokens" / key
-    found = _read(folder)
-    if found is not None:
+    tokens = _read(folder)
+    if tokens is not None:
         with suppress(OSError):
-            os.utime(folder)  # it was used now
+            os.utime(folder)  # most recently used
         logger.info("tokens of %d rows are in %s", len(rows), folder)
-        return found
-    made = tokens_of(rows, form, progress)
-    if not _write(folder, made):
-        return made
+        return tokens
+    tokens = tokens_of(rows, form, progress)
+    if not _write(folder, tokens):
+        return tokens
     _make_room(folder)
-    return _read(folder) or made
+    return _read(folder) or tokens
 
 
 def _key(rows: Sequence[Row], form: Form) -> str | None:
-    """A hash of all that decides what the tokens are; None where the tokenizer cannot be told from others."""
-    tokenizer = _said_of(form.tokenizer)
+    """Hash everything that determines the tokens; None if the tokenizer cannot be identified."""
+    tokenizer = _identity(form.tokenizer)
     if tokenizer is None:
         return None
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
     options = [form.max_length, form.template, form.completion_only]
     digest = hashlib.sha256(json.dumps([_LAYOUT, versions, options, tokenizer]).encode())
-    for row in said(rows):
+    for row in row_texts(rows):
         digest.update(len(row).to_bytes(8, "big") + row)
     return digest.hexdigest()[:32]
 
 
-def _said_of(tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """What a tokenizer does, as text: of those of the tokenizers library, which can tell it."""
+def _identity(tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """Describe a tokenizer of the tokenizers library as text; None for others."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -98,7 +99,7 @@ def _said_of(tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
 
 
 def _read(folder: Path) -> Tokens | None:
-    """Read a folder; None where there is none, or it is not as it was written."""
+    """Read a folder; None if there is none, or it is damaged."""
     from datasets import Dataset
 
     if not folder.is_dir():
@@ -111,13 +112,13 @@ def _read(folder: Path) -> Tokens | None:
         bad = {int(place): str(reason) for place, reason in about["bad"]}
         return Tokens(data, bad, int(about["cut"]), Counter(about["notes"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("the cached tokens in %s are damaged (%s); they are made anew", folder, error)
+        logger.warning("the cached tokens in %s are damaged (%s); the rows are tokenised again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
 def _write(folder: Path, tokens: Tokens) -> bool:
-    """Write a folder beside its place and move it there; False, and a warning, where that cannot be done."""
+    """Write a folder beside its place and move it there; False, with a warning, if that fails."""
     import pyarrow
 
     try:
@@ -142,20 +143,20 @@ def _write(folder: Path, tokens: Tokens) -> bool:
 
 
 def _move(beside: Path, folder: Path) -> None:
-    """Move a folder's files to where they belong, unless another process was there first."""
-    made = beside / "made"
-    made.mkdir(mode=0o700)
+    """Move a folder's files to their place, unless another process was faster."""
+    complete = beside / "complete"
+    complete.mkdir(mode=0o700)
     for name in (_ARROW, _ABOUT):
-        os.replace(beside / name, made / name)
+        os.replace(beside / name, complete / name)
     try:
-        os.rename(made, folder)
+        os.rename(complete, folder)
     except OSError:
         if not folder.is_dir():
             raise
 
 
 def _make_room(newest: Path) -> None:
-    """Remove the folders that were used longest ago, as far as all take too much; open files keep theirs."""
+    """Remove the least recently used folders beyond the limit; open files stay readable."""
     ages, sizes = {}, {}
     for folder in newest.parent.iterdir():
         with suppress(OSError):  # another process may remove it
@@ -167,7 +168,7 @@ def _make_room(newest: Path) -> None:
         if taken > _MOST:
             shutil.rmtree(folder, ignore_errors=True)
             logger.info(
-                "the tokens in %s, which were not used for long, are removed: %s holds %.0f MB at the most",
+                "removed the least recently used tokens in %s: %s holds at most %.0f MB",
                 folder,
                 newest.parent,
                 _MOST / 1e6,

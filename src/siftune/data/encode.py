@@ -1,15 +1,14 @@
-"""Turn rows into text and text into token ids.
+"""Rendering of rows as text, and tokenisation of the text.
 
 How the parts of a row join:
 
-- With a chat template, the prompt is the template's text up to where the assistant starts to speak, and the
-  completion is the rest of the template's text, with its end-of-turn token and without the white space after
-  it. A template that adds nothing to the completion gets the end-of-sequence token.
-- Without one, prompt and completion join exactly as given: no space is put between them. A
-  beginning-of-sequence token comes first if the tokenizer adds one by itself, and the end-of-sequence token
-  comes last.
+- With a chat template, the prompt is the template's text up to the start of the assistant's turn. The completion is
+  the rest of the template's text, with its end-of-turn token and without the white space after it. If a template
+  adds nothing to the completion, the end-of-sequence token follows.
+- Without one, prompt and completion join exactly, without a space between them. A beginning-of-sequence token comes
+  first if the tokenizer adds one by itself, and the end-of-sequence token comes last.
 
-Prompt and completion are tokenised apart and then joined, because at generation time the prompt is tokenised
+Prompt and completion are tokenised separately and then joined, because at generation time the prompt is tokenised
 alone. `Encoder.prompt` and `Encoder.completion` give evaluation the same tokens as training.
 """
 
@@ -29,17 +28,17 @@ if TYPE_CHECKING:
 
 
 _REOPENED = (
-    "the chat template writes the prompt otherwise once it is answered; the completion is put right after the "
-    "prompt of generation time"
+    "the chat template changes the prompt once it is answered; the completion directly follows the prompt of "
+    "generation time"
 )
-_REWRITTEN = "the chat template rewrites earlier turns; only the last turn is learned"
+_REWRITTEN = "the chat template rewrites earlier turns; only the last turn has labels"
 
 
 T = TypeVar("T")
 
 
 def attempt(call: Callable[[], T]) -> T | BaseException:
-    """Have a tokenizer do something; return what it raises, be it a panic in Rust, which is no Exception."""
+    """Call a tokenizer; return the error that it raises, even a panic in Rust, which is no Exception."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -49,28 +48,28 @@ def attempt(call: Callable[[], T]) -> T | BaseException:
 
 
 class _Part(NamedTuple):
-    """A piece of a row's text and whether it is learned."""
+    """A part of a row's text, and whether it has labels."""
 
     text: str
     learned: bool
 
 
 class Piece(NamedTuple):
-    """Token ids of a part of a row and whether they are learned."""
+    """Token ids of a part of a row, and whether they are labels."""
 
     ids: list[int]
     learned: bool
 
 
 def labelled(pieces: list[Piece] | DataError, completion_only: bool = True) -> tuple[list[int], list[int]]:
-    """Put a row's pieces together.
+    """Join a row's pieces.
 
     Args:
         pieces: from `Encoder.encode`.
-        completion_only: take as labels what is learned; False takes all tokens.
+        completion_only: only learned pieces have labels; False: all tokens.
 
     Returns:
-        Token ids, and labels: -100 where nothing is learned.
+        Token ids, and labels: -100 at tokens without a label.
 
     Raises:
         DataError: the row failed.
@@ -86,7 +85,7 @@ def labelled(pieces: list[Piece] | DataError, completion_only: bool = True) -> t
 
 
 class _Rendered(NamedTuple):
-    """The text of a row in parts that are tokenised apart; the last part is the completion."""
+    """The text of a row in parts that are tokenised separately; the last part is the completion."""
 
     parts: list[_Part]
     starts: list[int]  # token ids before the first part
@@ -98,11 +97,11 @@ class Encoder:
 
     Attributes:
         chat: whether the chat template is used.
-        notes: how many rows were rendered in a way that the user should know of, by reason.
+        notes: number of rows with a warning about their rendering, by warning.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
-        """Settle whether the chat template is used.
+        """Decide whether the chat template is used.
 
         Args:
             tokenizer: any Hugging Face tokenizer with an end-of-sequence token.
@@ -138,18 +137,18 @@ class Encoder:
         return completion + ends
 
     def encode(self, rows: Sequence[Row]) -> list[list[Piece] | DataError]:
-        """Each row's token ids in pieces; in the place of a row on which template or tokenizer fail, why.
+        """Tokenise rows into pieces; the error instead for a row on which the template or the tokenizer fails.
 
-        Rows are rendered and tokenised together, which is several times faster than one by one.
+        Rows are rendered and tokenised together, several times faster than one by one.
         """
-        told = Counter(self.notes)
+        notes = Counter(self.notes)
         rendered = self._rendered(rows)
         sound = [(row, one) for row, one in zip(rows, rendered, strict=True) if isinstance(one, _Rendered)]
         texts = [(part.text, row.origin) for row, one in sound for part in one.parts]
         try:
             ids = iter(self._tokenize(texts))
         except DataError as error:
-            self.notes = told  # what is rendered again is told again
+            self.notes = notes  # rows that are rendered again count again
             return [error] if len(rows) == 1 else [self.encode([row])[0] for row in rows]
         return [
             [Piece(one.starts, False), *(Piece(next(ids), part.learned) for part in one.parts), Piece(one.ends, True)]
@@ -159,7 +158,7 @@ class Encoder:
         ]
 
     def render(self, row: Row, completion: str | None = None) -> _Rendered:
-        """Write a row as text, cut where learned and other parts meet.
+        """Render a row as text, cut between learned and other parts.
 
         Raises:
             DataError: the chat template refuses the row, or a conversation of several turns has no template.
@@ -172,7 +171,7 @@ class Encoder:
         return self._render_plain(row, answer)
 
     def _rendered(self, rows: Sequence[Row]) -> list[_Rendered | DataError]:
-        """Rows as text; the template writes all conversations in two calls, and one by one where it refuses some."""
+        """Render rows; the template writes all conversations in two calls, or one by one if it refuses some."""
         turns = {i: _turns(row, row.completion) for i, row in enumerate(rows) if self.chat and row.prompt}
         try:
             fulls = dict(zip(turns, self._apply_all(list(turns.values())), strict=True))
@@ -209,11 +208,11 @@ class Encoder:
         return _Rendered(_cut(full, spans), [], self._eos if unmarked else [])
 
     def _earlier_spans(self, turns: list[Message], full: str, origin: str) -> list[tuple[int, int]]:
-        """Where the learned turns before the last stand in the full text.
+        """Find the learned turns before the last in the full text.
 
-        Empty if the template writes earlier turns otherwise than the last one, dropping their reasoning, say:
-        then the model would be trained on texts that it never has to write. A first turn of the assistant
-        answers nothing and is not learned.
+        Empty if the template writes earlier turns differently from the last one, for example without their
+        reasoning. The model would be trained on texts that it never has to write. A first turn of the assistant
+        answers nothing and has no labels.
         """
         spans = []
         for i, turn in enumerate(turns[:-1]):
@@ -236,7 +235,7 @@ class Encoder:
             ) from error
 
     def _apply_all(self, conversations: Sequence[Sequence[Message]], open_turn: bool = False) -> list[str]:
-        """Have the template write conversations; whatever it raises is passed on."""
+        """Render conversations with the template; its errors are passed on."""
         messages = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
         if not messages:
             return []
@@ -247,15 +246,15 @@ class Encoder:
         return [rendered.starts, *self._tokenize([(part.text, origin) for part in rendered.parts]), rendered.ends]
 
     def _tokenize(self, texts: list[tuple[str, str]], special: bool = False) -> list[list[int]]:
-        """Token ids of texts, each of which comes with where it is from."""
-        found = self._try([text for text, _ in texts], special)
-        if isinstance(found, list):
-            return found
+        """Tokenise pairs of a text and its origin."""
+        ids = self._try([text for text, _ in texts], special)
+        if isinstance(ids, list):
+            return ids
         failing = (origin for text, origin in texts if not isinstance(self._try([text], special), list))
         raise DataError(
-            f"{next(failing, 'the rows')}: the tokenizer fails on the text ({' '.join(str(found).split())[:200]}); "
+            f"{next(failing, 'the rows')}: the tokenizer fails on the text ({' '.join(str(ids).split())[:200]}); "
             "change or remove the row, or take another tokenizer."
-        ) from found
+        ) from ids
 
     def _try(self, texts: list[str], special: bool) -> list[list[int]] | BaseException:
         if not texts:
@@ -266,7 +265,7 @@ class Encoder:
         return encoded if isinstance(encoded, BaseException) else list(encoded["input_ids"])
 
     def _leading_ids(self) -> list[int]:
-        """The ids that the tokenizer puts before a text by itself, such as a beginning-of-sequence token."""
+        """Return the ids that the tokenizer puts before a text by itself, such as a beginning-of-sequence token."""
         bare, dressed = (self._tokenize([("a", "the text 'a'")], special)[0] for special in (False, True))
         starts = (i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
         return dressed[: next(starts, 0)]
@@ -276,15 +275,15 @@ def _turns(row: Row, answer: str) -> list[Message]:
     return [*row.prompt, Message("assistant", answer, learned=True)]
 
 
-def _or_error(render: Callable[..., _Rendered], *given: Any) -> _Rendered | DataError:
+def _or_error(render: Callable[..., _Rendered], *arguments: Any) -> _Rendered | DataError:
     try:
-        return render(*given)
+        return render(*arguments)
     except DataError as error:
         return error
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> list[_Part]:
-    """Cut a text at the learned spans; what follows the last span is left out."""
+    """Cut a text at the learned spans, without the text after the last."""
     parts, position = [], 0
     for start, end in spans:
         parts += [_Part(text[position:start], False), _Part(text[start:end], True)]
@@ -293,5 +292,5 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> list[_Part]:
 
 
 def writes_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether rows are written by a tokenizer's chat template; `template` as for `Encoder`."""
+    """Whether rows are rendered by a tokenizer's chat template; `template` as for `Encoder`."""
     return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))

@@ -1,7 +1,6 @@
 """Read rows from JSONL, JSON, CSV and Parquet files and from the hub.
 
-JSONL, JSON and CSV are read by our own strict readers, so that every complaint names the file and the line.
-`Row`, `tokenize_rows`, `Collator` and their kin are at home in `rows.py`, `encoder.py` and `tokenize.py`.
+JSONL, JSON and CSV are read by our own strict readers, so that every error names the file and the line.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from siftune.data.rows import Row, no_garbage, parse_rows
 
 logger = logging.getLogger(__name__)
 
-Records = Iterator[tuple[str, Any]]  # where it stands; what stands there, or a DataError that says why it can't be read
+Records = Iterator[tuple[str, Any]]  # origin; the record, or a DataError if it cannot be read
 
 
 def load_rows(
@@ -36,10 +35,10 @@ def load_rows(
     Args:
         source: path of a `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file; otherwise a hub id or a
             local data set folder, optionally with a configuration: `openai/gsm8k:main`.
-        split: split of a hub data set; a file is one split, whatever this says.
-        limit: read at most so many rows; None reads all.
+        split: split of a hub data set; ignored for a file.
+        limit: largest number of rows to read; None reads all.
         format: `prompt`, `messages`, `alpaca`, `text`, or `auto` to go by the columns of the first row.
-        bad: where given, what is wrong with rows is added to it, and they are left out: there may then be no others.
+        bad: list for the errors of bad rows, which are then left out; there may be no other rows.
 
     Returns:
         The rows in the order of the source, at least one.
@@ -59,7 +58,7 @@ def load_rows(
 
 
 def load_records(source: str, split: str = "train") -> Iterator[Any]:
-    """Read what stands in a file or hub data set, whatever its columns are.
+    """Read the records of a file or hub data set, with any columns.
 
     Args:
         source: As for `load_rows`.
@@ -75,7 +74,7 @@ def load_records(source: str, split: str = "train") -> Iterator[Any]:
 
 
 def _open(source: str, split: str) -> Records:
-    """Choose the reader by the name's ending and what lies there."""
+    """Choose the reader by the name's ending, and the hub if there is no file."""
     path = Path(source).expanduser()
     reader = _READERS.get(path.suffix.lower())
     if path.is_file():
@@ -90,7 +89,7 @@ def _open(source: str, split: str) -> Records:
 
 
 def _reporting(records: Records, source: str) -> Records:
-    """Pass records on, and turn a failing disk or a missing permission into one sentence."""
+    """Pass on records; turn errors of the disk or of permissions into one sentence."""
     try:
         yield from records
     except OSError as error:
@@ -103,11 +102,11 @@ def _read_jsonl(path: Path, source: str) -> Records:
         for number, line in enumerate(file, 1):
             try:
                 text = _decode(line, source, number)
-                found = _parse_json(text.rstrip(), source, number) if text.strip() else None
+                record = _parse_json(text.rstrip(), source, number) if text.strip() else None
             except DataError as error:  # the next line can be read
-                text, found = "?", error
+                text, record = "?", error
             if text.strip():
-                yield f"{source}:{number}", found
+                yield f"{source}:{number}", record
 
 
 def _read_json(path: Path, source: str) -> Records:
@@ -133,7 +132,7 @@ def _read_csv(path: Path, source: str) -> Records:
         end = reader.line_num
         twice = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
         if twice:
-            raise DataError(f"{source}:1: the column {one_line(twice[0])!r} stands twice; rename one, or take it out.")
+            raise DataError(f"{source}:1: the column {one_line(twice[0])!r} comes twice; rename one, or remove it.")
         for fields in rows:
             origin, end = f"{source}:{end + 1}", reader.line_num
             if fields and len(fields) != len(header):
@@ -203,7 +202,7 @@ def _read_hub(source: str, split: str) -> Records:
 
 
 def _decode(data: bytes, source: str, line: int | None = None) -> str:
-    """Decode UTF-8, with or without a byte order mark; `line` is given where `data` is one line."""
+    """Decode UTF-8, with or without a byte order mark; `line` is its number if `data` is one line."""
     try:
         return data.decode("utf-8-sig" if line in (None, 1) else "utf-8")
     except UnicodeDecodeError as error:

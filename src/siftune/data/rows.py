@@ -1,14 +1,14 @@
-"""Rows of training and evaluation data, and the four formats that they are read from.
+"""Rows of training and evaluation data, and their four formats.
 
-| format     | columns                          | what is learned                                    |
+| format     | columns                          | labels                                             |
 |------------|----------------------------------|----------------------------------------------------|
 | `prompt`   | `prompt`, `completion`           | the completion; both are strings, or conversations |
 | `messages` | `messages`                       | every turn of the assistant                        |
 | `alpaca`   | `instruction`, `input`, `output` | the output, after instruction, blank line, input   |
 | `text`     | `text`                           | all of it                                          |
 
-A conversation is a list of `{role, content}`. All other columns are kept in `Row.extra`; of these, `weight` says what a
-row counts for in training.
+A conversation is a list of `{role, content}`. All other columns are in `Row.extra`. Among these, `weight` is the row's
+weight in training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.words import one_line
 
-WEIGHT = "weight"  # column for what a row counts for in training
+WEIGHT = "weight"  # column of a row's weight in training
 
 Format = Literal["prompt", "messages", "alpaca", "text"]
 Record = dict[str, Any]
@@ -44,9 +44,9 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: who speaks, as the chat template names it: system, user, assistant, tool.
-        content: what is said.
-        learned: whether the turn is trained on; the last turn of a row always is.
+        role: speaker, as in the chat template: system, user, assistant, tool.
+        content: text.
+        learned: whether its tokens are label tokens; those of the last turn of a row always are.
     """
 
     role: str
@@ -56,14 +56,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """One example: the turns before the completion, and the completion, which is learned.
+    """One example: the turns before the completion, and the completion.
 
     Attributes:
-        prompt: the turns before the completion; one user turn where the data gave a plain string; empty for
-            plain text, which no chat template touches.
-        completion: what the model should answer; for plain text, the text.
-        origin: where the row stands, for messages: `data/rows.jsonl:17`.
-        extra: the columns that the format does not use, such as `answer` and `choices`.
+        prompt: the turns before the completion; one user turn for a plain string; empty for plain text, which
+            no chat template changes.
+        completion: the answer; for plain text, the text.
+        origin: place of the row, for messages: `data/rows.jsonl:17`.
+        extra: columns outside the format, such as `answer` and `choices`.
     """
 
     prompt: tuple[Message, ...]
@@ -73,7 +73,7 @@ class Row:
 
     @property
     def weight(self) -> float:
-        """What the row counts for in training: its column `weight`, 1 where there is none.
+        """Weight of the row in training: its column `weight`, by default 1.
 
         Raises:
             DataError: It is no finite number from 0.
@@ -99,12 +99,12 @@ def rows_from(records: Iterable[Record], name: str = "row", format: str = "auto"
 def parse_rows(
     records: Iterable[tuple[str, Any]], format: str = "auto", bad: list[DataError] | None = None
 ) -> list[Row]:
-    """Turn pairs of a place and what was found there into rows.
+    """Turn pairs of an origin and a record into rows.
 
     Args:
-        records: where it stands and what stands there; a `DataError` where that cannot be read.
+        records: origin and record; a `DataError` if it cannot be read.
         format: as for `rows_from`.
-        bad: where given, what is wrong with rows is added to it, and they are left out.
+        bad: list for the errors of bad rows, which are then left out.
 
     Raises:
         DataError, RecipeError: as `rows_from`.
@@ -124,7 +124,7 @@ def parse_rows(
 
 @contextmanager
 def no_garbage() -> Iterator[None]:
-    """Look for no garbage in a block that makes many small things to keep: looking takes longer than making them."""
+    """Turn garbage collection off in a block that makes many small objects: it would take longer than making them."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -135,7 +135,6 @@ def no_garbage() -> Iterator[None]:
 
 
 def _columns(record: Any, origin: str) -> Record:
-    """See that a record is one."""
     if isinstance(record, DataError):
         raise record
     if not isinstance(record, dict):
@@ -143,31 +142,31 @@ def _columns(record: Any, origin: str) -> Record:
     return record
 
 
-def said(rows: Iterable[Row]) -> Iterator[bytes]:
-    """What each row says, and which of it is learned, as bytes: the same wherever the row stands."""
+def row_texts(rows: Iterable[Row]) -> Iterator[bytes]:
+    """Yield the text of each row and its label turns as bytes, independent of its origin."""
     for row in rows:
         turns = [(turn.role, turn.content, turn.learned) for turn in row.prompt]
         yield json.dumps((turns, row.completion)).encode()
 
 
 def detect_format(record: Record, origin: str, format: str = "auto") -> Format:
-    """Tell the format from the columns of one row, or check the name of the format that was given.
+    """Detect the format from the columns of one row, or check the name of a format.
 
     Raises:
         DataError: the columns belong to no format.
         RecipeError: no such format.
     """
-    for known in get_args(Format):
-        if format == known:
-            return known  # type: ignore[no-any-return]
+    for each in get_args(Format):
+        if format == each:
+            return each  # type: ignore[no-any-return]
     if format != "auto":
         raise RecipeError(f"unknown data format {format!r}; use one of auto, {', '.join(get_args(Format))}.")
-    for known, columns in _REQUIRED.items():
+    for each, columns in _REQUIRED.items():
         if all(column in record for column in columns):
-            return known
-    for known, columns in _REQUIRED.items():
+            return each
+    for each, columns in _REQUIRED.items():
         if columns[0] in record:  # an incomplete row: reading it names the column that is missing
-            return known
+            return each
     raise DataError(
         f"{origin}: the columns found ({_names(record)}) are no known format; rename them to one of: {_SUPPORTED}."
     )
@@ -221,7 +220,7 @@ _PARSERS: dict[Format, Callable[[Record, str], Row]] = {
 
 
 def _conversation(turns: tuple[Message, ...], column: str, origin: str, extra: Record) -> Row:
-    """Make a row of a conversation that must end with the assistant's turn."""
+    """Make a row of a conversation, which must end with the assistant's turn."""
     *before, last = turns
     if last.role != "assistant":
         raise DataError(
@@ -267,8 +266,8 @@ def _weight(value: Any, origin: str) -> float:
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
         raise DataError(
-            f"{origin}: 'weight' is {value!r}; give a number from 0, which is what the row counts for in training, or "
-            "call the column otherwise."
+            f"{origin}: 'weight' is {value!r}; give a number from 0, the row's weight in training, or "
+            "rename the column."
         )
     return weight
 
@@ -279,7 +278,7 @@ def _names(record: Record) -> str:
 
 
 def _text(record: Record, column: str, origin: str) -> str:
-    """Read a column that must hold a string with something in it."""
+    """Read a column that must hold a string that is not empty."""
     if column not in record:
         raise DataError(
             f"{origin}: the column {column!r} is missing (found: {_names(record)}); add it or remove the row."

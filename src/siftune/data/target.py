@@ -12,24 +12,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
 
-from siftune.data.rows import Row, said
+from siftune.data.rows import Row, row_texts
 
-SOURCE = "source"  # column that says where a row is from, where the data has it
-TARGET = "target"  # what it says of rows of a target
-OTHER = "other"  # what stands for a row that does not say
-_MOST = 30  # ours: times that a row of the target is repeated at the most
+SOURCE = "source"  # optional column with the origin of a row
+TARGET = "target"  # its value in rows of a target
+OTHER = "other"  # its value if a row has none
+_MOST = 30  # repetitions of a row of the target (ours)
 
 
 def with_target(rows: Sequence[Row], target: Sequence[Row], share: float) -> list[Row]:
     """Put a target's rows after the others, repeated until they are a share of all rows.
 
-    Each comes at least once and 30 times at the most, all equally often but for one. Their column `source` says
-    "target".
+    Each comes 1 to 30 times, all equally often up to one. Their column `source` is "target".
 
     Args:
         rows: The other training rows.
         target: Rows of the target.
-        share: Share of all rows that the target's are to make up, below 1; 0 leaves them out.
+        share: Share of all rows for the target's, below 1; 0 leaves them out.
 
     Example:
         >>> from siftune.data.rows import rows_from
@@ -44,25 +43,25 @@ def with_target(rows: Sequence[Row], target: Sequence[Row], share: float) -> lis
 
 
 def repeats(others: int, target: int, share: float) -> int:
-    """Number of rows that a target's rows are, where each comes as often as `with_target` has it."""
+    """Return the number of a target's rows after `with_target` repeated them."""
     return min(max(round(others * share / (1 - share)), target), _MOST * target)
 
 
 def sources(rows: Sequence[Row]) -> list[str]:
-    """Where rows are from: their column `source`, or "other"."""
+    """Return the column `source` of rows, or "other"."""
     return [str(row.extra.get(SOURCE, OTHER)) for row in rows]
 
 
 def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> tuple[list[Row], list[Row]]:
-    """Split off rows to measure on: those whose place is below a share.
+    """Split off rows for evaluation: those whose place is below a share.
 
     Args:
         rows: The rows.
-        share: Share of them to hold out, in [0, 1): what it comes to differs by chance, as if drawn.
-        trained: Rows that are trained on in any case: what they say is not held out.
+        share: Share of them to hold out, in [0, 1); the exact number is random, as if drawn.
+        trained: Rows that are trained on in any case; rows with the same text are not held out.
 
     Returns:
-        The others, and those held out, each in their order; rows that say the same are together.
+        The others, and the held-out rows, each in their order; rows with the same text are together.
 
     Example:
         >>> from siftune.data.rows import rows_from
@@ -70,13 +69,13 @@ def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> 
         >>> [len(part) for part in held_out(rows, 0.05)]
         [953, 47]
     """
-    known = set(said(trained))
-    words, places = said(rows), _places(rows, "held out")
-    out = [place < share and words not in known for words, place in zip(words, places, strict=True)]
+    excluded = set(row_texts(trained))
+    texts, places = row_texts(rows), _places(rows, "held out")
+    out = [place < share and text not in excluded for text, place in zip(texts, places, strict=True)]
     return [row for row, is_out in zip(rows, out, strict=True) if not is_out], list(compress(rows, out))
 
 
 def _places(rows: Sequence[Row], use: str) -> list[float]:
-    """Places of rows in [0, 1), others for every use."""
-    digests = (hashlib.sha256(use.encode() + b"\0" + row).digest() for row in said(rows))
+    """Compute places of rows in [0, 1), different for every use."""
+    digests = (hashlib.sha256(use.encode() + b"\0" + row).digest() for row in row_texts(rows))
     return [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]

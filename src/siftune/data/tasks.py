@@ -81,12 +81,12 @@ def _problem(row: dict[str, Any]) -> Problem:
 
 
 def _share(n: int, index: int) -> int:
-    """How many of `n` rows the kind number `index` gets."""
+    """Number of rows, of `n`, for the kind `index`."""
     return (n + len(KINDS) - 1 - index) // len(KINDS)
 
 
 def _draw(rng: random.Random, kind: str, count: int, seen: set[Problem]) -> list[Problem]:
-    """Draw `count` different problems of one kind that were not seen."""
+    """Draw `count` different problems of one kind that are not in `seen`."""
     pool = [(kind, low, high) for low, high in _PAIRS if (kind, low, high) not in seen]
     if count > len(pool):
         raise DataError(
@@ -133,18 +133,18 @@ OTHERS = ("reverse", "sort", "count")
 
 
 def mixed_pool(n: int, known: int, held_out: int, seed: int) -> tuple[list[Record], list[Record], list[Record]]:
-    """Draw a pool, rows of its target that are known to be right, and held-out ones; no problem comes in two of them.
+    """Draw a pool, correct rows of its target, and held-out rows; no problem is in two of them.
 
     Args:
-        n: Rows of the pool.
-        known: Known rows.
-        held_out: Held-out rows; they depend on this number and the seed alone.
+        n: Number of rows of the pool.
+        known: Number of correct rows of the target.
+        held_out: Number of held-out rows; these depend on this number and the seed alone.
         seed: The same arguments give the same rows.
 
     Returns:
-        pool, known, held out: rows as `arithmetic_rows` has them, and rows with `prompt` and `completion`, all written
-        as questions that end with "Answer:". In the pool a column `source` says what a row is: "arithmetic", "wrong",
-        "reverse", "sort" or "count".
+        pool, known, held out: rows as `arithmetic_rows` has them, and rows with `prompt` and `completion`, all
+        written as questions that end with "Answer:". In the pool a column `source` gives the kind of a row:
+        "arithmetic", "wrong", "reverse", "sort" or "count".
 
     Raises:
         DataError: There are not as many different problems.
@@ -166,18 +166,18 @@ def mixed_pool(n: int, known: int, held_out: int, seed: int) -> tuple[list[Recor
 
 
 def _asked(rows: list[Record]) -> list[Record]:
-    """Write rows as questions that wait for their answer: pretrained models know that form."""
-    asked = []
+    """Write rows as questions that end with "Answer:", a form that pretrained models know."""
+    questions = []
     for row in rows:
         texts: Record = {name: f" {row[name]}" for name in ("completion", "answer") if name in row}
         if "choices" in row:
             texts["choices"] = [f" {choice}" for choice in row["choices"]]
-        asked.append({**row, "prompt": f"{row['prompt']}\nAnswer:", **texts})
-    return asked
+        questions.append({**row, "prompt": f"{row['prompt']}\nAnswer:", **texts})
+    return questions
 
 
 def _spoiled(row: Record, rng: random.Random) -> Record:
-    """Give a row any other number that an answer could be."""
+    """Replace a row's completion by another number that could be an answer."""
     wrong = rng.choice([number for number in range(199) if str(number) != row["answer"]])
     return {**row, "completion": str(wrong), "wrong": True, SOURCE: "wrong"}
 

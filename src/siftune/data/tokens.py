@@ -44,13 +44,13 @@ _THREADS = "TOKENIZERS_PARALLELISM"
 
 @dataclass(frozen=True)
 class Form:
-    """How rows become tokens.
+    """Settings of tokenisation.
 
     Attributes:
         tokenizer: the model's.
-        max_length: longest sequence in tokens; what is over is cut off at the end.
+        max_length: longest sequence in tokens; longer ones are cut at the end.
         template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
-        completion_only: learn the completions only; False learns the prompts too.
+        completion_only: only completions have labels; False: prompts too.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -64,11 +64,11 @@ class Tokens:
     """Tokenised rows.
 
     Attributes:
-        data: columns `input_ids` (int32 lists), `labels` (int32 lists, -100 where nothing is learned) and `length`, of
-            the rows that can be used, in their order.
-        bad: place of a row that cannot be used -> what is wrong with it, to stand behind its origin.
-        cut: how many rows were cut off at the limit.
-        notes: how many rows were rendered in a way that the user should know of, by reason.
+        data: columns `input_ids` (int32 lists), `labels` (int32 lists, -100 at tokens without a label) and `length`,
+            of the usable rows, in their order.
+        bad: place of an unusable row -> its error without the origin.
+        cut: number of rows cut at the limit.
+        notes: number of rows with a warning about their rendering, by warning.
     """
 
     data: Dataset
@@ -76,17 +76,17 @@ class Tokens:
     cut: int = 0
     notes: Counter[str] = field(default_factory=Counter)
 
-    def kept(self, rows: Sequence[Row]) -> list[Row]:
-        """Those of the rows that the tokens are of."""
+    def usable(self, rows: Sequence[Row]) -> list[Row]:
+        """Select the rows of `data`."""
         return [row for place, row in enumerate(rows) if place not in self.bad]
 
     def faults(self, rows: Sequence[Row]) -> list[DataError]:
-        """What is wrong with the others."""
+        """Return the errors of the other rows."""
         return [DataError(f"{rows[place].origin}: {reason}") for place, reason in self.bad.items()]
 
 
 class _Chunk(NamedTuple):
-    """Tokens of some rows, one row's behind the other's."""
+    """Concatenated tokens of some rows."""
 
     ids: array[int]
     labels: array[int]
@@ -101,8 +101,8 @@ def tokens_of(rows: Sequence[Row], form: Form, progress: Progress | None = None)
 
     Args:
         rows: at least one.
-        form: how.
-        progress: told how many rows are done, where there are many.
+        form: settings.
+        progress: receives the number of tokenised rows if there are many.
 
     Raises:
         DataError: no rows, or a process that tokenised some has died.
@@ -135,23 +135,23 @@ def _chunk(encoder: Encoder, rows: Sequence[Row], form: Form) -> _Chunk:
 
 def _tokenised(encoder: Encoder, rows: Sequence[Row], form: Form) -> _Chunk:
     encoder.notes = Counter()
-    made = _Chunk(array("i"), array("i"), array("i"), {}, 0, encoder.notes)
+    chunk = _Chunk(array("i"), array("i"), array("i"), {}, 0, encoder.notes)
     cut = 0
     for place, (row, pieces) in enumerate(zip(rows, encoder.encode(rows), strict=True)):
         try:
             ids, labels = _row(pieces, form, row.origin)
         except DataError as error:
-            made.bad[place] = str(error).removeprefix(f"{row.origin}: ")
+            chunk.bad[place] = str(error).removeprefix(f"{row.origin}: ")
             continue
         cut += len(ids) > form.max_length
-        made.ids.extend(ids[: form.max_length])
-        made.labels.extend(labels[: form.max_length])
-        made.lengths.append(min(len(ids), form.max_length))
-    return made._replace(cut=cut, notes=encoder.notes)
+        chunk.ids.extend(ids[: form.max_length])
+        chunk.labels.extend(labels[: form.max_length])
+        chunk.lengths.append(min(len(ids), form.max_length))
+    return chunk._replace(cut=cut, notes=encoder.notes)
 
 
 def _row(pieces: list[Piece] | DataError, form: Form, origin: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one row; refuses one of which nothing can be learned within the limit."""
+    """Return token ids and labels of one row; refuse a row without a label within the limit."""
     ids, labels = labelled(pieces, form.completion_only)
     first = next(
         (i for i, label in enumerate(labels) if label != IGNORED and i), len(ids)
@@ -165,7 +165,7 @@ def _row(pieces: list[Piece] | DataError, form: Form, origin: str) -> tuple[list
 
 
 def _lists(chunk: _Chunk) -> dict[str, Any]:
-    """A chunk's columns, as Arrow arrays."""
+    """Convert a chunk's columns to Arrow arrays."""
     import pyarrow
 
     lengths = np.asarray(chunk.lengths, dtype=np.int32)
@@ -177,7 +177,7 @@ def _lists(chunk: _Chunk) -> dict[str, Any]:
 
 
 def _table(chunks: Sequence[dict[str, Any]]) -> Dataset:
-    """Chunks one behind the other; made at once, since `datasets` looks through every table that it is given."""
+    """Concatenate chunks, in one call, since `datasets` scans every table that it receives."""
     import pyarrow
     from datasets import Dataset, Features, List, Value
 
@@ -192,7 +192,7 @@ _work: Callable[[int], _Chunk]  # of a process that was forked to do it
 
 
 def _worked(work: Callable[[int], _Chunk], starts: Sequence[int], workers: int) -> Iterator[_Chunk]:
-    """Do pieces of work, in their order, in processes where there are several."""
+    """Run pieces of work in their order, in `workers` processes."""
     if workers < 2:
         yield from map(work, starts)
         return
@@ -210,7 +210,7 @@ def _worked(work: Callable[[int], _Chunk], starts: Sequence[int], workers: int) 
 
 
 def _workers(rows: int) -> int:
-    """How many processes are worth it: one for each core that this one may use, shared with other ranks here."""
+    """Return the number of processes: one per core of this process, shared with other ranks on this machine."""
     if rows < _WORTH_IT or sys.platform != "linux":
         return 1
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -219,7 +219,7 @@ def _workers(rows: int) -> int:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Have the tokenizers of forked processes use one thread, of which they would otherwise warn."""
+    """Set the tokenizers of forked processes to one thread, about which they would otherwise warn."""
     before = os.environ.get(_THREADS)
     os.environ[_THREADS] = "false"
     try:
@@ -232,11 +232,11 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _begin(work: Callable[[int], _Chunk]) -> None:
-    """Begin as a process that works for another, which Ctrl-C ends."""
+    """Initialise a worker; its parent handles Ctrl-C."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # what the other process made is not looked through
+    gc.freeze()  # the parent's objects are not scanned
 
 
 def _do(start: int) -> _Chunk:
@@ -253,17 +253,17 @@ def tokenize_rows(
     template: str = "auto",
     completion_only: bool = True,
 ) -> Dataset:
-    """Tokenise rows, all of which must be of use.
+    """Tokenise rows, all of which must be usable.
 
     Args:
         rows: at least one row.
         tokenizer: the model's tokenizer.
-        max_length: longest sequence in tokens; what is over is cut off at the end, and counted in a warning.
+        max_length: longest sequence in tokens; longer ones are cut at the end, and counted in a warning.
         template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
-        completion_only: learn the completions only; False learns the prompts too.
+        completion_only: only completions have labels; False: prompts too.
 
     Returns:
-        Columns `input_ids` (int32 lists), `labels` (int32 lists, -100 where nothing is learned) and `length`.
+        Columns `input_ids` (int32 lists), `labels` (int32 lists, -100 at tokens without a label) and `length`.
 
     Raises:
         DataError: no rows, or a row whose prompt leaves nothing to learn within `max_length`.
@@ -279,6 +279,6 @@ def tokenize_rows(
 
 
 def tell_notes(tokens: Tokens, count: int) -> None:
-    """Warn once of each way in which some of `count` rows were rendered that the user should know of."""
+    """Log each warning about the rendering of some of `count` rows once."""
     for note, times in tokens.notes.items():
         logger.warning("%d of %d rows: %s", times, count, note)

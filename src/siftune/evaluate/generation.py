@@ -1,4 +1,4 @@
-"""Exact match by greedy generation: does the model write the answer itself?"""
+"""Greedy generation, and exact match of its texts with answers."""
 
 import string
 from collections.abc import Iterator, Sequence
@@ -26,13 +26,13 @@ def greedy(
 ) -> list[list[int]]:
     """Continue each prompt with the likeliest token at each step.
 
-    The model's own generation settings (sampling, penalties, beams) are put aside meanwhile, so the result is
-    the arg-max of the logits and nothing else.
+    The model's own generation settings (sampling, penalties, beams) are replaced meanwhile, so the result is
+    the arg-max of the logits.
 
     Args:
         model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
         prompts_ids: Token ids of each prompt, at least one token each.
-        max_new_tokens: Where to stop at the latest.
+        max_new_tokens: Largest number of new tokens.
         batch_size: Prompts per pass, taken from prompts of similar length; they're padded on the left.
         pad_id: Token id for the padding; any valid id does, since it's masked.
         eos_ids: Token ids that end a continuation; without any, all are `max_new_tokens` long.
@@ -121,7 +121,7 @@ def _plain_settings(model: Any, max_new_tokens: int, pad_id: int, eos_ids: Seque
 
 
 def _continue(model: Any, prompts_ids: Sequence[Sequence[int]], pad_id: int) -> list[list[int]]:
-    """Continue one batch: the new tokens per prompt, with whatever follows their end."""
+    """Continue one batch; return the new tokens per prompt, including those after the end token."""
     longest = max(len(ids) for ids in prompts_ids)
     gaps = [longest - len(ids) for ids in prompts_ids]
     device = model_device(model)

@@ -1,4 +1,4 @@
-"""Measure a model on rows, and a base model against the same model with its adapter."""
+"""Metrics of a model on rows, and the comparison of a base model with its tuned version."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ class MetricRow:
         metric: Its name.
         rows: How many rows it was measured on.
         base: The base model's value: a rate between 0 and 1, or a perplexity.
-        tuned: The tuned model's value; None, like what follows, where there is no tuned model.
+        tuned: The tuned model's value; None, as the following, without a tuned model.
         difference: tuned − base.
         low: Lower bound of the difference's paired bootstrap interval.
         high: Upper bound.
@@ -158,7 +158,7 @@ def _rate(name: str, correct: NDArray[np.bool_], texts: Iterable[str] = ()) -> M
 
 
 def _exact_match(model: Any, questions: Questions, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Metric:
-    """Generate, and compare with each text that counts as right."""
+    """Generate, and compare with each accepted text."""
     own = model.generation_config.eos_token_id
     eos_ids = {*questions.eos_ids, *([own] if isinstance(own, int) else own or [])}
     written = greedy(
@@ -171,12 +171,12 @@ def _exact_match(model: Any, questions: Questions, tokenizer: PreTrainedTokenize
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of what the model wrote; a tokenizer may be a stranger's."""
+    """Decode generated tokens; the tokenizer is untrusted."""
     text = attempt(lambda: tokenizer.decode(ids, skip_special_tokens=True))
     if isinstance(text, BaseException):
-        told = " ".join(str(text).split())[:99]
+        reason = " ".join(str(text).split())[:99]
         raise DataError(
-            f"the tokenizer fails on tokens that the model wrote, {list(ids)[:8]} ({told}); "
+            f"the tokenizer fails on tokens that the model wrote, {list(ids)[:8]} ({reason}); "
             "take another tokenizer, or leave exact_match out"
         ) from text
     return str(text)
@@ -200,8 +200,8 @@ def _lengths(prepared: Prepared) -> list[int]:
             item = prepared.items[i]
             lengths[i] = len(item.prompt_ids) + max(map(len, item.choices_ids))
         if prepared.questions is not None:
-            asked = len(prepared.questions.prompts_ids[i]) + prepared.questions.max_new_tokens
-            lengths[i] = max(lengths[i], asked)
+            longest = len(prepared.questions.prompts_ids[i]) + prepared.questions.max_new_tokens
+            lengths[i] = max(lengths[i], longest)
         if prepared.sequences is not None:
             lengths[i] = max(lengths[i], len(prepared.sequences[i][0]))
     return lengths

@@ -1,14 +1,14 @@
-"""Decide what to measure on a file of rows, and turn the rows into token ids for it.
+"""Choice of metrics for rows, and token ids for each metric.
 
-| metric        | needs of each row                                                                           |
+| metric        | required of each row                                                                        |
 |---------------|---------------------------------------------------------------------------------------------|
 | `choices`     | `choices`, a list of texts, and `answer`: the index (from 0) or text of the right one;      |
 |               | without `answer`, the completion is the right one                                           |
-| `exact_match` | a prompt; the model's text must equal the completion or, where there is one, `answer`       |
-| `perplexity`  | nothing more; the tokens that training would learn are measured                             |
+| `exact_match` | a prompt; the model's text must equal the completion or, if present, `answer`               |
+| `perplexity`  | nothing more; the label tokens of training are measured                                     |
 
-Prompts and completions are tokenised as in training (`siftune.data.encode`), so a choice includes the mark that
-ends a turn.
+Prompts and completions are tokenised as in training (`siftune.data.encode`), so a choice includes the
+end-of-turn token.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ _SLACK = 4  # tokens that a model may spend on white space before or after its a
 
 @dataclass(frozen=True)
 class Questions:
-    """What generation needs: prompts, and the texts that count as right for each.
+    """Inputs of generation: prompts, and the accepted texts for each.
 
     Attributes:
         prompts_ids: Token ids of each prompt.
-        accepted: The texts that count as right.
-        max_new_tokens: Where to stop at the latest.
+        accepted: The accepted texts.
+        max_new_tokens: Largest number of new tokens.
         pad_id: Token id for padding.
         eos_ids: Token ids that end a text.
     """
@@ -49,10 +49,10 @@ class Questions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows in token ids, for each metric that is wanted; None for the others.
+    """Rows in token ids for each requested metric; None for the others.
 
     Attributes:
-        origins: Where each row stands, for messages.
+        origins: Origin of each row, for messages.
         items: For `choices`.
         questions: For `exact_match`.
         sequences: For `perplexity`: input ids and labels.
@@ -73,7 +73,7 @@ def prepare_rows(
     template: str = "auto",
     max_new_tokens: int | None = None,
 ) -> Prepared:
-    """Turn rows into token ids for the metrics that are wanted.
+    """Turn rows into token ids for the requested metrics.
 
     Args:
         rows: At least one row.
@@ -163,7 +163,7 @@ def _answer_index(row: Row, choices: list[str]) -> int:
 
 
 def _questions(rows: Sequence[Row], encoder: Encoder, max_new_tokens: int | None) -> Questions:
-    """Prompts and right texts for `exact_match`."""
+    """Prompts and accepted texts for `exact_match`."""
     accepted = [_accepted(row) for row in rows]
     right_ids = [encoder.completion(row, text) for row, texts in zip(rows, accepted, strict=True) for text in texts]
     tokenizer = encoder.tokenizer
@@ -177,7 +177,7 @@ def _questions(rows: Sequence[Row], encoder: Encoder, max_new_tokens: int | None
 
 
 def _accepted(row: Row) -> tuple[str, ...]:
-    """The texts that count as right: the completion and, where there is one, the column `answer`."""
+    """Return the accepted texts: the completion and, if present, the column `answer`."""
     answer = row.extra.get("answer")
     if answer is None:
         return (row.completion,)
@@ -198,17 +198,17 @@ def _prompt(row: Row, encoder: Encoder) -> list[int]:
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, last_ids: Sequence[int]) -> tuple[int, ...]:
-    """The end-of-sequence token, and the token with which the chat template ends a turn if that's another."""
+    """Return the end-of-sequence token, and the chat template's end-of-turn token if it differs."""
     marks = {i for i in last_ids if i in tokenizer.added_tokens_decoder}
     return tuple(sorted({tokenizer.eos_token_id, *marks}))
 
 
 def _sequences(rows: Sequence[Row], encoder: Encoder) -> list[TokenRow]:
-    """Input ids, and labels where training would learn."""
+    """Input ids and labels, as in training."""
     return [labelled(pieces) for pieces in encoder.encode(rows)]
 
 
 def _shown(value: Any) -> str:
-    """A value as a message shows it: missing, or cut to 60 characters."""
+    """Show a value in a message: missing, or cut to 60 characters."""
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

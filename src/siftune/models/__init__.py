@@ -1,1 +1,1 @@
-"""Find a model's decoder layers, attach adapters, load models."""
+"""Decoder layers, adapters, losses, and loading of models."""

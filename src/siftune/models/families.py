@@ -1,4 +1,4 @@
-"""Where a decoder layer keeps its matrices, and what its norms multiply by: one table for all families.
+"""Matrices of a decoder layer, and the factor of its norms, in one table for all families.
 
 Paths are relative to the decoder layer. Fused projections (gpt2's and GPT-NeoX's query, key and value) count as one
 matrix. MLP channels are rows of every matrix in `reads` and columns of `writes`.
@@ -58,7 +58,7 @@ def family_of(config: Any) -> Family:
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise UnsupportedError(
-            f"models of type {kind!r} cannot be compressed: it is not known where their matrices are; "
+            f"models of type {kind!r} cannot be compressed: the places of their matrices are unknown; "
             f"known: {', '.join(FAMILIES)}"
         )
     return FAMILIES[kind]

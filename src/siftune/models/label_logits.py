@@ -1,17 +1,17 @@
-"""A causal LM that computes logits only where labels are, with the loss and gradients that it has anyway.
+"""Logits at the label positions only, in a causal LM that computes its own loss, with the same loss and gradients.
 
-`logits_at` wants the loss to be computed outside of the model. Here the model computes its own, as every Trainer has it
-do: it is handed the labels of fewer positions, and its head the hidden states of the same.
+`logits_at` leaves the loss to its caller. Here the model computes its own, as in every Trainer. The model receives the
+labels of fewer positions, and its head the hidden states at the same positions.
 
-    hidden states   (B, T, H) → (1, N + 1, H)   those before a label, in row-major order, and any one more
+    hidden states   (B, T, H) → (1, N + 1, H)   those before a label, in row-major order, and one more
     labels          (B, T)    → (1, N + 1)      -100, and the N labels that follow them
 
-A causal LM's loss compares position i with label i + 1: the N positions with their labels, and the one more with none.
-So the loss is the same sum over the same terms, divided by the same number, and all else of the forward pass is as it
-was: auxiliary losses, caps and scales of logits.
+A causal LM's loss compares position i with label i + 1: the N positions with their labels, and the last with none. So
+the loss is the same sum over the same terms, divided by the same number. The rest of the forward pass does not change:
+auxiliary losses, caps and scales of logits.
 
-TRL's trainers have the model return log-probabilities and no logits (`fused_lm_head=True`); then it is the backbone's
-output that is made smaller, and what TRL is given has shape (1, N).
+In TRL's trainers the model returns log-probabilities and no logits (`fused_lm_head=True`). Then the backbone's output
+is reduced, and TRL receives shape (1, N).
 """
 
 import logging
@@ -34,9 +34,9 @@ _FUSED = "fused_lm_head"  # TRL's argument of `forward`
 class LabelHead:
     """Hooks on a causal LM, until `remove()`, that leave out the logits of positions without a label.
 
-    They act in training mode, where the model is called with `labels`. The outputs' logits then have shape (1, N + 1,
-    V), those of the N positions first. Before they act for the first time the two losses are compared on one row; where
-    they differ the hooks step aside for good, and a warning says so.
+    They act in training mode if the model is called with `labels`. The output's logits then have shape (1, N + 1, V),
+    those of the N positions first. Before the first use, the two losses are compared on one row. If they differ, the
+    hooks are disabled permanently, with a warning.
 
     Raises:
         LayerError: The model has no output embeddings.
@@ -45,7 +45,7 @@ class LabelHead:
     def __init__(self, model: nn.Module) -> None:
         self._model = _causal_lm(model)
         head = find_output_embeddings(self._model)
-        self._positions: Tensor | None = None  # of the hidden states to keep, in the pass that is going on
+        self._positions: Tensor | None = None  # of the hidden states to keep, in the current pass
         self._used = 0
         self._fused = False
         self._comparing = False
@@ -67,7 +67,7 @@ class LabelHead:
         self.remove()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take away the labels of the model's own positions, and give it those of fewer."""
+        """Replace the labels by those of fewer positions."""
         labels = kwargs.get("labels")
         acts = model.training or self._comparing
         if not acts or not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:
@@ -105,14 +105,14 @@ class LabelHead:
             )
 
     def _compare(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether both ways give one loss, on the row that has most labels, up to rounding."""
+        """Whether both ways give the same loss, up to rounding, on the row with the most labels."""
         row = int(label_positions(kwargs["labels"]).sum(1).argmax())
         rows = kwargs["labels"].shape[0]
         one = {name: _of_row(value, row, rows) for name, value in kwargs.items() if name != "num_items_in_batch"}
         try:
             with evaluating(self._model):
                 theirs, ours = (float(self._loss(one, smaller)) for smaller in (False, True))
-        except (LayerError, ValueError, RuntimeError, IndexError) as error:  # what the model makes of fewer positions
+        except (LayerError, ValueError, RuntimeError, IndexError) as error:  # raised by the model for fewer positions
             logger.warning("logits are computed at all positions: %s", error)
             return False
         agree = losses_agree(self._model, ours, theirs)
@@ -126,7 +126,7 @@ class LabelHead:
         return agree
 
     def _loss(self, kwargs: Mapping[str, Any], smaller: bool) -> Tensor:
-        """The model's loss in either way, whatever mode it is in."""
+        """Compute the model's loss in either way, whatever its mode."""
         self._agrees = self._comparing = smaller
         try:
             loss: Tensor = self._model(**kwargs).loss
@@ -136,11 +136,11 @@ class LabelHead:
 
 
 def _of_row(value: Any, row: int, rows: int) -> Any:
-    """One row of a batch's tensor; other arguments as they are."""
+    """Select one row of a batch's tensor; return other arguments unchanged."""
     return value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
 
 
 def _causal_lm(model: Any) -> Any:
-    """The model inside of what PEFT and others put around it."""
+    """Unwrap the model from PEFT and other wrappers."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

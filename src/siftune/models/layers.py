@@ -81,7 +81,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
 
 
 def _at_path(model: nn.Module, path: str) -> DecoderLayers:
-    """Resolve a path given by hand; among several matches the one under the fewest wrappers."""
+    """Resolve a user's path; among several matches, the one under the fewest wrappers."""
     matches = {name: m for name, m in model.named_modules() if name == path or _is_wrapped(name, path)}
     for name in sorted(matches, key=len):
         blocks = matches[name]

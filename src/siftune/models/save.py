@@ -1,14 +1,14 @@
-"""Folders that other versions of transformers read as well.
+"""Saving of models and tokenizers in folders that transformers 4.57 reads as well.
 
-Transformers 5 writes names and fields that 4.57, and what is pinned to it, refuses or passes over:
+Transformers 5 writes names and fields that 4.57, and packages pinned to it, refuse or ignore:
 
-    tokenizer_class        "TokenizersBackend", which 4.57 does not know; "PreTrainedTokenizerFast", which both know,
-                           takes all that it needs from tokenizer.json
-    extra_special_tokens   a list, which 4.57 calls additional_special_tokens
-    rope_parameters        4.57 looks for rope_theta, rope_scaling and, by kind of layer, rope_local_base_freq: without
-                           them it takes the family's defaults, and every logit is wrong without a word
+    tokenizer_class        "TokenizersBackend" is unknown to 4.57; "PreTrainedTokenizerFast" works in both, and reads
+                           everything else from tokenizer.json
+    extra_special_tokens   a list, called additional_special_tokens in 4.57
+    rope_parameters        4.57 reads rope_theta, rope_scaling and, by kind of layer, rope_local_base_freq. Without
+                           them it uses the family's defaults, and every logit is wrong without a warning
 
-Rotary fields are written beside those of 5, which goes by its own.
+Rotary fields of both versions are written; each version reads its own.
 """
 
 import json
@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BACKEND = "TokenizersBackend"
 _FAST = "PreTrainedTokenizerFast"
-_ENDLESS = 10**20  # transformers writes 1e30 where a tokenizer knows of no longest text
+_ENDLESS = 10**20  # transformers writes 1e30 if a tokenizer has no longest text
 _OF_THIS_MACHINE = ("backend", "is_local", "local_files_only")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a tokenizer, so that transformers 4.57 loads it too; fields that say nothing of it are left out."""
+    """Write a tokenizer that transformers 4.57 loads too, without fields of this machine."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -42,18 +42,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def save_model(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write a model, without an adapter, so that transformers 4.57 reads its rotary embeddings as they are."""
+    """Write a model without adapter, whose rotary embeddings transformers 4.57 reads correctly."""
     model.save_pretrained(folder)
     path = Path(folder) / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
-    fields.pop("_model_name_or_path", None)  # what a converter called it
+    fields.pop("_model_name_or_path", None)  # a converter's name for it
     _write(path, with_older_rope(fields))
 
 
 def with_older_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's fields with the rotary embeddings of transformers 4 beside those of 5, in configs inside of it, too.
+    """Add the rotary fields of transformers 4 to those of 5, also in configs inside the config.
 
-    Its own values of the fields that are added stay.
+    Existing values of these fields stay.
 
     Example:
         >>> with_older_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})["rope_theta"]
@@ -66,13 +66,13 @@ def with_older_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _older(full: Mapping[str, Any], sliding: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of 4.57: of layers with full attention, and the base frequency of those with a sliding window."""
-    found = {name: full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
+    """Return the fields of 4.57, with the base frequency of layers with a sliding window."""
+    older = {name: full[name] for name in ("rope_theta", "partial_rotary_factor") if name in full}
     if full.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        older["rope_scaling"] = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
     if "rope_theta" in sliding:
-        found["rope_local_base_freq"] = sliding["rope_theta"]
-    return found
+        older["rope_local_base_freq"] = sliding["rope_theta"]
+    return older
 
 
 def _write(path: Path, fields: Mapping[str, Any]) -> None:

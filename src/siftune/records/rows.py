@@ -17,7 +17,7 @@ from typing import NamedTuple
 from siftune.base.errors import DataError
 from siftune.base.words import counted
 from siftune.data.read import load_rows
-from siftune.data.rows import Row, said
+from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
 from siftune.recipe.schema import Recipe, compared_with, train_files
 
@@ -130,7 +130,7 @@ def text_of(row: Row) -> Text:
 def digest_of(rows: Sequence[Row]) -> str:
     """Hash of the texts of rows in their order, independent of their files."""
     digest = hashlib.sha256()
-    for text in said(rows):
+    for text in row_texts(rows):
         digest.update(text)
     return digest.hexdigest()
 

@@ -23,7 +23,7 @@ from siftune.base.files import Progress
 from siftune.base.words import counted
 from siftune.data.batches import aimed, numbered, weighted
 from siftune.data.cache import cached_tokens
-from siftune.data.rows import WEIGHT, Row, said
+from siftune.data.rows import WEIGHT, Row, row_texts
 from siftune.data.tokens import Form, tell_notes
 from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
@@ -124,7 +124,7 @@ def prepare(
         if not part:
             continue
         tokens = cached_tokens(part, form, progress)
-        rows[name], data[name], cut[name] = tokens.kept(part), tokens.data, tokens.cut
+        rows[name], data[name], cut[name] = tokens.usable(part), tokens.data, tokens.cut
         bad += tokens.faults(part)
         tell_notes(tokens, len(part))
     reasons = list(dict.fromkeys(map(str, bad)))  # a repeated row is bad once
@@ -193,8 +193,8 @@ def row_lengths(data: Dataset) -> npt.NDArray[np.int32]:
 
 def trained_and_held_out(rows: Mapping[str, Sequence[Row]]) -> int:
     """Number of held-out rows with the text of a training row, whose loss measures memorization."""
-    trained = set(said(rows["train"]))
-    return sum(text in trained for text in said(rows.get("eval", ())))
+    trained = set(row_texts(rows["train"]))
+    return sum(text in trained for text in row_texts(rows.get("eval", ())))
 
 
 def rows_line(recipe: Recipe, prepared: Prepared) -> str:

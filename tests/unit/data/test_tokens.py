@@ -46,7 +46,7 @@ def test_bad_rows_are_left_out_and_named_and_cut_ones_counted():
     rows = mixed()
     found = tokens_of(rows, Form(CHAT, 60))
     assert len(found.data) == 4
-    assert [row.completion for row in found.kept(rows)] == ["2", "assistant says", "z" * 99, "4"]
+    assert [row.completion for row in found.usable(rows)] == ["2", "assistant says", "z" * 99, "4"]
     [fault] = found.faults(rows)
     assert str(fault).startswith("data 1: the prompt takes ")
     assert found.cut == 2  # the conversation has more than 60 tokens too

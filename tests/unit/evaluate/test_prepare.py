@@ -114,13 +114,3 @@ def test_the_template_s_own_end_of_turn_ends_a_text():
 def test_plain_text_has_no_prompt(metric):
     with pytest.raises(DataError, match=r"data.jsonl 1: the row has no prompt"):
         prepare_rows(rows({"text": "a", "choices": ["a", "b"]}), TOKENIZER, (metric,))
-
-
-def test_an_answer_that_is_no_text():
-    with pytest.raises(DataError, match=r"data.jsonl 1: 'answer' is True"):
-        prepare_rows(rows(question(answer=True)), TOKENIZER)
-
-
-def test_no_rows():
-    with pytest.raises(DataError, match="no rows"):
-        prepare_rows([], TOKENIZER)

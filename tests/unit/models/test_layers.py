@@ -41,7 +41,7 @@ class OtherBlock(Block):
     """Another class of the same file."""
 
 
-class Stranger(nn.Module):
+class Unrelated(nn.Module):
     """A block with another signature, which the tests place in another file."""
 
     def __init__(self) -> None:
@@ -109,10 +109,10 @@ def test_alternating_blocks_of_one_file():
 
 def test_blocks_of_two_files_count_if_their_forwards_agree(monkeypatch):
     monkeypatch.setattr(OtherBlock, "__module__", "elsewhere")
-    monkeypatch.setattr(Stranger, "__module__", "elsewhere")
+    monkeypatch.setattr(Unrelated, "__module__", "elsewhere")
     assert len(find_layers(Bare(tower=nn.ModuleList([Block(), OtherBlock()]))).layers) == 2
-    with pytest.raises(LayerError, match=r"tower \(2 × Block/Stranger\)"):
-        find_layers(Bare(tower=nn.ModuleList([Block(), Stranger()])))
+    with pytest.raises(LayerError, match=r"tower \(2 × Block/Unrelated\)"):
+        find_layers(Bare(tower=nn.ModuleList([Block(), Unrelated()])))
 
 
 def test_vision_language_model_yields_the_language_layers():
@@ -173,7 +173,7 @@ def test_path_by_hand_looks_through_wrappers(path, prefix):
 
 
 def test_path_by_hand_accepts_what_structure_refuses():
-    assert find_layers(Bare(tower=nn.ModuleList([Block(), Stranger()])), "tower").path == "tower"
+    assert find_layers(Bare(tower=nn.ModuleList([Block(), Unrelated()])), "tower").path == "tower"
     assert len(find_layers(Bare(tower=nn.Sequential(Block(), Block())), "tower").layers) == 2
 
 

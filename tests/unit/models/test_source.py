@@ -1,119 +1,86 @@
-"""Loading models from folders and names; every way to fail ends in one sentence."""
+"""Sources of models: one short request to the hub, folders that hold no model, origin and licence."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-import torch
-from support.tiny import batch, tiny
-from support.tokenizer import byte_tokenizer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from siftune.base.errors import ModelError
 from siftune.models import load, source
-from siftune.models.load import load_model, use_attention
-from siftune.models.source import resolve
+from siftune.models.load import load_model
+from siftune.models.smollm2 import REQUIREMENT
+from siftune.models.source import Origin, check_source, origin_of, resolve, why_missing
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny("llama", layers=2, vocab_size=300).to(torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def answers(monkeypatch):
+    """Set what the hub says, and count how often it is asked."""
+    asked = []
+
+    def set_answer(error=None, cached=None):
+        def model_info(self, name, timeout=None):
+            asked.append((name, timeout))
+            if error is not None:
+                raise error
+
+        why_missing.cache_clear()
+        monkeypatch.setattr(HfApi, "model_info", model_info)
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: cached)
+        return asked
+
+    yield set_answer
+    why_missing.cache_clear()
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """Stand in for a machine without a network, so that no test waits for one."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def folder_with(path, **config):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    return str(path)
+def http(kind):
+    """An answer of the hub, whichever library brought it."""
+    request = SimpleNamespace(headers={})
+    return kind("no", response=SimpleNamespace(headers={}, request=request, status_code=404))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wanted"),
-    [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
+    ("error", "said"),
+    [
+        (None, None),
+        (http(GatedRepoError), None),
+        (http(HfHubHTTPError), None),
+        (http(RepositoryNotFoundError), "the hub has no such model, or not for you"),
+        (TimeoutError("slow"), "the hub cannot be reached (TimeoutError)"),
+        (OSError("no route"), "the hub cannot be reached (OSError)"),
+    ],
 )
-def test_a_folder_loads_in_the_wanted_dtype(saved, dtype, wanted, monkeypatch):
-    monkeypatch.setattr(load, "_multiplies", lambda dtype: True)
-    model, tokenizer = load_model(str(saved), dtype)
-    assert {p.dtype for p in model.parameters()} == {wanted}
-    assert not model.training
-    assert tokenizer.pad_token == "<|pad|>"
+def test_what_the_hub_says(answers, error, said):
+    asked = answers(error)
+    assert [why_missing("owner/name") for _ in range(2)] == [said, said]
+    assert asked == [("owner/name", 5.0)]
 
 
-def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkeypatch, caplog):
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.setattr(load, "_multiplies", lambda dtype: dtype == torch.float32)
-    with caplog.at_level("INFO"):
-        assert load_model(str(saved))[0].dtype == torch.float32
-    assert "the model is used in float32" in caplog.text
-    assert load_model(str(saved), "bfloat16")[0].dtype == torch.bfloat16  # asked for by name
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    assert load_model(str(saved))[0].dtype == torch.bfloat16
+def test_what_is_in_the_cache_is_not_asked_for(answers):
+    asked = answers(OSError("no route"), cached="/cache/config.json")
+    assert why_missing("owner/name") is None
+    assert not asked
 
 
-def test_what_multiplies_here_is_what_torch_says():
-    assert load._multiplies(torch.float32)
-    assert load._multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+@pytest.mark.parametrize("name", ["a--b", "a..b", "-a", "a.git", "ü/b"])
+def test_names_that_the_hub_cannot_have(name):
+    with pytest.raises(ModelError, match="it is no name that the hub can have"):
+        check_source(name)
 
 
-def test_a_missing_padding_token_becomes_the_end_token(saved, tmp_path):
-    tokenizer = byte_tokenizer()
-    size = len(tokenizer)
-    tokenizer.pad_token = None
-    for path in saved.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    tokenizer.save_pretrained(tmp_path)
-    _, loaded = load_model(str(tmp_path))
-    assert loaded.pad_token_id == loaded.eos_token_id == 3
-    assert len(loaded) == size
-
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="neither a padding nor an end token"):
-        load_model(str(tmp_path))
-
-
-def test_progress_bars_are_off_only_while_loading(saved, capfd):
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    load_model(str(saved))
-    assert logging.is_progress_bar_enabled() is before
-    assert "Loading weights" not in capfd.readouterr().err
-
-
-def test_an_unknown_dtype(saved):
-    with pytest.raises(ModelError, match="unknown dtype 'int4': use one of auto, float32"):
-        load_model(str(saved), "int4")
-
-
-def test_code_of_a_repository_is_never_run(tmp_path):
-    own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    folder = folder_with(tmp_path / "m", model_type="never_heard_of", auto_map=own)
-    (tmp_path / "m" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ModelError, match="needs code of its own repository, which siftune never runs"):
-        load_model(folder)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_an_unknown_hub_id_says_what_was_tried_and_what_to_do(monkeypatch):
-    monkeypatch.setenv("HF_HOME", "/some/cache")
-    with pytest.raises(ModelError) as caught:
-        load_model("nobody/nothing")
-    for part in ("'nobody/nothing'", "no such folder", "/some/cache", "`siftune pull smollm2`", "HF_HOME"):
-        assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert "did you mean" not in str(caught.value)
-
-
-def test_a_misspelt_smollm2_gets_a_hint():
-    with pytest.raises(ModelError, match=r"did you mean smollm2\?"):
-        load_model("SmolLM-2")
+def test_a_mistyped_folder_is_told_of_before_anything_is_loaded(answers, tmp_path, monkeypatch):
+    answers(OSError("no route"))
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    (tmp_path / "models" / "llama" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "_in_memory", None)
+    for call in (load_model, check_source):
+        with pytest.raises(ModelError, match=r"no such folder .*did you mean models/llama\?"):
+            call("models/lama")
+    check_source("models/llama")
+    monkeypatch.setattr(source, "resolve", None)
+    check_source("smollm2")
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/x", "~/none-such", "none/", "a/b/c", "a\\b"])
@@ -140,53 +107,59 @@ def test_what_cannot_be_a_model(tmp_path):
         resolve("")
 
 
+def folder_with(path, **files):
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name.replace("_", ".", 1)).write_text(text)
+    return path
+
+
+def test_a_folder_tells_its_licence_and_its_papers(tmp_path, monkeypatch):
+    card = "---\nlicense: llama3.2\nbase_model: x\n---\n# Model\n"
+    place = folder_with(tmp_path / "m", README_md=card, LICENSE="a", NOTICE_txt="b", USE_POLICY_md="c", other_txt="d")
+    (place / "USE.POLICY_md").rename(place / "USE_POLICY.md")
+    papers = tuple(place / name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md"))
+    assert origin_of(str(place)) == Origin(str(place), None, "llama3.2", papers)
+    monkeypatch.chdir(tmp_path)
+    assert origin_of("m").place == str(place)
+
+
 @pytest.mark.parametrize(
-    ("config", "weights", "message"),
-    [
-        ({"model_type": "never_heard_of"}, None, "does not recognize this architecture"),
-        ({"model_type": "t5"}, None, "Unrecognized configuration class"),
-        ({"model_type": "llama"}, None, r"no file named model\.safetensors"),
-        ({"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 9}, b"xx", "header too small"),
-    ],
+    "text", ["", "# no head", "---\n- a list\n---\n", "---\n: : :\n---\n", "---\nlicense: [a]\n---"]
 )
-def test_a_broken_folder_is_named_with_the_reason(tmp_path, config, weights, message):
-    folder = folder_with(tmp_path / "m", **config)
-    if weights:
-        (tmp_path / "m" / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ModelError, match=f"from the folder {folder}: .*{message}"):
-        load_model(folder)
+def test_a_card_that_tells_nothing(tmp_path, text):
+    assert origin_of(str(folder_with(tmp_path / "m", README_md=text))).licence is None
 
 
-def test_smollm2_is_pulled_on_first_use(saved, monkeypatch):
-    monkeypatch.setattr(source, "pull_smollm2", lambda: saved)
-    assert resolve("smollm2") == saved
-    assert load_model("smollm2")[0].config.num_hidden_layers == 2
+def test_a_licence_is_a_word_and_no_more(tmp_path):
+    """Cards are untrusted, and the licence enters ours."""
+    card = "---\nlicense: 'mit\n  evil: x'\n---\n"
+    assert origin_of(str(folder_with(tmp_path / "m", README_md=card))).licence is None
 
 
-def test_attention_can_be_chosen_and_changes_rounding_only():
-    model = tiny("llama").eval()
-    inputs = {key: value for key, value in batch(model, 2).items() if key != "labels"}
-    with torch.no_grad():
-        before = model(**inputs).logits
-        use_attention(model, "auto")
-        assert model.config._attn_implementation == "sdpa"
-        use_attention(model, "eager")
-        after = model(**inputs).logits
-    assert model.config._attn_implementation == "eager"
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+def test_the_packaged_model_and_its_copy(tmp_path, monkeypatch):
+    place = folder_with(tmp_path / "s", manifest_json=json.dumps({"source": REQUIREMENT}), LICENSE="a", NOTICE="b")
+    papers = (place / "LICENSE", place / "NOTICE")
+    wanted = Origin(str(place), "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", papers)
+    assert origin_of(str(place)) == wanted
+    monkeypatch.setattr(source, "pull_smollm2", lambda: place)
+    assert origin_of("smollm2") == wanted
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "nothing"])
-def test_attention_that_is_not_there_is_refused(name):
-    model = tiny("llama")
-    with pytest.raises(ModelError, match=f"attention {name} cannot be used: ") as caught:
-        use_attention(model, name)
-    assert "\n" not in str(caught.value)
-    assert model.config._attn_implementation == "sdpa"
+def test_a_folder_of_the_hubs_cache_knows_its_name(tmp_path):
+    place = folder_with(tmp_path / "models--some-owner--a.model" / "snapshots" / "abc", config_json="{}")
+    assert origin_of(str(place)).hub_id == "some-owner/a.model"
 
 
-def test_a_model_whose_attention_cannot_be_changed_is_told(monkeypatch):
-    model = tiny("llama")
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda self: False)
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM has sdpa attention and no other; leave attention at auto"):
-        use_attention(model, "eager")
+@pytest.mark.parametrize("name", ["gone", "a--b"])
+def test_a_folder_that_is_gone_is_no_hub_id(tmp_path, name):
+    source = str(tmp_path / name)
+    assert origin_of(source) == Origin(source)
+
+
+def test_a_hub_id_and_the_card_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert origin_of("owner/name") == Origin("owner/name", "owner/name")
+    card = folder_with(tmp_path / "m", README_md="---\nlicense: mit\n---\n") / "README.md"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(card))
+    assert origin_of("owner/name").licence == "mit"

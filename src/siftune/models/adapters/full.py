@@ -1,8 +1,8 @@
-"""Train the weights of some decoder layers themselves, without adapters.
+"""Full training of some decoder layers: their own weights train, without adapters.
 
 The weights W of these layers train in float32 whatever the base's dtype; see `substitution.use_base_dtype` to compute
-in the base's. What they were at first, W₀, can be kept: the *response* of such a layer's modules is then their output
-minus what it would be with W₀, and can be damped as an adapter's is (ours; see `adapters.suppress`).
+in the base's. A copy of the initial weights, W₀, is optional. The *response* of such a layer's modules is the
+difference of their outputs with W and with W₀. It can be damped as an adapter's is (ours; see `engine.suppression`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ class OpenLayers:
 
     Args:
         model: Causal language model without adapters.
-        layers: Numbers of the layers, from 0; negative ones count from the end. None stands for all.
-        originals: Keep the weights as they are now, in their dtype, which damping (IST) needs: one more copy of them.
-        outside: What else trains: "embeddings", "head". Where the model ties them, each brings the other.
+        layers: Numbers of the layers, from 0; negative ones count from the end. None: all.
+        originals: Keep a copy of the current weights in their dtype, which damping (IST) needs.
+        outside: Further parts that train: "embeddings", "head". If the model ties them, each includes the other.
 
     Raises:
         LayerError: There is no such layer, or the layers cannot be found.
-        AdapterError: The model has adapters, or something that is to train is quantised.
+        AdapterError: The model has adapters, or a parameter that would train is quantised.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class OpenLayers:
             parameter.requires_grad_()
 
     def close(self) -> None:
-        """Round the weights to the dtype that they had, and forget the originals; calling it twice does no harm."""
+        """Round the weights to their original dtype, and drop the copies; a second call does nothing."""
         for name, parameter in self.parameters.items():
             parameter.grad = None if parameter.dtype != self._dtypes[name] else parameter.grad
             parameter.data = parameter.data.to(self._dtypes[name])
@@ -72,14 +72,14 @@ class OpenLayers:
 
 
 def _outer_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
-    """The parameters of a model's embeddings or head, by their first name in the model."""
+    """Return the parameters of a model's embeddings or head, by their first name in the model."""
     module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()  # type: ignore[operator]
     own = {id(parameter) for parameter in module.parameters()} if module is not None else set()
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def original_weights(layer: nn.Module) -> Mapping[nn.Parameter, Tensor] | None:
-    """What the weights of an open layer were at first, each in the shape of its parameter; None where not kept."""
+    """Return the initial weights of an open layer, each in the shape of its parameter; None without copies."""
     return _originals.get(layer)
 
 

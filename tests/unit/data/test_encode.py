@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.tokenizer import byte_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
 from siftune.base.errors import DataError, ModelError, RecipeError
-from siftune.data.batches import Collator
 from siftune.data.encode import Encoder
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
@@ -52,7 +48,7 @@ def text(row, tokenizer=CHAT) -> str:
 
 
 def learned(row, tokenizer=CHAT) -> list[str]:
-    """The runs of learned tokens, as text."""
+    """The runs of label tokens, as text."""
     runs = [[]]
     for label in row["labels"]:
         if label == -100:
@@ -116,7 +112,7 @@ def test_a_template_that_rewrites_earlier_turns_learns_the_last_one_and_warns_on
     rows = tokenize_rows(rows_from([TALK, TALK]) + rows_from([SUM]), tokenizer, 200)
     assert [learned(row) for row in rows] == [["<think></think>Ciao<|end|>"]] * 2 + [["<think></think>2<|end|>"]]
     assert [r.getMessage() for r in caplog.records] == [
-        "2 of 3 rows: the chat template rewrites earlier turns; only the last turn is learned"
+        "2 of 3 rows: the chat template rewrites earlier turns; only the last turn has labels"
     ]
 
 
@@ -124,7 +120,7 @@ def test_a_template_that_reopens_the_prompt_gets_the_completion_after_the_genera
     row = tokenized(SUM, byte_tokenizer(REOPENING))
     assert text(row) == ">1+1=\nA:2<|end|>"
     assert learned(row) == ["2<|end|>"]
-    assert "1 of 1 rows: the chat template writes the prompt otherwise" in caplog.text
+    assert "1 of 1 rows: the chat template changes the prompt" in caplog.text
 
 
 @pytest.mark.parametrize("answer", ["2", ":", "yes\n"])
@@ -266,23 +262,3 @@ def test_who_interrupts_is_not_answered(stop):
     tokenizer = Stopping(tokenizer_object=PLAIN.backend_tokenizer, eos_token="<|end|>")
     with pytest.raises(stop):
         tokenize_rows(rows_from([SUM]), tokenizer, 100)
-
-
-# batches
-
-ids = st.lists(st.integers(4, 99), min_size=1, max_size=7)
-
-
-@given(st.lists(ids, min_size=1, max_size=5), st.integers(0, 3))
-def test_collator_pads_on_the_right(sequences, pad):
-    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]], "length": len(ids)} for ids in sequences]
-    batch = Collator(pad)(rows)
-    width = batch["input_ids"].shape[1]
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    assert all(value.dtype == torch.int64 for value in batch.values())
-    assert width == max(map(len, sequences))
-    for i, sequence in enumerate(sequences):
-        padding = width - len(sequence)
-        assert batch["input_ids"][i].tolist() == sequence + [pad] * padding
-        assert batch["attention_mask"][i].tolist() == [1] * len(sequence) + [0] * padding
-        assert batch["labels"][i].tolist() == [-100, *sequence[1:]] + [-100] * padding

@@ -1,13 +1,41 @@
-"""A target's rows come in the last part of a run, and as often as they are there."""
+"""Batches: padding, similar lengths, and a target's rows in the last part of a run."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.data.batches import TargetLast, order_of_run
+from siftune.data.batches import Collator, TargetLast, by_length, order_of_run
+
+ids = st.lists(st.integers(4, 99), min_size=1, max_size=7)
+
+
+@given(st.lists(ids, min_size=1, max_size=5), st.integers(0, 3))
+def test_collator_pads_on_the_right(sequences, pad):
+    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]], "length": len(ids)} for ids in sequences]
+    batch = Collator(pad)(rows)
+    width = batch["input_ids"].shape[1]
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert width == max(map(len, sequences))
+    for i, sequence in enumerate(sequences):
+        padding = width - len(sequence)
+        assert batch["input_ids"][i].tolist() == sequence + [pad] * padding
+        assert batch["attention_mask"][i].tolist() == [1] * len(sequence) + [0] * padding
+        assert batch["labels"][i].tolist() == [-100, *sequence[1:]] + [-100] * padding
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 9))
+def test_batches_hold_every_row_once_the_longest_first(lengths, batch_size):
+    batches = list(by_length(lengths, batch_size))
+    flat = [i for batch in batches for i in batch]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert all(len(batch) <= batch_size for batch in batches)
+    assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
+
 
 runs = {
     "aimed": st.lists(st.booleans(), min_size=2, max_size=40).filter(lambda a: any(a) and not all(a)),

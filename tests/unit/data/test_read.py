@@ -267,7 +267,7 @@ def test_columns_are_told_on_one_short_line(write):
 
 def test_a_column_that_is_there_twice_is_refused(write):
     path = write("rows.csv", "prompt,completion,,,prompt\na,b,,,c\n")
-    with pytest.raises(DataError, match=r"rows\.csv:1: the column 'prompt' stands twice; rename one"):
+    with pytest.raises(DataError, match=r"rows\.csv:1: the column 'prompt' comes twice; rename one"):
         load_rows(path)
     assert len(load_rows(write("more.csv", "prompt,completion,,\na,b,,\n"))) == 1
 

@@ -1,0 +1,151 @@
+"""Loading models from folders and names; every way to fail ends in one sentence."""
+
+import json
+
+import pytest
+import torch
+from support.tiny import batch, tiny
+from support.tokenizer import byte_tokenizer
+
+from siftune.base.errors import ModelError
+from siftune.models import load, source
+from siftune.models.load import load_model, use_attention
+from siftune.models.source import resolve
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny("llama", layers=2, vocab_size=300).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Stand in for a machine without a network, so that no test waits for one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def folder_with(path, **config):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
+)
+def test_a_folder_loads_in_the_wanted_dtype(saved, dtype, wanted, monkeypatch):
+    monkeypatch.setattr(load, "_multiplies", lambda dtype: True)
+    model, tokenizer = load_model(str(saved), dtype)
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    assert not model.training
+    assert tokenizer.pad_token == "<|pad|>"
+
+
+def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkeypatch, caplog):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr(load, "_multiplies", lambda dtype: dtype == torch.float32)
+    with caplog.at_level("INFO"):
+        assert load_model(str(saved))[0].dtype == torch.float32
+    assert "the model is used in float32" in caplog.text
+    assert load_model(str(saved), "bfloat16")[0].dtype == torch.bfloat16  # asked for by name
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert load_model(str(saved))[0].dtype == torch.bfloat16
+
+
+def test_a_missing_padding_token_becomes_the_end_token(saved, tmp_path):
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer)
+    tokenizer.pad_token = None
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+    _, loaded = load_model(str(tmp_path))
+    assert loaded.pad_token_id == loaded.eos_token_id == 3
+    assert len(loaded) == size
+
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="neither a padding nor an end token"):
+        load_model(str(tmp_path))
+
+
+def test_progress_bars_are_off_only_while_loading(saved, capfd):
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    load_model(str(saved))
+    assert logging.is_progress_bar_enabled() is before
+    assert "Loading weights" not in capfd.readouterr().err
+
+
+def test_code_of_a_repository_is_never_run(tmp_path):
+    own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    folder = folder_with(tmp_path / "m", model_type="never_heard_of", auto_map=own)
+    (tmp_path / "m" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError, match="needs code of its own repository, which siftune never runs"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unknown_hub_id_says_what_was_tried_and_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/some/cache")
+    with pytest.raises(ModelError) as caught:
+        load_model("nobody/nothing")
+    for part in ("'nobody/nothing'", "no such folder", "/some/cache", "`siftune pull smollm2`", "HF_HOME"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_misspelt_smollm2_gets_a_hint():
+    with pytest.raises(ModelError, match=r"did you mean smollm2\?"):
+        load_model("SmolLM-2")
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        ({"model_type": "never_heard_of"}, None, "does not recognize this architecture"),
+        ({"model_type": "t5"}, None, "Unrecognized configuration class"),
+        ({"model_type": "llama"}, None, r"no file named model\.safetensors"),
+        ({"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 9}, b"xx", "header too small"),
+    ],
+)
+def test_a_broken_folder_is_named_with_the_reason(tmp_path, config, weights, message):
+    folder = folder_with(tmp_path / "m", **config)
+    if weights:
+        (tmp_path / "m" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ModelError, match=f"from the folder {folder}: .*{message}"):
+        load_model(folder)
+
+
+def test_smollm2_is_pulled_on_first_use(saved, monkeypatch):
+    monkeypatch.setattr(source, "pull_smollm2", lambda: saved)
+    assert resolve("smollm2") == saved
+    assert load_model("smollm2")[0].config.num_hidden_layers == 2
+
+
+def test_attention_can_be_chosen_and_changes_rounding_only():
+    model = tiny("llama").eval()
+    inputs = {key: value for key, value in batch(model, 2).items() if key != "labels"}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        use_attention(model, "auto")
+        assert model.config._attn_implementation == "sdpa"
+        use_attention(model, "eager")
+        after = model(**inputs).logits
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "nothing"])
+def test_attention_that_is_not_there_is_refused(name):
+    model = tiny("llama")
+    with pytest.raises(ModelError, match=f"attention {name} cannot be used: ") as caught:
+        use_attention(model, name)
+    assert "\n" not in str(caught.value)
+    assert model.config._attn_implementation == "sdpa"
