@@ -3,7 +3,7 @@
 from typing import Any
 
 _RECORDED = "scores and losses of rows are always recorded"
-_ADAPTER = "use lora, rslora, dora, series, parallel, ia3 or norms"
+_ADAPTER = "use lora, rslora, dora, series, parallel, ia3, ln or full"
 
 # option, or option=value -> what to do, to follow "was removed:"
 REMOVED = {
@@ -46,7 +46,7 @@ def removal(name: str, value: Any = None) -> str | None:
 
     Example:
         >>> removal("adapter", "vera")
-        'vera was removed: use lora, rslora, dora, series, parallel, ia3 or norms'
+        'vera was removed: use lora, rslora, dora, series, parallel, ia3, ln or full'
     """
     group = name.partition(".")[0]
     for key in (name, group):

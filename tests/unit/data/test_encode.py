@@ -191,14 +191,6 @@ def test_prompt_and_completion_of_evaluation_are_those_of_training(template, rec
     assert trained["labels"][len(prompt) :] == completion
 
 
-def test_another_completion_takes_the_place_of_the_rows_own():
-    (row,) = rows_from([SUM])
-    assert CHAT.decode(Encoder(CHAT).completion(row, "17")) == "17<|end|>"
-    assert CHAT.decode(Encoder(CHAT, "none").completion(row, "17")) == "17<|end|>"
-    encoder = Encoder(CHAT)
-    assert encoder.prompt(row) + encoder.completion(row, "2") == tokenized(SUM)["input_ids"]
-
-
 # refusals
 
 

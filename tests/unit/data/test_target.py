@@ -1,11 +1,12 @@
 """Shares of rows: a target's among others, and held-out rows, which depend on their text alone."""
 
+import doctest
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from siftune.data import target
+from siftune.data import batches, target, tasks
 from siftune.data.rows import rows_from
 from siftune.data.target import held_out, sources, with_target
 
@@ -86,3 +87,10 @@ def test_what_is_trained_on_anyway_is_not_held_out():
     kept, left = held_out(rows(range(200)), 0.3, known)
     assert texts(left) == texts(held)[5:]
     assert sorted(texts([*kept, *left])) == sorted(texts(rows(range(200))))
+
+
+@pytest.mark.parametrize("module", [batches, target, tasks])
+def test_examples(module):
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed

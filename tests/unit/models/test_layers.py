@@ -102,11 +102,6 @@ def test_lists_of_plain_modules_do_not_count():
     assert find_layers(model).path == "tower"
 
 
-def test_alternating_blocks_of_one_file():
-    model = Bare(tower=nn.ModuleList([Block(), OtherBlock(), Block()]))
-    assert len(find_layers(model).layers) == 3
-
-
 def test_blocks_of_two_files_count_if_their_forwards_agree(monkeypatch):
     monkeypatch.setattr(OtherBlock, "__module__", "elsewhere")
     monkeypatch.setattr(Unrelated, "__module__", "elsewhere")
