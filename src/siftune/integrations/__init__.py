@@ -1,4 +1,4 @@
-"""Entries for tools that have a trainer of their own, a file for each; only that file imports the tool.
+"""Integrations with tools that have a trainer of their own, a file for each; only that file imports the tool.
 
-docs/tools.md has the lines for each, and for the tools that need no entry.
+docs/tools.md shows their use, and that of tools that need no integration.
 """

@@ -16,30 +16,30 @@ from siftune.methods.host.callback import SelectionCallback
 _FUSED = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 SiftuneArgs = create_model("SiftuneArgs", **dict.fromkeys(keys(), (Any, None)))  # type: ignore[call-overload]
-"""The keys that axolotl's YAML may then have: a group for each method, `label_logits` and `row_record`."""
+"""Keys in axolotl's YAML: a group for each method, `label_logits` and `row_record`."""
 
 
 class SiftunePlugin(BasePlugin):  # type: ignore[misc]
-    """Brings siftune's methods into axolotl's trainers.
+    """Adds siftune's methods to axolotl's trainers.
 
     Raises:
-        RecipeError: The YAML names no method, or a setting that is none or out of its range.
-        UnsupportedError: Axolotl would run adapters past siftune, or put several samples into a row.
+        RecipeError: The YAML has no method, or an invalid setting.
+        UnsupportedError: Axolotl would bypass siftune's adapters, or put several samples into a row.
     """
 
     def register(self, cfg: Any) -> None:
-        """Check the YAML when axolotl has read it."""
+        """Check the YAML."""
         empty = [key for key in keys() if key in cfg and cfg[key] is None]
         if empty:
             raise RecipeError(f"{empty[0]} is empty in the YAML: give {empty[0]}: {{}} for its defaults")
         callbacks(cfg)
 
     def get_input_args(self) -> str:
-        """Where axolotl finds the keys."""
+        """Path of the keys for axolotl."""
         return f"{__name__}.SiftuneArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Refuse what axolotl has set besides, when it has filled in its defaults."""
+        """Refuse incompatible options, once axolotl has filled in its defaults."""
         if not any(isinstance(made, SelectionCallback) for made in callbacks(cfg)):
             return
         fused = [name for name in _FUSED if cfg.get(name)]
@@ -55,5 +55,5 @@ class SiftunePlugin(BasePlugin):  # type: ignore[misc]
             )
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """Make the callbacks of a run."""
+        """Create the callbacks of a run."""
         return callbacks(cfg)

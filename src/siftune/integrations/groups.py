@@ -1,4 +1,4 @@
-"""Callbacks from the groups of a tool's YAML: `gast: {select: 0.75}`, as in siftune's own recipes."""
+"""Callbacks from groups in a tool's YAML, such as `gast: {select: 0.75}`, as in siftune's own recipes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,22 +9,21 @@ from siftune.base.settings import Settings, nearest
 from siftune.methods import Part, all_parts
 
 PLAIN = {"label_logits": "LabelLogits", "row_record": "RowRecord"}
-"""Keys that are true or false, and the public name of the callback that each stands for."""
+"""Boolean keys, and the public name of the callback of each."""
 
 _OF_CALLBACKS = ("seed", "layers")
 
 
 def keys() -> list[str]:
-    """All keys that a tool's YAML may have for siftune: the methods' groups, and `PLAIN`."""
+    """All keys of siftune in a tool's YAML: the methods' groups, and `PLAIN`."""
     return [*(part.settings.group for part in all_parts()), *PLAIN]
 
 
 def callbacks(given: Mapping[str, Any]) -> list[Any]:
-    """Make the callbacks that a YAML names.
+    """Create the callbacks of a YAML file.
 
     Args:
-        given: The YAML's keys and values; of those that are not siftune's only `seed` is looked at, which is that of
-            methods that name none.
+        given: Keys and values of the file. Of keys that are not siftune's, only `seed` is read: the default of methods.
 
     Returns:
         `TrainerCallback`s, for transformers' Trainer and those derived from it.
@@ -42,7 +41,7 @@ def callbacks(given: Mapping[str, Any]) -> list[Any]:
     made += [_plain(key, given[key]) for key in PLAIN if given.get(key) not in (None, False)]
     if not made:
         raise RecipeError(
-            f"there is nothing for siftune to do: name a method, such as gast: {{}}, of {', '.join(keys())}"
+            f"there is nothing for siftune to do: add a method, such as gast: {{}}; keys: {', '.join(keys())}"
         )
     return made
 

@@ -18,16 +18,16 @@ _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 class Sift(Callback):  # type: ignore[misc]
-    """A method for Lightning's Trainer: attached when training starts, led by the optimizer's steps, off at the end.
+    """A method for Lightning's Trainer: attached when training starts, advanced by optimizer steps, removed at the end.
 
-    The model is the outermost transformers or PEFT model in the LightningModule. `training_step` calls it with whole
-    rows and trains on its loss. What the method has learned and its generator are saved in Lightning's checkpoints.
+    The model is the outermost transformers or PEFT model in the LightningModule. `training_step` must call it with
+    complete rows and train on its loss. The method's state and generator are saved in Lightning's checkpoints.
 
     Args:
         method: `GAST(...)`, `IST(...)` or another of the methods, or `LabelLogits()`.
-        batches: Rows that the method compares with, as `attach` takes them. If not given they are drawn from the
-            training rows by the loader's collator, which is to make batches that the model can be called with.
-        loss: Loss of such a batch, a scalar; the model's own if not given.
+        batches: Rows that the method compares with, as for `attach`. By default they are drawn from the training rows
+            with the loader's collator, whose batches must be arguments of the model.
+        loss: Loss of such a batch, a scalar; by default the model's own.
 
     Attributes:
         selection: What `method.attach` returned: `selection.last` is the current choice; None before training.
@@ -77,11 +77,11 @@ class Sift(Callback):  # type: ignore[misc]
             self._resumed = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the model as it was, but for the adapter's values."""
+        """Detach the method."""
         self._remove()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was."""
+        """Detach the method."""
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Sift(Callback):  # type: ignore[misc]
 
 
 def _arguments(attach: Any) -> set[str]:
-    """What a method's `attach` takes besides the model; one that hands on takes what it hands on to."""
+    """Arguments of a method's `attach` besides the model; with `**kwargs`, those of `SampleCallback.attach`."""
     known = inspect.signature(attach).parameters.values()
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known):
         known = inspect.signature(SampleCallback.attach).parameters.values()
@@ -109,7 +109,7 @@ def _arguments(attach: Any) -> set[str]:
 
 
 def _by_training_rows(method: Any) -> bool:
-    """Whether a method that takes `batches` compares with rows of the training set, where none are given."""
+    """Whether a method compares with rows of the training set by default."""
     source: str | None = getattr(method, "support_source", None)
     return source == "sample" or isinstance(method, IST)
 

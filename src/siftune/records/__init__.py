@@ -1,1 +1,1 @@
-"""Records of what every training row cost."""
+"""Training rows of a recipe, and records of their losses."""

@@ -1,4 +1,4 @@
-"""What every row cost a training run, for any Trainer and any method: `RowRecord`."""
+"""Losses of training rows in any Trainer with any method: `RowRecord`."""
 
 import logging
 from collections.abc import Sequence
@@ -22,26 +22,26 @@ from siftune.records.visits import NAME, NOTHING, Visits, read_visits, write_vis
 
 logger = logging.getLogger(__name__)
 
-_WAITING = 64  # batches whose figures wait on the accelerator: each way from there costs time
+_WAITING = 64  # batches whose losses wait on the accelerator: every copy to the host takes time
 
 
 class RowRecord(TrainerCallback):  # type: ignore[misc]
-    """Records what every row cost, each time that it was trained on, with any method and in any transformers Trainer.
+    """Records the loss of every row at each visit, with any method and in any transformers Trainer.
 
-    Losses come from training's own forward pass, and training is the same to the bit with it. The file is written with
-    every checkpoint and at the end; a resumed run goes on with it, with several ranks it has the rows of all of them.
-    `siftune.records.visits` says which columns it has. Rows are told by their numbers in the training set.
+    Losses come from the forward pass of training, which stays bit-identical. The file is written with every checkpoint
+    and at the end, for all ranks; a resumed run continues it. `siftune.records.visits` lists its columns. Rows are
+    identified by their numbers in the training set.
 
-    It refuses what has no rows of its own: packed and padding-free batches, pairs, generated batches, data sets
+    Batches without one row per sample are refused: packed and padding-free batches, pairs, generated batches, data sets
     without an index. Losses are plain cross entropies, whatever else the Trainer minimises.
 
     Args:
-        path: File to write; `rows.parquet` in the Trainer's output folder if not given.
-        places: Where each row stands, by its number, such as "rows.jsonl:17"; for the column `place`.
-        about: A word on the rows that the file keeps, for a reader who has to know that they are still the same.
+        path: File to write; `rows.parquet` in the Trainer's output folder by default.
+        places: Place of each row, such as "rows.jsonl:17", for the column `place`.
+        about: Text stored with the rows, so that a reader can check that they have not changed.
 
     Raises:
-        UnsupportedError: In training: batches do not tell their rows, or the model's output their losses.
+        UnsupportedError: In training, if rows or losses of a batch cannot be determined.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[record := RowRecord()])
@@ -63,19 +63,19 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self._done: list[NDArray[np.float64]] = [NOTHING]
 
     def visits(self) -> Visits:
-        """What was recorded so far, on this rank, and before the run was resumed."""
+        """Visits so far, on this rank, including those before the run was resumed."""
         self._settle()
         return Visits.of(self._done[0])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to listen, and continue with the record in the checkpoint."""
+        """Add the hooks, and continue the record of the checkpoint."""
         self.remove()
         self._trainer = trainer = calling_trainer(self)
         if trainer is None:
             raise UnsupportedError(
-                "RowRecord listens to a transformers Trainer, and none has called it: give it to one"
+                "RowRecord is a callback of a transformers Trainer, and none has called it: pass it to one"
             )
         self.path = self._given or Path(args.output_dir) / NAME
         self._numbers = row_numbers(trainer)
@@ -86,20 +86,20 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the batches tell of which rows they are."""
+        """Number the rows of the batches."""
         assert self._numbers is not None
         self._numbers.number(kwargs.get("train_dataloader"))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note a batch of which the step has more."""
+        """Record a batch before the last of its step."""
         self._note(state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the step's last batch."""
+        """Record the last batch of a step."""
         self._note(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -109,14 +109,14 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the file, and listen no longer."""
+        """Write the file, and remove the hooks."""
         self._write(args)
         self.remove()
 
     def leave(self) -> None:
-        """Write what was recorded, and take everything off: for training that ended in an exception, on one device.
+        """Write the file and remove the hooks after an exception in training.
 
-        Of several ranks the others may be gone, so that the file stays as the last checkpoint left it.
+        On several ranks the others may be gone, so the file of the last checkpoint is kept.
         """
         try:
             if self._trainer is not None and world_size() == 1 and self._trainer.state.global_step:
@@ -125,7 +125,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
             self.remove()
 
     def remove(self) -> None:
-        """Take everything off model and Trainer: needed only where training ended in an exception."""
+        """Remove the hooks; needed only after an exception in training."""
         if self._handle is not None:
             self._handle.remove()
         if self._numbers is not None:
@@ -133,7 +133,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self._handle = self._numbers = self._trainer = None
 
     def _resumed(self, state: TrainerState) -> NDArray[np.float64]:
-        """What was recorded before a run was cut off; of several ranks the first holds all of it."""
+        """The record of a checkpoint; the first rank holds that of all ranks."""
         folder = resumed_from(self)
         if not state.global_step or folder is None or not state.is_world_process_zero:
             return NOTHING
@@ -147,16 +147,16 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         return saved.visits.table()
 
     def _look(self, _: Any, __: Any, output: Any) -> None:
-        """See what the forward pass of a training step returned."""
+        """Read the losses from the output of a training forward pass."""
         numbers = self._numbers
         if numbers is None or not numbers.at_work or numbers.labels is None or not torch.is_grad_enabled():
             return
         if hasattr(self._trainer, "label_losses") and _at_labels(output, numbers.labels):
-            return  # siftune's own Trainer has them from its loss
+            return  # siftune's own Trainer keeps them
         self._found.append(row_losses(output, numbers.labels))
 
     def _note(self, step: int) -> None:
-        """Keep the figures of a batch, where they are."""
+        """Keep the losses of a batch, on its device."""
         assert self._numbers is not None
         rows_B, labels_BT, found = self._numbers.rows, self._numbers.labels, self._found
         losses_N = getattr(self._trainer, "label_losses", None)
@@ -170,7 +170,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
             self._settle()
 
     def _choices(self, rows_B: Tensor) -> Tensor:
-        """Alignment and share followed of each row of a batch, (2, B), on the CPU; NaN where no method chose.
+        """Alignment and followed share of each row of a batch, (2, B), on the CPU; NaN if no method chose.
 
         Alignment is the mean of a row's scores over the layers that chose (ours).
         """
@@ -181,7 +181,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         return torch.full((2, len(rows_B)), torch.nan)
 
     def _settle(self) -> None:
-        """Bring what waits into one table, (6, V)."""
+        """Append the waiting batches to the table, (6, V)."""
         if self._waiting:
             steps, rows, found, choices = zip(*self._waiting, strict=True)
             counts = torch.tensor([len(each) for each in rows])
@@ -201,7 +201,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
 
 
 def _at_labels(output: Any, labels_BT: Tensor) -> bool:
-    """Whether an output has logits at label positions alone; the first token of a row never is one."""
+    """Whether an output has logits at label positions alone; a row's first token never is one."""
     logits = getattr(output, "logits", None)
     return isinstance(logits, Tensor) and logits.shape[:2] != labels_BT.shape
 
@@ -215,12 +215,12 @@ def _share(choice: SampleChoice) -> Tensor:
 
 
 def _why(rows_B: Tensor | None, labels_BT: Tensor | None, found: Sequence[Tensor]) -> str:
-    """Say why a batch cannot be recorded."""
+    """Why a batch cannot be recorded."""
     if rows_B is None:
         return (
-            "RowRecord cannot tell which rows are in a batch: the data set has no index, or the collator does not make "
-            "one row of each that it is given, as with packing, padding_free, pairs or generated batches; turn that "
-            "off, or leave RowRecord out"
+            "RowRecord cannot tell which rows are in a batch: the data set has no index, or the collator does not keep "
+            "one row per sample, as with packing, padding_free, pairs or generated batches; turn that off, or leave "
+            "RowRecord out"
         )
     if labels_BT is None:
         return "RowRecord needs the labels of a batch, and this Trainer's batches have none: leave it out"

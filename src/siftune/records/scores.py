@@ -1,24 +1,22 @@
-"""Scores of rows from what was recorded of them: large for rows that may be wrong.
+"""Scores of recorded rows: high for rows that may be wrong.
 
-In one epoch a row's loss at first sight is out of sample, since nothing has been learned from the row: it is the
-detector that others have to beat (Chong et al., "Detecting Label Errors by using Pre-Trained Language Models", EMNLP
-2022). As training goes on all losses fall, so that an early row looks worse than a late one; what was usual at that
-time is taken off (ours). How far losses spread falls, too, as most rows are learned and some are not, and is left in:
-divided by it, rows that are right and not learned yet would look as bad as wrong ones.
+A row's loss at its first visit is out of sample, since nothing has been learned from the row: the detector that others
+have to beat (Chong et al., "Detecting Label Errors by using Pre-Trained Language Models", EMNLP 2022). All losses fall
+during training, so an early row looks worse than a late one; the usual loss at that time is subtracted (ours). The
+spread of losses falls too, and is not divided out: otherwise correct rows that are not learned yet would look as bad as
+wrong ones.
 
-Where rows are seen several times, a row's mean over its visits tells more than its first (`by_row`): what is wrong is
-learned last.
+If rows are seen several times, the mean over visits says more than the first (`by_row`): wrong rows are learned last.
 
-Over epochs there are, besides:
+Further scores over epochs:
 
-    mean loss             the mean over visits
-    variability           its standard deviation over visits; with the mean, a row's place on a data map (Swayamdipta et
+    mean loss             mean over visits
+    variability           standard deviation over visits; with the mean, a row's place on a data map (Swayamdipta et
                           al., "Dataset Cartography", EMNLP 2020)
-    forgetting            how often the loss, as `by_time` has it, rose by a deviation from one visit to the
-                          next (after Toneva et al., ICLR 2019, who count right answers that become wrong ones; the loss
-                          in their place is ours)
+    forgetting            number of rises of the loss, by `by_time`, by a deviation from one visit to the next (after
+                          Toneva et al., ICLR 2019, who count correct answers that become wrong; the loss is ours)
 
-Shapes: V visits in the order of steps, R rows that were seen.
+Shapes: V visits in the order of steps, R rows.
 """
 
 import itertools
@@ -28,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 256  # visits, at least, that a visit is compared with: what is usual among few says little
+WINDOW = 256  # visits to compare with, at least: the median of few says little
 _EQUAL = 1e-6  # losses that differ by less are equal
 
 Floats = NDArray[np.float64]
@@ -36,15 +34,14 @@ Ints = NDArray[np.int64]
 
 
 def usual(values: NDArray[np.floating], steps: NDArray[np.integer], kinds: NDArray[np.integer] | None = None) -> Floats:
-    """Median of the values that were seen at the same time as each; (V,), NaN where nothing was.
+    """Median of the values at the same time as each visit; (V,), NaN without values.
 
-    At the same time are those of a visit's step; where that has fewer than 256 visits, those of the steps around it,
-    too, as many on either side as it takes (ours).
+    A visit is compared with those of its step and, below 256 visits, with those of the steps around it (ours).
 
     Args:
         values: (V,).
         steps: (V,) ascending.
-        kinds: (V,) of what kind each visit's row is, where a row is to be compared with its like alone.
+        kinds: (V,) kind of each visit's row, to compare rows of one kind only.
     """
     wide, known = np.asarray(values, dtype=np.float64), np.asarray(steps)
     found = np.full(len(wide), np.nan)
@@ -65,7 +62,7 @@ def _usual(values: Floats, steps: NDArray[np.integer]) -> Floats:
 
 
 def _each(kinds: NDArray[np.integer] | None, count: int) -> Iterator[NDArray[np.bool_]]:
-    """Places of each kind."""
+    """Mask of each kind."""
     if kinds is None:
         yield np.ones(count, dtype=np.bool_)
     else:
@@ -73,11 +70,10 @@ def _each(kinds: NDArray[np.integer] | None, count: int) -> Iterator[NDArray[np.
 
 
 def deviation(apart: Floats) -> float:
-    """How far from what was usual is usual: 1.4826 times the median distance, 1.2533 times the mean one if that is 0.
+    """Robust standard deviation: 1.4826 times the median distance, or 1.2533 times the mean distance if that is 0.
 
-    The first is a standard deviation where distances are normal, and few large ones do not move it, as wrong rows would
-    move mean and standard deviation themselves; the second takes its place where more than half are equal. 0 where all
-    are, or there are none.
+    Wrong rows would move mean and standard deviation themselves. The mean distance replaces the median if more than
+    half of the values are equal. 0 if all are equal, or there are none.
     """
     distances = np.abs(apart[~np.isnan(apart)])
     if not len(distances):
@@ -97,9 +93,9 @@ def _in_deviations(apart: Floats, kinds: NDArray[np.integer] | None) -> Floats:
 def by_time(
     values: NDArray[np.floating], steps: NDArray[np.integer], kinds: NDArray[np.integer] | None = None
 ) -> NDArray[np.float32]:
-    """Values in deviations above what was usual when they were seen, one deviation for all times; (V,) float32.
+    """Values in deviations above the usual value at that time, with one deviation for all times; (V,) float32.
 
-    0 where all are equal, NaN where the value is. Arguments are those of `usual`.
+    0 if all are equal, NaN for a NaN. Arguments as for `usual`.
 
     Example:
         >>> by_time(np.array([1.0, 1.5, 2.0, 9.0]), np.array([0, 0, 1, 1])).round(1)
@@ -114,12 +110,12 @@ def by_row(
     steps: NDArray[np.integer],
     kinds: NDArray[np.integer] | None = None,
 ) -> Floats:
-    """What rows cost above what was usual, means over their visits, in deviations of these means; (R,).
+    """Mean loss of rows above the usual loss, over their visits, in deviations of these means; (R,).
 
-    With one visit each they are those of `by_time`. NaN where every value of a row is.
+    With one visit each, the same as `by_time`. NaN if every value of a row is NaN.
 
     Args:
-        rows: (V,) whose each visit is.
+        rows: (V,) row of each visit.
         values: (V,).
         steps: (V,) ascending.
         kinds: As for `usual`; a row is of one kind.
@@ -133,7 +129,7 @@ def by_row(
 
 
 def means_of(rows: NDArray[np.integer], values: Floats) -> Floats:
-    """Mean over the visits of every row, but for NaN; (R,)."""
+    """Mean over the visits of every row, ignoring NaN; (R,)."""
     _, place = np.unique(rows, return_inverse=True)
     known = ~np.isnan(values)
     sums, counts = (np.bincount(place, weights) for weights in (np.where(known, values, 0.0), known.astype(float)))
@@ -141,7 +137,7 @@ def means_of(rows: NDArray[np.integer], values: Floats) -> Floats:
 
 
 def _windows(steps: NDArray[np.integer], count: int) -> tuple[Ints, Ints]:
-    """Where the visits begin and end that each is compared with: whole steps."""
+    """First and last visit, in complete steps, that each visit is compared with."""
     starts, ends = np.searchsorted(steps, steps, "left"), np.searchsorted(steps, steps, "right")
     if not count:
         return starts, ends
@@ -157,9 +153,9 @@ class Seen(NamedTuple):
     """Visits gathered by row; R rows.
 
     Attributes:
-        rows: (R,) what tells the rows apart, ascending.
-        first: (R,) place of each row's first visit among the visits.
-        visits: (R,) how often each was seen.
+        rows: (R,) numbers of the rows, ascending.
+        first: (R,) index of each row's first visit.
+        visits: (R,) number of visits.
     """
 
     rows: Ints
@@ -171,19 +167,19 @@ def seen(rows: NDArray[np.integer]) -> Seen:
     """Gather visits by row.
 
     Args:
-        rows: (V,) whose each visit is, in the order of time.
+        rows: (V,) row of each visit, in the order of time.
     """
     found, first, counts = np.unique(rows, return_index=True, return_counts=True)
     return Seen(found.astype(np.int64), first, counts)
 
 
 class Course(NamedTuple):
-    """How rows fared over epochs; each (R,), in the order of `seen(rows).rows`.
+    """Losses of rows over epochs; each (R,), in the order of `seen(rows).rows`.
 
     Attributes:
         mean: Mean loss over visits.
         variability: Standard deviation over visits.
-        forgetting: Visits before which the loss, as `by_time` has it, had been lower by a deviation.
+        forgetting: Number of visits after which the loss, by `by_time`, rose by a deviation.
     """
 
     mean: Floats
@@ -192,7 +188,7 @@ class Course(NamedTuple):
 
 
 def course(rows: NDArray[np.integer], losses: NDArray[np.floating], z: NDArray[np.floating]) -> Course:
-    """Follow rows over their visits; all (V,), in the order of time."""
+    """Losses of rows over their visits; all (V,), in the order of time."""
     order = np.argsort(rows, kind="stable")
     own, wide = rows[order], losses[order].astype(np.float64)
     starts = np.flatnonzero(np.concatenate([[True], own[1:] != own[:-1]]))

@@ -1,17 +1,17 @@
-"""What was recorded of rows: a line for every time that a row was trained on, and the Parquet file of these.
+"""Visits of training rows, and their Parquet file: a line for each time that a row was trained on.
 
     row        int32    number among the training rows, from 0
-    place      string   where the row stands, such as rows.jsonl:17; where that was told
+    place      string   place of the row, such as rows.jsonl:17, if known
     step       int32    optimizer steps done before
-    loss       float32  mean cross entropy of its label tokens in nats, as training's own forward pass found it; NaN
-                        where it has none
+    loss       float32  mean cross entropy of its label tokens in nats, in the forward pass of training; NaN without
+                        label tokens
     tokens     int32    its label tokens
-    z          float32  the loss, in deviations above what was usual for rows at that time: see `scores.by_time`
-    alignment  float32  score by which a method compared it with others, over all layers; NaN where there was none
-    followed   float32  share of the layers that followed it, where a method chose rows
+    z          float32  the loss in deviations above the usual loss at that time: see `scores.by_time`
+    alignment  float32  its score by a method, mean over all layers; NaN without a score
+    followed   float32  share of the layers that followed it
 
-Lines are in the order of steps, and within a step of rows, however many ranks and batches the step had. The columns
-`alignment` and `followed` are there where a method chose rows. Read it with pandas, polars, DuckDB or `read_visits`.
+Lines are sorted by step, then by row, independent of ranks and batches. The columns `alignment` and `followed` exist if
+a method chose rows. Read it with pandas, polars, DuckDB or `read_visits`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 NAME = "rows.parquet"
-ABOUT = b"siftune"  # key of what the file says of the run, in the Parquet metadata
+ABOUT = b"siftune"  # key in the Parquet metadata
 _COLUMNS = {
     "row": "int32", "step": "int32", "loss": "float32", "tokens": "int32",
     "alignment": "float32", "followed": "float32",
@@ -42,7 +42,7 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """Every time that a row was trained on; V of them. The header of this file says what the columns hold.
+    """Visits of rows, V of them; columns as in the header of this file.
 
     Attributes:
         row: (V,) int32.
@@ -65,7 +65,7 @@ class Visits:
 
     @classmethod
     def of(cls, table: NDArray[np.float64]) -> "Visits":
-        """Visits of a table whose lines are the columns, (6, V), in the order in which the file has them."""
+        """Visits of a table, (6, V), whose lines are the columns, in the order of the file."""
         order = np.lexsort((table[0], table[1]))
         columns = zip(_COLUMNS.items(), table[:, order], strict=True)
         return cls(**{name: values.astype(kind) for (name, kind), values in columns})
@@ -82,10 +82,10 @@ def write_visits(path: Path, visits: Visits, places: Sequence[str] = (), about: 
     """Write visits in one move.
 
     Args:
-        path: The file; its folder is made.
-        visits: What to write.
-        places: Where each row stands, by its number; empty where that is not known.
-        about: What the file is to say of the rows, for a reader who has to know that they are still the same.
+        path: The file; its folder is created.
+        visits: The visits.
+        places: Place of each row, by its number; empty if unknown.
+        about: Text stored with the rows, so that a reader can check that they have not changed.
     """
     import pyarrow
     from pyarrow import parquet
@@ -104,7 +104,7 @@ def write_visits(path: Path, visits: Visits, places: Sequence[str] = (), about: 
 
 
 def _in_words(rows: Ints, places: Sequence[str]) -> "pyarrow.DictionaryArray":
-    """A place per visit, each of which is written once; rows may share a place."""
+    """Place of each visit, as a dictionary array; rows may share a place."""
     import pyarrow
 
     known: dict[str, int] = {}
@@ -114,12 +114,12 @@ def _in_words(rows: Ints, places: Sequence[str]) -> "pyarrow.DictionaryArray":
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What a file of visits holds.
+    """Content of a file of visits.
 
     Attributes:
-        visits: They.
-        places: (V,) where each visit's row stands; empty where the file does not tell.
-        about: What it says of the rows.
+        visits: The visits.
+        places: (V,) place of each visit's row; empty if unknown.
+        about: Text stored with the rows.
     """
 
     visits: Visits
@@ -131,7 +131,7 @@ def read_visits(path: Path) -> Record:
     """Read a file of visits.
 
     Raises:
-        DataError: There is none, or it is damaged or another file.
+        DataError: The file is missing, damaged, or not a file of visits.
     """
     import pyarrow
     from pyarrow import parquet

@@ -1,1 +1,1 @@
-"""Rows by themselves: what each cost a training run, and which of them look wrong."""
+"""Training rows that may be wrong."""

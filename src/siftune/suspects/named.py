@@ -1,9 +1,8 @@
-"""Rows of a run that look wrong, with what they say: for the command `siftune rows`, for pages, and for your own use.
+"""Suspect rows of a run, with their texts.
 
-A row's score is what it cost above what was usual for rows of its source at that time, mean over its visits
-(`scores.by_row`): in a first visit nothing has been learned from it yet. A source is what the column `source` says, and
-a file where there is none (ours): a task that costs more than others is no fault of its rows. Rows that stand in one
-place, as those of a target that are repeated, are one row here.
+A row's score is its loss above the usual loss of rows of its source at that time, mean over its visits
+(`scores.by_row`): at the first visit nothing has been learned from it yet. The source is the column `source`, or the
+file (ours): a harder task is no fault of its rows. Repeated rows of a target count as one row.
 """
 
 from collections import Counter
@@ -23,8 +22,8 @@ from siftune.records.scores import Seen, by_row, seen, usual
 from siftune.records.visits import NAME, Record, read_visits
 from siftune.suspects.twins import Twins
 
-_RARE = 64  # rows of a source, below which it is not looked at by itself (ours)
-LEAST = 3.0  # deviations above what is usual from which a row is a suspect (ours)
+_RARE = 64  # rows of a source; smaller sources are taken together (ours)
+LEAST = 3.0  # deviations above the usual loss from which a row is a suspect (ours)
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,11 @@ class Suspect:
     """A row that may be wrong.
 
     Attributes:
-        place: Where it stands, such as "rows.jsonl:17"; "row 17", its number from 0, where that was not recorded.
-        text: What it says; empty where only numbers were recorded.
-        reason: Why it is here, in words.
-        score: What it cost above what was usual for rows of its source at that time, mean over its visits, in
-            deviations of such means.
-        duplicates: Places of rows that say nearly the same.
+        place: Its place, such as "rows.jsonl:17"; "row 17", its number from 0, if the place is unknown.
+        text: Its text; empty without a recipe.
+        reason: The reason as text.
+        score: Its loss above the usual loss of its source at that time, mean over its visits, in deviations.
+        duplicates: Places of near-duplicates.
     """
 
     place: str
@@ -48,12 +46,12 @@ class Suspect:
 
 
 def suspects(run: Path, top: int | None = None) -> list[Suspect]:
-    """Rows of a run that may be wrong, the likeliest first.
+    """Rows of a run that may be wrong, highest scores first.
 
     Args:
-        run: Folder of a run of `siftune train`, or any folder with the `rows.parquet` that `RowRecord` writes. What
-            rows say is read again from where the run's recipe found them; without a recipe it is not known.
-        top: So many at the most; None: all that cost three deviations more than was usual.
+        run: Folder of a run of `siftune train`, or any folder with the `rows.parquet` of `RowRecord`. Texts are read
+            again by the run's recipe; without a recipe they are unknown.
+        top: At most N rows; None: all whose loss is three deviations above the usual one.
 
     Raises:
         DataError: The run has no record of its rows, or the rows have changed since.
@@ -67,7 +65,7 @@ def suspects(run: Path, top: int | None = None) -> list[Suspect]:
 
 
 class Rows:
-    """The rows of a run, with their record.
+    """Rows of a run, with their record.
 
     Args:
         run: As for `suspects`.
@@ -99,17 +97,17 @@ class Rows:
         return Suspect(place, text, reason, round(float(self._scores[at]), 4), tuple(self._twins_of(place)))
 
     def _why(self, own: NDArray[np.int64]) -> str:
-        """Say what a row cost in its visits, and what is known besides."""
+        """A row's loss as text."""
         visits, source = self.record.visits, self._sources[own[0]]
         cost, was_usual = (float(np.nanmean(values[own])) for values in (visits.loss, self._usual))
-        seen_when = f"in step {visits.step[own[0]] + 1}" if len(own) == 1 else f"on average over {len(own)} visits"
+        when = f"in step {visits.step[own[0]] + 1}" if len(own) == 1 else f"on average over {len(own)} visits"
         like = f" for rows of {source}" if source else ""
-        words = f"cost {cost:.2f} nats a token {seen_when}, where {was_usual:.2f} was usual{like}"
+        text = f"loss {cost:.2f} nats per token {when}, where {was_usual:.2f} was usual{like}"
         followed = float(visits.followed[own[0]])
-        return words if np.isnan(followed) else f"{words}; {followed:.0%} of the layers followed it at first"
+        return text if np.isnan(followed) else f"{text}; {followed:.0%} of the layers followed it at the first visit"
 
     def _contradicted(self, text: Text) -> list[str]:
-        """Say where the same prompt has another completion."""
+        """A row with the same prompt and another completion."""
         asked = self._asked.get(text.prompt, ()) if text.prompt else ()
         other = next((place for place in asked if self.texts[place].completion != text.completion), None)
         return [] if other is None else [f"{other} has the same prompt and another completion"]
@@ -138,19 +136,19 @@ class Rows:
 
 
 def _whereabouts(record: Record) -> tuple[list[str], NDArray[np.int64]]:
-    """Places of the rows, and for every visit the number of its place among these."""
+    """Places of the rows, and the number of its place for every visit."""
     known: dict[str, int] = {}
     who = np.array([known.setdefault(place, len(known)) for place in _words(record)], dtype=np.int64)
     return list(known), who
 
 
 def _words(record: Record) -> Sequence[str]:
-    """Where each visit's row stands; its number where that was not recorded."""
+    """Place of each visit's row; its number if the place is unknown."""
     return record.places or [f"row {number}" for number in record.visits.row.tolist()]
 
 
 def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer]) -> list[str]:
-    """Of what source each visit's row is; "" for rare sources together, and where all are of one or it is not known."""
+    """Source of each visit's row; "" for rare or unknown sources, or if all are of one."""
     names = [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
     if len(set(names)) < 2:
         return [""] * len(row_V)
@@ -159,10 +157,10 @@ def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer]) -> list[str]:
 
 
 def rows_of(run: Path, record: Record) -> list[Row]:
-    """The rows of a run, by their numbers in its record; none where the folder has no recipe.
+    """Rows of a run, by their numbers in its record; none without a recipe.
 
     Raises:
-        DataError: The rows are others than the record is of.
+        DataError: The rows have changed since.
         RecipeError: The recipe can't be read.
     """
     if not (run / "recipe.yaml").is_file():
@@ -173,16 +171,16 @@ def rows_of(run: Path, record: Record) -> list[Row]:
     rows = used_rows(run, load_recipe(run / "recipe.yaml"))
     if record.about and digest_of(rows) != record.about:
         raise DataError(
-            f"the training rows have changed since {run} was trained, so that its record is of others: bring them "
-            "back, or train again."
+            f"the training rows have changed since {run} was trained, so its record does not match: restore them, or "
+            "train again."
         )
     return rows
 
 
 def texts_of(rows: Sequence[Row], record: Record) -> dict[str, Text]:
-    """What rows say, by their places in the record.
+    """Texts of rows, by their places in the record.
 
-    A row that was never seen is named as it is now, maybe by another path of the same file.
+    A row without a visit has its current place, which may be another path of the same file.
     """
     recorded = dict(zip(record.visits.row.tolist(), _words(record), strict=True))
     return {recorded.get(number, row.origin): text_of(row) for number, row in enumerate(rows)}

@@ -1,16 +1,16 @@
-"""Near-duplicates: rows that share most of what is peculiar to them.
+"""Near-duplicates: rows that share most of their rare shingles.
 
-Two texts are compared by their shingles, runs of eight bytes, in lower case and with single spaces: the share of those
-that both have among those that either has (Broder, "On the resemblance and containment of documents", 1997). Shingles
-that many rows have, such as those of a template, tell nothing and are left out (ours). Of large data a fixed part of
-all shingles is looked at, the same of every text, which leaves the share as it is on average (FracMinHash, Irber et al.
-2022); what is found in this way is compared whole. Texts of which this part holds nothing are found where they are
-equal.
+Texts are compared by their shingles, runs of eight bytes, in lower case and with single spaces: the number of shared
+shingles over all (Broder, "On the resemblance and containment of documents", 1997). Shingles of many rows,
+such as those of a template, are ignored (ours). Of large data a fixed part of all shingles is used, the same for every
+text, which keeps the expected share (FracMinHash, Irber et al. 2022); candidates are then compared completely. Texts
+without a shingle in this part are found only if they are equal.
 
-Eight bytes are a 64-bit number, so nothing is hashed, and the share is exact where all shingles are looked at. That is
-a few sorts in numpy; libraries of MinHash sign one text after another in Python, and give an estimate.
+Eight bytes are a 64-bit number, so nothing is hashed, and the share is exact if all shingles are used. This takes a few
+sorts in numpy. MinHash libraries sign one text after another in Python, and estimate the share; edit distances, as of
+rapidfuzz, call rows of one template alike.
 
-Shapes: N texts, W shingles of all texts, one for each text that has it.
+Shapes: N texts, W shingles, one for each text that has it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALIKE = 0.8  # share of shingles from which two rows are near-duplicates
-_COMMON, _LEAST = 0.05, 10  # a shingle of more than 5 % of the rows, and of more than ten, is left out
-_MOST = 2**22  # shingles to look at, about
-_ROUGHLY = 0.2  # by so much a share of few shingles may be off
+_COMMON, _LEAST = 0.05, 10  # a shingle of more than 5 % of the rows, and of more than ten, is ignored
+_MOST = 2**22  # shingles to use, approximately
+_ROUGHLY = 0.2  # error of a share by few shingles
 _CHUNK = 2**22  # bytes of text at a time
 _BYTES = 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -34,7 +34,7 @@ class Twins:
     """Finds near-duplicates among texts.
 
     Args:
-        texts: (N,) of these.
+        texts: (N,) texts.
 
     Example:
         >>> twins = Twins(["Name the capital of France. Paris", "name the capital of  France. Paris!", "2 + 2? 4"])
@@ -67,7 +67,7 @@ class Twins:
         self._ends = np.cumsum(self._sizes)
 
     def of(self, number: int) -> list[int]:
-        """Numbers of the texts that are nearly the same as one of them, ascending, without itself."""
+        """Numbers of the near-duplicates of a text, ascending."""
         same = set(self._equal[self._plain[number]])
         size, end = self._sizes[number], self._ends[number]
         if size:
@@ -85,10 +85,7 @@ class Twins:
 
 
 def _shingles(texts: Sequence[bytes], skip: int) -> tuple[Ints, Keys]:
-    """Shingles of all texts, each once for every text that has it: whose they are, and they; (W,) both.
-
-    All but one in 2^skip are passed over.
-    """
+    """Numbers of texts and their shingles, each once per text; (W,) both. One in 2^skip is used."""
     parts = [_of_chunk(first, chunk, skip) for first, chunk in _chunks(texts)]
     if not parts:
         return np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -97,7 +94,7 @@ def _shingles(texts: Sequence[bytes], skip: int) -> tuple[Ints, Keys]:
 
 
 def _chunks(texts: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
-    """Texts in parts of some megabytes, with the number of the first."""
+    """Texts in chunks of a few megabytes, with the number of the first."""
     first = size = 0
     for number, text in enumerate(texts):
         size += len(text)
@@ -107,7 +104,7 @@ def _chunks(texts: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
 
 
 def _of_chunk(first: int, texts: Sequence[bytes], skip: int) -> tuple[Ints, Keys]:
-    """Shingles of some texts; a shorter text is one, filled up with zeros."""
+    """Shingles of some texts; a shorter text is one shingle, padded with zeros."""
     padding = bytes(_BYTES - 1)
     data = np.frombuffer(padding.join(texts) + padding, dtype=np.uint8).astype(np.uint64)
     count = len(data) - len(padding)

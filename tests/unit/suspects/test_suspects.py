@@ -53,7 +53,7 @@ def test_the_dearest_come_first(run):
     assert (first.place, second.place) == (f"{path}:6", f"{path}:10")
     assert first.text == (RECORDS[5]["prompt"], RECORDS[5]["completion"])
     assert first.score > second.score > 3
-    assert re.search(r"^cost 4.00 nats a token on average over 2 visits, where \d.\d\d was usual; ", first.reason)
+    assert re.search(r"^loss 4.00 nats per token on average over 2 visits, where \d.\d\d was usual; ", first.reason)
     assert first.reason.endswith(f"{path}:31 has the same prompt and another completion")
     assert second.duplicates == (f"{path}:32",)
     assert first.duplicates == ()
@@ -91,7 +91,7 @@ def two_sources(base, tmp_path, monkeypatch):
 def test_rows_are_compared_with_those_of_their_source(two_sources):
     (found,) = suspects(two_sources(1, source=["easy"] * 30 + ["hard"] * 10))
     assert found.place.endswith("0.jsonl:4")
-    assert re.search(r"^cost 4.00 nats a token in step \d+, where 1.0\d was usual", found.reason)
+    assert re.search(r"^loss 4.00 nats per token in step \d+, where 1.0\d was usual", found.reason)
     assert found.reason.endswith(" was usual for rows of easy")
 
 
