@@ -95,7 +95,7 @@ def test_other_methods_train_on_single_rows():
     check(Recipe(train="rows.jsonl", method="ist", batch_size=1))
 
 
-@pytest.mark.parametrize(("method", "warnings"), [(GAST(), 1), (GREATS(), 1), (GAST(select=1.0), 0)])
+@pytest.mark.parametrize(("method", "warnings"), [(GREATS(), 1), (GAST(select=1.0), 0)])
 def test_a_trainer_warns_once(tmp_path, caplog, method, warnings):
     with caplog.at_level(logging.WARNING):
         train(tmp_path, method, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2)

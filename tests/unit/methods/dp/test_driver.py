@@ -37,7 +37,6 @@ MODELS = {
     "parallel": ADAPTED["parallel on both, opt"],
     "whole layers": opened,
 }
-every_model = pytest.mark.parametrize("kind", MODELS)
 every_case = pytest.mark.parametrize(
     ("kind", "clipping"),
     [("lora", "layer"), ("lora gpt2", "flat"), ("dora", "layer"), ("parallel", "flat"), ("whole layers", "layer")],

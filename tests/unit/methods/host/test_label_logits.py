@@ -30,10 +30,9 @@ class Positions:
     ("others", "accumulate"),
     [
         (lambda: [], 1),
-        (lambda: [GAST(select=2, support="rest")], 2),
         (lambda: [IST(active=0.5, interval=2, score_batch_size=4), GAST(select=2, support_size=3)], 2),
     ],
-    ids=["dense", "gast", "ist+gast"],
+    ids=["dense", "ist+gast"],
 )
 def test_a_trainer_learns_the_same(tmp_path, others, accumulate):
     settings = {"gradient_accumulation_steps": accumulate, "max_steps": 4}
