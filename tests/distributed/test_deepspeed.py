@@ -21,7 +21,7 @@ pytestmark = [
 
 KINDS = [f"{kind}, {way}" for kind in ("dora", "series", "parallel", "ia3") for way in ("ddp", "zero3")]
 
-# name, settings and way of a run, and whether it goes on from its own checkpoint
+# name, settings and way of a run, and whether it resumes from its own checkpoint
 LOOKS_AT = {
     "test_stages_1_and_2_change_no_bit": [("plain", way, False) for way in ("ddp", "zero1", "zero2")],
     "test_stage_3_divides_the_base_alone": [("plain", way, False) for way in ("ddp", "zero3")],

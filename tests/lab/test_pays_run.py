@@ -1,4 +1,4 @@
-"""The runner of pays: jobs from a command line, every kind of method on a tiny model, going on where it stopped."""
+"""The runner of pays: jobs from a command line, every kind of method on a tiny model, and a second call."""
 
 import hashlib
 import json

@@ -102,7 +102,7 @@ def test_a_step_is_that_of_the_kept_rows_alone(tmp_path, kept):
 
 
 def test_a_batch_of_which_nothing_is_kept_changes_nothing(tmp_path):
-    """Not even through Adam's moments, and the steps go on."""
+    """Not even through Adam's moments, and the steps continue."""
     start = weights(adapted().double())
     model, trainer, steps, _ = subset_run(tmp_path, Fixed(), optim="adamw_torch", weight_decay=0.1)
     assert trainer.state.global_step == 3

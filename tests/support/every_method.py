@@ -113,7 +113,7 @@ def trained(
         name: The method.
         shard: Divide the base among the ranks.
         model: What is trained; `adapted()` if not given.
-        settings: For the Trainer, and `resume`, a checkpoint to go on from, and `also`, further callbacks.
+        settings: For the Trainer, and `resume`, a checkpoint to resume from, and `also`, further callbacks.
     """
     methods, gradients, model = built(name), FirstGradients(), model or adapted()
     if shard:

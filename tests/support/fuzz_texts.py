@@ -7,7 +7,7 @@ from support.tokenizer import CHATML
 
 
 def some(pairs, count, generator):
-    """So many of them, or all."""
+    """A sample of them, or all."""
     pairs = list(pairs)
     return generator.sample(pairs, min(count, len(pairs)))
 

@@ -111,7 +111,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def tensor_specs(path: Path) -> dict[str, TensorSpec]:
-    """What the header of a tensor file says, read as a stranger's."""
+    """The header of a tensor file, read as untrusted."""
     with open_tensors(path) as file:
         return file.specs
 

@@ -1,4 +1,4 @@
-"""Examples in docstrings run as they stand, on the tiny models that `names` gives them."""
+"""Examples in docstrings run as is, on the tiny models that `names` gives them."""
 
 import doctest
 import inspect

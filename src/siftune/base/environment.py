@@ -23,7 +23,7 @@ def _version(package: str) -> str:
 
 
 def hardware() -> str:
-    """The machine in words: its accelerator, or its processor and the threads in use."""
+    """The machine as text: its accelerator, or its processor and the threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_processor()}, {torch.get_num_threads()} threads"

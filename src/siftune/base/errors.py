@@ -9,7 +9,7 @@
         ├── AdapterError        adapters that are missing or of a kind that a method cannot use
         ├── KitError            a kit or a return that is damaged, forged, or does not fit
         ├── UnsupportedError    a combination that a method refuses
-        └── TrainingError       training that cannot go on: a loss of NaN, a full disk
+        └── TrainingError       training that cannot continue: a loss of NaN, a full disk
 
 Every message says what was found, where, and what to do.
 """
@@ -65,4 +65,4 @@ class UnsupportedError(InputError):
 
 
 class TrainingError(InputError):
-    """Training cannot go on; what was saved before stays intact."""
+    """Training cannot continue; saved files stay intact."""

@@ -38,7 +38,7 @@ def jsonable(value: Any, digits: int | None = None) -> Any:
 
 
 def finite(value: Any) -> float:
-    """A number from JSON that may be a stranger's: one that can be drawn.
+    """A number from untrusted JSON that can be drawn.
 
     Raises:
         ValueError, TypeError: It is none, not finite, or beyond all measure.

@@ -6,7 +6,7 @@ torchrun, `accelerate launch` and `siftune train --processes` set the same varia
 import os
 
 TOLD_BY_PARENT = "SIFTUNE_TOLD_BY_PARENT"  # set where the process that started this one says why it failed
-LEFT_ALONE = "another process of the run ended, and this one cannot go on without it"
+LEFT_ALONE = "another process of the run ended, and this one cannot continue without it"
 
 
 def launch_size() -> int:

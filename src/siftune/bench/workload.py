@@ -65,5 +65,5 @@ class Workload(Validated):
         return resolve_recipe(Recipe(method=name, out=out, **fields))
 
     def labels(self) -> int:
-        """Learned tokens in a row."""
+        """Label tokens in a row."""
         return max(1, round(self.label_share * self.length))

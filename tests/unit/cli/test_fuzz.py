@@ -87,7 +87,7 @@ def cases(sound):
 
 
 def prepared(place, command):
-    """The run as it was; for what goes on with it, as if it had been killed in its third step."""
+    """The run as it was; for commands that resume it, as if it had been killed in its third step."""
     run = place / "run"
     for folder in (run, place / "out"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`siftune sweep-lr` from the command line: what is shown, what is left, and how it goes on."""
+"""`siftune sweep-lr` from the command line: its output, its folder, and a second call."""
 
 import json
 import re

@@ -175,7 +175,7 @@ def test_nothing_is_saved_for_inactive_adapters_above():
     assert saved_bytes(model, inputs) > saved_bytes(frozen, inputs)
 
 
-@pytest.mark.parametrize("embeddings", [False, True])  # which train, so that backward goes on below the lowest layer
+@pytest.mark.parametrize("embeddings", [False, True])  # which train, so that backward continues below the lowest layer
 def test_zeros_are_delivered_where_a_reducer_waits(embeddings):
     model = adapted()
     model.get_input_embeddings().weight.requires_grad_(embeddings)

@@ -1,4 +1,4 @@
-"""Lightning's Trainer trains to the bit what a plain loop with `attach` does, and goes on from its own checkpoints."""
+"""Lightning's Trainer trains to the bit what a plain loop with `attach` does, and resumes from its own checkpoints."""
 
 import doctest
 from types import SimpleNamespace

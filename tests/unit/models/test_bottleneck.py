@@ -158,7 +158,7 @@ def test_sublayers_are_where_they_are_by_hand(family):
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("llama", {"targets": ["q_proj"]}, "targets names q_proj, but bottlenecks go on attention and mlp"),
+        ("llama", {"targets": ["q_proj"]}, "targets names q_proj, but bottlenecks belong on attention and mlp"),
         (
             "llama",
             {"init": "pissa"},

@@ -120,7 +120,7 @@ def test_figures_tell_what_is_under_the_pointer(browser, report):
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
     """A run whose name, settings, rows and answers are an attack."""
-    folder = tmp_path_factory.mktemp("stranger") / "<img src=x onerror=alert(1)>"
+    folder = tmp_path_factory.mktemp("untrusted") / "<img src=x onerror=alert(1)>"
     run = save_run(folder, "gast", steps=6, model=ATTACK, train=ATTACK, eval=ATTACK)
     save_eval(run, answers=(Answer(ATTACK, ATTACK, ATTACK, ATTACK, False, True),))
     return run

@@ -31,7 +31,7 @@ def titles(*folders):
 
 
 def eval_json(rows, more=""):
-    """A record as a stranger might write it."""
+    """An untrusted record."""
     metric = f'{{"metric": "choices", "base": 0.5, "rows": {rows}}}'
     return f'[{{"data": "x", "rows": 1, "level": 0.9, "answers": [], "metrics": [{metric}{more}]}}]'
 

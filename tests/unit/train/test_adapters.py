@@ -1,4 +1,4 @@
-"""How an adapter begins: what is saved fits the base as it is, and a run goes on with what was trained before."""
+"""How an adapter begins: what is saved fits the base as it is, and a run continues with a trained adapter."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, also inside a save, and go on, end as if nothing had been."""
+"""Runs that are killed at any moment, also inside a save, continue and end as uninterrupted ones."""
 
 import json
 import os

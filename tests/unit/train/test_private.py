@@ -1,4 +1,4 @@
-"""Private runs: what a step is, what they leave behind, going on, and what they refuse."""
+"""Private runs: what a step is, their folder, resuming, and refusals."""
 
 import json
 from dataclasses import replace

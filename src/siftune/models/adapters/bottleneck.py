@@ -215,7 +215,7 @@ def parallel(model: nn.Module, shape: Shape) -> BottleneckConfig:
 def _config(model: nn.Module, shape: Shape, parts: Sequence[str], parallel: bool) -> BottleneckConfig:
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise AdapterError(f"targets names {unknown[0]}, but bottlenecks go on {' and '.join(PARTS)}: name these")
+        raise AdapterError(f"targets names {unknown[0]}, but bottlenecks belong on {' and '.join(PARTS)}: name these")
     places = [place.writes for place in find_sublayers(model) if place.part in parts]
     if not places:
         raise AdapterError(

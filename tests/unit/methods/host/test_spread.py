@@ -72,6 +72,6 @@ def test_ddp_of_one_process_gets_the_gradients_that_it_waits_for(alone):
     model = adapted()
     spread = DistributedDataParallel(model)
     with RST(active=0.5).attach(model) as chosen:
-        for _ in range(3):  # it tells of one that is missing at the next step
+        for _ in range(3):  # it reports a missing one at the next step
             spread(**batch(model)).loss.backward()
             chosen.step()

@@ -1,4 +1,4 @@
-"""Models larger than memory: the kit is the same, one layer is there at a time, and a killed run goes on."""
+"""Models larger than memory: the kit is the same, one layer is there at a time, and a killed run continues."""
 
 import os
 import signal

@@ -76,7 +76,7 @@ def test_the_cheap_look(sound, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(content)
     assert not is_kit(tmp_path / "other")
-    assert is_kit(tmp_path / "damaged"), "it shall be read, and complained about, as a kit"
+    assert is_kit(tmp_path / "damaged"), "it must be read and refused as a kit"
     assert not is_kit(tmp_path)
     assert not is_kit(tmp_path / "missing")
     assert not is_kit(sound.path / "config.json")

@@ -165,7 +165,7 @@ def parts_of(**parts):
 
 
 def refused(whole, words, vocabulary=320):
-    """From the whole file, as a stranger's kit has it: the sentence is in the words, and nothing is run for it."""
+    """From the complete file of an untrusted kit: the text has the sentence, and nothing is run for it."""
     files = tokenizer_files(byte_tokenizer()) | {"tokenizer.json": json.dumps(whole).encode()}
     with pytest.raises(KitError, match=words) as caught:
         make_tokenizer(files, vocabulary)

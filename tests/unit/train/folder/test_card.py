@@ -33,7 +33,7 @@ def licensed(tmp_path_factory):
 
 
 def run_code(card, folder):
-    """Run the card's code as it stands, in another folder and with names of its own; what it prints and makes."""
+    """Run the card's code as is, in another folder and with names of its own; what it prints and makes."""
     names: dict = {"__name__": "card"}
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):

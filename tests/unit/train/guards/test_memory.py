@@ -1,4 +1,4 @@
-"""Where memory runs out: the sentence, and a run that goes on with fewer rows in a pass and as many in a step."""
+"""Out of memory: the message, and a run that continues with fewer rows in a pass and as many in a step."""
 
 import json
 

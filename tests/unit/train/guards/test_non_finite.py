@@ -98,7 +98,7 @@ def test_a_run_whose_last_steps_were_left_out_is_not_done(base, rows, tmp_path, 
     interfere(break_rows({5, 6}))
     with pytest.raises(TrainingError, match="The last steps, 5 and 6"):
         train(recipe(base, rows, tmp_path / "two", method="dense"), QUIET)
-    with pytest.raises(TrainingError, match=r"The last steps, 5 and 6"):  # nor by going on from its end
+    with pytest.raises(TrainingError, match=r"The last steps, 5 and 6"):  # nor by continuing from its end
         train(recipe(base, rows, tmp_path / "two", method="dense", resume=True), QUIET)
 
 

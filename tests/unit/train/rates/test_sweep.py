@@ -1,4 +1,4 @@
-"""A learning-rate sweep: its runs are those of `train`, it goes on where it was, and it refuses what does not fit."""
+"""A learning-rate sweep: its runs are those of `train`, a second call continues it, and other settings are refused."""
 
 import gc
 import json
@@ -126,7 +126,7 @@ def test_a_base_model_without_a_loss_is_refused(plain, tmp_path, monkeypatch):
         swept(plain, grid("dense"), tmp_path / "sweep")
 
 
-# --- going on ---
+# --- a second call ---
 
 
 def test_a_sweep_that_was_cut_does_only_the_rest(plain, tmp_path):
