@@ -70,12 +70,12 @@ def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> 
         [953, 47]
     """
     excluded = set(row_texts(trained))
-    texts, places = row_texts(rows), _places(rows, "held out")
+    texts, places = row_texts(rows), _places(rows)
     out = [place < share and text not in excluded for text, place in zip(texts, places, strict=True)]
     return [row for row, is_out in zip(rows, out, strict=True) if not is_out], list(compress(rows, out))
 
 
-def _places(rows: Sequence[Row], use: str) -> list[float]:
-    """Compute places of rows in [0, 1), different for every use."""
-    digests = (hashlib.sha256(use.encode() + b"\0" + row).digest() for row in row_texts(rows))
+def _places(rows: Sequence[Row]) -> list[float]:
+    """Compute places of rows in [0, 1) from their texts."""
+    digests = (hashlib.sha256(b"held out\0" + row).digest() for row in row_texts(rows))
     return [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]

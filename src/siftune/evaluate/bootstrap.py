@@ -1,10 +1,10 @@
-"""Intervals for models that were measured on the same rows.
+"""Intervals for models measured on the same rows.
 
 The bootstrap draws rows, not results: each resample takes R rows with replacement, and all models are compared on
-exactly these. What makes a row hard for all of them then cancels, so the interval of a difference is narrower than that
-of two separate measurements. Every figure (a mean, a difference, a share of a gain) is a function of the models' means,
-so the rows are drawn once and every figure is computed from the same draws. Intervals are percentile intervals (Efron &
-Tibshirani, *An Introduction to the Bootstrap*, 1993, ch. 13).
+exactly these. The difficulty of a row, which all share, then cancels. So the interval of a difference is narrower
+than that of two separate measurements. Every figure (a mean, a difference, a share of a gain) is a function of the
+models' means, so the rows are drawn once and every figure is computed from the same draws. Intervals are percentile
+intervals (Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, ch. 13).
 
 Rows may carry different weight, as numbers of tokens do: a mean is then a ratio of two sums, and both sums are drawn
 again in each resample.
@@ -12,8 +12,8 @@ again in each resample.
 A ratio whose denominator may be zero has no bounded interval (Fieller, JRSS B 16, 1954). So a share here has a value
 only where its denominator is above zero, and an interval only where the whole interval of the denominator is (ours).
 
-Two ways to draw, one engine: `paired_bootstrap` draws the rows' numbers, `resample` how often each row comes. They are
-the same in distribution; each keeps its stream of random numbers, so that intervals stay what they were.
+There are two ways to draw: `paired_bootstrap` draws the rows' numbers, `resample` the number of times of each row. They
+are equal in distribution; each has its own stream of random numbers, so that recorded intervals stay reproducible.
 
 Shapes: R rows, N resamples, C columns (models, and the weights last), V kinds of rows.
 """
@@ -32,10 +32,10 @@ _CELLS = 2_000_000  # drawn numbers held at a time: 16 MB
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are drawn.
+    """Settings of the bootstrap.
 
     Attributes:
-        resamples: How many times the rows are drawn, with replacement.
+        resamples: Number of times that the rows are drawn, with replacement.
         level: Coverage of the intervals, between 0 and 1.
         seed: Seed of the draws; the same seed gives the same intervals.
     """
@@ -59,8 +59,8 @@ class Estimate:
     """A figure and the interval around it.
 
     Attributes:
-        value: The figure on the rows themselves; None where it is not defined.
-        low: Lower bound; None where there is no bounded interval.
+        value: The figure on the rows themselves; None if undefined.
+        low: Lower bound; None if there is no bounded interval.
         high: Upper bound.
     """
 
@@ -71,12 +71,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Means:
-    """The mean of every model, on the rows themselves and on resampled rows.
+    """Mean of every model, on the rows themselves and on resampled rows.
 
     Attributes:
         point: Model -> its mean.
         draws: Model -> (N,) its mean on each resample; a resample has the same rows for every model.
-        bootstrap: How they were drawn.
+        bootstrap: Settings of the draws.
     """
 
     point: Mapping[str, float]
@@ -84,7 +84,7 @@ class Means:
     bootstrap: Bootstrap
 
     def mean(self, name: str) -> Estimate:
-        """A model's mean."""
+        """Mean of a model."""
         return Estimate(self.point[name], *self.bootstrap.interval(self.draws[name]))
 
     def difference(self, a: str, b: str, transform: Transform | None = None) -> Estimate:
@@ -95,7 +95,7 @@ class Means:
         return Estimate(float(points[0] - points[1]), *bounds)
 
     def share(self, a: str, b: str, whole: str) -> Estimate:
-        """(a − b) / (whole − b): how much of the way from b to `whole` a has come."""
+        """(a − b) / (whole − b): the share of the difference of b and `whole` that a reaches."""
         part, all_of_it = self.point[a] - self.point[b], self.point[whole] - self.point[b]
         if all_of_it <= 0:
             return Estimate()
@@ -122,7 +122,7 @@ def paired_bootstrap(
     Args:
         base: (R,) values of the base model.
         tuned: (R,) values of the tuned model on the same rows in the same order.
-        bootstrap: How to draw.
+        bootstrap: Settings of the draws.
         weights: (R,) at least 0 and not all 0; None for 1 each.
         transform: The function f, applied elementwise; None for the identity.
 
@@ -148,7 +148,7 @@ def resample(
     Args:
         values: Model -> (R,) its values, on the same rows in the same order.
         weights: (R,) at least 0 and not all 0, such as numbers of tokens; None for 1 each.
-        bootstrap: How to draw.
+        bootstrap: Settings of the draws.
 
     Raises:
         ValueError: No models or rows, shapes that differ, or a value that isn't finite.
@@ -162,15 +162,15 @@ def resample(
 
 
 def drawn_counts(counts_V: NDArray[np.int64], resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Draw as many rows as there are, with replacement, and count them by kind.
+    """Draw all rows with replacement, and count them by kind.
 
     Args:
-        counts_V: How many rows there are of each kind; all ones where every row is a kind of its own.
-        resamples: How many times.
+        counts_V: Number of rows of each kind; all ones if every row is a kind of its own.
+        resamples: Number of draws.
         rng: Source of the draws.
 
     Yields:
-        (resamples of this chunk, V) how many rows of each kind were drawn.
+        (resamples of this chunk, V) number of drawn rows of each kind.
     """
     rows = int(counts_V.sum())
     for size in _chunks(resamples, len(counts_V)):
@@ -185,7 +185,7 @@ def _drawn_rows(rows: int, bootstrap: Bootstrap) -> Iterator[NDArray[np.int64]]:
 
 
 def _chunks(resamples: int, width: int) -> Iterator[int]:
-    """Divide the resamples so that no more than `_CELLS` numbers are held at a time."""
+    """Divide the resamples so that at most `_CELLS` numbers are in memory at a time."""
     chunk = max(1, _CELLS // width)
     for start in range(0, resamples, chunk):
         yield min(chunk, resamples - start)

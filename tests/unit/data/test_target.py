@@ -76,7 +76,7 @@ def test_what_differs_in_anything_that_is_learned_has_a_place_of_its_own():
     longer = {"messages": [*turns, {"role": "assistant", "content": "b"}]}
     unlearned = {"prompt": turns, "completion": "b"}
     found = [rows_from([record])[0] for record in (talk, *others, longer, unlearned)]
-    places = target._places(found, "x")
+    places = target._places(found)
     assert places[0] == places[1]
     assert len(set(places)) == 4
 
