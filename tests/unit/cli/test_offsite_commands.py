@@ -171,7 +171,7 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
     usual = {"--model": half, "--calibration": rows, "--out": tmp_path / "kit", "--first": 1, "--last": 1}
     for flags, words in [
         ({"--model": tmp_path / "none"}, f"model folder {tmp_path}/none does not exist"),
-        ({"--model": parties / "kit"}, f"{parties}/kit holds a kit, not a whole model"),
+        ({"--model": parties / "kit"}, f"{parties}/kit holds a kit"),
         ({"--calibration": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
         ({"--out": tmp_path / "used"}, f"{tmp_path}/used is not empty; give another folder with --out."),
         ({"--out": few}, "cannot be written to (Not a directory)"),
