@@ -55,7 +55,7 @@ def snapshot(model: nn.Module) -> dict:
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(indices=st.sets(st.integers(0, 3)), factor=st.sampled_from([0.0, 0.25, 0.7, 1.0, 2.0]))
 def test_suppress_equals_the_oracle(models, name, indices, factor):
     model = models(name)
@@ -82,15 +82,6 @@ def models():
         return built[name]
 
     return get
-
-
-@pytest.mark.parametrize("name", ADAPTED)
-def test_factor_zero_everywhere_is_the_base_model(models, name):
-    model = models(name)
-    with suppress(group_by_layer(model), range(4), 0.0):
-        damped = logits(model)
-    with model.disable_adapter():
-        assert torch.allclose(damped, logits(model), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["lora patterns", "dora", "lora and dora"])
