@@ -3,7 +3,7 @@
     python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out FILE
     python -m lab.calibration_leak --report FILE
 
-The attacker has the base and the kit (`siftune.offsite.audit.calibration_attack`), and in the second column a kit of
+The attacker has the base and the kit (`siftune.offsite.audits.calibration_attack`), and in the second column a kit of
 his own, of the same settings, from as many other rows of the owner's source. A *set* says which rows calibrate:
 
     own-N              N rows of the owner's
@@ -48,9 +48,9 @@ from siftune.evaluate.bootstrap import Bootstrap, Estimate, paired_bootstrap
 from siftune.evaluate.likelihood import perplexity
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
-from siftune.offsite.audit.calibration_attack import KINDS, Compared, compared, row_residuals
-from siftune.offsite.audit.membership import measure_attack
-from siftune.offsite.audit.rows import token_rows
+from siftune.offsite.audits.calibration_attack import KINDS, Compared, compared, row_residuals
+from siftune.offsite.audits.membership import measure_attack
+from siftune.offsite.audits.rows import token_rows
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble, materialise
 from siftune.offsite.emulator.compress import LayerCurvature, compress_layer, layer_curvature
 from siftune.offsite.emulator.make import emulators

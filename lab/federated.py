@@ -46,8 +46,8 @@ from siftune.data.rows import rows_from
 from siftune.data.tasks import split
 from siftune.evaluate.bootstrap import Bootstrap, resample
 from siftune.models.load import load_model
-from siftune.offsite.audit.rows import AuditRows, score_rows, tokenize_audit
-from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audits.rows import AuditRows, score_rows, tokenize_audit
+from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.emulate import emulate

@@ -4,7 +4,7 @@
     python -m lab.lira_epsilon --report FILE
 
 The strongest attacker that `siftune audit` knows, and more: the shadow models are trained by the same command, with the
-same ε and settings, on halves of the same rows (`siftune.offsite.audit.lira`). A random llama of 4 layers, rows of
+same ε and settings, on halves of the same rows (`siftune.offsite.audits.lira`). A random llama of 4 layers, rows of
 random letters, LoRA in all layers. Each of `--models` models is the one in question in turn, and the others are its
 shadows, so that the AUC of a row of the table is a mean over them; the range is over them, too. Without ε it is
 `--method dense`, with the same steps and rate. A finished model adds a line of JSON to FILE.
@@ -29,9 +29,9 @@ from siftune.base.environment import versions
 from siftune.cli.subjects import find_subject, load_subject
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
-from siftune.offsite.audit.lira import confidence, halves, lira
-from siftune.offsite.audit.membership import auc, tpr
-from siftune.offsite.audit.rows import score_losses
+from siftune.offsite.audits.lira import confidence, halves, lira
+from siftune.offsite.audits.membership import auc, tpr
+from siftune.offsite.audits.rows import score_losses
 from siftune.recipe.schema import Recipe
 from siftune.report.table import Table, markdown_table
 from siftune.train.run import train

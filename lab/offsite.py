@@ -42,10 +42,10 @@ from siftune.data.tasks import split
 from siftune.data.tokens import tokenize_rows
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
-from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient
-from siftune.offsite.audit.models import OffsiteModels, Tuning, kept_fraction, plugged, read_outer, tuned
-from siftune.offsite.audit.rows import AuditRows, RowScores, score_rows, tokenize_audit
-from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audits.models import OffsiteModels, Tuning, kept_fraction, plugged, read_outer, tuned
+from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokenize_audit
+from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings

@@ -10,9 +10,9 @@ from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
 from siftune.data.rows import rows_from
-from siftune.offsite.audit.models import OffsiteModels
-from siftune.offsite.audit.rows import tokenize_audit
-from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audits.models import OffsiteModels
+from siftune.offsite.audits.rows import tokenize_audit
+from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_config
 
 SPLIT = Split(1, 1)

@@ -18,8 +18,8 @@ import siftune.integrations.groups
 import siftune.methods.greats
 import siftune.offsite
 from siftune.data.rows import rows_from
-from siftune.offsite.audit.models import OffsiteModels
-from siftune.offsite.audit.rows import tokenize_audit
+from siftune.offsite.audits.models import OffsiteModels
+from siftune.offsite.audits.rows import tokenize_audit
 from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.returned import read_return, write_return

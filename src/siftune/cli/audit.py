@@ -8,7 +8,7 @@ from rich.console import Console
 
 from siftune.base.settings import CONFIG
 from siftune.cli.options import Flag
-from siftune.offsite.audit.settings import AuditOptions
+from siftune.offsite.audits.settings import AuditOptions
 
 
 @dataclass(config=CONFIG)
@@ -35,7 +35,7 @@ def run(options: Options) -> dict[str, Any]:
     from rich.markdown import Markdown
 
     from siftune.base.stages import stages
-    from siftune.offsite.audit.run import audit_paths, own_audit_paths
+    from siftune.offsite.audits.run import audit_paths, own_audit_paths
     from siftune.report.audit import markdown, prepare_folder, write_audit
 
     if options.out is not None:

@@ -10,7 +10,7 @@ from siftune.base.settings import CONFIG, Count
 from siftune.offsite.exchange.calibration import CalibrationOptions
 
 if TYPE_CHECKING:
-    from siftune.offsite.audit.sweep import SweepGrid
+    from siftune.offsite.audits.sweep import SweepGrid
 
 
 @dataclass(kw_only=True, config=CONFIG)
@@ -43,7 +43,7 @@ class Options(CalibrationOptions):
 
     def grid(self) -> "SweepGrid":
         """The emulators to compare."""
-        from siftune.offsite.audit.sweep import SweepGrid
+        from siftune.offsite.audits.sweep import SweepGrid
         from siftune.offsite.emulator.model import Split
 
         return SweepGrid(
@@ -62,7 +62,7 @@ def run(options: Options) -> dict[str, Any]:
     options.check()
     from siftune.base.files import new_folder
     from siftune.base.stages import stages
-    from siftune.offsite.audit.sweep import sweep
+    from siftune.offsite.audits.sweep import sweep
     from siftune.offsite.exchange.calibration import batches_of, calibration_and_held_out, load_base
     from siftune.report.sweep import table, to_dict, write_sweep
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import writable_folder, write_beside
 from siftune.evaluate.bootstrap import Estimate
-from siftune.offsite.audit.calibration_attack import CalibrationLeak
-from siftune.offsite.audit.gradients import GradientCosine
-from siftune.offsite.audit.membership import Attack, Membership
-from siftune.offsite.audit.result import LABELS, Audit, RecoveryPoint
-from siftune.offsite.audit.run import AFTER_TRAINING, OwnAudit, audit_run
+from siftune.offsite.audits.calibration_attack import CalibrationLeak
+from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.membership import Attack, Membership
+from siftune.offsite.audits.result import LABELS, Audit, RecoveryPoint
+from siftune.offsite.audits.run import AFTER_TRAINING, OwnAudit, audit_run
 from siftune.recipe.schema import Recipe, resolve_recipe, train_files
 from siftune.report.table import Table, markdown_table
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from siftune.base.jsonable import finite
-from siftune.offsite.audit.result import LABELS
+from siftune.offsite.audits.result import LABELS
 from siftune.offsite.kit.manifest import EMULATOR, OUTER, Manifest
 from siftune.report.charts import Point, Scale, listed_points
 from siftune.report.heat import Cells, heat_map

@@ -8,7 +8,7 @@ from typing import Any
 
 from siftune.base.errors import InputError
 from siftune.base.jsonable import finite, jsonable
-from siftune.offsite.audit.sweep import SweepPoint, front
+from siftune.offsite.audits.sweep import SweepPoint, front
 from siftune.report.audit import shown
 from siftune.report.charts import Point, Scale, scatter
 from siftune.report.parts import Cell, Grid, Section, slug

@@ -7,8 +7,8 @@ from support.commands import error_of, siftune
 from support.tiny_run import save_rows
 
 from siftune.base.errors import DataError
-from siftune.offsite.audit.run import audit_paths, audit_run, own_audit_paths
-from siftune.offsite.audit.settings import AuditOptions
+from siftune.offsite.audits.run import audit_paths, audit_run, own_audit_paths
+from siftune.offsite.audits.settings import AuditOptions
 from siftune.recipe.schema import Recipe
 from siftune.report.audit import before_it_is_sent
 

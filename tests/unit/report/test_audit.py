@@ -7,12 +7,12 @@ import pytest
 
 from siftune.base.errors import RecipeError
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
-from siftune.offsite.audit.gradients import GradientCosine
-from siftune.offsite.audit.membership import Attack, Membership
-from siftune.offsite.audit.models import Kept
-from siftune.offsite.audit.result import LABELS, Audit, summarise
-from siftune.offsite.audit.rows import RowScores
-from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.membership import Attack, Membership
+from siftune.offsite.audits.models import Kept
+from siftune.offsite.audits.result import LABELS, Audit, summarise
+from siftune.offsite.audits.rows import RowScores
+from siftune.offsite.audits.settings import AuditSettings
 from siftune.report import audit as page
 from siftune.report.audit import markdown, write_audit
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from siftune.evaluate.bootstrap import Estimate
-from siftune.offsite.audit.calibration_attack import CalibrationLeak
-from siftune.offsite.audit.membership import Attack, Membership
-from siftune.offsite.audit.result import RecoveryPoint
+from siftune.offsite.audits.calibration_attack import CalibrationLeak
+from siftune.offsite.audits.membership import Attack, Membership
+from siftune.offsite.audits.result import RecoveryPoint
 from siftune.report.audit import (
     calibration_section,
     membership_section,

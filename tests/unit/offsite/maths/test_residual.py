@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.offsite.audit.calibration_attack import residuals
+from siftune.offsite.audits.calibration_attack import residuals
 
 
 @given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))

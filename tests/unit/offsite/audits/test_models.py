@@ -5,8 +5,8 @@ import torch
 from support.audits import QUICK, SETTINGS, SPLIT, TOKENIZER, base, models, rows, same, shorter, snapshot
 
 from siftune.base.errors import DataError, KitError, LayerError, RecipeError, TrainingError
-from siftune.offsite.audit.models import OffsiteModels, plugged, random_floor, read_outer, restored
-from siftune.offsite.audit.run import audit
+from siftune.offsite.audits.models import OffsiteModels, plugged, random_floor, read_outer, restored
+from siftune.offsite.audits.run import audit
 from siftune.offsite.emulator.model import Split, outer_names
 
 

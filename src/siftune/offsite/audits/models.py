@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from siftune.base.errors import KitError
 from siftune.models.layers import find_layers
 from siftune.models.modules import flags_restored
-from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.model import Split, outer_names
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.train.build import build

@@ -7,7 +7,7 @@ from support.oracles import gradients, row_of
 from support.tiny import batch, tiny
 
 from siftune.base.errors import LayerError
-from siftune.offsite.audit.gradients import (
+from siftune.offsite.audits.gradients import (
     OuterGradient,
     cosine,
     gradient_cosine,

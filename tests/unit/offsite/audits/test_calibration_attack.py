@@ -8,7 +8,7 @@ from support.emulators import FAMILIES, base, calibration, emulator
 from siftune.evaluate.bootstrap import Bootstrap
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.audit.calibration_attack import attack_calibration, compared, row_residuals
+from siftune.offsite.audits.calibration_attack import attack_calibration, compared, row_residuals
 from siftune.offsite.emulator.model import Split, weight_OI
 
 SPLIT = Split(1, 1)

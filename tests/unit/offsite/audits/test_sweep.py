@@ -12,10 +12,10 @@ from support.emulators import base, calibration
 
 from siftune.base.errors import InputError, RecipeError
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
-from siftune.offsite.audit import sweep as module
-from siftune.offsite.audit.calibration_attack import attack_calibration
-from siftune.offsite.audit.gradients import gradient_cosine
-from siftune.offsite.audit.sweep import SweepGrid, SweepPoint, front, sweep
+from siftune.offsite.audits import sweep as module
+from siftune.offsite.audits.calibration_attack import attack_calibration
+from siftune.offsite.audits.gradients import gradient_cosine
+from siftune.offsite.audits.sweep import SweepGrid, SweepPoint, front, sweep
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Split

@@ -10,12 +10,12 @@ from support.audits import QUICK, SPLIT, TOKENIZER, losses, models, rows, same, 
 
 from siftune.base.errors import DataError, KitError, RecipeError
 from siftune.data.rows import rows_from
-from siftune.offsite.audit import stages
-from siftune.offsite.audit.lira import halves
-from siftune.offsite.audit.models import OffsiteModels, Tuning, read_outer, tuned
-from siftune.offsite.audit.rows import AuditRows, tokenize_audit
-from siftune.offsite.audit.run import audit, own_audit
-from siftune.offsite.audit.settings import AuditOptions, AuditSettings
+from siftune.offsite.audits import stages
+from siftune.offsite.audits.lira import halves
+from siftune.offsite.audits.models import OffsiteModels, Tuning, read_outer, tuned
+from siftune.offsite.audits.rows import AuditRows, tokenize_audit
+from siftune.offsite.audits.run import audit, own_audit
+from siftune.offsite.audits.settings import AuditOptions, AuditSettings
 
 LEARNT = replace(QUICK, steps=30, lr=1e-2, batch_size=8)
 

@@ -31,9 +31,9 @@ from siftune.base.files import Progress
 from siftune.base.jsonable import jsonable
 from siftune.data.read import load_rows
 from siftune.models.load import load_model
-from siftune.offsite.audit.gradients import GradientCosine, gradient_cosine
-from siftune.offsite.audit.membership import Membership
-from siftune.offsite.audit.models import (
+from siftune.offsite.audits.gradients import GradientCosine, gradient_cosine
+from siftune.offsite.audits.membership import Membership
+from siftune.offsite.audits.models import (
     OffsiteModels,
     check_models,
     kept_fraction,
@@ -43,7 +43,7 @@ from siftune.offsite.audit.models import (
     read_outer,
     tuned,
 )
-from siftune.offsite.audit.result import (
+from siftune.offsite.audits.result import (
     EMULATOR_FT,
     EMULATOR_ZS,
     FLOOR,
@@ -55,7 +55,7 @@ from siftune.offsite.audit.result import (
     RecoveryPoint,
     summarise,
 )
-from siftune.offsite.audit.rows import (
+from siftune.offsite.audits.rows import (
     AuditRows,
     RowScores,
     accuracy_name,
@@ -64,8 +64,8 @@ from siftune.offsite.audit.rows import (
     tokenize_audit,
     with_calibration,
 )
-from siftune.offsite.audit.settings import AuditOptions, AuditSettings
-from siftune.offsite.audit.stages import Job, attack, calibration_leak, choose_candidates, choose_rows, recovered
+from siftune.offsite.audits.settings import AuditOptions, AuditSettings
+from siftune.offsite.audits.stages import Job, attack, calibration_leak, choose_candidates, choose_rows, recovered
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.load import load_kit
 from siftune.offsite.exchange.returned import read_return

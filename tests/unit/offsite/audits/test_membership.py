@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.evaluate.bootstrap import Bootstrap
-from siftune.offsite.audit.membership import RowLosses, _by_score, infer_membership, measure_attack, tpr
+from siftune.offsite.audits.membership import RowLosses, _by_score, infer_membership, measure_attack, tpr
 
 FEW = Bootstrap(resamples=400, seed=2)
 # few distinct values, so that there are ties

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
-from siftune.offsite.audit.calibration_attack import attack_calibration
-from siftune.offsite.audit.gradients import OuterGradient, cosine, outer_gradient
-from siftune.offsite.audit.models import count, kept_fraction
+from siftune.offsite.audits.calibration_attack import attack_calibration
+from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audits.models import count, kept_fraction
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.compress import Method, Mlp
 from siftune.offsite.emulator.make import emulators

@@ -18,7 +18,7 @@ from siftune.evaluate.bootstrap import Floats
 from siftune.evaluate.likelihood import TokenRow, perplexity
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
-from siftune.offsite.audit.settings import AuditOptions, AuditSettings
+from siftune.offsite.audits.settings import AuditOptions, AuditSettings
 
 _ACCURACIES = ("choices", "exact_match")
 

@@ -23,12 +23,12 @@ from typing import Any
 
 from siftune.base.jsonable import jsonable
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
-from siftune.offsite.audit.calibration_attack import CalibrationLeak
-from siftune.offsite.audit.gradients import GradientCosine
-from siftune.offsite.audit.membership import Membership
-from siftune.offsite.audit.models import Kept
-from siftune.offsite.audit.rows import RowScores
-from siftune.offsite.audit.settings import AuditSettings
+from siftune.offsite.audits.calibration_attack import CalibrationLeak
+from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.membership import Membership
+from siftune.offsite.audits.models import Kept
+from siftune.offsite.audits.rows import RowScores
+from siftune.offsite.audits.settings import AuditSettings
 
 FULL_ZS, FULL_FT = "full_zs", "full_ft"
 EMULATOR_ZS, EMULATOR_FT = "emulator_zs", "emulator_ft"

@@ -37,7 +37,7 @@ from siftune.evaluate.bootstrap import Bootstrap, Floats
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.models.modules import evaluating, model_device
-from siftune.offsite.audit.membership import Attack, measure_attack
+from siftune.offsite.audits.membership import Attack, measure_attack
 from siftune.offsite.emulator.model import FactoredLinear, Split, weight_OI
 
 Batches = Sequence[Mapping[str, Tensor]]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.evaluate.bootstrap import Bootstrap
-from siftune.offsite.audit.lira import confidence, halves, lira
-from siftune.offsite.audit.membership import measure_attack
+from siftune.offsite.audits.lira import confidence, halves, lira
+from siftune.offsite.audits.membership import measure_attack
 
 
 def auc(members, others):
