@@ -210,7 +210,7 @@ def described(hint: Any) -> str:
             parts.append(f"one of {', '.join(map(str, arguments))}")
         elif origin is tuple:
             (item, own), *_ = leaves(arguments[0])
-            bounds = bounds_of(own)
+            bounds = f"each {each}" if (each := bounds_of(own)) else ""
             parts.append(f"a list of {many.get(item) or 'names, each ' + described(item)}")
         elif leaf is not type(None):
             parts.append(names.get(leaf, getattr(leaf, "__name__", str(leaf))))

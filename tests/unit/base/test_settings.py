@@ -127,7 +127,7 @@ def test_values_as_they_are_written(value, hint, result):
         (Annotated[float, Field(gt=0, lt=1)] | None, "a number, above 0 and below 1"),
         (Literal["a", "b"], "one of a, b"),
         (bool | str, "true or false or text"),
-        (tuple[Share, ...], "a list of numbers, above 0 and at most 1"),
+        (tuple[Share, ...], "a list of numbers, each above 0 and at most 1"),
         (tuple[Literal["a", "b"], ...], "a list of names, each one of a, b"),
     ],
 )
