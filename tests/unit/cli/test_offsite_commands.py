@@ -175,16 +175,16 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--calibration": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
         ({"--out": tmp_path / "used"}, f"{tmp_path}/used is not empty; give another folder with --out."),
         ({"--out": few}, "cannot be written to (Not a directory)"),
-        ({"--keep": 0}, "keep is 0.0, but must be above 0 and at most 1"),
-        ({"--lambda-mlp": -1}, "lambda_mlp is -1.0"),
+        ({"--keep": 0}, "--keep is 0"),
+        ({"--lambda-mlp": -1}, "--lambda-mlp is -1"),
         ({"--method": "crash", "--allot": "measured"}, "method crash drops whole layers"),
         ({"--first": 3}, "the model has 4 layers"),
-        ({"--rows": 0}, "--rows is 0, but must be 1 or more"),
-        ({"--max-length": 1}, "--max-length is 1, but must be 2 or more"),
+        ({"--rows": 0}, "--rows is 0"),
+        ({"--max-length": 1}, "--max-length is 1"),
         ({"--sign": rows}, f"{rows} is no private key" if _signs() else "needs the package model-signing"),
         ({"--sweep": None, "--keep": 0.5}, "unknown option --sweep of `siftune emulate`; `siftune sweep` is a command"),
         ({"--lambda-atn": 1}, "unknown option --lambda-atn of `siftune emulate`; did you mean --lambda-attn?"),
-        ({"--method": "magic"}, "--method must be one of gradot, layerdrop, crash, svd+flap, not 'magic'"),
+        ({"--method": "magic"}, "--method is magic"),
     ]:
         arguments = [str(word) for pair in {**usual, **flags}.items() for word in pair if word is not None]
         assert words in error_of(capsys, "emulate", *arguments), flags
@@ -206,10 +206,10 @@ def test_what_sweep_refuses(half, rows, tmp_path, capsys):
         ({"--keep": 0.5}, "unknown option --keep of `siftune sweep`; did you mean --keeps?"),
         ({"--keeps": 2}, "keep is 2.0"),
         ({"--calibration": few, "--rows": 6}, "has 6 rows, all of which --rows 6 uses"),
-        ({"--rows": 0}, "--rows is 0, but must be 1 or more"),
-        ({"--held-out-rows": 0}, "--held-out-rows is 0, but must be 1 or more"),
-        ({"--keeps": "half"}, "--keeps must be a list, each a number, not 'half'"),
-        ({"--bases": "qr"}, "--bases must be a list, each one of whitened, svd, not 'qr'"),
+        ({"--rows": 0}, "--rows is 0"),
+        ({"--held-out-rows": 0}, "--held-out-rows is 0"),
+        ({"--keeps": "half"}, "--keeps is half"),
+        ({"--bases": "qr"}, "--bases is qr"),
     ]:
         arguments = [word for pair in {**usual, **flags}.items() for word in pair]
         assert words in error_of(capsys, "sweep", *arguments), flags
@@ -289,24 +289,24 @@ def test_what_plug_refuses(damaged, parties, half, base, capsys):
         ({"--kit": damaged / "return"}, f"kit {damaged}/return"),
         ({"--return": damaged / "kit"}, f"return {damaged}/kit"),
         ({"--max-update": 1e-9}, "--max-update"),
-        ({"--max-update": 0}, "the largest update is 0.0"),
-        ({"--max-update": "nan"}, "the largest update is nan"),
+        ({"--max-update": 0}, "--max-update is 0"),
+        ({"--max-update": "nan"}, "--max-update is nan"),
         ({"--max-loss-increase": 0.1}, "--max-loss-increase has no effect without rows to measure on: add --eval FILE"),
         ({"--eval-limit": 3}, "--eval-limit has no effect without rows"),
-        ({"--eval": parties / "rows.jsonl", "--max-loss-increase": -0.1}, "the largest increase of the loss is -0.1"),
-        ({"--eval": parties / "rows.jsonl", "--max-loss-increase": "nan"}, "the largest increase of the loss is nan"),
-        ({"--eval": parties / "rows.jsonl", "--max-loss-increase": "little"}, "--max-loss-increase must be a number"),
-        ({"--eval": parties / "rows.jsonl", "--eval-limit": 0}, "--eval-limit is 0, but must be 1 or more"),
+        ({"--eval": parties / "rows.jsonl", "--max-loss-increase": -0.1}, "--max-loss-increase is -0.1"),
+        ({"--eval": parties / "rows.jsonl", "--max-loss-increase": "nan"}, "--max-loss-increase is nan"),
+        ({"--eval": parties / "rows.jsonl", "--max-loss-increase": "little"}, "--max-loss-increase is "),
+        ({"--eval": parties / "rows.jsonl", "--eval-limit": 0}, "--eval-limit is 0"),
         ({"--eval": damaged / "none.jsonl"}, "none.jsonl does not exist"),
         ({"--out": damaged / "kit"}, "is not empty"),
         ({"--retrun": "x"}, "unknown option --retrun of `siftune plug`; did you mean --return?"),
-        ({"--dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, not 'int8'"),
+        ({"--dtype": "int8"}, "--dtype is int8"),
     ]:
         arguments = [word for pair in {**usual, **flags}.items() for word in pair]
         assert words in error_of(capsys, "plug", *arguments), flags
         assert sorted(path.name for path in damaged.iterdir()) == before, flags
     arguments = [word for pair in list(usual.items())[:2] for word in pair]
-    assert error_of(capsys, "plug", *arguments) == "--out must be given; see `siftune plug --help`"
+    assert error_of(capsys, "plug", *arguments) == "--return and --out must be given; see `siftune plug --help`"
     words = error_of(capsys, "plug", *arguments, "--out", damaged / "tuned")
     assert words == "no return was given: name one or more with --return"
     tensors = load_file(damaged / "return" / "adapter.safetensors")
@@ -326,7 +326,7 @@ def test_what_audit_refuses(damaged, parties, half, capsys):
         ({"--kit": damaged / "none"}, f"{damaged}/none"),
         ({"--return": parties / "kit"}, f"return {parties}/kit"),
         ({"--train": damaged / "none.jsonl"}, "none.jsonl does not exist"),
-        ({"--steps": 0}, "steps is 0, but must be 1 or more"),
+        ({"--steps": 0}, "--steps is 0"),
         ({"--retrun": "x"}, "did you mean --return?"),
         ({"--model": damaged / "none", "--out": parties / "rows.jsonl"}, "cannot be written to"),
     ]:
