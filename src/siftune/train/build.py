@@ -96,9 +96,10 @@ def build(
         InputError: The recipe does not fit the model.
     """
     refuse_all_weights(recipe)
+    if recipe.dp_epsilon is not None:
+        refuse_weights(data["train"].column_names)
     privacy = privacy_of(recipe, len(data["train"]))
     if privacy is not None:
-        refuse_weights(data["train"].column_names)
         # a batch is a step's, and the noise is calibrated for this number of steps
         recipe = replace(recipe, accumulate=1, steps=privacy.mechanism.steps)
     use_attention(model, recipe.attention)

@@ -114,8 +114,9 @@ def test_a_run_folder_is_left_alone(words, tmp_path, capsys):
     assert "is not empty" in error_of(capsys, words)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")
-@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGKILL", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_a_sweep_that_is_ended_goes_on(words, tmp_path, capsys, name):
     many = [*words, "--methods", "gast", "--rates", "1e-3,2e-3,3e-3,4e-3,5e-3"]
     code = "import sys; from siftune.cli.main import main; sys.exit(main(sys.argv[1:]))"

@@ -19,14 +19,18 @@ SOURCES = ("web", "books", "web", "code")
 
 
 def choice(step=0, units=3, samples=4, scores=None, followed=None, layers=None):
-    """A choice in a batch; -1 fills up the numbers of a layer that follows fewer rows than another."""
+    """A choice in a batch, of the same number of rows for every layer."""
     generator = np.random.default_rng(step)
-    followed = generator.random((units, samples)) < 0.5 if followed is None else followed
+    followed = draw(generator, units, samples, max(1, samples // 2)) if followed is None else followed
     scores = generator.normal(size=(units, samples)) if scores is None else scores
-    most = max(1, int(followed.sum(1).max()))
-    numbers = [[*np.flatnonzero(row).tolist(), *[-1] * most][:most] for row in followed]
+    numbers = [np.flatnonzero(row).tolist() for row in followed]
     layers = tuple(range(units)) if layers is None else layers
     return SampleChoice(step, 1, tuple("abcde"[:units]), layers, torch.tensor(scores), torch.tensor(numbers))
+
+
+def draw(generator, units, samples, count):
+    """Rows that each layer follows, (U, S), as many for every layer."""
+    return generator.random((units, samples)).argsort(1).argsort(1) < count
 
 
 def add(record, *choices):
@@ -49,7 +53,7 @@ def test_rows_read_back_as_they_were(tmp_path_factory, units, samples, seed, pow
     generator = np.random.default_rng(seed)
     scores = (generator.normal(size=(units, samples)) * 10.0**power).astype(np.float32)
     scores[generator.random(scores.shape) < 0.1] = generator.choice([np.nan, np.inf, 0.0])
-    followed = generator.random((units, samples)) < generator.random()
+    followed = draw(generator, units, samples, int(generator.integers(1, samples + 1)))
     folder = tmp_path_factory.mktemp("run")
     write(folder, choice(7, units, samples, scores, followed), sources=["web"] * samples)
     (read,) = read_selections(folder)

@@ -53,7 +53,7 @@ def test_the_sentence_names_what_takes_less(base, rows, tmp_path, small_memory):
     said = str(failed.value)
     assert "Out of memory (" in said
     assert "with 4 rows of up to 64 tokens" in said
-    assert "--auto-batch, --batch-size 2 --accumulate 2, --checkpointing, a smaller --max-length;" in said
+    assert "--auto-batch, --batch-size 2 --accumulate 2, --checkpointing, a smaller --max-length" in said
     assert "So far, the adapter after step 2 is in" in said
     assert "\n" not in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
@@ -80,7 +80,7 @@ def test_auto_batch_is_the_same_run_in_smaller_passes(base, rows, tmp_path, smal
 
 def test_where_a_single_row_is_too_much_it_says_so(base, rows, tmp_path, small_memory):
     small_memory(0)
-    with pytest.raises(OutOfMemory, match=r"with 1 row .*: --checkpointing, a smaller --max-length;"):
+    with pytest.raises(OutOfMemory, match=r"with 1 row .* --checkpointing, a smaller --max-length"):
         train(recipe(base, rows, tmp_path / "run", auto_batch=True, method="dense", batch_size=2), QUIET)
     assert not (tmp_path / "run").exists()
 
