@@ -46,7 +46,7 @@ def assert_alike(ours, theirs, tolerance):
         assert float((ours[1][name] - gradient).abs().max()) <= tolerance * float(gradient.abs().max()), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.compiled)])
 def test_gradients_are_those_of_eager_and_other_shapes_compile_nothing_anew(family):
     model = adapted(family).train().double()
     sizes = [{"rows": 3, "length": 7}, {"rows": 4, "length": 11}]
@@ -62,6 +62,7 @@ def test_gradients_are_those_of_eager_and_other_shapes_compile_nothing_anew(fami
     parts.remove()
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch needs a C++ compiler")
 @pytest.mark.parametrize(("frozen", "graphs"), [(True, 1), (False, 3)], ids=["norms alone", "all"])
 def test_inductor_with_checkpointing_and_float32_adapters_on_bfloat16(frozen, graphs):
@@ -81,6 +82,7 @@ def test_inductor_with_checkpointing_and_float32_adapters_on_bfloat16(frozen, gr
     parts.remove()
 
 
+@pytest.mark.compiled
 def test_layers_that_do_not_train_get_no_gradient_and_others_that_of_eager():
     model = adapted("llama").train().double()
     groups = group_by_layer(model)
@@ -109,6 +111,7 @@ def test_where_hooks_look_into_what_trains_only_what_is_frozen_is_compiled():
     parts.remove()
 
 
+@pytest.mark.compiled
 def test_passes_without_gradients_and_with_caches_run_as_ever():
     model = adapted("llama")
     parts = compiled(model)
