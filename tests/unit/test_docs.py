@@ -17,7 +17,7 @@ from siftune.recipe.checks import check
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "lab/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "lab/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FOLDERS = ("src", "tests", "lab", "examples")
