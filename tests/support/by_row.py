@@ -1,12 +1,12 @@
 """Steps of the baselines and of siftune's engine on tiny models, for the tests of both."""
 
 import torch
-from baseline_trainer import BaselineTrainer
 from support.adapted import adapted
 from support.oracles import summed_loss
 from support.trainers import adapted as trainable
 from support.trainers import arguments, rows, weights
 
+from lab.baseline_trainer import BaselineTrainer
 from lab.baselines import StoreAll, TwoPass
 from siftune import GAST
 from siftune.methods.drivers.batches import UserBatches
