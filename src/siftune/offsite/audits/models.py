@@ -190,7 +190,7 @@ def tuned(
         layers: Numbers of the layers whose weights train.
         tuning: Rows and settings.
         lr: Peak learning rate; None for that of the settings.
-        steps: Told of every optimizer step.
+        steps: Called for every optimizer step.
 
     Raises:
         TrainingError: A loss or gradient is not finite.

@@ -85,13 +85,13 @@ class AuditOptions(AuditSettings):
     train_split: str = "train"
     """Split to tune on, where the data has splits."""
     limit: Count | None = None
-    """Use only the first so many training rows."""
+    """Number of training rows to use, from the first."""
     eval: str = ""
     """Held-out rows of the same source, as for train."""
     eval_split: str = "test"
     """Split to measure on, where the data has splits."""
     eval_limit: Count | None = None
-    """Use only the first so many held-out rows."""
+    """Number of held-out rows to use, from the first."""
     format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
     """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
     returned: Path | None = None
@@ -99,7 +99,7 @@ class AuditOptions(AuditSettings):
     calibration: str = ""
     """Rows that the kit was calibrated on, as for train, to see whether the kit tells who they are."""
     calibration_rows: Count = 32
-    """The first so many of them, as for emulate's rows."""
+    """Number of these rows, from the first, as for emulate's rows."""
     calibration_length: AtLeastTwo = 128
     """Where they were cut, in tokens, as for emulate's max_length."""
     calibration_others: str = ""

@@ -67,7 +67,7 @@ class Job:
         return self.models.split.outer(len(find_layers(model).layers))
 
     def steps(self, condition: str) -> Steps:
-        """Told of every step of a tuning."""
+        """Progress of a tuning, called for every step."""
         return partial(self.tell, f"{LABELS[condition]}: tuning")
 
     def measure(self, condition: str, model: nn.Module) -> RowScores:

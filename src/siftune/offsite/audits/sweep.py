@@ -3,7 +3,7 @@
 *Useful* is the cosine between the outer layers' gradients on the base and on the emulator (`gradients.py`). *Given
 away* is measured by the loss gap, loss(emulator) − loss(base) on held-out rows, in nats per label token: the wider, the
 less the emulator is worth without the base. An emulator for which another has both a higher cosine and a wider gap is
-no choice; those that remain are the *front*. What an emulator tells of its calibration rows stands beside
+no choice; those that remain are the *front*. The attack on its calibration rows is reported beside
 (`calibration_attack`).
 """
 
@@ -113,7 +113,7 @@ def sweep(
         batches: Calibration rows, as for `protocol.emulate`.
         held_out: Other rows of the kind, to measure on.
         grid: What to compare; points come in the order of its settings.
-        progress: Told of every batch, layer and measurement.
+        progress: Called for every batch, layer and measurement.
 
     Raises:
         InputError: On a grid, rows or a model that cannot be used.

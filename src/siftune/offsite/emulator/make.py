@@ -37,7 +37,7 @@ def emulators(
         model: The base model, without adapters.
         batches: Calibration rows, as for `protocol.emulate`.
         choices: Settings of each; their splits must be the same.
-        progress: Told of every batch and layer.
+        progress: Called for every batch and layer.
 
     Raises:
         InputError: On settings, rows or a model that cannot be used.

@@ -207,7 +207,7 @@ def measured_shares(
 ) -> dict[int, dict[str, float]]:
     """Share out what is kept, `how.keep` of the parameters of all the middle's matrices, by what each costs.
 
-    Layers are run one after the other; costs lie with the recording's states, so that a run that was cut goes on.
+    Layers are run one after the other; costs lie with the recording's states, so that an interrupted run continues.
 
     Returns:
         Number of the layer -> path -> share.

@@ -70,7 +70,7 @@ class States:
         return number in self._here if self._folder is None else self._file(self._folder, number).exists()
 
     def drop(self, number: int) -> None:
-        """Free memory; what lies in a folder stays, for a run that may have to go on."""
+        """Free memory; files in a folder stay, for a run that may continue."""
         self._here.pop(number, None)
 
     def _file(self, folder: Path, number: int) -> Path:
@@ -155,7 +155,7 @@ def rows_of(x_BTF: Tensor, real_BT: Tensor) -> Tensor:
 
 
 def own(hidden: Tensor) -> Tensor:
-    """A copy that a layer may go on with in place."""
+    """A copy that a layer may change in place."""
     return hidden.detach().clone()
 
 

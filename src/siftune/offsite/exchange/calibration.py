@@ -40,7 +40,7 @@ class CalibrationOptions(Validated):
     """uniform: all matrices keep the same share. measured (gradot): each keeps as much as pays, by what it loses on
     half of the rows."""
     rows: Count = 32
-    """Use the first so many rows."""
+    """Number of rows to use, from the first."""
     max_length: AtLeastTwo = 128
     """Longest row in tokens; what is over is cut off."""
     batch_size: Count = 4

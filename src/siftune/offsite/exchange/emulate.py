@@ -70,7 +70,7 @@ def emulate(
         out: Folder of the kit; must be new or empty.
         settings: How the middle is compressed; GradOT in the whitened basis at 0.7 by default.
         options: Dtypes and signature.
-        progress: Told of every batch and layer.
+        progress: Called for every batch and layer.
 
     Returns:
         The kit, read back and checked.

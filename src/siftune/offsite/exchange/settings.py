@@ -27,10 +27,10 @@ class Merging(Validated):
     trim: Annotated[float, Field(gt=0, lt=0.5)] = TRIM
     """With --merge trimmed: share of the returns that is dropped at either end; at least one is."""
     clip_norm: Positive | None = None
-    """Of several returns: scale each update down to so many times the median of their norms at most."""
+    """Of several returns: limit the norm of each update to this factor times the median norm."""
 
     def check_merging(self, count: int) -> None:
-        """Check the ranges, and that so many returns can be merged so.
+        """Check the ranges, and that `count` returns can be merged with these settings.
 
         Raises:
             RecipeError: With one sentence on the first value that cannot be used.
@@ -70,7 +70,7 @@ class PlugSettings(Merging):
     eval_split: str = "test"
     """Split of --eval, where it has splits."""
     eval_limit: Count | None = None
-    """Use only the first so many of your rows."""
+    """Number of your rows to use, from the first."""
     max_loss_increase: NotNegative | None = None
     """With --eval: how many nats per token the loss on your rows may rise; 0 if not given."""
     format: Literal["auto", "prompt", "messages", "alpaca", "text"] = "auto"

@@ -103,7 +103,7 @@ def make_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
     kind = plain.pop("model_type")
     try:
         made = AutoConfig.for_model(kind, **plain)
-    except Exception as error:  # the class runs on a stranger's values
+    except Exception as error:  # the class runs on untrusted values
         raise KitError(f"{CONFIG} is no config of type {kind} ({brief(error)})") from error
     _check_together(made)
     return made
@@ -149,7 +149,7 @@ def expected_specs(
         outer = outer_names(model, manifest.split)
     except KitError:
         raise
-    except Exception as error:  # transformers runs on a stranger's values
+    except Exception as error:  # transformers runs on untrusted values
         raise KitError(f"{CONFIG}: no model can be built of it ({brief(error)})") from error
     _check_buffers(model, state)
     try_model(model, CONFIG)
@@ -218,7 +218,7 @@ def try_model(model: PreTrainedModel, name: str) -> None:
         ids = torch.zeros(1, _ROW, dtype=torch.long, device="meta")
         with torch.no_grad():
             model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids, use_cache=True)
-    except Exception as error:  # transformers runs on a stranger's values
+    except Exception as error:  # transformers runs on untrusted values
         raise KitError(f"{name}: the model of it cannot run ({brief(error)})") from error
     if not all(bool(angle.isfinite().all()) for angle in angles):
         raise KitError(f"{name}: rope_parameters make angles that are not finite")

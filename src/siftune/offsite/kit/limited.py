@@ -1,4 +1,4 @@
-"""Run our own code on a stranger's data in a child process that may die: the parent says so in a sentence and lives on.
+"""Process untrusted data in a resource-limited subprocess. If the child dies, the parent reports it in one sentence.
 
 Libraries in other languages abort where memory runs out, and no `except` sees that. The child is a fresh interpreter,
 never a fork of this process and its threads: it is isolated from the user's site and environment, imports one module of
@@ -108,7 +108,7 @@ def _end(code: int) -> str:
 
 
 def serve(module: str, limits: str) -> None:
-    """The child: limit itself, answer one request, and say in words what may go wrong on a stranger's data."""
+    """The child: set its limits, answer one request, and report errors on untrusted data as text."""
     answer = importlib.import_module(module).answer
     _limit(Limits(**json.loads(limits)))
     try:
@@ -131,7 +131,7 @@ def _limit(limits: Limits) -> None:
 
 
 def limit_memory(more_mb: int) -> None:
-    """Let this process take 10^6 times so many bytes above what it has now, or less if it had a lower limit."""
+    """Limit this process to `more_mb` MB above its current memory, or to a lower limit if it had one."""
     statm = Path("/proc/self/statm")
     if sys.platform != "win32" and statm.exists():
         import resource

@@ -147,7 +147,7 @@ _MAY_BE_NULL = (
 
 
 def check_range(name: str, value: Any, where: str) -> None:
-    """Check the value of one setting, as it stands in JSON, or in the config that was built of it.
+    """Check the value of one setting, in JSON or in a config.
 
     Raises:
         KitError: A model with it would fail or blow up, or it is of another type. It names `where`, file and field.

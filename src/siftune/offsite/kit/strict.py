@@ -40,7 +40,7 @@ _short.maxstring = _short.maxother = 60
 
 
 def shown(value: Any) -> str:
-    """A stranger's value for a message: short, and without control characters."""
+    """An untrusted value for a message: short, and without control characters."""
     return _short.repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Try a stranger's chat template in Jinja's sandbox, as transformers will render it.
+"""Try an untrusted chat template in Jinja's sandbox, as transformers will render it.
 
 The sandbox bounds neither time nor memory, so this runs in a child with limits, see limited.py. A trial cannot prove
 what a program will do: what is said is drawn by chance, so that no template can know it, and of many kinds, and texts

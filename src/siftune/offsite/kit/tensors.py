@@ -70,7 +70,7 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 
 def parse_spec(value: Any, where: str) -> TensorSpec:
-    """Check shape and dtype as they stand in JSON: {"shape": [576, 576], "dtype": "F32"}."""
+    """Check shape and dtype in JSON: {"shape": [576, 576], "dtype": "F32"}."""
     entry = as_object(value, where, ("dtype", "shape"))
     dtype = as_text(entry["dtype"], f"{where}.dtype", "|".join(DTYPES))
     sizes = as_list(entry["shape"], f"{where}.shape", MAX_DIMS)

@@ -1,12 +1,12 @@
-"""The tokenizer files of a kit: what of a tokenizer may leave, and how a stranger's is loaded.
+"""Tokenizer files of a kit: allowed content, and loading of an untrusted tokenizer.
 
 tokenizer.json is what the tokenizers library writes, without the padding and truncation that somebody has set.
 tokenizer_config.json has the keys below and no others, so neither paths and names nor code nor other files can stand
 in it. The class is always PreTrainedTokenizerFast. The chat template is Jinja, which transformers runs in a sandbox.
 
-A stranger's is checked in three steps: what it is made of, from the file alone (tokenizer_parts.py,
-tokenizer_tokens.py); in use, in a child process with limits, which may die of it (limited.py, tokenizer_trial.py,
-template.py); and only then it is built here.
+An untrusted tokenizer is checked in three steps: its parts, from the file alone (tokenizer_parts.py,
+tokenizer_tokens.py); its use, in a resource-limited subprocess (limited.py, tokenizer_trial.py, template.py); and only
+then it is built here.
 """
 
 import contextlib
@@ -140,7 +140,7 @@ def _template(files: Mapping[str, bytes]) -> str | None:
 
 @contextlib.contextmanager
 def _in_words() -> Iterator[None]:
-    """Turn what transformers and tokenizers throw at a stranger's values into a sentence."""
+    """Turn exceptions of transformers and tokenizers on untrusted values into one sentence."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -1,7 +1,7 @@
-"""What a stranger's tokenizer.json may be made of, checked before any of it is built or run.
+"""Check the parts of an untrusted tokenizer.json before any of them is built or run.
 
 Components and their fields come from the tables below and from nowhere else. Each has a growth: a text of n bytes
-becomes at most a·n + b bytes. Growths of a chain multiply, so that of the whole chain is known from the file alone:
+becomes at most a·n + b bytes. Growths of a chain multiply, so the file alone gives that of the complete chain:
 36 times "a" -> "aa" is 2^36 before it has run. Every bound is ours; real tokenizers stay far below (Llama 2: 12,
 GPT-2: 2, Qwen2: 6). What is slow, or fails, within the bounds shows in tokenizer_trial.py; token numbers are checked in
 tokenizer_tokens.py.
@@ -51,7 +51,7 @@ class Room:
 
 
 def text(least: int, most: int) -> Check:
-    """A text of so many characters."""
+    """A text of at most N characters."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, str) or not least <= len(value) <= most:

@@ -1,4 +1,4 @@
-"""Which tokens a stranger's tokenizer.json may have, and that each number of one has an embedding.
+"""Check the tokens of an untrusted tokenizer.json, and that each token number has an embedding.
 
 A number past the embeddings fails in the middle of training, on the first row that has it. It can stand in three
 places: in the model's vocabulary, among the added tokens, and in the templates that post-processors put around a text.
@@ -22,7 +22,7 @@ _token = text(1, MAX_TOKEN)
 
 
 def check_tokens(whole: Mapping[str, Any], vocabulary: int) -> None:
-    """Check vocabulary, merges, added tokens and post-processors of tokenizer.json, for so many embeddings.
+    """Check vocabulary, merges, added tokens and post-processors of tokenizer.json against the number of embeddings.
 
     Raises:
         KitError: There are too many of something, or a number is none of the embeddings'.

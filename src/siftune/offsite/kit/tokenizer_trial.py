@@ -1,4 +1,4 @@
-"""Try a stranger's tokenizer and chat template on texts of many kinds: what would fail in training shall fail here.
+"""Try an untrusted tokenizer and chat template on texts of many kinds, so that failures of training occur here.
 
 This runs in a child with limits, see limited.py, and imports neither torch nor transformers. Among the texts are the
 letters that the tokenizer's own patterns name: an attack may wait for one of them.
@@ -68,7 +68,7 @@ def _try_text(backend: Tokenizer, text: str) -> int:
 
 
 def _use(what: str, function: Any, *args: Any, **options: Any) -> Any:
-    """Call the library, and turn what it throws at a stranger's values into a sentence."""
+    """Call the library, and turn its exceptions on untrusted values into one sentence."""
     try:
         return function(*args, **options)
     except (KeyboardInterrupt, SystemExit, MemoryError):

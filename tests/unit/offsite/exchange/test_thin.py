@@ -157,7 +157,7 @@ def test_it_is_plugged_into_the_base_and_not_into_the_kits_copy(tmp_path):
     assert torch.equal(base.state_dict()["model.norm.weight"], state["model.norm.weight"])
 
 
-# --- what is refused of a stranger's
+# --- refusals of untrusted returns
 
 
 @pytest.fixture
