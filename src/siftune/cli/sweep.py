@@ -64,7 +64,8 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.base.stages import stages
     from siftune.offsite.audits.sweep import sweep
     from siftune.offsite.exchange.calibration import batches_of, calibration_and_held_out, load_base
-    from siftune.report.sweep import table, to_dict, write_sweep
+    from siftune.report.sweep import base_loss, table, to_dict, write_sweep
+    from siftune.report.table import print_table
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()
@@ -80,7 +81,9 @@ def run(options: Options) -> dict[str, Any]:
             "max_length": options.max_length, "first": options.first, "last": options.last, "allot": options.allot,
         }  # fmt: skip
         write_sweep(points, folder, facts)
-    Console(highlight=False, soft_wrap=True).print(table(points), markup=False)
+    shown = Console(highlight=False, soft_wrap=True)
+    print_table(table(points), shown)
+    shown.print(base_loss(points), markup=False)
     seconds = round(time.monotonic() - started, 1)
     console.print(
         f"done in {seconds:.0f} s: table and figures in {options.out}; `siftune report {options.out}` draws them",

@@ -8,7 +8,7 @@ from siftune.base.jsonable import finite
 from siftune.base.words import counted
 from siftune.report.charts import Point, Scale, listed_points
 from siftune.report.parts import Figure, Section, grid_of, slug
-from siftune.report.subjects import STRANGE, Other
+from siftune.report.subjects import UNREADABLE, Other
 from siftune.report.table import Table
 from siftune.report.words import short
 
@@ -64,7 +64,7 @@ def sentence(record: Mapping[str, Any]) -> str:
     try:
         costs = {str(method): finite(cost["seconds_per_step"]) for method, cost in record["methods"].items()}
         low, high = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
-    except STRANGE:
+    except UNREADABLE:
         return "Time and memory of training steps."
     return (
         f"{counted(len(costs), 'method')} measured: a step takes from {short(costs[low])} s with {low} to "
@@ -81,7 +81,7 @@ def section(other: Other) -> Section:
             _figure(f"memory-{name}", "Peak memory", record, ("peak_memory_mb",), "10⁶ bytes"),
         ]
         table, words = grid_of(cost_table(record)), notes(record)
-    except STRANGE as error:
+    except UNREADABLE as error:
         raise InputError(f"{other.path} is not what siftune bench --out writes ({error!r}): measure again") from error
     return Section(f"bench-{name}", f"Costs in {other.name}", words, figures, [table])
 

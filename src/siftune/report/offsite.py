@@ -12,7 +12,7 @@ from siftune.offsite.kit.manifest import EMULATOR, OUTER, Manifest
 from siftune.report.charts import Point, Scale, listed_points
 from siftune.report.heat import Cells, heat_map
 from siftune.report.parts import Cell, Figure, Grid, Section, slug
-from siftune.report.subjects import STRANGE, Other
+from siftune.report.subjects import UNREADABLE, Other
 from siftune.report.words import memory, short
 
 
@@ -159,5 +159,5 @@ def _estimate(value: Any) -> Point | None:
 def _finite(value: Any) -> float | None:
     try:
         return finite(value)
-    except STRANGE:
+    except UNREADABLE:
         return None

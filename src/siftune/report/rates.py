@@ -1,4 +1,4 @@
-"""A sweep of learning rates: table, best rate of each method, where to look further, and the section of a page."""
+"""A sweep of learning rates: the table, the best rate of each method, rates to try next, and a section of a page."""
 
 import json
 import math
@@ -15,57 +15,58 @@ from siftune.base.words import counted
 from siftune.methods import METHODS
 from siftune.report.charts import BOLD, COLOURS, Plot, room, spread, x_axis, y_axis
 from siftune.report.parts import Figure, Section, canvas, grid_of, path, slug, tag
-from siftune.report.subjects import STRANGE, Other
+from siftune.report.subjects import UNREADABLE, Other
 from siftune.report.table import Table, markdown_table
 from siftune.report.words import listed, short
 from siftune.train.rates.grid import LRRun, rate_text
 from siftune.train.rates.sweep import LRFolder
 
-_MEANINGS = """\
-Loss on held-out rows when training has ended, in nats per label token, over all tokens alike; ± is the standard
-deviation over seeds, and a number in brackets says how many there are where not all rates have the same. *: the best
-rate of a method at which no run diverged. Differences that are small beside those between seeds say nothing. The best
-rate depends on the number of steps."""
+_MEANING = (
+    "Loss on held-out rows at the end of training, in nats per label token; ± is the standard deviation over seeds. *: "
+    "the best rate of a method, among those at which no run diverged. A number in brackets is the number of seeds, if "
+    "it is not the same for all rates. Differences that are small compared to those between seeds mean nothing. The "
+    "best rate depends on the number of steps."
+)
+_MOST_NAMED = 6  # rates named below the figure
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a rate."""
+    """The runs of a method at a rate."""
 
-    losses: tuple[float, ...]  # held-out losses of the runs that did not diverge, one for each seed
-    diverged: int  # how many others did
+    losses: tuple[float, ...]  # held-out losses of the seeds that did not diverge
+    diverged: int  # number of seeds that diverged
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds; only where there is a loss."""
+        """Mean over the seeds that did not diverge; at least one."""
         return fmean(self.losses)
 
 
 @dataclass(frozen=True)
 class Best:
-    """What to take of a method."""
+    """The best rate of a method."""
 
     method: str
-    lr: float | None  # its best rate, or None where at every rate a run diverged
-    heldout_loss: float | None  # the mean there
-    # "lowest" or "highest" where the best rate is the last of several in that direction, so that a better one may lie
-    # beyond
-    edge: str | None
-    # rates to try next, where the best is at an edge, there is no best, or one rate was tried
-    extend: tuple[float, ...]
+    lr: float | None  # None if runs diverged at every rate
+    heldout_loss: float | None  # its mean loss
+    edge: (
+        str | None
+    )  # "lowest" or "highest" if the best rate is at that end of the grid, so that a better may be beyond
+    extend: tuple[float, ...]  # rates to try next: beyond an edge, or if there is no best or only one rate
 
     @property
     def flags(self) -> str | None:
-        """The line to copy."""
+        """Options of `siftune train`."""
         return None if self.lr is None else f"--method {self.method} --lr {rate_text(self.lr)}"
 
 
 def write_report(folder: LRFolder) -> dict[str, Any]:
-    """Write results.json and results.md of all runs in a folder; return the content of the first."""
+    """Write results.json and results.md of all runs in a folder; return the content of results.json."""
     runs, base = folder.runs(), folder.base_loss
     result = to_dict(runs, base)
     lines = "\n".join(f"- {line}" for line in advice(runs, base))
-    page = f"# Learning rates\n\n{markdown_table(table(runs))}\n\n{before(base)}\n\n{lines}\n\n{_MEANINGS}\n"
+    page = f"# Learning rates\n\n{markdown_table(table(runs))}\n\n{before(base)}\n\n{lines}\n\n{_MEANING}\n"
     record = json.dumps(result, indent=2, allow_nan=False) + "\n"
     folder.write("results.json", record)
     folder.write("results.md", page)
@@ -73,13 +74,13 @@ def write_report(folder: LRFolder) -> dict[str, Any]:
 
 
 def to_dict(runs: Sequence[LRRun], base: float) -> dict[str, Any]:
-    """Everything in plain types."""
+    """Runs and best rates in plain types."""
     best = {one.method: {**jsonable(one), "flags": one.flags} for one in bests(runs)}
     return {"base_heldout_loss": base, "best": best, "runs": [asdict(run) for run in runs]}
 
 
 def cells_of(runs: Sequence[LRRun]) -> dict[str, dict[float, Cell]]:
-    """What was found, by method and rate: methods in their usual order and rates ascending."""
+    """Losses by method and rate: methods in the order of METHODS, rates ascending."""
     groups: dict[tuple[str, float], list[LRRun]] = {}
     for run in runs:
         groups.setdefault((run.method, run.lr), []).append(run)
@@ -108,7 +109,7 @@ def _best(method: str, row: Mapping[float, Cell]) -> Best:
 
 
 def _beyond(rates: Sequence[float], edge: str) -> tuple[float, ...]:
-    """Two rates beyond an edge of the grid, ascending: in its own steps, at most by factors of two."""
+    """Two rates beyond an end of the grid, ascending, in the steps of the grid, by at most a factor of two each."""
     last, inner = (rates[0], rates[:2][-1]) if edge == "lowest" else (rates[-1], rates[-2:][0])
     step = min(max(last / inner, inner / last), 2.0) if last != inner else 2.0
     factor = step if edge == "highest" else 1 / step
@@ -142,12 +143,12 @@ def _cell(cell: Cell | None, best: bool, counted: bool) -> str:
 
 
 def before(base: float) -> str:
-    """The base model's loss in words."""
+    """The loss of the base model, as text."""
     return f"Before training the loss is {base:.4f}."
 
 
 def advice(runs: Sequence[LRRun], base: float) -> list[str]:
-    """For every method the line to copy, and where to look further."""
+    """For each method the options to copy, and rates to try next."""
     return [_advice(one, base) for one in bests(runs)]
 
 
@@ -163,57 +164,50 @@ def _advice(one: Best, base: float) -> str:
 
 
 def top_of(losses: Sequence[float], base: float) -> float:
-    """The highest loss that is drawn at its place: a little above the base model's, where training helped at all."""
+    """The highest loss inside the figure: slightly above that of the base model, if any run is below it."""
     low, high = min(losses), max(losses)
     return min(high, base + 0.3 * (base - low)) if low < base else high
 
 
-_NAMED = 6  # rates that are named below the picture, at the most
-_PAGE_TEXT = (
-    "Held-out loss when training has ended, in nats per label token; ± is the standard deviation over seeds, * the "
-    "best rate of a method. Differences that are small beside those between seeds say nothing."
-)
-_TITLE = "Held-out loss by learning rate"
-_NOTE = "Lines go through the means over seeds; ×: a run diverged; ▲: a loss above the picture."
-
-
 def sentence(record: Mapping[str, Any]) -> str:
-    """The best rate of each method."""
+    """The result of a sweep in a sentence."""
     try:
         runs, base = _read(record)
-    except STRANGE:
+    except UNREADABLE:
         return "A sweep of learning rates."
     if not runs:
-        return "A sweep of learning rates has begun; no run is done yet."
+        return "A sweep of learning rates; no run is finished yet."
     found = sorted((one for one in bests(runs) if one.heldout_loss is not None), key=lambda one: one.heldout_loss or 0)
     if not found:
-        return f"{counted(len(runs), 'run')}, and at every rate some diverged."
+        return f"{counted(len(runs), 'run')}: some diverged at every rate."
     named = [f"{short(one.heldout_loss, 4)} with {one.method} at {rate_text(one.lr)}" for one in found if one.lr]
     return (
-        f"The least held-out loss of {counted(len(runs), 'run')}, by method: {listed(named)}; before training it is "
+        f"Lowest held-out loss of {counted(len(runs), 'run')}, by method: {listed(named)}; before training: "
         f"{short(base, 4)}."
     )
 
 
 def section(other: Other) -> Section:
-    """The table, what to take from it, and the picture."""
+    """The figure, the table and the best rates."""
     try:
         runs, base = _read(other.content)
-    except STRANGE as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{other.path} is no sweep of learning rates ({error!r}): run siftune sweep-lr again"
         ) from error
     title, name = f"Learning rates in {other.name}", slug(other.name)
     if not runs:
         return Section(f"rates-{name}", title, [before(base)])
-    figure = Figure(f"rates-{name}", _TITLE, lambda width: _draw(width, runs, base), _NOTE, "half")
+    note = "Lines connect the means over seeds. ×: a run diverged. ▲: a loss above the figure."
+    label = "Held-out loss by learning rate"
+    figure = Figure(f"rates-{name}", label, lambda width: _draw(width, label, runs, base), note, "half")
     return Section(
-        f"rates-{name}", title, [before(base), *advice(runs, base), _PAGE_TEXT], [figure], [grid_of(table(runs))]
+        f"rates-{name}", title, [before(base), *advice(runs, base), _MEANING], [figure], [grid_of(table(runs))]
     )
 
 
 def _read(record: Mapping[str, Any]) -> tuple[list[LRRun], float]:
-    """Runs and the base's loss, from files that may be a stranger's; of two runs in one cell the later."""
+    """Runs and the loss of the base from untrusted files; of two runs in one cell the later."""
     runs = [_parsed(one) for one in record["runs"]]
     return list({run.cell: run for run in runs}.values()), finite(record["heldout_loss"])
 
@@ -230,15 +224,17 @@ def _parsed(record: Mapping[str, Any]) -> LRRun:
     )  # fmt: skip
 
 
-def _draw(width: int, runs: Sequence[LRRun], base: float) -> Markup:
-    """Loss over the logarithm of the rate, a line for each method and a point for each run."""
+def _draw(width: int, title: str, runs: Sequence[LRRun], base: float) -> Markup:
+    """Loss against the logarithm of the rate: a line for each method, a point for each run."""
     cells = cells_of(runs)
     losses = [run.heldout_loss for run in runs if run.heldout_loss is not None] or [base]
     top, tried = top_of(losses, base), sorted({run.lr for run in runs})
     right = 20 + BOLD * max(map(len, cells))
     ends = math.log(tried[0]) - 0.2, math.log(tried[-1]) + 0.2
     plot = Plot(44, 20, width - 44 - right, 200, ends, room([*(min(one, top) for one in losses), top]))
-    parts = [*y_axis(plot, "nats per token"), *_rates_below(plot, tried)]
+    named = tried[:: math.ceil(len(tried) / _MOST_NAMED)]
+    parts = y_axis(plot, "nats per token")
+    parts += x_axis(plot, "peak learning rate", {math.log(rate): rate_text(rate) for rate in named})
     lasts = []
     for number, (method, row) in enumerate(cells.items()):
         kind = f"c{number % COLOURS}"
@@ -251,17 +247,11 @@ def _draw(width: int, runs: Sequence[LRRun], base: float) -> Markup:
     for number, (method, height) in enumerate(zip(cells, heights, strict=True)):
         x = plot.left + plot.width + 7
         parts.append(tag("text", method, x=x, y=height + 4, class_=f"name c{number % COLOURS}"))
-    return canvas(width, plot.top + plot.height + 34, _TITLE, *parts)
-
-
-def _rates_below(plot: Plot, tried: Sequence[float]) -> list[Markup]:
-    """The rates that were tried, and no others."""
-    named = tried[:: math.ceil(len(tried) / _NAMED)]
-    return x_axis(plot, "peak learning rate", {math.log(rate): rate_text(rate) for rate in named})
+    return canvas(width, plot.top + plot.height + 34, title, *parts)
 
 
 def _mark(plot: Plot, run: LRRun, top: float, kind: str) -> Markup:
-    """A point where a run stands; what has no place in the picture is marked at its top edge."""
+    """The point of a run; a run above the figure, or one that diverged, is marked at the top edge."""
     x = plot.at_x(math.log(run.lr))
     if run.heldout_loss is not None and run.heldout_loss <= top:
         return tag("circle", cx=x, cy=plot.at_y(run.heldout_loss), r=3.0, class_=f"dot {kind}")

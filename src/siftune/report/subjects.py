@@ -20,7 +20,7 @@ from siftune.train.folder.run import RECIPE
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
 # what fails in a file that holds something else than it ought to
-STRANGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
 
 Kind = Literal["kit", "sweep", "audit", "rates", "bench"]
 

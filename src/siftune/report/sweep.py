@@ -1,4 +1,4 @@
-"""A sweep of emulators: sweep.json, sweep.md, and the section of a page."""
+"""A sweep of emulators: sweep.json, sweep.md, and a section of a page."""
 
 import json
 import math
@@ -8,33 +8,37 @@ from typing import Any
 
 from siftune.base.errors import InputError
 from siftune.base.jsonable import finite, jsonable
+from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audits.sweep import SweepPoint, front
 from siftune.report.audit import shown
 from siftune.report.charts import Point, Scale, scatter
-from siftune.report.parts import Cell, Grid, Section, slug
-from siftune.report.subjects import STRANGE, Other
+from siftune.report.parts import Section, grid_of, slug
+from siftune.report.subjects import UNREADABLE, Other
 from siftune.report.table import Table, markdown_table
-from siftune.report.words import cut, short
+from siftune.report.words import cut
 
 _MEANINGS = """\
-kept: parameters of the middle that the emulator has, of the base's. cosine: between the outer layers' gradients on
-the base and on the emulator; 1 is tuning as on the base. gap: the emulator's loss − the base's, in nats per label
-token on held-out rows; the wider, the less the emulator is worth by itself. *: no other emulator here has both a
-higher cosine and a wider gap. told: AUC, with its interval, of whoever has the base in telling the calibration rows
-from the held-out ones by the emulator (0.5 is guessing); the strongest of the attacks on attention, the MLPs, and both.
-"""
+*kept*: parameters of the emulator's middle layers as a share of the base's. *cosine*: between the gradients of the
+outer layers on the base and on the emulator; at 1, tuning on either is the same. *gap*: loss of the emulator minus loss
+of the base, in nats per label token on held-out rows. With a wide gap, the emulator is worth little without the base.
+*calibration AUC*: how well an attacker with the base tells the calibration rows from held-out ones (0.5 is guessing),
+by the strongest of the attacks on attention, on the MLPs, and on both. An emulator marked *\\** is on the Pareto front:
+no other has a higher cosine and a wider gap."""
 
 _CAVEAT = """\
-A wide gap proves no privacy: `siftune audit` tries out what a data owner can recover. Nor does a *told* near 0.5: an
-attacker with a second kit, of the same settings and other rows, does better."""
+A wide gap proves no privacy: `siftune audit` measures how much a data owner can recover. Neither does a calibration AUC
+near 0.5: an attacker with a second kit, of the same settings and other rows, does better."""
+
+_MOST = 1000  # points of an untrusted file
+_MOST_DRAWN = 40
 
 
 def write_sweep(points: Sequence[SweepPoint], folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write table and figures; `facts` is what they depend on besides the grid, as JSON can hold it."""
+    """Write sweep.json and sweep.md; `facts` are the conditions besides the grid, as JSON can hold them."""
     record = json.dumps(to_dict(points, facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    page = f"# Emulators to choose from\n\n{table(points)}\n\n{_MEANINGS}\n\n{_CAVEAT}\n"
+    page = f"# Emulators to choose from\n\n{markdown_table(table(points))}\n\n{base_loss(points)}\n\n"
     (folder / "sweep.json").write_text(record, encoding="utf-8")
-    (folder / "sweep.md").write_text(page, encoding="utf-8")
+    (folder / "sweep.md").write_text(f"{page}{_MEANINGS}\n\n{_CAVEAT}\n", encoding="utf-8")
 
 
 def to_dict(points: Sequence[SweepPoint], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,15 +49,14 @@ def to_dict(points: Sequence[SweepPoint], facts: Mapping[str, Any]) -> dict[str,
 
 
 def ordered(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """Large emulators first, those of one kept fraction by their cosine."""
+    """Large emulators first; those of one size by their cosine."""
     return sorted(points, key=lambda p: (-p.keep, math.isnan(p.cosine), -p.cosine))
 
 
-def table(points: Sequence[SweepPoint]) -> str:
-    """The sweep as a Markdown table."""
+def table(points: Sequence[SweepPoint]) -> Table:
+    """A line for each emulator; those on the Pareto front are marked."""
     best = front(points)
     header = ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap"]
-    header += ["told", ""]
     rows = []
     for p in ordered(points):
         has_lambda = p.basis is not None
@@ -61,78 +64,70 @@ def table(points: Sequence[SweepPoint]) -> str:
         cells += [f"{p.lambda_attn:g}" if has_lambda else "", f"{p.lambda_mlp:g}" if has_lambda else ""]
         cells += [f"{p.parameters / 1e6:.1f} M", f"{p.cosine:.3f}", f"{p.loss:.3f}", f"{p.gap:+.3f}"]
         rows.append([*cells, shown(p.told), "*" if p in best else ""])
-    grid = markdown_table(Table(header, rows, words=(0, 1, 2, 12)))
-    return f"{grid}\n\nThe base's loss is {points[0].loss_full:.3f}."
+    return Table([*header, "calibration AUC", ""], rows, words=(0, 1, 2, 12))
 
 
-_NUMBERED = 40  # points that are drawn
+def base_loss(points: Sequence[SweepPoint]) -> str:
+    """The loss of the base, as text."""
+    return f"The loss of the base is {points[0].loss_full:.3f}."
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-    """What the sweep compared."""
-    given = record.get("points")
-    points: list[Any] = given if isinstance(given, list) else []
-    front = sum(bool(point.get("front")) for point in points if isinstance(point, dict))
-    return f"{len(points)} emulators were compared; {front} of them are not beaten in both likeness and loss gap."
+    """The result of a sweep in a sentence."""
+    points = record.get("points")
+    entries: list[Any] = points if isinstance(points, list) else []
+    best = sum(bool(point.get("front")) for point in entries if isinstance(point, dict))
+    return f"Of {len(entries)} emulators, {best} are on the Pareto front of cosine and loss gap."
 
 
 def section(other: Other) -> Section:
-    """Cosine over loss gap, and the figures of every emulator."""
+    """Cosine against loss gap, and the table."""
     try:
-        points = [_Emulator(point) for point in other.content["points"]]
-    except STRANGE as error:
+        points = [_point(record) for record in other.content["points"][:_MOST]]
+        grid = grid_of(table(points))
+    except UNREADABLE as error:
         raise InputError(f"{other.path / 'sweep.json'} is no sweep ({error!r}): run siftune sweep again") from error
-    kinds = list(dict.fromkeys(point.method for point in points))
-    known = [(p, p.cosine) for p in points if p.cosine is not None][:_NUMBERED]
-    drawn = [Point(p.label, cosine, x=p.gap, colour=kinds.index(p.method)) for p, cosine in known]
-    front = sorted((Point(p.label, cosine, x=p.gap) for p, cosine in known if p.front), key=lambda point: point.x)
+    kinds, best = list(dict.fromkeys(p.method for p in points)), front(points)
+    named = {p: Point(_label(p), p.cosine, x=p.gap, colour=kinds.index(p.method)) for p in points}
+    drawn = [named[p] for p in points if not math.isnan(p.cosine)][:_MOST_DRAWN]
+    figure = scatter(
+        f"trade-off-{slug(other.name)}", "Trade-off of the model owner", drawn,
+        ("loss gap, nats per token", Scale("cosine of gradients")),
+        "Up and to the right is better. The line is the Pareto front.",
+        "full", [named[p] for p in best],
+    )  # fmt: skip
     words = [
         sentence(other.content),
-        "Cosine: between the outer layers' gradients on the base and on the emulator; 1 is tuning as on the base. Gap: "
-        "how much worse the emulator is than the base, in nats per label token; the wider, the less it is worth alone. "
-        "A wide gap proves no privacy.",
+        "Cosine: between the gradients of the outer layers on the base and on the emulator; at 1, tuning on either is "
+        "the same. Gap: loss of the emulator minus loss of the base, in nats per label token. With a wide gap, the "
+        "emulator is worth little without the base. A wide gap proves no privacy.",
+        "Calibration AUC: how well an attacker with the base tells the calibration rows from others; 0.5 is guessing.",
+        *([base_loss(points)] if points else []),
     ]
-    figure = scatter(
-        f"trade-off-{slug(other.name)}", "The owner's trade-off", drawn,
-        ("loss gap, nats per token", Scale("cosine of gradients")),
-        "Up and right is better; the line joins those that are not beaten in both.",
-        "full", front,
-    )  # fmt: skip
-    return Section(
-        f"sweep-{slug(other.name)}", f"Sweep {other.name}", words, [figure] if drawn else [], [_table(points)]
+    return Section(f"sweep-{slug(other.name)}", f"Sweep {other.name}", words, [figure] if drawn else [], [grid])
+
+
+def _point(record: Mapping[str, Any]) -> SweepPoint:
+    """A point of an untrusted file."""
+    told = record["told"]
+    basis, mlp = (None if record[name] is None else str(record[name]) for name in ("basis", "mlp"))
+    return SweepPoint(
+        method=str(record["method"]),
+        keep=finite(record["keep"]),
+        lambda_attn=finite(record["lambda_attn"]),
+        lambda_mlp=finite(record["lambda_mlp"]),
+        basis=basis,
+        mlp=mlp,
+        cosine=math.nan if record["cosine"] is None else finite(record["cosine"]),
+        loss=finite(record["loss"]),
+        loss_full=finite(record["loss_full"]),
+        parameters=int(record["parameters"]),
+        kept=finite(record["kept"]),
+        told=Estimate(*(None if told[key] is None else finite(told[key]) for key in ("value", "low", "high"))),
     )
 
 
-class _Emulator:
-    """A point of a sweep, from a file that may be a stranger's."""
-
-    def __init__(self, record: Mapping[str, Any]) -> None:
-        self.method, self.keep = str(record["method"]), finite(record["keep"])
-        self.basis, self.mlp = (str(record[name] or "") for name in ("basis", "mlp"))
-        self.lambdas = finite(record["lambda_attn"]), finite(record["lambda_mlp"])
-        self.cosine = None if record["cosine"] is None else finite(record["cosine"])
-        self.gap, self.kept, self.front = finite(record["gap"]), finite(record["kept"]), bool(record.get("front"))
-        told = record["told"]["value"]
-        self.told = None if told is None else finite(told)
-
-    @property
-    def label(self) -> str:
-        """What stands beside the point."""
-        parts = [self.method, self.basis, f"{100 * self.keep:g} %"]
-        parts += [f"λ {self.lambdas[0]:g}/{self.lambdas[1]:g}"] if any(self.lambdas) else []
-        return cut(" ".join(filter(None, parts)), 40)
-
-
-def _table(points: list[_Emulator]) -> Grid:
-    header = ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "cosine", "gap", "told", "unbeaten"]
-    rows = [
-        [
-            Cell(p.method), Cell(p.basis), Cell(p.mlp), Cell(f"{p.keep:g}", p.keep), Cell(short(p.kept), p.kept),
-            Cell(f"{p.lambdas[0]:g}", p.lambdas[0]), Cell(f"{p.lambdas[1]:g}", p.lambdas[1]),
-            Cell(short(p.cosine), p.cosine), Cell(short(p.gap), p.gap), Cell(short(p.told), p.told),
-            Cell("yes" if p.front else ""),
-        ]
-        for p in points
-    ]  # fmt: skip
-    caption = "Told: AUC in telling the calibration rows from others; 0.5 is guessing."
-    return Grid(header, rows, caption, (0, 1, 2, 10))
+def _label(p: SweepPoint) -> str:
+    parts = [p.method, p.basis, f"{100 * p.keep:g} %"]
+    parts += [f"λ {p.lambda_attn:g}/{p.lambda_mlp:g}"] if p.lambda_attn or p.lambda_mlp else []
+    return cut(" ".join(filter(None, parts)), 40)

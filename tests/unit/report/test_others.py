@@ -20,6 +20,7 @@ def point(**values):
         "cosine": 0.75, "loss": 6.2, "loss_full": 6.0, "parameters": 42464, "kept": 0.5,
         "told": {"value": 0.6, "low": 0.5, "high": 0.7}, "gap": 0.2, "front": True,
     }  # fmt: skip
+    given["loss"] = 6.0 + values.get("gap", 0.2)
     return {**given, **values}
 
 
@@ -59,11 +60,16 @@ def test_a_sweep(tmp_path):
     ]
     points.append(point(cosine=None, front=False))
     told, section = of(save(tmp_path / "sweep", "sweep.json", {"points": points}))
-    assert told == "4 emulators were compared; 2 of them are not beaten in both likeness and loss gap."
+    assert told == "Of 4 emulators, 2 are on the Pareto front of cosine and loss gap."
     (figure,) = section.figures
     assert str(figure.draw(700)).count("<circle") == 3
-    assert [row[8].text for row in section.tables[0].rows] == ["0.200", "0.500", "0.200", "0.200"]
-    assert section.tables[0].rows[3][7].text == "–"
+    cells = [[row[column].text for column in (8, 10, 12)] for row in section.tables[0].rows]
+    assert cells == [
+        ["0.750", "+0.200", "*"],
+        ["0.750", "+0.200", "*"],
+        ["nan", "+0.200", ""],
+        ["0.400", "+0.500", "*"],
+    ]
 
 
 def test_an_audit(tmp_path):
@@ -107,8 +113,8 @@ def test_a_sweep_of_learning_rates(tmp_path):
         file.write('{"method": "gast", "lr"')
     told, section = of(folder)
     assert told == (
-        "The least held-out loss of 6 runs, by method: 0.5000 with dense at 1e-3 and 0.8000 with ist at 1e-3; before "
-        "training it is 2.000."
+        "Lowest held-out loss of 6 runs, by method: 0.5000 with dense at 1e-3 and 0.8000 with ist at 1e-3; before "
+        "training: 2.000."
     )
     (figure,) = section.figures
     drawing = str(figure.draw(548))
@@ -124,7 +130,7 @@ def test_a_sweep_of_learning_rates(tmp_path):
 
 def test_a_sweep_of_learning_rates_that_has_just_begun(tmp_path):
     told, section = of(save_rates(tmp_path / "lr", []))
-    assert "no run is done yet" in told
+    assert "no run is finished yet" in told
     assert section.words == ["Before training the loss is 2.0000."]
 
 
@@ -190,7 +196,8 @@ def test_a_damaged_kit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "points", [None, [{}], "x", [point(gap="wide")], [None], [point(told=3)], [point(gap=1e999)], [point(gap=10**400)]]
+    "points",
+    [None, [{}], "x", [point(loss="wide")], [None], [point(told=3)], [point(loss=1e999)], [point(loss=10**400)]],
 )
 def test_a_damaged_sweep_is_told(tmp_path, points):
     with pytest.raises(InputError, match=r"sweep.json is no sweep .*: run siftune sweep again"):
