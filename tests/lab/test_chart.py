@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.chart import HERE, draw, points
+pytest.importorskip("matplotlib", reason="pip install siftune[lab]")
+from lab.chart import HERE, draw, points  # noqa: E402
 
 pytestmark = pytest.mark.lab
 COMMITTED = Path(__file__).parents[2] / "docs" / "images" / "chart.svg"
