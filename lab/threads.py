@@ -3,7 +3,7 @@
     python -m lab.threads --rounds 3 --seconds 5
 
 Each figure is of a fresh process, and settings take turns: GNU's OpenMP as it comes, as siftune sets it
-(`siftune.base.threads`), and with threads that sleep at once. The other work is processes that compute without end.
+(`siftune.base.environment`), and with threads that sleep at once. The other work is processes that compute without end.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from siftune.base.threads import settle_threads
+from siftune.base.environment import settle_threads
 
 SETTINGS = ("plain", "siftune", "passive")
 _PRODUCTS = """

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from siftune.base.environment import settle_threads
 from siftune.base.errors import RecipeError, SiftuneError
 from siftune.base.settings import CONFIG, BelowOne, Count, Validated
-from siftune.base.threads import settle_threads
 from siftune.cli.options import Flag, parse
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _report(work: "Reproduction | Offsite", console: "Console | None") -> dict[s
     from lab.reproduce.protocol import sources
     from lab.reproduce.table import results, tables
     from siftune.base.files import write_beside
-    from siftune.base.jsonable import jsonable
+    from siftune.base.text import jsonable
     from siftune.report.table import markdown_table, print_table
 
     protocol, rates = work.protocol, work.rates()

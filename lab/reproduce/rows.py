@@ -20,7 +20,7 @@ from lab.reproduce.protocol import Suite
 from lab.reproduce.tasks import CLOZE, PROMPT, TASKS, options_of, texts_of
 from siftune.base.errors import DataError
 from siftune.base.files import write_beside
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.data.read import load_records, load_rows
 from siftune.data.rows import Row, rows_from
 

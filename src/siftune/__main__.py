@@ -3,7 +3,7 @@
 import os
 import sys
 
-from siftune.base.ranks import launch_size
+from siftune.base.environment import launch_size
 from siftune.cli.main import main
 
 if __name__ == "__main__":

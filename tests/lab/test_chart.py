@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib", reason="pip install siftune[lab]")
-from lab.chart import HERE, draw, points  # noqa: E402
+from lab.chart import HERE, draw, points
 
 pytestmark = pytest.mark.lab
 COMMITTED = Path(__file__).parents[2] / "docs" / "images" / "chart.svg"

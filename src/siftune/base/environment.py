@@ -1,11 +1,18 @@
-"""What a result was measured on: versions, hardware, and the peak memory of this process."""
+"""The process and its machine: versions, hardware, memory, ranks of a launch, threads, and loggers of other libraries.
 
+Nothing here imports torch at once: threads are settled before torch is loaded. A thread of its OpenMP that waits for
+others spins and takes the processor from them, and in a container with 2 of 64 processors 64 threads would start.
+"""
+
+import logging
+import os
 import platform
 import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 _PACKAGES = ("siftune", "torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -24,6 +31,8 @@ def _version(package: str) -> str:
 
 def hardware() -> str:
     """The machine as text: its accelerator, or its processor and the threads in use."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_processor()}, {torch.get_num_threads()} threads"
@@ -39,6 +48,8 @@ def _processor() -> str:
 
 def peak_memory_mb() -> float:
     """Peak memory so far, in 10⁶ bytes: allocated on the GPU where there is one, else resident."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
@@ -50,3 +61,147 @@ def peak_memory_mb() -> float:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+
+
+# --- ranks of a launch: torchrun, `accelerate launch` and `siftune train --processes` set the same variables ---
+
+TOLD_BY_PARENT = "SIFTUNE_TOLD_BY_PARENT"  # set where the process that started this one says why it failed
+LEFT_ALONE = "another process of the run ended, and this one cannot continue without it"
+
+
+def launch_size() -> int:
+    """Processes of the launch; 1 where this process is on its own."""
+    return _number("WORLD_SIZE", 1)
+
+
+def launch_rank() -> int:
+    """Number of this process among them, from 0."""
+    return _number("RANK", 0) if launch_size() > 1 else 0
+
+
+def told_by_parent() -> bool:
+    """Whether another process says why this one failed."""
+    return TOLD_BY_PARENT in os.environ
+
+
+def _number(name: str, usual: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else usual
+
+
+# --- threads ---
+
+_LIMITS = Path("/sys/fs/cgroup")
+_OURS = "SIFTUNE_SET_THREADS"  # there where the number of threads is not the user's
+_TURNS = "1000"  # times that a waiting thread looks before it sleeps; GNU's OpenMP looks some 300,000 times
+
+
+def settle_threads(environment: MutableMapping[str, str] = os.environ, limits: Path = _LIMITS) -> None:
+    """Have waiting threads sleep soon, and start no more of them than a container may run; ours.
+
+    What the user has set is left as it is.
+
+    Args:
+        environment: Variables of the process; what is not there is set.
+        limits: Where the system keeps a container's limits.
+
+    Example:
+        >>> variables = {"OMP_NUM_THREADS": "1"}
+        >>> settle_threads(variables)
+        >>> variables["OMP_NUM_THREADS"]
+        '1'
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", _TURNS)
+    allowed = processors_allowed(limits)
+    if allowed is not None and allowed < _processors() and "OMP_NUM_THREADS" not in environment:
+        environment.update({"OMP_NUM_THREADS": str(allowed), _OURS: "1"})
+
+
+def threads_of_each(processes: int, environment: Mapping[str, str] = os.environ, limits: Path = _LIMITS) -> str:
+    """Threads of each of several processes that run at a time: the user's number, or an even part, at least 1.
+
+    Args:
+        processes: How many there are.
+        environment: Variables of the process, after `settle_threads`.
+        limits: Where the system keeps a container's limits.
+    """
+    if environment.get("OMP_NUM_THREADS") and _OURS not in environment:
+        return environment["OMP_NUM_THREADS"]
+    processors = min(_processors(), processors_allowed(limits) or _processors())
+    return str(max(1, processors // processes))
+
+
+def _processors() -> int:
+    """Processors that this process may run on, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processors_allowed(limits: Path = _LIMITS) -> int | None:
+    """Processors whose time a container may use, rounded down, at least 1; None where there is no limit.
+
+    Args:
+        limits: Where the system keeps a container's limits: `cpu.max` of control groups 2, or `cpu/` of 1.
+    """
+    older = limits / "cpu"
+    words = _fields(limits / "cpu.max") or [
+        *_fields(older / "cpu.cfs_quota_us"),
+        *_fields(older / "cpu.cfs_period_us"),
+    ]
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or not int(words[1]):
+        return None  # "max", or -1
+    return max(1, int(words[0]) // int(words[1]))
+
+
+def _fields(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+# --- loggers of other libraries ---
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Let loggers tell errors alone while a block runs.
+
+    Example:
+        >>> with quiet("some.library"):
+        ...     logging.getLogger("some.library").isEnabledFor(logging.WARNING)
+        False
+        >>> logging.getLogger("some.library").isEnabledFor(logging.WARNING)
+        True
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def unsaid(name: str, beginning: str) -> Iterator[None]:
+    """Keep a logger from telling one thing while a block runs: messages that begin so.
+
+    Example:
+        >>> with unsaid("some.library", "All is lost"):
+        ...     logging.getLogger("some.library").warning("All is lost: nothing of yours")
+    """
+    logger, keep = logging.getLogger(name), partial(_begins_otherwise, beginning)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
-from siftune.base.jsonable import jsonable
 from siftune.base.settings import CONFIG, Count, Positive, Seed, Validated
+from siftune.base.text import jsonable
 from siftune.methods import METHODS
 from siftune.recipe.schema import Recipe, new_folder
 

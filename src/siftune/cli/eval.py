@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
-from siftune.base.jsonable import jsonable
 from siftune.base.settings import CONFIG, Chance, Count, Seed, Validated
+from siftune.base.text import jsonable
 from siftune.cli.options import Flag
 from siftune.recipe.schema import Recipe, train_files
 

@@ -18,9 +18,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any
 
+from siftune.base.environment import LEFT_ALONE, TOLD_BY_PARENT, threads_of_each
 from siftune.base.errors import InputError
-from siftune.base.ranks import LEFT_ALONE, TOLD_BY_PARENT
-from siftune.base.threads import threads_of_each
 
 _LOOK = 0.05  # seconds between two looks at the processes
 _CAUSE = 5.0  # seconds that the process which left another one alone may take to end

@@ -22,12 +22,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from siftune.base.environment import LEFT_ALONE, launch_rank, launch_size, quiet, settle_threads, told_by_parent
 from siftune.base.errors import InputError, SiftuneError
-from siftune.base.jsonable import jsonable
-from siftune.base.quiet import quiet
-from siftune.base.ranks import LEFT_ALONE, launch_rank, launch_size, told_by_parent
 from siftune.base.settings import nearest
-from siftune.base.threads import settle_threads
+from siftune.base.text import jsonable
 
 # group -> command -> its module, and its line of help
 GROUPS = {

@@ -28,7 +28,7 @@ def run(options: Options) -> dict[str, Any]:
     """Write the page, and the figures where they are asked for."""
     from rich.console import Console
 
-    from siftune.base.words import counted
+    from siftune.base.text import counted
     from siftune.report.page import make_page, write_figures
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)

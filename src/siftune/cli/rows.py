@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.settings import CONFIG, Count, Validated
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.cli.options import Flag
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from siftune.base.errors import AdapterError, KitError, ModelError
-from siftune.base.jsonable import parsed
+from siftune.base.text import parsed
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve, similar_folder, why_missing

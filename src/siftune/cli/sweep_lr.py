@@ -73,7 +73,7 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
     from contextlib import nullcontext
 
     from siftune.base.stages import stages
-    from siftune.base.words import counted
+    from siftune.base.text import counted
     from siftune.train.rates.sweep import run_missing
 
     count, path = len(sweep.missing()), sweep.folder.path
@@ -92,7 +92,7 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
 
 def _line(run: "LRRun", done: int, count: int, seconds: float) -> str:
     """What a run found, and how long the others will take, if all take alike."""
-    from siftune.base.words import duration
+    from siftune.base.text import duration
     from siftune.train.rates.grid import rate_text
 
     found = run.diverged and f"diverged: {run.diverged}"

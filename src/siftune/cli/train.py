@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
+from siftune.base.environment import launch_rank, launch_size
 from siftune.base.errors import RecipeError
-from siftune.base.ranks import launch_rank, launch_size
 from siftune.base.settings import CONFIG, Count
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, resolve_recipe
@@ -45,7 +45,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from siftune.base.words import counted
+    from siftune.base.text import counted
     from siftune.offsite.exchange.tune import source_of
     from siftune.train.run import train
 

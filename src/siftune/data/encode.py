@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from siftune.base.errors import DataError, ModelError, RecipeError
-from siftune.base.words import one_line
+from siftune.base.text import one_line
 from siftune.data.rows import Message, Row
 from siftune.models.loss import IGNORED
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import DataError
-from siftune.base.words import counted, one_line
+from siftune.base.text import counted, one_line
 from siftune.data.rows import Row, no_garbage, parse_rows
 
 logger = logging.getLogger(__name__)

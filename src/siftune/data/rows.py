@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.base.words import one_line
+from siftune.base.text import one_line
 
 WEIGHT = "weight"  # column of a row's weight in training
 

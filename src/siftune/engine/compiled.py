@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import Cache
 
 from siftune.base.errors import UnsupportedError
-from siftune.base.words import one_line
+from siftune.base.text import one_line
 from siftune.engine.substitution import as_one
 
 _KINDS = 6  # largest number of parts with different code or shapes; dynamo itself stops at eight forms of one code

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from siftune.base.ranks import launch_size
+from siftune.base.environment import launch_size
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from siftune.base.environment import quiet
 from siftune.base.errors import ModelError
 from siftune.base.files import why_unreadable
-from siftune.base.quiet import quiet
 from siftune.models.source import check_source, not_there, resolve
 
 if TYPE_CHECKING:

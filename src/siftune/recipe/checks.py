@@ -8,7 +8,7 @@ from pathlib import Path
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import Settings
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.methods import METHODS, all_parts
 from siftune.methods.options import selects_all
 from siftune.models.adapters.registry import not_taken

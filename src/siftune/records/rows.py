@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siftune.base.errors import DataError
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target

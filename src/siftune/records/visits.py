@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
 from siftune.base.files import write_beside
-from siftune.base.words import one_line
+from siftune.base.text import one_line
 from siftune.records.scores import by_time
 
 if TYPE_CHECKING:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from siftune.base.errors import InputError
-from siftune.base.jsonable import finite
-from siftune.base.words import counted
+from siftune.base.text import counted, finite
 from siftune.report.charts import Point, Scale, listed_points
 from siftune.report.parts import Figure, Section, grid_of, slug
 from siftune.report.subjects import UNREADABLE, Other

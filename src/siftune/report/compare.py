@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.recipe.read import recipe_values
 from siftune.recipe.schema import Recipe

@@ -2,7 +2,7 @@
 
 from rich.text import Text
 
-from siftune.base.words import counted, duration, visible
+from siftune.base.text import counted, duration, visible
 from siftune.train.dry_run import DryRun, Example
 from siftune.train.prepare import bad_lines, rows_line, steps_text
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from siftune.base.errors import InputError
 from siftune.base.files import write_beside
-from siftune.base.jsonable import finite, jsonable, parsed
+from siftune.base.text import finite, jsonable, parsed
 from siftune.data.rows import Row
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
 from siftune.report.table import Table

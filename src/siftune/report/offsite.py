@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from siftune.base.jsonable import finite
+from siftune.base.text import finite
 from siftune.offsite.audits.result import LABELS
 from siftune.offsite.kit.manifest import EMULATOR, OUTER, Manifest
 from siftune.report.charts import Point, Scale, listed_points

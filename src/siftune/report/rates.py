@@ -10,8 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from siftune.base.errors import InputError
-from siftune.base.jsonable import finite, jsonable
-from siftune.base.words import counted
+from siftune.base.text import counted, finite, jsonable
 from siftune.methods import METHODS
 from siftune.report.charts import BOLD, COLOURS, Plot, room, spread, x_axis, y_axis
 from siftune.report.parts import Figure, Section, canvas, grid_of, path, slug, tag

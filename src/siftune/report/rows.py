@@ -5,7 +5,7 @@ import html
 import io
 from collections.abc import Sequence
 
-from siftune.base.words import visible
+from siftune.base.text import visible
 from siftune.report.table import Table
 from siftune.suspects.named import Suspect
 

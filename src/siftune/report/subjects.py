@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siftune.base.errors import InputError, RecipeError
-from siftune.base.jsonable import finite, parsed
+from siftune.base.text import finite, parsed
 from siftune.offsite.kit.folder import is_kit
 from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manifest
 from siftune.offsite.kit.strict import read_bytes

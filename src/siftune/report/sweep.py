@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import InputError
-from siftune.base.jsonable import finite, jsonable
+from siftune.base.text import finite, jsonable
 from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audits.sweep import SweepPoint, front
 from siftune.report.audit import shown

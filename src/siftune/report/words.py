@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from siftune.base import words
+from siftune.base import text as words
 
 MINUS = "−"
 NBSP = "\u00a0"  # holds a number and its unit together

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from siftune.base.environment import peak_memory_mb
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.engine.ranks import on_any_rank
 from siftune.train.folder.run import RunFolder
 

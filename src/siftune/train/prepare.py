@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError, ModelError
 from siftune.base.files import Progress
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.data.batches import aimed, numbered, weighted
 from siftune.data.cache import cached_tokens
 from siftune.data.rows import WEIGHT, Row, row_texts

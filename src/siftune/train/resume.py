@@ -10,8 +10,7 @@ from datasets import Dataset
 from transformers import TrainerState
 
 from siftune.base.errors import RecipeError
-from siftune.base.jsonable import parsed
-from siftune.base.words import counted
+from siftune.base.text import counted, parsed
 from siftune.data.rows import WEIGHT
 from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.read import load_recipe

@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from siftune.base.environment import quiet, unsaid
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import disk_faults
-from siftune.base.quiet import quiet, unsaid
 from siftune.base.stages import stages
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.data.target import sources
 from siftune.engine.ranks import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
 from siftune.methods.drivers.sample_choice import SampleChoice

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from siftune.base.ranks import LEFT_ALONE
+from siftune.base.environment import LEFT_ALONE
 from siftune.cli.launch import RankFailed, _after_interrupt, _Rank, _stop, _wait
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.base.errors import RecipeError, UnsupportedError
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.engine.groups import LayerGroup
 from siftune.methods.drivers.batches import Batch, Loss, RowDraws, UserBatches, model_loss
 from siftune.methods.drivers.sample_choice import SampleChoice

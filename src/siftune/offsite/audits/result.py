@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from siftune.base.jsonable import jsonable
+from siftune.base.text import jsonable
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
 from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine

@@ -28,7 +28,7 @@ from torch import Tensor
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import KitError
 from siftune.base.files import Progress
-from siftune.base.jsonable import jsonable
+from siftune.base.text import jsonable
 from siftune.data.read import load_rows
 from siftune.models.load import load_model
 from siftune.offsite.audits.gradients import GradientCosine, gradient_cosine

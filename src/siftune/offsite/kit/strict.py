@@ -26,7 +26,7 @@ from typing import Any
 
 from siftune.base.errors import KitError
 from siftune.base.files import new_folder
-from siftune.base.words import one_line
+from siftune.base.text import one_line
 
 MAX_NESTING = 32  # levels of objects and lists in JSON
 MAX_DIGITS = 40  # of a whole number in JSON; tokenizers write 10^30 for "no limit"

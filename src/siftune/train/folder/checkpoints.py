@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from siftune.base.errors import InputError, TrainingError
 from siftune.base.files import hash_of, to_disk, why_unreadable, write_beside
-from siftune.base.jsonable import parsed
+from siftune.base.text import parsed
 from siftune.engine.ranks import wait_for_all
 
 logger = logging.getLogger(__name__)

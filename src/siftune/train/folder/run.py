@@ -28,7 +28,7 @@ from typing import Any
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import writable_folder, write_beside
-from siftune.base.jsonable import parsed
+from siftune.base.text import parsed
 from siftune.records.rows import BAD_ROWS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
 from siftune.train.folder.selections import SELECTIONS

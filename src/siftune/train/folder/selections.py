@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siftune.base.errors import InputError
 from siftune.base.files import write_beside
-from siftune.base.words import one_line
+from siftune.base.text import one_line
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
 from siftune.methods.host.callback import resumed_from

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siftune.base.errors import AdapterError, RecipeError
-from siftune.base.jsonable import parsed
+from siftune.base.text import parsed
 from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.schema import Recipe
 

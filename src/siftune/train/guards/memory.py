@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from siftune.base.environment import launch_size
 from siftune.base.errors import RecipeError, TrainingError
-from siftune.base.ranks import launch_size
-from siftune.base.words import counted
+from siftune.base.text import counted
 from siftune.recipe.schema import Recipe, method_of
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from siftune.base.environment import launch_size
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import Progress
-from siftune.base.ranks import launch_size
 from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
 from siftune.evaluate.likelihood import perplexity

@@ -1,4 +1,4 @@
-"""What JSON can hold stays; what it cannot becomes text, lists, numbers or null."""
+"""Values as strict JSON can hold them."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from siftune.base.jsonable import jsonable, parsed
+from siftune.base.text import jsonable, parsed
 
 
 @dataclass
