@@ -40,7 +40,7 @@ class Options(Validated):
     """Methods, with commas between, such as dense,ist,gast; dense if not given. For gradot the emulators: gradot (as
     the paper has it), whitened (as siftune emulate has it), layerdrop, crash; gradot if not given."""
     adapters: str | None = None
-    """Kinds of adapters, with commas between, such as lora,dora,series,parallel; the recipe's if not given."""
+    """Adapter types, separated by commas, such as lora,dora,series,parallel; the recipe's if not given."""
     prompts: str | None = None
     """learned, as the papers' code has it, masked (the answers alone are learned), or both with a comma between; as the
     recipe has it if not given."""
@@ -166,7 +166,7 @@ def _opened(options: Options, protocol: "Protocol") -> "Reproduction | Offsite":
 
 
 def _groups(options: Options, protocol: "Protocol") -> "tuple[Group, ...]":
-    """Every kind of adapter with prompts learned or masked."""
+    """Every adapter type with prompts learned or masked."""
     from lab.reproduce.cells import Group
     from siftune.models.adapters.registry import ADAPTER_TYPES
 

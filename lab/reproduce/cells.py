@@ -4,7 +4,7 @@ OUT/
   protocol.json            what the folder is of; another call must be of the same
   data/                    the rows: see `rows.py`
   untuned/                 TASK.answers.json of the model as it comes
-  lora-learned/            runs with one kind of adapter that learn the prompts, or do not (masked)
+  lora-learned/            runs with one adapter type that learn the prompts, or do not (masked)
     rates/                 a sweep of learning rates, as `siftune sweep-lr` leaves it
     METHOD-seed0/          a run folder, as `siftune train` leaves it, with TASK.answers.json for each task
   table.md, results.json
@@ -39,7 +39,7 @@ class Group:
     """Runs that are alike but for method, rate and seed.
 
     Attributes:
-        adapter: Kind of adapter.
+        adapter: Adapter type.
         prompts: "learned", as the papers' code has it, or "masked".
     """
 
@@ -77,7 +77,7 @@ class Reproduction:
         protocol: The protocol.
         tasks: Its tasks that are asked.
         grid: Methods, learning rates to try, and seeds.
-        groups: Kinds of adapters, and what is learned.
+        groups: Adapter types, and what is learned.
         out: The folder.
         asking: How questions are asked.
         sweep_steps: Steps of each run of the sweep; None: as many as a run has.

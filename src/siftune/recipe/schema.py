@@ -103,7 +103,7 @@ class Recipe(Validated):
     as siftune rows --csv writes it."""
 
     adapter: Literal[(*ADAPTER_TYPES, "full")] = "lora"  # type: ignore[valid-type]
-    """Kind of adapter (docs/adapters.md); full: none, the weights of the chosen layers themselves train."""
+    """Adapter type (docs/adapters.md); full: none, the weights of the chosen layers themselves train."""
     layers: tuple[int, ...] | None = None
     """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's outer layers
     for kits."""

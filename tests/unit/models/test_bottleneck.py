@@ -171,3 +171,9 @@ def test_sublayers_are_where_they_are_by_hand(family):
 def test_what_is_refused(family, settings, words):
     with pytest.raises(AdapterError, match=words):
         attach_adapter(tiny(family), "series", **settings)
+
+
+def test_a_mixer_of_mamba_writes_through_its_own_output():
+    """Fused kernels read the weight of its output projection past any adapter."""
+    places = find_sublayers(tiny("mamba"))
+    assert [(place.part, place.reads == place.writes) for place in places] == [("attention", True)] * 4

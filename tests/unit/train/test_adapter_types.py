@@ -1,4 +1,4 @@
-"""Kinds of adapters through siftune's own training path: every method, resume, from another run, eval, export."""
+"""Adapter types through siftune's own training path: every method, resume, from another run, eval, export."""
 
 import json
 

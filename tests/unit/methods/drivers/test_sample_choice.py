@@ -1,4 +1,4 @@
-"""Units of every kind of adapter, and the record of one batch's choice."""
+"""Units of every adapter type, and the record of one batch's choice."""
 
 import pytest
 import torch
