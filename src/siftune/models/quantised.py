@@ -71,12 +71,12 @@ def quantization(kind: str | None, half: torch.dtype) -> dict[str, Any]:
     Raises:
         ModelError: bitsandbytes is not installed.
     """
-    from transformers import BitsAndBytesConfig
-
     if kind is None:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("quantize needs bitsandbytes, which is not installed: `pip install bitsandbytes`")
+    from transformers import BitsAndBytesConfig
+
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
     config = BitsAndBytesConfig(load_in_4bit=True, **four) if kind == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
     return {"quantization_config": config}
