@@ -32,18 +32,18 @@ def callbacks(given: Mapping[str, Any]) -> list[Any]:
         RecipeError: No method is named, a value is out of its range, or a name in a group is none of its settings.
 
     Example:
-        >>> [type(made).__name__ for made in callbacks({"gast": {"select": 0.5}, "label_logits": True, "lora_r": 8})]
+        >>> [type(each).__name__ for each in callbacks({"gast": {"select": 0.5}, "label_logits": True, "lora_r": 8})]
         ['GAST', 'LabelLogits']
     """
     seed = given.get("seed") or 0
     groups = [(part, given.get(part.settings.group)) for part in all_parts()]
-    made = [_method(part, options, seed) for part, options in groups if options is not None]
-    made += [_plain(key, given[key]) for key in PLAIN if given.get(key) not in (None, False)]
-    if not made:
+    created = [_method(part, options, seed) for part, options in groups if options is not None]
+    created += [_plain(key, given[key]) for key in PLAIN if given.get(key) not in (None, False)]
+    if not created:
         raise RecipeError(
             f"there is nothing for siftune to do: add a method, such as gast: {{}}; keys: {', '.join(keys())}"
         )
-    return made
+    return created
 
 
 def _method(part: Part, options: Any, seed: int) -> Any:
@@ -52,17 +52,17 @@ def _method(part: Part, options: Any, seed: int) -> Any:
         raise RecipeError(
             f"{group} is {options!r}, but must be a group of its settings; {group}: {{}} has the defaults"
         )
-    known = (*Settings.names(part.settings), *_OF_CALLBACKS)
-    _refuse_unknown(group, options, known)
+    names = (*Settings.names(part.settings), *_OF_CALLBACKS)
+    _refuse_unknown(group, options, names)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     return part.make(**{"seed": seed, **values})
 
 
-def _refuse_unknown(group: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+def _refuse_unknown(group: str, options: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in options:
-        if name not in known:
-            close = nearest(str(name), known)
-            hint = f"did you mean {close!r}?" if close else f"it has {', '.join(known)}"
+        if name not in names:
+            close = nearest(str(name), names)
+            hint = f"did you mean {close!r}?" if close else f"it has {', '.join(names)}"
             raise RecipeError(f"{group} has no setting {name!r}: {hint}")
 
 

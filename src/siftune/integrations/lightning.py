@@ -1,7 +1,7 @@
 """Lightning: the methods as a callback of its Trainer, steps and checkpoints included."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -63,12 +63,12 @@ class Sift(Callback):  # type: ignore[misc]
         """Attach the method, and continue from a checkpoint's state."""
         self._remove()
         _refuse_sharding(trainer)
-        known = _arguments(self.method.attach)
-        given = {"optimizer": _optimizer(trainer), "batches": self.batches, "loss": self.loss}
-        draws = self.batches is None and "batches" in known and _by_training_rows(self.method)
+        names = _arguments(self.method.attach)
+        arguments = {"optimizer": _optimizer(trainer), "batches": self.batches, "loss": self.loss}
+        draws = self.batches is None and "batches" in names and _by_training_rows(self.method)
         if draws:
-            given["batches"] = ()
-        options = {name: value for name, value in given.items() if name in known}
+            arguments["batches"] = ()
+        options = {name: value for name, value in arguments.items() if name in names}
         self.selection = self.method.attach(_language_model(pl_module), **options)
         if draws:
             self.selection.draws = _training_rows(trainer, self.selection.generator)
@@ -102,10 +102,10 @@ class Sift(Callback):  # type: ignore[misc]
 
 def _arguments(attach: Any) -> set[str]:
     """Arguments of a method's `attach` besides the model; with `**kwargs`, those of `SampleCallback.attach`."""
-    known = inspect.signature(attach).parameters.values()
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known):
-        known = inspect.signature(SampleCallback.attach).parameters.values()
-    return {each.name for each in known}
+    parameters = inspect.signature(attach).parameters.values()
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        parameters = inspect.signature(SampleCallback.attach).parameters.values()
+    return {each.name for each in parameters}
 
 
 def _by_training_rows(method: Any) -> bool:
@@ -122,8 +122,10 @@ def _load(selection: Any, state: Mapping[str, Any]) -> None:
 
 def _language_model(module: nn.Module) -> nn.Module:
     """The outermost model of transformers or PEFT."""
-    found: Iterator[nn.Module] = (inner for inner in module.modules() if isinstance(inner, PreTrainedModel | PeftModel))
-    if (outermost := next(found, None)) is not None:
+    models: Iterator[nn.Module] = (
+        inner for inner in module.modules() if isinstance(inner, PreTrainedModel | PeftModel)
+    )
+    if (outermost := next(models, None)) is not None:
         return outermost
     raise ModelError(
         f"{type(module).__name__} holds no transformers or PEFT model: keep one as an attribute, as in "

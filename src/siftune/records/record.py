@@ -58,7 +58,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self._numbers: RowNumbers | None = None
         self._handle: Any = None
         self._methods: list[SampleCallback] = []
-        self._found: list[Tensor] = []  # (2, B) of the batch at work, from the model's output, by pass
+        self._losses: list[Tensor] = []  # (2, B) of the batch at work, from the model's output, by pass
         self._waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._done: list[NDArray[np.float64]] = [NOTHING]
 
@@ -81,7 +81,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self._numbers = row_numbers(trainer)
         self._handle = kwargs["model"].register_forward_hook(self._look)
         self._methods = [part for part in trainer.callback_handler.callbacks if isinstance(part, SampleCallback)]
-        self._waiting, self._done, self._found = [], [self._resumed(state)], []
+        self._waiting, self._done, self._losses = [], [self._resumed(state)], []
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,19 +153,19 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
             return
         if hasattr(self._trainer, "label_losses") and _at_labels(output, numbers.labels):
             return  # siftune's own Trainer keeps them
-        self._found.append(row_losses(output, numbers.labels))
+        self._losses.append(row_losses(output, numbers.labels))
 
     def _note(self, step: int) -> None:
         """Keep the losses of a batch, on its device."""
         assert self._numbers is not None
-        rows_B, labels_BT, found = self._numbers.rows, self._numbers.labels, self._found
+        rows_B, labels_BT, losses = self._numbers.rows, self._numbers.labels, self._losses
         losses_N = getattr(self._trainer, "label_losses", None)
-        if not found and losses_N is not None and labels_BT is not None:
-            found = [by_row(losses_N, labels_BT)]
-        if rows_B is None or [each.shape[1] for each in found] != [len(rows_B)]:
-            raise UnsupportedError(_why(rows_B, labels_BT, found))
-        self._waiting.append((step, rows_B, found[0], self._choices(rows_B)))
-        self._numbers.rows, self._found = None, []
+        if not losses and losses_N is not None and labels_BT is not None:
+            losses = [by_row(losses_N, labels_BT)]
+        if rows_B is None or [each.shape[1] for each in losses] != [len(rows_B)]:
+            raise UnsupportedError(_why(rows_B, labels_BT, losses))
+        self._waiting.append((step, rows_B, losses[0], self._choices(rows_B)))
+        self._numbers.rows, self._losses = None, []
         if len(self._waiting) >= _WAITING:
             self._settle()
 
@@ -183,10 +183,10 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
     def _settle(self) -> None:
         """Append the waiting batches to the table, (6, V)."""
         if self._waiting:
-            steps, rows, found, choices = zip(*self._waiting, strict=True)
+            steps, rows, losses, choices = zip(*self._waiting, strict=True)
             counts = torch.tensor([len(each) for each in rows])
             step_V = torch.tensor(steps).repeat_interleave(counts)
-            parts = [torch.cat(rows).cpu()[None], step_V[None], torch.cat(found, 1).cpu(), torch.cat(choices, 1)]
+            parts = [torch.cat(rows).cpu()[None], step_V[None], torch.cat(losses, 1).cpu(), torch.cat(choices, 1)]
             self._done.append(torch.cat([part.double() for part in parts]).numpy())
         self._waiting, self._done = [], [np.concatenate(self._done, axis=1)]
 
@@ -208,13 +208,11 @@ def _at_labels(output: Any, labels_BT: Tensor) -> bool:
 
 def _share(choice: SampleChoice) -> Tensor:
     """Share of the layers that followed each sample; (S,) float32."""
-    counts_S = torch.zeros(choice.scores.shape[1] + 1)
-    chosen = choice.selected.flatten()
-    counts_S.index_add_(0, chosen.where(chosen >= 0, len(counts_S) - 1), torch.ones(len(chosen)))
-    return counts_S[:-1] / len(choice.layers)
+    counts_S = torch.bincount(choice.selected.flatten(), minlength=choice.scores.shape[1])
+    return counts_S.float() / len(choice.layers)
 
 
-def _why(rows_B: Tensor | None, labels_BT: Tensor | None, found: Sequence[Tensor]) -> str:
+def _why(rows_B: Tensor | None, labels_BT: Tensor | None, losses: Sequence[Tensor]) -> str:
     """Why a batch cannot be recorded."""
     if rows_B is None:
         return (
@@ -224,7 +222,7 @@ def _why(rows_B: Tensor | None, labels_BT: Tensor | None, found: Sequence[Tensor
         )
     if labels_BT is None:
         return "RowRecord needs the labels of a batch, and this Trainer's batches have none: leave it out"
-    passes = f"in passes of {', '.join(str(each.shape[1]) for each in found)} rows" if found else "not at all"
+    passes = f"in passes of {', '.join(str(each.shape[1]) for each in losses)} rows" if losses else "not at all"
     return (
         f"RowRecord needs one forward pass over the {len(rows_B)} rows of a batch, and the model was called {passes}: "
         "leave it out"

@@ -88,10 +88,10 @@ def without(rows: Sequence[Row], places: Iterable[str], path: str) -> list[Row]:
             f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); the first training row "
             f"is at {rows[0].origin}."
         )
-    kept = [row for row in rows if _absolute(row.origin) not in {*named.values()}]
-    if not kept:
+    remaining = [row for row in rows if _absolute(row.origin) not in {*named.values()}]
+    if not remaining:
         raise DataError(f"{path} names all training rows; leave some in.")
-    return kept
+    return remaining
 
 
 def _absolute(place: str) -> str:
@@ -170,14 +170,14 @@ def read_rows(recipe: Recipe) -> Read:
         named = named_rows(recipe.drop_rows)
         logger.info("%s: leaving out %s", recipe.drop_rows, counted(len(set(named)), "row"))
         every = [row for rows in (*files, target) for row in rows]
-        kept = {id(row) for row in without(every, named, recipe.drop_rows)}
-        *files, target = ([row for row in rows if id(row) in kept] for rows in (*files, target))
+        others = {id(row) for row in without(every, named, recipe.drop_rows)}
+        *files, target = ([row for row in rows if id(row) in others] for rows in (*files, target))
     train: list[Row] = []
     heldout: list[Row] = []
     for rows in files:
-        others, held = held_out(rows, recipe.eval_share, target) if recipe.eval_share else (rows, [])
-        train += others
-        heldout += held
+        own, measured = held_out(rows, recipe.eval_share, target) if recipe.eval_share else (rows, [])
+        train += own
+        heldout += measured
     if recipe.eval_share and (not bad or recipe.bad_rows == "drop"):  # bad rows are reported instead
         for part, fault in ((heldout, "holds out none"), (train, "leaves none to train on")):
             if not part:

@@ -43,22 +43,22 @@ def usual(values: NDArray[np.floating], steps: NDArray[np.integer], kinds: NDArr
         steps: (V,) ascending.
         kinds: (V,) kind of each visit's row, to compare rows of one kind only.
     """
-    wide, known = np.asarray(values, dtype=np.float64), np.asarray(steps)
-    found = np.full(len(wide), np.nan)
+    wide, times = np.asarray(values, dtype=np.float64), np.asarray(steps)
+    result = np.full(len(wide), np.nan)
     for own in _each(kinds, len(wide)):
-        found[own] = _usual(wide[own], known[own])
-    return found
+        result[own] = _usual(wide[own], times[own])
+    return result
 
 
 def _usual(values: Floats, steps: NDArray[np.integer]) -> Floats:
-    found = np.full(len(values), np.nan)
+    result = np.full(len(values), np.nan)
     first, last = _windows(steps, len(values))
     begins = np.append(np.flatnonzero(np.diff(steps, prepend=-1)), len(values))
     for begin, end in itertools.pairwise(begins):
         among = values[first[begin] : last[begin]]
         among = among[~np.isnan(among)]
-        found[begin:end] = np.median(among) if len(among) else np.nan
-    return found
+        result[begin:end] = np.median(among) if len(among) else np.nan
+    return result
 
 
 def _each(kinds: NDArray[np.integer] | None, count: int) -> Iterator[NDArray[np.bool_]]:
@@ -83,11 +83,11 @@ def deviation(apart: Floats) -> float:
 
 
 def _in_deviations(apart: Floats, kinds: NDArray[np.integer] | None) -> Floats:
-    found = 0 * apart
+    result = 0 * apart
     for own in _each(kinds, len(apart)):
         if size := deviation(apart[own]):
-            found[own] = apart[own] / size
-    return found
+            result[own] = apart[own] / size
+    return result
 
 
 def by_time(
@@ -131,8 +131,8 @@ def by_row(
 def means_of(rows: NDArray[np.integer], values: Floats) -> Floats:
     """Mean over the visits of every row, ignoring NaN; (R,)."""
     _, place = np.unique(rows, return_inverse=True)
-    known = ~np.isnan(values)
-    sums, counts = (np.bincount(place, weights) for weights in (np.where(known, values, 0.0), known.astype(float)))
+    valid = ~np.isnan(values)
+    sums, counts = (np.bincount(place, weights) for weights in (np.where(valid, values, 0.0), valid.astype(float)))
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
@@ -169,8 +169,8 @@ def seen(rows: NDArray[np.integer]) -> Seen:
     Args:
         rows: (V,) row of each visit, in the order of time.
     """
-    found, first, counts = np.unique(rows, return_index=True, return_counts=True)
-    return Seen(found.astype(np.int64), first, counts)
+    numbers, first, counts = np.unique(rows, return_index=True, return_counts=True)
+    return Seen(numbers.astype(np.int64), first, counts)
 
 
 class Course(NamedTuple):

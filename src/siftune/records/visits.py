@@ -149,12 +149,12 @@ def read_visits(path: Path) -> Record:
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}, so it is no record of rows; give the file of a run.")
     try:
-        found = {name: _column(table, name) for name in _COLUMNS}
+        columns = {name: _column(table, name) for name in _COLUMNS}
     except (ValueError, TypeError):
         raise DataError(f"{path} has columns of other types than a record of rows; give the file of a run.") from None
     places = table["place"].to_pylist() if "place" in table.column_names else []
     metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
-    return Record(Visits(**found), places, metadata.get(ABOUT, b"").decode(errors="replace"))
+    return Record(Visits(**columns), places, metadata.get(ABOUT, b"").decode(errors="replace"))
 
 
 def _column(table: "pyarrow.Table", name: str) -> NDArray[Any]:

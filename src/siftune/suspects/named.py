@@ -137,9 +137,9 @@ class Rows:
 
 def _whereabouts(record: Record) -> tuple[list[str], NDArray[np.int64]]:
     """Places of the rows, and the number of its place for every visit."""
-    known: dict[str, int] = {}
-    who = np.array([known.setdefault(place, len(known)) for place in _words(record)], dtype=np.int64)
-    return list(known), who
+    numbers: dict[str, int] = {}
+    who = np.array([numbers.setdefault(place, len(numbers)) for place in _words(record)], dtype=np.int64)
+    return list(numbers), who
 
 
 def _words(record: Record) -> Sequence[str]:

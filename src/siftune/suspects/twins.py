@@ -55,13 +55,13 @@ class Twins:
         keys_W, self._rows = keys_W[order], rows_W[order]
         starts = np.flatnonzero(np.concatenate([[True], keys_W[1:] != keys_W[:-1]])) if len(keys_W) else order
         counts = np.diff(np.append(starts, len(keys_W)))
-        kept = counts <= max(_LEAST, _COMMON * len(texts))
-        self._starts, self._counts = starts[kept], counts[kept]
-        member = np.repeat(np.flatnonzero(kept), self._counts)
-        own = self._rows[np.repeat(kept, counts)]
+        rare = counts <= max(_LEAST, _COMMON * len(texts))
+        self._starts, self._counts = starts[rare], counts[rare]
+        member = np.repeat(np.flatnonzero(rare), self._counts)
+        own = self._rows[np.repeat(rare, counts)]
         by_row = np.argsort(own, kind="stable")
         self._shingles = np.searchsorted(
-            np.flatnonzero(kept), member[by_row]
+            np.flatnonzero(rare), member[by_row]
         )  # of each row, by their places in _starts
         self._sizes = np.bincount(own, minlength=len(texts))
         self._ends = np.cumsum(self._sizes)
@@ -115,10 +115,10 @@ def _of_chunk(first: int, texts: Sequence[bytes], skip: int) -> tuple[Ints, Keys
     wide = lengths + len(padding)
     rows = np.repeat(np.arange(first, first + len(texts)), wide)[:count]
     ends = np.repeat(np.cumsum(wide) - wide + np.maximum(1, lengths - len(padding)), wide)[:count]
-    kept = np.arange(count) < ends
+    used = np.arange(count) < ends
     if skip:
-        kept &= (keys * _MIX) >> np.uint64(64 - skip) == 0
-    rows, keys = rows[kept], keys[kept]
+        used &= (keys * _MIX) >> np.uint64(64 - skip) == 0
+    rows, keys = rows[used], keys[used]
     order = np.lexsort((keys, rows))
     rows, keys = rows[order], keys[order]
     fresh = np.concatenate([[True], (rows[1:] != rows[:-1]) | (keys[1:] != keys[:-1])])[: len(rows)]

@@ -323,15 +323,15 @@ def check_trackers(names: Sequence[str]) -> None:
         return
     from transformers.integrations import integration_utils
 
-    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    trackers = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
     if not names or NONE in names:
         raise RecipeError("report_to names trackers, or none and nothing else: leave it out to report to none")
     for name in names:
-        if name not in known:
-            close = nearest(name, known)
+        if name not in trackers:
+            close = nearest(name, trackers)
             if "," in name:
                 raise RecipeError(f"report_to has {name!r}: put spaces between trackers, not commas")
-            hint = f"did you mean {close!r}?" if close else f"use one of {', '.join(known)}, or none"
+            hint = f"did you mean {close!r}?" if close else f"use one of {', '.join(trackers)}, or none"
             raise RecipeError(f"report_to has the unknown tracker {name!r}; {hint}")
     installed = integration_utils.get_available_reporting_integrations()
     if missing := [name for name in names if name not in installed]:

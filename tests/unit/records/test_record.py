@@ -107,13 +107,13 @@ def test_with_a_method_alignment_and_share_are_of_the_same_row(tmp_path):
     assert 0 < found.followed.mean() < 1
 
 
-def test_shares_count_no_place_that_is_empty():
+def test_shares_are_of_layers():
     from siftune.methods.drivers.sample_choice import SampleChoice
 
     choice = SampleChoice(
-        0, 0, ("a", "b"), (0, 1), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 7.0]]), torch.tensor([[0, 2], [2, -1]])
+        0, 0, ("a", "b"), (0, 1), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 7.0]]), torch.tensor([[0, 2], [2, 1]])
     )
-    assert _share(choice).tolist() == [0.5, 0.0, 1.0]
+    assert _share(choice).tolist() == [0.5, 0.5, 1.0]
 
 
 def test_a_resumed_run_has_the_record_of_the_unbroken_one(tmp_path):

@@ -140,7 +140,7 @@ def model_card(recipe: Recipe, summary: dict[str, Any], base: Origin, folder: Pa
 
 def card_with_usage(recipe: Recipe, summary: dict[str, Any], base: Origin, usage: str) -> str:
     """Model card of a run whose result is used as `usage` says; other arguments as for `model_card`."""
-    loss, heldout, kept = summary["loss_last"], summary["eval_loss"], summary.get("kept_step")
+    loss, heldout, best = summary["loss_last"], summary["eval_loss"], summary.get("kept_step")
     if "privacy" in summary:
         training_loss = "not reported: it has no noise"
     else:
@@ -155,7 +155,7 @@ def card_with_usage(recipe: Recipe, summary: dict[str, Any], base: Origin, usage
         _data(base, library, ["siftune", recipe.method, recipe.adapter]),
         name=base.hub_id or base.place,
         description=_description(recipe),
-        steps=summary["steps"] if kept is None else f"{summary['steps']}; weights of step {kept}, the best on held-out",
+        steps=summary["steps"] if best is None else f"{summary['steps']}; weights of step {best}, the best on held-out",
         training_loss=training_loss,
         heldout_loss="not measured" if heldout is None else f"{heldout:.4f}{measured}",
         time=f"{summary['seconds']:.0f} s on {machine}{resumed}",
