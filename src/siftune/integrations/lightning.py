@@ -122,11 +122,9 @@ def _load(selection: Any, state: Mapping[str, Any]) -> None:
 
 def _language_model(module: nn.Module) -> nn.Module:
     """The outermost model of transformers or PEFT."""
-    models: Iterator[nn.Module] = (
-        inner for inner in module.modules() if isinstance(inner, PreTrainedModel | PeftModel)
-    )
-    if (outermost := next(models, None)) is not None:
-        return outermost
+    for inner in module.modules():
+        if isinstance(inner, PreTrainedModel | PeftModel):
+            return inner
     raise ModelError(
         f"{type(module).__name__} holds no transformers or PEFT model: keep one as an attribute, as in "
         "self.model = get_peft_model(...)"
