@@ -26,7 +26,7 @@ def layers(run: RunData, several: bool) -> Section | None:
     depth = max([depth, *(len(step.importance) for step in steps if step.importance is not None)])
     trained_LS = _trained(steps, depth)
     figures = [_who(run, trained_LS, steps), *_importance(run, steps)]
-    title = f"Layers that trained{f': {run.name}' if several else ''}"
+    title = f"Trained layers{f': {run.name}' if several else ''}"
     return Section(f"layers-{slug(run.name)}", title, [_layer_text(run, trained_LS)], figures)
 
 
@@ -56,8 +56,8 @@ def _who(run: RunData, trained_LS: NDArray[np.float64], steps: Sequence[LayersOf
     share = values.shape[1] < trained_LS.shape[1]
     unit = "share of the steps" if share else "trained"
     cells = Cells(values[::-1], _numbers(len(values)), columns, 0, 1, "optimizer step", "layer", unit)
-    note = f"Each column stands for {-(-len(steps) // BINS)} steps." if share else ""
-    return heat_map(f"trained-{slug(run.name)}", "Who trained", cells, note, "full")
+    note = f"Each column is {-(-len(steps) // BINS)} steps." if share else ""
+    return heat_map(f"trained-{slug(run.name)}", "Trained layers by step", cells, note, "full")
 
 
 def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
@@ -75,7 +75,7 @@ def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
     cells = Cells(
         values[::-1], _numbers(len(values)), labels, -bound, bound, "optimizer step", "layer", "importance"
     )  # fmt: skip
-    note = "Logits, high where the loss suffered most when the layer's adapter was damped; all begin at zero."
+    note = "Logits. Layers whose suppressed adapters increase the loss most get high ones. All begin at zero."
     return [heat_map(f"importance-{slug(run.name)}", "Importance", cells, note, "full")]
 
 
@@ -107,7 +107,7 @@ def rows(run: RunData, several: bool) -> Section | None:
     chosen = [batch for batch in batches if not batch.followed.all()] or batches  # before all rows were followed
     figures = [_one_batch(run, chosen[-1], sources), *_agreement(run, batches)]
     figures += [*_shares(run, batches, sources), *_by_source(run, batches, sources)]
-    title = f"Rows that were followed{f': {run.name}' if several else ''}"
+    title = f"Followed rows{f': {run.name}' if several else ''}"
     return Section(f"rows-{slug(run.name)}", title, _row_text(run, batches, sources), figures)
 
 
@@ -138,11 +138,11 @@ def _row_text(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -
     totals = {name: _share(batches, sources, name) for name in sources.names}
     if len(totals) > 1:
         parts = [f"“{name}” {percent(value)}" for name, value in totals.items() if value is not None]
-        words.append(f"Of the rows that came, by their column source: {listed(parts)}.")
+        words.append(f"Followed by source: {listed(parts)}.")
     elif not sources.names:
-        words.append("Where rows are from was not recorded, so that they stand together.")
+        words.append("The sources of the rows are not recorded.")
     if all(batch.scores is None for batch in batches):
-        words.append("No scores were needed, so that choices alone can be shown.")
+        words.append("The method needs no scores, so only its choices are shown.")
     return words
 
 
@@ -167,7 +167,7 @@ def _shares(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> 
         points = [(batches[part[-1]].step, _share([batches[i] for i in part], sources, name)) for part in parts]
         kept = [(float(step), share) for step, share in points if share is not None]
         lines.append(Line(name, [step for step, _ in kept], [share for _, share in kept], colour))
-    note = "Of the rows from each source that came in these steps, how many a layer followed, on average."
+    note = "Share of the rows of each source that a layer followed in these steps, on average."
     chart = Chart("share followed", percent=True)
     return [line_chart(f"followed-{slug(run.name)}", "Shares followed", lines, chart, note, "half")]
 
@@ -207,7 +207,7 @@ def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) 
     values = np.stack([sums[name] / counts[name] for name in names])
     bound = float(np.abs(values).max()) or 1.0
     cells = Cells(values, names, _labels(batches[0]), -bound, bound, "layer", "source", "mean z-score")
-    note = "Above zero: rows of this source point the support's way more than others in their batch."
+    note = "Above zero: gradients of this source agree with the support rows more than others in their batch."
     return [heat_map(f"alignment-{slug(run.name)}", "Alignment by source", cells, note, "half")]
 
 

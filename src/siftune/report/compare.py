@@ -112,7 +112,7 @@ def _result_of_run(run: RunData) -> str:
 def _under_way(run: RunData) -> str:
     steps, losses = run.course("loss")
     if not losses:
-        return f"“{run.name}” has begun; no step is logged yet."
+        return f"“{run.name}” has no logged step yet."
     total = f" of {run.recipe.steps:,}" if run.recipe.steps else ""
     held_out = run.course("eval_loss")[1]
     told = f", held-out loss {short(held_out[-1], 4)}" if held_out else ""
@@ -126,10 +126,10 @@ def _by_loss(run: RunData) -> str:
     if held_out is not None:
         return f"After {steps} the held-out loss is {short(held_out, 4)} nats per token{ended}."
     if first is None or last is None:
-        return f"{steps.capitalize()} were done; no loss was logged{ended}."
+        return f"{steps.capitalize()} finished; no loss was logged{ended}."
     return (
         f"In {steps} the training loss went from {short(first)} to {short(last)}{ended}; nothing was held out, so that "
-        "it says little of quality."
+        "it says little about quality."
     )
 
 
@@ -161,11 +161,11 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
 def _by_losses(runs: Sequence[RunData]) -> str:
     losses = {run.name: loss for run in runs if (loss := run.figure("eval_loss")) is not None}
     if not held_out_alike(runs) or len(losses) < 2:
-        return f"{len(runs)} runs, which were not measured on the same held-out rows."
+        return f"{len(runs)} runs, not measured on the same held-out rows."
     order = sorted(losses, key=lambda name: losses[name])
     others = ", ".join(f"{short(losses[name], 4)} for “{name}”" for name in order[1:4])
     return (
-        f"“{order[0]}” has the least held-out loss of {len(runs)} runs, {short(losses[order[0]], 4)} nats per token, "
+        f"“{order[0]}” has the lowest held-out loss of {len(runs)} runs, {short(losses[order[0]], 4)} nats per token, "
         f"against {others}."
     )
 
@@ -183,7 +183,7 @@ def compare_runs(runs: Sequence[RunData]) -> Section | None:
         _against(quality, runs, "peak_memory_mb", "Quality and memory", "peak memory, 10⁶ bytes"),
     ]
     tables = [_table(runs, quality), _differences(runs)]
-    return Section("compare", "The runs side by side", words, [one for one in figures if one], tables)
+    return Section("compare", "Comparison of runs", words, [one for one in figures if one], tables)
 
 
 def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
@@ -193,8 +193,8 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
         losses = {run.name: Point(run.name, loss) for run in runs if (loss := run.figure("eval_loss")) is not None}
         if not held_out_alike(runs):
             return _Quality("held-out loss", {}), [
-                "The runs held out different rows, so that their losses can't be compared: `siftune eval RUN… --data "
-                "FILE` measures them on the same."
+                "The runs held out different rows, so their losses cannot be compared. `siftune eval RUN… --data "
+                "FILE` measures them on the same rows."
             ]
         return _Quality("held-out loss", losses), ["Quality is the held-out loss, which has no interval here."]
     data, metric = shared
@@ -281,7 +281,11 @@ def _differences(runs: Sequence[RunData]) -> Grid:
         if len(set(map(str, known))) > 1:
             rows.append([Cell(name), *(Cell(_setting(one.get(name))) for one in values)])
     header = ["setting", *(run.name for run in runs)]
-    caption = "In what the recipes differ." if rows else "The recipes do not differ in anything that is learned."
+    caption = (
+        "Differences between the recipes."
+        if rows
+        else "The recipes do not differ."
+    )
     return Grid(header, rows, caption, range(len(header)))
 
 

@@ -33,7 +33,7 @@ def kit_section(other: Other) -> Section:
     words = [
         kit_sentence(manifest),
         f"The emulator takes {size[0]}, the outer layers {size[1]}. The lower a rank or number of channels, the less "
-        "of a matrix is handed out; what is kept is the base's own.",
+        "of a matrix is released. The released part is exact.",
     ]
     return Section(f"kit-{slug(other.name)}", f"Kit {other.name}", words, _ranks(other), [_middle(manifest)])
 
@@ -47,7 +47,7 @@ def _ranks(other: Other) -> list[Figure]:
     values = np.array([[dict(shape.ranks).get(name, np.nan) for shape in manifest.middle] for name in names], float)
     shown = [name.rpartition(".")[2] for name in names]
     cells = Cells(values, shown, layers, 0.0, float(np.nanmax(values)), "layer of the base", "matrix", "rank")
-    note = "An empty cell: the matrix is handed out whole, or with the MLP's channels."
+    note = "Empty cell: the matrix is complete, or reduced by channels of the MLP."
     return [heat_map(f"ranks-{slug(other.name)}", "Ranks", cells, note, "full")]
 
 
@@ -79,8 +79,8 @@ def audit_sentence(record: Mapping[str, Any]) -> str:
     if delta is not None:
         parts.append(f"the plugged-in layers do {short(delta.value)} nats per token better than the emulator alone")
     if strongest is not None:
-        parts.append(f"the strongest attack tells rows apart with an AUC of {short(strongest.value)} (0.5 is guessing)")
-    return f"Audit: {'; '.join(parts) or 'no figure was found'}."
+        parts.append(f"the strongest attack has an AUC of {short(strongest.value)} (0.5 is guessing)")
+    return f"Audit: {'; '.join(parts) or 'no results'}."
 
 
 def audit_section(other: Other) -> Section:
@@ -89,8 +89,8 @@ def audit_section(other: Other) -> Section:
     figures = [*_conditions(record, name), *_cosines(record, name), *_attack_figures(record, name)]
     words = [
         audit_sentence(record),
-        "ZS: nothing tuned. FT: the outer layers tuned. Plug-in: the base with the layers that were tuned on the "
-        "emulator. An AUC near 0.5 says that these attacks fail on these rows; stronger ones exist.",
+        "ZS: zero-shot, nothing tuned. FT: the outer layers fine-tuned. Plug-in: the base with the layers tuned on the "
+        "emulator. An AUC near 0.5 means that these attacks fail on these rows. Stronger attacks exist.",
     ]
     return Section(f"audit-{name}", f"Audit {other.name}", words, figures)
 
@@ -99,7 +99,7 @@ def _conditions(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
     conditions = _at(record, "conditions") or {}
     for measure, title, scale in (
         ("nll", "Loss of the models", Scale("nats per label token; less is better")),
-        ("accuracy", "Accuracy of the models", Scale("share of right rows", percent=True)),
+        ("accuracy", "Accuracy of the models", Scale("share of correct rows", percent=True)),
     ):
         points = [
             Point(label, found.value, found.low, found.high, colour=0 if key.startswith("full") else 1)
@@ -116,7 +116,9 @@ def _cosines(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
     pairs.append(("all layers", _at(record, "cosine", "overall")))
     points = [Point(str(layer), cosine) for layer, value in pairs if (cosine := _finite(value)) is not None]
     if points:
-        note = "Between the outer layers' gradients on the base and on the emulator; 1 is tuning as on the base."
+        note = (
+            "Of the outer layers' gradients on the base and on the emulator; at 1, tuning on either is the same."
+        )
         yield listed_points(f"cosine-{name}", "Cosine of gradients", points, Scale("cosine"), note)
 
 
@@ -124,7 +126,7 @@ def _attack_figures(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
     points = _attacks(record)
     if points:
         scale = Scale("AUC", reference=_GUESSING, reference_name="guessing")
-        note = "How well each attack tells members from others."
+        note = "How well each attack tells training rows from others."
         yield listed_points(f"attacks-{name}", "Attacks", points, scale, note)
 
 

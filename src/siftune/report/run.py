@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 
 from siftune.base.errors import InputError
-from siftune.evaluate.measure import PERPLEXITY, MetricRow
+from siftune.evaluate.measure import PERPLEXITY
 from siftune.recipe.read import recipe_to_yaml
 from siftune.records.rows import Text
 from siftune.records.visits import NAME
 from siftune.report.charts import Chart, Line, Point, Scale, line_chart, listed_points
-from siftune.report.compare import change_text
-from siftune.report.evals import Eval, label_of
-from siftune.report.parts import Cell, Figure, Grid, Section, slug
+from siftune.report.evals import Eval, label_of, metric_table
+from siftune.report.parts import Cell, Figure, Grid, Section, grid_of, slug
 from siftune.report.subjects import RunData
-from siftune.report.words import cut, percent, short
+from siftune.report.words import cut, short
 from siftune.suspects.named import suspects as find
 
 # key in metrics.jsonl, title, how it is drawn
@@ -23,43 +22,38 @@ _COURSES = (
     ("grad_norm", "Gradient", Chart("norm before clipping", zero=True)),
 )
 _PRIVATE = (
-    "Losses and norms in this section were computed without noise: the promise of differential privacy does not cover "
-    "them, so keep this page where the rows may be."
+    "Losses and norms in this section are computed without noise, so that the guarantee of differential privacy does "
+    "not cover them. Treat this page like the training rows."
 )
 
 
 def training(runs: Sequence[RunData]) -> Section | None:
-    """Losses, rates, times and memory of all runs; None where nothing was logged."""
+    """Losses, learning rate, time and memory of all runs; None if nothing is logged."""
     if not any(run.metrics for run in runs):
         return None
-    figures = _losses(runs) if len(runs) > 1 else [_both_losses(runs[0])]
+    figures = _losses(runs)
     figures += [_course(runs, key, title, chart) for key, title, chart in _COURSES]
     if len(runs) == 1:
         figures.append(_course(runs, "tokens_per_second", "Speed", Chart("tokens per second", zero=True)))
     private = any(run.recipe.dp_epsilon is not None for run in runs)
-    return Section("training", "How training went", [_PRIVATE] if private else [], figures)
-
-
-def _both_losses(run: RunData) -> Figure:
-    lines = [Line("training", *run.course("loss")), Line("held out", *run.course("eval_loss"), colour=1)]
-    return line_chart("loss", "Loss", lines, _LOSS, _held_out_note(lines[1:]))
-
-
-_LOSS = Chart("nats per token")
+    return Section("training", "Training", [_PRIVATE] if private else [], figures)
 
 
 def _losses(runs: Sequence[RunData]) -> list[Figure]:
-    train, held_out = (_courses(runs, key) for key in ("loss", "eval_loss"))
+    chart = Chart("nats per token")
+    if len(runs) == 1:
+        train, held_out = Line("training", *runs[0].course("loss")), Line("held out", *runs[0].course("eval_loss"), 1)
+        return [line_chart("loss", "Loss", [train, held_out], chart, _held_out_note([held_out]))]
+    trained, measured = (_courses(runs, key) for key in ("loss", "eval_loss"))
     return [
-        line_chart("loss", "Training loss", train, _LOSS),
-        line_chart("held-out-loss", "Held-out loss", held_out, _LOSS, _held_out_note(held_out)),
+        line_chart("loss", "Training loss", trained, chart),
+        line_chart("held-out-loss", "Held-out loss", measured, chart, _held_out_note(measured)),
     ]
 
 
 def _held_out_note(held_out: Sequence[Line]) -> str:
-    """Say what is missing."""
     if not any(line.xs for line in held_out):
-        return "Nothing was held out: --eval FILE measures it while a run goes on."
+        return "No held-out loss: train with --eval FILE to measure it."
     return ""
 
 
@@ -77,25 +71,29 @@ _NOTHING = "(nothing)"
 
 
 def answers(run: RunData, several: bool) -> Section:
-    """Base against tuned; words on how to get there where nothing was measured."""
+    """The base model against the tuned one; a hint if they are not measured yet."""
     title = f"Base and tuned{f': {run.name}' if several else ''}"
     anchor = f"answers-{slug(run.name)}"
     if not run.evals:
         return Section(
-            anchor, title, [f"Nothing was measured yet: `siftune eval {run.path} --data FILE` puts it here."]
+            anchor, title, [f"Not measured yet. `siftune eval {run.path} --data FILE` adds the result here."]
         )
     newest = run.evals[-1]
-    words = [f"{newest.rows:,} rows of {newest.data}, the same for both models. Intervals: {100 * newest.level:g} %."]
+    words = [
+        f"{newest.rows:,} rows of {newest.data}, the same for both models, with {100 * newest.level:g} % intervals."
+    ]
     if not newest.answers:
-        words.append("No texts were generated on these rows, so that there are no answers to compare.")
-    tables = [_metrics(newest), *([_texts(newest)] if newest.answers else [])]
+        words.append("The models generated no texts for these rows, so there are no answers to compare.")
+    caption = "Measured on held-out rows; differences of shares in points."
+    tables = [grid_of(metric_table(caption, newest.metrics, newest.level))]
+    tables += [_texts(newest)] if newest.answers else []
     return Section(anchor, title, words, _rates(run, newest), tables)
 
 
 def _rates(run: RunData, found: Eval) -> list[Figure]:
-    """Rates of both models, where there are any."""
+    """Shares of correct answers of both models."""
     rates = [row for row in found.metrics if row.metric != PERPLEXITY and row.tuned is not None]
-    scale, drawn = Scale("share of right answers", percent=True), []
+    scale, drawn = Scale("share of correct answers", percent=True), []
     for row in rates:
         assert row.tuned is not None
         models = (("base", row.base, row.base_interval), ("tuned", row.tuned, row.tuned_interval))
@@ -106,24 +104,6 @@ def _rates(run: RunData, found: Eval) -> list[Figure]:
         name, title = f"{slug(row.metric)}-{slug(run.name)}", label_of(row.metric).capitalize()
         drawn.append(listed_points(name, title, pair, scale, size="third"))
     return drawn
-
-
-def _metrics(found: Eval) -> Grid:
-    header = ["metric", "rows", "base", "tuned", "difference", "interval"]
-    return Grid(header, [_row(row) for row in found.metrics], "Measured on held-out rows; differences in points.")
-
-
-def _row(row: MetricRow) -> list[Cell]:
-    show = short if row.metric == PERPLEXITY else percent
-    low, high = (None if bound is None else change_text(row.metric, bound) for bound in (row.low, row.high))
-    return [
-        Cell(label_of(row.metric)),
-        Cell(f"{row.rows:,}", row.rows),
-        Cell(show(row.base), row.base),
-        Cell(show(row.tuned), row.tuned),
-        Cell("–" if row.difference is None else change_text(row.metric, row.difference), row.difference),
-        Cell("–" if low is None or high is None else f"{low} to {high}", row.low),
-    ]
 
 
 def _texts(found: Eval) -> Grid:
@@ -137,8 +117,8 @@ def _texts(found: Eval) -> Grid:
         ]
         for place, one in enumerate(found.answers, 1)
     ]
-    caption = f"The first {len(rows)} held-out rows, as they come. ✓ right, ✗ wrong."
-    return Grid(["row", "question", "right answer", "base", "tuned"], rows, caption, range(5), cards=True)
+    caption = f"The first {len(rows)} held-out rows, unselected. ✓ correct, ✗ wrong."
+    return Grid(["row", "question", "reference", "base", "tuned"], rows, caption, range(5), cards=True)
 
 
 def _answer(text: str) -> str:
@@ -149,15 +129,15 @@ _SUSPECTS = 20
 
 
 def suspects(run: RunData, several: bool) -> Section | None:
-    """The rows that most look wrong; None where the run kept no record of its rows."""
+    """The rows that look most likely wrong; None if the run has no record of its rows."""
     if not (run.path / NAME).is_file():
         return None
     title = f"Suspect rows{f': {run.name}' if several else ''}"
     anchor = f"suspects-{slug(run.name)}"
     try:
         found = find(run.path, _SUSPECTS)
-    except InputError as error:  # rows that changed since, or a damaged record: the rest of the page stands
-        return Section(anchor, title, [f"Not known: {error}"])
+    except InputError as error:  # changed rows, or a damaged record: the rest of the page is fine
+        return Section(anchor, title, [f"Not available: {error}"])
     if not found:
         return Section(anchor, title, ["No row stands out."])
     rows = [
@@ -170,14 +150,16 @@ def suspects(run: RunData, several: bool) -> Section | None:
         ]
         for one in found
     ]
-    caption = f"The {len(rows)} rows that stand out most; right rows can be among them: read before you drop."
+    caption = (
+        f"The {len(rows)} rows that stand out most. Some may be correct: read before you drop any."
+    )
     header = ["row", "text", "why", "score", "near-duplicates"]
-    words = [f"`siftune rows {run.path}` lists more of them, and writes a file for --drop-rows."]
+    words = [f"`siftune rows {run.path}` lists more of them and writes a file for `--drop-rows`."]
     return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
 
 
 def _both(text: Text) -> str:
-    """Prompt and completion, with an arrow between."""
+    """Prompt → completion."""
     return " → ".join(filter(None, (text.prompt.strip(), text.completion.strip())))
 
 

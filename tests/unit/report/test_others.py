@@ -76,7 +76,7 @@ def test_an_audit(tmp_path):
     told, section = of(save(tmp_path / "audit", "audit.json", AUDIT))
     assert told == (
         "Audit: the plugged-in layers do 0.310 nats per token better than the emulator alone; the strongest attack "
-        "tells rows apart with an AUC of 0.850 (0.5 is guessing)."
+        "has an AUC of 0.850 (0.5 is guessing)."
     )
     assert [figure.title for figure in section.figures] == [
         "Loss of the models", "Accuracy of the models", "Cosine of gradients", "Attacks"
@@ -209,9 +209,7 @@ def test_a_damaged_sweep_is_told(tmp_path, points):
 )
 def test_an_audit_shows_what_is_there(tmp_path, value):
     record = {"conditions": value, "comparisons": value, "membership": value, "calibration": value, "cosine": value}
-    assert (
-        headline(find_subjects([str(save(tmp_path / "audit", "audit.json", record))])) == "Audit: no figure was found."
-    )
+    assert headline(find_subjects([str(save(tmp_path / "audit", "audit.json", record))])) == "Audit: no results."
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_measurement_of_the_base_alone(tmp_path):
     runs = [save_run(tmp_path / name) for name in "ab"]
     for run in runs:
         record_eval(run, Eval("test.jsonl", 9, 0.95, (MetricRow("choices", 9, 0.5),)))
-    assert "least held-out loss" in headline(subjects(*runs))
+    assert "lowest held-out loss" in headline(subjects(*runs))
     (runs[0] / "eval.json").write_text(eval_json('1, "tuned": 0.6', ', {"metric": "choices", "base": 1, "rows": 1}'))
     (runs[1] / "eval.json").write_text(eval_json("1"))
     assert headline(subjects(*runs)).endswith("on 1 held-out row, against 50.0\u00a0% for the base model.")
@@ -96,15 +96,15 @@ def test_a_measurement_of_the_base_alone(tmp_path):
 
 def test_shares_of_different_rows_are_not_compared(tmp_path):
     first, second = (save_run(tmp_path / n, eval=None, eval_share=0.1, train=f"{n}.jsonl") for n in "ab")
-    assert headline(subjects(first, second)) == "2 runs, which were not measured on the same held-out rows."
+    assert headline(subjects(first, second)) == "2 runs, not measured on the same held-out rows."
     assert "held out different rows" in text_of(sections(subjects(first, second))[0])
 
 
 def test_runs_by_their_losses_where_they_were_held_to_the_same_rows(tmp_path):
     first, second = (save_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
-    assert headline(subjects(first, second)).startswith("“a” has the least held-out loss of 2 runs, 0.7000")
+    assert headline(subjects(first, second)).startswith("“a” has the lowest held-out loss of 2 runs, 0.7000")
     third = save_run(tmp_path / "c", eval="others.jsonl")
-    assert headline(subjects(first, third)) == "2 runs, which were not measured on the same held-out rows."
+    assert headline(subjects(first, third)) == "2 runs, not measured on the same held-out rows."
     (compared, *_) = sections(subjects(first, third))
     assert "held out different rows" in text_of(compared)
 
@@ -125,7 +125,7 @@ def test_a_run_that_is_under_way(tmp_path, steps):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:steps]) + '{"step": 13, "lo')
     told = headline(subjects(run))
-    assert told.startswith("“run” is at step 11 of 12: training loss" if steps else "“run” has begun")
+    assert told.startswith("“run” is at step 11 of 12: training loss" if steps else "“run” has no logged step yet")
     assert make_page([str(run)]).html.count("<svg") == (6 if steps else 0)
 
 
@@ -141,11 +141,11 @@ def test_the_commands_are_what_the_command_line_takes(runs):
 
 
 def test_a_run_has_the_sections_of_its_method(runs):
-    assert titles(runs["dense"]) == ["How training went", "Base and tuned", "Recipe, versions and hardware"]
-    assert titles(runs["ist"])[1] == "Layers that trained"
-    assert titles(runs["gast"])[1] == "Rows that were followed"
+    assert titles(runs["dense"]) == ["Training", "Base and tuned", "Recipe, versions and hardware"]
+    assert titles(runs["ist"])[1] == "Trained layers"
+    assert titles(runs["gast"])[1] == "Followed rows"
     several = titles(*runs.values())
-    assert several[:2] == ["The runs side by side", "How training went"]
+    assert several[:2] == ["Comparison of runs", "Training"]
     assert several.count("Base and tuned: ist") == 1
 
 
@@ -183,7 +183,7 @@ def test_the_shares_followed_are_those_of_the_record(tmp_path):
         for place, source in enumerate(batch.sources):
             seen[source] = seen.get(source, 0) + 1
             followed[source] = followed.get(source, 0) + batch.followed[:, place].mean()
-    words = next(section for section in sections(subjects(run)) if "followed" in section.title).words[1]
+    words = next(section for section in sections(subjects(run)) if "followed" in section.title.lower()).words[1]
     for source, count in seen.items():
         assert f"“{source}” {100 * followed[source] / count:.1f}\u00a0%" in words
     shares = {source: followed[source] / seen[source] for source in seen}
@@ -213,7 +213,7 @@ def test_a_record_of_rows_that_cannot_be_read_is_told_of(tmp_path):
     run = save_run(tmp_path / "run", steps=2)
     (run / "rows.parquet").write_bytes(b"damaged")
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
-    assert section.words[0].startswith("Not known: ")
+    assert section.words[0].startswith("Not available: ")
     assert "rows.parquet" in section.words[0]
 
 
