@@ -41,12 +41,12 @@ def milliseconds(length: int, dtype: torch.dtype, padded: bool, tries: int) -> d
     return {name: round(statistics.median(taken), 2) for name, taken in times.items()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print a line of JSON for each length, dtype and mask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 384])
     parser.add_argument("--tries", type=int, default=15)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     for dtype in (torch.bfloat16, torch.float32):
         for padded in (False, True):
             for length in options.lengths:

@@ -7,28 +7,33 @@
 Both choose what siftune's `GAST` chooses, number for number. They take PEFT's plain LoRA on linear modules in the
 decoder layers, in one process, and nothing else.
 
-Shapes: B rows, T positions, I inputs, O outputs, K chosen rows, L layers.
+Shapes: B rows, T positions, I inputs, O outputs, K chosen rows, N = K·T, L layers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
-from lab.lora_rows import gradient_of_chosen, lora_matrices, randomness_kept, reading
 from siftune.base import numerics
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.engine import kinds as per_sample
+from siftune.engine.groups import group_by_layer, outside
 from siftune.engine.ranks import world_size
-from siftune.methods.drivers.batches import Batch, Draws, Loss, model_loss
+from siftune.methods.drivers.batches import Batch, Draws, Loss, RowDraws, model_loss
 from siftune.methods.drivers.support import support_gradient
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, score_samples
 from siftune.methods.options import GASTSettings, count_of
+from siftune.train.trainer import SiftTrainer
 
+Read = Callable[[nn.Linear, Tensor, Tensor], Tensor | None]  # matrix, output's gradient, input -> weight's gradient
 Run = Callable[[Batch], Tensor]  # forward and backward on a batch; returns the loss
 
 
@@ -195,3 +200,157 @@ def _refuse_settings(name: str, settings: GASTSettings) -> None:
                 f"{name} is a reference with {key} {' or '.join(values)}, not {getattr(settings, key)}; "
                 "siftune's GAST does the others"
             )
+
+
+class BaselineTrainer(SiftTrainer):
+    """siftune's Trainer with the passes of a baseline in the place of a training step."""
+
+    baseline: Baseline
+    _begun = -1  # the step for which the baseline has drawn
+
+    @classmethod
+    def take_over(
+        cls, trainer: SiftTrainer, kind: type[Baseline], settings: GASTSettings, seed: int = 0
+    ) -> "BaselineTrainer":
+        """Turn a Trainer that is set up for dense training into one that selects; all else stays as it is."""
+        trainer.__class__ = cls
+        chunk = trainer.args.per_device_train_batch_size
+        trainer.baseline = kind(trainer.model, settings, loss=trainer.support_loss, chunk=chunk, seed=seed)
+        trainer.baseline.draws = RowDraws(trainer.train_dataset, trainer.data_collator, trainer.baseline.generator)
+        return trainer
+
+    def support_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of support rows, as the Trainer computes that of its own."""
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, self._prepare_inputs(dict(batch)))
+        return loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Select, with as many forward and backward passes as the baseline makes."""
+
+        def run(batch: Batch) -> Tensor:
+            loss: Tensor = super(BaselineTrainer, self).training_step(model, dict(batch), num_items_in_batch)
+            return loss
+
+        if self._begun != self.state.global_step:
+            self._begun = self.state.global_step
+            model.train()  # an evaluation leaves it in eval mode
+            self.baseline.begin()
+        return self.baseline.step(inputs, run)
+
+
+class ReadLinear(torch.autograd.Function):
+    """y = x Wᵀ, where `read` says what the weight's gradient is; the input gets its own, of all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, read: Callable[[Tensor, Tensor], Tensor | None], given: Tensor, weight: Tensor) -> Tensor:
+        """Multiply; `read(output's gradient, input)` is called in backward."""
+        ctx.read = read
+        ctx.save_for_backward(given, weight)
+        return nn.functional.linear(given, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        """Pass the gradient on to the input, and return what was read for the weight."""
+        given, weight = ctx.saved_tensors
+        to_input = (grads[0] @ weight.to(grads[0].dtype)).to(given.dtype) if ctx.needs_input_grad[1] else None
+        return None, to_input, ctx.read(grads[0], given)
+
+
+@contextmanager
+def reading(matrices: Sequence[nn.Linear], ids_BT: Tensor, read: Read) -> Iterator[None]:
+    """Have `read` form the gradients of LoRA matrices in one forward and backward pass over some rows.
+
+    Args:
+        matrices: The matrices; each has to be used once.
+        ids_BT: The rows' token numbers.
+        read: Given a matrix, the gradient (B, T, O) of its output, and its input (B, T, I).
+
+    Raises:
+        UnsupportedError: A matrix does not see the rows one by one, or is used never or more than once.
+    """
+    calls: list[nn.Linear] = []
+    rows, positions = ids_BT.shape
+
+    def forward(matrix: nn.Linear, given: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and given.shape[:-1] not in ((rows, positions), (rows * positions,)):
+            raise UnsupportedError(
+                f"a LoRA matrix works on a tensor of shape {tuple(given.shape)} in a batch of {rows} rows and "
+                f"{positions} positions, so the rows' gradients cannot be told apart"
+            )
+        return ReadLinear.apply(partial(note, matrix), given, matrix.weight)
+
+    def note(matrix: nn.Linear, grad: Tensor, given: Tensor) -> Tensor | None:
+        calls.append(matrix)
+        return read(matrix, grad.reshape(rows, positions, -1), given.reshape(rows, positions, -1))
+
+    try:
+        for matrix in matrices:
+            matrix.forward = partial(forward, matrix)
+        yield
+    finally:
+        for matrix in matrices:
+            vars(matrix).pop("forward", None)
+    if sorted(map(id, calls)) != sorted(map(id, matrices)):
+        raise UnsupportedError(
+            f"backward came by {len(calls)} uses of {len(matrices)} LoRA matrices; every matrix has to be used once"
+        )
+
+
+@contextmanager
+def randomness_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the global generators as they were, so that a second pass has the same dropout."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def gradient_of_chosen(
+    rows_of: dict[nn.Linear, tuple[Tensor, Tensor]], matrix: nn.Linear, grad_BTO: Tensor, input_BTI: Tensor
+) -> Tensor:
+    """Gradient of a weight from some rows.
+
+    Args:
+        rows_of: matrix -> its rows (K,), and a factor on the sum over them.
+        matrix: The matrix.
+        grad_BTO: Gradient of its output.
+        input_BTI: Its input.
+    """
+    rows_K, factor = rows_of[matrix]
+    grad_NO, input_NI = grad_BTO[rows_K].flatten(0, 1), input_BTI[rows_K].flatten(0, 1)
+    return grad_NO.T @ input_NI.to(grad_NO.dtype) * factor.to(grad_NO.dtype)
+
+
+def lora_matrices(model: nn.Module) -> list[list[nn.Linear]]:
+    """The LoRA matrices of every layer that has some, as the modules that multiply with them.
+
+    Raises:
+        UnsupportedError: Something else trains.
+    """
+    layers = []
+    groups = group_by_layer(model)
+    for group in groups:
+        found = [
+            matrix
+            for module in group.module.modules()
+            if isinstance(module, LoraLayer)
+            and not isinstance(module, ParamWrapper | MultiheadAttention)
+            and not getattr(module, "lora_variant", {})
+            for matrix in (*module.lora_A.values(), *module.lora_B.values())
+            if type(matrix) is nn.Linear and matrix.weight.requires_grad
+        ]
+        known = {id(matrix.weight) for matrix in found}
+        _refuse_others([f"{group.name}.{name}" for name, p in group.parameters.items() if id(p) not in known])
+        layers.append(found)
+    _refuse_others(list(outside(model, groups)))
+    return layers
+
+
+def _refuse_others(names: Sequence[str]) -> None:
+    if names:
+        raise UnsupportedError(
+            f"{names[0]} trains ({len(names)} such parameters), but the baselines know plain LoRA on linear modules in "
+            "the decoder layers only; attach such an adapter, or use siftune's GAST"
+        )

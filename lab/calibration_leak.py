@@ -38,7 +38,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lab.pays.results import append, read
+from lab.lines import append, read
 from lab.private_moments import gaussian_epsilon, private_moments
 from siftune.base.environment import versions
 from siftune.data.read import load_rows

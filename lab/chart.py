@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from lab.pays.seeds import seed_means
+from lab.seeds import seed_means
 
 HERE = Path(__file__).parent
 TEXT, MIXED, CLEAN = "#010203", "#2f81f7", "#d1730b"
@@ -55,7 +55,9 @@ def paired(ours: dict[int, list[float]], dense: dict[int, list[float]]) -> tuple
         for name, runs in (("ours", ours), ("dense", dense))
     }
     difference = seed_means(values, [[1.0] * len(ours[seed]) for seed in seeds]).difference("ours", "dense")
-    assert difference.value is not None and difference.low is not None and difference.high is not None
+    assert difference.low is not None
+    assert difference.high is not None
+    assert difference.value is not None
     return difference.value, difference.low, difference.high
 
 
@@ -142,12 +144,12 @@ def draw(methods: list[Point], out: Path) -> None:
     out.write_text(svg + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the records and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the recorded runs")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images" / "chart.svg")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     methods = points(options.results)
     for point in methods:
         print(point)

@@ -1,6 +1,6 @@
 """What the ranks of a run send: bytes that each of them hands to collectives in a step, by method, beside plain LoRA.
 
-    torchrun --standalone --nproc_per_node 2 lab/communication.py
+    torchrun --standalone --nproc_per_node 2 -m lab.communication
 
 A random llama with the hidden sizes of SmolLM2-135M and few layers trains by LoRA of rank 32 in all layers, on short
 rows: what is sent does not depend on them. torch's profiler records every call of gloo, those of DDP's reducer and
@@ -111,7 +111,7 @@ def measure(recipe: Recipe, shard: bool, folder: str) -> Counter[str]:
 def main() -> None:
     """Measure every method, and print a Markdown table."""
     if not join_launch():
-        sys.exit("start it in several processes: torchrun --standalone --nproc_per_node 2 lab/communication.py")
+        sys.exit("start it in several processes: torchrun --standalone --nproc_per_node 2 -m lab.communication")
     lines, plain = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in RECIPES.items():

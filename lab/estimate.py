@@ -47,30 +47,29 @@ def one(task: str, recipe: Recipe) -> dict[str, float]:
     return {"seconds": summary["seconds"], "processor": spent[0], "memory_mb": summary["peak_memory_mb"]}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare, or do one task of a comparison."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--train", required=True)
     parser.add_argument("--methods", default="dense,ist,gast")
     parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--task", choices=[*_CLOCKS, "run"])
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    shared = ["--train", options.train, "--model", options.model, "--rows", str(options.rows)]
     for method in options.methods.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = Recipe(
-                train=options.train, limit=options.rows, method=method, eval_share=0.05, out=f"{folder}/run"
-            )
-            if options.task:
+        if options.task:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = {"train": options.train, "limit": options.rows, "eval_share": 0.05}
+                recipe = Recipe(model=options.model, method=method, out=f"{folder}/run", **rows)
                 print(json.dumps(one(options.task, recipe)))
-                continue
-        told: dict[str, Any] = {"method": method}
+            continue
+        figures: dict[str, Any] = {"method": method}
         for task in ("clock", "processor", "run"):
-            words = ["--train", options.train, "--methods", method, "--rows", str(options.rows), "--task", task]
-            done = subprocess.run(
-                [sys.executable, "-m", "lab.estimate", *words], stdout=subprocess.PIPE, check=True, text=True
-            )
-            told[task] = json.loads(done.stdout.splitlines()[-1])
-        print(json.dumps(told), flush=True)
+            command = [sys.executable, "-m", "lab.estimate", *shared, "--methods", method, "--task", task]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+            figures[task] = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

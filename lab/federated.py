@@ -39,8 +39,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lab.lines import append, key, read
 from lab.offsite import text_batches
-from lab.pays.results import append, key, read
 from siftune.base.environment import hardware, versions
 from siftune.data.rows import rows_from
 from siftune.data.tasks import split
@@ -204,7 +204,7 @@ def _rows(job: Job, data: Path | None) -> tuple[list[Records], Records]:
         train_rows, test = split(job["rows"], job["questions"], job["seed"])
         kinds = dict.fromkeys(row["kind"] for row in train_rows)
         return [[row for row in train_rows if row["kind"] == kind] for kind in sorted(kinds)], test
-    from lab.quality_tasks import read_options
+    from lab.pays.pool import read_options
 
     assert data is not None
     drawn = random.Random(job["seed"])

@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,11 +96,11 @@ def build(method: str, work: Workload, folder: Path, *watchers: Any) -> Any:
     if method not in BASELINES:
         return build_trainer(method, work, folder, *watchers)
     from lab import baselines
-    from lab.baseline_trainer import BaselineTrainer
 
     kind, like = BASELINES[method]
     trainer = build_trainer("dense", work, folder, *watchers)
-    return BaselineTrainer.take_over(trainer, getattr(baselines, kind), work.recipe(like, "unused").gast, work.seed)
+    settings = work.recipe(like, "unused").gast
+    return baselines.BaselineTrainer.take_over(trainer, getattr(baselines, kind), settings, work.seed)
 
 
 def collect(
@@ -137,6 +137,18 @@ def collect(
                             file.write(json.dumps(record) + "\n")
                 found[case.name][number, method] = _measurement(record)
     return [(case, list(found[case.name].values())) for case in cases]
+
+
+def recorded(path: Path) -> list[tuple[Case, list[Measurement]]]:
+    """The measurements of a file, by workload."""
+    cases: dict[str, tuple[Case, list[Measurement]]] = {}
+    for record in _read(path):
+        work = Workload(**{name: record["workload"][name] for name in (field.name for field in fields(Workload))})
+        layers = work.model.rpartition(", ")[2]
+        name = f"{work.batch_size} × {work.length}, {layers}" if layers.endswith(" layers") else work.model
+        case = cases.setdefault(json.dumps(record["workload"]), (Case(name, work, work.model), []))
+        case[1].append(_measurement(record))
+    return list(cases.values())
 
 
 def table(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> list[str]:

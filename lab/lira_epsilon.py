@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lab.pays.results import append, key, read
+from lab.lines import append, key, read
 from lab.random_llama import save_llama
 from siftune.base.environment import versions
 from siftune.cli.subjects import find_subject, load_subject
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
+from siftune.evaluate.bootstrap import Bootstrap
 from siftune.offsite.audits.lira import confidence, halves, lira
-from siftune.offsite.audits.membership import auc, tpr
+from siftune.offsite.audits.membership import measure_attack
 from siftune.offsite.audits.rows import score_losses
 from siftune.recipe.schema import Recipe
 from siftune.report.table import Table, markdown_table
@@ -99,16 +100,17 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
     return markdown_table(Table(header, table))
 
 
-def _told(lines: Sequence[dict[str, Any]], number: int) -> tuple[float, float, float, float]:
+def _told(lines: Sequence[dict[str, Any]], number: int) -> tuple[float, ...]:
     """One model in question, the others its shadows."""
     job = lines[number]["job"]
     trained = halves(job["models"], job["rows"], job["seed"])[[line["job"]["number"] for line in lines]]
     nll = np.array([line["nll"] for line in lines])
     others = np.arange(len(lines)) != number
     scores, inside = lira(confidence(nll[number]), confidence(nll[others]), trained[others]).online, trained[number]
-    members, rest = scores[inside], scores[~inside]
-    alone = auc(-nll[number][inside], -nll[number][~inside])
-    return auc(members, rest), tpr(members, rest, 0.05), alone, float(nll[number][inside].mean())
+    by_lira = measure_attack(scores[inside], scores[~inside], Bootstrap(1))
+    by_loss = measure_attack(-nll[number][inside], -nll[number][~inside], Bootstrap(1))
+    figures = (by_lira.auc.value, by_lira.tpr_5.value, by_loss.auc.value, float(nll[number][inside].mean()))
+    return tuple(float(figure or 0.0) for figure in figures)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

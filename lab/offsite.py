@@ -25,11 +25,13 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tasks import split
 from siftune.data.tokens import tokenize_rows
+from siftune.evaluate.bootstrap import Bootstrap, Estimate, resample
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
 from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
@@ -50,6 +53,7 @@ from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.calibration import in_batches
+from siftune.report.table import Table, markdown_table
 
 Job = dict[str, Any]
 Line = dict[str, Any]
@@ -65,6 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradot, whitened, MLP refit, λ 0.1": {"mlp": "refit", "lambda_attn": 0.1, "lambda_mlp": 0.1},
 }
 BASE = "base"
+_BASE_SCORES = ("full_zs", "full_ft")
+_TUNED_SCORES = ("emulator_ft", "plug_in")
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what is missing, or print the report; return the exit code."""
     args = _parse(argv)
     if args.report:
-        from lab.offsite_report import report
-
         print(report(_read(args.report)))
         return 0
     done = [line["job"] for line in _read(args.out)] if args.out.exists() else []
@@ -176,7 +180,7 @@ def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
 
 def _options(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
     """Questions of a file of the suite, as `quality.py` asks them."""
-    from lab.quality_tasks import read_options
+    from lab.pays.pool import read_options
 
     return random.Random(seed).sample(read_options(path, path.stem), count)
 
@@ -242,6 +246,88 @@ def _value(text: str) -> Any:
     if text.isdigit():
         return int(text)
     return float(text) if text.replace(".", "").isdigit() else text
+
+
+def report(lines: Sequence[Line]) -> str:
+    """Markdown tables, one for every kept fraction; questions of all seeds pooled."""
+    bases = {line["job"]["seed"]: line for line in lines if line["job"]["emulator"] is None and line["scores"]}
+    rest = [line for line in lines if line["job"]["emulator"] is not None]
+    out = _bases(bases)
+    for keep in sorted({line["job"]["keep"] for line in rest}, reverse=True):
+        names = list(dict.fromkeys(line["job"]["name"] for line in rest if line["job"]["keep"] == keep))
+        rows = []
+        for name in names:
+            runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
+            rows.append(_line(name, runs, bases))
+        table = markdown_table(Table(_header(bool(bases)), rows))
+        out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
+    return "\n".join(out)
+
+
+def _bases(bases: dict[int, Line]) -> list[str]:
+    if not bases:
+        return []
+    columns = _pooled(bases.values(), _BASE_SCORES, "correct")
+    before, after = (_percent(np.mean(columns[name])) for name in ("full_zs", "full_ft"))
+    losses = [mean(line["scores"][name]["nll"] for line in bases.values()) for name in ("full_zs", "full_ft")]
+    return [
+        f"Base: {before} of the questions right, {after} after tuning the same layers (nats per label "
+        f"{losses[0]:.3f} and {losses[1]:.3f}); seeds {', '.join(map(str, sorted(bases)))}."
+    ]
+
+
+def _header(tuned: bool) -> list[str]:
+    names = ["emulator", "cosine", "on the task", "loss", "gap"]
+    names += ["tuned: nats", "plug-in: nats", "Δ", "share of the gain, %"] if tuned else []
+    names += ["tuned: right", "plug-in: right", "Δ"] if tuned else []
+    return names
+
+
+def _line(name: str, lines: Sequence[Line], bases: dict[int, Line]) -> list[str]:
+    text = lines[0]["text"]
+    cells = [name, f"{text['overall']:.3f}"]
+    cells.append(f"{mean(line['task']['overall'] for line in lines):.3f}" if "task" in lines[0] else "")
+    cells += [f"{text['loss_emulator']:.2f}", f"{text['loss_emulator'] - text['loss_full']:+.2f}"]
+    tuned = [line for line in lines if line["scores"] and line["job"]["seed"] in bases]
+    if tuned:
+        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned])
+    return cells
+
+
+def _tuned(lines: Sequence[Line], bases: Sequence[Line]) -> list[str]:
+    """Scores after tuning, and what follows from them; Δ and share are high where the plug-in is good."""
+    losses = _pooled(lines, _TUNED_SCORES, "nll") | _pooled(bases, _BASE_SCORES, "nll")
+    nats = resample(
+        {name: -column for name, column in losses.items()},
+        _pooled(bases, ("full_zs",), "tokens")["full_zs"],
+        Bootstrap(4000),
+    )
+    right = resample(_pooled(lines, _TUNED_SCORES, "correct"), None, Bootstrap(4000))
+    return [
+        *(f"{-nats.point[name]:.3f}" for name in _TUNED_SCORES),
+        _interval(nats.difference("plug_in", "emulator_ft"), 1, "+.3f"),
+        _interval(nats.share("plug_in", "full_zs", "full_ft"), 100),
+        *(_percent(right.point[name]) for name in _TUNED_SCORES),
+        _interval(right.difference("plug_in", "emulator_ft"), 100),
+    ]
+
+
+def _pooled(lines: Iterable[Line], names: Sequence[str], what: str) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """A score, question by question, the seeds one after the other."""
+    runs = list(lines)
+    return {n: np.concatenate([np.array(x["scores"][n]["rows"][what], float) for x in runs]) for n in names}
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * float(value):.1f} %"
+
+
+def _interval(estimate: Estimate, factor: float, form: str = "+.1f") -> str:
+    if estimate.value is None:
+        return "–"
+    if estimate.low is None or estimate.high is None:
+        return f"{factor * estimate.value:{form}}"
+    return f"{factor * estimate.value:{form}} ({factor * estimate.low:{form}} to {factor * estimate.high:{form}})"
 
 
 def _read(path: Path) -> list[Line]:

@@ -1,201 +1,128 @@
-"""Which way of selecting rows and layers makes the better model, on a small model and with seeds and intervals?
+"""The tables of `quality.py --report`: results in, Markdown out."""
 
-    python -m lab.quality --task arithmetic --noise 0.3 --methods dense,random,rest --seeds 0,1,2 --out FILE
-    python -m lab.quality --methods dense few=method:gast,support:rest,select:0.25 --set lr=1e-3
-    python -m lab.quality --report FILE --against "sample 12 of 16"
-
-Each (task, method, seed) is trained on siftune's own training path in a fresh process and measured on held-out rows; a
-finished run adds a line of JSON to FILE, and a run that is there already is not made again. All methods take seed 0
-first, so that a run cut short compares what it has.
-
-Tasks:
-    arithmetic: two-digit arithmetic (`siftune.data.tasks`), `--noise` of whose training rows carry a wrong
-        label. By default one pass, `--steps` of `--batch` rows; `--rows 800 --epochs 5` passes over few rows often.
-        Measured: answers generated (exact match), multiple choice, and the likelihood of the right answer.
-    options: ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ in equal shares, from the folder `--data`, as questions whose
-        completions are the texts of the options. Measured: multiple choice and the likelihood of the right option.
-
-The report compares methods question by question, the same questions and the same seed on both sides (paired bootstrap,
-pooled over seeds). Its intervals speak for other questions of the task; how much another seed moves a method is seen
-from the figures of the seeds.
-"""
-
-import argparse
-import json
-import multiprocessing
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-Job = dict[str, Any]
+import numpy as np
+
+from siftune.evaluate.bootstrap import paired_bootstrap
+from siftune.report.table import Table, markdown_table
+
 Line = dict[str, Any]
+Runs = dict[int, Line]  # one method's finished runs, by seed
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
-_GAST: dict[str, Any] = {"method": "gast", "select": 0.5}
-# name -> options of its recipes; those of a method stand without its name, as in the results
-METHODS: dict[str, dict[str, Any]] = {
-    "untrained": {"method": "dense", "untrained": True},  # where all others begin
-    "dense": {"method": "dense"},
-    "dense+support": {"method": "dense", "add_support": True},  # what support dataset sees, as training rows
-    "random": {**_GAST, "choice": "random", "support": "rest"},
-    "topk": {**_GAST, "choice": "topk", "support": "rest"},
-    **{support: {**_GAST, "support": support} for support in ("rest", "sample", "momentum", "dataset")},
-    **{
-        f"{support}-cosine": {**_GAST, "support": support, "score": "cosine"}
-        for support in ("rest", "sample", "dataset")
-    },
-    "ist": {"method": "ist"},
-    "rst": {"method": "rst"},
-    "lisa": {"method": "lisa"},
-    "greats": {"method": "greats"},
-    "ist+gast": {**_GAST, "method": "ist+gast", "support": "rest"},
-}
+_APART = ("method", "seed", "overrides")  # what differs within a table
+_BASES = ("dense", "random", "dense+support")  # what methods are compared with, where it was run
+_NONE = "–"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, or print the report; return the exit code."""
-    args = _parse(argv)
-    if args.report:
-        from lab.quality_report import report
+def report(lines: Sequence[Line], metric: str | None = None, against: Sequence[str] = ()) -> str:
+    """Write the tables of every task and setting, with methods in the order of their first run.
 
-        if not args.report.is_file():
-            raise SystemExit(f"{args.report} does not exist; give the --out of earlier runs")
-        lines = read(args.report)
-        names = {line["job"]["method"] for line in lines}
-        for name in args.against:
-            if name not in names:
-                raise SystemExit(f"no run of {args.report} is called {name!r}; there are {', '.join(sorted(names))}")
-        print(report(lines, args.metric, args.against))
-        return 0
-    jobs = list(_jobs(args))
-    _check(jobs)
-    done = [line["job"] for line in read(args.out)] if args.out.exists() else []
-    failed = [job for job in jobs if _plain(job) not in done and not _run(job, args.out)]
-    for job in failed:
-        print(f"failed: {_name(job)}", file=sys.stderr)
-    return 1 if failed else 0
+    Args:
+        lines: Finished runs, as `quality.py` records them.
+        metric: `exact_match`, `choices` or `choices_per_token`; None for the first that was measured.
+        against: Methods that the others are compared with, besides the usual ones.
+    """
+    tables: dict[str, dict[str, Runs]] = {}
+    for line in lines:
+        job = line["job"]
+        table = tables.setdefault(_heading(job), {})
+        table.setdefault(job["method"], {})[job["seed"]] = line
+    return "\n".join(_section(heading, methods, metric, (*_BASES, *against)) for heading, methods in tables.items())
 
 
-def read(path: Path) -> list[Line]:
-    """Read finished runs."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _heading(job: Line) -> str:
+    values = {key: value for key, value in job.items() if key not in (*_APART, "task", "settings")}
+    return f"{job['task']}: " + ", ".join(f"{key} {value}" for key, value in {**values, **job["settings"]}.items())
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--task", choices=("arithmetic", "options"), default="arithmetic")
-    add("--methods", nargs="+", default=["dense,random,rest"], help=f"of {', '.join(METHODS)}; or name=key:value,...")
-    add("--seeds", default="0,1,2")
-    add("--noise", type=float, default=0.0, help="share of the training rows whose label is wrong")
-    add("--steps", type=int, default=150, help="optimizer steps of one pass, where --rows is not given")
-    add("--batch", type=int, default=16, help="rows in a batch")
-    add("--rows", type=int, help="training rows")
-    add("--epochs", type=float, default=1.0, help="passes over the training rows")
-    add("--questions", type=int, default=300, help="held-out rows")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe options of all runs, such as lr=1e-3 rank=16")
-    add("--data", type=Path, default=Path(), help="folder of the task options")
-    add("--out", type=Path, default=_REPOSITORY / "lab" / "results" / "quality.jsonl")
-    add("--report", type=Path, metavar="FILE", help="print the tables of these results, and run nothing")
-    add("--against", nargs="+", default=[], metavar="METHOD", help="methods that the report compares others with too")
-    add(
-        "--metric", choices=("exact_match", "choices", "choices_per_token"), help="of the report; by the task if absent"
-    )
-    return parser.parse_args(argv)
+def _section(heading: str, methods: dict[str, Runs], metric: str | None, bases: Sequence[str]) -> str:
+    some = next(iter(next(iter(methods.values())).values()))
+    metric = metric or next(iter(some["correct"]))
+    if metric not in some["correct"]:
+        return f"## {heading}\n\n{metric} was not measured.\n"
+    seeds = sorted({seed for runs in methods.values() for seed in runs})
+    parts = [
+        f"## {heading}",
+        f"Per cent by {metric}, {len(some['correct'][metric])} questions for each of the seeds "
+        f"{', '.join(map(str, seeds))}; NLL of a right answer in nats. In brackets: 95 % of the paired bootstrap.",
+        _quality(methods, metric, seeds, [base for base in bases if base in methods]),
+    ]
+    if any("wrong_in_draws" in line for runs in methods.values() for line in runs.values()):
+        parts += ["Rows with a wrong label, in per cent of the draws, and mean z-scores of rows:", _labels(methods)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """All runs that are asked for, seed by seed."""
-    settings = {"lr": 5e-4, "rank": 32, "batch_size": args.batch, "epochs": args.epochs}
-    settings |= {key: _value(text) for key, _, text in (pair.partition("=") for pair in args.set)}
-    methods = [method for words in args.methods for method in _methods(words)]
-    for seed in map(int, args.seeds.split(",")):
-        for name, overrides in methods:
-            yield {
-                "task": args.task,
-                "method": name,
-                "seed": seed,
-                "noise": args.noise,
-                "rows": args.rows or args.steps * args.batch,
-                "questions": args.questions,
-                "settings": settings,
-                "overrides": overrides,
-                "data": str(args.data),
-            }
+def _quality(methods: dict[str, Runs], metric: str, seeds: Sequence[int], bases: Sequence[str]) -> str:
+    def right(line: Line) -> list[float]:
+        return [100 * value for value in line["correct"][metric]]
+
+    def nll(line: Line) -> list[float]:
+        return list(line["nll"])
+
+    rows = []
+    for name, runs in methods.items():
+        each = [f"{np.mean(right(runs[seed])):.1f}" if seed in runs else _NONE for seed in seeds]
+        rows.append([
+            name, _mean(runs, right, ".1f"), " ".join(each),
+            *(_against(methods, name, base, right, "+.1f") for base in bases),
+            _mean(runs, nll, ".3f"), *(_against(methods, name, base, nll, "+.3f") for base in bases),
+            *(_seconds(runs, key) for key in ("seconds_per_step", "processor_seconds_per_step")),
+        ])  # fmt: skip
+    titles = ["method", "right", "each seed", *(f"− {base}" for base in bases)]
+    titles += ["NLL", *(f"NLL − {base}" for base in bases), "s/step", "of the processor"]
+    return markdown_table(Table(titles, rows))
 
 
-def _methods(words: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read `dense,rest`, or a variant `name=key:value,key:value`."""
-    name, given, options = words.partition("=")
-    if given:
-        yield name, {key: _value(text) for key, _, text in (pair.partition(":") for pair in options.split(","))}
-        return
-    for name in words.split(","):
-        if name not in METHODS:
-            raise SystemExit(f"unknown method {name!r}; use {', '.join(METHODS)}, or name=key:value,key:value")
-        yield name, METHODS[name]
+def _mean(runs: Runs, values: Callable[[Line], list[float]], form: str) -> str:
+    return f"{np.mean([np.mean(values(line)) for line in runs.values()]):{form}}"
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:  # a word
-        return text
+def _seconds(runs: Runs, key: str) -> str:
+    seconds = [line[key] for line in runs.values() if key in line]
+    return f"{np.mean(seconds):.2f}" if seconds else _NONE
 
 
-def _check(jobs: list[Job]) -> None:
-    """Refuse recipes and data that cannot be used, before hours of training."""
-    from lab.quality_tasks import make_task, recipe_of
-    from siftune.base.errors import InputError
-
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for job in jobs:
-                recipe_of(job, Path(folder))
-        make_task(jobs[0])
-    except InputError as error:
-        raise SystemExit(str(error)) from None
+def _against(methods: dict[str, Runs], name: str, base: str, values: Callable[[Line], list[float]], form: str) -> str:
+    """The difference to another method on the questions of the seeds that both have."""
+    runs, others = methods[name], methods.get(base, {})
+    shared = [seed for seed in runs if seed in others]
+    if name == base or not shared:
+        return _NONE
+    before, after = ([value for seed in shared for value in values(side[seed])] for side in (others, runs))
+    change = paired_bootstrap(before, after)
+    text = f"{change.value:{form}} [{change.low:{form}}, {change.high:{form}}]"
+    return text if len(shared) == len(runs) else f"{text} ({len(shared)} of {len(runs)} seeds)"
 
 
-def _plain(job: Job) -> Job:
-    """What makes two runs the same: all but where the data lies."""
-    return {key: value for key, value in job.items() if key != "data"}
+def _labels(methods: dict[str, Runs]) -> str:
+    rows = []
+    for name, runs in methods.items():
+        lines = [line for line in runs.values() if "wrong_in_draws" in line]
+        if lines:
+            shares = [
+                np.mean([line[key] for line in lines], axis=0) * 100
+                for key in ("wrong_in_batches", "wrong_in_draws", "wrong_by_layers", "wrong_by_time")
+            ]
+            scores = [_scores(lines, key) for key in ("z_wrong", "z_right")]
+            cells = (" ".join(f"{s:.1f}" for s in np.atleast_1d(share)) for share in shares)
+            rows.append([name, *cells, *scores, _kinds(lines)])
+    titles = ["method", "in the batches", "in the draws", "lower, middle, upper layers", "first, middle, last steps"]
+    titles += ["z of wrong rows: lower, middle, upper layers", "z of right rows", "drawn of each kind"]
+    return markdown_table(Table(titles, rows))
 
 
-def _name(job: Job) -> str:
-    return f"{job['task']} noise {job['noise']:g} {job['method']} seed {job['seed']}"
+def _kinds(lines: Sequence[Line]) -> str:
+    """Which share of the rows of each kind was drawn, over the seeds."""
+    shares = [line["drawn_by_kind"] for line in lines if "drawn_by_kind" in line]
+    kinds = shares[0] if shares else {}
+    return ", ".join(f"{kind} {100 * np.mean([share[kind] for share in shares]):.0f}" for kind in kinds) or _NONE
 
 
-def _run(job: Job, out: Path) -> bool:
-    """Make one run in a process of its own, and record it; False if it failed."""
-    started = time.monotonic()
-    print(f"{time.strftime('%H:%M:%S')} {_name(job)}", flush=True)
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            result = pool.submit(_work, job).result()
-    except Exception as error:  # whatever went wrong in there, the other runs can still be made
-        print(f"  {type(error).__name__}: {error}", flush=True)
-        return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"job": _plain(job), **result}) + "\n")
-    print(f"  {result['accuracy']} in {time.monotonic() - started:.0f} s", flush=True)
-    return True
-
-
-def _work(job: Job) -> Line:
-    """Work of the fresh process."""
-    import siftune
-    from lab.quality_tasks import run_job
-
-    print(f"  siftune from {Path(siftune.__file__).parent}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        return run_job(job, Path(folder))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _scores(lines: Sequence[Line], key: str) -> str:
+    """Mean z-scores by thirds of the layers, over the seeds."""
+    if any(None in line[key] or not line[key] for line in lines):
+        return _NONE
+    thirds = np.mean([[np.mean(part) for part in np.array_split(line[key], 3)] for line in lines], axis=0)
+    return " ".join(f"{z:+.2f}" for z in thirds)

@@ -52,12 +52,12 @@ def _processor() -> list[float]:
     return [one.ru_utime + one.ru_stime for one in used]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Time it twice."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--model", default="smollm2")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     model = str(resolve(options.model))  # fetched while the cache is still the usual one
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SIFTUNE_CACHE"] = folder

@@ -11,22 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lab.lines import append
 from lab.pays.embeddings import embed, most_alike, similarity
-from lab.pays.followed import Followed
 from lab.pays.gemma import folder as gemma_folder
-from lab.pays.masked_update import MaskedUpdate
 from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
-from lab.pays.results import append
-from lab.pays.rules import RULES, Weigh, use_rule
-from lab.pays.stopping import KeepBest
-from lab.pays.subset import Book, Keep, SubsetTrainer
+from lab.pays.subset import Book, Followed, SubsetTrainer
 from lab.pays.training_rows import training_rows
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import SiftuneError
@@ -49,7 +44,6 @@ Job = dict[str, Any]
 
 _LONGEST = 512  # tokens of a row
 _RETRIEVED = 0.25  # of the pool that retrieval keeps
-_LOOK_EVERY = 10  # steps between two looks at rows that are held back
 _USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
 
 
@@ -111,8 +105,7 @@ class Work:
 
     def run(self) -> Record:
         """Train and measure."""
-        known, held = _apart(self.pool.known, self.method.get("stop", 0.0))
-        count = self.job["steps"] * self.job["batch"]
+        known, count = self.pool.known, self.job["steps"] * self.job["batch"]
         rows = training_rows(
             self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
         )
@@ -125,7 +118,7 @@ class Work:
             data["support"] = self.tokenized(known)
         built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
         trainer = self._take_over(built, rows)
-        found = {"steps": 0} if self.method.get("untrained") else self._train(trainer, built, held)
+        found = {"steps": 0} if self.method.get("untrained") else self._train(trainer)
         built.release()
         with use_base_dtype(trainer.model, group_by_layer(trainer.model)):  # as in training; release() took that off
             return {**self._measure(trainer.model), **found}
@@ -137,28 +130,17 @@ class Work:
 
     def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:
         """Have the Trainer keep rows by the method's rule, and count what is followed."""
-        method, keep = self.method, None
-        if "keep" in method:
-            keep = Keep(method["keep"], method.get("select", 0.25))
-        followed = Followed([row["group"] for row in rows])
-        trainer = SubsetTrainer.take_over(built.trainer, Book(built.trainer.train_dataset, rows), followed, keep)
-        trainer.loss = method.get("loss")
-        if "rule" in method:
-            use_rule(built.methods, method["rule"])
+        followed, ceiling = Followed([row["group"] for row in rows]), self.method.get("keep") == "target"
+        book = Book(built.trainer.train_dataset, rows)
+        trainer = SubsetTrainer.take_over(built.trainer, book, followed, ceiling)
         for part in built.methods:
             if isinstance(part, SampleCallback):
-                part.on_select = partial(_note, trainer, built.depth, RULES.get(method.get("rule")))
+                part.on_select = partial(_note, trainer, built.depth)
         return trainer
 
-    def _train(self, trainer: SubsetTrainer, built: Built, held: Sequence[Record]) -> Record:
-        clock, best = Clock(), None
+    def _train(self, trainer: SubsetTrainer) -> Record:
+        clock = Clock()
         trainer.add_callback(clock)
-        if held:
-            data = self.tokenized(held)
-            best = KeepBest(lambda model: nats_per_token(measure_rows(model, data, self.collate)), _LOOK_EVERY)
-            trainer.add_callback(best)
-        if "masked" in self.method:
-            trainer.add_callback(MaskedUpdate(self.method["masked"], self.job["seed"]))
         processor = time.process_time()
         trainer.train()
         steps = trainer.state.global_step
@@ -167,7 +149,6 @@ class Work:
             **({"seconds_per_step": round(float(np.mean(clock.seconds(1))), 4)} if steps > 1 else {}),
             "processor_seconds_per_step": round((time.process_time() - processor) / steps, 4),
             **trainer.followed.summary(steps),
-            **({"best_step": best.step} if best else {}),
         }
 
     def _measure(self, model: nn.Module) -> Record:
@@ -186,18 +167,11 @@ class Work:
         }
 
 
-def _apart(rows: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
-    """Hold back a share of the rows, the last ones, at least one where there is a share."""
-    count = max(1, round(share * len(rows))) if share else 0
-    return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])
-
-
-def _note(trainer: SubsetTrainer, depth: int, weigh: Weigh | None, samples: SampleChoice) -> None:
-    """Count the rows that siftune's methods followed in a batch, by their weights where they have such."""
-    for layer, numbers, scores_S in zip(samples.layers, samples.selected.tolist(), samples.scores, strict=True):
+def _note(trainer: SubsetTrainer, depth: int, samples: SampleChoice) -> None:
+    """Count the rows that a method followed in a batch."""
+    for layer, numbers in zip(samples.layers, samples.selected.tolist(), strict=True):
         place = None if layer == ALL_LAYERS else max(0, layer) / depth
-        weights = weigh(scores_S, torch.ones_like(scores_S, dtype=torch.bool))[numbers].tolist() if weigh else None
-        trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers], weights)
+        trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers])
 
 
 def run_job(job: Job, data: Path, folder: Path) -> Record:

@@ -40,14 +40,6 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     return nll_N, wide_NV.argmax(1) == targets_N, mask_BT.nonzero()[:, 0]
 
 
-def row_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean token loss of every row of a batch; (B,), infinite for rows without a label."""
-    nll_N, _, row_N = token_losses(model, batch)
-    sums_B = nll_N.new_zeros(len(batch["labels"])).index_add_(0, row_N, nll_N)
-    counts_B = torch.zeros_like(sums_B).index_add_(0, row_N, torch.ones_like(nll_N))
-    return torch.where(counts_B > 0, sums_B / counts_B.clamp_min(1), torch.inf)
-
-
 def measure_rows(model: nn.Module, data: Any, collate: Any, batch_size: int = _BATCH) -> dict[str, list[float]]:
     """Measure held-out rows with the right answer given, so that nothing is generated.
 

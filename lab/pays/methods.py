@@ -1,13 +1,9 @@
 """The methods that are compared, as plain dictionaries, and how a command line names variants of them.
 
 recipe     fields of the recipe, among them `method` and the groups of its settings, passed on as they are
-keep       a rule that keeps some rows of a batch: see `subset.py`
-select     how many rows that rule keeps: a count, or a share such as 0.25
+keep       "target": train on the correct target rows of each batch alone; see `subset.py`
 rows       what is trained on: see `training_rows.py`; the pool where it is not given
 late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
-stop       share of the known rows that are held back, to keep the adapter of the step at which they fare best
-rule       an experimental rule in the place of GAST's choice: see `rules.py`
-loss       "rows": every row weighs alike, however long it is
 untrained  measure the model as it is
 """
 
@@ -35,45 +31,25 @@ METHODS: dict[str, Method] = {
     "dense+known": {"rows": "pool+known"},
     "dense+known-weighted": {"rows": "pool+weighted"},
     "known-alone": {"rows": "known"},
-    "known-alone-stopped": {"rows": "known", "stop": 0.2},
     "retrieval": {"rows": "retrieved"},
     "retrieval+known-weighted": {"rows": "retrieved+weighted"},
     "ceiling": {"keep": "target"},
     "random": _gast(support="rest", choice="random"),
     "small-loss": _trim(),
-    "small-excess": {"keep": "small-excess", "select": 0.25},
     "trim-loss": _trim(0.75),
     "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
     "gast": _gast(),
     "late-known": {"rows": "pool+weighted", "late": 1 / 3},
     "late-gast": {**_gast(), "rows": "pool+weighted", "late": 1 / 3},
     "late-gast-half": {**_gast(select=0.5), "rows": "pool+weighted", "late": 1 / 3},
-    "gast-relu": {**_gast(), "rule": "relu"},
-    "trim-momentum-cosine": {
-        "recipe": {
-            "method": "gast",
-            "gast": {"support": "momentum", "choice": "topk", "score": "cosine", "select": 0.75},
-        }
-    },
     "greats": {"recipe": {"method": "greats", "greats": {"select": 0.25}}},
     "ist": {"recipe": {"method": "ist"}},
     "rst": {"recipe": {"method": "rst"}},
     "lisa": {"recipe": {"method": "lisa"}},
     "cut": {"recipe": {"method": "cut"}},
-    "masked-update": {"masked": 0.5},
 }
 
-_OWN = (
-    "keep",
-    "select",
-    "rows",
-    "late",
-    "stop",
-    "rule",
-    "masked",
-    "loss",
-    "untrained",
-)  # the rest are a recipe's
+_OWN = ("keep", "rows", "late", "untrained")  # the rest are fields of a recipe
 
 
 def method_of(words: str) -> dict[str, Any]:

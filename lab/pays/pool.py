@@ -4,13 +4,14 @@ A row has `prompt`, `completion`, `answer` (always right), `choices`, `kind`, an
 for a right row of the target, "wrong" for one with a wrong completion, "known", or the name of another task.
 """
 
+import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.quality_tasks import read_options
 from siftune.base.errors import DataError
 from siftune.data.tasks import arithmetic_rows
 
@@ -28,6 +29,7 @@ _FILES = {
     "boolq": ("boolq",),
     "options": ("ARC-Easy", "ARC-Challenge", "openbookqa"),
 }
+_QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
 TASKS = ("arithmetic", *_FILES)
 
 
@@ -135,6 +137,26 @@ def _read(name: str, part: str, folder: Path, fits: Callable[[Record], bool]) ->
     """Read a task's questions that fit with any of their options, each question once."""
     rows = {row["prompt"]: row for kind in _FILES[name] for row in read_options(folder / f"{kind}.{part}.json", kind)}
     return [row for row in rows.values() if fits({**row, "completion": max(row["choices"], key=len)})]
+
+
+def read_options(path: Path, kind: str) -> list[Record]:
+    """Turn the suite's rows into questions whose completions are the texts of the options."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; give the folder of the commonsense suite with --data")
+    rows = []
+    for record in json.loads(path.read_text(encoding="utf-8")):
+        found = _QUESTION.match(record["instruction"])
+        if found is None:
+            raise DataError(f"{path}: no question in {record['instruction']!r}")
+        listed = re.split(r"Answer\d+:", found["options"] or "")[1:]
+        texts = [f" {option.strip()}" for option in listed or ("true", "false")]
+        names = [f"answer{number}" for number in range(1, len(listed) + 1)] or ["true", "false"]
+        answer = texts[names.index(record["answer"])]
+        if len(set(texts)) == len(texts):
+            question = f"Question: {found['text'].strip()}\nAnswer:"
+            row = {"prompt": question, "completion": answer, "choices": texts, "answer": answer}
+            rows.append({**row, "kind": kind, "wrong": False})
+    return rows
 
 
 def _spoiled(row: Record, near: bool, rng: random.Random) -> Record:

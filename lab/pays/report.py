@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.pays.results import read
-from lab.pays.seeds import seed_means
+from lab.lines import read
+from lab.seeds import seed_means
 from siftune.evaluate.bootstrap import Estimate, Means
 from siftune.report.table import Table, markdown_table
 

@@ -199,7 +199,7 @@ class Queue:
 
     def _is_done(self, job: Job) -> bool:
         """Whether a job is in the file by now; another runner may be at work on it."""
-        from lab.pays.results import key, read
+        from lab.lines import key, read
 
         return key(job) in {key(line["job"]) for line in read(self._out)}
 

@@ -1,33 +1,28 @@
-"""The rivals that keep some rows of a batch: a Trainer that trains on those alone, and the rules that choose them.
+"""A Trainer that notes which rows each batch had, and the ceiling, which trains on the target's correct rows alone.
 
-The gradient of a step is that of the mean loss over the labels of the rows that are kept. A batch of which none is kept
-is skipped: there are no gradients, so that the optimizer leaves every parameter as it is.
+The gradient of the ceiling's step is that of the mean loss over the labels of those rows. A batch without such a row is
+skipped: it forms no gradients, so that the optimizer leaves every parameter as it is.
 
-Rules, B rows in a batch and K kept:
-
-    target              the clean rows of the target, known from the making of the pool: the ceiling
-    small-excess        the K rows of smallest mean token loss minus that of the base, adapters off
+Shapes: B rows in a batch, K of them trained on.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lab.pays.followed import Followed
-from lab.pays.measure import row_losses
 from siftune.base.errors import RecipeError
-from siftune.methods.dp.driver import row_loss
-from siftune.methods.options import count_of
-from siftune.models.loss import label_positions, logits_at
+from siftune.models.loss import label_positions
 from siftune.train.trainer import SiftTrainer
 
 Record = dict[str, Any]
 Batch = Mapping[str, Tensor]
 
-_RULES = ("target", "small-excess")
+_QUARTERS, _THIRDS = 4, 3
+_ALL = -1.0  # depth of a choice that holds for all layers
 
 
 class Book:
@@ -47,99 +42,106 @@ class Book:
         return [self._rows[tuple(ids[seen].tolist())] for ids, seen in pairs]
 
 
-@dataclass
-class Keep:
-    """A rule.
+class Followed:
+    """Adds up weights of rows.
 
-    Attributes:
-        name: One of the rules above.
-        select: K, a count or a share; of no account for "target".
+    Args:
+        groups: The groups that rows may be of.
     """
 
-    name: str
-    select: int | float = 0.25
+    def __init__(self, groups: Sequence[str]) -> None:
+        self.groups = list(dict.fromkeys(groups))
+        self._seen: list[list[float]] = []  # step, depth, a weight per group
+        self._followed: list[list[float]] = []
 
-    def __post_init__(self) -> None:
-        if self.name not in _RULES:
-            raise RecipeError(f"there is no rule {self.name!r} to keep rows; use {' or '.join(_RULES)}")
+    def see(self, step: int, rows: Sequence[Record]) -> None:
+        """Note the rows of a batch."""
+        self._seen.append([step, _ALL, *self._by_group(rows, [1.0] * len(rows))])
 
-    def __call__(self, model: nn.Module, batch: Batch, rows: Sequence[Record]) -> Tensor:
-        """Choose rows; (K,) int64, ascending, possibly none."""
-        if self.name == "target":
-            return torch.tensor([place for place, row in enumerate(rows) if row["group"] in ("target", "known")]).long()
-        count = count_of(self.select, len(rows))
-        return excess(model, batch).cpu().topk(count, largest=False).indices.sort().values
+    def follow(
+        self, step: int, depth: float | None, rows: Sequence[Record], weights: Sequence[float] | None = None
+    ) -> None:
+        """Note the rows that are followed.
 
+        Args:
+            step: Optimizer steps done before.
+            depth: Where the layer stands, from 0 to below 1; None where the choice holds for all layers.
+            rows: The rows.
+            weights: How much each counts; 1 where it is None.
+        """
+        counted = self._by_group(rows, weights or [1.0] * len(rows))
+        self._followed.append([step, _ALL if depth is None else depth, *counted])
 
-def excess(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean token loss of every row minus that of the base, which is the model with its adapters off; (B,)."""
-    with model.disable_adapter():
-        base_B = row_losses(model, batch)
-    return row_losses(model, batch) - base_B
+    def summary(self, steps: int) -> Record:
+        """Shares by group: `batches`, of the rows seen; if rows were chosen also `followed`, `quarters`, `thirds`.
 
+        Args:
+            steps: Optimizer steps of the whole training.
+        """
+        found: Record = {"batches": self._shares(np.array(self._seen))}
+        if self._followed:
+            notes = np.array(self._followed)
+            quarter, third = notes[:, 0] * _QUARTERS // max(1, steps), notes[:, 1] * _THIRDS // 1
+            found["followed"] = self._shares(notes)
+            found["quarters"] = [self._shares(notes[quarter == part]) for part in range(_QUARTERS)]
+            if (third >= 0).any():
+                found["thirds"] = [self._shares(notes[third == part]) for part in range(_THIRDS)]
+        return found
 
-def rows_of(batch: Batch, kept_K: Tensor) -> dict[str, Tensor]:
-    """Some rows of a batch, cut to the longest of them."""
-    longest = int(batch["attention_mask"][kept_K].sum(1).max())
-    return {name: values[kept_K, :longest] for name, values in batch.items()}
+    def _by_group(self, rows: Sequence[Record], weights: Sequence[float]) -> list[float]:
+        sums = dict.fromkeys(self.groups, 0.0)
+        for row, weight in zip(rows, weights, strict=True):
+            sums[row["group"]] += weight
+        return list(sums.values())
+
+    def _shares(self, notes: NDArray[np.float64]) -> dict[str, float]:
+        """Shares of the groups in some notes; none where there are no notes."""
+        sums = notes[:, 2:].sum(axis=0) if len(notes) else np.zeros(len(self.groups))
+        whole = sums.sum()
+        return {name: round(float(part / whole), 4) for name, part in zip(self.groups, sums, strict=True) if whole}
 
 
 class SubsetTrainer(SiftTrainer):
-    """siftune's Trainer, which keeps rows by a rule where there is one, and notes which rows each batch had.
+    """siftune's Trainer, which notes the rows of each batch and may train on the target's correct rows alone.
 
     Attributes:
-        book: Tells the rows of a batch.
+        book: Finds the rows of a batch.
         followed: Counts them.
-        keep: The rule; None where all rows are trained on, or siftune's methods choose.
+        ceiling: Train on the target's correct rows alone.
         seen: Rows of the last batch.
-        loss: Another loss than siftune's: "rows", the mean over rows of each row's mean.
     """
 
     book: Book
     followed: Followed
-    keep: Keep | None
+    ceiling: bool
     seen: Sequence[Record]
-    loss: str | None = None
 
     @classmethod
-    def take_over(cls, trainer: SiftTrainer, book: Book, followed: Followed, keep: Keep | None) -> "SubsetTrainer":
-        """Turn a Trainer that is set up into one that keeps rows by a rule; all else stays as it is.
+    def take_over(cls, trainer: SiftTrainer, book: Book, followed: Followed, ceiling: bool = False) -> "SubsetTrainer":
+        """Turn a Trainer that is set up into this one; all else stays as it is.
 
         Raises:
-            RecipeError: Gradients are accumulated: how many labels are kept is not known before the last batch.
+            RecipeError: Gradients are accumulated: the number of labels is not known before the last batch.
         """
-        if keep is not None and trainer.args.gradient_accumulation_steps > 1:
-            raise RecipeError("rows are kept within a batch: leave accumulate at 1, or leave keep out")
+        if ceiling and trainer.args.gradient_accumulation_steps > 1:
+            raise RecipeError("the ceiling takes rows of one batch: leave accumulate at 1")
         trainer.__class__ = cls
-        trainer.book, trainer.followed, trainer.keep, trainer.seen = book, followed, keep, ()
+        trainer.book, trainer.followed, trainer.ceiling, trainer.seen = book, followed, ceiling, ()
         return trainer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Train on the rows that are kept, as if the batch had no others."""
+        """Note the rows, and train on them, or on the target's as if the batch had no others."""
         batch = self._prepare_inputs(inputs)
         self.seen = self.book.rows(batch)
         self.followed.see(self.state.global_step, self.seen)
-        if self.keep is None:
+        if not self.ceiling:
             return super().training_step(model, batch, num_items_in_batch)
-        kept_K = self.keep(model, batch, self.seen)
-        self.followed.follow(self.state.global_step, None, [self.seen[place] for place in kept_K.tolist()])
-        if not len(kept_K):
+        places = [place for place, row in enumerate(self.seen) if row["group"] in ("target", "known")]
+        self.followed.follow(self.state.global_step, None, [self.seen[place] for place in places])
+        if not places:
             return torch.zeros((), device=batch["labels"].device)
-        part = rows_of(batch, kept_K.to(batch["labels"].device))
+        longest = int(batch["attention_mask"][places].sum(1).max())
+        part = {name: values[places, :longest] for name, values in batch.items()}
         return super().training_step(model, part, label_positions(part["labels"]).sum())
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss that siftune takes, or another."""
-        if self.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with logits_at(model, label_positions(inputs["labels"])):
-            logits_1NV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        return row_loss(logits_1NV, inputs["labels"]) / len(inputs["labels"])

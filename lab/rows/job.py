@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from lab.lines import append
 from lab.pays.gemma import folder as gemma_folder
 from lab.pays.job import Work
 from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
-from lab.pays.results import append
 from lab.pays.subset import SubsetTrainer
 from lab.rows.cells import plant, rows_in
 from lab.rows.metrics import all_of, named

@@ -105,7 +105,7 @@ def file_bytes(rows: int, followed: bool) -> float:
         return path.stat().st_size / rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -115,7 +115,7 @@ def main() -> None:
     add("--learned", type=int, default=None, help="label tokens of a row; a quarter of all if not given")
     add("--steps", type=int, default=5)
     add("--bytes", action="store_true", help="leave time out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.learned = args.learned or args.length // 4
     for followed in (False, True):
         what = "with alignment and share followed" if followed else "dense"

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lab.pays.results import read
-from lab.pays.seeds import seed_means
+from lab.lines import read
 from lab.rows.metrics import interval
+from lab.seeds import seed_means
 from siftune.report.table import Table, markdown_table
 
 Line = dict[str, Any]

