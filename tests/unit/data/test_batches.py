@@ -76,7 +76,7 @@ def test_epochs_are_parts_of_one_order():
     assert drawn == order_of_run(np.array(aimed), 20, 0.5, 3).tolist()
 
 
-def test_where_the_last_part_is_the_whole_run_they_come_all_along():
+def test_a_last_part_of_the_complete_run_spreads_the_rows():
     aimed = np.array([False] * 300 + [True] * 100)
     halves = np.array_split(aimed[order_of_run(aimed, 400, 1.0, 0)], 2)
     assert [half.mean() for half in halves] == pytest.approx([0.25, 0.25], abs=0.06)

@@ -1,4 +1,4 @@
-"""Tokens that were made before: found again by what they are of, and never where they are not what was written."""
+"""Cache of tokens: its key, and damaged or unwritable folders."""
 
 import os
 from dataclasses import replace
@@ -48,7 +48,7 @@ def columns(found):
     return {name: found.data[name][:] for name in found.data.column_names}
 
 
-def test_what_was_made_is_found_wherever_the_rows_stand(cache, made):
+def test_tokens_are_cached_independently_of_the_file(cache, made):
     first, again = cached_tokens(rows(), FORM), cached_tokens(rows(name="b.jsonl:"), FORM)
     assert len(made) == 1
     assert columns(first) == columns(again)
@@ -72,7 +72,7 @@ def test_what_was_made_is_found_wherever_the_rows_stand(cache, made):
         lambda form: (rows(), replace(form, tokenizer=byte_tokenizer(merges=(("1", "+"),)))),
     ],
 )  # fmt: skip
-def test_whatever_decides_tokens_decides_where_they_are(cache, made, change):
+def test_everything_that_determines_tokens_is_in_the_key(cache, made, change):
     cached_tokens(rows(), FORM)
     given, form = change(FORM)
     found = cached_tokens(given, form)
@@ -117,7 +117,7 @@ def damages():
 
 
 @pytest.mark.parametrize("kind", damages())
-def test_what_is_damaged_is_made_anew(cache, made, caplog, kind):
+def test_a_damaged_folder_is_replaced(cache, made, caplog, kind):
     first = columns(cached_tokens(rows(), FORM))
     [folder] = cache.iterdir()
     damages()[kind](folder)
@@ -142,7 +142,7 @@ def test_others_on_the_machine_cannot_read_them(cache):
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_a_tokenizer_that_cannot_be_told_from_others_is_not_cached(cache):
+def test_an_unidentifiable_tokenizer_is_not_cached(cache):
     class Unknown:
         def __getattr__(self, name):
             if name == "backend_tokenizer":
@@ -156,7 +156,7 @@ def test_a_tokenizer_that_cannot_be_told_from_others_is_not_cached(cache):
     assert not cache.exists()
 
 
-def test_what_was_used_longest_ago_makes_room(cache, made, monkeypatch):
+def test_the_least_recently_used_folder_is_removed(cache, made, monkeypatch):
     """Three sets of equal size where two fit: the first, which was used again, outlives the second."""
     sets = [rows([{**RECORDS[0], "completion": digit}]) for digit in "123"]
     for number, given in enumerate(sets[:2]):

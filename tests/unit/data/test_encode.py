@@ -83,7 +83,7 @@ def test_a_bos_comes_first_exactly_if_the_tokenizer_adds_one():
     assert text(row).startswith("<|start|>user")  # a chat template writes its own
 
 
-def test_plain_text_is_learned_whole_and_untouched_by_the_template():
+def test_all_plain_text_has_labels_and_no_template():
     row = tokenized({"text": "Once upon"})
     assert text(row) == "Once upon<|end|>"
     assert row["labels"] == row["input_ids"]
@@ -244,7 +244,7 @@ def test_a_panic_of_the_tokenizer_is_a_sentence_that_names_the_row():
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_who_interrupts_is_not_answered(stop):
+def test_interrupts_are_passed_on(stop):
     class Stopping(type(PLAIN)):
         def __call__(self, texts, **options):
             if texts != ["a"]:

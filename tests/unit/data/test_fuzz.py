@@ -1,4 +1,4 @@
-"""Files of rows that are damaged in every way: what is left is rows, or one sentence that names the file.
+"""Damaged files of rows: the result is rows, or one sentence that names the file.
 
 A file of each kind is cut, flipped, filled with what editors and other programs leave, and its fields hold everything
 that JSON or Parquet can hold. `pytest` runs a sample; `pytest -m fuzz` runs all.

@@ -232,7 +232,7 @@ def test_a_hub_failure_says_what_to_do(monkeypatch):
     assert "Couldn't reach the hub; check the name, the split and the network" in message
 
 
-def test_columns_are_told_on_one_short_line(write):
+def test_columns_are_reported_on_one_short_line(write):
     names = ["\x00prompt", "a\nb", "\u202ecompletion", "x" * 5000]
     message = refused(write("rows.jsonl", lines(dict.fromkeys(names, "1"))))
     assert "the columns found (?prompt, a b, ?completion, xxx" in message

@@ -30,7 +30,7 @@ def test_a_target_makes_up_its_share_but_none_of_it_is_left_out_or_comes_too_oft
     assert sources(rows) == ["other"] * others + ["target"] * expected
 
 
-def test_where_rows_are_from():
+def test_sources_of_rows():
     rows = [*made(1, source="web"), *made(1), *made(1, source=7)]
     assert sources(with_target(rows, made(1, source="mine"), 0.25)) == ["web", "other", "7", "target"]
 
@@ -69,7 +69,7 @@ def test_a_larger_share_holds_out_the_rows_of_a_smaller_one():
     assert parts[0] < parts[1] < parts[2]
 
 
-def test_what_differs_in_anything_that_is_learned_has_a_place_of_its_own():
+def test_rows_with_different_label_turns_have_different_places():
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
     others = [{"prompt": [{"role": role, "content": "a"}], "completion": "b"} for role in ("user", "system")]
@@ -81,7 +81,7 @@ def test_what_differs_in_anything_that_is_learned_has_a_place_of_its_own():
     assert len(set(places)) == 4
 
 
-def test_what_is_trained_on_anyway_is_not_held_out():
+def test_training_rows_are_not_held_out():
     _, held = held_out(rows(range(200)), 0.3)
     known = rows([text.split()[-1] for text in texts(held)[:5]] + ["other"])
     kept, left = held_out(rows(range(200)), 0.3, known)

@@ -1,4 +1,4 @@
-"""Rows as tokens: together as one by one, in several processes as in one, and bad ones told."""
+"""Tokenisation: chunks and processes against single rows, and errors of bad rows."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def test_a_row_that_the_template_or_the_tokenizer_refuses_takes_no_other_with_it
     assert "row 2: the chat template refuses the conversation (not so)" in str(found.faults(rows)[0])
 
 
-def test_what_is_rendered_again_is_noted_once(monkeypatch):
+def test_a_row_that_is_rendered_again_is_noted_once(monkeypatch):
     """Where the tokenizer fails on one of many, each is tried by itself."""
     reopening = byte_tokenizer(
         "{% for m in messages %}{% if loop.last and m.role == 'user' %}>{% endif %}{{ m.content }}\n{% endfor %}"

@@ -1,4 +1,4 @@
-"""Intervals against loops over single draws, and against the figures of the releases before."""
+"""Intervals against loops over single draws, and against recorded figures."""
 
 import math
 from statistics import NormalDist
@@ -89,7 +89,7 @@ def test_coverage_on_synthetic_data():
         (([1.0], [1.0]), {"weights": [-1.0]}),
     ],
 )
-def test_what_cannot_be_paired_is_refused(arguments, options):
+def test_unpairable_values_are_refused(arguments, options):
     with pytest.raises(ValueError, match=r"shape|finite|at least"):
         paired_bootstrap(*arguments, **options)
 
@@ -180,7 +180,7 @@ def test_a_share_of_nothing_is_not_defined():
     assert means.share("more", "b", "more") == Estimate(1.0, 1.0, 1.0)
 
 
-def test_draws_whose_whole_is_zero_do_not_count():
+def test_draws_with_a_denominator_of_zero_do_not_count():
     means = Means({"a": 1.0, "b": 0.0, "w": 1.0}, dict.fromkeys("ab", np.zeros(100)), Bootstrap())
     means.draws["w"] = np.array([0.0] * 2 + [1.0] * 98)  # one in fifty: the interval is above zero
     found = means.share("a", "b", "w")
@@ -209,7 +209,7 @@ def test_chunks_do_not_matter(monkeypatch):
         ({"a": [1.0]}, [0.0], "not all 0"),
     ],
 )
-def test_what_cannot_be_resampled_is_refused(columns, weights, words):
+def test_unusable_values_are_refused(columns, weights, words):
     with pytest.raises(ValueError, match=words):
         resample(columns, weights)
 

@@ -76,7 +76,7 @@ def test_answers_that_are_no_choice(answer):
         prepare_rows(rows(question(choices=["4", "5"], answer=answer)), TOKENIZER)
 
 
-def test_an_answer_that_fits_two_choices_alike():
+def test_an_answer_that_fits_two_choices():
     with pytest.raises(DataError, match="none of the 2 choices"):
         prepare_rows(rows(question(choices=["A", "a."], answer=" a")), TOKENIZER)
 

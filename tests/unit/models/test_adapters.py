@@ -1,4 +1,4 @@
-"""Adapters: where they go and what is refused."""
+"""Targets of adapters, and refused settings."""
 
 import json
 import logging

@@ -115,7 +115,7 @@ def test_weights_are_dropped_and_the_others_made_up_for(monkeypatch):
     "long", "one query", "keys left out", "a bias of positions", "a mask that is added", "float16",
     "keys of one row for all",
 ])  # fmt: skip
-def test_what_it_is_not_for_goes_to_sdpa(why, monkeypatch):
+def test_unsupported_inputs_go_to_sdpa(why, monkeypatch):
     query, key, value = asked(1, 2, 2, 129 if why == "long" else 4, 4, torch.float32)
     mask, more = None, {}
     if why == "one query":

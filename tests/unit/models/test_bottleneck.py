@@ -168,7 +168,7 @@ def test_sublayers_are_where_they_are_by_hand(family):
         ("mamba", {"targets": ["mlp"]}, "MambaForCausalLM have no mlp that is known by its name"),
     ],
 )
-def test_what_is_refused(family, settings, words):
+def test_unusable_settings_are_refused(family, settings, words):
     with pytest.raises(AdapterError, match=words):
         attach_adapter(tiny(family), "series", **settings)
 

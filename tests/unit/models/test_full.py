@@ -1,4 +1,4 @@
-"""Layers whose own weights train: what is open and what is frozen, dtypes, and their response."""
+"""Full layers: trainable and frozen parameters, dtypes, and the response."""
 
 import copy
 
@@ -84,7 +84,7 @@ def test_only_the_chosen_layers_train_and_in_float32(family):
     assert torch.equal(logits(model), before)
 
 
-def test_what_cannot_be_opened():
+def test_adapters_and_quantised_weights_are_refused():
     with pytest.raises(AdapterError, match="PeftModelForCausalLM has adapters already"):
         OpenLayers(adapted(), (0,))
     model = tiny("llama")

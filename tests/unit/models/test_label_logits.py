@@ -97,7 +97,7 @@ def test_evaluation_and_calls_without_labels_see_all_logits():
             assert torch.equal(model.train()(**plain).logits, wanted.logits)
 
 
-def test_a_loss_of_another_kind_is_told_of_once_and_left_alone(caplog):
+def test_another_loss_is_reported_once_and_not_changed(caplog):
     model, inputs = built("llama"), batch(tiny("llama"))
     inner = model.loss_function
 
@@ -112,7 +112,7 @@ def test_a_loss_of_another_kind_is_told_of_once_and_left_alone(caplog):
     assert caplog.text.count("logits are computed at all positions: the loss of LlamaForCausalLM is") == 1
 
 
-def test_a_head_that_is_not_called_as_a_module_is_told_of_and_left_alone(caplog):
+def test_a_head_that_is_not_called_as_a_module_is_reported_and_not_changed(caplog):
     model, inputs = built("llama"), batch(tiny("llama"))
     theirs = result(model, inputs)
     head, model.lm_head.forward = model.lm_head, None

@@ -276,7 +276,7 @@ def test_a_token_that_cannot_come_has_no_gradient_and_as_a_label_an_endless_loss
     assert gradient[0, 1] == 0
 
 
-def test_what_all_logits_have_in_common_costs_no_digits():
+def test_a_common_offset_of_logits_costs_no_digits():
     logits = torch.randint(0, 64, (5, 9), generator=torch.Generator().manual_seed(0)) / 8 + 10_000
     (losses, gradient), (wanted, wanted_gradient) = both(logits, torch.arange(5), torch.ones(5))
     torch.testing.assert_close(losses.double(), wanted, rtol=1e-6, atol=1e-6)

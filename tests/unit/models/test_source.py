@@ -51,13 +51,13 @@ def http(kind):
         (OSError("no route"), "the hub cannot be reached (OSError)"),
     ],
 )
-def test_what_the_hub_says(answers, error, said):
+def test_answers_of_the_hub(answers, error, said):
     asked = answers(error)
     assert [why_missing("owner/name") for _ in range(2)] == [said, said]
     assert asked == [("owner/name", 5.0)]
 
 
-def test_what_is_in_the_cache_is_not_asked_for(answers):
+def test_a_cached_model_needs_no_request(answers):
     asked = answers(OSError("no route"), cached="/cache/config.json")
     assert why_missing("owner/name") is None
     assert not asked
@@ -69,7 +69,7 @@ def test_names_that_the_hub_cannot_have(name):
         check_source(name)
 
 
-def test_a_mistyped_folder_is_told_of_before_anything_is_loaded(answers, tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_refused_before_loading(answers, tmp_path, monkeypatch):
     answers(OSError("no route"))
     (tmp_path / "models" / "llama").mkdir(parents=True)
     (tmp_path / "models" / "llama" / "config.json").write_text("{}")
@@ -89,7 +89,7 @@ def test_a_path_that_does_not_exist_is_named(name):
         resolve(name)
 
 
-def test_what_cannot_be_a_model(tmp_path):
+def test_folders_and_names_without_a_model_are_refused(tmp_path):
     (tmp_path / "w.bin").write_text("")
     with pytest.raises(ModelError, match="is a file: give the folder"):
         resolve(str(tmp_path / "w.bin"))
