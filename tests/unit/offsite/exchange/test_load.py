@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from support.emulators import FAMILIES, base, calibration, emulator, logits, settings
+from support.emulators import base, calibration, emulator, logits, settings
 from support.keys import make_keys
 from support.kits import copied, small_kit
 from support.opened import opened
@@ -23,7 +23,7 @@ from siftune.offsite.kit.manifest import EMULATOR, OUTER
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox"])
 def test_a_loaded_kit_is_the_emulator(tmp_path, family):
     model = base(family, vocab_size=300).float()
     batches = calibration(model)

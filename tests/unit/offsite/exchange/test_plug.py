@@ -34,7 +34,7 @@ def moved(kit, by=0.01, seed=0):
 
 @pytest.mark.parametrize(
     ("family", "mlp"),
-    [(family, mlp) for family in FAMILIES for mlp in ("refit", "channels")],
+    [*((family, "refit") for family in FAMILIES), ("llama", "channels"), ("gpt2", "channels")],
 )
 def test_a_round_trip_changes_exactly_the_outer_tensors(family, mlp, tmp_path):
     """The checkpoint is bfloat16; kit and model are made from a float32 copy of it, as on old processors."""

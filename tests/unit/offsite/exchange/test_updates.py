@@ -85,7 +85,7 @@ def test_norms_without_weight_are_silent_but_for_those_that_are_centred(family):
             assert bool(module(x).any()) == family_of(model.config).centred_norms
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_every_tensor_that_is_silenced_is_refused_by_name(family):
     """A norm without gain or a matrix of zeros: each by itself."""
     model = base(family)
@@ -97,7 +97,7 @@ def test_every_tensor_that_is_silenced_is_refused_by_name(family):
                 compare(before, {**before, name: torch.full_like(tensor, silent)}, 0.25, kind).check()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("limit", [0.25, 0.99])
 def test_a_return_of_zeros_is_refused(family, limit):
     model = base(family)
@@ -106,7 +106,7 @@ def test_a_return_of_zeros_is_refused(family, limit):
         compare(before, {name: torch.zeros_like(t) for name, t in before.items()}, limit, kind).check()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_layers_that_change_places_are_refused(family):
     model = base(family)
     before, kind = outer_of(model), model.config.model_type
