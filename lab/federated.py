@@ -301,7 +301,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--template", choices=("auto", "chat", "none"), default="none", help="chat template of all rows")
     add("--seeds", default="0", help="of rows and training")
     add("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    add("--work", type=Path, metavar="FOLDER", help="for kits and returns, to go on with; a temporary one if not given")
+    add(
+        "--work", type=Path, metavar="FOLDER", help="for kits and returns, to resume with; a temporary one if not given"
+    )
     add("--out", type=Path, default=Path(__file__).parent / "results" / "federated.jsonl")
     add("--report", type=Path, metavar="FILE", help="print the table of these results, and measure nothing")
     args = parser.parse_args(argv)

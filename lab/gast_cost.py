@@ -8,7 +8,7 @@ Every measurement is a fresh process that trains on random tokens; the methods t
 range over the rounds stands behind them.
 
 With `--out`, every finished measurement adds a line of JSON to the file, and what is there already is not measured
-again: a run that was cut short goes on, and more methods or rounds can be added. `--sweep` varies rows, length and
+again: a run that was cut short continues, and more methods or rounds can be added. `--sweep` varies rows, length and
 layers one at a time, on random llamas that are made for it.
 """
 

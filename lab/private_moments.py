@@ -1,4 +1,4 @@
-"""Curvature with a stated bound on what it tells of a row: clipped tokens and Gaussian noise *(ours)*.
+"""Curvature with a stated bound on what it reveals of a row: clipped tokens and Gaussian noise *(ours)*.
 
 Compression looks at calibration rows through A and G alone (`kfac`; with λ = 0, D has no part in it). So noise on these
 bounds whatever is made of them. Each token's x is scaled down to a norm of at most C, and the sum gets a symmetric

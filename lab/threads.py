@@ -49,7 +49,7 @@ def products(setting: str, threads: int, seconds: float) -> float:
 
 
 def measure(others: int, rounds: int, threads: int, seconds: float) -> dict[str, list[float]]:
-    """Products a second by setting, beside so many processes of other work."""
+    """Products a second by setting, beside N processes of other work."""
     busy = [subprocess.Popen([sys.executable, "-c", _WORK]) for _ in range(others)]
     try:
         time.sleep(1)

@@ -30,7 +30,7 @@ class Options(Validated):
 
     NAME is a suite and a model: commonsense, math or gradot, with llama-7b, llama-13b, llama3-8b, gpt-j-6b, opt-1.3b,
     opt-6.7b, smollm2 or gemma3-270m, such as commonsense-llama-7b. Learning rates are found on held-out rows first,
-    for each method. A run that was cut off goes on when the command is called again with the same --out, where
+    for each method. A run that was cut off resumes if the command is called again with the same --out, where
     methods, adapters and seeds can be added.
     """
 
@@ -61,7 +61,7 @@ class Options(Validated):
     rates: str | None = None
     """Learning rates to try, with commas between; one is taken without a sweep; the suite's if not given."""
     sweep_steps: Count | None = None
-    """Steps of each run of the sweep; as many as a run has if not given, since the best rate hangs on them."""
+    """Steps of each run of the sweep; as many as a run has if not given, since the best rate depends on them."""
     keep: BelowOne | None = None
     """gradot: fraction of the middle's parameters that a kit holds; 0.7 if not given."""
     model: str | None = None
@@ -69,9 +69,9 @@ class Options(Validated):
     recipe: str | None = None
     """Recipe file (.yaml) whose lines stand in the place of the paper's, such as steps or checkpointing."""
     limit: Count | None = None
-    """Train on so many of the rows, drawn evenly; for gradot, of each task."""
+    """Train on N of the rows, drawn evenly; for gradot, of each task."""
     questions: Count | None = None
-    """Ask only the first so many questions of each task."""
+    """Ask only the first N questions of each task."""
     batch_size: Count = 16
     """Rows in a forward pass when questions are asked; training takes the recipe's."""
 

@@ -5,7 +5,7 @@ Up to three values for a question:
     generated   1 or 0, whether the text that the model writes, greedily, has the right answer in it
     likeliest   1 or 0, whether the right option is the one of the highest probability; where there are no options but
                 texts that count, whether the model writes one of them when it takes the likeliest token each time
-    nats        −ln p of the right answer's text, which has so many tokens
+    nats        −ln p of the right answer's text, which has this many tokens
 """
 
 import json

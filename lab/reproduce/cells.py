@@ -9,7 +9,7 @@ OUT/
     METHOD-seed0/          a run folder, as `siftune train` leaves it, with TASK.answers.json for each task
   table.md, results.json
 
-Each of these is made once. A run that was cut off goes on from its newest checkpoint; answers are made task by task.
+Each of these is made once. A run that was cut off resumes from its newest checkpoint; answers are made task by task.
 """
 
 from collections.abc import Iterator, Mapping

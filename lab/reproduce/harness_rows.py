@@ -37,8 +37,8 @@ def prepare_tasks(
         tasks: Those of its tasks that are used.
         data: A folder with TASK.train.jsonl and TASK.test.jsonl, in the columns of the hub; or "hub".
         out: The folder `OUT/data`.
-        limit: Use only so many training rows of each task, drawn evenly; None: all.
-        asked: Ask only the first so many questions of each task.
+        limit: Use only this many training rows of each task, drawn evenly; None: all.
+        asked: Ask only the first N questions of each task.
 
     Raises:
         DataError: Rows are missing or cannot be read; the message says which and what to do.

@@ -42,8 +42,8 @@ def prepare_files(
         tasks: Those of its tasks that are asked, and trained on where each has a file of its own.
         data: A folder, or "hub".
         out: The folder `OUT/data`.
-        limit: Use only so many training rows, drawn evenly; None: all.
-        asked: Ask only the first so many questions of each task.
+        limit: Use only this many training rows, drawn evenly; None: all.
+        asked: Ask only the first N questions of each task.
         answers: "names", as the papers ask, or "texts": options are not listed, and an answer is what the right one
             says.
 

@@ -1,4 +1,4 @@
-"""The steps that protocols are made of; each is done once in a folder, and goes on where it was cut off."""
+"""The steps that protocols are made of; each is done once in a folder, and resumes where it was cut off."""
 
 import gc
 import json
@@ -66,7 +66,7 @@ def swept(
         grid: Methods, rates and seeds.
         folder: Of the sweep.
         steps: Of each run; None: as many as the recipe has.
-        progress: Told of what is being done.
+        progress: Reports progress.
         source_of: As for `train`.
 
     Raises:
@@ -85,13 +85,13 @@ def swept(
 
 
 def run_once(recipe: Recipe, folder: Path, console: Console, source_of: Callable[[str], Source] = ModelSource) -> None:
-    """Train into a folder, unless it holds a finished run; go on where it holds a part of one."""
+    """Train into a folder, unless it holds a finished run; resume where it holds a part of one."""
     if rate_of(folder) is not None:
         return
     drop_ended(folder)
     begun = any((folder / "checkpoints").glob("checkpoint-*"))
     if not begun and (folder / _RUN).exists():
-        shutil.rmtree(folder)  # cut off before its first checkpoint: there is nothing to go on from
+        shutil.rmtree(folder)  # cut off before its first checkpoint: there is nothing to resume from
     train(replace(recipe, out=str(folder), resume=begun), console, source_of)
     gc.collect()  # the Trainer refers to itself: without this two models would be in memory
 
@@ -137,7 +137,7 @@ def ask_all(
         tasks: Name -> task, and the file of its answers.
         data: Folder of the questions, in NAME.jsonl.
         asking: How to ask.
-        progress: Told of every task.
+        progress: Receives every task.
     """
     missing = {name: one for name, one in tasks.items() if asking.missing(one[1], one[0])}
     if not missing:

@@ -50,7 +50,7 @@ def cell_of(name: str) -> Cell:
 
 
 def rows_in(cell: Cell, steps: int, batch: int) -> int:
-    """Rows of a cell for so many steps."""
+    """Rows of a cell for N steps."""
     return steps * batch // (_EPOCHS if cell["epochs"] else 1)
 
 

@@ -1,4 +1,4 @@
-"""Which score names wrong rows? Runs training on planted errors, one process a job, and goes on where it stopped.
+"""Which score names wrong rows? Runs training on planted errors, one process a job, and resumes where it stopped.
 
     python -m lab.rows.run scores --data FOLDER --cells near-15,uniform-15 --seeds 0 --out rows.jsonl --workers 2
     python -m lab.rows.run drop --data FOLDER --cells near-15,uniform-15 --seeds 0,1,2,3,4 --out rows.jsonl
@@ -69,4 +69,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command resumes")

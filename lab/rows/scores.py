@@ -86,7 +86,7 @@ def over_visits(visits: Visits, watched: Mapping[str, Floats], z: Floats) -> dic
 
 
 def by_own_deviation(apart: Floats, around: int = _AROUND) -> Floats:
-    """Distances from what was usual, divided by the median one of so many visits around each; (V,), in time's order."""
+    """Distances from what was usual, divided by the median one of N visits around each; (V,), in time's order."""
     starts = np.clip(np.arange(len(apart)) - around // 2, 0, max(0, len(apart) - around))
     usual = np.array([1.4826 * np.median(np.abs(apart[start : start + around])) for start in starts])
     return apart / np.maximum(usual, 1e-6)
