@@ -1,4 +1,4 @@
-"""`siftune report`: one page on runs, kits, sweeps, audits, costs and papers' tables."""
+"""`siftune report`: one page on runs, kits, sweeps, audits and costs."""
 
 from typing import Annotated, Any
 
@@ -10,22 +10,22 @@ from siftune.cli.options import Flag
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Write a page on what was trained, made or measured: one file, which needs no network, for any browser.
+    """Write one page on runs, kits, sweeps, audits and costs: a single file for any browser, without network access.
 
-    Runs that are still under way can be shown, too.
+    Unfinished runs are shown as well.
     """
 
     folders: Annotated[tuple[str, ...], Flag("folder", positional=True)]
-    """Folders of siftune train, demo, sweep-lr, reproduce, emulate, sweep or audit, or files of siftune bench --out;
-    several runs are compared."""
+    """Folders of siftune train, demo, sweep-lr, emulate, sweep or audit, or files of siftune bench --out;
+    several runs are compared with each other."""
     out: Annotated[str, Flag(short="-o")] = "report.html"
-    """File to write; one that is there is replaced."""
+    """File to write; an existing one is replaced."""
     figures: str | None = None
     """Folder for the figures as SVG files; none are written if not given."""
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Write the page, and the figures where they are asked for."""
+    """Write the page, and the figures with --figures."""
     from rich.console import Console
 
     from siftune.base.text import counted

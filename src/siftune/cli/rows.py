@@ -1,4 +1,4 @@
-"""`siftune rows`: rows of a run that look wrong, with what they say and where they stand."""
+"""`siftune rows`: suspect rows of a run, with text and place."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,9 +27,9 @@ class Options(Validated):
     top: Count | None = None
     """Report at most N rows; if not given, 10 on the screen and all in files."""
     csv: Path | None = None
-    """Write them to this CSV file, texts whole."""
+    """Write them to this CSV file, with complete texts."""
     html: Path | None = None
-    """Write them to this page, texts whole."""
+    """Write them to this page, with complete texts."""
 
 
 _SHOWN = 10

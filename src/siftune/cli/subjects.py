@@ -1,4 +1,4 @@
-"""What the user names to be measured: a run folder, an adapter folder, a kit, or a model."""
+"""Subjects of `eval` and `export`: run folders, adapter folders, kits and models."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ class Subject:
 
 
 def find_subjects(sources: Sequence[str], public_key: Path | None = None, base: str | None = None) -> list[Subject]:
-    """Tell what each of several names stands for; see `find_subject`. A kit that several name is read once."""
+    """Resolve several names; see `find_subject`. A kit that several of them use is read once."""
     find = functools.cache(find_kit)
     return [find_subject(source, public_key, base, find) for source in sources]
 
@@ -55,7 +55,7 @@ def find_subject(
     base: str | None = None,
     find: Callable[[str, Path | None], Kit | None] = find_kit,
 ) -> Subject:
-    """Tell what a name stands for.
+    """Resolve a name.
 
     Args:
         source: A run folder (`recipe.yaml`, and `adapter/` or `return/`), a PEFT adapter folder
@@ -81,7 +81,7 @@ def find_subject(
 
 
 def _subject(source: str) -> Subject:
-    """Tell what a name stands for, but for the kit."""
+    """Resolve a name, without its kit."""
     path = Path(source).expanduser()
     if (path / "recipe.yaml").is_file():
         recipe: Recipe = load_recipe(path / "recipe.yaml")
@@ -104,7 +104,7 @@ def _refuse_gone(subject: Subject) -> None:
 
 
 def _refuse_unknown(source: str) -> None:
-    """Refuse a name that stands for no folder and for no model."""
+    """Refuse a name of no folder and no model."""
     if Path(source).expanduser().exists() or source == SMOLLM2:
         return
     try:

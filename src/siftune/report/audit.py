@@ -75,7 +75,7 @@ def prepare_folder(folder: Path) -> None:
 def markdown(audit: Audit | OwnAudit) -> str:
     """The audit, an owner's of the model or of the rows, as a Markdown page."""
     if isinstance(audit, OwnAudit):
-        title = "# What a return tells of the rows that it was tuned on"
+        title = "# Leakage of training rows by a return"
         return "\n\n".join([title, membership_section(audit.membership, "emulator"), _OWN_CAVEAT]) + "\n"
     parts = ["# Audit of an offsite-tuning set-up", _facts(audit), _conditions(audit), _comparisons(audit), _MEANINGS]
     parts += ["## What the outer layers' gradients have in common", _cosine(audit.cosine)]
@@ -132,11 +132,11 @@ def _attacks(audit: Audit) -> list[str]:
     """A section for every attack that was tried."""
     sections: list[str] = []
     if audit.recovery:
-        sections += ["### What the whole emulator can be made into", recovery_section(audit.recovery)]
+        sections += ["### Recovery from the complete emulator", recovery_section(audit.recovery)]
     if audit.membership is not None:
-        sections += ["### What the return tells of its rows", membership_section(audit.membership)]
+        sections += ["### Leakage of training rows by the return", membership_section(audit.membership)]
     if audit.calibration is not None:
-        sections += ["### What the kit tells of its calibration rows", calibration_section(audit.calibration)]
+        sections += ["### Leakage of calibration rows by the kit", calibration_section(audit.calibration)]
     return sections
 
 
@@ -155,7 +155,7 @@ _KINDS = {"attention": "attention's matrices", "mlp": "the MLPs' matrices", "all
 
 
 def membership_section(found: Membership, base: str = "base") -> str:
-    """How well training rows are told from others; `base` is what the losses are measured with, in a word."""
+    """Membership inference on the training rows; `base` names the model of the reference losses."""
     named = {"by loss": found.loss, f"by loss against the {base}'s": found.reference}
     if found.online is not None and found.offline is not None:
         named |= {"LiRA, online": found.online, "LiRA, offline": found.offline}
@@ -174,7 +174,7 @@ def membership_section(found: Membership, base: str = "base") -> str:
 
 
 def recovery_section(points: tuple[RecoveryPoint, ...]) -> str:
-    """The way of the whole emulator, by learning rate."""
+    """Recovery by tuning the complete emulator, by learning rate and tokens."""
     rows = [
         [f"{p.lr:g}", f"{p.tokens:,}", shown(p.nll), shown(p.recovery)]
         for p in sorted(points, key=lambda p: (p.lr, p.tokens))
@@ -193,7 +193,7 @@ def calibration_section(found: CalibrationLeak) -> str:
     """How well the kit tells who calibrated it."""
     named = {f"by {_KINDS[kind]}": attack for kind, attack in found.attacks.items()}
     if not named:
-        return "The kit has nothing but whole layers: no matrix was fitted to the calibration rows."
+        return "The kit has only complete layers: no matrix was fitted to the calibration rows."
     if found.blind is not None:
         named["blind: the base's loss alone"] = found.blind
     strongest = found.strongest
@@ -283,11 +283,11 @@ def before_it_is_sent(recipe: Recipe, returned: Path) -> str:
     try:
         found = audit_run(resolve_recipe(recipe), returned)
     except InputError as error:
-        return f"what the return tells of its rows was not tried out: {error}"
+        return f"leakage of training rows by the return was not measured: {error}"
     if found is None:
         return (
-            "what the return tells of its rows was not tried out: other rows of the same source are needed, by --eval "
-            f"in training, or now: {hint}"
+            "leakage of training rows by the return was not measured: other rows of the same source are needed, by "
+            f"--eval in training, or now: {hint}"
         )
     best = max(found.membership.loss, found.membership.reference, key=lambda attack: attack.auc.value or 0.0)
     assert best.auc.low is not None

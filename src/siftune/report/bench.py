@@ -36,7 +36,7 @@ def cost_table(result: Mapping[str, Any]) -> Table:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What was measured, on what, and the floor; as `cost_table`."""
+    """Workload, hardware, versions and the matmul floor; errors as `cost_table`."""
     work, floor = result["workload"], result["floor"]
     packages = ("torch", "transformers", "peft", "trl")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])

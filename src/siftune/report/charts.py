@@ -26,12 +26,12 @@ class Plot:
     y: tuple[float, float]  # values at its lower and upper edge
 
     def at_x(self, value: float) -> float:
-        """Where a value stands across."""
+        """Horizontal position of a value, in pixels."""
         low, high = self.x
         return self.left + self.width * (value - low) / (high - low)
 
     def at_y(self, value: float) -> float:
-        """Where a value stands down."""
+        """Vertical position of a value, in pixels."""
         low, high = self.y
         return self.top + self.height * (high - value) / (high - low)
 
@@ -93,7 +93,7 @@ _NAME_AT_END = 15  # letters of a name at a line's end
 class Line:
     """A line."""
 
-    name: str  # what stands at its end
+    name: str  # label at its end
     xs: Sequence[float]  # steps, ascending
     ys: Sequence[float]
     colour: int = 0
@@ -173,7 +173,7 @@ class Point:
     value: float
     low: float | None = None  # bounds of its interval; None where it has none
     high: float | None = None
-    x: float = 0.0  # what it stands against, in `scatter`
+    x: float = 0.0  # horizontal value, in `scatter`
     colour: int = 0
 
     @property
@@ -192,7 +192,7 @@ class Scale:
     reference_name: str = ""
 
     def text(self, value: float) -> str:
-        """A value in words."""
+        """A value as text."""
         return percent(value) if self.percent else short(value)
 
 

@@ -47,7 +47,7 @@ def _layer_text(run: RunData, trained_LS: NDArray[np.float64]) -> str:
     least = listed([f"{layer} ({100 * shares[layer]:.0f}{NBSP}%)" for layer in order[-_NAMED:]])
     return (
         f"Method {run.recipe.method}: of {len(shares)} layers {count} trained in a step. Most often the layers {most} "
-        f"of the steps, least often {least}. Layer 0 stands next to the embeddings."
+        f"of the steps, least often {least}. Layer 0 is next to the embeddings."
     )
 
 
@@ -92,7 +92,7 @@ def binned(values_RS: NDArray[np.float64], steps: Sequence[int]) -> tuple[NDArra
 
 
 _BINS = 24  # points of a line of shares
-_SOURCES = COLOURS  # sources that have a line of their own; the rarer ones stand together
+_SOURCES = COLOURS  # sources with a line of their own; rarer ones share one
 _OTHERS = "others"
 _LARGEST = 64  # rows of a batch that are shown
 _BOUND = 2.0  # z-scores at which the colours end
@@ -112,7 +112,7 @@ def rows(run: RunData, several: bool) -> Section | None:
 
 
 class _Sources:
-    """The sources that are told apart: the most frequent ones, and what stands for the rest."""
+    """The most frequent sources, and one name for the others."""
 
     def __init__(self, batches: Sequence[RowsOfBatch]) -> None:
         counts: dict[str, int] = {}

@@ -41,7 +41,7 @@ def measured(run: RunData, data: str, metric: str) -> MetricRow:
 
 
 def level_text(run: RunData, data: str) -> str:
-    """How sure the intervals of a measurement are, in words."""
+    """Coverage of the intervals of a measurement, as text."""
     return f"{100 * next(one.level for one in run.evals if one.data == data):g} %"
 
 
@@ -58,12 +58,12 @@ def _held_out(recipe: Recipe) -> tuple[object, ...]:
 
 
 def value_text(metric: str, value: float) -> str:
-    """A metric's value in words."""
+    """A value of a metric, as text."""
     return short(value, 4) if metric == PERPLEXITY else percent(value)
 
 
 def change_text(metric: str, value: float) -> str:
-    """A difference of a metric's values in words: of rates in points."""
+    """A difference of a metric, as text; of shares in points."""
     return short(value) if metric == PERPLEXITY else points(value)
 
 
@@ -226,7 +226,7 @@ class _Quality:
         return self.metric not in ("", PERPLEXITY)
 
     def text(self, name: str) -> str:
-        """A run's value in words."""
+        """The value of a run, as text."""
         if name not in self.points:
             return "–"
         value = self.points[name].value
@@ -272,7 +272,7 @@ def _run_row(run: RunData, quality: _Quality) -> list[Cell]:
 
 
 def _differences(runs: Sequence[RunData]) -> Grid:
-    """Settings in which the recipes differ; those of a method that one run alone has stand in its recipe."""
+    """Settings in which the recipes differ, without those of a method that only one run uses."""
     values = [_flat(recipe_values(run.recipe)) for run in runs]
     names = [name for name in dict.fromkeys(key for one in values for key in one) if name not in _OUTSIDE]
     rows = []
@@ -281,11 +281,7 @@ def _differences(runs: Sequence[RunData]) -> Grid:
         if len(set(map(str, known))) > 1:
             rows.append([Cell(name), *(Cell(_setting(one.get(name))) for one in values)])
     header = ["setting", *(run.name for run in runs)]
-    caption = (
-        "Differences between the recipes."
-        if rows
-        else "The recipes do not differ."
-    )
+    caption = "Differences between the recipes." if rows else "The recipes do not differ."
     return Grid(header, rows, caption, range(len(header)))
 
 

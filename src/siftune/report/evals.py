@@ -75,7 +75,7 @@ def _right(row: Row) -> str:
 def record_eval(run: Path, found: Eval) -> None:
     """Keep a measurement in a run's folder, in the place of an earlier one on the same rows.
 
-    A folder that cannot be written to is told of, and is no reason to fail: the measurement was made.
+    Logs a warning if the folder cannot be written to, because the measurement itself succeeded.
     """
     try:
         others = [one for one in read_evals(run) if one.data != found.data]
@@ -102,7 +102,7 @@ def read_evals(run: Path) -> list[Eval]:
 
 
 def _eval(record: Mapping[str, Any]) -> Eval:
-    """A measurement from a file that may be a stranger's: every value becomes what it ought to be, or fails."""
+    """A measurement from an untrusted file; every value is converted to its type, or fails."""
     metrics = tuple(_metric(metric) for metric in record["metrics"])
     answers = tuple(_answer(answer) for answer in record["answers"])
     return Eval(str(record["data"]), int(record["rows"]), finite(record["level"]), metrics, answers)

@@ -55,8 +55,10 @@ def _middle(manifest: Manifest) -> Grid:
     rows = [
         [
             Cell(str(shape.base), shape.base),
-            Cell("whole" if shape.channels is None else f"{shape.channels:,}", shape.channels),
-            Cell(", ".join(f"{name.rpartition('.')[2]} {rank}" for name, rank in dict(shape.ranks).items()) or "whole"),
+            Cell("all" if shape.channels is None else f"{shape.channels:,}", shape.channels),
+            Cell(
+                ", ".join(f"{name.rpartition('.')[2]} {rank}" for name, rank in dict(shape.ranks).items()) or "complete"
+            ),
             Cell("" if shape.same_as is None else f"as layer {manifest.middle[shape.same_as].base}"),
         ]
         for shape in manifest.middle
@@ -116,9 +118,7 @@ def _cosines(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
     pairs.append(("all layers", _at(record, "cosine", "overall")))
     points = [Point(str(layer), cosine) for layer, value in pairs if (cosine := _finite(value)) is not None]
     if points:
-        note = (
-            "Of the outer layers' gradients on the base and on the emulator; at 1, tuning on either is the same."
-        )
+        note = "Of the outer layers' gradients on the base and on the emulator; at 1, tuning on either is the same."
         yield listed_points(f"cosine-{name}", "Cosine of gradients", points, Scale("cosine"), note)
 
 
@@ -145,7 +145,7 @@ def _attacks(record: Mapping[str, Any]) -> list[Point]:
 
 
 def _at(record: Any, *keys: str) -> Any:
-    """What stands behind keys; None where anything on the way is missing or of another kind."""
+    """The value behind keys; None if any of them is missing or is no mapping."""
     for key in keys:
         record = record.get(key) if isinstance(record, Mapping) else None
     return record

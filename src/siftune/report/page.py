@@ -49,7 +49,7 @@ class Page:
         )
 
     def write(self, out: str | Path) -> Path:
-        """Write the page to a file, which is there whole or not at all.
+        """Write the page to a file, in one move.
 
         Raises:
             RecipeError: It cannot be written.
@@ -125,7 +125,7 @@ def _facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
 def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    # everything is escaped: what a page tells of may come from strangers
+    # everything is escaped: run folders can be untrusted
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(
         autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

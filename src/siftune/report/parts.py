@@ -14,7 +14,7 @@ Child = str | Markup
 
 
 def tag(name: str, *children: Child, **attributes: object) -> Markup:
-    """An element; `class_` stands for `class`, and hyphens in names of attributes are underscores here.
+    """An SVG element. `class_` is `class`; underscores in names of attributes become hyphens.
 
     Example:
         >>> tag("text", "a < b", x=1.25, class_="tick")
@@ -56,7 +56,7 @@ class Figure:
 
     name: str  # what it is called among the figures of a page: small letters, digits and hyphens
     title: str
-    draw: Callable[[int], Markup]  # draws it so many pixels wide
+    draw: Callable[[int], Markup]  # draws it at a width in pixels
     note: str = ""  # what to look for, or how to read it
     size: Size = "third"  # part of the page's width that it takes on a large screen
     # what the page's script tells under the pointer; see page.js. None: nothing

@@ -23,7 +23,7 @@ def table(suspects: Sequence[Suspect], title: str) -> Table:
 
 
 def short(text: str, longest: int = _LONGEST) -> str:
-    """A text on one line, its middle left out where it is long: what counts stands at its ends.
+    """A text on one line, without the middle of a long one: the ends matter most.
 
     Example:
         >>> short("one two three four five", 12)
@@ -37,7 +37,7 @@ def short(text: str, longest: int = _LONGEST) -> str:
 
 
 def to_csv(suspects: Sequence[Suspect]) -> str:
-    """All of them, texts whole; `train --drop-rows` takes the file.
+    """All suspects with complete texts; `train --drop-rows` takes the file.
 
     A text that begins like a formula gets an apostrophe in front, so that no spreadsheet computes what is in a row.
     """
@@ -77,7 +77,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: 13
 
 
 def to_html(suspects: Sequence[Suspect], title: str, note: str) -> str:
-    """A page by itself, with whole texts; nothing in a row is taken for markup."""
+    """A page of its own with complete texts, all escaped."""
     articles = "\n".join(map(_article, suspects)) or "<p>No row stands out.</p>"
     return _PAGE.format(title=html.escape(title), note=html.escape(note), articles=articles)
 

@@ -150,9 +150,7 @@ def suspects(run: RunData, several: bool) -> Section | None:
         ]
         for one in found
     ]
-    caption = (
-        f"The {len(rows)} rows that stand out most. Some may be correct: read before you drop any."
-    )
+    caption = f"The {len(rows)} rows that stand out most. Some may be correct: read before you drop any."
     header = ["row", "text", "why", "score", "near-duplicates"]
     words = [f"`siftune rows {run.path}` lists more of them and writes a file for `--drop-rows`."]
     return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])

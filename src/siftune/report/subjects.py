@@ -62,7 +62,7 @@ class RunData:
 
     @property
     def time(self) -> str:
-        """What its training took, in words; where it went on, since then."""
+        """Time of its training, as text; of a resumed run since then."""
         since = self.figure("resumed_step")
         return f"{duration(self.figure('seconds'))}{'' if since is None else f', after step {since:,.0f}'}"
 
@@ -106,7 +106,7 @@ def find_subjects(names: Sequence[str]) -> Subjects:
 
 
 def _folders(name: str) -> list[Path]:
-    """The folder that a name stands for; those of its runs where it is a demo's."""
+    """The folder of that name, or the folders of the runs of a demo."""
     path = Path(name).expanduser()
     if any((path / one).is_file() for one in (RECIPE, *_MARKS)) or is_kit(path) or path.is_file():
         return [path]

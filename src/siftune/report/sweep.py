@@ -62,7 +62,12 @@ def table(points: Sequence[SweepPoint]) -> Table:
         has_lambda = p.basis is not None
         cells = [p.method, p.basis or "", p.mlp or "", f"{p.keep:g}", f"{p.kept:.3f}"]
         cells += [f"{p.lambda_attn:g}" if has_lambda else "", f"{p.lambda_mlp:g}" if has_lambda else ""]
-        cells += [f"{p.parameters / 1e6:.1f} M", f"{p.cosine:.3f}", f"{p.loss:.3f}", f"{p.gap:+.3f}"]
+        cells += [
+            f"{p.parameters / 1e6:.1f} M",
+            "–" if math.isnan(p.cosine) else f"{p.cosine:.3f}",
+            f"{p.loss:.3f}",
+            f"{p.gap:+.3f}",
+        ]
         rows.append([*cells, shown(p.told), "*" if p in best else ""])
     return Table([*header, "calibration AUC", ""], rows, words=(0, 1, 2, 12))
 

@@ -17,7 +17,7 @@ class Table:
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]  # one text per column each
-    title: str = ""  # what stands above; Markdown pages have headings of their own and leave it out
+    title: str = ""  # caption; left out in Markdown, which has headings
     # numbers of the columns that hold words and are aligned on the left; the others hold figures
     words: Collection[int] = (0,)
 
@@ -38,7 +38,7 @@ def rich_table(table: Table) -> "RichTable":
     for column, name in enumerate(table.header):
         words = column in table.words
         widest = max(cell_len(row[column]) for row in [table.header, *table.rows])
-        whole = not words or (column == 0 and widest <= _KEPT)  # the first is what a line is known by
+        whole = not words or (column == 0 and widest <= _KEPT)  # the first column identifies a line
         # folded, not cut: a place is there to be copied
         laid_out.add_column(Text(name), justify="left" if words else "right", no_wrap=whole, overflow="fold")
     for cells in table.rows:

@@ -73,7 +73,7 @@ def memory(megabytes: float | None) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """A text that takes so many characters at most."""
+    """A text cut to a number of characters."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 

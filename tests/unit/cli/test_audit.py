@@ -52,7 +52,7 @@ def test_a_data_owner_s_audit(parties, others, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "audit").iterdir()} == {"audit.json", "audit.md"}
     assert json.loads((tmp_path / "audit" / "audit.json").read_text()) == found
     assert found["membership"]["others"] == 20
-    for words in ("What a return tells", "blind: the emulator's loss alone", "The emulator stands in"):
+    for words in ("Leakage of training rows", "blind: the emulator's loss alone", "The emulator stands in"):
         assert words in said
     assert "neither model nor return" in error_of(capsys, "audit", *arguments[:2], *arguments[4:], "--eval", others)
 

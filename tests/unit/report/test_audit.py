@@ -145,7 +145,7 @@ def test_markdown_of_less():
     assert table(text, "Plug-in") == ["1.500 [1.500, 1.500]"]
     assert "| recovery |" not in text
     assert "| Recovered |" not in text
-    assert "What the return tells" not in text
+    assert "Leakage of training rows" not in text
     assert "calibration rows" not in text
     assert "secrets" not in text
     facts = {**made().facts, "returned": True}

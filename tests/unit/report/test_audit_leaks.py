@@ -79,4 +79,4 @@ def test_calibration():
     assert "Whoever has the base can tell which rows calibrated the kit: AUC 0.900" in text
     chance = calibration_section(replace(leak, attacks={"all": attack(0.52)}))
     assert "not told from others beyond chance" in chance
-    assert "nothing but whole layers" in calibration_section(CalibrationLeak({}, {}))
+    assert "only complete layers" in calibration_section(CalibrationLeak({}, {}))

@@ -184,7 +184,7 @@ def test_a_point_without_a_cosine_is_on_no_front_but_in_the_table():
     assert ordered(candidates) == candidates[::-1]
     record = to_dict(candidates, {"model": "m"})
     assert [entry["cosine"] for entry in record["points"]] == [0.5, None]
-    assert [row[8] for row in table(candidates).rows] == ["0.500", "nan"]
+    assert [row[8] for row in table(candidates).rows] == ["0.500", "–"]
 
 
 def test_the_table_is_sorted_and_marks_the_front():

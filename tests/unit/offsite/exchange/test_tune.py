@@ -304,7 +304,7 @@ def test_the_command_names_the_return(kit, rows, tmp_path, capsys):
     assert result["return"] == f"{tmp_path}/run/return"
     assert "adapter" not in result
     told, *last = captured.err.splitlines()[-3:]
-    assert told.startswith("what the return tells of its rows was not tried out: other rows of the same source are")
+    assert told.startswith("leakage of training rows by the return was not measured: other rows of the same source")
     assert last[0].startswith(f"return in {tmp_path}/run/return: send it to the model's owner, who runs `siftune plug ")
     assert last[1] == f"next: `siftune eval {tmp_path}/run --data FILE`"
     card = (tmp_path / "run" / "README.md").read_text()
