@@ -124,7 +124,8 @@ def _language_model(module: nn.Module) -> nn.Module:
     """The outermost model of transformers or PEFT."""
     for inner in module.modules():
         if isinstance(inner, PreTrainedModel | PeftModel):
-            return inner
+            model: nn.Module = inner
+            return model
     raise ModelError(
         f"{type(module).__name__} holds no transformers or PEFT model: keep one as an attribute, as in "
         "self.model = get_peft_model(...)"
