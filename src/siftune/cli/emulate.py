@@ -54,7 +54,7 @@ class Options(CalibrationOptions):
             load_signer(self.sign)
 
     def settings(self) -> "EmulatorSettings":
-        """How the middle is compressed."""
+        """Settings of the emulator."""
         from siftune.offsite.emulator.model import Split
         from siftune.offsite.emulator.plan import EmulatorSettings
 

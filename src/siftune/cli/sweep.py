@@ -28,13 +28,13 @@ class Options(CalibrationOptions):
     bases: tuple[Literal["whitened", "svd"], ...] = ("whitened", "svd")
     """Bases, for gradot."""
     mlps: tuple[Literal["refit", "channels"], ...] = ("refit",)
-    """What is done to the MLPs, for gradot."""
+    """Treatments of the MLPs, for gradot."""
     methods: tuple[Literal["gradot", "layerdrop", "crash", "svd+flap"], ...] = ("gradot", "layerdrop")
     """Methods."""
     held_out: str | None = None
     """Rows to measure on, as for --calibration; if not given, the rows that follow those used there."""
     held_out_rows: Count = 16
-    """Use the first so many of them."""
+    """Use only the first N of them."""
 
     def check(self) -> None:
         """Check what can be checked before anything is loaded."""

@@ -1,4 +1,4 @@
-"""By how much returns move the layers of a base model, for the terminal; `verify` and `plug` show it."""
+"""Tables of the updates of returns, for `verify` and `plug`."""
 
 from collections.abc import Sequence
 

@@ -77,7 +77,7 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
 
 
 def _escaped(text: str) -> str:
-    """A stranger's text on one line, where nothing in it can move the cursor or turn the direction of writing."""
+    """Untrusted text on one line, without characters that move the cursor or change the direction of writing."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

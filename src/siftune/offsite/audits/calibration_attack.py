@@ -1,4 +1,4 @@
-"""Who calibrated a kit? An attack by whoever has the base's weights *(ours)*.
+"""Attack on the calibration rows of a kit, by an attacker who has the base's weights *(ours)*.
 
 The kit's matrices were fitted to the calibration rows, so they leave less out of what the base writes on those rows
 than on others of their kind (a row's *residual*). The base runs on a candidate row x; next to every matrix
@@ -51,7 +51,7 @@ _SHORT = 1000  # resamples of each single matrix's interval, of which there are 
 
 @dataclass(frozen=True)
 class CalibrationLeak:
-    """How well calibration rows are told from others of their kind, by a kit and its base."""
+    """Success of the attack: calibration rows against others of their kind."""
 
     # `attention`, `mlp`, `all`: the mean over those matrices; kinds that the kit holds whole are not there
     attacks: dict[str, Attack]
@@ -133,7 +133,7 @@ def compared(base: PreTrainedModel, emulator: nn.Module, split: Split) -> list[C
 
 
 def row_residuals(base: PreTrainedModel, matrices: Sequence[Compared], batches: Batches) -> dict[str, Floats]:
-    """What every compressed matrix, from `compared`, loses of every row of (B, T) `input_ids` and `attention_mask`.
+    """Residuals of every compressed matrix, from `compared`, on every row of (B, T) `input_ids` and `attention_mask`.
 
     Returns:
         Name of the matrix -> (R,) residuals, in the order of the rows.
@@ -194,7 +194,7 @@ def _stop(*_: Any) -> None:
 
 
 def _kept(layer: nn.Module, other: nn.Module, path: str) -> Tensor | None:
-    """Which of the base's channels an emulator's MLP has, by its rows; None for all."""
+    """Numbers of the base's channels that an emulator's MLP has, by its rows; None for all."""
     whole, fewer = layer.get_submodule(path), other.get_submodule(path)
     if isinstance(fewer, FactoredLinear):
         return None

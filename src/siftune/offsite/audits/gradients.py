@@ -1,11 +1,11 @@
-"""How alike the outer layers' gradients are on the base model and on the emulator.
+"""Similarity of the outer layers' gradients on the base model and on the emulator.
 
 Outer layers that are tuned on the emulator follow the emulator's gradients. How far they point where the base's would
 is their cosine, over each outer layer and over all of them together:
 
     cos = ⟨g_base, g_emulator⟩ / (‖g_base‖ ‖g_emulator‖),   g = ∂/∂θ Σ_rows Σ_labels −ln p(x_t | x_<t)
 
-Labels weigh alike whatever row they stand in, and the cosine does not depend on whether the loss is summed or averaged.
+All labels have the same weight, and the cosine does not depend on whether the loss is summed or averaged.
 
 Shapes: B rows, T positions.
 """

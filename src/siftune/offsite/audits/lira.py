@@ -48,7 +48,7 @@ def confidence(nll: Floats) -> Floats:
 
 
 def halves(count: int, rows: int, seed: int) -> Flags:
-    """Which rows each of N ≥ 2 shadow models is tuned on: half of the R ≥ 2, and the model after it the others.
+    """Training rows of each of N ≥ 2 shadow models: half of the R ≥ 2, and the next model the others.
 
     Returns:
         (N, R). With an odd number of rows one model of a pair has one row more.

@@ -41,7 +41,7 @@ RATES = (0.01, 0.05)  # shares of false alarms at which attacks are read
 
 @dataclass(frozen=True)
 class Attack:
-    """How well an attack's scores tell members from others."""
+    """Success of an attack: members against others."""
 
     auc: Estimate
     tpr_1: Estimate  # share of members found at 1 % false alarms
@@ -63,7 +63,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Membership:
-    """How well members are told from other rows."""
+    """Success of all attacks on membership."""
 
     loss: Attack
     reference: Attack
@@ -130,7 +130,7 @@ def measure_attack(members: ArrayLike, others: ArrayLike, bootstrap: Bootstrap |
 
 
 def _by_score(members: ArrayLike, others: ArrayLike) -> tuple[Counts, Counts]:
-    """How many members and others have each distinct score, from the lowest score up: (V,) and (V,)."""
+    """Numbers of members and others of each distinct score, from the lowest score up: (V,) and (V,)."""
     sides = [np.asarray(scores, dtype=np.float64) for scores in (members, others)]
     if any(scores.ndim != 1 or not scores.size or not np.isfinite(scores).all() for scores in sides):
         raise ValueError("give one finite score per row, at least one member and one other row")

@@ -50,7 +50,7 @@ class OffsiteModels:
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of the base's parameters an emulator has, as fractions; shared ones are counted once."""
+    """Fractions of the base's parameters that an emulator has; shared ones are counted once."""
 
     middle: float  # of the layers between the outer ones
     whole: float  # of the whole model
@@ -170,7 +170,7 @@ Steps = Callable[[int, int], None]  # optimizer steps done, of how many
 
 @dataclass(frozen=True)
 class Tuning:
-    """What every model of an audit is tuned with."""
+    """Rows and settings of the tunings of an audit."""
 
     data: Dataset  # rows to tune on, as `tokenize_rows` makes them
     tokenizer: PreTrainedTokenizerBase

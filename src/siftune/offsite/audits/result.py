@@ -1,4 +1,4 @@
-"""What an audit found, as plain data, and how its figures follow from the scores of the models.
+"""The result of an audit as plain data, and its figures by the scores of the models.
 
 A measure is a score of which more is better: accuracy, or log-likelihood per label token (−nll). In either, with the
 conditions' means and F the random-weights floor:
@@ -79,7 +79,7 @@ class RecoveryPoint:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """The result of an audit.
 
     Attributes:
         conditions: Condition -> its scores; the keys of `LABELS`, without `recovered` where that was not tried.

@@ -104,7 +104,7 @@ def with_calibration(rows: AuditRows, tokenizer: PreTrainedTokenizerBase, option
 
 
 def accuracy_name(rows: AuditRows) -> str | None:
-    """Which accuracy `score_rows` measures: `choices`, `exact_match` or none."""
+    """The accuracy that `score_rows` measures: `choices`, `exact_match` or None."""
     if rows.questions is None:
         return None
     return "choices" if rows.questions.items is not None else "exact_match"

@@ -134,7 +134,7 @@ def audit(
 def _job(
     models: OffsiteModels, rows: AuditRows, settings: AuditSettings, returned: bool, progress: Progress | None
 ) -> Job:
-    """What is tuned on and who is asked about: of a return that came back, all training rows."""
+    """The training rows and the candidates; with a return, all training rows are candidates."""
     used = choose_rows(rows, settings)
     trained = range(len(rows.train)) if returned else used
     candidates = choose_candidates(rows, settings, trained) if settings.membership else None
@@ -207,7 +207,7 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
 
 
 def _facts(job: Job, returned: bool) -> dict[str, Any]:
-    """What the figures depend on besides the settings."""
+    """Facts besides the settings that the figures depend on."""
     return {
         "train_rows": len(job.rows.train),
         "tuned_rows": len(job.used),
@@ -224,7 +224,7 @@ AFTER_TRAINING = 128  # rows of either kind that are looked at when training end
 
 @dataclass(frozen=True)
 class OwnAudit:
-    """What a data owner's audit found."""
+    """The result of a data owner's audit."""
 
     membership: Membership  # the attacks, by losses under the emulator
     settings: AuditSettings

@@ -1,4 +1,4 @@
-"""What an audit is told. Nothing here imports torch, so that a command can show its options quickly."""
+"""Settings of an audit. Nothing here imports torch, so that a command can show its options quickly."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +12,7 @@ from siftune.base.settings import CONFIG, AtLeastTwo, Chance, Count, CountOrZero
 
 @dataclass(config=CONFIG)
 class AuditSettings(Validated):
-    """How the models of an audit are tuned and measured.
+    """Settings of the tuning and measurement of an audit's models.
 
     Every model is tuned on the same rows in the same order, from the same weights.
     """
@@ -101,7 +101,7 @@ class AuditOptions(AuditSettings):
     calibration_rows: Count = 32
     """Number of these rows, from the first, as for emulate's rows."""
     calibration_length: AtLeastTwo = 128
-    """Where they were cut, in tokens, as for emulate's max_length."""
+    """Their longest row in tokens, as for emulate's max_length."""
     calibration_others: str = ""
     """Rows of the same source that the kit was not calibrated on; if not given, those that follow in calibration."""
     public_key: Path | None = None
@@ -122,7 +122,7 @@ class AuditOptions(AuditSettings):
         self._check_roles()
 
     def _check_roles(self) -> None:
-        """What only the owner can measure needs the base; what only a return can show needs one."""
+        """Refuse measurements that need a base or a return which is missing."""
         if not self.model and self.returned is None:
             raise RecipeError(
                 "neither model nor return given: the owner names the base with --model, a data owner who has no base "

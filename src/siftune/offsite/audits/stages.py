@@ -54,12 +54,12 @@ class Job:
 
     @property
     def bootstrap(self) -> Bootstrap:
-        """How intervals are drawn."""
+        """Settings of the intervals."""
         return Bootstrap(self.settings.resamples, self.settings.level, self.settings.seed)
 
     @property
     def tuning(self) -> Tuning:
-        """What every model is tuned with."""
+        """Rows and settings of every tuning."""
         return Tuning(self.rows.train.select(self.used), self.models.tokenizer, self.settings)
 
     def outer(self, model: nn.Module) -> list[int]:

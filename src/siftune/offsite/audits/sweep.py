@@ -1,4 +1,4 @@
-"""What an owner chooses on: how useful an emulator is, against how much of the model it gives away.
+"""Comparison of emulators: their use to the data owner, against the part of the model that they give away.
 
 *Useful* is the cosine between the outer layers' gradients on the base and on the emulator (`gradients.py`). *Given
 away* is measured by the loss gap, loss(emulator) − loss(base) on held-out rows, in nats per label token: the wider, the
@@ -95,7 +95,7 @@ class SweepPoint:
 
     @property
     def gap(self) -> float:
-        """How much worse the emulator is than the base, in nats per label token."""
+        """Loss of the emulator minus that of the base, in nats per label token."""
         return self.loss - self.loss_full
 
 

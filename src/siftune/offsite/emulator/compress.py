@@ -30,7 +30,7 @@ Mlp = Literal["refit", "channels"]
 
 @dataclass(frozen=True)
 class Compression:
-    """How a layer is compressed.
+    """Settings of the compression of a layer.
 
     Attributes:
         method: gradot, or svd+flap.
@@ -175,7 +175,7 @@ def _narrow(
 
 
 def channel_count(share: float, channels: int) -> int:
-    """How many of an MLP's channels a share is; at least one."""
+    """Number of an MLP's channels that a share amounts to; at least one."""
     return max(1, int(share * channels + 1e-9))
 
 

@@ -25,7 +25,7 @@ from siftune.models.layers import find_layers
 
 @dataclass(frozen=True)
 class Split:
-    """How many outer layers there are at either end."""
+    """Numbers of outer layers at either end."""
 
     first: int = 2  # layers next to the embeddings
     last: int = 2  # layers before the head
@@ -92,7 +92,7 @@ class Base:
 
     @property
     def family(self) -> Family:
-        """Where the matrices of a layer are."""
+        """The paths of the matrices in a layer."""
         return family_of(self.model.config)
 
     @property
@@ -132,7 +132,7 @@ class FactoredLinear(nn.Module):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a middle layer of an emulator looks like."""
+    """Shape of a middle layer of an emulator."""
 
     base: int  # number of the base's layer whose kind it is (models may alternate kinds of attention)
     # rank of every factored matrix, by its path in the layer; others are whole

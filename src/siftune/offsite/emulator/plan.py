@@ -38,7 +38,7 @@ Allotment = Literal["uniform", "measured"]
 
 @dataclass(frozen=True)
 class EmulatorSettings(Compression):
-    """How a model's middle is compressed.
+    """Settings of an emulator.
 
     Attributes:
         split: Outer layers at either end.
@@ -132,7 +132,7 @@ SHARES = tuple(number / 20 for number in range(2, 21))  # at 1 a matrix is whole
 
 
 def measured_paths(family: Family) -> tuple[str, ...]:
-    """What has a share: the matrices of attention, and for all of the MLP, the one that writes."""
+    """The matrices with a share: those of attention, and the write matrix for the complete MLP."""
     return (*family.attention, family.writes)
 
 

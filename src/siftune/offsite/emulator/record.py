@@ -79,7 +79,7 @@ class States:
 
 @dataclass(frozen=True)
 class Call:
-    """How a layer is called, hidden states apart: masks, positions, and what else its model hands it."""
+    """Arguments of a layer besides the hidden states: masks, positions and others."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -105,7 +105,7 @@ class Visit:
 
 @dataclass
 class Recording:
-    """What the middle layers saw; hidden states and gradients in the model's dtype."""
+    """Inputs and output gradients of the middle layers, in the model's dtype."""
 
     numbers: Sequence[int]  # numbers of these layers
     hidden: States  # what goes into a layer, by its number; what comes out is what goes into the next
@@ -127,7 +127,7 @@ class Recording:
             yield Visit(*parts)
 
     def costs(self, of: Hashable) -> States:
-        """Where measured costs of layers are kept, by number; jobs of which `of` is the same share them."""
+        """Measured costs of layers, by number; jobs with the same `of` share them."""
         return self.measured.setdefault(of, self.hidden.beside("cost"))
 
     def outputs(self, number: int) -> Tensor:
@@ -142,7 +142,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Captured:
-    """What one matrix saw: float32, where the layer is; padding is left out."""
+    """Inputs and output gradients of one matrix: float32, on the layer's device, without padding."""
 
     x_NI: Tensor  # inputs
     g_NO: Tensor  # gradients of the summed loss for its outputs
@@ -233,7 +233,7 @@ def replay(base: Base, recording: Recording, number: int, paths: Sequence[str]) 
 
 
 def _enter(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], to: Recording) -> list[Tensor]:
-    """What goes into the first layer; the calls of all layers go into the recording.
+    """The input of the first layer; the calls of all layers go into the recording.
 
     Masks and positions do not depend on hidden states, so that the layers themselves need not run for that.
     """

@@ -24,7 +24,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(kw_only=True, config=CONFIG)
 class CalibrationOptions(Validated):
-    """What is told to whoever makes emulators: of which model, from which rows, and where the outer layers end."""
+    """Options of all commands that make emulators: the model, the calibration rows, and the outer layers."""
 
     calibration: str
     """Rows of text that the model is looked at with: a .jsonl, .json, .csv or .parquet file, or a hub id."""

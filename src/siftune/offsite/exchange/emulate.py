@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KitOptions:
-    """What a kit is like, apart from its emulator.
+    """Options of a kit besides its emulator.
 
     Attributes:
         dtype: Dtype of the frozen part; None keeps the model's.

@@ -115,7 +115,7 @@ def merged(
 
 
 def _factors(norms: Sequence[float], how: Merging) -> list[float]:
-    """What every update is scaled by."""
+    """The factor of every update."""
     if how.clip_norm is None:
         return [1.0] * len(norms)
     factors = clip_factors(norms, how.clip_norm)
@@ -128,7 +128,7 @@ def _factors(norms: Sequence[float], how: Merging) -> list[float]:
 
 
 def _updates(before: Tensor, after: Sequence[Tensor]) -> Tensor:
-    """What every return changes in a tensor, (N, …) float64; the base is rounded as the kit's copy of it was."""
+    """The updates of a tensor, (N, …) float64; the base is rounded as the kit's copy of it was."""
     old = before.detach()
     return torch.stack([new.detach().to(old.device).double() - old.to(new.dtype).double() for new in after])
 

@@ -113,7 +113,7 @@ def check_ranks(value: Any, kit: Kit) -> dict[str, int]:
 
 
 def specs_of(ranks: Mapping[str, int], kit: Kit) -> dict[str, TensorSpec]:
-    """What a return with these ranks holds."""
+    """The tensors of a return with these ranks."""
     specs = {}
     for name, rank in ranks.items():
         rows, columns = kit.manifest.outer[name].shape
@@ -165,7 +165,7 @@ class Tuned(Mapping[str, Tensor]):
         return iter(self._before if self._ranks else self._returned)
 
     def __len__(self) -> int:
-        """How many tensors."""
+        """Number of tensors."""
         return len(self._before if self._ranks else self._returned)
 
 
@@ -232,7 +232,7 @@ class OpenReturn(Mapping[str, Tensor]):
         return iter(self._file.specs)
 
     def __len__(self) -> int:
-        """How many tensors."""
+        """Number of tensors."""
         return len(self._file.specs)
 
 

@@ -1,4 +1,4 @@
-"""What an owner demands of a return. Nothing here imports torch, so that commands can show their options quickly."""
+"""The owner's limits on returns. Nothing here imports torch, so that commands can show their options quickly."""
 
 from dataclasses import fields
 from typing import Annotated, Literal
@@ -18,10 +18,10 @@ MIN_ROBUST = 3  # of two that differ nobody can say which is the bad one
 
 @dataclass(kw_only=True, config=CONFIG)
 class Merging(Validated):
-    """How the updates of several returns become one; see `maths.merging`."""
+    """Merging of the updates of several returns; see `maths.merging`."""
 
     weights: tuple[Positive, ...] | None = None
-    """Of several returns: what each counts, in their order, such as its number of rows; all alike if not given."""
+    """Of several returns: what each counts, in their order, such as its number of rows; all equal if not given."""
     merge: Literal["mean", "trimmed"] = "mean"
     """Of several returns: their mean; or, number by number, the mean without the largest and the smallest."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = TRIM
@@ -51,7 +51,9 @@ class Merging(Validated):
         if self.weights is None:
             return
         if self.merge == "trimmed":
-            raise RecipeError("--weights has no effect on a trimmed mean, where all count alike: leave one of them out")
+            raise RecipeError(
+                "--weights has no effect on a trimmed mean, where all count equally: leave one of them out"
+            )
         if len(self.weights) != count or count == 1:
             raise RecipeError(
                 f"--weights has {len(self.weights)} numbers for {count} returns: give one for each of several returns"
@@ -60,7 +62,7 @@ class Merging(Validated):
 
 @dataclass(kw_only=True, config=CONFIG)
 class PlugSettings(Merging):
-    """What a return must be like, how several are merged, and how the tuned model is stored."""
+    """Limits on returns, their merging, and the format of the tuned model."""
 
     max_update: Positive = MAX_UPDATE
     """Each tensor must have moved by less, relative to its norm; at 1 nothing needs be left of what it was."""
@@ -96,7 +98,7 @@ class PlugSettings(Merging):
 
     @property
     def loss_limit(self) -> float:
-        """By how much the loss may rise, in nats per token."""
+        """Largest increase of the loss, in nats per token."""
         return MAX_LOSS_INCREASE if self.max_loss_increase is None else self.max_loss_increase
 
     def _refuse_idle(self) -> None:

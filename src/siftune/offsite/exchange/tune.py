@@ -107,7 +107,7 @@ class KitSource:
 
 
 def source_of(name: str, public_key: str | Path | None = None) -> Source:
-    """What a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
+    """The source that a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
 
     With the PEM file of a model owner's public key it must be a kit that is signed with that.
 
@@ -172,7 +172,7 @@ def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
 
 
 def thin_layers(model: nn.Module, kit: Kit) -> dict[str, Tensor] | None:
-    """What LoRA adds to the outer layers of a kit's emulator, as factors; see `thin`. The model is left as it is.
+    """The factors that LoRA adds to the outer layers of a kit's emulator; the model is left unchanged.
 
     Returns:
         The tensors of a thin return, on the CPU. None where something else than plain LoRA was trained, or where the

@@ -82,7 +82,7 @@ class LossChange:
 
 @dataclass(frozen=True)
 class Update:
-    """How far a tensor, or several side by side, moved."""
+    """Size of the update of a tensor, or of several together."""
 
     change: float  # ‖W' − W‖
     norm: float  # ‖W‖
@@ -99,7 +99,7 @@ class Update:
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What a return changes in a base model.
+    """The updates of a base model by a return.
 
     Attributes:
         tensors: Neutral name (see `emulator.split`) -> update.
@@ -275,7 +275,7 @@ def _measure(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> Up
 
 
 def _scale(name: str, vectors: Mapping[str, Tensor], alone: Mapping[str, Update], shift: float) -> float:
-    """What the change of a tensor is measured by."""
+    """The scale of a tensor's change."""
     path, _, kind = name.rpartition(".")
     weight = f"{path}.weight"
     if kind == "bias" and weight in alone:

@@ -49,7 +49,7 @@ from siftune.offsite.kit.tensors import DTYPES, TensorSpec, check_specs, spec_of
 
 @dataclass(frozen=True)
 class KitContents(EmulatorParts):
-    """What goes into a kit: an emulator, of whose config only what `config.scrub` lets through is written, and this.
+    """Contents of a kit: an emulator, of whose config `config.scrub` lets some settings through, and these parts.
 
     One tensor is taken at a time, since they may be lazy.
     """
@@ -240,7 +240,7 @@ def load_weights(kit: Kit, name: str) -> dict[str, Tensor]:
 
 
 def facts(kit: Kit) -> dict[str, Any]:
-    """What a kit is, in plain types.
+    """Facts on a kit, in plain types.
 
     `base_mb` is what the whole base model would take in the kit's dtype; `middle.kept` the share of the parameters of
     the base's middle that the emulator has.

@@ -35,7 +35,7 @@ _UNFIT = 1  # exit code of an interpreter that could not even import our module
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use; the values are ours."""
+    """Limits of the subprocess; the values are ours."""
 
     memory_mb: int = 2048  # above what it uses before it sees the data, in 10^6 bytes
     cpu_s: int = 30  # processor time
@@ -95,7 +95,7 @@ def _answer_of(done: "subprocess.CompletedProcess[bytes]", limits: Limits) -> An
 
 
 def _last_words(text: str) -> str:
-    """What a process said of its end; Rust adds a note on how to learn more."""
+    """The last message of a process; a note that Rust adds is left out."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("note:")]
     return brief(ValueError(lines[-1])) if lines else "it said nothing"
 

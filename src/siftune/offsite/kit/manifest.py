@@ -88,7 +88,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a kit's manifest.json says."""
+    """The content of a kit's manifest.json."""
 
     model_type: str  # family of the base, in transformers' words
     depth: int  # decoder layers of the base

@@ -1,4 +1,4 @@
-"""Which values the settings of a config.json may have: those with which a model neither fails nor blows up later.
+"""Ranges of the settings of a config.json, within which a model neither fails nor diverges later.
 
 The bounds are ours: far wider than any model that is known to us, and narrow enough that no square root, quotient or
 power in transformers' models overflows or has no result. Whether settings fit each other and the tensors shows later,

@@ -101,7 +101,7 @@ def _load(key: Path, part: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What model-signing says, without the digests in it."""
+    """The message of model-signing, without the digests in it."""
     text = str(error).partition(": Expected")[0].replace("\\'", "'")
     return (
         brief(ValueError(text.replace("Signature mismatch: ", "").lstrip("[\"'").rstrip(']"'))) or type(error).__name__
@@ -137,7 +137,7 @@ def _hashed(digests: Mapping[str, str]) -> Any:
 
 
 def _listed(digests: Mapping[str, Any], kind: dict[str, Any]) -> Any:
-    """What model-signing signs: a list of files and their hashes."""
+    """The files and hashes that model-signing signs."""
     manifest = import_module("model_signing.manifest")
     items = [manifest.FileManifestItem(path=PurePosixPath(name), digest=d) for name, d in digests.items()]
     return manifest.Manifest("kit", items, manifest.SerializationType.from_args(kind))

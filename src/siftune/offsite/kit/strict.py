@@ -45,7 +45,7 @@ def shown(value: Any) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """What an exception says, on one line, cut short, and without control characters."""
+    """The message of an exception on one line, cut short, without control characters."""
     return one_line(str(error).rstrip(". \n"))
 
 

@@ -26,7 +26,7 @@ _PIECE = 1 << 20  # bytes that are looked at at a time
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a tensor begins, and the hash of the file up to there and up to the tensor's end."""
+    """Start of a tensor, and the hash of the file up to there and up to the tensor's end."""
 
     place: int
     before: Any

@@ -79,7 +79,7 @@ def parse_spec(value: Any, where: str) -> TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the tensors of a safetensors file."""
+    """The header of a safetensors file."""
 
     data: bytes  # the file's first bytes, up to the tensors
     specs: dict[str, TensorSpec]  # name -> shape and dtype, in the order of the header

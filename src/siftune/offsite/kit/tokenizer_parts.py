@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Room:
-    """What may stand in one place of tokenizer.json."""
+    """The components that one place of tokenizer.json may hold."""
 
     inner: str  # key of the list in a `Sequence`
     parts: Mapping[str, Part]  # type -> component

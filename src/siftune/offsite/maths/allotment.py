@@ -1,4 +1,4 @@
-"""How much stays of each matrix of a model: what is kept is shared out where it saves most *(ours)*.
+"""Allotment of the kept parameters to the matrices of a model, where they save most *(ours)*.
 
 Every matrix m can be compressed to some sizes n_m,1 < n_m,2 < …, at a measured cost c_m,s each: what is lost of it in
 the metric of the curvature, ⟨δ, H δ⟩ as in `kfac`, which has one unit for all matrices. Wanted is the least cost,
@@ -84,7 +84,7 @@ def hull(sizes: Sequence[float], costs: Sequence[float]) -> list[tuple[int, floa
 
 
 def _saving(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:
-    """What a parameter saves between two points."""
+    """The saving per parameter between two points."""
     growth = other[1] - one[1]
     return (one[2] - other[2]) / growth if growth else math.inf
 

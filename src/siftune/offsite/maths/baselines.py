@@ -116,7 +116,7 @@ def flap_scores(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
 
 
 def flap_bias(x_NC: Tensor, weight_OC: Tensor, dropped: Tensor) -> Tensor:
-    """What dropped channels write on average, to add to the bias.
+    """The mean output of dropped channels, to add to the bias.
 
     Args:
         x_NC: (N, C) activations of all channels over the real tokens.

@@ -113,7 +113,7 @@ def keep_components(scores_K: Tensor, sizes_K: Tensor, rank: int, protect: float
 
 
 def joint_costs(parts: Components, curvature: Curvature, kept: Sequence[Tensor]) -> list[float]:
-    """What is lost where only some components stay: ⟨δ, H δ⟩ of all that are dropped, together.
+    """The loss of keeping only some components: ⟨δ, H δ⟩ of all dropped ones together.
 
     ⟨δ, H δ⟩ = Σ_k,m (l_kᵀ G l_m)(r_k A r_mᵀ) over the dropped ones, so that a (K, K) matrix tells it of every choice.
 

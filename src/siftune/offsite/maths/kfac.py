@@ -97,7 +97,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Curvature:
-    """What is known of the loss around a matrix W."""
+    """Curvature and slope of the loss around a matrix W."""
 
     inputs: Moments  # A, over I features
     gradients: Moments  # G, over O features
