@@ -30,7 +30,7 @@ class Options(Validated):
     split: str = "test"
     """Split of --data, where it has splits."""
     limit: Count | None = None
-    """Number of rows to use, from the first; all if not given."""
+    """Use at most N rows."""
     metrics: tuple[Literal["auto", "choices", "exact_match", "perplexity"], ...] = ("auto",)
     """What to measure; auto goes by the columns: choices, or exact match for short answers, and perplexity."""
     format: Literal["auto", "prompt", "messages", "alpaca", "text"] | None = None

@@ -54,7 +54,7 @@ class _Rank:
         return self.told().get("error") == LEFT_ALONE
 
     def ends_within(self, patience: float) -> bool:
-        """Wait so many seconds for it to end; whether it did."""
+        """Wait for at most `patience` seconds; whether it ended."""
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -141,7 +141,7 @@ def _failure(ranks: Sequence[_Rank]) -> RankFailed:
         return RankFailed(str(told["error"]), code)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return RankFailed(
-        f"process {rank.number} of the run {how}, and the others were ended then; `siftune train --resume RUN` goes on "
+        f"process {rank.number} of the run {how}, and the others were stopped; `siftune train --resume RUN` continues "
         "from the newest checkpoint, where there is one",
         max(code, 1),
     )
@@ -160,6 +160,6 @@ def _stop(ranks: Sequence[_Rank], interrupted: bool) -> None:
                 ranks[0].ends_within(_GRACE)
         for rank in ranks:
             rank.end(0.0 if rank.number else _GRACE)
-    finally:  # a second Ctrl-C comes here while rank 0 is saving: none may go on by itself
+    finally:  # a second Ctrl-C comes here while rank 0 is saving: none may continue alone
         for rank in ranks:
             rank.process.kill()

@@ -23,7 +23,7 @@ class Options(Recipe):
 
     Takes recipes and flags as siftune train does; eval must be given. Every run trains as siftune train would, with the
     recipe's steps or epochs, and leaves nothing but its figures: no adapter, no checkpoint, no tracker. An interrupted
-    sweep goes on when it is called again with the same --out, where further methods, rates and seeds can be added too.
+    sweep continues if it is called again with the same --out. Further methods, rates and seeds can be added.
     """
 
     methods: str | None = None
@@ -86,7 +86,7 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
                 done, seconds = done + 1, seconds + run.seconds
                 console.print(_line(run, done, count, seconds), markup=False)
     except KeyboardInterrupt as stop:
-        stop.add_note(f"{len(sweep.folder.runs())} runs are in {path}; the same command with --out {path} goes on")
+        stop.add_note(f"{len(sweep.folder.runs())} runs are in {path}; the same command with --out {path} continues")
         raise
 
 

@@ -25,12 +25,12 @@ class Options(Recipe):
     """
 
     public_key: str | None = None
-    """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
+    """PEM file with the public key of the model's owner: the model must then be a kit signed by the owner."""
     processes: Count = 1
-    """Processes of this machine that train together, one for each GPU or for some of the processor's cores; each takes
-    batch_size rows in a step. torchrun and accelerate launch do the same, also on several machines."""
+    """Processes to start on this machine, one per GPU or per group of cores; each takes batch_size rows in a step.
+    torchrun and accelerate launch do the same, also on several machines."""
     dry_run: bool = False
-    """Train nothing: name all bad rows, show what is learned of three, and try some steps to tell time and memory."""
+    """Train nothing: validate the data, preview the loss mask of three rows, and estimate time and memory."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
 
 
 def _since(summary: dict[str, Any]) -> str:
-    """Say after which step the time begins, where a run went on."""
+    """The first step of the measured time, in a resumed run."""
     step = summary.get("resumed_step")
     return "" if step in (None, summary["steps"]) else f", those after {step}"
 

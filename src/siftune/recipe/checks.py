@@ -41,7 +41,7 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         ),
         (
             recipe.resume is True and not recipe.out,
-            "resume needs the run folder to go on with: give --out RUN, or --resume CHECKPOINT",
+            "resume needs a run folder: give --out RUN, or --resume CHECKPOINT",
         ),
         (
             bool(recipe.outside) and recipe.adapter != "full",
@@ -58,14 +58,14 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
 
 
 def _no_recipe(resume: bool | str) -> str:
-    """Say why there is nothing to go on with where no recipe was found and none was given."""
+    """The sentence on a run to resume that has no recipe."""
     if isinstance(resume, bool):
-        return "resume needs the run folder to go on with: give --resume RUN, by which the run's own recipe holds"
+        return "resume needs a run folder: give --resume RUN, which uses the run's own recipe"
     if not Path(resume).expanduser().exists():
-        return f"there is no run {resume} to go on with: no such folder (working directory: {Path.cwd()})"
+        return f"run folder {resume} does not exist (working directory: {Path.cwd()})"
     return (
-        f"{resume} is no run folder, as there is no recipe.yaml in it: give --resume RUN, or with a checkpoint its "
-        "run's recipe, too: RUN/recipe.yaml --resume CHECKPOINT"
+        f"{resume} has no recipe.yaml, so it is no run folder: give --resume RUN, or a checkpoint with its run's "
+        "recipe: RUN/recipe.yaml --resume CHECKPOINT"
     )
 
 

@@ -53,130 +53,127 @@ class Recipe(Validated):
     """
 
     model: str = "smollm2"
-    """Model to tune: a folder, a hub id, smollm2 (packaged, no hub needed), or a kit of siftune emulate."""
+    """Model to fine-tune: a folder, a hub id, smollm2 (packaged, no hub needed), or a kit of siftune emulate."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
+    """Data type of the frozen weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
     quantize: Literal["4bit", "8bit"] | None = None
-    """Round the frozen weights to 4 bits (NF4) or 8, by bitsandbytes: less memory."""
+    """Quantize the frozen weights to 4 bits (NF4) or 8 bits with bitsandbytes, for less memory."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Implementation of attention; auto: transformers' choice; where that is sdpa, short rows take faster products on
-    processors."""
+    """Attention implementation; auto: the choice of transformers, with faster products for short rows on processors."""
 
     train: str | tuple[str, ...] = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, whose rows are put together."""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, which are concatenated."""
     train_split: str = "train"
-    """Split to train on, where the data has splits."""
+    """Split to train on, if the data has splits."""
     limit: Count | None = None
-    """Use only the first so many rows of each of these."""
+    """Use at most N rows of each file."""
     bad_rows: Literal["stop", "drop"] = "stop"
-    """Where rows cannot be used: stop and name them all, or drop them and train on the others."""
+    """Unusable rows: stop and list them, or drop them and train on the others."""
     eval: str | None = None
     """Held-out rows: a file or hub id, as for train."""
     eval_share: BelowOne = 0.0
-    """Share of the training rows to hold out instead, by what they say, so that a row stays when others are added."""
+    """Share of the training rows to hold out instead of eval. The choice depends on the content of a row only."""
     eval_split: str = "test"
-    """Split to evaluate on, where the data has splits."""
+    """Split to evaluate on, if the data has splits."""
     format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
     """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
     template: Literal["auto", "chat", "none"] = "auto"
-    """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
+    """Chat template: auto uses the tokenizer's if it has one, chat requires it, none leaves the text as is."""
     max_length: AtLeastTwo = 512
-    """Longest row in tokens, prompt and completion together."""
+    """Maximum length of a row in tokens, prompt and completion together."""
     completion_only: bool = True
-    """Learn the completions alone, not the prompts."""
+    """Compute the loss on the completions only, not on the prompts."""
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
-    """How to train; each has options of its own below, but for dense, where all layers follow all rows: no other was
-    better in our measurements (docs/measured.md), so begin with it."""
+    """Training method. Start with dense, which trains all layers on all rows: no other was better in our measurements
+    (docs/measured.md)."""
     target: str | None = None
-    """File or hub id of few clean rows of the task that counts: they are trained on too, and with method gast or greats
-    decide which rows of the others are followed."""
+    """File or hub id of a few clean rows of the target task. They are added to the training rows; gast and greats also
+    compare the other rows with them."""
     target_share: BelowOne = 0.25
-    """Share of the training rows that target's rows are repeated to make up, each 30 times at the most; 0: they are not
-    trained on."""
+    """Share of the training rows that the target's rows make up, by at most 30 repeats of each; 0: compare only."""
     target_last: Share | None = None
-    """Share of the steps, the last ones, in which all of target's rows come; 1: they come all along. A third if not
-    given, 1 with method greats."""
+    """Share of the steps, at the end, that holds all of the target's rows; 1: all steps. Default: a third, with greats
+    1."""
 
     drop_rows: str | None = None
-    """File of training rows to leave out: places such as rows.jsonl:17, one a line, or a CSV file with a column place,
-    as siftune rows --csv writes it."""
+    """File with training rows to leave out: one place such as rows.jsonl:17 per line, or a CSV file with a column
+    place, as written by siftune rows --csv."""
 
     adapter: Literal[(*ADAPTER_TYPES, "full")] = "lora"  # type: ignore[valid-type]
-    """Adapter type (docs/adapters.md); full: none, the weights of the chosen layers themselves train."""
+    """Adapter type (docs/adapters.md); full: no adapter, train the weights of the chosen layers."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the decoder layers that train, from 0, negative from the end; all if not given, a kit's outer layers
-    for kits."""
+    """Indices of the decoder layers to train, from 0, negative from the end. Default: all, or the outer layers of a
+    kit."""
     outside: tuple[Literal["embeddings", "head"], ...] = ()
-    """With adapter full: what else trains whole, in every step (LISA's paper: both)."""
+    """With adapter full: further weights to train in every step (LISA's paper: both)."""
     rank: Count | None = None
-    """Rank of the adapter matrices, or width of a bottleneck; if not given the kind's: 32 for lora."""
+    """Rank of the adapter matrices, or width of a bottleneck. Default: 32 for lora."""
     alpha: Count | None = None
-    """Scale of the adapter response; twice the rank if not given, 16 for rslora, the rank for series, four times it for
+    """Scale of the adapter. Default: twice the rank, 16 for rslora, the rank for series, four times the rank for
     parallel."""
     dropout: BelowOne = 0.0
-    """Dropout on the adapter input."""
+    """Dropout on the input of the adapter."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """First values of the adapter, as PEFT has them; pissa and olora begin with a part of the base's weights."""
+    """Initial values of the adapter, as in PEFT; pissa and olora start with a part of the base weights."""
     from_adapter: str | None = None
-    """Run, or folder of an adapter, whose adapter to go on training, with its rank, alpha and modules."""
+    """Run, or folder of an adapter, to continue training from, with its rank, alpha and modules."""
     targets: tuple[str, ...] | None = None
-    """Names of the modules that get adapters, such as q_proj v_proj; found in the model if not given. With series and
-    parallel attention, mlp or both: series has both if not given, parallel mlp."""
+    """Names of the modules to adapt, such as q_proj v_proj; with series and parallel attention, mlp or both. Default:
+    found in the model; both for series, mlp for parallel."""
 
     lr: Positive | None = None
     """Peak learning rate; the method's if not given: 2e-3 for ist and ist+gast, 1e-3 for rst and cut, else 5e-4."""
     batch_size: Count = 16
-    """Rows in a forward pass."""
+    """Rows per forward pass."""
     group_by_length: bool = False
-    """Batch rows of like length: less padding, so faster, but rows of one kind then come together."""
+    """Batch rows of similar length: less padding and faster, but similar rows come together."""
     accumulate: Count = 1
-    """Forward passes in an optimizer step."""
+    """Forward passes per optimizer step."""
     auto_batch: bool = False
-    """Where memory runs out, go on from the newest checkpoint with half of batch_size and twice accumulate, as often as
-    it takes: the same rows in every step. Methods that choose rows choose among fewer then."""
+    """If memory runs out, halve batch_size, double accumulate, and continue from the newest checkpoint. Methods that
+    select rows then select among fewer."""
     epochs: Positive = 1.0
     """Passes over the training rows."""
     steps: Count | None = None
-    """Optimizer steps; takes the place of epochs."""
+    """Optimizer steps; replaces epochs."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     warmup: Steps = 0.03
-    """Steps over which the learning rate rises from zero: a whole number of them, or a fraction below 1 of all."""
+    """Warm-up of the learning rate: a number of steps, or a fraction of all steps."""
     weight_decay: NotNegative = 0.0
-    """Decay of the adapter weights."""
+    """Weight decay of the trained weights."""
     clip: NotNegative = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Maximum gradient norm; 0 disables clipping."""
     dp_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Differential privacy for every training row: the largest ε of the run. Smaller protects more and learns less."""
+    """Differential privacy for every training row: the maximum ε of the run. A smaller value protects more and learns
+    less."""
     dp_delta: Chance | None = None
-    """With dp_epsilon: its δ, the chance that the promise fails; well below one over the number of rows."""
+    """With dp_epsilon: δ, the probability that the guarantee fails; far below one over the number of rows."""
     dp_clip: Positive = 0.1
-    """With dp_epsilon: largest norm of what one row adds to a step's gradient."""
+    """With dp_epsilon: maximum norm of one row's contribution to a step's gradient."""
     sharding: Literal["none", "fsdp"] = "none"
-    """With several processes: fsdp divides the frozen weights among them and gathers a layer's as it runs, for models
-    that do not fit one GPU; adapters stay whole on each. One process holds all of it either way."""
+    """With several processes: fsdp shards the frozen weights, for models that do not fit one GPU. Adapters are not
+    sharded."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
-    """Have torch.compile make attention, MLPs and norms: less memory, after some time of compiling, and losses that
-    differ in the last bits."""
+    """Compile attention, MLPs and norms with torch.compile: less memory, a delay at the start, and losses that differ
+    in the last bits."""
     seed: Seed = 0
-    """Seed of every random choice."""
+    """Random seed."""
 
     out: str | None = None
-    """Run folder; runs/DATE-METHOD if not given."""
+    """Run folder. Default: runs/DATE-METHOD."""
     resume: bool | str = False
-    """Go on from the newest checkpoint in out, from that of this run folder, by its own recipe, or from this checkpoint
-    folder."""
+    """Resume from the newest checkpoint in out, from a run folder with its own recipe, or from a checkpoint folder."""
     save_every: Count | None = None
-    """Optimizer steps between two checkpoints, all of which are kept; if not given, after every tenth of the run, every
-    15 minutes, at the least held-out loss and at the end, of which the last two and the best are kept."""
+    """Optimizer steps between two checkpoints, which are all kept. Default: at every tenth of the run, every 15
+    minutes, at the lowest held-out loss and at the end; the last two and the best are kept."""
     eval_every: Count | None = None
-    """Optimizer steps between two evaluations; after every epoch if not given."""
+    """Optimizer steps between two evaluations. Default: after every epoch."""
     patience: Count | None = None
-    """Stop early: after so many evaluations in a row that found no less held-out loss. What had the least is then kept,
-    also where the run came to its end."""
+    """Early stopping: evaluations without a lower held-out loss before training stops. The best weights are kept."""
     log_every: Count = 10
     """Optimizer steps between two log lines."""
     report_to: tuple[str, ...] = ("none",)

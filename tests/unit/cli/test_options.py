@@ -142,7 +142,7 @@ def test_help_shows_types_ranges_defaults_and_methods(monkeypatch, capsys):
     words = " ".join(text.split())
     for part in (
         "--rank INT Rank of the adapter matrices",
-        "--batch-size INT Rows in a forward pass. [at least 1; default: 16]",
+        "--batch-size INT Rows per forward pass. [at least 1; default: 16]",
         "--quantize {4bit,8bit} ",
         "--layers INT [INT ...] ",
         "--completion-only, --no-completion-only ",

@@ -136,15 +136,10 @@ def test_no_data(capsys, no_model):
     assert error_of(capsys, ["train"]) == "no training data: give --train FILE, or `train: FILE` in the recipe"
 
 
-def test_a_run_to_go_on_with_that_is_none(tmp_path, capsys, no_model):
-    assert error_of(capsys, ["train", "--resume"]).startswith(
-        "resume needs the run folder to go on with: give --resume RU"
-    )
-    found = error_of(capsys, ["train", "--resume", tmp_path / "rum"])
-    assert found == f"there is no run {tmp_path}/rum to go on with: no such folder (working directory: {Path.cwd()})"
-    assert error_of(capsys, ["train", "--resume", tmp_path]).startswith(
-        f"{tmp_path} is no run folder, as there is no rec"
-    )
+def test_a_run_to_resume_that_is_none(tmp_path, capsys, no_model):
+    assert "--resume RUN" in error_of(capsys, ["train", "--resume"])
+    for name in ("rum", ""):
+        assert f"{tmp_path / name}" in error_of(capsys, ["train", "--resume", tmp_path / name])
 
 
 def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):

@@ -165,7 +165,7 @@ def test_a_target_goes_with_every_method(tmp_path, method):
     [
         ({"train": ""}, "no training data: give --train FILE"),
         ({"eval_every": 5}, "eval_every needs held-out rows"),
-        ({"resume": True}, "resume needs the run folder"),
+        ({"resume": True}, "resume needs a run folder"),
         ({"targets": ()}, "targets is empty"),
         ({"layers": ()}, "layers is empty: give at least one number"),
         ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset compares rows with a target's"),
