@@ -34,7 +34,6 @@ MEASURED = {
     "trl": "TRL's SFTTrainer with a PEFT LoRA, TRL's defaults",
     "trl-no-checkpointing": "the same with activation checkpointing off, which TRL turns on by default",
 }
-FLOOR = "floor"  # what a worker is asked for the matmul floor
 
 WORKER = (sys.executable, "-m", "siftune.bench.worker")
 
@@ -143,7 +142,7 @@ def measure(
 def run_worker(
     task: str, work: Workload, threads: int | None = None, worker: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Have a fresh process do a task, a method or `FLOOR`, and return what it found; raises as `measure`."""
+    """Have a fresh process measure a method, and return what it measured; raises as `measure`."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with tempfile.TemporaryDirectory(prefix="siftune-bench-") as folder:
         Path(folder, "job.json").write_text(json.dumps({"task": task, "workload": asdict(work)}), encoding="utf-8")

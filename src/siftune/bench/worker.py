@@ -5,16 +5,12 @@ Call: `python -m siftune.bench.worker FOLDER`. It reads FOLDER/job.json and writ
 siftune's methods are assembled by siftune's own training path, as in a user's run but without its records and its
 progress bar; the rows are made up. TRL's yardstick gets the same rows, batches, weights and adapter; everything else is
 TRL's default.
-
-The matmul floor is the time that the matrix products of a dense step would take at the highest rate at which this
-machine was seen to multiply matrices in the model's dtype.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -23,17 +19,13 @@ from typing import Any
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from siftune.base.environment import hardware, peak_memory_mb, versions
 from siftune.base.errors import RecipeError, SiftuneError
-from siftune.bench.cost import FLOOR
 from siftune.bench.workload import Workload
 from siftune.models.load import load_model
 from siftune.train.build import build
-
-_SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -57,48 +49,19 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         return [after - before for before, after in pairwise(ends)]
 
 
-class StepFlops(TrainerCallback):  # type: ignore[misc]
-    """Counts the floating-point operations of the matrix products in one step.
-
-    Args:
-        step: Steps done before it; not 0, because the first compares losses besides training.
-    """
-
-    def __init__(self, step: int = 1) -> None:
-        self._step = step
-        self._counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        self._counting = ExitStack()
-        self.total = 0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start counting."""
-        if state.global_step == self._step:
-            self._counting.enter_context(self._counter)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop counting."""
-        if state.global_step == self._step + 1:
-            self._counting.close()
-            self.total = self._counter.get_total_flops()
-
-
 def work_off(task: str, work: Workload, folder: Path, build: Callable[..., Trainer] | None = None) -> dict[str, Any]:
-    """Do a task: a method's name, or `FLOOR`. See `main` for `build`.
+    """Measure the method `task`. See `main` for `build`.
 
     Returns:
-        For a method, `seconds` of each timed step and `peak_memory_mb`; for the floor, `flops` of a dense step,
-        `flops_per_second` and `seconds`; for both `dtype`, `hardware` and `versions`.
+        `seconds` of each timed step, `peak_memory_mb`, `dtype`, `hardware` and `versions`.
     """
-    if task == FLOOR:
-        found, model = _floor(work, folder)
-    else:
-        clock = Clock()
-        trainer = (build or build_trainer)(task, work, folder, clock)
-        trainer.train()
-        model = trainer.model
-        found = {"seconds": clock.seconds(work.warmup), "peak_memory_mb": peak_memory_mb()}
+    clock = Clock()
+    trainer = (build or build_trainer)(task, work, folder, clock)
+    trainer.train()
+    costs = {"seconds": clock.seconds(work.warmup), "peak_memory_mb": peak_memory_mb()}
+    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")  # of the frozen weights
     trl = {"trl": version("trl")} if task.startswith("trl") else {}
-    return {**found, "dtype": _dtype(model), "hardware": hardware(), "versions": {**versions(), **trl}}
+    return {**costs, "dtype": dtype, "hardware": hardware(), "versions": {**versions(), **trl}}
 
 
 def build_trainer(method: str, work: Workload, folder: Path, *watchers: TrainerCallback) -> Trainer:
@@ -176,68 +139,9 @@ def _trl_trainer(
     )
 
 
-def _floor(work: Workload, folder: Path) -> tuple[dict[str, Any], nn.Module]:
-    """Count a dense step's products and measure how fast this machine multiplies."""
-    counter = StepFlops()
-    trainer = build_trainer("dense", work, folder, counter)
-    trainer.args.max_steps = 2
-    trainer.train()
-    config = trainer.model.config.get_text_config()
-    width, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    shapes = [(_SQUARE,) * 3, (work.batch_size * work.length, width, inner)]
-    parameter = next(trainer.model.parameters())
-    rate = max(product_rate(*shape, parameter.dtype, parameter.device) for shape in shapes)
-    found = {"flops": counter.total, "flops_per_second": rate, "seconds": counter.total / rate}
-    return found, trainer.model
-
-
-def product_rate(
-    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device, least: float = 0.5
-) -> float:
-    """Floating-point operations per second of (rows, inner) @ (inner, columns): the fastest of many, over `least` s."""
-    generator = torch.Generator(device).manual_seed(0)
-    left = torch.randn(rows, inner, generator=generator, device=device).to(dtype)
-    right = torch.randn(inner, columns, generator=generator, device=device).to(dtype)
-    times = [_timed(lambda: left @ right) for _ in range(3)]
-    while sum(times) < least:
-        times.append(_timed(lambda: left @ right))
-    return 2 * rows * inner * columns / min(times)
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    _synchronize()
-    started = time.perf_counter()
-    work()
-    _synchronize()
-    return time.perf_counter() - started
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _dtype(model: nn.Module) -> str:
-    """The dtype of the frozen weights: that of the first parameter, an embedding."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two products per head: of queries with keys, and of the weights with the values."""
-    rows, heads, length, width = query
-    return 4 * rows * heads * length * key[2] * width
-
-
-def _attention_backward_flops(grad: Any, query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
-    """Five products of the same size: the weights are computed again, then four gradients."""
-    return _attention_flops(query, key) * 5 // 2
-
-
-# torch's counter knows the GPU's fused attention, not the CPU's
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
 
 
 def main(argv: list[str], build: Callable[..., Trainer] = build_trainer) -> int:

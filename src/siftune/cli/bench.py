@@ -39,30 +39,26 @@ class Options(Workload):
     """Times that each method is measured."""
     threads: Count | None = None
     """Processor threads of each process; as in the environment if not given."""
-    floor: bool = True
-    """Also measure how fast this machine multiplies matrices, and what a dense step would take at that rate."""
     out: Path | None = None
     """JSON file for the result, every step's time included; siftune report shows it."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Measure, show the table, and return the figures."""
-    from siftune.bench.cost import FLOOR, measure, references, run_worker, schedule, summarise
+    from siftune.bench.cost import measure, references, schedule, summarise
 
     methods = _methods(options)
     work = _workload(options, methods)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     measurements: list[Measurement] = []
     with console.status("") as status:
-        status.update("measuring the matmul floor")
-        floor = run_worker(FLOOR, work, options.threads) if options.floor else None
         for number, method in schedule(methods, options.rounds):
             status.update(f"round {number + 1} of {options.rounds}: measuring {method}")
             measurements.append(measure(method, number, work, options.threads))
             console.print(_line(measurements[-1], options.rounds), markup=False)
     compared = references(methods, options.against)
     costs = summarise(measurements, compared)
-    result = _result(work, options, costs, floor, measurements)
+    result = _result(work, options, costs, measurements)
     _show(result)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -111,7 +107,6 @@ def _result(
     work: Workload,
     options: Options,
     costs: Mapping[str, "Cost"],
-    floor: Mapping[str, Any] | None,
     measurements: Sequence["Measurement"],
 ) -> dict[str, Any]:
     """Everything that the figures depend on, beside the figures."""
@@ -125,7 +120,6 @@ def _result(
         "hardware": facts["hardware"],
         "versions": versions,
         "methods": {method: asdict(cost) for method, cost in costs.items()},
-        "floor": floor and {key: floor[key] for key in ("flops", "flops_per_second", "seconds")},
         "measurements": [
             {"method": m.method, "round": m.round, "seconds": m.seconds, "peak_memory_mb": m.peak_memory_mb}
             for m in measurements

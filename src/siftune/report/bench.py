@@ -36,8 +36,8 @@ def cost_table(result: Mapping[str, Any]) -> Table:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """Workload, hardware, versions and the matmul floor; errors as `cost_table`."""
-    work, floor = result["workload"], result["floor"]
+    """Workload, hardware and versions; errors as `cost_table`."""
+    work = result["workload"]
     packages = ("torch", "transformers", "peft", "trl")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])
     rounds = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
@@ -46,16 +46,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{work['batch_size']} rows of {work['length']} tokens, LoRA of rank {work['rank']}",
         f"{result['hardware']}; {versions}",
     ]
-    return [*lines, _floor_note(result["methods"], floor)] if floor else lines
-
-
-def _floor_note(costs: Mapping[str, Any], floor: Mapping[str, float]) -> str:
-    """The floor, and how far above it a dense step is."""
-    tera = floor["flops"] / 1e12, floor["flops_per_second"] / 1e12
-    note = f"matmul floor {floor['seconds']:.3g} s: {tera[0]:.3g} TFLOP in a dense step, at {tera[1]:.3g} TFLOP/s"
-    if "dense" in costs:
-        note += f"; dense = {costs['dense']['seconds_per_step'] / floor['seconds']:.1f} × the floor"
-    return note
+    return lines
 
 
 def sentence(record: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from siftune.base.errors import InputError, RecipeError, SiftuneError
 from siftune.bench import cost, worker
-from siftune.bench.cost import FLOOR, MEASURED, Measurement, check_workload, measure, parse_methods, schedule
+from siftune.bench.cost import MEASURED, Measurement, check_workload, measure, parse_methods, schedule
 from siftune.bench.workload import SUPPORTS, Workload
 from siftune.methods import METHODS
 from siftune.methods.drivers.layer_driver import LayerSelection
@@ -264,13 +264,6 @@ def test_rows_are_full_and_learned_at_their_end(work):
     assert VOCAB - 20 < ids.max() < VOCAB
     assert (labels[:, :11] == -100).all()
     assert (labels[:, 11:] == ids[:, 11:]).all()
-
-
-def test_the_floor_is_the_products_of_a_dense_step_at_the_measured_rate(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "product_rate", lambda *_: 1e9)
-    found = worker.work_off(FLOOR, work, tmp_path)
-    assert found["flops"] == pytest.approx(_step_flops(work), rel=0.01)
-    assert found["seconds"] == pytest.approx(found["flops"] / 1e9)
 
 
 def _step_flops(work):

@@ -8,7 +8,6 @@ import pytest
 
 from siftune.base.errors import InputError
 from siftune.bench import cost
-from siftune.bench.cost import FLOOR
 from siftune.cli.main import main
 
 # method -> (seconds of its two steps, peak memory)
@@ -37,8 +36,6 @@ def worked(monkeypatch):
     def worker(task, work, threads, program=None):
         asked.append((task, work, threads))
         facts = {"dtype": "bfloat16", "hardware": "an abacus", "versions": {"torch": "2.9", "trl": "1.5"}}
-        if task == FLOOR:
-            return {**facts, "flops": 2e12, "flops_per_second": 4e12, "seconds": 0.5}
         round_ = [name for name, *_ in asked].count(task)
         seconds, memory = _COSTS[task]
         return {**facts, "seconds": [round_ * s for s in seconds], "peak_memory_mb": memory}
@@ -54,40 +51,35 @@ def bench(folder, *arguments):
 def test_methods_take_turns_and_are_compared(folder, worked, capsys):
     assert bench(folder, "--against", "trl", "--rounds", "2", "--threads", "3", "--json") == 0
     ours = ["dense", "rst", "ist", "gast-rest"]
-    assert [task for task, *_ in worked] == [FLOOR, *ours, "trl", *ours[1:], "trl", "dense"]
+    assert [task for task, *_ in worked] == [*ours, "trl", *ours[1:], "trl", "dense"]
     assert {threads for *_, threads in worked} == {3}
     result = json.loads(capsys.readouterr().out)
     ist = result["methods"]["ist"]
     assert (ist["seconds_per_step"], ist["fastest"], ist["slowest"]) == pytest.approx((2.7, 1.8, 3.6))
     assert ist["seconds_ratio"] == pytest.approx({"dense": 0.9, "trl": 0.45})
     assert ist["memory_ratio"] == pytest.approx({"dense": 0.8, "trl": 0.4})
-    assert result["floor"] == {"flops": 2e12, "flops_per_second": 4e12, "seconds": 0.5}
     assert result["workload"]["dtype"] == "bfloat16"
     assert (result["hardware"], result["versions"]["trl"]) == ("an abacus", "1.5")
     assert "measurements" not in result
 
 
-def test_the_table_shows_medians_ratios_and_the_floor(folder, worked, capsys):
+def test_the_table_shows_medians_and_ratios(folder, worked, capsys):
     assert bench(folder, "--methods", "dense,ist", "--against", "trl", "--rounds", "1") == 0
     said = capsys.readouterr()
     rows = {line.split()[0]: line.split()[1:] for line in said.out.splitlines() if line.strip()}
     assert rows["ist"] == ["1.8", "1.8–1.8", "0.90", "0.45", "2,400", "0.80", "0.40"]
     assert rows["trl"] == ["4", "4–4", "2.00", "1.00", "6,000", "2.00", "1.00"]
     assert "one round of 2 steps" in said.out
-    assert "2 TFLOP in a dense step, at 4 TFLOP/s; dense = 4.0 × the floor" in said.out
     assert "an abacus; torch 2.9, trl 1.5" in said.out
     assert "round 1 of 1: ist 1.8 s/step, peak 2,400 MB" in said.err
 
 
 def test_the_file_holds_every_step(folder, worked, tmp_path, capsys):
     out = tmp_path / "bench.json"
-    assert bench(folder, "--rounds", "2", "--no-floor", "--out", str(out)) == 0
+    assert bench(folder, "--rounds", "2", "--out", str(out)) == 0
     saved = json.loads(out.read_text())
     assert len(saved["measurements"]) == 8
     assert saved["measurements"][-1] == {"method": "dense", "round": 1, "seconds": [4.0, 4.0], "peak_memory_mb": 3000.0}
-    assert saved["floor"] is None
-    assert FLOOR not in [task for task, *_ in worked]
-    assert "floor" not in capsys.readouterr().out
 
 
 def test_options_reach_the_workload(folder, worked):

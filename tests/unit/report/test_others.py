@@ -143,7 +143,6 @@ BENCH = {
         "ist": {"seconds_per_step": 1.8, "fastest": 1.7, "slowest": 1.9, "peak_memory_mb": 2400.0,
                 "seconds_ratio": {"dense": 0.9}, "memory_ratio": {"dense": 0.8}},
     },
-    "floor": {"flops": 2e12, "flops_per_second": 4e12, "seconds": 0.5},
 }  # fmt: skip
 
 
@@ -157,12 +156,11 @@ def test_costs(tmp_path):
     ]  # fmt: skip
     assert section.tables[0].rows[1][4].key == 2400
     assert [str(figure.draw(548)).count("<circle") for figure in section.figures] == [2, 2]
-    assert "dense = 4.0 × the floor" in section.words[-1]
     assert ATTACK not in show(path).html
 
 
 @pytest.mark.parametrize(
-    "change", [{"methods": {"dense": {}}}, {"methods": 3}, {"workload": None}, {"floor": {"flops": 1}}]
+    "change", [{"methods": {"dense": {}}}, {"methods": 3}, {"workload": None}]
 )
 def test_damaged_costs_are_told(tmp_path, change):
     path = tmp_path / "bench.json"
