@@ -237,7 +237,7 @@ def _against(quality: _Quality, runs: Sequence[RunData], key: str, title: str, l
     points = [
         Point(run.name, point.value, point.low, point.high, x, number)
         for number, run in enumerate(runs)
-        if key != "seconds" or run.figure("resumed_step") is None  # of runs that went on a part of the time is known
+        if key != "seconds" or run.figure("resumed_step") is None  # a resumed run records a part of its time
         if (x := run.figure(key)) is not None and (point := quality.points.get(run.name)) is not None
     ]
     if not points:
