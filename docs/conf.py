@@ -1,7 +1,7 @@
 """The documentation as a site: `pip install -e ".[docs]" && sphinx-build -W docs site`.
 
-The pages are the same that read well in a repository's browser: they link to each other, and to files of the
-repository, by relative paths. What a site cannot show, a folder or a file outside of `docs/`, becomes its name.
+The same pages are readable in a repository browser. They link to each other and to files of the repository by relative
+paths. On the site, links to files outside of `docs/` become plain text.
 """
 
 import re
@@ -16,17 +16,17 @@ project, author, copyright = "siftune", "the siftune developers", "the siftune d
 version = release = version_of("siftune")
 
 extensions = [
-    "myst_nb",  # Markdown, and the notebook as it was run
+    "myst_nb",  # Markdown, and the notebook with its recorded output
     "sphinx.ext.autodoc",  # the reference, from docstrings
-    "sphinx.ext.napoleon",  # which are written in Google's form
+    "sphinx.ext.napoleon",  # Google style
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["site"]
-suppress_warnings = ["myst.header"]  # pages that are parts of others begin lower
+suppress_warnings = ["myst.header"]  # some pages begin with a lower heading
 
 nb_execution_mode = "off"  # tests run it
 nb_output_stderr = "remove"  # progress bars
-myst_heading_anchors = 4  # links to headings, as repositories' browsers make them
+myst_heading_anchors = 4  # links to headings, as on GitHub
 myst_links_external_new_tab = True
 
 autodoc_mock_imports = ["lightning"]
@@ -43,9 +43,9 @@ _LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]*)\)")
 
 
 def _inside(match: re.Match[str]) -> str:
-    """A link that leaves `docs/`: to the README its part of the site, else the words alone."""
-    words, target = match.groups()
-    return f"[{words}](index.md)" if target.partition("#")[0] == "../README.md" else words
+    """Replace a link that leaves `docs/`: the README becomes the index, other targets become plain text."""
+    text, target = match.groups()
+    return f"[{text}](index.md)" if target.partition("#")[0] == "../README.md" else text
 
 
 def _keep_inside(app: Sphinx, name: str, source: list[str]) -> None:

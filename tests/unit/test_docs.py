@@ -43,7 +43,7 @@ def defined_names(path):
 
 
 def anchors(page):
-    """The names by which GitHub links to a page's headings."""
+    """GitHub's anchors of the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -65,7 +65,7 @@ def shell_lines(text):
 
 
 def calls(lines, program):
-    """What a program is called with: (command or script, words after it)."""
+    """Arguments of a program: (command or script, further arguments)."""
     for line in lines:
         words = re.search(
             rf"(?:^|  |▶ |\w=\S+ ){program} ([a-z][\w/.-]*)(?: ([^(]*))?$", line.partition("(")[0].strip()
