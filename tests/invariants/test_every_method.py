@@ -125,15 +125,15 @@ def test_layers_in_parts_of_a_batch_are_those_of_the_full_batch(tmp_path, name):
 @every_method
 def test_checkpointing_changes_nothing(tmp_path, name):
     plainly, again = built(name), built(name)
-    expected, _ = train(tmp_path, *plainly, gradient_accumulation_steps=2)
-    model, _ = train(tmp_path, *again, gradient_accumulation_steps=2, **CHECKPOINTING)
+    expected, _ = train(tmp_path, *plainly)
+    model, _ = train(tmp_path, *again, **CHECKPOINTING)
     assert_same_choices(plainly, again, exactly=False)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if chooses_rows(name) else {"rtol": 1e-5, "atol": 1e-6}
     for key, value in weights(expected).items():
         torch.testing.assert_close(weights(model)[key], value, **tolerance)
 
 
-# at 4 LISA holds its layers, at 6 it draws; epochs have three steps. The Trainer's own restoring sorts callbacks by
+# at 4 LISA holds its layers, at 6 it draws; epochs have six steps. The Trainer's own restoring sorts callbacks by
 # name, so that GAST comes before IST
 @pytest.mark.parametrize(
     ("name", "restore", "stop"),
@@ -141,7 +141,7 @@ def test_checkpointing_changes_nothing(tmp_path, name):
 )
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, name, restore, stop):
     settings = {
-        "max_steps": 8, "save_strategy": "steps", "save_steps": stop, "gradient_accumulation_steps": 2,
+        "max_steps": 8, "save_strategy": "steps", "save_steps": stop,
         "restore_callback_states_from_checkpoint": restore,
     }  # fmt: skip
     whole, again = built(name), built(name)
