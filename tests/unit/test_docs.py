@@ -123,14 +123,30 @@ def test_commands_in_the_text_exist(page, capsys):
         flags_are_in(capsys.readouterr().out, words)
 
 
+def test_options_in_the_text_exist(capsys):
+    """Options in inline code; docs/tools.md also names those of other tools, and the changelog removed ones."""
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+    text = " ".join([capsys.readouterr().out, *map(options_of, (ROOT / "lab").rglob("*.py")), "--flag"])
+    for page in PAGES:
+        if page.name not in ("tools.md", "CHANGELOG.md"):
+            prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+            words = re.findall(r"--[a-z][\w.-]*\w", " ".join(re.findall(r"`([^`]+)`", prose)))
+            flags_are_in(text, [re.sub("^--no-", "--", word) for word in words])
+
+
 @every_page
 def test_flags_of_the_laboratory_exist(page):
     for module, words in calls(shell_lines(page.read_text(encoding="utf-8")), "python -m"):
         if module.startswith("lab."):
             place = ROOT / module.replace(".", "/")
-            source = (place / "__main__.py" if place.is_dir() else place.with_suffix(".py")).read_text(encoding="utf-8")
-            options = re.sub(r"^    (\w+):", lambda field: f"--{field.group(1).replace('_', '-')} ", source, flags=re.M)
-            flags_are_in(options, words)
+            flags_are_in(options_of(place / "__main__.py" if place.is_dir() else place.with_suffix(".py")), words)
+
+
+def options_of(path):
+    """A script's text, with the fields of its dataclasses as options."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r"^    (\w+):", lambda field: f"--{field.group(1).replace('_', '-')} ", text, flags=re.MULTILINE)
 
 
 def flags_are_in(text, words):
