@@ -1,7 +1,7 @@
 """Offsite-tuning: compress a model's middle into an emulator, hand it out as a kit, take back tuned outer layers.
 
-The rooms, each built on those before: maths, emulator, kit, protocol, audits (in the plural, since a package `audit`
-would stand in the place of the function `siftune.offsite.audit` once it is imported).
+The folders, each built on those before: maths, emulator, kit, exchange, audits (in the plural, since a package `audit`
+would replace the function `siftune.offsite.audit` once it is imported).
 """
 
 from importlib import import_module

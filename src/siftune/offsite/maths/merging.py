@@ -14,10 +14,10 @@ With u_n = W_n − W what return n changes, and a_n its weight, Σ a_n = 1:
   chosen beforehand.
 
 Ours, not the papers': all have the same weight unless the owner says otherwise, since a number of rows is the data
-owner's word. The bound is a multiple of the median, since nobody knows beforehand how far tuning moves; of an
-even number the lower of the two in the middle, so that fewer than half cannot raise it. One factor s_n for all of a return, from the
-norm over all its tensors: a factor for each tensor would turn the update, and what a single tensor may move by is
-limited elsewhere (`protocol.updates`). At least one return is trimmed at either end. Clipping comes before trimming.
+owner's word. The bound is a multiple of the median, since nobody knows beforehand how far tuning moves; of an even
+number the lower of the two in the middle, so that fewer than half cannot raise it. One factor s_n for all of a return,
+from the norm over all its tensors: a factor for each tensor would turn the update, and what a single tensor may move by
+is limited elsewhere (`exchange.updates`). At least one return is trimmed at either end. Clipping comes before trimming.
 
 Symbols: u_n rows of `updates_NX`, a `weights`, s `clip_factors`, X `multiple`, β `share`, k `trimmed_count`.
 Shapes: N returns, X any shape of a tensor.
