@@ -294,6 +294,7 @@ def test_an_interrupt_in_a_forward_pass_leaves_a_whole_adapter(base, rows, tmp_p
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in left.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
     base, rows, tmp_path, interfere, number, times, request

@@ -141,6 +141,7 @@ def test_there_is_no_template_of_a_card_in_it(base, rows, tmp_path, init):
     assert "README.md" not in json.loads((folders[0] / SEAL).read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_step_leaves_what_it_trained(base, rows, tmp_path):
     for settings in ({}, {"eval": str(rows), "eval_every": 1, "patience": 3, "lr": 1e3}):
         run = tmp_path / f"run{len(settings)}"
