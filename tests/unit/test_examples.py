@@ -1,9 +1,8 @@
 """The examples run as printed, on a tiny model."""
 
 import ast
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -31,25 +30,28 @@ def folder(tmp_path_factory):
     return path
 
 
-def run_script(script, folder, *arguments):
-    """Run a script in a process of its own; return its lines on standard output."""
-    done = subprocess.run(
-        [sys.executable, script, *arguments], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def run_script(folder, monkeypatch, capsys):
+    """Run a script of examples/ as a program in the folder; return its lines on standard output."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
-def test_ist_in_a_trainer(folder):
-    last = run_script(ROOT / "examples" / "trainer_ist.py", folder, "model", "rows.jsonl", "11")[-1]
+def test_ist_in_a_trainer(run_script):
+    last = run_script("trainer_ist.py", "model", "rows.jsonl", "11")[-1]
     words, numbers = last.split(": ")
     assert words.startswith("layers by importance")
     assert sorted(ast.literal_eval(numbers)) == list(range(LAYERS))
 
 
-def test_gast_in_trls_trainer(folder):
-    lines = run_script(ROOT / "examples" / "sft_gast.py", folder, "model", "rows.jsonl", "3")
+def test_gast_in_trls_trainer(run_script):
+    lines = run_script("sft_gast.py", "model", "rows.jsonl", "3")
     followed = [line for line in lines if "layer 0 followed rows" in line]
     assert len(followed) == 3
     for line in followed:
@@ -57,16 +59,16 @@ def test_gast_in_trls_trainer(folder):
 
 
 @pytest.mark.parametrize("arguments", [(), ("model", "6")])
-def test_a_plain_loop(folder, arguments):
-    lines = run_script(ROOT / "examples" / "plain_loop.py", folder, *arguments)
+def test_a_plain_loop(run_script, arguments):
+    lines = run_script("plain_loop.py", *arguments)
     losses = [float(re.search(r"loss (\S+)", line).group(1)) for line in lines if line.startswith("step ")]
     assert len(losses) == (int(arguments[1]) if arguments else 20)
     assert losses[-1] < losses[0]
     assert any(ast.literal_eval(lines[-1].removeprefix("importance: "))), "scored once at least"
 
 
-def test_two_parties(folder):
-    last = run_script(ROOT / "examples" / "two_parties.py", folder, "model", "rows.jsonl", "3")[-1]
+def test_two_parties(run_script, folder):
+    last = run_script("two_parties.py", "model", "rows.jsonl", "3")[-1]
     assert re.fullmatch(r"(first|last)\.[01]\.\S+ moved most, by \d+\.\d\d% of its norm", last)
     assert (folder / "runs/two_parties/kit/manifest.json").is_file()
     assert (folder / "runs/two_parties/tuned/model.safetensors").is_file()
