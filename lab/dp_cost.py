@@ -24,8 +24,7 @@ from typing import Any
 
 from lab.gast_cost import Case, collect, pooled, table
 from siftune.base.errors import RecipeError, SiftuneError
-from siftune.bench.cost import Measurement, check_workload, measure
-from siftune.bench.workload import Workload
+from siftune.bench.cost import Measurement, Workload, measure, parse_methods
 from siftune.recipe.schema import Recipe
 
 METHODS = ("dense", "dense-drawn", "dp-layer", "opacus", "opacus-ghost")
@@ -52,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         methods = _methods(args.methods, args.dtype)
         case = _case(args)
-        check_workload(case.work, args.rounds, args.threads)
         results = collect([case], methods, args.rounds, args.threads, args.out, measure_here)
     except SiftuneError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,15 +90,12 @@ def _case(args: argparse.Namespace) -> Case:
 
 
 def _methods(text: str, dtype: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = parse_methods(text, METHODS)
     if dtype != "float32" and any(name.startswith("opacus") for name in names):
         raise RecipeError(
             f"the adapters of a {dtype} model are cast while they run, which Opacus' hooks do not see: give --dtype "
             "float32, or --methods without opacus and opacus-ghost"
         )
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise RecipeError(f"unknown method {', '.join(unknown) or text!r}; known: {', '.join(METHODS)}")
     return names
 
 

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from siftune.base.environment import hardware
+from siftune.bench.cost import Workload
 from siftune.bench.worker import build_trainer
-from siftune.bench.workload import Workload
 from siftune.models.source import resolve
 
 _SQUARE = 2048  # side of the square product that the rate is measured with, beside the model's own shapes

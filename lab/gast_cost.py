@@ -24,9 +24,7 @@ from statistics import median
 from typing import Any
 
 from siftune.base.errors import DataError, RecipeError, SiftuneError
-from siftune.base.settings import nearest
-from siftune.bench.cost import MEASURED, Measurement, check_workload, measure, schedule, summarise
-from siftune.bench.workload import Workload
+from siftune.bench.cost import MEASURED, Measurement, Workload, measure, parse_methods, schedule, summarise
 
 # baseline -> its class in `baselines`, and the method of siftune's whose settings it has
 BASELINES = {
@@ -71,11 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         return worker.main(words[1:], build)
     args = _parse(words)
     try:
-        methods = _methods(args.methods or (SWEPT if args.sweep else METHODS))
+        methods = parse_methods(args.methods or (SWEPT if args.sweep else METHODS), [*MEASURED, *BASELINES])
         with tempfile.TemporaryDirectory(prefix="siftune-models-") as folder:
             cases = _sweep(args, Path(folder)) if args.sweep else [_case(args)]
-            for case in cases:
-                check_workload(case.work, args.rounds, args.threads)
             if args.out is not None and not os.access(args.out.parent, os.W_OK):
                 raise RecipeError(
                     f"--out {args.out} cannot be written: there is no folder {args.out.parent} to write to"
@@ -264,17 +260,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--pooled", action="store_true", help="add medians over the single steps of all rounds, for restless machines")
     add("--sweep", action="store_true", help="random llamas; vary rows, length and layers one at a time")
     return parser.parse_args(argv)
-
-
-def _methods(text: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    known = [*MEASURED, *BASELINES]
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None or not names:
-        close = nearest(unknown or "", known)
-        guess = f"did you mean {close}?" if close else f"known: {', '.join(known)}"
-        raise RecipeError(f"unknown method {unknown or text!r}; {guess}")
-    return names
 
 
 def _workload(args: argparse.Namespace, model: str) -> Workload:

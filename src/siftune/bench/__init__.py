@@ -1,1 +1,1 @@
-"""What a training step costs: time and memory of the methods, each in fresh processes."""
+"""Time and memory of training steps, each method in a fresh process."""

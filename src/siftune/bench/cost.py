@@ -1,10 +1,10 @@
-"""What the methods cost: time and peak memory of training steps, compared on this machine.
+"""Time and peak memory of training steps, method by method.
 
-Every measurement is a fresh process (`cost_worker`), so that no method inherits another's memory or warm caches. The
-methods take turns over several rounds, in an order that rotates, so that a machine that slows down or is disturbed
-for a while does so to all of them. Ratios are formed within a round, and medians are taken over the rounds.
+Every measurement is a fresh process (`siftune.bench.worker`), so no method inherits memory or warm caches of another.
+The methods take turns over several rounds, in an order that rotates, so a slow phase of the machine affects all of
+them. Ratios are formed within a round, and medians are taken over the rounds.
 
-Nothing here imports torch: the process that waits for the workers stays small beside them.
+Nothing here imports torch: the process that waits for the workers stays small.
 """
 
 import importlib.util
@@ -14,42 +14,96 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import InputError, RecipeError, SiftuneError
-from siftune.base.settings import nearest
-from siftune.bench.workload import SUPPORTS, Workload
+from siftune.base.settings import CONFIG, AtLeastTwo, Count, Seed, Settings, Share, Validated, nearest
 from siftune.methods import METHODS
-from siftune.recipe.checks import check
+from siftune.recipe.schema import Recipe, resolve_recipe
 
-# method -> what it is
-MEASURED = {
-    **{name: f"siftune: {method.line}" for name, method in METHODS.items() if name != "gast"},
-    "dense-compiled": f"siftune: {METHODS['dense'].line}, by torch.compile",
-    **{f"gast-{support}": f"siftune: {METHODS['gast'].line}, support {support}" for support in SUPPORTS},
-    "trl": "TRL's SFTTrainer with a PEFT LoRA, TRL's defaults",
-    "trl-no-checkpointing": "the same with activation checkpointing off, which TRL turns on by default",
+# the ways to draw GAST's support gradient, which differ in cost -> their settings
+SUPPORTS: dict[str, dict[str, Any]] = {
+    "sample": {"support": "sample"},
+    "averaged": {"support": "sample", "support_every": 4},
+    "rest": {"support": "rest"},
+    "momentum": {"support": "momentum"},
 }
+_VARIANTS = ("dense-compiled", *(f"gast-{support}" for support in SUPPORTS), "trl", "trl-no-checkpointing")
+MEASURED = (*(name for name in METHODS if name != "gast"), *_VARIANTS)
+"""Names of the methods to measure."""
 
 WORKER = (sys.executable, "-m", "siftune.bench.worker")
 
 
-@dataclass(frozen=True)
+@dataclass(config=CONFIG)
+class Workload(Validated):
+    """The same rows, model and adapter for every method."""
+
+    model: str = "smollm2"
+    """Model to train: a folder, a hub id, or smollm2 (packaged, no hub needed)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the frozen weights; auto: the checkpoint's."""
+    batch_size: Count = 16
+    """Rows in a step."""
+    length: AtLeastTwo = 128
+    """Tokens in every row."""
+    label_share: Share = 0.25
+    """Fraction of label tokens, at the end of a row; the other tokens stand for the prompt."""
+    rank: Count = 32
+    """Rank of the LoRA matrices."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    """Names of the modules that get adapters."""
+    active: Share = 0.25
+    """rst, ist, lisa: fraction of the layers to train in a step."""
+    interval: Count = 10
+    """ist: optimizer steps between two updates of the importance; lisa: between two draws."""
+    steps: Count = 20
+    """Timed optimizer steps in a round; use a multiple of interval, so ist's scoring has its usual share."""
+    warmup: Count = 2
+    """Optimizer steps before the timed ones."""
+    seed: Seed = 0
+    """Seed of tokens, adapters and draws."""
+
+    def recipe(self, method: str, out: str) -> Recipe:
+        """The recipe of one of siftune's own methods on this workload."""
+        name, _, variant = method.partition("-")
+        shared = ("model", "dtype", "batch_size", "rank", "targets", "seed")
+        fields: dict[str, Any] = {field: getattr(self, field) for field in shared}
+        fields |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
+        if variant == "compiled":
+            fields["compile"] = True
+        options = {"active": self.active, "interval": self.interval, "select": 0.5}  # select: the papers' fraction
+        if name.endswith("gast"):
+            options |= SUPPORTS[variant or "rest"]
+        for part in METHODS[name].parts:
+            own = Settings.names(part.settings)
+            fields[part.settings.group] = part.settings(**{key: options[key] for key in options if key in own})
+        return resolve_recipe(Recipe(method=name, out=out, **fields))
+
+    def labels(self) -> int:
+        """Label tokens in a row."""
+        return max(1, round(self.label_share * self.length))
+
+
+@plain_dataclass(frozen=True)
 class Measurement:
-    """What one process measured.
+    """Result of one process.
 
     Attributes:
-        method: The method.
+        method: Name of the method.
         round: Number of the round, from 0.
-        seconds: Wall time of each timed step, from the end of the step before to its own end: data, selection
+        seconds: Wall time of each timed step, from the end of the previous step to its own end: data, selection
             with its scoring, forward, backward, update and logs.
-        peak_memory_mb: Peak memory of the process in 10⁶ bytes: allocated on the GPU where there is one, else
-            resident.
-        facts: dtype, hardware and versions as the process saw them.
+        peak_memory_mb: Peak memory of the process in 10⁶ bytes: allocated GPU memory, or resident memory if there is
+            no GPU.
+        facts: dtype, hardware and versions in the process.
     """
 
     method: str
@@ -60,13 +114,13 @@ class Measurement:
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean over the timed steps, so that a rare expensive step counts for its share."""
+        """Mean over the timed steps, so a rare expensive step has its share."""
         return fmean(self.seconds)
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Cost:
-    """A method over all rounds.
+    """Costs of a method over all rounds.
 
     Attributes:
         seconds_per_step: Median over the rounds.
@@ -85,36 +139,27 @@ class Cost:
     memory_ratio: dict[str, float]
 
 
-def parse_methods(text: str) -> list[str]:
-    """Split names with commas between them; a name given twice counts once.
+def parse_methods(text: str, names: Sequence[str] = MEASURED) -> list[str]:
+    """Split a list with commas into methods, each once.
 
     Raises:
         RecipeError: A name is unknown, or its package is not installed.
     """
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise RecipeError(f"no method to measure: name some of {', '.join(MEASURED)}")
-    for name in names:
-        if name not in MEASURED:
-            close = nearest(name, MEASURED)
-            guess = f"did you mean {close}?" if close else f"known: {', '.join(MEASURED)}"
-            raise RecipeError(f"unknown method {name!r}; {guess}")
+    methods = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not methods:
+        raise RecipeError(f"no method to measure; choose from {', '.join(names)}")
+    for name in methods:
+        if name not in names:
+            close = nearest(name, names)
+            hint = f"did you mean {close}?" if close else f"choose from {', '.join(names)}"
+            raise RecipeError(f"unknown method {name!r}; {hint}")
         if name.startswith("trl") and importlib.util.find_spec("trl") is None:
             raise RecipeError(f"the method {name} needs the package trl: run `pip install 'siftune[trl]'`")
-    return names
-
-
-def check_workload(work: Workload) -> None:
-    """Refuse a workload that no recipe can have.
-
-    Raises:
-        RecipeError: With one sentence on the first value that cannot be used.
-    """
-    check(work.recipe("ist", "unused"))
+    return methods
 
 
 def schedule(methods: Sequence[str], rounds: int) -> list[tuple[int, str]]:
-    """Order the measurements as (round, method): every round starts one method later than the one before."""
+    """Order the measurements as (round, method): every round starts one method later than the previous one."""
     count = len(methods)
     return [(number, methods[(number + place) % count]) for number in range(rounds) for place in range(count)]
 
@@ -125,87 +170,64 @@ def measure(
     """Measure a method in a fresh process.
 
     Args:
-        method: One of `MEASURED`.
-        number: The round, for the record.
-        work: What is trained.
-        threads: Threads of the process (OMP_NUM_THREADS); as in this process's environment if None.
-        worker: Command of the process, to which a folder is added; `cost_worker` if None.
+        method: One of `MEASURED`, or a method of `worker`.
+        number: Number of the round.
+        work: The workload.
+        threads: Threads of the process (OMP_NUM_THREADS); None: as in the environment.
+        worker: Command of the process, which gets a folder as its last argument; None: `WORKER`.
 
     Raises:
-        InputError: The process refused the workload, or was killed.
-        SiftuneError: It failed in another way; its last words are in the message.
+        InputError: The process refused the workload, or a signal ended it.
+        SiftuneError: The process failed otherwise; the message ends with the last line of its log.
     """
-    result = run_worker(method, work, threads, worker)
-    return Measurement(method, number, tuple(result.pop("seconds")), result.pop("peak_memory_mb"), result)
-
-
-def run_worker(
-    task: str, work: Workload, threads: int | None = None, worker: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Have a fresh process measure a method, and return what it measured; raises as `measure`."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with tempfile.TemporaryDirectory(prefix="siftune-bench-") as folder:
-        Path(folder, "job.json").write_text(json.dumps({"task": task, "workload": asdict(work)}), encoding="utf-8")
-        done = subprocess.run(
-            [*(worker or WORKER), folder], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if done.returncode:
-            raise _failure(task, done.returncode, done.stderr)
-        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
-    return result
-
-
-def _failure(task: str, code: int, log: str) -> SiftuneError:
-    """Put the end of a worker into one sentence."""
-    if code < 0:
-        return InputError(
-            f"the process that measured {task} was killed by {signal.Signals(-code).name}; where memory ran out, "
+        job = {"task": method, "workload": asdict(work)}
+        Path(folder, "job.json").write_text(json.dumps(job), encoding="utf-8")
+        command = [*(worker or WORKER), folder]
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+            return Measurement(method, number, tuple(result.pop("seconds")), result.pop("peak_memory_mb"), result)
+    if done.returncode < 0:
+        raise InputError(
+            f"{signal.Signals(-done.returncode).name} ended the process that measured {method}; if memory ran out, "
             "lower --batch-size or --length"
         )
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it left no message")
-    kind = InputError if code == InputError.exit_code else SiftuneError
-    error = kind(f"measuring {task} failed: {last}")
-    error.add_note(log)  # all of it, for who looks at the traceback
-    return error
-
-
-def references(methods: Sequence[str], against: str | None = None) -> list[str]:
-    """What the others are compared with: dense, or else the first method; and `against`."""
-    first = "dense" if "dense" in methods else methods[0]
-    return list(dict.fromkeys([first, against or first]))
+    last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "it left no message")
+    kind = InputError if done.returncode == InputError.exit_code else SiftuneError
+    error = kind(f"measuring {method} failed: {last}")
+    error.add_note(done.stderr)
+    raise error
 
 
 def summarise(measurements: Sequence[Measurement], compared: Sequence[str]) -> dict[str, Cost]:
-    """Reduce measurements to medians and to medians of ratios within rounds.
+    """Reduce measurements to medians, and to medians of ratios within rounds.
 
     Args:
         measurements: Each method once in every round.
-        compared: The methods that ratios are formed with.
+        compared: The methods to form ratios with.
 
     Returns:
         method -> its cost, in order of first measurement.
     """
-    seconds = _by_method({(m.method, m.round): m.seconds_per_step for m in measurements})
-    memory = _by_method({(m.method, m.round): m.peak_memory_mb for m in measurements})
-    return {
-        method: Cost(
-            seconds_per_step=median(rounds.values()),
-            fastest=min(rounds.values()),
-            slowest=max(rounds.values()),
-            peak_memory_mb=median(memory[method].values()),
-            seconds_ratio={other: _median_ratio(rounds, seconds[other]) for other in compared},
-            memory_ratio={other: _median_ratio(memory[method], memory[other]) for other in compared},
+    rounds: dict[str, dict[int, Measurement]] = {}
+    for measurement in measurements:
+        rounds.setdefault(measurement.method, {})[measurement.round] = measurement
+
+    def ratios(method: str, value: Callable[[Measurement], float]) -> dict[str, float]:
+        own = rounds[method]
+        return {other: median(value(own[n]) / value(rounds[other][n]) for n in own) for other in compared}
+
+    costs = {}
+    for method, own in rounds.items():
+        seconds = [each.seconds_per_step for each in own.values()]
+        costs[method] = Cost(
+            seconds_per_step=median(seconds),
+            fastest=min(seconds),
+            slowest=max(seconds),
+            peak_memory_mb=median(each.peak_memory_mb for each in own.values()),
+            seconds_ratio=ratios(method, lambda each: each.seconds_per_step),
+            memory_ratio=ratios(method, lambda each: each.peak_memory_mb),
         )
-        for method, rounds in seconds.items()
-    }
-
-
-def _by_method(values: Mapping[tuple[str, int], float]) -> dict[str, dict[int, float]]:
-    table: dict[str, dict[int, float]] = {}
-    for (method, number), value in values.items():
-        table.setdefault(method, {})[number] = value
-    return table
-
-
-def _median_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float:
-    return median(value / theirs[number] for number, value in ours.items())
+    return costs

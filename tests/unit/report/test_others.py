@@ -159,9 +159,7 @@ def test_costs(tmp_path):
     assert ATTACK not in show(path).html
 
 
-@pytest.mark.parametrize(
-    "change", [{"methods": {"dense": {}}}, {"methods": 3}, {"workload": None}]
-)
+@pytest.mark.parametrize("change", [{"methods": {"dense": {}}}, {"methods": 3}, {"workload": None}])
 def test_damaged_costs_are_told(tmp_path, change):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(BENCH | change))
