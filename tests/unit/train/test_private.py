@@ -197,7 +197,7 @@ def test_another_runs_checkpoint_is_refused(told, tmp_path):
         ("dp_clip", 0.5, r"private run with clip = 0\.1, this one has 0\.5"),
         ("steps", 9, r"private run with steps = 4, this one has 9"),
     ):
-        (tmp_path / "run" / "recipe.yaml").unlink()  # so that only the checkpoint says what its steps were
+        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)  # so that only the checkpoint says what its steps were
         with pytest.raises(RecipeError, match=message):
             train(replace(given, resume=checkpoint, **{name: value}), QUIET)
     open_run = replace(given, dp_epsilon=None, dp_delta=None, out=str(tmp_path / "open"))
