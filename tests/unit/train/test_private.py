@@ -197,7 +197,8 @@ def test_another_runs_checkpoint_is_refused(told, tmp_path):
         ("dp_clip", 0.5, r"private run with clip = 0\.1"),
         ("steps", 9, "private run with steps = 4"),
     ):
-        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)  # so that only the checkpoint says what its steps were
+        # only the checkpoint then says what its steps were
+        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
         with pytest.raises(RecipeError, match=message):
             train(replace(given, resume=checkpoint, **{name: value}), QUIET)
     open_run = replace(given, dp_epsilon=None, dp_delta=None, out=str(tmp_path / "open"))
