@@ -29,8 +29,10 @@ class DrawnTrainer(SiftTrainer):
         trainer.__class__ = cls
         return trainer
 
-    def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
-        privacy.remove()  # it begins with the training
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward passes of a step's rows, without siftune's clipping and noise."""
+        privacy = self.privacy
+        privacy.remove()  # its hooks come back with every training
         model.train()
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(privacy.parts(inputs)):

@@ -139,7 +139,8 @@ def recorded(path: Path) -> list[tuple[Case, list[Measurement]]]:
     """The measurements of a file, by workload."""
     cases: dict[str, tuple[Case, list[Measurement]]] = {}
     for record in _read(path):
-        work = Workload(**{name: record["workload"][name] for name in (field.name for field in fields(Workload))})
+        values = {field.name: record["workload"][field.name] for field in fields(Workload)}
+        work = Workload(**{**values, "targets": tuple(values["targets"])})
         layers = work.model.rpartition(", ")[2]
         name = f"{work.batch_size} × {work.length}, {layers}" if layers.endswith(" layers") else work.model
         case = cases.setdefault(json.dumps(record["workload"]), (Case(name, work, work.model), []))

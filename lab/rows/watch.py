@@ -28,6 +28,8 @@ from siftune.engine.tape import SampleGradients
 from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import Choosing, Unit, units_of
 from siftune.methods.drivers.support import Gradients
+from siftune.methods.host.callback import calling_trainer
+from siftune.methods.host.row_numbers import row_numbers
 from siftune.models.loss import label_positions, next_labels
 
 NAMES = ("norm", "inner", "cosine", "mean", "one")
@@ -130,7 +132,8 @@ class Watch(SampleCallback, _NoSettings):
 
     def rule(self, groups: Sequence[LayerGroup]) -> Watching:
         """Watch all layers."""
-        return Watching(groups)
+        self.watching = Watching(groups)
+        return self.watching
 
     @property
     def support_source(self) -> None:
@@ -140,7 +143,14 @@ class Watch(SampleCallback, _NoSettings):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen to the logits, too."""
         super().on_train_begin(args, state, control, **kwargs)
-        self._selection._handles.append(kwargs["model"].register_forward_hook(self._look))
+        self._batch = row_numbers(calling_trainer(self))
+        self._hook = kwargs["model"].register_forward_hook(self._look)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the hooks."""
+        self._hook.remove()
+        self._batch.release()
+        super().on_train_end(args, state, control, **kwargs)
 
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """What was watched, a value for each row of every batch, in the order of steps, and of rows within a step."""
@@ -150,18 +160,17 @@ class Watch(SampleCallback, _NoSettings):
         return {**found, "norm": np.sqrt(found["norm"])}
 
     def _look(self, _: Any, __: Any, output: Any) -> None:
-        if self._numbers is not None and self._numbers.at_work and torch.is_grad_enabled():
-            labels_BT = self._numbers.labels
+        if self._batch.at_work and torch.is_grad_enabled():
+            labels_BT = self._batch.labels
             logits = output.logits.detach()
             everywhere = logits.shape[:2] == labels_BT.shape  # in another Trainer than siftune's
             self._margins = margins(logits[label_positions(labels_BT)] if everywhere else logits[0], labels_BT)
 
     def _keep(self, choice: Any) -> None:
-        rule = self._selection.rule
-        parts = [rule.found[name].double() for name in NAMES] + [self._margins.double()]
+        parts = [self.watching.found[name].double() for name in NAMES] + [self._margins.double()]
         steps = torch.full((len(choice.rows),), choice.step, dtype=torch.float64)
         self._kept.append(torch.stack([steps, choice.rows.double(), *(part.cpu() for part in parts)]).numpy())
-        rule.found = {}
+        self.watching.found = {}
 
 
 def margins(logits_NV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.tiny_run import save_base, save_rows
 from lab import tables
 from lab.lines import read
 from lab.random_llama import save_llama
+from siftune.methods.dp.sampling import Secret
 
 ROOT = Path(__file__).parents[2]
 HELPLESS = {"lab.communication", "lab.pays.gemma", "lab.pays.job", "lab.rows.job"}  # no command line of their own
@@ -215,13 +217,33 @@ def test_rows_price(capsys):
 SMALL = ["--batch-size", "2", "--length", "16", "--steps", "1", "--warmup", "1", "--rounds", "1", "--threads", "1"]
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Run the workers of cost measurements in this process."""
+
+    def run(command, **_):
+        code = importlib.import_module(command[2]).main(command[3:])
+        return SimpleNamespace(returncode=code, stderr="")
+
+    monkeypatch.setattr("siftune.bench.cost.subprocess.run", run)
+    monkeypatch.setattr("siftune.methods.dp.callback.Secret", Secret)  # dp_cost replaces it
+
+
 @pytest.mark.lab
 @pytest.mark.distributed
+def test_worker_process(llama, capsys):
+    from lab import gast_cost
+
+    assert gast_cost.main([*SMALL, "--model", llama, "--methods", "dense"]) == 0
+    assert "| dense |" in capsys.readouterr().out
+
+
+@pytest.mark.lab
 @pytest.mark.parametrize(("script", "methods"), [
     ("gast_cost", "dense,gast-sample,two-pass-sample,store-all"),
     ("dp_cost", "dense,dense-drawn,dp-layer,opacus,opacus-ghost"),
 ])  # fmt: skip
-def test_costs(script, methods, llama, tmp_path, capsys):
+def test_costs(in_process, script, methods, llama, tmp_path, capsys):
     module, out = importlib.import_module(f"lab.{script}"), tmp_path / "cost.jsonl"
     words = [*SMALL, "--model", llama, "--dtype", "float32", "--methods", methods, "--out", str(out)]
     assert module.main(words) == 0

