@@ -21,7 +21,7 @@ _ROWS, _HEADS, _OWN, _WIDTH = 16, 9, 3, 64
 
 
 def milliseconds(length: int, dtype: torch.dtype, padded: bool, tries: int) -> dict[str, float]:
-    """What a layer's attention takes with each, on random rows; `padded`: with a mask, and rows half as long."""
+    """Time of a layer's attention with each, on random rows; `padded`: with a mask, and rows half as long."""
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = _HEADS // _OWN, True
     seen = torch.ones(length, length, dtype=torch.bool).tril().expand(_ROWS, 1, -1, -1).clone()

@@ -1,11 +1,11 @@
-"""Other ways to select rows by their gradients, written plainly: what siftune's engine is compared with.
+"""Two reference implementations of GAST's row selection, to compare siftune's engine with.
 
-    TwoPass    GAST in two passes: the first scores the rows for every layer and keeps inner products only, the second
-               forms the gradients of the rows that were chosen.
+    TwoPass    GAST in two passes: the first scores the rows for every layer and stores inner products only, the second
+               computes the gradients of the chosen rows.
     StoreAll   GAST in one pass that keeps every row's gradient for every matrix until backward has ended.
 
-Both choose what siftune's `GAST` chooses, number for number. They take PEFT's plain LoRA on linear modules in the
-decoder layers, in one process, and nothing else.
+Both make the same choices as siftune's `GAST`, number for number. They support only PEFT's plain LoRA on linear modules
+in the decoder layers, in one process.
 
 Shapes: B rows, T positions, I inputs, O outputs, K chosen rows, N = K·T, L layers.
 """
@@ -51,7 +51,7 @@ class Choice:
 
 
 class Baseline(ABC):
-    """What the two have in common. Call `begin()` before every optimizer step, and `step()` for every batch.
+    """Base of both. Call `begin()` before every optimizer step, and `step()` for every batch.
 
     Args:
         model: Causal LM with LoRA, as PEFT attaches it.
@@ -62,11 +62,11 @@ class Baseline(ABC):
         seed: Seed of the draws.
 
     Attributes:
-        last: The choice in the last batch; None before, and where all rows were followed.
+        last: The choice in the last batch; None before, and if all rows were followed.
 
     Raises:
-        UnsupportedError: Something trains that is no LoRA matrix of a linear module, or there are several processes.
-        RecipeError: The settings ask for what only siftune's own `GAST` does.
+        UnsupportedError: A trainable parameter is no LoRA matrix of a linear module, or there are several processes.
+        RecipeError: Only siftune's own `GAST` supports these settings.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Baseline(ABC):
         return torch.rand(len(self.layers), rows, generator=generator, dtype=torch.float64)
 
     def _support_of(self, matrix: nn.Linear) -> list[Tensor] | None:
-        """What a matrix's gradients are compared with; None: the other rows."""
+        """Support gradient of a matrix; None: the other rows."""
         if self.settings.support == "rest":
             return None
         return [self.support.get(matrix.weight, torch.zeros_like(matrix.weight))]
@@ -203,7 +203,7 @@ def _refuse_settings(name: str, settings: GASTSettings) -> None:
 
 
 class BaselineTrainer(SiftTrainer):
-    """siftune's Trainer with the passes of a baseline in the place of a training step."""
+    """siftune's Trainer with the passes of a baseline as its training step."""
 
     baseline: Baseline
     _begun = -1  # the step for which the baseline has drawn
@@ -212,7 +212,7 @@ class BaselineTrainer(SiftTrainer):
     def take_over(
         cls, trainer: SiftTrainer, kind: type[Baseline], settings: GASTSettings, seed: int = 0
     ) -> "BaselineTrainer":
-        """Turn a Trainer that is set up for dense training into one that selects; all else stays as it is."""
+        """Turn a Trainer that is set up for dense training into one that selects; everything else stays as is."""
         trainer.__class__ = cls
         chunk = trainer.args.per_device_train_batch_size
         trainer.baseline = kind(trainer.model, settings, loss=trainer.support_loss, chunk=chunk, seed=seed)
@@ -242,7 +242,7 @@ class BaselineTrainer(SiftTrainer):
 
 
 class ReadLinear(torch.autograd.Function):
-    """y = x Wᵀ, where `read` says what the weight's gradient is; the input gets its own, of all rows."""
+    """y = x Wᵀ with the weight's gradient from `read`; the input's gradient is that of all rows."""
 
     @staticmethod
     def forward(ctx: Any, read: Callable[[Tensor, Tensor], Tensor | None], given: Tensor, weight: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class ReadLinear(torch.autograd.Function):
 
 @contextmanager
 def reading(matrices: Sequence[nn.Linear], ids_BT: Tensor, read: Read) -> Iterator[None]:
-    """Have `read` form the gradients of LoRA matrices in one forward and backward pass over some rows.
+    """Let `read` compute the gradients of LoRA matrices in one forward and backward pass over some rows.
 
     Args:
         matrices: The matrices; each has to be used once.
@@ -269,7 +269,7 @@ def reading(matrices: Sequence[nn.Linear], ids_BT: Tensor, read: Read) -> Iterat
         read: Given a matrix, the gradient (B, T, O) of its output, and its input (B, T, I).
 
     Raises:
-        UnsupportedError: A matrix does not see the rows one by one, or is used never or more than once.
+        UnsupportedError: The input of a matrix is not one sequence per row, or the matrix is not used exactly once.
     """
     calls: list[nn.Linear] = []
     rows, positions = ids_BT.shape

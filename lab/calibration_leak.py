@@ -1,4 +1,4 @@
-"""Who calibrated a kit? An attack on calibration rows, over ways to make the kit, and what each costs in quality.
+"""Attack on the calibration rows of kits, by way of compression, with the loss of quality.
 
     python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out FILE
     python -m lab.calibration_leak --report FILE
@@ -80,7 +80,7 @@ MOST = 64  # members and others that are looked at
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sets share."""
+    """Settings shared by all sets."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Measure what is not in the file."""
+    """Take the measurements missing from the file."""
     known = {(j["set"], j["way"], j["seed"]) for j in read(args.out)}
     model, tokenizer = load_model(args.model, "float32")
     use_attention(model, "eager" if model.device.type == "cpu" else "auto")  # rows are short

@@ -1,10 +1,10 @@
-"""What the ranks of a run send: bytes that each of them hands to collectives in a step, by method, beside plain LoRA.
+"""Bytes that each rank passes to collectives in a step, by method, beside plain LoRA.
 
     torchrun --standalone --nproc_per_node 2 -m lab.communication
 
 A random llama with the hidden sizes of SmolLM2-135M and few layers trains by LoRA of rank 32 in all layers, on short
-rows: what is sent does not depend on them. torch's profiler records every call of gloo, those of DDP's reducer and
-of FSDP2 among them. Figures are means over the steps after the first, in which IST scores once every ten steps.
+rows, since the traffic does not depend on them. torch's profiler records every call of gloo, including those of DDP's
+reducer and of FSDP2. Figures are means over the steps after the first, in which IST scores once every ten steps.
 """
 
 import json
@@ -75,7 +75,7 @@ class AfterFirst(TrainerCallback):
 
 
 def sent(found: profile) -> Counter[str]:
-    """Bytes that this rank handed to each kind of collective."""
+    """Bytes that this rank passed to each kind of collective."""
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         found.export_chrome_trace(f"{folder}/trace.json")
@@ -87,7 +87,7 @@ def sent(found: profile) -> Counter[str]:
 
 
 def sizes(call: dict[str, Any]) -> Iterator[int]:
-    """Bytes of each tensor that a call is given."""
+    """Bytes of each input tensor of a call."""
     for shape, kind in zip(call["Input Dims"], call["Input type"], strict=True):
         if kind in BYTES:
             yield math.prod(shape) * BYTES[kind]

@@ -1,18 +1,18 @@
-"""What differential privacy costs: siftune's private steps beside dense training and beside Opacus.
+"""Cost of differential privacy: siftune's private steps beside dense training and beside Opacus.
 
     python -m lab.dp_cost --out dp.jsonl
 
 Every measurement is a fresh process that trains a LoRA on random tokens, and the methods take turns over the rounds, as
 in `gast_cost.py`. All but `dense` train on the same drawn rows, in the same forward passes, on the same model, adapter
-and loss, with the same optimizer; they differ in how rows are clipped:
+and loss, with the same optimizer; they differ in the clipping of rows:
 
-    dense             `siftune train` without a promise: batches of one size
+    dense             `siftune train` without privacy: batches of one size
     dense-drawn       the drawn rows, neither clipped nor noised
-    dp-layer          `siftune train --dp-epsilon`, every layer clipped by itself, as it is by default
-    opacus            Opacus' GradSampleHooks and DPOptimizer: rows' gradients of all layers are kept
+    dp-layer          `siftune train --dp-epsilon`, each layer clipped separately
+    opacus            Opacus' GradSampleHooks and DPOptimizer: gradients of all rows for all layers are stored
     opacus-ghost      Opacus' ghost clipping: norms in a first backward pass, gradients in a second
 
-Opacus' memory is in every private process: the accountant comes with it.
+Every private process holds Opacus in memory, since the accountant is Opacus'.
 """
 
 import argparse
@@ -32,10 +32,10 @@ WORKER = (sys.executable, "-m", "lab.dp_cost", "--worker")
 
 
 class PrivateWork(Workload):
-    """The same workload with a promise."""
+    """The same workload with differential privacy."""
 
     def recipe(self, method: str, out: str) -> Recipe:
-        """The recipe of a private run; its promise is of no account here."""
+        """The recipe of a private run; the value of ε does not matter here."""
         plain = super().recipe("dense", out)
         return replace(plain, dp_epsilon=8.0, dp_delta=1e-6)
 

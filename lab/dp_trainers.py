@@ -1,6 +1,6 @@
-"""Private steps as Opacus makes them, and drawn rows without privacy, in siftune's Trainer.
+"""Opacus' private steps, and drawn rows without privacy, in siftune's Trainer.
 
-Of a step all is siftune's but clipping and noise: rows, forward passes, loss, optimizer. So the times differ by these.
+Rows, forward passes, loss and optimizer are siftune's. Only clipping and noise differ, and so do the times.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from siftune.train.trainer import SiftTrainer
 
 
 class DrawnTrainer(SiftTrainer):
-    """Rows are drawn as in a private run, and their gradients added up as they are."""
+    """Training on rows drawn as in a private run, without clipping and noise."""
 
     @classmethod
     def take_over(cls, trainer: SiftTrainer) -> "DrawnTrainer":
@@ -62,7 +62,7 @@ class DrawnTrainer(SiftTrainer):
 
 
 class OpacusTrainer(DrawnTrainer):
-    """Opacus keeps the gradients of all rows for all layers, clips them when backward is through, and adds noise."""
+    """Opacus' default: gradients of all rows for all layers are stored, clipped after backward, and noised."""
 
     hooks_kind: ClassVar[type] = GradSampleHooks
     optimizer_kind: ClassVar[type] = DPOptimizer

@@ -1,10 +1,9 @@
-"""How far the estimate of `siftune train --dry-run` is from the run: time and peak memory, method by method.
+"""Accuracy of `siftune train --dry-run`: estimated and actual time and peak memory, method by method.
 
     python -m lab.estimate --train rows.jsonl --methods dense,ist,gast --rows 320
 
-For each method it makes the estimate and then the run, each in a process of its own, and prints a line of JSON. Besides
-the time on the clock it takes processor time, on which other work on the machine has less of an influence: there the
-estimate is made of processor time, too.
+For each method, it estimates and then runs the training, each in a separate process, and prints a line of JSON. It
+measures wall time and CPU time. Other work on the machine affects CPU time less, so that is estimated as well.
 """
 
 import argparse
@@ -27,7 +26,7 @@ _CLOCKS = {"clock": time.perf_counter, "processor": time.process_time}
 
 
 def one(task: str, recipe: Recipe) -> dict[str, float]:
-    """Estimate a run, or make it; seconds and peak memory in MB."""
+    """Estimate a run, or run it; seconds and peak memory in MB."""
     console = Console(quiet=True)
     if task in _CLOCKS:
         trial.time.perf_counter = _CLOCKS[task]  # in a process of its own

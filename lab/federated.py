@@ -1,4 +1,4 @@
-"""Several data owners, and one with all of their rows: what is a model worth that their returns are merged into?
+"""Quality of a base with the merged returns of several data owners, beside one owner with all rows.
 
     python -m lab.federated --task options --data FOLDER --owners 1,2,4,8 --seeds 0,1,2 --out FILE
     python -m lab.federated --report FILE
@@ -191,7 +191,7 @@ def spoiled(
 
 
 def _shards(tasks: Sequence[Records], owners: int) -> list[Records]:
-    """The rows of every owner: of whole tasks, or a shard of one where there are more owners than tasks."""
+    """The rows of every owner: complete tasks, or a shard of one if there are more owners than tasks."""
     if owners <= len(tasks):
         return [[row for task in tasks[owner::owners] for row in task] for owner in range(owners)]
     count = len(tasks)
@@ -265,7 +265,7 @@ def _difference(pairs: Sequence[tuple[Line, Line]]) -> str:
 
 
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """All that is asked for: one owner first, then several, with every merging and bad return that there can be."""
+    """All jobs: one owner first, then several, with every merge method and bad return."""
     names = ("task", "model", "rows", "questions", "epochs", "lr", "batch", "adapter", "rank", "rounds", "keep")
     common = {name: getattr(args, name) for name in (*names, "calibration", "template")}
     for seed in map(int, args.seeds.split(",")):

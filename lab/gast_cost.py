@@ -1,15 +1,15 @@
-"""What selecting rows costs: siftune's engine beside dense training and beside other ways to do it.
+"""Cost of row selection: siftune's engine beside dense training and two reference implementations.
 
     python -m lab.gast_cost --out cost.jsonl
     python -m lab.gast_cost --sweep --out sweep.jsonl
 
 Every measurement is a fresh process that trains on random tokens; the methods take turns over the rounds, as in
-`siftune bench`. The table has medians over the rounds; ratios to the first method are formed within a round, and their
-range over the rounds stands behind them.
+`siftune bench`. The table has medians over the rounds; ratios to the first method are formed within a round, and
+followed by their range over the rounds.
 
-With `--out`, every finished measurement adds a line of JSON to the file, and what is there already is not measured
-again: a run that was cut short continues, and more methods or rounds can be added. `--sweep` varies rows, length and
-layers one at a time, on random llamas that are made for it.
+With `--out`, every finished measurement adds a line of JSON to the file and is not repeated: an interrupted run
+continues, and more methods or rounds can be added. `--sweep` varies rows, length and layers one at a time, on random
+llamas.
 """
 
 import argparse
@@ -45,9 +45,9 @@ class Case:
     """A workload that the methods are compared on.
 
     Attributes:
-        name: What tells it from the others of a table.
+        name: Its name in tables.
         work: The workload; its model is a description, the same in every run.
-        model: Where the model is now.
+        model: Folder of the model.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Case:
     model: str
 
     def key(self, threads: int | None) -> dict[str, Any]:
-        """What a measurement has to have in common with others, in JSON's types."""
+        """The conditions that comparable measurements share, in JSON's types."""
         key: dict[str, Any] = json.loads(json.dumps({**asdict(self.work), "threads": threads}))
         return key
 
@@ -107,13 +107,13 @@ def collect(
     out: Path | None,
     measuring: Callable[..., Measurement] = measure,
 ) -> list[tuple[Case, list[Measurement]]]:
-    """Measure what `out` does not hold yet, a round of all cases after the other, and add it there.
+    """Take the missing measurements, round by round over all cases, and add them to `out`.
 
     Returns:
-        The measurements of every case, those that were there before among them.
+        The measurements of every case, earlier ones included.
 
     Raises:
-        DataError: `out` holds no measurements, or such of another machine or of other versions.
+        DataError: `out` holds no measurements, or those of another machine or of other versions.
     """
     held = _read(out)
     found: dict[str, dict[tuple[int, str], Measurement]] = {case.name: {} for case in cases}
@@ -149,7 +149,7 @@ def recorded(path: Path) -> list[tuple[Case, list[Measurement]]]:
 
 
 def table(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> list[str]:
-    """Lines of a Markdown table of all cases, and of notes on what was measured, and where."""
+    """Lines of a Markdown table of all cases, with notes on workload and machine."""
     several = len(results) > 1
     heads = ["case"] * several + ["method", "s/step", f"× {reference}", "peak MB", f"× {reference}"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * (len(heads) - 4)}{'---:|' * 4}"]
@@ -169,7 +169,7 @@ def table(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> 
 def pooled(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> list[str]:
     """Lines of a Markdown table of medians over the single steps of all rounds, and of the ratios of these medians.
 
-    Where bursts of other work slow a few steps many times over, a round's mean says little and these say more.
+    If bursts of other work slow down a few steps, these are more robust than the mean of a round.
     """
     lines = [f"| case | method | median s/step | × {reference} |", "|---|---|---:|---:|"]
     for case, measurements in results:
@@ -205,7 +205,7 @@ def _notes(results: Sequence[tuple[Case, list[Measurement]]]) -> list[str]:
 
 
 def _read(out: Path | None) -> list[dict[str, Any]]:
-    """The measurements in a file; a last line that was cut off is taken away."""
+    """The measurements in a file; an incomplete last line is removed."""
     if out is None or not out.exists():
         return []
     text = out.read_text(encoding="utf-8")
@@ -276,7 +276,7 @@ def _case(args: argparse.Namespace) -> Case:
 
 
 def _sweep(args: argparse.Namespace, folder: Path) -> list[Case]:
-    """Vary one factor at a time about a case, which comes first."""
+    """Vary one factor at a time around the first case."""
     from lab.random_llama import save_llama  # imports torch
 
     rows, length, (few, many) = args.batch_size, args.length, _LAYERS

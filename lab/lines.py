@@ -1,4 +1,4 @@
-"""The file of finished jobs: a line of JSON each, which several processes may add to at the same time."""
+"""File of finished jobs: one line of JSON each; several processes may add lines at the same time."""
 
 import fcntl
 import json
@@ -13,7 +13,7 @@ Job = dict[str, Any]
 
 
 def read(path: Path) -> list[Line]:
-    """Read finished jobs; a line that was cut off is passed over, and said so."""
+    """Read finished jobs; an incomplete line is skipped with a message."""
     if not path.exists():
         return []
     return list(_lines(path))
@@ -25,16 +25,16 @@ def _lines(path: Path) -> Iterator[Line]:
             if text.strip():
                 yield json.loads(text)
         except ValueError:
-            print(f"{path}:{number}: no whole line of JSON, passed over", file=sys.stderr)
+            print(f"{path}:{number}: incomplete line of JSON, skipped", file=sys.stderr)
 
 
 def key(job: Job) -> str:
-    """What makes two jobs the same."""
+    """Identity of a job."""
     return json.dumps(job, sort_keys=True)
 
 
 def append(path: Path, line: Line) -> None:
-    """Add a line, whole, by one write under a lock."""
+    """Add a complete line by one write under a lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed

@@ -1,4 +1,4 @@
-"""How well does LiRA tell the rows of a private training, by its ε? Tiny models, and shadows trained as privately.
+"""LiRA against private training, by ε: tiny models, with shadow models trained under the same privacy.
 
     python -m lab.lira_epsilon --epsilons none,100,8,1 --models 16 --out FILE
     python -m lab.lira_epsilon --report FILE

@@ -1,4 +1,4 @@
-"""What is an emulator worth? Gradients, loss gap, and what is tuned on it, for every way to make one.
+"""Quality of emulators: gradients, loss gap, and plug-in tuning, by method.
 
     python -m lab.offsite --calibration ARC-Easy.train.json \
         --text openbookqa.test.json --keeps 0.7,0.5 --seeds 0,1,2 --out FILE
@@ -75,7 +75,7 @@ _TUNED_SCORES = ("emulator_ft", "plug_in")
 
 @dataclass(frozen=True)
 class Setting:
-    """What all emulators are measured with.
+    """Data and settings shared by all measurements.
 
     Attributes:
         model: The base.
@@ -242,7 +242,7 @@ def _method(words: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """A number where it is one; steps are whole."""
+    """Parse a number if it is one; counts are integers."""
     if text.isdigit():
         return int(text)
     return float(text) if text.replace(".", "").isdigit() else text

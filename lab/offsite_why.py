@@ -1,4 +1,4 @@
-"""Why does the basis matter so much, and the refit? What dropping directions or channels costs, singly and together.
+"""Effect of basis and refit: cost of dropping directions or channels, singly and together.
 
     python -m lab.offsite_why --calibration ARC-Easy.train.json
 
@@ -13,7 +13,7 @@ by singular value, by the paper's score (λ = 0), and for the whitened basis, wh
 form, so that the two agree.
 
 The second table is of channels, in the matrix of the MLP that writes: cost of dropping them together, on the
-calibration rows and on the others, with its columns as they were and fitted to what the whole matrix wrote.
+calibration rows and on the others, with its columns unchanged, and fitted to the output of the complete matrix.
 
 Means over the layers; `--layers` names others.
 """

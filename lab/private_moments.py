@@ -1,4 +1,4 @@
-"""Curvature with a stated bound on what it reveals of a row: clipped tokens and Gaussian noise *(ours)*.
+"""Curvature with differential privacy for calibration rows: clipped tokens and Gaussian noise *(ours)*.
 
 Compression looks at calibration rows through A and G alone (`kfac`; with λ = 0, D has no part in it). So noise on these
 bounds whatever is made of them. Each token's x is scaled down to a norm of at most C, and the sum gets a symmetric
@@ -37,7 +37,7 @@ _MOST = 1e6  # an ε that says nothing
 
 
 def private_moments(rows_NF: Tensor, clip: float, noise: float, row_tokens: int, generator: torch.Generator) -> Moments:
-    """The second moment of rows, of which no single calibration row can be read off with certainty.
+    """Second moment of rows with Gaussian noise.
 
     Args:
         rows_NF: (N, F) inputs, or output gradients, of the real tokens of all calibration rows.

@@ -1,4 +1,4 @@
-"""The tables of `quality.py --report`: results in, Markdown out."""
+"""Tables of recorded runs on support sets and selection rules, in Markdown."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Random llamas, to measure on: of any depth, and of a size that does not fit into memory."""
+"""Random llamas for measurements, of any depth and of any size, also larger than memory."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def save_llama(folder: Path, layers: int, hidden: int, longest: int, spread: flo
         folder: Where to.
         layers: Its decoder layers.
         hidden: Its hidden size, a multiple of 4.
-        longest: Tokens that a row may have.
+        longest: Largest number of tokens in a row.
         spread: Deviation of its weights; with the usual one no training of adapters moves its losses far.
 
     Returns:

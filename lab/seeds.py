@@ -1,4 +1,4 @@
-"""Means of methods that were run with the same seeds, and how they vary from seed to seed and question to question.
+"""Means of methods over the same seeds, with bootstrap intervals over seeds and questions.
 
 A resample draws as many seeds as there are, with replacement, and for each of these draws as many of its questions as
 it has, with replacement. All methods are compared on exactly the same questions of the same seeds, whatever these are.

@@ -1,4 +1,4 @@
-"""What memory does `siftune emulate` take of a model that is read layer by layer?
+"""Memory of `siftune emulate` on a base model read layer by layer.
 
     python -m lab.streamed --folder FOLDER --layers 24 --hidden 2048 --intermediate 5504 --rows 16 --length 64
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def peak(arguments: list[str]) -> tuple[float, float]:
-    """Resident memory of a Python process at its peak in MB, and of what of it is not of files, as often looked at.
+    """Peak resident memory of a Python process in MB, and its part not backed by files, by polling.
 
     Raises:
         SystemExit: The process failed.

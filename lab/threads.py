@@ -1,8 +1,8 @@
-"""What waiting threads cost: matrix products on two threads, on an idle machine and beside other work.
+"""Cost of waiting threads: matrix products on two threads, on an idle machine and beside other work.
 
     python -m lab.threads --rounds 3 --seconds 5
 
-Each figure is of a fresh process, and settings take turns: GNU's OpenMP as it comes, as siftune sets it
+Each figure is of a fresh process, and settings take turns: GNU's OpenMP by default, as siftune sets it
 (`siftune.base.environment`), and with threads that sleep at once. The other work is processes that compute without end.
 """
 

@@ -1,4 +1,4 @@
-"""How long it takes to read many rows and to tokenise them, the first time and once they are in the cache.
+"""Time to read and tokenize many rows, without and with the cache.
 
     python -m lab.tokens --rows 200000
 

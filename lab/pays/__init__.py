@@ -1,1 +1,1 @@
-"""When does selection pay? Scenarios, methods and their rivals, run by `run.py` and compared by `report.py`."""
+"""Quality of selection: scenarios, methods and alternatives, run by `run.py` and compared by `report.py`."""

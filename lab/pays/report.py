@@ -2,9 +2,8 @@
 
 For each cell: every method at its best learning rate, which is that of the least loss on further held-out rows (`dev`),
 over the seeds that all of its rates have. Differences to `dense` are paired, the same questions and the same seed on
-both sides; their intervals are bootstrapped over seeds, and within each seed over its questions. So few seeds tell
-little of other seeds: such intervals are too narrow by about √((S − 1)/S), and with one seed they speak for other
-questions alone.
+both sides; their intervals are bootstrapped over seeds, and within each seed over its questions. With few seeds
+these intervals are too narrow by about √((S − 1)/S); with one seed they cover other questions only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""When does selection pay? Runs the jobs of a scenario, or those of a file, two at a time.
+"""Quality of selection: run the jobs of a scenario or of a file, several at a time.
 
     python -m lab.pays.run S1 --data FOLDER --cells mix,reverse --methods dense,ceiling,small-loss,gast \
         --lrs 5e-4,1e-3 --seeds 0,1 --out pays.jsonl --workers 2
@@ -131,7 +131,7 @@ def check_data(data: Path) -> None:
 
 
 def check(jobs: list[Job], data: Path) -> None:
-    """Refuse recipes and data that cannot be used, before hours of training."""
+    """Check recipes and data before hours of training."""
     import tempfile
 
     from lab.pays.job import recipe_of
@@ -215,7 +215,7 @@ class Queue:
 
 
 def describe(job: Job) -> str:
-    """A job in a few words."""
+    """One-line description of a job."""
     cell = job["cell"]
     parts = (job["scenario"], cell["name"], f"known {cell['known']}", job["method"]["name"], job["model"])
     return f"{' '.join(parts)} lr {job['lr']:g} seed {job['seed']}"

@@ -1,4 +1,4 @@
-"""A Trainer that notes which rows each batch had, and the ceiling, which trains on the target's correct rows alone.
+"""A Trainer that records the rows of each batch, and the ceiling: training on correct target rows alone.
 
 The gradient of the ceiling's step is that of the mean loss over the labels of those rows. A batch without such a row is
 skipped: it forms no gradients, so that the optimizer leaves every parameter as it is.
@@ -102,7 +102,7 @@ class Followed:
 
 
 class SubsetTrainer(SiftTrainer):
-    """siftune's Trainer, which notes the rows of each batch and may train on the target's correct rows alone.
+    """siftune's Trainer, which records the rows of each batch and may train on the target's correct rows alone.
 
     Attributes:
         book: Finds the rows of a batch.

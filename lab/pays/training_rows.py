@@ -1,10 +1,10 @@
-"""What a method is trained on: the pool, the known rows, or parts of both.
+"""Training rows of a method: the pool, the known rows, or parts of both.
 
 A plan is a name, then what is added to it, with plus signs between:
 
     pool        every row of the pool
     known       the known rows alone, repeated so that they fill the steps
-    retrieved   the quarter of the pool that is most like the known rows: see `lab.pays.embeddings`
+    retrieved   the quarter of the pool most similar to the known rows: see `lab.pays.embeddings`
 
     +known      the known rows, each once
     +weighted   the known rows, repeated so that they are a quarter of all rows

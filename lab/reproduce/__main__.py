@@ -108,7 +108,7 @@ _GIVEN = {
 
 
 def _refuse_lines(recipe: str | None) -> None:
-    """Refuse lines of a recipe file that would be of no effect."""
+    """Refuse lines of a recipe file without effect."""
     from siftune.recipe.read import load_recipe
     from siftune.recipe.schema import Recipe
 
@@ -119,7 +119,7 @@ def _refuse_lines(recipe: str | None) -> None:
 
 
 def _refuse_idle(options: Options, protocol: "Protocol") -> None:
-    """Refuse options that would be of no effect on a suite."""
+    """Refuse options without effect on a suite."""
     idle = ["adapters", "prompts"] if protocol.suite.emulators else ["keep"]
     if protocol.suite.emulators or "likeliest" not in protocol.suite.metrics:  # no options to list
         idle.append("answers")

@@ -2,7 +2,7 @@
 
 A question of choice is answered by the first of its options' names that comes up, whatever stands around it; a sum by
 the last number. That takes "true" in "untrue" and 3 in "3 of 12 are left" for answers, too: so does theirs, and figures
-are comparable only where answers are found alike.
+are comparable only if answers are found in the same way.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What a model answers to a task's questions, and the file that keeps it.
+"""Answers of a model to a task's questions, and their file.
 
 Up to three values for a question:
 
@@ -97,7 +97,7 @@ class Asking:
 def ask(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], task: Task, answers: Answers, asking: Asking
 ) -> None:
-    """Ask a task's questions, and write what is found.
+    """Ask a task's questions, and write the answers.
 
     Args:
         model: A causal language model, PEFT-wrapped or not.
@@ -122,7 +122,7 @@ def ask(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a file that was written here holds.
+    """Contents of a file of answers.
 
     Raises:
         RecipeError: It is damaged.

@@ -1,9 +1,9 @@
-"""The work of a protocol: learning rates first, then a run for each method and seed, and its answers.
+"""Steps of a protocol: learning rates first, then a run for each method and seed, and its answers.
 
 OUT/
   protocol.json            what the folder is of; another call must be of the same
   data/                    the rows: see `rows.py`
-  untuned/                 TASK.answers.json of the model as it comes
+  untuned/                 TASK.answers.json of the untuned model
   lora-learned/            runs with one adapter type that learn the prompts, or do not (masked)
     rates/                 a sweep of learning rates, as `siftune sweep-lr` leaves it
     METHOD-seed0/          a run folder, as `siftune train` leaves it, with TASK.answers.json for each task
@@ -36,7 +36,7 @@ _ALIKE = ("lora", "dora")  # DoRA's paper has LoRA's rank, scale and places
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that are alike but for method, rate and seed.
+    """Runs that differ only in method, rate and seed.
 
     Attributes:
         adapter: Adapter type.
@@ -94,7 +94,7 @@ class Reproduction:
     answers: Wording = "names"
 
     def cells(self) -> list[Cell]:
-        """All cells, seed by seed, so that an early end leaves whole comparisons."""
+        """All cells, seed by seed, so that an early end leaves complete comparisons."""
         return [
             Cell(group, method, seed, self.out / group.name / f"{method}-seed{seed}")
             for seed in self.grid.seeds
@@ -108,7 +108,7 @@ class Reproduction:
         return "dense" if "dense" in self.grid.methods and len(self.grid.methods) > 1 else None
 
     def lines(self) -> list[Line]:
-        """What stands in the tables: the model as it comes, then each group's methods, against dense if it is there."""
+        """Lines of the tables: the untuned model, then each group's methods, against dense if it was run."""
         lines = [Line("untuned", [self._answers(self.out / "untuned")])]
         for group in self.groups:
             dense = self.label(group, "dense") if self.reference else None

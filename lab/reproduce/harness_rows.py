@@ -1,4 +1,4 @@
-"""From a folder of the hub's rows, or from the hub, to the files that offsite-tuning's tasks are tuned and asked on.
+"""Files with the rows and questions of offsite-tuning's tasks, from a folder or from the hub.
 
 OUT/data/
   TASK.train.jsonl, TASK.heldout.jsonl    `prompt` and `completion`

@@ -1,6 +1,6 @@
-"""Offsite-tuning's tables at work in a folder: kits, tuned outer layers, and what each model answers.
+"""Offsite-tuning's tables in a folder: kits, tuned outer layers, and the answers of each model.
 
-For each task: the base model as it comes, and with its outer layers tuned; for each emulator: as it comes, tuned, and
+For each task: the base model untuned, and with its outer layers tuned; for each emulator: untuned, tuned, and
 the base with the layers that were tuned on the emulator plugged in.
 
 OUT/
@@ -77,7 +77,7 @@ class Offsite:
         return BASE
 
     def lines(self) -> list[Line]:
-        """What stands in the tables; differences are to the base model as it comes."""
+        """Lines of the tables; differences are to the untuned base model."""
         seeds = self.grid.seeds
         lines = [self._line(BASE, [BASE]), self._line("base, outer layers tuned", [f"tuned-seed{s}" for s in seeds])]
         for name in self.emulators:

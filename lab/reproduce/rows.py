@@ -1,4 +1,4 @@
-"""From a folder of the papers' rows, or from the hub, to the files that a protocol trains and asks on.
+"""Files with the rows and questions of a protocol, from a folder or from the hub.
 
 OUT/data/
   train.jsonl, heldout.jsonl    `prompt` and `completion`
@@ -153,7 +153,7 @@ def _question(row: Row, task: str, answers: Wording) -> Record:
     if answers == "texts":
         choices = _told(row)[1]
         if len(set(choices)) < len(choices) or not all(choice.strip() for choice in choices):
-            raise DataError(f"{row.origin}: an option is empty, or two are alike: leave the row out")
+            raise DataError(f"{row.origin}: an option is empty, or two are equal: leave the row out")
     return {**_asked(row, answers), "choices": choices, "answer": right}
 
 
@@ -178,7 +178,7 @@ def _told(row: Row) -> tuple[str, list[str], int]:
 
 
 def write_rows(path: Path, records: Sequence[Record]) -> None:
-    """Write a .jsonl file, whole or not at all."""
+    """Write a .jsonl file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_beside(path) as [beside]:
         beside.write_text("".join(_lines(records)), encoding="utf-8")

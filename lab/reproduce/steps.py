@@ -1,4 +1,4 @@
-"""The steps that protocols are made of; each is done once in a folder, and resumes where it was cut off."""
+"""Steps of the protocols; each is done once in a folder, and resumes after an interruption."""
 
 import gc
 import json

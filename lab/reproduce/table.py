@@ -1,9 +1,9 @@
-"""The papers' table beside one's own, with intervals.
+"""The papers' table and our results, with intervals.
 
 A figure is the mean over a task's questions and over seeds. Its interval draws questions: the same ones for all seeds
-and for all that are compared, so that it tells how far the figure depends on which questions are asked; what seeds do
-besides is the ± behind it. The average is over tasks alike, as in the papers; its interval, and that of the difference
-to a reference, draws the questions of each task by themselves. Nats are per token of the right answers.
+and for all that are compared, so it covers the choice of questions; the ± behind it is the deviation over seeds. The
+average gives all tasks the same weight, as in the papers; its interval, and that of the difference to a reference,
+draws the questions of each task separately. Nats are per token of the right answers.
 """
 
 from collections.abc import Mapping, Sequence

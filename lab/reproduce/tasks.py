@@ -1,4 +1,4 @@
-"""The papers' tasks: how each is called, how its answers are read, and how rows of the hub become its questions.
+"""The papers' tasks: names, readers of answers, and conversion of the hub's rows into questions.
 
 LLM-Adapters' files have them as `instruction`, `output` and `answer`; on the hub each has columns of its own, which are
 put into the words of these files here. Rows of the hub are those that the files were made of, as far as is known.

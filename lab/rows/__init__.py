@@ -1,1 +1,1 @@
-"""Which score names wrong rows, and does it pay to leave them out? Run by `run.py`, compared by `report.py`."""
+"""Scores that detect wrong rows, and training without those rows; run by `run.py`, compared by `report.py`."""

@@ -1,4 +1,4 @@
-"""The cells: of what kind the planted errors are, how many there are, and among which rows they stand.
+"""Cells: kind and number of the planted errors, and the rows around them.
 
 A cell is one of `pays.cells`, with what is planted besides:
 

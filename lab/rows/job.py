@@ -1,7 +1,7 @@
 """One job in a process of its own: `python -m rows.job OUT DATA` reads it from stdin and adds a line to OUT.
 
 A job "scores" trains once on a pool with planted errors, and scores its rows in every way. A job "drop" trains on the
-same pool as it is, and then without the rows that a score names, against as many dropped otherwise. A job "peers"
+same pool as it is, and then without the rows that a score names, against as many chosen otherwise. A job "peers"
 scores it as other tools do.
 """
 
@@ -45,7 +45,7 @@ ARMS = ("named", "loss", "random", "truth")  # what is left out, but for the arm
 
 @dataclass
 class Recorded(Work):
-    """Work that records its rows, and watches their gradients where it is told to."""
+    """Training that records its rows and, with `watch`, their gradients."""
 
     watch: Watch | None = None
     record: RowRecord = field(default_factory=RowRecord)
@@ -128,7 +128,7 @@ def compared(job: Job, data: Path, folder: Path) -> Record:
 
 
 def leave_out(score: Any, loss: Any, bad: Any, seed: int) -> dict[str, set[int]]:
-    """Numbers of the rows that each arm goes without: those that are named, and as many by loss and at random.
+    """Numbers of the rows to leave out in each arm: the flagged rows, and as many by loss and at random.
 
     Args:
         score: (R,) siftune's.

@@ -1,4 +1,4 @@
-"""How well a score tells bad rows from others.
+"""Metrics of scores that detect bad rows.
 
 Shapes: R rows.
 """
@@ -51,7 +51,7 @@ def all_of(scores: Floats, bad: Bools) -> dict[str, float]:
 
 
 def named(scores: Floats, bad: Bools, least: float) -> dict[str, int]:
-    """How many rows score at least so much, and how many of these are bad."""
+    """Number of rows with at least this score, and of the bad rows among them."""
     chosen = scores >= least
     return {"rows": int(chosen.sum()), "bad": int(bad[chosen].sum())}
 

@@ -1,4 +1,4 @@
-"""What other tools make of the same pool: two models, each trained on half of the rows, score the other half.
+"""Scores by other tools: two models, each trained on half of the pool, score the other half.
 
     cross-loss    mean loss of a row's labels under the model that was not trained on it
     cross-least   minus the probability of its least likely label there

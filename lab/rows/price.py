@@ -1,4 +1,4 @@
-"""What recording rows costs: its share of a step's time, and bytes a row and epoch.
+"""Cost of the row record: its share of a step's time, and bytes per row and epoch.
 
     python -m lab.rows.price                                        # SmolLM2, 16 rows of 128 tokens, 32 learned
     python -m lab.rows.price --model tiny --length 32 --steps 20    # a trial

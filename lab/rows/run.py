@@ -1,11 +1,11 @@
-"""Which score names wrong rows? Runs training on planted errors, one process a job, and resumes where it stopped.
+"""Scores of wrong rows: training on planted errors, one process per job, resumed by the same command.
 
     python -m lab.rows.run scores --data FOLDER --cells near-15,uniform-15 --seeds 0 --out rows.jsonl --workers 2
     python -m lab.rows.run drop --data FOLDER --cells near-15,uniform-15 --seeds 0,1,2,3,4 --out rows.jsonl
     python -m lab.rows.run peers --data FOLDER --cells near-15 --out rows.jsonl  # needs cleanlab
     python -m lab.rows.report rows.jsonl
 
-`rows/cells.py` says what the cells are. Every job trains SmolLM2 or Gemma 3 with dense LoRA on siftune's own training
+`rows/cells.py` defines the cells. Every job trains SmolLM2 or Gemma 3 with dense LoRA on siftune's own training
 path: "scores" once, "drop" five times, "peers" twice on half of the rows. A finished job adds a line of JSON to the
 file and is never made again; Ctrl-C loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE`
 runs those of a file, in its order.

@@ -1,6 +1,6 @@
-"""Watches the gradients of all rows in training that is dense: lengths, alignments, margins of the labels' logits.
+"""Gradients of all rows in dense training: lengths, alignments, and margins of the label logits.
 
-Every row is followed, so that the weights move as without it, but for rounding. With g_i the gradient of row i for a
+Every row is followed, so training is unchanged except for rounding. With g_i the gradient of row i for a
 layer, m their mean over earlier steps (decay 0.9), and sums over all layers:
 
     norm        √ Σ ‖g_i‖²
@@ -37,7 +37,7 @@ _DECAY = 0.9
 
 
 class Watching:
-    """A rule that follows all rows, and notes how their gradients stand to each other.
+    """A rule that follows all rows, and records how their gradients align.
 
     Args:
         groups: The layers.
@@ -113,7 +113,7 @@ def _cosine(dot: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 @dataclass
 class _NoSettings(Settings):
-    """There is nothing to set."""
+    """No settings."""
 
     group: ClassVar[str] = "watch"
     select: ClassVar[float] = 1.0
@@ -121,7 +121,7 @@ class _NoSettings(Settings):
 
 @dataclass(eq=False)
 class Watch(SampleCallback, _NoSettings):
-    """Keeps what is watched, a line for every row of every batch."""
+    """A callback that records these values for every row of every batch."""
 
     def __post_init__(self) -> None:
         """Begin with nothing."""
@@ -141,7 +141,7 @@ class Watch(SampleCallback, _NoSettings):
         return None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen to the logits, too."""
+        """Add a hook on the logits."""
         super().on_train_begin(args, state, control, **kwargs)
         self._batch = row_numbers(calling_trainer(self))
         self._hook = kwargs["model"].register_forward_hook(self._look)
@@ -153,7 +153,7 @@ class Watch(SampleCallback, _NoSettings):
         super().on_train_end(args, state, control, **kwargs)
 
     def columns(self) -> dict[str, NDArray[np.float64]]:
-        """What was watched, a value for each row of every batch, in the order of steps, and of rows within a step."""
+        """Recorded values, one for each row of every batch, in the order of steps, and of rows within a step."""
         table = np.concatenate(self._kept, axis=1)
         table = table[:, np.lexsort((table[1], table[0]))]
         found = dict(zip(("step", "row", *NAMES, "margin"), table, strict=True))
