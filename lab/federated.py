@@ -231,7 +231,7 @@ def report(lines: Sequence[Line]) -> str:
     """A Markdown table; each beside one owner with all rows, questions of all seeds pooled."""
     ways = {json.dumps([line["job"][name] for name in _WAY]): None for line in lines}
     rows = [row for way in ways for row in _rows_of(json.loads(way), lines)]
-    header = ["owners", "merged by", "bad return", "round", "nats per token", "more than one owner's", "right", "seeds"]
+    header = ["owners", "merging", "bad return", "round", "nats per token", "− one owner", "correct", "seeds"]
     return markdown_table(Table(header, rows, words=(1, 2)))
 
 

@@ -96,7 +96,7 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
         told = [_told(own, number) for number in range(len(own))]
         means = [f"{np.mean(part):.3f} ({min(part):.3f} to {max(part):.3f})" for part in zip(*told, strict=True)]
         table.append([epsilon, *means, str(len(own))])
-    header = ["ε", "LiRA: AUC", "found at 5 % false alarms", "loss alone: AUC", "loss of trained rows", "models"]
+    header = ["ε", "LiRA: AUC", "TPR at 5 % FPR", "loss alone: AUC", "loss of training rows", "models"]
     return markdown_table(Table(header, table))
 
 

@@ -271,7 +271,7 @@ def _bases(bases: dict[int, Line]) -> list[str]:
     before, after = (_percent(np.mean(columns[name])) for name in ("full_zs", "full_ft"))
     losses = [mean(line["scores"][name]["nll"] for line in bases.values()) for name in ("full_zs", "full_ft")]
     return [
-        f"Base: {before} of the questions right, {after} after tuning the same layers (nats per label "
+        f"Base: {before} of the questions correct, {after} after tuning the same layers (nats per label "
         f"{losses[0]:.3f} and {losses[1]:.3f}); seeds {', '.join(map(str, sorted(bases)))}."
     ]
 
@@ -279,7 +279,7 @@ def _bases(bases: dict[int, Line]) -> list[str]:
 def _header(tuned: bool) -> list[str]:
     names = ["emulator", "cosine", "on the task", "loss", "gap"]
     names += ["tuned: nats", "plug-in: nats", "Δ", "share of the gain, %"] if tuned else []
-    names += ["tuned: right", "plug-in: right", "Δ"] if tuned else []
+    names += ["tuned: correct", "plug-in: correct", "Δ"] if tuned else []
     return names
 
 

@@ -45,12 +45,15 @@ def _section(heading: str, methods: dict[str, Runs], metric: str | None, bases: 
     seeds = sorted({seed for runs in methods.values() for seed in runs})
     parts = [
         f"## {heading}",
-        f"Per cent by {metric}, {len(some['correct'][metric])} questions for each of the seeds "
+        f"Correct answers in per cent by {metric}, {len(some['correct'][metric])} questions for each of the seeds "
         f"{', '.join(map(str, seeds))}; NLL of a right answer in nats. In brackets: 95 % of the paired bootstrap.",
         _quality(methods, metric, seeds, [base for base in bases if base in methods]),
     ]
     if any("wrong_in_draws" in line for runs in methods.values() for line in runs.values()):
-        parts += ["Rows with a wrong label, in per cent of the draws, and mean z-scores of rows:", _labels(methods)]
+        parts += [
+            "Share of rows with a wrong label in the draws, in per cent, and mean z-scores of rows:",
+            _labels(methods),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,8 +73,8 @@ def _quality(methods: dict[str, Runs], metric: str, seeds: Sequence[int], bases:
             _mean(runs, nll, ".3f"), *(_against(methods, name, base, nll, "+.3f") for base in bases),
             *(_seconds(runs, key) for key in ("seconds_per_step", "processor_seconds_per_step")),
         ])  # fmt: skip
-    titles = ["method", "right", "each seed", *(f"− {base}" for base in bases)]
-    titles += ["NLL", *(f"NLL − {base}" for base in bases), "s/step", "of the processor"]
+    titles = ["method", "correct", "each seed", *(f"− {base}" for base in bases)]
+    titles += ["NLL", *(f"NLL − {base}" for base in bases), "s/step", "CPU s/step"]
     return markdown_table(Table(titles, rows))
 
 

@@ -65,15 +65,19 @@ def peak(arguments: list[str]) -> tuple[float, float]:
     """
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
     highest = {"VmHWM": 0.0, "RssAnon": 0.0}
-    while process.poll() is None:
-        try:
-            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
-        except OSError:
-            break
-        for name, _, rest in (line.partition(":") for line in lines):
-            if name in highest:
-                highest[name] = max(highest[name], int(rest.split()[0]) * 1.024 / 1e3)
-        time.sleep(0.02)
+    try:
+        while process.poll() is None:
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
+            except OSError:
+                break
+            for name, _, rest in (line.partition(":") for line in lines):
+                if name in highest:
+                    highest[name] = max(highest[name], int(rest.split()[0]) * 1.024 / 1e3)
+            time.sleep(0.02)
+    except BaseException:
+        process.kill()
+        raise
     if process.wait():
         raise SystemExit(f"{arguments} ended with {process.returncode}")
     return highest["VmHWM"], highest["RssAnon"]

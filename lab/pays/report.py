@@ -46,7 +46,7 @@ def differences(lines: Sequence[Line], base: str) -> str:
                 (right, seeds), (nats, _) = (compare(name, best, of, [base]) for of in ("right", "nats"))
                 minus = [_minus(right, name, ".1f", base=base), _minus(nats, name, ".3f", -1, base)]
                 rows.append([cell_name, where, name, str(len(seeds)), *minus])
-    titles = ["cell", "scenario", "method", "seeds", f"right − {base}", f"nats − {base}"]
+    titles = ["cell", "scenario", "method", "seeds", f"correct − {base}", f"nats − {base}"]
     return markdown_table(Table(titles, rows))
 
 
@@ -119,11 +119,14 @@ def compare(
 def _section(heading: tuple[str, str], cell: Cell) -> str:
     best = {name: rates[best_rate(rates)] for name, rates in cell.items()}
     seeds = max(len(runs) for runs in best.values())
-    note = "One seed: intervals are over its questions alone." if seeds == 1 else "Intervals: seeds and questions."
-    parts = [f"## {heading[1]} ({heading[0]})", f"{note} Right in per cent, nats per token of the right answer."]
+    note = "One seed: intervals over its questions only." if seeds == 1 else "Intervals over seeds and questions."
+    parts = [
+        f"## {heading[1]} ({heading[0]})",
+        f"{note} Correct answers in per cent, nats per token of the correct answer.",
+    ]
     parts.append(_quality(cell, best))
     if any(len(rates) > 1 for rates in cell.values()):
-        parts += ["Every rate, right / nats, mean over its seeds:", _rates(cell)]
+        parts += ["Every rate, correct / nats, mean over its seeds:", _rates(cell)]
     parts += (
         ["Rows followed, in per cent:", _followed(best)] if any("followed" in _any(r) for r in best.values()) else []
     )
@@ -147,7 +150,16 @@ def _quality(cell: Cell, best: Mapping[str, Runs]) -> str:
             _percent(nats.share(name, BASE, CEILING)) if whole else _NONE,
             _mean_share(best[name], "followed", "batches"), _time(best, name),
         ])  # fmt: skip
-    titles = ["method", "lr, of how many", "seeds", "right", "nats", "right − dense", "nats − dense", "dense → ceiling"]
+    titles = [
+        "method",
+        "best lr, of N",
+        "seeds",
+        "correct",
+        "nats",
+        "correct − dense",
+        "nats − dense",
+        "dense → ceiling",
+    ]
     return markdown_table(Table([*titles, "target followed", "time"], rows))
 
 
@@ -237,7 +249,7 @@ def _overviews(sections: Mapping[tuple[str, str], Cell]) -> list[str]:
     for where in dict.fromkeys(heading[0] for heading in sections):
         cells = {heading[1]: cell for heading, cell in sections.items() if heading[0] == where}
         if len(cells) > 1:
-            parts.append(f"## All cells ({where})\n\nNats − dense; less is better.\n\n{_overview(cells)}\n")
+            parts.append(f"## All cells ({where})\n\nNats − dense; lower is better.\n\n{_overview(cells)}\n")
     return parts
 
 

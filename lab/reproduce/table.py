@@ -20,9 +20,9 @@ from siftune.report.table import Table
 
 AVERAGE, DIFFERENCE = "average", "difference"
 _WORDS = {
-    "generated": "% right in the text that it writes",
-    "likeliest": "% right by log-likelihood",
-    "nats": "nats per token of the right answers, less is better",
+    "generated": "% correct in generated answers",
+    "likeliest": "% correct by log-likelihood",
+    "nats": "nats per token of the correct answers, lower is better",
 }
 
 

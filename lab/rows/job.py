@@ -93,7 +93,7 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
 
 
 def dropped(job: Job, data: Path, folder: Path) -> Record:
-    """Train on all rows, and without those that are named; each arm has the same steps."""
+    """Train on all rows, and without the flagged rows; each arm has the same steps."""
     model, tokenizer = load(job)
     pool = pool_of(job, data, tokenizer)
     first = Recorded(job, model, tokenizer, pool, folder)

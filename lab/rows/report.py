@@ -43,7 +43,7 @@ def sections(lines: Sequence[Line]) -> Iterable[str]:
                 yield _named([line for line in chosen if "named" in line])
         drops = [each for each in own if "arms" in each]
         if drops:
-            yield f"## {model}: without the rows that are named"
+            yield f"## {model}: without the flagged rows"
             yield _drops(drops)
 
 
@@ -76,14 +76,14 @@ def _figure(values: Sequence[float]) -> str:
 def _named(lines: Sequence[Line]) -> str:
     rows = []
     for name, cell in _by_cell(lines).items():
-        for words, key in ((name, "named"), (f"{name}, told by source", "named_by_source")):
+        for words, key in ((name, "named"), (f"{name}, scored within sources", "named_by_source")):
             if all(key in line for line in cell):
                 rows_named, bad = (sum(line[key][count] for line in cell) for count in ("rows", "bad"))
                 share = f"{100 * bad / rows_named:.0f} %" if rows_named else "–"
                 found = f"{100 * bad / sum(line['bad'] for line in cell):.0f} %"
                 rows.append([words, str(len(cell)), str(rows_named), share, found])
-    return "What the default names\n\n" + markdown_table(
-        Table(["cell", "seeds", "rows named", "of these bad", "of the bad named"], rows)
+    return "Rows flagged by default\n\n" + markdown_table(
+        Table(["cell", "seeds", "flagged rows", "precision", "recall"], rows)
     )
 
 
