@@ -1,5 +1,6 @@
 """Every script of the laboratory: its help, and a run in seconds on a tiny random model (marker lab)."""
 
+import ast
 import importlib
 import json
 import random
@@ -72,9 +73,12 @@ def test_readme_names_every_script():
 
 def test_lab_uses_public_names():
     for path in (ROOT / "lab").rglob("*.py"):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        imports = [line for line in lines if line.startswith(("from siftune", "import siftune"))]
-        assert not [line for line in imports if " _" in line or "._" in line], path
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "siftune"]
+        names = {alias.asname or alias.name for node in imports for alias in node.names}
+        assert not [name for name in names if name.startswith("_")], path
+        used = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+        assert not [n.attr for n in used if n.value.id in names and n.attr.startswith("_")], path
 
 
 def question(name, number):
