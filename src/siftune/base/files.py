@@ -9,9 +9,11 @@ import hashlib
 import os
 import pickle
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 from safetensors import SafetensorError
 
@@ -106,11 +108,46 @@ def why_unreadable(error: BaseException) -> str:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    """Remove a file, a folder, or a link itself: what a link points to is never touched."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder that holds a link, a pipe or a device, before anything is written into it.
+
+    A folder from another party could otherwise direct what is written into it to any file of the user. The folder
+    itself may be a link, since the user named it.
+
+    Raises:
+        InputError: The folder holds something other than files and folders, or cannot be read; the message names it.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); give another folder") from error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                kind = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+                raise InputError(
+                    f"{path} is {kind}, through which a run could change files elsewhere: remove it, or give another "
+                    "folder"
+                )
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open a text file to add lines to, which is created if it is missing; a link is not followed.
+
+    Raises:
+        OSError: The file is a link (ELOOP), or cannot be written to.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
+    return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
 @contextmanager

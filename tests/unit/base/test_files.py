@@ -7,7 +7,15 @@ import pytest
 from safetensors import SafetensorError
 
 from siftune.base.errors import InputError, ModelError, TrainingError
-from siftune.base.files import disk_faults, new_folder, refuse_full, writable_folder, write_beside
+from siftune.base.files import (
+    disk_faults,
+    new_folder,
+    open_to_append,
+    refuse_full,
+    refuse_links,
+    writable_folder,
+    write_beside,
+)
 
 
 def names(folder):
@@ -158,3 +166,63 @@ def test_what_is_in_use_is_refused_and_left_alone(tmp_path):
     refuse_full(tmp_path / "none")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
     assert (tmp_path / "full" / "x").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".a.partial", ".a.old", "a"])
+@pytest.mark.parametrize("target", ["file", "folder"])
+def test_writing_beside_touches_nothing_behind_a_link(tmp_path, name, target):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / name).symlink_to(outside / "file" if target == "file" else outside)
+
+    def write():
+        with write_beside(inside / "a") as [beside]:
+            beside.write_text("new")
+
+    if (name, target) == ("a", "folder"):
+        with pytest.raises(InputError):
+            write()
+    else:
+        write()
+        assert (inside / "a").read_text() == "new"
+        assert not (inside / "a").is_symlink()
+    assert names(outside) == ["file"]
+    assert (outside / "file").read_text() == "mine"
+
+
+def test_appending_follows_no_link(tmp_path):
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(OSError, match="symbolic links") as caught, open_to_append(tmp_path / "link"):
+        pass
+    assert caught.value.errno == errno.ELOOP
+    for line in ("a\n", "b\n"):
+        with open_to_append(tmp_path / "new") as file:
+            file.write(line)
+    assert (tmp_path / "new").read_text() == "a\nb\n"
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+@pytest.mark.parametrize("depth", ["", "sub", "sub/deeper"])
+@pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "link to nothing", "pipe"])
+def test_folders_with_links_are_refused_by_name(tmp_path, depth, kind):
+    place = tmp_path / "run" / depth
+    place.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(place / "odd")
+    else:
+        targets = {"link to a file": "/etc/hostname", "link to a folder": "/etc", "link to nothing": "/no/such"}
+        (place / "odd").symlink_to(targets[kind])
+    with pytest.raises(InputError, match="odd"):
+        refuse_links(tmp_path / "run")
+
+
+def test_plain_folders_pass_and_the_folder_itself_may_be_a_link(tmp_path):
+    (tmp_path / "run" / "sub").mkdir(parents=True)
+    (tmp_path / "run" / "sub" / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    refuse_links(tmp_path / "run")
+    refuse_links(tmp_path / "link")
