@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -119,14 +119,16 @@ def _remove(path: Path) -> None:
 def refuse_links(folder: Path) -> None:
     """Refuse a folder that holds a link, a pipe or a device, before anything is written into it.
 
-    A folder from another party could otherwise direct what is written into it to any file of the user. The folder
+    A folder that is missing passes. A folder from another party could otherwise direct what is written into it to any file of the user. The folder
     itself may be a link, since the user named it.
 
     Raises:
         InputError: The folder holds something other than files and folders, or cannot be read; the message names it.
     """
 
-    def fail(error: OSError) -> NoReturn:
+    def fail(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and Path(error.filename) == folder:
+            return  # nothing to look through
         raise InputError(f"{error.filename} cannot be read ({error.strerror}); give another folder") from error
 
     for parent, folders, files in os.walk(folder, onerror=fail):
@@ -138,6 +140,33 @@ def refuse_links(folder: Path) -> None:
                     f"{path} is {kind}, through which a run could change files elsewhere: remove it, or give another "
                     "folder"
                 )
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Lock an existing folder while the block runs, so that two processes do not mix their files in it.
+
+    The system releases the lock if the process ends in any way. Windows has no such lock, and nothing is locked there.
+
+    Raises:
+        InputError: Another process has locked the folder.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is working in {folder}: wait until it ends, or give another folder with --out"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def open_to_append(path: Path) -> TextIO:

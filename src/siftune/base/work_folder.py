@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from siftune.base.errors import InputError, RecipeError
-from siftune.base.files import write_beside
+from siftune.base.files import open_to_append, refuse_links, write_beside
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,11 @@ class WorkFolder:
             facts: By the name that an error message calls them, of plain types.
 
         Raises:
+            InputError: The folder holds a link, which could lead a write to a file elsewhere.
             RecipeError: A fact differs; the folder holds something else; or it cannot be written to.
         """
         facts = json.loads(json.dumps(facts))
+        refuse_links(self.path)
         try:
             inside = [part.name for part in self.path.iterdir()] if self.path.exists() else []
             others = [name for name in inside if name != self._record.name and not name.endswith(".partial")]
@@ -95,7 +97,7 @@ class WorkFolder:
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line to a file of JSON lines."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with open_to_append(self.path / name) as file:
             file.write(json.dumps(line) + "\n")
 
     def lines(self, name: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from siftune.base.environment import quiet, unsaid
 from siftune.base.errors import RecipeError, TrainingError
-from siftune.base.files import disk_faults
+from siftune.base.files import disk_faults, only_process
 from siftune.base.stages import stages
 from siftune.base.text import counted
 from siftune.data.target import sources
@@ -86,8 +86,9 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     joined = join_launch()
     recipe = from_first(lambda: resolve_recipe(adopted(recipe)))
     folder = from_first(lambda: RunFolder(str(recipe.out)))
-    console = console if rank() == 0 else Console(quiet=True)
-    with folder.removed_on_failure() if rank() == 0 else nullcontext():
+    first = rank() == 0
+    console = console if first else Console(quiet=True)
+    with only_process(folder.path) if first else nullcontext(), folder.removed_on_failure() if first else nullcontext():
         while True:
             try:
                 with memory_faults(recipe):
@@ -109,6 +110,8 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
 def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
     """Train by a resolved recipe into an existing folder."""
     checkpoint = from_first(lambda: find_checkpoint(recipe, folder)) if recipe.resume else None
+    if checkpoint is not None:
+        from_first(folder.drop_half_written)  # so that no checkpoint is written into what a killed run left
     if (other := folder.holds_other()) is not None:
         raise RecipeError(f"{folder.path} is no run folder: it holds a {other}; give another folder with --out.")
     if not recipe.resume and not folder.is_fresh():

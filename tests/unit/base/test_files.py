@@ -226,3 +226,4 @@ def test_plain_folders_pass_and_the_folder_itself_may_be_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "run")
     refuse_links(tmp_path / "run")
     refuse_links(tmp_path / "link")
+    refuse_links(tmp_path / "missing")

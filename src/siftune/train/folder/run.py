@@ -27,7 +27,7 @@ from typing import Any
 
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
-from siftune.base.files import writable_folder, write_beside
+from siftune.base.files import open_to_append, refuse_links, writable_folder, write_beside
 from siftune.base.text import parsed
 from siftune.records.rows import BAD_ROWS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
@@ -40,11 +40,13 @@ class RunFolder:
     """A run folder, created if it is missing.
 
     Raises:
+        InputError: It holds a link, which could lead a write of the run to a file elsewhere.
         RecipeError: It cannot be created or written to.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        refuse_links(self.path)  # the folder may come from another party
         self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]  # deepest first
         self._before = {place.name for place in self.path.iterdir()} if self.path.is_dir() else set()
         self.adapter, self.returned = self.path / "adapter", self.path / "return"
@@ -58,7 +60,7 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to a .jsonl file."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with open_to_append(self.path / name) as file:
             file.write(json.dumps(record) + "\n")
 
     def write(self, name: str, text: str) -> None:
