@@ -142,6 +142,14 @@ def test_others_on_the_machine_cannot_read_them(cache):
     assert folder.stat().st_mode & 0o077 == 0
 
 
+def test_few_rows_are_not_cached(cache, monkeypatch):
+    monkeypatch.setattr(token_cache, "_FROM", 4)
+    assert len(cached_tokens(rows(), FORM).data) == 2
+    assert not cache.exists()
+    cached_tokens(rows([*RECORDS, RECORDS[0]]), FORM)
+    assert len([*cache.iterdir()]) == 1
+
+
 def test_an_unidentifiable_tokenizer_is_not_cached(cache):
     class Unknown:
         def __getattr__(self, name):

@@ -89,6 +89,11 @@ def test_all_plain_text_has_labels_and_no_template():
     assert row["labels"] == row["input_ids"]
 
 
+def test_prompts_have_labels_on_request():
+    row = tokenized(SUM, completion_only=False)
+    assert row["labels"] == row["input_ids"]
+
+
 def test_the_seam_is_never_merged():
     tokenizer = byte_tokenizer(None, merges=(("=", "2"),))
     joint = tokenizer("1+1=2")["input_ids"]
@@ -105,6 +110,11 @@ def test_every_turn_of_the_assistant_is_learned_with_its_end():
     expected = CHAT.apply_chat_template(TALK["messages"], tokenize=False)
     assert text(row) == expected.rstrip()
     assert learned(row) == ["Hello <|end|>", "Ciao<|end|>"]
+
+
+def test_an_opening_turn_of_the_assistant_has_no_labels():
+    row = tokenized({"messages": TALK["messages"][1:]})
+    assert learned(row) == ["Ciao<|end|>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_learns_the_last_one_and_warns_once(caplog):
@@ -189,6 +199,12 @@ def test_prompt_and_completion_of_evaluation_are_those_of_training(template, rec
     trained = tokenized(record, tokenizer)
     assert prompt + completion == trained["input_ids"]
     assert trained["labels"][len(prompt) :] == completion
+
+
+def test_another_completion_in_place_of_the_rows_own():
+    (row,) = rows_from([SUM])
+    for template in ("chat", "none"):
+        assert CHAT.decode(Encoder(CHAT, template).completion(row, "17")) == "17<|end|>"
 
 
 # refusals

@@ -137,6 +137,18 @@ def test_a_head_that_is_called_otherwise_later_is_refused():
             model(**inputs)
 
 
+def test_a_pass_that_fails_leaves_the_next_one_complete():
+    model, inputs = built("llama"), batch(tiny("llama"))
+    wanted = model.eval()(**inputs).logits
+    with LabelHead(model):
+        result(model, inputs)
+        handle = model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.train()(**inputs)
+        handle.remove()
+        assert torch.equal(model.eval()(**inputs).logits, wanted)
+
+
 def test_it_leaves_no_trace():
     model, inputs = built("llama"), batch(tiny("llama"))
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")

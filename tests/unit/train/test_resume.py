@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file
 from support.tiny_run import choices_of, lines, recipe, save_rows
@@ -16,6 +17,7 @@ from siftune.cli.main import main
 from siftune.data.tasks import arithmetic_rows
 from siftune.recipe.read import load_recipe
 from siftune.train.folder.checkpoints import SEAL
+from siftune.train.resume import digest_of
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -161,6 +163,17 @@ def test_checkpoints_of_other_runs_are_refused(copied, settings, change, message
     with pytest.raises(RecipeError, match=rf"checkpoint-3 (?s:.*){message}"):
         train(resumed(**{"steps": 4, **change}), QUIET)
     assert contents(run) == before
+
+
+def test_rows_are_told_apart_by_their_tokens_labels_and_weights():
+    def digest(ids=((1, 2), (3,)), labels=((-100, 2), (3,)), **more):
+        return digest_of(Dataset.from_dict({"input_ids": ids, "labels": labels, **more}))
+
+    others = {
+        digest(ids=((1, 2), (4,))), digest(labels=((1, 2), (3,))), digest(((1,), (2, 3)), ((-100,), (2, 3))),
+        digest(weight=[1.0, 2.0]), digest(weight=[2.0, 1.0]),
+    }  # fmt: skip
+    assert len(others - {digest()}) == 5
 
 
 def test_length_logs_and_evaluation_may_change(copied):

@@ -117,6 +117,14 @@ def test_dropout_is_drawn_from_the_seed_alone():
     assert_same(once(3, 0), once(4, 0))
 
 
+def test_batches_do_not_share_a_dropout_mask():
+    model = tiny_model(dropout=0.5).train()
+    inputs = batch(model)
+    once = support_gradient(model, [inputs], model_loss, trainable(model), 0)
+    twice = support_gradient(model, [inputs, inputs], model_loss, trainable(model), 0)
+    assert not all(torch.allclose(once[p], twice[p]) for p in once)
+
+
 def test_unused_parameters_are_left_out():
     model = tiny_model()
     unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
