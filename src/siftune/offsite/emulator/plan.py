@@ -8,7 +8,7 @@ other half. The kit itself is made from all tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -77,13 +77,9 @@ class EmulatorSettings(Compression):
         whole_layers = self.method in ("layerdrop", "crash")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot")
-        if self.allot == "measured":
-            self._check_measured()
-
-    def _check_measured(self) -> None:
-        if self.method != "gradot":
+        if self.allot == "measured" and self.method != "gradot":
             raise RecipeError(f"allot measured is for method gradot, but method is {self.method}: use allot uniform")
-        if self.keep < SHARES[0]:
+        if self.allot == "measured" and self.keep < SHARES[0]:
             raise RecipeError(f"keep is {self.keep}, but allot measured leaves {SHARES[0]} of every matrix or more")
 
 
@@ -106,8 +102,12 @@ def plan(base: Base, recording: Recording, settings: EmulatorSettings, progress:
     """
     numbers = recording.numbers
     count = max(1, round(settings.keep * len(numbers)))
-    if settings.method in ("layerdrop", "crash"):
-        _refuse_numbered(base.model.config, settings.method)
+    numbered = getattr(base.model.config, "scale_attn_by_inverse_layer_idx", False)  # of GPT-2
+    if numbered and settings.method in ("layerdrop", "crash"):
+        raise UnsupportedError(
+            f"method {settings.method} drops layers, but this model scales attention by the number of the layer "
+            "(scale_attn_by_inverse_layer_idx); use method gradot"
+        )
     if settings.method == "layerdrop":
         return [Step(numbers[place]) for place in uniform_layers(len(numbers), count)]
     if settings.method == "crash":
@@ -117,15 +117,6 @@ def plan(base: Base, recording: Recording, settings: EmulatorSettings, progress:
         measured = measured_shares(base, recording, settings, progress)
         return [Step(number, settings.keep, shares=measured[number]) for number in numbers]
     return [Step(number, settings.keep) for number in numbers]
-
-
-def _refuse_numbered(config: Any, method: str) -> None:
-    """GPT-2 can scale attention by the layer's number, which dropping layers would change."""
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise UnsupportedError(
-            f"method {method} drops layers, but this model scales attention by the number of the layer "
-            "(scale_attn_by_inverse_layer_idx); use method gradot"
-        )
 
 
 SHARES = tuple(number / 20 for number in range(2, 21))  # at 1 a matrix is whole, and costs nothing
@@ -160,13 +151,13 @@ def layer_costs(base: Base, number: int, captured: Mapping[str, Captured], how: 
 def _half(captured: Mapping[str, Captured], second: bool) -> dict[str, Captured]:
     """The first or second half of the tokens; matrices that read the same tensor still share it."""
     inputs: dict[int, Tensor] = {}
-    found = {}
+    halves = {}
     for path, seen in captured.items():
         middle = len(seen.x_NI) // 2
         part = slice(middle, None) if second else slice(middle)
         x_NI = inputs.setdefault(id(seen.x_NI), seen.x_NI[part])
-        found[path] = Captured(x_NI, seen.g_NO[part])
-    return found
+        halves[path] = Captured(x_NI, seen.g_NO[part])
+    return halves
 
 
 def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Compression) -> Tensor:
@@ -175,9 +166,9 @@ def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Co
     parts = components(weight, chosen, how.basis, how.damping)
     scores_K = component_scores(parts, chosen, how.lambda_attn)
     ranks = [rank_of(share, *weight.shape) for share in SHARES[:-1]]
-    kept = [keep_components(scores_K, parts.size_K, rank, how.protect) for rank in ranks]
+    choices = [keep_components(scores_K, parts.size_K, rank, how.protect) for rank in ranks]
     sizes = [float(rank * sum(weight.shape)) for rank in ranks]
-    return _table([*sizes, float(weight.numel())], [*joint_costs(parts, other, kept), 0.0])
+    return _table([*sizes, float(weight.numel())], [*joint_costs(parts, other, choices), 0.0])
 
 
 def _narrowed(
@@ -212,20 +203,20 @@ def measured_shares(
     Returns:
         Number of the layer -> path -> share.
     """
-    known = recording.costs(replace(how, keep=1.0))  # costs do not depend on it
+    costs_of = recording.costs(replace(how, keep=1.0))  # costs do not depend on it
     tables: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
     for done, number in enumerate(recording.numbers, 1):
-        if not known.has(number):
+        if not costs_of.has(number):
             captured = replay(base, recording, number, how.judged(base.family))
-            known.put(number, layer_costs(base, number, captured, how))
-        for path, table in zip(measured_paths(base.family), known.get(number), strict=True):
+            costs_of.put(number, layer_costs(base, number, captured, how))
+        for path, table in zip(measured_paths(base.family), costs_of.get(number), strict=True):
             sizes, costs = table.tolist()
             tables[number, path] = sizes, costs
         if progress is not None:
             progress("measuring", done, len(recording.numbers))
     every = [sizes for sizes, _ in tables.values()]
     chosen = water_fill(every, [costs for _, costs in tables.values()], how.keep * sum(one[-1] for one in every))
-    found: dict[int, dict[str, float]] = {number: {} for number in recording.numbers}
+    shares: dict[int, dict[str, float]] = {number: {} for number in recording.numbers}
     for (number, path), place in zip(tables, chosen, strict=True):
-        found[number][path] = SHARES[place]
-    return found
+        shares[number][path] = SHARES[place]
+    return shares

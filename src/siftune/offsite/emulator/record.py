@@ -62,8 +62,8 @@ class States:
         """A layer's tensors, not to be changed in place; those of a folder are read as they are used."""
         if self._folder is None:
             return self._here[number]
-        found = load_file(self._file(self._folder, number))
-        return [found[str(place)] for place in range(len(found))]
+        batches = load_file(self._file(self._folder, number))
+        return [batches[str(place)] for place in range(len(batches))]
 
     def has(self, number: int) -> bool:
         """Whether a layer's tensors are there."""
