@@ -45,15 +45,15 @@ def candidates(
     """
     names = [str(r.path) if isinstance(r, OpenReturn) else str(place) for place, r in enumerate(returns, 1)]
     _check_together(names, returns)
-    found = []
+    checked = []
     for name, returned in zip(names, returns, strict=True):
         with about(f"return {name}" if len(names) > 1 else ""):
             tuned = Tuned(before, returned)
             report = compare(before, tuned, limit, model_type)
             report.check()
         privacy = returned.privacy if isinstance(returned, OpenReturn) else None
-        found.append(Candidate(tuned, Part(name, report, privacy=privacy)))
-    return found
+        checked.append(Candidate(tuned, Part(name, report, privacy=privacy)))
+    return checked
 
 
 def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]]) -> None:
@@ -76,7 +76,7 @@ def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]
 
 
 def merged(
-    before: Mapping[str, Tensor], found: Sequence[Candidate], how: Merging
+    before: Mapping[str, Tensor], returns: Sequence[Candidate], how: Merging
 ) -> tuple[dict[str, Tensor], list[Part]]:
     """Merge returns, from `candidates`, by checked settings.
 
@@ -87,21 +87,28 @@ def merged(
     Raises:
         KitError: More than half of the returns change nothing, so that clipping would leave nothing of the others.
     """
-    if len(found) == 1:
-        [one] = found
+    if len(returns) == 1:
+        [one] = returns
         moves = one.part.report.whole.change > 0
         values = {name: _stored(one.tuned[name], before[name]) for name in before}
         return values, [replace(one.part, cosine=1.0 if moves else None)]
-    norms = [candidate.part.report.whole.change for candidate in found]
-    factors = _factors(norms, how)
-    weights = shares(how.weights or [1.0] * len(found))
-    values, dots, square = {}, torch.zeros(len(found), dtype=torch.float64), 0.0
+    norms = [candidate.part.report.whole.change for candidate in returns]
+    factors = [1.0] * len(returns) if how.clip_norm is None else clip_factors(norms, how.clip_norm)
+    if 0 in factors:
+        raise KitError(
+            "half of the returns or more change nothing, so that --clip-norm would clip the others to nothing: leave "
+            "out the returns that change nothing, or --clip-norm"
+        )
+    weights = shares(how.weights or [1.0] * len(returns))
+    values, dots, square = {}, torch.zeros(len(returns), dtype=torch.float64), 0.0
     for name, old in before.items():
-        updates_NX = _updates(old, [candidate.tuned[name] for candidate in found])
+        old = old.detach()
+        tuned = [candidate.tuned[name].detach().to(old.device) for candidate in returns]
+        updates_NX = torch.stack([new.double() - old.to(new.dtype).double() for new in tuned])  # the kit is rounded so
         scaled_NX = updates_NX * updates_NX.new_tensor(factors).reshape(-1, *[1] * old.ndim)
         update_X = trimmed_mean(scaled_NX, how.trim) if how.merge == "trimmed" else mean(scaled_NX, weights)
-        values[name] = _stored(old.detach().double() + update_X, old)
-        dots += (updates_NX.reshape(len(found), -1) @ update_X.flatten()).cpu()
+        values[name] = _stored(old.double() + update_X, old)
+        dots += (updates_NX.reshape(len(returns), -1) @ update_X.flatten()).cpu()
         square += float(update_X.square().sum())
     return values, [
         replace(
@@ -110,27 +117,8 @@ def merged(
             factor=factor,
             cosine=float(dot) / (norm * math.sqrt(square)) if norm * square else None,
         )
-        for candidate, weight, factor, norm, dot in zip(found, weights, factors, norms, dots, strict=True)
+        for candidate, weight, factor, norm, dot in zip(returns, weights, factors, norms, dots, strict=True)
     ]
-
-
-def _factors(norms: Sequence[float], how: Merging) -> list[float]:
-    """The factor of every update."""
-    if how.clip_norm is None:
-        return [1.0] * len(norms)
-    factors = clip_factors(norms, how.clip_norm)
-    if 0 in factors:
-        raise KitError(
-            "half of the returns or more change nothing, so that --clip-norm would clip the others to nothing: leave "
-            "out the returns that change nothing, or --clip-norm"
-        )
-    return factors
-
-
-def _updates(before: Tensor, after: Sequence[Tensor]) -> Tensor:
-    """The updates of a tensor, (N, …) float64; the base is rounded as the kit's copy of it was."""
-    old = before.detach()
-    return torch.stack([new.detach().to(old.device).double() - old.to(new.dtype).double() for new in after])
 
 
 def _stored(tensor: Tensor, before: Tensor) -> Tensor:

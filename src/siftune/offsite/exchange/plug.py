@@ -129,36 +129,27 @@ def plug_in(
     merging = merging or Merging()
     merging.check_merging(len(returns))
     before = _outer(model, kit)
-    found = candidates(before, returns, max_update, kit.manifest.model_type)
-    values, report = _merge(before, found, merging, kit)
-    if rows is None:
-        _fill(before, values)
-    else:
-        report = _with_losses(report, _fill_if_no_worse(model, before, found, values, rows))
-    _tell_rounding(report, model)
-    return report
-
-
-def _merge(
-    before: Mapping[str, Tensor], found: Sequence[Candidate], merging: Merging, kit: Kit
-) -> tuple[dict[str, Tensor], UpdateReport]:
-    """The outer layers with all returns in them, which moved no further than a single return may."""
-    values, parts = merged(before, found, merging)
+    checked = candidates(before, returns, max_update, kit.manifest.model_type)
+    values, parts = merged(before, checked, merging)
     report = parts[0].report
     if len(parts) > 1:
         report = compare(before, values, report.limit, kit.manifest.model_type)
         with about(_MERGED):
             report.check()
-    return values, replace(report, parts=tuple(parts))
-
-
-def _tell_rounding(report: UpdateReport, model: PreTrainedModel) -> None:
+    if rows is None:
+        _fill(before, values)
+    else:
+        losses = _fill_if_no_worse(model, before, checked, values, rows)
+        pairs = zip(parts, losses, strict=False)  # the merged update's follows those of several
+        parts = [replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs]
+        report = replace(report, loss=losses[-1])
     if report.rounding > _TELL:
         logger.warning(
             "rounding to %s adds an error of %.0f %% of the update's norm; --dtype float32 avoids it",
             str(model.dtype).removeprefix("torch."),
             100 * report.rounding,
         )
+    return replace(report, parts=tuple(parts))
 
 
 def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -170,7 +161,7 @@ def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 def _fill_if_no_worse(
     model: PreTrainedModel,
     places: Mapping[str, Tensor],
-    found: Sequence[Candidate],
+    returns: Sequence[Candidate],
     values: Mapping[str, Tensor],
     rows: OwnRows,
 ) -> list[LossChange]:
@@ -178,27 +169,20 @@ def _fill_if_no_worse(
 
     Where it is refused, or measuring fails, the model is as it was.
     """
-    kept = {name: tensor.clone() for name, tensor in places.items()}
-    several = [(f"return {one.part.name}", one.tuned) for one in found] if len(found) > 1 else []
+    original = {name: tensor.clone() for name, tensor in places.items()}
+    several = [(f"return {one.part.name}", one.tuned) for one in returns] if len(returns) > 1 else []
     before, changes = rows.loss(model), []
     try:
         for what, after in [*several, (_MERGED if several else "", values)]:
-            _fill(places, kept)
+            _fill(places, original)
             _fill(places, after)
             changes.append(LossChange(before, rows.loss(model), len(rows.prepared.origins), rows.max_loss_increase))
             with about(what):
                 changes[-1].check()
     except BaseException:
-        _fill(places, kept)
+        _fill(places, original)
         raise
     return changes
-
-
-def _with_losses(report: UpdateReport, changes: Sequence[LossChange]) -> UpdateReport:
-    """A report with the losses of every return, and that of all of them at the end."""
-    pairs = zip(report.parts, changes, strict=False)  # the merged update's follows those of several
-    parts = (replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs)
-    return replace(report, loss=changes[-1], parts=tuple(parts))
 
 
 def check_base(model: PreTrainedModel, kit: Kit) -> None:

@@ -169,9 +169,6 @@ class Tuned(Mapping[str, Tensor]):
         return len(self._before if self._ranks else self._returned)
 
 
-_KIT_MANIFEST = f"{MANIFEST} of the kit"
-
-
 def write_return(
     out: str | Path, tensors: Mapping[str, Tensor], kit: Kit, privacy: Mapping[str, Any] | None = None
 ) -> Path:
@@ -180,9 +177,9 @@ def write_return(
     Args:
         out: Its folder; missing or empty.
         tensors: Neutral name -> tuned tensor, on any device; names, shapes and dtypes as the kit's manifest has them.
-            Or the factors of what was added to its matrices; see `thin`.
+            Or the factors of what was added to its matrices.
         kit: The kit that was tuned.
-        privacy: What a private run says of itself; see `kit.promise`.
+        privacy: What a private run says of itself; see `kit.manifest`.
 
     Raises:
         ModelError: `out` is in use.
@@ -228,7 +225,7 @@ class OpenReturn(Mapping[str, Tensor]):
             return self._file.again(name)
 
     def __iter__(self) -> Iterator[str]:
-        """The names of its tensors, in either form of `thin`."""
+        """The names of its tensors, in either form."""
         return iter(self._file.specs)
 
     def __len__(self) -> int:
@@ -255,8 +252,15 @@ def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
         for name in (MANIFEST, OUTER):
             if name not in sizes:
                 raise KitError(f"it has no {name}")
-        whole = _read_manifest(folder)
-        _check_kit(as_text(whole["kit"], f"{MANIFEST}: kit", HASH), kit)
+        text = read_bytes(folder / MANIFEST, LIMITS[MANIFEST])
+        whole = parse_protocol(text, "siftune_return", ("kit", "files"), (PRIVACY, LORA))
+        if PRIVACY in whole:
+            check_promise(whole[PRIVACY])
+        if (digest := as_text(whole["kit"], f"{MANIFEST}: kit", HASH)) != kit.digest:
+            raise KitError(
+                f"{MANIFEST}: kit is {digest}, but the {MANIFEST} of {kit.path} has the SHA-256 {kit.digest}: "
+                "it was made for another kit"
+            )
         spec = parse_files(whole["files"], (OUTER,))[OUTER]
         spec.check_size(OUTER, sizes[OUTER])
         expected, by = _expected(check_ranks(whole[LORA], kit) if LORA in whole else {}, kit)
@@ -279,28 +283,12 @@ def read_return(path: str | Path, kit: Kit) -> dict[str, Tensor]:
     Raises:
         KitError: Anything is out of order. The message names file and field.
     """
-    with open_return(path, kit) as found:
-        tuned = Tuned(load_weights(kit, OUTER) if is_thin(found) else {}, found)
+    with open_return(path, kit) as returned:
+        tuned = Tuned(load_weights(kit, OUTER) if is_thin(returned) else {}, returned)
         with naming(f"return {path}"):
             return {name: tuned[name].to(DTYPES[spec.dtype]) for name, spec in kit.manifest.outer.items()}
 
 
 def _expected(ranks: Mapping[str, int], kit: Kit) -> tuple[Mapping[str, TensorSpec], str]:
     """The tensors that a return must hold, and what says so."""
-    return (specs_of(ranks, kit), f"{MANIFEST}: {LORA}") if ranks else (kit.manifest.outer, _KIT_MANIFEST)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    text = read_bytes(folder / MANIFEST, LIMITS[MANIFEST])
-    whole = parse_protocol(text, "siftune_return", ("kit", "files"), (PRIVACY, LORA))
-    if PRIVACY in whole:
-        check_promise(whole[PRIVACY])
-    return whole
-
-
-def _check_kit(digest: str, kit: Kit) -> None:
-    if digest != kit.digest:
-        raise KitError(
-            f"{MANIFEST}: kit is {digest}, but the {MANIFEST} of {kit.path} has the SHA-256 {kit.digest}: "
-            "it was made for another kit"
-        )
+    return (specs_of(ranks, kit), f"{MANIFEST}: {LORA}") if ranks else (kit.manifest.outer, f"{MANIFEST} of the kit")

@@ -37,7 +37,14 @@ class Merging(Validated):
         """
         if count < 1:
             raise RecipeError("no return was given: name one or more with --return")
-        self._check_weights(count)
+        if self.weights is not None and self.merge == "trimmed":
+            raise RecipeError(
+                "--weights has no effect on a trimmed mean, where all count equally: leave one of them out"
+            )
+        if self.weights is not None and (len(self.weights) != count or count == 1):
+            raise RecipeError(
+                f"--weights has {len(self.weights)} numbers for {count} returns: give one for each of several returns"
+            )
         if self.trim != TRIM and self.merge != "trimmed":
             raise RecipeError("--trim has no effect on a mean of all: add --merge trimmed, or leave it out")
         robust = "--merge trimmed" if self.merge == "trimmed" else None if self.clip_norm is None else "--clip-norm"
@@ -45,18 +52,6 @@ class Merging(Validated):
             raise RecipeError(
                 f"{robust} needs {MIN_ROBUST} returns or more, to tell which of them is far off, and {count} "
                 f"{'is' if count == 1 else 'are'} given: give more, or leave it out"
-            )
-
-    def _check_weights(self, count: int) -> None:
-        if self.weights is None:
-            return
-        if self.merge == "trimmed":
-            raise RecipeError(
-                "--weights has no effect on a trimmed mean, where all count equally: leave one of them out"
-            )
-        if len(self.weights) != count or count == 1:
-            raise RecipeError(
-                f"--weights has {len(self.weights)} numbers for {count} returns: give one for each of several returns"
             )
 
 
@@ -93,20 +88,16 @@ class PlugSettings(Merging):
             RecipeError: With one sentence on the first value that cannot be used.
         """
         self.check_merging(returns)
-        if self.eval is None:
-            self._refuse_idle()
+        defaults = {field.name: field.default for field in fields(PlugSettings)}
+        for name in ("max_loss_increase", "eval_split", "eval_limit", "format", "template"):
+            if self.eval is None and getattr(self, name) != defaults[name]:
+                flag = f"--{name.replace('_', '-')}"
+                raise RecipeError(f"{flag} has no effect without rows to measure on: add --eval FILE, or leave it out")
 
     @property
     def loss_limit(self) -> float:
         """Largest increase of the loss, in nats per token."""
         return MAX_LOSS_INCREASE if self.max_loss_increase is None else self.max_loss_increase
-
-    def _refuse_idle(self) -> None:
-        own = {field.name: field.default for field in fields(PlugSettings)}
-        for name in ("max_loss_increase", "eval_split", "eval_limit", "format", "template"):
-            if getattr(self, name) != own[name]:
-                flag = f"--{name.replace('_', '-')}"
-                raise RecipeError(f"{flag} has no effect without rows to measure on: add --eval FILE, or leave it out")
 
 
 def check_max_update(value: float) -> None:

@@ -1,7 +1,7 @@
 """Kits in training: which layers of one train, and what goes back to the owner of the base model."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -186,8 +186,10 @@ def thin_layers(model: nn.Module, kit: Kit) -> dict[str, Tensor] | None:
     for place, number in places(kit.manifest.split, len(layers)):
         tuners = {path: m for path, m in layers[number].named_modules() if isinstance(m, BaseTunerLayer)}
         factors = {path: _factors(module) for path, module in tuners.items()}
-        if _trains_more(layers[number], tuners.values()):
-            return None
+        loras = [m for m in tuners.values() if isinstance(m, LoraLayer)]
+        own = {id(p) for m in loras for p in (*m.lora_A.parameters(), *m.lora_B.parameters())}
+        if any(p.requires_grad and id(p) not in own for p in layers[number].parameters()):
+            return None  # something trains besides LoRA's factors
         for path, pair in factors.items():
             name = f"{place}.{path}.weight"
             if pair is None or len(pair[1]) > largest_rank(kit.manifest.outer[name]):
@@ -208,12 +210,6 @@ def _factors(module: BaseTunerLayer) -> tuple[Tensor, Tensor] | None:
     a_RI, b_OR = (part[name].weight.detach().cpu().double() for part in (module.lora_A, module.lora_B))
     scaled_OR = b_OR * module.scaling[name]
     return (a_RI.T, scaled_OR.T) if getattr(module, "fan_in_fan_out", False) else (scaled_OR, a_RI)
-
-
-def _trains_more(layer: nn.Module, tuners: Iterable[nn.Module]) -> bool:
-    """Whether something of a layer can have been trained besides LoRA's factors: PEFT freezes all else."""
-    own = {id(p) for m in tuners if isinstance(m, LoraLayer) for p in (*m.lora_A.parameters(), *m.lora_B.parameters())}
-    return any(parameter.requires_grad and id(parameter) not in own for parameter in layer.parameters())
 
 
 def _merged(layer: nn.Module) -> dict[str, Tensor]:

@@ -53,8 +53,8 @@ class OwnRows:
 
     def loss(self, model: nn.Module) -> float:
         """A model's mean loss over all tokens that training would learn, in nats per token."""
-        found = measure(model, self.prepared)[PERPLEXITY]
-        return float(found.values.sum() / found.weights.sum())
+        losses = measure(model, self.prepared)[PERPLEXITY]
+        return float(losses.values.sum() / losses.weights.sum())
 
 
 @dataclass(frozen=True)
