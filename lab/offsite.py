@@ -46,7 +46,7 @@ from siftune.evaluate.bootstrap import Bootstrap, Estimate, resample
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
 from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
-from siftune.offsite.audits.models import OffsiteModels, Tuning, kept_fraction, plugged, read_outer, tuned
+from siftune.offsite.audits.models import OffsiteModels, Tuning, parameter_shares, plugged, read_outer, tuned
 from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokenize_audit
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
@@ -144,7 +144,7 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
     """An emulator: gradients, loss, and what tuning it does for itself and for the base."""
     emulator = materialise(parts)
     models = OffsiteModels(setting.model, emulator, parts.split, setting.tokenizer)
-    line: Line = {"kept": asdict(kept_fraction(models.base, models.emulator, models.split))}
+    line: Line = {"kept": asdict(parameter_shares(models.base, models.emulator, models.split))}
     line["text"] = asdict(cosine(setting.gradient, outer_gradient(emulator, setting.text, parts.split)))
     scores: dict[str, Any] = {}
     if job["tune"] is not None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Options(CalibrationOptions):
     """Compare emulators of a model: how like its own the gradients are, against how much worse the emulator is.
 
-    Every method is tried at every kept fraction; gradot also with every basis, λ and treatment of the MLPs. A table,
-    the figures and a picture are written to choose by, and no kit: `siftune emulate` does that.
+    Every method is tried at every kept fraction; gradot also with every basis, λ and treatment of the MLPs. A table
+    and the figures are written, and no kit: `siftune emulate` makes one.
     """
 
     keeps: tuple[float, ...] = (0.7, 0.5, 0.3)

@@ -123,8 +123,8 @@ def _cosine(cosine: GradientCosine) -> str:
 
 
 def _given_away(audit: Audit) -> str:
-    rows = [["kept of the middle's parameters", f"{audit.kept.middle:.3f}"]]
-    rows += [["kept of all parameters", f"{audit.kept.whole:.3f}"]]
+    rows = [["kept of the middle's parameters", f"{audit.shares.middle:.3f}"]]
+    rows += [["kept of all parameters", f"{audit.shares.whole:.3f}"]]
     return markdown_table(Table(["", "figure"], rows))
 
 

@@ -18,7 +18,7 @@ from siftune.report.table import Table, markdown_table
 from siftune.report.words import cut
 
 _MEANINGS = """\
-*kept*: parameters of the emulator's middle layers as a share of the base's. *cosine*: between the gradients of the
+*middle*: parameters of the emulator's middle layers as a share of the base's. *cosine*: between the gradients of the
 outer layers on the base and on the emulator; at 1, tuning on either is the same. *gap*: loss of the emulator minus loss
 of the base, in nats per label token on held-out rows. With a wide gap, the emulator is worth little without the base.
 *calibration AUC*: how well an attacker with the base tells the calibration rows from held-out ones (0.5 is guessing),
@@ -56,11 +56,11 @@ def ordered(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 def table(points: Sequence[SweepPoint]) -> Table:
     """A line for each emulator; those on the Pareto front are marked."""
     best = front(points)
-    header = ["method", "basis", "MLP", "keep", "kept", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap"]
+    header = ["method", "basis", "MLP", "keep", "middle", "λ attn", "λ MLP", "parameters", "cosine", "loss", "gap"]
     rows = []
     for p in ordered(points):
         has_lambda = p.basis is not None
-        cells = [p.method, p.basis or "", p.mlp or "", f"{p.keep:g}", f"{p.kept:.3f}"]
+        cells = [p.method, p.basis or "", p.mlp or "", f"{p.keep:g}", f"{p.middle_share:.3f}"]
         cells += [f"{p.lambda_attn:g}" if has_lambda else "", f"{p.lambda_mlp:g}" if has_lambda else ""]
         cells += [
             f"{p.parameters / 1e6:.1f} M",
@@ -68,7 +68,7 @@ def table(points: Sequence[SweepPoint]) -> Table:
             f"{p.loss:.3f}",
             f"{p.gap:+.3f}",
         ]
-        rows.append([*cells, shown(p.told), "*" if p in best else ""])
+        rows.append([*cells, shown(p.calibration_auc), "*" if p in best else ""])
     return Table([*header, "calibration AUC", ""], rows, words=(0, 1, 2, 12))
 
 
@@ -114,7 +114,7 @@ def section(other: Other) -> Section:
 
 def _point(record: Mapping[str, Any]) -> SweepPoint:
     """A point of an untrusted file."""
-    told = record["told"]
+    auc = record["calibration_auc"]
     basis, mlp = (None if record[name] is None else str(record[name]) for name in ("basis", "mlp"))
     return SweepPoint(
         method=str(record["method"]),
@@ -127,8 +127,8 @@ def _point(record: Mapping[str, Any]) -> SweepPoint:
         loss=finite(record["loss"]),
         loss_full=finite(record["loss_full"]),
         parameters=int(record["parameters"]),
-        kept=finite(record["kept"]),
-        told=Estimate(*(None if told[key] is None else finite(told[key]) for key in ("value", "low", "high"))),
+        middle_share=finite(record["middle_share"]),
+        calibration_auc=Estimate(*(None if auc[key] is None else finite(auc[key]) for key in ("value", "low", "high"))),
     )
 
 

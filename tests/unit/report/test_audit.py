@@ -9,7 +9,7 @@ from siftune.base.errors import RecipeError
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Attack, Membership
-from siftune.offsite.audits.models import Kept
+from siftune.offsite.audits.models import ParameterShares
 from siftune.offsite.audits.result import LABELS, Audit, summarise
 from siftune.offsite.audits.rows import RowScores
 from siftune.offsite.audits.settings import AuditSettings
@@ -52,7 +52,7 @@ def made(accuracy="choices", recovery=True, **changes):
         comparisons=comparisons,
         accuracy=accuracy,
         cosine=GradientCosine(["first.0", "last.0"], [0.75, math.nan], 0.5, 3.0, 4.0),
-        kept=Kept(0.7, 0.8),
+        shares=ParameterShares(0.7, 0.8),
         membership=Membership(attack(0.6), attack(0.65), attack(0.52), 30, 18, 2),
         settings=SETTINGS,
         facts={"train_rows": 40, "tuned_rows": 30, "held_out_rows": 20, "returned": False, "model": "smollm2"},
@@ -172,13 +172,13 @@ def test_a_failed_write_leaves_the_old_audit(tmp_path, monkeypatch):
         return write(self, data)
 
     monkeypatch.setattr(page.Path, "write_bytes", full)
-    other = made(kept=Kept(0.1, 0.2))
+    other = made(shares=ParameterShares(0.1, 0.2))
     with pytest.raises(RecipeError, match=r"cannot be written to \(No space left on device\)"):
         write_audit(other, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     monkeypatch.setattr(page.Path, "write_bytes", write)
     write_audit(other, tmp_path)
-    assert json.loads((tmp_path / "audit.json").read_text())["kept"]["middle"] == 0.1
+    assert json.loads((tmp_path / "audit.json").read_text())["shares"]["middle"] == 0.1
 
 
 def test_a_folder_that_is_a_file(tmp_path):

@@ -17,8 +17,8 @@ ATTACK = "<script>alert(1)</script>"
 def point(**values):
     given = {
         "method": "gradot", "keep": 0.5, "lambda_attn": 0.1, "lambda_mlp": 0.0, "basis": "whitened", "mlp": "refit",
-        "cosine": 0.75, "loss": 6.2, "loss_full": 6.0, "parameters": 42464, "kept": 0.5,
-        "told": {"value": 0.6, "low": 0.5, "high": 0.7}, "gap": 0.2, "front": True,
+        "cosine": 0.75, "loss": 6.2, "loss_full": 6.0, "parameters": 42464, "middle_share": 0.5,
+        "calibration_auc": {"value": 0.6, "low": 0.5, "high": 0.7}, "gap": 0.2, "front": True,
     }  # fmt: skip
     given["loss"] = 6.0 + values.get("gap", 0.2)
     return {**given, **values}
@@ -193,7 +193,16 @@ def test_a_damaged_kit_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "points",
-    [None, [{}], "x", [point(loss="wide")], [None], [point(told=3)], [point(loss=1e999)], [point(loss=10**400)]],
+    [
+        None,
+        [{}],
+        "x",
+        [point(loss="wide")],
+        [None],
+        [point(calibration_auc=3)],
+        [point(loss=1e999)],
+        [point(loss=10**400)],
+    ],
 )
 def test_a_damaged_sweep_is_told(tmp_path, points):
     with pytest.raises(InputError, match=r"sweep.json is no sweep .*: run siftune sweep again"):

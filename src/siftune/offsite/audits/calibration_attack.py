@@ -74,7 +74,7 @@ class Compared:
     kind: str  # attention or mlp
     base: nn.Module
     kit: nn.Module
-    kept: Tensor | None = None  # (K,) numbers of the inputs that the kit's takes; None for all
+    channels: Tensor | None = None  # (K,) numbers of the inputs that the kit's takes; None for all
 
 
 def attack_calibration(
@@ -120,16 +120,16 @@ def compared(base: PreTrainedModel, emulator: nn.Module, split: Split) -> list[C
     if len(layers) != len(others):
         return []
     family = family_of(base.config)
-    found = []
+    matrices = []
     for number in split.middle(len(layers)):
-        kept = _kept(layers[number], others[number], family.reads[-1])
+        channels = _channels(layers[number], others[number], family.reads[-1])
         for path in family.matrices:
             one, other = (layer[number].get_submodule(path) for layer in (layers, others))
-            narrowed = kept is not None and path == family.writes
+            narrowed = channels is not None and path == family.writes
             if narrowed or isinstance(other, FactoredLinear):
                 kind = "attention" if path in family.attention else "mlp"
-                found.append(Compared(f"{number}.{path}", kind, one, other, kept if narrowed else None))
-    return found
+                matrices.append(Compared(f"{number}.{path}", kind, one, other, channels if narrowed else None))
+    return matrices
 
 
 def row_residuals(base: PreTrainedModel, matrices: Sequence[Compared], batches: Batches) -> dict[str, Floats]:
@@ -153,32 +153,32 @@ def row_residuals(base: PreTrainedModel, matrices: Sequence[Compared], batches: 
             inputs = {name: batch[name].to(model_device(base)) for name in ("input_ids", "attention_mask")}
             with suppress(_Seen):
                 base.base_model(**inputs, use_cache=False)  # without the head
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    return {name: np.concatenate(batches_R) for name, batches_R in parts.items()}
 
 
 def _look(
-    one: Compared, real: list[Tensor], found: list[Floats], _: nn.Module, args: tuple[Any, ...], output: Tensor
+    one: Compared, real: list[Tensor], parts: list[Floats], _: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> None:
     """Beside a matrix of the base: what would the kit's have written?"""
-    inputs = args[0] if one.kept is None else args[0][..., one.kept.to(args[0].device)]
+    inputs = args[0] if one.channels is None else args[0][..., one.channels.to(args[0].device)]
     like = next(one.kit.parameters())
-    kept = one.kit(inputs.to(like.device, like.dtype)).to(output.device, output.dtype)
+    compressed = one.kit(inputs.to(like.device, like.dtype)).to(output.device, output.dtype)
     shape = (*real[0].shape, -1)  # OPT hands its MLP rows that are flat already
-    found.append(residuals(output.reshape(shape), kept.reshape(shape), real[0]).cpu().numpy())
+    parts.append(residuals(output.reshape(shape), compressed.reshape(shape), real[0]).cpu().numpy())
 
 
-def residuals(whole_BTO: Tensor, kept_BTO: Tensor, real_BT: Tensor) -> Tensor:
+def residuals(whole_BTO: Tensor, compressed_BTO: Tensor, real_BT: Tensor) -> Tensor:
     """Share of a matrix's output that its compressed form leaves out, of every row, in logarithms.
 
     Args:
         whole_BTO: What the base's matrix writes.
-        kept_BTO: What the kit's writes from the same inputs.
+        compressed_BTO: What the kit's writes from the same inputs.
         real_BT: bool; false on padding. Every row has a real token.
 
     Returns:
         (B,) float64; ln 1e-12 where nothing is lost, and where nothing is written.
     """
-    lost_BT = (whole_BTO - kept_BTO).double().square().sum(-1)
+    lost_BT = (whole_BTO - compressed_BTO).double().square().sum(-1)
     size_BT = whole_BTO.double().square().sum(-1)
     lost_B, size_B = ((part_BT * real_BT).sum(-1) for part_BT in (lost_BT, size_BT))
     share_B = torch.where(size_B > 0, lost_B / size_B, 0.0)
@@ -193,7 +193,7 @@ def _stop(*_: Any) -> None:
     raise _Seen
 
 
-def _kept(layer: nn.Module, other: nn.Module, path: str) -> Tensor | None:
+def _channels(layer: nn.Module, other: nn.Module, path: str) -> Tensor | None:
     """Numbers of the base's channels that an emulator's MLP has, by its rows; None for all."""
     whole, fewer = layer.get_submodule(path), other.get_submodule(path)
     if isinstance(fewer, FactoredLinear):

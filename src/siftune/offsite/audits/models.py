@@ -49,7 +49,7 @@ class OffsiteModels:
 
 
 @dataclass(frozen=True)
-class Kept:
+class ParameterShares:
     """Fractions of the base's parameters that an emulator has; shared ones are counted once."""
 
     middle: float  # of the layers between the outer ones
@@ -136,10 +136,10 @@ def on_accelerator(models: OffsiteModels) -> OffsiteModels:
     return replace(models, base=models.base.to(device), emulator=models.emulator.to(device))
 
 
-def kept_fraction(base: nn.Module, emulator: nn.Module, split: Split) -> Kept:
+def parameter_shares(base: nn.Module, emulator: nn.Module, split: Split) -> ParameterShares:
     """Count parameters."""
     middle = count(_middle(emulator, split)) / count(_middle(base, split))
-    return Kept(middle, count(emulator) / count(base))
+    return ParameterShares(middle, count(emulator) / count(base))
 
 
 def count(model: nn.Module) -> int:
@@ -195,7 +195,10 @@ def tuned(
     Raises:
         TrainingError: A loss or gradient is not finite.
     """
-    with restored(model, _tensors_of(model, layers)), flags_restored(model):
+    path = find_layers(model).path
+    prefixes = tuple(f"{path}.{number}." for number in layers)
+    changing = {name for name in model.state_dict() if name.startswith(prefixes)}
+    with restored(model, changing), flags_restored(model):
         with _generators_restored():
             _fine_tune(model, _recipe(tuning.settings, layers, lr), tuning, steps)
         model.eval()
@@ -204,20 +207,14 @@ def tuned(
 
 def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
     with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
-        told = [] if steps is None else [StepProgress(steps)]
-        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), told, bad_steps=0)
+        callbacks = [] if steps is None else [StepProgress(steps)]
+        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), callbacks, bad_steps=0)
         try:
             if steps is not None:
                 steps(0, tuning.settings.steps)
             built.trainer.train()
         finally:
             built.release()
-
-
-def _tensors_of(model: nn.Module, layers: Sequence[int]) -> set[str]:
-    """Names in the state dict of all that may change."""
-    path = find_layers(model).path
-    return {name for name in model.state_dict() if name.startswith(tuple(f"{path}.{number}." for number in layers))}
 
 
 def _recipe(settings: AuditSettings, layers: Sequence[int], lr: float | None) -> Recipe:

@@ -26,7 +26,7 @@ from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_inte
 from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Membership
-from siftune.offsite.audits.models import Kept
+from siftune.offsite.audits.models import ParameterShares
 from siftune.offsite.audits.rows import RowScores
 from siftune.offsite.audits.settings import AuditSettings
 
@@ -86,7 +86,7 @@ class Audit:
         comparisons: `nll` and, where there is one, `accuracy` -> the figures of that measure.
         accuracy: Which accuracy was measured: `choices`, `exact_match` or None.
         cosine: The outer layers' gradients on base and emulator.
-        kept: Fractions of the base's parameters.
+        shares: Fractions of the base's parameters.
         membership: Attacks on the return; None where they were not tried.
         settings: How models were tuned and measured.
         facts: Numbers of rows, versions, names: what the figures depend on besides.
@@ -98,7 +98,7 @@ class Audit:
     comparisons: dict[str, Comparison]
     accuracy: str | None
     cosine: GradientCosine
-    kept: Kept
+    shares: ParameterShares
     membership: Membership | None
     settings: AuditSettings
     facts: dict[str, Any]

@@ -158,8 +158,8 @@ def drawn(indices: Sequence[int], count: int, seed: int) -> list[int]:
 
 def not_among(data: Dataset, others: Dataset) -> list[int]:
     """Indices of the rows of which no copy, token by token, is among others."""
-    known = set(_keys(others))
-    return [i for i, key in enumerate(_keys(data)) if key not in known]
+    copies = set(_keys(others))
+    return [i for i, key in enumerate(_keys(data)) if key not in copies]
 
 
 def _keys(data: Dataset) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -36,8 +36,8 @@ from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import (
     OffsiteModels,
     check_models,
-    kept_fraction,
     on_accelerator,
+    parameter_shares,
     plugged,
     random_floor,
     read_outer,
@@ -116,7 +116,10 @@ def audit(
     outer = read_outer(models.base, models.split)
     if returned is not None:
         compare(outer, returned)
-    job = _job(models, rows, settings, returned is not None, progress)
+    used = choose_rows(rows, settings)
+    trained = used if returned is None else range(len(rows.train))  # all rows may be the return's
+    candidates = choose_candidates(rows, settings, trained) if settings.membership else None
+    job = Job(models, rows, settings, used, candidates, progress)
     with plugged(models.emulator, models.split, outer):  # the base's own, where the kit's is rounded
         scores, cosine = _untuned(job)
         afterwards, membership = _tuned_outer(job, returned, scores[FULL_ZS])
@@ -124,21 +127,11 @@ def audit(
         points: tuple[RecoveryPoint, ...] = ()
         if settings.recovery:
             scores[RECOVERED], points = recovered(job, scores[FULL_FT], scores[EMULATOR_ZS])
-    kept = kept_fraction(models.base, models.emulator, models.split)
+    shares = parameter_shares(models.base, models.emulator, models.split)
     return Audit(
-        *summarise(scores, job.bootstrap), accuracy_name(rows), cosine, kept, membership, settings,
+        *summarise(scores, job.bootstrap), accuracy_name(rows), cosine, shares, membership, settings,
         _facts(job, returned is not None), points, calibration_leak(job),
     )  # fmt: skip
-
-
-def _job(
-    models: OffsiteModels, rows: AuditRows, settings: AuditSettings, returned: bool, progress: Progress | None
-) -> Job:
-    """The training rows and the candidates; with a return, all training rows are candidates."""
-    used = choose_rows(rows, settings)
-    trained = range(len(rows.train)) if returned else used
-    candidates = choose_candidates(rows, settings, trained) if settings.membership else None
-    return Job(models, rows, settings, used, candidates, progress)
 
 
 def _untuned(job: Job) -> tuple[Scores, GradientCosine]:
@@ -265,9 +258,9 @@ def own_audit(
     before = score_losses(models.emulator, rows.held_out, settings.eval_batch_size)
     with plug():
         after = score_losses(models.emulator, rows.held_out, settings.eval_batch_size)
-    found = attack(job, plug, before, after)
-    assert found is not None  # there are candidates
-    return found
+    membership = attack(job, plug, before, after)
+    assert membership is not None  # there are candidates
+    return membership
 
 
 def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> OwnAudit:
@@ -286,9 +279,9 @@ def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> 
     settings = options.settings()
     rows = tokenize_audit(train, others, tokenizer, settings)
     models = on_accelerator(OffsiteModels(emulator, emulator, kit.manifest.split, tokenizer))
-    found = own_audit(models, rows, returned, settings, progress)
+    membership = own_audit(models, rows, returned, settings, progress)
     facts = {"kit": kit.digest, "train": options.train, "eval": options.eval, "versions": versions()}
-    return OwnAudit(found, settings, facts)
+    return OwnAudit(membership, settings, facts)
 
 
 def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:

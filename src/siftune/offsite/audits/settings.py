@@ -119,10 +119,6 @@ class AuditOptions(AuditSettings):
         for name in ("kit", "train", "eval"):
             if not getattr(self, name):
                 raise RecipeError(f"no {name} given: name it with --{name}")
-        self._check_roles()
-
-    def _check_roles(self) -> None:
-        """Refuse measurements that need a base or a return which is missing."""
         if not self.model and self.returned is None:
             raise RecipeError(
                 "neither model nor return given: the owner names the base with --model, a data owner who has no base "

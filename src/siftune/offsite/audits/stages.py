@@ -134,11 +134,11 @@ def attack(
         RowLosses(before, after),
         RowLosses(*(scores.per_token[candidates.others] for scores in (zero_shot, plug_in))),
     )
-    found = infer_membership(*sides, candidates.left_out, job.bootstrap)
-    return with_shadows(job, found, sides) if job.settings.shadows else found
+    membership = infer_membership(*sides, candidates.left_out, job.bootstrap)
+    return with_shadows(job, membership, sides) if job.settings.shadows else membership
 
 
-def with_shadows(job: Job, found: Membership, sides: Sides) -> Membership:
+def with_shadows(job: Job, membership: Membership, sides: Sides) -> Membership:
     """Add LiRA to attacks that were made (`lira.py`).
 
     Shadow models are made as the return is: the emulator's outer layers are tuned, and measured in the base.
@@ -157,7 +157,7 @@ def with_shadows(job: Job, found: Membership, sides: Sides) -> Membership:
     scores = lira(target_R, confidence(np.stack(shadows)), trained_NR)
     split = len(candidates.members)
     online, offline = (measure_attack(one[:split], one[split:], job.bootstrap) for one in scores)
-    return replace(found, online=online, offline=offline, shadows=count)
+    return replace(membership, online=online, offline=offline, shadows=count)
 
 
 def _shadow(job: Job, pool: Dataset, rows: list[int], number: int) -> Floats:
@@ -179,11 +179,11 @@ def calibration_leak(job: Job) -> CalibrationLeak | None:
     job.tell("calibration rows")
     sides = rows.calibrated, rows.uncalibrated
     own, others = (in_batches(side, job.settings.eval_batch_size, padding(models.tokenizer)) for side in sides)
-    found = attack_calibration(models.base, models.emulator, models.split, own, others, job.bootstrap)
-    known, unknown = (-job.losses(models.base, side) for side in sides)
-    blind = measure_attack(known, unknown, job.bootstrap)
+    leak = attack_calibration(models.base, models.emulator, models.split, own, others, job.bootstrap)
+    own_losses, other_losses = (job.losses(models.base, side) for side in sides)
+    blind = measure_attack(-own_losses, -other_losses, job.bootstrap)
     job.tell("calibration rows", 1)
-    return replace(found, blind=blind)
+    return replace(leak, blind=blind)
 
 
 _PARTS = (8, 4, 2)  # of the steps after which a run is measured on its way
@@ -200,28 +200,28 @@ def recovered(job: Job, full_ft: RowScores, emulator_zs: RowScores) -> tuple[Row
     ends: list[RowScores] = []
     points: list[RecoveryPoint] = []
     for lr in job.settings.rates:
-        found, end = _run(job, lr)
+        by_step, end = _run(job, lr)
         ends.append(end)
-        points += [_point(lr, done, one, (full_ft, emulator_zs), job) for done, one in found.items()]
+        points += [_point(lr, done, one, (full_ft, emulator_zs), job) for done, one in by_step.items()]
     return min(ends, key=lambda one: one.nll.sum()), tuple(points)
 
 
 def _run(job: Job, lr: float) -> tuple[dict[int, RowScores], RowScores]:
     """One run: scores by steps done, and those at its end, with an accuracy if there is one."""
     emulator, settings = job.models.emulator, job.settings
-    wanted = {settings.steps // part for part in _PARTS} - {0, settings.steps}
-    found: dict[int, RowScores] = {}
+    halts = {settings.steps // part for part in _PARTS} - {0, settings.steps}
+    by_step: dict[int, RowScores] = {}
     tell = job.steps(RECOVERED)
 
-    def told(done: int, total: int) -> None:
+    def measure_on_the_way(done: int, total: int) -> None:
         tell(done, total)
-        if done in wanted:
-            found[done] = score_losses(emulator, job.rows.held_out, settings.eval_batch_size)
+        if done in halts:
+            by_step[done] = score_losses(emulator, job.rows.held_out, settings.eval_batch_size)
 
     everything = range(len(find_layers(emulator).layers))
-    with unshared(emulator), tuned(emulator, everything, job.tuning, lr, told):
-        found[settings.steps] = job.measure(RECOVERED, emulator)
-    return found, found[settings.steps]
+    with unshared(emulator), tuned(emulator, everything, job.tuning, lr, measure_on_the_way):
+        by_step[settings.steps] = job.measure(RECOVERED, emulator)
+    return by_step, by_step[settings.steps]
 
 
 def _point(lr: float, steps: int, scores: RowScores, ends: tuple[RowScores, RowScores], job: Job) -> RecoveryPoint:

@@ -9,7 +9,7 @@ no choice; those that remain are the *front*. The attack on its calibration rows
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
 from torch import Tensor
@@ -19,8 +19,8 @@ from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.offsite.audits.calibration_attack import attack_calibration
-from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
-from siftune.offsite.audits.models import count, kept_fraction
+from siftune.offsite.audits.gradients import cosine, outer_gradient
+from siftune.offsite.audits.models import count, parameter_shares
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.compress import Method, Mlp
 from siftune.offsite.emulator.make import emulators
@@ -88,10 +88,10 @@ class SweepPoint:
     loss: float  # its loss on the held-out rows, in nats per label token
     loss_full: float  # the base's
     parameters: int  # its parameters, outer layers and embeddings included; shared ones count once
-    kept: float  # parameters of its middle over those of the base's
+    middle_share: float  # parameters of its middle over those of the base's
     # AUC of the attack on its calibration rows (`calibration_attack`), the held-out rows being the others; the
     # higher of that on attention and that on the MLPs. Without a value where it has nothing but whole layers
-    told: Estimate = field(default_factory=Estimate)
+    calibration_auc: Estimate = field(default_factory=Estimate)
 
     @property
     def gap(self) -> float:
@@ -129,8 +129,22 @@ def sweep(
         for choice in chunk:
             emulator = materialise(parts.pop(0)).to(model.device)
             leak = attack_calibration(model, emulator, choice.split, batches, held_out, Bootstrap(_RESAMPLES)).strongest
-            told = Estimate() if leak is None else leak.auc
-            points.append(replace(_measure(model, emulator, choice, held_out, full), told=told))
+            likeness = cosine(full, outer_gradient(emulator, held_out, choice.split))
+            point = SweepPoint(
+                method=choice.method,
+                keep=choice.keep,
+                lambda_attn=choice.lambda_attn,
+                lambda_mlp=choice.lambda_mlp,
+                basis=choice.basis if choice.method == "gradot" else None,
+                mlp=choice.mlp if choice.method == "gradot" else None,
+                cosine=likeness.overall,
+                loss=likeness.loss_emulator,
+                loss_full=likeness.loss_full,
+                parameters=count(emulator),
+                middle_share=parameter_shares(model, emulator, choice.split).middle,
+                calibration_auc=Estimate() if leak is None else leak.auc,
+            )
+            points.append(point)
             if progress is not None:
                 progress("measuring", len(points), len(choices))
     return points
@@ -145,25 +159,6 @@ def front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 def _beats(a: SweepPoint, b: SweepPoint) -> bool:
     """Whether `a` is at least as good in both, and better in one."""
     return a.cosine >= b.cosine and a.gap >= b.gap and (a.cosine > b.cosine or a.gap > b.gap)
-
-
-def _measure(
-    model: PreTrainedModel, emulator: PreTrainedModel, choice: EmulatorSettings, held_out: Batches, full: OuterGradient
-) -> SweepPoint:
-    likeness = cosine(full, outer_gradient(emulator, held_out, choice.split))
-    return SweepPoint(
-        method=choice.method,
-        keep=choice.keep,
-        lambda_attn=choice.lambda_attn,
-        lambda_mlp=choice.lambda_mlp,
-        basis=choice.basis if choice.method == "gradot" else None,
-        mlp=choice.mlp if choice.method == "gradot" else None,
-        cosine=likeness.overall,
-        loss=likeness.loss_emulator,
-        loss_full=likeness.loss_full,
-        parameters=count(emulator),
-        kept=kept_fraction(model, emulator, choice.split).middle,
-    )
 
 
 def _chunks(choices: Sequence[EmulatorSettings]) -> Iterator[list[EmulatorSettings]]:

@@ -160,9 +160,9 @@ def test_gradients_and_sizes(audited):
     wanted = gradient_cosine(both.base, both.emulator, inputs, SPLIT)
     assert found.cosine.per_layer == pytest.approx(wanted.per_layer, abs=1e-5)
     assert found.cosine.overall == pytest.approx(wanted.overall, abs=1e-5)
-    assert found.kept.middle == pytest.approx(2 / 3)
+    assert found.shares.middle == pytest.approx(2 / 3)
     counts = [sum(p.numel() for p in model.parameters()) for model in (both.emulator, both.base)]
-    assert found.kept.whole == counts[0] / counts[1]
+    assert found.shares.whole == counts[0] / counts[1]
 
 
 def test_models_are_as_they_were(audited):
@@ -195,7 +195,7 @@ def test_an_emulator_that_is_the_base_loses_nothing():
     assert (one.gain_share.value, one.gain_share.low, one.gain_share.high) == (1, 1, 1)
     assert one.cpl.value == 1
     assert found.cosine.per_layer == pytest.approx([1, 1], abs=1e-12)
-    assert (found.kept.middle, found.kept.whole) == (1, 1)
+    assert (found.shares.middle, found.shares.whole) == (1, 1)
 
 
 def test_all_tunings_see_the_same_rows_in_the_same_order(monkeypatch):

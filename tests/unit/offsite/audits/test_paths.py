@@ -58,7 +58,7 @@ def test_a_kit_on_disk(on_disk, tmp_path):
     assert found.accuracy == "exact_match"
     assert found.facts["kit"] == kit.digest
     assert (found.facts["train_rows"], found.facts["held_out_rows"]) == (9, 5)
-    assert found.kept.middle == pytest.approx(1 / 3)
+    assert found.shares.middle == pytest.approx(1 / 3)
 
 
 def test_a_return_on_disk(on_disk):

@@ -119,11 +119,11 @@ def test_points_are_those_of_emulators_made_and_measured_alone(model, rows, poin
         )  # fmt: skip
         assert found.gap == found.loss - found.loss_full
         leak = attack_calibration(model, emulator, GRID.split, *rows, Bootstrap(2000)).strongest
-        assert found.told == (Estimate() if leak is None else leak.auc)
+        assert found.calibration_auc == (Estimate() if leak is None else leak.auc)
         assert found.parameters == sum({p.data_ptr(): p.numel() for p in emulator.parameters()}.values())
-        assert found.kept == pytest.approx((found.parameters - outside) / sum(sizes[1:4]))
+        assert found.middle_share == pytest.approx((found.parameters - outside) / sum(sizes[1:4]))
     assert len({p.cosine for p in points}) == len(points)
-    assert {p.method for p in points if p.told.value is None} == {"layerdrop", "crash"}
+    assert {p.method for p in points if p.calibration_auc.value is None} == {"layerdrop", "crash"}
 
 
 def test_all_kept_is_the_base(model, rows):
@@ -138,7 +138,7 @@ def test_all_kept_is_the_base(model, rows):
     for one in found:
         assert one.cosine == pytest.approx(1.0, abs=1e-9)
         assert one.gap == pytest.approx(0.0, abs=1e-9)
-        assert one.kept == 1.0
+        assert one.middle_share == 1.0
     assert [what for what in told if what[0] == "measuring"] == [("measuring", 1, 2), ("measuring", 2, 2)]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -190,7 +190,7 @@ def test_a_point_without_a_cosine_is_on_no_front_but_in_the_table():
 def test_the_table_is_sorted_and_marks_the_front():
     candidates = [
         point(0.2, 0.5, keep=0.3),
-        replace(point(0.6, 0.1, keep=0.7, basis="whitened", attn=0.3), told=Estimate(0.75, 0.5, 0.9)),
+        replace(point(0.6, 0.1, keep=0.7, basis="whitened", attn=0.3), calibration_auc=Estimate(0.75, 0.5, 0.9)),
         point(0.9, 0.1, keep=0.7, basis="whitened"),
         point(0.4, 2.0, keep=0.7, method="layerdrop", basis=None),
     ]
