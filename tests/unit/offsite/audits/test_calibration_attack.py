@@ -1,14 +1,18 @@
 """Who calibrated a kit: scores matrix by matrix against plain products, and what the attack finds on tiny models."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.emulators import FAMILIES, base, calibration, emulator
 
 from siftune.evaluate.bootstrap import Bootstrap
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.audits.calibration_attack import attack_calibration, compared, row_residuals
+from siftune.offsite.audits.calibration_attack import attack_calibration, compared, residuals, row_residuals
 from siftune.offsite.emulator.model import Split, weight_OI
 
 SPLIT = Split(1, 1)
@@ -113,3 +117,23 @@ def test_padding_and_batches_do_not_matter():
         single.append({name: batches[0][name][row][mask][None] for name in ("input_ids", "attention_mask")})
     for name, found in row_residuals(model, matrices, single).items():
         np.testing.assert_allclose(found, whole[name], rtol=1e-6)
+
+
+@given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_shares_token_by_token(seed, rows, length, outputs):
+    generator = torch.Generator().manual_seed(seed)
+    whole, kept = (torch.randn(rows, length, outputs, generator=generator, dtype=torch.float64) for _ in range(2))
+    real = torch.rand(rows, length, generator=generator) > 0.4
+    real[:, 0] = True
+    for row, found in enumerate(residuals(whole, kept, real).tolist()):
+        lost = size = 0.0
+        for t in range(length):
+            if real[row, t]:
+                lost += sum((a - b) ** 2 for a, b in zip(whole[row, t].tolist(), kept[row, t].tolist(), strict=True))
+                size += sum(a**2 for a in whole[row, t].tolist())
+        assert found == pytest.approx(math.log(lost / size))
+
+
+def test_nothing_lost_and_nothing_written():
+    whole = torch.stack([torch.ones(3, 2), torch.zeros(3, 2)])
+    assert residuals(whole, whole, torch.ones(2, 3).bool()).tolist() == pytest.approx([math.log(1e-12)] * 2)

@@ -21,7 +21,7 @@ from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange import tune as module
 from siftune.offsite.exchange.load import load_emulator
-from siftune.offsite.exchange.returned import open_return, read_return
+from siftune.offsite.exchange.returned import open_return, read_return, write_return
 from siftune.offsite.exchange.tune import merged_layers, save_return, source_of
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.kit.manifest import canonical
@@ -83,7 +83,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize(
     ("method", "adapter"),
-    [("dense", "lora"), ("ist", "rslora"), ("gast", "dora"), ("dense", "full"), ("ist+gast", "full")],
+    [("dense", "lora"), ("gast", "dora"), ("ist+gast", "full")],
 )
 def test_the_return_is_what_was_tuned(kit, rows, tmp_path, method, adapter):
     settings = {
@@ -109,9 +109,8 @@ def test_the_return_is_what_was_tuned(kit, rows, tmp_path, method, adapter):
     assert done.summary["eval_loss"] > 0
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_adapters_sit_in_the_outer_layers_and_nothing_else_moves(kit, rows, tmp_path, adapter):
-    done = train(recipe(kit.path, rows, tmp_path / "run", adapter=adapter, steps=2, method="rst"), QUIET)
+def test_adapters_sit_in_the_outer_layers_and_nothing_else_moves(kit, rows, tmp_path):
+    done = train(recipe(kit.path, rows, tmp_path / "run", adapter="dora", steps=2, method="rst"), QUIET)
     numbers = {
         int(name.split(".layers.")[1].split(".")[0]) for name, p in done.model.named_parameters() if "lora" in name
     }
@@ -130,7 +129,7 @@ def test_adapters_sit_in_the_outer_layers_and_nothing_else_moves(kit, rows, tmp_
 def test_a_kit_of_half_precision(half_kit, rows, tmp_path):
     """The return has the kit's dtype, however the emulator was loaded."""
     for name, settings in {
-        "lora": {"dtype": "bfloat16"}, "full": {"dtype": "bfloat16", "adapter": "full"}, "other": {"dtype": "float32"},
+        "full": {"dtype": "bfloat16", "adapter": "full"}, "lora": {"dtype": "float32"},
     }.items():  # fmt: skip
         done = train(recipe(half_kit.path, rows, tmp_path / name, steps=2, method="dense", **settings), QUIET)
         returned = read_return(tmp_path / name / "return", half_kit)
@@ -183,7 +182,7 @@ def test_merging_keeps_what_half_precision_would_lose():
 # --- resuming and stopping
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_stopped_and_resumed(kit, rows, tmp_path, interfere, adapter):
     settings = {"adapter": adapter, "save_every": 2, "steps": 5, "method": "ist", "interval": 2}
     train(recipe(kit.path, rows, tmp_path / "whole", **settings), QUIET)
@@ -221,11 +220,9 @@ def test_a_return_that_cannot_be_written_leaves_the_old_pair(kit, rows, tmp_path
     assert done.folder.path == folder
 
 
-def test_a_return_makes_a_folder_used(kit, rows, tmp_path):
-    settings = {"method": "dense", "adapter": "full", "steps": 1}
-    train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
-    with pytest.raises(RecipeError, match="run holds a run already"):
-        train(recipe(kit.path, rows, tmp_path / "run", **settings), QUIET)
+def test_a_return_makes_a_folder_used(kit, rows, finished):
+    with pytest.raises(RecipeError, match="holds a run already"):
+        train(recipe(kit.path, rows, finished / "full", method="dense", adapter="full", steps=1), QUIET)
 
 
 # --- what is refused
@@ -336,6 +333,7 @@ def private(kit, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_private_run_says_so_in_its_return(kit, private, capsys):
     told = read_json(private / "return" / "manifest.json")["privacy"]
     assert told == read_json(private / "run.json")["summary"]["privacy"] == promise_of(private / "return", kit)
@@ -350,14 +348,20 @@ def test_other_runs_promise_nothing(kit, finished):
     assert promise_of(finished / "lora" / "return", kit) is None
 
 
+PROMISE = {
+    "epsilon": 7.5, "delta": 0.01, "noise_multiplier": 0.8, "clip": 1.0, "clipping": "layer", "sampling_rate": 0.2,
+    "expected_batch": 4, "steps": 2, "accountant": "opacus PRV", "accountant_version": "1.6.0",
+    "unit": "one training row, there or not",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("epsilon", -1.0), ("epsilon", True), ("delta", 1), ("clipping", "none"), ("steps", 2.5), ("unit", "a person"),
      ("accountant_version", "1.6 or so"), ("accountant", "mine"), ("name", "of the data owner")],
 )  # fmt: skip
-def test_a_promise_is_held_to_its_keys_and_ranges(kit, private, tmp_path, name, value):
-    shutil.copytree(private / "return", tmp_path / "return")
-    path = tmp_path / "return" / "manifest.json"
+def test_a_promise_is_held_to_its_keys_and_ranges(kit, tmp_path, name, value):
+    path = write_return(tmp_path / "return", shipped(kit), kit, PROMISE) / "manifest.json"
     whole = read_json(path)
     path.write_bytes(canonical({**whole, "privacy": {**whole["privacy"], name: value}}))
     with pytest.raises(KitError, match=r"manifest\.json: privacy"):

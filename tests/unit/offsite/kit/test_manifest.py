@@ -1,12 +1,19 @@
+"""A kit's manifest, and the fingerprint of its base."""
+
 import copy
 import dataclasses
+import hashlib
 import json
+import struct
 
 import pytest
+import torch
 from support.kits import contents
+from support.tiny import tiny
 
 from siftune.base.errors import KitError
 from siftune.offsite.emulator.model import LayerShape
+from siftune.offsite.kit import manifest as fingerprint_module
 from siftune.offsite.kit.manifest import (
     LIMITS,
     MAX_LAYERS,
@@ -16,6 +23,7 @@ from siftune.offsite.kit.manifest import (
     Manifest,
     canonical,
     dump_manifest,
+    fingerprint,
     parse_files,
     parse_manifest,
 )
@@ -220,3 +228,35 @@ def test_every_file_has_a_limit_and_the_chat_template_may_be_left_out():
     table["emulator.safetensors"]["bytes"] = LIMITS["emulator.safetensors"] + 1
     with pytest.raises(KitError, match=r"files\.emulator\.safetensors\.bytes"):
         parse_files(table, REQUIRED, OPTIONAL)
+
+
+def test_fingerprints_are_of_names_shapes_and_float32_values(monkeypatch):
+    model = tiny("llama", 2, tie_word_embeddings=True)
+    digest = hashlib.sha256()
+    for name in sorted(model.state_dict()):
+        if name != "lm_head.weight":  # tied
+            tensor = model.state_dict()[name]
+            digest.update(json.dumps([name, list(tensor.shape)]).encode())
+            digest.update(struct.pack(f"<{tensor.numel()}f", *tensor.flatten().tolist()))
+    assert fingerprint(model) == digest.hexdigest()
+    monkeypatch.setattr(fingerprint_module, "_CHUNK", 7)
+    assert fingerprint(model) == digest.hexdigest()
+
+
+def test_fingerprints_do_not_depend_on_how_a_checkpoint_is_loaded():
+    from accelerate import cpu_offload
+
+    half = tiny("gpt2", 2).bfloat16()
+    wide = copy.deepcopy(half).float()
+    assert fingerprint(wide) == fingerprint(half)
+    offloaded = cpu_offload(copy.deepcopy(half), execution_device=torch.device("cpu"))
+    assert fingerprint(offloaded) == fingerprint(half)
+    with torch.no_grad():
+        wide.transformer.h[1].ln_1.weight[3] += 2e-7
+    assert fingerprint(wide) != fingerprint(half)
+    assert fingerprint(tiny("gpt2", 3)) != fingerprint(tiny("gpt2", 2))
+
+
+def test_weights_without_values_have_no_fingerprint():
+    with pytest.raises(KitError, match="has no values"):
+        fingerprint(tiny("llama", 2).to("meta"))

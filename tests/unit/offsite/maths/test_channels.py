@@ -1,4 +1,4 @@
-"""Channels that others take over: costs and fitted columns against constrained least squares, in float64."""
+"""Channel scores and fitted columns against dense changes and constrained least squares, in float64."""
 
 import pytest
 import torch
@@ -7,14 +7,100 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from siftune.base.errors import ModelError
-from siftune.offsite.maths.channels import refit, refit_scores
+from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.kfac import curvature, moments
-
-shapes = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
 
 
 def drawn(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mlp(seed, count, inputs, channels, gated=True):
+    """(weight, inputs, output gradients) of the matrices that read, and of the one that writes."""
+    x_NI = drawn(seed, count, inputs)
+    reads = [(drawn(seed + n, channels, inputs), x_NI, drawn(seed + 3 + n, count, channels)) for n in range(1 + gated)]
+    return reads, (drawn(seed + 7, inputs, channels), drawn(seed + 8, count, channels), drawn(seed + 9, count, inputs))
+
+
+def scores(reads, writes, lam):
+    known = [(weight, curvature(x, g)) for weight, x, g in (*reads, writes)]
+    return channel_scores(known[:-1], known[-1], lam)
+
+
+def terms(reads, writes):
+    """‖H δ‖₁ and ⟨D, δ⟩ for the loss of every channel: H by Kronecker product, D token by token, δ by zeroing."""
+    shifts, rises = [], []
+    for channel in range(writes[0].shape[1]):
+        shift = rise = 0.0
+        for weight, x, g in (*reads, writes):
+            less = weight.clone()
+            if weight is writes[0]:
+                less[:, channel] = 0
+            else:
+                less[channel] = 0
+            delta = (less - weight).flatten()
+            hessian = torch.kron(g.T @ g / len(g), x.T @ x / len(x))
+            slope = sum(torch.outer(one_g, one_x) for one_g, one_x in zip(g, x, strict=True))
+            shift += (hessian @ delta).abs().sum().item()
+            rise += (slope.flatten() @ delta).item()
+        shifts.append(shift)
+        rises.append(rise)
+    return shifts, rises
+
+
+@given(
+    shape=st.tuples(st.integers(0, 999), st.integers(1, 7), st.integers(1, 4), st.integers(1, 5)),
+    gated=st.booleans(),
+    lam=st.sampled_from([0.0, 0.3, 4.0]),
+)
+def test_scores_of_every_channel(shape, gated, lam):
+    reads, writes = mlp(*shape, gated=gated)
+    shifts, rises = terms(reads, writes)
+    mean_shift, mean_rise = (sum(map(abs, term)) / len(term) for term in (shifts, rises))
+    expected = [s / mean_shift - lam * r / mean_rise for s, r in zip(shifts, rises, strict=True)]
+    assert_close(scores(reads, writes, lam), torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [3, 30], ids=["rows", "matrix"])
+def test_what_does_not_matter_to_scores(count):
+    reads, writes = mlp(0, count, 4, 6)
+    order = torch.cat([batch.flip(0) for batch in reversed(torch.arange(count).split(2))])
+
+    def changed(change_x, change_g):
+        *others, last = [(weight, change_x(x), change_g(g)) for weight, x, g in (*reads, writes)]
+        return scores(others, last, 0.4)
+
+    expected = scores(reads, writes, 0.4)
+    assert_close(changed(lambda x: x[order], lambda g: g[order]), expected)  # other batches
+    assert_close(changed(lambda x: x, lambda g: g / count), expected)  # the mean loss
+    assert_close(changed(*2 * (lambda rows: torch.cat([rows, 0 * rows[:2]]),)), expected)  # empty rows
+
+
+def test_limits_of_lambda():
+    reads, writes = mlp(0, 9, 4, 6)
+    shifts, rises = terms(reads, writes)
+    assert scores(reads, writes, 0.0).argsort(descending=True).tolist() == sorted(range(6), key=lambda j: -shifts[j])
+    assert scores(reads, writes, 1e9).argsort(descending=True).tolist() == sorted(range(6), key=lambda j: rises[j])
+
+
+def test_half_precision_weights_are_scored_in_float32():
+    reads, writes = mlp(0, 9, 4, 6)
+    halved = [(weight.bfloat16(), x.bfloat16(), g.bfloat16()) for weight, x, g in (*reads, writes)]
+    got = scores(halved[:-1], halved[-1], 0.4)
+    assert got.dtype == torch.float32
+    *reads, writes = [(w.double(), x.double(), g.double()) for w, x, g in halved]
+    assert_close(got.double(), scores(reads, writes, 0.4), rtol=1e-4, atol=1e-4)
+
+
+@given(numbers=st.lists(st.integers(-5, 5), min_size=1, max_size=9), data=st.data())
+def test_kept_channels_ascend(numbers, data):
+    count = data.draw(st.integers(0, len(numbers)))
+    kept = keep_channels(torch.tensor(numbers).float(), count)
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == sorted(sorted(range(len(numbers)), key=lambda j: -numbers[j])[:count])
+
+
+shapes = st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
 
 
 def case(seed, count, outputs, channels):
@@ -22,7 +108,7 @@ def case(seed, count, outputs, channels):
     return drawn(seed, outputs, channels), drawn(seed + 1, count, channels), drawn(seed + 2, count, outputs)
 
 
-def scores(weight, x, g, lam, damping=0.1):
+def refit_costs(weight, x, g, lam, damping=0.1):
     return refit_scores(weight, curvature(x, g), lam, damping)
 
 
@@ -49,7 +135,7 @@ def least_change(weight, matrix, channel):
 
 
 @given(shape=shapes, lam=st.sampled_from([0.0, 0.3, 4.0]), damping=st.sampled_from([0.01, 0.1]))
-def test_scores_of_every_channel(shape, lam, damping):
+def test_costs_of_every_channel(shape, lam, damping):
     """⟨δ, H δ⟩ by Kronecker product and ⟨D, δ⟩ token by token."""
     weight, x, g = case(*shape)
     matrix = damped(x, damping)
@@ -59,7 +145,9 @@ def test_scores_of_every_channel(shape, lam, damping):
     rises = [sum((g_n @ d @ x_n).item() for g_n, x_n in zip(g, x, strict=True)) for d in changes]
     mean_cost, mean_rise = (sum(map(abs, term)) / len(term) for term in (costs, rises))
     expected = [c / mean_cost - lam * r / mean_rise for c, r in zip(costs, rises, strict=True)]
-    assert_close(scores(weight, x, g, lam, damping), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-7)
+    assert_close(
+        refit_costs(weight, x, g, lam, damping), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-7
+    )
 
 
 def test_no_other_change_that_takes_a_channel_away_costs_less():
@@ -74,7 +162,7 @@ def test_no_other_change_that_takes_a_channel_away_costs_less():
             other = delta + 0.1 * drawn(seed, *delta.shape)
             other[:, channel] = delta[:, channel]
             assert other.flatten() @ hessian @ other.flatten() > costs[-1]
-    assert scores(weight, x, g, 0.0).argsort().tolist() == torch.stack(costs).argsort().tolist()
+    assert refit_costs(weight, x, g, 0.0).argsort().tolist() == torch.stack(costs).argsort().tolist()
 
 
 @given(shape=shapes, damping=st.sampled_from([1e-3, 0.1, 2.0]), data=st.data())
@@ -93,19 +181,19 @@ def test_fitted_columns_are_the_ridge_solution(shape, damping, data):
 def test_a_channel_that_another_repeats_costs_nothing_and_is_taken_over():
     weight, x, g = case(1, 30, 4, 6)
     x[:, 5] = 2 * x[:, 1]
-    found = scores(weight, x, g, 0.0, 1e-9)
+    found = refit_costs(weight, x, g, 0.0, 1e-9)
     assert max(found[1], found[5]) < 1e-6 < 0.1 < found[[0, 2, 3, 4]].min()
     kept = torch.arange(5)
     assert_close(x[:, kept] @ refit(weight, moments(x), kept, 1e-12).T, x @ weight.T, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [3, 30], ids=["rows", "matrix"])
-def test_what_does_not_matter(count):
+def test_what_does_not_matter_to_costs(count):
     weight, x, g = case(0, count, 4, 6)
     order = torch.cat([batch.flip(0) for batch in reversed(torch.arange(count).split(2))])
 
     def found(x, g):
-        return torch.cat([scores(weight, x, g, 0.4), refit(weight, moments(x), torch.tensor([0, 2, 3])).flatten()])
+        return torch.cat([refit_costs(weight, x, g, 0.4), refit(weight, moments(x), torch.tensor([0, 2, 3])).flatten()])
 
     expected = found(x, g)
     assert_close(found(x[order], g[order]), expected)  # other batches
@@ -127,7 +215,7 @@ def test_a_channel_that_is_far_larger_than_all_others_does_not_drown_the_fit():
     left = (x @ weight.T - x[:, kept] @ refit(weight, moments(x), kept, 0.01).T).square().sum()
     untouched = (x[:, 7:] @ weight[:, 7:].T).square().sum()
     assert left < 1e-2 * untouched
-    found = scores(weight, x, g, 0.0, 0.01)
+    found = refit_costs(weight, x, g, 0.0, 0.01)
     assert set(found.argsort()[:2].tolist()) == {2, 7}  # either can go: the other takes over
 
 
@@ -140,7 +228,7 @@ def test_rounding_that_exceeds_the_damping_raises_it():
     matrix = seen.dense().double()
     small = 1e-6 * matrix.diagonal().median() * torch.eye(200, dtype=torch.float64)
     assert torch.linalg.cholesky_ex(matrix + small).info > 0  # else there is nothing to raise
-    found = scores(weight, x, torch.randn(400, 5, generator=generator), 0.0, 1e-9)
+    found = refit_costs(weight, x, torch.randn(400, 5, generator=generator), 0.0, 1e-9)
     assert found.isfinite().all()
     fitted = refit(weight, seen, kept, 1e-9)
     assert (x @ weight.T - x[:, kept] @ fitted.T).norm() < 0.1 * (x[:, 140:] @ weight[:, 140:].T).norm()
@@ -157,16 +245,16 @@ def test_channels_that_never_move_have_no_part_in_the_damping():
 def test_without_inputs_nothing_is_fitted():
     weight, x, g = case(0, 9, 4, 6)
     assert torch.equal(refit(weight, moments(0 * x), torch.tensor([1, 4])), weight[:, [1, 4]])
-    assert torch.equal(scores(weight, 0 * x, g, 0.4), torch.zeros(6, dtype=torch.float64))
+    assert torch.equal(refit_costs(weight, 0 * x, g, 0.4), torch.zeros(6, dtype=torch.float64))
 
 
 def test_half_precision_is_computed_in_float32():
     weight, x, g = (tensor.bfloat16() for tensor in case(0, 9, 4, 6))
     kept = torch.tensor([1, 4])
-    found, fitted = scores(weight, x, g, 0.4), refit(weight, moments(x), kept)
+    found, fitted = refit_costs(weight, x, g, 0.4), refit(weight, moments(x), kept)
     assert found.dtype == fitted.dtype == torch.float32
     weight, x, g = weight.double(), x.double(), g.double()
-    assert_close(found.double(), scores(weight, x, g, 0.4), rtol=1e-4, atol=1e-4)
+    assert_close(found.double(), refit_costs(weight, x, g, 0.4), rtol=1e-4, atol=1e-4)
     assert_close(fitted.double(), refit(weight, moments(x), kept), rtol=1e-5, atol=1e-5)
 
 
