@@ -71,6 +71,13 @@ def test_resume_stands_alone_or_takes_a_folder(tmp_path, monkeypatch):
     assert train("--resume", tmp_path) == train(f"--resume={tmp_path}") == Train(resume=True, rank=4, out=str(tmp_path))
 
 
+def test_a_recipe_overrides_that_of_the_run_to_resume(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("rank: 4\nseed: 5\n")
+    (tmp_path / "more.yaml").write_text("rank: 8\n")
+    wanted = Train(resume=True, rank=8, seed=5, out=str(tmp_path))
+    assert train("--resume", tmp_path, tmp_path / "more.yaml") == wanted
+
+
 def test_positional_values_lists_and_short_forms():
     given = parse(Plain, ["-r", "a", "--wide", "RUN", "--weights", "1,2", "--return", "b"], "siftune x")
     assert given == Plain(run="RUN", returned=(Path("a"), Path("b")), weights=(1.0, 2.0), wide=True)

@@ -16,7 +16,7 @@ from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe, recipe_to_yaml
 from siftune.recipe.removed import REMOVED
-from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until
+from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, shape_of
 from siftune.train.rates.grid import rate_text
 
 _FEW = {"method": "gast", "target": "few.jsonl", "gast": GASTSettings(**GASTSettings.with_target)}
@@ -134,6 +134,11 @@ def test_resolving_fills_in_what_depends_on_other_fields():
     assert resolve_recipe(Recipe(out="~/runs/a"), now).out == str(Path.home() / "runs" / "a")
     given = Recipe(rank=5, alpha=3, out="here", lr=1e-4)
     assert resolve_recipe(given, now) == given
+
+
+def test_the_adapter_has_the_shape_that_the_recipe_asks_for():
+    options = {"rank": 3, "alpha": 5, "dropout": 0.25, "targets": ("q_proj",), "layers": (0, -1)}
+    assert options.items() <= vars(shape_of(Recipe(**options))).items()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,6 +23,7 @@ from siftune.methods.dp.sampling import PoissonBatches, Secret
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe
 from siftune.train import build
+from siftune.train import trainer as trainers
 from siftune.train.build import privacy_of
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
@@ -175,6 +176,14 @@ def test_a_run_that_goes_on_has_noise_of_its_own(told, tmp_path):
     second = train(replace(given, resume=str(tmp_path / "run" / "checkpoints" / "checkpoint-3")), QUIET)
     assert any(not torch.equal(value, first[name]) for name, value in weights(second.model).items())
     assert 8 - 0.02 <= second.summary["privacy"]["epsilon"] <= 8
+
+
+def test_a_broken_step_is_never_skipped(told, tmp_path, monkeypatch):
+    """Which step is skipped depends on its rows, and no noise covers that."""
+    allowed, original = [], trainers.BrokenSteps
+    monkeypatch.setattr(trainers, "BrokenSteps", lambda most: allowed.append(most) or original(most))
+    train(told(tmp_path / "run", steps=1), QUIET)
+    assert allowed == [0]
 
 
 def test_an_interrupted_run_spent_less(told, tmp_path, interfere):
