@@ -3,6 +3,10 @@
 The environment of every process is that of torchrun, so that under it, or `accelerate launch -m siftune train`, the
 ranks do the same. What is ours about it: the command keeps its one sentence, its exit code and its JSON, and a rank
 that ends early ends the others, which would wait for it.
+
+torchrun's agent is not used here: it signals every rank once, also at the first failure, and after a timeout kills
+those that still run. In trial runs with torch 2.13 and the usual 30 s, rank 0 left no adapter after SIGTERM during a
+longer evaluation, nor in one of two runs after `kill -9` of rank 1.
 """
 
 import json
