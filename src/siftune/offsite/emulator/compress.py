@@ -76,7 +76,7 @@ class LayerCurvature:
     captured: Mapping[str, Captured] = field(default_factory=dict)  # what the matrices saw, by path
     curvature: Mapping[str, Curvature] = field(default_factory=dict)  # their curvature, by path
     # components by path and basis, so that several λ and ranks cost one decomposition
-    known: dict[tuple[str, str, float], Components] = field(default_factory=dict)
+    components: dict[tuple[str, str, float], Components] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Co
         return svd_factor(weight, rank)
     curvature = seen.curvature[path]
     key = (path, how.basis, how.damping)
-    if key not in seen.known:
-        seen.known[key] = components(weight, curvature, how.basis, how.damping)
-    return factor(seen.known[key], curvature, rank, how.lambda_attn, how.protect)
+    if key not in seen.components:
+        seen.components[key] = components(weight, curvature, how.basis, how.damping)
+    return factor(seen.components[key], curvature, rank, how.lambda_attn, how.protect)
 
 
 def _narrow(
@@ -181,19 +181,19 @@ def channel_count(share: float, channels: int) -> int:
 
 def score_channels(weights: Mapping[str, Tensor], family: Family, seen: LayerCurvature, how: Compression) -> Tensor:
     """Scores of an MLP's channels; high ones should stay."""
-    writes, known = weights[family.writes].float(), seen.curvature[family.writes]
+    writes, curvature = weights[family.writes].float(), seen.curvature[family.writes]
     if how.method == "svd+flap":
         return flap_scores(seen.captured[family.writes].x_NI, writes)
     if how.mlp == "refit":
-        return refit_scores(writes, known, how.lambda_mlp, how.refit_damping)
+        return refit_scores(writes, curvature, how.lambda_mlp, how.refit_damping)
     reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
-    return channel_scores(reads, (writes, known), how.lambda_mlp)
+    return channel_scores(reads, (writes, curvature), how.lambda_mlp)
 
 
-def write_columns(write_OC: Tensor, known: Curvature, staying: Tensor, how: Compression) -> Tensor:
+def write_columns(write_OC: Tensor, curvature: Curvature, staying: Tensor, how: Compression) -> Tensor:
     """The columns by which the channels that stay write."""
     if how.method == "gradot" and how.mlp == "refit":
-        return refit(write_OC, known.inputs, staying, how.refit_damping)
+        return refit(write_OC, curvature.inputs, staying, how.refit_damping)
     return write_OC[:, staying]
 
 

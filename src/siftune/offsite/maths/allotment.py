@@ -75,12 +75,12 @@ def hull(sizes: Sequence[float], costs: Sequence[float]) -> list[tuple[int, floa
         costs: The cost at each; counted as the lowest of those up to it.
     """
     points = list(zip(range(len(sizes)), sizes, accumulate(costs, min), strict=True))
-    found = points[:1]
+    hull = points[:1]
     for point in points[1:]:
-        while len(found) > 1 and _saving(found[-2], found[-1]) < _saving(found[-1], point):
-            found.pop()
-        found.append(point)
-    return found
+        while len(hull) > 1 and _saving(hull[-2], hull[-1]) < _saving(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
 
 
 def _saving(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:

@@ -93,12 +93,12 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
         (C,) scores, in the dtype of the curvature.
     """
     dtype = curvature.inputs.values.dtype
-    known = _damped(curvature.inputs, damping)
-    if known is None:
+    damped = _damped(curvature.inputs, damping)
+    if damped is None:
         return write_OC.new_zeros(write_OC.shape[1], dtype=dtype)
-    write_OC, share_C = write_OC.to(dtype), known.inverse_diagonal().reciprocal().to(dtype)
+    write_OC, share_C = write_OC.to(dtype), damped.inverse_diagonal().reciprocal().to(dtype)
     cost_C = (write_OC * curvature.gradients.times(write_OC)).sum(0) * share_C
-    rise_C = -(write_OC * known.solve(curvature.slope_OI.T).T.to(dtype)).sum(0) * share_C if lam else 0 * cost_C
+    rise_C = -(write_OC * damped.solve(curvature.slope_OI.T).T.to(dtype)).sum(0) * share_C if lam else 0 * cost_C
     return score(cost_C, rise_C, lam)
 
 
@@ -121,12 +121,12 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
     dropped[kept_K] = False
     write_OC, values = write_OC.double(), inputs.values.double()
     if inputs.formed:
-        kept, lost_KO = values[kept_K][:, kept_K], values[kept_K][:, dropped] @ write_OC[:, dropped].T
+        part, lost_KO = values[kept_K][:, kept_K], values[kept_K][:, dropped] @ write_OC[:, dropped].T
     else:
-        kept = values[:, kept_K]
-        lost_KO = kept.T @ (values[:, dropped] @ write_OC[:, dropped].T)
-    known = _raised(Moments(kept, inputs.formed), damping, step)
-    return (write_OC[:, kept_K] + known.solve(lost_KO).T).to(dtype)
+        part = values[:, kept_K]
+        lost_KO = part.T @ (values[:, dropped] @ write_OC[:, dropped].T)
+    damped = _raised(Moments(part, inputs.formed), damping, step)
+    return (write_OC[:, kept_K] + damped.solve(lost_KO).T).to(dtype)
 
 
 @dataclass(frozen=True)

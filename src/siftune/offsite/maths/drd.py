@@ -112,7 +112,7 @@ def keep_components(scores_K: Tensor, sizes_K: Tensor, rank: int, protect: float
     return order_K.argsort(descending=True, stable=True)[:rank].sort().values
 
 
-def joint_costs(parts: Components, curvature: Curvature, kept: Sequence[Tensor]) -> list[float]:
+def joint_costs(parts: Components, curvature: Curvature, choices: Sequence[Tensor]) -> list[float]:
     """The loss of keeping only some components: ⟨δ, H δ⟩ of all dropped ones together.
 
     ⟨δ, H δ⟩ = Σ_k,m (l_kᵀ G l_m)(r_k A r_mᵀ) over the dropped ones, so that a (K, K) matrix tells it of every choice.
@@ -120,7 +120,7 @@ def joint_costs(parts: Components, curvature: Curvature, kept: Sequence[Tensor])
     Args:
         parts: Components of W; the curvature in which they were chosen may be another.
         curvature: Of W; not damped.
-        kept: For every choice the (R,) numbers of those that stay.
+        choices: For each the (R,) numbers of those that stay.
 
     Returns:
         A cost for every choice, summed in float64.
@@ -128,12 +128,12 @@ def joint_costs(parts: Components, curvature: Curvature, kept: Sequence[Tensor])
     left_OK, right_IK = parts.left_OK, parts.right_KI.T
     both_KK = (left_OK.T @ curvature.gradients.times(left_OK)) * (right_IK.T @ curvature.inputs.times(right_IK))
     both_KK = both_KK.double()
-    found = []
-    for kept_R in kept:
+    costs = []
+    for kept_R in choices:
         lost_K = both_KK.new_ones(len(both_KK))
         lost_K[kept_R] = 0
-        found.append(max(0.0, float(lost_K @ both_KK @ lost_K)))
-    return found
+        costs.append(max(0.0, float(lost_K @ both_KK @ lost_K)))
+    return costs
 
 
 def factor(
