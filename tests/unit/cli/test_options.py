@@ -88,6 +88,7 @@ def test_positional_values_lists_and_short_forms():
     [
         (["--methd", "ist"], ["--methd", "--method"]),
         (["--learning-rate=1"], ["--learning-rate", "--lr"]),
+        (["--metho", "ist"], ["--metho", "--method"]),
         (["--zzzz"], ["--zzzz", "--help"]),
         (["--select", "1"], ["--gast.select", "--greats.select"]),
         (["--gast.selct", "1"], ["--gast.selct", "--gast.select"]),

@@ -127,6 +127,22 @@ def test_a_resumed_run_has_the_record_of_the_unbroken_one(tmp_path):
     assert one.shape[1] == 48
 
 
+def test_a_record_of_other_rows_is_not_continued(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, RowRecord(about="some rows"), max_steps=2, **settings)
+    record = RowRecord(about="other rows")
+    train(tmp_path, record, resume=True, max_steps=3, **settings)
+    assert set(record.visits().step.tolist()) == {2}
+
+
+def test_in_another_trainer_it_writes_another_file(tmp_path):
+    record = RowRecord()
+    for name in ("first", "second"):
+        train(tmp_path / name, record, max_steps=1)
+        assert record.path == tmp_path / name / "rows.parquet"
+        assert set(read_visits(record.path).visits.step.tolist()) == {0}
+
+
 def test_after_an_error_training_goes_on_anew(tmp_path):
     record, gast = RowRecord(), GAST(select=2)
     interrupt = At("on_pre_optimizer_step", 3, stop)

@@ -110,6 +110,14 @@ def test_the_model_is_left_as_it_was():
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def test_dropout_is_off():
+    model = base().train()
+    wanted = record(Base(model, Split(1, 1)), calibration(model)).loss
+    for layer in find_layers(model).layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert record(Base(model, Split(1, 1)), calibration(model)).loss == wanted
+
+
 def test_rows_without_labels_are_refused():
     model = base()
     batches = calibration(model)
