@@ -49,6 +49,11 @@ def test_equals_a_loop_with_weights_and_transform():
     assert (found.low, found.high) == pytest.approx((low, high))
 
 
+def test_draws_without_weight_do_not_count():
+    assert paired_bootstrap([0, 2], [0, 4], Bootstrap(200), weights=[0, 1]) == Estimate(2, 2, 2)
+    assert resample({"a": [3.0, 0.0]}, [1, 0], Bootstrap(200)).mean("a") == Estimate(3, 3, 3)
+
+
 def test_drawing_in_parts_changes_nothing(monkeypatch):
     whole = paired_bootstrap(BASE, TUNED, Bootstrap(301, seed=5))
     monkeypatch.setattr("siftune.evaluate.bootstrap._CELLS", 70)
