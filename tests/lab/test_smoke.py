@@ -51,6 +51,8 @@ def one_thread():
 
 @pytest.mark.parametrize("script", sorted({*SCRIPTS} - HELPLESS))
 def test_help(script, capsys):
+    if script == "lab.chart":
+        pytest.importorskip("matplotlib", reason="matplotlib is in siftune[lab]")
     module = importlib.import_module(f"{script}.__main__" if script == "lab.reproduce" else script)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
@@ -430,6 +432,7 @@ def test_committed_tables_are_those_of_the_results(name):
 
 @pytest.mark.lab
 def test_chart(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in siftune[lab]")
     from lab import chart
 
     chart.main(["--out", str(tmp_path / "chart.svg")])

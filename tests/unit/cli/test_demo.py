@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from siftune.cli import demo
 from siftune.cli.main import main
-from siftune.methods import METHODS
 from siftune.recipe.read import load_recipe
 
 
@@ -68,12 +67,12 @@ def test_its_runs_can_be_evaluated(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps", "0"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
-        (["--rows", "0"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
-        (["--known", "0"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
-        (["--lr", "-1"], "--steps, --rows and --known must be at least 1, and --lr above 0"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--rows", "0"], "--rows is 0"),
+        (["--known", "0"], "--known is 0"),
+        (["--lr", "-1"], "--lr is -1"),
         (["--steps", "5000"], "--steps 5000 takes 40300 problems of arithmetic"),
-        (["--method", "lissa"], f"--method must be one of {', '.join(METHODS)}, not 'lissa'"),
+        (["--method", "lissa"], "--method is lissa"),
     ],
 )
 def test_what_it_refuses(tmp_path, capsys, flags, message):

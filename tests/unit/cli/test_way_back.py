@@ -53,7 +53,7 @@ def test_verify_takes_a_limit_for_returns_alone(parties, damaged, capsys):
 def test_plug_measures_the_owners_rows_before_and_after(half, damaged, rows, capsys):
     kit, tuned = damaged / "kit", damaged / "tuned"
     usual = ("plug", "--model", half, "--kit", kit, "--out", tuned, "--dtype", "bfloat16")
-    usual = (*usual, "--template", "none", "--eval")
+    usual = (*usual, "--template", "none", "--eval-limit", "6", "--eval")
     better = damaged / "return"  # two steps on rows like these
     found, said = siftune(capsys, *usual, rows, "--return", better)
     loss = found["loss"]
