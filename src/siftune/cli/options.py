@@ -205,11 +205,14 @@ def _about(kind: type) -> str:
         width = max(map(len, METHODS))
         parts.append("\n".join(["methods:", *(f"  {name:<{width}}  {m.line}" for name, m in METHODS.items())]))
     parts.append("--json prints the result as one JSON object, alone on standard output.")
-    text = "\n\n".join(parts).replace("%", "%%")
     wide = max(40, shutil.get_terminal_size().columns - 2)
-    return "\n".join(
-        textwrap.fill(line, wide, subsequent_indent="    " * line.startswith(" ")) for line in text.split("\n")
-    )
+    paragraphs = []
+    for paragraph in "\n\n".join(parts).replace("%", "%%").split("\n\n"):
+        listed = "\n " in paragraph  # a list of methods keeps its lines, prose flows
+        lines = paragraph.split("\n") if listed else [" ".join(paragraph.split())]
+        filled = (textwrap.fill(line, wide, subsequent_indent="    " * line.startswith(" ")) for line in lines)
+        paragraphs.append("\n".join(filled))
+    return "\n\n".join(paragraphs)
 
 
 def _dashed(word: str) -> str:
