@@ -6,6 +6,15 @@ from support.tiny_run import save_base, save_rows
 from siftune.train.trainer import SiftTrainer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def list_of_recipes(tmp_path_factory):
+    """Keep the user's list of own recipes out of the tests."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("siftune.records.again.cache_root", lambda: cache)
+        yield
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """Folder of a tiny llama."""

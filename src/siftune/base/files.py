@@ -117,10 +117,10 @@ def _remove(path: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder that holds a link, a pipe or a device, before anything is written into it.
+    """Refuse a folder that holds a link, a pipe or a device, before anything in it is read or written.
 
-    A folder that is missing passes. A folder from another party could otherwise direct what is written into it to any
-    file of the user. The folder itself may be a link, since the user named it.
+    A folder that is missing passes. A folder from another party could otherwise direct what is read there or written
+    into it to any file of the user. The folder itself may be a link, since the user named it.
 
     Raises:
         InputError: The folder holds something other than files and folders, or cannot be read; the message names it.
@@ -137,8 +137,7 @@ def refuse_links(folder: Path) -> None:
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 kind = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
                 raise InputError(
-                    f"{path} is {kind}, through which a run could change files elsewhere: remove it, or give another "
-                    "folder"
+                    f"{path} is {kind}, which could lead to files elsewhere: remove it, or give another folder"
                 )
 
 

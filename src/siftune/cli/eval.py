@@ -99,6 +99,7 @@ def _job(subject: "Subject", options: Options) -> _Job:
 def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
+    from siftune.records.again import is_own
     from siftune.records.rows import used_rows
 
     recipe = subject.recipe
@@ -106,6 +107,11 @@ def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list
         return options.data, load_rows(options.data, options.split, options.limit, format)
     if recipe is None:
         raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
+    if (recipe.eval or recipe.eval_share) and not is_own(Path(subject.name).expanduser()):
+        raise RecipeError(
+            f"this user has not trained by the recipe of {subject.name} on this machine, so the files that it names are "
+            "not read: give --data FILE"
+        )
     if recipe.eval:
         return recipe.eval, load_rows(recipe.eval, recipe.eval_split, options.limit, format)
     if recipe.eval_share:

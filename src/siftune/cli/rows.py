@@ -26,6 +26,8 @@ class Options(Validated):
     """Run folder, or any folder with the rows.parquet that RowRecord wrote."""
     top: Count | None = None
     """Report at most N rows; if not given, 10 on the screen and all in files."""
+    files: tuple[str, ...] = ()
+    """Files of the rows, if somebody else trained, or on another machine: only files that you name are read."""
     csv: Path | None = None
     """Write them to this CSV file, with complete texts."""
     html: Path | None = None
@@ -49,7 +51,7 @@ def run(options: Options) -> dict[str, Any]:
     folder = Path(options.run).expanduser()
     if not folder.is_dir():
         raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
-    rows = Rows(folder)
+    rows = Rows(folder, options.files)
     found = rows.suspects(options.top)
     many = "at least " if len(found) == options.top else ""
     title = f"{many}{len(found):,} of {counted(len(rows.places), 'row')} of {options.run} may be wrong"
@@ -57,7 +59,10 @@ def run(options: Options) -> dict[str, Any]:
     console = Console(highlight=False, soft_wrap=True)
     if shown:
         console.print(plain_table(table(shown, title)), markup=False)
-    _tell(Console(stderr=True, highlight=False, soft_wrap=True), found, shown, len(rows.places))
+    aside = Console(stderr=True, highlight=False, soft_wrap=True)
+    if rows.note:
+        aside.print(rows.note, markup=False)
+    _tell(aside, found, shown, len(rows.places))
     if options.csv is not None:
         _write(options.csv, to_csv(found))
     if options.html is not None:

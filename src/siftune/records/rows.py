@@ -209,4 +209,5 @@ def used_rows(run: Path, recipe: Recipe, part: str = "train") -> list[Row]:
     path = run / BAD_ROWS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     places = {line[: match.start()] for line in lines for match in re.finditer(": ", line)}  # a place may contain ": "
-    return [row for row in read_rows(recipe).parts[part] if row.origin not in places]
+    bad = {Path(place).name for place in places}  # without folders: the file may have been named from another one
+    return [row for row in read_rows(recipe).parts[part] if Path(row.origin).name not in bad]

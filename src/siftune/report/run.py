@@ -12,7 +12,7 @@ from siftune.report.evals import Eval, label_of, metric_table
 from siftune.report.parts import Cell, Figure, Grid, Section, grid_of, slug
 from siftune.report.subjects import RunData
 from siftune.report.words import cut, short
-from siftune.suspects.named import suspects as find
+from siftune.suspects.named import Rows
 
 # key in metrics.jsonl, title, how it is drawn
 _COURSES = (
@@ -135,7 +135,8 @@ def suspects(run: RunData, several: bool) -> Section | None:
     title = f"Suspect rows{f': {run.name}' if several else ''}"
     anchor = f"suspects-{slug(run.name)}"
     try:
-        found = find(run.path, _SUSPECTS)
+        record = Rows(run.path)
+        found = record.suspects(_SUSPECTS)
     except InputError as error:  # changed rows, or a damaged record: the rest of the page is fine
         return Section(anchor, title, [f"Not available: {error}"])
     if not found:
@@ -153,6 +154,8 @@ def suspects(run: RunData, several: bool) -> Section | None:
     caption = f"The {len(rows)} rows that stand out most. Some may be correct: read before you drop any."
     header = ["row", "text", "why", "score", "near-duplicates"]
     words = [f"`siftune rows {run.path}` lists more of them and writes a file for `--drop-rows`."]
+    if record.note:
+        words.append(f"{record.note[0].upper()}{record.note[1:]}.")
     return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
 
 

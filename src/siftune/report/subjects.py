@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siftune.base.errors import InputError, RecipeError
+from siftune.base.files import refuse_links
 from siftune.base.text import finite, parsed
 from siftune.offsite.kit.folder import is_kit
 from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manifest
@@ -99,6 +100,8 @@ def find_subjects(names: Sequence[str]) -> Subjects:
     if not names:
         raise RecipeError("nothing to report on: give the folder of a run, a kit, a sweep or an audit")
     folders = list(dict.fromkeys(path for name in names for path in _folders(name)))
+    for folder in folders:
+        refuse_links(folder)  # of another party, it could have any file shown
     called = dict(zip(folders, _called(folders), strict=True))
     runs = tuple(read_run(path, name) for path, name in called.items() if (path / RECIPE).is_file())
     others = tuple(_other(path, name) for path, name in called.items() if not (path / RECIPE).is_file())

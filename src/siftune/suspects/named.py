@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
+from siftune.base.files import refuse_links
 from siftune.data.rows import Row
 from siftune.data.target import SOURCE
+from siftune.records.again import UnnamedFiles, rows_again
 from siftune.records.rows import Text, digest_of, text_of
 from siftune.records.scores import Seen, by_row, seen, usual
 from siftune.records.visits import NAME, Record, read_visits
@@ -45,15 +47,17 @@ class Suspect:
     duplicates: tuple[str, ...] = ()
 
 
-def suspects(run: Path, top: int | None = None) -> list[Suspect]:
+def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> list[Suspect]:
     """Rows of a run that may be wrong, highest scores first.
 
     Args:
         run: Folder of a run of `siftune train`, or any folder with the `rows.parquet` of `RowRecord`. Texts are read
             again by the run's recipe; without a recipe they are unknown.
         top: At most N rows; None: all whose loss is three deviations above the usual one.
+        files: Files to read for texts, if the recipe is not the user's own: see `records.again`.
 
     Raises:
+        InputError: The folder holds a link, which could lead to any file.
         DataError: The run has no record of its rows, or the rows have changed since.
         RecipeError: The run's recipe can't be read.
 
@@ -61,7 +65,7 @@ def suspects(run: Path, top: int | None = None) -> list[Suspect]:
         >>> for suspect in suspects(Path("runs/first"), top=20):  # doctest: +SKIP
         ...     print(suspect.place, suspect.reason)
     """
-    return Rows(run).suspects(top)
+    return Rows(run, files).suspects(top)
 
 
 class Rows:
@@ -69,14 +73,24 @@ class Rows:
 
     Args:
         run: As for `suspects`.
+        files: As for `suspects`.
+
+    Attributes:
+        note: The reason why texts are unknown, and a command that shows them; empty if they are known.
 
     Raises:
-        DataError, RecipeError: As `suspects`.
+        InputError: As `suspects`.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, files: Sequence[str] = ()) -> None:
+        refuse_links(run)
         self.record = read_visits(run / NAME)
-        rows, visits = rows_of(run, self.record), self.record.visits
+        self.note = ""
+        try:
+            rows = rows_of(run, self.record, files)
+        except UnnamedFiles as error:
+            rows, self.note = [], str(error)
+        visits = self.record.visits
         self.texts = texts_of(rows, self.record)
         self.places, self._who = _whereabouts(self.record)
         self._sources = _sources_of(rows, visits.row)
@@ -156,19 +170,17 @@ def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer]) -> list[str]:
     return [name if counts[name := names[number]] >= _RARE else "" for number in row_V]
 
 
-def rows_of(run: Path, record: Record) -> list[Row]:
+def rows_of(run: Path, record: Record, files: Sequence[str] = ()) -> list[Row]:
     """Rows of a run, by their numbers in its record; none without a recipe.
 
     Raises:
+        UnnamedFiles: The recipe names files that the user has not named.
         DataError: The rows have changed since.
         RecipeError: The recipe can't be read.
     """
     if not (run / "recipe.yaml").is_file():
         return []
-    from siftune.recipe.read import load_recipe
-    from siftune.records.rows import used_rows
-
-    rows = used_rows(run, load_recipe(run / "recipe.yaml"))
+    rows = rows_again(run, files)
     if record.about and digest_of(rows) != record.about:
         raise DataError(
             f"the training rows have changed since {run} was trained, so its record does not match: restore them, or "

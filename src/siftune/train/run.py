@@ -25,6 +25,7 @@ from siftune.methods.host.spread import refuse_launched
 from siftune.recipe.checks import check
 from siftune.recipe.read import anchored, recipe_to_yaml
 from siftune.recipe.schema import Recipe, resolve_recipe
+from siftune.records.again import note_recipe
 from siftune.records.record import RowRecord
 from siftune.records.rows import BAD_ROWS, read_rows
 from siftune.records.rows import digest_of as digest_of_texts
@@ -152,6 +153,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     if rank() == 0:
         folder.write_lines(BAD_ROWS, prepared.bad)
         folder.write(RECIPE, recipe_to_yaml(recorded))
+        note_recipe(folder.path)
         folder.write(ROWS, f"{digest}\n")
         folder.cut_records(begun)  # of a run that ended before its next checkpoint
 

@@ -15,6 +15,7 @@ from siftune.data.target import held_out
 from siftune.evaluate import measure as evaluation
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
+from siftune.records.again import note_recipe
 from siftune.train.folder.weights import About, save_tuned
 
 
@@ -33,6 +34,7 @@ def place(tmp_path, monkeypatch):
         tuned.save_pretrained(f"{name}/adapter")
         recipe = Recipe(model="base", eval="rows.jsonl", template="none")
         (tmp_path / name / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+        note_recipe(tmp_path / name)
     rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
@@ -69,6 +71,7 @@ def test_a_run_is_measured_on_the_share_that_it_held_out(place, monkeypatch):
     bad = next(number for number, row in enumerate(rows, 1) if row["completion"] == held[1])
     for name in ("one", "two"):
         (place / name / "recipe.yaml").write_text(recipe_to_yaml(given))
+        note_recipe(place / name)
         (place / name / "bad_rows.txt").write_text(f"{pool}:{bad}: the prompt takes it all\n")
     seen, real = [], evaluation.measure
 

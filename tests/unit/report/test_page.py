@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -198,7 +199,7 @@ def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):
 def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", steps=2)
     found = [Suspect("pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("pool.jsonl:9",))]
-    monkeypatch.setattr("siftune.report.run.find", lambda path, top: found)
+    monkeypatch.setattr("siftune.report.run.Rows", lambda path: SimpleNamespace(note="", suspects=lambda top: found))
     assert not [section for section in sections(subjects(run)) if section.title == "Suspect rows"]
     (run / "rows.parquet").write_bytes(b"there")
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")

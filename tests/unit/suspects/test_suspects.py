@@ -14,6 +14,7 @@ from siftune.cli.main import main
 from siftune.data.read import load_rows
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import resolve_recipe
+from siftune.records.again import note_recipe
 from siftune.records.rows import Text, digest_of, named_rows
 from siftune.records.visits import NAME, Visits, read_visits, write_visits
 from siftune.report.rows import short, table, to_csv
@@ -37,6 +38,7 @@ def run(base, tmp_path):
     folder.mkdir()
     settings = resolve_recipe(recipe(base, path, folder, method="dense"))
     (folder / "recipe.yaml").write_text(recipe_to_yaml(settings))
+    note_recipe(folder)
     rows = load_rows(str(path))
     order = np.random.default_rng(0).permutation(40)
     row = np.concatenate([order, order[::-1]])
@@ -77,6 +79,7 @@ def two_sources(base, tmp_path, monkeypatch):
         folder.mkdir()
         settings = resolve_recipe(replace(recipe(base, paths[0], folder, method="dense"), train=paths))
         (folder / "recipe.yaml").write_text(recipe_to_yaml(settings))
+        note_recipe(folder)
         rows = [row for path in paths for row in load_rows(path)]
         row = np.random.default_rng(0).permutation(40)
         loss = np.where(row < 30, 1.0, 5.0) + 0.1 * np.sin(row)

@@ -1,0 +1,93 @@
+"""Training rows of a run folder, read again for their texts, although another party may have made the folder.
+
+The recipe in such a folder could name any file. A file is read only if the user named it: in this command, or when
+training by this very recipe. `siftune train` therefore adds the SHA-256 of a run's recipe to a list in the user's cache
+(ours). No data set is fetched from the hub unless this command names it.
+"""
+
+import hashlib
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from siftune.base.errors import DataError
+from siftune.base.files import open_to_append
+from siftune.base.text import one_line
+from siftune.data.rows import Row
+from siftune.models.smollm2 import cache_root
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe, train_files
+from siftune.records.rows import used_rows
+
+logger = logging.getLogger(__name__)
+
+_RECIPE = "recipe.yaml"
+_OWN = "recipes.txt"  # in the cache; a SHA-256 in hexadecimal on each line
+
+
+class UnnamedFiles(DataError):
+    """A run's recipe names files that the user has not named."""
+
+
+def note_recipe(run: Path) -> None:
+    """Record that this user trains by the recipe of a run folder; a warning if the cache cannot be written to."""
+    path = cache_root() / _OWN
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_to_append(path) as file:
+            file.write(f"{_digest(run)}\n")
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): `siftune rows` and `siftune eval` will ask for the files of this run",
+            path,
+            error.strerror or error,
+        )
+
+
+def is_own(run: Path) -> bool:
+    """Whether this user trained by the recipe of a run folder on this machine."""
+    try:
+        return _digest(run) in (cache_root() / _OWN).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
+    """Read the training rows of a run folder, without those that it left out.
+
+    Args:
+        run: The run folder.
+        files: Files and data sets that may be read. They stand for those of the same name in the recipe, which may
+            have been in another folder.
+
+    Raises:
+        UnnamedFiles: The recipe names something else, and is not the user's own.
+        DataError: A file cannot be read.
+        RecipeError: The recipe cannot be read.
+    """
+    recipe: Recipe = replace(load_recipe(run / _RECIPE), eval=None)  # training rows alone are read
+    names = [*train_files(recipe), *filter(None, (recipe.target, recipe.drop_rows))]
+    own = is_own(run)
+    places = {name: _place(name, files, own) for name in names}
+    if missing := [name for name, place in places.items() if place is None]:
+        why = "they are no files here" if own else "this user has not trained by its recipe on this machine"
+        listed = " ".join(shlex.quote(one_line(name)) for name in names)
+        raise UnnamedFiles(
+            f"the texts of {run} are unknown, because {why}: to read {'them' if len(missing) > 1 else 'the file'}, run "
+            f"`siftune rows {shlex.quote(str(run))} --files {listed}`"
+        )
+    train = tuple(str(places[name]) for name in train_files(recipe))
+    target, drop_rows = (name and places[name] for name in (recipe.target, recipe.drop_rows))
+    return used_rows(run, replace(recipe, train=train, target=target, drop_rows=drop_rows))
+
+
+def _place(name: str, files: Sequence[str], own: bool) -> str | None:
+    """The file or data set to read for a name in a recipe; None if the user named none."""
+    named = next((file for file in files if Path(file).name == Path(name).name), None)
+    return named or (name if own and Path(name).expanduser().exists() else None)
+
+
+def _digest(run: Path) -> str:
+    return hashlib.sha256((run / _RECIPE).read_bytes()).hexdigest()

@@ -1,0 +1,151 @@
+"""Run folders of another party: no file is read that the user has not named, and no data set is fetched."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.commands import error_of, siftune
+from support.tiny_run import recipe, save_rows
+
+from siftune.base.errors import InputError
+from siftune.records.again import UnnamedFiles, is_own, note_recipe, rows_again
+from siftune.records.visits import NAME, read_visits, write_visits
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+SECRET = "what nobody else may see"
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A run on eight rows by this user, one row of which costs much."""
+    place = tmp_path_factory.mktemp("trained")
+    train(recipe(base, save_rows(place / "rows.jsonl", 8), place / "run", method="dense", steps=2), QUIET)
+    record = read_visits(place / "run" / NAME)
+    record.visits.loss[:] = 1.0 + 0.01 * record.visits.row
+    record.visits.loss[record.visits.row == 3] = 9.0
+    places = dict(zip(record.visits.row.tolist(), record.places, strict=True))
+    write_visits(place / "run" / NAME, record.visits, [places[row] for row in range(8)], record.about)
+    return place
+
+
+@pytest.fixture
+def foreign(trained, tmp_path, monkeypatch):
+    """Returns a function that copies the run, names something else in its recipe, and forbids data sets of the hub."""
+
+    def fail(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    shutil.copytree(trained / "run", tmp_path / "run")
+    path = tmp_path / "run" / "recipe.yaml"
+
+    def change(before=f"train: {trained / 'rows.jsonl'}", after="train: rows.jsonl"):
+        text = path.read_text()
+        assert before in text
+        path.write_text(text.replace(before, after))
+        return tmp_path / "run"
+
+    return change
+
+
+def test_texts_of_a_run_of_one_s_own_are_shown(trained, capsys):
+    assert is_own(trained / "run")
+    result, told = siftune(capsys, "rows", trained / "run")
+    assert [suspect["text"] for suspect in result["suspects"]] == [["3 and 9?", "12"]]
+    assert "--files" not in told
+
+
+@pytest.mark.parametrize("key", ["train", "target", "drop_rows"])
+def test_no_file_is_read_that_the_recipe_of_another_party_names(foreign, trained, tmp_path, capsys, key):
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text(json.dumps({"prompt": SECRET, "completion": SECRET}) + "\n")
+    before = f"train: {trained / 'rows.jsonl'}" if key == "train" else f"{key}: null"
+    run = foreign(before, f"{key}: {secret}")
+    result, told = siftune(capsys, "rows", run, "--html", tmp_path / "rows.html")
+    assert [suspect["text"] for suspect in result["suspects"]] == [["", ""]]
+    assert f"--files {secret}" in told or f"{trained / 'rows.jsonl'} {secret}" in told
+    siftune(capsys, "report", run, "-o", tmp_path / "page.html")
+    assert SECRET not in told + (tmp_path / "page.html").read_text() + (tmp_path / "rows.html").read_text()
+    assert "--files" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["openai/gsm8k", "/dev/zero"])
+def test_neither_hub_nor_devices_are_asked(foreign, name, tmp_path, capsys):
+    run = foreign(after=f"train: {name}")
+    _, told = siftune(capsys, "rows", run)
+    assert name in told
+    siftune(capsys, "report", run, "-o", tmp_path / "page.html")
+
+
+def test_the_hub_is_not_asked_for_the_data_set_of_one_s_own_run_either(foreign):
+    run = foreign(after="train: openai/gsm8k")
+    note_recipe(run)
+    with pytest.raises(UnnamedFiles, match="--files openai/gsm8k"):
+        rows_again(run)
+
+
+def test_texts_are_shown_if_the_user_names_the_files(foreign, trained, tmp_path, capsys):
+    run = foreign(after="train: /elsewhere/rows.jsonl")
+    with pytest.raises(UnnamedFiles, match=r"--files /elsewhere/rows.jsonl"):
+        rows_again(run, [str(tmp_path / "other.jsonl")])
+    result, told = siftune(capsys, "rows", run, "--files", trained / "rows.jsonl")
+    assert result["suspects"][0]["text"] == ["3 and 9?", "12"]
+    assert "--files" not in told
+
+
+def test_target_and_dropped_rows_are_named_too(base, tmp_path):
+    few, drop = save_rows(tmp_path / "few.jsonl", 2), tmp_path / "drop.txt"
+    pool = save_rows(tmp_path / "pool.jsonl", 8)
+    drop.write_text(f"{pool}:3\n")
+    given = recipe(base, pool, tmp_path / "run", method="dense", steps=1, target=str(few))
+    train(replace(given, drop_rows=str(drop)), QUIET)
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(f"{path.read_text()}# by another party\n")
+    with pytest.raises(UnnamedFiles):
+        rows_again(tmp_path / "run", [str(pool), str(few)])
+    rows = rows_again(tmp_path / "run", [str(pool), str(few), str(drop)])
+    assert len(rows) > 7
+    assert all(row.origin != f"{pool}:3" for row in rows)
+
+
+def test_bad_rows_of_a_file_named_in_another_folder_are_left_out(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = save_rows(tmp_path / "rows.jsonl", 8)
+    with rows.open("a") as file:
+        file.write(json.dumps({"prompt": "long" * 40, "completion": "no token of it is left"}) + "\n")
+    train(recipe(base, Path("rows.jsonl"), tmp_path / "run", method="dense", steps=1, bad_rows="drop"), QUIET)
+    assert len(rows_again(tmp_path / "run")) == 8
+
+
+def test_eval_reads_no_rows_that_the_recipe_of_another_party_names(foreign, trained, capsys):
+    run = foreign("eval: null", f"eval: {trained / 'rows.jsonl'}")
+    assert "--data FILE" in error_of(capsys, "eval", run)
+    assert not (run / "eval.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rows.parquet", "recipe.yaml", "bad_rows.txt", "eval.json"])
+def test_links_in_a_run_folder_are_not_followed_to_be_read(foreign, tmp_path, capsys, name):
+    run = foreign()
+    (tmp_path / "outside").write_bytes((run / name).read_bytes() if (run / name).exists() else b"")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "outside")
+    for command in (["rows", run], ["report", run, "-o", tmp_path / "page.html"]):
+        assert name in error_of(capsys, *command)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_list_that_cannot_be_written_is_told_of_and_does_not_end_a_run(trained, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr("siftune.records.again.cache_root", lambda: tmp_path / "cache")
+    note_recipe(trained / "run")
+    assert "recipes.txt" in caplog.text
+    assert not is_own(trained / "run")
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError):
+        rows_again(tmp_path / "nope")
