@@ -47,6 +47,10 @@ class Source(Protocol):
     def usage(self) -> str | None:
         """Usage section of the model card; None for the standard one."""
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Hashes, by name, that must be the same when a run resumes; empty for an ordinary model."""
+
     def settle(self, recipe: Recipe) -> Recipe:
         """Fill in the recipe's `layers` if the source determines them, before anything is loaded.
 
@@ -76,6 +80,11 @@ class ModelSource:
 
     name: str  # a folder, a hub id or smollm2
     usage: str | None = None
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Empty: weights of ordinary models are not hashed."""
+        return {}
 
     def settle(self, recipe: Recipe) -> Recipe:
         """Check model name and recipe."""

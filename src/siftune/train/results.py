@@ -105,7 +105,8 @@ class Results:
         if newest is None:
             return saved
         where = "there" if step_of(newest) == step else f"step {step_of(newest)}"
-        return f"{saved}, and `siftune train --resume {self.folder.path}` continues from {where}"
+        key = " --public-key FILE" if "public_key" in self.source.identity else ""
+        return f"{saved}, and `siftune train --resume {self.folder.path}{key}` continues from {where}"
 
     def write(self, status: str, summary: dict[str, Any]) -> None:
         """Write trained weights, run.json and the model card."""
@@ -117,7 +118,7 @@ class Results:
             card = model_card(self.recipe, summary, base, self.folder.adapter.absolute(), chat)
         with disk_faults(self.folder.path):
             self.folder.replace(self._parts(card))
-            self.folder.write_run(status=status, summary=summary)
+            self.folder.write_run(status=status, summary=summary, source=dict(self.source.identity))
             self.folder.write("README.md", card)
 
     def _privacy(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, differences
 from siftune.train.callbacks import evaluations_since_best
-from siftune.train.folder.checkpoints import fault_of, newest_checkpoint, step_of
+from siftune.train.folder.checkpoints import fault_of, identity_in, newest_checkpoint, step_of
 from siftune.train.folder.run import RECIPE, ROWS, RunFolder
 from siftune.train.folder.weights import holds_tuned, read_about
 from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
@@ -45,6 +46,29 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
         why = f" ({fault})" if checkpoint.is_dir() else ""
         raise RecipeError(f"{checkpoint} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N.")
     return checkpoint
+
+
+def refuse_other_source(checkpoint: Path, identity: Mapping[str, str]) -> None:
+    """Refuse to resume on another kit than that of a checkpoint, or without the public key that it was checked with.
+
+    Args:
+        checkpoint: Folder of a complete checkpoint.
+        identity: Of the `Source` that the run would resume on.
+
+    Raises:
+        RecipeError: The kit differs, or the key differs or is missing.
+    """
+    before = identity_in(checkpoint)
+    if before.get("kit") != identity.get("kit"):
+        was, now = (f"the kit {sides['kit'][:12]}…" if "kit" in sides else "no kit" for sides in (before, identity))
+        raise RecipeError(
+            f"{checkpoint} is of a run on {was}, but its model is now {now} (SHA-256 of the manifest): restore the kit, "
+            "or train in another folder with --out"
+        )
+    if "public_key" in before and before["public_key"] != identity.get("public_key"):
+        raise RecipeError(
+            f"{checkpoint} is of a run whose kit was checked with a public key: give the same key with --public-key"
+        )
 
 
 def digest_of(data: Dataset) -> str:

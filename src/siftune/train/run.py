@@ -32,7 +32,7 @@ from siftune.records.rows import digest_of as digest_of_texts
 from siftune.records.visits import NAME
 from siftune.train.build import Built, build, check_trackers, trainable
 from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
-from siftune.train.folder.checkpoints import best_in, step_of
+from siftune.train.folder.checkpoints import SourceNote, best_in, step_of
 from siftune.train.folder.run import RECIPE, ROWS, RunFolder
 from siftune.train.folder.selections import SelectionRecord
 from siftune.train.folder.weights import adopted
@@ -51,7 +51,7 @@ from siftune.train.prepare import (
     steps_text,
 )
 from siftune.train.results import FollowedShares, Results
-from siftune.train.resume import digest_of, find_checkpoint, has_ended
+from siftune.train.resume import digest_of, find_checkpoint, has_ended, refuse_other_source
 from siftune.train.trainer import SiftTrainer, planned_steps
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
             f"{folder.path} holds a run already; give another folder with --out, or resume it with --resume"
         )
     source = source_of(recipe.model)
+    if checkpoint is not None:
+        refuse_other_source(checkpoint, source.identity)
     recipe = source.settle(recipe)
     read = read_rows(recipe)  # before the model, which may have to be fetched
     refuse_read(recipe, read, source.tokenizer)
@@ -137,7 +139,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         records.insert(0, RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows)))
     saving: list[TrainerCallback] = [] if recipe.save_every else [RegularCheckpoints()]
     stopping = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
-    callbacks = [metrics, view, *saving, *stopping, *records, signals]
+    callbacks = [metrics, view, *saving, *stopping, *records, SourceNote(source.identity), signals]
     built = build(recipe, model, tokenizer, prepared.data, folder.checkpoints, callbacks)
     trainer = built.trainer
     trainer.broken.name = lambda row: rows[row].origin

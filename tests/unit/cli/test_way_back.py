@@ -1,5 +1,6 @@
 """What an owner demands of a return, what a data owner of a kit: limits, own rows, public keys."""
 
+import json
 import math
 import re
 import shutil
@@ -15,6 +16,7 @@ from support.tiny_run import save_rows
 from siftune.cli.main import main
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import read_kit
+from siftune.offsite.kit.signing import key_hash
 
 
 def spoiled(folder, kit, change):
@@ -164,6 +166,21 @@ def test_a_kit_that_was_forged_or_whose_signature_is_gone_is_refused_with_a_key(
     (place / "kit" / "kit.sig").unlink()
     for arguments in commands(place, half, what, tmp_path / "out"):
         assert "it has no kit.sig" in error_of(capsys, *arguments, "--public-key", place / "owner.pub.pem")
+
+
+def test_a_run_resumes_with_the_key_that_its_kit_was_checked_with(signed, tmp_path, capsys):
+    run, key = tmp_path / "full", ("--public-key", signed / "owner.pub.pem")
+    shutil.copytree(signed / "full", run)
+    more = ("train", "--resume", run, "--steps", "3")
+    assert "--public-key" in error_of(capsys, *more)
+    assert "kit.sig" in error_of(capsys, *more, "--public-key", signed / "other.pub.pem")
+    (tmp_path / "key.pem").write_text((signed / "owner.pub.pem").read_text().replace("\n", "\r\n"))  # the same key
+    result, _ = siftune(capsys, *more, "--public-key", tmp_path / "key.pem")
+    assert result["steps"] == 3
+    assert "--public-key" in error_of(capsys, "train", "--resume", run, "--steps", "4")
+    siftune(capsys, "train", "--resume", run, "--steps", "4", *key)
+    source = json.loads((run / "run.json").read_text())["source"]
+    assert source == {"kit": read_kit(signed / "kit").digest, "public_key": key_hash(signed / "owner.pub.pem")}
 
 
 def test_a_key_with_what_is_no_kit_is_refused(signed, half, base, tmp_path, capsys):

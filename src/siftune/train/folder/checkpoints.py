@@ -8,7 +8,7 @@ less than was saved.
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 SEAL = "files.json"  # name -> [bytes, sha256]
 _MARK = ".unfinished"
 _STATE = "trainer_state.json"
+_SOURCE = "source.json"  # of a kit: hashes by name, see `SourceNote`
 _READING = (  # errors of reading a file that is no state of a run
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError,
     KeyError, ValueError, TypeError, AttributeError, IndexError,
@@ -46,6 +47,35 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             seal(checkpoint_of(args, state))
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
+
+class SourceNote(TrainerCallback):  # type: ignore[misc]
+    """Adds the identity of what is trained to every checkpoint, so that a run does not resume on something else.
+
+    Args:
+        identity: Hashes by name, as of `prepare.Source`.
+    """
+
+    def __init__(self, identity: Mapping[str, str]) -> None:
+        self._identity = dict(identity)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write it."""
+        if args.should_save and self._identity:
+            with write_beside(checkpoint_of(args, state) / _SOURCE) as [beside]:
+                beside.write_text(json.dumps(self._identity) + "\n", encoding="utf-8")
+
+
+def identity_in(checkpoint: Path) -> dict[str, str]:
+    """The identity of what a complete checkpoint was trained on; empty for an ordinary model.
+
+    Raises:
+        TrainingError: It cannot be read.
+    """
+    path = checkpoint / _SOURCE
+    with read_of(str(path)):
+        content = parsed(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {str(name): str(value) for name, value in content.items()}
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from support.kits import read_json
+from support.kits import edit, read_json
 from support.tiny_kit import OUTER, SPLIT, base_model, save_kit
 from support.tiny_run import choices_of, recipe, save_rows
+from support.tokenizer import byte_tokenizer
 from support.trainers import At, stop
 
 from siftune.base.errors import KitError, LayerError, RecipeError
@@ -200,6 +201,30 @@ def test_stopped_and_resumed(kit, rows, tmp_path, interfere, adapter):
     assert_equal(read_return(tmp_path / "run" / "return", kit), whole)
     assert any(not torch.equal(value, half[name]) for name, value in whole.items())
     assert choices_of(tmp_path / "run") == choices_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("swap", ["other weights", "an ordinary model"])
+def test_a_kit_that_was_swapped_before_a_run_resumes_is_refused(kit, rows, tmp_path, swap):
+    place, settings = tmp_path / "kit", {"method": "dense", "save_every": 1}
+    shutil.copytree(kit.path, place)
+    first = train(recipe(place, rows, tmp_path / "run", steps=1, **settings), QUIET)
+    before = {path: path.read_bytes() for path in first.folder.path.rglob("*") if path.is_file()}
+    shutil.rmtree(place)
+    if swap == "other weights":
+        shutil.copytree(kit.path, place)
+        edit(place, "config.json", lambda config: config.update(rms_norm_eps=2e-5))
+        assert read_kit(place).digest != kit.digest
+    else:
+        base_model().save_pretrained(place)
+        byte_tokenizer().save_pretrained(place)
+    with pytest.raises(RecipeError, match="restore the kit"):
+        train(recipe(place, rows, tmp_path / "run", steps=2, resume=True, **settings), QUIET)
+    assert {path: path.read_bytes() for path in first.folder.path.rglob("*") if path.is_file()} == before
+    shutil.rmtree(place)
+    shutil.copytree(kit.path, place)
+    train(recipe(place, rows, tmp_path / "run", steps=2, resume=True, **settings), QUIET)
+    assert read_json(tmp_path / "run" / "return" / "manifest.json")["kit"] == kit.digest
+    assert read_json(tmp_path / "run" / "run.json")["source"] == {"kit": kit.digest}
 
 
 def test_a_return_that_cannot_be_written_leaves_the_old_pair(kit, rows, tmp_path, monkeypatch):
