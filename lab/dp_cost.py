@@ -72,7 +72,7 @@ def build(method: str, work: Workload, folder: Path, *watchers: Any) -> Any:
         return build_trainer(method, work, folder, *watchers)
     from lab.dp_trainers import TRAINERS
     from siftune.methods.dp import callback
-    from siftune.methods.dp.sampling import Secret
+    from siftune.methods.dp.secret import Secret
 
     callback.Secret = lambda: Secret(work.seed)  # all draw the same rows
     private = PrivateWork(**asdict(work))

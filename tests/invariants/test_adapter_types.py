@@ -21,7 +21,7 @@ from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.dp.driver import PrivateGradients
-from siftune.methods.dp.sampling import Secret
+from siftune.methods.dp.secret import Secret
 from siftune.methods.drivers.sample_choice import ALL_LAYERS
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.adapters.full import OpenLayers

@@ -16,7 +16,7 @@ from support.tiny_run import save_base, save_rows
 from lab import tables
 from lab.lines import read
 from lab.random_llama import save_llama
-from siftune.methods.dp.sampling import Secret
+from siftune.methods.dp.secret import Secret
 from siftune.train.trainer import SiftTrainer
 
 ROOT = Path(__file__).parents[2]

@@ -90,7 +90,7 @@ def build(
         data: Tokenised rows: `train`, and optionally `eval` and `support`.
         output_dir: Folder of the checkpoints; nothing else is written.
         callbacks: Further callbacks, called before the methods.
-        bad_steps: Non-finite steps to skip before training stops; 0 in private runs.
+        bad_steps: Non-finite steps to skip before training stops; private runs check none.
 
     Raises:
         InputError: The recipe does not fit the model.
@@ -133,7 +133,7 @@ def build(
         callbacks=[*callbacks, *methods],
         last=target_comes_last(recipe),
         privacy=privacy,
-        bad_steps=bad_steps if privacy is None else 0,  # a skipped step reveals its rows
+        bad_steps=bad_steps,
         short_rows=recipe.attention == "auto",
     )
     trainer.remove_callback(PrinterCallback)

@@ -23,7 +23,7 @@ from siftune.data.batches import AIMED, ROW, TargetLast
 from siftune.data.rows import WEIGHT
 from siftune.engine.ranks import mean_over_ranks
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.driver import row_loss
+from siftune.methods.dp.driver import finite_sum, row_losses
 from siftune.methods.host.spread import average_adapters
 from siftune.models import attention
 from siftune.models.adapters.full import OpenLayers
@@ -52,8 +52,9 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     Args:
         last: Share of the steps, the last ones, that train on rows with the column `aimed`.
         privacy: Differential privacy: every step draws its rows, clips their gradients and adds noise. A batch is then
-            a step's, and the loss is the mean over its rows of each row's mean token loss; 0 without rows.
-        bad_steps: Non-finite steps to skip before training stops; see `BrokenSteps`.
+            a step's, and the loss is the mean over its rows of each row's mean token loss; rows without a finite loss
+            are left out, and without rows it is 0.
+        bad_steps: Non-finite steps to skip before training stops; see `BrokenSteps`. Private runs check none.
         short_rows: Whether to use the attention of `models.attention` for short rows.
     """
 
@@ -72,9 +73,10 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         # set here, as the Trainer counts the labels of a step before the first loss
-        kwargs["compute_loss_func"] = self._label_loss if privacy is None else _row_loss
+        kwargs["compute_loss_func"] = self._label_loss if privacy is None else self._row_loss
         self.broken = BrokenSteps(bad_steps)
-        own = [self.broken, *(callbacks or []), *([] if privacy is None else [privacy]), Sealing()]
+        guards, private = ([self.broken], []) if privacy is None else ([], [privacy])
+        own = [*guards, *(callbacks or []), *private, Sealing()]
         super().__init__(*args, callbacks=own, **kwargs)
         self.broken.log = self.log
         average_adapters(self)  # unless a method has done so
@@ -83,6 +85,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self._attention = attention.short_rows if short_rows else nullcontext
         self._label_logits_only: bool | None = None
         self._weights: Tensor | None = None  # of the rows in the current batch
+        self._row_losses: list[Tensor] = []  # (B,) of the passes of a private step
+        self._warned = False  # of a row without effect
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
@@ -119,8 +123,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         """Loss of a batch; see `transformers.Trainer.compute_loss` for the arguments."""
         self._weights = inputs.get(WEIGHT)
         inputs = {name: value for name, value in inputs.items() if name not in (ROW, WEIGHT)}  # not the model's
-        if self._label_logits_only is None and self._all_have_labels(inputs["labels"]):
-            self._label_logits_only = self._agrees(model, inputs)
+        if self._label_logits_only is None and (self.privacy is not None or self._all_have_labels(inputs["labels"])):
+            self._label_logits_only = self._agrees(model, inputs if self.privacy is None else _fixed_row())
             if not self._label_logits_only:
                 self._refuse_own_loss(model)
                 self.compute_loss_func = None
@@ -135,11 +139,9 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         """Forward and backward pass of a batch."""
         self.rows = inputs[ROW].tolist() if ROW in inputs else []
         self.label_losses = None
-        loss: Tensor = (
-            super().training_step(model, inputs, num_items_in_batch)
-            if self.privacy is None
-            else self._private_step(model, inputs, self.privacy)
-        )
+        if self.privacy is not None:
+            return self._private_step(model, inputs, self.privacy)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.broken.look(loss, self.rows, self.label_losses, inputs["labels"])
         return loss
 
@@ -149,13 +151,23 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             self.label_losses = losses_N.detach()
         return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
 
+    def _row_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        losses_B = row_losses(outputs.logits, labels)
+        self._row_losses.append(losses_B.detach())
+        return finite_sum(losses_B)
+
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
         """Forward and backward passes of a step's rows, then noise."""
-        total = torch.zeros((), device=self.args.device)
+        self._row_losses = [torch.zeros(0, device=self.args.device)]
         for part in privacy.parts(inputs):
-            total += super().training_step(model, part)
+            super().training_step(model, part)
         privacy.release(self.state.global_step)  # before the Trainer clips, logs or applies the gradient
-        return total / max(1, len(inputs["labels"]))
+        losses = torch.cat(self._row_losses)
+        finite = losses.isfinite()
+        if not self._warned and not bool(finite.all()):
+            self._warned = True
+            logger.warning("a row has no finite loss: in a private run such rows have no effect")
+        return losses[finite].sum() / finite.sum().clamp(min=1)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, which `Sealing` completes before it deletes older ones."""
@@ -246,8 +258,10 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         return agrees
 
 
-def _row_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    return row_loss(outputs.logits, labels)
+def _fixed_row() -> dict[str, Tensor]:
+    """A row of the first tokens, for a comparison that must not depend on private rows."""
+    ids_1T = torch.arange(8)[None]
+    return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), "labels": ids_1T}
 
 
 class LayerTrainer(SiftTrainer):

@@ -1,6 +1,7 @@
 """Private runs: what a step is, their folder, resuming, and refusals."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -9,9 +10,10 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from support.oracles import row_of, summed_loss
+from support.tiny import tiny
 from support.tiny_run import lines, recipe
 from support.trainers import At, adapted, arguments, rows, stop, weights
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.data.batches import Collator, numbered
@@ -19,11 +21,11 @@ from siftune.engine.groups import group_by_layer
 from siftune.methods.dp import callback as module
 from siftune.methods.dp.accounting import Mechanism, spent
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.sampling import PoissonBatches, Secret
+from siftune.methods.dp.sampling import PoissonBatches
+from siftune.methods.dp.secret import Secret
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe
 from siftune.train import build
-from siftune.train import trainer as trainers
 from siftune.train.build import privacy_of
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
@@ -58,7 +60,7 @@ def ragged():
     return numbered(Dataset.from_list(cut))
 
 
-def slow_step(model, data, numbers, generator, mechanism):
+def slow_step(model, data, numbers, stream, mechanism):
     """Set the gradient of a private step, by a backward pass for every row."""
     collate, totals = Collator(0), {}
     for number in numbers:
@@ -69,8 +71,8 @@ def slow_step(model, data, numbers, generator, mechanism):
             for p in group.parameters.values():
                 totals[p] = totals.get(p, 0) + p.grad * min(1.0, mechanism.clip / 4**0.5 / float(norm))
     for p in (p for group in group_by_layer(model) for p in group.parameters.values()):
-        noise = torch.randn(p.shape, generator=generator) * mechanism.noise * mechanism.clip
-        p.grad = (totals.get(p, 0) + noise) / mechanism.batch
+        noise = stream.normal(p.numel()).view(p.shape) * mechanism.noise * mechanism.clip
+        p.grad = ((totals.get(p, 0) + noise) / mechanism.batch).float()
 
 
 @pytest.mark.parametrize(("most", "clip"), [(4, 0.1), (2, 0.1), (2, 1e3)])
@@ -85,7 +87,7 @@ def test_training_is_the_loop(tmp_path, most, clip):
     for step in range(6):
         numbers = batches.draw(step)
         sizes.add(len(numbers))
-        slow_step(loop, data, numbers, secret.generator("noise", step), mechanism)
+        slow_step(loop, data, numbers, secret.stream("noise", step), mechanism)
         torch.nn.utils.clip_grad_norm_(loop.parameters(), 0.02)
         optimizer.step()
     assert len(sizes) > 1
@@ -105,7 +107,7 @@ class Steps(TrainerCallback):
 
 
 def test_a_step_without_rows_is_a_step(tmp_path):
-    model, steps, secret = adapted(), Steps(), Secret(1)
+    model, steps, secret = adapted(), Steps(), Secret(3)
     one = replace(MECHANISM, batch=1, steps=8)
     worker = trainer(tmp_path, model, DP(one, 1, secret), max_steps=8)
     worker.add_callback(steps)
@@ -178,12 +180,46 @@ def test_a_run_that_goes_on_has_noise_of_its_own(told, tmp_path):
     assert 8 - 0.02 <= second.summary["privacy"]["epsilon"] <= 8
 
 
-def test_a_broken_step_is_never_skipped(told, tmp_path, monkeypatch):
-    """Which step is skipped depends on its rows, and no noise covers that."""
-    allowed, original = [], trainers.BrokenSteps
-    monkeypatch.setattr(trainers, "BrokenSteps", lambda most: allowed.append(most) or original(most))
-    train(told(tmp_path / "run", steps=1), QUIET)
-    assert allowed == [0]
+@pytest.fixture
+def crafted(base, tmp_path):
+    """A kit's trap: weights at float16's extremes, by which the loss of rows with "~" is NaN, and of no other row."""
+    model = tiny("llama", vocab_size=300, hidden_act="relu2", intermediate_size=1024)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    layers = model.model.layers
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[tokenizer("~").input_ids[0], 0] = 65504
+        for layer in layers:  # no other token reaches this dimension
+            layer.self_attn.o_proj.weight[0] = 0
+        layers[0].post_attention_layernorm.weight[0] = 65504
+        for part in (layers[0].mlp.gate_proj, layers[0].mlp.up_proj):
+            part.weight.zero_()[:, 0] = 65504
+        layers[0].mlp.down_proj.weight.fill_(65504)[::2] *= -1
+    model.save_pretrained(tmp_path / "crafted")
+    tokenizer.save_pretrained(tmp_path / "crafted")
+    return tmp_path / "crafted"
+
+
+@pytest.mark.parametrize("first", [0, 1])  # the step that draws the row first
+def test_a_row_without_finite_loss_changes_no_step(crafted, tmp_path, repeated, caplog, first):
+    draws = PoissonBatches(24, 4 / 24, Secret(7))
+    row = next(row for row in draws.draw(first) if first == 0 or row not in draws.draw(0))
+    done, losses = {}, {}
+    for name, text in (("with", "~~~~~~~~~~~~"), ("without", "............")):
+        texts = [{"prompt": f"{i}?", "completion": text if i == row else str(i)} for i in range(24)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        asked = {"method": "dense", **PROMISE, "dp_epsilon": 1.0, "targets": ("q_proj", "v_proj"), "lr": 1e-4}
+        done[name] = train(recipe(crafted, path, tmp_path / name, **asked), QUIET)
+        losses[name] = [line["loss"] for line in lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
+    assert [run.summary["steps"] for run in done.values()] == [6, 6]
+    assert done["with"].summary["privacy"] == done["without"].summary["privacy"]
+    assert all(math.isfinite(loss) for run in losses.values() for loss in run)
+    assert losses["with"][first] != losses["without"][first], "the row had a loss"
+    assert [record.getMessage() for record in caplog.records].count(
+        "a row has no finite loss: in a private run such rows have no effect"
+    ) == 1
+    assert all(value.isfinite().all() for value in weights(done["with"].model).values())
 
 
 def test_an_interrupted_run_spent_less(told, tmp_path, interfere):

@@ -7,7 +7,7 @@ DP-SGD: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv
     g   ← (Σ g_i + N(0, σ² C²)) / b                                               `driver`
     the optimizer takes g
 
-    ℓ_i  a row's mean token loss, independent of the other rows                   `driver`
+    ℓ_i  a row's mean token loss, independent of the other rows; 0 if not finite  `driver`
     n    training rows                                                            `Mechanism.rows`
     b    expected rows per step: batch size times accumulation                    `Mechanism.batch`
     C    `--dp-clip`; with "layer" each of the K layers that train in the step has C / √K, and one layer's gradients are
@@ -18,10 +18,14 @@ The guarantee is for the presence or absence of one row. It covers the weights a
 does not cover logged losses, counts and times, held-out rows, or settings chosen by other runs on these rows. Duplicate
 rows, or rows of one person, count separately.
 
-Ours: layers are clipped separately by default, at C / √K for the K layers that train now, so that one pass needs one
-layer's buffer (groups of layers: McMahan et al., arXiv 1812.06210); the row's mean token loss; a row with a gradient
-that is not finite is left out; C = 0.1, small as Li et al., arXiv 2110.05679, recommend.
+No row decides whether a run continues. A row without a finite loss, or with a gradient that is not finite, adds nothing
+to the sum. The loss is compared with the model's own on a fixed row. With the noise, gradients are finite.
 
-Not hardened: Gaussian noise in floating point leaves traces in the lowest bits (Mironov 2012), and torch's generators
-are not cryptographic, although their seeds cannot be enumerated; see `sampling`.
+Ours: layers are clipped separately by default, at C / √K for the K layers that train now, so that one pass needs one
+layer's buffer (groups of layers: McMahan et al., arXiv 1812.06210); the row's mean token loss; rows that add nothing;
+C = 0.1, small as Li et al., arXiv 2110.05679, recommend.
+
+Noise and draw come from a cryptographic generator; see `secret`. Not hardened: Gaussian noise in floating point leaves
+traces in the lowest bits (Mironov 2012). Noise is added in float64 and the result rounded to float32, which removes
+most of them, without a proof.
 """

@@ -17,7 +17,8 @@ from transformers.trainer_callback import ExportableState
 from siftune.base.errors import RecipeError
 from siftune.methods.dp.accounting import Mechanism, spent
 from siftune.methods.dp.driver import PrivateGradients
-from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
+from siftune.methods.dp.sampling import PoissonBatches, collate_any, parts
+from siftune.methods.dp.secret import Secret
 from siftune.methods.host.callback import LogLines, calling_trainer, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 

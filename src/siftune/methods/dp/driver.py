@@ -12,12 +12,12 @@ from siftune.engine.survey import Survey
 from siftune.engine.tape import Gradients, SampleGradients, Tape
 from siftune.methods.dp import maths
 from siftune.methods.dp.accounting import Mechanism
-from siftune.methods.dp.sampling import Secret
+from siftune.methods.dp.secret import Secret
 from siftune.models.loss import cross_entropy, label_positions, next_labels
 
 
-def row_loss(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum over the rows of each row's mean token loss, in float32.
+def row_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Each row's mean token loss, in float32.
 
     A mean over the tokens of a batch is unsuitable: a row's weight in it depends on the length of the others, so that
     one row changes the gradients of all, and clipping bounds nothing.
@@ -27,20 +27,26 @@ def row_loss(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
         labels_BT: (B, T) int64, -100 at tokens without loss.
 
     Returns:
-        Scalar float32, or float64 if the logits are float64; a row without labels adds nothing.
+        (B,) float32, or float64 if the logits are float64; 0 for rows without labels.
     """
-    counts_B = label_positions(labels_BT).sum(1)
+    positions_BT = label_positions(labels_BT)
     losses_N = cross_entropy(logits_1NV.squeeze(0), next_labels(labels_BT).to(logits_1NV.device))
-    weights_N = counts_B.to(losses_N.dtype).reciprocal().repeat_interleave(counts_B)
-    return (losses_N * weights_N.to(losses_N.device)).sum()
+    row_N = positions_BT.nonzero()[:, 0].to(losses_N.device)
+    counts_B = positions_BT.sum(1).clamp(min=1).to(losses_N)
+    return losses_N.new_zeros(len(labels_BT)).index_add(0, row_N, losses_N) / counts_B
+
+
+def finite_sum(losses_B: Tensor) -> Tensor:
+    """Sum of the rows' losses that are finite, a scalar; the gradient of other rows is 0, or not finite."""
+    return losses_B.where(losses_B.isfinite(), 0.0).sum()
 
 
 class PrivateGradients:
     """Clips the rows' contributions to the gradients of a model, and adds noise to the sum, until `remove()`.
 
-    The loss must be a sum over rows, such as `row_loss`. Every backward pass adds the clipped gradients of its rows to
-    the parameters' `grad`; `release` turns these into the private gradients for the optimizer. Attach methods that
-    choose layers first.
+    The loss must be a sum over rows, such as the `finite_sum` of `row_losses`. Every backward pass adds the clipped
+    gradients of its rows to the parameters' `grad`; a gradient that is not finite adds nothing. `release` turns these
+    into the private gradients for the optimizer. Attach methods that choose layers first.
 
     Args:
         model: Causal LM with adapters in its layers, or with layers that train themselves; nothing else may train.
@@ -68,14 +74,11 @@ class PrivateGradients:
         do not train in this step get none. `step` is the number of optimizer steps before it.
         """
         std, batch = self._mechanism.noise * self._mechanism.clip, self._mechanism.batch
-        generators: dict[torch.device, torch.Generator] = {}
+        stream = self._secret.stream("noise", step)
         for group in self._active():
             for parameter in group.parameters.values():
-                device = parameter.device
-                if device not in generators:
-                    generators[device] = self._secret.generator("noise", step, device)
                 total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = maths.noised_mean(total.detach(), std, batch, generators[device])
+                parameter.grad = maths.noised_mean(total.detach(), std, batch, stream)
 
     def remove(self) -> None:
         """Remove all hooks from the model; a second call has no effect."""

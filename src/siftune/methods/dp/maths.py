@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from siftune.base import numerics
+from siftune.methods.dp.secret import Stream
 
 
 def clip_factors(grads: Sequence[Tensor], threshold: float) -> Tensor:
@@ -43,14 +44,16 @@ def clipped_sum(grads_BD: Tensor, factors_B: Tensor) -> Tensor:
     return total_D.view(grads_BD.shape[1:])
 
 
-def noised_mean(total_D: Tensor, std: float, batch: float, generator: torch.Generator) -> Tensor:
+def noised_mean(total_D: Tensor, std: float, batch: float, stream: Stream) -> Tensor:
     """A sum over rows with Gaussian noise, divided by the expected number of rows.
+
+    Noise and sum are added in float64 on the CPU, and then rounded to the sum's dtype.
 
     Args:
         total_D: The sum.
         std: Standard deviation of the noise on each of its values, σ C.
         batch: Expected rows b.
-        generator: Source of the noise, on the sum's device.
+        stream: Source of the noise.
     """
-    noise_D = torch.randn(total_D.shape, generator=generator, dtype=total_D.dtype, device=total_D.device)
-    return noise_D.mul_(std).add_(total_D).div_(batch)
+    noise_D = stream.normal(total_D.numel()).view(total_D.shape)
+    return noise_D.mul_(std).add_(total_D.cpu()).div_(batch).to(total_D)

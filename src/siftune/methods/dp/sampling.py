@@ -1,49 +1,16 @@
-"""Randomness of a private run: a secret key, its generators, and the draw of each step's rows.
+"""Draw of each step's rows, and their batches.
 
-An attacker who knows the noise can subtract it. Therefore it does not come from the recipe's seed, but from a key that
-the operating system draws when training begins. The key is never written. A resumed run draws a new key, so that two
-runs resumed from one checkpoint have different noise.
-
-Every step, and every use in it, has a generator of its own, derived from the key and the step's number. On CPUs torch
-uses 32 bits of a seed, which can be enumerated; there all 624 words of the generator's state come from the key.
+The rows come from the run's secret, as the noise does: ε assumes that nobody knows which rows a step drew.
 """
 
-import hashlib
 import math
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-_KEY_BYTES = 32
-_WORDS, _FIRST = 624, 24  # of the Mersenne twister's state, and the byte where it begins in torch's
-
-
-class Secret:
-    """Source of a private run's randomness; a seed is for tests only: such runs repeat and are not private."""
-
-    def __init__(self, seed: int | None = None) -> None:
-        self._key = secrets.token_bytes(_KEY_BYTES) if seed is None else seed.to_bytes(_KEY_BYTES, "big")
-
-    def generator(self, use: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """Return the generator for one use in one step, always the same."""
-        stream = hashlib.shake_256(self._key + f"{use}, step {step}, {device}".encode())
-        generator = torch.Generator(device)
-        if generator.device.type != "cpu":
-            return generator.manual_seed(int.from_bytes(stream.digest(8), "big") >> 1)
-        state = generator.manual_seed(0).get_state()
-        words = torch.frombuffer(bytearray(stream.digest(4 * _WORDS)), dtype=torch.uint32).to(torch.int64)
-        state[_FIRST : _FIRST + 8 * _WORDS] = words.view(torch.uint8)
-        return generator.set_state(state)
-
-    def seed_dropout(self, step: int) -> None:
-        """Seed torch's own generators, which draw dropout: known masks would shift with every row that is left out."""
-        own = self.generator("dropout", step)
-        torch.manual_seed(int(torch.randint(2**62, (), generator=own)))  # those of accelerators
-        torch.set_rng_state(own.get_state())
+from siftune.methods.dp.secret import Secret
 
 
 class PoissonBatches(Sampler[list[int]]):
@@ -65,8 +32,7 @@ class PoissonBatches(Sampler[list[int]]):
 
     def draw(self, step: int) -> list[int]:
         """Numbers of the rows of a step, ascending."""
-        generator = self._secret.generator("rows", step)
-        uniform = torch.rand(self._rows, generator=generator, dtype=torch.float64)
+        uniform = self._secret.stream("rows", step).uniform(self._rows)
         return (uniform < self._rate).nonzero().flatten().tolist()
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from support.adapted import ADAPTED, adapted, shake
 from support.oracles import row_of, summed_loss
-from support.tiny import batch, tiny
+from support.tiny import VOCAB, batch, tiny
 from torch import nn
 
 from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import LayerGates
 from siftune.engine.groups import group_by_layer
 from siftune.methods.dp.accounting import Mechanism
-from siftune.methods.dp.driver import PrivateGradients, row_loss
-from siftune.methods.dp.sampling import Secret
+from siftune.methods.dp.driver import PrivateGradients, finite_sum, row_losses
+from siftune.methods.dp.secret import Secret
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.loss import label_positions
@@ -53,10 +53,8 @@ def weighted_loss(model, inputs, weights):
     labels = inputs["labels"]
     logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     if set(weights) == {1.0}:
-        return row_loss(logits[label_positions(labels)][None], labels)
-    single = [
-        row_loss(logits[row][label_positions(labels)[row]][None], labels[row : row + 1]) for row in range(len(labels))
-    ]
+        return finite_sum(row_losses(logits[label_positions(labels)][None], labels))
+    single = row_losses(logits[label_positions(labels)][None], labels)
     return sum(weight * loss for weight, loss in zip(weights, single, strict=True))
 
 
@@ -140,13 +138,25 @@ def test_no_row_has_more_influence_than_the_norm(kind, clipping):
             assert distance(with_row, without) == pytest.approx(CLIP)
 
 
-@every_clipping
-def test_a_row_whose_gradient_overflows_is_left_out(clipping):
-    model = adapted().double()
+@every_case
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e200, "weight"])
+def test_a_row_that_is_not_finite_counts_nothing(kind, clipping, broken):
+    """The sum is that of the other rows, one by one, and none of them has more than the norm."""
+    model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
+    inputs["input_ids"][:-1].clamp_(max=VOCAB - 2)
+    inputs["input_ids"][-1, :2] = VOCAB - 1
     rest = {name: value[:-1] for name, value in inputs.items()}
-    weights = [[1.0] * (ROWS - 1) + [math.inf]]
-    assert_close(clipped(model, [inputs], weights, clipping=clipping), clipped(model, [rest], clipping=clipping))
+    wanted = by_loop(model, rest, clipping)
+    weights = None
+    if broken == "weight":  # a finite loss, without a finite gradient
+        weights = [[1.0] * (ROWS - 1) + [math.inf]]
+    else:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # not the embeddings'
+        with torch.no_grad():
+            embeddings.weight[VOCAB - 1] = broken
+    assert_close(clipped(model, [inputs], weights, clipping=clipping), wanted)
 
 
 @every_case
@@ -294,20 +304,20 @@ def test_what_cannot_be_clipped_is_refused(case):
         PrivateGradients(build(), mechanism(), Secret(0))
 
 
-# the loss: a sum over rows, with independent shares
+# the loss: of every row by itself
 
 
-def private_loss(model, inputs):
+def private_losses(model, inputs):
     labels = inputs["labels"]
     logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-    return row_loss(logits[label_positions(labels)][None], labels)
+    return row_losses(logits[label_positions(labels)][None], labels)
 
 
-def test_it_is_the_sum_of_what_single_rows_give():
+def test_losses_are_those_of_single_rows():
     model = tiny("llama").double()
     inputs = batch(model, 4)
     single = [summed_loss(model, row_of(inputs, row)) for row in range(4)]  # a mean over the row's own tokens
-    torch.testing.assert_close(private_loss(model, inputs), torch.stack(single).sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(private_losses(model, inputs), torch.stack(single), rtol=1e-12, atol=0)
     assert len({int((row > -1).sum()) for row in inputs["labels"]}) > 1, (
         "rows have as many labels each: nothing is shown"
     )
@@ -318,13 +328,28 @@ def test_a_row_without_labels_adds_nothing():
     inputs = batch(model, 3)
     without = {name: value[:2] for name, value in inputs.items()}
     inputs["labels"][2] = -100
-    loss = private_loss(model, inputs)
-    torch.testing.assert_close(loss, private_loss(model, without), rtol=1e-12, atol=0)
+    losses = private_losses(model, inputs)
+    torch.testing.assert_close(losses[:2], private_losses(model, without), rtol=1e-12, atol=0)
+    assert losses[2] == 0
+
+
+def test_a_loss_that_is_not_finite_has_no_gradient():
+    """A label whose logit is −∞: the loss is infinite, but its gradient is finite."""
+    logits = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([[-100, 1, 2], [-100, 3, -100]])
+    with torch.no_grad():
+        logits[0, 1, 2] = -math.inf
+    losses = row_losses(logits, labels)
+    assert losses.isfinite().tolist() == [False, True]
+    total = finite_sum(losses)
+    assert total == losses[1]
+    total.backward()
+    assert logits.grad[0].abs().sum(1).gt(0).tolist() == [False, False, True]
 
 
 def test_half_precision_is_widened():
     logits = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.tensor([[-100, 1, 2], [-100, 3, -100]])
-    loss = row_loss(logits, labels)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, row_loss(logits.double(), labels).float())
+    losses = row_losses(logits, labels)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, row_losses(logits.double(), labels).float())

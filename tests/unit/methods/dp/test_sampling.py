@@ -1,4 +1,4 @@
-"""Rows that are drawn by themselves, and where chance comes from."""
+"""Rows that are drawn by themselves."""
 
 import math
 
@@ -9,7 +9,8 @@ from support.trainers import rows
 from torch.utils.data import DataLoader
 
 from siftune.data.batches import Collator
-from siftune.methods.dp.sampling import PoissonBatches, Secret, collate_any, parts
+from siftune.methods.dp.sampling import PoissonBatches, collate_any, parts
+from siftune.methods.dp.secret import Secret
 
 DRAWS = 4000
 
@@ -64,31 +65,6 @@ def test_chance_is_secret_and_not_the_global_generators():
     again = PoissonBatches(1000, 0.5, Secret()).draw(0)
     torch.manual_seed(0)
     assert again != PoissonBatches(1000, 0.5, Secret()).draw(0), "the global seed decides"
-
-
-def stream(seed, use="noise", step=0):
-    return torch.randn(1000, generator=Secret(seed).generator(use, step))
-
-
-def test_generators_are_the_same_for_one_use_and_step_and_differ_otherwise():
-    streams = [stream(0), stream(1), stream(0, "rows"), stream(0, step=1), stream(1 << 32), stream(1 << 200)]
-    assert torch.equal(streams[0], stream(0))
-    correlations = torch.corrcoef(torch.stack(streams))[~torch.eye(len(streams), dtype=torch.bool)]
-    assert float(correlations.abs().max()) < 5 / math.sqrt(1000)
-
-
-def test_all_of_a_generators_state_is_secret():
-    """torch would take 32 bits of a seed: then the state's first word tells all others."""
-    one, other = (
-        Secret(seed).generator("noise", 0).get_state()[24 : 24 + 8 * 624].view(torch.int64) for seed in (0, 1)
-    )
-    assert int((one == other).sum()) == 0
-    seeded = torch.Generator().manual_seed(int(one[0])).get_state()[24 : 24 + 8 * 624].view(torch.int64)
-    assert int((one == seeded).sum()) == 1
-    assert int(one.min()) >= 0
-    assert int(one.max()) < 2**32
-    bits = torch.stack([(one >> shift) & 1 for shift in range(32)]).double()
-    assert float((bits.mean(1) - 0.5).abs().max()) < 4.5 * 0.5 / math.sqrt(624)
 
 
 def test_a_batch_may_have_no_rows():
