@@ -21,6 +21,7 @@ from lab.pays.embeddings import embed, most_alike, similarity
 from lab.pays.gemma import folder as gemma_folder
 from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
+from lab.pays.sifting import STEPS, Loaded, losses_of, sifted
 from lab.pays.subset import Book, Followed, SubsetTrainer
 from lab.pays.training_rows import training_rows
 from siftune.base.environment import hardware, versions
@@ -43,7 +44,8 @@ Record = dict[str, Any]
 Job = dict[str, Any]
 
 _LONGEST = 512  # tokens of a row
-_RETRIEVED = 0.25  # of the pool that retrieval keeps
+_SHARE = 0.25  # of the pool that retrieval keeps
+_TUNING_LR = 5e-4  # of the tuning on the known rows, before sifting
 _USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
 
 
@@ -87,6 +89,7 @@ class Work:
     tokenizer: PreTrainedTokenizerBase
     pool: Pool
     folder: Path
+    seconds_sifting: float | None = None  # of the processor
 
     @property
     def method(self) -> Record:
@@ -106,9 +109,7 @@ class Work:
     def run(self) -> Record:
         """Train and measure."""
         known, count = self.pool.known, self.job["steps"] * self.job["batch"]
-        rows = training_rows(
-            self.method.get("rows", "pool"), self.pool.train, known, count, lambda: self._retrieved(known)
-        )
+        rows = training_rows(self.method.get("rows", "pool"), self.pool.train, known, count, self._chosen)
         recipe = recipe_of(self.job, self.folder)
         data = {"train": self.tokenized(rows)}
         if "late" in self.method:
@@ -121,12 +122,23 @@ class Work:
         found = {"steps": 0} if self.method.get("untrained") else self._train(trainer)
         built.release()
         with use_base_dtype(trainer.model, group_by_layer(trainer.model)):  # as in training; release() took that off
-            return {**self._measure(trainer.model), **found}
+            sifting = {} if self.seconds_sifting is None else {"seconds_sifting": round(self.seconds_sifting, 1)}
+            return {**self._measure(trainer.model), **found, **sifting, "rows": len(rows)}
 
-    def _retrieved(self, known: Sequence[Record]) -> list[Record]:
-        pool_RH, known_KH = (embed(self.model, self.tokenized(part), self.collate) for part in (self.pool.train, known))
-        alike_R = similarity(pool_RH, known_KH)
-        return [self.pool.train[number] for number in most_alike(alike_R, _RETRIEVED)]
+    def _chosen(self, plan: str) -> list[Record]:
+        """Rows of the pool that a plan keeps."""
+        started = time.process_time()
+        pool, known = self.tokenized(self.pool.train), self.tokenized(self.pool.known)
+        if plan == "sifted":
+            settings = {**_USUAL, **{name: self.job[name] for name in ("seed", "model")}, "steps": STEPS}
+            recipe = resolve_recipe(Recipe(**settings, lr=_TUNING_LR, train="known", out=str(self.folder)))
+            losses = losses_of(self.job, lambda: _load(self.job), recipe, pool, known, self.folder)
+            numbers = sifted(losses, self.method.get("share"))
+            self.seconds_sifting = time.process_time() - started
+        else:
+            pool_RH, known_KH = (embed(self.model, part, self.collate) for part in (pool, known))
+            numbers = list(most_alike(similarity(pool_RH, known_KH), self.method.get("share", _SHARE)))
+        return [self.pool.train[number] for number in numbers]
 
     def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:
         """Have the Trainer keep rows by the method's rule, and count what is followed."""
@@ -174,6 +186,11 @@ def _note(trainer: SubsetTrainer, depth: int, samples: SampleChoice) -> None:
         trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers])
 
 
+def _load(job: Job) -> Loaded:
+    source = str(gemma_folder()) if job["model"] == "gemma3" else job["model"]
+    return load_model(source, job["method"].get("recipe", {}).get("dtype", "auto"))
+
+
 def run_job(job: Job, data: Path, folder: Path) -> Record:
     """Load, draw, train and measure.
 
@@ -182,8 +199,7 @@ def run_job(job: Job, data: Path, folder: Path) -> Record:
         data: Folder of the commonsense suite.
         folder: For what the Trainer leaves.
     """
-    source = str(gemma_folder()) if job["model"] == "gemma3" else job["model"]
-    model, tokenizer = load_model(source, job["method"].get("recipe", {}).get("dtype", "auto"))
+    model, tokenizer = _load(job)
     pool = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
     dtype = str(model.dtype).removeprefix("torch.")
     result = Work(job, model, tokenizer, pool, folder).run()

@@ -3,6 +3,7 @@
 recipe     fields of the recipe, among them `method` and the groups of its settings, passed on as they are
 keep       "target": train on the correct target rows of each batch alone; see `subset.py`
 rows       what is trained on: see `training_rows.py`; the pool where it is not given
+share      share of the pool that is kept; a quarter for retrieval, for sifting that of siftune sift if not given
 late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
 untrained  measure the model as it is
 """
@@ -33,6 +34,7 @@ METHODS: dict[str, Method] = {
     "known-alone": {"rows": "known"},
     "retrieval": {"rows": "retrieved"},
     "retrieval+known-weighted": {"rows": "retrieved+weighted"},
+    "sifted": {"rows": "sifted+weighted", "late": 1 / 3},
     "ceiling": {"keep": "target"},
     "random": _gast(support="rest", choice="random"),
     "small-loss": _trim(),
@@ -49,7 +51,7 @@ METHODS: dict[str, Method] = {
     "cut": {"recipe": {"method": "cut"}},
 }
 
-_OWN = ("keep", "rows", "late", "untrained")  # the rest are fields of a recipe
+_OWN = ("keep", "rows", "share", "late", "untrained")  # the rest are fields of a recipe
 
 
 def method_of(words: str) -> dict[str, Any]:

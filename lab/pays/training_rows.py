@@ -5,6 +5,7 @@ A plan is a name, then what is added to it, with plus signs between:
     pool        every row of the pool
     known       the known rows alone, repeated so that they fill the steps
     retrieved   the quarter of the pool most similar to the known rows: see `lab.pays.embeddings`
+    sifted      a share of the pool, by its loss under a model tuned on the known rows: see `lab.pays.sifting`
 
     +known      the known rows, each once
     +weighted   the known rows, repeated so that they are a quarter of all rows
@@ -24,7 +25,7 @@ Record = dict[str, Any]
 KNOWN_SHARE = 0.25  # of all rows, for "+weighted"
 MOST = 30  # times that a row comes, for "+capped"
 _ADDITIONS = ("known", "weighted", "capped")
-_BASES = ("pool", "known", "retrieved")
+_BASES = ("pool", "known", "retrieved", "sifted")
 
 
 def training_rows(
@@ -32,7 +33,7 @@ def training_rows(
     pool: Sequence[Record],
     known: Sequence[Record],
     count: int,
-    retrieve: Callable[[], Sequence[Record]] | None = None,
+    choose: Callable[[str], Sequence[Record]] | None = None,
 ) -> list[Record]:
     """Put together the rows of a plan.
 
@@ -41,7 +42,7 @@ def training_rows(
         pool: Rows of the pool.
         known: Known rows of the target.
         count: Rows that the steps take.
-        retrieve: Finds the rows of the plan "retrieved".
+        choose: Chooses the rows of the plans "retrieved" and "sifted", by their name.
 
     Raises:
         RecipeError: No such plan, or known rows are needed and there are none.
@@ -49,9 +50,9 @@ def training_rows(
     base, *additions = plan.split("+")
     if base not in _BASES or any(addition not in _ADDITIONS for addition in additions):
         raise RecipeError(f"unknown rows {plan!r}; use {', '.join(_BASES)}, and +{', +'.join(_ADDITIONS)} after them")
-    if not known and (additions or base in ("known", "retrieved")):
+    if not known and (additions or base != "pool"):
         raise RecipeError(f"rows {plan!r} need known rows of the target, but the cell has none; give known rows")
-    rows = _base(base, pool, known, count, retrieve)
+    rows = _base(base, pool, known, count, choose)
     if "known" in additions:
         rows = [*rows, *known]
     fair = round(len(rows) * KNOWN_SHARE / (1 - KNOWN_SHARE))
@@ -67,14 +68,14 @@ def _base(
     pool: Sequence[Record],
     known: Sequence[Record],
     count: int,
-    retrieve: Callable[[], Sequence[Record]] | None,
+    choose: Callable[[str], Sequence[Record]] | None,
 ) -> list[Record]:
     if name == "pool":
         return list(pool)
     if name == "known":
         return repeated(known, count)
-    assert retrieve is not None
-    return list(retrieve())
+    assert choose is not None
+    return list(choose(name))
 
 
 def repeated(rows: Sequence[Record], count: int) -> list[Record]:

@@ -31,6 +31,7 @@ from siftune.base.text import jsonable
 GROUPS = {
     "train": {
         "demo": ("siftune.cli.demo", "Tune a small model on a real task, in minutes on two cores"),
+        "sift": ("siftune.cli.sift", "Select the rows of a pool that are like a few correct rows of your task"),
         "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
         "sweep-lr": ("siftune.cli.sweep_lr", "Find the learning rate of each method, on held-out rows"),
         "export": ("siftune.cli.export", "Merge an adapter into its base model"),

@@ -62,7 +62,8 @@ class _Option:
     def metavar(self) -> str:
         """The form of its value in the help, such as INT or {a,b}."""
         names = {str: "TEXT", Path: "PATH", int: "INT", float: "FLOAT"}
-        items = [get_args(kind)[0] if get_origin(kind) is tuple else kind for kind in self.kinds]
+        kinds = [kind for kind in self.kinds if kind is not bool]
+        items = [get_args(kind)[0] if get_origin(kind) is tuple else kind for kind in kinds]
         parts = []
         for kind in (leaf for item in items for leaf, _ in leaves(item)):
             choices = "{" + ",".join(map(str, get_args(kind))) + "}"
@@ -75,9 +76,11 @@ class _Option:
         notes = []
         if self.metavar() == "NAME":
             notes.append(described(self.hint).removeprefix("a list of names, each "))
+        elif bool in self.kinds and len(self.kinds) > 1:
+            pass  # its help says what a value means
         elif bounds := [range for _, marks in leaves(self.hint) if (range := bounds_of(marks))]:
             notes.append(bounds[0] if len(bounds) == 1 else described(self.hint))
-        if self.default not in (None, MISSING, "", ()):
+        if self.default not in (None, MISSING, "", (), *([False] if self.kinds != [bool] else [])):
             values = self.default if isinstance(self.default, tuple) else [self.default]
             shown = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
             notes.append(f"default: {' '.join(shown)}")
@@ -94,7 +97,7 @@ class _Option:
         if self.kinds == [bool]:
             parser.add_argument(*names, dest=self.key, action=argparse.BooleanOptionalAction, **common)
         elif bool in self.kinds:
-            parser.add_argument(*names, dest=self.key, nargs="?", const=True, metavar="PATH", **common)
+            parser.add_argument(*names, dest=self.key, nargs="?", const=True, metavar=self.metavar(), **common)
         elif many:
             parser.add_argument(*names, dest=self.key, nargs="+", action="extend", metavar=self.metavar(), **common)
         else:

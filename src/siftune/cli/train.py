@@ -1,6 +1,7 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,18 @@ from pydantic.dataclasses import dataclass
 from siftune.base.environment import launch_rank, launch_size
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, Count
+from siftune.cli.sift import PoolShare
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, resolve_recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from siftune.train.prepare import Source
     from siftune.train.run import Run
+
+
+SIFT = "sift"  # folder in a run folder
 
 
 @dataclass(config=CONFIG)
@@ -24,6 +32,9 @@ class Options(Recipe):
     Give recipe files (.yaml), flags, or both: flags override recipes, a later recipe an earlier one.
     """
 
+    sift: bool | PoolShare = False
+    """Before training, select the rows of the pool that are like the target's, as siftune sift does. A number: the
+    share of the pool to select, or how many rows."""
     public_key: str | None = None
     """PEM file with the public key of the model's owner: the model must then be a kit signed by the owner."""
     processes: Count = 1
@@ -46,11 +57,14 @@ def run(options: Options) -> dict[str, Any]:
     from rich.console import Console
 
     from siftune.base.text import counted
+    from siftune.engine.ranks import in_launch
     from siftune.offsite.exchange.tune import source_of
     from siftune.train.run import train
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    finished = train(recipe, source_of=partial(source_of, public_key=options.public_key))
+    sources = partial(source_of, public_key=options.public_key)
+    with in_launch():
+        finished = train(_sifted(options, recipe, console, sources), source_of=sources)
     if launch_rank():
         return {}
     summary, path = finished.summary, finished.folder.path
@@ -72,6 +86,23 @@ def run(options: Options) -> dict[str, Any]:
     return {"run": path, **{name: folder for name, folder in left.items() if folder.exists()}, **summary}
 
 
+def _sifted(options: Options, recipe: Recipe, console: "Console", source_of: "Callable[[str], Source]") -> Recipe:
+    """The recipe without the rows that sifting leaves out. A run that is resumed has left them out already."""
+    from siftune.cli.sift import text_of
+    from siftune.sifting.run import sift
+
+    if options.sift is False or (recipe.drop_rows is not None and recipe.resume):
+        return recipe
+    if recipe.drop_rows is not None:
+        raise RecipeError("sift and drop_rows both say which rows are left out: give one of them")
+    recipe = resolve_recipe(recipe)
+    share = None if options.sift is True else options.sift
+    sifted = sift(replace(recipe, out=str(Path(str(recipe.out)) / SIFT)), share, console=console, source_of=source_of)
+    if not launch_rank():
+        console.print(text_of(sifted), markup=False)
+    return replace(recipe, drop_rows=str(sifted.dropped)) if len(sifted.selected) < len(sifted.places) else recipe
+
+
 def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Have several processes do it, by a recipe in which everything is settled."""
     import tempfile
@@ -85,7 +116,8 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
         path = Path(folder) / "recipe.yaml"
         path.write_text(recipe_to_yaml(resolve_recipe(adopted(recipe))), encoding="utf-8")
         key = [] if options.public_key is None else ["--public-key", options.public_key]
-        return launch(["train", str(path), *key], options.processes)
+        sifting = [] if options.sift is False else ["--sift", *([] if options.sift is True else [str(options.sift)])]
+        return launch(["train", str(path), *key, *sifting], options.processes)
 
 
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
@@ -99,6 +131,8 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     if options.processes > 1 or launch_size() > 1:
         raise RecipeError("a dry run is of one process: leave processes out, and start it without torchrun")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if options.sift is not False:
+        console.print("a dry run does not sift: rows, steps and time are those of the complete pool")
     found = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
     console.print(shown(found))
     return found.to_dict()

@@ -73,6 +73,23 @@ def load_records(source: str, split: str = "train") -> Iterator[Any]:
         yield record
 
 
+def placed_records(source: str, split: str = "train", limit: int | None = None) -> Records:
+    """Read the records of a file or hub data set as they are, with the places that `load_rows` gives them.
+
+    Args:
+        source: As for `load_rows`.
+        split: As for `load_rows`.
+        limit: Largest number of records to read; None reads all.
+
+    Yields:
+        The place, and the record, or a `DataError` if it cannot be read.
+
+    Raises:
+        DataError: The source cannot be found.
+    """
+    yield from islice(_open(source, split), limit)
+
+
 def _open(source: str, split: str) -> Records:
     """Choose the reader by the name's ending, and the hub if there is no file."""
     path = Path(source).expanduser()

@@ -48,6 +48,15 @@ def leave_launch() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def in_launch() -> Iterator[None]:
+    """Join the other ranks for a block in which several trainings may come one after the other."""
+    joined = join_launch()
+    yield
+    if joined:
+        leave_launch()
+
+
 def from_first(make: Callable[[], T]) -> T:
     """Have rank 0 make a picklable value, and send it to all ranks."""
     values = [make() if rank() == 0 else None]

@@ -1,0 +1,98 @@
+"""`siftune sift`: the rows of a pool that are like a few correct rows of the task."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from siftune.base.settings import CONFIG, AtLeastTwo, Count, Positive, Seed, Validated
+
+if TYPE_CHECKING:
+    from siftune.sifting.run import Sifted
+
+PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(config=CONFIG)
+class Options(Validated):
+    """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
+
+    A short training on the correct rows lowers the loss of rows like them. Rows whose loss falls most are selected; how
+    many, a part of the correct rows decides. The same command continues after an interruption. `siftune train --sift`
+    does this before training.
+    """
+
+    model: str = "smollm2"
+    """Model to score with, best the one to fine-tune: a folder, a hub id, smollm2, or a kit."""
+    train: str | tuple[str, ...] = ""
+    """The pool: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, which are concatenated."""
+    target: str | None = None
+    """At least 8 correct rows of the task: a file or hub id."""
+    share: PoolShare | None = None
+    """Rows to select: a share of the pool below 1, or a number. Default: determined by the target's rows."""
+    steps: Count = 60
+    """Optimizer steps of the training on the target's rows."""
+    train_split: str = "train"
+    """Split to read, if the data has splits."""
+    limit: Count | None = None
+    """Use at most N rows of each file of the pool."""
+    bad_rows: Literal["stop", "drop"] = "stop"
+    """Unusable rows: stop and list them, or drop them."""
+    format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
+    """Columns of the rows, as for siftune train."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """Chat template, as for siftune train; use the same there."""
+    max_length: AtLeastTwo = 512
+    """Maximum length of a row in tokens."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the frozen weights, as for siftune train."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Quantize the frozen weights with bitsandbytes, for less memory."""
+    lr: Positive | None = None
+    """Peak learning rate of the training on the target's rows. Default: 5e-4."""
+    batch_size: Count = 16
+    """Rows per training step; a forward pass without gradients takes four times as many."""
+    seed: Seed = 0
+    """Random seed."""
+    out: str | None = None
+    """Folder to write. Default: runs/DATE-sift."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Sift, and report what is where."""
+    from rich.console import Console
+
+    from siftune.offsite.exchange.tune import source_of
+    from siftune.recipe.schema import Recipe, new_folder
+    from siftune.sifting.run import sift
+
+    same = {field.name for field in fields(Recipe)} & {field.name for field in fields(Options)} - {"steps"}
+    recipe = Recipe(**{name: getattr(options, name) for name in same} | {"out": options.out or new_folder("sift")})
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    sifted = sift(recipe, options.share, options.steps, console, source_of)
+    console.print(text_of(sifted), markup=False)
+    console.print(
+        f"selected rows in {sifted.rows}, all rows with scores in {sifted.folder / 'scores.csv'}\n"
+        f"next: `siftune train --train {options.train} --drop-rows {sifted.dropped} --target {options.target}`",
+        markup=False,
+    )
+    return {
+        "folder": sifted.folder,
+        "rows": sifted.rows,
+        "dropped": sifted.dropped,
+        "pool": len(sifted.places),
+        "selected": len(sifted.selected),
+        "seconds": sifted.seconds,
+    }
+
+
+def text_of(sifted: "Sifted") -> str:
+    """The result as text."""
+    selected, pool = len(sifted.selected), len(sifted.places)
+    what = (
+        f"all {pool:,} rows of the pool: more than half of it is like the target"
+        if selected == pool
+        else f"{selected:,} of {pool:,} rows of the pool ({selected / pool:.0%})"
+    )
+    return "\n".join([*sifted.notes, f"selected {what}, in {sifted.seconds:.0f} s"])
