@@ -61,7 +61,9 @@ def test_the_pickle_would_do_something(tmp_path):
     assert (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "adapter_model.safetensors"]
+)
 def test_a_checkpoint(planted, capsys, name):
     run, trace = planted(f"run/checkpoints/checkpoint-1/{name}")
     seal_again(run / "checkpoints" / "checkpoint-1")

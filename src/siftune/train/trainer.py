@@ -189,6 +189,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         with read_of(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Read the state of the gradient scaler."""
+        with read_of(checkpoint):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Read the generators' state."""
         with read_of(checkpoint):

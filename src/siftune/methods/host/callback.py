@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from siftune.base.errors import TrainingError
 from siftune.base.settings import Settings
+from siftune.base.text import one_line
 from siftune.methods.drivers.batches import Batch, Loss, model_loss
 from siftune.methods.host import deepspeed
 from siftune.methods.host.spread import average_adapters
@@ -153,7 +155,10 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         if not state.global_step or not saved:
             return False
         assert self._selection is not None
-        self._selection.load_state_dict(saved)
+        try:
+            self._selection.load_state_dict(saved)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            raise _unreadable(type(self).__name__, error) from error
         return True
 
 
@@ -192,12 +197,29 @@ def around_steps(
 
 
 def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:
-    """A callback's state in the checkpoint from which the Trainer resumes."""
+    """A callback's state in the checkpoint from which the Trainer resumes.
+
+    Raises:
+        TrainingError: It is of another form.
+    """
     saved = getattr(state, "stateful_callbacks", None) or {}
     entry = saved.get(name) if isinstance(saved, Mapping) else None
-    if isinstance(entry, list):
-        entry = entry[0]
-    return entry["attributes"]["_resumed"] if entry else None
+    try:
+        if isinstance(entry, list):
+            entry = entry[0]
+        found: Mapping[str, Any] | None = entry["attributes"]["_resumed"] if entry else None
+        if not isinstance(found, Mapping | None):
+            raise TypeError(f"it is {type(found).__name__}")
+    except (LookupError, TypeError) as error:
+        raise _unreadable(name, error) from error
+    return found
+
+
+def _unreadable(name: str, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"the state of {name} in the checkpoint cannot be read ({one_line(str(error))}): resume from another checkpoint, "
+        "or train in another folder"
+    )
 
 
 def trainer_loss(callback: TrainerCallback) -> Loss:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -33,6 +34,33 @@ _READING = (  # errors of reading a file that is no state of a run
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError,
     KeyError, ValueError, TypeError, AttributeError, IndexError,
 )  # fmt: skip
+
+
+class _Entry(BaseModel):
+    """A line of the Trainer's history, with other figures besides."""
+
+    model_config = ConfigDict(strict=True)
+    step: int
+    loss: float = 0
+    eval_loss: float = 0
+
+
+class _State(BaseModel):
+    """Fields of `trainer_state.json` that the Trainer or siftune calculate with."""
+
+    model_config = ConfigDict(strict=True)
+    global_step: int = Field(ge=0, le=2**53)
+    log_history: list[_Entry] = []
+    best_global_step: int | None = None
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None
+    epoch: float | None = None
+    eval_steps: float | None = None
+    logging_steps: float | None = None
+    save_steps: float | None = None
+    num_input_tokens_seen: int = 0
+    total_flos: float = 0
+    stateful_callbacks: dict[str, Any] = {}
 
 
 class Sealing(TrainerCallback):  # type: ignore[misc]
@@ -130,7 +158,7 @@ def fault_of(checkpoint: Path, hashes: bool = True) -> str | None:
     if (checkpoint / _MARK).exists():
         return "it was not written to its end"
     try:
-        int(parsed((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
+        _state(checkpoint)
         listed = parsed((checkpoint / SEAL).read_text(encoding="utf-8"))
         if not isinstance(listed, dict) or _STATE not in listed:
             return f"{SEAL} is no list of files"
@@ -147,13 +175,16 @@ def fault_of(checkpoint: Path, hashes: bool = True) -> str | None:
 
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps done at a complete checkpoint."""
-    return int(parsed((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
+    return _state(checkpoint).global_step
+
+
+def _state(checkpoint: Path) -> _State:
+    return _State.model_validate(parsed((checkpoint / _STATE).read_text(encoding="utf-8")))
 
 
 def best_in(folder: Path, checkpoint: Path) -> Path | None:
     """The checkpoint in `folder` with the least held-out loss up to another one; None if it is not there."""
-    best = parsed((checkpoint / _STATE).read_text(encoding="utf-8")).get("best_global_step")
-    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{_state(checkpoint).best_global_step}"
     return path if path.is_dir() else None
 
 

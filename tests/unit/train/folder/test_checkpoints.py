@@ -10,7 +10,7 @@ import torch
 from support.tiny_run import recipe
 
 from siftune.train.folder import checkpoints
-from siftune.train.folder.checkpoints import SEAL, begin, fault_of, is_complete, seal
+from siftune.train.folder.checkpoints import SEAL, begin, fault_of, is_complete, newest_checkpoint, seal
 from siftune.train.run import train
 
 FILES = {
@@ -58,6 +58,31 @@ def test_every_change_of_every_file_is_found(checkpoint, name):
 def test_a_list_that_is_none(checkpoint, listed):
     (checkpoint / SEAL).write_text(listed, encoding="latin-1")
     assert not is_complete(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        '{"global_step": 1e999}',
+        '{"global_step": "4"}',
+        '{"global_step": 0.5}',
+        '{"global_step": -1}',
+        '{"global_step": 4, "eval_steps": {}}',
+        '{"global_step": 4, "total_flos": {}}',
+        '{"global_step": 4, "log_history": [3]}',
+        '{"global_step": 4, "log_history": [{"step": null}]}',
+        '{"global_step": 4, "log_history": [{"step": 1, "loss": []}]}',
+        '{"global_step": 4, "best_model_checkpoint": 1e999}',
+        '{"global_step": 4, "stateful_callbacks": []}',
+    ],
+)
+def test_a_state_of_another_form_is_a_fault_and_does_not_hide_the_checkpoint_before(checkpoint, state):
+    before = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-3"))
+    begin(checkpoint)
+    (checkpoint / "trainer_state.json").write_text(state)
+    seal(checkpoint)
+    assert fault_of(checkpoint)
+    assert newest_checkpoint(checkpoint.parent) == before
 
 
 def test_names_and_sizes_are_enough_where_files_are_not_read(checkpoint):
