@@ -122,3 +122,9 @@ def parsed(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def inert(text: str) -> str:
+    """A text for a field of a CSV file, with an apostrophe in front if a spreadsheet would compute it."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")  # csv puts no quotes around a lone \r before Python 3.13
+    return f"'{lines}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else lines

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from siftune.data.rows import Row
-    from siftune.evaluate.measure import MetricRow, Metrics
+    from siftune.evaluate.measure import Metrics
 
 _MODEL = "smollm2"
 _TASK = "two-digit arithmetic, held out"
-_NAMES = {"base": "base", "pool": "pool", "target": "pool and few"}
+_NAMES = {"base": "base", "pool": "pool", "target": "pool and few", "sifted": "sifted and few"}
 _ROWS = 16  # of a step
 _BATCH = 64  # rows per forward pass when measuring
 _LEVEL = 0.95  # coverage of the intervals
@@ -30,17 +30,17 @@ _SHOWN = 4  # questions whose answers are shown
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Tune SmolLM2-135M on a mixed pool, and on the same pool with few rows of the task that counts.
+    """Tune SmolLM2-135M on a mixed pool, on the pool with few correct rows of the task, and on the sifted pool with them.
 
-    Of the pool a quarter is two-digit arithmetic, a quarter arithmetic with wrong answers, and half other tasks. Both
-    are measured on held-out arithmetic. Fetches the model on first use. Leaves two run folders behind, as
-    `siftune train --train pool.jsonl` and `siftune train --train pool.jsonl --target few.jsonl` make them.
+    Of the pool a quarter is two-digit arithmetic, a quarter arithmetic with wrong answers, and half other tasks. All
+    are measured on held-out arithmetic. Fetches the model on first use. Leaves three run folders behind, as
+    `siftune train --train pool.jsonl` makes them, then with `--target few.jsonl`, then also with `--sift`.
     """
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
     """How to train with the few rows, as for siftune train."""
     steps: Count = 120
-    """Optimizer steps of 16 rows, for each of the two."""
+    """Optimizer steps of 16 rows, for each of the three."""
     lr: Positive = METHODS["dense"].lr
     """Peak learning rate."""
     known: Count = 100
@@ -54,14 +54,16 @@ class Options(Validated):
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Tune twice, and compare the base model and both."""
+    """Tune three times, and compare each model with the one before."""
     import time
 
     from rich.console import Console
 
     from siftune.data.read import load_rows
     from siftune.evaluate.measure import compare
+    from siftune.report.evals import metric_table
     from siftune.report.page import make_page
+    from siftune.report.table import print_table
 
     _check(options)
     console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
@@ -69,7 +71,8 @@ def run(options: Options) -> dict[str, Any]:
     questions = load_rows(str(folder / "test.jsonl"))
     measured, summaries = _measure(_recipes(options, folder), questions, console)
     compared = [compare(measured[first], measured[second]) for first, second in pairwise(_NAMES)]
-    _show(console, questions, measured, compared)
+    _show(console, questions, measured, {name: run["seconds_with_sifting"] for name, run in summaries.items()})
+    print_table(metric_table(_TASK, compared[-1], names=list(_NAMES.values())[-2:]), console)
     page = make_page([str(folder)]).write(folder / "report.html")
     seconds = time.monotonic() - started
     console.print(f"{seconds:.0f} s in all; everything is in {folder}", markup=False)
@@ -117,7 +120,7 @@ def _write_rows(options: Options) -> Path:
 
 
 def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
-    """One for the pool alone, and one for the pool and the known rows."""
+    """One for the pool alone, one for the pool and the known rows, and the same to sift the pool first."""
     both: dict[str, Any] = {
         "model": _MODEL,
         "train": str(folder / "pool.jsonl"),
@@ -135,6 +138,7 @@ def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
     return {
         "pool": Recipe(**both, out=str(folder / "pool")),
         "target": Recipe(**both, **few, **aimed, out=str(folder / "target")),
+        "sifted": Recipe(**both, **few, **aimed, out=str(folder / "sifted")),
     }
 
 
@@ -142,20 +146,28 @@ def _measure(
     recipes: dict[str, Recipe], questions: "list[Row]", console: "Console"
 ) -> "tuple[dict[str, Metrics], dict[str, Any]]":
     """Train by each recipe, and measure what comes out, and the base model; the runs' summaries as well."""
+    import time
+
+    from siftune.cli.sift import text_of
     from siftune.evaluate.measure import measure, measure_base
     from siftune.evaluate.prepare import prepare_rows
+    from siftune.sifting.run import sift_first
     from siftune.train.run import train
 
     measured: dict[str, Metrics] = {}
     summaries = {}
     for name, recipe in recipes.items():
+        started = time.monotonic()
+        if name == "sifted":
+            recipe, sifted = sift_first(recipe, None, console)
+            console.print(text_of(sifted), markup=False)
         tuned = train(recipe, console)
+        summaries[name] = {**tuned.summary, "seconds_with_sifting": round(time.monotonic() - started, 1)}
         prepared = prepare_rows(questions, tuned.tokenizer, ("exact_match", "choices"), recipe.template)
         console.print(f"measuring on {len(questions)} held-out questions")
         if not measured:
             measured["base"] = measure_base(tuned.model, prepared, _BATCH)
         measured[name] = measure(tuned.model, prepared, _BATCH)
-        summaries[name] = tuned.summary
         _keep(recipe, questions, measured["base"], measured[name])
     return measured, summaries
 
@@ -171,21 +183,22 @@ def _keep(recipe: Recipe, questions: "list[Row]", base: "Metrics", tuned: "Metri
 
 
 def _show(
-    console: "Console",
-    questions: "list[Row]",
-    measured: "dict[str, Metrics]",
-    compared: "list[list[MetricRow]]",
+    console: "Console", questions: "list[Row]", measured: "dict[str, Metrics]", seconds: dict[str, float]
 ) -> None:
-    """Show a few answers and a table of each comparison."""
-    from siftune.report.evals import metric_table
-    from siftune.report.table import print_table
+    """Show a few answers, and a table of the models with the time that each took."""
+    from siftune.report.evals import label_of
+    from siftune.report.table import Table, print_table
     from siftune.report.words import cut
 
     texts = [measured[name]["exact_match"].texts for name in _NAMES]
     for row, *answers in list(zip(questions, *texts, strict=True))[:_SHOWN]:
-        told = "  ".join(
+        shown = "  ".join(
             f"{name}: {cut(' '.join(text.split()), 24)!r}" for name, text in zip(_NAMES.values(), answers, strict=True)
         )
-        console.print(f"  {row.prompt[-1].content.splitlines()[0]}  {told}", markup=False)
-    for names, rows in zip(pairwise(_NAMES.values()), compared, strict=True):
-        print_table(metric_table(_TASK, rows, names=names), console)
+        console.print(f"  {row.prompt[-1].content.splitlines()[0]}  {shown}", markup=False)
+    metrics = ("choices", "exact_match")
+    rows = [
+        (label, *(f"{measured[name][metric].value:.1%}" for metric in metrics), f"{seconds.get(name, 0):.0f} s")
+        for name, label in _NAMES.items()
+    ]
+    print_table(Table(("trained on", *map(label_of, metrics), "time"), rows, _TASK, words=(0,)), console)

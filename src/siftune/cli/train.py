@@ -1,7 +1,7 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from siftune.train.prepare import Source
     from siftune.train.run import Run
-
-
-SIFT = "sift"  # folder in a run folder
 
 
 @dataclass(config=CONFIG)
@@ -89,18 +86,14 @@ def run(options: Options) -> dict[str, Any]:
 def _sifted(options: Options, recipe: Recipe, console: "Console", source_of: "Callable[[str], Source]") -> Recipe:
     """The recipe without the rows that sifting leaves out. A run that is resumed has left them out already."""
     from siftune.cli.sift import text_of
-    from siftune.sifting.run import sift
+    from siftune.sifting.run import sift_first
 
     if options.sift is False or (recipe.drop_rows is not None and recipe.resume):
         return recipe
-    if recipe.drop_rows is not None:
-        raise RecipeError("sift and drop_rows both say which rows are left out: give one of them")
-    recipe = resolve_recipe(recipe)
-    share = None if options.sift is True else options.sift
-    sifted = sift(replace(recipe, out=str(Path(str(recipe.out)) / SIFT)), share, console=console, source_of=source_of)
+    recipe, sifted = sift_first(recipe, None if options.sift is True else options.sift, console, source_of)
     if not launch_rank():
         console.print(text_of(sifted), markup=False)
-    return replace(recipe, drop_rows=str(sifted.dropped)) if len(sifted.selected) < len(sifted.places) else recipe
+    return recipe
 
 
 def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:

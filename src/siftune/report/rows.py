@@ -5,7 +5,7 @@ import html
 import io
 from collections.abc import Sequence
 
-from siftune.base.text import visible
+from siftune.base.text import inert, visible
 from siftune.report.table import Table
 from siftune.suspects.named import Suspect
 
@@ -45,14 +45,9 @@ def to_csv(suspects: Sequence[Suspect]) -> str:
     writer = csv.writer(box, lineterminator="\n")
     writer.writerow(HEADER)
     for each in suspects:
-        texts = map(_inert, (each.text.prompt, each.text.completion, each.reason, " ".join(each.duplicates)))
+        texts = map(inert, (each.text.prompt, each.text.completion, each.reason, " ".join(each.duplicates)))
         writer.writerow([each.place, each.score, *texts])
     return box.getvalue()
-
-
-def _inert(text: str) -> str:
-    lines = text.replace("\r\n", "\n").replace("\r", "\n")  # csv puts no quotes around a lone \r before Python 3.13
-    return f"'{lines}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else lines
 
 
 _PAGE = """<!doctype html>

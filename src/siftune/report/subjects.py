@@ -113,7 +113,7 @@ def _folders(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if any((path / one).is_file() for one in (RECIPE, *_MARKS)) or is_kit(path) or path.is_file():
         return [path]
-    runs = [run for run in (path / "pool", path / "target") if (run / RECIPE).is_file()]
+    runs = [run for run in (path / "pool", path / "target", path / "sifted") if (run / RECIPE).is_file()]
     if runs:
         return runs
     state = "there is no folder of that name" if not path.exists() else "it holds no run, kit, sweep or audit"

@@ -5,7 +5,7 @@ FOLDER/
   unseen.csv       the rows of the target that the training leaves out
   tuning/          run folder of the training on the other rows of the target
   losses.jsonl     a line for every 512 rows: their losses after that training and before
-  scores.csv       every row of the pool: place, score, both losses, and whether it was selected
+  scores.csv       every row of the pool: place, score, both losses, whether it was selected, and the start of its text
   dropped.csv      the rows that were not selected, for `siftune train --drop-rows`
   sifted.jsonl     the selected rows as they are in the pool, for any trainer
 
@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.files import Progress, only_process
 from siftune.base.stages import stages
-from siftune.base.text import counted
+from siftune.base.text import counted, inert
 from siftune.base.work_folder import WorkFolder
 from siftune.data.read import load_rows, placed_records
 from siftune.data.rows import Row, row_texts
@@ -43,7 +43,7 @@ from siftune.models.attention import short_rows
 from siftune.models.load import use_attention
 from siftune.models.modules import model_device
 from siftune.recipe.schema import Recipe, resolve_recipe, train_files
-from siftune.records.rows import Read, digest_of, read_rows
+from siftune.records.rows import Read, digest_of, read_rows, text_of
 from siftune.sifting.scores import Floats, count_like_target, held_out_count, lowest, scores
 from siftune.train.folder.run import RunFolder
 from siftune.train.prepare import ModelSource, Source, prepare, refuse_read
@@ -51,9 +51,11 @@ from siftune.train.run import train
 
 STEPS = 60  # of the training on the target's rows (ours: docs/sifting.md)
 LEAST = 8  # rows of a target (ours)
+FOLDER = "sift"  # of a run folder
 SCORES, DROPPED, SIFTED, RECORD = "scores.csv", "dropped.csv", "sifted.jsonl", "sift.json"
 _LOSSES, _UNSEEN, _TUNING = "losses.jsonl", "unseen.csv", "tuning"
 _CHUNK = 512  # rows in a line of losses.jsonl
+_SHOWN = 300  # characters of a text in scores.csv
 _WIDER = 4  # times the rows of a training step in a forward pass
 # settings of the training on the target's rows: those of the training that follows
 _SAME = (
@@ -73,7 +75,8 @@ class Sifted:
         scores: (R,) float64, of each of these rows: its loss after training on the target minus its loss before, in
             nats per label token. The lower, the more it is like the target.
         selected: Numbers of the selected rows in `places`, ascending.
-        notes: Sentences on copies, and on rows of the target in the pool.
+        also_target: Places of rows of the pool that are rows of the target: left out, and not in `places`.
+        notes: Sentences on these, and on copies.
         seconds: Time that sifting took, without that of calls that were interrupted.
     """
 
@@ -81,6 +84,7 @@ class Sifted:
     places: Sequence[str]
     scores: Floats
     selected: Sequence[int]
+    also_target: Sequence[str]
     notes: Sequence[str]
     seconds: float
 
@@ -134,6 +138,25 @@ def sift(
             stack.enter_context(work.begin(_facts(recipe, rows, steps)))
             stack.enter_context(only_process(work.path))
         return _sift(_Work(recipe, rows, steps, work, console, source_of), share)
+
+
+def sift_first(
+    recipe: Recipe, share: float | int | None, console: Console, source_of: Callable[[str], Source] = ModelSource
+) -> tuple[Recipe, Sifted]:
+    """Sift the pool of a recipe into the folder `sift` of its run.
+
+    Returns:
+        The recipe without the rows that were not selected, and the sifted pool.
+
+    Raises:
+        InputError: As `sift`, or the recipe leaves out rows already.
+    """
+    if recipe.drop_rows is not None:
+        raise RecipeError("sift and drop_rows both say which rows are left out: give one of them")
+    recipe = resolve_recipe(recipe)
+    sifted = sift(replace(recipe, out=str(Path(str(recipe.out)) / FOLDER)), share, console=console, source_of=source_of)
+    left_out = len(sifted.selected) < len(sifted.places) or sifted.also_target
+    return replace(recipe, drop_rows=str(sifted.dropped)) if left_out else recipe, sifted
 
 
 @dataclass(frozen=True)
@@ -242,7 +265,15 @@ def _sift(work: _Work, share: float | int | None) -> Sifted:
     selected = lowest(scores_R, count).tolist()
     earlier = from_first(lambda: float(work.folder.state.get("seconds", 0)))
     seconds = round(earlier + time.monotonic() - started, 1)
-    sifted = Sifted(work.folder.path, [row.origin for row in pool], scores_R, selected, rows.notes(), seconds)
+    sifted = Sifted(
+        folder=work.folder.path,
+        places=[row.origin for row in pool],
+        scores=scores_R,
+        selected=selected,
+        also_target=rows.also_target,
+        notes=rows.notes(),
+        seconds=seconds,
+    )
     if rank() == 0:
         _write(work, sifted, pool, after, before)
         work.folder.set_state(seconds=seconds, selected=count, pool=len(pool))
@@ -300,12 +331,13 @@ def _losses(work: _Work, model: Any, data: Dataset, progress: Progress) -> tuple
 
 def _write(work: _Work, sifted: Sifted, pool: Sequence[Row], after: Floats, before: Floats) -> None:
     folder, selected = work.folder, set(sifted.selected)
-    columns = zip(sifted.places, sifted.scores, after, before, sources(pool), strict=False)
-    lines = [
-        [place, f"{score:.5f}", f"{new:.5f}", f"{old:.5f}", int(number in selected), source]
-        for number, (place, score, new, old, source) in enumerate(columns)
-    ]
-    folder.write(SCORES, _csv(["place", "score", "loss_after", "loss_before", "selected", "source"], lines))
+    header = ["place", "score", "loss_after", "loss_before", "selected", "source", "prompt", "completion"]
+    lines = []
+    for number, (row, source) in enumerate(zip(pool, sources(pool), strict=True)):
+        losses = [f"{values[number]:.5f}" for values in (sifted.scores, after, before)]
+        texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
+        lines.append([row.origin, *losses, int(number in selected), *texts])
+    folder.write(SCORES, _csv(header, lines))
     others = [place for number, place in enumerate(sifted.places) if number not in selected]
     folder.write(DROPPED, _csv(["place"], [[place] for place in (*others, *work.rows.also_target)]))
     places = {sifted.places[number] for number in selected}
