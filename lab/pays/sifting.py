@@ -19,7 +19,7 @@ from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.schema import Recipe
-from siftune.sifting.scores import Floats, count_like_target, held_out_count, lowest, scores
+from siftune.sifting.scores import Floats, choose, held_out_count, lowest, scores
 from siftune.train.build import build
 
 STEPS = 60  # on the known rows
@@ -72,6 +72,6 @@ def _losses(model: nn.Module, data: Dataset) -> Floats:
 def sifted(losses: dict[str, Floats], share: float | None) -> list[int]:
     """Numbers of the rows that are selected, ascending; without a share, as many as `siftune sift` selects."""
     scores_R = scores(losses["tuned"], losses["base"])
-    count = count_like_target(scores_R, scores(losses["known_tuned"], losses["known_base"]))
+    count = choose(scores_R, scores(losses["known_tuned"], losses["known_base"])).rows
     numbers: list[int] = lowest(scores_R, count if share is None else round(share * len(scores_R))).tolist()
     return numbers

@@ -72,7 +72,7 @@ def run(options: Options) -> dict[str, Any]:
     measured, summaries = _measure(_recipes(options, folder), questions, console)
     compared = [compare(measured[first], measured[second]) for first, second in pairwise(_NAMES)]
     _show(console, questions, measured, {name: run["seconds_with_sifting"] for name, run in summaries.items()})
-    print_table(metric_table(_TASK, compared[-1], names=list(_NAMES.values())[-2:]), console)
+    print_table(metric_table(_TASK, compared[-1], names=(_NAMES["target"], _NAMES["sifted"])), console)
     page = make_page([str(folder)]).write(folder / "report.html")
     seconds = time.monotonic() - started
     console.print(f"{seconds:.0f} s in all; everything is in {folder}", markup=False)
@@ -198,7 +198,7 @@ def _show(
         console.print(f"  {row.prompt[-1].content.splitlines()[0]}  {shown}", markup=False)
     metrics = ("choices", "exact_match")
     rows = [
-        (label, *(f"{measured[name][metric].value:.1%}" for metric in metrics), f"{seconds.get(name, 0):.0f} s")
+        (label, *(f"{100 * measured[name][metric].value:.1f} %" for metric in metrics), f"{seconds.get(name, 0):.0f} s")
         for name, label in _NAMES.items()
     ]
     print_table(Table(("trained on", *map(label_of, metrics), "time"), rows, _TASK, words=(0,)), console)

@@ -18,9 +18,9 @@ PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 class Options(Validated):
     """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
 
-    A short training on the correct rows lowers the loss of rows like them. Rows whose loss falls most are selected; how
-    many, a part of the correct rows decides. The same command continues after an interruption. `siftune train --sift`
-    does this before training.
+    A short training on the correct rows makes rows like them more likely, and rows that contradict them less likely. The
+    former are selected. The same command continues after an interruption. `siftune train --sift` does this before
+    training.
     """
 
     model: str = "smollm2"
@@ -30,7 +30,7 @@ class Options(Validated):
     target: str | None = None
     """At least 8 correct rows of the task: a file or hub id."""
     share: PoolShare | None = None
-    """Rows to select: a share of the pool below 1, or a number. Default: determined by the target's rows."""
+    """Rows to select: a share of the pool below 1, or a number. Default: those that the training made more likely."""
     steps: Count = 60
     """Optimizer steps of the training on the target's rows."""
     train_split: str = "train"
@@ -90,9 +90,5 @@ def run(options: Options) -> dict[str, Any]:
 def text_of(sifted: "Sifted") -> str:
     """The result as text."""
     selected, pool = len(sifted.selected), len(sifted.places)
-    what = (
-        f"all {pool:,} rows of the pool: more than half of it is like the target"
-        if selected == pool
-        else f"{selected:,} of {pool:,} rows of the pool ({selected / pool:.0%})"
-    )
-    return "\n".join([*sifted.notes, f"selected {what}, in {sifted.seconds:.0f} s"])
+    what = f"{selected:,} of {pool:,} rows of the pool ({selected / pool:.0%})"
+    return "\n".join([*sifted.notes, f"selected {what} in {sifted.seconds:.0f} s: {sifted.reason}"])

@@ -40,8 +40,8 @@ def sifted(run: RunData, several: bool) -> Section | None:
         return Section(anchor, title, [f"Not available: {path} cannot be read ({error})."])
     count = sum(row.selected for row in rows)
     words = [
-        f"{count:,} of {counted(len(rows), 'row')} of the pool were selected: those whose loss fell most in a short "
-        "training on rows of the target."
+        f"{count:,} of {counted(len(rows), 'row')} of the pool were selected: a short training on rows of the target "
+        "made them more likely (score below 0)."
     ]
     tables = [_by_source(rows)] if {row.source for row in rows} != {OTHER} else []
     return Section(anchor, title, words, [_order(run, rows, count)], [*tables, _examples(rows, count)])

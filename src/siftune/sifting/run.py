@@ -44,7 +44,7 @@ from siftune.models.load import use_attention
 from siftune.models.modules import model_device
 from siftune.recipe.schema import Recipe, resolve_recipe, train_files
 from siftune.records.rows import Read, digest_of, read_rows, text_of
-from siftune.sifting.scores import Floats, count_like_target, held_out_count, lowest, scores
+from siftune.sifting.scores import Floats, choose, held_out_count, lowest, scores
 from siftune.train.folder.run import RunFolder
 from siftune.train.prepare import ModelSource, Source, prepare, refuse_read
 from siftune.train.run import train
@@ -75,6 +75,7 @@ class Sifted:
         scores: (R,) float64, of each of these rows: its loss after training on the target minus its loss before, in
             nats per label token. The lower, the more it is like the target.
         selected: Numbers of the selected rows in `places`, ascending.
+        reason: Why these rows were selected, as a clause.
         also_target: Places of rows of the pool that are rows of the target: left out, and not in `places`.
         notes: Sentences on these, and on copies.
         seconds: Time that sifting took, without that of calls that were interrupted.
@@ -84,6 +85,7 @@ class Sifted:
     places: Sequence[str]
     scores: Floats
     selected: Sequence[int]
+    reason: str
     also_target: Sequence[str]
     notes: Sequence[str]
     seconds: float
@@ -108,13 +110,13 @@ def sift(
 ) -> Sifted:
     """Select the rows of a pool that are like a few rows of a target (ours; scores.py has the formula).
 
-    The model is tuned on most of the target's rows. A row's score is the change of its loss. The scores of the target's
-    other rows determine how many rows are selected.
+    The model is tuned on most of the target's rows. A row's score is the change of its loss, and rows with a score below
+    0 are selected. The scores of the target's other rows show whether to trust this: see `choose`.
 
     Args:
         recipe: `train` is the pool, `target` the rows of the task, `out` the folder. Model, format, template and
             adapter should be those of the training that follows.
-        share: Share of the pool to select, below 1, or a number of rows. None: determined by the target's rows.
+        share: Share of the pool to select, below 1, or a number of rows. None: those with a score below 0.
         steps: Optimizer steps of the training on the target's rows.
         console: Console for progress; stderr by default.
         source_of: Maps the recipe's `model` to its source, as for `train`.
@@ -258,10 +260,15 @@ def _sift(work: _Work, share: float | int | None) -> Sifted:
     pool = prepared.rows["train"]
     all_R = scores(after, before)
     scores_R, target_T = all_R[: len(pool)], all_R[len(pool) :]
-    if share is None:
-        count = count_like_target(scores_R, target_T)
-    else:
+    count, reason = choose(scores_R, target_T)
+    if share is not None:
         count = share if isinstance(share, int) else max(1, round(share * len(pool)))
+        reason = "those with the lowest scores, as many as asked for"
+    if not count:
+        raise DataError(
+            f"training on {work.recipe.target} made no row of the pool more likely: give a pool with rows of the task, or "
+            "a share"
+        )
     selected = lowest(scores_R, count).tolist()
     earlier = from_first(lambda: float(work.folder.state.get("seconds", 0)))
     seconds = round(earlier + time.monotonic() - started, 1)
@@ -270,13 +277,14 @@ def _sift(work: _Work, share: float | int | None) -> Sifted:
         places=[row.origin for row in pool],
         scores=scores_R,
         selected=selected,
+        reason=reason,
         also_target=rows.also_target,
         notes=rows.notes(),
         seconds=seconds,
     )
     if rank() == 0:
         _write(work, sifted, pool, after, before)
-        work.folder.set_state(seconds=seconds, selected=count, pool=len(pool))
+        work.folder.set_state(seconds=seconds, selected=count, pool=len(pool), reason=reason)
     wait_for_all()
     return sifted
 

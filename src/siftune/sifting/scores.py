@@ -4,7 +4,7 @@
     K_i   loss of row i under the model after a short training on rows of the target alone
     s_i = K_i − B_i
 
-Training on the target lowers the loss of rows like it, so rows with a low score are kept. To first order, s_i sums
+Training on the target makes rows like it more likely (s_i < 0), and rows that contradict it less likely. To first order, s_i sums
 −lr·⟨gradient of row i, gradient of the target's rows⟩ over the steps of that training, without forming either.
 
 Moore and Lewis ("Intelligent Selection of Language Model Training Data", ACL 2010) select text by the difference of
@@ -13,6 +13,8 @@ the target determine the share.
 
 Shapes: R rows of the pool, T rows of the target.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +46,6 @@ def lowest(scores_R: Floats, count: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(scores_R, kind="stable")[:count])
 
 
-REACH = 0.75  # share of the target's held-out rows that the threshold keeps
-FEWEST, MOST = 0.125, 0.5  # share of the pool
-
-
 def held_out_count(rows: int) -> int:
     """Number of the target's rows that are held out of the training: a fifth, at least 8, at most half (ours).
 
@@ -58,23 +56,39 @@ def held_out_count(rows: int) -> int:
     return min(max(rows // 5, 8), rows // 2)
 
 
-def count_like_target(scores_R: Floats, target_T: Floats) -> int:
-    """Number of rows to select from a pool, by the scores of rows of the target that were held out of the training.
+class Choice(NamedTuple):
+    """How many rows of a pool are selected, and why."""
 
-    The threshold is the score below which three quarters of the target's rows are. If more than half of the pool is
-    below it, little can be sifted out, and all of the pool is selected. At least an eighth of the pool is selected, so
-    that few rows are not repeated too often. (Ours; docs/sifting.md has the measurements.)
+    rows: int
+    reason: str
+
+
+def choose(scores_R: Floats, target_T: Floats) -> Choice:
+    """Select the rows with a score below 0: those that the training on the target made more likely (ours).
+
+    The target's held-out rows show whether to trust it. The complete pool is selected if the training made fewer than
+    half of them more likely, or if it made as large a share of the pool more likely as of them.
 
     Args:
         scores_R: Scores of the pool.
         target_T: Scores of the target's held-out rows.
 
     Example:
-        >>> pool, target = np.linspace(-1, 3, 401), np.array([-1.0, -0.5, -0.5, 0.0, 1.0])
-        >>> count_like_target(pool, target)
-        101
-        >>> count_like_target(pool, target + 2)
-        401
+        >>> choose(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-2.0, -1.0, 0.5])).rows
+        2
+        >>> choose(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, 0.5, 1.0])).rows
+        4
     """
-    below = int((scores_R <= np.quantile(target_T, REACH)).sum())
-    return len(scores_R) if below > MOST * len(scores_R) else max(below, round(FEWEST * len(scores_R)))
+    below, of_target = int((scores_R < 0).sum()), float((target_T < 0).mean())
+    rows = len(scores_R)
+    if of_target < 0.5:
+        return Choice(
+            rows,
+            f"the training on the target made only {of_target:.0%} of its held-out rows more likely, so the pool cannot be "
+            "sifted by it",
+        )
+    if below >= of_target * rows:
+        return Choice(
+            rows, "as many rows of the pool as of the target became more likely, so there is nothing to sift out"
+        )
+    return Choice(below, "the training on the target made these rows more likely, and the others less likely")
