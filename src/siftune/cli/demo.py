@@ -3,8 +3,9 @@
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
@@ -43,8 +44,8 @@ class Options(Validated):
     """Optimizer steps of 16 rows, for each of the three."""
     lr: Positive = METHODS["dense"].lr
     """Peak learning rate."""
-    known: Count = 100
-    """Rows of the task that are known to be right."""
+    known: Annotated[int, Field(ge=8)] = 100
+    """Correct rows of the task."""
     rows: Count = 200
     """Held-out questions; none of their problems is in the training rows."""
     seed: Seed = 0

@@ -1,15 +1,16 @@
-"""Scores of rows by their likeness to a target, and the share of a pool to train on.
+"""Scores of a pool's rows by their likeness to a target, and the selection by them.
 
     B_i   loss of row i under the base model, in nats per label token
     K_i   loss of row i under the model after a short training on rows of the target alone
     s_i = K_i − B_i
 
-Training on the target makes rows like it more likely (s_i < 0), and rows that contradict it less likely. To first order, s_i sums
-−lr·⟨gradient of row i, gradient of the target's rows⟩ over the steps of that training, without forming either.
+The training on the target makes rows like it more likely (s_i < 0), and rows that contradict it less likely. To first
+order, s_i sums −lr·⟨gradient of row i, gradient of the target's rows⟩ over the steps of the training, without forming
+either gradient.
 
 Moore and Lewis ("Intelligent Selection of Language Model Training Data", ACL 2010) select text by the difference of
-two losses. Ours: the two models are one model with and without a short training, only label tokens count, and rows of
-the target determine the share.
+two losses. Ours: the two models are one model with and without a short training, only label tokens count, and 0 is the
+limit.
 
 Shapes: R rows of the pool, T rows of the target.
 """

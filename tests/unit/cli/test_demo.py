@@ -1,6 +1,7 @@
 """`siftune demo` on a tiny model in the place of the packaged one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from peft import PeftModel
@@ -11,42 +12,49 @@ from siftune.cli import demo
 from siftune.cli.main import main
 from siftune.recipe.read import load_recipe
 
+RUNS = ("pool", "target", "sifted")
+
 
 @pytest.fixture(autouse=True)
 def tiny_model(base, monkeypatch):
     monkeypatch.setattr(demo, "_MODEL", str(base))
 
 
-def test_it_tunes_twice_and_compares_the_base_with_both(base, tmp_path, capsys):
+def test_it_tunes_three_times_and_compares_each_model_with_the_one_before(base, tmp_path, capsys):
     out = tmp_path / "demo"
-    assert main(["demo", "--steps", "2", "--rows", "8", "--known", "4", "--out", str(out), "--json"]) == 0
+    assert main(["demo", "--steps", "2", "--rows", "8", "--known", "8", "--out", str(out), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert json.loads((out / "demo.json").read_text()) == result
     assert result["folder"] == str(out)
-    assert {name: summary["steps"] for name, summary in result["runs"].items()} == {"pool": 2, "target": 2}
-    first, second = ({row["metric"]: row for row in result["metrics"][pair]} for pair in ("base-pool", "pool-target"))
-    assert set(first) == set(second) == {"exact_match", "choices", "choices_per_token"}
+    assert {name: summary["steps"] for name, summary in result["runs"].items()} == dict.fromkeys(RUNS, 2)
+    pairs = ("base-pool", "pool-target", "target-sifted")
+    first, second, third = ({row["metric"]: row for row in result["metrics"][pair]} for pair in pairs)
+    assert set(first) == set(second) == set(third) == {"exact_match", "choices", "choices_per_token"}
     for name in first:
-        assert first[name]["tuned"] == second[name]["base"]
+        assert (first[name]["tuned"], second[name]["tuned"]) == (second[name]["base"], third[name]["base"])
         assert second[name]["difference"] == pytest.approx(second[name]["tuned"] - second[name]["base"])
-    assert [len(lines(out / f"{name}.jsonl")) for name in ("pool", "few", "test")] == [32, 4, 8]
-    for name in ("pool", "target"):
+    assert [len(lines(out / f"{name}.jsonl")) for name in ("pool", "few", "test")] == [32, 8, 8]
+    for name in RUNS:
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / name / "adapter")
-    assert captured.err.count("base: ") == captured.err.count("pool and few: ") == 4
+    assert captured.err.count("base: ") == captured.err.count("sifted and few: ") == 4
     assert captured.err.count("two-digit arithmetic, held out") == 2
     assert f"everything is in {out}" in captured.err
     assert "Traceback" not in captured.err
 
 
-def test_the_two_runs_differ_in_the_target_alone(base, tmp_path):
+def test_the_runs_differ_in_the_target_and_in_the_rows_that_are_left_out(base, tmp_path):
     out = tmp_path / "demo"
     given = ["demo", "--steps", "2", "--rows", "4", "--out", str(out), "--method", "gast"]
     assert main(given) == 0
-    pool, target = (load_recipe(out / name / "recipe.yaml") for name in ("pool", "target"))
+    pool, target, sifted = (load_recipe(out / name / "recipe.yaml") for name in RUNS)
     assert (pool.method, pool.target) == ("dense", None)
     assert (target.method, target.target, target.gast.support) == ("gast", str(out / "few.jsonl"), "dataset")
     assert (pool.train, pool.steps, pool.lr, pool.seed) == (target.train, target.steps, target.lr, target.seed)
+    assert (out / "sifted" / "sift" / "scores.csv").is_file()
+    drop = {None, str(out / "sifted" / "sift" / "dropped.csv")}
+    assert sifted.drop_rows in drop
+    assert replace(sifted, out=target.out, drop_rows=None) == target
 
 
 def test_its_runs_can_be_evaluated(tmp_path, capsys):
@@ -69,7 +77,7 @@ def test_its_runs_can_be_evaluated(tmp_path, capsys):
     [
         (["--steps", "0"], "--steps is 0"),
         (["--rows", "0"], "--rows is 0"),
-        (["--known", "0"], "--known is 0"),
+        (["--known", "7"], "--known is 7"),
         (["--lr", "-1"], "--lr is -1"),
         (["--steps", "5000"], "--steps 5000 takes 40300 problems of arithmetic"),
         (["--method", "lissa"], "--method is lissa"),
