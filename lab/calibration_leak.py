@@ -76,6 +76,7 @@ DELTA = 1e-5
 FACTORS = 9  # moments of a layer that the default looks at: A of four inputs, G of five outputs
 OUTER = 4  # layers of a model that a whole kit does not compress
 MOST = 64  # members and others that are looked at
+PARTS = ("auc", "beside", "tpr_5_beside")  # figures of the report: AUC of the kit alone and beside, and the rate there
 
 
 @dataclass(frozen=True)
@@ -270,13 +271,13 @@ def generated(setting: Setting, count: int) -> list[Row]:
 def report(lines: Sequence[dict[str, Any]]) -> str:
     """The file as a Markdown table."""
     header = [
-        "rows", "way", "attention", "MLP", "beside: attention", "beside: MLP", "gap", "lost: attention", "lost: MLP",
-        "ε",
+        "rows", "way", "attention", "MLP", "beside: attention", "beside: MLP", "found at 5 %, beside: attention",
+        "found at 5 %, beside: MLP", "gap", "lost: attention", "lost: MLP", "ε",
     ]  # fmt: skip
     table = []
     for line in lines:
         cells = [line["set"], line["way"]]
-        cells += [_shown(line[part].get(kind)) for part in ("auc", "beside") for kind in ("attention", "mlp")]
+        cells += [_shown(line[part].get(kind)) for part in PARTS for kind in ("attention", "mlp")]
         cells += [_shown(line["gap"], "+.4f"), *(f"{100 * line['lost'][kind]:.2f} %" for kind in ("attention", "mlp"))]
         cells += [line.get("epsilon_whole", "")]
         table.append(cells)

@@ -171,6 +171,18 @@ def test_resume_is_bitwise_the_unbroken_run(told, tmp_path, repeated, method, st
     assert [record["step"] for record in lines(tmp_path / "run" / "metrics.jsonl")][:8] == list(range(1, 9))
 
 
+def test_no_file_of_a_run_has_its_key(told, tmp_path, monkeypatch):
+    secret = Secret()
+    monkeypatch.setattr(module, "Secret", lambda: secret)
+    train(told(tmp_path / "run", save_every=3), QUIET)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.name == "rng_state.pth" for path in files)
+    for path in files:
+        data = path.read_bytes()
+        assert secret._key not in data, path
+        assert secret._key.hex().encode() not in data.lower(), path
+
+
 def test_a_run_that_goes_on_has_noise_of_its_own(told, tmp_path):
     """Two updates that share noise show their difference bare; so no checkpoint holds what noise will come."""
     given = told(tmp_path / "run", steps=4, save_every=3)

@@ -52,6 +52,15 @@ def test_a_row_without_gradient_adds_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e18])
+def test_in_float32_only_rounding_exceeds_the_norm(dtype, scale):
+    parts = [part.to(dtype) for part in gradients(1, [(300, 200), (7,)], 0, scale)]
+    factors = clip_factors(parts, 0.1 * scale)
+    sums = [clipped_sum(part, factors).double().flatten() for part in parts]
+    assert float(torch.cat(sums).norm()) == pytest.approx(0.1 * scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_is_summed_in_float32(dtype):
     part = torch.full((1000, 2), 1 / 512).to(dtype)
     total = clipped_sum(part, clip_factors([part], 1.0))
