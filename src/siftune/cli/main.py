@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from siftune.base.environment import LEFT_ALONE, launch_rank, launch_size, quiet, settle_threads, told_by_parent
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
-from siftune.base.text import jsonable
+from siftune.base.text import jsonable, visible
 
 # group -> command -> its module, and its line of help
 GROUPS = {
@@ -218,7 +218,7 @@ def _say(sentence: str, prefix: str = "siftune: error: ") -> dict[str, Any]:
     if not told_by_parent():
         if launch_rank():
             time.sleep(_FIRST_SPEAKS)
-        sys.stderr.write(f"{prefix}{sentence}\n")
+        sys.stderr.write(f"{prefix}{visible(sentence)}\n")  # it may quote an untrusted file
     return {"error": sentence}
 
 
@@ -233,7 +233,14 @@ def _print_help(file: TextIO) -> None:
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever standard error is at that moment: progress displays put themselves in its place."""
+    """Writes to whatever standard error is at that moment: progress displays put themselves in its place.
+
+    Control characters are written out, since messages may quote untrusted files.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message."""
+        return visible(super().format(record))
 
     @property
     def stream(self) -> TextIO:

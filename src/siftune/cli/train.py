@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from siftune.base.environment import launch_rank, launch_size
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, Count
+from siftune.base.text import visible
 from siftune.cli.sift import PoolShare
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, resolve_recipe
@@ -152,7 +153,7 @@ def _followed(shares: dict[str, float]) -> str:
 
     if [*shares] == [OTHER]:
         return f"followed: {shares[OTHER]:.0%} of the rows that came\n"
-    parts = [f"{source} {share:.0%}" for source, share in shares.items()]
+    parts = [f"{visible(source)} {share:.0%}" for source, share in shares.items()]
     return f"followed of the rows that came: {', '.join(parts)}\n" if parts else ""
 
 

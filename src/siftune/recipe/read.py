@@ -14,6 +14,8 @@ from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.recipe.removed import removal
 from siftune.recipe.schema import R, Recipe, method_of
 
+_MOST = 2**18  # bytes of a recipe; the parser takes seconds for a megabyte
+
 
 class _Entry(NamedTuple):
     """The value of a key, or the entries of a mapping, and the line of the key."""
@@ -111,6 +113,18 @@ def anchored(recipe: R) -> R:
     return replace(recipe, **found, out=recipe.out and str(Path(recipe.out).expanduser().absolute()))
 
 
+def without_folders(recipe: R) -> R:
+    """The recipe with the names of files and folders alone, for publication; hub ids stay."""
+    names = {name: _last_part(getattr(recipe, name)) for name in (*_PLACES, "out")}
+    return replace(recipe, **names, resume=False)
+
+
+def _last_part(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_last_part, value))
+    return Path(value).name if value and Path(value).expanduser().is_absolute() else value
+
+
 def _in_full(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_in_full, value))
@@ -147,7 +161,11 @@ def _yaml(value: Any) -> Any:
 def _read(path: Path) -> dict[str, _Entry]:
     """Read one YAML file as key -> value and line."""
     try:
-        return _entries(path, path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_MOST + 1)
+        if len(data) > _MOST:
+            raise RecipeError(f"recipe {path} has more than {_MOST:,} bytes: give a file of lines `key: value`")
+        return _entries(path, data.decode("utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist (looked in {Path.cwd()})") from None
     except OSError as error:

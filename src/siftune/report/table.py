@@ -4,6 +4,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from siftune.base.text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -27,6 +29,12 @@ def print_table(table: Table, console: "Console") -> None:
     console.print(rich_table(table) if console.is_terminal else plain_table(table), markup=False)
 
 
+def _for_terminal(table: Table) -> Table:
+    """The table with control characters written out: titles and cells may be of untrusted files."""
+    header, *rows = ([visible(cell) for cell in row] for row in (table.header, *table.rows))
+    return Table(header, rows, visible(table.title), table.words)
+
+
 def rich_table(table: Table) -> "RichTable":
     """Lay a table out for the terminal."""
     from rich.box import SIMPLE_HEAD
@@ -34,6 +42,7 @@ def rich_table(table: Table) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    table = _for_terminal(table)
     laid_out = RichTable(title=Text(table.title) if table.title else None, title_justify="left", box=SIMPLE_HEAD)
     for column, name in enumerate(table.header):
         words = column in table.words
@@ -50,6 +59,7 @@ def plain_table(table: Table) -> str:
     """Write a table as lines of text in columns, the title first."""
     from rich.cells import cell_len  # some characters are two columns wide, others none
 
+    table = _for_terminal(table)
     cells = [table.header, *table.rows]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     lines = []

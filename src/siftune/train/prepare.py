@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError, ModelError
 from siftune.base.files import Progress
-from siftune.base.text import counted
+from siftune.base.text import counted, visible
 from siftune.data.batches import aimed, numbered, weighted
 from siftune.data.cache import cached_tokens
 from siftune.data.rows import WEIGHT, Row, row_texts
@@ -233,7 +233,11 @@ def bad_lines(prepared: Prepared, most: int, stops: bool = False) -> list[str]:
     more = len(prepared.bad) - most
     rest = [f"  … and {more} more"] if more > 0 else []
     how = "cannot be used, so a run stops; --bad-rows drop leaves them out" if stops else "left out"
-    return [f"{counted(len(prepared.bad), 'row')} {how}:", *(f"  {reason}" for reason in prepared.bad[:most]), *rest]
+    return [
+        f"{counted(len(prepared.bad), 'row')} {how}:",
+        *(f"  {visible(reason)}" for reason in prepared.bad[:most]),
+        *rest,
+    ]
 
 
 def steps_text(steps: int, per_step: int, rows: int) -> str:

@@ -172,6 +172,19 @@ def test_an_input_error_is_one_sentence(command, capsys, monkeypatch):
     assert captured.endswith("siftune: error: rows.jsonl:3: no completion\n")
 
 
+def test_control_characters_in_errors_and_logs_are_written_out(command, capsys):
+    attack = "\x1b[2J\u202e"
+
+    def act(_: Any):
+        logging.getLogger("siftune.train").info("read %s", attack)
+        raise DataError(f"{attack} is no file")
+
+    command.act = act
+    assert main(["train"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["siftune: read \\x1b[2J\\u202e", "siftune: error: \\x1b[2J\\u202e is no file"]
+
+
 def test_an_error_of_ours_ends_with_1(command, capsys):
     fail(command, SiftuneError("a state that cannot be"))
     assert error_of(capsys, 1, "train") == "a state that cannot be"

@@ -214,6 +214,21 @@ def test_what_was_followed_is_named_by_source_where_rows_have_one():
     assert _followed({"other": 0.5, "web": 1.0}) == "followed of the rows that came: other 50%, web 100%\n"
 
 
+def test_nothing_in_rows_reaches_the_terminal_as_a_command(base, tmp_path, capsys):
+    path, attack = tmp_path / "attack.jsonl", "\x1b]0;title\x07\x1b[2J"
+    rows = [{"prompt": f"{i}?", "completion": str(i), "source": f"{attack}{i % 2}"} for i in range(8)]
+    bad = [{"prompt": "?", "completion": "x", "weight": attack}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
+    given = ["--train", str(path), "--bad-rows", "drop", "--method", "gast", "--gast.support", "rest", "--steps", "2"]
+    given += ["--model", str(base), "--template", "none", "--rank", "2", "--batch-size", "4"]
+    capsys.readouterr()
+    assert main(["train", *given, "--out", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr()
+    assert "followed of the rows that came: \\x1b]0;title" in told.err
+    assert "1 row left out" in told.err
+    assert "\x1b" not in told.err + told.out
+
+
 def test_a_held_out_loss_of_an_earlier_step_is_named_so(words, rows, tmp_path, capsys):
     assert main([*words, "--eval", str(rows)]) == 0
     assert re.search(r"held-out loss \d\.\d{4}, peak", capsys.readouterr().err)

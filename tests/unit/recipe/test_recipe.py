@@ -112,6 +112,13 @@ def test_a_removed_option_gets_one_sentence(recipe_file, key):
     assert str(caught.value).endswith(REMOVED[key])
 
 
+def test_a_recipe_of_any_size_is_refused_at_once(recipe_file):
+    with pytest.raises(RecipeError, match="bytes"):
+        load_recipe(recipe_file("train: [" + "a.jsonl, " * 2_500_000 + "]\n"))
+    with pytest.raises(RecipeError, match="bytes"):
+        load_recipe("/dev/zero")
+
+
 def test_a_recipe_that_cannot_be_opened(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe .*no\.yaml does not exist \(looked in "):
         load_recipe(tmp_path / "no.yaml")

@@ -54,6 +54,15 @@ def test_every_cell_is_shown_as_it_is(terminal):
     assert ("─" in written) is terminal
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_control_characters_are_written_out(terminal):
+    box, attack = io.StringIO(), "\x1b[2J"
+    console = Console(file=box, width=120, force_terminal=terminal, no_color=True, highlight=False)
+    print_table(Table([f"{attack}a"], [[f"{attack}b"]], f"{attack}c"), console)
+    assert all(f"\\x1b[2J{cell}" in box.getvalue() for cell in "abc")
+    assert attack not in box.getvalue()
+
+
 def test_figures_stand_on_the_right_and_are_not_broken():
     columns = rich_table(TABLE).columns
     assert [column.justify for column in columns] == ["left", "right", "left"]

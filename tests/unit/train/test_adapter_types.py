@@ -102,11 +102,12 @@ def test_every_method_resumes_bit_for_bit(base, rows, tmp_path, kind, method):
 
 
 @pytest.mark.parametrize("kind", ["series"])
-def test_the_code_on_the_card_runs(finished, kind):
+def test_the_code_on_the_card_runs(finished, base, kind, monkeypatch):
     done = finished(kind)
+    monkeypatch.chdir(done.folder.path)
     code = (done.folder.path / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found = {}
-    exec(code, found)
+    exec(code.replace(repr(base.name), repr(str(base))), found)
     torch.testing.assert_close(logits(found["model"]), logits(done.model), rtol=1e-5, atol=1e-5)
 
 

@@ -87,7 +87,8 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     assert "all weights of the layers 0, -1." in card
     names: dict = {}
     code = card.split("```python\n")[1].split("```")[0]
-    exec(code.replace("BASE", str(base)).replace("RUN", str(folder)), names)
+    code = code.replace(repr(base.name), repr(str(base))).replace("'adapter'", repr(str(folder / "adapter")))
+    exec(code, names)
     assert torch.equal(logits(names["model"]), logits(done.model))
     # a checkpoint holds no frozen weight
     kept = load_file(folder / "checkpoints" / "checkpoint-3" / "tuned_layers.safetensors")

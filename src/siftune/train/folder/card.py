@@ -1,4 +1,7 @@
-"""Model cards in the hub's format, for the result of a run and for a merged model."""
+"""Model cards in the hub's format, for the result of a run and for a merged model.
+
+A card is for publication: it has the names of files and folders without their paths, which name the user.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from siftune.base.environment import hardware, versions
 from siftune.models.source import Origin
-from siftune.recipe.read import recipe_to_yaml
+from siftune.recipe.read import recipe_to_yaml, without_folders
 from siftune.recipe.schema import Recipe, method_of, train_files
 
 # sections are Jinja templates: their values are inserted as text, never rendered again
@@ -140,6 +143,7 @@ def model_card(recipe: Recipe, summary: dict[str, Any], base: Origin, folder: Pa
 
 def card_with_usage(recipe: Recipe, summary: dict[str, Any], base: Origin, usage: str) -> str:
     """Model card of a run whose result is used as `usage` says; other arguments as for `model_card`."""
+    recipe = without_folders(recipe)
     loss, heldout, best = summary["loss_last"], summary["eval_loss"], summary.get("kept_step")
     if "privacy" in summary:
         training_loss = "not reported: it has no noise"
@@ -153,7 +157,7 @@ def card_with_usage(recipe: Recipe, summary: dict[str, Any], base: Origin, usage
     return _rendered(
         _RUN,
         _data(base, library, ["siftune", recipe.method, recipe.adapter]),
-        name=base.hub_id or base.place,
+        name=_name(base),
         description=_description(recipe),
         steps=summary["steps"] if best is None else f"{summary['steps']}; weights of step {best}, the best on held-out",
         training_loss=training_loss,
@@ -176,11 +180,12 @@ def merged_card(recipe: Recipe | None, base: Origin, folder: Path, chat: bool) -
         folder: Folder of the merged model.
         chat: Whether prompts are formatted with the tokenizer's chat template.
     """
+    recipe = None if recipe is None else without_folders(recipe)
     tags = ["siftune"] if recipe is None else ["siftune", recipe.method, recipe.adapter]
     return _rendered(
         _MERGED,
         _data(base, "transformers", tags, "finetune"),
-        name=base.hub_id or base.place,
+        name=_name(base),
         description=None if recipe is None else _description(recipe),
         usage=_usage(_MODEL, base, folder, chat),
         licence=base.licence or "see there",
@@ -194,20 +199,25 @@ def _rendered(template: str, data: ModelCardData, **values: Any) -> str:
 
 
 def _data(base: Origin, library: str, tags: list[str], relation: str | None = None) -> ModelCardData:
-    name = base.hub_id or base.place
+    name = _name(base)
     more: dict[str, Any] = {"base_model_relation": relation} if relation else {}
     return ModelCardData(base_model=name, library_name=library, tags=tags, license=base.licence, **more)
 
 
+def _name(base: Origin) -> str:
+    """Hub id of the base model, or the name of its folder."""
+    return base.hub_id or Path(base.place).name
+
+
 def _usage(load: str, base: Origin, folder: Path, chat: bool) -> str:
-    """Code that runs as is on this machine, and the prompt format."""
-    code = load.format(base=base.place, folder=str(folder)) + (_CHAT if chat else _PLAIN) + _ANSWER
+    """Code that runs beside the folder, in which base models from the hub have their ids, and the prompt format."""
+    code = load.format(base=_name(base), folder=folder.name) + (_CHAT if chat else _PLAIN) + _ANSWER
     if chat:
         prompts = "Prompts are formatted with the tokenizer's chat template, as in training."
     else:
         prompts = "Prompts are plain text, directly followed by the answer: no chat template, as in training."
-    hub = f" On the hub the base model is {base.hub_id}." if base.hub_id not in (None, base.place) else ""
-    return f"```python\n{code}```\n{prompts}{hub}"
+    local = "" if base.hub_id else f" The base model `{_name(base)}` is a folder: give its path."
+    return f"```python\n{code}```\n{prompts}{local}"
 
 
 def _description(recipe: Recipe) -> str:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,12 +34,13 @@ def licensed(tmp_path_factory):
     return place, save_rows(place.parent / "rows.jsonl")
 
 
-def run_code(card, folder):
-    """Run the card's code as is, in another folder and with names of its own; what it prints and makes."""
+def run_code(card, folder, base):
+    """Run the card's code beside its folder, with the path of the base model; what it prints and makes."""
     names: dict = {"__name__": "card"}
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
-        exec(card.split("```python\n")[1].split("```")[0], names)
+        code = card.split("```python\n")[1].split("```")[0]
+        exec(code.replace(repr(base.name), repr(str(base))), names)
     return printed.getvalue(), names["inputs"], names["output"]
 
 
@@ -61,10 +64,10 @@ def test_the_code_runs_as_printed(licensed, tmp_path, monkeypatch, settings, lib
     card = (tmp_path / "run" / "README.md").read_text()
     assert card == (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert head_of(card) == {
-        "base_model": str(base), "library_name": library, "tags": ["siftune", "dense", given.get("adapter", "lora")],
+        "base_model": base.name, "library_name": library, "tags": ["siftune", "dense", given.get("adapter", "lora")],
         "license": "mit",
     }  # fmt: skip
-    _, inputs, output = run_code(card, tmp_path)
+    _, inputs, output = run_code(card, tmp_path / "run", base)
     row = Row((Message("user", ASKED),), "", origin="here")
     assert inputs["input_ids"][0].tolist() == Encoder(byte_tokenizer(), settings["template"]).prompt(row)
     ours = done.model.eval().generate(**inputs, max_new_tokens=64)
@@ -79,13 +82,14 @@ def test_a_merged_model_has_card_and_licence_and_runs_as_printed(licensed, tmp_p
     assert (merged / "LICENSE").read_text() == "Do as you like."
     card = (merged / "README.md").read_text()
     assert head_of(card) == {
-        "base_model": str(base), "library_name": "transformers", "tags": ["siftune", "dense", "lora"],
+        "base_model": base.name, "library_name": "transformers", "tags": ["siftune", "dense", "lora"],
         "base_model_relation": "finetune", "license": "mit",
     }  # fmt: skip
     assert "terms apply to this model too: mit.\n- `LICENSE`" in card
     assert "all layers follow all rows" in card
-    printed, _, output = run_code(card, tmp_path)
-    again, _, apart = run_code((tmp_path / "run" / "README.md").read_text(), tmp_path)
+    assert str(tmp_path) not in card
+    printed, _, output = run_code(card, tmp_path / "run", base)
+    again, _, apart = run_code((tmp_path / "run" / "README.md").read_text(), tmp_path / "run", base)
     assert torch.equal(output, apart)
     assert printed == again
 
@@ -97,20 +101,38 @@ def test_an_adapter_without_a_run_gets_a_card_as_well(licensed, tmp_path, capsys
     card = (tmp_path / "merged" / "README.md").read_text()
     assert head_of(card)["tags"] == ["siftune"]
     assert "## Recipe" not in card
+    assert str(base.parent) not in card
+
+
+def test_a_card_has_names_of_files_and_no_paths(licensed, tmp_path):
+    base, rows = licensed
+    few, drop = save_rows(tmp_path / "few.jsonl", 4), tmp_path / "drop.txt"
+    drop.write_text(f"{rows}:2\n")
+    files = {"eval": str(few), "target": str(few), "drop_rows": str(drop)}
+    given = recipe(base, rows, tmp_path / "run", method="dense", steps=1, **files)
+    train(replace(given, train=(str(rows), str(few))), Console(quiet=True))
+    again = recipe(base, rows, tmp_path / "again", method="dense", steps=1, from_adapter=str(tmp_path / "run"))
+    train(again, Console(quiet=True))
+    for card in (tmp_path / "run" / "README.md", tmp_path / "again" / "adapter" / "README.md"):
+        text = card.read_text()
+        assert str(tmp_path) not in text
+        assert str(base.parent) not in text
+        assert f"model: {base.name}" in text
+    assert str(rows) in (tmp_path / "again" / "recipe.yaml").read_text()
 
 
 def test_names_from_elsewhere_do_not_leave_their_field():
     base = Origin("/models/a: b, [c] # x", None, None)
-    card = model_card(Recipe(train="x", alpha=1), SUMMARY, base, "/r/adapter", chat=False)
+    card = model_card(Recipe(train="x", alpha=1), SUMMARY, base, Path("/r/adapter"), chat=False)
     assert set(head_of(card)) == {"base_model", "library_name", "tags"}
-    assert head_of(card)["base_model"] == base.place
-    assert head_of(merged_card(None, base, "/m", chat=True))["base_model"] == base.place
+    assert head_of(card)["base_model"] == "a: b, [c] # x"
+    assert head_of(merged_card(None, base, Path("/m"), chat=True))["base_model"] == "a: b, [c] # x"
 
 
 def test_the_hubs_name_is_told_where_it_is_known():
     base = Origin("/cache/smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    card = model_card(Recipe(train="x", alpha=1), SUMMARY, base, "/r/adapter", chat=True)
+    card = model_card(Recipe(train="x", alpha=1), SUMMARY, base, Path("/r/adapter"), chat=True)
     assert head_of(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert "from_pretrained('/cache/smollm2')" in card
-    assert "On the hub the base model is HuggingFaceTB/SmolLM2-135M-Instruct." in card
+    assert "from_pretrained('HuggingFaceTB/SmolLM2-135M-Instruct')" in card
+    assert "/cache" not in card
     assert json.dumps(head_of(card)["license"]) == '"apache-2.0"'
