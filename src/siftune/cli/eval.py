@@ -109,8 +109,8 @@ def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list
         raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
     if (recipe.eval or recipe.eval_share) and not is_own(Path(subject.name).expanduser()):
         raise RecipeError(
-            f"this user has not trained by the recipe of {subject.name} on this machine, so the files that it names are "
-            "not read: give --data FILE"
+            f"this user has not trained by the recipe of {subject.name} on this machine, so the files that it names "
+            "are not read: give --data FILE"
         )
     if recipe.eval:
         return recipe.eval, load_rows(recipe.eval, recipe.eval_split, options.limit, format)

@@ -62,8 +62,8 @@ def refuse_other_source(checkpoint: Path, identity: Mapping[str, str]) -> None:
     if before.get("kit") != identity.get("kit"):
         was, now = (f"the kit {sides['kit'][:12]}…" if "kit" in sides else "no kit" for sides in (before, identity))
         raise RecipeError(
-            f"{checkpoint} is of a run on {was}, but its model is now {now} (SHA-256 of the manifest): restore the kit, "
-            "or train in another folder with --out"
+            f"{checkpoint} is of a run on {was}, but its model is now {now} (SHA-256 of the manifest): restore the "
+            "kit, or train in another folder with --out"
         )
     if "public_key" in before and before["public_key"] != identity.get("public_key"):
         raise RecipeError(

@@ -217,8 +217,8 @@ def saved_state(state: TrainerState, name: str) -> Mapping[str, Any] | None:
 
 def _unreadable(name: str, error: Exception) -> TrainingError:
     return TrainingError(
-        f"the state of {name} in the checkpoint cannot be read ({one_line(str(error))}): resume from another checkpoint, "
-        "or train in another folder"
+        f"the state of {name} in the checkpoint cannot be read ({one_line(str(error))}): resume from another "
+        "checkpoint, or train in another folder"
     )
 
 
