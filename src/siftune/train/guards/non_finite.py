@@ -1,6 +1,7 @@
 """Non-finite losses and gradients: skip the step and report its rows; stop training if they persist (ours).
 
-Nothing of such a step reaches the weights or the optimizer's state, which would keep a NaN forever.
+Nothing of such a step reaches the weights or the optimizer's state, which would keep a NaN forever. Private runs do not
+use this guard: the steps that it skips depend on single rows. See `methods.dp`.
 """
 
 import logging

@@ -52,7 +52,7 @@ def test_a_row_without_gradient_adds_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e18])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e16])
 def test_in_float32_only_rounding_exceeds_the_norm(dtype, scale):
     parts = [part.to(dtype) for part in gradients(1, [(300, 200), (7,)], 0, scale)]
     factors = clip_factors(parts, 0.1 * scale)
