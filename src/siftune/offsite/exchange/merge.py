@@ -3,6 +3,10 @@
 What is merged is what each return changes, W_n − W. So of LoRA's factors it is their products that are merged, each in
 full and in float64: the product of two means is not the mean of two products. One tensor after the other is read of all
 returns; beside the result, no more of them is in memory at a time.
+
+Two returns whose updates point the same way, with a cosine above .999 *(ours)*, are one return with two votes, in
+whatever form and size the second one comes. That finds mistakes and plain copies. Somebody who adds noise to a copy is
+not found: the owner has to know from whom each return is.
 """
 
 import math
@@ -18,6 +22,8 @@ from siftune.offsite.exchange.settings import Merging
 from siftune.offsite.exchange.updates import Part, compare
 from siftune.offsite.kit.strict import about
 from siftune.offsite.maths.merging import clip_factors, mean, shares, trimmed_mean
+
+_SAME = 0.999  # cosine of two updates
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ def candidates(
         model_type: Family of the base, in transformers' words.
 
     Raises:
-        KitError: A return does not fit, moved too far, or is given twice; or they are of two kinds. Named is which.
+        KitError: A return does not fit, or moved too far; or they are of two kinds. Named is which.
         RecipeError: The limit is no number above 0.
     """
     names = [str(r.path) if isinstance(r, OpenReturn) else str(place) for place, r in enumerate(returns, 1)]
@@ -57,22 +63,13 @@ def candidates(
 
 
 def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]]) -> None:
-    """Refuse returns of two kinds, and one that stands twice."""
+    """Refuse returns of two kinds."""
     thin = [name for name, returned in zip(names, returns, strict=True) if is_thin(returned)]
     if whole := [name for name in names if name not in thin] if thin else []:
         raise KitError(
             f"return {thin[0]} holds LoRA's factors and return {whole[0]} whole layers: merge returns of one kind of "
             "adapter, and plug the others in by themselves"
         )
-    seen: dict[str, str] = {}
-    for name, returned in zip(names, returns, strict=True):
-        digest = returned.sha256 if isinstance(returned, OpenReturn) else str(id(returned))
-        if digest in seen:
-            raise KitError(
-                f"the returns {seen[digest]} and {name} are the same: give it once, and with --weights what it is to "
-                "count"
-            )
-        seen[digest] = name
 
 
 def merged(
@@ -85,7 +82,8 @@ def merged(
         return is not computed with: its tensors are as they came, and factors are put into the base's.
 
     Raises:
-        KitError: More than half of the returns change nothing, so that clipping would leave nothing of the others.
+        KitError: Two returns make the same update, or more than half of them change nothing, so that clipping would
+            leave nothing of the others.
     """
     if len(returns) == 1:
         [one] = returns
@@ -101,6 +99,7 @@ def merged(
         )
     weights = shares(how.weights or [1.0] * len(returns))
     values, dots, square = {}, torch.zeros(len(returns), dtype=torch.float64), 0.0
+    gram_NN = torch.zeros(len(returns), len(returns), dtype=torch.float64)
     for name, old in before.items():
         old = old.detach()
         tuned = [candidate.tuned[name].detach().to(old.device) for candidate in returns]
@@ -108,8 +107,11 @@ def merged(
         scaled_NX = updates_NX * updates_NX.new_tensor(factors).reshape(-1, *[1] * old.ndim)
         update_X = trimmed_mean(scaled_NX, how.trim) if how.merge == "trimmed" else mean(scaled_NX, weights)
         values[name] = _stored(old.double() + update_X, old)
-        dots += (updates_NX.reshape(len(returns), -1) @ update_X.flatten()).cpu()
+        flat_NX = updates_NX.reshape(len(returns), -1)
+        dots += (flat_NX @ update_X.flatten()).cpu()
+        gram_NN += (flat_NX @ flat_NX.T).cpu()
         square += float(update_X.square().sum())
+    _refuse_the_same(gram_NN, [candidate.part.name for candidate in returns])
     return values, [
         replace(
             candidate.part,
@@ -119,6 +121,17 @@ def merged(
         )
         for candidate, weight, factor, norm, dot in zip(returns, weights, factors, norms, dots, strict=True)
     ]
+
+
+def _refuse_the_same(gram_NN: Tensor, names: Sequence[str]) -> None:
+    """Refuse two returns that make the same update, by the products of all updates with each other."""
+    norms_N = gram_NN.diagonal().sqrt()
+    same_NN = gram_NN > _SAME * norms_N.outer(norms_N)  # never of an update that is zero
+    for first, second in same_NN.triu(1).nonzero().tolist()[:1]:
+        raise KitError(
+            f"the returns {names[first]} and {names[second]} make the same update: give one of them, and with "
+            "--weights what it is to count"
+        )
 
 
 def _stored(tensor: Tensor, before: Tensor) -> Tensor:

@@ -207,12 +207,11 @@ class OpenReturn(Mapping[str, Tensor]):
 
     Attributes:
         path: Its folder.
-        sha256: Hash of its tensors' file: two returns that share it are the same.
         privacy: What it says of its differential privacy; None where it says nothing.
     """
 
-    def __init__(self, path: Path, file: TensorFile, sha256: str, privacy: dict[str, Any] | None) -> None:
-        self.path, self.sha256, self.privacy = path, sha256, privacy
+    def __init__(self, path: Path, file: TensorFile, privacy: dict[str, Any] | None) -> None:
+        self.path, self.privacy = path, privacy
         self._file = file
 
     def __getitem__(self, name: str) -> Tensor:
@@ -269,7 +268,7 @@ def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
         file.check(spec)
         closing = stack.pop_all()
     try:
-        yield OpenReturn(folder, file, spec.sha256, whole.get(PRIVACY))
+        yield OpenReturn(folder, file, whole.get(PRIVACY))
     finally:
         closing.close()  # without the fault of the block, which is not one of this file
 

@@ -139,22 +139,15 @@ def test_the_mean_of_products_is_no_product_of_means(model, kit):
     assert float((outer_of(plugged, kit)[UP] - (old + up @ down)).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("how", [Merging(), Merging(merge="trimmed"), Merging(clip_norm=1.0)])
-def test_returns_that_agree_are_merged_to_what_they_say(model, kit, how):
-    said = whole(kit, 1)
-    returns = [{name: tensor.clone() for name, tensor in said.items()} for _ in range(3)]
-    plugged = copy.deepcopy(model)
-    report = plug_in(plugged, kit, returns, LIMIT, merging=how)
-    for name, tensor in outer_of(plugged, kit).items():
-        torch.testing.assert_close(tensor, said[name], rtol=1e-6, atol=1e-8)
-    assert all(part.cosine == pytest.approx(1.0) for part in report.parts)
-
-
 @pytest.mark.parametrize("kind", [whole, thin])
 def test_one_bad_return_is_held_back(model, kit, kind):
     """A sign-flipped update, twenty times as large, among four that pull one way."""
-    good = [kind(kit, 0, 0.01 + 0.0001 * n) for n in range(4)]
-    before = outer_of(model, kit)
+    before, good = outer_of(model, kit), [kind(kit, 0) for _ in range(4)]
+    for n, one in enumerate(good):
+        generator = torch.Generator().manual_seed(n)
+        for name, tensor in one.items():
+            size = 0.002 if kind is whole else 0.005
+            one[name] = tensor + size * torch.randn(tensor.shape, generator=generator)
     bad = {name: before[name] - 20 * change(before, good[0], name).float() for name in before}
     honest = plain(before, good)
     if kind is thin:
@@ -173,7 +166,7 @@ def test_one_bad_return_is_held_back(model, kit, kind):
         found, part = cosine(merging)
         assert found > 0.9
         assert part.cosine < -0.9
-    assert part.factor == pytest.approx(0.05, rel=0.1)
+    assert part.factor == pytest.approx(0.05, rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -294,14 +287,31 @@ def test_folders_are_merged_as_what_they_hold(model, kit, written, tmp_path):
     assert [part.weight for part in result.report.parts] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
-def test_the_same_return_twice_is_told(model, kit, written, tmp_path):
+def test_the_same_return_twice_is_named(model, kit, written, tmp_path):
     source = saved(model, tmp_path / "base")
     shutil.copytree(written[0], tmp_path / "again")
     for other in (written[0], tmp_path / "again"):
-        with pytest.raises(KitError, match=f"the returns {written[0]} and {other} are the same: give it once"):
+        with pytest.raises(KitError, match=f"the returns {written[0]} and {other} make the same update"):
             plug(source, kit, [written[0], written[1], other], tmp_path / "tuned", PlugSettings(max_update=LIMIT))
-    once = thin(kit, 0)
-    untouched(model, kit, [once, once], "the returns 1 and 2 are the same")
+
+
+def one_bit(returned):
+    return {name: torch.nextafter(tensor, 2 * tensor) for name, tensor in returned.items()}
+
+
+def longer(returned):
+    return {name: tensor * (1.2 if name.endswith(".up") else 1.0) for name, tensor in returned.items()}
+
+
+def other_factors(returned):
+    return {name: tensor * (-4 if name.endswith(".up") else -0.25) for name, tensor in returned.items()}
+
+
+@pytest.mark.parametrize(("kind", "change"), [(whole, one_bit), (thin, one_bit), (thin, longer), (thin, other_factors)])
+def test_the_same_update_votes_once(model, kit, kind, change):
+    """Whatever its file: two with the same direction are one."""
+    first = kind(kit, 0)
+    untouched(model, kit, [first, kind(kit, 1), change(first)], "returns 1 and 3 make the same update")
 
 
 def test_a_return_of_another_kit_is_named(model, kit, written, tmp_path):
@@ -353,7 +363,7 @@ def against(model, kit, own, sign):
 @pytest.mark.parametrize("kind", ["whole", "thin"])
 def test_each_is_measured_alone_and_then_all_together(model, kit, own, kind):
     """Factors are added to what is there: that must be the base each time."""
-    returns = [against(model, kit, own, -1), against(model, kit, own, -0.5)]
+    returns = [against(model, kit, own, -1), whole(kit, 0)]
     if kind == "thin":
         returns = [thin(kit, seed, 0.2) for seed in range(2)]
     plugged, rows = copy.deepcopy(model), OwnRows(own, 10.0)
