@@ -38,7 +38,7 @@ from siftune.train.folder.selections import SelectionRecord
 from siftune.train.folder.weights import adopted
 from siftune.train.guards.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
 from siftune.train.guards.non_finite import refuse_broken_end
-from siftune.train.guards.signals import Interrupts
+from siftune.train.guards.signals import Interrupts, held_back
 from siftune.train.prepare import (
     NAMED,
     ModelSource,
@@ -211,11 +211,14 @@ def _run(results: Results, fit: Callable[[], None], release: Callable[[], None])
         status = "stopped"
         raise type(error)(f"{error} So far, {results.text()}.") from error
     finally:
-        release()
-        summary = results.summary(time.monotonic() - started)
-        if trainer.is_world_process_zero() and (status == "finished" or trainer.state.global_step > 0):
-            folder.drop_half_written()
-            results.write(status, summary)
+        with held_back() as signals:
+            release()
+            summary = results.summary(time.monotonic() - started)
+            if trainer.is_world_process_zero() and (status == "finished" or trainer.state.global_step > 0):
+                folder.drop_half_written()
+                results.write(status, summary)
+    if signals:
+        raise KeyboardInterrupt
     return summary
 
 

@@ -3,7 +3,7 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,6 +17,43 @@ logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@contextmanager
+def held_back() -> Iterator[list[int]]:
+    """Hold back the first signal while the block runs, so that results are written to their end.
+
+    torchrun ends the other ranks as soon as one has ended. A second signal interrupts the block.
+
+    Yields:
+        A list, to which the number of the signal is added.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        logger.warning("interrupted: results are written first; press Ctrl-C again to stop at once")
+
+    with _handled_by(note):
+        yield came
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals while the block runs; impossible outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # an ignored signal stays ignored
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield
+    finally:
+        for number, original in before.items():
+            signal.signal(number, original)
+
+
 class Interrupts(TrainerCallback):  # type: ignore[misc]
     """Stops training after the step in which a signal reaches any rank, with a checkpoint; a second signal at once."""
 
@@ -27,17 +64,8 @@ class Interrupts(TrainerCallback):  # type: ignore[misc]
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals while the block runs; impossible outside the main thread."""
-        if threading.current_thread() is not threading.main_thread():
+        with _handled_by(self._note):
             yield
-            return
-        # an ignored signal stays ignored
-        handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._note) for number in handled}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal reached any rank."""
