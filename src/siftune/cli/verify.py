@@ -70,10 +70,13 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
         "frozen": f"{known['emulator_mb']:,.1f} MB in {known['dtype']}; all of the base would be "
         f"{known['base_mb']:,.1f} MB",
         "signature": signature[known["signature"]],
-        "chats": "no chat template" if kit.example is None else _escaped(kit.example),
+        "tokens": f"text is rewritten first: {'; '.join(kit.normalizers)}" if kit.normalizers else "of the text as is",
+        "chats": "the chat template writes only this around messages:" if kit.fixed else "no chat template",
     }
     _show(rows, console)
-    return {**known, "example": kit.example}
+    for before, after, text in kit.fixed:
+        console.print(f"  {before} → {after}: {_escaped(text)}", markup=False)
+    return {**known, "normalizers": kit.normalizers, "chat_text": kit.fixed}
 
 
 def _escaped(text: str) -> str:

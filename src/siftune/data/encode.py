@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from siftune.base.errors import DataError, ModelError, RecipeError
+from siftune.base.errors import DataError, KitError, ModelError, RecipeError
 from siftune.base.text import one_line
 from siftune.data.rows import Message, Row
 from siftune.models.loss import IGNORED
@@ -140,6 +140,9 @@ class Encoder:
         """Tokenise rows into pieces; the error instead for a row on which the template or the tokenizer fails.
 
         Rows are rendered and tokenised together, several times faster than one by one.
+
+        Raises:
+            KitError: a kit's template or tokenizer exceeds its limits; the message names the row.
         """
         notes = Counter(self.notes)
         rendered = self._rendered(rows)
@@ -228,6 +231,8 @@ class Encoder:
     def _apply(self, turns: Sequence[Message], origin: str, open_turn: bool = False) -> str:
         try:
             return self._apply_all([turns], open_turn)[0]
+        except KitError as error:
+            raise KitError(f"{origin}: {error}") from error
         except Exception as error:  # templates raise errors of jinja and of their own
             raise DataError(
                 f"{origin}: the chat template refuses the conversation ({one_line(str(error))}); its roles are "
@@ -250,11 +255,12 @@ class Encoder:
         ids = self._try([text for text, _ in texts], special)
         if isinstance(ids, list):
             return ids
-        failing = (origin for text, origin in texts if not isinstance(self._try([text], special), list))
-        raise DataError(
-            f"{next(failing, 'the rows')}: the tokenizer fails on the text ({' '.join(str(ids).split())[:200]}); "
+        errors = ((origin, ids if len(texts) == 1 else self._try([text], special)) for text, origin in texts)
+        origin, error = next(((o, e) for o, e in errors if isinstance(e, BaseException)), ("the rows", ids))
+        raise (KitError if isinstance(error, KitError) else DataError)(
+            f"{origin}: the tokenizer fails on the text ({' '.join(str(error).split())[:200]}); "
             "change or remove the row, or take another tokenizer."
-        ) from ids
+        ) from error
 
     def _try(self, texts: list[str], special: bool) -> list[list[int]] | BaseException:
         if not texts:

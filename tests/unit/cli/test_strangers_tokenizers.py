@@ -1,4 +1,4 @@
-"""What a command says of a kit's chat template, and of a tokenizer that panics on a row."""
+"""Output of commands on a kit's tokenizer and chat template, and on a tokenizer that panics on a row."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import json
 from support.kits import contents, repair
 from support.tiny import tiny
 from support.tokenizer import CHATML, byte_tokenizer
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from siftune.cli.main import main
 from siftune.offsite.kit.folder import write_kit
@@ -20,20 +20,22 @@ def answer_of(capsys, *words):
     return code, json.loads(out), err
 
 
-def test_verify_shows_a_conversation_in_the_templates_form_and_nothing_of_it_acts(tmp_path, capsys):
+def test_verify_shows_normalizers_and_fixed_text_and_nothing_of_it_acts(tmp_path, capsys):
     for name, template in (("hostile", HOSTILE), ("none", None)):
-        write_kit(tmp_path / name, dataclasses.replace(contents(), tokenizer=byte_tokenizer(template)))
+        tokenizer = byte_tokenizer(template)
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC() if template is None else None
+        write_kit(tmp_path / name, dataclasses.replace(contents(), tokenizer=tokenizer))
     code, found, said = answer_of(capsys, "verify", tmp_path / "hostile")
     assert code == 0
-    assert found["example"].startswith("<|start|>user\nHow many legs has a spider?<|end|>\n<|start|>assistant\nEight.")
-    assert found["example"].endswith("\u202egnp.exe")
-    assert r"chats      <|start|>user\nHow many legs" in said
-    assert r"\x1b[2J\u202egnp.exe" in said
+    assert ["start", "user", "<|start|>user\n"] in found["chat_text"]
+    assert ["assistant", "end", "<|end|>\n\x1b[2J\u202egnp.exe"] in found["chat_text"]
+    assert r"assistant → end: <|end|>\n\x1b[2J\u202egnp.exe" in said
     assert "\x1b[2J" not in said
     assert "\u202e" not in said
     code, found, said = answer_of(capsys, "verify", tmp_path / "none")
-    assert (code, found["example"]) == (0, None)
+    assert (code, found["chat_text"], found["normalizers"]) == (0, [], ["NFC"])
     assert "no chat template" in said
+    assert "NFC" in said
 
 
 def test_verify_refuses_a_bomb_in_one_sentence(tmp_path, capsys):
@@ -44,7 +46,7 @@ def test_verify_refuses_a_bomb_in_one_sentence(tmp_path, capsys):
     repair(kit.path)
     code, found, said = answer_of(capsys, "verify", kit.path)
     assert code == 2
-    assert "chat_template.jinja writes" in found["error"]
+    assert "chat_template.jinja: a conversation of user" in found["error"]
     assert found["error"].endswith("ask whoever made it for a sound copy")
     assert "Traceback" not in said
 

@@ -70,7 +70,8 @@ class Kit:
         config: Its config.json.
         signed: Whether it carries a signature. That says nothing: see `verified`.
         verified: Whether the signature was checked against a public key, and is right.
-        example: A short conversation as its chat template writes it; None without a template.
+        normalizers: The normalizers of its tokenizer as text.
+        fixed: All text of its chat template around messages, with the roles before and after; empty without one.
     """
 
     path: Path
@@ -79,7 +80,8 @@ class Kit:
     config: dict[str, Any]
     signed: bool
     verified: bool = False
-    example: str | None = None
+    normalizers: tuple[str, ...] = ()
+    fixed: tuple[tuple[str, str, str], ...] = ()
 
 
 def is_kit(path: str | Path) -> bool:
@@ -174,11 +176,12 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
         with open_tensors(folder / EMULATOR) as frozen, open_tensors(folder / OUTER) as outer:
             _check_specs(frozen.specs, outer.specs, manifest, settings)
             files = _tokenizer_files(folder, manifest)
-            tokenizer.make_tokenizer(files, config.make_config(settings).vocab_size)
+            made = tokenizer.make_tokenizer(files, config.make_config(settings).vocab_size)
             frozen.check(manifest.files[EMULATOR])
             outer.check(manifest.files[OUTER])
-    signed, example = SIGNATURE in sizes, tokenizer.try_out(files)
-    return Kit(folder, manifest, digest, settings, signed, verified=public_key is not None, example=example)
+    fixed = () if made.chats is None else tuple(made.chats.fixed)
+    signed, verified = SIGNATURE in sizes, public_key is not None
+    return Kit(folder, manifest, digest, settings, signed, verified, tuple(made.normalizers), fixed)
 
 
 def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:

@@ -1,10 +1,11 @@
 """Process untrusted data in a resource-limited subprocess. If the child dies, the parent reports it in one sentence.
 
-Libraries in other languages abort where memory runs out, and no `except` sees that. The child is a fresh interpreter,
-never a fork of this process and its threads: it is isolated from the user's site and environment, imports one module of
-ours, takes JSON on its standard input and answers with JSON. On Linux, memory and processor time are limited by the
-kernel. On macOS memory is not, because the kernel there does not hold to it; on Windows neither is: there, only the
-time on the clock is limited, and what keeps memory bounded is what is checked before.
+Libraries in other languages abort if memory runs out, and no `except` sees that. The child is a fresh interpreter,
+never a fork of this process and its threads. It is isolated from the user's site and environment, imports one module of
+ours, and answers requests, a line of JSON each, until its standard input ends. Each request has its own limits.
+
+On Linux, memory and processor time are limited by the kernel. On macOS memory is not, because the kernel there does not
+enforce the limit. On Windows only the time on the clock is limited.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,52 +27,133 @@ from typing import Any
 from siftune.base.errors import KitError, SiftuneError
 from siftune.offsite.kit.strict import brief
 
-_BOOT = "import sys; sys.path += sys.argv[3:]; from siftune.offsite.kit.limited import serve; serve(*sys.argv[1:3])"
+_BOOT = "import sys; sys.path += sys.argv[2:]; from siftune.offsite.kit.limited import serve; serve(sys.argv[1])"
 _PACKAGES = ("siftune", "tokenizers", "jinja2", "markupsafe")  # the child's path has the folders of these alone
 # what an interpreter may need in order to start, of the parent's environment
-_KEPT = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_INHERITED = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # one thread, and one pool of memory: threads reserve more address space than they use
 _SET = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 _UNFIT = 1  # exit code of an interpreter that could not even import our module
 
 
+class ChildError(KitError):
+    """The child died of the data, or exceeded a limit."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the subprocess; the values are ours."""
+    """Limits of one request; the values are ours."""
 
-    memory_mb: int = 2048  # above what it uses before it sees the data, in 10^6 bytes
-    cpu_s: int = 30  # processor time
+    memory_mb: int = 2048  # above the memory in use when the request arrives, in 10^6 bytes
+    cpu_s: float = 30  # processor time
     wall_s: float = 120  # time on the clock
 
 
-def run_limited(module: str, request: Any, limits: Limits) -> Any:
-    """Have `module.answer(request)` computed by a child; request and answer are of plain types.
+class Child:
+    """A limited process that answers requests on untrusted data one after the other.
 
-    The module is one of siftune that imports little.
-
-    Raises:
-        KitError: `answer` raised one, or the child died of the data or ran over a limit.
-        SiftuneError: No child can be started here.
+    It starts with the first request, and again after it died. A process that was forked from this one starts its own.
 
     Example:
-        >>> run_limited("siftune.offsite.kit.tokenizer_trial", {"tokenizer": text, "template": None}, Limits())
+        >>> Child("siftune.offsite.kit.tokenizer_trial", {"tokenizer": text, ...}).ask({"encode": ["Hello."]})
     """
-    command = [sys.executable, "-I", "-S", "-c", _BOOT, module, json.dumps(dataclasses.asdict(limits)), *_roots()]
-    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            timeout=limits.wall_s,
-            env=kept | _SET,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise KitError(f"it was tried in a process of its own, which took more than {limits.wall_s:g} s") from error
-    except OSError as error:
-        raise SiftuneError(f"no process can be started to try out what came with the kit ({brief(error)})") from error
-    return _answer_of(done, limits)
+
+    def __init__(self, module: str, setup: Any, limits: Limits | None = None) -> None:
+        """Name what it runs; nothing starts yet.
+
+        Args:
+            module: A module of siftune that imports little and has a function `answer(request)`.
+            setup: The first request to each new process, of plain types.
+            limits: Limits of that request.
+        """
+        self._module, self._setup, self._limits = module, setup, limits or Limits()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # id of the process that started it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Child, (self._module, self._setup, self._limits)
+
+    def start(self) -> Any:
+        """Start the process if there is none, and return its answer to the setup, or None.
+
+        Raises:
+            KitError, SiftuneError: As for `ask`.
+        """
+        if self._process is not None and self._owner == os.getpid():
+            return None
+        command = [sys.executable, "-I", "-S", "-c", _BOOT, self._module, *_roots()]
+        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _SET
+        flags, pipe = getattr(subprocess, "CREATE_NO_WINDOW", 0), subprocess.PIPE
+        try:
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, creationflags=flags
+            )
+        except OSError as error:
+            raise SiftuneError(f"no process can be started to try out parts of the kit ({brief(error)})") from error
+        self._process, self._owner = process, os.getpid()
+        weakref.finalize(self, _end, process, self._owner)
+        return self.ask(self._setup, self._limits)
+
+    def ask(self, request: Any, limits: Limits) -> Any:
+        """Have `module.answer(request)` computed; request and answer are of plain types.
+
+        Raises:
+            KitError: `answer` raised one.
+            ChildError: The child died of the data or exceeded a limit.
+            SiftuneError: No child can work here.
+        """
+        self.start()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(limits.wall_s, end)
+        timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it is dead, as the missing reply shows
+                process.stdin.write(json.dumps([dataclasses.asdict(limits), request]).encode() + b"\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+        except BaseException:  # Ctrl-C: the next reply would answer this request
+            self.stop()
+            raise
+        finally:
+            timer.cancel()
+        if line.endswith(b"\n"):
+            reply = json.loads(line)
+            if "fault" in reply:
+                raise KitError(reply["fault"])
+            if "memory" in reply:
+                raise ChildError(f"it needs more than {limits.memory_mb} MB of memory in a process of its own")
+            return reply["value"]
+        errors = process.stderr.read() if process.stderr is not None else b""
+        code = process.wait()
+        self.stop()
+        if late.is_set():
+            raise ChildError(f"it takes more than {limits.wall_s:g} s in a process of its own")
+        raise _death(code, errors.decode(errors="replace"), limits)
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            _end(self._process, self._owner)
+        self._process = None
+
+
+def _end(process: "subprocess.Popen[bytes]", owner: int) -> None:
+    if owner == os.getpid():  # a fork of the owner leaves it alone
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(OSError):
+            if pipe is not None:
+                pipe.close()
 
 
 @cache
@@ -79,72 +163,52 @@ def _roots() -> tuple[str, ...]:
     return tuple(dict.fromkeys(folders))
 
 
-def _answer_of(done: "subprocess.CompletedProcess[bytes]", limits: Limits) -> Any:
-    if done.returncode == 0:
-        reply = json.loads(done.stdout)
-        if "fault" in reply:
-            raise KitError(reply["fault"])
-        return reply["value"]
-    said = _last_words(done.stderr.decode(errors="replace"))
-    if done.returncode == _UNFIT:
-        raise SiftuneError(f"the process that tries out what came with the kit cannot work here ({said})")
-    raise KitError(
-        f"it was tried in a process of its own, with {limits.memory_mb} MB and {limits.cpu_s} s of processor time; "
-        f"this {_end(done.returncode)} ({said})"
+def _death(code: int, errors: str, limits: Limits) -> SiftuneError:
+    """The error of a child that ended without a reply, with its last message; Rust's notes are left out."""
+    lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("note:")]
+    last = brief(ValueError(lines[-1])) if lines else "without a message"
+    if code == _UNFIT:
+        return SiftuneError(f"the process that tries out parts of the kit cannot work here ({last})")
+    try:
+        end = f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        end = f"ended with code {code}"
+    return ChildError(
+        f"a process of its own, with {limits.memory_mb} MB and {limits.cpu_s:g} s of processor time, {end} ({last})"
     )
 
 
-def _last_words(text: str) -> str:
-    """The last message of a process; a note that Rust adds is left out."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("note:")]
-    return brief(ValueError(lines[-1])) if lines else "it said nothing"
-
-
-def _end(code: int) -> str:
-    try:
-        return f"was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"ended with code {code}"
-
-
-def serve(module: str, limits: str) -> None:
-    """The child: set its limits, answer one request, and report errors on untrusted data as text."""
+def serve(module: str) -> None:
+    """The child: answer requests, each within its limits, and report errors on untrusted data as text."""
     answer = importlib.import_module(module).answer
-    _limit(Limits(**json.loads(limits)))
-    try:
-        reply = {"value": answer(json.load(sys.stdin.buffer))}
-    except KitError as error:
-        reply = {"fault": str(error)}
-    except MemoryError:
-        reply = {"fault": "it was tried in a process of its own, which needed more memory than it may have"}
-    sys.stdout.write(json.dumps(reply))
+    if sys.platform != "win32":
+        import resource
+
+        for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+            resource.setrlimit(kind, (0, 0))
+    for line in sys.stdin.buffer:
+        try:
+            limits, request = json.loads(line)
+            _limit(Limits(**limits))
+            reply = {"value": answer(request)}
+        except KitError as error:
+            reply = {"fault": str(error)}
+        except MemoryError:
+            reply = {"memory": None}
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
 
 
 def _limit(limits: Limits) -> None:
-    """Limit this process where the system can: processor time, memory above what is in use now, no files."""
+    """Limit the processor time of this process from now on, and its memory above the memory in use."""
     if sys.platform != "win32":
         import resource
 
-        for kind, most in ((resource.RLIMIT_CPU, limits.cpu_s), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
-            _lower(kind, most)
-    limit_memory(limits.memory_mb)
-
-
-def limit_memory(more_mb: int) -> None:
-    """Limit this process to `more_mb` MB above its current memory, or to a lower limit if it had one."""
-    statm = Path("/proc/self/statm")
-    if sys.platform != "win32" and statm.exists():
-        import resource
-
-        used = int(statm.read_text().split()[0]) * resource.getpagesize()
-        _lower(resource.RLIMIT_AS, used + more_mb * 10**6)
-
-
-def _lower(kind: int, most: int) -> None:
-    if sys.platform != "win32":
-        import resource
-
-        soft, hard = resource.getrlimit(kind)
-        lowest = min([most, *(old for old in (soft, hard) if old != resource.RLIM_INFINITY)])
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (lowest, hard))
+        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)  # by default, its signal ends the process
+        statm = Path("/proc/self/statm")
+        if statm.exists():
+            used = int(statm.read_text().split()[0]) * resource.getpagesize()
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            most = used + limits.memory_mb * 10**6
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))

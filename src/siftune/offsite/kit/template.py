@@ -1,171 +1,186 @@
-"""Try an untrusted chat template in Jinja's sandbox, as transformers will render it.
+"""Chat templates of kits: rendering in a child with limits, and comparison with the text around placeholders.
 
-The sandbox bounds neither time nor memory, so this runs in a child with limits, see limited.py. A trial cannot prove
-what a program will do: what is said is drawn by chance, so that no template can know it, and of many kinds, and texts
-that stand in the template itself are among those that are tried. Nothing in it may be drawn by chance or change within
-a day: a prompt is rendered by itself and with its completion, and must come out the same. The bounds are ours.
+A chat template is a program. It may write fixed text around messages, and must write every message once and as is,
+except for white space at its ends. So each row is compared with the text around placeholders for the same roles.
+Text around messages must also be part of what `siftune verify` prints.
+
+`Renderer` runs in the child. `ChatTemplate` compares, in the parent. The environment is that of transformers, without
+`random` and `lipsum`, and with one date, so that a row is always rendered the same way. The bounds are ours.
 """
 
-import contextlib
+import functools
 import json
-import secrets
-import string
-import time
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError, ext, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from siftune.base.errors import KitError
+from siftune.base.errors import DataError, KitError
+from siftune.offsite.kit.limited import Child, ChildError, Limits
 from siftune.offsite.kit.strict import brief, shown
 
 TEMPLATE = "chat_template.jinja"
-MAX_FIXED = 1 << 16  # characters that a template may write whatever is said, such as its own system message
-PER_MESSAGE = 512  # characters around a message
-PER_CHARACTER = 4  # characters that one of a message may become, as in JSON
-MAX_SHOWN = 2000  # characters of the example
-MAX_WORDS = 64  # texts in the template that are tried
-MAX_SECONDS = 0.5  # of processor time for a conversation; real ones take thousandths
+MAX_FIXED, PER_MESSAGE = 1 << 14, 256  # characters that a template may write besides the messages
+LIMITS = Limits(memory_mb=256, cpu_s=5, wall_s=5)
+BATCH = 1000  # conversations in a request
+TODAY = datetime(2026, 1, 1)  # the date in every template
 
 Chat = list[dict[str, str]]
-Render = Callable[[Chat, bool], str]
+Roles = tuple[str, ...]
 
-# what is said, around words that are drawn; none ends in white space, which many templates take off
-_SAYINGS = (
-    "{} é 東 {}", "{}", "{} {}.\n\n- {}\n\t1. {}", "<b>{}</b> &amp; \"{}\" '{}' {{{{ x }}}} https://example.org/?q={}",
-    string.ascii_letters + string.digits + string.punctuation.replace("{", "").replace("}", "") + "{}",
-)  # fmt: skip
-_TIMES = (datetime(2026, 1, 5, 0, 0, 1), datetime(2026, 1, 5, 23, 59, 58, 999999))  # a day's first and last
-_EXAMPLE = [("user", "How many legs has a spider?"), ("assistant", "Eight."), ("user", "And an ant?")]
+# the conversations that are tried, with all their beginnings: templates often write the last message differently
+_TALKS = (
+    *("user assistant user assistant user", "system user assistant user assistant user"),
+    *("user assistant tool assistant user", "user assistant tool tool assistant"),
+    "system user assistant tool tool assistant user",
+)
+_STRIPS: tuple[Callable[[str], str], ...] = (
+    *(str.strip, str.lstrip, str.rstrip),
+    *(lambda text: text.strip("\n"), lambda text: text.lstrip("\n"), lambda text: text.rstrip("\n")),
+)
 
 
-class _FailsError(KitError):
-    """The template refuses a conversation, or cannot render it."""
+class Renderer:
+    """A compiled chat template, in the child.
 
-
-def try_template(source: str, named: Mapping[str, str]) -> str:
-    """Render a template on conversations of many kinds; `named` are special tokens by name, which it may use.
-
-    Returns:
-        A short conversation in the template's form, cut at `MAX_SHOWN` characters.
+    Args:
+        source: Its text.
+        special: Special tokens by name, which a template may write.
 
     Raises:
-        KitError: It fails for a user and an assistant, leaves out what one of them or the system says, or writes more
-            than a bounded amount for every message and character.
+        KitError: It is no template.
     """
-    render, words = _compiled(source, named, datetime.now())
-    for turns in (1, 2, 3, 4, 9):
-        _check_complete(render, _talk(turns), open_turn=turns % 2 == 1)
-    for saying in _SAYINGS:
-        _check_complete(render, _talk(2, saying=saying), open_turn=False)
-    with contextlib.suppress(_FailsError):  # many refuse what a system says; none may drop it
-        _check_complete(render, [{"role": "system", "content": _drawn(_SAYINGS[0])}, *_talk(1)], open_turn=True)
-    _check_growth(render, "messages", [_talk(turns) for turns in (32, 64, 128)])
-    _check_growth(render, "characters", [_talk(2, length) for length in (2000, 4000, 8000)])
-    for word in words:
-        _check_word(render, word)
-    example = [{"role": role, "content": content} for role, content in _EXAMPLE]
-    _check_the_same([_said(_compiled(source, named, now)[0], example, True) for now in _TIMES])
-    return _said(render, example, True)[:MAX_SHOWN]
 
+    def __init__(self, source: str, special: dict[str, str]) -> None:
+        self._special = special
+        try:
+            self._template = _environment().from_string(source)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise KitError(f"{TEMPLATE} is no template ({brief(error)})") from error
 
-def _compiled(source: str, named: Mapping[str, str], now: datetime) -> tuple[Render, list[str]]:
-    """The template as a function of a conversation and whether the assistant's turn is opened, and texts in it."""
-    environment = _environment(now)
-    try:
-        template = environment.from_string(source)
-        constants = [node.value for node in environment.parse(source).find_all(nodes.Const)]
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise KitError(f"{TEMPLATE} is no template ({brief(error)})") from error
+    def render(self, chat: Chat, opened: bool) -> dict[str, str]:
+        """Render a conversation, with the start of the assistant's turn or without.
 
-    def render(chat: Chat, open_turn: bool) -> str:
-        # transformers hands over just these
-        return template.render(messages=chat, tools=None, documents=None, add_generation_prompt=open_turn, **named)
-
-    return render, list(dict.fromkeys(word for word in constants if isinstance(word, str)))[:MAX_WORDS]
-
-
-def _talk(turns: int, length: int = 0, saying: str = _SAYINGS[0]) -> Chat:
-    """User and assistant by turns, each of whom says what nobody said before."""
-    roles = ("user", "assistant")
-    return [{"role": roles[turn % 2], "content": _drawn(saying).ljust(length, "x")} for turn in range(turns)]
-
-
-def _drawn(saying: str) -> str:
-    return saying.format(*(secrets.token_hex(2 if saying == "{}" else 6) for _ in range(4)))
-
-
-def _said(render: Render, chat: Chat, open_turn: bool) -> str:
-    began = time.process_time()
-    try:
-        text = render(chat, open_turn)
-    except MemoryError:
-        raise
-    except Exception as error:  # templates raise errors of Jinja, of Python and of their own
-        turns = f"{len(chat)} turns ({', '.join(message['role'] for message in chat[:4])})"
-        raise _FailsError(f"{TEMPLATE} fails on a conversation of {turns}: {brief(error)}") from error
-    _check_size(text, chat)
-    if (took := time.process_time() - began) > MAX_SECONDS:
-        raise KitError(
-            f"{TEMPLATE} takes {took:.2f} s for {len(chat)} messages with {_heard(chat)} characters; it may take "
-            f"{MAX_SECONDS}"
-        )
-    return text
-
-
-def _heard(chat: Chat) -> int:
-    return sum(len(message["content"]) for message in chat)
-
-
-def _check_size(text: str, chat: Chat) -> None:
-    heard = _heard(chat)
-    most = MAX_FIXED + PER_MESSAGE * len(chat) + PER_CHARACTER * heard
-    if len(text) > most:
-        raise KitError(
-            f"{TEMPLATE} writes {len(text)} characters for {len(chat)} messages with {heard}; it may write {most}"
-        )
-
-
-def _check_complete(render: Render, chat: Chat, open_turn: bool) -> str:
-    """Refuse a template that leaves out what is said; it may write it as JSON does. Return the text."""
-    text = _said(render, chat, open_turn)
-    for message in chat:
-        content = message["content"]
-        if content not in text and _to_json(content)[1:-1] not in text:
-            turns = f"{len(chat)} turns"
-            raise KitError(
-                f"{TEMPLATE} leaves out or changes what the {message['role']} says in a conversation of {turns}: "
-                f"{content[:40]!a}"
+        Returns:
+            `text`, or `fault` if the template refuses the conversation.
+        """
+        try:
+            text = self._template.render(
+                messages=chat, tools=None, documents=None, add_generation_prompt=opened, **self._special
             )
-    return text
+        except MemoryError:
+            raise
+        except Exception as error:  # templates raise errors of Jinja, of Python and of their own
+            return {"fault": brief(error)}
+        if len(text) - sum(len(message["content"]) for message in chat) > MAX_FIXED + PER_MESSAGE * len(chat):
+            return {"fault": f"it writes {len(text)} characters"}
+        return {"text": text}
 
 
-def _check_the_same(texts: Sequence[str]) -> None:
-    """Refuse what is written one way early in a day and another way late."""
-    if len(set(texts)) > 1:
-        raise KitError(f"{TEMPLATE} writes the time of the day, so that no row is rendered the same way twice")
+class ChatTemplate:
+    """The chat template of a kit, which runs in a child only.
+
+    Attributes:
+        fixed: All fixed text that it may write, with the roles of the messages before and after it.
+    """
+
+    def __init__(self, child: Child) -> None:
+        """Try the template, which the child has compiled, on conversations of the usual roles.
+
+        Raises:
+            KitError: It refuses a user and an assistant, changes or leaves out a message, or exceeds a limit.
+        """
+        self._child = child
+        self._pieces: dict[tuple[Roles, bool], list[str | int]] = {}
+        self.fixed: dict[tuple[str, str, str], None] = {}
+        for talk in _TALKS:
+            for end in range(1, len(talk.split()) + 1):
+                roles = tuple(talk.split()[:end])
+                for opened in (True, False) if roles[-1] == "assistant" else (True,):
+                    pieces = self._pieces_of(roles, opened)
+                    if pieces is None and (roles, opened) in ((("user",), True), (("user", "assistant"), False)):
+                        fault = "fails on it, or does not write each message once and as is"
+                        raise KitError(f"{TEMPLATE}: a conversation of {' and '.join(roles)}: {fault}")
+                    self.fixed |= dict.fromkeys(_fixed(pieces or [], roles, opened))
+
+    def write(self, chats: Sequence[Chat], opened: bool) -> list[str]:
+        """Render conversations, and compare them with placeholders.
+
+        Args:
+            chats: Messages with `role` and `content`.
+            opened: Whether the start of the assistant's turn follows.
+
+        Raises:
+            DataError: The template refuses a conversation, changes a message, or writes other text around one.
+            KitError: It exceeds a limit.
+        """
+        texts = []
+        for start in range(0, len(chats), BATCH):
+            for chat, reply in zip(chats[start:], self._ask(chats[start : start + BATCH], opened), strict=False):
+                roles = tuple(message["role"] for message in chat)
+                if "fault" in reply:
+                    raise DataError(f"it fails: {reply['fault']}")
+                pieces = self._pieces_of(roles, opened)
+                if pieces is None:
+                    raise DataError("it does not write each message of such roles once and as is")
+                if new := set(_fixed(pieces, roles, opened)) - self.fixed.keys():
+                    before, after, text = min(new)
+                    raise DataError(
+                        f"it writes {shown(text)} from {before} to {after}, which `siftune verify` does not show"
+                    )
+                if not _agrees(reply["text"], pieces, [message["content"] for message in chat]):
+                    raise DataError("it changes a message, or the text around one, because of the words in it")
+                texts.append(reply["text"])
+        return texts
+
+    def _ask(self, chats: Sequence[Chat], opened: bool) -> list[dict[str, str]]:
+        try:
+            return self._child.ask({"render": [[chat, opened] for chat in chats]}, LIMITS)  # type: ignore[no-any-return]
+        except ChildError as error:
+            raise KitError(f"{TEMPLATE}: {error}") from error
+
+    def _pieces_of(self, roles: Roles, opened: bool) -> list[str | int] | None:
+        """Fixed text and numbers of messages, by turns, as written for placeholders; None if not all are there once."""
+        if (roles, opened) not in self._pieces:
+            marks = [f"<<message {number} of {len(roles)}>>" for number in range(len(roles))]
+            chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            [reply] = self._ask([chat], opened)
+            if "text" not in reply:
+                return None
+            parts = re.split(rf"<<message (\d+) of {len(roles)}>>", reply["text"])
+            pieces: list[str | int] = [int(part) if place % 2 else part for place, part in enumerate(parts)]
+            if sorted(map(int, parts[1::2])) != list(range(len(roles))):
+                return None
+            self._pieces[roles, opened] = pieces
+        return self._pieces[roles, opened]
 
 
-def _check_growth(render: Render, what: str, chats: Sequence[Chat]) -> None:
-    """Of conversations, each twice as long as the one before, the third may not add much more than twice as much."""
-    sizes = [len(_check_complete(render, chat, False)) for chat in chats]
-    first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
-    if second > 3 * max(first, 0) + PER_MESSAGE:
-        raise KitError(f"{TEMPLATE} writes ever more for each of the {what}: {first} characters, and then {second}")
+def _fixed(pieces: Sequence[str | int], roles: Roles, opened: bool) -> Iterator[tuple[str, str, str]]:
+    """Fixed text with the roles of the messages before and after it."""
+    order = [roles[number] for number in pieces[1::2] if isinstance(number, int)]
+    ends = pairwise(["start", *order, "answer" if opened else "end"])
+    for (before, after), text in zip(ends, pieces[::2], strict=False):
+        yield before, after, str(text)
 
 
-def _check_word(render: Render, word: str) -> None:
-    """Say a text of the template, and be somebody of that name: it may refuse that, but not blow up."""
-    for roles in (("user", "assistant"), (word,)):
-        with contextlib.suppress(_FailsError):
-            _said(render, [{"role": role, "content": word} for role in roles], False)
+def _agrees(text: str, pieces: Sequence[str | int], contents: Sequence[str]) -> bool:
+    """Whether a text consists of pieces and contents, of which the template may strip white space."""
+    ends = {len(str(pieces[0]))} if text.startswith(str(pieces[0])) else set()
+    for number, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        content = contents[int(number)]
+        nexts = {f"{one}{piece}" for one in (content, *(strip(content) for strip in _STRIPS))}
+        ends = {end + len(one) for end in ends for one in nexts if text.startswith(one, end)}
+    return len(text) in ends
 
 
 class _Generation(ext.Extension):
@@ -177,21 +192,49 @@ class _Generation(ext.Extension):
         """The block as a call with a body, which has a scope of its own, as in transformers."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
 
     @pass_eval_context
-    def _as_it_is(self, context: nodes.EvalContext, caller: Callable[[], str]) -> str:
+    def _unchanged(self, context: nodes.EvalContext, caller: Callable[[], str]) -> str:
         return caller()
 
 
-class _Dict:
-    """`dict` in templates: what makes one, and nothing else of the class."""
+class _Function:
+    """A callable for templates, whose text has no address, which would differ between the trial and later processes."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._function(*args, **options)
+
+    def __repr__(self) -> str:
+        return "function"
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without objects that tell one process from another."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return _without_address(super().getattr(obj, attribute))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return _without_address(super().getitem(obj, argument))
+
+
+def _without_address(value: Any) -> Any:
+    return _Function(value) if callable(value) and not isinstance(value, Undefined | Macro | LoopContext) else value
+
+
+def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that returns a list in place of an iterator, whose text has an address."""
+
+    @functools.wraps(function)
+    def listed(*args: Any, **options: Any) -> Any:
+        value = function(*args, **options)
+        return list(value) if isinstance(value, Iterator) else value
+
+    return listed
 
 
 class _Namespace(Namespace):
@@ -212,18 +255,17 @@ def _refuse_underscore(name: Any) -> None:
         raise SecurityError(f"a namespace takes no name like {shown(name)}")
 
 
-def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
-    """The sandbox with what transformers puts into it, which takes seconds to import, but for what draws by chance."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
+def _environment() -> _Environment:
+    """The sandbox with the names of transformers, which takes seconds to import."""
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
+    environment.filters = {name: _listed(use) for name, use in environment.filters.items() if name != "random"}
     environment.filters["tojson"] = _to_json
-    del environment.filters["random"], environment.globals["lipsum"]
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": now.strftime,
-        "dict": _Dict(),
+    environment.globals = {
+        "range": environment.globals["range"],
         "namespace": _Namespace,
+        "dict": _Function(dict),
+        "raise_exception": _Function(_raise),
+        "strftime_now": _Function(TODAY.strftime),
     }
     return environment
 

@@ -2,48 +2,43 @@
 
 tokenizer.json is what the tokenizers library writes, without the padding and truncation that somebody has set.
 tokenizer_config.json has the keys below and no others, so neither paths and names nor code nor other files can stand
-in it. The class is always PreTrainedTokenizerFast. The chat template is Jinja, which transformers runs in a sandbox.
+in it. The class is always PreTrainedTokenizerFast. The chat template is Jinja.
 
-An untrusted tokenizer is checked in three steps: its parts, from the file alone (tokenizer_parts.py,
-tokenizer_tokens.py); its use, in a resource-limited subprocess (limited.py, tokenizer_trial.py, template.py); and only
-then it is built here.
+An untrusted tokenizer is used in a resource-limited subprocess (limited.py, tokenizer_trial.py, template.py) before it
+is built here. The same subprocess renders the rows, and tokenises each text first, so that what passes in `siftune
+verify` and what runs in `siftune train` cannot differ.
 """
 
 import contextlib
-import hashlib
-from collections.abc import Iterator, Mapping
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from siftune.base.errors import KitError
-from siftune.offsite.kit.limited import Limits, run_limited
+from siftune.base.errors import DataError, KitError
+from siftune.offsite.kit.limited import Child, ChildError, Limits
 from siftune.offsite.kit.manifest import canonical
 from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, parse_json, shown, truth
-from siftune.offsite.kit.template import TEMPLATE
-from siftune.offsite.kit.tokenizer_parts import TOKENIZER, check_chains
-from siftune.offsite.kit.tokenizer_tokens import check_tokens
+from siftune.offsite.kit.template import TEMPLATE, ChatTemplate
+from siftune.offsite.kit.tokenizer_parts import TOKENIZER
 
 CONFIG = "tokenizer_config.json"
 FILES = (TOKENIZER, CONFIG, TEMPLATE)
 CLASS = "PreTrainedTokenizerFast"
 MAX_SPECIAL = 10_000  # further special tokens
-# of tokenizer.json: what Python makes of a list or an item takes a hundred times its place in the file
-MAX_BOXES, MAX_ITEMS = 1 << 21, 1 << 22
 
-_LIMITS = Limits()
-_tried: dict[bytes, str | None] = {}  # hash of the files of a trial that ended well -> its example
+_BATCH = 1 << 20  # characters of the texts in a request
+_CHARACTERS_PER_S = 1e5  # least speed of tokenisation; SmolLM2's is ten times faster on a slow core
 
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SWITCHES = ("clean_up_tokenization_spaces", "split_special_tokens")
 _SIDES = ("padding_side", "truncation_side")
 _REQUIRED = ("tokenizer_class", "model_max_length", "model_input_names", "extra_special_tokens", *_SIDES, *_SWITCHES)
 _END = "eos_token"  # without one, no row can be tokenised
-_PARTS = (
-    *("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"),
-    *("decoder", "model"),
-)
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -76,90 +71,116 @@ def _settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def make_tokenizer(files: Mapping[str, bytes], vocabulary: int) -> PreTrainedTokenizerFast:
+class KitTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
+    """The tokenizer of a kit: a limited child calls its chat template, and tokenises each text first.
+
+    Attributes:
+        normalizers: Normalizers of tokenizer.json as text.
+        chats: The chat template; None without one.
+        child: The child.
+    """
+
+    normalizers: list[str]
+    chats: ChatTemplate | None
+    child: Child
+
+    def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+        """As for transformers' tokenizers; texts are tokenised in the child first.
+
+        Raises:
+            DataError: The tokens of a text are those of another text, or the tokenizer fails on it.
+            KitError: The tokenizer exceeds a limit.
+        """
+        self.compare([text] if isinstance(text, str) else text or [])
+        return super().__call__(text, *args, **options)
+
+    def compare(self, texts: Sequence[str]) -> None:
+        """Compare texts with the texts of their tokens, as `__call__`."""
+        batch: list[str] = []
+        for number, text in enumerate(texts, 1):
+            batch.append(text)
+            size = sum(map(len, batch))
+            if number == len(texts) or size > _BATCH:
+                limits = Limits(1024, 1 + size / _CHARACTERS_PER_S, 10 + 10 * size / _CHARACTERS_PER_S)
+                try:
+                    faults = self.child.ask({"encode": batch}, limits)
+                except ChildError as error:
+                    raise KitError(f"{TOKENIZER}: {error}") from error
+                for fault in filter(None, faults):
+                    raise DataError(fault)
+                batch = []
+
+    def apply_chat_template(
+        self, conversation: Any, *, add_generation_prompt: bool = False, tokenize: bool = True, **options: Any
+    ) -> Any:
+        """As for transformers' tokenizers, by `ChatTemplate.write`; `options` are those of `__call__`."""
+        if self.chats is None:
+            raise KitError("the kit has no chat template")
+        single = bool(conversation) and isinstance(conversation[0], Mapping)
+        texts = self.chats.write([conversation] if single else conversation, add_generation_prompt)
+        text = texts[0] if single else texts
+        return self(text, add_special_tokens=False, **options) if tokenize else text
+
+    def save_pretrained(self, *args: Any, **options: Any) -> tuple[str, ...]:
+        """Save an ordinary tokenizer, whose files name no class of siftune."""
+        plain = copy.copy(self)
+        plain.__class__ = PreTrainedTokenizerFast
+        saved: tuple[str, ...] = plain.save_pretrained(*args, **options)
+        return saved
+
+
+def make_tokenizer(files: Mapping[str, bytes], vocabulary: int) -> KitTokenizer:
     """Check a kit's tokenizer files and build the tokenizer of them, from memory.
 
     The files are at most as large as a kit's may be; `vocabulary` tokens have embeddings in the emulator.
 
     Raises:
-        KitError: A file is damaged, has what it must not have, a token has no embedding, or it fails, blows up or takes
-            too long in use.
+        KitError: A file is damaged, has parts that are not allowed, a token has no embedding, tokens are not those of
+            the text, or tokenizer or template fail or exceed a limit.
     """
     settings = _check_config(parse_json(files[CONFIG], CONFIG))
-    _check_parts(files[TOKENIZER], vocabulary)
-    try_out(files)
-    with _in_words():
-        backend = Tokenizer.from_str(files[TOKENIZER].decode())
-    _check_numbers(settings, backend, vocabulary)
-    with _in_words():
+    with _as_kit_error():
+        source, template = files[TOKENIZER].decode(), files[TEMPLATE].decode() if TEMPLATE in files else None
+    child, normalizers, chats = _tried(source, template, canonical(settings), vocabulary)
+    with _as_kit_error():
+        backend = Tokenizer.from_str(source)
         plain = {name: value for name, value in settings.items() if name != "tokenizer_class"}
-        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_template(files), **plain)
+        tokenizer = KitTokenizer(tokenizer_object=backend, chat_template=template, **plain)
+    tokenizer.child, tokenizer.normalizers, tokenizer.chats = child, normalizers, chats
+    return tokenizer
 
 
-def _check_parts(data: bytes, vocabulary: int) -> None:
-    """Check tokenizer.json from the file alone."""
-    for marks, most in (("[{", MAX_BOXES), (",", MAX_ITEMS)):
-        if (count := sum(data.count(mark.encode()) for mark in marks)) > most:
-            raise KitError(f"{TOKENIZER} has {count} times {' or '.join(marks)}; {most} are allowed")
-    parts = as_object(parse_json(data, TOKENIZER), TOKENIZER, _PARTS)
-    for name in ("truncation", "padding"):
-        if parts[name] is not None:
-            raise KitError(f"{TOKENIZER}: {name} is {shown(parts[name])}, not null")
-    check_chains(parts)
-    check_tokens(parts, vocabulary)
-
-
-def try_out(files: Mapping[str, bytes], limits: Limits = _LIMITS) -> str | None:
-    """Try tokenizer and chat template in a child process, which may die of them; once for the same bytes.
-
-    The files have passed the checks of `make_tokenizer` that need no more than them.
-
-    Returns:
-        A short conversation in the chat template's form; None without a template.
-
-    Raises:
-        KitError: They fail, blow up or take too long, or the template leaves out what is said.
-    """
-    parts = (hashlib.sha256(files.get(name, b"")).digest() for name in FILES)
-    key = hashlib.sha256(b"".join(parts)).digest()
-    if key not in _tried:
-        settings = parse_json(files[CONFIG], CONFIG)
-        with _in_words():
-            request = {
-                "tokenizer": files[TOKENIZER].decode(),
-                "template": _template(files),
-                "named": {name: settings[name] for name in _NAMED if name in settings},
-            }
-        _tried[key] = run_limited("siftune.offsite.kit.tokenizer_trial", request, limits)
-    return _tried[key]
-
-
-def _template(files: Mapping[str, bytes]) -> str | None:
-    return files[TEMPLATE].decode() if TEMPLATE in files else None
+@lru_cache(maxsize=1)
+def _tried(
+    source: str, template: str | None, settings: bytes, vocabulary: int
+) -> tuple[Child, list[str], ChatTemplate | None]:
+    """Try tokenizer and template in a child, which stays for the rows; once for the same files."""
+    plain = json.loads(settings)
+    special = {name: plain[name] for name in _NAMED if name in plain}
+    setup = {
+        **{"tokenizer": source, "template": template, "special": special, "vocabulary": vocabulary},
+        **{"extra": plain["extra_special_tokens"], "split_special_tokens": plain["split_special_tokens"]},
+    }
+    child = Child("siftune.offsite.kit.tokenizer_trial", setup)
+    try:
+        normalizers = child.start()
+    except ChildError as error:
+        raise KitError(f"{TOKENIZER}: {error}") from error
+    chats = None if template is None else ChatTemplate(child)
+    for fault in filter(None, child.ask({"encode": [text for _, _, text in chats.fixed] if chats else []}, Limits())):
+        raise KitError(f"text of {TEMPLATE} around messages: {fault}")
+    return child, normalizers, chats
 
 
 @contextlib.contextmanager
-def _in_words() -> Iterator[None]:
+def _as_kit_error() -> Iterator[None]:
     """Turn exceptions of transformers and tokenizers on untrusted values into one sentence."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
-        raise KitError(f"{TOKENIZER} is no tokenizer that can be used ({brief(error)})") from error
-
-
-def _check_numbers(settings: Mapping[str, Any], backend: Tokenizer, vocabulary: int) -> None:
-    """Each token needs an embedding, and special tokens a number: transformers would give them new ones."""
-    past = {number: token for token, number in backend.get_vocab().items() if number >= vocabulary}
-    if past:  # the library gives added tokens numbers of its own where those of the file are taken
-        raise KitError(f"{TOKENIZER}: {shown(past[min(past)])} is token {min(past)} of {vocabulary} embeddings")
-    for name in _NAMED:
-        if name in settings and backend.token_to_id(settings[name]) is None:
-            raise KitError(f"{CONFIG}: {name} is {shown(settings[name])}, which is not in {TOKENIZER}")
-    for token in settings["extra_special_tokens"]:
-        if backend.token_to_id(token) is None:
-            raise KitError(f"{CONFIG}: extra_special_tokens has {shown(token)}, which is not in {TOKENIZER}")
+        raise KitError(f"{TOKENIZER} cannot be used ({brief(error)})") from error
 
 
 def _check_config(value: Any) -> dict[str, Any]:

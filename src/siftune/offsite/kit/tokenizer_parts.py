@@ -1,220 +1,99 @@
-"""Check the parts of an untrusted tokenizer.json before any of them is built or run.
+"""Allowlist of the components of an untrusted tokenizer.json.
 
-Components and their fields come from the tables below and from nowhere else. Each has a growth: a text of n bytes
-becomes at most a·n + b bytes. Growths of a chain multiply, so the file alone gives that of the complete chain:
-36 times "a" -> "aa" is 2^36 before it has run. Every bound is ours; real tokenizers stay far below (Llama 2: 12,
-GPT-2: 2, Qwen2: 6). What is slow, or fails, within the bounds shows in tokenizer_trial.py; token numbers are checked in
-tokenizer_tokens.py.
+It has what the tokenizers of the supported families have, so that few lines of native code see untrusted values.
+Normalizers and decoders must equal an entry, since they rewrite text. For the others, the names of the keys are
+compared. Sizes, patterns and numbers show in use: see tokenizer_trial.py.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from siftune.base.errors import KitError
-from siftune.offsite.kit.strict import Check, as_list, as_object, null_or, one_of, shown, truth, whole
+from siftune.offsite.kit.strict import as_list, as_object, shown
 
 TOKENIZER = "tokenizer.json"
-MAX_PIECES = 16  # normalizers, pre-tokenizers, post-processors or decoders in one chain
-MAX_DEPTH = 3  # sequences within sequences
-MAX_GROWTH = 200  # bytes that one byte of text may become in a chain
-MAX_PATTERN = 2000  # characters of a pattern
-MAX_CONTENT = 64  # characters of what is put in a pattern's place, or before a text
-MAX_STRIPPED = 1024  # characters that a decoder takes off a token
 
-
-class Growth(NamedTuple):
-    """A text of n bytes becomes at most `factor`·n + `more` bytes."""
-
-    factor: float = 1
-    more: float = 0
-
-    def then(self, other: "Growth") -> "Growth":
-        """The growth of one after the other."""
-        return Growth(self.factor * other.factor, self.more * other.factor + other.more)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A component: its fields, any of which may be missing, and how a text can grow in it."""
-
-    fields: Mapping[str, Check] = field(default_factory=dict)
-    growth: Callable[[Mapping[str, Any]], Growth] = lambda part: Growth()
-
-
-@dataclass(frozen=True)
-class Room:
-    """The components that one place of tokenizer.json may hold."""
-
-    inner: str  # key of the list in a `Sequence`
-    parts: Mapping[str, Part]  # type -> component
-
-
-def text(least: int, most: int) -> Check:
-    """A text of at most N characters."""
-
-    def check(value: Any, where: str) -> None:
-        if not isinstance(value, str) or not least <= len(value) <= most:
-            fault = f"has {len(value)} characters" if isinstance(value, str) else f"is {shown(value)}"
-            raise KitError(f"{where} {fault}; it must be a text of {least} to {most}")
-
-    return check
-
-
-def _pattern(value: Any, where: str) -> None:
-    as_object(value, where, (), ("String", "Regex"))
-    if len(value) != 1:
-        raise KitError(f"{where} must be either a String or a Regex")
-    for kind, content in value.items():
-        text(1, MAX_PATTERN)(content, f"{where}.{kind}")
-
-
-def _size(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
-
-
-def _by(factor: float) -> Callable[[Mapping[str, Any]], Growth]:
-    return lambda part: Growth(factor)
-
-
-def _replaced(part: Mapping[str, Any]) -> Growth:
-    """A regular expression can match nothing at all, before every character and at the end."""
-    pattern, content = part.get("pattern", {}), _size(part.get("content", ""))
-    if "Regex" in pattern:
-        return Growth(1 + content, content)
-    return Growth(max(1, content / _size(pattern.get("String", "?"))))
-
-
-def _in_bytes(part: Mapping[str, Any]) -> Growth:
-    """A byte is written as a character of at most two, and before each piece comes a space, if any does."""
-    return Growth(4 if part.get("add_prefix_space", True) else 2)
-
-
-def _metaspace(part: Mapping[str, Any]) -> Growth:
-    """A space becomes the replacement, and each piece may get one more before it."""
-    return Growth(2 * _size(part.get("replacement", "▁")))
-
-
-_BYTES = {"add_prefix_space": truth, "trim_offsets": truth, "use_regex": truth}
-_BEHAVIOR = {"behavior": one_of("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")}
-_REPLACE = Part({"pattern": _pattern, "content": text(0, MAX_CONTENT)}, _replaced)
-_META = {
-    **{"replacement": text(1, 1), "str_rep": text(1, 1), "add_prefix_space": truth, "split": truth},
-    "prepend_scheme": one_of("first", "never", "always"),
+_TOP = (
+    *("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"),
+    *("decoder", "model"),
+)
+_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_MARK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+_EXACT: dict[str, tuple[dict[str, Any], ...]] = {
+    "normalizer": ({"type": "NFC"}, {"type": "Prepend", "prepend": "▁"}, _SPACE),
+    "decoder": (
+        *(_MARK, {"type": "ByteFallback"}, {"type": "Fuse"}),
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ),
 }
-_BERT = dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), truth)
-
-# growths of the normal forms are those of Unicode in UTF-8: U+1D1C0, U+0DDD and U+FDFA grow the most
-NORMALIZERS = Room(
-    "normalizers",
-    {
-        "NFC": Part(growth=_by(3)),
-        "NFD": Part(growth=_by(3)),
-        "NFKC": Part(growth=_by(11)),
-        "NFKD": Part(growth=_by(11)),
-        "Nmt": Part(),
-        "Lowercase": Part(growth=_by(1.5)),
-        "Strip": Part({"strip_left": truth, "strip_right": truth}),
-        "StripAccents": Part(),
-        "Replace": _REPLACE,
-        "Prepend": Part({"prepend": text(0, MAX_CONTENT)}, lambda part: Growth(1, _size(part.get("prepend", "")))),
-        "ByteLevel": Part(growth=_by(2)),
-        # spaces around a character of three bytes, then NFD, then lower case
-        "BertNormalizer": Part({**_BERT, "strip_accents": null_or(truth)}, _by(5 / 3 * 3 * 1.5)),
+_BYTES, _SPLIT = ("add_prefix_space", "trim_offsets", "use_regex"), ("pattern", "behavior", "invert")
+_META = ("replacement", "prepend_scheme", "split")
+_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "normalizer": {},
+    "pre_tokenizer": {
+        **{"ByteLevel": _BYTES, "Metaspace": _META, "Split": _SPLIT},
+        **{"Digits": ("individual_digits",), "Punctuation": ("behavior",)},
     },
-)
-PRE_TOKENIZERS = Room(
-    "pretokenizers",
-    {
-        "ByteLevel": Part(_BYTES, _in_bytes),
-        "Metaspace": Part(_META, _metaspace),
-        "Split": Part({"pattern": _pattern, **_BEHAVIOR, "invert": truth}),
-        "Digits": Part({"individual_digits": truth}),
-        "Punctuation": Part(_BEHAVIOR),
-        "Whitespace": Part(),
-        "WhitespaceSplit": Part(),
-        "BertPreTokenizer": Part(),
-        "CharDelimiterSplit": Part({"delimiter": text(1, 1)}),
-        "UnicodeScripts": Part(),
-        "FixedLength": Part({"length": whole(1, 1 << 20)}),
+    "decoder": {"ByteLevel": _BYTES, "Metaspace": _META},
+    "post_processor": {"ByteLevel": _BYTES, "TemplateProcessing": ("single", "pair", "special_tokens")},
+    "model": {
+        "BPE": (
+            *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback"),
+            *("ignore_merges", "vocab", "merges"),
+        ),
+        "Unigram": ("unk_id", "vocab", "byte_fallback"),
     },
-)
-DECODERS = Room(
-    "decoders",
-    {
-        "ByteLevel": Part(_BYTES, _by(3)),  # a byte that is no text becomes U+FFFD
-        "Metaspace": Part(_META),
-        "Replace": _REPLACE,
-        "ByteFallback": Part(),
-        "Fuse": Part(),
-        # from one end only: a token that is shorter than what both ends take makes the library panic
-        "Strip": Part({"content": text(1, 1), "start": whole(0, MAX_STRIPPED), "stop": whole(0, 0)}),
-    },
-)
-
-# component -> why it is none of the above, where that needs saying
-_WHY = {"Precompiled": ", a table of bytes that the tokenizers library follows without checking it"}
+}
+_ITEMS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+    "post_processor": "processors",
+}
 
 
-def check_chains(whole: Mapping[str, Any]) -> None:
-    """Check how a text is changed on its way into tokens, and tokens on their way back, by tokenizer.json, parsed.
-
-    Raises:
-        KitError: A component or field is not in the tables, there are too many of them, or a text could outgrow itself.
-    """
-    written = [leaf for name, room in _WRITING.items() for leaf in leaves(whole[name], f"{TOKENIZER}: {name}", room)]
-    _check_growth(written, "normalizer and pre_tokenizer")
-    _check_growth(leaves(whole["decoder"], f"{TOKENIZER}: decoder", DECODERS), "decoder")
-
-
-_WRITING = {"normalizer": NORMALIZERS, "pre_tokenizer": PRE_TOKENIZERS}
-
-
-def leaves(value: Any, where: str, room: Room) -> list[tuple[Part, dict[str, Any]]]:
-    """Check a component, or a sequence of them, against a room's table.
+def check_parts(value: Any) -> list[str]:
+    """Compare a tokenizer.json, parsed, with the allowlist.
 
     Returns:
-        The component's entry in the table and what the file says of it, in the order in which they are run.
+        The normalizers as text, in their order: they rewrite a text before it is cut into tokens.
+
+    Raises:
+        KitError: A component or key is not in the list, or the model draws tokens at random.
     """
-    found = _leaves(value, where, room, MAX_DEPTH)
-    if len(found) > MAX_PIECES:
-        raise KitError(f"{where} is made of {len(found)} components; it may be made of {MAX_PIECES}")
-    return found
+    parts = as_object(value, TOKENIZER, _TOP)
+    for name in ("truncation", "padding"):
+        if parts[name] is not None:
+            raise KitError(f"{TOKENIZER}: {name} is {shown(parts[name])}, not null")
+    flat = {name: list(_flat(parts[name], f"{TOKENIZER}: {name}", name)) for name in _KEYS}
+    if not flat["model"]:
+        raise KitError(f"{TOKENIZER} has no model")
+    if dropout := flat["model"][0].get("dropout"):
+        raise KitError(f"{TOKENIZER}: model.dropout is {shown(dropout)}; a tokenizer must not draw at random")
+    return [_as_text(part) for part in flat["normalizer"]]
 
 
-def _leaves(value: Any, where: str, room: Room, depth: int) -> list[tuple[Part, dict[str, Any]]]:
-    if value is None:
+def _flat(part: Any, where: str, place: str) -> list[dict[str, Any]]:
+    """Check a component or a sequence of them, and list the components in their order."""
+    if part is None:
         return []
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "Sequence":
-        as_object(value, where, ("type", room.inner))
-        if not depth:
-            raise KitError(f"{where} has sequences within sequences, more than {MAX_DEPTH} deep")
-        items = enumerate(as_list(value[room.inner], f"{where}.{room.inner}", MAX_PIECES))
-        inside = [_leaves(item, f"{where}.{room.inner}.{place}", room, depth - 1) for place, item in items]
-        return [leaf for found in inside for leaf in found]
-    if not isinstance(kind, str) or kind not in room.parts:
-        known = ", ".join(room.parts)
-        raise KitError(f"{where} is {shown(kind or value)}{_WHY.get(str(kind), '')}; a kit may have {known}")
-    part = room.parts[kind]
-    check_fields(value, where, part.fields)
-    return [(part, value)]
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "Sequence" and place in _ITEMS:
+        items = _ITEMS[place]
+        as_object(part, where, ("type", items))
+        parts = as_list(part[items], f"{where}.{items}", 64)
+        return [leaf for number, item in enumerate(parts) for leaf in _flat(item, f"{where}.{items}.{number}", place)]
+    if place == "model" and isinstance(part, dict) and kind is None and "merges" in part:
+        kind = "BPE"  # files of old versions do not name it
+    if part in _EXACT.get(place, ()):
+        return [part]
+    keys = _KEYS[place].get(kind) if isinstance(kind, str) else None
+    if keys is None:
+        kinds = ", ".join([*_KEYS[place], *(_as_text(entry) for entry in _EXACT.get(place, ()))])
+        raise KitError(f"{where} is {shown(part)}; a kit may have {kinds}")
+    as_object(part, where, (), ("type", *keys))
+    return [part]
 
 
-def check_fields(value: dict[str, Any], where: str, fields: Mapping[str, Check]) -> None:
-    """Check each field of a component, which beside its type may have these."""
-    as_object(value, where, ("type",), tuple(fields))
-    for name, content in value.items():
-        if name != "type":
-            fields[name](content, f"{where}.{name}")
-
-
-def _check_growth(chain: list[tuple[Part, dict[str, Any]]], name: str) -> None:
-    whole = Growth()
-    for part, value in chain:
-        whole = whole.then(part.growth(value))
-    if whole.factor + whole.more > MAX_GROWTH:
-        raise KitError(
-            f"{TOKENIZER}: {name} can turn one byte of text into {whole.factor + whole.more:.3g}; "
-            f"more than {MAX_GROWTH} are not allowed"
-        )
+def _as_text(part: dict[str, Any]) -> str:
+    values = [value.get("String") if isinstance(value, dict) else value for value in part.values()]
+    return " ".join(str(value) if value == part["type"] else repr(value) for value in values)
