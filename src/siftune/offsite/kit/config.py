@@ -25,6 +25,7 @@ from siftune.offsite.kit.tensors import DTYPES, TensorSpec
 
 CONFIG = "config.json"
 MAX_BUFFERS = 64 << 20  # bytes that a model computes for itself, such as the frequencies of rotary embeddings
+MAX_ANGLE = 100  # of cosines and sines with their factor, which is about 1
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -220,8 +221,8 @@ def try_model(model: PreTrainedModel, name: str) -> None:
             model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids, use_cache=True)
     except Exception as error:  # transformers runs on untrusted values
         raise KitError(f"{name}: the model of it cannot run ({brief(error)})") from error
-    if not all(bool(angle.isfinite().all()) for angle in angles):
-        raise KitError(f"{name}: rope_parameters make angles that are not finite")
+    if not all(bool((angle.abs() <= MAX_ANGLE).all()) for angle in angles):
+        raise KitError(f"{name}: rope_parameters make cosines that are not finite, or above {MAX_ANGLE}")
 
 
 def _plain(kind: Any) -> Any:
