@@ -40,7 +40,6 @@ RECIPES = {
     "gast, rest": Recipe(method="gast", gast=GASTSettings(support="rest")),
     "gast, sample": Recipe(method="gast", gast=GASTSettings(support="sample")),
     "gast, sample, averaged": Recipe(method="gast", gast=GASTSettings(support_every=4)),
-    "gast, momentum": Recipe(method="gast", gast=GASTSettings(support="momentum")),
 }
 
 

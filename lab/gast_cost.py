@@ -33,8 +33,8 @@ BASELINES = {
     "store-all": ("StoreAll", "gast-rest"),
     "store-all-sample": ("StoreAll", "gast-sample"),
 }
-METHODS = "dense,gast-rest,gast-momentum,gast-sample,ist,ist+gast,two-pass,store-all,greats"
-SWEPT = "dense,gast-rest,gast-momentum"
+METHODS = "dense,gast-rest,gast-sample,ist,ist+gast,two-pass,store-all,greats"
+SWEPT = "dense,gast-rest"
 
 WORKER = (sys.executable, "-m", "lab.gast_cost", "--worker")
 _HIDDEN, _LAYERS, _RANK = 256, (8, 30), 16  # of the sweep's models; rank over hidden size as in SmolLM2 with rank 32

@@ -21,11 +21,6 @@ def _gast(**settings: Any) -> dict[str, Any]:
     return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
 
 
-def _trim(select: float = 0.25) -> dict[str, Any]:
-    """Recipe of Trim, which follows the rows of a batch with the smallest loss."""
-    return {"recipe": {"method": "trim", "trim": {"select": select}}}
-
-
 METHODS: dict[str, Method] = {
     "untrained": {"untrained": True},
     "dense": {},
@@ -37,8 +32,6 @@ METHODS: dict[str, Method] = {
     "sifted": {"rows": "sifted+weighted", "late": 1 / 3},
     "ceiling": {"keep": "target"},
     "random": _gast(support="rest", choice="random"),
-    "small-loss": _trim(),
-    "trim-loss": _trim(0.75),
     "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
     "gast": _gast(),
     "late-known": {"rows": "pool+weighted", "late": 1 / 3},

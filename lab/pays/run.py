@@ -1,6 +1,6 @@
 """Quality of selection: run the jobs of a scenario or of a file, several at a time.
 
-    python -m lab.pays.run S1 --data FOLDER --cells mix,reverse --methods dense,ceiling,small-loss,gast \
+    python -m lab.pays.run S1 --data FOLDER --cells mix,reverse --methods dense,ceiling,late-known,gast \
         --lrs 5e-4,1e-3 --seeds 0,1 --out pays.jsonl --workers 2
     python -m lab.pays.run --data FOLDER --jobs jobs.jsonl --out pays.jsonl
     python -m lab.pays.report pays.jsonl

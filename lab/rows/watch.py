@@ -44,7 +44,7 @@ class Watching:
     """
 
     at_once, always, select = False, True, 1.0
-    keeps_mean, stream, support = False, None, None
+    stream, support = None, None
 
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         self.units: Sequence[Unit] = units_of(groups)

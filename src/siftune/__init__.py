@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from siftune.methods.ist.callback import IST
     from siftune.methods.lisa import LISA
     from siftune.methods.rst import RST
-    from siftune.methods.trim import Trim
     from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
     from siftune.records.record import RowRecord
@@ -31,7 +30,6 @@ _LAZY = {
     "RST": "siftune.methods.rst",
     "RowRecord": "siftune.records.record",
     "SiftuneError": "siftune.base.errors",
-    "Trim": "siftune.methods.trim",
     "attach_adapter": "siftune.models.adapters.attach",
     "find_layers": "siftune.models.layers",
     "shard_base": "siftune.engine.sharding",
@@ -47,7 +45,6 @@ __all__ = [  # noqa: RUF022
     "RST",
     "RowRecord",
     "SiftuneError",
-    "Trim",
     "attach_adapter",
     "find_layers",
     "shard_base",

@@ -60,8 +60,7 @@ def step(stack, model, method, inputs):
         return []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     methods = attached(stack, method, model, optimizer)
-    # trim reads the labels that the model is called with
-    summed_loss((lambda **_: model(**inputs)) if method == "trim" else model, inputs).backward()
+    summed_loss(model, inputs).backward()
     return [part.last for part in methods]
 
 
@@ -73,7 +72,7 @@ STEPS = [
     ("lora", "gast", {"family": "4 bits"}),
     ("lora", "ist+gast", {"family": "8 bits"}),
     ("rslora", "cut", {}),
-    ("dora", "trim", {}),
+    ("dora", "greats", {}),
     ("dora", "gast", {"family": "gpt2"}),
     ("series", "ist+gast", {}),
     ("series", "gast", {"family": "mamba"}),

@@ -26,7 +26,7 @@ def assert_same_choices(first, second):
         torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize(("support", "select"), [("sample", 4), ("momentum", 100), ("dataset", 1.0)])
+@pytest.mark.parametrize(("support", "select"), [("sample", 4), ("rest", 100), ("dataset", 1.0)])
 def test_everything_selected_is_plain_training_bit_for_bit(tmp_path, support, select):
     plain, _ = train(tmp_path, model=adapted(dropout=0.2), max_steps=8)
     ours, _ = train(tmp_path, method(support, select), model=adapted(dropout=0.2), max_steps=8)
@@ -43,7 +43,7 @@ def test_everything_selected_by_the_tape_is_plain_training(tmp_path, monkeypatch
         torch.testing.assert_close(weights(ours)[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("support", ["sample", "momentum", "averaged"])
+@pytest.mark.parametrize("support", ["sample", "averaged"])
 def test_scores_of_rows_do_not_depend_on_accumulation(tmp_path, support):
     """A row's score against support of its own is the same in any batch; the weights are fixed."""
     runs = []
@@ -107,7 +107,7 @@ def _single(model, inputs, labels):
 
 @pytest.mark.parametrize(
     ("support", "stop", "with_ist"),  # within an epoch, and in the second
-    [("averaged", 8, True), ("momentum", 3, False), ("dataset", 3, False)],
+    [("averaged", 8, True), ("averaged", 3, False), ("dataset", 3, False)],
 )
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
     settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": stop, "gradient_accumulation_steps": 2}
@@ -119,7 +119,7 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
     whole, again = methods(), methods()
     unbroken, _ = train(tmp_path, *whole, model=adapted(dropout=0.2), **settings)
     checkpoint = tmp_path / f"checkpoint-{stop}"
-    assert (checkpoint / "gast_mean.safetensors").exists() == (support in ("momentum", "averaged"))
+    assert (checkpoint / "gast_mean.safetensors").exists() == (support == "averaged")
     model, _ = train(tmp_path, *again, model=adapted(dropout=0.2), resume=str(checkpoint), **settings)
     assert_same(weights(unbroken), weights(model))
     rest = [s for s in whole[-1].history if s.step >= stop]
@@ -129,7 +129,7 @@ def test_resume_is_bitwise_the_unbroken_run(tmp_path, support, stop, with_ist):
 
 @pytest.mark.parametrize(
     ("support", "steps_known", "with_ist"),
-    [("dataset", True, True), ("momentum", True, False), ("rest", False, False), ("averaged", True, False)],
+    [("dataset", True, True), ("rest", False, False), ("averaged", True, False)],
 )
 def test_a_custom_loop_resumes_bitwise(support, steps_known, with_ist):
     """Without the optimizer's steps every pass counts on."""
@@ -182,7 +182,7 @@ def until(share, support):
 
 def test_steps_after_the_end_of_selection_are_plain_training(tmp_path, caplog):
     caplog.set_level("INFO", logger="siftune")
-    never = until(0.05, "momentum")
+    never = until(0.05, "rest")
     train(tmp_path / "plain", model=(plain := adapted()))
     train(tmp_path / "never", never, model=(ours := adapted()))
     assert_same(weights(plain), weights(ours))
@@ -197,8 +197,8 @@ def test_steps_after_the_end_of_selection_are_plain_training(tmp_path, caplog):
 @pytest.mark.parametrize("stop", [2, 4])  # before the selection ends, and as it ends
 def test_resume_around_the_end_of_selection(tmp_path, stop):
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": stop}
-    unbroken, _ = train(tmp_path, until(0.57, "momentum"), **settings)
-    model, _ = train(tmp_path, until(0.57, "momentum"), resume=str(tmp_path / f"checkpoint-{stop}"), **settings)
+    unbroken, _ = train(tmp_path, until(0.57, "averaged"), **settings)
+    model, _ = train(tmp_path, until(0.57, "averaged"), resume=str(tmp_path / f"checkpoint-{stop}"), **settings)
     assert_same(weights(unbroken), weights(model))
 
 
@@ -215,7 +215,7 @@ def test_another_training_begins_anew(tmp_path):
 
 def test_a_checkpoint_without_the_running_mean_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
-    train(tmp_path, method("momentum"), **settings)
+    train(tmp_path, method("averaged"), **settings)
     (tmp_path / "checkpoint-3" / "gast_mean.safetensors").unlink()
     with pytest.raises(RecipeError, match="gast_mean"):
-        train(tmp_path, method("momentum"), resume=str(tmp_path / "checkpoint-3"), **settings)
+        train(tmp_path, method("averaged"), resume=str(tmp_path / "checkpoint-3"), **settings)

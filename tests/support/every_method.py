@@ -38,7 +38,6 @@ CASES = {
     "lisa": Case({"active": 4}, {"active": 2, "interval": 3}),
     "cut": Case({}, {}),  # its limit are depths of 0, see `limit`
     "gast": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
-    "trim": Case({"select": 1.0}, {"select": 2}),
     "greats": Case({"select": 1.0}, {"select": 2}),
 }
 

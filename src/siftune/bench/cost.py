@@ -33,7 +33,6 @@ SUPPORTS: dict[str, dict[str, Any]] = {
     "sample": {"support": "sample"},
     "averaged": {"support": "sample", "support_every": 4},
     "rest": {"support": "rest"},
-    "momentum": {"support": "momentum"},
 }
 _VARIANTS = ("dense-compiled", *(f"gast-{support}" for support in SUPPORTS), "trl", "trl-no-checkpointing")
 MEASURED = (*(name for name in METHODS if name != "gast"), *_VARIANTS)

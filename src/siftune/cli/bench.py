@@ -27,8 +27,7 @@ class Options(Workload):
 
     methods: str = "dense,rst,ist,gast-rest"
     """Methods to measure, with commas between: those of siftune train (gast as gast-sample, gast-averaged with
-    support rows drawn in every fourth step and averaged, gast-rest or gast-momentum), dense-compiled, trl,
-    trl-no-checkpointing."""
+    support rows drawn in every fourth step and averaged, or gast-rest), dense-compiled, trl, trl-no-checkpointing."""
     against: str | None = None
     """Further methods to compare all with, such as trl: TRL's SFTTrainer with its own defaults."""
     rounds: Count = 3

@@ -1,7 +1,7 @@
 """torch.distributed for siftune: joining a launch, exchanges between ranks. The only file that uses it."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -94,16 +94,6 @@ def in_group() -> bool:
 def rank() -> int:
     """Number of this rank; 0 without a process group."""
     return dist.get_rank() if in_group() else 0
-
-
-def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum each of `tensors` over the ranks, in one exchange; they must have the same shapes on each of them."""
-    if world_size() == 1 or not tensors:
-        return list(tensors)
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    parts = torch.split(flat, [t.numel() for t in tensors])
-    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
 def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.drivers.batches import Batch, Loss, RowDraws, model_loss
-from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.ist.callback import IST
 
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
@@ -63,7 +62,7 @@ class Sift(Callback):  # type: ignore[misc]
         """Attach the method, and continue from a checkpoint's state."""
         self._remove()
         _refuse_sharding(trainer)
-        names = _arguments(self.method.attach)
+        names = inspect.signature(self.method.attach).parameters
         arguments = {"optimizer": _optimizer(trainer), "batches": self.batches, "loss": self.loss}
         draws = self.batches is None and "batches" in names and _by_training_rows(self.method)
         if draws:
@@ -98,14 +97,6 @@ class Sift(Callback):  # type: ignore[misc]
     def _remove(self) -> None:
         if self.selection is not None:
             self.selection.remove()
-
-
-def _arguments(attach: Any) -> set[str]:
-    """Arguments of a method's `attach` besides the model; with `**kwargs`, those of `SampleCallback.attach`."""
-    parameters = inspect.signature(attach).parameters.values()
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
-        parameters = inspect.signature(SampleCallback.attach).parameters.values()
-    return {each.name for each in parameters}
 
 
 def _by_training_rows(method: Any) -> bool:

@@ -17,7 +17,6 @@ from siftune.methods.options import (
     ISTSettings,
     LISASettings,
     RSTSettings,
-    TrimSettings,
 )
 
 
@@ -27,10 +26,9 @@ class Part:
 
     settings: type[Settings]
     callback: str  # class of its callback, as MODULE:NAME; imported on first use
-    rows: bool = False  # it selects rows; else it selects layers
+    rows: bool = False  # it selects rows by a support set, such as a target; else it selects layers
     suppresses: bool = False  # it damps the response of adapters, for which it needs a layer's initial weights
     by_data: bool = False  # its choice depends on the rows, so that noise on gradients does not make it private
-    by_support: bool = False  # it compares rows with a support set, such as a target
     until_target: bool = False  # it stops selecting rows where a target's rows begin
 
     def build(self, settings: Settings, **others: Any) -> Any:
@@ -57,11 +55,8 @@ _RST = Part(RSTSettings, "siftune.methods.rst:RST")
 _IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True, by_data=True)
 _LISA = Part(LISASettings, "siftune.methods.lisa:LISA")
 _CUT = Part(CutSettings, "siftune.methods.cut:Cut")
-_GAST = Part(
-    GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True, by_support=True, until_target=True
-)
-_GREATS = Part(GREATSSettings, "siftune.methods.greats:GREATS", rows=True, by_data=True, by_support=True)
-_TRIM = Part(TrimSettings, "siftune.methods.trim:Trim", rows=True, by_data=True)
+_GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True, until_target=True)
+_GREATS = Part(GREATSSettings, "siftune.methods.greats:GREATS", rows=True, by_data=True)
 
 METHODS = {
     "dense": Method("all layers follow all rows"),
@@ -71,7 +66,6 @@ METHODS = {
     "cut": Method("all layers above a random depth, where backward ends (ours)", (_CUT,), lr=1e-3),
     "gast": Method("every layer follows the rows that align with a support set (arXiv 2603.09865)", (_GAST,)),
     "greats": Method("all layers follow the rows that most help a support set (NeurIPS 2024)", (_GREATS,)),
-    "trim": Method("all layers follow the rows of smallest loss (arXiv 1810.11874)", (_TRIM,)),
     "ist+gast": Method("layers drawn by importance, and per layer the rows that align with it", (_IST, _GAST), lr=2e-3),
 }
 

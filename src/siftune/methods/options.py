@@ -90,9 +90,8 @@ class GASTSettings(Settings):
 
     select: CountOrShare = 0.75  # ours
     """Rows of a batch that a layer follows: a number of rows, or a share such as 0.75 (the paper's: 0.5)."""
-    support: Literal["sample", "rest", "momentum", "dataset"] = "sample"
-    """Rows to compare with: drawn training rows (the paper's), the other rows of the batch, the gradients of earlier
-    steps, or the rows of a target."""
+    support: Literal["sample", "rest", "dataset"] = "sample"
+    """Rows to compare with: drawn training rows (the paper's), the other rows of the batch, or the rows of a target."""
     support_size: Count = 4
     """Support rows per step, for support sample and dataset."""
     support_every: Count = 1  # ours
@@ -128,13 +127,3 @@ class GREATSSettings(Settings):
 
     select: CountOrShare = 0.5
     """Rows of a batch that are followed: a number of rows, or a share such as 0.5."""
-
-
-@dataclass(config=CONFIG)
-class TrimSettings(Settings):
-    """All layers follow the rows of a batch with the smallest loss."""
-
-    group = "trim"
-
-    select: CountOrShare = 0.75  # ours
-    """Rows of a batch that are followed: a number of rows, or a share such as 0.75."""

@@ -300,8 +300,7 @@ def row_losses(output: Any, labels_BT: Tensor) -> Tensor:
     found = tuple(logits.shape) if isinstance(logits, Tensor) else "no logits"
     raise UnsupportedError(
         f"labels are {tuple(labels_BT.shape)} and the model's output has {found}, from which losses of rows cannot "
-        "be computed: turn off what fuses the loss into the model (such as use_liger_kernel), or leave out "
-        "RowRecord or Trim"
+        "be computed: turn off what fuses the loss into the model (such as use_liger_kernel), or leave out RowRecord"
     )
 
 

@@ -107,7 +107,7 @@ def _target_faults(recipe: Recipe) -> list[tuple[bool, str]]:
 
 def _could_compare(recipe: Recipe) -> bool:
     """Whether a recipe's method can compare rows with others."""
-    return any(part.by_support for part in method_of(recipe).parts)
+    return any(part.rows for part in method_of(recipe).parts)
 
 
 def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 _RECORDED = "scores and losses of rows are always recorded"
+_TRIM = "use siftune sift with a few correct rows, or siftune rows and --drop-rows"
 _ADAPTER = "use lora, rslora, dora, series, parallel, ia3, ln or full"
 
 # option, or option=value -> what to do, to follow "was removed:"
@@ -25,18 +26,20 @@ REMOVED = {
     "static": "use --layers to name the layers that train",
     "cut.depths": "they are 0, 0.25, 0.5 and 0.75",
     "gast.among": "rows compete within their batch; use a larger --batch-size",
-    "gast.decay": "a running mean keeps 0.9 of itself per step",
+    "gast.decay": "it was for support momentum; use support rest",
     "gast.select_until": "selection ends where the target's rows begin",
     "gast.support_decay": "with gast.support_every above 1, the mean keeps 0.9 of itself per step",
     "greats.support": "GREATS helps the rows of --target, else training rows",
     "greats.support_size": "4 support rows are drawn per step",
     "ist.importance_from": "importance is measured by the adapters' response",
     "lisa.keep_state": "the optimizer drops the state of layers that leave",
-    "trim.which": "the rows of smallest loss are followed",
+    "trim": _TRIM,
+    "gast.support=momentum": "use support rest",
     "gast.score=preconditioned": "use inner or cosine",
     "gast.score=preconditioned-cosine": "use inner or cosine",
     "method=loradrop": "use --layers to name the layers that train",
     "method=static": "use --layers to name the layers that train",
+    "method=trim": _TRIM,
     **{f"adapter={name}": _ADAPTER for name in ("vera", "loha", "lokr", "oft", "boft", "adalora", "prefix")},
 }
 

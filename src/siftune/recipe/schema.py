@@ -213,7 +213,7 @@ def differences(before: Recipe, after: Recipe, free: Collection[str]) -> Iterato
 def compares(recipe: Recipe) -> bool:
     """Whether a recipe's method compares rows with a target."""
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
-        if part.by_support:  # a method without the option support uses a target if there is one
+        if part.rows:  # a method without the option support uses a target if there is one
             default = "dataset" if recipe.target else "sample"
             return bool(getattr(settings, "support", default) == "dataset")
     return False

@@ -35,7 +35,6 @@ BAD = {
     "gast.choice": ["best"],
     "gast.score": ["euclidean"],
     "greats.select": [0, 1.5],
-    "trim.select": [0, 1.5],
 }
 
 
@@ -53,7 +52,7 @@ def test_a_value_out_of_range_is_refused(option, value):
 
 
 def test_a_mean_of_support_gradients_needs_support_rows():
-    for settings in ({"support": "rest"}, {"support": "momentum"}, {"choice": "random"}):
+    for settings in ({"support": "rest"}, {"choice": "random"}):
         with pytest.raises(RecipeError, match="support_every"):
             GASTSettings(support_every=2, **settings)
 

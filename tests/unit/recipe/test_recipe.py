@@ -217,8 +217,8 @@ def test_a_recipe_written_holds_the_settings_of_its_method_alone():
 
 def test_a_later_file_adds_to_the_settings_of_an_earlier_one(recipe_file):
     base = recipe_file("method: gast\ngast:\n  select: 8\n  support: rest\n", "base.yaml")
-    recipe = load_recipe(base, recipe_file("gast: {support: momentum}\n"))
-    assert recipe.gast == GASTSettings(select=8, support="momentum")
+    recipe = load_recipe(base, recipe_file("gast: {support: sample}\n"))
+    assert recipe.gast == GASTSettings(select=8, support="sample")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def state_of(run):
 @pytest.mark.parametrize(
     ("seed", "settings"),
     [
-        (0, {"method": "ist+gast", "support": "momentum"}),
+        (0, {"method": "ist+gast", "support_every": 2}),
         (1, {"method": "dense", "adapter": "full", "layers": (0, -1), "dropout": 0.0}),
         (2, {"method": "gast", "accumulate": 2}),
         (3, {"method": "lisa"}),

@@ -81,8 +81,8 @@ def metrics(run):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "ist+gast", "support": "momentum", "accumulate": 2, "adapter": "dora", "dropout": 0.1},
-        {"method": "ist+gast", "support": "momentum", "dtype": "bfloat16", "adapter": "full", "layers": (0, -1)},
+        {"method": "ist+gast", "support_every": 3, "accumulate": 2, "adapter": "dora", "dropout": 0.1},
+        {"method": "ist+gast", "support_every": 3, "dtype": "bfloat16", "adapter": "full", "layers": (0, -1)},
         {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
     ],
     ids=["adapter", "layers", "target"],

@@ -68,7 +68,7 @@ class RowDraws:
             raise DataError(
                 f"The Trainer's collator makes a {type(batch).__name__} of rows, not a batch. A trainer that generates "
                 "its batches, such as GRPO, has no rows to score layers on or to compare gradients with: use GAST "
-                'with support="rest" or "momentum", or RST.'
+                'with support="rest", or RST.'
             )
         return batch
 

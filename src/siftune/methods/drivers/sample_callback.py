@@ -132,7 +132,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if batches is None and self.support_source is not None:
             raise RecipeError(
                 f"{type(self).__name__} compares with support rows: pass attach(..., batches=...), or with GAST set "
-                'support="rest" or "momentum"'
+                'support="rest"'
             )
 
     def on_train_begin(
@@ -251,13 +251,14 @@ class SampleCallback(SelectionCallback[SampleSelection]):
 
     def _load_mean(self, selection: SampleSelection) -> None:
         """Read the running mean from the checkpoint."""
-        if not selection.rule.keeps_mean:
+        support = selection.rule.support
+        if support is None or not support.lasts:
             return
         folder = resumed_from(self)
         if folder is None or not (folder / self._mean_file).is_file():
             raise RecipeError(
-                f"the checkpoint {folder or ''} has no {self._mean_file} with the running mean of earlier gradients: "
-                'resume from another checkpoint, or with support="rest"'
+                f"the checkpoint {folder or ''} has no {self._mean_file} with the running mean of support gradients: "
+                "resume from another checkpoint, or with support_every=1"
             )
         selection.load_mean_tensors(load_file(folder / self._mean_file))
 

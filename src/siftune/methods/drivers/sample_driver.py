@@ -47,24 +47,6 @@ class SampleRule(ABC):
     def __init__(self, units: Sequence[Unit], select: int | float) -> None:
         self.units = units
         self.select = select
-        self._mean: Gradients = {}
-
-    @property
-    def keeps_mean(self) -> bool:
-        """Whether a step's choice depends on gradients of earlier steps."""
-        return self.support is not None and self.support.lasts
-
-    @property
-    def mean(self) -> Gradients:
-        """Running mean of these gradients by parameter: of all samples, or of support sets."""
-        return self._mean if self.support is None else self.support.average
-
-    @mean.setter
-    def mean(self, mean: Gradients) -> None:
-        if self.support is None:
-            self._mean = mean
-        else:
-            self.support.average = mean
 
     def follows_all(self, steps: int) -> bool:
         """Whether selection has ended after `steps` optimizer steps."""
@@ -74,8 +56,10 @@ class SampleRule(ABC):
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples for some layers, note the choice, and add up their gradients."""
 
-    def end(self) -> None:  # noqa: B027
+    def end(self) -> None:
         """End a step, whose gradients are complete, before the optimizer steps."""
+        if self.support is not None:
+            self.support.end()
 
 
 def summed(grads: SampleGradients, chosen_K: Tensor, factor: Tensor) -> Gradients:
@@ -164,10 +148,6 @@ class SampleSelection:
         """Call `end()` before and `step()` after every step of `optimizer`."""
         self._handles += around_steps(optimizer, self.end, self.step)
 
-    def on_remove(self, handle: Any) -> None:
-        """Remove another handle together with the selection."""
-        self._handles.append(handle)
-
     def remove(self) -> None:
         """Remove all hooks from the model and the optimizer; a second call has no effect."""
         self._tape.remove()
@@ -194,13 +174,15 @@ class SampleSelection:
         load_draws_state(state, self.generator, self.draws)
 
     def mean_tensors(self) -> dict[str, Tensor]:
-        """The rule's running mean, by name of the parameter; empty without one."""
-        names = self._names()
-        return {names[p]: mean for p, mean in self.rule.mean.items()}
+        """The running mean of the support gradients, by name of the parameter; empty without one."""
+        names, support = self._names(), self.rule.support
+        return {} if support is None else {names[p]: mean for p, mean in support.average.items()}
 
     def load_mean_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue with the running mean of `mean_tensors()`."""
-        self.rule.mean = {p: tensors[name].to(p.device) for p, name in self._names().items() if name in tensors}
+        if self.rule.support is not None:
+            names = self._names()
+            self.rule.support.average = {p: tensors[name].to(p.device) for p, name in names.items() if name in tensors}
 
     def __enter__(self) -> "SampleSelection":
         return self

@@ -18,8 +18,8 @@ z `zscores_B`.
 
 Ours, not the paper's:
 - drawing without replacement (Gumbel top-K, which equals drawing one by one); the factor B/K; the score "cosine";
-- support gradients averaged over steps (`support_every`), and the support modes "rest" (h_i = Σ_{j≠i} g_j), "momentum"
-  (a running mean of the gradients of earlier steps) and "dataset";
+- support gradients averaged over steps (`support_every`), and the support modes "rest" (h_i = Σ_{j≠i} g_j) and
+  "dataset";
 - with a target, steps at the end that follow every sample;
 - std is that of the population. ε is 1e-5 of the largest |s|, so that the scale of the loss does not matter and
   rounding is not taken for a difference;
@@ -100,11 +100,10 @@ def factor(live_B: Tensor, chosen_K: Tensor) -> Tensor:
 
 
 class Scored(NamedTuple):
-    """Scores, the samples that have a gradient, and the sums of the samples' gradients."""
+    """Scores, and the samples that have a gradient."""
 
     scores: Tensor  # (S,) float32, or float64 if the gradients are
     live: Tensor  # (S,) bool
-    totals: Sequence[Tensor] = ()  # sum over the samples for each parameter, (D,); empty if not asked for
 
 
 def live_samples(grads: Sequence[Tensor]) -> Tensor:
@@ -117,12 +116,7 @@ def live_samples(grads: Sequence[Tensor]) -> Tensor:
     return squares_S > 0
 
 
-def score_samples(
-    grads: Sequence[Tensor],
-    support: Sequence[Tensor] | None,
-    cosine: bool = False,
-    totals: bool = False,
-) -> Scored:
+def score_samples(grads: Sequence[Tensor], support: Sequence[Tensor] | None, cosine: bool = False) -> Scored:
     """Score samples by the inner product of their gradients with the support's.
 
     A sample with a gradient shorter than about 1e-22 counts as one without.
@@ -131,33 +125,30 @@ def score_samples(
         grads: (S, …) gradients of the samples, one tensor per parameter.
         support: Support gradient of each parameter; None: the other samples.
         cosine: Divide by the lengths of both sides.
-        totals: Return the sums over the samples as well; not for cosines with the other samples.
     """
     if support is None and cosine:
         squares_S = numerics.added([numerics.squares(widened(g)) for g in grads])
         return Scored(_cosines_with_the_rest(grads), squares_S > 0)
     against: Sequence[Tensor | None] = [None] * len(grads) if support is None else support
-    shares = [_against(grad, other, totals) for grad, other in zip(grads, against, strict=True)]
-    products, squares, others, sums = zip(*shares, strict=True)
+    shares = [_against(grad, other) for grad, other in zip(grads, against, strict=True)]
+    products, squares, others = zip(*shares, strict=True)
     products_S, squares_S = numerics.added(products), numerics.added(squares)
     scores_S = cosines(products_S, squares_S, numerics.added(others)) if cosine else products_S
-    return Scored(scores_S, squares_S > 0, [total for total in sums if total is not None])
+    return Scored(scores_S, squares_S > 0)
 
 
-def _against(grad: Tensor, support: Tensor | None, total: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One parameter's share: products (S,), squares (S,), the support's square, and the sum (D,).
+def _against(grad: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """One parameter's share: products (S,), squares (S,), and the support's square.
 
     The gradients are widened once: on CPUs, sums over half precision take longer than the cast.
     """
     wide_SD = widened(grad).flatten(1)
-    total_D = numerics.total(wide_SD) if total or support is None else None
-    other_D = total_D if support is None else support.flatten()
-    assert other_D is not None
+    other_D = numerics.total(wide_SD) if support is None else support.flatten()
     squares_S, products_S = numerics.squares(wide_SD), numerics.products(wide_SD, other_D)
     if support is None:
         products_S = products_S - squares_S
     other = numerics.squares(widened(other_D)[None]).squeeze(0)
-    return products_S, squares_S, other, total_D
+    return products_S, squares_S, other
 
 
 def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:

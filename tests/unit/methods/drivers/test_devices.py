@@ -6,9 +6,7 @@ from support.devices import DEVICES, OnDevice
 from torch import nn
 
 from siftune.base.numerics import all_finite
-from siftune.engine.groups import LayerGroup
 from siftune.methods.drivers.support import Support
-from siftune.methods.gast.callback import moved_mean
 
 
 def spread(*values):
@@ -49,13 +47,3 @@ def test_averaged_support():
         if step % every == 0:
             mean = 2.0 * step if not step else mean * decay**every + 2.0 * step * (1 - decay**every)
         assert found[step] == [[1.0, pytest.approx(mean)], [4.0]]
-
-
-def test_momentum():
-    layers = [nn.Parameter(value) for value in spread([0.0, 0.0], [0.0])]
-    groups = [LayerGroup(index, f"layers.{index}", nn.Module(), {"w": p}) for index, p in enumerate(layers)]
-    sums = dict(zip(layers, spread([1.0, 2.0], [4.0]), strict=True))
-    mean = moved_mean(moved_mean({}, sums, groups, 0.5), sums, groups, 0.5)
-    assert values(mean.values()) == [[0.75, 1.5], [3.0]]
-    bad = dict(zip(layers, spread([1.0, 2.0], [torch.inf]), strict=True))
-    assert values(moved_mean(mean, bad, groups, 0.5).values()) == [[0.75, 1.5], [3.0]]

@@ -48,7 +48,7 @@ class Batches:
 
 @pytest.mark.parametrize(
     ("support", "extra"),
-    [("sample", {}), ("rest", {"choice": "topk", "score": "cosine"}), ("momentum", {}), ("dataset", {})],
+    [("sample", {}), ("rest", {"choice": "topk", "score": "cosine"}), ("dataset", {})],
 )
 def test_every_support_mode_trains(tmp_path, support, extra):
     method = GAST(2, support, keep=True, support_set=rows(8, seed=5) if support == "dataset" else None, **extra)
@@ -284,7 +284,7 @@ def grpo(tmp_path, method):
 
 
 def test_grpo_draws_completions(tmp_path):
-    method = GAST(2, "momentum", keep=True)
+    method = GAST(2, "rest", keep=True)
     grpo(tmp_path, method).train()
     assert [(s.scores.shape, s.selected.shape) for s in method.history] == [((4, 4), (4, 2))] * 2
 

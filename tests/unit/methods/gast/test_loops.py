@@ -125,28 +125,6 @@ def test_the_support_set_is_drawn_once_per_optimizer_step(model, inputs):
             optimizer.step()
 
 
-def test_momentum_is_the_running_mean_of_all_rows_gradients(model, inputs):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    mean = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
-    with GAST(2, "momentum").attach(model, optimizer=optimizer) as sift:
-        for step in range(4):
-            total = {p: torch.zeros_like(p) for p in mean}
-            for part in range(2):  # two micro-batches
-                given = batch(model, 5, seed=10 * step + part)
-                single = sample_gradients(model, given)
-                summed_loss(model, given).backward()
-                wanted = [flat(single, own) @ torch.cat([mean[p].flatten() for p in own]) for own in layers(model)]
-                assert_scores(sift.last, wanted)
-                for parameter, rows in single.items():
-                    total[parameter] += rows.sum(0)
-            optimizer.step()
-            optimizer.zero_grad()
-            mean = {p: 0.9 * mean[p] + 0.1 * total[p] for p in mean}
-    for parameter, value in sift.rule.mean.items():
-        torch.testing.assert_close(value, mean[parameter])
-    assert len(sift.mean_tensors()) == len(mean)
-
-
 @pytest.mark.parametrize("choice", ["stochastic", "topk", "random"])
 def test_choices(model, inputs, choice):
     with GAST(3, "rest", choice=choice, seed=2).attach(model) as sift:
@@ -247,17 +225,6 @@ def test_grad_scaler(model, inputs):
         scaler.update()
     assert all(torch.equal(p, value) for p, value in zip(parameters, before, strict=True))
     assert scaler.get_scale() == 2.0**11
-
-
-def test_a_step_that_is_not_finite_leaves_the_running_mean(model, inputs):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    with GAST(2, "momentum").attach(model, optimizer=optimizer) as sift:
-        backward(model, inputs)
-        optimizer.step()
-        before = sift.mean_tensors()
-        (summed_loss(model, inputs) * math.inf).backward()
-        optimizer.step()
-    assert all(torch.equal(before[name], value) for name, value in sift.mean_tensors().items())
 
 
 def test_support_passes_leave_the_global_generator_alone(model, inputs):

@@ -243,14 +243,6 @@ def test_scores_equal_the_double_loop(rest, cosine, case):
     assert torch.equal(got.live, live)
 
 
-@given(case=cases())
-def test_totals_are_the_sums_over_samples(case):
-    grads, support, _ = case
-    for total, grad in zip(score_samples(grads, support, totals=True).totals, grads, strict=True):
-        assert_close(total, grad.sum(0).flatten(), rtol=1e-10, atol=1e-10)
-    assert not score_samples(grads, support).totals
-
-
 @given(case=cases(), place=st.integers(0, 9))
 def test_one_value_is_enough_to_be_live(case, place):
     grads, _, live = case

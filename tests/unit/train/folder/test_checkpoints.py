@@ -149,7 +149,7 @@ def test_older_ones_go_only_when_the_new_one_is_sealed(base, rows, tmp_path, mon
 
     monkeypatch.setattr(checkpoints, "seal", looked)
     monkeypatch.setattr("siftune.train.callbacks._LEAST", 1)
-    train(recipe(base, rows, tmp_path / "run", method="gast", support="momentum", steps=3))
+    train(recipe(base, rows, tmp_path / "run", method="gast", support_every=2, steps=3))
     assert sealed == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
     listed = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-3" / SEAL).read_text())
     assert {"gast_mean.safetensors", "rows.parquet"} <= listed.keys()  # what callbacks write, too
