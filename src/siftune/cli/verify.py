@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Check a kit, or with --kit a return for it: files, hashes, shapes and numbers. Nothing in them is run.
+    """Check a kit, or with --kit a return for it: files, hashes, shapes and numbers.
+
+    A kit's tokenizer and chat template run in a subprocess with limits on memory and time.
 
     A kit is what `siftune emulate` writes, a return what `siftune train --model KIT` leaves behind.
     """

@@ -25,6 +25,8 @@ from siftune.offsite.kit.tensors import MAX_SIZE
 
 WORD = r"[A-Za-z0-9_.+-]{1,64}"
 LAYER_KINDS = ("full_attention", "sliding_attention")  # families with two kinds have two sets of rotary settings
+
+
 def _word(value: Any, where: str) -> None:
     as_text(value, where, WORD)
 

@@ -97,9 +97,10 @@ class KitTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     def compare(self, texts: Sequence[str]) -> None:
         """Compare texts with the texts of their tokens, as `__call__`."""
         batch: list[str] = []
+        size = 0
         for number, text in enumerate(texts, 1):
             batch.append(text)
-            size = sum(map(len, batch))
+            size += len(text)
             if number == len(texts) or size > _BATCH:
                 limits = Limits(1024, 1 + size / _CHARACTERS_PER_S, 10 + 10 * size / _CHARACTERS_PER_S)
                 try:
@@ -108,7 +109,7 @@ class KitTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
                     raise KitError(f"{TOKENIZER}: {error}") from error
                 for fault in filter(None, faults):
                     raise DataError(fault)
-                batch = []
+                batch, size = [], 0
 
     def apply_chat_template(
         self, conversation: Any, *, add_generation_prompt: bool = False, tokenize: bool = True, **options: Any

@@ -146,6 +146,7 @@ ALTERING = {
     "memory": ALL + "{{ 'a' * 10**10 }}",
     "memory for a word": otherwise("'Paris' in messages[0].content", "{% set x = 'a' * 10**9 %}{{ x }}"),
     "much": ALL + "{{ 'x' * 100000 }}",
+    "a mark of its own": ALL + "{{ '<<message ' + '9' * 5000 + ' of 2>>' }}{{ '<<message 0 of 2>>' }}",
     "half a pair": ALL + "{{ '\\ud800' }}",
     "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
     "class": ALL + "{{ ''.__class__.__mro__ }}",
