@@ -155,8 +155,9 @@ def write_figures(names: Sequence[str], folder: str | Path) -> list[Path]:
         files[into / f"{name}.svg"] = standalone(figure)
     try:
         into.mkdir(parents=True, exist_ok=True)
-        for path, text in files.items():
-            path.write_text(text, encoding="utf-8")
+        with write_beside(*files) as beside:  # a link in the folder is replaced, not followed
+            for path, text in zip(beside, files.values(), strict=True):
+                path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{folder} cannot be written to ({error.strerror}); give another with --figures") from error
     return [*files]

@@ -29,6 +29,16 @@ def test_what_it_refuses(tmp_path, monkeypatch, capsys, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_figures_follow_no_link(tmp_path, capsys):
+    run, figures, mine = save_run(tmp_path / "run", steps=4), tmp_path / "figures", tmp_path / "mine"
+    figures.mkdir()
+    mine.write_text("mine")
+    (figures / "loss.svg").symlink_to(mine)
+    siftune(capsys, "report", run, "-o", tmp_path / "page.html", "--figures", figures)
+    assert mine.read_text() == "mine"
+    assert (figures / "loss.svg").read_text().startswith("<svg")
+
+
 def test_eval_keeps_figures_and_answers_in_the_run(base, tmp_path, capsys):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": str(i)}) + "\n" for i in range(23)))
