@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
     from siftune.records.record import RowRecord
+    from siftune.sifting.run import sift
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _LAZY = {
     "attach_adapter": "siftune.models.adapters.attach",
     "find_layers": "siftune.models.layers",
     "shard_base": "siftune.engine.sharding",
+    "sift": "siftune.sifting.run",
 }
 
 __all__ = [  # noqa: RUF022
@@ -48,6 +50,7 @@ __all__ = [  # noqa: RUF022
     "attach_adapter",
     "find_layers",
     "shard_base",
+    "sift",
 ]
 
 

@@ -1,11 +1,13 @@
 """`siftune sift`: the rows of a pool that are like a few correct rows of the task."""
 
+import shlex
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from siftune.base.environment import launch_rank
 from siftune.base.settings import CONFIG, AtLeastTwo, Count, Positive, Seed, Validated
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 class Options(Validated):
     """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
 
-    A short training on the correct rows makes rows like them more likely, and rows that contradict them less likely. The
-    former are selected. The same command continues after an interruption. `siftune train --sift` does this before
+    A short training on the correct rows makes rows like them more likely, and rows that contradict them less likely.
+    The former are selected. The same command continues after an interruption. `siftune train --sift` does this before
     training.
     """
 
@@ -27,7 +29,7 @@ class Options(Validated):
     """Model to score with, best the one to fine-tune: a folder, a hub id, smollm2, or a kit."""
     train: str | tuple[str, ...] = ""
     """The pool: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, which are concatenated."""
-    target: str | None = None
+    target: str = ""
     """At least 8 correct rows of the task: a file or hub id."""
     share: PoolShare | None = None
     """Rows to select: a share of the pool below 1, or a number. Default: those that the training made more likely."""
@@ -59,22 +61,29 @@ class Options(Validated):
     """Folder to write. Default: runs/DATE-sift."""
 
 
+# settings in which a training must not differ from sifting
+_NEXT = (
+    *("model", "train", "target", "train_split", "limit", "bad_rows", "format", "template", "max_length", "dtype"),
+    "quantize",
+)
+
+
 def run(options: Options) -> dict[str, Any]:
     """Sift, and report what is where."""
     from rich.console import Console
 
     from siftune.offsite.exchange.tune import source_of
-    from siftune.recipe.schema import Recipe, new_folder
     from siftune.sifting.run import sift
 
-    same = {field.name for field in fields(Recipe)} & {field.name for field in fields(Options)} - {"steps"}
-    recipe = Recipe(**{name: getattr(options, name) for name in same} | {"out": options.out or new_folder("sift")})
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    sifted = sift(recipe, options.share, options.steps, console, source_of)
+    settings = {field.name: getattr(options, field.name) for field in fields(options)}
+    sifted = sift(**settings, console=console, source_of=source_of)
+    if launch_rank():
+        return {}
     console.print(text_of(sifted), markup=False)
     console.print(
         f"selected rows in {sifted.rows}, all rows with scores in {sifted.folder / 'scores.csv'}\n"
-        f"next: `siftune train --train {options.train} --drop-rows {sifted.dropped} --target {options.target}`",
+        f"next: `{_next(options, sifted)}`",
         markup=False,
     )
     return {
@@ -85,6 +94,16 @@ def run(options: Options) -> dict[str, Any]:
         "selected": len(sifted.selected),
         "seconds": sifted.seconds,
     }
+
+
+def _next(options: Options, sifted: "Sifted") -> str:
+    """The command that trains on the selected rows."""
+    words = ["siftune", "train"]
+    for name in _NEXT:
+        value = getattr(options, name)
+        if value != getattr(Options, name):
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join([*words, *([] if sifted.dropped is None else ["--drop-rows", str(sifted.dropped)])])
 
 
 def text_of(sifted: "Sifted") -> str:

@@ -126,6 +126,9 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
         raise RecipeError("a dry run is of one process: leave processes out, and start it without torchrun")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if options.sift is not False:
+        from siftune.sifting.run import check_sifting
+
+        check_sifting(recipe)
         console.print("a dry run does not sift: rows, steps and time are those of the complete pool")
     found = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
     console.print(shown(found))

@@ -80,22 +80,22 @@ def without(rows: Sequence[Row], places: Iterable[str], path: str) -> list[Row]:
         >>> [row.completion for row in without(few, ["rows.jsonl 1"], "bad.txt")]
         ['two']
     """
-    own = {_absolute(row.origin) for row in rows}
-    named = {place: _absolute(place) for place in places}
+    own = {absolute_place(row.origin) for row in rows}
+    named = {place: absolute_place(place) for place in places}
     if missing := [place for place, full in named.items() if full not in own]:
         shown = ", ".join(missing[:_SHOWN_PLACES]) + (", …" if len(missing) > _SHOWN_PLACES else "")
         raise DataError(
             f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); the first training row "
             f"is at {rows[0].origin}."
         )
-    remaining = [row for row in rows if _absolute(row.origin) not in {*named.values()}]
+    remaining = [row for row in rows if absolute_place(row.origin) not in {*named.values()}]
     if not remaining:
         raise DataError(f"{path} names all training rows; leave some in.")
     return remaining
 
 
-def _absolute(place: str) -> str:
-    """A place with the absolute path of its file: the same row may be named from another folder."""
+def absolute_place(place: str) -> str:
+    """Name a place by the absolute path of its file: the same row may be named from another folder."""
     match = re.fullmatch(r"(.+?)((?::| row )\d+)", place)
     return place if match is None else f"{_absolute_source(match[1], Path.cwd())}{match[2]}"
 

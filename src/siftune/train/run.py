@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from siftune.base.environment import quiet, unsaid
-from siftune.base.errors import RecipeError, TrainingError
+from siftune.base.errors import TrainingError
 from siftune.base.files import disk_faults, only_process
 from siftune.base.stages import stages
 from siftune.base.text import counted
@@ -113,12 +113,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     checkpoint = from_first(lambda: find_checkpoint(recipe, folder)) if recipe.resume else None
     if checkpoint is not None:
         from_first(folder.drop_half_written)  # so that no checkpoint is written into what a killed run left
-    if (other := folder.holds_other()) is not None:
-        raise RecipeError(f"{folder.path} is no run folder: it holds a {other}; give another folder with --out.")
-    if not recipe.resume and not folder.is_fresh():
-        raise RecipeError(
-            f"{folder.path} holds a run already; give another folder with --out, or resume it with --resume"
-        )
+    folder.refuse_results(recipe.resume is not False)
     source = source_of(recipe.model)
     if checkpoint is not None:
         refuse_other_source(checkpoint, source.identity)

@@ -109,11 +109,13 @@ class RunFolder:
 
     def has_results(self, checkpoint: Path) -> bool:
         """Whether the results of the steps up to a checkpoint are written; always true in another run's folder."""
-        if checkpoint.absolute().parent != self.checkpoints.absolute():
-            return True
+        return checkpoint.absolute().parent != self.checkpoints.absolute() or self.has_finished(step_of(checkpoint))
+
+    def has_finished(self, steps: int = 0) -> bool:
+        """Whether a run of at least these steps has finished, with its results."""
         try:
             record = parsed((self.path / "run.json").read_text(encoding="utf-8"))
-            return bool(record["status"] == "finished" and record["summary"]["steps"] >= step_of(checkpoint))
+            return bool(record["status"] == "finished" and record["summary"]["steps"] >= steps)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -128,6 +130,19 @@ class RunFolder:
             return None
         models = ("config.json", "adapter_config.json", "emulator.safetensors", "README.md")
         return next((name for name in models if name in self._before), None)
+
+    def refuse_results(self, resume: bool) -> None:
+        """Refuse a folder that was not a run's, or one of another run unless it is resumed.
+
+        Raises:
+            RecipeError: The folder is refused.
+        """
+        if (other := self.holds_other()) is not None:
+            raise RecipeError(f"{self.path} is no run folder: it holds a {other}; give another folder with --out.")
+        if not resume and not self.is_fresh():
+            raise RecipeError(
+                f"{self.path} holds a run already; give another folder with --out, or resume it with --resume"
+            )
 
     @contextlib.contextmanager
     def removed_on_failure(self) -> Iterator[None]:

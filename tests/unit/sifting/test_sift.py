@@ -1,0 +1,338 @@
+"""Sifting against a slow oracle, the files that it writes, and calls that were interrupted."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import load_dataset
+from peft import PeftModel
+from pyarrow import parquet
+from rich.console import Console
+from support.trainers import At
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from siftune import sift
+from siftune.base.errors import DataError, InputError, RecipeError
+from siftune.recipe.schema import Recipe
+from siftune.records.rows import named_rows, read_rows
+from siftune.sifting import run as module
+from siftune.sifting.scores import Choice, choose, lowest
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+
+
+def table(folder):
+    with (Path(folder) / "scores.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder):
+    return (Path(folder) / "losses.jsonl").read_bytes()
+
+
+def loss(model, tokenizer, row, **settings):
+    """Mean loss of a row's completion and its end, in float64."""
+    prompt = tokenizer(row["prompt"], add_special_tokens=False).input_ids
+    answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logs = model(ids).logits[0].double().log_softmax(-1)
+    return -float(np.mean([logs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])]))
+
+
+def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task):
+    sifted = sift(**given, console=QUIET)
+    unseen = named_rows(str(tmp_path / "sifted" / "unseen.csv"))
+    assert len(unseen) == 6  # half of the target's twelve rows: a fifth, at least 8, at most half
+    by_hand = train(
+        Recipe(
+            **{**given, "train": str(given["target"]), "target": None, "out": str(tmp_path / "by hand")},
+            drop_rows=str(tmp_path / "sifted" / "unseen.csv"),
+        ),
+        QUIET,
+    )  # fmt: skip
+    tokenizer, plain = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    before = [loss(plain, tokenizer, row) for row in (*task.pool, *task.target)]
+    tuned = PeftModel.from_pretrained(plain, by_hand.folder.adapter).eval()
+    after = [loss(tuned, tokenizer, row) for row in (*task.pool, *task.target)]
+    change = np.subtract(after, before)
+    assert np.abs(change).max() > 0.01
+    np.testing.assert_allclose(sifted.scores, change[:36], atol=2e-5)
+    found = table(sifted.folder)
+    np.testing.assert_allclose([float(line["loss_after"]) for line in found], after[:36], atol=2e-5)
+    np.testing.assert_allclose([float(line["loss_before"]) for line in found], before[:36], atol=2e-5)
+    held_out = change[36:][[int(place.rpartition(":")[2]) - 1 for place in unseen]]
+    chosen = lowest(change[:36], choose(change[:36], held_out).rows).tolist()
+    assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
+    assert 0 < len(chosen) < 36
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_files(given, complete, tmp_path, task):
+    sifted = sift(**given, share=9, console=QUIET)
+    chosen = [task.pool[number] for number in sifted.selected]
+    assert len(chosen) == 9
+    found = table(sifted.folder)
+    assert [line["place"] for line in found] == sifted.places == [f"{given['train']}:{n}" for n in range(1, 37)]
+    for name in ("source", "prompt", "completion"):
+        assert [line[name] for line in found] == [row[name] for row in task.pool]
+    assert [int(line["selected"]) for line in found] == [int(n in sifted.selected) for n in range(36)]
+    assert records(sifted.rows) == [task.pool[n] for n in sifted.selected]
+    recipe = Recipe(train=str(given["train"]), drop_rows=str(sifted.dropped))
+    assert [row.extra["id"] for row in read_rows(recipe).parts["train"]] == [
+        task.pool[n]["id"] for n in sifted.selected
+    ]
+    data = load_dataset("json", data_files=str(sifted.rows), split="train", cache_dir=str(tmp_path / "cache"))
+    assert data.to_list() == [task.pool[n] for n in sifted.selected]
+
+
+def as_csv(path, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def as_parquet(path, rows):
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    return rows
+
+
+def as_turns(path, rows):
+    content = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
+        for r in rows
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in content))  # with empty lines
+    return content
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.csv", as_csv), ("a.parquet", as_parquet), ("a.jsonl", as_turns)])
+def test_selected_rows_are_those_of_the_pools_files(given, tmp_path, task, name, write):
+    """Two files, the first of another form than the target."""
+    odd = [{**row, "prompt": f'{row["prompt"]} «ö,\n"»'} for row in task.pool[:20]]
+    pool = [*write(tmp_path / name, odd), *task.pool]
+    sifted = sift(**{**given, "train": [tmp_path / name, given["train"]]}, share=0.25, console=QUIET)
+    assert len(sifted.selected) == 14
+    assert records(sifted.rows) == [pool[n] for n in sifted.selected]
+    recipe = Recipe(train=(str(tmp_path / name), str(given["train"])), drop_rows=str(sifted.dropped))
+    assert len(read_rows(recipe).parts["train"]) == 14
+
+
+def test_the_template_is_that_of_both(given, base, monkeypatch):
+    """Rows are tokenised alike for the training and for the losses; another template is other work."""
+    seen = {}
+    original, losses_of = module.tune, module._losses
+    monkeypatch.setattr(module, "tune", lambda recipe, *a: seen.update(recipe=recipe) or original(recipe, *a))
+    monkeypatch.setattr(
+        module, "_losses", lambda work, data: seen.update(ids=data["input_ids"]) or losses_of(work, data)
+    )
+    sift(**{**given, "template": "chat"}, console=QUIET)
+    assert seen["recipe"].template == "chat"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert len(seen["ids"]) == 42
+    assert all("<|start|>user\n" in tokenizer.decode(ids) for ids in seen["ids"])
+    with pytest.raises(RecipeError, match="template"):
+        sift(**given, console=QUIET)
+
+
+# --- interrupted calls ---
+
+
+def same_bits(folder, complete):
+    for name in ("losses.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl", "unseen.csv"):
+        assert (Path(folder) / name).read_bytes() == (complete / name).read_bytes(), name
+
+
+def test_interrupted_in_the_tuning(given, tmp_path, interfere, monkeypatch):
+    """In bfloat16, where an adapter that was just trained is in float32, and a saved one is not."""
+    given["dtype"] = "bfloat16"
+    complete = sift(**{**given, "out": str(tmp_path / "complete")}, console=QUIET).folder
+    interfere(At("on_step_begin", 1, lambda _: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        sift(**given, console=QUIET)
+    assert stopped.value.__notes__ == ["the same command continues"]
+    assert (tmp_path / "sifted" / "tuning" / "adapter").exists()  # of fewer steps
+    monkeypatch.undo()
+    sift(**given, console=QUIET)
+    for name in ("losses.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl"):
+        assert (tmp_path / "sifted" / name).read_text() == (complete / name).read_text().replace("complete", "sifted")
+
+
+def test_an_adapter_without_a_checkpoint_is_trained_again(given, complete, finished):
+    """As a second Ctrl-C before the first checkpoint leaves it."""
+    shutil.rmtree(complete / "tuning" / "checkpoints")
+    (complete / "tuning" / "run.json").write_text('{"status": "interrupted", "summary": {"steps": 1}}')
+    (complete / "losses.jsonl").write_text("")
+    sift(**given, console=QUIET)
+    assert losses(complete) == losses(finished)
+
+
+def test_interrupted_between_chunks_and_in_a_line(given, complete, finished):
+    lines = losses(finished).splitlines(keepends=True)
+    assert len(lines) == 3
+    for left in (lines[0] + lines[1][:99], lines[0] + b"\x00\n" + lines[2]):
+        (complete / "losses.jsonl").write_bytes(left)
+        for name in ("scores.csv", "dropped.csv", "sifted.jsonl"):
+            (complete / name).unlink()
+        sift(**given, console=QUIET)
+        again = [json.loads(line) for line in losses(complete).splitlines()]
+        assert sorted(again, key=lambda line: line["start"]) == [json.loads(line) for line in lines]
+        assert (complete / "sifted.jsonl").read_bytes() == (finished / "sifted.jsonl").read_bytes()
+        values = [[line[name] for name in ("score", "loss_after", "selected")] for line in table(complete)]
+        assert values == [[line[name] for name in ("score", "loss_after", "selected")] for line in table(finished)]
+
+
+def test_complete_work_needs_no_model(given, complete, monkeypatch):
+    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    shutil.rmtree(complete / "tuning")
+    assert len(sift(**given, share=5, console=QUIET).selected) == 5
+    sift(**given, share=0.99, console=QUIET)  # all of them
+    assert len(table(complete)) == 36
+    assert not [line for line in table(complete) if line["selected"] == "0"]
+    assert not (complete / "dropped.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"steps": 4}, "steps"), ({"lr": 1e-3}, "lr"), ({"max_length": 63}, "max_length"), ({"limit": 20}, "the pool")],
+)
+def test_other_work_is_refused_by_name(given, complete, changes, name):
+    before = {path: path.read_bytes() for path in complete.rglob("*") if path.is_file()}
+    with pytest.raises(RecipeError, match=name):
+        sift(**{**given, **changes}, console=QUIET)
+    assert before == {path: path.read_bytes() for path in complete.rglob("*") if path.is_file()}
+
+
+def test_another_target_is_refused_by_name(given, complete, tmp_path):
+    lines = given["target"].read_text().splitlines(keepends=True)
+    given["target"].write_text("".join(lines[:-1]))
+    with pytest.raises(RecipeError, match="the target"):
+        sift(**given, console=QUIET)
+
+
+# --- rows ---
+
+
+def test_rows_of_the_target_and_copies_are_counted(given, task, tmp_path):
+    pool = [task.target[3], *task.pool, task.pool[0], task.target[3]]
+    given["train"].write_text("".join(json.dumps(row) + "\n" for row in pool))
+    given["target"].write_text("".join(json.dumps(row) + "\n" for row in [*task.target, *task.target[:2]]))
+    sifted = sift(**given, share=0.5, console=QUIET)
+    assert len(sifted.notes) == 3
+    assert [note.split()[:2] for note in sifted.notes] == [["2", "rows"], ["1", "row"], ["2", "rows"]]
+    assert len(sifted.places) == 37
+    assert sifted.scores[0] == pytest.approx(sifted.scores[36], abs=1e-5)  # a copy
+    assert records(sifted.rows) == [pool[n] for n in sifted.selected]
+    dropped = named_rows(str(sifted.dropped))
+    assert {f"{given['train']}:1", f"{given['train']}:39"} <= set(dropped)
+    tuning = read_rows(Recipe(train=str(given["target"]), drop_rows=str(tmp_path / "sifted" / "unseen.csv")))
+    unseen = {place.rpartition(":")[2] for place in named_rows(str(tmp_path / "sifted" / "unseen.csv"))}
+    assert {"13", "14"} < unseen  # copies are not trained on, as their firsts may be unseen
+    assert len(tuning.parts["train"]) == 6
+
+
+def test_copies_of_the_target_are_dropped_although_all_others_are_selected(given, task):
+    given["train"].write_text("".join(json.dumps(row) + "\n" for row in [*task.pool, task.target[0]]))
+    sifted = sift(**given, share=36, console=QUIET)
+    assert len(sifted.selected) == len(sifted.places) == 36
+    assert named_rows(str(sifted.dropped)) == [f"{given['train']}:37"]
+
+
+def test_unusable_rows_are_left_out_on_request(given, task):
+    bad = [{"prompt": "no answer"}, *task.pool[:10], {"prompt": "x" * 70, "completion": "y"}, *task.pool[10:]]
+    weight = {**task.target[0], "weight": -1, "prompt": "7?"}
+    given["train"].write_text("".join(json.dumps(row) + "\n" for row in bad))
+    given["target"].write_text("".join(json.dumps(row) + "\n" for row in [weight, *task.target]))
+    with pytest.raises(DataError, match="3 rows cannot be used") as refused:
+        sift(**given, console=QUIET)
+    assert all(place in str(refused.value) for place in ("pool.jsonl:1:", "pool.jsonl:12", "few.jsonl:1:"))
+    assert not Path(given["out"]).exists()
+    sifted = sift(**given, bad_rows="drop", share=6, console=QUIET)
+    assert "3 rows left out" in sifted.notes[0]
+    assert len(sifted.places) == 36
+    assert records(sifted.rows) == [bad[n] for n in sifted.selected]
+    recipe = Recipe(train=str(given["train"]), drop_rows=str(sifted.dropped), bad_rows="drop")
+    assert f"{given['train']}:12" in [row.origin for row in read_rows(recipe).parts["train"]]  # dropped by tokens alone
+
+
+def test_held_out_rows_are_neither_scored_nor_dropped(given):
+    settings = {"train": str(given["train"]), "target": str(given["target"]), "eval_share": 0.3}
+    held_out = [row.origin for row in read_rows(Recipe(**settings)).parts["eval"]]
+    assert held_out
+    sifted = sift(**given, eval_share=0.3, share=4, console=QUIET)
+    assert len(sifted.places) == 36 - len(held_out)
+    assert not set(held_out) & {*sifted.places, *named_rows(str(sifted.dropped))}
+    again = read_rows(Recipe(**settings, drop_rows=str(sifted.dropped), target_share=0.0))
+    assert [row.origin for row in again.parts["eval"]] == held_out
+    assert len(again.parts["train"]) == 4
+
+
+def test_places_hold_in_another_folder(given, complete, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sifted = sift(**{**given, "train": "pool.jsonl", "target": "few.jsonl", "out": "sifted"}, share=4, console=QUIET)
+    assert sifted.places[0] == "pool.jsonl:1"
+    dropped = str(sifted.dropped)
+    monkeypatch.chdir("/")
+    assert len(read_rows(Recipe(train=str(given["train"]), drop_rows=dropped)).parts["train"]) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": "few rows"}, {"train": "target"}, {"train": ["pool", "target"]}, {"train": ["pool", "pool"]},
+        {"train": "copy of target"}, {"share": 37}, {"share": 0}, {"share": 1.0}, {"share": -0.5}, {"share": True},
+        {"steps": 0}, {"drop_rows": "target"}, {"dp_epsilon": 1.0, "dp_delta": 1e-6}, {"sharding": "fsdp"},
+        {"train": ""}, {"target": ""}, {"train": "nowhere.jsonl"}, {"no_such_setting": 1},
+        {"adapter": "nothing"}, {"eval": "nowhere.jsonl"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, tmp_path, task, monkeypatch, changes):
+    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    few = tmp_path / "7.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in [*task.target[:7], *task.target[:3]]))
+    shutil.copy(given["target"], tmp_path / "copy.jsonl")
+    places = {"few rows": str(few), "pool": str(given["train"]), "target": str(given["target"])}
+    places["copy of target"] = str(tmp_path / "copy.jsonl")
+    named = {
+        key: [places[name] for name in value] if isinstance(value, list) else places.get(value, value)
+        for key, value in changes.items()
+    }
+    with pytest.raises(InputError) as refused:
+        sift(**{**given, **named}, console=QUIET)
+    assert "\n" not in str(refused.value)
+    assert not Path(given["out"]).exists()
+
+
+def test_a_pool_without_a_row_that_became_more_likely(given, complete, monkeypatch):
+    monkeypatch.setattr(module, "choose", lambda *_: Choice(0, ""))
+    with pytest.raises(DataError, match="no row of the pool"):
+        sift(**given, console=QUIET)
+    assert (complete / "losses.jsonl").exists()
+    assert len(sift(**given, share=3, console=QUIET).selected) == 3
+
+
+def test_a_loss_that_is_not_finite_names_its_row(given, monkeypatch):
+    original = module.row_nll
+
+    def broken(model, rows, batch):
+        result = original(model, rows, batch)
+        return replace(result, nll=np.where(np.arange(len(rows)) == 2, np.nan, result.nll))
+
+    monkeypatch.setattr(module, "row_nll", broken)
+    with pytest.raises(DataError, match=r"pool\.jsonl:3 is not finite"):
+        sift(**given, console=QUIET)
