@@ -85,8 +85,8 @@ def choose(scores_R: Floats, target_T: Floats) -> Choice:
     if of_target < 0.5:
         return Choice(
             rows,
-            f"the training on the target made only {of_target:.0%} of its held-out rows more likely, so the pool cannot "
-            "be sifted by it",
+            f"the training on the target made only {of_target:.0%} of its held-out rows more likely, so the pool "
+            "cannot be sifted by it",
         )
     if below >= of_target * rows:
         return Choice(
