@@ -415,7 +415,8 @@ def _tune(work: _Work, folder: Path) -> None:
     try:
         tune(tuning, work.console, work.source_of)
     except TrainingError as error:  # without the advice to resume that training as a run
-        raise TrainingError(f"training on the rows of the target: {error.__cause__ or error}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, TrainingError) else error
+        raise TrainingError(f"training on the rows of the target: {cause}") from error
 
 
 def _has_finished(folder: Path) -> bool:
@@ -434,9 +435,9 @@ def _write(work: _Work, pool: Sequence[Row], selected: set[int], after: Floats, 
     """Write the results; returns the numbers of the selected rows among all rows of the pool's files."""
     folder, recipe, text, numbers = work.folder, work.recipe, io.StringIO(), list[int]()
     header = ["place", "score", "loss_after", "loss_before", "selected", "source", "prompt", "completion"]
-    lines = []
+    lines, columns = [], zip(scores(after, before), after, before, strict=True)
     for number, (row, source) in enumerate(zip(pool, sources(pool), strict=True)):
-        losses = [f"{values[number]:.5f}" for values in (scores(after, before), after, before)]
+        losses = [f"{value:.5f}" for value in next(columns)]
         texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
         lines.append([row.origin, *losses, int(number in selected), *texts])
     folder.write(SCORES, _csv(header, lines))
