@@ -13,16 +13,21 @@ A cell is one of `pays.cells`, with what is planted besides:
     off-task   texts of options among arithmetic
     truncated  texts of options of which the last half is missing
     duplicate  arithmetic that stands there twice: the copy is the error
+    demo       the pool of `siftune demo`, of which 25 percent are wrong: its own cell, demo-25
 """
 
 import random
 from collections.abc import Sequence
 from typing import Any
 
+from lab.pays.pool import Pool
+from siftune.data.target import SOURCE
+from siftune.data.tasks import mixed_pool
+
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
-KINDS = ("uniform", "near", "option", "mixed", "off-task", "truncated", "duplicate")
+KINDS = ("uniform", "near", "option", "mixed", "off-task", "truncated", "duplicate", "demo")
 PERCENTS = (5, 15, 30)
 _TEXTS = ("option", "truncated")
 _EPOCHS = 4
@@ -35,7 +40,7 @@ def cell_of(name: str) -> Cell:
         ValueError: There is none of that name.
     """
     kind, _, percent = name.removesuffix("-epochs").rpartition("-")
-    if kind not in KINDS or not percent.isdecimal() or not 0 < int(percent) < 100:
+    if kind not in KINDS or not percent.isdecimal() or not 0 <= int(percent) < 100:
         raise ValueError(
             f"there is no cell {name!r}; use KIND-PERCENT or KIND-PERCENT-epochs, KIND: {', '.join(KINDS)}"
         )
@@ -52,6 +57,19 @@ def cell_of(name: str) -> Cell:
 def rows_in(cell: Cell, steps: int, batch: int) -> int:
     """Rows of a cell for N steps."""
     return steps * batch // (_EPOCHS if cell["epochs"] else 1)
+
+
+def demo_pool(count: int, seed: int) -> Pool:
+    """The demo's pool and held-out rows, as rows of `lab.pays.pool`; each says whether it is `bad`."""
+    pool, known, held_out = mixed_pool(count, 100, 300, seed)
+
+    def plain(row: Row) -> Row:
+        texts = {name: row[name].strip() for name in ("completion", "answer") if name in row}
+        prompt = row["prompt"].removesuffix("\nAnswer:")
+        return {**row, **texts, "prompt": prompt, "group": row.get(SOURCE, "known"), "bad": row.get("wrong", False)}
+
+    parts = [[plain(row) for row in part] for part in (pool, known, held_out)]
+    return Pool(*parts, dev=parts[2][:1], other={}, text=[{"text": row["prompt"]} for row in parts[2][:1]])
 
 
 def plant(rows: Sequence[Row], cell: Cell, seed: int) -> list[Row]:

@@ -2,7 +2,8 @@
 
 A job "scores" trains once on a pool with planted errors, and scores its rows in every way. A job "drop" trains on the
 same pool as it is, and then without the rows that a score names, against as many chosen otherwise. A job "peers"
-scores it as other tools do.
+scores it as other tools do. The lines of "scores" and "drop" hold the losses of rows and decoys, so that the report can
+apply another rule without training.
 """
 
 import json
@@ -15,98 +16,129 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from lab.lines import append
 from lab.pays.gemma import folder as gemma_folder
 from lab.pays.job import Work
-from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
 from lab.pays.subset import SubsetTrainer
-from lab.rows.cells import plant, rows_in
+from lab.rows.cells import demo_pool, plant, rows_in
+from lab.rows.first_sight import LEAST
 from lab.rows.metrics import all_of, named
 from lab.rows.peers import Fold, classes_of, crossed
 from lab.rows.scores import all_scores
-from lab.rows.watch import Watch
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import SiftuneError
+from siftune.data.rows import rows_from
+from siftune.data.target import SOURCE
+from siftune.data.tokens import tokenize_rows
+from siftune.evaluate.likelihood import row_nll
+from siftune.models.attention import short_rows
 from siftune.models.load import load_model
 from siftune.records.record import RowRecord
 from siftune.records.rows import Text
-from siftune.records.scores import by_row, seen
-from siftune.suspects.named import LEAST
+from siftune.suspects.losses import decoys_of
+from siftune.suspects.rule import judge
 from siftune.train.build import Built
 
 Job = dict[str, Any]
 Record = dict[str, Any]
 Row = dict[str, Any]
 
-ARMS = ("named", "loss", "random", "truth")  # what is left out, but for the arm "all"
+ARMS = ("named", "first", "random", "truth")  # what is left out, but for the arm "all"
 
 
 @dataclass
-class Recorded(Work):
-    """Training that records its rows and, with `watch`, their gradients."""
+class Scored(Work):
+    """Training that records its rows, and scores them under the final model.
 
-    watch: Watch | None = None
+    Attributes:
+        questions: Whether to measure held-out rows, too.
+    """
+
+    questions: bool = False
     record: RowRecord = field(default_factory=RowRecord)
+    final: Any = None
+    decoys: dict[int, Any] = field(default_factory=dict)
 
     def _take_over(self, built: Built, rows: Sequence[Row]) -> SubsetTrainer:
         trainer = super()._take_over(built, rows)
-        for part in (self.record, self.watch):
-            if part is not None:
-                trainer.add_callback(part)
+        trainer.add_callback(self.record)
         return trainer
+
+    def _measure(self, model: nn.Module) -> Record:
+        rows = rows_from([{**asked(row), SOURCE: _source(row)} for row in self.pool.train])
+        self.decoys = decoys_of(rows, self.job["seed"])
+        data = tokenize_rows([*rows, *self.decoys.values()], self.tokenizer, 512, "none")
+        with short_rows():
+            self.final = row_nll(model, list(zip(data["input_ids"], data["labels"], strict=True)), 64)
+        return super()._measure(model) if self.questions else {}
+
+    def scores(self) -> tuple[dict[str, Any], Record]:
+        """Scores of all rows, each (R,), and what the line of the job holds of them."""
+        rows = self.pool.train
+        texts, bad = [Text(row["prompt"], row["completion"]) for row in rows], np.array([row["bad"] for row in rows])
+        kinds = np.unique([_source(row) for row in rows], return_inverse=True)[1]
+        losses, decoys = np.split(self.final.nll, [len(rows)])
+        verdict = judge(losses, kinds, decoys, kinds[[*self.decoys]])
+        scores = all_scores(self.record.visits(), losses, self.final.tokens[: len(rows)], verdict, texts, kinds)
+        old = scores.get("first-source", scores["first"])
+        line = {
+            "rows": len(rows),
+            "bad": int(bad.sum()),
+            "scores": {name: all_of(values, bad) for name, values in scores.items()} if bad.any() else {},
+            "named_first": {**named(old, bad, LEAST), "of": int(bad.sum())},
+            "losses": np.round(losses, 2).tolist(),
+            "decoys": dict(zip(map(str, self.decoys), np.round(decoys, 2).tolist(), strict=True)),
+            "wrong": np.flatnonzero(bad).tolist(),
+            "kinds": kinds.tolist() if kinds.any() else 0,
+        }
+        scores["named"] = np.isin(np.arange(len(rows)), verdict.order[: verdict.count])
+        return scores, line
+
+
+def _source(row: Row) -> str:
+    """The source of a row, which does not say whether it is wrong."""
+    return "arithmetic" if row["group"] in ("target", "wrong", "arithmetic") else str(row["group"])
 
 
 def pool_of(job: Job, data: Path, tokenizer: Any) -> Pool:
     """Draw the rows of a job, and plant its errors."""
-    cell = {**job["cell"], "rows": rows_in(job["cell"], job["steps"], job["batch"])}
+    count = job.get("rows") or rows_in(job["cell"], job["steps"], job["batch"])
+    if job["cell"]["kind"] == "demo":
+        return demo_pool(count, job["seed"])
 
     def length(row: Row) -> int:
         return len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1
 
-    pool = make_pool({**job, "cell": cell}, data, length)
+    pool = make_pool({**job, "cell": {**job["cell"], "rows": count}}, data, length)
     return replace(pool, train=plant(pool.train, job["cell"], job["seed"]))
 
 
 def scored(job: Job, data: Path, folder: Path) -> Record:
     """Train once, and score all rows."""
     model, tokenizer = load(job)
-    pool = pool_of(job, data, tokenizer)
-    work = Recorded(job, model, tokenizer, pool, folder, watch=Watch())
-    base = measure_rows(model, work.tokenized(pool.train), work.collate)
+    work = Scored(job, model, tokenizer, pool_of(job, data, tokenizer), folder)
     measured = work.run()
-    texts = [Text(row["prompt"], row["completion"]) for row in pool.train]
-    before = np.array(base["nll"]) / np.array(base["tokens"])
-    sources = np.array([row["group"] == "options" for row in pool.train]) if job["cell"]["kind"] == "mixed" else None
-    scores = all_scores(work.record.visits(), work.watch.columns(), before, texts, sources)
-    bad = np.array([row["bad"] for row in pool.train])[np.unique(work.record.visits().row)]
-    return {
-        "rows": len(bad),
-        "bad": int(bad.sum()),
-        "scores": {name: all_of(values, bad) for name, values in scores.items()},
-        "named": named(scores["row"], bad, LEAST),
-        **({"named_by_source": named(scores["source"], bad, LEAST)} if "source" in scores else {}),
-        "nats": round(nats_per_token(measured), 5),
-        "seconds_per_step": measured.get("seconds_per_step"),
-    }
+    return {**work.scores()[1], "seconds_per_step": measured.get("seconds_per_step")}
 
 
 def dropped(job: Job, data: Path, folder: Path) -> Record:
     """Train on all rows, and without the flagged rows; each arm has the same steps."""
     model, tokenizer = load(job)
     pool = pool_of(job, data, tokenizer)
-    first = Recorded(job, model, tokenizer, pool, folder)
+    first = Scored(job, model, tokenizer, pool, folder, questions=True)
     arms = {"all": _quality(first.run())}
-    visits = first.record.visits()
-    score, loss = _scores(visits, len(pool.train))
+    scores, line = first.scores()
     bad = np.array([row["bad"] for row in pool.train])
-    gone = leave_out(score, loss, bad, job["seed"])
+    gone = leave_out(scores["named"], scores.get("first-source", scores["first"]), bad, job["seed"])
     for name in ARMS:
         kept = [row for at, row in enumerate(pool.train) if at not in gone[name]]
-        arms[name] = _quality(Work(job, *load(job), replace(pool, train=kept), folder).run())
+        same = not gone[name]
+        arms[name] = arms["all"] if same else _quality(Work(job, *load(job), replace(pool, train=kept), folder).run())
     counts = {name: {"rows": len(rows), "bad": int(bad[sorted(rows)].sum())} for name, rows in gone.items()}
-    return {"rows": len(bad), "bad": int(bad.sum()), "gone": counts, "arms": arms}
+    return {**line, "gone": counts, "arms": arms}
 
 
 def compared(job: Job, data: Path, folder: Path) -> Record:
@@ -127,28 +159,19 @@ def compared(job: Job, data: Path, folder: Path) -> Record:
     return {"rows": len(bad), "bad": int(bad.sum()), "scores": scores}
 
 
-def leave_out(score: Any, loss: Any, bad: Any, seed: int) -> dict[str, set[int]]:
-    """Numbers of the rows to leave out in each arm: the flagged rows, and as many by loss and at random.
+def leave_out(suspect: Any, first: Any, bad: Any, seed: int) -> dict[str, set[int]]:
+    """Numbers of the rows to leave out in each arm: the suspects, those of siftune 0.1, and as many at random.
 
     Args:
-        score: (R,) siftune's.
-        loss: (R,) the loss at first sight.
+        suspect: (R,) 1 for a suspect.
+        first: (R,) the score of siftune 0.1.
         bad: (R,) whether a row is bad.
         seed: Of the job.
     """
-    named_rows = np.flatnonzero(score >= LEAST)
-    count = len(named_rows)
-    drawn = np.random.default_rng(seed).permutation(len(score))[:count]
-    chosen = {"named": named_rows, "loss": np.argsort(-loss, kind="stable")[:count], "random": drawn}
-    return {name: set(map(int, rows)) for name, rows in {**chosen, "truth": np.flatnonzero(bad)}.items()}
-
-
-def _scores(visits: Any, count: int) -> tuple[Any, Any]:
-    """Score of every row, and its loss at first sight; a row that was never seen is not named."""
-    gathered = seen(visits.row)
-    both = np.full((2, count), -np.inf)
-    both[:, gathered.rows] = by_row(visits.row, visits.loss, visits.step), visits.loss[gathered.first]
-    return both[0], both[1]
+    suspects = np.flatnonzero(suspect)
+    drawn = np.random.default_rng(seed).permutation(len(bad))[: len(suspects)]
+    chosen = {"named": suspects, "first": np.flatnonzero(first >= LEAST), "random": drawn, "truth": np.flatnonzero(bad)}
+    return {name: set(map(int, rows)) for name, rows in chosen.items()}
 
 
 def _quality(measured: Record) -> Record:

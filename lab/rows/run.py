@@ -1,12 +1,14 @@
 """Scores of wrong rows: training on planted errors, one process per job, resumed by the same command.
 
     python -m lab.rows.run scores --data FOLDER --cells near-15,uniform-15 --seeds 0 --out rows.jsonl --workers 2
+    python -m lab.rows.run scores --data FOLDER --cells demo-25 --lr 5e-4 --seeds 0,1,2 --out rows.jsonl
+    python -m lab.rows.run scores --data FOLDER --cells uniform-0 --steps 16 --rows 400 --out rows.jsonl
     python -m lab.rows.run drop --data FOLDER --cells near-15,uniform-15 --seeds 0,1,2,3,4 --out rows.jsonl
     python -m lab.rows.run peers --data FOLDER --cells near-15 --out rows.jsonl  # needs cleanlab
     python -m lab.rows.report rows.jsonl
 
 `rows/cells.py` defines the cells. Every job trains SmolLM2 or Gemma 3 with dense LoRA on siftune's own training
-path: "scores" once, "drop" five times, "peers" twice on half of the rows. A finished job adds a line of JSON to the
+path: "scores" once, "drop" up to five times, "peers" twice on half of the rows. A finished job adds a line of JSON to the
 file and is never made again; Ctrl-C loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE`
 runs those of a file, in its order.
 """
@@ -22,7 +24,7 @@ from lab.rows.cells import KINDS, PERCENTS, cell_of
 
 _LAB = Path(__file__).resolve().parents[1]
 Job = dict[str, Any]
-ALL = ",".join(f"{kind}-{percent}{way}" for way in ("", "-epochs") for kind in KINDS for percent in PERCENTS)
+ALL = ",".join(f"{kind}-{percent}{way}" for way in ("", "-epochs") for kind in KINDS[:-1] for percent in PERCENTS)
 
 
 class Rows(Queue):
@@ -47,6 +49,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", default="0")
     add("--steps", type=int, default=120)
     add("--batch", type=int, default=16)
+    add("--rows", type=int, help="rows of the pool; as many as the steps take in one pass if not given")
     add("--jobs", type=Path, metavar="FILE", help="run the jobs of this file, in its order")
     add("--list", action="store_true", help="print the jobs, and run nothing")
     add("--data", type=Path, default=Path(), help="folder of the commonsense suite's files")
@@ -59,6 +62,7 @@ def _made(args: argparse.Namespace) -> Iterator[Job]:
     """Seed by seed, and within a seed cell by cell."""
     cells = [cell_of(name) for name in args.cells.split(",")]
     fixed = {"scenario": args.scenario, "lr": args.lr, "steps": args.steps, "batch": args.batch}
+    fixed |= {"rows": args.rows} if args.rows else {}
     for seed in map(int, args.seeds.split(",")):
         for model in args.models.split(","):
             for cell in cells:

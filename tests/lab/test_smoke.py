@@ -225,8 +225,8 @@ def test_rows_jobs(small_pools, base, suite, tmp_path, kind):
         job["method"] = {"name": run.__name__, "recipe": {"max_length": 128}}
         lines.append({"job": job, **run(job, suite, tmp_path / run.__name__)})
     assert all(line["bad"] == 4 for line in lines)
-    assert {"row", "loss", "norm", "margin"} <= lines[0]["scores"].keys()
-    assert set(lines[1]["arms"]) == {"all", "named", "loss", "random", "truth"}
+    assert {"final", "first", "loss"} <= lines[0]["scores"].keys()
+    assert set(lines[1]["arms"]) == {"all", "named", "first", "random", "truth"}
     assert "cleanlab" in lines[2]["scores"]
     assert "without the flagged rows" in "\n".join(report.sections(lines[:2]))
 

@@ -153,6 +153,7 @@ def _measure(
     from siftune.evaluate.measure import measure, measure_base
     from siftune.evaluate.prepare import prepare_rows
     from siftune.sifting.run import sift_first
+    from siftune.suspects.losses import score_run
     from siftune.train.run import train
 
     measured: dict[str, Metrics] = {}
@@ -164,6 +165,8 @@ def _measure(
             console.print(text_of(sifted), markup=False)
         tuned = train(recipe, console)
         summaries[name] = {**tuned.summary, "seconds_with_sifting": round(time.monotonic() - started, 1)}
+        if name == "pool":  # the page shows rows that may be wrong
+            score_run(Path(str(recipe.out)), tuned.model, tuned.tokenizer)
         prepared = prepare_rows(questions, tuned.tokenizer, ("exact_match", "choices"), recipe.template)
         console.print(f"measuring on {len(questions)} held-out questions")
         if not measured:

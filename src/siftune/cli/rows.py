@@ -11,39 +11,49 @@ from siftune.base.text import counted
 from siftune.cli.options import Flag
 
 if TYPE_CHECKING:
-    from siftune.suspects.named import Suspect
+    from rich.console import Console
 
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Name the training rows of a run that may be wrong: those that cost far more than others of their source.
+    """List the training rows of a run that may be wrong: their losses are like those of answers to other rows.
 
-    Look at them before you drop any: rows that are hard or rare cost much, too. `siftune train --drop-rows FILE` trains
-    without the rows of a list.
+    Scores all rows with the final model first, which takes a third of an epoch; the scores stay in the run folder. Read
+    the rows before you drop any: rare rows have high losses, too. `siftune train --drop-rows FILE` trains without the
+    rows of a list.
     """
 
     run: Annotated[str, Flag("run", positional=True)]
-    """Run folder, or any folder with the rows.parquet that RowRecord wrote."""
+    """Run folder."""
     top: Count | None = None
-    """Report at most N rows; if not given, 10 on the screen and all in files."""
+    """Report at most N rows; if not given, 10 on the screen and all in files. If the losses do not tell which rows are
+    wrong, the N largest."""
     files: tuple[str, ...] = ()
     """Files of the rows, if somebody else trained, or on another machine: only files that you name are read."""
     csv: Path | None = None
     """Write them to this CSV file, with complete texts."""
     html: Path | None = None
     """Write them to this page, with complete texts."""
+    base: str | None = None
+    """Base model of the run, if it has moved or somebody else trained: a folder, hub id, smollm2 or a kit."""
 
 
 _SHOWN = 10
+NOTE = "Their losses are like those of answers to other rows. About a fifth may be correct: read before you drop any."
+CANNOT_TELL = (
+    "The losses do not tell which rows are wrong: few or none are, the run is too short, or the model cannot learn the "
+    "task."
+)
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Find them, show them, and write what was asked for."""
+    """Score rows, show suspects, and write files."""
     from rich.console import Console
 
     from siftune.report.rows import table, to_csv, to_html
     from siftune.report.table import plain_table
-    from siftune.suspects.named import Rows
+    from siftune.suspects.named import ScoredRows
+    from siftune.train.folder.run import LOSSES
 
     for flag, path in (("--csv", options.csv), ("--html", options.html)):
         if path is not None and path.expanduser().is_dir():
@@ -51,35 +61,41 @@ def run(options: Options) -> dict[str, Any]:
     folder = Path(options.run).expanduser()
     if not folder.is_dir():
         raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
-    rows = Rows(folder, options.files)
-    found = rows.suspects(options.top)
-    many = "at least " if len(found) == options.top else ""
-    title = f"{many}{len(found):,} of {counted(len(rows.places), 'row')} of {options.run} may be wrong"
-    shown = found[: options.top or _SHOWN]
-    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not (folder / LOSSES).is_file():
+        _score(options, folder, errors)
+    rows = ScoredRows(folder, options.files)
+    count = rows.suspects or options.top or 0
+    listed = rows.highest(min(count, options.top or count))
+    title = f"{rows.suspects:,} of {counted(len(rows.rows), 'row')} of {options.run} may be wrong"
+    shown, note = listed[: options.top or _SHOWN], NOTE if rows.suspects else CANNOT_TELL
     if shown:
-        console.print(plain_table(table(shown, title)), markup=False)
-    aside = Console(stderr=True, highlight=False, soft_wrap=True)
-    if rows.note:
-        aside.print(rows.note, markup=False)
-    _tell(aside, found, shown, len(rows.places))
+        Console(highlight=False, soft_wrap=True).print(plain_table(table(shown, title)), markup=False)
+    more = f"{len(listed) - len(shown):,} more with --top or --csv FILE; " if len(listed) > len(shown) else ""
+    advice = f"\n{more}`siftune train --drop-rows FILE` trains without the rows of a list" if rows.suspects else ""
+    errors.print(f"{note}{advice}", markup=False)
     if options.csv is not None:
-        _write(options.csv, to_csv(found))
+        _write(options.csv, to_csv(listed))
     if options.html is not None:
-        _write(options.html, to_html(found, title, NOTE))
-    return {"run": folder, "rows": len(rows.places), "suspects": found}
+        _write(options.html, to_html(listed, title, note))
+    return {"run": folder, "rows": len(rows.rows), "suspects": rows.suspects, "listed": listed}
 
 
-NOTE = "Rows that cost far more than others of their source. Hard and rare rows do so, too: look before you drop any."
+def _score(options: Options, folder: Path, console: "Console") -> None:
+    """Load the model of a run, and score its rows."""
+    from siftune.base.stages import stages
+    from siftune.cli.subjects import find_subject, load_subject
+    from siftune.records.again import is_own
+    from siftune.suspects.losses import score_run, trained_rows
 
-
-def _tell(console: Any, found: "list[Suspect]", shown: "list[Suspect]", rows: int) -> None:
-    """Say what the table is, and what to do with it."""
-    if not found:
-        console.print(f"none of {counted(rows, 'row')} stands out by its loss")
-        return
-    more = f"{len(found) - len(shown):,} more with --top or --csv FILE; " if len(found) > len(shown) else ""
-    console.print(f"{NOTE}\n{more}`siftune train --drop-rows FILE` trains without those of a list", markup=False)
+    trained_rows(folder, options.files)  # whatever is wrong with them shows before the model is loaded
+    if options.base is None and not is_own(folder):
+        raise RecipeError(f"this user has not trained {options.run} on this machine: name its base model with --base.")
+    subject = find_subject(options.run, base=options.base)
+    with stages(console) as progress:
+        progress(f"loading {options.run}", 0, 0)
+        model, tokenizer = load_subject(subject, subject.recipe.dtype if subject.recipe else "auto")
+        score_run(folder, model, tokenizer, options.files, progress)
 
 
 def _write(path: Path, text: str) -> None:

@@ -143,8 +143,8 @@ def mixed_pool(n: int, known: int, held_out: int, seed: int) -> tuple[list[Recor
 
     Returns:
         pool, known, held out: rows as `arithmetic_rows` has them, and rows with `prompt` and `completion`, all
-        written as questions that end with "Answer:". In the pool a column `source` gives the kind of a row:
-        "arithmetic", "wrong", "reverse", "sort" or "count".
+        written as questions that end with "Answer:". In the pool a column `source` gives the task of a row,
+        "arithmetic", "reverse", "sort" or "count"; `wrong` says whether a row of arithmetic is wrong.
 
     Raises:
         DataError: There are not as many different problems.
@@ -152,14 +152,14 @@ def mixed_pool(n: int, known: int, held_out: int, seed: int) -> tuple[list[Recor
     Example:
         >>> pool, known, held_out = mixed_pool(16, known=2, held_out=2, seed=0)
         >>> sorted({row["source"] for row in pool}), len(known), len(held_out)
-        (['arithmetic', 'count', 'reverse', 'sort', 'wrong'], 2, 2)
+        (['arithmetic', 'count', 'reverse', 'sort'], 2, 2)
     """
     rng = random.Random(f"pool {seed}")
     test = arithmetic_rows(held_out, seed)
     half = n // 2
     drawn = arithmetic_rows(half + known, seed + 1, exclude=test)
     target, few = drawn[:half], drawn[half:]
-    rows = [_spoiled(row, rng) if place % 2 else {**row, SOURCE: "arithmetic"} for place, row in enumerate(target)]
+    rows = [{**(_spoiled(row, rng) if place % 2 else row), SOURCE: "arithmetic"} for place, row in enumerate(target)]
     rows += [_other(OTHERS[place % len(OTHERS)], rng) for place in range(n - half)]
     rng.shuffle(rows)
     return _asked(rows), _asked(few), _asked(test)
@@ -179,7 +179,7 @@ def _asked(rows: list[Record]) -> list[Record]:
 def _spoiled(row: Record, rng: random.Random) -> Record:
     """Replace a row's completion by another number that could be an answer."""
     wrong = rng.choice([number for number in range(199) if str(number) != row["answer"]])
-    return {**row, "completion": str(wrong), "wrong": True, SOURCE: "wrong"}
+    return {**row, "completion": str(wrong), "wrong": True}
 
 
 def _other(kind: str, rng: random.Random) -> Record:

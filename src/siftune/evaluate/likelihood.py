@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siftune.base.errors import DataError
+from siftune.base.files import Progress
 from siftune.data.batches import by_length
 from siftune.models.loss import IGNORED, cross_entropy, logits_at
 from siftune.models.modules import evaluating, model_device
@@ -64,18 +65,24 @@ def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16)
     return result
 
 
-def row_nll(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
+def row_nll(
+    model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16, progress: Progress | None = None
+) -> PerplexityResult:
     """Compute the negative log-likelihood of each row's label tokens; 0 for a row without any.
 
-    Arguments and errors are those of `perplexity`, but rows without labels are accepted.
+    Arguments and errors are those of `perplexity`, but rows without labels are accepted. `progress` receives the number
+    of scored rows.
     """
     tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
     nll = np.zeros(len(rows), dtype=np.float64)
-    labelled = np.flatnonzero(tokens).tolist()
+    labelled, done = np.flatnonzero(tokens).tolist(), 0
     with evaluating(model):
         for batch in by_length([len(rows[i][0]) for i in labelled], batch_size):
             chosen = [labelled[i] for i in batch]
             nll[chosen] = _batch_nll(model, [rows[i] for i in chosen])
+            done += len(chosen)
+            if progress is not None:
+                progress("scoring rows", done, len(labelled))
     return PerplexityResult(nll, tokens)
 
 

@@ -6,7 +6,6 @@
     loss       float32  mean cross entropy of its label tokens in nats, in the forward pass of training; NaN without
                         label tokens
     tokens     int32    its label tokens
-    z          float32  the loss in deviations above the usual loss at that time: see `scores.by_time`
     alignment  float32  its score by a method, mean over all layers; NaN without a score
     followed   float32  share of the layers that followed it
 
@@ -25,7 +24,6 @@ from numpy.typing import NDArray
 from siftune.base.errors import DataError
 from siftune.base.files import write_beside
 from siftune.base.text import one_line
-from siftune.records.scores import by_time
 
 if TYPE_CHECKING:
     import pyarrow
@@ -94,7 +92,6 @@ def write_visits(path: Path, visits: Visits, places: Sequence[str] = (), about: 
     if places:
         columns["place"] = _in_words(visits.row, places)
     columns |= {"step": visits.step, "loss": visits.loss, "tokens": visits.tokens}
-    columns["z"] = by_time(visits.loss, visits.step)
     if not np.isnan(visits.followed).all():
         columns |= {"alignment": visits.alignment, "followed": visits.followed}
     table = pyarrow.table(columns).replace_schema_metadata({ABOUT: about})

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 from siftune.base.errors import InputError
+from siftune.base.text import counted
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.recipe.read import recipe_to_yaml
 from siftune.records.rows import Text
-from siftune.records.visits import NAME
 from siftune.report.charts import Chart, Line, Point, Scale, line_chart, listed_points
 from siftune.report.evals import Eval, label_of, metric_table
 from siftune.report.parts import Cell, Figure, Grid, Section, grid_of, slug
 from siftune.report.subjects import RunData
 from siftune.report.words import cut, short
-from siftune.suspects.named import Rows
+from siftune.suspects.named import ScoredRows
+from siftune.train.folder.run import LOSSES
 
 # key in metrics.jsonl, title, how it is drawn
 _COURSES = (
@@ -129,18 +130,18 @@ _SUSPECTS = 20
 
 
 def suspects(run: RunData, several: bool) -> Section | None:
-    """The rows that look most likely wrong; None if the run has no record of its rows."""
-    if not (run.path / NAME).is_file():
+    """The rows that look most likely wrong; None if the run's rows have no scores."""
+    if not (run.path / LOSSES).is_file():
         return None
     title = f"Suspect rows{f': {run.name}' if several else ''}"
     anchor = f"suspects-{slug(run.name)}"
     try:
-        record = Rows(run.path)
-        found = record.suspects(_SUSPECTS)
-    except InputError as error:  # changed rows, or a damaged record: the rest of the page is fine
+        scored = ScoredRows(run.path)
+    except InputError as error:  # changed rows, or a damaged file: the rest of the page is fine
         return Section(anchor, title, [f"Not available: {error}"])
-    if not found:
-        return Section(anchor, title, ["No row stands out."])
+    if not scored.suspects:
+        return Section(anchor, title, ["The losses do not tell which rows are wrong, if any."])
+    found = scored.highest(min(_SUSPECTS, scored.suspects))
     rows = [
         [
             Cell(one.place),
@@ -151,11 +152,12 @@ def suspects(run: RunData, several: bool) -> Section | None:
         ]
         for one in found
     ]
-    caption = f"The {len(rows)} rows that stand out most. Some may be correct: read before you drop any."
+    caption = f"The {len(rows)} most suspect. Some rows may be correct: read before you drop any."
     header = ["row", "text", "why", "score", "near-duplicates"]
-    words = [f"`siftune rows {run.path}` lists more of them and writes a file for `--drop-rows`."]
-    if record.note:
-        words.append(f"{record.note[0].upper()}{record.note[1:]}.")
+    words = [
+        f"{scored.suspects:,} of {counted(len(scored.rows), 'row')} may be wrong. `siftune rows {run.path}` lists "
+        "them, and writes a file for `--drop-rows`."
+    ]
     return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
 
 

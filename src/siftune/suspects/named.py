@@ -1,31 +1,20 @@
 """Suspect rows of a run, with their texts.
 
-A row's score is its loss above the usual loss of rows of its source at that time, mean over its visits
-(`scores.by_row`): at the first visit nothing has been learned from it yet. The source is the column `source`, or the
-file (ours): a harder task is no fault of its rows. Repeated rows of a target count as one row.
+Rows are scored by their loss under the final model (`losses`). Suspects are counted by comparison with decoys of their
+source (`rule`): the column `source`, or the file *(ours)*.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from siftune.base.errors import DataError
-from siftune.base.files import refuse_links
-from siftune.data.rows import Row
-from siftune.data.target import SOURCE
-from siftune.records.again import UnnamedFiles, rows_again
-from siftune.records.rows import Text, digest_of, text_of
-from siftune.records.scores import Seen, by_row, seen, usual
-from siftune.records.visits import NAME, Record, read_visits
+from siftune.records.rows import Text, text_of
+from siftune.suspects.losses import kinds_of, read_losses, trained_rows
+from siftune.suspects.rule import judge
 from siftune.suspects.twins import Twins
-
-_RARE = 64  # rows of a source; smaller sources are taken together (ours)
-LEAST = 3.0  # deviations above the usual loss from which a row is a suspect (ours)
 
 
 @dataclass(frozen=True)
@@ -33,10 +22,10 @@ class Suspect:
     """A row that may be wrong.
 
     Attributes:
-        place: Its place, such as "rows.jsonl:17"; "row 17", its number from 0, if the place is unknown.
-        text: Its text; empty without a recipe.
+        place: Its place, such as "rows.jsonl:17".
+        text: Its text.
         reason: The reason as text.
-        score: Its loss above the usual loss of its source at that time, mean over its visits, in deviations.
+        score: Its loss, summed over label tokens in nats.
         duplicates: Places of near-duplicates.
     """
 
@@ -51,148 +40,91 @@ def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> li
     """Rows of a run that may be wrong, highest scores first.
 
     Args:
-        run: Folder of a run of `siftune train`, or any folder with the `rows.parquet` of `RowRecord`. Texts are read
-            again by the run's recipe; without a recipe they are unknown.
-        top: At most N rows; None: all whose loss is three deviations above the usual one.
-        files: Files to read for texts, if the recipe is not the user's own: see `records.again`.
+        run: Folder of a run of `siftune train` whose rows are scored, by `siftune rows` or `score_run`.
+        top: At most N rows; None: all.
+        files: Files of the rows, if the recipe is not the user's own: see `records.again`.
+
+    Returns:
+        Rows of which about four fifths are wrong; none if the losses do not tell.
 
     Raises:
-        InputError: The folder holds a link, which could lead to any file.
-        DataError: The run has no record of its rows, or the rows have changed since.
+        InputError: The folder holds a link, or its recipe names files that the user has not named.
+        DataError: The rows are not scored, or have changed since the run.
         RecipeError: The run's recipe can't be read.
 
     Example:
         >>> for suspect in suspects(Path("runs/first"), top=20):  # doctest: +SKIP
         ...     print(suspect.place, suspect.reason)
     """
-    return Rows(run, files).suspects(top)
+    rows = ScoredRows(run, files)
+    return rows.highest(rows.suspects if top is None else min(top, rows.suspects))
 
 
-class Rows:
-    """Rows of a run, with their record.
+class ScoredRows:
+    """Scored rows of a run.
 
     Args:
         run: As for `suspects`.
         files: As for `suspects`.
 
     Attributes:
-        note: The reason why texts are unknown, and a command that shows them; empty if they are known.
+        rows: (R,) the rows.
+        suspects: Number of suspects; 0 if the losses do not tell.
 
     Raises:
         InputError: As `suspects`.
     """
 
     def __init__(self, run: Path, files: Sequence[str] = ()) -> None:
-        refuse_links(run)
-        self.record = read_visits(run / NAME)
-        self.note = ""
-        try:
-            rows = rows_of(run, self.record, files)
-        except UnnamedFiles as error:
-            rows, self.note = [], str(error)
-        visits = self.record.visits
-        self.texts = texts_of(rows, self.record)
-        self.places, self._who = _whereabouts(self.record)
-        self._sources = _sources_of(rows, visits.row)
-        kinds = np.unique(self._sources, return_inverse=True)[1]
-        self._usual = usual(visits.loss, visits.step, kinds)
-        self._scores = by_row(self._who, visits.loss, visits.step, kinds)
+        every, about = trained_rows(run, files)
+        losses = read_losses(run, about)
+        self._texts = {row.origin: text_of(row) for row in every}
+        own = ~losses.decoy & (losses.tokens > 0)
+        self.rows = [every[number] for number in losses.row[own]]
+        self._loss, self._tokens = losses.loss[own], losses.tokens[own]
+        self._sources = kinds_of(self.rows)
+        number = {source: kind for kind, source in enumerate(dict.fromkeys(self._sources))}
+        kind = {int(row): number[source] for row, source in zip(losses.row[own], self._sources, strict=True)}
+        decoys = losses.decoy & np.isin(losses.row, losses.row[own])
+        kinds, of_decoys = ([kind[int(row)] for row in losses.row[chosen]] for chosen in (own, decoys))
+        self._verdict = judge(self._loss, np.array(kinds), losses.loss[decoys], np.array(of_decoys))
+        self.suspects = self._verdict.count
 
-    def suspects(self, top: int | None = None) -> list[Suspect]:
-        """As the function `suspects`."""
-        gathered, scores_R = seen(self._who), self._scores
-        order = [at for at in np.argsort(-scores_R, kind="stable") if scores_R[at] >= LEAST]  # NaN is not
-        return [self._suspect(gathered, int(at)) for at in order[:top]]
+    def highest(self, count: int) -> list[Suspect]:
+        """The N rows with the highest scores, whether or not they are suspect."""
+        return [self._suspect(int(at)) for at in self._verdict.order[:count]]
 
-    def _suspect(self, gathered: Seen, at: int) -> Suspect:
-        place = self.places[gathered.rows[at]]
-        text = self.texts.get(place, Text("", ""))
-        reason = "; ".join([self._why(np.flatnonzero(self._who == gathered.rows[at])), *self._contradicted(text)])
-        return Suspect(place, text, reason, round(float(self._scores[at]), 4), tuple(self._twins_of(place)))
+    def _suspect(self, at: int) -> Suspect:
+        place, loss, above = self.rows[at].origin, float(self._loss[at]), self._verdict.above[at]
+        rows = f"rows of {self._sources[at]}" if self._sources[at] else "rows"
+        why = f"loss {loss:.1f} nats, {loss / self._tokens[at]:.2f} per token"
+        if not np.isnan(above):
+            why += f"; {above:.0%} of the answers swapped between {rows} have a smaller one"
+        reason = "; ".join([why, *self._contradicted(place)])
+        return Suspect(place, self._texts[place], reason, round(loss, 4), tuple(self._twins_of(place)))
 
-    def _why(self, own: NDArray[np.int64]) -> str:
-        """A row's loss as text."""
-        visits, source = self.record.visits, self._sources[own[0]]
-        cost, was_usual = (float(np.nanmean(values[own])) for values in (visits.loss, self._usual))
-        when = f"in step {visits.step[own[0]] + 1}" if len(own) == 1 else f"on average over {len(own)} visits"
-        like = f" for rows of {source}" if source else ""
-        text = f"loss {cost:.2f} nats per token {when}, where {was_usual:.2f} was usual{like}"
-        followed = float(visits.followed[own[0]])
-        return text if np.isnan(followed) else f"{text}; {followed:.0%} of the layers followed it at the first visit"
-
-    def _contradicted(self, text: Text) -> list[str]:
+    def _contradicted(self, place: str) -> list[str]:
         """A row with the same prompt and another completion."""
-        asked = self._asked.get(text.prompt, ()) if text.prompt else ()
-        other = next((place for place in asked if self.texts[place].completion != text.completion), None)
+        prompt, completion = self._texts[place]
+        asked = self._asked.get(prompt, ()) if prompt else ()
+        other = next((other for other in asked if self._texts[other].completion != completion), None)
         return [] if other is None else [f"{other} has the same prompt and another completion"]
 
     def _twins_of(self, place: str) -> list[str]:
-        return [self._known[other] for other in self._twins.of(self._number[place])] if place in self.texts else []
-
-    @cached_property
-    def _known(self) -> list[str]:
-        return list(self.texts)
+        places = list(self._texts)
+        return [places[other] for other in self._twins.of(self._number[place])]
 
     @cached_property
     def _number(self) -> Mapping[str, int]:
-        return {place: number for number, place in enumerate(self.texts)}
+        return {place: number for number, place in enumerate(self._texts)}
 
     @cached_property
     def _twins(self) -> Twins:
-        return Twins([f"{text.prompt}\n{text.completion}" for text in self.texts.values()])
+        return Twins([f"{text.prompt}\n{text.completion}" for text in self._texts.values()])
 
     @cached_property
     def _asked(self) -> Mapping[str, list[str]]:
         places: dict[str, list[str]] = {}
-        for place, text in self.texts.items():
+        for place, text in self._texts.items():
             places.setdefault(text.prompt, []).append(place)
         return places
-
-
-def _whereabouts(record: Record) -> tuple[list[str], NDArray[np.int64]]:
-    """Places of the rows, and the number of its place for every visit."""
-    numbers: dict[str, int] = {}
-    who = np.array([numbers.setdefault(place, len(numbers)) for place in _words(record)], dtype=np.int64)
-    return list(numbers), who
-
-
-def _words(record: Record) -> Sequence[str]:
-    """Place of each visit's row; its number if the place is unknown."""
-    return record.places or [f"row {number}" for number in record.visits.row.tolist()]
-
-
-def _sources_of(rows: Sequence[Row], row_V: NDArray[np.integer]) -> list[str]:
-    """Source of each visit's row; "" for rare or unknown sources, or if all are of one."""
-    names = [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
-    if len(set(names)) < 2:
-        return [""] * len(row_V)
-    counts = Counter(names[number] for number in np.unique(row_V))
-    return [name if counts[name := names[number]] >= _RARE else "" for number in row_V]
-
-
-def rows_of(run: Path, record: Record, files: Sequence[str] = ()) -> list[Row]:
-    """Rows of a run, by their numbers in its record; none without a recipe.
-
-    Raises:
-        UnnamedFiles: The recipe names files that the user has not named.
-        DataError: The rows have changed since.
-        RecipeError: The recipe can't be read.
-    """
-    if not (run / "recipe.yaml").is_file():
-        return []
-    rows = rows_again(run, files)
-    if record.about and digest_of(rows) != record.about:
-        raise DataError(
-            f"the training rows have changed since {run} was trained, so its record does not match: restore them, or "
-            "train again."
-        )
-    return rows
-
-
-def texts_of(rows: Sequence[Row], record: Record) -> dict[str, Text]:
-    """Texts of rows, by their places in the record.
-
-    A row without a visit has its current place, which may be another path of the same file.
-    """
-    recorded = dict(zip(record.visits.row.tolist(), _words(record), strict=True))
-    return {recorded.get(number, row.origin): text_of(row) for number, row in enumerate(rows)}

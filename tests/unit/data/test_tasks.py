@@ -97,7 +97,7 @@ def answer(row):
 def test_a_quarter_is_right_a_quarter_wrong_and_the_rest_are_other_tasks():
     pool, known, held_out = mixed_pool(1600, known=100, held_out=200, seed=0)
     counts = Counter(row["source"] for row in pool)
-    assert counts["arithmetic"] == counts["wrong"] == 400
+    assert counts["arithmetic"] == 2 * sum(row.get("wrong", False) for row in pool) == 800
     assert max(counts[name] for name in OTHERS) - min(counts[name] for name in OTHERS) <= 1
     assert [len(pool), len(known), len(held_out)] == [1600, 100, 200]
     for row in pool:
@@ -105,7 +105,7 @@ def test_a_quarter_is_right_a_quarter_wrong_and_the_rest_are_other_tasks():
         if row["source"] in OTHERS:
             assert row["completion"] == f" {answer(row)}"
         else:
-            assert (row["completion"] == row["answer"]) == (row["source"] == "arithmetic")
+            assert (row["completion"] == row["answer"]) == (not row["wrong"])
     assert all(row["completion"] == row["answer"] for row in [*known, *held_out])
     assert all(row["answer"] in row["choices"] for row in [*known, *held_out])
     quarters = [Counter(row["source"] for row in pool[start : start + 400]) for start in range(0, 1600, 400)]

@@ -12,7 +12,7 @@ from support.tiny_run import recipe, save_rows
 
 from siftune.base.errors import InputError
 from siftune.records.again import UnnamedFiles, is_own, note_recipe, rows_again
-from siftune.records.visits import NAME, read_visits, write_visits
+from siftune.suspects.losses import score_run
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -21,14 +21,10 @@ SECRET = "what nobody else may see"
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """A run on eight rows by this user, one row of which costs much."""
+    """A run on eight rows by this user, with scores."""
     place = tmp_path_factory.mktemp("trained")
-    train(recipe(base, save_rows(place / "rows.jsonl", 8), place / "run", method="dense", steps=2), QUIET)
-    record = read_visits(place / "run" / NAME)
-    record.visits.loss[:] = 1.0 + 0.01 * record.visits.row
-    record.visits.loss[record.visits.row == 3] = 9.0
-    places = dict(zip(record.visits.row.tolist(), record.places, strict=True))
-    write_visits(place / "run" / NAME, record.visits, [places[row] for row in range(8)], record.about)
+    run = train(recipe(base, save_rows(place / "rows.jsonl", 8), place / "run", method="dense", steps=2), QUIET)
+    score_run(place / "run", run.model, run.tokenizer)
     return place
 
 
@@ -54,9 +50,8 @@ def foreign(trained, tmp_path, monkeypatch):
 
 def test_texts_of_a_run_of_one_s_own_are_shown(trained, capsys):
     assert is_own(trained / "run")
-    result, told = siftune(capsys, "rows", trained / "run")
-    assert [suspect["text"] for suspect in result["suspects"]] == [["3 and 9?", "12"]]
-    assert "--files" not in told
+    result, _ = siftune(capsys, "rows", trained / "run", "--top", 8)
+    assert ["3 and 9?", "12"] in [listed["text"] for listed in result["listed"]]
 
 
 @pytest.mark.parametrize("key", ["train", "target", "drop_rows"])
@@ -65,20 +60,26 @@ def test_no_file_is_read_that_the_recipe_of_another_party_names(foreign, trained
     secret.write_text(json.dumps({"prompt": SECRET, "completion": SECRET}) + "\n")
     before = f"train: {trained / 'rows.jsonl'}" if key == "train" else f"{key}: null"
     run = foreign(before, f"{key}: {secret}")
-    result, told = siftune(capsys, "rows", run, "--html", tmp_path / "rows.html")
-    assert [suspect["text"] for suspect in result["suspects"]] == [["", ""]]
-    assert f"--files {secret}" in told or f"{trained / 'rows.jsonl'} {secret}" in told
+    sentence = error_of(capsys, "rows", run, "--html", tmp_path / "rows.html")
+    assert f"--files {secret}" in sentence or f"{trained / 'rows.jsonl'} {secret}" in sentence
     siftune(capsys, "report", run, "-o", tmp_path / "page.html")
-    assert SECRET not in told + (tmp_path / "page.html").read_text() + (tmp_path / "rows.html").read_text()
+    assert SECRET not in sentence + (tmp_path / "page.html").read_text()
     assert "--files" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["openai/gsm8k", "/dev/zero"])
 def test_neither_hub_nor_devices_are_asked(foreign, name, tmp_path, capsys):
     run = foreign(after=f"train: {name}")
-    _, told = siftune(capsys, "rows", run)
-    assert name in told
+    assert name in error_of(capsys, "rows", run)
     siftune(capsys, "report", run, "-o", tmp_path / "page.html")
+
+
+def test_the_model_that_the_recipe_of_another_party_names_is_not_loaded(foreign, trained, base, capsys):
+    run = foreign(after="train: /elsewhere/rows.jsonl")
+    (run / "losses.parquet").unlink()
+    words = ["rows", run, "--files", trained / "rows.jsonl"]
+    assert "--base" in error_of(capsys, *words)
+    assert siftune(capsys, *words, "--base", base)[0]["rows"] == 8
 
 
 def test_the_hub_is_not_asked_for_the_data_set_of_one_s_own_run_either(foreign):
@@ -92,9 +93,8 @@ def test_texts_are_shown_if_the_user_names_the_files(foreign, trained, tmp_path,
     run = foreign(after="train: /elsewhere/rows.jsonl")
     with pytest.raises(UnnamedFiles, match=r"--files /elsewhere/rows.jsonl"):
         rows_again(run, [str(tmp_path / "other.jsonl")])
-    result, told = siftune(capsys, "rows", run, "--files", trained / "rows.jsonl")
-    assert result["suspects"][0]["text"] == ["3 and 9?", "12"]
-    assert "--files" not in told
+    result, _ = siftune(capsys, "rows", run, "--files", trained / "rows.jsonl", "--top", 8)
+    assert ["3 and 9?", "12"] in [listed["text"] for listed in result["listed"]]
 
 
 def test_target_and_dropped_rows_are_named_too(base, tmp_path):

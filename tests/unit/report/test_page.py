@@ -199,23 +199,24 @@ def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):
 def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", steps=2)
     found = [Suspect("pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("pool.jsonl:9",))]
-    monkeypatch.setattr("siftune.report.run.Rows", lambda path: SimpleNamespace(note="", suspects=lambda top: found))
+    scored = SimpleNamespace(suspects=1, rows=[None] * 30, highest=lambda count: found[:count])
+    monkeypatch.setattr("siftune.report.run.ScoredRows", lambda path: scored)
     assert not [section for section in sections(subjects(run)) if section.title == "Suspect rows"]
-    (run / "rows.parquet").write_bytes(b"there")
+    (run / "losses.parquet").write_bytes(b"there")
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
     (row,) = section.tables[0].rows
     assert [cell.text for cell in row] == ["pool.jsonl:7", f"2 + 2? → {ATTACK}", ATTACK, "4.25", "pool.jsonl:9"]
+    assert section.words[0].startswith("1 of 30 rows may be wrong.")
     assert ATTACK not in show(run).html
-    found.clear()
-    assert "No row stands out." in show(run).html
+    scored.suspects = 0
+    assert "The losses do not tell" in show(run).html
 
 
-def test_a_record_of_rows_that_cannot_be_read_is_told_of(tmp_path):
+def test_scores_of_rows_that_cannot_be_read(tmp_path):
     run = save_run(tmp_path / "run", steps=2)
-    (run / "rows.parquet").write_bytes(b"damaged")
+    (run / "losses.parquet").write_bytes(b"damaged")
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
     assert section.words[0].startswith("Not available: ")
-    assert "rows.parquet" in section.words[0]
 
 
 # --- how large, how safe

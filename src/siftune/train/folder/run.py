@@ -7,6 +7,7 @@
       bad_rows.txt        rows that were left out and the reasons, if any
       metrics.jsonl       a line for each log: step, loss, learning rate, tokens per second, peak memory
       rows.parquet        a line for each row and visit: loss, alignment, share of layers that followed it
+      losses.parquet      a line for each row: its loss under the final model; see suspects/losses.py
       selections.parquet  a line for each choice of layers or rows; see selections.py
       eval.json           results of siftune eval
       adapter/            the adapter in PEFT's format, or the tuned layers, and the tokenizer
@@ -33,7 +34,7 @@ from siftune.records.rows import BAD_ROWS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
 from siftune.train.folder.selections import SELECTIONS
 
-RECIPE, ROWS, METRICS = "recipe.yaml", "rows.sha256", "metrics.jsonl"
+RECIPE, ROWS, METRICS, LOSSES = "recipe.yaml", "rows.sha256", "metrics.jsonl", "losses.parquet"
 
 
 class RunFolder:

@@ -1,0 +1,205 @@
+"""Losses of all training rows and of decoys under the final model: one forward pass, kept in the run folder.
+
+One model scores all rows at one time *(ours)*. Losses of training fall from step to step, so early rows look worse than
+late ones, and rows of a task that is learned in few steps look worse than wrong rows. A row's loss is the sum over its
+label tokens, −ln p(completion | prompt), in nats. A decoy has a row's prompt with the completion of another row of its
+source; `rule` compares rows with decoys.
+
+The pass is a forward without a backward, a third of an epoch, and less for the decoys. `siftune rows` runs it once, on
+demand *(ours)*: as a part of training it would add a third to a run of one epoch. Rows of a target are trusted, and get
+no score.
+
+    losses.parquet    a line for each row and decoy: row int32, loss float32, tokens int32, decoy bool
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from siftune.base.errors import DataError
+from siftune.base.files import Progress, refuse_links, write_beside
+from siftune.base.text import one_line
+from siftune.data.cache import cached_tokens
+from siftune.data.rows import Row
+from siftune.data.target import SOURCE, TARGET, sources
+from siftune.data.tokens import Form, tokens_of
+from siftune.evaluate.likelihood import row_nll
+from siftune.models.attention import short_rows
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
+from siftune.records.again import rows_again
+from siftune.records.rows import digest_of
+from siftune.records.visits import NAME, read_visits
+from siftune.train.folder.run import LOSSES
+
+_ABOUT = b"siftune"  # key in the Parquet metadata
+_COLUMNS = {"row": "int32", "loss": "float32", "tokens": "int32", "decoy": "bool"}
+_LARGER = 2  # rows per forward pass, over those of a training batch: no activations are kept
+_DECOYS = 200  # of a source: the share of decoys above a loss is then known to a few percent (ours)
+_RARE = 64  # rows of a source; smaller sources are taken together (ours)
+_AGAIN = "remove it, and `siftune rows` scores the rows again."
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Losses of rows and decoys under one model; R of both.
+
+    Attributes:
+        row: (R,) int32, number of the row; of a decoy, the row with its prompt.
+        loss: (R,) float32, summed over label tokens in nats.
+        tokens: (R,) int32, number of label tokens.
+        decoy: (R,) bool.
+    """
+
+    row: NDArray[np.int32]
+    loss: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+    decoy: NDArray[np.bool_]
+
+
+def score_run(
+    run: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Score the training rows of a run, and write `losses.parquet` into its folder.
+
+    Args:
+        run: The run folder.
+        model: Its final model.
+        tokenizer: The model's tokenizer.
+        files: Files of the rows, if the recipe is not the user's own: see `records.again`.
+        progress: Receives the number of scored rows.
+
+    Raises:
+        DataError: As `trained_rows`.
+        RecipeError: The recipe cannot be read.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    rows, about = trained_rows(run, files)
+    recipe: Recipe = load_recipe(run / "recipe.yaml")
+    form = Form(tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
+    tokens = cached_tokens(rows, form, progress)
+    if tokens.bad:
+        raise DataError(f"{tokens.faults(rows)[0]}; the run {run} could use this row, so its tokenizer has changed.")
+    numbers = [at for at, source in enumerate(sources(rows)) if source != TARGET]
+    pairs = list(zip(tokens.data["input_ids"], tokens.data["labels"], strict=True))
+    decoys = decoys_of([rows[at] for at in numbers], recipe.seed)
+    own, chosen = [numbers[at] for at in decoys], [pairs[at] for at in numbers]
+    if decoys:
+        swapped = tokens_of(list(decoys.values()), form)
+        own = [at for place, at in enumerate(own) if place not in swapped.bad]
+        chosen += zip(swapped.data["input_ids"], swapped.data["labels"], strict=True)
+    with short_rows():
+        result = row_nll(model, chosen, _LARGER * recipe.batch_size, progress)
+    columns = ([*numbers, *own], result.nll, result.tokens, np.arange(len(chosen)) >= len(numbers))
+    table = {name: np.asarray(part).astype(kind) for (name, kind), part in zip(_COLUMNS.items(), columns, strict=True)}
+    with write_beside(run / LOSSES) as [beside]:
+        parquet.write_table(pyarrow.table(table).replace_schema_metadata({_ABOUT: about}), beside, compression="zstd")
+
+
+def kinds_of(rows: Sequence[Row]) -> list[str]:
+    """Source of each row: its column `source`, or its file; "" for rare sources, or if all rows are of one."""
+    names = [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
+    counts = Counter(names)
+    return [""] * len(rows) if len(counts) < 2 else [name if counts[name] >= _RARE else "" for name in names]
+
+
+def decoys_of(rows: Sequence[Row], seed: int) -> dict[int, Row]:
+    """Give some rows of each source the completion of another row of it.
+
+    Args:
+        rows: The rows.
+        seed: Of the choice.
+
+    Returns:
+        Number of a row -> the decoy with its prompt. Plain texts have no prompt, and rows of a source with one
+        completion have no other: they get none.
+
+    Example:
+        >>> from siftune.data.rows import rows_from
+        >>> few = rows_from([{"prompt": f"{n}?", "completion": str(n)} for n in (1, 2)])
+        >>> [(decoy.prompt[0].content, decoy.completion) for decoy in decoys_of(few, seed=0).values()]
+        [('1?', '2'), ('2?', '1')]
+    """
+    randomness, decoys = random.Random(f"decoys {seed}"), {}
+    places: dict[str, list[int]] = {}
+    for at, kind in enumerate(kinds_of(rows)):
+        places.setdefault(kind, []).append(at)
+    for own in places.values():
+        asked = [at for at in own if rows[at].prompt]
+        for at in sorted(randomness.sample(asked, min(len(asked), _DECOYS))):
+            other = next(
+                (other for other in _draws(randomness, own) if rows[other].completion != rows[at].completion), None
+            )
+            if other is not None:
+                decoys[at] = replace(rows[at], completion=rows[other].completion)
+    return decoys
+
+
+def _draws(randomness: random.Random, places: Sequence[int]) -> Sequence[int]:
+    """A few random places, and then all."""
+    return [*randomness.choices(places, k=8), *places]
+
+
+def trained_rows(run: Path, files: Sequence[str] = ()) -> tuple[list[Row], str]:
+    """Read the training rows of a run again, and the digest of their texts.
+
+    Args:
+        run: The run folder.
+        files: As for `score_run`.
+
+    Raises:
+        InputError: The folder holds a link, which could lead to any file, or its recipe names files that the user has
+            not named.
+        DataError: They cannot be read, or have changed since the run; or the run did not record them.
+        RecipeError: The recipe cannot be read.
+    """
+    refuse_links(run)
+    rows = rows_again(run, files)
+    about = digest_of(rows)
+    if read_visits(run / NAME).about != about:
+        raise DataError(
+            f"the training rows have changed since {run} was trained, so its model says nothing on them: restore them, "
+            "or train again."
+        )
+    return rows, about
+
+
+def read_losses(run: Path, about: str) -> Losses:
+    """Read the losses of a run's rows.
+
+    Args:
+        run: The run folder.
+        about: Digest of the texts of its training rows.
+
+    Raises:
+        DataError: The file is missing, damaged, or of other rows.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    path = run / LOSSES
+    try:
+        table = parquet.read_table(path)
+        losses = Losses(**{name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()})
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist, so the rows have no scores: `siftune rows {run}` scores them."
+        ) from None
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({one_line(str(error))}); {_AGAIN}") from None
+    if (table.schema.metadata or {}).get(_ABOUT) != about.encode():
+        raise DataError(f"{path} is of other rows than the run's; {_AGAIN}")
+    return losses
