@@ -8,8 +8,8 @@
     python -m lab.rows.report rows.jsonl
 
 `rows/cells.py` defines the cells. Every job trains SmolLM2 or Gemma 3 with dense LoRA on siftune's own training
-path: "scores" once, "drop" up to five times, "peers" twice on half of the rows. A finished job adds a line of JSON to the
-file and is never made again; Ctrl-C loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE`
+path: "scores" once, "drop" up to five times, "peers" twice on half of the rows. A finished job adds a line of JSON to
+the file and is never made again; Ctrl-C loses only what is running. `--list` prints the jobs, one a line; `--jobs FILE`
 runs those of a file, in its order.
 """
 
