@@ -11,7 +11,7 @@ correct rows reach these. Mixture proportions are bounded like that by Blanchard
 count wrong matches in mass spectrometry (Elias and Gygi, Nature Methods 2007). Decoys of rows are ours.
 
 The suspects of a source are the largest set of highest losses of which an estimated four fifths are wrong:
-q R P(decoy ≥ t) ≥ 0.8 #(row ≥ t), with R rows. No spread and no form of a distribution is estimated, and neither the
+q R P(decoy ≥ t) ≥ 0.8 #(row ≥ t), with R rows, and t at least the smallest loss of a decoy. No spread and no form of a distribution is estimated, and neither the
 length of completions nor the level of a task matters. If wrong rows are harder to tell from correct ones than decoys
 are, q comes out too small, and fewer rows are suspect.
 
@@ -67,14 +67,14 @@ def judge(
         >>> judge(rows, np.zeros(100, dtype=int), decoys, np.zeros(50, dtype=int)).count
         20
     """
-    above, apart = np.full(len(losses), np.nan), np.full(len(losses), -np.inf)
+    above, apart = np.full(len(losses), np.nan), losses.astype(np.float64)
     suspect = np.zeros(len(losses), dtype=bool)
     for kind in np.unique(decoy_kinds):
         own, wrong = kinds == kind, np.sort(decoys[decoy_kinds == kind])
         above[own] = np.searchsorted(wrong, losses[own]) / len(wrong)
         apart[own] = losses[own] - np.median(wrong)
         suspect[own] = losses[own] >= _least_loss(losses[own], wrong)
-    order = np.lexsort((-apart, ~suspect))
+    order = np.lexsort((-apart, np.isnan(above), ~suspect))  # the last key is the first
     return Verdict(order, int(suspect.sum()), above)
 
 
@@ -95,5 +95,5 @@ def _least_loss(losses: NDArray[np.floating], wrong: NDArray[np.floating]) -> fl
     if share < _LEAST:
         return np.inf
     expected = share * len(rows) * (1 - np.searchsorted(wrong, rows) / count)
-    enough = expected >= WRONG * (len(rows) - np.searchsorted(rows, rows))
+    enough = (expected >= WRONG * (len(rows) - np.searchsorted(rows, rows))) & (rows >= wrong[0])
     return float(rows[enough.argmax()]) if enough.any() else np.inf

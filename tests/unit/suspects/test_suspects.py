@@ -55,7 +55,7 @@ def scored(base, tmp_path, monkeypatch):
             losses[WRONG] = 20 - np.arange(12)
         decoys = np.array([0, *range(1, 100, 2)] if decoys is None else decoys)
         row, decoy = np.concatenate([np.arange(100), decoys]), np.arange(100 + len(decoys)) >= 100
-        summed = np.float32([*losses, *np.where(decoys < 60, 15.0, 40.0)])
+        summed = np.float32([*losses, *np.where((decoys < 60) | (sources is None), 9.0, 40.0)])
         columns = {"row": np.int32(row), "loss": summed, "tokens": np.full(len(row), 4, "int32"), "decoy": decoy}
         parquet.write_table(pyarrow.table(columns).replace_schema_metadata({"siftune": about}), folder / LOSSES)
         return folder
@@ -75,7 +75,7 @@ def test_rows_with_the_largest_losses_come_first(run):
     first, second, third, *_ = found
     assert first.text == (RECORDS[5]["prompt"], RECORDS[5]["completion"])
     assert first.score == 20.0
-    assert first.reason.startswith("loss 20.0 nats, 5.00 per token; 59% of the answers swapped between rows have a ")
+    assert first.reason.startswith("loss 20.0 nats, 5.00 per token; 100% of the answers swapped between rows have a ")
     assert first.reason.endswith(f"{path}:51 has the same prompt and another completion")
     assert second.duplicates == (f"{path}:32",)
     assert first.duplicates == ()
@@ -85,7 +85,7 @@ def test_rows_with_the_largest_losses_come_first(run):
 
 def test_rows_are_compared_with_decoys_of_their_source(scored):
     losses = np.where(np.arange(100) < 60, 0.1, 15.0)
-    losses[WRONG] = 16.0
+    losses[WRONG] = 9.0
     found = suspects(scored(losses, ["easy"] * 60 + ["hard"] * 40, range(100)))
     assert sorted(int(each.place.rpartition(":")[2]) - 1 for each in found) == WRONG
     assert "swapped between rows of easy" in found[0].reason
