@@ -40,10 +40,6 @@ class Options(Validated):
 
 _SHOWN = 10
 NOTE = "Their losses are like those of answers to other rows. About a fifth may be correct: read before you drop any."
-CANNOT_TELL = (
-    "The losses do not tell which rows are wrong: few or none are, the run is too short, or the model cannot learn the "
-    "task."
-)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -68,7 +64,7 @@ def run(options: Options) -> dict[str, Any]:
     count = rows.suspects or options.top or 0
     listed = rows.highest(min(count, options.top or count))
     title = f"{rows.suspects:,} of {counted(len(rows.rows), 'row')} of {options.run} may be wrong"
-    shown, note = listed[: options.top or _SHOWN], NOTE if rows.suspects else CANNOT_TELL
+    shown, note = listed[: options.top or _SHOWN], rows.doubt or NOTE
     if shown:
         Console(highlight=False, soft_wrap=True).print(plain_table(table(shown, title)), markup=False)
     more = f"{len(listed) - len(shown):,} more with --top or --csv FILE; " if len(listed) > len(shown) else ""

@@ -140,7 +140,7 @@ def suspects(run: RunData, several: bool) -> Section | None:
     except InputError as error:  # changed rows, or a damaged file: the rest of the page is fine
         return Section(anchor, title, [f"Not available: {error}"])
     if not scored.suspects:
-        return Section(anchor, title, ["The losses do not tell which rows are wrong, if any."])
+        return Section(anchor, title, [scored.doubt])
     found = scored.highest(min(_SUSPECTS, scored.suspects))
     rows = [
         [

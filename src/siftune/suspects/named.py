@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from siftune.records.rows import Text, text_of
+from siftune.records.visits import NAME, read_visits
 from siftune.suspects.losses import kinds_of, read_losses, trained_rows
 from siftune.suspects.rule import judge
 from siftune.suspects.twins import Twins
+
+_STEPS = 64  # of the run, at least: early, losses of correct rows are as high as those of wrong ones (ours)
+_DOUBT = "The losses do not tell which rows are wrong: few or none are, or the model has not learned the task."
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class ScoredRows:
     Attributes:
         rows: (R,) the rows.
         suspects: Number of suspects; 0 if the losses do not tell.
+        doubt: The reason if they do not, as a sentence; else empty.
 
     Raises:
         InputError: As `suspects`.
@@ -88,7 +93,15 @@ class ScoredRows:
         decoys = losses.decoy & np.isin(losses.row, losses.row[own])
         kinds, of_decoys = ([kind[int(row)] for row in losses.row[chosen]] for chosen in (own, decoys))
         self._verdict = judge(self._loss, np.array(kinds), losses.loss[decoys], np.array(of_decoys))
-        self.suspects = self._verdict.count
+        steps = int(read_visits(run / NAME).visits.step.max(initial=-1)) + 1
+        self.suspects = self._verdict.count if steps >= _STEPS else 0
+        self.doubt = ""
+        if steps < _STEPS:
+            self.doubt = (
+                f"The run is too short to tell which rows are wrong: {steps} steps, at least {_STEPS} are needed."
+            )
+        elif not self.suspects:
+            self.doubt = _DOUBT
 
     def highest(self, count: int) -> list[Suspect]:
         """The N rows with the highest scores, whether or not they are suspect."""

@@ -11,9 +11,9 @@ correct rows reach these. Mixture proportions are bounded like that by Blanchard
 count wrong matches in mass spectrometry (Elias and Gygi, Nature Methods 2007). Decoys of rows are ours.
 
 The suspects of a source are the largest set of highest losses of which an estimated four fifths are wrong:
-q R P(decoy ≥ t) ≥ 0.8 #(row ≥ t), with R rows, and t at least the smallest loss of a decoy. No spread and no form of a distribution is estimated, and neither the
-length of completions nor the level of a task matters. If wrong rows are harder to tell from correct ones than decoys
-are, q comes out too small, and fewer rows are suspect.
+q R P(decoy ≥ t) ≥ 0.8 #(row ≥ t), with R rows, and t at least the smallest loss of a decoy. No spread and no form of
+a distribution is estimated, and neither the length of completions nor the level of a task matters. If wrong rows are
+harder to tell from correct ones than decoys are, q comes out too small, and fewer rows are suspect.
 
 The losses may come from any model, as long as one model scores all rows and decoys: the final one, or one that was
 tuned on rows that are known to be correct.

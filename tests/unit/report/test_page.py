@@ -208,7 +208,7 @@ def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     assert [cell.text for cell in row] == ["pool.jsonl:7", f"2 + 2? → {ATTACK}", ATTACK, "4.25", "pool.jsonl:9"]
     assert section.words[0].startswith("1 of 30 rows may be wrong.")
     assert ATTACK not in show(run).html
-    scored.suspects = 0
+    scored.suspects, scored.doubt = 0, "The losses do not tell"
     assert "The losses do not tell" in show(run).html
 
 

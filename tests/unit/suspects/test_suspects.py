@@ -34,7 +34,7 @@ def scored(base, tmp_path, monkeypatch):
     """Builds a run folder of 100 rows with losses; those of WRONG are large, the first the largest."""
     monkeypatch.setattr(module, "_RARE", 30)
 
-    def build(losses=None, sources=None, decoys=None):
+    def build(losses=None, sources=None, decoys=None, steps=100):
         records = [*RECORDS]
         records[50] = {**RECORDS[5], "completion": HTML}
         records[31] = {"prompt": RECORDS[9]["prompt"].upper(), "completion": RECORDS[9]["completion"]}
@@ -47,7 +47,7 @@ def scored(base, tmp_path, monkeypatch):
         note_recipe(folder)
         about = digest_of(load_rows(str(path)))
         visits = np.stack(
-            [np.arange(100), np.arange(100) // 4, np.ones(100), np.full(100, 3), *np.full((2, 100), np.nan)]
+            [np.arange(100), np.arange(100) * steps // 100, np.ones(100), np.full(100, 3), *np.full((2, 100), np.nan)]
         )
         write_visits(folder / NAME, Visits.of(visits), about=about)
         if losses is None:
@@ -89,6 +89,13 @@ def test_rows_are_compared_with_decoys_of_their_source(scored):
     found = suspects(scored(losses, ["easy"] * 60 + ["hard"] * 40, range(100)))
     assert sorted(int(each.place.rpartition(":")[2]) - 1 for each in found) == WRONG
     assert "swapped between rows of easy" in found[0].reason
+
+
+def test_a_short_run_does_not_tell(scored, capsys):
+    result, said = siftune(capsys, "rows", scored(steps=63))
+    assert (result["suspects"], result["listed"]) == (0, [])
+    assert "too short to tell" in said
+    assert "63 steps" in said
 
 
 @pytest.mark.parametrize("decoys", [range(0, 60), []])
