@@ -1,0 +1,233 @@
+"""`siftune sift`, and `siftune train --sift`, which sifts before it trains."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from functools import partial
+
+import pytest
+from support.commands import error_of, siftune
+from support.tiny_kit import save_kit
+from support.trainers import At
+
+from siftune.base.errors import TrainingError
+from siftune.cli.main import main
+from siftune.recipe.read import load_recipe
+from siftune.records.rows import named_rows, read_rows
+from siftune.sifting import run as module
+
+SETTINGS = "{template: none, max_length: 64, rank: 2, batch_size: 4, lr: 0.01, log_every: 9}"
+
+
+def save(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Have a sifting before training take three steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sift", partial(module.sift, steps=3))
+        yield
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A folder with a pool, a target and settings."""
+    place = tmp_path_factory.mktemp("task")
+    sums = [{"prompt": f"{i}+{i}?", "completion": str(i + i)} for i in range(24)]
+    save(place / "few.jsonl", sums[:12])
+    save(place / "pool.jsonl", [{"prompt": f"say {i}", "completion": "hello " * 3} for i in range(24)] + sums[12:])
+    (place / "recipe.yaml").write_text(SETTINGS)
+    return place
+
+
+@pytest.fixture(scope="module")
+def words(base, task):
+    """A command that trains two steps on the complete pool."""
+    given = ["--model", base, "--train", task / "pool.jsonl", "--target", task / "few.jsonl", "--steps", "2"]
+    return ["train", task / "recipe.yaml", *given]
+
+
+@pytest.fixture(scope="module")
+def sifted(words, tmp_path_factory):
+    """A run of `train --sift`."""
+    run = tmp_path_factory.mktemp("sifted") / "run"
+    assert main([*map(str, words), "--out", str(run), "--sift"]) == 0
+    return run
+
+
+@pytest.fixture
+def out(sifted, tmp_path):
+    """A run folder in which sifting was done and nothing else."""
+    shutil.copytree(sifted / "sift", tmp_path / "run" / "sift")
+    return tmp_path / "run"
+
+
+def rows_of(run):
+    """Rows of a run: those of the pool, and those of the target."""
+    rows = read_rows(load_recipe(run / "recipe.yaml")).parts["train"]
+    return [[row.origin for row in rows if name in row.origin] for name in ("pool", "few")]
+
+
+def test_the_rows_of_the_run_are_the_selected_ones_and_the_target(sifted, task, tmp_path, monkeypatch):
+    selected = len((sifted / "sift" / "sifted.jsonl").read_text().splitlines())
+    pool, few = rows_of(sifted)
+    assert 0 < len(pool) == selected < 36
+    assert len(set(few)) == 12
+    recipe = load_recipe(sifted / "recipe.yaml")
+    assert recipe.drop_rows == str(sifted / "sift" / "dropped.csv")
+    assert not set(pool) & set(named_rows(recipe.drop_rows))
+    tuning = load_recipe(sifted / "sift" / "tuning" / "recipe.yaml")
+    assert (tuning.steps, tuning.rank, tuning.lr, tuning.template) == (3, 2, 0.01, "none")
+
+
+def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):
+    shutil.copytree(sifted, tmp_path / "run")
+    monkeypatch.setattr(module, "sift", None)
+    monkeypatch.chdir("/")
+    for more in ([], ["--sift"]):
+        assert main(["train", "--resume", str(tmp_path / "run"), "--steps", str(3 + len(more)), *more]) == 0
+    assert rows_of(tmp_path / "run") == rows_of(sifted)
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_interrupted_while_sifting(words, sifted, tmp_path, interfere, monkeypatch, capsys, resume):
+    run = tmp_path / "run"
+    interfere(At("on_step_begin", 1, lambda _: os.kill(os.getpid(), signal.SIGINT)))
+    assert main([*map(str, words), "--out", str(run), "--sift"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "siftune: interrupted; the same command continues"
+    assert [path.name for path in run.iterdir()] == ["sift"]
+    monkeypatch.undo()
+    assert main([*map(str, words), "--out", str(run), "--sift", *resume]) == 0
+    assert rows_of(run) == rows_of(sifted)
+    assert (run / "sift" / "losses.jsonl").read_bytes() == (sifted / "sift" / "losses.jsonl").read_bytes()
+
+
+def test_interrupted_in_the_training(words, sifted, out, interfere, monkeypatch):
+    interfere(At("on_step_begin", 1, lambda _: os.kill(os.getpid(), signal.SIGINT)))
+    assert main([*map(str, words), "--out", str(out), "--sift"]) == 130
+    monkeypatch.undo()
+    assert main([*map(str, words), "--out", str(out), "--sift", "--resume"]) == 0
+    assert rows_of(out) == rows_of(sifted)
+    assert json.loads((out / "run.json").read_text())["summary"]["steps"] == 2
+
+
+@pytest.mark.parametrize(("amount", "count"), [(["--sift", "0.25"], 9), (["--sift", "5"], 5)])
+def test_the_amount(words, out, amount, count):
+    assert main([*map(str, words), "--out", str(out), *amount]) == 0
+    assert len(rows_of(out)[0]) == count
+
+
+def test_in_a_recipe(words, sifted, out, tmp_path):
+    (tmp_path / "more.yaml").write_text("sift: true")
+    assert main([*map(str, words), str(tmp_path / "more.yaml"), "--out", str(out)]) == 0
+    assert rows_of(out) == rows_of(sifted)
+
+
+def test_a_pool_that_is_selected_in_full(words, out, capsys):
+    _, said = siftune(capsys, *words, "--out", out, "--sift", "36")
+    assert load_recipe(out / "recipe.yaml").drop_rows is None
+    assert "selected 36 of 36 rows of the pool (100%)" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "rate"),
+    [("gast", "lora", 0.01), ("ist", "series", 5e-4), ("dense", "ia3", 5e-4), ("ist", "full", 5e-4)],
+)
+def test_methods_and_adapters(words, tmp_path, method, adapter, rate):
+    """Rows are scored with LoRA and dense training, and its rate if the run has another method or adapter."""
+    none = ["--rank", "None"] if adapter in ("full", "ia3") else []
+    run = tmp_path / "run"
+    assert main([*map(str, words), "--out", str(run), "--sift", "--method", method, "--adapter", adapter, *none]) == 0
+    tuning, recipe = (load_recipe(place / "recipe.yaml") for place in (run / "sift" / "tuning", run))
+    assert (recipe.method, recipe.adapter) == (method, adapter)
+    assert (tuning.method, tuning.adapter, tuning.lr, tuning.layers) == ("dense", "lora", rate, None)
+    assert tuning.rank == (2 if adapter == "lora" else 32)
+    assert len(set(rows_of(run)[1])) == 12
+
+
+def test_a_kit(words, tmp_path):
+    kit = save_kit(tmp_path / "kit")
+    run = tmp_path / "run"
+    assert main([*map(str, words), "--model", str(kit.path), "--out", str(run), "--sift"]) == 0
+    assert (run / "return").exists()
+    assert load_recipe(run / "sift" / "tuning" / "recipe.yaml").layers == (0, 1, 3)
+    assert json.loads((run / "sift" / "sift.json").read_text())["facts"]["kit"] == kit.digest
+
+
+def test_a_dry_run_does_not_sift(words, tmp_path, capsys):
+    _, said = siftune(capsys, *words, "--out", tmp_path / "run", "--sift", "--dry-run")
+    assert "a dry run does not sift" in said
+    assert not (tmp_path / "run").exists()
+    assert "--target" in error_of(capsys, *words[:-4], "--steps", "2", "--sift", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--drop-rows", "rows.txt"], "drop_rows"), (["--sift", "1.5"], "--sift"), (["--sift", "37"], "37 rows"),
+        (["--eval", "nowhere.jsonl"], "nowhere.jsonl"), (["--eval", "x.jsonl", "--eval-share", "0.1"], "eval_share"),
+        (["--resume"], "checkpoint"), (["--sharding", "fsdp"], "sharding"), (["--target", "{few}"], "at least 8"),
+        (["--train", "{pool}", "{target}"], "twice"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_input_is_one_sentence_and_leaves_nothing(words, task, tmp_path, capsys, monkeypatch, more, word):
+    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    few = save(tmp_path / "3.jsonl", [{"prompt": f"{i}?", "completion": "a"} for i in range(3)])
+    places = {"few": few, "pool": task / "pool.jsonl", "target": task / "few.jsonl"}
+    given = [each.format(**places) for each in more]
+    assert word in error_of(capsys, *words, "--out", tmp_path / "run", "--sift", *given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_is_refused_before_sifting(words, sifted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "sift", None)
+    shutil.copytree(sifted, tmp_path / "run")
+    assert "holds a run already" in error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
+
+
+def test_a_training_on_the_target_that_fails_leaves_nothing(words, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise TrainingError("Broken. So far, more.") from TrainingError("Broken.")
+
+    monkeypatch.setattr(module, "tune", fail)
+    said = error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
+    assert said == "training on the rows of the target: Broken."
+    assert not (tmp_path / "run").exists()
+
+
+# --- siftune sift ---
+
+
+@pytest.mark.parametrize("share", [[], ["--share", "24"]])
+def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsys, monkeypatch, share):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(task / "pool.jsonl", "first.jsonl")
+    shutil.copy(task / "pool.jsonl", "second pool.jsonl")
+    pool = ["--train", "first.jsonl", "second pool.jsonl", "--limit", "12", "--target", task / "few.jsonl"]
+    settings = ["--model", base, "--template", "none", "--max-length", "64", "--batch-size", "4"]
+    result, said = siftune(capsys, "sift", *pool, *settings, "--steps", "2", *share)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-sift")
+    assert result["folder"] == f"runs/{folder.name}" or result["folder"] == str(folder)
+    assert (result["pool"], len((folder / "sifted.jsonl").read_text().splitlines())) == (24, result["selected"])
+    assert (result["dropped"] is None) == bool(share)
+    command = re.search(r"next: `siftune (.*)`", said)
+    assert command is not None, said
+    train = [*shlex.split(command[1]), "--steps", "1", "--rank", "2", "--batch-size", "4", "--out", "run"]
+    assert main(train) == 0
+    rows = read_rows(load_recipe("run/recipe.yaml")).parts["train"]
+    assert sum("few" not in row.origin for row in rows) == result["selected"]
+
+
+@pytest.mark.parametrize(("name", "word"), [("--train", "pool"), ("--target", "--target FILE")])
+def test_the_command_needs_pool_and_target(task, capsys, name, word):
+    given = {"--train": task / "pool.jsonl", "--target": task / "few.jsonl"}
+    del given[name]
+    assert word in error_of(capsys, "sift", *next(iter(given.items())))
