@@ -2,12 +2,15 @@
 
 import doctest
 import inspect
+from functools import partial
 
 import pytest
 import torch
+from datasets import load_dataset
 from support import audits
 from support.emulators import calibration
 from support.tiny import tiny
+from support.tiny_run import save_base, save_rows
 from support.tokenizer import byte_tokenizer
 from support.trainers import adapted, arguments, rows
 from transformers import PrinterCallback, Trainer
@@ -63,6 +66,14 @@ def for_methods(folder):
     return {**names, **{name: getattr(siftune, name) for name in siftune.__all__}}
 
 
+def for_sifting(folder):
+    """A saved model, a pool and a target in the working directory."""
+    save_base(folder / "base")
+    save_rows(folder / "pool.jsonl", 36)
+    save_rows(folder / "few.jsonl", 12)
+    return {"load_dataset": partial(load_dataset, cache_dir=str(folder / "cache"))}
+
+
 def for_offsite(folder):
     """An owner's model of four layers, a kit of it, and a return in which nothing was tuned."""
     base, tokenizer = tiny("llama", vocab_size=320), byte_tokenizer()
@@ -88,13 +99,13 @@ def _outer(base, kit):
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC + ALSO, ids=[name for _, name in PUBLIC + ALSO])
-def test_examples_run(module, name, tmp_path):
+def test_examples_run(module, name, tmp_path, monkeypatch):
     tests = examples(module, name)
     assert tests, f"{name} has no example"
+    monkeypatch.chdir(tmp_path)
+    names = for_offsite if module is siftune.offsite else for_sifting if name == "sift" else for_methods
     for test in tests:
-        test.globs = (for_offsite if module is siftune.offsite else for_methods)(tmp_path) | {
-            name: getattr(module, name)
-        }
+        test.globs = names(tmp_path) | {name: getattr(module, name)}
         report = []
         result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
         assert not result.failed, "".join(report)

@@ -140,10 +140,11 @@ def sift(
         InputError: A setting, the rows or the model cannot be used.
 
     Example:
-        >>> sifted = sift("pool.jsonl", "few.jsonl", template="none", out="runs/sifted")  # doctest: +SKIP
-        >>> dataset = load_dataset("json", data_files=str(sifted.rows), split="train")  # doctest: +SKIP
-        >>> pool = load_dataset("json", data_files="pool.jsonl", split="train")  # doctest: +SKIP
-        >>> dataset = pool.select(sifted.selected)  # doctest: +SKIP
+        >>> sifted = sift("pool.jsonl", "few.jsonl", share=0.5, model="base", template="none", out="runs/sifted")
+        >>> dataset = load_dataset("json", data_files=str(sifted.rows), split="train")
+        >>> pool = load_dataset("json", data_files="pool.jsonl", split="train")
+        >>> pool.select(sifted.selected).to_list() == dataset.to_list()
+        True
     """
     pool = str(train) if isinstance(train, str | Path) else tuple(map(str, train))
     recipe = Recipe(**{**settings, "train": pool, "target": str(target)})
