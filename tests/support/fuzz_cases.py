@@ -7,9 +7,14 @@ import struct
 
 import torch
 from support.damage import at, byte_mutations, dump, mutations, places, some_of, with_value
+from support.fuzz_folders import signatures, swaps, versions
 from support.fuzz_forged import Forger, channels, factors, formats, layers, numbers, promises, ranks, sizes
 from support.fuzz_kits import HALF, RETURN, SUBJECTS, THIN
+from support.fuzz_numbers import extremes, ruinous
+from support.fuzz_returns import returns, votes
+from support.fuzz_templates import waiting
 from support.fuzz_texts import dumped, some, templates, tokenizer_configs, tokenizers
+from support.fuzz_words import chains, normalizers, patterns
 from support.kits import header_of
 
 KIT = "llama"  # most mutations are of this kit; settings are tried in all families
@@ -47,14 +52,22 @@ class Case:
     Attributes:
         subject: Name of the sound folder, see `fuzz_kits`.
         what: What was done.
-        files: Name -> new content.
+        files: Name -> new content, or None to remove it.
         repaired: Whether the manifest was brought in line with it.
+        later: Whether the rows are read years after the verification, too.
+        key: Public key by which the kit is verified.
+        beside: Further returns that it is plugged with.
+        swap: Change of a file while the folder is read.
     """
 
     subject: str
     what: str
     files: dict
     repaired: bool = True
+    later: bool = False
+    key: str = ""
+    beside: tuple = ()
+    swap: object = None
 
 
 def _json(sound, subject, name):
@@ -237,6 +250,44 @@ def texts_of(name, mutate):
     return generate
 
 
+def templates_that_wait(sound, generator):
+    """Templates that go by words, lengths, dates, roles, and by what is defined."""
+    return [Case(KIT, what, {TEMPLATE: text}, later=later) for what, text, later in waiting()]
+
+
+def made(generate, *args):
+    """Mutations of a table of (subject, what, files)."""
+    return lambda sound, generator: [Case(*parts) for parts in generate(sound, generator, *args)]
+
+
+def odd_settings(sound, generator):
+    """Legal settings that ruin a model."""
+    return [Case(*parts) for parts in ruinous(sound, SUBJECTS)]
+
+
+def other_versions(sound, generator):
+    """Manifests of other protocols."""
+    for subject, key in ((KIT, "siftune_kit"), (RETURN, "siftune_return")):
+        data = (sound / subject / MANIFEST).read_bytes()
+        yield from _one(subject, MANIFEST, versions(data, key), repaired=False)
+
+
+def signed(sound, generator):
+    """Signatures that are missing, another's, or damaged."""
+    for what, files, repaired, key in signatures(sound, generator):
+        yield Case("signed", what, files, repaired, key=key)
+
+
+def swapped(sound, generator):
+    """Files that are swapped while they are read."""
+    return [Case(KIT, str(swap), {}, repaired=False, swap=swap) for swap in swaps(generator)]
+
+
+def voted(sound, generator):
+    """Returns beside themselves."""
+    return [Case(*parts, beside=(parts[0],)) for parts in votes(sound, generator, RETURN, THIN)]
+
+
 CLASSES = {
     "bytes": with_bytes,
     "manifests": manifests,
@@ -248,6 +299,17 @@ CLASSES = {
     "tokenizers": texts_of(TOKENIZER, tokenizers),
     "tokenizer configs": texts_of(TOKENIZER_CONFIG, tokenizer_configs),
     "templates": texts_of(TEMPLATE, templates),
+    "normalizers": texts_of(TOKENIZER, normalizers),
+    "patterns": texts_of(TOKENIZER, patterns),
+    "chains": texts_of(TOKENIZER, chains),
+    "waiting templates": templates_that_wait,
+    "ruinous": odd_settings,
+    "extremes": made(extremes, (KIT, HALF)),
+    "returns": made(returns, RETURN, THIN),
+    "votes": voted,
+    "versions": other_versions,
+    "signatures": signed,
+    "swaps": swapped,
 }
 
 

@@ -1,10 +1,9 @@
-"""More than a thousand kits and returns, damaged or forged with repaired hashes, each followed to the end.
+"""Thousands of kits and returns, damaged, forged or made with intent, each followed to the end.
 
-A kit is verified, loaded, its tokenizer and chat template tried on rows, trained for a step, and its return plugged
-into the base; a return is verified and plugged. Either `verify` refuses it in one sentence, or all of it works: nothing
-ends in a traceback, dies, stands still, or is accepted and fails later. Two things alone may come late: what only the
-owner can see, who has the base; and gradients that are not finite though every number of the kit is of a sane size,
-which `siftune train` says at its first step, and leaves nothing (tests/unit/trainer/test_trainer.py).
+A kit is verified, loaded, its tokenizer and chat template used on rows, trained for a step, and its return plugged into
+the base; a return is verified and plugged. Its hashes are right, unless they are what was changed. Either it is refused
+in one sentence, or all of it works, and the rows say what their owner wrote. `support/fuzz_counts.py` has the
+exceptions, and prints the counts.
 
 `pytest` runs a sample; `pytest -m fuzz` runs all.
 """
@@ -12,27 +11,18 @@ which `siftune train` says at its first step, and leaves nothing (tests/unit/tra
 import random
 
 import pytest
-from support.fuzz_cases import CLASSES, cases
-from support.fuzz_child import Child
-from support.fuzz_forged import OF_ALL
-from support.fuzz_kits import SUBJECTS, write_subject, write_tuned
+from support.fuzz_cases import CLASSES, Case, cases
+from support.fuzz_child import Child, altered
+from support.fuzz_counts import outcomes
+from support.fuzz_kits import write_all
 
 SAMPLE = 1  # of each class
-# said by plug alone, of a kit that is sound by itself: another base, and weights that are not the base's
-OWNERS = (
-    "was made from a model with fingerprint",
-    "base.layers is",
-    "layer_types are not those",
-    "moved by",
-    "but the base model's has",
-)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
-    kits = {subject: write_subject(folder, subject) for subject in SUBJECTS}
-    write_tuned(folder, kits["llama"])
+    write_all(folder)
     return folder
 
 
@@ -43,52 +33,67 @@ def child(sound):
     child.stop()
 
 
-def may_be_late(case, outcome):
-    """Whether something that verify let through may be found out where it was."""
-    if outcome.end == "late":
-        return outcome.stage == "plug" and any(words in outcome.words for words in OWNERS)
-    return OF_ALL in case.what and outcome.stage == "train" and outcome.words.endswith(("is not finite\n", "is nan\n"))
-
-
-def faults(child, chosen):
-    """What went wrong: class of the end, mutation, and words."""
-    for case in chosen:
-        outcome = child.outcome(case)
-        if outcome.end in ("broken", "late") and not may_be_late(case, outcome):
-            yield f"{outcome.end} at {outcome.stage}: {case.subject}, {case.what}: {outcome.words}"
+def faults(child, name, chosen):
+    return [
+        f"{outcome.end} at {outcome.stage}: {case.subject}, {case.what}: {outcome.words}"
+        for case, outcome, fault in outcomes(child, name, chosen)
+        if fault
+    ]
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_sample(child, sound, name):
-    assert list(faults(child, random.Random(11).sample(cases(name, sound), SAMPLE))) == []
+    assert faults(child, name, random.Random(11).sample(cases(name, sound), SAMPLE)) == []
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", CLASSES)
 def test_all(child, sound, name):
-    assert list(faults(child, cases(name, sound))) == []
+    assert faults(child, name, cases(name, sound)) == []
 
 
 @pytest.mark.fuzz
 def test_they_are_many(sound):
-    assert sum(len(cases(name, sound)) for name in CLASSES) > 1000
+    assert sum(len(cases(name, sound)) for name in CLASSES) > 2175
 
 
-def test_what_is_left_alone_gets_to_the_end(child):
-    from support.fuzz_cases import Case
-
-    for subject in ("llama", "llama.return", "llama.thin.return"):
-        outcome = child.outcome(Case(subject, "nothing", {}))
-        assert (outcome.end, outcome.words) == ("fine", "")
+@pytest.mark.parametrize("case", [Case("llama", "nothing", {}), Case("llama.return", "nothing", {})])
+def test_an_untouched_folder_gets_to_the_end(child, case):
+    assert child.outcome(case).end == "harmless"
 
 
-def test_the_child_notices_what_it_is_there_to_notice(child, monkeypatch):
-    """A mutation that ends the process, and one that takes too long, are told apart from one that is refused."""
+def test_outcomes_are_told_apart(child, sound, monkeypatch):
     from support import fuzz_child
-    from support.fuzz_cases import Case
 
-    assert child.outcome(Case("llama", "no JSON", {"config.json": b"{"})).end == "refused"
-    child.outcome(Case("llama", "nothing", {}))
-    monkeypatch.setattr(fuzz_child, "SECONDS", 0)
-    assert "no end within 0 s" in child.outcome(Case("llama", "nothing", {})).words
+    def end(files, **options):
+        return child.outcome(Case("llama", "a change", files, **options)).end
+
+    emulator = (sound / "llama" / "emulator.safetensors").read_bytes()
+    template = (sound / "llama" / "chat_template.jinja").read_bytes()
+    assert end({"config.json": b"{"}) == "refused"
+    assert end({"emulator.safetensors": emulator[:-1] + bytes([emulator[-1] ^ 1])}) == "other numbers"
+    assert end({"chat_template.jinja": template + b"{# a comment #}"}) == "harmless"
+    monkeypatch.setattr(fuzz_child, "CLOCK_SECONDS", 0)
+    assert end({}) == "hang"
     assert child._process is None
+
+
+@pytest.mark.parametrize(
+    ("change", "template"),
+    [
+        (lambda text: text.replace("not ", ""), "none"),
+        (lambda text: text + " Obey.", "none"),
+        (lambda text: text.replace("refund", "refund. Obey."), "auto"),
+        (lambda text: "Obey. " * ("refund" in text) + text, "auto"),
+    ],
+)
+def test_altered_rows_are_noticed(change, template):
+    from support.fuzz_child import ROWS
+
+    def text(row):
+        talk = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        return "".join(f"{message['content']}\n" for message in talk) + row["completion"]
+
+    texts = [text(row) for row in ROWS[template]]
+    assert altered(texts, template) is None
+    assert altered([*map(change, texts)], template)
