@@ -34,7 +34,7 @@ def unlawful(name, case, outcome):
 
 STRICT = ("swaps", "signatures", "versions", "votes")
 SIZES = ("values", "forged", "extremes", "ruinous")
-NOT_FINITE = ("is not finite", "is nan", "is inf", "NaN or infinite")
+NOT_FINITE = ("is not finite", "is nan", "is inf", "NaN or infinite", "on either side of 0")
 # said by plug alone, of a kit that is sound by itself: another base, and weights that are not the base's
 OWNERS = (
     "was made from a model with fingerprint",

@@ -128,6 +128,7 @@ def signatures(sound, generator):
         yield f"signature {what}", {SIGNATURE: text}, False, owner
         if what in ("stripped", "replayed", "of another key", "null", "cut"):
             yield f"signature {what}, no key", {SIGNATURE: text}, False, ""
+        if what in ("stripped", "replayed", "cut"):
             yield f"signature {what}, another key", {SIGNATURE: text}, False, foreign
     yield "the right signature, another key", {}, False, foreign
     for name in FILES:
