@@ -205,19 +205,19 @@ def test_a_training_on_the_target_that_fails_leaves_nothing(words, tmp_path, cap
 # --- siftune sift ---
 
 
-@pytest.mark.parametrize("share", [[], ["--share", "24"]])
+@pytest.mark.parametrize("share", ["0.5", "24"])
 def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsys, monkeypatch, share):
     monkeypatch.chdir(tmp_path)
     shutil.copy(task / "pool.jsonl", "first.jsonl")
     shutil.copy(task / "pool.jsonl", "second pool.jsonl")
     pool = ["--train", "first.jsonl", "second pool.jsonl", "--limit", "12", "--target", task / "few.jsonl"]
     settings = ["--model", base, "--template", "none", "--max-length", "64", "--batch-size", "4"]
-    result, said = siftune(capsys, "sift", *pool, *settings, "--steps", "2", *share)
+    result, said = siftune(capsys, "sift", *pool, *settings, "--steps", "2", "--share", share)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-sift")
     assert result["folder"] == f"runs/{folder.name}" or result["folder"] == str(folder)
     assert (result["pool"], len((folder / "sifted.jsonl").read_text().splitlines())) == (24, result["selected"])
-    assert (result["dropped"] is None) == bool(share)
+    assert (result["dropped"] is None) == (share == "24")
     command = re.search(r"next: `siftune (.*)`", said)
     assert command is not None, said
     train = [*shlex.split(command[1]), "--steps", "1", "--rank", "2", "--batch-size", "4", "--out", "run"]
