@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from siftune.base.text import counted
+from siftune.base.text import counted, parsed
 from siftune.data.target import OTHER
 from siftune.report.charts import Chart, Line, line_chart
 from siftune.report.parts import Cell, Figure, Grid, Section, slug
 from siftune.report.subjects import RunData
 from siftune.report.words import short
-from siftune.sifting.run import FOLDER, SCORES
+from siftune.sifting.run import FOLDER, RECORD, SCORES
 
 _EACH = 5  # rows from each part of the order
 
@@ -39,12 +39,18 @@ def sifted(run: RunData, several: bool) -> Section | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Section(anchor, title, [f"Not available: {path} cannot be read ({error})."])
     count = sum(row.selected for row in rows)
-    words = [
-        f"{count:,} of {counted(len(rows), 'row')} of the pool were selected: a short training on rows of the target "
-        "made them more likely (score below 0)."
-    ]
+    words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{_why(run.path / FOLDER / RECORD)}."]
     tables = [_by_source(rows)] if {row.source for row in rows} != {OTHER} else []
     return Section(anchor, title, words, [_order(run, rows, count)], [*tables, _examples(rows, count)])
+
+
+def _why(path: Path) -> str:
+    """The reason and the time of a sifting, from its record."""
+    try:
+        state = parsed(path.read_text(encoding="utf-8"))["state"]
+        return f" in {float(state['seconds']):,.0f} s: {state['reason']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _read(path: Path) -> list[_Scored]:
@@ -98,7 +104,7 @@ def _examples(rows: list[_Scored], count: int) -> Grid:
     lines = [
         [
             Cell(f"{place + 1:,}", place),
-            Cell(rows[place].place),
+            Cell(Path(rows[place].place).name),
             Cell(rows[place].text),
             Cell("selected" if rows[place].selected else "left out", mark="good" if rows[place].selected else "bad"),
             Cell(short(rows[place].score), rows[place].score),
