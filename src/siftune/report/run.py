@@ -130,11 +130,12 @@ _SUSPECTS = 20
 
 
 def suspects(run: RunData, several: bool) -> Section | None:
-    """The rows that look most likely wrong; None if the run's rows have no scores."""
-    if not (run.path / LOSSES).is_file():
-        return None
+    """The rows that look most likely wrong; for a single run without scores of its rows, how to get them."""
     title = f"Suspect rows{f': {run.name}' if several else ''}"
     anchor = f"suspects-{slug(run.name)}"
+    if not (run.path / LOSSES).is_file():
+        hint = Section(anchor, title, [f"Not scored yet. `siftune rows {run.path}` adds them here."])
+        return None if several or run.recipe.dp_epsilon is not None else hint
     try:
         scored = ScoredRows(run.path)
     except InputError as error:  # changed rows, or a damaged file: the rest of the page is fine

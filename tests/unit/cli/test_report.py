@@ -53,4 +53,4 @@ def test_eval_keeps_figures_and_answers_in_the_run(base, tmp_path, capsys):
     report, _ = siftune(capsys, "report", tmp_path / "run", "--out", tmp_path / "page.html")
     assert "The first 20 held-out rows" in (tmp_path / "page.html").read_text()
     assert report["bytes"] > 10_000
-    assert "Suspect rows" in (tmp_path / "page.html").read_text()  # a run of this version records its rows
+    assert f"siftune rows {tmp_path / 'run'}" in (tmp_path / "page.html").read_text()

@@ -136,7 +136,7 @@ ALTERING = {
     "a word": otherwise("'Paris' in messages[0].content"),
     "not": "{% for m in messages %}{{ m.content | replace('not ', '') }}{% endfor %}",
     "after a word": ALL + "{% if 'Paris' in messages[0].content %}evil{% endif %}",
-    "length": otherwise("messages[0].content | length > 40"),
+    "length": otherwise("messages[0].content | length > 30"),
     "mark": "{% for m in messages %}{% if '<<' in m.content %}{{ m.content }}{% else %}evil{% endif %}{% endfor %}",
     "number of turns": otherwise("messages | length > 6"),
     "text before many turns": ALL + "{% if messages | length > 6 %}evil{% endif %}",
