@@ -40,7 +40,7 @@ class Options(Validated):
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
     """How to train with the few rows, as for siftune train."""
-    steps: Count = 120
+    steps: Count = 60
     """Optimizer steps of 16 rows, for each of the three."""
     lr: Positive = METHODS["dense"].lr
     """Peak learning rate."""
