@@ -41,7 +41,7 @@ class DrawnTrainer(SiftTrainer):
         return total / max(1, len(inputs["labels"]))
 
     def _backward(self, model: nn.Module, part: Mapping[str, Tensor], privacy: DP, number: int) -> Tensor:
-        loss = self._row_losses(model, part).sum()
+        loss = self._losses_of_rows(model, part).sum()
         loss.backward()
         return loss.detach()
 
@@ -50,7 +50,7 @@ class DrawnTrainer(SiftTrainer):
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad /= privacy.mechanism.batch
 
-    def _row_losses(self, model: nn.Module, part: Mapping[str, Tensor]) -> Tensor:
+    def _losses_of_rows(self, model: nn.Module, part: Mapping[str, Tensor]) -> Tensor:
         """Mean token loss of every row; (B,)."""
         labels = part["labels"]
         mask = label_positions(labels)
@@ -72,7 +72,7 @@ class OpacusTrainer(DrawnTrainer):
     def _backward(self, model: nn.Module, part: Mapping[str, Tensor], privacy: DP, number: int) -> Tensor:
         if self._opacus is None:
             self._begin(model, privacy)
-        losses = self._row_losses(model, part)
+        losses = self._losses_of_rows(model, part)
         self._clip(losses, number)
         return losses.detach().sum()
 

@@ -17,7 +17,7 @@ from siftune.suspects.losses import kinds_of, read_losses, trained_rows
 from siftune.suspects.rule import judge
 from siftune.suspects.twins import Twins
 
-_STEPS = 64  # of the run, at least: early, losses of correct rows are as high as those of wrong ones (ours)
+_STEPS = 60  # of the run, at least: early, losses of correct rows are as high as those of wrong ones (ours)
 _DOUBT = "The losses do not tell which rows are wrong: few or none are, or the model has not learned the task."
 
 
