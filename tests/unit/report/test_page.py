@@ -142,7 +142,7 @@ def test_the_commands_are_what_the_command_line_takes(runs):
 
 
 def test_a_run_has_the_sections_of_its_method(runs):
-    assert titles(runs["dense"]) == ["Training", "Base and tuned", "Recipe, versions and hardware"]
+    assert titles(runs["dense"]) == ["Training", "Suspect rows", "Base and tuned", "Recipe, versions and hardware"]
     assert titles(runs["ist"])[1] == "Trained layers"
     assert titles(runs["gast"])[1] == "Followed rows"
     several = titles(*runs.values())
@@ -201,7 +201,9 @@ def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     found = [Suspect("pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("pool.jsonl:9",))]
     scored = SimpleNamespace(suspects=1, rows=[None] * 30, highest=lambda count: found[:count])
     monkeypatch.setattr("siftune.report.run.ScoredRows", lambda path: scored)
-    assert not [section for section in sections(subjects(run)) if section.title == "Suspect rows"]
+    hint = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
+    assert f"siftune rows {run}" in hint.words[0]
+    assert not hint.tables
     (run / "losses.parquet").write_bytes(b"there")
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
     (row,) = section.tables[0].rows
