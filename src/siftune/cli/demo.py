@@ -31,7 +31,7 @@ _SHOWN = 4  # questions whose answers are shown
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Tune SmolLM2-135M on a mixed pool, on the pool with few correct rows of the task, and on the sifted pool with them.
+    """Tune SmolLM2-135M on a mixed pool, on the pool with a few correct rows, and on the sifted pool with them.
 
     Of the pool a quarter is two-digit arithmetic, a quarter arithmetic with wrong answers, and half other tasks. All
     are measured on held-out arithmetic. Fetches the model on first use. Leaves three run folders behind, as
