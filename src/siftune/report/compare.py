@@ -179,7 +179,7 @@ def compare_runs(runs: Sequence[RunData]) -> Section | None:
         return None
     quality, words = _quality(runs)
     figures = [
-        _against(quality, runs, "seconds", "Quality and time", "seconds of training"),
+        _against(quality, runs, "seconds", "Quality and time", "seconds of training, and of sifting"),
         _against(quality, runs, "peak_memory_mb", "Quality and memory", "peak memory, 10⁶ bytes"),
     ]
     tables = [_table(runs, quality), _differences(runs)]

@@ -17,6 +17,8 @@ from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
 from siftune.report.words import duration
+from siftune.sifting.run import FOLDER as SIFTING
+from siftune.sifting.run import RECORD as SIFT_RECORD
 from siftune.train.folder.run import RECIPE
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
@@ -140,16 +142,27 @@ def read_run(path: Path, name: str) -> RunData:
     """
     record = _json(path / "run.json") if (path / "run.json").is_file() else {}
     summary = record.get("summary")
+    figures = _figures(summary if isinstance(summary, dict) else {})
+    if "seconds" in figures:
+        figures["seconds"] += _sifting_seconds(path / SIFTING / SIFT_RECORD)
     return RunData(
         path=path,
         name=name,
         recipe=load_recipe(path / RECIPE),
         status=str(record.get("status", "running")),
-        summary=_figures(summary if isinstance(summary, dict) else {}),
+        summary=figures,
         about=_about(record),
         metrics=_metrics(path / "metrics.jsonl"),
         evals=read_evals(path),
     )
+
+
+def _sifting_seconds(path: Path) -> float:
+    """Time that a run's pool was sifted for; 0 without sifting, or if its record cannot be read."""
+    try:
+        return finite(parsed(path.read_text(encoding="utf-8"))["state"]["seconds"])
+    except (OSError, *UNREADABLE):
+        return 0.0
 
 
 def _about(record: dict[str, Any]) -> dict[str, str]:
