@@ -39,7 +39,7 @@ class Options(Validated):
 
 
 _SHOWN = 10
-NOTE = "Their losses are like those of answers to other rows. About a fifth may be correct: read before you drop any."
+NOTE = "Their losses are like those of answers to other rows. A fifth or more may be correct: read before you drop any."
 
 
 def run(options: Options) -> dict[str, Any]:
