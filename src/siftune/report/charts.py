@@ -36,11 +36,21 @@ class Plot:
         return self.top + self.height * (high - value) / (high - low)
 
 
-def room(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
-    """Bounds with a little room around values; from zero where it is to be seen."""
+_LEAST = 0.1  # of the largest value: the smallest range of an axis, so that noise does not look like a trend (ours)
+
+
+def room(values: Sequence[float], zero: bool = False, percent: bool = False) -> tuple[float, float]:
+    """Bounds with a little room around values, from zero if asked; at least a tenth of the largest value apart.
+
+    Bounds of shares (`percent`) are at least 10 points apart.
+    """
     low, high = min(values, default=0.0), max(values, default=1.0)
     low = min(0.0, low) if zero else low
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    least = _LEAST if percent else _LEAST * max(abs(low), abs(high)) or 1.0
+    margin = 0.06 * (high - low)
+    if high - low < least:
+        middle = (low + high) / 2
+        low, high, margin = middle - least / 2, middle + least / 2, 0.0
     return (low if zero and low == 0 else low - margin), high + margin
 
 
@@ -134,7 +144,7 @@ def _draw_lines(width: int, title: str, lines: Sequence[Line], chart: Chart) -> 
     right = 12 + BOLD * max(map(len, names))
     xs, ys = [x for line in lines for x in line.xs], [y for line in lines for y in line.ys]
     across = (min(xs), max(xs)) if max(xs) > min(xs) else (min(0.0, xs[0]), max(1.0, xs[0]))  # a single step
-    plot = Plot(44, 20, width - 44 - right, 150, across, room(ys, chart.zero))
+    plot = Plot(44, 20, width - 44 - right, 150, across, room(ys, chart.zero, chart.percent))
     ends = spread([plot.at_y(line.ys[-1]) for line in lines], 13, plot.top, plot.top + plot.height)
     parts = [*y_axis(plot, chart.y_label, percent=chart.percent), *x_axis(plot, chart.x_label)]
     for line, name, end in zip(lines, names, ends, strict=True):
@@ -216,7 +226,7 @@ def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) ->
     left, right = 12 + LETTER * max(map(len, names)), 58.0
     values = [value for point in points for value in point.bounds]
     values += [] if scale.reference is None else [scale.reference]
-    plot = Plot(left, 26, width - left - right, 24.0 * len(points), room(values), (0, 1))
+    plot = Plot(left, 26, width - left - right, 24.0 * len(points), room(values, percent=scale.percent), (0, 1))
     parts = [tag("text", scale.label, x=0.0, y=10.0, class_="axis"), *_scale_below(plot, scale)]
     for row, (point, label) in enumerate(zip(points, names, strict=True)):
         y, kind = plot.top + 24 * row + 12, f"c{point.colour % COLOURS}"
@@ -251,7 +261,7 @@ def _draw_scatter(
     x_label, scale = axes
     names = [cut(point.name, _NAME) for point in points]
     values = [value for point in points for value in point.bounds]
-    plot = Plot(44, 20, width - 54.0, 200, _wide([point.x for point in points]), room(values))
+    plot = Plot(44, 20, width - 54.0, 200, _wide([point.x for point in points]), room(values, percent=scale.percent))
     parts = [*y_axis(plot, scale.label, percent=scale.percent), *x_axis(plot, x_label)]
     if len(front) > 1:
         line = path([(plot.at_x(point.x), plot.at_y(point.value)) for point in front])
@@ -278,6 +288,6 @@ def _draw_scatter(
 
 def _wide(values: Sequence[float]) -> tuple[float, float]:
     """Bounds with room for names beside the points."""
-    low, high = min(values), max(values)
-    margin = 0.15 * (high - low) or 0.2 * abs(high) or 1.0
+    low, high = room(values)
+    margin = 0.1 * (high - low)
     return low - margin, high + margin

@@ -7,14 +7,16 @@ from numpy.typing import NDArray
 
 from siftune.methods.drivers.sample_choice import ALL_LAYERS
 from siftune.report.charts import COLOURS, Chart, Line, line_chart
-from siftune.report.heat import Cells, heat_map
+from siftune.report.heat import LABEL, Cells, heat_map
 from siftune.report.parts import Figure, Section, slug
 from siftune.report.subjects import RunData
-from siftune.report.words import NBSP, listed, percent
+from siftune.report.words import NBSP, cut, listed, percent
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch
 
 BINS = 112  # columns of a heat map over steps; a cell is then ten pixels wide at most
 _NAMED = 3
+# ends of the colours, at least, so that noise is pale (ours)
+_LEAST_IMPORTANCE, _LEAST_Z, _LEAST_CORRELATION = 1.0, 0.5, 0.5
 
 
 def layers(run: RunData, several: bool) -> Section | None:
@@ -71,7 +73,7 @@ def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
             current = np.pad(step.importance, (0, depth - len(step.importance)))
         columns.append(current)
     values, labels = binned(np.stack(columns, 1), [step.step for step in steps])
-    bound = float(np.abs(values).max()) or 1.0
+    bound = max(float(np.abs(values).max()), _LEAST_IMPORTANCE)
     cells = Cells(
         values[::-1], _numbers(len(values)), labels, -bound, bound, "optimizer step", "layer", "importance"
     )  # fmt: skip
@@ -176,16 +178,23 @@ def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
     """Rows × layers of one batch: z-scores, and a dot where a layer follows a row."""
     kinds = sources.of(batch)
     order = sorted(range(batch.followed.shape[1]), key=lambda i: (kinds[i] if kinds else "", i))[:_LARGEST]
-    labels = [kinds[i] if kinds else f"row {batch.rows[i] if i < len(batch.rows) else i}" for i in order]
+    labels = [_position(batch, kinds, i) for i in order]
     values_US = zscores(batch.scores) if batch.scores is not None else batch.followed.astype(float)
     low, unit = (-_BOUND, "z-score") if batch.scores is not None else (0.0, "followed")
     high = _BOUND if batch.scores is not None else 1.0
     marks = batch.followed.T[order] if batch.scores is not None else None
     cells = Cells(values_US.T[order], labels, _labels(batch), low, high, "layer", "row", unit, marks)
-    note = f"The last batch of which rows were left out, at step {batch.step:,}." + (
-        " Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else ""
+    note = (
+        f"The last batch of which rows were left out, at step {batch.step:,}. Numbers: places in the training rows."
+        + (" Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else "")
     )
     return heat_map(f"batch-{slug(run.name)}", "Rows and layers of one batch", cells, note, "two-thirds")
+
+
+def _position(batch: RowsOfBatch, kinds: Sequence[str], i: int) -> str:
+    """The number of a row among the training rows, from 1, behind its source."""
+    number = f"{batch.rows[i] + 1 if i < len(batch.rows) else i + 1}"
+    return f"{cut(kinds[i], LABEL - 1 - len(number))} {number}" if kinds else f"row {number}"
 
 
 def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[Figure]:
@@ -205,7 +214,7 @@ def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) 
     if len(names) < 2:
         return []
     values = np.stack([sums[name] / counts[name] for name in names])
-    bound = float(np.abs(values).max()) or 1.0
+    bound = max(float(np.abs(values).max()), _LEAST_Z)
     cells = Cells(values, names, _labels(batches[0]), -bound, bound, "layer", "source", "mean z-score")
     note = "Above zero: gradients of this source agree with the support rows more than others in their batch."
     return [heat_map(f"alignment-{slug(run.name)}", "Alignment by source", cells, note, "half")]
@@ -223,8 +232,8 @@ def _agreement(run: RunData, batches: Sequence[RowsOfBatch]) -> list[Figure]:
     if not counts.any():
         return []
     mean, labels = np.where(counts, total / np.maximum(counts, 1), np.nan), _labels(same[0])
-    low, high = (np.floor(10 * np.nanmin(mean)) / 10, np.ceil(10 * np.nanmax(mean)) / 10)
-    low, high = (-max(-low, high), max(-low, high)) if low < 0 else (low, high)
+    high = max(np.ceil(10 * np.nanmax(np.abs(mean))) / 10, _LEAST_CORRELATION)
+    low = -high if np.nanmin(mean) < 0 else 0.0
     cells = Cells(mean[::-1], labels[::-1], labels, float(low), float(high), "layer", "layer", "correlation")
     scored = same[0].scores is not None
     note = f"Correlation of two layers' {'scores' if scored else 'choices'} over a batch's rows, the mean over batches."

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from siftune.base.text import counted
@@ -14,40 +15,74 @@ from siftune.report.charts import Point, Scale, scatter
 from siftune.report.evals import label_of
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData, Subjects
-from siftune.report.words import listed, memory, percent, points, short
+from siftune.report.words import listed, memory, percent, points, short, short_names
 
 _FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
 
 
-def shared_metric(runs: Sequence[RunData]) -> tuple[str, str] | None:
-    """Held-out rows and metric that all runs were measured by; the newest rows, and the metric that tells most."""
-    if not all(run.evals for run in runs):
-        return None
-    for one in reversed(runs[0].evals):
-        rows = (one.data, one.rows)
-        measured = [
-            {row.metric for row in of.metrics} for run in runs for of in run.evals if (of.data, of.rows) == rows
-        ]
-        if len(measured) == len(runs):
+@dataclass(frozen=True)
+class Basis:
+    """The measure by which runs are compared.
+
+    Attributes:
+        runs: The runs that it applies to; others are measured on other rows, or not at all.
+        data: Held-out rows; empty for the held-out losses of training.
+        metric: Its name; empty for a loss.
+    """
+
+    runs: tuple[RunData, ...] = ()
+    data: str = ""
+    metric: str = ""
+
+
+def basis_of(runs: Sequence[RunData]) -> Basis:
+    """The rows and the metric that most runs are measured by; of several the newest rows, and the first of `_FIRST`."""
+    best = Basis()
+    for run in runs:
+        for one in reversed(run.evals):
             for metric in _FIRST:
-                if all(metric in names for names in measured):
-                    return one.data, metric
-    return None
+                members = tuple(
+                    each
+                    for each in runs
+                    if any(
+                        (of.data, of.rows) == (one.data, one.rows) and metric in {row.metric for row in of.metrics}
+                        for of in each.evals
+                    )
+                )
+                if len(members) > len(best.runs):
+                    best = Basis(members, one.data, metric)
+    if len(best.runs) == 1 < len(runs) or not any(measured(run, best.data, best.metric).tuned for run in best.runs):
+        return by_loss(runs)
+    return best
+
+
+def by_loss(runs: Sequence[RunData]) -> Basis:
+    """The runs that held out the same rows: the largest group of several."""
+    groups: dict[tuple[object, ...], list[RunData]] = {}
+    for run in runs:
+        if run.figure("eval_loss") is not None:
+            groups.setdefault(_held_out(run.recipe), []).append(run)
+    largest = max(groups.values(), key=len, default=[])
+    return Basis(tuple(largest) if len(largest) > 1 else ())
+
+
+def others_text(runs: Sequence[RunData], basis: Basis) -> str:
+    """A sentence on the runs that are not compared; empty if there are none."""
+    others = [f"“{run.name}”" for run in runs if run not in basis.runs]
+    if not others:
+        return ""
+    verb = "is" if len(others) == 1 else "are"
+    return f"{listed(others)} {verb} not compared: not measured on the same held-out rows."
 
 
 def measured(run: RunData, data: str, metric: str) -> MetricRow:
-    """What a run has by a metric on held-out rows, where `shared_metric` found them."""
+    """The measurement of a run by a metric on held-out rows."""
     return next(row for one in run.evals if one.data == data for row in one.metrics if row.metric == metric)
 
 
 def level_text(run: RunData, data: str) -> str:
     """Coverage of the intervals of a measurement, as text."""
     return f"{100 * next(one.level for one in run.evals if one.data == data):g} %"
-
-
-def held_out_alike(runs: Sequence[RunData]) -> bool:
-    """Whether the runs held out the same rows, so that their losses can be compared."""
-    return len({_held_out(run.recipe) for run in runs}) == 1
 
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
@@ -92,12 +127,12 @@ def commands(subjects: Subjects) -> list[str]:
 
 
 def _result_of_run(run: RunData) -> str:
-    shared = shared_metric([run])
+    basis = basis_of([run])
     if run.status == "running":
         return _under_way(run)
-    if shared is None:
+    if not basis.metric:
         return _by_loss(run)
-    row = measured(run, *shared)
+    row = measured(run, basis.data, basis.metric)
     if row.tuned is None or row.difference is None or row.low is None or row.high is None:
         return _by_loss(run)
     base, tuned = (value_text(row.metric, value) for value in (row.base, row.tuned))
@@ -105,7 +140,7 @@ def _result_of_run(run: RunData) -> str:
     unit = "" if row.metric == PERPLEXITY else " points"
     return (
         f"On {counted(row.rows, 'held-out row')}, {label_of(row.metric)} went from {base} to {tuned}: {change}{unit}, "
-        f"{level_text(run, shared[0])} interval {low} to {high}."
+        f"{level_text(run, basis.data)} interval {low} to {high}."
     )
 
 
@@ -134,14 +169,15 @@ def _by_loss(run: RunData) -> str:
 
 
 def _result_of_runs(runs: Sequence[RunData]) -> str:
-    shared = shared_metric(runs)
-    if shared is None:
-        return _by_losses(runs)
-    data, metric = shared
-    found = {run.name: measured(run, data, metric) for run in runs}
+    basis = basis_of(runs)
+    if not basis.runs:
+        return f"{len(runs)} runs, not measured on the same held-out rows."
+    count = f"{len(runs)}" if len(basis.runs) == len(runs) else f"{len(basis.runs)} comparable"
+    if not basis.metric:
+        return _by_losses(basis, count)
+    data, metric = basis.data, basis.metric
+    found = {run.name: measured(run, data, metric) for run in basis.runs}
     valued = {name: row.tuned for name, row in found.items() if row.tuned is not None}
-    if not valued:
-        return _by_losses(runs)
     order = sorted(valued, key=lambda name: valued[name], reverse=metric != PERPLEXITY)
     best = found[order[0]]
     others = [f"{value_text(metric, valued[name])} for “{name}”" for name in order[1:4]]
@@ -152,20 +188,18 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
         low, high = (value_text(metric, bound) for bound in best.tuned_interval)
         interval = f" ({level} interval {low} to {high})"
     return (
-        f"“{order[0]}” is best of {len(runs)} runs: {value_text(metric, valued[order[0]])} "
+        f"“{order[0]}” is best of {count} runs: {value_text(metric, valued[order[0]])} "
         f"{label_of(metric)}{interval} on {counted(best.rows, 'held-out row')}, "
         f"against {listed(others)}."
     )
 
 
-def _by_losses(runs: Sequence[RunData]) -> str:
-    losses = {run.name: loss for run in runs if (loss := run.figure("eval_loss")) is not None}
-    if not held_out_alike(runs) or len(losses) < 2:
-        return f"{len(runs)} runs, not measured on the same held-out rows."
+def _by_losses(basis: Basis, count: str) -> str:
+    losses = {run.name: loss for run in basis.runs if (loss := run.figure("eval_loss")) is not None}
     order = sorted(losses, key=lambda name: losses[name])
     others = ", ".join(f"{short(losses[name], 4)} for “{name}”" for name in order[1:4])
     return (
-        f"“{order[0]}” has the lowest held-out loss of {len(runs)} runs, {short(losses[order[0]], 4)} nats per token, "
+        f"“{order[0]}” has the lowest held-out loss of {count} runs, {short(losses[order[0]], 4)} nats per token, "
         f"against {others}."
     )
 
@@ -187,29 +221,29 @@ def compare_runs(runs: Sequence[RunData]) -> Section | None:
 
 
 def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
-    """By what the runs can be compared, and a word on it."""
-    shared = shared_metric(runs)
-    if shared is None:
-        losses = {run.name: Point(run.name, loss) for run in runs if (loss := run.figure("eval_loss")) is not None}
-        if not held_out_alike(runs):
-            return _Quality("held-out loss", {}), [
-                "The runs held out different rows, so their losses cannot be compared. `siftune eval RUN… --data "
-                "FILE` measures them on the same rows."
-            ]
-        return _Quality("held-out loss", losses), ["Quality is the held-out loss, which has no interval here."]
-    data, metric = shared
+    """The values by which the runs are compared, and sentences on them."""
+    basis = basis_of(runs)
+    others = others_text(runs, basis)
+    advice = [f"{others} `siftune eval RUN… --data FILE` measures runs on the same rows."] if others else []
+    if not basis.metric:
+        losses = {
+            run.name: Point(run.name, loss) for run in basis.runs if (loss := run.figure("eval_loss")) is not None
+        }
+        words = ["Quality is the held-out loss, which has no interval here."] if losses else []
+        return _Quality("held-out loss", losses), [*words, *advice]
+    data, metric = basis.data, basis.metric
     points = {}
-    for run in runs:
+    for run in basis.runs:
         row = measured(run, data, metric)
         if row.tuned is not None:
             points[run.name] = Point(run.name, row.tuned, *(row.tuned_interval or (None, None)))
-    base = measured(runs[0], data, metric).base
-    label = label_of(metric)
-    words = (
-        f"Quality: {label} on {data}; the base model has {value_text(metric, base)}. Bars are "
-        f"{level_text(runs[0], data)} intervals over rows."
-    )
-    return _Quality(label, points, metric), [words]
+    first = basis.runs[0]
+    words = [
+        f"Quality: {label_of(metric)} on {Path(data).name}; the base model has "
+        f"{value_text(metric, measured(first, data, metric).base)}. Bars are {level_text(first, data)} intervals over "
+        "rows."
+    ]
+    return _Quality(label_of(metric), points, metric), [*words, *advice]
 
 
 @dataclass(frozen=True)
@@ -279,7 +313,7 @@ def _differences(runs: Sequence[RunData]) -> Grid:
     for name in names:
         known = [one[name] for one in values if name in one]
         if len(set(map(str, known))) > 1:
-            rows.append([Cell(name), *(Cell(_setting(one.get(name))) for one in values)])
+            rows.append([Cell(name), *map(Cell, _settings([one.get(name) for one in values]))])
     header = ["setting", *(run.name for run in runs)]
     caption = "Differences between the recipes." if rows else "The recipes do not differ."
     return Grid(header, rows, caption, range(len(header)))
@@ -293,7 +327,13 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _setting(value: Any) -> str:
-    if value is None:
-        return "–"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _settings(values: Sequence[Any]) -> list[str]:
+    """Values of a setting as text: files by their names, with the folders that distinguish them."""
+    paths = [value for value in values if isinstance(value, str) and Path(value).is_absolute()]
+    texts: dict[str, str] = dict(zip(paths, short_names([Path(path) for path in paths]), strict=True))
+    return [
+        "–" if value is None
+        else ", ".join(map(str, value)) if isinstance(value, list)
+        else texts.get(str(value), str(value))
+        for value in values
+    ]  # fmt: skip

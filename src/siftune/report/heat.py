@@ -14,7 +14,7 @@ from siftune.report.parts import Figure, Size, canvas, tag
 from siftune.report.words import cut, short
 
 _CLASSES = {"d": 9, "s": 8}  # diverging and sequential colours
-_LABEL = 13  # letters of a row's label
+LABEL = 13  # letters of a row's label
 _KEY = 9  # pixels of a colour in the key
 
 
@@ -22,7 +22,7 @@ _KEY = 9  # pixels of a colour in the key
 class Cells:
     """What a heat map shows."""
 
-    values: NDArray[Any]  # (R, C) values, the first row at the top; NaN leaves a cell empty
+    values: NDArray[Any]  # (R, C) values, the first row at the top; NaN leaves a cell hatched
     rows: Sequence[str]  # R labels
     columns: Sequence[str]  # C labels
     low: float  # value of the first colour
@@ -54,7 +54,7 @@ def heat_map(name: str, title: str, cells: Cells, note: str = "", size: Size = "
 
 def _draw(width: int, title: str, cells: Cells) -> Markup:
     rows, columns = cells.values.shape
-    labels = [cut(label, _LABEL) for label in cells.rows]
+    labels = [cut(label, LABEL) for label in cells.rows]
     left = 12 + LETTER * max(map(len, labels), default=0)
     height = min(17.0, 340 / rows) * rows
     plot = Plot(left, 24, width - left - 2, height, (0, columns), (0, rows))
@@ -64,7 +64,8 @@ def _draw(width: int, title: str, cells: Cells) -> Markup:
         transform=f"translate({left:.1f} {plot.top:.1f}) scale({plot.width / columns:.4f} {height / rows:.4f})",
         class_="cells",
     )
-    parts = [tag("rect", x=left, y=plot.top, width=plot.width, height=height, class_="empty"), grid]
+    parts = [tag("rect", x=left, y=plot.top, width=plot.width, height=height, class_="empty")]
+    parts += [*_hatching(cells, plot), grid]
     parts += [*_marks(cells, plot), *_row_labels(labels, plot), *_column_labels(cells.columns, plot)]
     parts.append(tag("text", cells.y_label, x=0.0, y=10.0, class_="axis"))
     parts.append(tag("text", cells.x_label, x=left + plot.width, y=plot.top + height + 28, class_="axis end"))
@@ -83,6 +84,17 @@ def _paths(cells: Cells) -> list[Markup]:
         for start, end in pairwise(starts):
             drawn.setdefault(int(row[start]), []).append(f"M{start} {y}h{end - start}v1h-{end - start}z")
     return [tag("path", d="".join(parts), class_=f"{cells.kind}{i}") for i, parts in sorted(drawn.items()) if i >= 0]
+
+
+def _hatching(cells: Cells, plot: Plot) -> list[Markup]:
+    """A stroke through each cell without a value, from its lower left to its upper right."""
+    rows, columns = cells.values.shape
+    across, down = plot.width / columns, plot.height / rows
+    strokes = "".join(
+        f"M{plot.left + x * across:.1f} {plot.top + (y + 1) * down:.1f}l{across:.1f} {-down:.1f}"
+        for y, x in zip(*np.nonzero(np.isnan(cells.values)), strict=True)
+    )
+    return [tag("path", d=strokes, class_="hatch")] if strokes else []
 
 
 def _marks(cells: Cells, plot: Plot) -> list[Markup]:

@@ -79,7 +79,10 @@ def audit_sentence(record: Mapping[str, Any]) -> str:
     strongest = max(_attacks(record), key=lambda point: point.value, default=None)
     parts = []
     if delta is not None:
-        parts.append(f"the plugged-in layers do {short(delta.value)} nats per token better than the emulator alone")
+        better = "worse" if delta.value < 0 else "better"
+        parts.append(
+            f"the plugged-in layers do {short(abs(delta.value))} nats per token {better} than the emulator alone"
+        )
     if strongest is not None:
         parts.append(f"the strongest attack has an AUC of {short(strongest.value)} (0.5 is guessing)")
     return f"Audit: {'; '.join(parts) or 'no results'}."

@@ -18,13 +18,13 @@ from siftune.base.files import write_beside
 from siftune.report import bench, offsite, rates, sweep
 from siftune.report.choices import layers, rows
 from siftune.report.compare import commands, compare_runs, headline
-from siftune.report.parts import TEMPLATES, WIDTHS, Figure, Section, distinct
-from siftune.report.run import answers, setup, suspects, training
+from siftune.report.parts import TEMPLATES, WIDTHS, Figure, Section, distinct, marked_up
+from siftune.report.run import results, setup, suspects, training
 from siftune.report.sifted import sifted
 from siftune.report.subjects import RunData, Subjects, find_subjects
 from siftune.report.words import memory
 
-_OF_A_RUN = (sifted, layers, rows, suspects, answers)
+_OF_A_RUN = (sifted, layers, rows)
 _OTHERS = {
     "kit": offsite.kit_section, "audit": offsite.audit_section, "sweep": sweep.section, "rates": rates.section,
     "bench": bench.section,
@@ -98,7 +98,7 @@ def page_of(subjects: Subjects) -> Page:
 def sections(subjects: Subjects) -> list[Section]:
     """The parts of the page that have something to say."""
     runs, several = subjects.runs, len(subjects.runs) > 1
-    every = [compare_runs(runs), training(runs)]
+    every = [compare_runs(runs), training(runs), results(runs), suspects(runs)]
     every += [part(run, several) for run in runs for part in _OF_A_RUN]
     every += [_OTHERS[other.kind](other) for other in subjects.others]
     kept = [section for section in (*every, setup(runs)) if section is not None]
@@ -131,6 +131,7 @@ def _template() -> Any:
     environment = Environment(
         autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["marked_up"] = marked_up
     return environment.get_template("page.html")
 
 

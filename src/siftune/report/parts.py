@@ -103,6 +103,7 @@ class Cell:
     text: str
     key: float | None = None  # what it is sorted by; None: its text
     mark: Literal["", "good", "bad"] = ""
+    hint: str = ""  # shown under the pointer
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Grid:
     caption: str = ""
     words: Sequence[int] = (0,)  # numbers of the columns that hold words; the others hold figures
     cards: bool = False  # texts are long: on a small screen every row becomes a card
+    first: int = 0  # number of rows that are shown before the reader unfolds the others; 0: all
+    unbroken: Sequence[int] = ()  # numbers of the columns whose words stay on one line, such as places of rows
 
 
 def grid_of(table: Table) -> Grid:
@@ -128,6 +131,16 @@ def grid_of(table: Table) -> Grid:
 def _leading(text: str) -> float | None:
     found = re.match(r"\W*?([-−]?[\d,]*\.?\d+(?:e[-+]?\d+)?)", text)
     return float(found[1].replace(",", "").replace("−", "-")) if found else None
+
+
+def marked_up(text: str) -> Markup:
+    """Escaped text, in which a part between backticks is code.
+
+    Example:
+        >>> marked_up("`siftune rows <run>` lists them")
+        Markup('<code>siftune rows &lt;run&gt;</code> lists them')
+    """
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 @dataclass(frozen=True)

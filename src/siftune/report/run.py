@@ -1,18 +1,20 @@
-"""Sections on one run: training, base and tuned, suspect rows, recipe."""
+"""Sections on runs: training, base and tuned models, suspect rows, recipes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from siftune.base.errors import InputError
 from siftune.base.text import counted
-from siftune.evaluate.measure import PERPLEXITY
+from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.recipe.read import recipe_to_yaml
 from siftune.records.rows import Text
-from siftune.report.charts import Chart, Line, Point, Scale, line_chart, listed_points
+from siftune.report.charts import COLOURS, Chart, Line, Point, Scale, line_chart, listed_points
+from siftune.report.compare import change_text, value_text
 from siftune.report.evals import Eval, label_of, metric_table
 from siftune.report.parts import Cell, Figure, Grid, Section, grid_of, slug
 from siftune.report.subjects import RunData
-from siftune.report.words import cut, short
-from siftune.suspects.named import ScoredRows
+from siftune.report.words import cut, short, short_places
+from siftune.suspects.named import ScoredRows, Suspect
 from siftune.train.folder.run import LOSSES
 
 # key in metrics.jsonl, title, how it is drawn
@@ -68,58 +70,107 @@ def _courses(runs: Sequence[RunData], key: str) -> list[Line]:
 
 
 _LONG = 600  # letters of a text
+_FIRST = 5  # rows of a table of texts that are shown before it is unfolded
 _NOTHING = "(nothing)"
 
 
-def answers(run: RunData, several: bool) -> Section:
-    """The base model against the tuned one; a hint if they are not measured yet."""
-    title = f"Base and tuned{f': {run.name}' if several else ''}"
-    anchor = f"answers-{slug(run.name)}"
-    if not run.evals:
-        return Section(
-            anchor, title, [f"Not measured yet. `siftune eval {run.path} --data FILE` adds the result here."]
-        )
-    newest = run.evals[-1]
+def results(runs: Sequence[RunData]) -> Section | None:
+    """Base and tuned models on held-out rows, a column for each run; how to measure runs that are not measured."""
+    if not runs:
+        return None
     words = [
-        f"{newest.rows:,} rows of {newest.data}, the same for both models, with {100 * newest.level:g} % intervals."
+        f"Not measured yet: `siftune eval {run.path} --data FILE` adds the result here."
+        for run in runs
+        if not run.evals
     ]
-    if not newest.answers:
-        words.append("The models generated no texts for these rows, so there are no answers to compare.")
-    caption = "Measured on held-out rows; differences of shares in points."
-    tables = [grid_of(metric_table(caption, newest.metrics, newest.level))]
-    tables += [_texts(newest)] if newest.answers else []
-    return Section(anchor, title, words, _rates(run, newest), tables)
+    groups: dict[tuple[object, ...], list[tuple[RunData, Eval]]] = {}
+    for run in runs:
+        if run.evals:
+            newest = run.evals[-1]
+            questions = tuple((one.prompt, one.right) for one in newest.answers)
+            groups.setdefault((newest.data, newest.rows, run.recipe.model, questions), []).append((run, newest))
+    figures, tables = [], []
+    for group in groups.values():
+        newest = group[0][1]
+        rows = f"{newest.rows:,} rows of {Path(newest.data).name}, the same for all models"
+        words.append(f"{rows}, with {100 * newest.level:g} % intervals; differences of shares in points.")
+        if not newest.answers:
+            words.append("The models generated no texts for these rows, so there are no answers to compare.")
+        figures += _rates(group)
+        tables += [_metrics(group), *([_texts(group)] if newest.answers else [])]
+    return Section("results", "Base and tuned models", words, figures, tables)
 
 
-def _rates(run: RunData, found: Eval) -> list[Figure]:
-    """Shares of correct answers of both models."""
-    rates = [row for row in found.metrics if row.metric != PERPLEXITY and row.tuned is not None]
-    scale, drawn = Scale("share of correct answers", percent=True), []
-    for row in rates:
-        assert row.tuned is not None
-        models = (("base", row.base, row.base_interval), ("tuned", row.tuned, row.tuned_interval))
-        pair = []
-        for number, (name, value, bounds) in enumerate(models):
-            low, high = bounds or (None, None)
-            pair.append(Point(name, value, low, high, colour=number))
-        name, title = f"{slug(row.metric)}-{slug(run.name)}", label_of(row.metric).capitalize()
-        drawn.append(listed_points(name, title, pair, scale, size="third"))
+Group = Sequence[tuple[RunData, Eval]]  # runs that are measured on the same rows, and the measurement of each
+
+
+def _columns(group: Group) -> list[str]:
+    return ["tuned"] if len(group) == 1 else [run.name for run, _ in group]
+
+
+def _metrics(group: Group) -> Grid:
+    """A line for each metric, a column for each run."""
+    if len(group) == 1:
+        run, newest = group[0]
+        return grid_of(metric_table(f"Measured on held-out rows: {run.name}.", newest.metrics, newest.level))
+    rows = []
+    for metric in dict.fromkeys(row.metric for _, newest in group for row in newest.metrics):
+        found = [next((row for row in newest.metrics if row.metric == metric), None) for _, newest in group]
+        base = next(row.base for row in found if row is not None)
+        rows.append([Cell(label_of(metric)), Cell(value_text(metric, base), base), *map(_change, found)])
+    caption = "Value, and difference from the base model with its interval."
+    return Grid(["metric", "base", *_columns(group)], rows, caption, cards=True)
+
+
+def _change(row: MetricRow | None) -> Cell:
+    if row is None or row.tuned is None:
+        return Cell("–")
+    text = value_text(row.metric, row.tuned)
+    if row.difference is not None and row.low is not None and row.high is not None:
+        change, low, high = (change_text(row.metric, value) for value in (row.difference, row.low, row.high))
+        text += f"\n{change} ({low} to {high})"
+    return Cell(text, row.tuned)
+
+
+def _rates(group: Group) -> list[Figure]:
+    """Shares of correct answers of the base model and of all runs."""
+    drawn = []
+    for metric in dict.fromkeys(row.metric for _, newest in group for row in newest.metrics):
+        found = [
+            (name, row)
+            for name, (_, newest) in zip(_columns(group), group, strict=True)
+            for row in newest.metrics
+            if row.metric == metric != PERPLEXITY and row.tuned is not None
+        ]
+        points: list[Point] = []
+        for number, (name, row) in enumerate(found):
+            assert row.tuned is not None
+            if not points:
+                low, high = row.base_interval or (None, None)
+                points.append(Point("base", row.base, low, high, colour=COLOURS - 1))
+            low, high = row.tuned_interval or (None, None)
+            points.append(Point(name, row.tuned, low, high, colour=number))
+        if points:
+            name, title = f"{slug(metric)}-{slug(group[0][0].name)}", label_of(metric).capitalize()
+            scale = Scale("share of correct answers", percent=True)
+            drawn.append(listed_points(name, title, points, scale, size="third"))
     return drawn
 
 
-def _texts(found: Eval) -> Grid:
-    rows = [
-        [
-            Cell(str(place), place),
-            Cell(cut(one.prompt, _LONG)),
-            Cell(cut(one.right, _LONG)),
-            Cell(_answer(one.base), mark="good" if one.base_right else "bad"),
-            Cell(_answer(one.tuned), mark="good" if one.tuned_right else "bad"),
-        ]
-        for place, one in enumerate(found.answers, 1)
-    ]
+def _texts(group: Group) -> Grid:
+    """Questions and answers, a column for each run."""
+    first = group[0][1].answers
+    rows = []
+    for place, one in enumerate(first):
+        cells = [Cell(str(place + 1), place), Cell(cut(one.prompt, _LONG)), Cell(cut(one.right, _LONG))]
+        cells.append(Cell(_answer(one.base), mark="good" if one.base_right else "bad"))
+        for _, newest in group:
+            tuned = newest.answers[place]
+            cells.append(Cell(_answer(tuned.tuned), mark="good" if tuned.tuned_right else "bad"))
+        rows.append(cells)
+    header = ["row", "question", "reference", "base", *_columns(group)]
     caption = f"The first {len(rows)} held-out rows, unselected. ✓ correct, ✗ wrong."
-    return Grid(["row", "question", "reference", "base", "tuned"], rows, caption, range(5), cards=True)
+    return Grid(header, rows, caption, range(len(header)), cards=True, first=_FIRST)
 
 
 def _answer(text: str) -> str:
@@ -129,37 +180,56 @@ def _answer(text: str) -> str:
 _SUSPECTS = 20
 
 
-def suspects(run: RunData, several: bool) -> Section | None:
-    """The rows that look most likely wrong; for a single run without scores of its rows, how to get them."""
-    title = f"Suspect rows{f': {run.name}' if several else ''}"
-    anchor = f"suspects-{slug(run.name)}"
-    if not (run.path / LOSSES).is_file():
-        hint = Section(anchor, title, [f"Not scored yet. `siftune rows {run.path}` adds them here."])
-        return None if several or run.recipe.dp_epsilon is not None else hint
-    try:
-        scored = ScoredRows(run.path)
-    except InputError as error:  # changed rows, or a damaged file: the rest of the page is fine
-        return Section(anchor, title, [f"Not available: {error}"])
-    if not scored.suspects:
-        return Section(anchor, title, [scored.doubt])
-    found = scored.highest(min(_SUSPECTS, scored.suspects))
-    rows = [
-        [
-            Cell(one.place),
-            Cell(cut(_both(one.text), _LONG)),
-            Cell(one.reason),
-            Cell(short(one.score), one.score),
-            Cell(", ".join(map(str, one.duplicates)) or "none"),
-        ]
-        for one in found
-    ]
+def suspects(runs: Sequence[RunData]) -> Section | None:
+    """The rows that look most likely wrong, a column for each run; for a single run without scores, how to get them."""
+    scored = [run for run in runs if (run.path / LOSSES).is_file()]
+    if not scored:
+        if len(runs) != 1 or runs[0].recipe.dp_epsilon is not None:
+            return None
+        return Section("suspects", "Suspect rows", [f"Not scored yet. `siftune rows {runs[0].path}` adds them here."])
+    words, found = [], dict[str, list[Suspect]]()
+    for run in scored:
+        named = f"“{run.name}”: " if len(runs) > 1 else ""
+        try:
+            rows = ScoredRows(run.path)
+        except InputError as error:  # changed rows, or a damaged file: the rest of the page is fine
+            words.append(f"{named}Not available: {error}")
+            continue
+        if not rows.suspects:
+            words.append(f"{named}{rows.doubt}")
+            continue
+        found[run.name] = rows.highest(min(_SUSPECTS, rows.suspects))
+        words.append(
+            f"{named}{rows.suspects:,} of {counted(len(rows.rows), 'row')} may be wrong. `siftune rows {run.path}` "
+            "lists them, and writes a file for `--drop-rows`."
+        )
+    return Section("suspects", "Suspect rows", words, tables=[_suspect_table(found)] if found else [])
+
+
+def _suspect_table(found: Mapping[str, Sequence[Suspect]]) -> Grid:
+    """The most suspect rows of all runs, with a column of scores for each run."""
+    scores = {name: {one.place: one.score for one in rows} for name, rows in found.items()}
+    every = sorted((one for rows in found.values() for one in rows), key=lambda one: -one.score)
+    highest = list({one.place: one for one in reversed(every)}.values())[::-1][:_SUSPECTS]
+    duplicates = any(one.duplicates for one in highest)
+    names = short_places([place for one in highest for place in (one.place, *one.duplicates)])
+    rows = []
+    for one in highest:
+        folder = one.place.removesuffix(names[one.place])  # the reason may name another row of the file
+        rows.append(
+            [
+                Cell(names[one.place], hint=one.place),
+                Cell(cut(_both(one.text), _LONG)),
+                Cell(one.reason.replace(folder, "") if folder else one.reason),
+                *(Cell(short(own.get(one.place)), own.get(one.place)) for own in scores.values()),
+                *([Cell(", ".join(names[place] for place in one.duplicates) or "none")] if duplicates else []),
+            ]
+        )
+    columns = ["score"] if len(found) == 1 else [f"score, {name}" for name in found]
+    header = ["row", "text", "why", *columns, *(["near-duplicates"] if duplicates else [])]
     caption = f"The {len(rows)} most suspect. Some rows may be correct: read before you drop any."
-    header = ["row", "text", "why", "score", "near-duplicates"]
-    words = [
-        f"{scored.suspects:,} of {counted(len(scored.rows), 'row')} may be wrong. `siftune rows {run.path}` lists "
-        "them, and writes a file for `--drop-rows`."
-    ]
-    return Section(anchor, title, words, tables=[Grid(header, rows, caption, (0, 1, 2, 4), cards=True)])
+    words = (0, 1, 2, *([len(header) - 1] if duplicates else []))
+    return Grid(header, rows, caption, words, cards=True, first=_FIRST, unbroken=(0,))
 
 
 def _both(text: Text) -> str:

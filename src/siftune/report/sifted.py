@@ -11,7 +11,7 @@ from siftune.data.target import OTHER
 from siftune.report.charts import Chart, Line, line_chart
 from siftune.report.parts import Cell, Figure, Grid, Section, slug
 from siftune.report.subjects import RunData
-from siftune.report.words import short
+from siftune.report.words import percent, short
 from siftune.sifting.run import FOLDER, RECORD, SCORES
 
 _EACH = 5  # rows from each part of the order
@@ -91,7 +91,7 @@ def _by_source(rows: list[_Scored]) -> Grid:
             Cell(source),
             Cell(f"{number:,}", number),
             Cell(f"{selected[source]:,}", selected[source]),
-            Cell(f"{selected[source] / number:.0%}", selected[source] / number),
+            Cell(percent(selected[source] / number), selected[source] / number),
         ]
         for source, number in sorted(pool.items(), key=lambda item: -selected[item[0]] / item[1])
     ]
@@ -104,7 +104,7 @@ def _examples(rows: list[_Scored], count: int) -> Grid:
     lines = [
         [
             Cell(f"{place + 1:,}", place),
-            Cell(Path(rows[place].place).name),
+            Cell(Path(rows[place].place).name, hint=rows[place].place),
             Cell(rows[place].text),
             Cell("selected" if rows[place].selected else "left out", mark="good" if rows[place].selected else "bad"),
             Cell(short(rows[place].score), rows[place].score),
@@ -113,4 +113,5 @@ def _examples(rows: list[_Scored], count: int) -> Grid:
         for place in places
     ]
     header = ["rank", "row", "text", "", "score", "loss before and after"]
-    return Grid(header, lines, "The first rows by score, those around the limit, and the last.", (1, 2, 3), cards=True)
+    caption = "The first rows by score, those around the limit, and the last."
+    return Grid(header, lines, caption, (1, 2, 3), cards=True, first=_EACH, unbroken=(1, 5))

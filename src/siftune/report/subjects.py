@@ -16,7 +16,7 @@ from siftune.offsite.kit.strict import read_bytes
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
-from siftune.report.words import duration
+from siftune.report.words import duration, short_names
 from siftune.sifting.run import FOLDER as SIFTING
 from siftune.sifting.run import RECORD as SIFT_RECORD
 from siftune.train.folder.run import RECIPE
@@ -104,34 +104,32 @@ def find_subjects(names: Sequence[str]) -> Subjects:
     folders = list(dict.fromkeys(path for name in names for path in _folders(name)))
     for folder in folders:
         refuse_links(folder)  # of another party, it could have any file shown
-    called = dict(zip(folders, _called(folders), strict=True))
+    called = dict(zip(folders, short_names(folders), strict=True))
     runs = tuple(read_run(path, name) for path, name in called.items() if (path / RECIPE).is_file())
     others = tuple(_other(path, name) for path, name in called.items() if not (path / RECIPE).is_file())
     return Subjects(runs, others)
 
 
+_DEMO = ("pool", "target", "sifted")  # runs of a demo, in their order
+
+
 def _folders(name: str) -> list[Path]:
-    """The folder of that name, or the folders of the runs of a demo."""
+    """The folder of that name, or all runs, kits, sweeps and audits in it, by name."""
     path = Path(name).expanduser()
-    if any((path / one).is_file() for one in (RECIPE, *_MARKS)) or is_kit(path) or path.is_file():
+    if path.is_file() or _holds_subject(path):
         return [path]
-    runs = [run for run in (path / "pool", path / "target", path / "sifted") if (run / RECIPE).is_file()]
-    if runs:
-        return runs
+    inside = [each for each in path.iterdir() if _holds_subject(each)] if path.is_dir() else []
+    if inside:
+        order = [*_DEMO, *sorted({each.name for each in inside} - {*_DEMO})]
+        return sorted(inside, key=lambda each: order.index(each.name))
     state = "there is no folder of that name" if not path.exists() else "it holds no run, kit, sweep or audit"
     raise RecipeError(
         f"nothing to report on in {name}: {state}; give the folder of siftune train or demo, or a file of siftune bench"
     )
 
 
-def _called(folders: Sequence[Path]) -> list[str]:
-    """What folders are called: their names, with as many of the folders above as tell them apart."""
-    parts = [path.absolute().parts for path in folders]
-    for depth in range(1, max(map(len, parts))):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in folders]
+def _holds_subject(path: Path) -> bool:
+    return any((path / name).is_file() for name in (RECIPE, *_MARKS)) or is_kit(path)
 
 
 def read_run(path: Path, name: str) -> RunData:

@@ -1,8 +1,10 @@
 """Numbers as text."""
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from siftune.base import text as words
 
@@ -11,7 +13,7 @@ NBSP = "\u00a0"  # holds a number and its unit together
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two bounds, about four of them.
+    """Round numbers between two bounds, three to six of them.
 
     Example:
         >>> ticks(0, 120), ticks(0.33, 1.73)
@@ -19,18 +21,23 @@ def ticks(low: float, high: float) -> list[float]:
     """
     if not high - low > 1e-300:  # nothing to divide
         return [low]
-    step = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(step))
-    step = next(power * part for part in (1, 2, 2.5, 5, 10) if power * part >= step * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10(high - low))
+    for step in (power * part for part in (5, 2, 1, 0.5, 0.2)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first >= 2:
+            break
+    return [number * step for number in range(first, last + 1)]
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
     """How the values on an axis are written: all with the same number of digits."""
     step = min((abs(b - a) for a, b in pairwise(values)), default=abs(values[0]) if values else 0)
-    if 0 < step < 1e-3:
-        return [_signed("0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")) for value in values]
+    largest = max(map(abs, values), default=0)
+    if 0 < step <= largest < 2e-3:  # one digit, or as many more as tell the values apart
+        digits = max(0, math.floor(math.log10(largest)) - math.floor(math.log10(step * 1.001)))
+        return [
+            _signed("0" if abs(value) < step / 2 else f"{value:.{digits}e}".replace("e-0", "e-")) for value in values
+        ]
     digits = next((count for count in range(9) if abs(round(step, count) - step) < step / 1000), 9) if step else 0
     return [_signed(f"{value:,.{digits}f}") for value in values]
 
@@ -75,6 +82,36 @@ def memory(megabytes: float | None) -> str:
 def cut(text: str, most: int) -> str:
     """A text cut to a number of characters."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of files or folders, with as many of the folders above as are needed to distinguish them.
+
+    Example:
+        >>> short_names([Path("a/run"), Path("b/run"), Path("b/run")])
+        ['a/run', 'b/run', 'b/run']
+    """
+    parts = [path.absolute().parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(path) for path in paths]
+
+
+_POSITION = re.compile(r":\d+$| row \d+$")
+
+
+def short_places(places: Sequence[str]) -> dict[str, str]:
+    """Places of rows by the names of their files, such as pool.jsonl:17, that distinguish the files.
+
+    Example:
+        >>> short_places(["data/pool.jsonl:17"])
+        {'data/pool.jsonl:17': 'pool.jsonl:17'}
+    """
+    files = {place: _POSITION.sub("", place) for place in places}
+    names = dict(zip(files.values(), short_names([Path(file) for file in files.values()]), strict=False))
+    return {place: names[file] + place[len(file) :] for place, file in files.items()}
 
 
 def listed(parts: Sequence[str]) -> str:

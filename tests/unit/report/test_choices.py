@@ -1,5 +1,7 @@
 """Figures of the choices of layers and rows."""
 
+import re
+
 import numpy as np
 import torch
 from support.report_runs import save_run
@@ -37,6 +39,22 @@ def test_importance_of_other_lengths_is_shown(tmp_path):
         record.layers(LayerChoice(step, (0,), torch.ones(step + 1), True))
     record.write()
     assert "Importance" in show(run).html
+
+
+def test_noise_is_pale(tmp_path):
+    run = save_run(tmp_path / "run", steps=2)
+    record = SelectionRecord(run, ())
+    record.layers(LayerChoice(0, (0,), torch.tensor([0.02, -0.02]), True))
+    scores = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    record.rows(
+        SampleChoice(0, 0, tuple("abcd"), (0, 1, 2, 3), scores, scores.topk(32).indices.sort().values), range(64)
+    )
+    record.write()
+    figures = {one.name: str(one.draw(600)) for part in sections(find_subjects([str(run)])) for one in part.figures}
+    assert {*re.findall(r'<path[^>]*class="(d\d)"', figures["importance-run"])} == {"d4"}
+    assert "−1.0<" in figures["importance-run"]
+    assert "hatch" in figures["agreement-run"]
+    assert "row 64" in figures["batch-run"]
 
 
 def test_agreement_is_a_correlation():

@@ -98,7 +98,20 @@ def test_a_measurement_of_the_base_alone(tmp_path):
 def test_shares_of_different_rows_are_not_compared(tmp_path):
     first, second = (save_run(tmp_path / n, eval=None, eval_share=0.1, train=f"{n}.jsonl") for n in "ab")
     assert headline(subjects(first, second)) == "2 runs, not measured on the same held-out rows."
-    assert "held out different rows" in text_of(sections(subjects(first, second))[0])
+    assert "“a” and “b” are not compared" in text_of(sections(subjects(first, second))[0])
+
+
+def test_a_run_on_other_rows_does_not_keep_the_others_from_being_compared(tmp_path):
+    named = [save_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
+    for number, run in enumerate(named):
+        save_eval(run, tuned=0.5 + number / 10)
+    (named[2] / "eval.json").write_text((named[2] / "eval.json").read_text().replace("test.jsonl", "others.jsonl"))
+    assert headline(subjects(*named)).startswith("“b” is best of 2 comparable runs: 60.0")
+    compared = sections(subjects(*named))[0]
+    assert [row[2].text for row in compared.tables[0].rows] == ["50.0\u00a0%", "60.0\u00a0%", "–"]
+    assert "“c” is not compared" in text_of(compared)
+    losses = [save_run(tmp_path / "losses" / name, eval=f"{name[0]}.jsonl") for name in ("a1", "a2", "b")]
+    assert "lowest held-out loss of 2 comparable runs" in headline(subjects(*losses))
 
 
 def test_runs_by_their_losses_where_they_were_held_to_the_same_rows(tmp_path):
@@ -106,8 +119,6 @@ def test_runs_by_their_losses_where_they_were_held_to_the_same_rows(tmp_path):
     assert headline(subjects(first, second)).startswith("“a” has the lowest held-out loss of 2 runs, 0.7000")
     third = save_run(tmp_path / "c", eval="others.jsonl")
     assert headline(subjects(first, third)) == "2 runs, not measured on the same held-out rows."
-    (compared, *_) = sections(subjects(first, third))
-    assert "held out different rows" in text_of(compared)
 
 
 def test_perplexity_is_better_when_less(tmp_path):
@@ -142,12 +153,35 @@ def test_the_commands_are_what_the_command_line_takes(runs):
 
 
 def test_a_run_has_the_sections_of_its_method(runs):
-    assert titles(runs["dense"]) == ["Training", "Suspect rows", "Base and tuned", "Recipe, versions and hardware"]
-    assert titles(runs["ist"])[1] == "Trained layers"
-    assert titles(runs["gast"])[1] == "Followed rows"
-    several = titles(*runs.values())
-    assert several[:2] == ["Comparison of runs", "Training"]
-    assert several.count("Base and tuned: ist") == 1
+    common = ["Training", "Base and tuned models", "Suspect rows"]
+    assert titles(runs["dense"]) == [*common, "Recipe, versions and hardware"]
+    assert titles(runs["ist"])[3] == "Trained layers"
+    assert titles(runs["gast"])[3] == "Followed rows"
+    assert titles(*runs.values())[:3] == ["Comparison of runs", *common[:2]]
+
+
+def test_the_answers_of_several_runs_are_one_table(runs):
+    results = next(one for one in sections(subjects(*runs.values())) if one.anchor == "results")
+    metrics, answers = results.tables
+    assert [row[0].text for row in metrics.rows] == ["exact match", "multiple choice", "perplexity"]
+    assert [*metrics.header] == ["metric", "base", *runs]
+    assert metrics.rows[0][2].text.replace("\u00a0", " ") == "50.0 %\n+47.0 (+41.0 to +54.0)"
+    assert [*answers.header] == ["row", "question", "reference", "base", *runs]
+    assert (len(answers.rows), answers.first) == (20, 5)
+    assert make_page([str(run) for run in runs.values()]).html.count("15 more rows") == 1
+
+
+def test_a_folder_of_runs_is_a_report_on_all_of_them(tmp_path):
+    for name in ("b", "target", "pool", "a"):
+        save_run(tmp_path / name, steps=2)
+    (tmp_path / "empty").mkdir()
+    assert [run.name for run in subjects(tmp_path).runs] == ["pool", "target", "a", "b"]
+
+
+def test_code_is_marked_up_and_backticks_are_not_shown(tmp_path):
+    html = show(save_run(tmp_path / "<run>", steps=2)).html
+    assert f"<code>siftune rows {tmp_path}/&lt;run&gt;</code>" in html
+    assert "`" not in html.partition("<main>")[2].partition("<script>")[0]
 
 
 @pytest.mark.parametrize("method", ["rst", "lisa", "cut", "greats", "ist+gast"])
@@ -198,7 +232,7 @@ def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):
 
 def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", steps=2)
-    found = [Suspect("pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("pool.jsonl:9",))]
+    found = [Suspect("/data/pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("/data/pool.jsonl:9",))]
     scored = SimpleNamespace(suspects=1, rows=[None] * 30, highest=lambda count: found[:count])
     monkeypatch.setattr("siftune.report.run.ScoredRows", lambda path: scored)
     hint = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
@@ -208,6 +242,11 @@ def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
     (row,) = section.tables[0].rows
     assert [cell.text for cell in row] == ["pool.jsonl:7", f"2 + 2? → {ATTACK}", ATTACK, "4.25", "pool.jsonl:9"]
+    assert row[0].hint == "/data/pool.jsonl:7"
+    (tmp_path / "other").mkdir()
+    (save_run(tmp_path / "other" / "run", steps=2) / "losses.parquet").write_bytes(b"there")
+    both = next(one for one in sections(subjects(run, tmp_path / "other" / "run")) if one.anchor == "suspects")
+    assert [cell.text for cell in both.tables[0].rows[0]][3:5] == ["4.25", "4.25"]
     assert section.words[0].startswith("1 of 30 rows may be wrong.")
     assert ATTACK not in show(run).html
     scored.suspects, scored.doubt = 0, "The losses do not tell"
