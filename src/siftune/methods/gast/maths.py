@@ -1,6 +1,7 @@
 """GAST — Gradient-aligned Sparse Tuning.
 
-"Gradient-aligned Sparse Tuning of large language models with data-layer selection", EACL 2026, arXiv 2603.09865.
+"Gradient-aligned Sparse Tuning of large language models with data-layer selection", EACL 2026 (2026.eacl-long.206),
+arXiv 2603.09865.
 
 Every layer ℓ follows the samples whose gradients align with those of a small support set. With g_{ℓ,i} the gradient of
 sample i's share of the loss for the adapter parameters of layer ℓ, and h_ℓ the gradient of the support set:

@@ -22,6 +22,8 @@ fraction of the median of A's diagonal, and the kept and dropped channels K and 
 No change of d that drops channel j costs less than δ_j (Hassibi and Stork, "Optimal Brain Surgeon", NeurIPS 1992).
 ZipLM (Kurtic, Frantar and Alistarh, NeurIPS 2023, arXiv 2302.04089) prunes a transformer's structures in this way, for
 the error of the output alone (G = I) and one after the other. Here G counts too, and all columns are chosen at once.
+The fit itself is a ridge regression, as in GRAIL (Tang et al., arXiv 2602.23795) and CORP (Zhang and Yang, arXiv
+2602.05243), which also fold it into the write matrix, for channels chosen in other ways.
 The damping is by the median, since a few channels may be so large that the mean is theirs: one of SmolLM2's layer 11
 has 89 % of the trace. Channels that never move are left out of the median.
 If there are fewer tokens than channels, A is rows X with A = Xᵀ X, and A_δ⁻¹ = (I − Xᵀ (δ I + X Xᵀ)⁻¹ X) / δ
