@@ -2,6 +2,7 @@
 
 import pytest
 from support import standin
+from support.tiny_run import save_base, save_rows
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +12,15 @@ def device():
         pytest.skip(standin.MISSING)
     with standin.accelerator():
         yield "standin:0"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Folder of a tiny llama."""
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """File of 24 rows."""
+    return save_rows(tmp_path / "rows.jsonl")

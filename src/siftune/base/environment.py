@@ -9,10 +9,11 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("siftune", "torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -30,12 +31,14 @@ def _version(package: str) -> str:
 
 
 def hardware() -> str:
-    """The machine as text: its accelerator, or its processor and the threads in use."""
+    """The machine as text: its accelerators, or its processor and the threads in use."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    if not torch.accelerator.is_available():
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+    count, name = torch.accelerator.device_count(), str(torch.accelerator.current_accelerator())
+    name = getattr(torch.get_device_module(), "get_device_name", lambda: name)()
+    return f"{count} × {name}" if count > 1 else name
 
 
 def _processor() -> str:
@@ -46,21 +49,64 @@ def _processor() -> str:
     return names[0] if names else f"{platform.machine()} CPU"
 
 
-def peak_memory_mb() -> float:
-    """Peak memory so far, in 10⁶ bytes: allocated on the GPU where there is one, else resident."""
+def reset_peak_memory() -> None:
+    """Begin to measure `peak_memory_mb` anew, as far as the system allows it."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+    if torch.accelerator.is_available():
+        reset = getattr(_memory_functions(), "reset_peak_memory_stats", None)
+        for index in range(torch.accelerator.device_count()):
+            if reset is not None:
+                reset(index)
+    with suppress(OSError):  # Linux; other systems keep the peak of the process
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_mb() -> float:
+    """Peak memory since `reset_peak_memory`, in 10⁶ bytes: allocated on all accelerators, else resident.
+
+    Without counts of its allocator, as of Apple's, an accelerator counts as none.
+    """
+    import torch
+
+    if torch.accelerator.is_available():
+        peak = getattr(_memory_functions(), "max_memory_allocated", lambda index: 0)
+        allocated = sum(peak(index) for index in range(torch.accelerator.device_count()))
+        if allocated:
+            return float(allocated) / 1e6
     status = Path("/proc/self/status")
     if status.exists():  # Linux: its ru_maxrss starts at that of the process which started this one
-        peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if peak is not None:
-            return int(peak.split()[1]) * 1024 / 1e6
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024 / 1e6
     import resource  # not on Windows, where torch has no peak either
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+
+
+def _memory_functions() -> Any:
+    """Torch's functions for the memory of accelerators, or, in older versions, those of the accelerator at hand."""
+    import torch
+
+    return torch.accelerator if hasattr(torch.accelerator, "max_memory_allocated") else torch.get_device_module()
+
+
+def synchronize() -> None:
+    """Wait for all accelerators, so that time can be measured."""
+    import torch
+
+    if torch.accelerator.is_available():
+        for index in range(torch.accelerator.device_count()):
+            torch.accelerator.synchronize(index)
+
+
+def empty_cache() -> None:
+    """Return the accelerators' unused memory to the system."""
+    import torch
+
+    if torch.accelerator.is_available():
+        getattr(torch.get_device_module(), "empty_cache", lambda: None)()
 
 
 # --- ranks of a launch: torchrun, `accelerate launch` and `siftune train --processes` set the same variables ---

@@ -4,6 +4,7 @@ Shapes: B samples, D values of a parameter. Sums run in float32, or float64 wher
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,33 @@ def widened(values: Tensor) -> Tensor:
 def wide_dtype(values: Tensor) -> torch.dtype:
     """The dtype that sums over values run in: float64 for float64, float32 for all others."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+@cache
+def has_float64(kind: str) -> bool:
+    """Whether devices of a type, such as "cuda", have float64; Apple's have not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=kind)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """The same values in float64, on a device that computes well in it: theirs, or the CPU.
+
+    Consumer GPUs have 1/32 of their float32 speed in it, or less; those for data centres have capability X.0.
+    """
+    slow = False
+    if values.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(values.device)
+        slow = minor > 0 or major > 10
+    return (values.cpu() if slow or not has_float64(values.device.type) else values).double()
+
+
+def as_before(values: Tensor, like: Tensor) -> Tensor:
+    """Values from `in_float64` in the dtype of another tensor, then on its device."""
+    return values.to(like.dtype).to(like.device)
 
 
 def gumbel_top_k(log_weights: Tensor, uniform: Tensor, count: int) -> Tensor:

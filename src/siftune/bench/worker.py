@@ -20,7 +20,7 @@ from datasets import Dataset, Features, List, Value
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from siftune.base.environment import hardware, peak_memory_mb, versions
+from siftune.base.environment import hardware, peak_memory_mb, reset_peak_memory, synchronize, versions
 from siftune.base.errors import RecipeError, SiftuneError
 from siftune.bench.cost import Workload
 from siftune.models.load import load_model
@@ -39,8 +39,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Wait for the device and record the time, in seconds."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         self.ends.append(time.perf_counter())
 
     def seconds(self, warmup: int) -> list[float]:
@@ -101,7 +100,7 @@ def _trl_trainer(
         max_steps=work.warmup + work.steps,
         max_length=work.length,
         seed=work.seed,
-        use_cpu=not torch.cuda.is_available(),  # otherwise TRL's default of bf16 is refused on a CPU
+        use_cpu=not torch.accelerator.is_available(),  # otherwise TRL's default of bf16 is refused on a CPU
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -125,6 +124,7 @@ def main(argv: list[str], build: Callable[..., Trainer] = build_trainer) -> int:
     try:
         work = Workload(**{**job["workload"], "targets": tuple(job["workload"]["targets"])})
         trainer = build(job["task"], work, folder, clock)
+        reset_peak_memory()  # loading a model may need more than training it
         trainer.train()
     except SiftuneError as error:
         sys.stderr.write(f"{error}\n")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from siftune.base.environment import launch_size
+from siftune.base.numerics import has_float64
 
 T = TypeVar("T")
 
@@ -112,10 +113,11 @@ def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:
     counts = [torch.zeros_like(own) for _ in range(world_size())]
     dist.all_gather(counts, own)
     widest = int(torch.stack(counts).max())
-    sent = nn.functional.pad(values, (0, widest - values.shape[1])).to(device)
+    padded = nn.functional.pad(values, (0, widest - values.shape[1]))
+    sent = padded.to(torch.float64 if has_float64(device.type) else torch.float32).to(device)
     parts = [torch.empty_like(sent) for _ in counts]
     dist.all_gather(parts, sent)
-    return torch.cat([part[:, : int(n)] for part, n in zip(parts, counts, strict=True)], 1).cpu()
+    return torch.cat([part[:, : int(n)] for part, n in zip(parts, counts, strict=True)], 1).cpu().double()
 
 
 def on_any_rank(condition: bool, device: torch.device) -> bool:
@@ -135,6 +137,6 @@ def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     """
     if world_size() == 1:
         return values
-    total = values.to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    total = values.to(torch.float64 if has_float64(device.type) else torch.float32).to(device)
     dist.all_reduce(total)
-    return (total / world_size()).to(device="cpu", dtype=torch.float64)
+    return (total / world_size()).cpu().double()

@@ -32,8 +32,8 @@ def load_model(
 
     Args:
         source: A folder with `config.json`, a hub id, or `smollm2`, which is downloaded on first use.
-        dtype: Dtype of the weights: `float32`, `bfloat16`, `float16`, or `auto`, the checkpoint's, but float32 on a
-            processor without products in the checkpoint's.
+        dtype: Dtype of the weights: `float32`, `bfloat16`, `float16`, or `auto`, the checkpoint's, or one that
+            this machine multiplies fast; see `usable_dtype`.
         streamed: Leave the decoder layers' weights in their files until they run; see `streamed.py`.
         quantize: Quantise the weights to `4bit` or `8bit` with bitsandbytes; see `quantised.quantization`.
 
@@ -102,11 +102,12 @@ def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTraine
 
     from siftune.models.quantised import quantization
 
-    settings = quantization(quantize, torch.bfloat16 if quantize and _suits(torch.bfloat16) else torch.float32)
+    settings = quantization(quantize, usable_dtype(torch.bfloat16) if quantize else torch.float32)
     with quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **settings)
     if dtype == "auto" and quantize:  # quantised weights cannot be converted
-        return model if _suits(model.dtype) else _in_memory(name, "float32", quantize)
+        usable = usable_dtype(model.dtype, model.config.model_type)
+        return model if usable == model.dtype else _in_memory(name, _name_of(usable), quantize)
     return fit_for_this_machine(model) if dtype == "auto" else model
 
 
@@ -120,22 +121,51 @@ def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, device_map=streamed_map(name)
         )
-    return _streamed(name, "float32") if dtype == "auto" and not _suits(model.dtype) else model
+    usable = usable_dtype(model.dtype, model.config.model_type)
+    return _streamed(name, _name_of(usable)) if dtype == "auto" and usable != model.dtype else model
 
 
 def fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Use float32 on a processor without half-precision products, on which torch is far slower."""
-    return model if _suits(model.dtype) else model.float()
+    """Convert a model to a dtype that this machine multiplies fast; see `usable_dtype`."""
+    return model.to(usable_dtype(model.dtype, model.config.model_type))
 
 
-def _suits(dtype: Any) -> bool:
-    """Whether this machine has fast products in a dtype."""
+def usable_dtype(dtype: Any, model_type: str = "") -> Any:
+    """A dtype in which this machine multiplies fast, if possible the wanted one (ours).
+
+    Accelerators without bfloat16, such as T4 and V100, get float16, with a scaled loss in training. Gemma's activations
+    exceed its range and get float32, as do processors without products in half precision.
+
+    Args:
+        dtype: The wanted dtype.
+        model_type: Type of the model in its config.
+    """
     import torch
 
-    if torch.accelerator.is_available() or _multiplies(dtype):
-        return True
+    if torch.accelerator.is_available():
+        if dtype != torch.bfloat16 or _has_bfloat16():
+            return dtype
+        fitting = torch.float32 if model_type.startswith("gemma") else torch.float16
+        logger.info("this accelerator cannot multiply in %s; the model is used in %s", dtype, fitting)
+        return fitting
+    if _multiplies(dtype):
+        return dtype
     logger.info("this processor cannot multiply in %s; the model is used in float32", dtype)
-    return False
+    return torch.float32
+
+
+def _has_bfloat16() -> bool:
+    """Whether the accelerator itself has products in bfloat16; torch emulates them slowly on older ones."""
+    import torch
+
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    ask = getattr(torch.get_device_module(), "is_bf16_supported", None)
+    return ask is None or bool(ask())
+
+
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _multiplies(dtype: Any) -> bool:

@@ -198,7 +198,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         **(checkpointing if recipe.checkpointing else {}),
-        fp16=fp16 and torch.cuda.is_available(),
+        fp16=fp16 and _scales_losses(),
         seed=recipe.seed,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         length_column_name="length",
@@ -222,6 +222,12 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         logger.warning("of %d GPUs the first is used; CUDA_VISIBLE_DEVICES selects another", arguments.n_gpu)
         arguments._n_gpu = 1  # the Trainer would copy the model by nn.DataParallel, where selection cannot reach
     return arguments
+
+
+def _scales_losses() -> bool:
+    """Whether there is an accelerator for which the Trainer scales losses in float16."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is not None and device.type in ("cuda", "xpu", "npu", "mlu", "musa")
 
 
 def end_checkpointing(model: Any) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from siftune.base.environment import peak_memory_mb
+from siftune.base.environment import peak_memory_mb, synchronize
 from siftune.base.errors import RecipeError
 from siftune.base.stages import stages
 from siftune.models.loss import IGNORED
@@ -147,8 +147,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self.times: list[float] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         self.times.append(time.perf_counter())
 
     on_step_end = on_train_begin

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from siftune.base.environment import reset_peak_memory
 from siftune.base.errors import InputError, UnsupportedError
 from siftune.data.batches import AIMED, ROW, TargetLast
 from siftune.data.rows import WEIGHT
@@ -90,6 +91,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
+        reset_peak_memory()  # of an attempt with larger batches, or of another run in this process
         with self._attention():
             return super().train(*args, **kwargs)
 
@@ -241,7 +243,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
 
     def _all_have_labels(self, labels: Tensor) -> bool:
         """Whether every rank has labels: all must compare, as weights may be gathered."""
-        own = label_positions(labels).any().to(device="cpu", dtype=torch.float64)
+        own = label_positions(labels).any().cpu().double()
         return float(mean_over_ranks(own, self.args.device)) == 1
 
     def _agrees(self, model: nn.Module, inputs: dict[str, Any]) -> bool:

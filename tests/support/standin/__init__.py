@@ -26,6 +26,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils import cpp_extension
 
+from siftune.base.numerics import has_float64
+
 DEVICES = 2
 MISSING = "the stand-in accelerator needs a C++ compiler and ninja: install g++ and ninja"
 
@@ -81,6 +83,18 @@ def limited(free: int) -> Iterator[None]:
     finally:
         for index in range(DEVICES):
             torch.ops.standin.limit(index, _UNLIMITED)
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """Have the device refuse float64 in this block, as Apple's do."""
+    has_float64.cache_clear()
+    torch.ops.standin.set_float64(False)
+    try:
+        yield
+    finally:
+        torch.ops.standin.set_float64(True)
+        has_float64.cache_clear()
 
 
 @contextmanager

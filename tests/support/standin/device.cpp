@@ -39,9 +39,14 @@ constexpr DeviceIndex kDevices = 2;
 
 thread_local DeviceIndex current = 0;
 std::atomic<bool> available{false};
+std::atomic<bool> float64{true};
 
 DeviceIndex numbered(DeviceIndex index) { return index < 0 ? current : index; }
 bool on_device(const Tensor& t) { return t.defined() && t.device().type() == kKind; }
+
+void check_dtype(at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(float64 || dtype != at::kDouble, "this device has no float64, as Apple's");
+}
 
 // --- reports to the test ---
 
@@ -262,6 +267,7 @@ Tensor on_host(const Tensor& t) {
 }
 
 Tensor adopted(const Tensor& result, DeviceIndex index) {  // a result of the processor's kernel becomes the device's
+  check_dtype(result.scalar_type());
   int64_t bytes = result.storage().nbytes();
   counts[index].add(bytes, index);
   c10::DataPtr data(result.storage().mutable_data(), new Owned{index, bytes, nullptr, result}, &Owned::release,
@@ -276,6 +282,7 @@ using Sizes = at::IntArrayRef;
 
 Tensor empty(Sizes size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<Device> device,
              std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  check_dtype(c10::dtype_or_default(dtype));
   c10::DeviceGuard guard(device.value_or(Device(kKind, current)));
   c10::DispatchKeySet keys(DispatchKey::PrivateUse1);
   return at::detail::empty_generic(size, &memory(), keys, c10::dtype_or_default(dtype), format);
@@ -283,6 +290,7 @@ Tensor empty(Sizes size, std::optional<at::ScalarType> dtype, std::optional<at::
 
 Tensor empty_strided(Sizes size, Sizes stride, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                      std::optional<Device> device, std::optional<bool>) {
+  check_dtype(c10::dtype_or_default(dtype));
   c10::DeviceGuard guard(device.value_or(Device(kKind, current)));
   c10::DispatchKeySet keys(DispatchKey::PrivateUse1);
   return at::detail::empty_strided_generic(size, stride, &memory(), keys, c10::dtype_or_default(dtype));
@@ -326,6 +334,7 @@ Tensor& set_source(Tensor& self, const Tensor& source) {
 Tensor copy_from(const Tensor& self, const Tensor& to, bool non_blocking) {
   // as on CUDA: the host waits for every copy to it that is not into pinned memory, and for every blocking copy from it
   if (!on_device(to)) {
+    if (on_device(self)) check_dtype(to.scalar_type());  // values are converted on the device, before they are copied
     bool async = non_blocking && is_pinned(to.storage().data());
     if (!async) report("copy to the host", kWait);
   } else if (!on_device(self) && !non_blocking) {
@@ -574,6 +583,7 @@ TORCH_LIBRARY(standin, m) {
   });
   m.def("set_available(bool value) -> ()", [](bool value) { available = value; });
   m.def("is_available() -> bool", []() -> bool { return available; });
+  m.def("set_float64(bool value) -> ()", [](bool value) { float64 = value; });
   m.def("get_device() -> int", []() -> int64_t { return current; });
   m.def("set_device(int index) -> ()", [](int64_t index) { current = (DeviceIndex)index; });
   m.def("limit(int index, int bytes) -> ()", [](int64_t index, int64_t bytes) { counts[index].limit = bytes; });

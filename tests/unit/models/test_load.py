@@ -9,7 +9,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import ModelError
 from siftune.models import load, source
-from siftune.models.load import load_model, use_attention
+from siftune.models.load import load_model, usable_dtype, use_attention
 from siftune.models.source import resolve
 
 
@@ -54,6 +54,21 @@ def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkey
     assert load_model(str(saved), "bfloat16")[0].dtype == torch.bfloat16  # asked for by name
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert load_model(str(saved))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capable", "model_type", "wanted"),
+    [(True, "llama", "bfloat16"), (False, "llama", "float16"), (False, "gemma3_text", "float32")],
+)
+def test_auto_avoids_a_dtype_that_the_accelerator_only_emulates(monkeypatch, capable, model_type, wanted):
+    def supported(including_emulation=True):
+        return capable or including_emulation  # torch says yes on T4 and V100
+
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", supported)
+    assert usable_dtype(torch.bfloat16, model_type) == getattr(torch, wanted)
+    assert usable_dtype(torch.float32, model_type) == torch.float32
 
 
 def test_a_missing_padding_token_becomes_the_end_token(saved, tmp_path):

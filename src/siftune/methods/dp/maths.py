@@ -56,4 +56,4 @@ def noised_mean(total_D: Tensor, std: float, batch: float, stream: Stream) -> Te
         stream: Source of the noise.
     """
     noise_D = stream.normal(total_D.numel()).view(total_D.shape)
-    return noise_D.mul_(std).add_(total_D.cpu()).div_(batch).to(total_D)
+    return numerics.as_before(noise_D.mul_(std).add_(total_D.cpu()).div_(batch), total_D)

@@ -125,6 +125,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         selection.rule.optimizer = optimizer = plain_optimizer(optimizer)
         if optimizer is not None:
             selection.follow(optimizer)
+        selection.begin()  # the support gradient is not to be formed within the caller's forward pass
         return selection
 
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
@@ -165,6 +166,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             pairs=_are_pairs(trainer, collate) if self.pairs is None else self.pairs,
             compiled=bool(args.torch_compile),
         )
+        selection.driven = True
         selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
         if self.select_until < 1:
             selection.rule.until = round(self.select_until * state.max_steps)

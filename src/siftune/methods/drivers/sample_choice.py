@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from siftune.base.numerics import has_float64
 from siftune.engine.groups import LayerGroup
 
 ALL_LAYERS = -1  # layer number of a choice for all layers
@@ -81,9 +82,9 @@ class Choosing:
         self._choices: dict[Unit, tuple[Tensor, Tensor]] = {}
 
     def uniform_on(self, device: torch.device) -> Tensor:
-        """The uniform numbers on a device, copied there once; float64, or float32 on MPS."""
+        """The uniform numbers on a device, copied there once; float64 if it has it."""
         if self._uniform.device != device:
-            self._uniform = self._uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
+            self._uniform = self._uniform.to(device, torch.float64 if has_float64(device.type) else torch.float32)
         return self._uniform
 
     def note(self, unit: Unit, scores_S: Tensor | None, chosen_K: Tensor) -> None:

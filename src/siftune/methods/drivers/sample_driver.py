@@ -106,6 +106,7 @@ class SampleSelection:
         self.loss = loss
         self.steps = 0
         self.numbers: RowNumbers | None = None  # of the batches' rows, in a Trainer
+        self.driven = False  # a Trainer's callback calls `begin` before every step
         self._chunk = chunk
         self._choosing: Choosing | None = None
         self._seed: int | None = None  # of the step; None before the first
@@ -172,6 +173,8 @@ class SampleSelection:
         self.steps = int(state["steps"])
         self._seed, self._opened, self._next_batch = None, None, int(state["passes"])
         load_draws_state(state, self.generator, self.draws)
+        if not self.driven:
+            self.begin()
 
     def mean_tensors(self) -> dict[str, Tensor]:
         """The running mean of the support gradients, by name of the parameter; empty without one."""

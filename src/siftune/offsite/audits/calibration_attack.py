@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from siftune.base.numerics import in_float64
 from siftune.evaluate.bootstrap import Bootstrap, Floats
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
@@ -178,9 +179,9 @@ def residuals(whole_BTO: Tensor, compressed_BTO: Tensor, real_BT: Tensor) -> Ten
     Returns:
         (B,) float64; ln 1e-12 where nothing is lost, and where nothing is written.
     """
-    lost_BT = (whole_BTO - compressed_BTO).double().square().sum(-1)
-    size_BT = whole_BTO.double().square().sum(-1)
-    lost_B, size_B = ((part_BT * real_BT).sum(-1) for part_BT in (lost_BT, size_BT))
+    lost_BT = in_float64(whole_BTO - compressed_BTO).square().sum(-1)
+    size_BT = in_float64(whole_BTO).square().sum(-1)
+    lost_B, size_B = ((part_BT * real_BT.to(part_BT.device)).sum(-1) for part_BT in (lost_BT, size_BT))
     share_B = torch.where(size_B > 0, lost_B / size_B, 0.0)
     return share_B.clamp(min=_FLOOR).log()
 

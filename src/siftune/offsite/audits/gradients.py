@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from siftune.base.numerics import in_float64
 from siftune.models.layers import find_layers
 from siftune.models.loss import label_positions, logits_at, token_loss
 from siftune.models.modules import evaluating, model_device, trainable_only
@@ -132,7 +133,7 @@ def _summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """⟨a, b⟩, ⟨a, a⟩ and ⟨b, b⟩ in float64, on the CPU."""
-    flat_a, flat_b = a.double().flatten(), b.double().flatten()
+    flat_a, flat_b = in_float64(a).flatten(), in_float64(b).flatten()
     return torch.stack([flat_a @ flat_b, flat_a @ flat_a, flat_b @ flat_b]).cpu()
 
 

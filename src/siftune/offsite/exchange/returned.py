@@ -28,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from siftune.base.errors import KitError
+from siftune.base.numerics import in_float64
 from siftune.offsite.kit.folder import Kit, load_weights
 from siftune.offsite.kit.manifest import (
     HASH,
@@ -150,13 +151,13 @@ class Tuned(Mapping[str, Tensor]):
         old = self._before[name].detach()
         if name not in self._ranks:
             return old
-        up, down = (self._returned[f"{name}{end}"].detach().to(old.device).double() for end in (UP, DOWN))
+        up, down = (in_float64(self._returned[f"{name}{end}"].detach().to(old.device)) for end in (UP, DOWN))
         if old.ndim != 2 or (up.shape, down.shape) != ((len(old), len(down)), (len(down), old.shape[1])):
             raise KitError(
                 f"the factors of {name} in the return have the shapes {tuple(up.shape)} and {tuple(down.shape)}, "
                 f"which do not fit {tuple(old.shape)}: give a return of this kit"
             )
-        after = old.double() + up @ down
+        after = in_float64(old) + up @ down
         check_finite(after, f"{OUTER}: {name}, with its factors")
         return after
 

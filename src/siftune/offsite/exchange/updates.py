@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.base.errors import KitError
+from siftune.base.numerics import in_float64
 from siftune.evaluate.measure import PERPLEXITY, measure
 from siftune.evaluate.prepare import Prepared
 from siftune.models.families import FAMILIES
@@ -263,7 +264,7 @@ def _measure(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> Up
             f"tensor {name} of the return has the shape {tuple(after.shape)}, but the base model's has "
             f"{tuple(before.shape)}: give a return of this kit"
         )
-    old, new = before.double(), after.detach().to(before.device).double()
+    old, new = in_float64(before), in_float64(after.detach().to(before.device))
     rounded = new.to(dtype).double()
     if not bool(rounded.isfinite().all()):
         raise KitError(
@@ -281,7 +282,7 @@ def _scale(name: str, vectors: Mapping[str, Tensor], alone: Mapping[str, Update]
     if kind == "bias" and weight in alone:
         return math.hypot(alone[name].norm, alone[weight].norm)
     if kind == "weight" and name in vectors:
-        return float((vectors[name].double() + shift).norm())
+        return float((in_float64(vectors[name]) + shift).norm())
     return alone[name].norm
 
 

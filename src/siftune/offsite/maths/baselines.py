@@ -62,7 +62,7 @@ def uniform_layers(count: int, kept: int) -> list[int]:
 def linear_cka(x_NF: Tensor, y_NF: Tensor) -> Tensor:
     """Similarity of two representations of the same tokens, from 0 to 1; a scalar in float64."""
     x_NF, y_NF = (rows - rows.mean(0) for rows in (widened(x_NF), widened(y_NF)))
-    own_x, own_y, shared = (matrix.norm().double() for matrix in (x_NF.T @ x_NF, y_NF.T @ y_NF, x_NF.T @ y_NF))
+    own_x, own_y, shared = (matrix.norm().cpu().double() for matrix in (x_NF.T @ x_NF, y_NF.T @ y_NF, x_NF.T @ y_NF))
     length = own_x * own_y
     alike: Tensor = shared.square() / torch.where(length == 0, 1.0, length)
     return alike

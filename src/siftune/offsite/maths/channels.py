@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from siftune.base.errors import ModelError
+from siftune.base.numerics import as_before, in_float64
 from siftune.offsite.maths.kfac import Curvature, Moments, score
 
 
@@ -98,9 +99,12 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
     damped = _damped(curvature.inputs, damping)
     if damped is None:
         return write_OC.new_zeros(write_OC.shape[1], dtype=dtype)
-    write_OC, share_C = write_OC.to(dtype), damped.inverse_diagonal().reciprocal().to(dtype)
+    write_OC = write_OC.to(dtype)
+    share_C = as_before(damped.inverse_diagonal().reciprocal(), write_OC)
     cost_C = (write_OC * curvature.gradients.times(write_OC)).sum(0) * share_C
-    rise_C = -(write_OC * damped.solve(curvature.slope_OI.T).T.to(dtype)).sum(0) * share_C if lam else 0 * cost_C
+    rise_C = 0 * cost_C
+    if lam:
+        rise_C = -(write_OC * as_before(damped.solve(curvature.slope_OI.T).T, write_OC)).sum(0) * share_C
     return score(cost_C, rise_C, lam)
 
 
@@ -119,16 +123,18 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
     dtype, step = inputs.values.dtype, _step(inputs)
     if step is None:
         return write_OC[:, kept_K].to(dtype)
-    dropped = torch.ones(inputs.features, dtype=torch.bool, device=kept_K.device)
+    fitted = write_OC.new_empty(0, dtype=dtype)  # where the result belongs
+    write_OC, values = in_float64(write_OC), in_float64(inputs.values)
+    kept_K = kept_K.to(values.device)
+    dropped = torch.ones(inputs.features, dtype=torch.bool, device=values.device)
     dropped[kept_K] = False
-    write_OC, values = write_OC.double(), inputs.values.double()
     if inputs.formed:
         part, lost_KO = values[kept_K][:, kept_K], values[kept_K][:, dropped] @ write_OC[:, dropped].T
     else:
         part = values[:, kept_K]
         lost_KO = part.T @ (values[:, dropped] @ write_OC[:, dropped].T)
     damped = _raised(Moments(part, inputs.formed), damping, step)
-    return (write_OC[:, kept_K] + damped.solve(lost_KO).T).to(dtype)
+    return as_before(write_OC[:, kept_K] + damped.solve(lost_KO).T, fitted)
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class _Damped:
 
     def solve(self, b_CK: Tensor) -> Tensor:
         """A_δ⁻¹ b; (C, K)."""
-        b_CK = b_CK.double()
+        b_CK = in_float64(b_CK)
         if self.formed:
             return torch.cholesky_solve(b_CK, self.lower)
         known_CK: Tensor = self.values.T @ torch.cholesky_solve(self.values @ b_CK, self.lower)
@@ -174,7 +180,7 @@ def _step(inputs: Moments) -> Tensor | None:
     if not inputs.values.isfinite().all():
         raise ModelError("an MLP's activations on the calibration rows are not finite: try --dtype float32")
     values = inputs.values
-    sizes_C = (values.diagonal() if inputs.formed else values.square().sum(0)).double()
+    sizes_C = in_float64(values.diagonal() if inputs.formed else values.square().sum(0))
     moving_C = sizes_C[sizes_C > 0]
     return moving_C.median() if len(moving_C) else None
 
@@ -185,7 +191,8 @@ def _raised(inputs: Moments, damping: float, step: Tensor) -> _Damped:
     A was summed in float32, and a channel that is very large leaves an error there that may exceed the damping. Where
     A_δ is not positive definite, the damping is raised tenfold until it is.
     """
-    values = inputs.values.to(torch.float64, copy=True)
+    values = in_float64(inputs.values)
+    values = values.clone() if values is inputs.values else values
     matrix = values if inputs.formed else values @ values.T
     bare = matrix.diagonal().clone()
     while True:

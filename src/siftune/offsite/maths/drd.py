@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from siftune.base.numerics import in_float64
 from siftune.offsite.maths.kfac import DAMPING, Curvature, score
 
 Basis = Literal["svd", "whitened"]
@@ -127,11 +128,11 @@ def joint_costs(parts: Components, curvature: Curvature, choices: Sequence[Tenso
     """
     left_OK, right_IK = parts.left_OK, parts.right_KI.T
     both_KK = (left_OK.T @ curvature.gradients.times(left_OK)) * (right_IK.T @ curvature.inputs.times(right_IK))
-    both_KK = both_KK.double()
+    both_KK = in_float64(both_KK)
     costs = []
     for kept_R in choices:
         lost_K = both_KK.new_ones(len(both_KK))
-        lost_K[kept_R] = 0
+        lost_K[kept_R.to(lost_K.device)] = 0
         costs.append(max(0.0, float(lost_K @ both_KK @ lost_K)))
     return costs
 

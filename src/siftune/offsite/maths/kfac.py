@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from siftune.base.errors import ModelError
-from siftune.base.numerics import widened
+from siftune.base.numerics import as_before, in_float64, widened
 
 DAMPING = 1e-3  # relative; far above the rounding of float32, far below the directions that matter
 
@@ -78,16 +78,16 @@ class Moments:
         Returns:
             L in the dtype of the moments.
         """
-        matrix_FF = self.dense().double()
+        matrix_FF = in_float64(self.dense())
         mean = matrix_FF.diagonal().mean()
         one_FF = torch.eye(self.features, dtype=matrix_FF.dtype, device=matrix_FF.device)
         if mean == 0:  # nothing is known: every direction counts the same
-            return one_FF.to(self.values.dtype)
+            return as_before(one_FF, self.values)
         while True:
             lower_FF: Tensor
             lower_FF, failed = torch.linalg.cholesky_ex(matrix_FF + damping * mean * one_FF)
             if not failed:
-                return lower_FF.to(self.values.dtype)
+                return as_before(lower_FF, self.values)
             damping = max(10 * damping, 1e-14)
 
     def _blocks(self) -> Iterator[Tensor]:
@@ -149,7 +149,7 @@ def apply(curvature: Curvature, delta_OI: Tensor) -> Tensor:
 
 def cost(curvature: Curvature, delta_OI: Tensor) -> float:
     """⟨δ, H δ⟩: E (gᵀ δ x)² where x and g are independent, by how much a change δ of W moves the loss of a token."""
-    return float((delta_OI.double() * apply(curvature, delta_OI)).sum())
+    return float((in_float64(delta_OI) * in_float64(apply(curvature, delta_OI))).sum())
 
 
 def score(shift_C: Tensor, rise_C: Tensor, lam: float) -> Tensor:

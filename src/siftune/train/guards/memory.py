@@ -8,15 +8,22 @@ from dataclasses import replace
 
 import torch
 
-from siftune.base.environment import launch_size
+from siftune.base.environment import empty_cache, launch_size
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.text import counted
 from siftune.recipe.schema import Recipe, method_of
 
 logger = logging.getLogger(__name__)
 
-# messages of a plain RuntimeError: torch's allocator, and C++
-_OF_PROCESSORS = ("can't allocate memory", "std::bad_alloc")
+# messages of a plain RuntimeError: torch's allocator on CPUs, C++, drivers of accelerators, and their libraries
+_MESSAGES = (
+    "can't allocate memory",
+    "std::bad_alloc",
+    "out of memory",  # CUDA error, MPS backend, XPU, NPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 
 
 class OutOfMemory(TrainingError):
@@ -44,7 +51,7 @@ def memory_faults(recipe: Recipe) -> Iterator[None]:
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error is a failed allocation of a device or the machine."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _OF_PROCESSORS)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
 def _options(recipe: Recipe) -> Iterator[str]:
@@ -86,4 +93,4 @@ def refuse_ranks(recipe: Recipe) -> None:
 def free() -> None:
     """Free the memory of a failed run, once nothing refers to it."""
     gc.collect()
-    torch.cuda.empty_cache()  # does nothing without such a device
+    empty_cache()

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiny import batch
 from support.tokenizer import byte_tokenizer
 from support.trainers import adapted, arguments, train, weights
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from siftune import GAST, IST, LabelLogits
+from siftune import GAST, GREATS, IST, LabelLogits
 from siftune.base.errors import UnsupportedError
 from siftune.methods.host.label_logits import _refuse_readers
 from siftune.models.loss import find_output_embeddings
@@ -158,3 +159,24 @@ def test_tools_are_refused_where_they_add_a_loss_alone(module, name, place, sett
     setattr(trainer, place, SimpleNamespace(**{setting: 0.1}))
     with pytest.raises(UnsupportedError, match=name):
         _refuse_readers(trainer)
+
+
+@pytest.mark.parametrize("method", [GAST(select=2), GREATS(select=2)], ids=lambda method: method.group)
+def test_a_loop_with_a_method_that_compares_with_rows(method):
+    model = adapted()
+    inputs = batch(model, 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with LabelLogits().attach(model), method.attach(model.train(), batches=[inputs], optimizer=optimizer) as sift:
+        for _ in range(2):
+            model(**inputs).loss.backward()
+            assert sift.last.selected.shape[1] == 2
+            optimizer.step()
+
+
+def test_a_resumed_loop_with_a_method_that_compares_with_rows():
+    model = adapted().train()
+    inputs = batch(model, 4)
+    with LabelLogits().attach(model), GAST(select=2).attach(model, batches=[inputs]) as sift:
+        sift.load_state_dict(sift.state_dict())
+        model(**inputs).loss.backward()
+        assert sift.last.selected.shape[1] == 2

@@ -10,7 +10,7 @@ from support.tiny_run import choices_of, recipe
 
 from siftune.base.errors import RecipeError
 from siftune.recipe.read import load_recipe
-from siftune.train.guards.memory import OutOfMemory, halved, memory_faults
+from siftune.train.guards.memory import OutOfMemory, halved, memory_faults, ran_out
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -116,3 +116,16 @@ def test_allocators_fail_in_words_of_their_own(base, rows, tmp_path, fail):
 def test_other_errors_pass_as_they_are(base, rows, tmp_path):
     with pytest.raises(RuntimeError, match="shapes"), memory_faults(recipe(base, rows, tmp_path)):
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "MPS backend out of memory (MPS allocated: 8.01 GB, max allowed: 9.07 GB)",
+    ],
+)
+def test_messages_of_accelerators(message):
+    assert ran_out(RuntimeError(message))
+    assert not ran_out(RuntimeError("CUDA error: device-side assert triggered"))
