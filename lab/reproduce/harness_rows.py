@@ -16,10 +16,9 @@ from typing import Any
 
 from lab.reproduce.harness import HARNESS, Question
 from lab.reproduce.protocol import Suite
-from lab.reproduce.rows import HUB, found_in, other_way, refuse_few, write_rows
+from lab.reproduce.rows import HUB, found_in, other_way, records, refuse_few, write_rows
 from lab.reproduce.tasks import Task
 from siftune.base.errors import DataError
-from siftune.data.read import load_records
 
 CALIBRATION = "calibration.jsonl"
 CALIBRATION_ROWS = 128  # ours
@@ -55,7 +54,7 @@ def prepare_tasks(
             write_rows(out / f"{task}.jsonl", _questions(task, data, "test")[:asked])
     if not (out / CALIBRATION).exists():
         for task in tasks:
-            some += islice(load_records(str(out / f"{task}.train.jsonl")), CALIBRATION_ROWS)
+            some += islice(records(str(out / f"{task}.train.jsonl")), CALIBRATION_ROWS)
         random.Random(_SEED).shuffle(some)
         keys = ("prompt", "completion")
         write_rows(out / CALIBRATION, [{key: row[key] for key in keys} for row in some[:CALIBRATION_ROWS]])
@@ -66,7 +65,7 @@ def _questions(task: str, data: str, part: str) -> list[Question]:
     one = HARNESS[task]
     if data == HUB:
         with other_way():
-            return _read(one, load_records(one.hub, "train" if part == "train" else one.split), f"{one.hub} {part}")
+            return _read(one, records(one.hub, "train" if part == "train" else one.split), f"{one.hub} {part}")
     names = [f"{task}.{part}.{ending}" for ending in _ENDINGS]
     file = found_in(data, names)
     if not Path(data).expanduser().is_dir():
@@ -76,7 +75,7 @@ def _questions(task: str, data: str, part: str) -> list[Question]:
             f"{data} has no {part} rows of {task}: put {names[0]} there, in the columns of {one.hub} on the hub, or "
             "name the tasks that it has with --tasks"
         )
-    return _read(one, load_records(str(file)), str(file))
+    return _read(one, records(str(file)), str(file))
 
 
 def _read(task: Task, records: Iterable[Any], name: str) -> list[Question]:

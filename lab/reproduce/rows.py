@@ -21,7 +21,7 @@ from lab.reproduce.tasks import CLOZE, PROMPT, TASKS, options_of, texts_of
 from siftune.base.errors import DataError
 from siftune.base.files import write_beside
 from siftune.base.text import counted
-from siftune.data.read import load_records, load_rows
+from siftune.data.read import load_rows, placed_records
 from siftune.data.rows import Row, rows_from
 
 HUB = "hub"
@@ -100,10 +100,18 @@ def _questions(task: str, data: str) -> list[Row]:
     if data == HUB:
         one = TASKS[task]
         with other_way():
-            return rows_from((one.question(record) for record in load_records(one.hub, one.split)), one.hub, "alpaca")
+            return rows_from((one.question(record) for record in records(one.hub, one.split)), one.hub, "alpaca")
     file = found_in(data, [f"{task}.test.json", f"{task}/test.json", f"dataset/{task}/test.json"])
     _refuse_missing(data, {task: file}, "test", f"{task}.test.json")
     return load_rows(str(file), format="alpaca")
+
+
+def records(source: str, split: str = "train") -> Iterator[Any]:
+    """Records of a file or hub data set, with any columns; a record that cannot be read is an error."""
+    for _, record in placed_records(source, split):
+        if isinstance(record, DataError):
+            raise record
+        yield record
 
 
 @contextmanager

@@ -57,22 +57,6 @@ def load_rows(
     return rows
 
 
-def load_records(source: str, split: str = "train") -> Iterator[Any]:
-    """Read the records of a file or hub data set, with any columns.
-
-    Args:
-        source: As for `load_rows`.
-        split: As for `load_rows`.
-
-    Raises:
-        DataError: As `load_rows`.
-    """
-    for _, record in _open(source, split):
-        if isinstance(record, DataError):
-            raise record
-        yield record
-
-
 def placed_records(source: str, split: str = "train", limit: int | None = None) -> Records:
     """Read the records of a file or hub data set as they are, with the places that `load_rows` gives them.
 
