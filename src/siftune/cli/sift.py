@@ -21,16 +21,18 @@ class Options(Validated):
     """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
 
     A short training on the correct rows makes rows like them more likely, and rows that contradict them less likely.
-    The former are selected. The same command continues after an interruption. `siftune train --sift` does this before
-    training.
+    The former are selected. With --avoid, rows like bad ones are left out. The same command continues after an
+    interruption. `siftune train --sift` and `siftune train --avoid` do this before training.
     """
 
     model: str = "smollm2"
     """Model to score with, best the one to fine-tune: a folder, a hub id, smollm2, or a kit."""
     train: str | tuple[str, ...] = ""
     """The pool: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, which are concatenated."""
-    target: str = ""
-    """At least 8 correct rows of the task: a file or hub id."""
+    target: str | None = None
+    """At least 8 correct rows of the task: a file or hub id. Without it, rows are only left out, by --avoid."""
+    avoid: str | None = None
+    """At least 8 rows with answers that the model must not give: a file or hub id. Rows like them are left out."""
     share: PoolShare | None = None
     """Rows to select: a share of the pool below 1, or a number. Default: those that the training made more likely."""
     steps: Count = 60

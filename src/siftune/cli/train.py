@@ -33,6 +33,9 @@ class Options(Recipe):
     sift: bool | PoolShare = False
     """Before training, select the rows of the pool that are like the target's, as siftune sift does. A number: the
     share of the pool to select, or how many rows."""
+    avoid: str | None = None
+    """Before training, leave out the rows of the pool that are like these, at least 8 rows with answers that the model
+    must not give: a file or hub id."""
     public_key: str | None = None
     """PEM file with the public key of the model's owner: the model must then be a kit signed by the owner."""
     processes: Count = 1
@@ -89,12 +92,17 @@ def _sifted(options: Options, recipe: Recipe, console: "Console", source_of: "Ca
     from siftune.cli.sift import text_of
     from siftune.sifting.run import sift_first
 
-    if options.sift is False or (recipe.drop_rows is not None and recipe.resume):
+    if not _sifts(options) or (recipe.drop_rows is not None and recipe.resume):
         return recipe
-    recipe, sifted = sift_first(recipe, None if options.sift is True else options.sift, console, source_of)
+    share, by_target = None if isinstance(options.sift, bool) else options.sift, options.sift is not False
+    recipe, sifted = sift_first(recipe, share, console, source_of, options.avoid, by_target)
     if not launch_rank():
         console.print(text_of(sifted), markup=False)
     return recipe
+
+
+def _sifts(options: Options) -> bool:
+    return options.sift is not False or options.avoid is not None
 
 
 def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
         path.write_text(recipe_to_yaml(resolve_recipe(adopted(recipe))), encoding="utf-8")
         key = [] if options.public_key is None else ["--public-key", options.public_key]
         sifting = [] if options.sift is False else ["--sift", *([] if options.sift is True else [str(options.sift)])]
+        sifting += [] if options.avoid is None else ["--avoid", options.avoid]
         return launch(["train", str(path), *key, *sifting], options.processes)
 
 
@@ -125,10 +134,10 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     if options.processes > 1 or launch_size() > 1:
         raise RecipeError("a dry run is of one process: leave processes out, and start it without torchrun")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if options.sift is not False:
-        from siftune.sifting.run import check_sifting
+    if _sifts(options):
+        from siftune.sifting.rows import check_sifting
 
-        check_sifting(recipe)
+        check_sifting(recipe, avoid=options.avoid)
         console.print("a dry run does not sift: rows, steps and time are those of the complete pool")
     found = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
     console.print(shown(found))

@@ -93,3 +93,35 @@ def choose(scores_R: Floats, target_T: Floats) -> Choice:
             rows, "as many rows of the pool as of the target became more likely, so there is nothing to sift out"
         )
     return Choice(below, "the training on the target made these rows more likely, and the others less likely")
+
+
+_REACHED = 0.9  # share of the held-out bad rows whose scores are within the limit (ours)
+_MOST = 0.6  # share of the pool (ours)
+
+
+def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
+    """Leave out the rows with a score up to the limit that nine of ten held-out bad rows are within (ours).
+
+    None is left out if more than 60 % of the pool is within it: then the bad rows do not stand out.
+
+    Args:
+        scores_R: Scores of the pool by the bad rows.
+        bad_B: Scores of the held-out bad rows.
+
+    Returns:
+        The number of rows that remain: those with the highest scores.
+
+    Example:
+        >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-2.5, -1.5])).rows
+        3
+        >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, 2.0])).rows
+        4
+    """
+    within = int((scores_R <= np.quantile(bad_B, _REACHED, method="higher")).sum())
+    if within > _MOST * len(scores_R):
+        return Choice(
+            len(scores_R),
+            f"{within / len(scores_R):.0%} of the pool is as much like the bad rows as their held-out part, so none is "
+            "left out",
+        )
+    return Choice(len(scores_R) - within, f"{within:,} of them are as much like the bad rows as their held-out part")

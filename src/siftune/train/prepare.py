@@ -36,7 +36,7 @@ from siftune.train.build import refuse_all_weights
 
 logger = logging.getLogger(__name__)
 _SHOWN = 20  # bad rows in an error; --dry-run lists all
-_USES = {"train": "train on", "eval": "measure on", "support": "compare with"}
+_USES = {"train": "train on", "eval": "measure on", "support": "compare with", "avoid": "avoid"}
 NAMED = 5  # bad rows in the summary; the run folder has all
 
 

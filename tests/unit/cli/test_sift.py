@@ -18,6 +18,7 @@ from siftune.cli.main import main
 from siftune.recipe.read import load_recipe
 from siftune.records.rows import named_rows, read_rows
 from siftune.sifting import run as module
+from siftune.sifting.scores import Choice
 
 SETTINGS = "{template: none, max_length: 64, rank: 2, batch_size: 4, lr: 0.01, log_every: 9}"
 
@@ -198,8 +199,34 @@ def test_a_training_on_the_target_that_fails_leaves_nothing(words, tmp_path, cap
 
     monkeypatch.setattr(module, "tune", fail)
     said = error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
-    assert said == "training on the rows of the target: Broken."
+    assert said == "training on 6 rows of the target: Broken."
     assert not (tmp_path / "run").exists()
+
+
+# --- bad rows ---
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """A file of rows like the words of the pool."""
+    return save(tmp_path / "bad.jsonl", [{"prompt": f"say {i}", "completion": "hello " * 3} for i in range(30, 42)])
+
+
+def test_rows_like_bad_ones_are_left_out_of_the_run_and_the_target_does_not_sift(words, bad, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "unlike", lambda *_: Choice(26, "ten are left out"))
+    run = tmp_path / "run"
+    assert main([*map(str, words), "--out", str(run), "--avoid", str(bad)]) == 0
+    pool, few = rows_of(run)
+    assert (len(pool), len(set(few))) == (26, 12)
+    assert {path.name for path in (run / "sift").iterdir()} >= {"avoid", "dropped.csv"}
+    assert not (run / "sift" / "tuning").exists()
+
+
+def test_processes_get_the_bad_rows(words, bad, monkeypatch):
+    calls = []
+    monkeypatch.setattr("siftune.cli.launch.launch", lambda command, processes: calls.append(command) or {})
+    assert main([*map(str, words), "--processes", "2", "--avoid", str(bad)]) == 0
+    assert calls[0][-2:] == ["--avoid", str(bad)]
 
 
 # --- siftune sift ---

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.sifting.scores import choose, held_out_count, lowest, scores
+from siftune.sifting.scores import choose, held_out_count, lowest, scores, unlike
 
 LOSSES = st.floats(-20, 20, width=32)
 MANY = st.lists(LOSSES, min_size=1, max_size=60)
@@ -72,3 +72,17 @@ def test_rows_held_out_of_the_target(rows):
     held_out = held_out_count(rows)
     assert 4 <= held_out <= rows / 2
     assert held_out in (rows // 2, 8, rows // 5)
+
+
+@given(MANY, FEW)
+def test_rows_within_the_limit_of_the_bad_ones_are_left_out(pool, bad):
+    limit = next(each for each in sorted(bad) if sum(score <= each for score in bad) >= 0.9 * len(bad))
+    within = sum(score <= limit for score in pool)
+    assert unlike(np.array(pool), np.array(bad)).rows == len(pool) - (within if within <= 0.6 * len(pool) else 0)
+
+
+def test_a_pool_like_the_bad_rows_is_left_as_it_is():
+    drawn = np.random.default_rng(0).normal(size=400)
+    assert unlike(drawn, drawn[:40]).rows == 400
+    apart = np.concatenate([drawn, drawn + 50])
+    assert abs(unlike(np.concatenate([apart, drawn + 100]), drawn[:40]).rows - (1200 - 360)) <= 20

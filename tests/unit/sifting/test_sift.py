@@ -138,7 +138,7 @@ def test_the_template_is_that_of_both(given, base, monkeypatch):
     original, losses_of = module.tune, module._losses
     monkeypatch.setattr(module, "tune", lambda recipe, *a: seen.update(recipe=recipe) or original(recipe, *a))
     monkeypatch.setattr(
-        module, "_losses", lambda work, data: seen.update(ids=data["input_ids"]) or losses_of(work, data)
+        module, "_losses", lambda work, few, data: seen.update(ids=data["input_ids"]) or losses_of(work, few, data)
     )
     sift(**{**given, "template": "chat"}, console=QUIET)
     assert seen["recipe"].template == "chat"

@@ -1,0 +1,169 @@
+"""Rows of sifting: the pool, rows of the target, and bad rows.
+
+A fifth of the target's rows, and of the bad rows, is left out of the training on them: its scores show whether the
+training says something about the pool.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from siftune.base.errors import DataError, RecipeError
+from siftune.base.text import counted
+from siftune.data.rows import Row, row_texts
+from siftune.recipe.schema import Recipe, train_files
+from siftune.records.rows import Read, read_rows
+from siftune.sifting.scores import held_out_count
+from siftune.train.prepare import Source, refuse_read
+
+LEAST = 8  # rows of a target, and bad rows (ours)
+PARTS = {"target": "support", "avoid": "avoid"}  # of `Read` and `Prepared`
+
+
+@dataclass(frozen=True)
+class Few:
+    """Rows of the target, or bad rows.
+
+    Attributes:
+        name: "target" or "avoid".
+        file: The file or hub id.
+        rows: Without copies.
+        unseen: Those that the training on them leaves out.
+        copies: Rows with the text of an earlier one.
+        in_pool: Places of rows of the pool with the text of one.
+    """
+
+    name: str
+    file: str
+    rows: list[Row]
+    unseen: list[Row]
+    copies: list[Row]
+    in_pool: list[str]
+
+    @property
+    def title(self) -> str:
+        """The rows in a message."""
+        return "the target" if self.name == "target" else "the bad rows"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows: the pool without those of `few`; the target, the bad rows, or both; faults of unusable rows."""
+
+    pool: list[Row]
+    few: list[Few]
+    bad: list[DataError]
+
+    def notes(self) -> list[str]:
+        """Sentences on rows that are there twice."""
+        earlier = len(self.pool) - len(set(row_texts(self.pool)))
+        counts = [
+            (len(few.in_pool), ("is", "are"), f"of the pool {{}} in {few.title} too: left out") for few in self.few
+        ]
+        counts.append((earlier, ("has", "have"), "of the pool {} the text of an earlier row: copies stay in the pool"))
+        for few in self.few:
+            text = f"of {few.title} {{}} the text of an earlier row: left out of sifting"
+            counts.append((len(few.copies), ("has", "have"), text))
+        return [f"{counted(count, 'row')} {text.format(verb[count > 1])}" for count, verb, text in counts if count]
+
+
+def read_all(recipe: Recipe, avoid: str | None, source: Source) -> Rows:
+    """Read the pool, the rows of the recipe's target, and bad rows.
+
+    Raises:
+        DataError: Rows cannot be used, are too few, or none is left in the pool.
+    """
+    pool = read_rows(recipe)
+    files = {name: file for name, file in (("target", recipe.target), ("avoid", avoid)) if file}
+    alone = replace(recipe, target=None, limit=None, eval=None, eval_share=0.0)
+    read = {name: read_rows(replace(alone, train=file)) for name, file in files.items()}
+    bad = [fault for part in (pool, *read.values()) for fault in part.bad]
+    parts = {"train": pool.parts["train"], **{PARTS[name]: part.parts["train"] for name, part in read.items()}}
+    refuse_read(recipe, Read(parts, bad), source.tokenizer)
+    places = dict(zip((row.origin for row in pool.parts["train"]), row_texts(pool.parts["train"]), strict=True))
+    few = [_few(name, file, read[name].parts["train"], places) for name, file in files.items()]
+    _refuse_both(few)
+    gone = {place for each in few for place in each.in_pool}
+    others = [row for row in pool.parts["train"] if row.origin not in gone]
+    if not others:
+        words = " or ".join(each.title for each in few)
+        raise DataError(f"no row of {' '.join(train_files(recipe))} is outside of {words}: give other rows")
+    return Rows(others, few, bad)
+
+
+def _few(name: str, file: str, rows: Sequence[Row], pool: dict[str, bytes]) -> Few:
+    own: dict[bytes, Row] = {}
+    copies = [row for row, text in zip(rows, row_texts(rows), strict=True) if own.setdefault(text, row) is not row]
+    different = list(own.values())
+    if len(different) < LEAST:
+        advice = {
+            "target": f"a pool is sifted by at least {LEAST}: add correct rows of the task, or train without sifting",
+            "avoid": f"--avoid needs at least {LEAST}: add answers that the model must not give, or leave it out",
+        }
+        found = f"{counted(len(different), 'row')} that can be used{' and differ' if copies else ''}"
+        raise DataError(f"{file} has {found}, but {advice[name]}")
+    numbers = np.linspace(0, len(different) - 1, held_out_count(len(different))).round()  # evenly: it may be sorted
+    unseen = [different[int(number)] for number in numbers]
+    return Few(name, file, different, unseen, copies, [place for place, text in pool.items() if text in own])
+
+
+def _refuse_both(few: Sequence[Few]) -> None:
+    """Refuse a row that is both right and wrong."""
+    texts = [dict(zip(row_texts(each.rows), each.rows, strict=True)) for each in few]
+    both = [row for text, row in texts[-1].items() if text in texts[0]] if len(few) > 1 else []
+    if both:
+        raise DataError(f"{both[0].origin} is in {few[0].file} too: a row is either correct or bad, so leave one out")
+
+
+def count_of(share: float | int | None, pool: int) -> int | None:
+    """Number of rows to select; None if the target's rows determine it.
+
+    Raises:
+        RecipeError: The pool has fewer.
+    """
+    if isinstance(share, int) and share > pool:
+        raise RecipeError(f"{share} rows are to be selected, but the pool has {pool}: give a smaller number")
+    return max(1, round(share * pool)) if isinstance(share, float) else share
+
+
+def check_sifting(recipe: Recipe, share: float | int | None = None, avoid: str | None = None) -> None:
+    """Refuse settings by which a pool cannot be sifted, before its rows are read.
+
+    Raises:
+        RecipeError: With one sentence on the first.
+    """
+    # of YAML, the command line and callers alike: True is no number here
+    number = (type(share) is int and share >= 1) or (type(share) is float and 0 < share < 1)
+    names = [*train_files(recipe), *filter(None, (recipe.target, avoid))]
+    files = [Path(name).expanduser().resolve() if Path(name).expanduser().exists() else name for name in names]
+    twice = next((name for place, name in enumerate(names) if files[place] in files[:place]), "")
+    faults = (
+        (not recipe.train, "there is no pool to sift: give --train FILE"),
+        (
+            recipe.dp_epsilon is not None,
+            "sifting chooses rows by their losses, which no noise covers: leave out sift, avoid or dp_epsilon",
+        ),
+        (
+            not recipe.target and not avoid,
+            "a pool is sifted by a few correct rows of the task, or by bad ones: give --target FILE or --avoid FILE",
+        ),
+        (bool(twice), f"{twice} is named twice, in the pool, as the target or as bad rows: name each file once"),
+        (recipe.drop_rows is not None, "sifting and drop_rows both say which rows are left out: give one of them"),
+        (
+            recipe.sharding != "none",
+            "sifting computes losses with the complete model in each process: leave out sift, avoid or sharding",
+        ),
+        (
+            share is not None and not number,
+            f"share is {share!r}, but must be a share of the pool, above 0 and below 1, or a number of rows",
+        ),
+        (
+            share is not None and not recipe.target,
+            "share is that of the rows most like the target: give --target FILE, or leave share out",
+        ),
+    )
+    for is_wrong, sentence in faults:
+        if is_wrong:
+            raise RecipeError(sentence)

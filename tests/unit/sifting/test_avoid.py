@@ -1,0 +1,148 @@
+"""Rows like bad ones, left out: a slow oracle, target and bad rows together, interruption, and wrong input."""
+
+import os
+import shutil
+import signal
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from support.trainers import At
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from siftune import sift
+from siftune.base.errors import DataError, InputError, RecipeError
+from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
+from siftune.records.rows import named_rows, read_rows
+from siftune.sifting import run as module
+from siftune.sifting.scores import Choice, unlike
+from siftune.train.run import train
+
+from .conftest import write
+from .test_sift import QUIET, loss, records, table
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """A file of bad rows, like the words of the pool."""
+    return write(tmp_path / "bad.jsonl", [{"prompt": f"say {i}", "completion": "hello " * 3} for i in range(30, 42)])
+
+
+@pytest.fixture
+def avoiding(given, bad):
+    """Arguments of `sift` with bad rows alone."""
+    return {**given, "target": None, "avoid": bad}
+
+
+def test_scores_and_rows_that_remain_are_those_of_a_slow_oracle(avoiding, base, bad, tmp_path, task, monkeypatch):
+    monkeypatch.setattr(module, "_FURTHER", 2)
+    sifted = sift(**avoiding, console=QUIET)
+    place = sifted.folder / "avoid"
+    unseen = named_rows(str(place / "unseen.csv"))
+    assert len(unseen) == 6
+    usual = {name: value for name, value in avoiding.items() if name not in ("target", "avoid", "train")}
+    pool = train(Recipe(**{**usual, "train": str(avoiding["train"]), "out": str(tmp_path / "pool")}), QUIET).folder
+    further = {
+        "train": str(bad),
+        "steps": 2,
+        "rank": None,
+        "out": str(tmp_path / "bad"),
+        "from_adapter": str(pool.path),
+    }
+    tuned = train(Recipe(**{**usual, **further}, drop_rows=str(place / "unseen.csv")), QUIET).folder
+    tokenizer, both = AutoTokenizer.from_pretrained(base), []
+    for adapter in (tuned.adapter, pool.adapter):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        both.append([loss(model, tokenizer, row) for row in (*task.pool, *records(bad))])
+    change = np.subtract(*both)
+    assert np.abs(change).max() > 0.01
+    np.testing.assert_allclose(sifted.bad_scores, change[:36], atol=2e-5)
+    assert sifted.scores is None
+    found = table(place)
+    np.testing.assert_allclose([float(line["loss_before"]) for line in found], both[1][:36], atol=2e-5)
+    held_out = change[36:][[int(line.rpartition(":")[2]) - 1 for line in unseen]]
+    remaining = unlike(change[:36], held_out).rows
+    chosen = np.sort(np.argsort(change[:36], kind="stable")[36 - remaining :]).tolist()
+    assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
+    assert records(sifted.rows) == [task.pool[n] for n in chosen]
+
+
+def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, monkeypatch):
+    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(len(scores) - 10, "ten are left out"))
+    sifted = sift(**given, avoid=bad, share=20, console=QUIET)
+    likely = np.sort(np.argsort(sifted.scores, kind="stable")[:20])
+    remaining = np.argsort(sifted.bad_scores, kind="stable")[10:]
+    assert sifted.selected == np.intersect1d(likely, remaining).tolist()
+    assert 10 <= len(sifted.selected) < 20
+    assert len(named_rows(str(sifted.dropped))) == 36 - len(sifted.selected)
+    assert [line["selected"] for line in table(sifted.folder)].count("1") == 20
+    assert "ten are left out" in sifted.reason
+
+
+def test_no_row_remains(given, bad, monkeypatch):
+    monkeypatch.setattr(module, "unlike", lambda *_: Choice(0, ""))
+    with pytest.raises(DataError, match="bad rows"):
+        sift(**given, avoid=bad, share=20, console=QUIET)
+
+
+def test_bad_rows_in_the_pool_are_left_out_of_it_and_of_the_training_on_it(avoiding, bad, task):
+    own = records(bad)[3]
+    write(avoiding["train"], [own, *task.pool, own])
+    sifted = sift(**avoiding, console=QUIET)
+    assert len(sifted.places) == 36
+    assert sifted.notes[0].startswith("2 rows of the pool are in the bad rows")
+    gone = [f"{avoiding['train']}:{number}" for number in (1, 38)]
+    assert set(gone) <= set(named_rows(str(sifted.dropped)))
+    trained = read_rows(load_recipe(sifted.folder / "avoid" / "pool" / "recipe.yaml")).parts["train"]
+    assert [row.origin for row in trained] == sifted.places
+
+
+@pytest.mark.parametrize("training", [1, 2])
+def test_interrupted_in_either_training(avoiding, tmp_path, interfere, monkeypatch, training):
+    complete = sift(**{**avoiding, "out": str(tmp_path / "complete")}, console=QUIET).folder
+    begun = count(1)
+
+    def stop(_):
+        if next(begun) == training:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    interfere(At("on_step_begin", 1, stop))
+    with pytest.raises(KeyboardInterrupt):
+        sift(**avoiding, console=QUIET)
+    assert (tmp_path / "sifted" / "avoid" / ("pool", "tuning")[training - 1]).exists()
+    assert not (tmp_path / "sifted" / "avoid" / "losses.jsonl").exists()
+    monkeypatch.undo()
+    again = sift(**avoiding, console=QUIET)
+    for name in ("avoid/losses.jsonl", "avoid/scores.csv", "sifted.jsonl"):
+        assert (again.folder / name).read_bytes() == (complete / name).read_bytes()
+
+
+def test_scores_by_the_target_are_used_again_if_bad_rows_are_added(given, complete, bad, monkeypatch):
+    before = (complete / "losses.jsonl").read_bytes()
+    shutil.rmtree(complete / "tuning")
+    sift(**given, avoid=bad, share=20, console=QUIET)
+    assert (complete / "losses.jsonl").read_bytes() == before
+    assert not (complete / "tuning").exists()
+    write(bad, records(bad)[1:])
+    with pytest.raises(RecipeError, match="bad rows"):
+        sift(**given, avoid=bad, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"avoid": "few rows"}, {"avoid": "pool"}, {"avoid": "both"}, {"share": 0.5}, {"avoid": None}]
+)
+def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, bad, tmp_path, task, monkeypatch, changes):
+    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    few = write(tmp_path / "7.jsonl", [*records(bad)[:7], *records(bad)[:3]])
+    both = write(tmp_path / "both.jsonl", [*records(bad), task.target[0]])
+    files = {"few rows": few, "pool": given["train"], "both": both}
+    settings = {**given, "avoid": bad, **{name: files.get(value, value) for name, value in changes.items()}}
+    if changes != {"avoid": "both"}:
+        settings["target"] = None
+    with pytest.raises(InputError) as refused:
+        sift(**settings, console=QUIET)
+    assert "\n" not in str(refused.value)
+    assert not Path(given["out"]).exists()
