@@ -20,7 +20,8 @@ from siftune.methods.dp.secret import Secret
 from siftune.train.trainer import SiftTrainer
 
 ROOT = Path(__file__).parents[2]
-HELPLESS = {"lab.communication", "lab.pays.gemma", "lab.pays.job", "lab.rows.job"}  # no command line of their own
+JOBS = {"lab.avoid.job", "lab.pays.job", "lab.rows.job"}
+HELPLESS = {"lab.communication", "lab.pays.gemma", *JOBS}  # no command line of their own
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for path in (ROOT / "lab").rglob("*.py")
@@ -69,7 +70,7 @@ def test_communication_needs_ranks():
 
 def test_readme_names_every_script():
     text = (ROOT / "lab" / "README.md").read_text(encoding="utf-8")
-    missing = [script for script in SCRIPTS if script not in text and script not in ("lab.pays.job", "lab.rows.job")]
+    missing = [script for script in SCRIPTS if script not in text and script not in JOBS]
     assert not missing
 
 
@@ -229,6 +230,34 @@ def test_rows_jobs(small_pools, base, suite, tmp_path, kind):
     assert set(lines[1]["arms"]) == {"all", "named", "first", "random", "truth"}
     assert "cleanlab" in lines[2]["scores"]
     assert "without the flagged rows" in "\n".join(report.sections(lines[:2]))
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("fault", ["carry", "phrase"])
+def test_avoid_jobs(base, tmp_path, monkeypatch, fault):
+    from lab.avoid import job as module
+    from lab.avoid.cells import cell_of
+    from lab.avoid.report import report
+
+    monkeypatch.setattr(module, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(module, "_STEPS", {"pool": 2, "bad": 2, "further": 1})
+    fixed = {
+        "cell": cell_of(f"{fault}-30", 16),
+        "model": base,
+        "seed": 0,
+        "rows": 64,
+        "steps": 2,
+        "batch": 4,
+        "lr": 1e-2,
+    }
+    lines = []
+    for name in ("scores", "dense", "oracle", "F, then bad"):
+        job = {**fixed, "method": {"name": name}}
+        lines.append({"job": job, **module.Work(job, tmp_path, tmp_path / name.replace(" ", "-")).run()})
+    assert lines[0]["bad"] == round(0.3 * 64) == lines[2]["dropped_bad"]
+    assert lines[1]["dropped"] == 0
+    assert lines[3]["dropped"] <= 0.6 * 64
+    assert "Held-out rows" in report(lines)
 
 
 @pytest.mark.lab

@@ -1,0 +1,1 @@
+"""Bad answers in a pool: scores that detect their fault, and training without the rows that they name."""
