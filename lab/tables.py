@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality
+from lab.avoid import report as avoid
 from lab.lines import key, read
 from lab.pays import report as pays
 from lab.rows import report as rows
@@ -55,6 +56,7 @@ def _reproduced(path: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "avoid.jsonl": lambda path: avoid.report(read(path)),
     "calibration_leak.jsonl": lambda path: calibration_leak.report(read(path)),
     "commonsense_smollm2.json": _reproduced,
     "commonsense_smollm2_texts.json": _reproduced,

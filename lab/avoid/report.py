@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lab.lines import read
+from siftune.base.text import counted
 from siftune.report.table import Table, markdown_table
 
 Line = dict[str, Any]
@@ -55,7 +56,7 @@ def _scores(lines: Sequence[Line]) -> str:
         rows.append([*row, *["–"] * (6 - len(row))])
     rows.sort(key=lambda row: -float(row[2]))
     titles = ["score", "AP", "AP, sample", "within the limit", "of the faulty rows", "faulty among them"]
-    return f"Scores, {len(lines)} seeds\n\n" + markdown_table(Table(titles, rows))
+    return f"Scores, {counted(len(lines), 'seed')}\n\n" + markdown_table(Table(titles, rows))
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--lr", type=float, default=5e-4)
     add("--seeds", default="0")
     add("--rows", type=int, default=960)
-    add("--steps", type=int, default=120)
+    add("--steps", type=int, default=60)
     add("--batch", type=int, default=16)
     add("--jobs", type=Path, metavar="FILE", help="run the jobs of this file, in its order")
     add("--list", action="store_true", help="print the jobs, and run nothing")
