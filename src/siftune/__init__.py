@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from siftune.methods.greats import GREATS
     from siftune.methods.host.label_logits import LabelLogits
     from siftune.methods.ist.callback import IST
+    from siftune.methods.keep.callback import Keep
     from siftune.methods.lisa import LISA
     from siftune.methods.rst import RST
     from siftune.models.adapters.attach import attach_adapter
@@ -26,6 +27,7 @@ _LAZY = {
     "GAST": "siftune.methods.gast.callback",
     "GREATS": "siftune.methods.greats",
     "IST": "siftune.methods.ist.callback",
+    "Keep": "siftune.methods.keep.callback",
     "LabelLogits": "siftune.methods.host.label_logits",
     "LISA": "siftune.methods.lisa",
     "RST": "siftune.methods.rst",
@@ -42,6 +44,7 @@ __all__ = [  # noqa: RUF022
     "GAST",
     "GREATS",
     "IST",
+    "Keep",
     "LISA",
     "LabelLogits",
     "RST",

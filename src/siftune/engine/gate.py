@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.models.layers import with_hidden
 from siftune.models.quantised import KeptUnpacked, refuse_packed
 
-taped: WeakSet[nn.Module] = WeakSet()  # layers with a tape
+taped: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # layers with a tape -> that tape
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()
 
 Deliver = Callable[[], Sequence[Tensor | None]]

@@ -13,7 +13,7 @@ recomputes it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -111,7 +111,7 @@ class Tape(Generic[P]):
         ]
         for owner, uses in survey.tapped.items():
             self._handles.append(owner.register_forward_hook(untraced(partial(self._tap, uses))))
-        taped.update(group.module for group in self._groups)
+        taped.update({group.module: self for group in self._groups})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class Tape(Generic[P]):
         self._records = {}
         self._delivers.clear()
         for group in self._groups:
-            taped.discard(group.module)
+            taped.pop(group.module, None)
 
     def _enter(self, group: LayerGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run before a layer: gate its input, and open its record.
@@ -245,6 +245,15 @@ class Tape(Generic[P]):
                 "rows hold several sequences (packing or padding-free collation), so samples cannot be separated: turn "
                 "packing and padding_free off"
             )
+
+
+@contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """Pause all tapes in a model for passes that are no training batches, with their backward."""
+    with ExitStack() as stack:
+        for tape in {taped[module] for module in model.modules() if module in taped}:
+            stack.enter_context(tape.paused())
+        yield
 
 
 def in_backward() -> bool:

@@ -44,11 +44,17 @@ def expert_count(module: nn.Module) -> int:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a block in eval mode and without gradients; restore the mode of each module."""
+    # not inference_mode: training could not use tensors that the model caches inside it (rotary tables)
+    with evaluated(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode; restore the mode of each module."""
     with _modes_restored(model):
         model.eval()
-        # not inference_mode: training could not use tensors that the model caches inside it (rotary tables)
-        with torch.no_grad():
-            yield
+        yield
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def support_gradient(
     """
     weights = [label_weight(batch) for batch in batches]
     sums: Gradients = {}
-    with _own_randomness(parameters[0].device, seed), torch.enable_grad():
+    with own_randomness(parameters[0].device, seed), torch.enable_grad():
         for batch, weight in zip(batches, weights, strict=True):
             if weight > 0:
                 lifted = loss(model, batch) * (_LIFT * weight / sum(weights))
@@ -113,7 +113,7 @@ def support_gradient(
 
 
 @contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global generators within a block, and restore them."""
     on_accelerator = device.type not in ("cpu", "mps")  # torch cannot fork the generator of the latter
     devices = range(torch.accelerator.device_count()) if on_accelerator else []

@@ -1,0 +1,1 @@
+"""Keep the base model's predictions on some texts by a KL penalty."""

@@ -1,0 +1,256 @@
+"""Keep the base model's predictions: a KL penalty on some texts, in any transformers Trainer.
+
+    loss of a step + weight · mean over label tokens of KL(base ‖ model)
+
+The source is arXiv 2605.26097: a KL penalty to the base on texts that the base wrote itself preserves most of what
+fine-tuning would forget. Ours: few texts per step, the base's most likely tokens instead of its complete distribution,
+and its adapters' suppression instead of a second model.
+
+The gradient of the penalty is formed when an optimizer step begins, by a pass of its own, and is added to that of the
+training batches. So accumulation, the reduction over ranks, clipping and gradient scaling see one gradient. The texts
+form fixed groups, whose order follows from seed and step; the base's predictions on a group are computed on its first
+visit. Therefore nothing but the texts is saved in a checkpoint.
+"""
+
+import base64
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from siftune.base.errors import DataError, RecipeError, UnsupportedError
+from siftune.data.batches import Collator
+from siftune.engine.groups import group_by_layer, outside
+from siftune.engine.ranks import rank, world_size
+from siftune.engine.suppression import refuse_taken_apart, suppress
+from siftune.engine.tape import unrecorded
+from siftune.methods.host import deepspeed
+from siftune.methods.host.callback import LogLines, calling_trainer, saved_state
+from siftune.methods.host.spread import refuse_wrappers
+from siftune.methods.keep.maths import Reference, divergence, reference
+from siftune.methods.keep.texts import TokenRow, sample_texts
+from siftune.models.loss import IGNORED, label_positions, logits_at
+from siftune.models.modules import evaluated, model_device
+
+TOP = 64
+"""Most likely tokens of the base at each position; the others are one class (ours)."""
+
+
+@dataclass(eq=False)
+class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Penalise KL(base ‖ model) on some texts in every step, against forgetting (arXiv 2605.26097).
+
+    The base is the same model with its adapters suppressed. It adds to the Trainer's log `keep/kl`, the mean divergence
+    in nats per token. It composes with all methods; list it anywhere among the callbacks.
+
+    Args:
+        rows: Texts, in the form in which the Trainer's training rows reach its collator; the divergence is measured at
+            their labels. "own": texts that the base writes itself when training begins.
+        weight: Factor of the penalty.
+        size: Texts per step and rank.
+        texts: Number of own texts.
+        length: Tokens of an own text, at most.
+        seed: Seed of the own texts and of the order.
+        layers: Path of the decoder layers, if their structure does not identify them.
+
+    Raises:
+        RecipeError: A setting is out of its range.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[Keep(texts=8, length=4)])
+        >>> output = trainer.train()
+    """
+
+    rows: Any = "own"
+    weight: float = 1.0
+    size: int = 4
+    texts: int = 256
+    length: int = 64
+    seed: int = 0
+    layers: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "size", "texts", "length"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"{name} of Keep is {getattr(self, name)}, but must be above 0")
+        self._penalty: Penalty | None = None
+        self._own: list[TokenRow] | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        self._noted: list[Tensor] = []
+        self._lines = LogLines("keep", self._figures)
+
+    def _figures(self) -> dict[str, float]:
+        noted, self._noted = self._noted, []
+        return {"kl": float(torch.stack(noted).mean())} if noted else {}
+
+    def state(self) -> dict[str, Any]:
+        """State for the Trainer's checkpoints: the own texts."""
+        own = None if self._own is None else _packed(self._own)
+        return {"args": {}, "attributes": {"_resumed": {"own": own}}}
+
+    def remove(self) -> None:
+        """Leave the Trainer; needed only after an exception in training."""
+        self._lines.remove()
+        self._penalty = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the texts, or read them from a checkpoint's state."""
+        self.remove()
+        model, trainer = kwargs["model"], calling_trainer(self)
+        refuse_wrappers(args, model)
+        if deepspeed.is_used(trainer):
+            raise UnsupportedError("Keep adds to gradients, which DeepSpeed holds itself: use DDP, or leave Keep out")
+        saved = self._resumed or saved_state(state, type(self).__name__)
+        self._resumed = None
+        collate = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
+        rows = self.rows
+        if isinstance(rows, str):
+            collate = Collator(0)
+            packed = saved.get("own") if saved and state.global_step else None
+            rows = self._own = _unpacked(packed) if packed else self._written(model)
+        self._penalty = Penalty(model, _groups(rows, self.size, collate), self.seed, self.layers)
+        self._lines.begin(trainer)
+        if trainer is not None:  # after the methods, whose layers of a step must be active
+            handler = trainer.callback_handler
+            handler.callbacks = [*(one for one in handler.callbacks if one is not self), self]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the penalty's gradient to that of the step, which is empty."""
+        assert self._penalty is not None
+        trainer = calling_trainer(self)
+        context = nullcontext() if trainer is None else trainer.compute_loss_context_manager()
+        scaler = None if trainer is None else trainer.accelerator.scaler
+        factor = self.weight * (1.0 if scaler is None else scaler.get_scale())
+        with context:
+            self._noted.append(self._penalty.add_gradient(state.global_step, factor))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the Trainer."""
+        self.remove()
+
+    def _written(self, model: nn.Module) -> list[TokenRow]:
+        groups = group_by_layer(model, self.layers)
+        with suppress(groups, range(len(groups)), 0.0):
+            return sample_texts(causal_lm(model), self.texts, self.length, self.seed)
+
+
+class Penalty:
+    """The mean of KL(base ‖ model) over the label tokens of a group of texts.
+
+    Args:
+        model: Causal LM with adapters, not wrapped for several ranks.
+        batches: The groups.
+        seed: Seed of their order.
+        layers: Path of the decoder layers, if their structure does not identify them.
+
+    Raises:
+        AdapterError: The base is not the model with suppressed adapters.
+        UnsupportedError: Weights train outside of the decoder layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], seed: int = 0, layers: str | None = None
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._seed = seed
+        self._layer_groups = group_by_layer(model, layers)
+        refuse_taken_apart(model)
+        if others := outside(model, self._layer_groups):
+            raise UnsupportedError(
+                f"{next(iter(others))} trains outside of the decoder layers, so that suppressed adapters are not the "
+                "base: train adapters in the layers only, or leave Keep out"
+            )
+        self._parameters = [p for group in self._layer_groups for p in group.parameters.values()]
+        self._references: dict[int, Reference] = {}
+
+    def add_gradient(self, step: int, factor: float) -> Tensor:
+        """Add the gradient of a step's penalty times a factor to `grad`; return the penalty, a scalar in nats."""
+        with unrecorded(self._model), torch.enable_grad():
+            loss = self(self.group_of(step))
+            grads = torch.autograd.grad(loss * factor, self._parameters, allow_unused=True)
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        return loss.detach()
+
+    def group_of(self, step: int) -> int:
+        """The group of this rank in a step: all come once, in random order, before one comes again."""
+        visit = step * world_size() + rank()
+        round_, place = divmod(visit, len(self._batches))
+        order = torch.randperm(len(self._batches), generator=torch.Generator().manual_seed(self._seed + round_))
+        return int(order[place])
+
+    def __call__(self, number: int) -> Tensor:
+        """The penalty on one group, with its graph."""
+        batch = {name: value.to(model_device(self._model)) for name, value in self._batches[number].items()}
+        if number not in self._references:
+            groups = self._layer_groups
+            with torch.no_grad(), suppress(groups, range(len(groups)), 0.0):
+                self._references[number] = reference(self._logits(batch), TOP)
+        return divergence(self._logits(batch), self._references[number]).mean()
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits at the labels, (N, V), without dropout."""
+        model = self._model
+        with evaluated(model), logits_at(model, label_positions(batch["labels"])):
+            logits: Tensor = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).logits[0]
+        return logits
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model in PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _groups(rows: Any, size: int, collate: Any) -> list[Mapping[str, Tensor]]:
+    """Batches of `size` rows; an incomplete last one is left out, unless it is the only one."""
+    rows = [rows[place] for place in range(len(rows))]
+    if not rows:
+        raise DataError("Keep has no rows: give at least one text")
+    whole = max(size, len(rows) - len(rows) % size)
+    batches = []
+    for start in range(0, min(whole, len(rows)), size):
+        batch = collate(rows[start : start + size])
+        if not all(isinstance(batch.get(name), Tensor) and batch[name].ndim == 2 for name in _TENSORS):
+            raise DataError(
+                f"the Trainer's collator makes no {', '.join(_TENSORS)} of (rows, tokens) from the rows of Keep: give "
+                "rows in the form of the training rows, without packing"
+            )
+        batches.append({name: batch[name] for name in _TENSORS})
+    return batches
+
+
+_TENSORS = ("input_ids", "attention_mask", "labels")
+
+
+def _packed(rows: Sequence[TokenRow]) -> dict[str, Any]:
+    """Texts as JSON-ready values: their tokens in base64, the lengths of texts and of prompts."""
+    ids = np.array(list(itertools.chain.from_iterable(row["input_ids"] for row in rows)), dtype="<i4")
+    return {
+        "tokens": base64.b64encode(ids.tobytes()).decode("ascii"),
+        "lengths": [len(row["input_ids"]) for row in rows],
+        "prompts": [row["labels"].count(IGNORED) for row in rows],
+    }
+
+
+def _unpacked(packed: Mapping[str, Any]) -> list[TokenRow]:
+    ids = iter(np.frombuffer(base64.b64decode(packed["tokens"]), dtype="<i4").tolist())
+    texts = [list(itertools.islice(ids, length)) for length in packed["lengths"]]
+    pairs = zip(texts, packed["prompts"], strict=True)
+    return [{"input_ids": text, "labels": [IGNORED] * begin + text[begin:]} for text, begin in pairs]

@@ -1,0 +1,88 @@
+"""Texts that a model writes itself, by sampling at temperature 1.
+
+At the base model the KL divergence to itself and its gradient are zero on every text. On its own samples its Hessian is
+the Fisher information, so that the penalty is second order in the update: ½ δᵀ F δ.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from siftune.base.errors import UnsupportedError
+from siftune.methods.drivers.support import own_randomness
+from siftune.models.loss import IGNORED, contiguous_head_input
+from siftune.models.modules import evaluating, model_device
+
+_AT_A_TIME = 64  # texts
+
+TokenRow = dict[str, list[int]]
+
+
+def sample_texts(model: Any, count: int, length: int, seed: int, prompts: Sequence[Sequence[int]] = ()) -> list[TokenRow]:
+    """Sample texts of a causal language model.
+
+    Args:
+        model: transformers' own model, in which adapters may be suppressed; its mode is restored.
+        count: Number of texts.
+        length: Tokens of a text, with its prompt or first token, at most.
+        seed: Seed; torch's own generators are restored.
+        prompts: Token ids of prompts that begin the first texts, one text each; the others begin with the model's
+            first token.
+
+    Returns:
+        Rows with `input_ids` and `labels`: all tokens after the first, or after the prompt.
+
+    Raises:
+        UnsupportedError: The model's config has no first token.
+    """
+    begins = [list(ids) for ids in prompts] + [[first_token(model)]] * (count - len(prompts))
+    rows: list[TokenRow] = []
+    with evaluating(model), contiguous_head_input(model), own_randomness(model_device(model), seed):
+        for start in range(0, count, _AT_A_TIME):
+            part = begins[start : start + _AT_A_TIME]
+            rows += [
+                {"input_ids": ids, "labels": [IGNORED] * len(begin) + ids[len(begin) :]}
+                for begin, ids in zip(part, _continued(model, part, length), strict=True)
+            ]
+    return rows
+
+
+def first_token(model: Any) -> int:
+    """The token that begins a text."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = getattr(config, name, None)
+            if ids is not None:
+                return int(ids[0] if isinstance(ids, list) else ids)
+    raise UnsupportedError(
+        f"the config of {type(model).__name__} names no first token, so the model cannot write texts of its own: give "
+        "texts as rows"
+    )
+
+
+def _continued(model: Any, begins: Sequence[list[int]], length: int) -> list[list[int]]:
+    """Continue each beginning, up to a token that ends a text."""
+    ends, device, longest = _end_tokens(model), model_device(model), max(map(len, begins))
+    gaps = [longest - len(ids) for ids in begins]
+    ids_BT = torch.tensor([[0] * gap + ids for gap, ids in zip(gaps, begins, strict=True)], device=device)
+    mask_BT = torch.tensor([[0] * gap + [1] * len(ids) for gap, ids in zip(gaps, begins, strict=True)], device=device)
+    own = model.generation_config  # `generate` would merge it into the arguments
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=max(1, length - longest), pad_token_id=0, eos_token_id=ends or None
+    )
+    try:
+        output_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT)
+    finally:
+        model.generation_config = own
+    texts = []
+    for begin, new in zip(begins, output_BT[:, longest:].tolist(), strict=True):
+        stops = [place for place, token in enumerate(new) if token in ends]
+        texts.append(begin + (new[: stops[0] + 1] if stops else new))
+    return texts
+
+
+def _end_tokens(model: Any) -> list[int]:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]

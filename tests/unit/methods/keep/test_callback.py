@@ -1,0 +1,198 @@
+"""The penalty in transformers' Trainer: its gradient, accumulation, checkpointing, resuming, methods beside it."""
+
+import pytest
+import torch
+from support.every_method import NAMES, built
+from support.tiny import batch, tiny
+from support.trainers import adapted, rows, train, weights
+from torch import nn
+from transformers import TrainerCallback
+
+from siftune import Keep
+from siftune.base.errors import RecipeError, SiftuneError, UnsupportedError
+from siftune.engine.groups import group_by_layer
+from siftune.engine.suppression import suppress
+from siftune.methods.keep.callback import Penalty
+from siftune.methods.keep.texts import sample_texts
+
+WIDE = torch.float64
+
+
+def complete(model, one):
+    """The mean KL to the model without adapters over labels, from complete distributions."""
+    mask = one["labels"][:, 1:] != -100
+    inputs = {name: one[name] for name in ("input_ids", "attention_mask")}
+    tuned = model(**inputs).logits[:, :-1][mask].log_softmax(-1)
+    groups = group_by_layer(model)
+    with torch.no_grad(), suppress(groups, range(len(groups)), 0.0):
+        base = model(**inputs).logits[:, :-1][mask].log_softmax(-1)
+    return (base.exp() * (base - tuned)).sum(-1).mean()
+
+
+@pytest.fixture
+def all_tokens(monkeypatch):
+    monkeypatch.setattr("siftune.methods.keep.callback.TOP", 1000)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "series", "parallel", "ia3"])
+def test_gradient_is_that_of_the_complete_divergence(all_tokens, adapter):
+    model = adapted(kind=adapter, **({} if adapter in ("lora", "dora") else {"rank": None})).double()
+    if adapter == "ia3":
+        model = model.apply(lambda module: None)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            nn.init.normal_(parameter, 1.0, 0.2)
+    one = batch(model, rows=3)
+    value = Penalty(model, [one]).add_gradient(step=0, factor=2.0)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    loss = complete(model, one)
+    (2 * loss).backward()
+    torch.testing.assert_close(value, loss.detach())
+    assert value > 1e-3
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(ours[name], parameter.grad)
+
+
+def test_groups_come_once_each_before_one_comes_again():
+    model = adapted()
+    penalty = Penalty(model, [batch(model)] * 5, seed=3)
+    visits = [penalty.group_of(step) for step in range(15)]
+    assert [sorted(visits[start : start + 5]) for start in (0, 5, 10)] == [list(range(5))] * 3
+    assert visits[:5] != visits[5:10]
+
+
+class Gradients(TrainerCallback):
+    """The gradients of each step before clipping."""
+
+    def __init__(self, model):
+        self.model, self.all = model, []
+
+    def on_pre_optimizer_step(self, *_, **__):
+        self.all.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
+
+
+def gradients(folder, *callbacks, **settings):
+    model = settings.pop("model", None) or adapted()
+    watch = Gradients(model)
+    train(folder, *callbacks, watch, model=model, max_steps=1, max_grad_norm=0.0, **settings)
+    return watch.all[0]
+
+
+def keeping(**settings):
+    return Keep(rows(6, seed=5), **{"size": 2, "weight": 3.0, **settings})
+
+
+CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_accumulation_steps": 3}, CHECKPOINTING], ids=["plain", "accumulated", "checkpointed"]
+)
+def test_gradient_of_a_step_has_the_penalty_once(tmp_path, settings):
+    with_it, without = (gradients(tmp_path, *callbacks, **settings) for callbacks in ([keeping()], []))
+    model = adapted()
+    model.train()
+    keep = keeping()
+    penalty = Penalty(model, _batches(keep))
+    penalty.add_gradient(0, 3.0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(with_it[name] - without[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def _batches(keep):
+    parts = [keep.rows[start : start + keep.size] for start in range(0, len(keep.rows), keep.size)]
+    return [{name: torch.tensor(values) for name, values in part.items()} for part in parts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_choose_as_without_it_and_the_penalty_follows_their_layers(tmp_path, name):
+    plain, methods = built(name), built(name)
+    for callback in (*plain, *methods):
+        callback.on_select = callback.all.append
+    without = gradients(tmp_path, *plain)
+    with_it = gradients(tmp_path, keeping(), *methods)  # listed first, it comes last all the same
+    assert set(with_it) == set(without)
+    for one, other in zip(plain, methods, strict=True):
+        assert [_chosen(each) for each in one.all] == [_chosen(each) for each in other.all]
+    alone = Penalty(adapted(), _batches(keeping()))
+    alone.add_gradient(0, 3.0)
+    wanted = {name: p.grad for name, p in alone._model.named_parameters() if p.requires_grad}
+    for name_, value in with_it.items():
+        if name == "cut" or not hasattr(plain[0], "policy"):  # with inactive layers below, the same gradient too
+            torch.testing.assert_close(value - without[name_], wanted[name_], rtol=1e-3, atol=1e-5)
+        assert not torch.equal(value, without[name_])
+
+
+def _chosen(choice):
+    return choice.layers if hasattr(choice, "moved") else choice.selected.tolist()
+
+
+def test_weight_bounds_the_divergence(tmp_path):
+    """A heavy penalty holds the model at its base; the log reports the divergence."""
+    last = []
+    for weight in (1e-6, 100.0):
+        model = adapted()
+        _, trainer = train(
+            tmp_path, Keep(rows(4, seed=5), weight=weight), model=model, max_steps=30, learning_rate=3e-2
+        )
+        last.append(trainer.state.log_history[-2]["keep/kl"])
+    assert last[1] < last[0] / 5
+
+
+def test_resumed_run_is_the_same_with_own_texts(tmp_path):
+    def own():
+        return Keep(texts=8, length=6, size=2, weight=3.0)
+
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    complete_, _ = train(tmp_path / "one", own(), **settings)
+    checkpoint = tmp_path / "one" / "checkpoint-3"
+    resumed, _ = train(tmp_path / "two", own(), resume=str(checkpoint), **settings)
+    for name, value in weights(complete_).items():
+        assert torch.equal(weights(resumed)[name], value)
+
+
+def test_own_texts_are_the_base_s_whatever_the_adapter(tmp_path):
+    plain = sample_texts(tiny("llama"), 5, 7, seed=0)
+    keep = Keep(texts=5, length=7)
+    train(tmp_path, keep, model=adapted(), max_steps=1)
+    assert keep._own == plain
+    assert all(row["labels"][0] == -100 and row["labels"][1:] == row["input_ids"][1:] for row in plain)
+    assert all(len(row["input_ids"]) == 7 or row["input_ids"][-1] == 2 for row in plain)
+
+
+def test_sampling_leaves_the_generators_and_settings_alone():
+    model = tiny("llama")
+    before, config = torch.get_rng_state(), model.generation_config
+    first = sample_texts(model, 3, 6, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.generation_config is config
+    assert sample_texts(model, 3, 6, seed=1) == first != sample_texts(model, 3, 6, seed=2)
+
+
+def test_prompts_begin_texts_and_are_no_labels():
+    text = sample_texts(tiny("llama"), 2, 9, seed=0, prompts=[[5, 6, 7]])[0]
+    assert text["input_ids"][:3] == [5, 6, 7]
+    assert text["labels"][:3] == [-100] * 3
+    assert text["labels"][3:] == text["input_ids"][3:]
+
+
+@pytest.mark.parametrize("settings", [{"weight": 0.0}, {"size": 0}, {"texts": -1}])
+def test_settings_out_of_range(settings):
+    with pytest.raises(RecipeError):
+        Keep(**settings)
+
+
+def test_refuses_weights_whose_base_is_not_the_suppressed_model(tmp_path):
+    model = adapted()
+    model.get_output_embeddings().weight.requires_grad_()
+    with pytest.raises(UnsupportedError, match="outside"):
+        train(tmp_path, keeping(), model=model)
+    with pytest.raises(SiftuneError, match="pissa"):
+        train(tmp_path, keeping(), model=adapted(init="pissa"))
+
+
+def test_refuses_rows_without_tokens(tmp_path):
+    with pytest.raises(SiftuneError):
+        train(tmp_path, Keep([]))
