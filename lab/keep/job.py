@@ -24,14 +24,14 @@ from siftune.engine.suppression import suppress
 from siftune.methods.keep import callback
 from siftune.methods.keep.callback import Keep, Penalty
 from siftune.methods.keep.texts import sample_texts
-from siftune.models.loss import cross_entropy, label_positions, next_labels
+from siftune.models.loss import cross_entropy, next_labels
 
 Record = dict[str, Any]
 
 SCALES = (0.25, 0.5, 0.75)  # of the adapter after training
-_OTHERS = 200  # held-out rows of each other task, and of text
-_PROSE = 48  # tokens of a piece of prose
-_TEXTS, _LENGTH = 256, 64
+_OTHERS = 60  # held-out rows of each other task, and of text
+_PROSE = 32  # tokens of a piece of prose
+_TEXTS, _LENGTH = 128, 32
 
 
 class OwnRows(Penalty):
@@ -66,7 +66,7 @@ class KeepWork(Work):
         if keep is not None:
             settings = {key: value for key, value in keep.items() if key not in ("rows", "loss")}
             texts = self._texts(keep["rows"], built.trainer.model, rows)
-            callback.Penalty = OwnRows if keep.get("loss") == "cross entropy" else Penalty  # type: ignore[misc]
+            callback.Penalty = OwnRows if keep.get("loss") == "ce" else Penalty  # type: ignore[misc]
             built.trainer.add_callback(Keep(texts, seed=self.job["seed"], **settings))
         return super()._take_over(built, rows)
 

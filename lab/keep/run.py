@@ -27,7 +27,7 @@ _PENALTY = ("rows", "weight", "size", "loss")
 METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"untrained": True},
     "dense": {"scales": True},
-    "kl": {"penalty": {"rows": "own", "weight": 1.0, "size": 4}},
+    "kl": {"penalty": {"rows": "own", "weight": 1.0, "size": 2}},
 }
 
 

@@ -218,7 +218,7 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _groups(rows: Any, size: int, collate: Any) -> list[Mapping[str, Tensor]]:
+def _groups(rows: Any, size: int, collate: Any) -> Sequence[Mapping[str, Tensor]]:
     """Batches of `size` rows; an incomplete last one is left out, unless it is the only one."""
     rows = [rows[place] for place in range(len(rows))]
     if not rows:

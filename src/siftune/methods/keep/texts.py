@@ -20,7 +20,9 @@ _AT_A_TIME = 64  # texts
 TokenRow = dict[str, list[int]]
 
 
-def sample_texts(model: Any, count: int, length: int, seed: int, prompts: Sequence[Sequence[int]] = ()) -> list[TokenRow]:
+def sample_texts(
+    model: Any, count: int, length: int, seed: int, prompts: Sequence[Sequence[int]] = ()
+) -> list[TokenRow]:
     """Sample texts of a causal language model.
 
     Args:
