@@ -21,7 +21,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: With one sentence on the first contradiction.
     """
-    faults = (_faults, _target_faults, _row_faults, _start_faults, _private_faults, _idle, _all_rows)
+    faults = (_faults, _target_faults, _row_faults, _start_faults, _private_faults, _keep_faults, _idle, _all_rows)
     for is_wrong, sentence in (pair for part in faults for pair in part(recipe)):
         if is_wrong:
             raise RecipeError(sentence)
@@ -186,6 +186,24 @@ def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         f"outside trains {' and '.join(recipe.outside)}, where gradients of single rows are not formed, so that they "
         "cannot be clipped: with dp_epsilon leave outside out",
     )
+
+
+def _keep_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What does not go with texts on which predictions are kept: the base must be the model without its adapters."""
+    if recipe.keep is None:
+        yield (
+            recipe.keep_weight != Recipe.keep_weight,
+            "keep_weight has no effect without keep: leave it out, or give --keep own",
+        )
+        return
+    reasons = {
+        "dp_epsilon": (recipe.dp_epsilon is not None, "no noise covers the penalty's gradient"),
+        "init": (recipe.init in ("pissa", "olora"), f"with {recipe.init} the adapter begins as a part of the base"),
+        "outside": (bool(recipe.outside), f"{' and '.join(recipe.outside)} are no adapters that can be suppressed"),
+        "from_adapter": (recipe.from_adapter is not None, "the penalty would undo what that adapter has learned"),
+    }
+    for name, (is_wrong, why) in reasons.items():
+        yield is_wrong, f"keep does not go with {name}, since {why}: leave one of them out"
 
 
 def _blind() -> list[str]:

@@ -12,7 +12,7 @@ from siftune.base.settings import made, nearest, types_of
 from siftune.methods import all_parts
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.recipe.removed import removal
-from siftune.recipe.schema import R, Recipe, method_of
+from siftune.recipe.schema import OWN, R, Recipe, method_of
 
 _MOST = 2**18  # bytes of a recipe; the parser takes seconds for a megabyte
 
@@ -97,6 +97,7 @@ _PLACES = (
     "train",
     "eval",
     "target",
+    "keep",
     "drop_rows",
     "from_adapter",
 )  # what may be a file or folder
@@ -110,6 +111,8 @@ def anchored(recipe: R) -> R:
     found = {name: _in_full(getattr(recipe, name)) for name in _PLACES}
     if recipe.model == SMOLLM2:
         del found["model"]
+    if recipe.keep == OWN:
+        del found["keep"]
     return replace(recipe, **found, out=recipe.out and str(Path(recipe.out).expanduser().absolute()))
 
 

@@ -32,6 +32,7 @@ from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
 
 T = TypeVar("T", bound=type)
 
+OWN = "own"  # value of keep
 TARGET_LAST = 0.33  # ours, measured: docs/measured.md
 
 
@@ -95,6 +96,12 @@ class Recipe(Validated):
     target_last: Share | None = None
     """Share of the steps, at the end, that holds all of the target's rows; 1: all steps. Default: a third, with greats
     1."""
+
+    keep: str | None = None
+    """Texts on which the base's predictions are kept against forgetting: own, which the base writes itself, or a file or
+    hub id (docs/forgetting.md)."""
+    keep_weight: Positive = 1.0
+    """With keep: factor of the KL divergence from the base; a larger one keeps more and learns less."""
 
     drop_rows: str | None = None
     """File with training rows to leave out: one place such as rows.jsonl:17 per line, or a CSV file with a column

@@ -67,7 +67,7 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
         DataError: A file cannot be read.
         RecipeError: The recipe cannot be read.
     """
-    recipe: Recipe = replace(load_recipe(run / _RECIPE), eval=None)  # training rows alone are read
+    recipe: Recipe = replace(load_recipe(run / _RECIPE), eval=None, keep=None)  # training rows alone are read
     names = [*train_files(recipe), *filter(None, (recipe.target, recipe.drop_rows))]
     own = is_own(run)
     places = {name: _place(name, files, own) for name in names}

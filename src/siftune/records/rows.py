@@ -19,7 +19,7 @@ from siftune.base.text import counted
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
-from siftune.recipe.schema import Recipe, compared_with, train_files
+from siftune.recipe.schema import OWN, Recipe, compared_with, train_files
 
 BAD_ROWS = "bad_rows.txt"  # file of a run folder
 PLACE = "place"  # column of a CSV file
@@ -139,7 +139,7 @@ def digest_of(rows: Sequence[Row]) -> str:
 class Read:
     """Rows as read."""
 
-    parts: Mapping[str, Sequence[Row]]  # `train`, and optionally `eval` and `support`
+    parts: Mapping[str, Sequence[Row]]  # `train`, and optionally `eval`, `support` and `keep`
     bad: Sequence[DataError] = ()  # faults of rows that are left out
 
 
@@ -192,6 +192,8 @@ def read_rows(recipe: Recipe) -> Read:
         parts["eval"] = heldout
     if compared_with(recipe):
         parts["support"] = target
+    if recipe.keep not in (None, OWN):
+        parts["keep"] = load(recipe.keep, recipe.train_split)
     return Read(parts, bad)
 
 

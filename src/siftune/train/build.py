@@ -35,12 +35,13 @@ from siftune.engine.substitution import use_base_dtype
 from siftune.methods.dp.accounting import Mechanism, calibrated
 from siftune.methods.dp.callback import DP
 from siftune.methods.drivers.layer_callback import LayerCallback
+from siftune.methods.keep.callback import Keep
 from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
 from siftune.recipe.read import anchored
-from siftune.recipe.schema import Recipe, holds_out, method_of, select_until, settings_of, shape_of, target_comes_last
+from siftune.recipe.schema import OWN, Recipe, holds_out, method_of, select_until, settings_of, shape_of, target_comes_last
 from siftune.train.folder.weights import adapter_folder, keep_initial
 from siftune.train.guards.non_finite import BAD_STEPS
 from siftune.train.trainer import LayerTrainer, SiftTrainer
@@ -87,7 +88,7 @@ def build(
         recipe: Resolved settings; with adapter "full" they name `layers`.
         model: The base model, or an emulator.
         tokenizer: Its tokenizer.
-        data: Tokenised rows: `train`, and optionally `eval` and `support`.
+        data: Tokenised rows: `train`, and optionally `eval`, `support` and `keep`.
         output_dir: Folder of the checkpoints; nothing else is written.
         callbacks: Further callbacks, called before the methods.
         bad_steps: Non-finite steps to skip before training stops; private runs check none.
@@ -107,7 +108,7 @@ def build(
     opened = None
     tuned = model
     if recipe.adapter == "full":
-        originals = any(part.suppresses for part in method_of(recipe).parts)
+        originals = recipe.keep is not None or any(part.suppresses for part in method_of(recipe).parts)
         opened = OpenLayers(model, recipe.layers, originals, recipe.outside)
     else:
         tuned = _with_adapter(recipe, model, output_dir)
@@ -115,6 +116,7 @@ def build(
         shard_base(tuned)
     groups = group_by_layer(tuned)
     methods = methods_of(recipe, data.get("support"))
+    keeps = [] if recipe.keep is None else [keep_of(recipe, data.get("keep"))]
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     parts = None
     if privacy is not None:
@@ -130,7 +132,7 @@ def build(
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
-        callbacks=[*callbacks, *methods],
+        callbacks=[*callbacks, *methods, *keeps],
         last=target_comes_last(recipe),
         privacy=privacy,
         bad_steps=bad_steps,
@@ -143,7 +145,7 @@ def build(
     if opened is not None:
         stack.callback(opened.close)
     stack.callback(use_base_dtype(tuned, groups).remove)
-    for part in (parts, privacy, *methods):
+    for part in (parts, privacy, *methods, *keeps):
         if part is not None:
             stack.callback(part.remove)
     return Built(trainer, methods, len(groups), stack.close, parts)
@@ -164,6 +166,11 @@ def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
             method.select_until = select_until(recipe)
         methods.append(method)
     return methods
+
+
+def keep_of(recipe: Recipe, rows: Dataset | None) -> Keep:
+    """Create the penalty of a recipe with `keep`; `rows` are tokenised, None for own texts."""
+    return Keep(OWN if rows is None else rows, weight=recipe.keep_weight, seed=recipe.seed)
 
 
 def _with_adapter(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:

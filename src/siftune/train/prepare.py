@@ -36,7 +36,13 @@ from siftune.train.build import refuse_all_weights
 
 logger = logging.getLogger(__name__)
 _SHOWN = 20  # bad rows in an error; --dry-run lists all
-_USES = {"train": "train on", "eval": "measure on", "support": "compare with", "avoid": "avoid"}
+_USES = {
+    "train": "train on",
+    "eval": "measure on",
+    "support": "compare with",
+    "avoid": "avoid",
+    "keep": "keep predictions on",
+}
 NAMED = 5  # bad rows in the summary; the run folder has all
 
 
@@ -121,7 +127,7 @@ class Prepared:
 def prepare(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, read: Read, progress: Progress | None = None
 ) -> Prepared:
-    """Tokenise the rows of a recipe, or read their tokens from the cache. Held-out rows have no weights.
+    """Tokenise the rows of a recipe, or read their tokens from the cache. Held-out rows and those of `keep` have no weights.
 
     Raises:
         DataError: Rows are bad and the recipe does not drop them; or none is left.
@@ -141,7 +147,7 @@ def prepare(
     for name in read.parts:
         if not rows.get(name):
             raise DataError(f"none of the rows to {_USES[name]} can be used, such as: {reasons[0]}")
-    weighed = {name: part if name == "eval" else weighted(part, rows[name]) for name, part in data.items()}
+    weighed = {name: part if name in ("eval", "keep") else weighted(part, rows[name]) for name, part in data.items()}
     train = numbered(weighed["train"])
     if recipe.target and target_comes_last(recipe) < 1:
         train = aimed(train, rows["train"])

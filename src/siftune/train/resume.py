@@ -30,7 +30,7 @@ _MAY_CHANGE = {
     "drop_rows", "eval_share", "bad_rows", "sharding", "auto_batch",
 }  # fmt: skip
 _HALVED = {"batch_size", "accumulate"}  # by `auto_batch`, which keeps the rows of a step
-_PATHS = ("model", "from_adapter")
+_PATHS = ("model", "from_adapter", "keep")
 
 
 def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:

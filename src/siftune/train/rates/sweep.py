@@ -196,7 +196,7 @@ def _tuned(
         recipe, eval=None, eval_share=0.0, eval_every=None, patience=None, save_every=None, log_every=1,
         report_to=(NONE,),
     )  # fmt: skip
-    parts = {"train", *(["support"] if compares(recipe) else [])}
+    parts = {"train", *(["support"] if compares(recipe) else []), *({"keep"} & data.keys())}
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
         used = {name: data[name] for name in parts}

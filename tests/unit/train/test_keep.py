@@ -1,0 +1,80 @@
+"""`siftune train --keep`: texts of the base or of a file, what it refuses, resuming."""
+
+import pytest
+import torch
+from rich.console import Console
+from support.tiny_run import lines, recipe, save_rows
+from support.trainers import weights
+
+from siftune.base.errors import DataError, RecipeError
+from siftune.recipe.checks import check
+from siftune.recipe.read import anchored
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch):
+    monkeypatch.setattr("siftune.methods.keep.callback.Keep.texts", 8)
+    monkeypatch.setattr("siftune.methods.keep.callback.Keep.length", 6)
+
+
+def trained(base, rows, out, **settings):
+    return train(recipe(base, rows, out, **{"method": "dense", **settings}), QUIET)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "ist+gast"}, {"adapter": "full", "layers": (1, 2)}, {"checkpointing": True, "accumulate": 2}],
+    ids=["methods", "full", "checkpointing"],
+)
+def test_predictions_of_the_base_are_kept(base, rows, tmp_path, settings):
+    texts = tmp_path / "texts.jsonl"
+    save_rows(texts, 4)
+    last = []
+    for name, keep in (("own", "own"), ("file", str(texts))):
+        for weight in (1e-9, 30.0):
+            run = tmp_path / f"{name}-{weight:g}"
+            trained(base, rows, run, keep=keep, keep_weight=weight, steps=12, **settings)
+            last.append([line["keep/kl"] for line in lines(run / "metrics.jsonl") if "keep/kl" in line][-1])
+    own_free, own, file_free, file = last
+    assert own < own_free / 2
+    assert file < file_free / 2
+
+
+def test_resumed_run_is_the_complete_one(base, rows, tmp_path):
+    settings = {"keep": "own", "steps": 6, "save_every": 3, "method": "gast"}
+    done = trained(base, rows, tmp_path / "one", **settings)
+    checkpoint = tmp_path / "one" / "checkpoints" / "checkpoint-3"
+    again = trained(base, rows, tmp_path / "two", resume=str(checkpoint), **settings)
+    for name, value in weights(done.model).items():
+        assert torch.equal(value, weights(again.model)[name])
+    with pytest.raises(RecipeError, match="keep"):
+        trained(base, rows, tmp_path / "two", resume=str(checkpoint), **{**settings, "keep": None})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep": "own", "dp_epsilon": 8.0, "dp_delta": 1e-5},
+        {"keep": "own", "init": "pissa"},
+        {"keep": "own", "adapter": "full", "rank": None, "method": "lisa", "outside": ("head",)},
+        {"keep": "own", "from_adapter": "run"},
+        {"keep_weight": 2.0},
+    ],
+)
+def test_refuses_what_it_does_not_go_with(base, rows, tmp_path, settings):
+    with pytest.raises(RecipeError, match="keep"):
+        check(recipe(base, rows, tmp_path, **{"method": "dense", **settings}))
+
+
+def test_file_without_rows_is_named(base, rows, tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        trained(base, rows, tmp_path / "run", keep=str(tmp_path / "none.jsonl"))
+
+
+def test_own_stays_own_beside_a_file_of_this_name(base, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").write_text("")
+    assert anchored(recipe(base, rows, tmp_path, method="dense", keep="own")).keep == "own"
