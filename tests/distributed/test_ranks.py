@@ -73,6 +73,18 @@ def test_two_ranks_choose_the_samples_of_one(tmp_path, support, accumulate, sett
         torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_two_ranks_keep_what_one_keeps(tmp_path):
+    """All texts are the same here: which ones a rank has is held by a test of one process."""
+    settings = {"keep": {"weight": 20.0, "size": 2}, "with_ist": False}
+    (alone,) = run(tmp_path / "one", 1, per_device_train_batch_size=8, **settings)
+    free = run(tmp_path / "free", 1, per_device_train_batch_size=8, with_ist=False)[0]
+    first, second = run(tmp_path / "two", 2, per_device_train_batch_size=4, **settings)
+    for name, value in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], value, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(value, free["weights"][name], rtol=1e-2, atol=1e-3)
+
+
 def test_columns_of_ranks_that_have_different_numbers_of_them(tmp_path):
     first, second = run(tmp_path / "run", 2, "columns.py")
     assert torch.equal(first, second)

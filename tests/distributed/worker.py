@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from support.trainers import adapted, leave, rows, train, weights
 
-from siftune import GAST, IST
+from siftune import GAST, IST, Keep
 
 
 def layer_method(settings):
@@ -23,6 +23,7 @@ if __name__ == "__main__":
     samples = settings.pop("gast", None)
     ist = settings.pop("ist", {"interval": 2, "score_batch_size": 6})
     with_ist = settings.pop("with_ist", samples is None)
+    keep = settings.pop("keep", None)
     methods, chosen = [], []
     if with_ist:
         method, chosen = layer_method(ist)
@@ -30,7 +31,8 @@ if __name__ == "__main__":
     if samples is not None:
         given = rows(9, seed=4) if samples["support"] == "dataset" else None
         methods.append(GAST(keep=True, support_set=given, **samples))
-    model, trainer = train(out, *methods, model=adapted(), dataset=rows(48) if samples else None, **settings)
+    keeps = [] if keep is None else [Keep([rows(1, seed=5)[0]] * 6, **keep)]
+    model, trainer = train(out, *methods, *keeps, model=adapted(), dataset=rows(48) if samples else None, **settings)
     torch.save(
         {
             "weights": weights(model),

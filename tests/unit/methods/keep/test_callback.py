@@ -62,6 +62,17 @@ def test_groups_come_once_each_before_one_comes_again():
     assert visits[:5] != visits[5:10]
 
 
+def test_ranks_have_different_groups(monkeypatch):
+    model = adapted()
+    monkeypatch.setattr("siftune.methods.keep.callback.world_size", lambda: 2)
+    visits = []
+    for rank in (0, 1):
+        monkeypatch.setattr("siftune.methods.keep.callback.rank", lambda rank=rank: rank)
+        penalty = Penalty(model, [batch(model)] * 6, seed=3)
+        visits += [penalty.group_of(step) for step in range(3)]
+    assert sorted(visits) == list(range(6))
+
+
 class Gradients(TrainerCallback):
     """The gradients of each step before clipping."""
 
