@@ -20,7 +20,7 @@ from siftune.methods.dp.secret import Secret
 from siftune.train.trainer import SiftTrainer
 
 ROOT = Path(__file__).parents[2]
-JOBS = {"lab.avoid.job", "lab.pays.job", "lab.rows.job"}
+JOBS = {"lab.avoid.job", "lab.keep.job", "lab.pays.job", "lab.rows.job"}
 HELPLESS = {"lab.communication", "lab.pays.gemma", *JOBS}  # no command line of their own
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
@@ -144,6 +144,25 @@ def test_pays_methods_are_recipes(tmp_path):
 
     for name in METHODS:
         recipe_of(pays_job("smollm2", name), tmp_path)
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("words", ["dense", "kl", "half=kl,rows:prompts,loss:ce", "public=kl,rows:public,weight:2"])
+def test_keep_jobs(words, base, suite, small_pools, tmp_path, monkeypatch):
+    from lab.keep import job, report
+    from lab.keep.run import method_of
+
+    for name, value in {"_OTHERS": 4, "_TEXTS": 8, "_LENGTH": 40}.items():
+        monkeypatch.setattr(job, name, value)
+    plain = {**pays_job(base), "method": method_of(words)}
+    plain["method"]["recipe"] = {"max_length": 128}
+    lines = [
+        {"job": {**plain, **changes}, **job.run_job({**plain, **changes}, suite, tmp_path)}
+        for changes in ({}, {"method": {"name": "dense", "scales": True}})
+    ]
+    table = report.report(lines)
+    assert words.partition("=")[0] in table
+    assert "adapter × 0.5" in table
 
 
 def test_pays_lists_jobs(capsys):

@@ -98,8 +98,8 @@ class Recipe(Validated):
     1."""
 
     keep: str | None = None
-    """Texts on which the base's predictions are kept against forgetting: own, which the base writes itself, or a file or
-    hub id (docs/forgetting.md)."""
+    """Texts on which a penalty keeps the base's predictions, against forgetting: own, written by the base itself, or a
+    file or hub id (docs/forgetting.md)."""
     keep_weight: Positive = 1.0
     """With keep: factor of the KL divergence from the base; a larger one keeps more and learns less."""
 

@@ -41,7 +41,16 @@ from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
 from siftune.recipe.read import anchored
-from siftune.recipe.schema import OWN, Recipe, holds_out, method_of, select_until, settings_of, shape_of, target_comes_last
+from siftune.recipe.schema import (
+    OWN,
+    Recipe,
+    holds_out,
+    method_of,
+    select_until,
+    settings_of,
+    shape_of,
+    target_comes_last,
+)
 from siftune.train.folder.weights import adapter_folder, keep_initial
 from siftune.train.guards.non_finite import BAD_STEPS
 from siftune.train.trainer import LayerTrainer, SiftTrainer

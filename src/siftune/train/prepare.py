@@ -127,7 +127,7 @@ class Prepared:
 def prepare(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, read: Read, progress: Progress | None = None
 ) -> Prepared:
-    """Tokenise the rows of a recipe, or read their tokens from the cache. Held-out rows and those of `keep` have no weights.
+    """Tokenise the rows of a recipe, or read their tokens from the cache. Only rows that train have weights.
 
     Raises:
         DataError: Rows are bad and the recipe does not drop them; or none is left.
