@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from siftune.base.errors import InputError, RecipeError, SiftuneError
 from siftune.base.settings import CONFIG, AtLeastTwo, Count, Seed, Settings, Share, Validated, nearest
 from siftune.methods import METHODS
+from siftune.methods.options import OWN
 from siftune.recipe.schema import Recipe, resolve_recipe
 
 # the ways to draw GAST's support gradient, which differ in cost -> their settings
@@ -34,7 +35,13 @@ SUPPORTS: dict[str, dict[str, Any]] = {
     "averaged": {"support": "sample", "support_every": 4},
     "rest": {"support": "rest"},
 }
-_VARIANTS = ("dense-compiled", *(f"gast-{support}" for support in SUPPORTS), "trl", "trl-no-checkpointing")
+_VARIANTS = (
+    "dense-compiled",
+    "dense-keep",
+    *(f"gast-{support}" for support in SUPPORTS),
+    "trl",
+    "trl-no-checkpointing",
+)
 MEASURED = (*(name for name in METHODS if name != "gast"), *_VARIANTS)
 """Names of the methods to measure."""
 
@@ -78,6 +85,8 @@ class Workload(Validated):
         fields |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
         if variant == "compiled":
             fields["compile"] = True
+        if variant == "keep":
+            fields["keep"] = OWN
         options = {"active": self.active, "interval": self.interval, "select": 0.5}  # select: the papers' fraction
         if name.endswith("gast"):
             options |= SUPPORTS[variant or "rest"]

@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 
 from siftune.base.settings import CONFIG, AtLeastTwo, BelowOne, Chance, Count, CountOrShare, Positive, Settings, Share
 
+OWN = "own"  # for texts that the base model writes itself
+
 
 def count_of(select: int | float, total: int) -> int:
     """Number of items to take from `total`: the count, at most all, or max(1, ⌊share · total⌋) without rounding errors.

@@ -10,7 +10,7 @@ from siftune.base.errors import RecipeError
 from siftune.base.settings import Settings
 from siftune.base.text import counted
 from siftune.methods import METHODS, all_parts
-from siftune.methods.options import selects_all
+from siftune.methods.options import OWN, selects_all
 from siftune.models.adapters.registry import not_taken
 from siftune.recipe.schema import Recipe, compares, holds_out, method_of, settings_of, target_comes_last
 
@@ -200,6 +200,7 @@ def _keep_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         "dp_epsilon": (recipe.dp_epsilon is not None, "no noise covers the penalty's gradient"),
         "init": (recipe.init in ("pissa", "olora"), f"with {recipe.init} the adapter begins as a part of the base"),
         "outside": (bool(recipe.outside), f"{' and '.join(recipe.outside)} are no adapters that can be suppressed"),
+        "sharding": (recipe.keep == OWN and recipe.sharding != "none", "a sharded base cannot write texts"),
         "from_adapter": (recipe.from_adapter is not None, "the penalty would undo what that adapter has learned"),
     }
     for name, (is_wrong, why) in reasons.items():

@@ -10,9 +10,10 @@ import yaml
 from siftune.base.errors import RecipeError
 from siftune.base.settings import made, nearest, types_of
 from siftune.methods import all_parts
+from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.recipe.removed import removal
-from siftune.recipe.schema import OWN, R, Recipe, method_of
+from siftune.recipe.schema import R, Recipe, method_of
 
 _MOST = 2**18  # bytes of a recipe; the parser takes seconds for a megabyte
 

@@ -32,7 +32,6 @@ from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
 
 T = TypeVar("T", bound=type)
 
-OWN = "own"  # value of keep
 TARGET_LAST = 0.33  # ours, measured: docs/measured.md
 
 

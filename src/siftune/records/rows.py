@@ -19,7 +19,8 @@ from siftune.base.text import counted
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
-from siftune.recipe.schema import OWN, Recipe, compared_with, train_files
+from siftune.methods.options import OWN
+from siftune.recipe.schema import Recipe, compared_with, train_files
 
 BAD_ROWS = "bad_rows.txt"  # file of a run folder
 PLACE = "place"  # column of a CSV file

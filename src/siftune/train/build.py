@@ -36,13 +36,13 @@ from siftune.methods.dp.accounting import Mechanism, calibrated
 from siftune.methods.dp.callback import DP
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.methods.keep.callback import Keep
+from siftune.methods.options import OWN
 from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
 from siftune.recipe.read import anchored
 from siftune.recipe.schema import (
-    OWN,
     Recipe,
     holds_out,
     method_of,

@@ -16,7 +16,7 @@ import base64
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from transformers.trainer_callback import ExportableState
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
 from siftune.data.batches import Collator
 from siftune.engine.groups import group_by_layer, outside
-from siftune.engine.ranks import rank, world_size
+from siftune.engine.ranks import from_first, rank, world_size
+from siftune.engine.sharding import is_sharded
 from siftune.engine.suppression import refuse_taken_apart, suppress
 from siftune.engine.tape import unrecorded
 from siftune.methods.host import deepspeed
@@ -36,6 +37,7 @@ from siftune.methods.host.callback import LogLines, calling_trainer, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.keep.maths import Reference, divergence, reference
 from siftune.methods.keep.texts import TokenRow, sample_texts
+from siftune.methods.options import OWN
 from siftune.models.loss import IGNORED, label_positions, logits_at
 from siftune.models.modules import evaluated, model_device
 
@@ -52,7 +54,7 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Args:
         rows: Texts, in the form in which the Trainer's training rows reach its collator; the divergence is measured at
-            their labels. "own": texts that the base writes itself when training begins.
+            their labels. "own": texts that the base writes when training begins.
         weight: Factor of the penalty.
         size: Texts per step and rank.
         texts: Number of own texts.
@@ -62,17 +64,18 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Raises:
         RecipeError: A setting is out of its range.
+        UnsupportedError: In training: the model with suppressed adapters is not the base, or DeepSpeed is used.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[Keep(texts=8, length=4)])
         >>> output = trainer.train()
     """
 
-    rows: Any = "own"
+    rows: Any = field(default=OWN, repr=False)
     weight: float = 1.0
-    size: int = 4
-    texts: int = 256
-    length: int = 64
+    size: int = 2
+    texts: int = 128
+    length: int = 32
     seed: int = 0
     layers: str | None = None
 
@@ -93,7 +96,9 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoints: the own texts."""
         own = None if self._own is None else _packed(self._own)
-        return {"args": {}, "attributes": {"_resumed": {"own": own}}}
+        arguments = {part.name: getattr(self, part.name) for part in fields(self) if part.repr}
+        rows = self.rows if isinstance(self.rows, str) else None  # other rows are not part of a checkpoint
+        return {"args": {**arguments, "rows": rows}, "attributes": {"_resumed": {"own": own}}}
 
     def remove(self) -> None:
         """Leave the Trainer; needed only after an exception in training."""
@@ -109,14 +114,19 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         refuse_wrappers(args, model)
         if deepspeed.is_used(trainer):
             raise UnsupportedError("Keep adds to gradients, which DeepSpeed holds itself: use DDP, or leave Keep out")
-        saved = self._resumed or saved_state(state, type(self).__name__)
-        self._resumed = None
-        collate = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
-        rows = self.rows
+        _refuse_other_base(model, self.layers)
+        rows, collate = self.rows, getattr(kwargs.get("train_dataloader"), "collate_fn", None)
         if isinstance(rows, str):
-            collate = Collator(0)
+            saved = self._resumed or saved_state(state, type(self).__name__)
             packed = saved.get("own") if saved and state.global_step else None
             rows = self._own = _unpacked(packed) if packed else self._written(model)
+            collate = Collator(0)
+        self._resumed = None
+        if rows is None:
+            raise RecipeError(
+                "Keep has lost its rows, since restore_callback_states_from_checkpoint made it anew: turn it off, the "
+                "checkpoint has the state"
+            )
         self._penalty = Penalty(model, _groups(rows, self.size, collate), self.seed, self.layers)
         self._lines.begin(trainer)
         if trainer is not None:  # after the methods, whose layers of a step must be active
@@ -141,10 +151,15 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Leave the Trainer."""
         self.remove()
 
-    def _written(self, model: nn.Module) -> list[TokenRow]:
+    def _written(self, model: Any) -> list[TokenRow]:
+        """Own texts, the first rank's on all ranks."""
+        if is_sharded(model):
+            raise UnsupportedError("a sharded base cannot write texts: give Keep texts as rows")
         groups = group_by_layer(model, self.layers)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         with suppress(groups, range(len(groups)), 0.0):
-            return sample_texts(causal_lm(model), self.texts, self.length, self.seed)
+            texts = sample_texts(inner, self.texts, self.length, self.seed)
+        return from_first(lambda: texts)
 
 
 class Penalty:
@@ -156,9 +171,6 @@ class Penalty:
         seed: Seed of their order.
         layers: Path of the decoder layers, if their structure does not identify them.
 
-    Raises:
-        AdapterError: The base is not the model with suppressed adapters.
-        UnsupportedError: Weights train outside of the decoder layers.
     """
 
     def __init__(
@@ -168,12 +180,6 @@ class Penalty:
         self._batches = batches
         self._seed = seed
         self._layer_groups = group_by_layer(model, layers)
-        refuse_taken_apart(model)
-        if others := outside(model, self._layer_groups):
-            raise UnsupportedError(
-                f"{next(iter(others))} trains outside of the decoder layers, so that suppressed adapters are not the "
-                "base: train adapters in the layers only, or leave Keep out"
-            )
         self._parameters = [p for group in self._layer_groups for p in group.parameters.values()]
         self._references: dict[int, Reference] = {}
 
@@ -197,11 +203,13 @@ class Penalty:
     def __call__(self, number: int) -> Tensor:
         """The penalty on one group, with its graph."""
         batch = {name: value.to(model_device(self._model)) for name, value in self._batches[number].items()}
-        if number not in self._references:
+        # ranks that share a base must all make the same passes, but have visited other groups
+        base = None if is_sharded(self._model) else self._references.get(number)
+        if base is None:
             groups = self._layer_groups
             with torch.no_grad(), suppress(groups, range(len(groups)), 0.0):
-                self._references[number] = reference(self._logits(batch), TOP)
-        return divergence(self._logits(batch), self._references[number]).mean()
+                base = self._references[number] = reference(self._logits(batch), TOP)
+        return divergence(self._logits(batch), base).mean()
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits at the labels, (N, V), without dropout."""
@@ -213,9 +221,14 @@ class Penalty:
         return logits
 
 
-def causal_lm(model: Any) -> Any:
-    """The transformers model in PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _refuse_other_base(model: nn.Module, layers: str | None) -> None:
+    """Refuse a model whose base is not the model with suppressed adapters."""
+    refuse_taken_apart(model)
+    if others := outside(model, group_by_layer(model, layers)):
+        raise UnsupportedError(
+            f"{next(iter(others))} trains outside of the decoder layers, so that the model with suppressed adapters is "
+            "not the base: train adapters in the layers only, or leave Keep out"
+        )
 
 
 def _groups(rows: Any, size: int, collate: Any) -> Sequence[Mapping[str, Tensor]]:

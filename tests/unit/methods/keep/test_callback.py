@@ -1,15 +1,19 @@
 """The penalty in transformers' Trainer: its gradient, accumulation, checkpointing, resuming, methods beside it."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.every_method import NAMES, built
 from support.tiny import batch, tiny
-from support.trainers import adapted, rows, train, weights
+from support.trainers import adapted, arguments, rows, train, weights
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from siftune import Keep
 from siftune.base.errors import RecipeError, SiftuneError, UnsupportedError
+from siftune.data.batches import Collator
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.methods.keep.callback import Penalty
@@ -140,6 +144,25 @@ def _chosen(choice):
     return choice.layers if hasattr(choice, "moved") else choice.selected.tolist()
 
 
+def test_penalty_has_the_scale_of_the_loss(tmp_path, monkeypatch):
+    """As in float16, where the Trainer multiplies losses before backward and divides gradients before the step."""
+    by_scale = {}
+    for scale in (None, 8.0):
+        scaler = None if scale is None else SimpleNamespace(get_scale=lambda scale=scale: scale)
+        fake = SimpleNamespace(
+            accelerator=SimpleNamespace(scaler=scaler), compute_loss_context_manager=nullcontext,
+            callback_handler=SimpleNamespace(callbacks=[]),
+        )  # fmt: skip
+        monkeypatch.setattr("siftune.methods.keep.callback.calling_trainer", lambda _, fake=fake: fake)
+        model, keep, state = adapted(), Keep(rows(2, seed=5)), TrainerState()
+        loader = SimpleNamespace(collate_fn=Collator(0))
+        keep.on_train_begin(arguments(tmp_path), state, None, model=model, train_dataloader=loader)
+        keep.on_step_begin(arguments(tmp_path), state, None)
+        by_scale[scale] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, grad in by_scale[None].items():
+        torch.testing.assert_close(by_scale[8.0][name], 8 * grad)
+
+
 def test_weight_bounds_the_divergence(tmp_path):
     """A heavy penalty holds the model at its base; the log reports the divergence."""
     last = []
@@ -202,6 +225,13 @@ def test_refuses_weights_whose_base_is_not_the_suppressed_model(tmp_path):
         train(tmp_path, keeping(), model=model)
     with pytest.raises(SiftuneError, match="pissa"):
         train(tmp_path, keeping(), model=adapted(init="pissa"))
+
+
+def test_callback_without_its_rows_is_refused(tmp_path):
+    saved = keeping().state()["args"]
+    with pytest.raises(RecipeError, match="lost"):
+        train(tmp_path, Keep(**saved))
+    assert repr(Keep(**Keep(weight=2.0).state()["args"])) == repr(Keep(weight=2.0))
 
 
 def test_refuses_rows_without_tokens(tmp_path):
