@@ -103,6 +103,9 @@ class KeepWork(Work):
     def _all(self, model: Any) -> Record:
         others = {name: self.tokenized(rows) for name, rows in self.pool.other.items()}
         others["text"] = self.tokenized(self.pool.text, completion_only=False)
+        # text ends with the form of the task, "Answer:", and the end token; training changes what follows on purpose
+        asked_ids = [self.tokenizer(row["text"].removesuffix("\nAnswer:"))["input_ids"] for row in self.pool.text]
+        others["questions"] = _Rows({"input_ids": ids, "labels": ids, "length": len(ids)} for ids in asked_ids)
         others["prose"] = _Rows(prose(self.tokenizer)["prose"])
         return {
             **measure_rows(model, self.tokenized(self.pool.test), self.collate),
