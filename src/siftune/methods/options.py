@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from siftune.base.settings import CONFIG, AtLeastTwo, BelowOne, Chance, Count, CountOrShare, Positive, Settings, Share
+from siftune.base.settings import CONFIG, AtLeastTwo, Chance, Count, CountOrShare, Settings, Share
 
 OWN = "own"  # for texts that the base model writes itself
 
@@ -54,10 +54,6 @@ class ISTSettings(Settings):
     """Sets of layers compared in an update."""
     suppressed: Chance = 0.5
     """Share of the layers in each of these sets."""
-    factor: BelowOne = 0.25
-    """Factor applied to the adapter response of a suppressed layer."""
-    score_lr: Positive = 10.0
-    """Learning rate of the importance."""
 
 
 @dataclass(config=CONFIG)

@@ -50,8 +50,8 @@ def test_flags_override_recipes_and_recipes_override_defaults(recipe, tmp_path):
     assert train("--no-completion-only", recipe).completion_only is False
     assert train("--train", "a", "b", "--train", "c").train == ("a", "b", "c")
     assert train("--eval", "None", "--layers", 0, -1) == Train(layers=(0, -1))
-    assert train("--gast.select", "0.5", "--ist.score_lr=2") == Train(
-        gast=GASTSettings(0.5), ist=ISTSettings(score_lr=2)
+    assert train("--gast.select", "0.5", "--ist.score_batch_size=2") == Train(
+        gast=GASTSettings(0.5), ist=ISTSettings(score_batch_size=2)
     )
     (tmp_path / "later.yml").write_text("rank: 2\n")
     assert train(recipe, tmp_path / "later.yml").rank == 2
@@ -100,7 +100,7 @@ def test_positional_values_lists_and_short_forms():
         (["--rank", "--lr", "1"], ["--rank", "integer"]),
         (["--steps", "4", "--steps", "ten"], ["--steps is ten"]),
         (["--lr", "nan"], ["--lr is nan"]),
-        (["--ist.score-lr", "fast"], ["--ist.score-lr is fast"]),
+        (["--ist.suppressed", "fast"], ["--ist.suppressed is fast"]),
         (["--method", "lora"], ["--method is lora", "ist+gast"]),
         (["--dry-run=x"], ["--dry-run"]),
         (["rows.jsonl"], ["--train rows.jsonl"]),

@@ -18,6 +18,10 @@ from siftune.methods.options import ISTSettings
 
 logger = logging.getLogger(__name__)
 
+# the paper's
+FACTOR = 0.25  # of the adapter response of a suppressed layer
+SCORE_LR = 10.0  # learning rate of the importance
+
 
 class Importance(LayerPolicy):
     """Draws layers by importance, which it updates every `interval` steps by comparing candidate sets of layers."""
@@ -50,12 +54,12 @@ class Importance(LayerPolicy):
         """Compare candidate sets on drawn rows and update the importance."""
         settings = self._settings
         sets_KN = maths.draw_candidates(self.importance, settings.candidates, settings.suppressed, self._generator)
-        losses_K = compare(sets_KN, settings.factor, settings.score_batch_size)
+        losses_K = compare(sets_KN, FACTOR, settings.score_batch_size)
         if not bool(torch.isfinite(losses_K).all()):
             logger.warning("step %d: losses %s are not finite; the importance is unchanged", step, losses_K.tolist())
             return {}
         rewards_K = maths.rewards(losses_K)
-        self.importance = maths.update_importance(self.importance, sets_KN, rewards_K, settings.score_lr)
+        self.importance = maths.update_importance(self.importance, sets_KN, rewards_K, SCORE_LR)
         return {
             "losses": tuple(losses_K.tolist()),
             "rewards": tuple(rewards_K.tolist()),

@@ -49,7 +49,7 @@ def test_importance_is_scored_every_interval_but_not_at_the_start(tmp_path):
 
 def test_scores_are_losses_with_damped_adapters(tmp_path):
     """The losses behind the importance, computed again by hand from the recorded sets and rows."""
-    method = IST(active=1.0, interval=3, score_batch_size=24, factor=0.25)
+    method = IST(active=1.0, interval=3, score_batch_size=24)
     chosen = Choices(method).all
     dataset = rows()
     model = adapted()
