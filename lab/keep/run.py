@@ -4,7 +4,7 @@
     python -m lab.keep.report keep.jsonl
 
 Cells are *clean* (scenario S5 of `lab.pays`) and *mix* (S1). A method is a name of METHODS, or
-`NAME=METHOD,KEY:VALUE,...` with settings of the penalty: rows, weight, size, loss; or fields of a recipe.
+`NAME=METHOD,KEY:VALUE,...` with settings of the penalty: rows, weight, size, every, loss; or fields of a recipe.
 """
 
 import argparse
@@ -22,12 +22,12 @@ _LAB = Path(__file__).resolve().parents[1]
 Job = dict[str, Any]
 
 _SCENARIOS = {"clean": "S5", "mix": "S1", "reverse": "S1"}
-_PENALTY = ("rows", "weight", "size", "loss")
+_PENALTY = ("rows", "weight", "size", "every", "loss")
 
 METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"untrained": True},
     "dense": {"scales": True},
-    "kl": {"penalty": {"rows": "own", "weight": 1.0, "size": 2}},
+    "kl": {"penalty": {"rows": "own", "weight": 1.0, "size": 2, "every": 2}},
 }
 
 

@@ -1,6 +1,6 @@
 """Keep the base model's predictions: a KL penalty on some texts, in any transformers Trainer.
 
-    loss of a step + weight · mean over label tokens of KL(base ‖ model)
+    loss of a step + weight · mean over label tokens of KL(base ‖ model), by a pass over two texts in every second step
 
 The source is arXiv 2605.26097: a KL penalty to the base on texts that the base wrote itself preserves most of what
 fine-tuning would forget. Ours: few texts per step, the base's most likely tokens instead of its complete distribution,
@@ -8,7 +8,7 @@ and its adapters' suppression instead of a second model.
 
 The gradient of the penalty is formed when an optimizer step begins, by a pass of its own, and is added to that of the
 training batches. So accumulation, the reduction over ranks, clipping and gradient scaling see one gradient. The texts
-form fixed groups, whose order follows from seed and step; the base's predictions on a group are computed on its first
+form fixed groups, whose order follows from the seed; the base's predictions on a group are computed on its first
 visit. Therefore nothing but the texts is saved in a checkpoint.
 """
 
@@ -56,7 +56,8 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         rows: Texts, in the form in which the Trainer's training rows reach its collator; the divergence is measured at
             their labels. "own": texts that the base writes when training begins.
         weight: Factor of the penalty.
-        size: Texts per step and rank.
+        size: Texts per pass and rank.
+        every: Optimizer steps between two passes; the penalty then counts as often.
         texts: Number of own texts.
         length: Tokens of an own text, at most.
         seed: Seed of the own texts and of the order.
@@ -74,13 +75,14 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
     rows: Any = field(default=OWN, repr=False)
     weight: float = 1.0
     size: int = 2
+    every: int = 2
     texts: int = 128
     length: int = 32
     seed: int = 0
     layers: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "size", "texts", "length"):
+        for name in ("weight", "size", "every", "texts", "length"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} of Keep is {getattr(self, name)}, but must be above 0")
         self._penalty: Penalty | None = None
@@ -138,12 +140,14 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Add the penalty's gradient to that of the step, which is empty."""
         assert self._penalty is not None
+        if state.global_step % self.every:
+            return
         trainer = calling_trainer(self)
         context = nullcontext() if trainer is None else trainer.compute_loss_context_manager()
         scaler = None if trainer is None else trainer.accelerator.scaler
-        factor = self.weight * (1.0 if scaler is None else scaler.get_scale())
+        factor = self.weight * self.every * (1.0 if scaler is None else scaler.get_scale())
         with context:
-            self._noted.append(self._penalty.add_gradient(state.global_step, factor))
+            self._noted.append(self._penalty.add_gradient(state.global_step // self.every, factor))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,19 +187,19 @@ class Penalty:
         self._parameters = [p for group in self._layer_groups for p in group.parameters.values()]
         self._references: dict[int, Reference] = {}
 
-    def add_gradient(self, step: int, factor: float) -> Tensor:
-        """Add the gradient of a step's penalty times a factor to `grad`; return the penalty, a scalar in nats."""
+    def add_gradient(self, number: int, factor: float) -> Tensor:
+        """Add the gradient of the penalty in a pass times a factor to `grad`; return the penalty, a scalar in nats."""
         with unrecorded(self._model), torch.enable_grad():
-            loss = self(self.group_of(step))
+            loss = self(self.group_of(number))
             grads = torch.autograd.grad(loss * factor, self._parameters, allow_unused=True)
         for parameter, grad in zip(self._parameters, grads, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         return loss.detach()
 
-    def group_of(self, step: int) -> int:
-        """The group of this rank in a step: all come once, in random order, before one comes again."""
-        visit = step * world_size() + rank()
+    def group_of(self, number: int) -> int:
+        """The group of this rank in a pass: all come once, in random order, before one comes again."""
+        visit = number * world_size() + rank()
         round_, place = divmod(visit, len(self._batches))
         order = torch.randperm(len(self._batches), generator=torch.Generator().manual_seed(self._seed + round_))
         return int(order[place])

@@ -46,7 +46,7 @@ def test_gradient_is_that_of_the_complete_divergence(all_tokens, adapter):
         for parameter in (p for p in model.parameters() if p.requires_grad):
             nn.init.normal_(parameter, 1.0, 0.2)
     one = batch(model, rows=3)
-    value = Penalty(model, [one]).add_gradient(step=0, factor=2.0)
+    value = Penalty(model, [one]).add_gradient(0, factor=2.0)
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     loss = complete(model, one)
@@ -95,7 +95,7 @@ def gradients(folder, *callbacks, **settings):
 
 
 def keeping(**settings):
-    return Keep(rows(6, seed=5), **{"size": 2, "weight": 3.0, **settings})
+    return Keep(rows(6, seed=5), **{"size": 2, "weight": 3.0, "every": 1, **settings})
 
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -177,7 +177,7 @@ def test_weight_bounds_the_divergence(tmp_path):
 
 def test_resumed_run_is_the_same_with_own_texts(tmp_path):
     def own():
-        return Keep(texts=8, length=6, size=2, weight=3.0)
+        return Keep(texts=8, length=6, size=2, weight=3.0)  # in every second step
 
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     complete_, _ = train(tmp_path / "one", own(), **settings)
@@ -210,6 +210,22 @@ def test_prompts_begin_texts_and_are_no_labels():
     assert text["input_ids"][:3] == [5, 6, 7]
     assert text["labels"][:3] == [-100] * 3
     assert text["labels"][3:] == text["input_ids"][3:]
+
+
+def test_pass_in_every_third_step_counts_three_times(tmp_path):
+    noted = {}
+    for every in (1, 3):
+        model = adapted()
+        watch = Gradients(model)
+        keep = Keep(rows(2, seed=5), weight=2.0, every=every)
+        train(tmp_path, keep, watch, model=model, max_steps=3, learning_rate=1e-12, max_grad_norm=0.0)
+        noted[every] = watch.all
+    plain = Gradients(adapted())
+    train(tmp_path, plain, model=plain.model, max_steps=3, learning_rate=1e-12, max_grad_norm=0.0)
+    for step, factor in ((0, 3), (1, 0), (2, 0)):
+        for name, grad in plain.all[step].items():
+            penalty = noted[1][step][name] - grad
+            torch.testing.assert_close(noted[3][step][name] - grad, factor * penalty, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"weight": 0.0}, {"size": 0}, {"texts": -1}])
