@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality
 from lab.avoid import report as avoid
+from lab.keep import report as keep
 from lab.lines import key, read
 from lab.pays import report as pays
 from lab.rows import report as rows
@@ -66,6 +67,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gast_cost_averaged.jsonl": _costs,
     "gast_cost_epyc.jsonl": _costs,
     "gast_sweep.jsonl": _costs,
+    "keep.jsonl": lambda path: keep.report(read(path)),
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     "offsite.jsonl": lambda path: offsite.report(read(path)),
     "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),

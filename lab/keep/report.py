@@ -1,7 +1,8 @@
 """The tables of `run.py`'s results, in Markdown: `python -m lab.keep.report FILE`.
 
-One table per cell, model and number of steps. *Share* is what remains of the nats of text that `dense` loses, at the
-first learning rate of `dense`: 0 is the untrained model, 1 is `dense`. Intervals resample seeds and questions.
+One table per cell, model and number of steps. *Share* is what remains of the nats that `dense` loses at its first learning
+rate: 0 is the untrained model, 1 is `dense`. *Text* ends with the form of the task, *questions* is the same without it.
+Intervals resample seeds and questions.
 """
 
 import argparse
@@ -37,21 +38,23 @@ def report(lines: Sequence[Line]) -> str:
 
 def _section(place: tuple[Any, ...], cell: dict[str, Runs]) -> str:
     base = next(name for name in cell if name.startswith("dense"))
-    names = list(next(iter(cell[base].values()))["others"])
+    names = sorted({name for runs in cell.values() for line in runs.values() for name in line["others"]})
     rows = []
     for name, runs in cell.items():
         seeds = sorted(set(runs) & set(cell[base]))
         if not seeds:
             continue
         right, nats = (_means(runs, cell[base], seeds, of) for of in ("right", "nll"))
-        others = [_means(runs, cell[base], seeds, "others", other) for other in names]
-        text = others[names.index("text")]
+        nats_of = {other: _nats(runs, other) for other in names}
+        text, prose = (_means(runs, cell[base], seeds, "others", other) for other in ("text", "prose"))
         rows.append([
             name, str(len(seeds)), f"{right.point['own']:.1f}", _minus(right, name == base, ".1f"),
-            f"{nats.point['own']:.3f}", *(f"{other.point['own']:.2f}" for other in others),
-            _minus(text, name == base, ".2f"), _share(cell, runs, base, seeds), _time(runs, cell[base], seeds),
+            f"{nats.point['own']:.3f}", *nats_of.values(),
+            _minus(text, name == base, ".2f"), _minus(prose, name == base, ".2f"), _share(cell, runs, base, "text"),
+            _share(cell, runs, base, "prose"), _time(runs, cell[base], seeds),
         ])  # fmt: skip
-    titles = ["method", "seeds", "correct", "correct − dense", "nats", *names, "text − dense", "share", "time"]
+    titles = ["method", "seeds", "correct", "correct − dense", "nats", *names, "text − dense", "prose − dense"]
+    titles += ["share of text", "share of prose", "time"]
     heading = f"## {place[0]} ({place[1]}, {place[2]} steps of {place[3]})"
     return f"{heading}\n\n{markdown_table(Table(titles, rows))}"
 
@@ -76,17 +79,25 @@ def _minus(means: Any, is_base: bool, form: str) -> str:
     return f"{found.value:+{form}} [{found.low:+{form}}, {found.high:+{form}}]"
 
 
-def _share(cell: dict[str, Runs], runs: Runs, base: str, seeds: Sequence[int]) -> str:
+def _share(cell: dict[str, Runs], runs: Runs, base: str, other: str) -> str:
+    """What remains of the nats that the base loses, on the seeds that all have."""
     untrained = cell.get("untrained", {})
-    shared = [seed for seed in seeds if seed in untrained]
+    shared = [seed for seed in runs if seed in untrained and seed in cell[base]]
     if not shared:
         return _NONE
-    own, dense, start = (np.mean([_text(each[seed]) for seed in shared]) for each in (runs, cell[base], untrained))
+    own, dense, start = (
+        np.mean([_per_token(each[seed], other) for seed in shared]) for each in (runs, cell[base], untrained)
+    )
     return f"{(own - start) / (dense - start):.2f}"
 
 
-def _text(line: Line) -> float:
-    part = line["others"]["text"]
+def _nats(runs: Runs, other: str) -> str:
+    values = [_per_token(line, other) for line in runs.values() if other in line["others"]]
+    return f"{np.mean(values):.2f}" if values else _NONE
+
+
+def _per_token(line: Line, other: str) -> float:
+    part = line["others"][other]
     return float(np.sum(part["nll"]) / np.sum(part["tokens"]))
 
 
