@@ -1,8 +1,8 @@
 """The tables of `run.py`'s results, in Markdown: `python -m lab.keep.report FILE`.
 
-One table per cell, model and number of steps. *Share* is what remains of the nats that `dense` loses at its first learning
-rate: 0 is the untrained model, 1 is `dense`. *Text* ends with the form of the task, *questions* is the same without it.
-Intervals resample seeds and questions.
+One table per cell, model and number of steps. *Share* is what remains of the nats that `dense` loses at its first
+learning rate: 0 is the untrained model, 1 is `dense`. *Text* ends with the form of the task, *questions* is the same
+without it. Intervals resample seeds and questions.
 """
 
 import argparse

@@ -49,7 +49,8 @@ class Plain(Validated):
     "bad",
     [
         {"interval": 2.5}, {"interval": "2"}, {"interval": True}, {"interval": 0}, {"active": "half"}, {"active": 0.0},
-        {"active": 1.01}, {"active": float("nan")}, {"suppressed": float("inf")}, {"suppressed": 1.0}, {"candidates": 1},
+        {"active": 1.01}, {"active": float("nan")}, {"suppressed": float("inf")}, {"suppressed": 1.0},
+        {"candidates": 1},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [ISTSettings, IST], ids=["settings", "callback"])
