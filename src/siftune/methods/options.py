@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from siftune.base.settings import CONFIG, AtLeastTwo, Chance, Count, CountOrShare, Settings, Share
+from siftune.base.settings import CONFIG, AtLeastTwo, Count, CountOrShare, Settings, Share
 
 OWN = "own"  # for texts that the base model writes itself
 
@@ -51,9 +51,7 @@ class ISTSettings(Settings):
     score_batch_size: Count = 16
     """Training rows used to measure the loss in an update."""
     candidates: AtLeastTwo = 3
-    """Sets of layers compared in an update."""
-    suppressed: Chance = 0.5
-    """Share of the layers in each of these sets."""
+    """Sets of half the layers compared in an update."""
 
 
 @dataclass(config=CONFIG)

@@ -34,6 +34,7 @@ REMOVED = {
     "ist.factor": "it is 0.25, as in the paper",
     "ist.importance_from": "importance is measured by the adapters' response",
     "ist.score_lr": "it is 10, as in the paper",
+    "ist.suppressed": "it is 0.5, as in the paper",
     "lisa.keep_state": "the optimizer drops the state of layers that leave",
     "trim": _TRIM,
     "gast.support=momentum": "use support rest",

@@ -49,7 +49,7 @@ class Plain(Validated):
     "bad",
     [
         {"interval": 2.5}, {"interval": "2"}, {"interval": True}, {"interval": 0}, {"active": "half"}, {"active": 0.0},
-        {"active": 1.01}, {"active": float("nan")}, {"suppressed": float("inf")}, {"suppressed": 1.0},
+        {"active": 1.01}, {"active": float("nan")}, {"active": float("inf")}, {"interval": -1},
         {"candidates": 1},
     ],
 )  # fmt: skip

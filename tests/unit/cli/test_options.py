@@ -100,7 +100,7 @@ def test_positional_values_lists_and_short_forms():
         (["--rank", "--lr", "1"], ["--rank", "integer"]),
         (["--steps", "4", "--steps", "ten"], ["--steps is ten"]),
         (["--lr", "nan"], ["--lr is nan"]),
-        (["--ist.suppressed", "fast"], ["--ist.suppressed is fast"]),
+        (["--ist.active", "fast"], ["--ist.active is fast"]),
         (["--method", "lora"], ["--method is lora", "ist+gast"]),
         (["--dry-run=x"], ["--dry-run"]),
         (["rows.jsonl"], ["--train rows.jsonl"]),

@@ -20,7 +20,6 @@ from siftune.recipe.schema import Recipe
 BAD = {
     "rst.active": [0.0, 1.5, -0.5, 2],
     "ist.active": [0, 1.5],
-    "ist.suppressed": [0, 1.0, math.inf],
     "ist.interval": [0, 2.5, -1, math.inf],
     "ist.score_batch_size": [0],
     "ist.candidates": [1],

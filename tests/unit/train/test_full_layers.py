@@ -56,7 +56,7 @@ def test_ist_scores_layers_by_their_damped_response():
         for parameter in originals:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     rows = batch(model, 4, seed=5)
-    with IST(0.5, interval=1, candidates=3, suppressed=0.5).attach(model, batches=[rows]) as sift:
+    with IST(0.5, interval=1, candidates=3).attach(model, batches=[rows]) as sift:
         choice = sift.step()
     groups = {group.index: group for group in group_by_layer(model)}
     tuned = {p: p.detach().clone() for p in originals}

@@ -19,6 +19,7 @@ from siftune.methods.options import ISTSettings
 logger = logging.getLogger(__name__)
 
 # the paper's
+SUPPRESSED = 0.5  # share of the layers in a candidate set
 FACTOR = 0.25  # of the adapter response of a suppressed layer
 SCORE_LR = 10.0  # learning rate of the importance
 
@@ -53,7 +54,7 @@ class Importance(LayerPolicy):
     def _score(self, step: int, compare: Compare) -> dict[str, Any]:
         """Compare candidate sets on drawn rows and update the importance."""
         settings = self._settings
-        sets_KN = maths.draw_candidates(self.importance, settings.candidates, settings.suppressed, self._generator)
+        sets_KN = maths.draw_candidates(self.importance, settings.candidates, SUPPRESSED, self._generator)
         losses_K = compare(sets_KN, FACTOR, settings.score_batch_size)
         if not bool(torch.isfinite(losses_K).all()):
             logger.warning("step %d: losses %s are not finite; the importance is unchanged", step, losses_K.tolist())
