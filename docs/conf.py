@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
+from siftune.cli.options import options_page
+
 HERE = Path(__file__).parent
 
 project, author, copyright = "siftune", "the siftune developers", "the siftune developers"
@@ -48,10 +50,17 @@ def _inside(match: re.Match[str]) -> str:
     return f"[{text}](index.md)" if target.partition("#")[0] == "../README.md" else text
 
 
+def _add_options(app: Sphinx, name: str, source: list[str]) -> None:
+    """Fill the page of options from the dataclasses of the commands."""
+    if name == "commands":
+        source[0] = source[0].partition("\n")[0] + "\n\n" + options_page()
+
+
 def _keep_inside(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = _LINK.sub(_inside, source[0])
 
 
 def setup(app: Sphinx) -> None:
     """Rewrite links as pages are read."""
+    app.connect("source-read", _add_options)
     app.connect("source-read", _keep_inside)

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     rows.write_text("".join(json.dumps({"text": _text(args.length, seed)}) + "\n" for seed in range(args.rows)))
     out = args.folder / "kit"
     command = ["-c", _EMULATE, "emulate", "--model", base, "--calibration", rows, "--out", out]
-    options = ["--rows", args.rows, "--max-length", args.length, "--format", "text", "--template", "none"]
+    options = ["--rows", args.rows, "--max-length", args.length, "--template", "none"]
     options += ["--first", args.outer, "--last", args.outer]
     bare, started = peak(["-c", _BARE]), time.monotonic()
     found = peak([*map(str, command), *map(str, options)])

@@ -5,7 +5,7 @@ OUT/
   data/                    the rows: see `rows.py`
   untuned/                 TASK.answers.json of the untuned model
   lora-learned/            runs with one adapter type that learn the prompts, or do not (masked)
-    rates/                 a sweep of learning rates, as `siftune sweep-lr` leaves it
+    rates/                 a sweep of learning rates, as `siftune find-lr` leaves it
     METHOD-seed0/          a run folder, as `siftune train` leaves it, with TASK.answers.json for each task
   table.md, results.json
 

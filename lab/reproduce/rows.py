@@ -82,14 +82,14 @@ def _training(suite: Suite, tasks: Sequence[str], data: str) -> list[Row]:
                 f"{suite.joint}.json in it"
             )
         with other_way():
-            return load_rows(suite.hub, "train", format="alpaca")
+            return load_rows(suite.hub, "train")
     joint = found_in(data, _joint(suite))
     if joint is not None:
-        return load_rows(str(joint), format="alpaca")
+        return load_rows(str(joint))
     names = ("{}.train.json", "{}/train.json", "dataset/{}/train.json")
     files = {task: found_in(data, [name.format(task) for name in names]) for task in tasks}
     _refuse_missing(data, files, "train", f"{suite.joint}.json, or TASK.train.json for each task")
-    return [row for file in files.values() for row in load_rows(str(file), format="alpaca")]
+    return [row for file in files.values() for row in load_rows(str(file))]
 
 
 def _joint(suite: Suite) -> list[str]:
@@ -100,10 +100,10 @@ def _questions(task: str, data: str) -> list[Row]:
     if data == HUB:
         one = TASKS[task]
         with other_way():
-            return rows_from((one.question(record) for record in records(one.hub, one.split)), one.hub, "alpaca")
+            return rows_from((one.question(record) for record in records(one.hub, one.split)), one.hub)
     file = found_in(data, [f"{task}.test.json", f"{task}/test.json", f"dataset/{task}/test.json"])
     _refuse_missing(data, {task: file}, "test", f"{task}.test.json")
-    return load_rows(str(file), format="alpaca")
+    return load_rows(str(file))
 
 
 def records(source: str, split: str = "train") -> Iterator[Any]:

@@ -13,6 +13,7 @@ fast.
 
 import difflib
 import inspect
+import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -43,6 +44,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 CountOrShare = Count | Share
 Steps = CountOrZero | BelowOne  # a number of steps, or a fraction of all steps
+Columns = tuple[Annotated[str, Field(pattern=r"^[^=]+=[^=]+$")], ...]  # pairs such as prompt=question
+Template = Literal["auto", "chat", "none"] | Path  # a path: a file with a chat template
 
 # names in other trainers -> name here, for hints that spelling alone does not give
 ELSEWHERE = {
@@ -297,12 +300,20 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def documented(kind: type[S]) -> type[S]:
-    """Show a callback's settings in `help()`: their help at the line `Args:`, and plain types in the signature."""
-    lines = [f"        {name}: {line}" for name, line in help_of(_owner(kind)).items()]
+    """Show a callback's settings in `help()`: values, defaults and help at the line `Args:`, types in the signature."""
+    owner = _owner(kind)
+    lines = []
+    for field in fields(owner):
+        values, line = described(types_of(owner)[field.name]), help_of(owner)[field.name]
+        text = f"{field.name}: {line} Values: {values}; default: {field.default}."
+        lines.append(textwrap.fill(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 12))
     if kind.__doc__ and lines:
         kind.__doc__ = kind.__doc__.replace("    Args:\n", "    Args:\n" + "\n".join(lines) + "\n", 1)
     plain = get_type_hints(kind)
-    signature = inspect.signature(kind)
-    parameters = [each.replace(annotation=plain.get(each.name, Any)) for each in signature.parameters.values()]
+    signature = inspect.signature(kind.__init__)
+    _, *given = signature.parameters.values()
+    parameters = [each.replace(annotation=plain.get(each.name, Any)) for each in given]
+    own = inspect.signature(kind.__init__, follow_wrapped=False).parameters  # a decorator may add an argument
+    parameters += [each for each in own.values() if each.kind is each.KEYWORD_ONLY and each.name not in plain]
     kind.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return kind

@@ -1,13 +1,14 @@
 """`siftune eval`: measure runs, adapters and models on held-out rows, base against tuned."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import CONFIG, Chance, Count, Seed, Validated
+from siftune.base.settings import CONFIG, Chance, Columns, Count, Seed, Template, Validated
 from siftune.base.text import jsonable
 from siftune.cli.options import Flag
 from siftune.recipe.schema import Recipe, train_files
@@ -18,9 +19,15 @@ if TYPE_CHECKING:
     from siftune.evaluate.measure import Metrics
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Measure base models and tuned ones on held-out rows: multiple choice, exact match and perplexity."""
+    """Measure base models and tuned ones on held-out rows: multiple choice, exact match and perplexity.
+
+    Several runs on the same rows are compared with the first, row by row.
+    """
 
     runs: Annotated[tuple[str, ...], Flag("run", positional=True)]
     """What to measure: run folders, PEFT adapter folders, kits, or models (folder, hub id, smollm2)."""
@@ -33,9 +40,9 @@ class Options(Validated):
     """Use at most N rows."""
     metrics: tuple[Literal["auto", "choices", "exact_match", "perplexity"], ...] = ("auto",)
     """What to measure; auto goes by the columns: choices, or exact match for short answers, and perplexity."""
-    format: Literal["auto", "prompt", "messages", "alpaca", "text"] | None = None
-    """Columns of the rows; as in a run's recipe, or auto, if not given."""
-    template: Literal["auto", "chat", "none"] | None = None
+    columns: Columns | None = None
+    """Other names of columns, such as prompt=question completion=answer; as in a run's recipe if not given."""
+    template: Template | None = None
     """Chat template: as in a run's recipe, or auto, if not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Number format of the weights: as in a run's recipe, or auto, if not given."""
@@ -59,44 +66,58 @@ class _Job:
 
     subject: "Subject"
     dtype: str
-    template: str
-    format: str
+    template: str | Path
+    columns: tuple[str, ...]
     data: str
     rows: "list[Row]"
 
     @property
+    def of_rows(self) -> tuple[str, ...]:
+        """Places of the rows: runs with the same rows are compared."""
+        return tuple(row.origin for row in self.rows)
+
+    @property
     def of_base(self) -> tuple[Any, ...]:
         """All that decides the base model's result, so that runs which share it measure it once."""
-        places = tuple(row.origin for row in self.rows)
-        return self.subject.base, self.dtype, self.template, self.format, places
+        return self.subject.base, self.dtype, self.template, self.columns, self.of_rows
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measure each run and show a table for each; return the tables and settings."""
-    from siftune.cli.subjects import find_subjects
-
+    """Measure each run, show the tables, and return them with the settings."""
     if not options.runs:
         raise RecipeError("nothing to measure: give a run folder, an adapter folder or a model")
     if not options.metrics:
         raise RecipeError("--metrics is empty: name at least one, or leave it out")
+    from siftune.cli.subjects import find_subjects
+
     # everything that can be refused without loading a model comes first
     subjects = find_subjects(options.runs, options.public_key, options.base)
     jobs = [_job(subject, options) for subject in subjects]
-    known: dict[tuple[Any, ...], Metrics] = {}
-    return {"runs": [_evaluate(job, options, known) for job in jobs]}
+    measured: dict[tuple[Any, ...], Metrics] = {}
+    pairs = [_measure(job, options, measured) for job in jobs]
+    comparable = (
+        len(jobs) > 1
+        and len({_tokens(tuned or base) for base, tuned in pairs}) == len({job.of_rows for job in jobs}) == 1
+    )
+    runs = [_recorded(job, *pair, options, shown=not comparable) for job, pair in zip(jobs, pairs, strict=True)]
+    if not comparable:
+        if len(jobs) > 1:
+            logger.warning("the runs are not compared: their rows or tokenizers differ; give --data FILE")
+        return {"runs": runs, "compared": []}
+    return {"runs": runs, "compared": _compared(jobs, pairs, options)}
 
 
 def _job(subject: "Subject", options: Options) -> _Job:
     """Settle settings and read the rows: flags first, then the run's recipe, then defaults."""
     recipe = subject.recipe or Recipe()
-    dtype, template, format = (
-        getattr(options, name) or getattr(recipe, name) for name in ("dtype", "template", "format")
+    dtype, template, columns = (
+        getattr(options, name) or getattr(recipe, name) for name in ("dtype", "template", "columns")
     )
-    data, rows = _rows(subject, options, format)
-    return _Job(subject, dtype, template, format, data, rows)
+    data, rows = _rows(subject, options, columns)
+    return _Job(subject, dtype, template, columns, data, rows)
 
 
-def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list[Row]]":
+def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
     from siftune.records.again import is_own
@@ -104,7 +125,7 @@ def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list
 
     recipe = subject.recipe
     if options.data is not None:
-        return options.data, load_rows(options.data, options.split, options.limit, format)
+        return options.data, load_rows(options.data, options.split, options.limit, columns)
     if recipe is None:
         raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
     if (recipe.eval or recipe.eval_share) and not is_own(Path(subject.name).expanduser()):
@@ -113,7 +134,7 @@ def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list
             "are not read: give --data FILE"
         )
     if recipe.eval:
-        return recipe.eval, load_rows(recipe.eval, recipe.eval_split, options.limit, format)
+        return recipe.eval, load_rows(recipe.eval, "test", options.limit, columns)
     if recipe.eval_share:
         files = " and ".join(train_files(recipe))
         rows = used_rows(Path(subject.name).expanduser(), recipe, "eval")
@@ -121,23 +142,57 @@ def _rows(subject: "Subject", options: Options, format: str) -> "tuple[str, list
     raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")
 
 
-def _evaluate(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics]") -> dict[str, Any]:
-    """Measure one subject and show its table."""
+def _recorded(job: _Job, base: "Metrics", tuned: "Metrics | None", options: Options, shown: bool) -> dict[str, Any]:
+    """Keep the result in the run's folder, and show its table if asked."""
     from rich.console import Console
 
     from siftune.evaluate.measure import compare
     from siftune.report.evals import Eval, answers_of, metric_table, record_eval
     from siftune.report.table import print_table
 
-    base, tuned = _measure(job, options, known)
     compared = compare(base, tuned, options.level, options.seed)
     if job.subject.recipe is not None and tuned is not None:  # a run folder, which `siftune report` reads
         found = Eval(job.data, len(job.rows), options.level, tuple(compared), answers_of(job.rows, base, tuned))
         record_eval(Path(job.subject.name).expanduser(), found)
-    table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
-    print_table(table, Console(highlight=False, soft_wrap=True))
+    if shown:
+        table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
+        print_table(table, Console(highlight=False, soft_wrap=True))
     settings = {"run": job.subject.name, "model": job.subject.base, "data": job.data}
     return {**settings, "level": options.level, "metrics": jsonable(compared)}
+
+
+def _tokens(metrics: "Metrics") -> tuple[tuple[str, bytes], ...]:
+    """The metrics and the weights of their rows, which depend on the tokenizer: equal if models can be compared."""
+    return tuple((name, metric.weights.tobytes()) for name, metric in metrics.items())
+
+
+def _compared(
+    jobs: "list[_Job]", pairs: "list[tuple[Metrics, Metrics | None]]", options: Options
+) -> list[dict[str, Any]]:
+    """Show the values of all models, and each model against the first, paired by rows."""
+    from rich.console import Console
+
+    from siftune.evaluate.measure import compare
+    from siftune.report.compare import value_text
+    from siftune.report.evals import label_of, metric_table
+    from siftune.report.table import Table, print_table
+
+    console = Console(highlight=False, soft_wrap=True)
+    models = {job.subject.name: tuned or base for job, (base, tuned) in zip(jobs, pairs, strict=True)}
+    bases = {job.of_base: base for job, (base, tuned) in zip(jobs, pairs, strict=True) if tuned is not None}
+    names = [label_of(metric) for metric in pairs[0][0]]
+    lines = [(f"base {key[0]}" if len(bases) > 1 else "base", base) for key, base in bases.items()] + [*models.items()]
+    rows = [[name, *(value_text(metric, each.value) for metric, each in values.items())] for name, values in lines]
+    print_table(Table(["model", *names], rows, f"{len(jobs[0].rows):,} rows of {jobs[0].data}"), console)
+    (first, before), *others = models.items()
+    found = []
+    for name, after in others:
+        metrics = compare(before, after, options.level, options.seed)
+        console.print()
+        title = f"{name} against {first}, paired by rows"
+        print_table(metric_table(title, metrics, options.level, (first, name)), console)
+        found.append({"run": name, "against": first, "metrics": jsonable(metrics)})
+    return found
 
 
 def _measure(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics]") -> "tuple[Metrics, Metrics | None]":

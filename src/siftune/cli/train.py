@@ -48,6 +48,7 @@ class Options(Recipe):
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    check(recipe)  # before torch is imported
     if options.dry_run:
         return _try(options, recipe)
     if options.processes > 1 and launch_size() > 1:
@@ -113,7 +114,6 @@ def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
     from siftune.recipe.read import recipe_to_yaml
     from siftune.train.folder.weights import adopted
 
-    check(recipe)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(recipe_to_yaml(resolve_recipe(adopted(recipe))), encoding="utf-8")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from siftune.base.files import Progress, hash_of
+from siftune.data.encode import use_template
 from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form, Tokens, tokens_of
 from siftune.models.smollm2 import cache_root
@@ -75,11 +76,12 @@ def cached_tokens(rows: Sequence[Row], form: Form, progress: Progress | None = N
 
 def _key(rows: Sequence[Row], form: Form) -> str | None:
     """Hash everything that determines the tokens; None if the tokenizer cannot be identified."""
+    use_template(form.template, form.tokenizer)  # a part of the tokenizer's identity
     tokenizer = _identity(form.tokenizer)
     if tokenizer is None:
         return None
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
-    options = [form.max_length, form.template, form.completion_only]
+    options = [form.max_length, "chat" if isinstance(form.template, Path) else form.template, form.completion_only]
     digest = hashlib.sha256(json.dumps([_LAYOUT, versions, options, tokenizer]).encode())
     for row in row_texts(rows):
         digest.update(len(row).to_bytes(8, "big") + row)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from siftune.base.errors import DataError, KitError, ModelError, RecipeError
@@ -100,19 +101,19 @@ class Encoder:
         notes: number of rows with a warning about their rendering, by warning.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | Path = "auto") -> None:
         """Decide whether the chat template is used.
 
         Args:
             tokenizer: any Hugging Face tokenizer with an end-of-sequence token.
-            template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
+            template: `chat`, `none`, `auto` for the chat template if the tokenizer has one, or a file with a chat
+                template, which becomes the tokenizer's.
 
         Raises:
-            RecipeError: unknown `template`, or `chat` without a chat template.
+            RecipeError: unknown `template`, a file that cannot be read, or `chat` without a chat template.
             ModelError: the tokenizer has no end-of-sequence token.
         """
-        if template not in ("auto", "chat", "none"):
-            raise RecipeError(f"unknown template {template!r}; use auto, chat or none.")
+        use_template(template, tokenizer)
         self.tokenizer = tokenizer
         self.chat = writes_chat(template, tokenizer)
         self.notes: Counter[str] = Counter()
@@ -297,6 +298,26 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> list[_Part]:
     return parts
 
 
-def writes_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def use_template(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the chat template of a file that of a tokenizer; do nothing for the words auto, chat and none.
+
+    Raises:
+        RecipeError: The file cannot be read, or the tokenizer is a kit's.
+    """
+    if str(template) in ("auto", "chat", "none"):
+        return
+    try:
+        text = Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"template {template} cannot be read ({one_line(str(error))}); give auto, chat, none, or a text file with "
+            "a chat template."
+        ) from error
+    if hasattr(tokenizer, "chats"):  # of `offsite.kit.tokenizer`
+        raise RecipeError(f"a kit has its own chat template: leave out --template {template}.")
+    tokenizer.chat_template = text
+
+
+def writes_chat(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether rows are rendered by a tokenizer's chat template; `template` as for `Encoder`."""
-    return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+    return template != "none" and (template != "auto" or bool(tokenizer.chat_template))

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,18 @@ def load_rows(
     source: str,
     split: str = "train",
     limit: int | None = None,
-    format: str = "auto",
+    columns: Sequence[str] = (),
     bad: list[DataError] | None = None,
 ) -> list[Row]:
     """Read the rows of a file or a hub data set.
 
     Args:
-        source: path of a `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file; otherwise a hub id or a
-            local data set folder, optionally with a configuration: `openai/gsm8k:main`.
-        split: split of a hub data set; ignored for a file.
+        source: path of a `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file, or of a folder of `save_to_disk`;
+            otherwise a hub id or a local data set folder, optionally with a configuration and a split:
+            `openai/gsm8k:main@test`.
+        split: split of a data set whose name has none; ignored for a file.
         limit: largest number of rows to read; None reads all.
-        format: `prompt`, `messages`, `alpaca`, `text`, or `auto` to go by the columns of the first row.
+        columns: other names of columns, in pairs such as `prompt=question`.
         bad: list for the errors of bad rows, which are then left out; there may be no other rows.
 
     Returns:
@@ -45,12 +46,12 @@ def load_rows(
 
     Raises:
         DataError: the source cannot be found or read, holds no rows, or a row is wrong.
-        RecipeError: no such format.
+        RecipeError: a pair in `columns` is wrong.
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit on rows is {limit}; give at least 1, or leave it out to read all rows.")
     with no_garbage():
-        rows = parse_rows(islice(_open(source, split), limit), format, bad)
+        rows = parse_rows(islice(_open(source, split), limit), columns, bad)
     if not rows and not bad:
         raise DataError(f"{source} is empty: no rows found; give a file with at least one row.")
     logger.info("%s: %s", source, counted(len(rows), "row"))
@@ -76,17 +77,31 @@ def placed_records(source: str, split: str = "train", limit: int | None = None) 
 
 def _open(source: str, split: str) -> Records:
     """Choose the reader by the name's ending, and the hub if there is no file."""
+    check_source(source)
     path = Path(source).expanduser()
-    reader = _READERS.get(path.suffix.lower())
     if path.is_file():
-        if reader is None:
-            raise DataError(f"{source}: the ending {path.suffix!r} is unknown; supported: {', '.join(_READERS)}.")
-        return _reporting(reader(path, source), source)
-    if reader is not None:
+        return _reporting(_READERS[path.suffix.lower()](path, source), source)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _read_saved(path, source, split)
+    name, at, own = source.rpartition("@")
+    return _open(name, own) if at else _read_hub(source, split)
+
+
+def check_source(source: str) -> None:
+    """Refuse a file that does not exist or has an unknown ending, without reading it.
+
+    Raises:
+        DataError: The message names the file.
+    """
+    path = Path(source).expanduser()
+    is_data = path.suffix.lower() in _READERS
+    if path.is_file() and not is_data:
+        raise DataError(f"{source}: the ending {path.suffix!r} is unknown; supported: {', '.join(_READERS)}.")
+    missing = not path.exists() and not Path(source.rpartition("@")[0] or source).expanduser().exists()
+    if not path.is_file() and (is_data or (missing and source.startswith((".", "/", "~")))):
         state = "is a folder, not a file" if path.exists() else "does not exist"
         hint = "put spaces between files, not commas" if "," in source else "give the path of a data file"
         raise DataError(f"{source} {state}; {hint}.")
-    return _read_hub(source, split)
 
 
 def _reporting(records: Records, source: str) -> Records:
@@ -183,6 +198,22 @@ _READERS: dict[str, Callable[[Path, str], Records]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def _read_saved(path: Path, source: str, split: str) -> Records:
+    """Read a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # of Arrow, JSON and datasets
+        reason = one_line(str(error)) or type(error).__name__
+        raise DataError(f"{source} cannot be read as a saved data set: {reason}; save it again.") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(f"{source} has no split {split!r}; it has {', '.join(data)}.")
+        data = data[split]
+    return ((f"{source} row {number}", record) for number, record in enumerate(data, 1))
 
 
 def _read_hub(source: str, split: str) -> Records:

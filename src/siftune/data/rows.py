@@ -3,12 +3,13 @@
 | format     | columns                          | labels                                             |
 |------------|----------------------------------|----------------------------------------------------|
 | `prompt`   | `prompt`, `completion`           | the completion; both are strings, or conversations |
-| `messages` | `messages`                       | every turn of the assistant                        |
+| `messages` | `messages`, or `conversations`   | every turn of the assistant                        |
 | `alpaca`   | `instruction`, `input`, `output` | the output, after instruction, blank line, input   |
 | `text`     | `text`                           | all of it                                          |
 
-A conversation is a list of `{role, content}`. All other columns are in `Row.extra`. Among these, `weight` is the row's
-weight in training.
+A conversation is a list of `{role, content}`, or of `{from, value}` with the roles human and gpt, as in ShareGPT. Pairs
+such as `prompt=question` give the names of columns in the data. All other columns are in `Row.extra`. Among these,
+`weight` is the row's weight in training.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import one_line
@@ -36,7 +38,9 @@ _REQUIRED: dict[Format, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-_SUPPORTED = "prompt + completion; messages; instruction (+ input) + output; text"
+_OPTIONAL: dict[Format, tuple[str, ...]] = {"messages": ("conversations",), "alpaca": ("input",)}
+_SUPPORTED = "prompt + completion; messages or conversations; instruction (+ input) + output; text"
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # other roles are the same
 
 
 @dataclass(frozen=True)
@@ -81,45 +85,69 @@ class Row:
         return _weight(self.extra.get(WEIGHT), self.origin)
 
 
-def rows_from(records: Iterable[Record], name: str = "row", format: str = "auto") -> list[Row]:
+def rows_from(records: Iterable[Record], name: str = "row", columns: Sequence[str] = ()) -> list[Row]:
     """Turn dictionaries that are already in memory into rows.
 
     Args:
         records: one dictionary per row, in any supported format.
         name: what messages call the data; rows are counted from 1.
-        format: `prompt`, `messages`, `alpaca`, `text`, or `auto` to go by the columns of the first row.
+        columns: other names of columns, as for `parse_rows`.
 
     Raises:
         DataError: a row does not fit the format.
-        RecipeError: no such format.
+        RecipeError: a pair in `columns` is wrong.
     """
-    return parse_rows(((f"{name} {number}", record) for number, record in enumerate(records, 1)), format)
+    return parse_rows(((f"{name} {number}", record) for number, record in enumerate(records, 1)), columns)
 
 
 def parse_rows(
-    records: Iterable[tuple[str, Any]], format: str = "auto", bad: list[DataError] | None = None
+    records: Iterable[tuple[str, Any]], columns: Sequence[str] = (), bad: list[DataError] | None = None
 ) -> list[Row]:
-    """Turn pairs of an origin and a record into rows.
+    """Turn pairs of an origin and a record into rows. The columns of the first row determine the format.
 
     Args:
         records: origin and record; a `DataError` if it cannot be read.
-        format: as for `rows_from`.
+        columns: pairs such as `prompt=question`: the name here, and the name of the column. The format is then one
+            that has the former.
         bad: list for the errors of bad rows, which are then left out.
 
     Raises:
         DataError, RecipeError: as `rows_from`.
     """
+    names = _pairs(columns)
     chosen: Format | None = None
     rows: list[Row] = []
     for origin, record in records:
         try:
-            chosen = chosen or detect_format(_columns(record, origin), origin, format)
-            rows.append(parse_row(_columns(record, origin), origin, chosen))
+            renamed = _renamed(_columns(record, origin), names, origin)
+            chosen = chosen or detect_format(renamed, origin, names)
+            rows.append(parse_row(renamed, origin, chosen))
         except DataError as error:
             if bad is None:
                 raise
             bad.append(error)
     return rows
+
+
+def _pairs(columns: Sequence[str]) -> dict[str, str]:
+    """Name here -> name of the column."""
+    names = dict(pair.split("=", 1) for pair in columns if "=" in pair)
+    if len(names) != len(columns) or not all((*names, *names.values())):
+        raise RecipeError(f"columns is {' '.join(columns)}, but must be pairs such as prompt=question")
+    return names
+
+
+def _renamed(record: Record, names: Mapping[str, str], origin: str) -> Record:
+    """A record with columns under the names of its format."""
+    if not names:
+        return record
+    for name, column in names.items():
+        if column not in record:
+            raise DataError(
+                f"{origin}: the column {column!r} of --columns {name}={column} is missing (found: {_names(record)})"
+            )
+    others = {column: value for column, value in record.items() if column not in names.values() and column not in names}
+    return {**{name: record[column] for name, column in names.items()}, **others}
 
 
 @contextmanager
@@ -149,27 +177,42 @@ def row_texts(rows: Iterable[Row]) -> Iterator[bytes]:
         yield json.dumps((turns, row.completion)).encode()
 
 
-def detect_format(record: Record, origin: str, format: str = "auto") -> Format:
-    """Detect the format from the columns of one row, or check the name of a format.
+def detect_format(record: Record, origin: str, named: Collection[str] = ()) -> Format:
+    """Detect the format from the columns of one row.
+
+    Args:
+        record: the row.
+        origin: its place, for messages.
+        named: columns that the user has named: the format has one of them, if any format has.
 
     Raises:
         DataError: the columns belong to no format.
-        RecipeError: no such format.
     """
-    for each in get_args(Format):
-        if format == each:
-            return each  # type: ignore[no-any-return]
-    if format != "auto":
-        raise RecipeError(f"unknown data format {format!r}; use one of auto, {', '.join(get_args(Format))}.")
-    for each, columns in _REQUIRED.items():
+    own = {each: columns for each, columns in _REQUIRED.items() if {*columns, *_OPTIONAL.get(each, ())} & {*named}}
+    formats = own or _REQUIRED
+    for each, columns in formats.items():
         if all(column in record for column in columns):
             return each
-    for each, columns in _REQUIRED.items():
-        if columns[0] in record:  # an incomplete row: reading it names the column that is missing
+    if "conversations" in record and "messages" in formats:
+        return "messages"
+    paired = {"chosen", "rejected"} <= {*record}
+    for each, columns in formats.items():
+        if columns[0] in record and not paired:  # an incomplete row: reading it names the column that is missing
             return each
-    raise DataError(
-        f"{origin}: the columns found ({_names(record)}) are no known format; rename them to one of: {_SUPPORTED}."
-    )
+    raise DataError(f"{origin}: the columns found ({_names(record)}) are no known format; {_advice(record)}.")
+
+
+def _advice(record: Record) -> str:
+    """The option that reads a row of an unknown format."""
+    if "chosen" in record and "rejected" in record:
+        best = "messages=chosen" if isinstance(record["chosen"], list) else "text=chosen"
+        best = "completion=chosen" if "prompt" in record else best
+        advice = "preference pairs are for TRL's DPOTrainer with our callbacks"
+        return f"{advice}; or train on the better texts with --columns {best}"
+    texts = [name for name, value in record.items() if isinstance(value, str)]
+    if len(texts) == 2 and all(re.fullmatch(r"\w{1,40}", str(name)) for name in texts):
+        return f"give --columns prompt={texts[0]} completion={texts[1]}, or the columns of a format: {_SUPPORTED}"
+    return f"name them with --columns prompt=NAME completion=NAME, or give the columns of a format: {_SUPPORTED}"
 
 
 def parse_row(record: Record, origin: str, format: Format) -> Row:
@@ -194,8 +237,9 @@ def _parse_prompt(record: Record, origin: str) -> Row:
 
 
 def _parse_messages(record: Record, origin: str) -> Row:
-    turns = _turns(record.get("messages"), "messages", origin)
-    return _conversation(turns, "messages", origin, _without(record, "messages"))
+    column = "messages" if "messages" in record else "conversations"
+    turns = _turns(record.get(column), column, origin)
+    return _conversation(turns, column, origin, _without(record, column))
 
 
 def _parse_alpaca(record: Record, origin: str) -> Row:
@@ -246,6 +290,9 @@ def _turns(value: Any, column: str, origin: str) -> tuple[Message, ...]:
 def _turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {_kind(turn)}; give an object with 'role' and 'content'.")
+    if "from" in turn and "role" not in turn:
+        role = turn["from"]
+        turn = {"role": _SHAREGPT.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
     role = turn.get("role")
     if not isinstance(role, str) or not role:
         raise DataError(f"{where} has no role (found {_kind(role)}); use system, user, assistant or tool.")

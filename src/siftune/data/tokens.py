@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -49,13 +50,13 @@ class Form:
     Attributes:
         tokenizer: the model's.
         max_length: longest sequence in tokens; longer ones are cut at the end.
-        template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
+        template: `chat`, `none`, `auto` for the chat template if the tokenizer has one, or a file with one.
         completion_only: only completions have labels; False: prompts too.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    template: str = "auto"
+    template: str | Path = "auto"
     completion_only: bool = True
 
 
@@ -250,7 +251,7 @@ def tokenize_rows(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    template: str = "auto",
+    template: str | Path = "auto",
     completion_only: bool = True,
 ) -> Dataset:
     """Tokenise rows, all of which must be usable.
@@ -259,7 +260,7 @@ def tokenize_rows(
         rows: at least one row.
         tokenizer: the model's tokenizer.
         max_length: longest sequence in tokens; longer ones are cut at the end, and counted in a warning.
-        template: `chat`, `none`, or `auto` for the chat template if the tokenizer has one.
+        template: `chat`, `none`, `auto` for the chat template if the tokenizer has one, or a file with one.
         completion_only: only completions have labels; False: prompts too.
 
     Returns:

@@ -13,6 +13,7 @@ end-of-turn token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def prepare_rows(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     metrics: Sequence[str] = ("auto",),
-    template: str = "auto",
+    template: str | Path = "auto",
     max_new_tokens: int | None = None,
 ) -> Prepared:
     """Turn rows into token ids for the requested metrics.

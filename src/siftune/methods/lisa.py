@@ -9,7 +9,7 @@ head; all others are frozen.
 
 The paper trains the layers' full weights, and embeddings and head as well. Here the trainable parameters of a layer
 train, be they adapters or (`siftune train --adapter full`) weights. Trainable parameters outside of the layers train in
-every step (`siftune train --outside embeddings head`).
+every step; here they are frozen.
 
 Ours, not the paper's: a share of the layers instead of a number. The optimizer drops the state of the layers that
 leave. The paper does not mention it, but its claim on memory requires it.

@@ -103,6 +103,11 @@ class GASTSettings(Settings):
             self.support_every > 1 and not self.needs_rows,
             "gast.support_every applies to gast.support sample and dataset only: leave it out",
         )
+        defaults = (type(self).support_size, self.with_target["support_size"])
+        yield (
+            self.support == "rest" and self.support_size not in defaults,
+            "gast.support_size applies to gast.support sample and dataset only: leave it out",
+        )
 
     @property
     def needs_scores(self) -> bool:

@@ -12,7 +12,7 @@ from siftune.base.text import counted
 from siftune.methods import METHODS, all_parts
 from siftune.methods.options import OWN, selects_all
 from siftune.models.adapters.registry import not_taken
-from siftune.recipe.schema import Recipe, compares, holds_out, method_of, settings_of, target_comes_last
+from siftune.recipe.schema import Recipe, compares, holds_out, method_of, settings_of, target_comes_last, train_files
 
 
 def check(recipe: Recipe) -> None:
@@ -42,10 +42,6 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         (
             recipe.resume is True and not recipe.out,
             "resume needs a run folder: give --out RUN, or --resume CHECKPOINT",
-        ),
-        (
-            bool(recipe.outside) and recipe.adapter != "full",
-            f"outside goes with adapter full, not {recipe.adapter}: leave it out, or take --adapter full",
         ),
         (
             recipe.compile and not _can_compile(recipe),
@@ -78,6 +74,10 @@ def _target_faults(recipe: Recipe) -> list[tuple[bool, str]]:
     """What is wrong with a target, and with rows to compare with."""
     return [
         (
+            recipe.target is not None and _is_of(recipe.target, train_files(recipe)),
+            f"target {recipe.target} is also a file of the training rows: give a file of correct rows alone",
+        ),
+        (
             recipe.target is not None and _could_compare(recipe) and not compares(recipe),
             "with a target, rows are compared with its rows, by support dataset: leave the option support out",
         ),
@@ -103,6 +103,10 @@ def _target_faults(recipe: Recipe) -> list[tuple[bool, str]]:
             "support dataset compares rows with a target's: give --target FILE (with --target-share 0 to compare only)",
         ),
     ]
+
+
+def _is_of(file: str, files: Iterable[str]) -> bool:
+    return Path(file).expanduser().resolve() in {Path(each).expanduser().resolve() for each in files}
 
 
 def _could_compare(recipe: Recipe) -> bool:
@@ -180,11 +184,6 @@ def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         recipe.group_by_length,
         "group_by_length puts rows together by what they are, but with dp_epsilon every row is drawn by itself: leave "
         "group_by_length out",
-    )
-    yield (
-        bool(recipe.outside),
-        f"outside trains {' and '.join(recipe.outside)}, where gradients of single rows are not formed, so that they "
-        "cannot be clipped: with dp_epsilon leave outside out",
     )
 
 

@@ -12,7 +12,7 @@ from siftune.base.settings import made, nearest, types_of
 from siftune.methods import all_parts
 from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
-from siftune.recipe.removed import removal
+from siftune.recipe.removed import FORMER_DEFAULTS, removal
 from siftune.recipe.schema import R, Recipe, method_of
 
 _MOST = 2**18  # bytes of a recipe; the parser takes seconds for a megabyte
@@ -78,14 +78,17 @@ def _flat(path: Path, kind: type) -> dict[str, tuple[Any, str]]:
             given |= {f"{key}.{n}": (_plain(e.value), f"{path}:{e.line}: {key}.{n}") for n, e in entry.value.items()}
         else:
             given[key] = _plain(entry.value), f"{where}{key}"
+    values = {name: value for name, (value, _) in given.items()}
     for name, (_, label) in given.items():
         if name not in options:
             if sentence := removal(name):
+                if not values[name] or values[name] == FORMER_DEFAULTS.get(name):
+                    continue
                 raise RecipeError(f"{label}: {sentence}")
             close = nearest(name, options) or nearest(name.rpartition(".")[2], options)
             hint = f"did you mean {close!r}?" if close else "`siftune train --help` lists the keys"
             raise RecipeError(f"{label.removesuffix(name)}unknown key {name!r}; {hint}")
-    return given
+    return {name: pair for name, pair in given.items() if name in options}
 
 
 def _plain(value: Any) -> Any:
@@ -114,12 +117,16 @@ def anchored(recipe: R) -> R:
         del found["model"]
     if recipe.keep == OWN:
         del found["keep"]
+    if isinstance(recipe.template, Path):
+        found["template"] = recipe.template.expanduser().absolute()
     return replace(recipe, **found, out=recipe.out and str(Path(recipe.out).expanduser().absolute()))
 
 
 def without_folders(recipe: R) -> R:
     """The recipe with the names of files and folders alone, for publication; hub ids stay."""
     names = {name: _last_part(getattr(recipe, name)) for name in (*_PLACES, "out")}
+    if isinstance(recipe.template, Path):
+        names["template"] = Path(recipe.template.name)
     return replace(recipe, **names, resume=False)
 
 
@@ -159,7 +166,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _yaml(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def _read(path: Path) -> dict[str, _Entry]:

@@ -1,4 +1,4 @@
-"""Options and values that recipes of other versions may name, and what to use instead."""
+"""Options and values of other versions and of other trainers, and what to use instead."""
 
 from typing import Any
 
@@ -13,6 +13,9 @@ REMOVED = {
     "dp_clipping": "every layer has its part of dp_clip",
     "eval_limit": "give a smaller file with --eval",
     "keep_scores": _RECORDED,
+    "eval_split": "name the split in eval, such as openai/gsm8k@validation",
+    "format": "use columns, such as messages=messages if the rows have other columns too",
+    "outside": "embeddings and head are frozen",
     "loss": "every label token counts alike",
     "neftune": "leave it out",
     "nonlinearity": "series and parallel adapters use ReLU",
@@ -47,13 +50,39 @@ REMOVED = {
 }
 
 
+# defaults that options had: the recipe of a run lists them, too
+FORMER_DEFAULTS = {"eval_split": "test", "format": "auto"}
+
+_TRAINER = "TRL's SFTTrainer, with a callback that selects layers, such as IST (docs/tools.md)"
+_SERVING = "use `siftune export RUN`, then vLLM or `transformers serve`"
+_FORM = "use LLaMA-Factory with our callbacks (docs/tools.md)"
+# option of another trainer -> the tool that has it
+OUT_OF_SCOPE = {
+    "packing": f"siftune keeps one row per sequence: to pack rows, use {_TRAINER}",
+    "padding_free": f"siftune keeps one row per sequence: to train without padding, use {_TRAINER}",
+    "streaming": f"siftune reads all rows before it trains: to stream them, use {_TRAINER}",
+}
+# command of another tool, or an earlier name -> what to use
+OTHER_COMMANDS = {
+    "sweep": "`siftune sweep` is now `siftune compare-emulators`",
+    "sweep-lr": "`siftune sweep-lr` is now `siftune find-lr`",
+    "reproduce": "`siftune reproduce` is now `python -m lab.reproduce`, run from a clone of the repository",
+    "chat": f"siftune has no chat: {_SERVING}",
+    "serve": f"siftune serves no models: {_SERVING}",
+    "web": f"siftune has no web form: {_FORM}",
+    "webui": f"siftune has no web form: {_FORM}",
+}
+
+
 def removal(name: str, value: Any = None) -> str | None:
-    """The sentence on an option, such as gast.select, or one of its values, if it was removed; else None.
+    """The sentence on an option, such as gast.select, or one of its values, if it was removed or is another tool's.
 
     Example:
         >>> removal("adapter", "vera")
         'vera was removed: use lora, rslora, dora, series, parallel, ia3, ln or full'
     """
+    if name in OUT_OF_SCOPE:
+        return OUT_OF_SCOPE[name]
     group = name.partition(".")[0]
     for key in (name, group):
         if key in REMOVED:

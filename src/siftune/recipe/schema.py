@@ -18,6 +18,7 @@ from siftune.base.settings import (
     AtLeastTwo,
     BelowOne,
     Chance,
+    Columns,
     Count,
     NotNegative,
     Positive,
@@ -25,6 +26,7 @@ from siftune.base.settings import (
     Settings,
     Share,
     Steps,
+    Template,
     Validated,
 )
 from siftune.methods import METHODS, Method, all_parts
@@ -70,15 +72,15 @@ class Recipe(Validated):
     bad_rows: Literal["stop", "drop"] = "stop"
     """Unusable rows: stop and list them, or drop them and train on the others."""
     eval: str | None = None
-    """Held-out rows: a file or hub id, as for train."""
+    """Held-out rows: a file or hub id, as for train. The split is test, or another, as in openai/gsm8k@validation."""
     eval_share: BelowOne = 0.0
     """Share of the training rows to hold out instead of eval. The choice depends on the content of a row only."""
-    eval_split: str = "test"
-    """Split to evaluate on, if the data has splits."""
-    format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
-    """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
-    template: Literal["auto", "chat", "none"] = "auto"
-    """Chat template: auto uses the tokenizer's if it has one, chat requires it, none leaves the text as is."""
+    columns: Columns = ()
+    """Other names of columns, such as prompt=question completion=answer. Default: prompt and completion; messages, or
+    conversations (ShareGPT); instruction, input and output; or text."""
+    template: Template = "auto"
+    """Chat template: auto uses the tokenizer's if it has one, chat requires it, none leaves the text as is. A path: a
+    file with another template."""
     max_length: AtLeastTwo = 512
     """Maximum length of a row in tokens, prompt and completion together."""
     completion_only: bool = True
@@ -111,8 +113,6 @@ class Recipe(Validated):
     layers: tuple[int, ...] | None = None
     """Indices of the decoder layers to train, from 0, negative from the end. Default: all, or the outer layers of a
     kit."""
-    outside: tuple[Literal["embeddings", "head"], ...] = ()
-    """With adapter full: further weights to train in every step (LISA's paper: both)."""
     rank: Count | None = None
     """Rank of the adapter matrices, or width of a bottleneck. Default: 32 for lora."""
     alpha: Count | None = None
@@ -147,6 +147,8 @@ class Recipe(Validated):
     """Learning-rate schedule after the warm-up."""
     warmup: Steps = 0.03
     """Warm-up of the learning rate: a number of steps, or a fraction of all steps."""
+    optim: str = "adamw_torch_fused"
+    """Optimizer by its name in transformers, such as adafactor or paged_adamw_8bit."""
     weight_decay: NotNegative = 0.0
     """Weight decay of the trained weights."""
     clip: NotNegative = 1.0

@@ -153,7 +153,7 @@ def read_rows(recipe: Recipe) -> Read:
     bad: list[DataError] = []
 
     def load(name: str, split: str, limit: int | None = None) -> list[Row]:
-        return load_rows(name, split, limit, format=recipe.format, bad=bad)
+        return load_rows(name, split, limit, recipe.columns, bad)
 
     def weighted(rows: Sequence[Row]) -> Iterator[Row]:
         """Leave out rows with an invalid weight."""
@@ -187,7 +187,7 @@ def read_rows(recipe: Recipe) -> Read:
                     "another share, or other rows with --eval FILE."
                 )
     if recipe.eval:
-        heldout = load(recipe.eval, recipe.eval_split)
+        heldout = load(recipe.eval, "test")
     parts = {"train": with_target(train, target, recipe.target_share) if recipe.target else train}
     if heldout:
         parts["eval"] = heldout

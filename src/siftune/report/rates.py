@@ -192,7 +192,7 @@ def section(other: Other) -> Section:
         runs, base = _read(other.content)
     except UNREADABLE as error:
         raise InputError(
-            f"{other.path} is no sweep of learning rates ({error!r}): run siftune sweep-lr again"
+            f"{other.path} is no sweep of learning rates ({error!r}): run siftune find-lr again"
         ) from error
     title, name = f"Learning rates in {other.name}", slug(other.name)
     if not runs:

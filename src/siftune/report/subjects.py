@@ -94,7 +94,7 @@ class Subjects:
 
 
 def find_subjects(names: Sequence[str]) -> Subjects:
-    """Read what folders hold: runs, also of `siftune demo`, kits, what sweep, sweep-lr, audit, reproduce or bench left.
+    """Read what folders hold: runs, also of `siftune demo`, kits, what sweep, find-lr, audit, reproduce or bench left.
 
     Raises:
         InputError: A folder is none of these, or damaged.

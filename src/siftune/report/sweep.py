@@ -91,7 +91,9 @@ def section(other: Other) -> Section:
         points = [_point(record) for record in other.content["points"][:_MOST]]
         grid = grid_of(table(points))
     except UNREADABLE as error:
-        raise InputError(f"{other.path / 'sweep.json'} is no sweep ({error!r}): run siftune sweep again") from error
+        raise InputError(
+            f"{other.path / 'sweep.json'} is no sweep ({error!r}): run siftune compare-emulators again"
+        ) from error
     kinds, best = list(dict.fromkeys(p.method for p in points)), front(points)
     named = {p: Point(_label(p), p.cosine, x=p.gap, colour=kinds.index(p.method)) for p in points}
     drawn = [named[p] for p in points if not math.isnan(p.cosine)][:_MOST_DRAWN]

@@ -77,7 +77,7 @@ _SHOWN = 300  # characters of a text in scores.csv
 _WIDER = 4  # times the rows of a training step in a forward pass
 # settings of the trainings: those of the training that follows
 _SAME = (
-    *("model", "dtype", "quantize", "attention", "train_split", "format", "template", "max_length", "completion_only"),
+    *("model", "dtype", "quantize", "attention", "train_split", "columns", "template", "max_length", "completion_only"),
     *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
 )
 
@@ -143,7 +143,7 @@ def sift(
         avoid: File or hub id of at least 8 rows with answers that the model must not give.
         console: Console for progress; stderr by default.
         source_of: Maps the setting `model` to its source, as for `siftune.train.run.train`.
-        settings: Further settings of a recipe. `out` is the folder, by default runs/DATE-sift. Model, format, template
+        settings: Further settings of a recipe. `out` is the folder, by default runs/DATE-sift. Model, columns, template
             and maximum length should be those of the training that follows.
 
     Raises:
@@ -238,7 +238,7 @@ class _Work:
 def _dense(recipe: Recipe) -> Recipe:
     """The recipe with the method of the trainings: LoRA on all rows."""
     if recipe.adapter != "lora":  # rank, alpha, targets and rate are those of another adapter
-        recipe = replace(recipe, adapter="lora", rank=None, alpha=None, targets=None, lr=None, outside=())
+        recipe = replace(recipe, adapter="lora", rank=None, alpha=None, targets=None, lr=None)
     if method_of(recipe).lr != method_of(Recipe()).lr:
         recipe = replace(recipe, lr=None)
     recipe = replace(recipe, method="dense", target_share=0.0, target_last=None)

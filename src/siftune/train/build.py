@@ -18,13 +18,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.settings import nearest
+from siftune.base.text import one_line
 from siftune.data.batches import Collator
 from siftune.data.rows import WEIGHT
 from siftune.engine.compiled import CompiledParts
@@ -118,7 +121,7 @@ def build(
     tuned = model
     if recipe.adapter == "full":
         originals = recipe.keep is not None or any(part.suppresses for part in method_of(recipe).parts)
-        opened = OpenLayers(model, recipe.layers, originals, recipe.outside)
+        opened = OpenLayers(model, recipe.layers, originals)
     else:
         tuned = _with_adapter(recipe, model, output_dir)
     if recipe.sharding == "fsdp":
@@ -201,6 +204,9 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
     new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if new_name else "gradient_checkpointing"
     checkpointing: dict[str, Any] = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    if recipe.optim not in {each.value for each in OptimizerNames}:
+        close = nearest(recipe.optim, [each.value for each in OptimizerNames])
+        raise RecipeError(f"optim has the unknown name {recipe.optim!r}; did you mean {close or Recipe.optim!r}?")
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,
@@ -211,6 +217,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         learning_rate=recipe.lr,
         lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
         warmup_steps=recipe.warmup,
+        optim=recipe.optim,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         **(checkpointing if recipe.checkpointing else {}),
@@ -234,6 +241,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         use_cpu=not torch.accelerator.is_available(),  # ranks without an accelerator must agree
         ddp_find_unused_parameters=False,  # gates provide the gradient of every trainable layer
     )
+    check_optimizer(arguments)
     if arguments.n_gpu > 1:
         logger.warning("of %d GPUs the first is used; CUDA_VISIBLE_DEVICES selects another", arguments.n_gpu)
         arguments._n_gpu = 1  # the Trainer would copy the model by nn.DataParallel, where selection cannot reach
@@ -244,6 +252,21 @@ def _scales_losses() -> bool:
     """Whether there is an accelerator for which the Trainer scales losses in float16."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device is not None and device.type in ("cuda", "xpu", "npu", "mlu", "musa")
+
+
+def check_optimizer(arguments: TrainingArguments) -> None:
+    """Refuse an optimizer whose package is missing, and one that updates weights during backward.
+
+    Raises:
+        RecipeError: It cannot be used.
+    """
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    if "layerwise" in name or "lomo" in name:
+        raise RecipeError(f"optim {name} updates weights during backward, before gradients are clipped: take another")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"optim {name} cannot be used: {one_line(str(error))}") from error
 
 
 def end_checkpointing(model: Any) -> None:

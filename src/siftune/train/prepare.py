@@ -5,6 +5,7 @@ Rows that cannot be used are collected from all files and from the tokenizer, an
 
 import contextlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,17 +25,19 @@ from siftune.base.text import counted, visible
 from siftune.data.batches import aimed, numbered, weighted
 from siftune.data.cache import cached_tokens
 from siftune.data.rows import WEIGHT, Row, row_texts
+from siftune.data.target import SOURCE, TARGET
 from siftune.data.tokens import Form, tell_notes
 from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
 from siftune.models.source import check_source
-from siftune.recipe.schema import Recipe, target_comes_last
+from siftune.recipe.schema import Recipe, rate_of, target_comes_last
 from siftune.records.rows import (
     Read,
 )
 from siftune.train.build import refuse_all_weights
 
 logger = logging.getLogger(__name__)
+_HIGH_RATE = 0.1  # ours; the highest rate that a measured method uses is 2e-3
 _SHOWN = 20  # bad rows in an error; --dry-run lists all
 _USES = {
     "train": "train on",
@@ -133,6 +136,9 @@ def prepare(
         DataError: Rows are bad and the recipe does not drop them; or none is left.
         InputError: As `tokens_of`.
     """
+    _tell_duplicates(read.parts["train"])
+    if rate_of(recipe) > _HIGH_RATE:
+        logger.warning("lr is %g: at rates above %g, training hardly ever converges", rate_of(recipe), _HIGH_RATE)
     form = Form(tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
     rows, data, cut, bad = {}, {}, {}, list(read.bad)
     for name, part in read.parts.items():
@@ -146,12 +152,19 @@ def prepare(
     _refuse_bad(recipe, reasons)
     for name in read.parts:
         if not rows.get(name):
-            raise DataError(f"none of the rows to {_USES[name]} can be used, such as: {reasons[0]}")
+            raise DataError(f"none of the rows to {_USES[name]} can be used: {grouped(reasons)[0]}")
     weighed = {name: part if name in ("eval", "keep") else weighted(part, rows[name]) for name, part in data.items()}
     train = numbered(weighed["train"])
     if recipe.target and target_comes_last(recipe) < 1:
         train = aimed(train, rows["train"])
     return Prepared(rows, {**weighed, "train": train}, cut, reasons)
+
+
+def _tell_duplicates(rows: Sequence[Row]) -> None:
+    """Warn of training rows that repeat others, apart from the repeats of a target's rows."""
+    own = [row for row in rows if row.extra.get(SOURCE) != TARGET]
+    if twice := len(own) - len(set(row_texts(own))):
+        logger.warning("%s of %s repeat earlier ones", f"{twice:,}", counted(len(own), "training row"))
 
 
 def refuse_read(recipe: Recipe, read: Read, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
@@ -177,10 +190,37 @@ def _refuse_bad(recipe: Recipe, bad: Sequence[str]) -> None:
         return
     if len(bad) == 1:
         raise DataError(f"{bad[0].rstrip('.')}; or leave it out with --bad-rows drop.")
-    more = len(bad) - _SHOWN
+    reasons = grouped(bad)
+    if len(reasons) == 1:
+        raise DataError(
+            f"{len(bad)} rows cannot be used: {reasons[0].rstrip('.')}; or leave them out with --bad-rows drop."
+        )
+    more = len(reasons) - _SHOWN
     last = [f"… and {more} more, which `siftune train --dry-run` lists"] if more > 0 else []
-    lines = "\n  ".join([*bad[:_SHOWN], *last])
+    lines = "\n  ".join([*reasons[:_SHOWN], *last])
     raise DataError(f"{len(bad)} rows cannot be used; correct them, or leave them out with --bad-rows drop:\n  {lines}")
+
+
+def grouped(bad: Sequence[str]) -> list[str]:
+    """Faults of rows, each with its first three places and the number of further rows with the same fault.
+
+    Example:
+        >>> grouped([f"a.jsonl:{line}: it is empty" for line in range(1, 6)])
+        ['a.jsonl:1, a.jsonl:2, a.jsonl:3 and 2 more: it is empty']
+    """
+    places: dict[str, list[str]] = {}
+    for line in bad:
+        found = _PLACE.match(line)
+        places.setdefault(line[found.end() :] if found else line, []).append(found[1] if found else "")
+    lines = []
+    for fault, rows in places.items():
+        more = f" and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
+        lines.append(f"{', '.join(rows[:_PLACES])}{more}: {fault}" if rows[0] else fault)
+    return lines
+
+
+_PLACES = 3  # of rows with the same fault
+_PLACE = re.compile(r"(.*?(?::\d+| row \d+)): ")
 
 
 @dataclass(frozen=True)
@@ -236,12 +276,13 @@ def bad_lines(prepared: Prepared, most: int, stops: bool = False) -> list[str]:
     """List at most `most` dropped rows, or rows that would stop a run."""
     if not prepared.bad:
         return []
-    more = len(prepared.bad) - most
+    reasons = grouped(prepared.bad)
+    more = len(reasons) - most
     rest = [f"  … and {more} more"] if more > 0 else []
     how = "cannot be used, so a run stops; --bad-rows drop leaves them out" if stops else "left out"
     return [
         f"{counted(len(prepared.bad), 'row')} {how}:",
-        *(f"  {visible(reason)}" for reason in prepared.bad[:most]),
+        *(f"  {visible(reason)}" for reason in reasons[:most]),
         *rest,
     ]
 

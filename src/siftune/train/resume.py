@@ -25,12 +25,12 @@ from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
 # settings that a resumed run may change: length, logs and evaluation; checkpoints themselves describe adapters and rows
 _MAY_CHANGE = {
     "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
-    "steps", "epochs", "eval", "eval_split", "adapter", "rank", "alpha", "targets", "layers", "outside",
-    "train", "train_split", "limit", "format", "target", "target_share", "method",
+    "steps", "epochs", "eval", "adapter", "rank", "alpha", "targets", "layers",
+    "train", "train_split", "limit", "columns", "target", "target_share", "method",
     "drop_rows", "eval_share", "bad_rows", "sharding", "auto_batch",
 }  # fmt: skip
 _HALVED = {"batch_size", "accumulate"}  # by `auto_batch`, which keeps the rows of a step
-_PATHS = ("model", "from_adapter", "keep")
+_PATHS = ("model", "from_adapter", "keep", "template")
 
 
 def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
@@ -142,10 +142,9 @@ def _check_layers(checkpoint: Path, trainer: LayerTrainer) -> None:
     if not holds_tuned(checkpoint):
         raise _other_run(checkpoint, "it holds an adapter", "adapter full", "adapter")
     about = read_about(checkpoint)
-    for name in ("layers", "outside"):
-        before, now = list(getattr(about, name)), list(getattr(trainer.about, name))
-        if before != now:
-            raise _other_run(checkpoint, f"it holds the {name} {before}", str(now), name)
+    before, now = list(about.layers), list(trainer.about.layers)
+    if before != now:
+        raise _other_run(checkpoint, f"it holds the layers {before}", str(now), "layers")
 
 
 def _check_adapter(checkpoint: Path, config: Any) -> None:

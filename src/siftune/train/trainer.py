@@ -277,7 +277,7 @@ class LayerTrainer(SiftTrainer):
     def __init__(self, *args: Any, opened: OpenLayers, base: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._opened = opened
-        self.about = About(base, opened.numbers, opened.outside)
+        self.about = About(base, opened.numbers)
 
     def save_layers(self, folder: Path) -> None:
         """Write the weights of the tuned layers in their current dtype."""

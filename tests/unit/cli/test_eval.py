@@ -114,6 +114,23 @@ def test_runs_on_one_base_measure_it_once(place, monkeypatch):
     assert len(calls) == 4
 
 
+def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys):
+    found = run(Options(("one", "two"), metrics=("perplexity",)))
+    [compared], [one, two] = found["compared"], found["runs"]
+    assert (compared["run"], compared["against"]) == ("two", "one")
+    [metric] = compared["metrics"]
+    assert (metric["base"], metric["tuned"]) == (one["metrics"][0]["tuned"], two["metrics"][0]["tuned"])
+    assert metric["low"] <= metric["difference"] <= metric["high"]
+    shown = capsys.readouterr().out
+    assert "two against one" in shown
+    assert shown.count("perplexity") == 2
+    recipe = place / "two" / "recipe.yaml"
+    (place / "others.jsonl").write_text((place / "rows.jsonl").read_text())
+    recipe.write_text(recipe.read_text().replace("rows.jsonl", "others.jsonl"))
+    note_recipe(place / "two")
+    assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
+
+
 def test_an_adapter_folder_by_itself(place):
     path = place / "one/adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))

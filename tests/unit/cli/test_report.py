@@ -19,7 +19,7 @@ def test_a_page_and_figures(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope"], "nothing to report on in nope: there is no folder of that name"),
+        (["nope"], "there is no folder nope (working directory: "),
         (["x", "--ouput", "y"], "unknown option --ouput of `siftune report`; did you mean --out?"),
     ],
 )

@@ -137,7 +137,7 @@ def commands(place, half, what, out):
         return
     yield ("train", "--model", place / what, "--train", rows, "--out", out, *TRAIN)
     sweep = ("--eval", rows, "--rates", "1e-3", "--out", f"{out}-sweep")
-    yield ("sweep-lr", "--model", place / what, "--train", rows, *sweep, *TRAIN)
+    yield ("find-lr", "--model", place / what, "--train", rows, *sweep, *TRAIN)
     yield ("eval", place / what, "--data", rows, "--limit", "2", "--metrics", "perplexity")
 
 

@@ -207,11 +207,24 @@ def test_another_completion_in_place_of_the_rows_own():
         assert CHAT.decode(Encoder(CHAT, template).completion(row, "17")) == "17<|end|>"
 
 
+def test_a_template_from_a_file(tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=None)
+    encoder = Encoder(tokenizer, path)
+    (row,) = rows_from([{"prompt": "Hi", "completion": "Hello"}])
+    assert tokenizer.decode(encoder.prompt(row)).endswith("[user]Hi[assistant]")
+    assert tokenizer.chat_template == path.read_text()
+
+
 # refusals
 
 
 def test_templates_are_checked():
-    with pytest.raises(RecipeError, match="unknown template 'alpaca'; use auto, chat or none"):
+    with pytest.raises(RecipeError, match="template alpaca cannot be read"):
         Encoder(CHAT, "alpaca")
     with pytest.raises(RecipeError, match=r"no chat template; use template 'none'"):
         Encoder(PLAIN, "chat")

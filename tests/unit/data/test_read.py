@@ -4,6 +4,7 @@ import csv
 import json
 import os
 
+import datasets
 import pytest
 
 from siftune.base.errors import DataError, RecipeError
@@ -85,12 +86,58 @@ def test_text_has_no_prompt():
     assert (row.prompt, row.completion) == ((), "Once upon a time.")
 
 
-def test_a_given_format_goes_before_the_columns():
+def test_columns_under_other_names():
     record = {**GOOD, "text": "1 + 1 = 2"}
     assert rows_from([record])[0].completion == " 2"
-    assert rows_from([record], format="text")[0].completion == "1 + 1 = 2"
-    with pytest.raises(RecipeError, match="unknown data format 'chatml'; use one of auto, prompt, messages"):
-        rows_from([record], format="chatml")
+    assert rows_from([record], columns=("text=text",))[0].completion == "1 + 1 = 2"
+    (row,) = rows_from([{"q": "a", "a": "b", "prompt": "x", "id": 7}], columns=("prompt=q", "completion=a"))
+    assert (row.prompt[0].content, row.completion, row.extra) == ("a", "b", {"id": 7})
+    (row,) = rows_from([{**GOOD, "origin": "s"}], columns=("source=origin",))
+    assert (row.completion, row.extra["source"]) == (" 2", "s")
+    with pytest.raises(DataError, match="'q' of --columns prompt=q is missing"):
+        rows_from([GOOD], columns=("prompt=q",))
+    with pytest.raises(RecipeError, match="pairs such as"):
+        rows_from([GOOD], columns=("prompt",))
+
+
+def test_conversations_of_sharegpt():
+    turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "Bye.")]
+    (row,) = rows_from([{"conversations": [{"from": role, "value": text} for role, text in turns], "id": 1}])
+    assert [turn.role for turn in row.prompt] == ["system", "user", "assistant", "user"]
+    assert [turn.learned for turn in row.prompt] == [False, False, True, False]
+    assert (row.completion, row.extra) == ("Bye.", {"id": 1})
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    (same,) = rows_from([{"c": turns}], columns=("messages=c",))
+    assert same.completion == "Hello"
+    with pytest.raises(DataError, match="ends with a turn of the role 'user'"):
+        rows_from([{"conversations": [{"from": "human", "value": "Hi"}]}])
+
+
+@pytest.mark.parametrize(
+    ("record", "advice"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, None),
+        ({"chosen": [{"role": "user", "content": "a"}], "rejected": []}, "--columns messages=chosen"),
+        ({"chosen": "b", "rejected": "c"}, "--columns text=chosen"),
+        ({"frage": "a", "antwort": "b"}, "--columns prompt=frage completion=antwort"),
+        ({"x": 1}, "--columns prompt=NAME completion=NAME"),
+    ],
+)
+def test_a_row_of_an_unknown_form_says_what_to_use(record, advice):
+    with pytest.raises(DataError) as found:
+        rows_from([record])
+    assert (advice or "completion=chosen") in str(found.value)
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    data = datasets.Dataset.from_list([GOOD, GOOD])
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "two")
+    assert [row.origin for row in load_rows(str(tmp_path / "one"))] == [f"{tmp_path}/one row {n}" for n in (1, 2)]
+    assert len(load_rows(str(tmp_path / "two"), "test")) == 1
+    assert len(load_rows(f"{tmp_path}/two@test", "train")) == 1
+    with pytest.raises(DataError, match="no split 'dev'"):
+        load_rows(str(tmp_path / "two"), "dev")
 
 
 # files

@@ -162,28 +162,3 @@ def test_without_originals_the_response_is_not_known():
     message = r"model\.layers\.1 has no PEFT adapter .*OpenLayers"
     with pytest.raises(AdapterError, match=message), suppress(groups, [0], 0.5):
         pass
-
-
-# --- outside of the layers
-
-
-@pytest.mark.parametrize(
-    ("family", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16), ("opt", torch.bfloat16)]
-)
-def test_embeddings_and_head_train_too(family, dtype):
-    model = tiny(family).to(dtype)
-    before = logits(model)
-    opened = OpenLayers(model, None, outside=("embeddings", "head"))
-    assert opened.numbers == (0, 1, 2, 3)
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert names == set(opened.parameters)
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    assert any(p is table for p in opened.parameters.values())
-    assert any(p is head for p in opened.parameters.values())
-    with use_base_dtype(model, group_by_layer(model)):
-        assert model(**batch(model)).logits.dtype == dtype
-        torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
-        model(**batch(model)).loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in opened.parameters.values())
-    opened.close()
-    assert {p.dtype for p in opened.parameters.values()} == {dtype}

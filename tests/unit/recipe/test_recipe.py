@@ -1,5 +1,6 @@
 """Recipes: reading, resolving, and contradictions between options."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,8 @@ from siftune.base.errors import RecipeError
 from siftune.base.settings import help_of
 from siftune.methods import METHODS
 from siftune.methods.options import GASTSettings, ISTSettings
-from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.checks import check
+from siftune.recipe.presets import PRESETS, preset, preset_text
 from siftune.recipe.read import load_recipe, recipe_to_yaml
 from siftune.recipe.removed import REMOVED
 from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, shape_of
@@ -245,23 +246,31 @@ def test_recipes_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-_AIMED = GASTSettings(**GASTSettings.with_target)
-# what is not a default in the recipes that are not named after their method
-OWN = {
-    "kit": {"model": "KIT", "method": "dense"},
-    "parallel": {"method": "dense", "adapter": "parallel"},
-    "gast-paper": {"method": "gast", "gast": GASTSettings(select=0.5)},
-    "target": {**_FEW, "gast": _AIMED, "target_last": 0.33},
-}
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_shipped_recipe_is_valid_and_shows_the_defaults(path):
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_valid_recipe_with_help_in_every_line(tmp_path, name):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(preset_text(name))
     recipe = load_recipe(path)
     check(recipe)
-    # a recipe shows the defaults, so that they can be learned from it
+    aimed = {"gast": GASTSettings(**GASTSettings.with_target)} if recipe.target else {}
+    assert recipe == replace(preset(name), **aimed)
     assert recipe.lr == METHODS[recipe.method].lr
-    assert recipe.rank in (None, ADAPTER_TYPES[recipe.adapter].rank)
-    shown = replace(recipe, train="", save_every=None, lr=None, rank=None)
-    assert shown == Recipe(**OWN.get(path.stem, {"method": path.stem}))
+    settings = [line for line in preset_text(name).splitlines()[3:] if not line.endswith(":")]
+    assert all(re.fullmatch(r" *(# )?\w+:.* +# \w.*", line) for line in settings)
+
+
+def test_a_target_that_is_a_file_of_the_training_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="also a file of the training rows"):
+        check(Recipe(train=("a.jsonl", "b.jsonl"), target="./b.jsonl"))
+
+
+def test_a_setting_without_effect():
+    with pytest.raises(RecipeError, match=r"gast\.support_size"):
+        GASTSettings(support="rest", support_size=3)
+
+
+def test_removed_options_that_were_not_used_are_ignored(recipe_file):
+    assert load_recipe(recipe_file("format: auto\noutside: []\neval_split: test\n")) == Recipe()
+    with pytest.raises(RecipeError, match="use columns"):
+        load_recipe(recipe_file("format: messages\n"))

@@ -107,6 +107,17 @@ def test_tables_sort_by_figures_and_by_words(browser, report):
         assert first_cells() == ["dense", "ist", "gast"]
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_five_answers_are_open_and_the_others_on_request(browser, report, width):
+    with opened(browser, report, width) as page:
+        table = page.locator("#results table.cards").last
+        shown = "rows => rows.filter(row => row.checkVisibility()).length"
+        rows = table.locator("tbody tr")
+        assert rows.evaluate_all(shown) == 5
+        page.get_by_text("15 more rows").click()
+        assert rows.evaluate_all(shown) == 20
+
+
 def test_figures_tell_what_is_under_the_pointer(browser, report):
     with opened(browser, report) as page:
         page.locator("figure", has_text="Training loss").locator(".hit:visible").first.hover()

@@ -169,7 +169,7 @@ def test_damaged_costs_are_told(tmp_path, change):
 
 @pytest.mark.parametrize("change", [{"method": "x"}, {"lr": 0}, {"lr": 1e999}, {"heldout_loss": "x"}, {"seed": None}])
 def test_a_damaged_sweep_of_learning_rates_is_told(tmp_path, change):
-    with pytest.raises(InputError, match=r"lr is no sweep of learning rates .*: run siftune sweep-lr again"):
+    with pytest.raises(InputError, match=r"lr is no sweep of learning rates .*: run siftune find-lr again"):
         show(save_rates(tmp_path / "lr", [lr_run() | change]))
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_kit_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_sweep_is_told(tmp_path, points):
-    with pytest.raises(InputError, match=r"sweep.json is no sweep .*: run siftune sweep again"):
+    with pytest.raises(InputError, match=r"sweep.json is no sweep .*: run siftune compare-emulators again"):
         show(save(tmp_path / "sweep", "sweep.json", {"points": points}))
 
 

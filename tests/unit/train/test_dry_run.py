@@ -54,7 +54,8 @@ def test_all_bad_rows_and_three_examples_are_shown(base, tmp_path, capsys):
     red = json.dumps({"prompt": "\x1b[31mred\u202e " * 9, "completion": "[bold]2[/bold]"})
     rows.write_text(rows.read_text() + "{\n" * 30 + red + "\n")
     result, told = run(capsys, base, rows)
-    assert told.count("invalid JSON") == 30
+    assert told.count("invalid JSON") == 1  # the same fault
+    assert "and 27 more: invalid JSON" in told
     assert len(result["bad_rows"]) == 30
     assert "30 rows cannot be used" in told
     assert "\x1b" not in told

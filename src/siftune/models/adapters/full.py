@@ -27,21 +27,17 @@ class OpenLayers:
         model: Causal language model without adapters.
         layers: Numbers of the layers, from 0; negative ones count from the end. None: all.
         originals: Keep a copy of the current weights in their dtype, which damping (IST) needs.
-        outside: Further parts that train: "embeddings", "head". If the model ties them, each includes the other.
 
     Raises:
         LayerError: There is no such layer, or the layers cannot be found.
         AdapterError: The model has adapters, or a parameter that would train is quantised.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[int] | None, originals: bool = True, outside: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[int] | None, originals: bool = True) -> None:
         refuse_adapters(model)
         stack = find_layers(model)
         depth = len(stack.layers)
         self.numbers = layer_numbers(depth, range(depth) if layers is None else layers)  # from 0, ascending
-        self.outside = tuple(outside)
         self._layers = [stack.layers[number] for number in self.numbers]
         names = [f"{stack.path}.{number}" for number in self.numbers]
         self.parameters = {  # by name in the model's state dict
@@ -49,8 +45,6 @@ class OpenLayers:
             for name, layer in zip(names, self._layers, strict=True)
             for key, parameter in layer.named_parameters()
         }
-        for part in self.outside:
-            self.parameters |= _outer_parameters(model, part)
         _refuse_quantised(self.parameters)
         self._dtypes = {name: parameter.dtype for name, parameter in self.parameters.items()}
         if originals:
@@ -69,13 +63,6 @@ class OpenLayers:
             parameter.data = parameter.data.to(self._dtypes[name])
         for layer in self._layers:
             _originals.pop(layer, None)
-
-
-def _outer_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model's embeddings or head, by their first name in the model."""
-    module = model.get_input_embeddings() if part == "embeddings" else model.get_output_embeddings()  # type: ignore[operator]
-    own = {id(parameter) for parameter in module.parameters()} if module is not None else set()
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def original_weights(layer: nn.Module) -> Mapping[nn.Parameter, Tensor] | None:

@@ -182,8 +182,8 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     options.check()
     kit = read_kit(options.kit, options.public_key)
     returned = None if options.returned is None else read_return(options.returned, kit)
-    train = load_rows(options.train, options.train_split, options.limit, options.format)
-    held_out = load_rows(options.eval, options.eval_split, options.eval_limit, options.format)
+    train = load_rows(options.train, options.train_split, options.limit, options.columns)
+    held_out = load_rows(options.eval, options.eval_split, options.eval_limit, options.columns)
     base, tokenizer = load_model(options.model, options.dtype)
     if fingerprint(base) != kit.manifest.fingerprint:
         raise KitError(
@@ -273,8 +273,8 @@ def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> 
     kit = read_kit(options.kit, options.public_key)
     assert options.returned is not None  # checked where no model is named
     returned = read_return(options.returned, kit)
-    train = load_rows(options.train, options.train_split, options.limit, options.format)
-    others = load_rows(options.eval, options.eval_split, options.eval_limit, options.format)
+    train = load_rows(options.train, options.train_split, options.limit, options.columns)
+    others = load_rows(options.eval, options.eval_split, options.eval_limit, options.columns)
     emulator, tokenizer = load_kit(kit, options.dtype)
     settings = options.settings()
     rows = tokenize_audit(train, others, tokenizer, settings)
@@ -299,9 +299,8 @@ def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
             train_split=recipe.train_split,
             limit=recipe.limit,
             eval=recipe.eval,
-            eval_split=recipe.eval_split,
             eval_limit=AFTER_TRAINING,
-            format=recipe.format,
+            columns=recipe.columns,
             max_length=recipe.max_length,
             template=recipe.template,
             completion_only=recipe.completion_only,

@@ -7,7 +7,18 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import CONFIG, AtLeastTwo, Chance, Count, CountOrZero, Positive, Seed, Validated
+from siftune.base.settings import (
+    CONFIG,
+    AtLeastTwo,
+    Chance,
+    Columns,
+    Count,
+    CountOrZero,
+    Positive,
+    Seed,
+    Template,
+    Validated,
+)
 
 
 @dataclass(config=CONFIG)
@@ -25,7 +36,7 @@ class AuditSettings(Validated):
     """Rows in an optimizer step."""
     max_length: AtLeastTwo = 512
     """Longest row in tokens, prompt and completion together."""
-    template: Literal["auto", "chat", "none"] = "auto"
+    template: Template = "auto"
     """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
     completion_only: bool = True
     """Learn and measure the completions alone, not the prompts."""
@@ -92,8 +103,8 @@ class AuditOptions(AuditSettings):
     """Split to measure on, where the data has splits."""
     eval_limit: Count | None = None
     """Number of held-out rows to use, from the first."""
-    format: Literal["auto", "prompt", "messages", "alpaca"] = "auto"
-    """Columns of the rows: prompt and completion; messages; or instruction, input and output."""
+    columns: Columns = ()
+    """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
     returned: Path | None = None
     """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
     calibration: str = ""

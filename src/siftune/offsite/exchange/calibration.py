@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import DataError
-from siftune.base.settings import CONFIG, AtLeastTwo, Count, CountOrZero, Validated
+from siftune.base.settings import CONFIG, AtLeastTwo, Columns, Count, CountOrZero, Template, Validated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +49,9 @@ class CalibrationOptions(Validated):
     """Look at the completions alone, not at the prompts."""
     split: str = "train"
     """Split of --calibration, where it has splits."""
-    format: Literal["auto", "prompt", "messages", "alpaca", "text"] = "auto"
-    """Columns of the rows: prompt and completion; messages; instruction, input and output; or text."""
-    template: Literal["auto", "chat", "none"] = "auto"
+    columns: Columns = ()
+    """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
+    template: Template = "auto"
     """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
     dtype: Dtype = "auto"
     """Number format to compute in; auto: the checkpoint's, or float32 on a processor that lacks it."""
@@ -141,4 +141,4 @@ def in_batches(table: Iterable[Any], batch_size: int, pad_token_id: int) -> "lis
 def _read(source: str, options: CalibrationOptions, limit: int) -> "list[Row]":
     from siftune.data.read import load_rows
 
-    return load_rows(source, options.split, limit, options.format)
+    return load_rows(source, options.split, limit, options.columns)

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import CONFIG, Count, NotNegative, Positive, Validated
+from siftune.base.settings import CONFIG, Columns, Count, NotNegative, Positive, Template, Validated
 
 MAX_UPDATE = 0.25
 # no worse, on rows that the owner chose: there is no other figure that suits rows of the task and any other text alike
@@ -70,9 +70,9 @@ class PlugSettings(Merging):
     """Number of your rows to use, from the first."""
     max_loss_increase: NotNegative | None = None
     """With --eval: how many nats per token the loss on your rows may rise; 0 if not given."""
-    format: Literal["auto", "prompt", "messages", "alpaca", "text"] = "auto"
-    """Columns of your rows: prompt and completion; messages; instruction, input and output; or text."""
-    template: Literal["auto", "chat", "none"] = "auto"
+    columns: Columns = ()
+    """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
+    template: Template = "auto"
     """Chat template for your rows: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it
     is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -89,7 +89,7 @@ class PlugSettings(Merging):
         """
         self.check_merging(returns)
         defaults = {field.name: field.default for field in fields(PlugSettings)}
-        for name in ("max_loss_increase", "eval_split", "eval_limit", "format", "template"):
+        for name in ("max_loss_increase", "eval_split", "eval_limit", "columns", "template"):
             if self.eval is None and getattr(self, name) != defaults[name]:
                 flag = f"--{name.replace('_', '-')}"
                 raise RecipeError(f"{flag} has no effect without rows to measure on: add --eval FILE, or leave it out")

@@ -60,16 +60,10 @@ class KitSource:
         """Fill in which layers train: the outer ones, or those of them that the recipe names.
 
         Raises:
-            RecipeError: The recipe would change the kit's weights, or names a layer between the outer ones, or
-                embeddings or head.
+            RecipeError: The recipe would change the kit's weights, or names a layer between the outer ones.
             LayerError: There is no such layer.
         """
         self._refuse_changed(recipe)
-        if recipe.outside:
-            raise RecipeError(
-                f"outside names {', '.join(recipe.outside)}, but of a kit only the outer layers go back to the model's "
-                "owner: leave outside out"
-            )
         depth = self.kit.manifest.emulator_depth
         outer = self.kit.manifest.split.outer(depth)
         chosen = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)

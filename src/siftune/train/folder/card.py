@@ -224,8 +224,7 @@ def _description(recipe: Recipe) -> str:
     """Trained weights, method and data."""
     layers = None if recipe.layers is None else ", ".join(map(str, recipe.layers))
     if recipe.adapter == "full":
-        others = f", and {', '.join(recipe.outside)}" if recipe.outside else ""
-        trained = f"Trained: all weights of {'all layers' if layers is None else f'the layers {layers}'}{others}."
+        trained = f"Trained: all weights of {'all layers' if layers is None else f'the layers {layers}'}."
     else:
         sizes = [f"{name} {getattr(recipe, name)}" for name in ("rank", "alpha") if getattr(recipe, name) is not None]
         where = "" if layers is None else f", in the layers {layers}"

@@ -2,7 +2,7 @@
 
 FOLDER/                      of an adapter: adapter_config.json, adapter_model.safetensors
   tuned_layers.safetensors   weights of decoder layers, by name in the model's state dict
-  tuned_layers.json          {"base": source of the base model, "layers": numbers of the layers, "outside": names}
+  tuned_layers.json          {"base": source of the base model, "layers": numbers of the layers}
 
 PiSSA and OLoRA move a part of the base's weights into the adapter. The saved adapter must fit the unchanged base, so
 PEFT converts it to an ordinary LoRA of twice the rank, for which it needs the initial values.
@@ -106,7 +106,6 @@ class About:
 
     base: str  # source of the base model, for `load_model`
     layers: tuple[int, ...]  # numbers of the layers, from 0, ascending
-    outside: tuple[str, ...] = ()  # other trained modules: "embeddings", "head"
 
 
 def save_tuned(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
@@ -131,14 +130,12 @@ def read_about(folder: Path) -> About:
     path = folder / _ABOUT
     try:
         content = parsed(path.read_text(encoding="utf-8"))
-        base, layers, outside = content["base"], content["layers"], content.get("outside", [])
+        base, layers = content["base"], content["layers"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); train again.") from error
     if not isinstance(base, str) or not isinstance(layers, list) or not all(type(n) is int for n in layers):
         raise AdapterError(f"{path} must hold `base`, a text, and `layers`, a list of whole numbers; train again.")
-    if not isinstance(outside, list) or not all(isinstance(name, str) for name in outside):
-        raise AdapterError(f"{path}: `outside` must be a list of names; train again.")
-    return About(base, tuple(layers), tuple(outside))
+    return About(base, tuple(layers))
 
 
 def read_tuned(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`siftune sweep-lr` from the command line: its output, its folder, and a second call."""
+"""`siftune find-lr` from the command line: its output, its folder, and a second call."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def words(base, rows, tmp_path):
     (tmp_path / "recipe.yaml").write_text(SETTINGS)
     held_out = save_rows(tmp_path / "eval.jsonl", count=8)
     return [
-        "sweep-lr", str(tmp_path / "recipe.yaml"), "--model", str(base), "--train", str(rows), "--eval", str(held_out),
+        "find-lr", str(tmp_path / "recipe.yaml"), "--model", str(base), "--train", str(rows), "--eval", str(held_out),
         "--methods", "dense,gast", "--rates", "1e-3,1e-2", "--out", str(tmp_path / "sweep"),
     ]  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_a_run_that_diverges_is_told(words, capsys):
         (["--rates", "1e-3,0"], "--rates"),
         (["--eval", "None"], "no held-out rows"),
         (["--methods", "dense"], "gast.select is 2, which has no effect with method dense: leave it out"),
-        (["--rate", "1e-3"], "unknown option --rate of `siftune sweep-lr`; did you mean --rates?"),
+        (["--rate", "1e-3"], "unknown option --rate of `siftune find-lr`; did you mean --rates?"),
         (["--resume"], "a sweep resumes by itself"),
         (["--adapter", "full", "--rank", "None"], "adapter is full and no layers are given"),
         (["--lr", "-1"], "--lr is -1"),

@@ -1,4 +1,4 @@
-"""`siftune sweep-lr`: find the learning rate of each method, on held-out rows."""
+"""`siftune find-lr`: find the learning rate of each method, on held-out rows."""
 
 import time
 from dataclasses import fields
@@ -33,7 +33,7 @@ class Options(Recipe):
     seeds: str | None = None
     """Seeds to try each with, with commas between; the recipe's seed if not given."""
     out: str | None = None
-    """Folder for results and table; runs/DATE-sweep-lr if not given."""
+    """Folder for results and table; runs/DATE-find-lr if not given."""
     public_key: str | None = None
     """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
 
@@ -52,7 +52,7 @@ def run(options: Options) -> dict[str, Any]:
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     grid = grid_of(recipe, options.methods, options.rates, options.seeds)
     source = partial(source_of, public_key=options.public_key)
-    sweep = open_sweep(recipe, grid, options.out or new_folder("sweep-lr"), source)
+    sweep = open_sweep(recipe, grid, options.out or new_folder("find-lr"), source)
     _work_off(sweep, console)
     result = write_report(sweep.folder)
     runs, base, path = sweep.folder.runs(), sweep.folder.base_loss, sweep.folder.path

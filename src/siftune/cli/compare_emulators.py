@@ -1,4 +1,4 @@
-"""`siftune sweep`: compare emulators of a model, for its owner to choose one."""
+"""`siftune compare-emulators`: compare emulators of a model, for its owner to choose one."""
 
 import time
 from typing import TYPE_CHECKING, Any, Literal

@@ -1,0 +1,93 @@
+"""Early checks of the files and folders that options name, before torch is imported.
+
+An option is recognised by its name, which means the same in every command. The commands check contents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from siftune.base.errors import KitError, ModelError, RecipeError
+from siftune.data.read import check_source
+from siftune.models.smollm2 import NAME as SMOLLM2
+from siftune.models.source import resolve, similar_folder
+
+_DATA = ("train", "eval", "target", "data", "calibration", "held_out", "calibration_others")
+_FOLDERS = ("kit", "returned", "path", "folders")
+_RUNS = ("run", "runs")  # run folders, or names of models
+_FILES = ("public_key", "sign", "drop_rows")
+_BEGINNING = 2**12  # bytes of a manifest that say what it belongs to
+
+
+def check_paths(options: Any) -> None:
+    """Refuse options that name a file or folder that does not exist, and a kit in the place of a return.
+
+    Args:
+        options: Options of a command.
+
+    Raises:
+        InputError: The message names the option, the path and the working directory.
+    """
+    given = {field.name: _listed(getattr(options, field.name)) for field in fields(options)}
+    for name in _DATA:
+        for source in given.get(name, ()):
+            check_source(source)
+    for model in given.get("model", ()):
+        if model and model != SMOLLM2 and not Path(model).expanduser().is_dir():
+            resolve(model)
+    for name in _FOLDERS:
+        for path in given.get(name, ()):
+            if not Path(path).expanduser().exists():
+                raise RecipeError(f"there is no folder {path} {_place(path)}")
+    for name in _RUNS:
+        for path in given.get(name, ()):
+            if _is_path(path) and not Path(path).expanduser().exists():
+                raise ModelError(f"there is no run {path}: no such folder {_place(path)}")
+    for name in _FILES:
+        for path in given.get(name, ()):
+            if not Path(path).expanduser().exists():
+                raise RecipeError(f"--{name.replace('_', '-')} {path}: no such file {_place(path)}")
+    _check_exchange(given.get("kit", ()), given.get("returned", ()))
+
+
+def _check_exchange(kits: Sequence[str], returns: Sequence[str]) -> None:
+    """Refuse a kit and a return that are swapped, and a folder beside the return."""
+    for kit in kits:
+        if _manifest_of(kit) == "return":
+            swapped = next((each for each in returns if _manifest_of(each) == "kit"), None)
+            advice = f"and --return {swapped} is a kit: swap them" if swapped else "not a kit: name it with --return"
+            raise KitError(f"--kit {kit} is a return, {advice}")
+    for returned in returns:
+        path = Path(returned).expanduser()
+        if _manifest_of(returned) == "kit":
+            raise KitError(f"--return {returned} is a kit, not a return: give RUN/return of a run on the kit")
+        beside = next((each / "return" for each in (path, path.parent) if _manifest_of(each / "return")), None)
+        if not _manifest_of(returned) and beside:
+            raise KitError(f"--return {returned} is no return: give {beside}")
+
+
+def _manifest_of(folder: str | Path) -> str:
+    """The kind of a folder by its manifest, "kit" or "return"; empty for another folder."""
+    manifest = Path(folder).expanduser() / "manifest.json"
+    if not manifest.is_file():
+        return ""
+    with manifest.open("rb") as file:
+        beginning = file.read(_BEGINNING)
+    return next((kind for kind in ("kit", "return") if f'"siftune_{kind}"'.encode() in beginning), "")
+
+
+def _listed(value: Any) -> list[str]:
+    """Values of an option as text; none if it is not given."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [str(each) for each in values if isinstance(each, str | Path) and str(each)]
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _place(path: str) -> str:
+    """The working directory, and a folder of a similar name."""
+    similar = similar_folder(path, Path.is_dir)
+    return f"(working directory: {Path.cwd()}){f'; did you mean {similar}?' if similar else ''}"

@@ -1,0 +1,70 @@
+"""Files and folders that do not exist are refused before torch is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.commands import error_of
+
+from siftune.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--train", "none.jsonl"], "none.jsonl does not exist"),
+        (["train", "--train", "rows.jsonl", "--model", "./none"], "model folder none does not exist"),
+        (["train", "--train", "rows.jsonl", "--gast.select", "4"], "gast.select is 4"),
+        (["sift", "--train", "rows.jsonl", "--target", "none.jsonl"], "none.jsonl does not exist"),
+        (["eval", "./none"], "there is no run ./none"),
+        (["export", "./none"], "there is no run ./none"),
+        (["rows", "none"], "there is no run folder none"),
+        (["report", "none"], "there is no folder none"),
+        (["verify", "none"], "there is no folder none"),
+        (["plug", "--kit", "none", "--return", "none", "--out", "x"], "there is no folder none"),
+        (["emulate", "--calibration", "none.jsonl", "--out", "x"], "none.jsonl does not exist"),
+        (["audit", "--kit", "k", "--train", "none.jsonl", "--eval", "rows.jsonl"], "none.jsonl does not exist"),
+    ],
+)
+def test_a_mistake_is_reported_without_torch(tmp_path, words, message):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    code = (
+        "import sys; from siftune.cli.main import main; code = main(sys.argv[1:]);"
+        "sys.exit(code if 'torch' not in sys.modules else 99)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+
+
+def _folders(where):
+    for name, kind in (("kit", "kit"), ("run/return", "return")):
+        (where / name).mkdir(parents=True)
+        (where / name / "manifest.json").write_text(f'{{"siftune_{kind}": 1}}')
+    (where / "run" / "adapter").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kit", "returned", "message"),
+    [
+        ("run/return", "kit", "swap them"),
+        ("run/return", "run/adapter", "--kit run/return is a return"),
+        ("kit", "kit", "--return kit is a kit"),
+        ("kit", "run/adapter", "give run/return"),
+        ("kit", "run", "give run/return"),
+    ],
+)
+def test_a_kit_in_the_place_of_a_return(tmp_path, monkeypatch, capsys, kit, returned, message):
+    monkeypatch.chdir(tmp_path)
+    _folders(Path())
+    assert message in error_of(capsys, "plug", "--kit", kit, "--return", returned, "--out", "x")
+
+
+def test_a_similar_folder_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("first").mkdir()
+    assert main(["report", "frist"]) == 2
+    assert "did you mean first?" in capsys.readouterr().err
