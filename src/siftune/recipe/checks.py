@@ -198,7 +198,6 @@ def _keep_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     reasons = {
         "dp_epsilon": (recipe.dp_epsilon is not None, "no noise covers the penalty's gradient"),
         "init": (recipe.init in ("pissa", "olora"), f"with {recipe.init} the adapter begins as a part of the base"),
-        "outside": (bool(recipe.outside), f"{' and '.join(recipe.outside)} are no adapters that can be suppressed"),
         "sharding": (recipe.keep == OWN and recipe.sharding != "none", "a sharded base cannot write texts"),
         "from_adapter": (recipe.from_adapter is not None, "the penalty would undo what that adapter has learned"),
     }
