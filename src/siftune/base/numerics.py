@@ -68,8 +68,8 @@ def gumbel_top_k(log_weights: Tensor, uniform: Tensor, count: int) -> Tensor:
         >>> gumbel_top_k(log_weights, torch.full((3,), 0.5, dtype=torch.float64), 2)
         tensor([0, 2])
     """
-    gumbel = -torch.log(-torch.log(uniform.clamp_min(_LEAST_UNIFORM)))
-    return (log_weights + gumbel).topk(count).indices.sort().values
+    negative_gumbel = torch.log(-torch.log(uniform.clamp_min(_LEAST_UNIFORM)))
+    return (log_weights - negative_gumbel).topk(count).indices.sort().values
 
 
 def draw_layers(log_weights_L: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -90,6 +90,38 @@ def draw_layers(log_weights_L: Tensor, count: int, generator: torch.Generator) -
 def draw_uniform(layers: int, count: int, generator: torch.Generator) -> Tensor:
     """Draw `count` of `layers` layers uniformly, without replacement; (count,) int64, ascending."""
     return draw_layers(torch.zeros(layers, dtype=torch.float64), count, generator)
+
+
+def joined(grads: Sequence[Tensor]) -> Tensor:
+    """Gradients of samples for several parameters, (S, …) each, side by side; (S, D).
+
+    If they are beside each other in memory, as the tape writes them, nothing is copied.
+    """
+    first, width = grads[0], sum(grad[0].numel() for grad in grads)
+    start = first.storage_offset()
+    for grad in grads:
+        plain = type(grad) is Tensor and grad.stride(0) == width and grad[0].is_contiguous()
+        beside = plain and grad.storage_offset() == start and grad.untyped_storage()._cdata == _storage_of(first)
+        if not beside or (grad.dtype, len(grad)) != (first.dtype, len(first)):
+            return _copied_together(grads)
+        start += grad[0].numel()
+    return first.as_strided((len(first), width), (width, 1))
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _copied_together(grads: Sequence[Tensor]) -> Tensor:
+    same = len({(grad.dtype, grad.device) for grad in grads}) == 1
+    parts = grads if same else [widened(grad).to(grads[0].device) for grad in grads]
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def split_like(values_D: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Split what was formed of `joined(parts)`, (D,), into tensors of the parameters' shapes, on their devices."""
+    pieces = torch.split(values_D, [part[0].numel() for part in parts])
+    return [piece.view(part.shape[1:]).to(part.device) for piece, part in zip(pieces, parts, strict=True)]
 
 
 def total(grads_BD: Tensor) -> Tensor:

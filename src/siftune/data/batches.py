@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Sampler
 
 from siftune.base.errors import DataError
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 ROW = "row"  # column with the number of a row
 AIMED = "aimed"  # column, true in rows of the target, if these come last
-_BESIDE = {ROW: torch.int64, WEIGHT: torch.float32}  # columns of one number per row, which the model never sees
 
 
 def numbered(rows: Dataset) -> Dataset:
@@ -80,15 +78,16 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows with `input_ids`, `labels` and, if present, `row` and `weight`.
 
         Returns:
             `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `labels` (-100 on padding), each
-            (B, T) int64; `row`, (B,) int64; and `weight`, (B,) float32. Other columns are left out.
+            (B, T) int64; `row`, (B,) int64; and `weight`, (B,) float32. Other columns are left out. `row` is an array,
+            so that it stays on the CPU when a Trainer moves tensors to its device.
         """
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
             "labels": torch.full(shape, IGNORED),
@@ -98,9 +97,10 @@ class Collator:
             batch["input_ids"][i, :count] = torch.as_tensor(row["input_ids"])
             batch["attention_mask"][i, :count] = 1
             batch["labels"][i, :count] = torch.as_tensor(row["labels"])
-        for name, dtype in _BESIDE.items():
-            if name in rows[0]:
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=dtype)
+        if ROW in rows[0]:
+            batch[ROW] = np.array([row[ROW] for row in rows])
+        if WEIGHT in rows[0]:
+            batch[WEIGHT] = torch.tensor([row[WEIGHT] for row in rows], dtype=torch.float32)
         return batch
 
 

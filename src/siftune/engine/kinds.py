@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 
-def linear_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
+def linear_weight(grad_BTO: Tensor, input_BTI: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of every row for W in y = x Wᵀ; (B, O, I), in the dtype of the output gradient."""
-    return torch.bmm(grad_BTO.flatten(1, -2).transpose(1, 2), input_BTI.to(grad_BTO.dtype).flatten(1, -2))
+    return torch.bmm(grad_BTO.flatten(1, -2).transpose(1, 2), input_BTI.to(grad_BTO.dtype).flatten(1, -2), out=out)
 
 
-def transposed_weight(grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
+def transposed_weight(grad_BTO: Tensor, input_BTI: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of every row for W in y = x W, as in GPT-2's Conv1D; (B, I, O)."""
-    return torch.bmm(input_BTI.to(grad_BTO.dtype).flatten(1, -2).transpose(1, 2), grad_BTO.flatten(1, -2))
+    return torch.bmm(input_BTI.to(grad_BTO.dtype).flatten(1, -2).transpose(1, 2), grad_BTO.flatten(1, -2), out=out)
 
 
 def added_bias(grad_BTO: Tensor) -> Tensor:
@@ -60,12 +60,12 @@ class Kind(Enum):
         """Whether the parameter is expanded to one copy per row; else a tap on its module forms its gradients."""
         return self in (Kind.SCALE, Kind.FLATTENED)
 
-    def gradient(self, owner: nn.Module, grad_BTO: Tensor, input_BTI: Tensor) -> Tensor:
-        """Gradient of every row from the owner's output gradient and its input; (B, …)."""
+    def gradient(self, owner: nn.Module, grad_BTO: Tensor, input_BTI: Tensor, out: Tensor | None = None) -> Tensor:
+        """Gradient of every row from the owner's output gradient and its input; (B, …); that of matrices in `out`."""
         if self is Kind.LINEAR:
-            return linear_weight(grad_BTO, input_BTI)
+            return linear_weight(grad_BTO, input_BTI, out)
         if self is Kind.TRANSPOSED:
-            return transposed_weight(grad_BTO, input_BTI)
+            return transposed_weight(grad_BTO, input_BTI, out)
         if self is Kind.NORM:
             return norm_weight(grad_BTO, input_BTI, float(owner.eps))  # type: ignore[arg-type]
         return added_bias(grad_BTO)

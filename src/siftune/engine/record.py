@@ -4,7 +4,7 @@ A `LayerRecord` holds the gradients of single samples. A `Tap` reads them from a
 vector with a copy per row, whose gradient is that of the rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,33 @@ class LayerRecord:
         rows: Rows B of the batch.
         positions: Positions T in a row.
         pairs: Rows i and i + B/2 are one sample.
+        parameters: Parameters of the layer.
     """
 
-    def __init__(self, rows: int, positions: int, pairs: bool) -> None:
+    def __init__(self, rows: int, positions: int, pairs: bool, parameters: Sequence[nn.Parameter]) -> None:
         self._rows = rows
         self._positions = positions
         self._pairs = pairs
+        self._parameters = parameters
         self._grads: dict[nn.Parameter, Tensor] = {}
+        self._places: dict[nn.Parameter, Tensor] = {}  # free parts of the slab
+
+    def place(self, parameter: nn.Parameter, like: Tensor) -> Tensor | None:
+        """Memory for the rows' gradients for a matrix, (B, …), beside those of the layer's other parameters.
+
+        A method then handles all parameters at once: (B, D), see `numerics.joined`. None if a place would be of no use:
+        pairs are added up first, and a module may run more than once.
+        """
+        if self._pairs or parameter in self._grads:
+            return None
+        if not self._grads:
+            sizes = [p.numel() for p in self._parameters]
+            slab_BD = like.new_empty(self._rows, sum(sizes))
+            parts = zip(self._parameters, torch.split(slab_BD, sizes, 1), strict=True)
+            self._places = {p: part.view(self._rows, *p.shape) for p, part in parts}
+        place = self._places.pop(parameter, None)
+        fits = place is not None and (place.dtype, place.device) == (like.dtype, like.device)
+        return place if fits else None
 
     def add(self, parameter: nn.Parameter, grads_BD: Tensor) -> None:
         """Add the rows' gradients for a parameter; a module may run more than once."""
@@ -36,9 +56,9 @@ class LayerRecord:
         self._grads[parameter] = grads_SD if before is None else before + grads_SD
 
     def take(self) -> dict[nn.Parameter, Tensor]:
-        """Return the gradients, and release them."""
-        grads, self._grads = self._grads, {}
-        return grads
+        """Return the gradients in the order of the parameters, and release them."""
+        grads, self._grads, self._places = self._grads, {}, {}
+        return {parameter: grads[parameter] for parameter in self._parameters if parameter in grads}
 
     def by_row(self, values: Tensor) -> Tensor:
         """View a module's input or output as (B, T, …)."""

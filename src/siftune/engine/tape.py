@@ -157,7 +157,7 @@ class Tape(Generic[P]):
         if self._pass is None or not is_active(group):
             return None
         first = not self._records
-        self._records[group.index] = LayerRecord(rows, positions, self._pairs)
+        self._records[group.index] = LayerRecord(rows, positions, self._pairs, [*group.parameters.values()])
         if self._at_once and not first:  # the gate of the first layer delivers for all
             return None
         deliver = self._delivery(self._pass, self._active_groups() if self._at_once else [group])
@@ -283,4 +283,5 @@ def _read_copies(record: LayerRecord, parameter: nn.Parameter, grads_B1D: Tensor
 def _read_linear(record: LayerRecord, uses: Collection[tuple[Slot, Kind]], grad_output: Tensor, inputs: Tensor) -> None:
     grad_BTO, input_BTI = record.by_row(grad_output), record.by_row(inputs)
     for slot, kind in uses:
-        record.add(slot.parameter, kind.gradient(slot.owner, grad_BTO, input_BTI))
+        place = None if kind in (Kind.BIAS, Kind.NORM) else record.place(slot.parameter, grad_BTO)
+        record.add(slot.parameter, kind.gradient(slot.owner, grad_BTO, input_BTI, place))

@@ -66,7 +66,9 @@ def greedy(products_B: Tensor, gram_BB: Tensor, live_B: Tensor, count: int, step
     for _ in range(count):
         best = gains_B.argmax()
         chosen.append(best)
-        gains_B = (gains_B - step * gram_BB[best]).index_fill(0, torch.stack(chosen), -torch.inf)
+        gains_B = (gains_B - step * gram_BB.index_select(0, best[None])[0]).index_fill(
+            0, torch.stack(chosen), -torch.inf
+        )
     return torch.stack(chosen)
 
 
@@ -85,32 +87,33 @@ class HelpfulSamples(SampleRule):
 
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples by their gradients for all layers, and add these up."""
-        grads = {parameter: part for _, parts in layers for parameter, part in parts.items()}
-        if not grads:
+        parts = [grads for _, grads in layers if grads]
+        if not parts:
             return {}
-        device, support = next(iter(grads.values())).device, self.support.gradients
-        products_B = numerics.added(
-            [numerics.products(part, support[p]).to(device) for p, part in grads.items() if p in support]
-            or [torch.zeros(choosing.samples, device=device)]
-        )
-        gram_BB = numerics.added([_gram(part).to(device) for part in grads.values()])
+        device, support = next(iter(parts[0].values())).device, self.support.gradients
+        products: list[Tensor] = []
+        grams: list[Tensor] = []
+        for grads in parts:
+            wide_BD = widened(numerics.joined([*grads.values()]))
+            helped = [(support[p] if p in support else torch.zeros_like(part[0]))[None] for p, part in grads.items()]
+            products.append((wide_BD @ numerics.joined(helped)[0].to(wide_BD)).to(device))
+            grams.append((wide_BD @ wide_BD.T).to(device))
+        products_B, gram_BB = numerics.added(products), numerics.added(grams)
         live_B = gram_BB.diagonal() > 0
         # DDP averages the ranks' gradients, so this rank's step is along its gradients times a share of the rate
         step = self._learning_rate() / world_size() * choosing.samples / choosing.count
         chosen_K = greedy(products_B, gram_BB, live_B, choosing.count, step).sort().values
         choosing.note(self.units[0], products_B, chosen_K)
         scale = live_B.sum() / live_B[chosen_K].sum().clamp_min(1)
-        scale = torch.where(torch.isfinite(products_B).all(), scale, torch.nan)
-        return summed(grads, chosen_K, scale)
+        scale = scale + (products_B * 0).sum()  # NaN if a product is not finite
+        reduced: Gradients = {}
+        for grads in parts:
+            reduced |= summed(grads, chosen_K, scale)
+        return reduced
 
     def _learning_rate(self) -> float:
         """The learning rate of the next step; 0 without an optimizer, so that samples count independently."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 0.0
-
-
-def _gram(grads_BD: Tensor) -> Tensor:
-    wide_BD = widened(grads_BD).flatten(1)
-    return wide_BD @ wide_BD.T
 
 
 @documented

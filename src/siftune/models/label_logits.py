@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.base.errors import LayerError
-from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, losses_agree, next_labels
+from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, losses_agree, next_labels, places
 from siftune.models.modules import evaluating
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class LabelHead:
             self._agrees = self._compare(kwargs)
         if not self._agrees:
             return None
-        where = label_positions(labels).flatten().nonzero().squeeze(1)
+        where = places(label_positions(labels))
         self._positions, self._used = torch.cat([where, where.new_zeros(1)]), 0
         self._fused = bool(kwargs.get(_FUSED))
         return args, {**kwargs, "labels": torch.cat([labels.new_tensor([IGNORED]), next_labels(labels)])[None]}

@@ -14,11 +14,14 @@ Shapes: B rows, T positions, H hidden size, N label positions in row-major order
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import update_wrapper
 from typing import Any
+from weakref import ref
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -34,6 +37,29 @@ _ROW_LOSSES_AT_A_TIME = 2**24  # logits: 64 MB in float32
 _FUSED = ("log_probs", "label_mask")  # of TRL's outputs
 
 
+class _OfNewest:
+    """A function that keeps its result for the tensor of its last call, with which several users of a batch call it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+        self._newest: tuple[Callable[[], Tensor | None], int, Tensor] = (lambda: None, 0, torch.empty(0))
+        update_wrapper(self, function)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():  # without a version, so that a change would not be noticed
+            return self._function(tensor)
+        owner, version, result = self._newest
+        if owner() is not tensor or version != tensor._version:
+            result = self._function(tensor)
+            self.keep(tensor, result)
+        return result
+
+    def keep(self, tensor: Tensor, result: Tensor) -> None:
+        """Keep a result that is known otherwise."""
+        self._newest = ref(tensor), tensor._version, result
+
+
+@_OfNewest
 def label_positions(labels_BT: Tensor) -> Tensor:
     """Return the positions whose next token is a label; (B, T) bool, false in the last column."""
     mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
@@ -43,8 +69,27 @@ def label_positions(labels_BT: Tensor) -> Tensor:
 
 def next_labels(labels_BT: Tensor) -> Tensor:
     """Return the labels that `label_positions` predict, in row-major order; (N,) int64."""
-    shifted = labels_BT[:, 1:]
-    return shifted[shifted != IGNORED]
+    return labels_BT.flatten().index_select(0, places(label_positions(labels_BT)) + 1)
+
+
+@_OfNewest
+def places(mask_BT: Tensor) -> Tensor:
+    """Return where a mask is true, as numbers of its elements in row-major order; (N,) int64.
+
+    An accelerator makes the host wait for N, but once for a mask.
+    """
+    return mask_BT.flatten().nonzero().squeeze(1)
+
+
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a batch of the CPU to a device, without waiting for it: label positions are found before."""
+    there: dict[str, Any] = send_to_device(dict(batch), device, non_blocking=True)
+    own, labels = batch.get("labels"), there.get("labels")
+    if isinstance(own, Tensor) and isinstance(labels, Tensor) and own.ndim == 2 and labels is not own:
+        positions = label_positions(labels)
+        places.keep(positions, places(label_positions(own)).to(device, non_blocking=True))
+        label_positions.keep(labels, positions)  # which was called for the CPU's in between
+    return there
 
 
 def find_output_embeddings(model: nn.Module) -> nn.Module:
@@ -136,7 +181,7 @@ def _select(args: tuple[Any, ...], mask: Tensor) -> Tensor:
             f"the head got hidden states {found}, expected (B, T, H) with (B, T) = {tuple(mask.shape)}. "
             "Adapters that add virtual tokens (prompt or prefix tuning) are not supported: use LoRA or DoRA."
         )
-    where = mask.to(hidden.device).flatten().nonzero().squeeze(1)
+    where = places(mask).to(hidden.device)
     return hidden.reshape(-1, hidden.shape[2]).index_select(0, where).unsqueeze(0)
 
 
@@ -167,7 +212,7 @@ def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Te
     """
     if weights_B is None:
         return losses_N
-    weights_N = weights_B.float().repeat_interleave(label_positions(labels_BT).sum(1))
+    weights_N = weights_B.float().index_select(0, places(label_positions(labels_BT)) // labels_BT.shape[1])
     return losses_N * weights_N.to(losses_N.device)
 
 
@@ -265,7 +310,7 @@ def by_row(losses_N: Tensor, labels_BT: Tensor) -> Tensor:
     Returns:
         (2, B) float32: each row's mean loss, NaN where it has no label; and its label tokens.
     """
-    row_N = label_positions(labels_BT).nonzero()[:, 0].to(losses_N.device)
+    row_N = (places(label_positions(labels_BT)) // labels_BT.shape[1]).to(losses_N.device)
     wide_N = losses_N.detach().float()
     sums_2B = wide_N.new_zeros(2, len(labels_BT))
     sums_2B.index_add_(1, row_N, torch.stack([wide_N, torch.ones_like(wide_N)]))
@@ -284,8 +329,8 @@ def row_losses(output: Any, labels_BT: Tensor) -> Tensor:
     Raises:
         UnsupportedError: It has neither.
     """
-    positions_BT = label_positions(labels_BT)
-    count, log_probs, mask = int(positions_BT.sum()), *(getattr(output, name, None) for name in _FUSED)
+    where_N = places(label_positions(labels_BT))
+    count, log_probs, mask = len(where_N), *(getattr(output, name, None) for name in _FUSED)
     if log_probs is not None and mask is not None and len(log_probs) == len(labels_BT):
         sums_2B = torch.stack([-log_probs.detach().float().mul(mask).sum(1), mask.sum(1).float()])
         return torch.stack([sums_2B[0] / sums_2B[1], sums_2B[1]])
@@ -294,9 +339,9 @@ def row_losses(output: Any, labels_BT: Tensor) -> Tensor:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 3:
         if logits.shape[:2] == labels_BT.shape:
-            return by_row(_losses(logits, positions_BT.flatten().nonzero()[:, 0], labels_BT), labels_BT)
+            return by_row(_losses(logits, where_N, labels_BT), labels_BT)
         if logits.shape[:2] in ((1, count), (1, count + 1)):
-            return by_row(_losses(logits, torch.arange(count), labels_BT), labels_BT)
+            return by_row(_losses(logits, torch.arange(count, device=logits.device), labels_BT), labels_BT)
     found = tuple(logits.shape) if isinstance(logits, Tensor) else "no logits"
     raise UnsupportedError(
         f"labels are {tuple(labels_BT.shape)} and the model's output has {found}, from which losses of rows cannot "

@@ -176,7 +176,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         """
         for method in self._methods:
             choice = method.last
-            if choice is not None and choice.rows is not None and torch.equal(choice.rows, rows_B.cpu()):
+            if choice is not None and choice.rows is not None and torch.equal(choice.rows, rows_B):
                 return torch.stack([choice.scores.float().nanmean(0), _share(choice)])
         return torch.full((2, len(rows_B)), torch.nan)
 
@@ -186,7 +186,7 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
             steps, rows, losses, choices = zip(*self._waiting, strict=True)
             counts = torch.tensor([len(each) for each in rows])
             step_V = torch.tensor(steps).repeat_interleave(counts)
-            parts = [torch.cat(rows).cpu()[None], step_V[None], torch.cat(losses, 1).cpu(), torch.cat(choices, 1)]
+            parts = [torch.cat(rows)[None], step_V[None], torch.cat(losses, 1).cpu(), torch.cat(choices, 1)]
             self._done.append(torch.cat([part.double() for part in parts]).numpy())
         self._waiting, self._done = [], [np.concatenate(self._done, axis=1)]
 

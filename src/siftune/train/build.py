@@ -236,6 +236,9 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         prediction_loss_only=True,
         remove_unused_columns=False,  # the collator selects columns
         dataloader_pin_memory=torch.accelerator.is_available(),
+        # the host does not wait for copies of batches
+        accelerator_config={"non_blocking": torch.accelerator.is_available()},
+        logging_nan_inf_filter=False,  # `SiftTrainer` does so without waiting for the loss
         disable_tqdm=True,
         report_to=list(recipe.report_to),
         use_cpu=not torch.accelerator.is_available(),  # ranks without an accelerator must agree

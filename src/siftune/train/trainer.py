@@ -88,6 +88,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self._weights: Tensor | None = None  # of the rows in the current batch
         self._row_losses: list[Tensor] = []  # (B,) of the passes of a private step
         self._warned = False  # of a row without effect
+        self._tokens: Tensor | None = None  # without padding, since the state was brought up to date
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
@@ -139,13 +140,34 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward pass of a batch."""
-        self.rows = inputs[ROW].tolist() if ROW in inputs else []
+        self.rows = inputs[ROW].tolist() if ROW in inputs else []  # an array
         self.label_losses = None
         if self.privacy is not None:
             return self._private_step(model, inputs, self.privacy)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.broken.look(loss, self.rows, self.label_losses, inputs["labels"])
-        return loss
+        return self._logged(loss)
+
+    def _logged(self, loss: Tensor) -> Tensor:
+        """The loss for the log; the mean since its last line if it is not finite, as by `logging_nan_inf_filter`."""
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, mean.to(loss.dtype))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count tokens without padding on the device, until `_count_tokens`: the Trainer would wait for each count."""
+        tokens = inputs["attention_mask"].sum()
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+
+    def _count_tokens(self) -> None:
+        """Add the tokens since the last call to the state, those of all ranks."""
+        if self._tokens is not None:
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(self._tokens).sum())
+            self._tokens = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """See `transformers.Trainer.log`."""
+        self._count_tokens()
+        super().log(logs, *args, **kwargs)
 
     def _label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         losses_N = token_losses(outputs.logits, labels)
@@ -161,7 +183,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
         """Forward and backward passes of a step's rows, then noise."""
         self._row_losses = [torch.zeros(0, device=self.args.device)]
-        for part in privacy.parts(inputs):
+        for part in privacy.parts({name: value for name, value in inputs.items() if name != ROW}):
             super().training_step(model, part)
         privacy.release(self.state.global_step)  # before the Trainer clips, logs or applies the gradient
         losses = torch.cat(self._row_losses)
@@ -169,10 +191,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         if not self._warned and not bool(finite.all()):
             self._warned = True
             logger.warning("a row has no finite loss: in a private run such rows have no effect")
-        return losses[finite].sum() / finite.sum().clamp(min=1)
+        return losses.where(finite, 0.0).sum() / finite.sum().clamp(min=1)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, which `Sealing` completes before it deletes older ones."""
+        self._count_tokens()
         if self.args.should_save:
             begin(checkpoint_of(self.args, self.state))
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -74,6 +74,20 @@ def accelerator() -> Iterator[None]:
 
 
 @contextmanager
+def hidden() -> Iterator[None]:
+    """Have the block run on the CPU, to compare with."""
+    torch.ops.standin.set_available(False)
+    device = os.environ.pop("ACCELERATE_TORCH_DEVICE")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        torch.ops.standin.set_available(True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
 def limited(free: int) -> Iterator[None]:
     """Leave each device this many bytes beside the memory in use."""
     for index in range(DEVICES):

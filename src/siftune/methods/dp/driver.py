@@ -1,10 +1,12 @@
 """Private gradients of one model: clip every row's during backward, and add noise to their sum before the update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from siftune.base import numerics
 from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import is_active
 from siftune.engine.groups import LayerGroup, group_by_layer, outside
@@ -13,7 +15,9 @@ from siftune.engine.tape import Gradients, SampleGradients, Tape
 from siftune.methods.dp import maths
 from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.dp.secret import Secret
-from siftune.models.loss import cross_entropy, label_positions, next_labels
+from siftune.models.loss import cross_entropy, label_positions, next_labels, places
+
+_AT_A_TIME = 2**25  # values to which noise is added at a time: 256 MB in float64 on the CPU
 
 
 def row_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -31,7 +35,7 @@ def row_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
     """
     positions_BT = label_positions(labels_BT)
     losses_N = cross_entropy(logits_1NV.squeeze(0), next_labels(labels_BT).to(logits_1NV.device))
-    row_N = positions_BT.nonzero()[:, 0].to(losses_N.device)
+    row_N = (places(positions_BT) // labels_BT.shape[1]).to(losses_N.device)
     counts_B = positions_BT.sum(1).clamp(min=1).to(losses_N)
     return losses_N.new_zeros(len(labels_BT)).index_add(0, row_N, losses_N) / counts_B
 
@@ -75,10 +79,11 @@ class PrivateGradients:
         """
         std, batch = self._mechanism.noise * self._mechanism.clip, self._mechanism.batch
         stream = self._secret.stream("noise", step)
-        for group in self._active():
-            for parameter in group.parameters.values():
-                total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = maths.noised_mean(total.detach(), std, batch, stream)
+        parameters = [parameter for group in self._active() for parameter in group.parameters.values()]
+        for part in _packs(parameters):  # few copies to the CPU and back, for each of which the host waits
+            totals = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in part]
+            for parameter, noised in zip(part, maths.noised_means(totals, std, batch, stream), strict=True):
+                parameter.grad = noised
 
     def remove(self) -> None:
         """Remove all hooks from the model; a second call has no effect."""
@@ -93,11 +98,28 @@ class PrivateGradients:
 
     def _clip(self, threshold: float, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Sum of the rows' gradients for the layers that are clipped together, each row's clipped."""
-        grads = {parameter: part for _, parts in layers for parameter, part in parts.items()}
-        if not grads:
+        slabs = [(grads, numerics.joined([*grads.values()])) for _, grads in layers if grads]
+        if not slabs:
             return {}
-        factors = maths.clip_factors(list(grads.values()), threshold)
-        return {parameter: maths.clipped_sum(part, factors) for parameter, part in grads.items()}
+        factors_B = maths.clip_factors([slab_BD for _, slab_BD in slabs], threshold)
+        clipped: dict[nn.Parameter, Tensor] = {}
+        for grads, slab_BD in slabs:
+            sums = numerics.split_like(maths.clipped_sum(slab_BD, factors_B.to(slab_BD.device)), [*grads.values()])
+            clipped.update(zip(grads, sums, strict=True))
+        return clipped
+
+
+def _packs(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Consecutive parameters of one dtype and device, of some `_AT_A_TIME` values."""
+    for _, same in groupby(parameters, key=lambda p: (p.dtype, p.device)):
+        part: list[nn.Parameter] = []
+        for parameter in same:
+            part.append(parameter)
+            if sum(p.numel() for p in part) >= _AT_A_TIME:
+                yield part
+                part = []
+        if part:
+            yield part
 
 
 def _refuse_outside(model: nn.Module, groups: Sequence[LayerGroup]) -> None:

@@ -44,16 +44,25 @@ def clipped_sum(grads_BD: Tensor, factors_B: Tensor) -> Tensor:
     return total_D.view(grads_BD.shape[1:])
 
 
-def noised_mean(total_D: Tensor, std: float, batch: float, stream: Stream) -> Tensor:
-    """A sum over rows with Gaussian noise, divided by the expected number of rows.
+def noised_means(totals: Sequence[Tensor], std: float, batch: float, stream: Stream) -> list[Tensor]:
+    """Sums over rows with Gaussian noise, divided by the expected number of rows.
 
-    Noise and sum are added in float64 on the CPU, and then rounded to the sum's dtype.
+    Noise and sums are added in float64 on the CPU, and then rounded to the sums' dtype. They are copied there and back
+    together, since the host waits for every copy.
 
     Args:
-        total_D: The sum.
+        totals: The sums, of one dtype and on one device.
         std: Standard deviation of the noise on each of its values, σ C.
         batch: Expected rows b.
         stream: Source of the noise.
     """
-    noise_D = stream.normal(total_D.numel()).view(total_D.shape)
-    return numerics.as_before(noise_D.mul_(std).add_(total_D.cpu()).div_(batch), total_D)
+    together_D = torch.cat([total.flatten() for total in totals])
+    noise_D = torch.cat([stream.normal(total.numel()) for total in totals])
+    noised_D = numerics.as_before(noise_D.mul_(std).add_(together_D.cpu()).div_(batch), together_D)
+    pieces = torch.split(noised_D, [total.numel() for total in totals])
+    return [piece.view_as(total) for piece, total in zip(pieces, totals, strict=True)]
+
+
+def noised_mean(total_D: Tensor, std: float, batch: float, stream: Stream) -> Tensor:
+    """One sum with noise, as by `noised_means`."""
+    return noised_means([total_D], std, batch, stream)[0]

@@ -7,10 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from siftune.methods.dp.secret import Secret
+
+LENGTHS = "lengths"  # in a step's batch, on the CPU: tokens of each row
 
 
 class PoissonBatches(Sampler[list[int]]):
@@ -42,22 +46,25 @@ class PoissonBatches(Sampler[list[int]]):
 
 def collate_any(
     collate: Callable[[list[Any]], Mapping[str, Tensor]], dataset: Any, rows: list[Any]
-) -> Mapping[str, Tensor]:
+) -> Mapping[str, Any]:
     """Collate rows; without rows the batch has the usual tensors of length 0."""
-    return collate(rows) if rows else {name: value[:0] for name, value in collate([dataset[0]]).items()}
+    batch = collate(rows) if rows else {name: value[:0] for name, value in collate([dataset[0]]).items()}
+    return {**batch, LENGTHS: batch["attention_mask"].sum(1).numpy()}
 
 
-def parts(batch: Mapping[str, Tensor], most: int) -> Sequence[dict[str, Tensor]]:
+def parts(batch: Mapping[str, Any], most: int) -> Sequence[dict[str, Tensor]]:
     """Split a batch evenly into parts of at most `most` rows; an empty batch has none.
 
     The batch has (B, T) tensors, padded on the right as `attention_mask` says, and (B,) ones; each part is as wide as
     its longest row.
     """
-    count = math.ceil(len(batch["attention_mask"]) / most)
-    split = {name: value.tensor_split(count) for name, value in batch.items()} if count else {}
-    return [_narrow({name: pieces[number] for name, pieces in split.items()}) for number in range(count)]
-
-
-def _narrow(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    width = int(batch["attention_mask"].sum(1).max())
-    return {name: value[:, :width] if value.ndim > 1 else value for name, value in batch.items()}
+    batch = dict(batch)
+    lengths: Any = batch.pop(LENGTHS, None)
+    lengths = batch["attention_mask"].sum(1).cpu().numpy() if lengths is None else lengths
+    count = math.ceil(len(lengths) / most)
+    split = {name: torch.as_tensor(value).tensor_split(count) for name, value in batch.items()} if count else {}
+    widths = [int(part.max()) for part in np.array_split(lengths, count)] if count else []
+    return [
+        {name: piece[number][:, :width] if piece[number].ndim > 1 else piece[number] for name, piece in split.items()}
+        for number, width in enumerate(widths)
+    ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.base.errors import DataError
+from siftune.models.loss import moved
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -23,8 +24,7 @@ class Draws(Protocol):
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss that the model computes from a batch with labels; a scalar."""
-    device = next(model.parameters()).device
-    loss: Tensor = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}).loss
+    loss: Tensor = model(**moved(batch, next(model.parameters()).device)).loss
     return loss
 
 

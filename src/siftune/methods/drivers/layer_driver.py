@@ -203,13 +203,15 @@ class LayerSelection:
         assert self.draws is not None
         batches = self.draws.draw(rows, self._chunk)
         weights = [label_weight(batch) for batch in batches]
-        means = []
+        losses: list[Tensor] = []
         with evaluating(self.model):
             for layers in sets_KN.tolist():
                 with suppress(self.groups, layers, factor):
-                    losses = [float(self.loss(self.model, batch)) for batch in batches]
-                weighted = [w * loss for w, loss in zip(weights, losses, strict=True) if w > 0]
-                means.append(sum(weighted) / sum(weights) if weighted else float("nan"))
+                    losses += [self.loss(self.model, batch) for batch in batches]
+        means = []
+        for own in torch.stack(losses).view(len(sets_KN), -1).tolist():  # the host waits for the device once
+            weighted = [w * loss for w, loss in zip(weights, own, strict=True) if w > 0]
+            means.append(sum(weighted) / sum(weights) if weighted else float("nan"))
         return mean_over_ranks(torch.tensor(means, dtype=torch.float64), next(self.model.parameters()).device)
 
     def _numbers(self, positions: Sequence[int]) -> tuple[int, ...]:

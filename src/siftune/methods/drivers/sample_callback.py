@@ -17,7 +17,7 @@ from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.text import counted
 from siftune.engine.groups import LayerGroup
 from siftune.methods.drivers.batches import Batch, Loss, RowDraws, UserBatches, model_loss
-from siftune.methods.drivers.sample_choice import SampleChoice
+from siftune.methods.drivers.sample_choice import Choosing, SampleChoice
 from siftune.methods.drivers.sample_driver import SampleRule, SampleSelection
 from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import (
@@ -32,6 +32,8 @@ from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.options import selects_all
 
 logger = logging.getLogger(__name__)
+
+_WAITING = 64  # choices on the device at most
 
 C = TypeVar("C", bound=type)
 
@@ -77,6 +79,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         self.history: list[SampleChoice] = []
         self.on_select: Callable[[SampleChoice], None] | None = None
         self._numbers: RowNumbers | None = None
+        self._waiting: list[Choosing] = []
 
     @abstractmethod
     def rule(self, groups: Sequence[LayerGroup]) -> SampleRule:
@@ -230,14 +233,27 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         return f"{self.group}_mean.safetensors"
 
     def _report(self) -> None:
-        choice = self.last
-        if choice is None:
-            return
-        self._means.note(choice.figures())
-        if self.keep:
-            self.history.append(choice)
-        if self.on_select is not None:
-            self.on_select(choice)
+        """Note the choice in the last batch. If nobody reads it now, it waits on its device for the log."""
+        assert self._selection is not None
+        if self._selection.choosing is not None:
+            self._waiting.append(self._selection.choosing)
+        if self.keep or self.on_select is not None or len(self._waiting) >= _WAITING:
+            self._settle()
+
+    def _settle(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for choice in (choosing.done() for choosing in waiting):
+            if choice is None:
+                continue
+            self._means.note(choice.figures())
+            if self.keep:
+                self.history.append(choice)
+            if self.on_select is not None:
+                self.on_select(choice)
+
+    def _figures(self) -> dict[str, float]:
+        self._settle()
+        return super()._figures()
 
     def _support_rows(self, loader: Any) -> Any:
         return loader.dataset if self.support_source == "sample" else self._user_rows()

@@ -79,33 +79,40 @@ class Choosing:
         self._step = step
         self._number = number
         self.rows: Tensor | None = None  # (S,), their numbers in the training set
-        self._choices: dict[Unit, tuple[Tensor, Tensor]] = {}
+        self._choices: dict[Unit, tuple[Tensor | None, Tensor]] = {}
+        self._done: SampleChoice | None = None  # of the choices so far, once they were copied to the host
 
     def uniform_on(self, device: torch.device) -> Tensor:
         """The uniform numbers on a device, copied there once; float64 if it has it."""
         if self._uniform.device != device:
-            self._uniform = self._uniform.to(device, torch.float64 if has_float64(device.type) else torch.float32)
+            dtype = torch.float64 if has_float64(device.type) else torch.float32
+            self._uniform = self._uniform.to(dtype).to(device, non_blocking=True)
         return self._uniform
 
     def note(self, unit: Unit, scores_S: Tensor | None, chosen_K: Tensor) -> None:
         """Record a unit's choice, sample numbers, and its scores; None if it needed none."""
-        missing = torch.full((self.samples,), torch.nan)
-        self._choices[unit] = (missing if scores_S is None else scores_S, chosen_K)
+        self._choices[unit] = (scores_S, chosen_K)
+        self._done = None
 
     def done(self) -> SampleChoice | None:
         """The choices so far, from the embeddings; None before the first."""
         units = sorted(self._choices, key=lambda unit: unit.place)
-        if not units:
-            return None
-        return SampleChoice(
-            self._step,
-            self._number,
-            tuple(unit.name for unit in units),
-            tuple(unit.layer for unit in units),
-            torch.stack([self._choices[unit][0].cpu() for unit in units]),
-            torch.stack([self._choices[unit][1].cpu() for unit in units]),
-            None if self.rows is None else self.rows.cpu(),
-        )
+        if self._done is None and units:
+            scores_US, chosen_UK = self._on_host([self._choices[unit] for unit in units])
+            names, layers = tuple(unit.name for unit in units), tuple(unit.layer for unit in units)
+            self._done = SampleChoice(self._step, self._number, names, layers, scores_US, chosen_UK, self.rows)
+        return self._done
+
+    def _on_host(self, choices: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Scores (U, S) and sample numbers (U, K) on the CPU, by one copy: the host waits for the device once."""
+        device = choices[0][1].device
+        chosen_UK = torch.stack([chosen.to(device) for _, chosen in choices])
+        scores = [score.to(device) for score, _ in choices if score is not None]
+        if not scores:
+            return torch.full((len(choices), self.samples), torch.nan), chosen_UK.cpu()
+        scores_US = torch.stack(scores)
+        both = torch.cat([scores_US, chosen_UK.to(scores_US.dtype)], 1).cpu()  # float32 has all integers to 2^24
+        return both[:, : self.samples].clone(), both[:, self.samples :].long()
 
 
 def units_of(groups: Sequence[LayerGroup]) -> list[Unit]:

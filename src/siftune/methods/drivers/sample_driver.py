@@ -64,7 +64,10 @@ class SampleRule(ABC):
 
 def summed(grads: SampleGradients, chosen_K: Tensor, factor: Tensor) -> Gradients:
     """Sum of the gradients of the chosen samples times a factor, a scalar."""
-    return {p: numerics.sum_of(part, chosen_K.to(part.device)) * factor.to(part.device) for p, part in grads.items()}
+    parts = [*grads.values()]
+    slab_SD = numerics.joined(parts)
+    sums_D = numerics.sum_of(slab_SD, chosen_K.to(slab_SD.device)) * factor.to(slab_SD.device)
+    return dict(zip(grads, numerics.split_like(sums_D, parts), strict=True))
 
 
 class SampleSelection:
@@ -108,7 +111,7 @@ class SampleSelection:
         self.numbers: RowNumbers | None = None  # of the batches' rows, in a Trainer
         self.driven = False  # a Trainer's callback calls `begin` before every step
         self._chunk = chunk
-        self._choosing: Choosing | None = None
+        self.choosing: Choosing | None = None  # in the last batch
         self._seed: int | None = None  # of the step; None before the first
         self._opened: dict[str, Any] | None = None  # state of the draws before the step; None after it
         self._next_batch = 0
@@ -124,7 +127,7 @@ class SampleSelection:
     @property
     def last(self) -> SampleChoice | None:
         """The choice in the last batch after its backward pass; None before."""
-        return self._choosing.done() if self._choosing else None
+        return self.choosing.done() if self.choosing else None
 
     def begin(self) -> None:
         """Draw the seed of the next step, and its support set if there is one."""
@@ -213,12 +216,12 @@ class SampleSelection:
         count = count_of(self.rule.select, samples)
         generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
         uniform = torch.rand(len(self.rule.units), samples, generator=generator, dtype=torch.float64)
-        self._choosing = Choosing(self.steps, number, samples, count, uniform)
+        self.choosing = Choosing(self.steps, number, samples, count, uniform)
         if self.numbers is not None and self.numbers.rows is not None and len(self.numbers.rows) == samples:
-            self._choosing.rows = self.numbers.rows
+            self.choosing.rows = self.numbers.rows
         if not self.rule.follows_all(self.steps) and (count < samples or self.rule.always):
-            return self._choosing
-        self._follow_all(self._choosing)
+            return self.choosing
+        self._follow_all(self.choosing)
         return None
 
     def _follow_all(self, choosing: Choosing) -> None:

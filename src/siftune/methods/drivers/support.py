@@ -105,10 +105,10 @@ def support_gradient(
             if weight > 0:
                 lifted = loss(model, batch) * (_LIFT * weight / sum(weights))
                 grads = torch.autograd.grad(lifted, parameters, allow_unused=True)
-                for parameter, grad in zip(parameters, grads, strict=True):
-                    if grad is not None:
-                        grad = grad / _LIFT
-                        sums[parameter] = sums[parameter] + grad if parameter in sums else grad
+                formed = {p: grad for p, grad in zip(parameters, grads, strict=True) if grad is not None}
+                lowered = torch._foreach_div([*formed.values()], _LIFT)
+                for parameter, grad in zip(formed, lowered, strict=True):
+                    sums[parameter] = sums[parameter] + grad if parameter in sums else grad
     return sums
 
 

@@ -43,7 +43,7 @@ class AlignedSamples(SampleRule):
         chosen_K = maths.choose(scored.scores, scored.live, uniform_S, choosing.count, self.settings)
         choosing.note(unit, scored.scores if self.settings.needs_scores else None, chosen_K)
         scale = maths.factor(scored.live, chosen_K)
-        scale = torch.where(torch.isfinite(scored.scores).all(), scale, torch.nan)
+        scale = scale + (scored.scores * 0).sum()  # NaN if a score is not finite
         return summed(grads, chosen_K, scale)
 
     def _score(self, grads: SampleGradients) -> Scored:

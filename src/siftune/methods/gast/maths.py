@@ -60,12 +60,12 @@ def zscores(scores_B: Tensor, live_B: Tensor) -> Tensor:
         scores_B: (…, B) scores.
         live_B: (…, B) bool, samples with a gradient.
     """
-    count = live_B.sum(-1, keepdim=True).clamp_min(1)
+    count = live_B.sum(-1, keepdim=True, dtype=scores_B.dtype).clamp_min(1)
     valid_B = scores_B.where(live_B, 0.0)
-    centred_B = (valid_B - valid_B.sum(-1, keepdim=True) / count).where(live_B, 0.0)
-    std = (centred_B.square().sum(-1, keepdim=True) / count).sqrt()
-    largest = valid_B.abs().amax(-1, keepdim=True)
-    z_B: Tensor = centred_B / (std + _EPSILON * largest).clamp_min(torch.finfo(scores_B.dtype).tiny)
+    centred_B = (valid_B - valid_B.sum(-1, keepdim=True) / count) * live_B
+    std = torch.linalg.vector_norm(centred_B, dim=-1, keepdim=True) / count.sqrt()
+    largest = torch.linalg.vector_norm(valid_B, torch.inf, -1, keepdim=True)
+    z_B: Tensor = centred_B / torch.add(std, largest, alpha=_EPSILON).clamp_min(torch.finfo(scores_B.dtype).tiny)
     return z_B
 
 
@@ -109,10 +109,12 @@ class Scored(NamedTuple):
 
 def live_samples(grads: Sequence[Tensor]) -> Tensor:
     """Samples with a gradient, as `score_samples` returns them; (S,) bool."""
-    squares_S = torch.zeros(len(grads[0]), device=grads[0].device)
+    if grads[0].device.type != "cpu":
+        return numerics.squares(numerics.joined(grads)) > 0
+    squares_S = torch.zeros(len(grads[0]))
     for grad in sorted(grads, key=Tensor.numel):
         squares_S = squares_S + numerics.squares(widened(grad))
-        if squares_S.device.type == "cpu" and bool(squares_S.all()):  # elsewhere the test costs more than it saves
+        if bool(squares_S.all()):  # elsewhere the test costs more than it saves
             break
     return squares_S > 0
 
@@ -128,34 +130,22 @@ def score_samples(grads: Sequence[Tensor], support: Sequence[Tensor] | None, cos
         cosine: Divide by the lengths of both sides.
     """
     if support is None and cosine:
-        squares_S = numerics.added([numerics.squares(widened(g)) for g in grads])
-        return Scored(_cosines_with_the_rest(grads), squares_S > 0)
-    against: Sequence[Tensor | None] = [None] * len(grads) if support is None else support
-    shares = [_against(grad, other) for grad, other in zip(grads, against, strict=True)]
-    products, squares, others = zip(*shares, strict=True)
-    products_S, squares_S = numerics.added(products), numerics.added(squares)
-    scores_S = cosines(products_S, squares_S, numerics.added(others)) if cosine else products_S
+        return _cosines_with_the_rest(widened(numerics.joined(grads)))
+    # widened once: on CPUs, sums over half precision take longer than the cast
+    wide_SD = widened(numerics.joined(grads))
+    other_D = wide_SD.sum(0) if support is None else widened(numerics.joined([part[None] for part in support])[0])
+    other_D = other_D.to(wide_SD)
+    squares_S, products_S = numerics.squares(wide_SD), wide_SD @ other_D
+    if support is None:
+        products_S = products_S - squares_S
+    scores_S = cosines(products_S, squares_S, numerics.squares(other_D[None])[0]) if cosine else products_S
     return Scored(scores_S, squares_S > 0)
 
 
-def _against(grad: Tensor, support: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One parameter's share: products (S,), squares (S,), and the support's square.
-
-    The gradients are widened once: on CPUs, sums over half precision take longer than the cast.
-    """
-    wide_SD = widened(grad).flatten(1)
-    other_D = numerics.total(wide_SD) if support is None else support.flatten()
-    squares_S, products_S = numerics.squares(wide_SD), numerics.products(wide_SD, other_D)
-    if support is None:
-        products_S = products_S - squares_S
-    other = numerics.squares(widened(other_D)[None]).squeeze(0)
-    return products_S, squares_S, other
-
-
-def _cosines_with_the_rest(grads: Sequence[Tensor]) -> Tensor:
+def _cosines_with_the_rest(wide_SD: Tensor) -> Scored:
     """From all inner products between samples: no length is the difference of two much larger ones."""
-    wide = [widened(g).flatten(1) for g in grads]
-    gram_SS = torch.stack([g @ g.T for g in wide]).sum(0)
+    gram_SS = wide_SD @ wide_SD.T
     squares_S = gram_SS.diagonal()
     rest_SS = 1 - torch.eye(len(gram_SS), dtype=gram_SS.dtype, device=gram_SS.device)
-    return cosines((gram_SS * rest_SS).sum(1), squares_S, ((rest_SS @ gram_SS) * rest_SS).sum(1))
+    scores_S = cosines((gram_SS * rest_SS).sum(1), squares_S, ((rest_SS @ gram_SS) * rest_SS).sum(1))
+    return Scored(scores_S, numerics.squares(wide_SD) > 0)

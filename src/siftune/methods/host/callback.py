@@ -23,6 +23,7 @@ from siftune.base.text import one_line
 from siftune.methods.drivers.batches import Batch, Loss, model_loss
 from siftune.methods.host import deepspeed
 from siftune.methods.host.spread import average_adapters
+from siftune.models.loss import moved
 
 
 class _Selecting(Protocol):
@@ -230,7 +231,8 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with _metrics_unchanged(trainer), trainer.compute_loss_context_manager():
-            value: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+            inputs = trainer._prepare_inputs(moved(batch, trainer.args.device))
+            value: Tensor = trainer.compute_loss(model, inputs)
         return value
 
     return loss

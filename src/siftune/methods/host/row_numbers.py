@@ -62,7 +62,7 @@ class NumberingCollator:
         """Make a batch, with or without numbers."""
         batch = self.collate([each.row for each in rows])
         if isinstance(batch, MutableMapping) and self._matches([each.row for each in rows], batch):
-            batch[_KEY] = torch.tensor([each.number for each in rows])
+            batch[_KEY] = np.array([each.number for each in rows])  # no tensor, so that it stays on the CPU
         return batch
 
     @staticmethod
@@ -92,7 +92,7 @@ class RowNumbers:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.rows: Tensor | None = None  # (B,) int64, row numbers of the last training batch
+        self.rows: Tensor | None = None  # (B,) int64 on the CPU, row numbers of the last training batch
         self.labels: Tensor | None = None  # (B, T) int64, its labels
         self.at_work = False  # the Trainer is training on that batch
         self._trainer = trainer
@@ -149,7 +149,8 @@ class RowNumbers:
         """Read the numbers, and return the inputs without them."""
         self.rows = self.labels = None
         if isinstance(inputs, Mapping):
-            self.rows, self.labels = inputs.get(ROW if self._itself else _KEY), inputs.get("labels")
+            rows, self.labels = inputs.get(ROW if self._itself else _KEY), inputs.get("labels")
+            self.rows = None if rows is None else torch.from_numpy(rows)
         if self.rows is None or self._itself:
             return inputs
         return type(inputs)({name: value for name, value in inputs.items() if name != _KEY})

@@ -5,15 +5,16 @@ use this guard: the steps that it skips depend on single rows. See `methods.dp`.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.base.errors import TrainingError
-from siftune.base.numerics import all_finite
+from siftune.base.numerics import side_by_side
 from siftune.engine.ranks import on_any_rank
 from siftune.models.loss import label_positions
 
@@ -34,20 +35,12 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         self._most = most
         self.name: Callable[[int], str] = lambda row: f"row {row}"  # name of a row by its number
         self.log: Callable[[dict[str, float]], None] = lambda _: None  # the Trainer's
-        self._rows: list[int] = []  # of this step
-        self._suspects: list[int] = []  # rows with a non-finite loss
-        self._loss: float | None = None
+        self._batches: list[_Batch] = []  # of this step
         self._skipped = False
 
     def look(self, loss: Tensor, rows: Sequence[int], losses_N: Tensor | None, labels: Tensor) -> None:
         """Check a batch: its loss, the numbers of its rows, the (N,) losses of its label tokens, and (B, T) labels."""
-        self._rows += rows
-        if bool(torch.isfinite(loss)):
-            return
-        self._loss = float(loss)
-        if losses_N is not None and len(rows) == len(labels):
-            row_N = label_positions(labels).nonzero()[:, 0]
-            self._suspects += [rows[int(at)] for at in row_N[~torch.isfinite(losses_N).to(row_N.device)]]
+        self._batches.append(_Batch(loss.detach(), rows, losses_N, labels))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,12 +51,13 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         """
         groups = kwargs["optimizer"].param_groups  # faster than all modules of the model
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        finite = args.fp16 or not parameters or all_finite([p.grad for p in parameters])
-        if not on_any_rank(not finite or self._loss is not None, args.device):  # all ranks skip a step, or none
-            self._forget()
+        norms = [] if args.fp16 else torch._foreach_norm([p.grad for p in parameters])
+        numbers = [*(batch.loss for batch in self._batches), *norms]
+        finite = not numbers or bool(side_by_side(numbers).isfinite().all())  # the host waits for the device once
+        batches, self._batches = self._batches, []
+        if not on_any_rank(not finite, args.device):  # all ranks skip a step, or none
             return
-        step, what = state.global_step + 1, self._what()
-        self._forget()
+        step, what = state.global_step + 1, self._what(batches)
         done = skipped_steps(state)
         if done >= self._most:
             before = f" {done} such steps were skipped before." if done else ""
@@ -83,15 +77,28 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
             self._skipped = False
             self.log({SKIPPED: skipped_steps(state) + 1})
 
-    def _what(self) -> str:
-        rows = list(dict.fromkeys(self._suspects or self._rows))
+    def _what(self, batches: "Sequence[_Batch]") -> str:
+        losses = [loss for batch in batches if not math.isfinite(loss := float(batch.loss))]
+        suspects = [row for batch in batches for row in batch.suspects()]
+        rows = list(dict.fromkeys(suspects or [row for batch in batches for row in batch.rows]))
         more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
         names = ", ".join(map(self.name, rows[:_NAMED]))
         where = f" (rows: {names}{more})" if rows else ""
-        return f"{'A gradient is not finite' if self._loss is None else f'The loss is {self._loss}'}{where}"
+        return f"{f'The loss is {losses[-1]}' if losses else 'A gradient is not finite'}{where}"
 
-    def _forget(self) -> None:
-        self._rows, self._suspects, self._loss = [], [], None
+
+class _Batch(NamedTuple):
+    loss: Tensor
+    rows: Sequence[int]  # their numbers
+    losses_N: Tensor | None  # of the label tokens
+    labels: Tensor
+
+    def suspects(self) -> list[int]:
+        """Rows with a non-finite loss."""
+        if self.losses_N is None or len(self.rows) != len(self.labels) or math.isfinite(float(self.loss)):
+            return []
+        row_N = label_positions(self.labels).nonzero()[:, 0]
+        return [self.rows[int(at)] for at in row_N[~torch.isfinite(self.losses_N).to(row_N.device)]]
 
 
 def skipped_steps(state: TrainerState) -> int:
