@@ -31,6 +31,16 @@ def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):
     assert "of 3 GPUs the first is used" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [("adafactr", "'adafactor'"), ("lomo", "during backward"), ("galore_adamw_layerwise", "during backward")],
+)
+def test_an_optimizer_that_cannot_be_used(tmp_path, optim, message):
+    with pytest.raises(RecipeError, match=message):
+        training_arguments(Recipe(optim=optim), tmp_path, fp16=False)
+    assert str(training_arguments(Recipe(optim="adafactor"), tmp_path, fp16=False).optim.value) == "adafactor"
+
+
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard", "mlflow"])
