@@ -140,6 +140,20 @@ def test_methods_choose_as_without_it_and_the_penalty_follows_their_layers(tmp_p
         assert not torch.equal(value, without[name_])
 
 
+def test_penalty_reaches_the_layers_of_each_step(tmp_path):
+    """Listed before the method, the callback runs after it, when the layers of the step are drawn."""
+    all_steps = []
+    for callbacks in ([keeping(), *built("rst")], built("rst")):
+        watch = Gradients(adapted())
+        settings = {"max_steps": 4, "learning_rate": 1e-12, "max_grad_norm": 0.0}
+        train(tmp_path, *callbacks, watch, model=watch.model, **settings)
+        all_steps.append(watch.all)
+    for with_it, without in zip(*all_steps, strict=True):
+        assert set(with_it) == set(without)
+        for name, grad in without.items():
+            assert (with_it[name] - grad).abs().max() > 1e-5, name
+
+
 def _chosen(choice):
     return choice.layers if hasattr(choice, "moved") else choice.selected.tolist()
 
