@@ -1,7 +1,8 @@
 """One job in a process of its own: `python -m lab.avoid.job OUT DATA` reads it from stdin and adds a line to OUT.
 
 A job "scores" scores the pool in every way. Every other job trains on the pool without some of its rows and measures
-held-out rows: "dense" (all rows), "oracle" (without the faulty rows), or a score (without the rows within its limit).
+held-out rows: "dense" (all rows), "oracle" (without the faulty rows, "oracle 50": without half of them), or a score
+(without the rows within its limit).
 The limit is the score that nine of ten held-out bad rows reach, and none is left out if most of the pool reaches it.
 """
 
@@ -151,8 +152,9 @@ class Work:
             arrays = self.arrays()
             return {"scores": measured(arrays, bad), "rows": len(bad), "bad": int(bad.sum()), "seconds": self.seconds}
         drop = np.zeros(len(bad), bool)
-        if method == "oracle":
-            drop = bad
+        if method.startswith("oracle"):  # "oracle 50": of half of the faulty rows
+            share = float(method.removeprefix("oracle") or 100) / 100
+            drop = bad & (np.random.default_rng(self.job["seed"]).permutation(np.linspace(0, 1, len(bad))) <= share)
         elif method != "dense":
             values, held_out = scores_of(self.arrays())[method]
             if unlike(-values, -held_out).rows < len(bad):
