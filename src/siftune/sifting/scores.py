@@ -121,6 +121,6 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
     if within > _MOST * len(scores_R):
         return Choice(
             len(scores_R),
-            f"{within / len(scores_R):.0%} of the pool is as much like the bad rows as those held out: none is left out",
+            f"{within / len(scores_R):.0%} of the pool is as much like the bad rows as those held out: none is dropped",
         )
     return Choice(len(scores_R) - within, f"as much like the bad rows as those held out, and left out: {within:,}")
