@@ -17,11 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lab.lines import append
-from lab.pays.embeddings import embed, most_alike, similarity
 from lab.pays.gemma import folder as gemma_folder
 from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
-from lab.pays.sifting import STEPS, Loaded, losses_of, sifted
+from lab.pays.sifting import STEPS, Loaded, losses_of, most_alike, sifted
 from lab.pays.subset import Book, Followed, SubsetTrainer
 from lab.pays.training_rows import training_rows
 from siftune.base.environment import hardware, versions
@@ -38,6 +37,7 @@ from siftune.models.load import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, compares, resolve_recipe
+from siftune.sifting.similarity import embed, nearest
 from siftune.train.build import Built, build
 
 Record = dict[str, Any]
@@ -136,8 +136,8 @@ class Work:
             numbers = sifted(losses, self.method.get("share"))
             self.seconds_sifting = time.process_time() - started
         else:
-            pool_RH, known_KH = (embed(self.model, part, self.collate) for part in (pool, known))
-            numbers = list(most_alike(similarity(pool_RH, known_KH), self.method.get("share", _SHARE)))
+            pool_RH, known_KH = (embed(self.model, part["input_ids"]) for part in (pool, known))
+            numbers = list(most_alike(nearest(pool_RH, known_KH), self.method.get("share", _SHARE)))
         return [self.pool.train[number] for number in numbers]
 
     def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:

@@ -1,4 +1,4 @@
-"""Sift a pool by the known rows, as `siftune sift`: by losses under a model tuned on them, and under the base model.
+"""Sift a pool by the known rows, as `siftune sift`: by its prompts, and by losses under a model tuned on the known rows.
 
 The losses are those of `siftune sift`, and so is the share that is selected if a job names none. Jobs that differ only
 in what they do with the losses share them, in siftune's cache folder.
@@ -6,13 +6,13 @@ in what they do with the losses share them, in siftune's cache folder.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from siftune.evaluate.likelihood import row_nll
@@ -20,6 +20,7 @@ from siftune.models.attention import short_rows
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.schema import Recipe
 from siftune.sifting.scores import Floats, choose, held_out_count, lowest, scores
+from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.build import build
 
 STEPS = 60  # on the known rows
@@ -43,24 +44,34 @@ def losses_of(
         folder: For what the Trainer leaves.
 
     Returns:
-        `tuned` and `base`, each (rows,) in nats per label token, and the same of the known rows that were held out:
-        `known_tuned` and `known_base`.
+        `tuned` and `base`, each (rows,) in nats per label token, `similar`, (rows,) the similarity of the prompts, and
+        the same of the known rows that were held out: `known_tuned`, `known_base` and `known_similar`.
     """
     key = json.dumps([{name: job[name] for name in _KEY}, recipe.lr, recipe.steps], sort_keys=True)
     place = cache_root() / "lab-sifting" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    if place.is_file():
-        return dict(np.load(place))
+    losses = dict(np.load(place)) if place.is_file() else {}
+    if "similar" in losses:
+        return losses
     model, tokenizer = load()
     rows = len(known) - held_out_count(len(known))
     seen, unseen = known.select(range(rows)), known.select(range(rows, len(known)))
-    losses = {"base": _losses(model, pool), "known_base": _losses(model, unseen)}
-    built = build(recipe, model, tokenizer, {"train": seen}, folder / "sifting")
-    built.trainer.train()
-    losses |= {"tuned": _losses(built.trainer.model, pool), "known_tuned": _losses(built.trainer.model, unseen)}
-    built.release()
+    with short_rows():
+        pool_RH, seen_KH, unseen_KH = (embed(model, _prompts(data), _BATCH) for data in (pool, seen, unseen))
+    similar = {"similar": nearest(pool_RH, seen_KH), "known_similar": nearest(unseen_KH, seen_KH)}
+    losses |= {name: np.asarray(value.numpy(), np.float64) for name, value in similar.items()}
+    if "tuned" not in losses:
+        losses |= {"base": _losses(model, pool), "known_base": _losses(model, unseen)}
+        built = build(recipe, model, tokenizer, {"train": seen}, folder / "sifting")
+        built.trainer.train()
+        losses |= {"tuned": _losses(built.trainer.model, pool), "known_tuned": _losses(built.trainer.model, unseen)}
+        built.release()
     place.parent.mkdir(parents=True, exist_ok=True)
     np.savez(place, **losses)
     return losses
+
+
+def _prompts(data: Dataset) -> list[Sequence[int]]:
+    return [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
 
 
 def _losses(model: nn.Module, data: Dataset) -> Floats:
@@ -70,8 +81,19 @@ def _losses(model: nn.Module, data: Dataset) -> Floats:
 
 
 def sifted(losses: dict[str, Floats], share: float | None) -> list[int]:
-    """Numbers of the rows that are selected, ascending; without a share, as many as `siftune sift` selects."""
+    """Numbers of the rows that are selected, ascending; without a share, those that `siftune sift` selects."""
     scores_R = scores(losses["tuned"], losses["base"])
-    count = choose(scores_R, scores(losses["known_tuned"], losses["known_base"])).rows
-    numbers: list[int] = lowest(scores_R, count if share is None else round(share * len(scores_R))).tolist()
+    known_T = scores(losses["known_tuned"], losses["known_base"])
+    if share is None:
+        choice = choose(scores_R, losses["similar"], known_T, losses["known_similar"])
+        numbers: list[int] = choice.rows_R.nonzero()[0].tolist()
+    else:
+        numbers = lowest(scores_R, round(share * len(scores_R))).tolist()
+    return numbers
+
+
+def most_alike(scores_R: Tensor, share: float) -> Sequence[int]:
+    """Numbers of the share of the rows, at least one, with the highest scores; ascending, the first of equal ones."""
+    count = max(1, round(share * len(scores_R)))
+    numbers: list[int] = scores_R.argsort(descending=True, stable=True)[:count].sort().values.tolist()
     return numbers

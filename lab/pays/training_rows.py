@@ -4,7 +4,7 @@ A plan is a name, then what is added to it, with plus signs between:
 
     pool        every row of the pool
     known       the known rows alone, repeated so that they fill the steps
-    retrieved   the quarter of the pool most similar to the known rows: see `lab.pays.embeddings`
+    retrieved   the quarter of the pool most similar to the known rows: see `siftune.sifting.similarity`
     sifted      a share of the pool, by its loss under a model tuned on the known rows: see `lab.pays.sifting`
 
     +known      the known rows, each once

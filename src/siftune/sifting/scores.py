@@ -1,4 +1,4 @@
-"""Scores of a pool's rows by their likeness to a target, and the selection by them.
+"""Scores of a pool's rows by their likeness to a target, and the selection by them and by the similarity of prompts.
 
     B_i   loss of row i under the base model, in nats per label token
     K_i   loss of row i under the model after a short training on rows of the target alone
@@ -9,8 +9,8 @@ order, s_i sums −lr·⟨gradient of row i, gradient of the target's rows⟩ ov
 either gradient.
 
 Moore and Lewis ("Intelligent Selection of Language Model Training Data", ACL 2010) select text by the difference of
-two losses. Ours: the two models are one model with and without a short training, only label tokens count, and 0 is the
-limit.
+two losses. Ours: the two models are one model with and without a short training, only label tokens count, 0 is the
+limit, and prompts are compared first: similarity.py.
 
 Shapes: R rows of the pool, T rows of the target.
 """
@@ -37,14 +37,16 @@ def scores(tuned_R: Floats, base_R: Floats) -> Floats:
     return tuned_R - base_R
 
 
-def lowest(scores_R: Floats, count: int) -> NDArray[np.int64]:
-    """Positions of the `count` lowest scores in ascending order of position; the first of equal ones.
+def lowest(scores_R: Floats, count: int, first_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The `count` rows with the lowest scores, of `first_R` before others; the first of equal ones.
 
     Example:
-        >>> lowest(np.array([0.5, -1.0, 0.5, -2.0]), 3).tolist()
-        [0, 1, 3]
+        >>> lowest(np.array([0.5, -1.0, 0.5, -2.0]), 2, np.array([True, True, True, False])).tolist()
+        [True, True, False, False]
     """
-    return np.sort(np.argsort(scores_R, kind="stable")[:count])
+    rows_R = np.zeros(len(scores_R), bool)
+    rows_R[np.lexsort((scores_R, ~first_R))[:count]] = True
+    return rows_R
 
 
 def held_out_count(rows: int) -> int:
@@ -58,41 +60,61 @@ def held_out_count(rows: int) -> int:
 
 
 class Choice(NamedTuple):
-    """How many rows of a pool are selected, and why."""
+    """The rows of a pool that are selected, (R,), and why."""
 
-    rows: int
+    rows_R: NDArray[np.bool_]
     reason: str
 
 
-def choose(scores_R: Floats, target_T: Floats) -> Choice:
-    """Select the rows with a score below 0: those that the training on the target made more likely (ours).
+_EXCESS = 0.1  # of the share of rows that the training made less likely (ours)
 
-    The target's held-out rows show whether to trust it. The complete pool is selected if the training made fewer than
-    half of them more likely, or if it made as large a share of the pool more likely as of them.
+
+def of_task(similar_R: Floats, similar_T: Floats) -> NDArray[np.bool_]:
+    """Rows whose prompts are at least as similar to the target as those of all its held-out rows (ours); (R,).
+
+    Args:
+        similar_R: Similarity of the pool's prompts to those of the target's other rows, from -1 to 1.
+        similar_T: Similarity of the held-out rows' prompts to them.
+
+    Example:
+        >>> of_task(np.array([0.9, 0.8, 0.2]), np.array([0.8, 0.9])).tolist()
+        [True, True, False]
+    """
+    return similar_R >= similar_T.min()
+
+
+def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Choice:
+    """Select the rows of the target's task without those that contradict the target (ours).
+
+    A row contradicts the target if the training on the target made it less likely: its score is not below 0. So are
+    correct rows that the training was too short for. Rows are therefore only left out by their scores if the share of
+    such rows is a tenth above that among the held-out rows, which are correct.
 
     Args:
         scores_R: Scores of the pool.
         target_T: Scores of the target's held-out rows.
+        task_R: Rows of the pool that are of the task, by `of_task`.
 
     Example:
-        >>> choose(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-2.0, -1.0, 0.5])).rows
-        2
-        >>> choose(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, 0.5, 1.0])).rows
-        4
+        >>> pool, task = np.array([-2.0, 3.0, 1.0, -1.0]), np.array([True, True, True, False])
+        >>> choose(pool, np.array([-2.0, -1.0, 0.5]), task).rows_R.tolist()
+        [True, False, False, False]
+        >>> choose(pool, np.array([-2.0, 2.0, 0.5]), task).rows_R.tolist()
+        [True, True, True, False]
     """
-    below, of_target = int((scores_R < 0).sum()), float((target_T < 0).mean())
-    rows = len(scores_R)
-    if of_target < 0.5:
+    if not task_R.any():
+        return Choice(task_R, "no prompt of the pool is like those of the target")
+    unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
+    if unlikely - of_target < _EXCESS:
         return Choice(
-            rows,
-            f"the training on the target made only {of_target:.0%} of its held-out rows more likely, so the pool "
-            "cannot be sifted by it",
+            task_R,
+            f"their prompts are like the target's, and their completions too: {unlikely:.0%} became less likely, "
+            f"and {of_target:.0%} of the target's held-out rows",
         )
-    if below >= of_target * rows:
-        return Choice(
-            rows, "as many rows of the pool as of the target became more likely, so there is nothing to sift out"
-        )
-    return Choice(below, "the training on the target made these rows more likely, and the others less likely")
+    return Choice(
+        task_R & (scores_R < 0),
+        "their prompts are like the target's, and the training on the target made their completions more likely",
+    )
 
 
 _REACHED = 0.9  # share of the held-out bad rows whose scores are within the limit (ours)
@@ -109,18 +131,18 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
         bad_B: Scores of the held-out bad rows.
 
     Returns:
-        The number of rows that remain: those with the highest scores.
+        The rows that remain.
 
     Example:
-        >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-2.5, -1.5])).rows
-        3
-        >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, 2.0])).rows
-        4
+        >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-2.5, -1.5])).rows_R.tolist()
+        [False, True, True, True]
+        >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, 2.0])).rows_R.all()
+        np.True_
     """
-    within = int((scores_R <= np.quantile(bad_B, _REACHED, method="higher")).sum())
-    if within > _MOST * len(scores_R):
+    within_R = scores_R <= np.quantile(bad_B, _REACHED, method="higher")
+    if within_R.mean() > _MOST:
         return Choice(
-            len(scores_R),
-            f"{within / len(scores_R):.0%} of the pool is as much like the bad rows as those held out: none is dropped",
+            np.ones_like(within_R),
+            f"{within_R.mean():.0%} of the pool is as much like the bad rows as those held out: none is dropped",
         )
-    return Choice(len(scores_R) - within, f"as much like the bad rows as those held out, and left out: {within:,}")
+    return Choice(~within_R, f"as much like the bad rows as those held out, and left out: {within_R.sum():,}")

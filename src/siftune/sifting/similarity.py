@@ -1,0 +1,90 @@
+"""Similarity of prompts by the hidden states of the base model.
+
+A text's embedding is the mean of the last hidden states over its tokens, those that the head receives. Similarity is the
+cosine, and a text's similarity to a target is that to the nearest text of the target, as in RDS+ (Ivison et al.,
+"Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807).
+
+Ours: tokens have equal weights, while RDS+ gives later ones more. Prompts alone are compared, so that a row with a wrong
+completion is as similar as one with the correct completion.
+
+Shapes: R texts, T positions, H hidden size, K texts of the target.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siftune.base.numerics import widened
+from siftune.data.batches import by_length
+from siftune.models.loss import IGNORED, find_output_embeddings, logits_at
+from siftune.models.modules import evaluating, model_device
+
+
+def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> Sequence[int]:
+    """Token ids before the first label; all of them if there is no prompt, as in a row of text.
+
+    Example:
+        >>> prompt_of([5, 6, 7], [-100, -100, 7]), prompt_of([5, 6], [-100, 6]), prompt_of([5, 6], [5, 6])
+        ([5, 6], [5], [5, 6])
+    """
+    first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
+    return ids[: first if first > 0 else len(ids)]
+
+
+def embed(model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
+    """Embed texts.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not; it is put into eval mode and back.
+        texts: Token ids of each text, at least one.
+        batch_size: Texts per forward pass.
+
+    Raises:
+        LayerError: The model has no output embeddings.
+
+    Returns:
+        (R, H), each of length 1, float32, or float64 if the model is; on the CPU.
+    """
+    parts: dict[int, Tensor] = {}
+    states: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        states.append(widened(args[0].detach()))
+
+    handle = find_output_embeddings(model).register_forward_pre_hook(keep)  # before that of logits_at: all positions
+    try:
+        with evaluating(model):
+            for places in by_length([len(text) for text in texts], batch_size):
+                lengths = torch.tensor([len(texts[place]) for place in places])
+                seen_BT = torch.arange(int(lengths.max())) < lengths[:, None]
+                ids_BT = torch.zeros(seen_BT.shape, dtype=torch.int64)
+                ids_BT[seen_BT] = torch.tensor([token for place in places for token in texts[place]])
+                first_BT = torch.zeros_like(seen_BT)
+                first_BT[:, 0] = True  # the head must run, on as few positions as it can
+                ids_BT, seen_BT, first_BT = (value.to(model_device(model)) for value in (ids_BT, seen_BT, first_BT))
+                with logits_at(model, first_BT):
+                    model(input_ids=ids_BT, attention_mask=seen_BT.long(), use_cache=False)
+                states_BTH = states.pop()
+                weights_BT1 = seen_BT.to(states_BTH)[:, :, None]
+                mean_BH = (states_BTH * weights_BT1).sum(1) / weights_BT1.sum(1)
+                parts |= dict(zip(places, nn.functional.normalize(mean_BH, dim=1).cpu(), strict=True))
+    finally:
+        handle.remove()
+    return torch.stack([parts[place] for place in range(len(texts))])
+
+
+def nearest(texts_RH: Tensor, target_KH: Tensor) -> Tensor:
+    """Similarity of each text to the nearest text of the target; (R,), from -1 to 1.
+
+    Args:
+        texts_RH: Embeddings, each of length 1.
+        target_KH: Those of the target.
+
+    Example:
+        >>> texts, target = torch.eye(2), torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+        >>> nearest(texts, target)
+        tensor([1.0000, 0.8000])
+    """
+    return (texts_RH @ target_KH.T).amax(1)
