@@ -137,7 +137,7 @@ class Work:
             self.seconds_sifting = time.process_time() - started
         else:
             pool_RH, known_KH = (embed(self.model, part["input_ids"]) for part in (pool, known))
-            numbers = list(most_alike(nearest(pool_RH, known_KH), self.method.get("share", _SHARE)))
+            numbers = list(most_alike(nearest(pool_RH, known_KH, pool_RH.mean(0)), self.method.get("share", _SHARE)))
         return [self.pool.train[number] for number in numbers]
 
     def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:

@@ -57,7 +57,8 @@ def losses_of(
     seen, unseen = known.select(range(rows)), known.select(range(rows, len(known)))
     with short_rows():
         pool_RH, seen_KH, unseen_KH = (embed(model, _prompts(data), _BATCH) for data in (pool, seen, unseen))
-    similar = {"similar": nearest(pool_RH, seen_KH), "known_similar": nearest(unseen_KH, seen_KH)}
+    mean_H = pool_RH.mean(0)
+    similar = {"similar": nearest(pool_RH, seen_KH, mean_H), "known_similar": nearest(unseen_KH, seen_KH, mean_H)}
     losses |= {name: np.asarray(value.numpy(), np.float64) for name, value in similar.items()}
     if "tuned" not in losses:
         losses |= {"base": _losses(model, pool), "known_base": _losses(model, unseen)}

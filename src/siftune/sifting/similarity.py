@@ -1,11 +1,12 @@
 """Similarity of prompts by the hidden states of the base model.
 
-A text's embedding is the mean of the last hidden states over its tokens, those that the head receives. Similarity is the
-cosine, and a text's similarity to a target is that to the nearest text of the target, as in RDS+ (Ivison et al.,
+A text's embedding is the mean of the last hidden states over its tokens, those that the head receives. Similarity is
+the cosine, and a text's similarity to a target is that to the nearest text of the target, as in RDS+ (Ivison et al.,
 "Large-Scale Data Selection for Instruction Tuning", arXiv 2503.01807).
 
-Ours: tokens have equal weights, while RDS+ gives later ones more. Prompts alone are compared, so that a row with a wrong
-completion is as similar as one with the correct completion.
+Ours: tokens have equal weights, while RDS+ gives later ones more. The mean over the pool is subtracted: without that,
+texts of different tasks have cosines above 0.9. Prompts alone are compared, so that a row with a wrong completion is as
+similar as one with the correct completion.
 
 Shapes: R texts, T positions, H hidden size, K texts of the target.
 """
@@ -75,16 +76,18 @@ def embed(model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int = 64
     return torch.stack([parts[place] for place in range(len(texts))])
 
 
-def nearest(texts_RH: Tensor, target_KH: Tensor) -> Tensor:
-    """Similarity of each text to the nearest text of the target; (R,), from -1 to 1.
+def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
+    """Similarity of each text to the nearest text of the target, after the mean is subtracted; (R,), from -1 to 1.
 
     Args:
-        texts_RH: Embeddings, each of length 1.
+        texts_RH: Embeddings.
         target_KH: Those of the target.
+        mean_H: Mean of the pool's: what all its texts share, such as a chat template.
 
     Example:
-        >>> texts, target = torch.eye(2), torch.tensor([[0.6, 0.8], [1.0, 0.0]])
-        >>> nearest(texts, target)
+        >>> texts, target, mean = torch.tensor([[3.0, 1], [1, 2]]), torch.tensor([[1.6, 1.8], [2.0, 1.0]]), torch.ones(2)
+        >>> nearest(texts, target, mean)
         tensor([1.0000, 0.8000])
     """
+    texts_RH, target_KH = (nn.functional.normalize(part - mean_H, dim=1) for part in (texts_RH, target_KH))
     return (texts_RH @ target_KH.T).amax(1)

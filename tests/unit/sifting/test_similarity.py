@@ -28,7 +28,8 @@ def test_a_completion_does_not_change_the_similarity():
 
 
 def test_similarity_by_hand():
-    texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
-    target = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    torch.testing.assert_close(nearest(texts, target), torch.tensor([1.0, 1.0, 0.8, 0.0]))
-    torch.testing.assert_close(nearest(texts, target[:1]), torch.tensor([1.0, 0.0, 0.6, -1.0]))
+    mean = torch.tensor([10.0, -3.0])
+    texts = mean + torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [-1.0, 0.0]])
+    target = mean + torch.tensor([[5.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(nearest(texts, target, mean), torch.tensor([1.0, 1.0, 0.8, 0.0]))
+    torch.testing.assert_close(nearest(texts, target[:1], mean), torch.tensor([1.0, 0.0, 0.6, -1.0]))
