@@ -157,8 +157,7 @@ class Work:
             drop = bad & (np.random.default_rng(self.job["seed"]).permutation(np.linspace(0, 1, len(bad))) <= share)
         elif method != "dense":
             values, held_out = scores_of(self.arrays())[method]
-            if unlike(-values, -held_out).rows < len(bad):
-                drop = values >= limit(held_out)
+            drop = ~unlike(-values, -held_out).rows_R
         rows = self.tokens([row for row, gone in zip(self.pool.train, drop, strict=True) if not gone])
         result: dict[str, Any] = {
             "dropped": int(drop.sum()),

@@ -1,4 +1,4 @@
-"""Sift a pool by the known rows, as `siftune sift`: by its prompts, and by losses under a model tuned on the known rows.
+"""Sift a pool by the known rows, as `siftune sift`: by prompts, and by losses under a model tuned on the known rows.
 
 The losses are those of `siftune sift`, and so is the share that is selected if a job names none. Jobs that differ only
 in what they do with the losses share them, in siftune's cache folder.
@@ -19,7 +19,7 @@ from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.schema import Recipe
-from siftune.sifting.scores import Floats, choose, held_out_count, lowest, scores
+from siftune.sifting.scores import Floats, choose, held_out_count, lowest, of_task, scores
 from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.build import build
 
@@ -85,11 +85,12 @@ def sifted(losses: dict[str, Floats], share: float | None) -> list[int]:
     """Numbers of the rows that are selected, ascending; without a share, those that `siftune sift` selects."""
     scores_R = scores(losses["tuned"], losses["base"])
     known_T = scores(losses["known_tuned"], losses["known_base"])
+    task_R = of_task(losses["similar"], losses["known_similar"])
     if share is None:
-        choice = choose(scores_R, losses["similar"], known_T, losses["known_similar"])
-        numbers: list[int] = choice.rows_R.nonzero()[0].tolist()
+        rows_R = choose(scores_R, known_T, task_R).rows_R
     else:
-        numbers = lowest(scores_R, round(share * len(scores_R))).tolist()
+        rows_R = lowest(scores_R, round(share * len(scores_R)), task_R)
+    numbers: list[int] = rows_R.nonzero()[0].tolist()
     return numbers
 
 

@@ -22,6 +22,7 @@ class _Scored(NamedTuple):
     score: float
     after: float
     before: float
+    similarity: float
     selected: bool
     source: str
     text: str
@@ -35,7 +36,7 @@ def sifted(run: RunData, several: bool) -> Section | None:
     title = f"Sifted rows{f': {run.name}' if several else ''}"
     anchor = f"sifted-{slug(run.name)}"
     try:
-        rows = sorted(_read(path), key=lambda row: row.score)
+        rows = sorted(_read(path), key=lambda row: (not row.selected, row.score))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Section(anchor, title, [f"Not available: {path} cannot be read ({error})."])
     count = sum(row.selected for row in rows)
@@ -61,6 +62,7 @@ def _read(path: Path) -> list[_Scored]:
                 _number(line["score"]),
                 _number(line["loss_after"]),
                 _number(line["loss_before"]),
+                _number(line["similarity"]),
                 line["selected"] == "1",
                 line["source"],
                 " → ".join(filter(None, (line["prompt"].strip(), line["completion"].strip()))),
@@ -80,7 +82,7 @@ def _order(run: RunData, rows: list[_Scored], count: int) -> Figure:
     scores = [row.score for row in rows]
     parts = [Line("selected", range(1, count + 1), scores[:count])]
     parts += [Line("left out", range(count + 1, len(rows) + 1), scores[count:], 1)] if count < len(rows) else []
-    chart = Chart("change of the loss, nats per token", "rows of the pool, by score")
+    chart = Chart("change of the loss, nats per token", "rows of the pool: selected, left out, by score")
     return line_chart(f"sifted-{slug(run.name)}", "Scores of the pool", parts, chart)
 
 
@@ -109,9 +111,13 @@ def _examples(rows: list[_Scored], count: int) -> Grid:
             Cell("selected" if rows[place].selected else "left out", mark="good" if rows[place].selected else "bad"),
             Cell(short(rows[place].score), rows[place].score),
             Cell(f"{short(rows[place].before)} → {short(rows[place].after)}", rows[place].after),
+            Cell(short(rows[place].similarity), rows[place].similarity),
         ]
         for place in places
     ]
-    header = ["rank", "row", "text", "", "score", "loss before and after"]
-    caption = "The first rows by score, those around the limit, and the last."
+    header = ["rank", "row", "text", "", "score", "loss before and after", "prompt"]
+    caption = (
+        "By score: the first and last selected rows, and the first and last that were left out. Prompt: its similarity "
+        "to the target's, 1 if equal."
+    )
     return Grid(header, lines, caption, (1, 2, 3), cards=True, first=_EACH, unbroken=(1, 5))

@@ -5,7 +5,9 @@ FOLDER/
   unseen.csv       the rows of the target that the training leaves out
   tuning/          run folder of the training on the other rows of the target
   losses.jsonl     a line for every 512 rows: their losses after that training and before
-  scores.csv       every row of the pool: place, score, both losses, whether it was selected, and the start of its text
+  similar.jsonl    a line: the similarity of the prompts of the pool, and of the unseen rows, to those of the other rows
+  scores.csv       every row of the pool: place, score, both losses, similarity, whether it was selected, and the start
+                   of its text
   avoid/           the same of the bad rows, and `pool/`, run folder of the training on the pool that precedes theirs
   dropped.csv      the rows that were not selected, for `siftune train --drop-rows`; missing if there are none
   sifted.jsonl     the selected rows as they are in the pool, for any trainer
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, method_of, new_folder, resolve_recipe, train_files
 from siftune.records.rows import Read, absolute_place, digest_of, text_of
 from siftune.sifting.rows import PARTS, Few, Rows, check_sifting, count_of, read_all
-from siftune.sifting.scores import Floats, choose, lowest, scores, unlike
+from siftune.sifting.scores import Choice, Floats, choose, lowest, of_task, scores, unlike
+from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.folder.run import RunFolder
 from siftune.train.guards.memory import free
 from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
@@ -69,7 +72,7 @@ from siftune.train.run import train as tune
 STEPS = 60  # of the training on the target's rows (ours: docs/sifting.md)
 FOLDER = "sift"  # of a run folder
 SCORES, DROPPED, SIFTED, RECORD = "scores.csv", "dropped.csv", "sifted.jsonl", "sift.json"
-_LOSSES, _UNSEEN, _TUNING = "losses.jsonl", "unseen.csv", "tuning"
+_LOSSES, _SIMILAR, _UNSEEN, _TUNING = "losses.jsonl", "similar.jsonl", "unseen.csv", "tuning"
 _POOL, _OTHERS = "pool", "others.csv"  # of the bad rows' folder: the training on the pool, and rows that it leaves out
 _FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
 _CHUNK = 512  # rows in a line of losses.jsonl
@@ -92,6 +95,7 @@ class Sifted:
         places: (R,) places of the rows that have scores, such as "pool.jsonl:17"; not of target and bad rows.
         scores: (R,) float64: loss after training on the target minus loss before, in nats per label token. The lower,
             the more a row is like the target. None without a target.
+        similar: (R,) float64: similarity of the prompts to those of the target, from -1 to 1. None without a target.
         bad_scores: (R,) float64: the same of the bad rows. None without them.
         reason: Why these rows were selected, as a clause.
         notes: Sentences on unusable rows, copies, and rows of the target in the pool.
@@ -102,6 +106,7 @@ class Sifted:
     selected: Sequence[int]
     places: Sequence[str]
     scores: Floats | None
+    similar: Floats | None
     bad_scores: Floats | None
     reason: str
     notes: Sequence[str]
@@ -131,14 +136,16 @@ def sift(
 ) -> Sifted:
     """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; scores.py).
 
-    The model is tuned on most of the target's rows. A row's score is the change of its loss, and rows with a score
-    below 0 are selected. The scores of the target's other rows show whether to trust this: see `choose`. Rows like the
-    bad ones are left out in the same way, after a model tuned on the pool is tuned further on them: see `unlike`.
+    Rows with prompts like those of the target are of its task: see `of_task`. The model is tuned on most of the
+    target's rows. A row's score is the change of its loss, and rows of the task with a score below 0 are selected. The
+    scores of the target's other rows show whether to trust this: see `choose`. Rows like the bad ones are left out in
+    the same way, after a model tuned on the pool is tuned further on them: see `unlike`.
 
     Args:
         train: The pool: a file or hub id, or several.
         target: File or hub id of at least 8 correct rows of the task. None: rows are only left out by the bad ones.
-        share: Share of the pool to select, below 1, or a number of rows. None: those with a score below 0.
+        share: Share of the pool to select, below 1, or a number of rows: the lowest scores, of rows of the task before
+            others. None: rows of the task that do not contradict the target.
         steps: Optimizer steps of the training on the target's rows, and of that on the pool before the bad rows.
         avoid: File or hub id of at least 8 rows with answers that the model must not give.
         console: Console for progress; stderr by default.
@@ -168,10 +175,12 @@ def sift(
         recipe = source.settle(recipe)
         rows = read_all(recipe, bad, source)
         with first_rank_first(), stages(console) as progress:
-            parts = Read({"train": rows.pool, **{PARTS[few.name]: few.unseen for few in rows.few}}, rows.bad)
+            parts = Read({"train": rows.pool, **{PARTS[few.name]: few.rows for few in rows.few}}, rows.bad)
             prepared = prepare(replace(recipe, target=None), source.tokenizer(), parts, progress)
         count = count_of(share, len(prepared.rows["train"]))
-        folder = WorkFolder(str(recipe.out), RECORD, f"{_TUNING}/checkpoints/*", f"{_POOL}/checkpoints/*", _LOSSES)
+        folder = WorkFolder(
+            str(recipe.out), RECORD, f"{_TUNING}/checkpoints/*", f"{_POOL}/checkpoints/*", _LOSSES, _SIMILAR
+        )
         if rank() == 0:
             stack.enter_context(folder.begin(_facts(recipe, rows, steps, source.identity)))
             stack.enter_context(only_process(folder.path))
@@ -253,44 +262,54 @@ def _facts(recipe: Recipe, rows: Rows, steps: int, identity: Mapping[str, str]) 
 
 def _sift(work: _Work, prepared: Prepared, count: int | None) -> Sifted:
     started, rows = time.monotonic(), prepared.rows["train"]
-    selected, reasons = np.arange(len(rows)), list[str]()
+    selected_R, reasons = np.ones(len(rows), bool), list[str]()
     found: dict[str, Floats] = {}
     for few in work.rows.few:
-        own = [prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", PARTS[few.name])]
-        after, before = _losses(work, few, concatenate_datasets(own))
-        all_R = scores(after, before)
+        part = PARTS[few.name]
+        places, unseen = [row.origin for row in prepared.rows[part]], {row.origin for row in few.unseen}
+        pool, own = (prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", part))
+        aside = [number for number, place in enumerate(places) if place in unseen]
+        held_out, seen = own.select(aside), own.select(sorted({*range(len(places))} - {*aside}))
+        model = cache(partial(_tuned, work, few))  # loaded at most once, and only if something is missing
+        after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
+        columns, all_R = {"loss_after": after, "loss_before": before}, scores(after, before)
         if not np.isfinite(all_R).all():
-            broken = [*rows, *prepared.rows[PARTS[few.name]]][int(np.isfinite(all_R).argmin())]
-            raise DataError(f"the loss of {broken.origin} is not finite: leave the row out, or give --dtype float32")
-        found[few.name] = scores_R = all_R[: len(rows)]
+            scored = [*(row.origin for row in rows), *(places[number] for number in aside)]
+            broken = scored[int(np.isfinite(all_R).argmin())]
+            raise DataError(f"the loss of {broken} is not finite: leave the row out, or give --dtype float32")
+        found[few.name], few_T = all_R[: len(rows)], all_R[len(rows) :]
         if few.name == "target":
-            choice = choose(scores_R, all_R[len(rows) :])
-            reason = choice.reason if count is None else "those with the lowest scores, as many as asked for"
-            chosen = lowest(scores_R, choice.rows if count is None else count)
-            if not len(chosen):
+            found["similar"], similar_T = _similar(work, pool, held_out, seen, model)
+            columns["similarity"], task_R = found["similar"], of_task(found["similar"], similar_T)
+            choice = choose(found["target"], few_T, task_R)
+            if count is not None:
+                chosen = lowest(found["target"], count, task_R)
+                choice = Choice(chosen, "those with the lowest scores, as many as asked for")
+            if not choice.rows_R.any():
                 raise DataError(
-                    f"training on {few.file} made no row of the pool more likely: give a pool with rows of the task, "
-                    "or a share"
+                    f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
                 )
         else:
-            choice = unlike(scores_R, all_R[len(rows) :])
-            reason, chosen = choice.reason, np.sort(np.argsort(scores_R, kind="stable")[len(rows) - choice.rows :])
-        from_first(partial(_write_scores, work, few, rows, chosen, after, before))
-        selected, reasons = np.intersect1d(selected, chosen), [*reasons, reason]
-    if not len(selected):
+            choice = unlike(found["avoid"], few_T)
+        del model
+        free()
+        from_first(partial(_write_scores, work, few, rows, choice.rows_R, {"score": all_R, **columns}))
+        selected_R, reasons = selected_R & choice.rows_R, [*reasons, choice.reason]
+    if not selected_R.any():
         raise DataError("each row of the pool that is like the target is like the bad rows too: give other bad rows")
-    numbers = from_first(lambda: _write(work, rows, set(selected.tolist())))
+    numbers = from_first(lambda: _write(work, rows, set(selected_R.nonzero()[0].tolist())))
     earlier = from_first(lambda: float(work.folder.state.get("seconds", 0)))
     seconds = round(earlier + time.monotonic() - started, 1)
     reason = "; ".join(reasons)
     if rank() == 0:
-        work.folder.set_state(seconds=seconds, selected=len(selected), pool=len(rows), reason=reason)
+        work.folder.set_state(seconds=seconds, selected=int(selected_R.sum()), pool=len(rows), reason=reason)
     wait_for_all()
     return Sifted(
         folder=work.folder.path,
         selected=numbers,
         places=[row.origin for row in rows],
         scores=found.get("target"),
+        similar=found.get("similar"),
         bad_scores=found.get("avoid"),
         reason=reason,
         notes=[*bad_lines(prepared, NAMED), *work.rows.notes()],
@@ -298,17 +317,17 @@ def _sift(work: _Work, prepared: Prepared, count: int | None) -> Sifted:
     )
 
 
-def _losses(work: _Work, few: Few, data: Dataset) -> tuple[Floats, Floats]:
+def _losses(work: _Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tuple[Floats, Floats]:
     """Losses of rows after the training on `few` and before it, in nats per label token; each (rows,) float64."""
     name = f"{_prefix(few)}{_LOSSES}"
     done = from_first(lambda: {line["start"]: line for line in work.folder.lines(name)})
     starts = range(0, len(data), _CHUNK)
-    model: Any = _tuned(work, few) if any(start not in done for start in starts) else None
     batch = _WIDER * work.recipe.batch_size
     with stages(work.console) as progress:
         for start in starts:
             if start in done:
                 continue
+            model = tuned()
             progress("losses of the rows", start, len(data))
             chunk = data[start : start + _CHUNK]
             own = slice(rank(), None, world_size())  # each rank has a part of the chunk
@@ -324,10 +343,31 @@ def _losses(work: _Work, few: Few, data: Dataset) -> tuple[Floats, Floats]:
             done[start] = {"start": start, "after": after, "before": before}
             if rank() == 0:
                 work.folder.append(name, done[start])
-    del model
-    free()
     after_R, before_R = (np.concatenate([done[start][name] for start in starts]) for name in ("after", "before"))
     return after_R, before_R
+
+
+def _similar(
+    work: _Work, pool: Dataset, held_out: Dataset, seen: Dataset, tuned: Callable[[], Any]
+) -> tuple[Floats, Floats]:
+    """Similarity of the prompts of the pool, and of the target's held-out rows, to those of its other rows."""
+    done = from_first(lambda: list(work.folder.lines(_SIMILAR)))
+    if not done:
+        model, data = tuned(), concatenate_datasets([pool, held_out, seen])
+        texts = [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
+        own = slice(rank(), None, world_size())  # each rank has a part of the texts
+        with short_rows(), model.disable_adapter(), stages(work.console) as progress:
+            part = embed(model, texts[own], _WIDER * work.recipe.batch_size, progress)
+        all_RH = part.new_zeros(len(texts), part.shape[1])
+        all_RH[own] = part
+        all_RH = mean_over_ranks(all_RH, model_device(model)) * world_size()
+        pool_RH, unseen_TH, seen_KH = all_RH.split([len(pool), len(held_out), len(seen)])
+        mean_H = pool_RH.mean(0)
+        values = [nearest(rows, seen_KH, mean_H).tolist() for rows in (pool_RH, unseen_TH)]
+        done = [dict(zip(("pool", "unseen"), values, strict=True))]
+        if rank() == 0:
+            work.folder.append(_SIMILAR, done[0])
+    return np.array(done[0]["pool"], np.float64), np.array(done[0]["unseen"], np.float64)
 
 
 def _prefix(few: Few) -> str:
@@ -410,16 +450,16 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _write_scores(
-    work: _Work, few: Few, pool: Sequence[Row], chosen: NDArray[np.int64], after: Floats, before: Floats
+    work: _Work, few: Few, pool: Sequence[Row], chosen_R: NDArray[np.bool_], columns: Mapping[str, Floats]
 ) -> None:
     """Write the scores of the pool by the target, or by the bad rows."""
-    header = ["place", "score", "loss_after", "loss_before", "selected", "source", "prompt", "completion"]
-    selected, lines = set(chosen.tolist()), []
-    columns = zip(scores(after, before), after, before, strict=False)  # those of the unseen rows follow the pool's
-    for number, (row, source, values) in enumerate(zip(pool, sources(pool), columns, strict=False)):
-        losses = [f"{value:.5f}" for value in values]
+    lines = []
+    values = zip(*columns.values(), strict=False)  # those of the unseen rows follow the pool's
+    for row, source, chosen, own in zip(pool, sources(pool), chosen_R, values, strict=False):
+        numbers = [f"{value:.5f}" for value in own]
         texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
-        lines.append([row.origin, *losses, int(number in selected), *texts])
+        lines.append([row.origin, *numbers, int(chosen), *texts])
+    header = ["place", *columns, "selected", "source", "prompt", "completion"]
     work.folder.write(f"{_prefix(few)}{SCORES}", _csv(header, lines))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siftune.base.files import Progress
 from siftune.base.numerics import widened
 from siftune.data.batches import by_length
 from siftune.models.loss import IGNORED, find_output_embeddings, logits_at
@@ -34,13 +35,16 @@ def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> Sequence[int]:
     return ids[: first if first > 0 else len(ids)]
 
 
-def embed(model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
+def embed(
+    model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int = 64, progress: Progress | None = None
+) -> Tensor:
     """Embed texts.
 
     Args:
         model: A causal language model, PEFT-wrapped or not; it is put into eval mode and back.
         texts: Token ids of each text, at least one.
         batch_size: Texts per forward pass.
+        progress: Receives the number of embedded texts.
 
     Raises:
         LayerError: The model has no output embeddings.
@@ -71,6 +75,8 @@ def embed(model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int = 64
                 weights_BT1 = seen_BT.to(states_BTH)[:, :, None]
                 mean_BH = (states_BTH * weights_BT1).sum(1) / weights_BT1.sum(1)
                 parts |= dict(zip(places, nn.functional.normalize(mean_BH, dim=1).cpu(), strict=True))
+                if progress is not None:
+                    progress("similarity of the prompts", len(parts), len(texts))
     finally:
         handle.remove()
     return torch.stack([parts[place] for place in range(len(texts))])
@@ -85,8 +91,8 @@ def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
         mean_H: Mean of the pool's: what all its texts share, such as a chat template.
 
     Example:
-        >>> texts, target, mean = torch.tensor([[3.0, 1], [1, 2]]), torch.tensor([[1.6, 1.8], [2.0, 1.0]]), torch.ones(2)
-        >>> nearest(texts, target, mean)
+        >>> texts, target = torch.tensor([[3.0, 1.0], [1.0, 2.0]]), torch.tensor([[1.6, 1.8], [2.0, 1.0]])
+        >>> nearest(texts, target, torch.ones(2))
         tensor([1.0000, 0.8000])
     """
     texts_RH, target_KH = (nn.functional.normalize(part - mean_H, dim=1) for part in (texts_RH, target_KH))

@@ -64,16 +64,15 @@ def test_scores_and_rows_that_remain_are_those_of_a_slow_oracle(avoiding, base, 
     found = table(place)
     np.testing.assert_allclose([float(line["loss_before"]) for line in found], both[1][:36], atol=2e-5)
     held_out = change[36:][[int(line.rpartition(":")[2]) - 1 for line in unseen]]
-    remaining = unlike(change[:36], held_out).rows
-    chosen = np.sort(np.argsort(change[:36], kind="stable")[36 - remaining :]).tolist()
+    chosen = unlike(change[:36], held_out).rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
     assert records(sifted.rows) == [task.pool[n] for n in chosen]
 
 
 def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, monkeypatch):
-    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(len(scores) - 10, "ten are left out"))
+    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
     sifted = sift(**given, avoid=bad, share=20, console=QUIET)
-    likely = np.sort(np.argsort(sifted.scores, kind="stable")[:20])
+    likely = [number for number, line in enumerate(table(sifted.folder)) if line["selected"] == "1"]
     remaining = np.argsort(sifted.bad_scores, kind="stable")[10:]
     assert sifted.selected == np.intersect1d(likely, remaining).tolist()
     assert 10 <= len(sifted.selected) < 20
@@ -83,7 +82,7 @@ def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, m
 
 
 def test_no_row_remains(given, bad, monkeypatch):
-    monkeypatch.setattr(module, "unlike", lambda *_: Choice(0, ""))
+    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(np.zeros(len(scores), bool), ""))
     with pytest.raises(DataError, match="bad rows"):
         sift(**given, avoid=bad, share=20, console=QUIET)
 

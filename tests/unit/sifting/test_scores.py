@@ -1,17 +1,22 @@
-"""Scores of rows, the rows with the lowest, and their number, against sums by hand."""
+"""Scores of rows, and the choice of rows by them, against sums by hand."""
 
 from fractions import Fraction
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.sifting.scores import choose, held_out_count, lowest, scores, unlike
+from siftune.sifting.scores import choose, held_out_count, lowest, of_task, scores, unlike
 
 LOSSES = st.floats(-20, 20, width=32)
 MANY = st.lists(LOSSES, min_size=1, max_size=60)
 FEW = st.lists(LOSSES, min_size=1, max_size=20)
+SCORED = st.lists(st.tuples(LOSSES, st.booleans()), min_size=1, max_size=60)
+
+
+def parts(rows):
+    """Scores, and whether rows are of the task."""
+    return np.array([score for score, _ in rows]), np.array([task for _, task in rows])
 
 
 def test_a_score_is_the_change_of_the_loss():
@@ -20,51 +25,40 @@ def test_a_score_is_the_change_of_the_loss():
     assert found.tolist() == [-1.25, 1.0, 0.0]
 
 
-@given(MANY, st.integers(0, 70))
-def test_the_lowest_are_the_first_of_equal_ones_in_order(values, count):
-    chosen = lowest(np.array(values), count).tolist()
-    assert chosen == sorted(sorted(range(len(values)), key=lambda i: (values[i], i))[:count])
+@given(SCORED, st.integers(0, 70))
+def test_the_lowest_are_those_of_the_task_and_the_first_of_equal_ones(rows, count):
+    values, task = parts(rows)
+    chosen = lowest(values, count, task).nonzero()[0].tolist()
+    assert chosen == sorted(sorted(range(len(rows)), key=lambda i: (not task[i], values[i], i))[:count])
 
 
-def test_of_equal_scores_the_first_are_chosen():
-    assert lowest(np.zeros(5), 2).tolist() == [0, 1]
+def test_rows_of_the_task_have_prompts_as_similar_as_all_held_out_rows():
+    assert of_task(np.array([0.7, 0.69, -1.0, 1.0]), np.array([0.9, 0.7, 0.8])).tolist() == [True, False, False, True]
 
 
-@given(MANY, FEW)
-def test_the_choice_is_that_of_exact_arithmetic(pool, target):
-    below, of_target = sum(score < 0 for score in pool), Fraction(sum(score < 0 for score in target), len(target))
-    trusted = of_target >= Fraction(1, 2) and below < of_target * len(pool)
-    if below != of_target * len(pool):  # float64 may round the product past a number of rows
-        assert choose(np.array(pool), np.array(target)).rows == (below if trusted else len(pool))
+@given(SCORED, FEW)
+def test_the_choice_is_that_of_exact_arithmetic(rows, target):
+    values, task = parts(rows)
+    own = [value for value, of_it in zip(values, task, strict=True) if of_it]
+    expected = task
+    if own:
+        excess = Fraction(sum(v >= 0 for v in own), len(own)) - Fraction(sum(v >= 0 for v in target), len(target))
+        if abs(excess - Fraction(1, 10)) < Fraction(1, 10**9):  # float64 may round the difference past a tenth
+            return
+        if excess > Fraction(1, 10):
+            expected = [of_it and value < 0 for value, of_it in zip(values, task, strict=True)]
+    assert choose(values, np.array(target), task).rows_R.tolist() == list(expected)
 
 
-@given(MANY, FEW, st.randoms())
-def test_the_choice_does_not_depend_on_the_order(pool, target, random):
-    before = choose(np.array(pool), np.array(target))
-    random.shuffle(pool)
-    random.shuffle(target)
-    assert choose(np.array(pool), np.array(target)) == before
+def test_rows_that_contradict_the_target_are_left_out_only_if_there_are_more_than_held_out_ones():
+    task, pool = np.ones(10, bool), np.array([-1.0] * 6 + [0.0] + [1.0] * 3)  # 40 % are not below 0
+    assert choose(pool, np.array([-1.0, -1, -1, 1]), task).rows_R.tolist() == [True] * 6 + [False] * 4
+    assert choose(pool, np.array([-1.0, -1, 1]), task).rows_R.all()
+    assert choose(pool, np.array([0.0, 2.0]), task).rows_R.all()
 
 
-def test_a_pool_like_the_target_is_selected_in_full():
-    drawn = np.random.default_rng(0).normal(-0.5, size=400)
-    target = np.sort(drawn)[::10]
-    assert choose(drawn, target).rows == 400
-    assert choose(np.concatenate([drawn, drawn + 50]), target).rows == (drawn < 0).sum()
-
-
-@pytest.mark.parametrize(
-    ("target", "rows"), [([-1, -1, 1, 1], 3), ([-1, 1, 1, 1], 8), ([-1, -1, -1, 1], 3), ([0, 0, -1, -1], 3)]
-)
-def test_the_pool_is_sifted_if_half_of_the_target_became_more_likely(target, rows):
-    pool = np.array([-1.0] * 3 + [0.0] + [1.0] * 4)  # a score of 0 is not below 0
-    choice = choose(pool, np.array(target, dtype=float))
-    assert choice.rows == rows
-    assert choice.reason
-
-
-def test_no_row_of_a_pool_may_be_selected():
-    assert choose(np.ones(8), -np.ones(8)).rows == 0
+def test_no_row_may_be_of_the_task():
+    assert not choose(-np.ones(8), -np.ones(8), np.zeros(8, bool)).rows_R.any()
 
 
 @given(st.integers(8, 10_000))
@@ -78,11 +72,12 @@ def test_rows_held_out_of_the_target(rows):
 def test_rows_within_the_limit_of_the_bad_ones_are_left_out(pool, bad):
     limit = next(each for each in sorted(bad) if sum(score <= each for score in bad) >= 0.9 * len(bad))
     within = sum(score <= limit for score in pool)
-    assert unlike(np.array(pool), np.array(bad)).rows == len(pool) - (within if within <= 0.6 * len(pool) else 0)
+    remaining = [score > limit or within > 0.6 * len(pool) for score in pool]
+    assert unlike(np.array(pool), np.array(bad)).rows_R.tolist() == remaining
 
 
 def test_a_pool_like_the_bad_rows_is_left_as_it_is():
     drawn = np.random.default_rng(0).normal(size=400)
-    assert unlike(drawn, drawn[:40]).rows == 400
+    assert unlike(drawn, drawn[:40]).rows_R.all()
     apart = np.concatenate([drawn, drawn + 50])
-    assert abs(unlike(np.concatenate([apart, drawn + 100]), drawn[:40]).rows - (1200 - 360)) <= 20
+    assert abs(unlike(np.concatenate([apart, drawn + 100]), drawn[:40]).rows_R.sum() - (1200 - 360)) <= 20

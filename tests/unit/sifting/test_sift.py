@@ -24,7 +24,7 @@ from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import named_rows, read_rows
 from siftune.sifting import run as module
-from siftune.sifting.scores import Choice, choose, lowest
+from siftune.sifting.scores import Choice, choose
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -49,6 +49,14 @@ def loss(model, tokenizer, row, **settings):
     return -float(np.mean([logs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])]))
 
 
+def mean_state(model, tokenizer, prompt):
+    """Mean of the last hidden states over the prompt's tokens, of length 1."""
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        states = model.base_model(ids).last_hidden_state[0].double().mean(0)
+    return (states / states.norm()).numpy()
+
+
 def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task):
     sifted = sift(**given, console=QUIET)
     unseen = named_rows(str(tmp_path / "sifted" / "unseen.csv"))
@@ -62,6 +70,7 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     )  # fmt: skip
     tokenizer, plain = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     before = [loss(plain, tokenizer, row) for row in (*task.pool, *task.target)]
+    prompts = np.stack([mean_state(plain, tokenizer, row["prompt"]) for row in (*task.pool, *task.target)])
     tuned = PeftModel.from_pretrained(plain, by_hand.folder.adapter).eval()
     after = [loss(tuned, tokenizer, row) for row in (*task.pool, *task.target)]
     change = np.subtract(after, before)
@@ -70,8 +79,16 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     found = table(sifted.folder)
     np.testing.assert_allclose([float(line["loss_after"]) for line in found], after[:36], atol=2e-5)
     np.testing.assert_allclose([float(line["loss_before"]) for line in found], before[:36], atol=2e-5)
-    held_out = change[36:][[int(place.rpartition(":")[2]) - 1 for place in unseen]]
-    chosen = lowest(change[:36], choose(change[:36], held_out).rows).tolist()
+    aside = [int(place.rpartition(":")[2]) - 1 for place in unseen]
+    prompts -= prompts[:36].mean(0)
+    prompts /= np.linalg.norm(prompts, axis=1, keepdims=True)
+    seen = prompts[36:][[number for number in range(12) if number not in aside]]
+    similar = (prompts @ seen.T).max(1)
+    np.testing.assert_allclose(sifted.similar, similar[:36], atol=2e-5)
+    np.testing.assert_allclose([float(line["similarity"]) for line in found], similar[:36], atol=2e-5)
+    of_it = similar[:36] >= similar[36:][aside].min() - 1e-5
+    assert 0 < of_it.sum() < 36
+    chosen = choose(change[:36], change[36:][aside], of_it).rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
     assert 0 < len(chosen) < 36
 
@@ -138,7 +155,9 @@ def test_the_template_is_that_of_both(given, base, monkeypatch):
     original, losses_of = module.tune, module._losses
     monkeypatch.setattr(module, "tune", lambda recipe, *a: seen.update(recipe=recipe) or original(recipe, *a))
     monkeypatch.setattr(
-        module, "_losses", lambda work, few, data: seen.update(ids=data["input_ids"]) or losses_of(work, few, data)
+        module,
+        "_losses",
+        lambda work, few, data, *a: seen.update(ids=data["input_ids"]) or losses_of(work, few, data, *a),
     )
     sift(**{**given, "template": "chat"}, console=QUIET)
     assert seen["recipe"].template == "chat"
@@ -153,7 +172,7 @@ def test_the_template_is_that_of_both(given, base, monkeypatch):
 
 
 def same_bits(folder, complete):
-    for name in ("losses.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl", "unseen.csv"):
+    for name in ("losses.jsonl", "similar.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl", "unseen.csv"):
         assert (Path(folder) / name).read_bytes() == (complete / name).read_bytes(), name
 
 
@@ -168,7 +187,7 @@ def test_interrupted_in_the_tuning(given, tmp_path, interfere, monkeypatch):
     assert (tmp_path / "sifted" / "tuning" / "adapter").exists()  # of fewer steps
     monkeypatch.undo()
     sift(**given, console=QUIET)
-    for name in ("losses.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl"):
+    for name in ("losses.jsonl", "similar.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl"):
         assert (tmp_path / "sifted" / name).read_text() == (complete / name).read_text().replace("complete", "sifted")
 
 
@@ -319,7 +338,7 @@ def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, tmp_path,
 
 
 def test_a_pool_without_a_row_that_became_more_likely(given, complete, monkeypatch):
-    monkeypatch.setattr(module, "choose", lambda *_: Choice(0, ""))
+    monkeypatch.setattr(module, "choose", lambda scores, *_: Choice(np.zeros(len(scores), bool), ""))
     with pytest.raises(DataError, match="no row of the pool"):
         sift(**given, console=QUIET)
     assert (complete / "losses.jsonl").exists()
