@@ -361,7 +361,7 @@ def _similar(
         all_RH = part.new_zeros(len(texts), part.shape[1])
         all_RH[own] = part
         all_RH = mean_over_ranks(all_RH, model_device(model)) * world_size()
-        pool_RH, unseen_TH, seen_KH = all_RH.split([len(pool), len(held_out), len(seen)])
+        pool_RH, unseen_TH, seen_KH = torch.split(all_RH, [len(pool), len(held_out), len(seen)])
         mean_H = pool_RH.mean(0)
         values = [nearest(rows, seen_KH, mean_H).tolist() for rows in (pool_RH, unseen_TH)]
         done = [dict(zip(("pool", "unseen"), values, strict=True))]

@@ -80,7 +80,8 @@ def of_task(similar_R: Floats, similar_T: Floats) -> NDArray[np.bool_]:
         >>> of_task(np.array([0.9, 0.8, 0.2]), np.array([0.8, 0.9])).tolist()
         [True, True, False]
     """
-    return similar_R >= similar_T.min()
+    of_it_R: NDArray[np.bool_] = similar_R >= similar_T.min()
+    return of_it_R
 
 
 def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Choice:
