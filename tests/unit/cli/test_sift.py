@@ -8,6 +8,7 @@ import shutil
 import signal
 from functools import partial
 
+import numpy as np
 import pytest
 from support.commands import error_of, siftune
 from support.tiny_kit import save_kit
@@ -171,10 +172,10 @@ def test_a_dry_run_does_not_sift(words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "word"),
     [
-        (["--drop-rows", "rows.txt"], "drop_rows"), (["--sift", "1.5"], "--sift"), (["--sift", "37"], "37 rows"),
-        (["--eval", "nowhere.jsonl"], "nowhere.jsonl"), (["--eval", "x.jsonl", "--eval-share", "0.1"], "eval_share"),
+        (["--drop-rows", "{pool}"], "drop_rows"), (["--sift", "1.5"], "--sift"), (["--sift", "37"], "37 rows"),
+        (["--eval", "nowhere.jsonl"], "nowhere.jsonl"), (["--eval", "{pool}", "--eval-share", "0.1"], "eval_share"),
         (["--resume"], "checkpoint"), (["--sharding", "fsdp"], "sharding"), (["--target", "{few}"], "at least 8"),
-        (["--train", "{pool}", "{target}"], "twice"),
+        (["--train", "{pool}", "{target}"], "is also a file"), (["--train", "{pool}", "{pool}"], "twice"),
     ],
     ids=str,
 )  # fmt: skip
@@ -213,7 +214,7 @@ def bad(tmp_path):
 
 
 def test_rows_like_bad_ones_are_left_out_of_the_run_and_the_target_does_not_sift(words, bad, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "unlike", lambda *_: Choice(26, "ten are left out"))
+    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
     run = tmp_path / "run"
     assert main([*map(str, words), "--out", str(run), "--avoid", str(bad)]) == 0
     pool, few = rows_of(run)
