@@ -18,6 +18,8 @@ Method = dict[str, Any]
 def _gast(**settings: Any) -> dict[str, Any]:
     """Recipe of GAST with a support set of known rows: eight in a step, a quarter of the batch followed."""
     usual = {"support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine", "select": 0.25}
+    if settings.get("support") == "rest":
+        del usual["support_size"]  # which does not apply: there are no support rows
     return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
 
 

@@ -1,6 +1,7 @@
 """Suspect rows with their texts and reasons, on the screen and in files."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -152,7 +153,8 @@ def test_the_screen_has_at_most_fifteen_lines(run, capsys):
 
 
 def test_mistakes_are_reported_in_a_sentence(run, capsys):
-    assert error_of(capsys, "rows", run / "nope").startswith(f"there is no run folder {run / 'nope'}; ")
+    gone = f"there is no run {run / 'nope'}: no such folder (working directory: {Path.cwd()})"
+    assert error_of(capsys, "rows", run / "nope") == gone
     assert "--top is 0" in error_of(capsys, "rows", run, "--top", 0)
     assert "did you mean --csv" in error_of(capsys, "rows", run, "--cvs", "x")
 

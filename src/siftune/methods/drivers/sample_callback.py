@@ -33,7 +33,7 @@ from siftune.methods.options import selects_all
 
 logger = logging.getLogger(__name__)
 
-_WAITING = 64  # choices on the device at most
+_WAITING = 10  # choices on the device at most
 
 C = TypeVar("C", bound=type)
 
@@ -128,7 +128,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         selection.rule.optimizer = optimizer = plain_optimizer(optimizer)
         if optimizer is not None:
             selection.follow(optimizer)
-        selection.begin()  # the support gradient is not to be formed within the caller's forward pass
+        selection.begin_before_forward()
         return selection
 
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
@@ -169,7 +169,6 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             pairs=_are_pairs(trainer, collate) if self.pairs is None else self.pairs,
             compiled=bool(args.torch_compile),
         )
-        selection.driven = True
         selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
         if self.select_until < 1:
             selection.rule.until = round(self.select_until * state.max_steps)

@@ -56,6 +56,18 @@ class SampleRule(ABC):
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples for some layers, note the choice, and add up their gradients."""
 
+    def begin_before_forward(self) -> None:
+        """Begin the first step of a loop, or of a resumed one, before the model's forward pass.
+
+        Within it, the pass over the support set would meet what the caller has put on the model, such as `LabelLogits`.
+        """
+
+        def begin(*_: Any) -> None:
+            if self._seed is None:
+                self.begin()
+
+        self._handles.append(self.model.register_forward_pre_hook(begin, prepend=True))
+
     def end(self) -> None:
         """End a step, whose gradients are complete, before the optimizer steps."""
         if self.support is not None:
@@ -109,7 +121,6 @@ class SampleSelection:
         self.loss = loss
         self.steps = 0
         self.numbers: RowNumbers | None = None  # of the batches' rows, in a Trainer
-        self.driven = False  # a Trainer's callback calls `begin` before every step
         self._chunk = chunk
         self.choosing: Choosing | None = None  # in the last batch
         self._seed: int | None = None  # of the step; None before the first
@@ -137,6 +148,18 @@ class SampleSelection:
         self._seed = int(torch.randint(2**62, (), generator=self.generator))
         if self.rule.support is not None and not self.rule.follows_all(self.steps):
             self.rule.support.begin(self.steps, partial(self._support_gradient, self.rule.support.size, self._seed))
+
+    def begin_before_forward(self) -> None:
+        """Begin the first step of a loop, or of a resumed one, before the model's forward pass.
+
+        Within it, the pass over the support set would meet what the caller has put on the model, such as `LabelLogits`.
+        """
+
+        def begin(*_: Any) -> None:
+            if self._seed is None:
+                self.begin()
+
+        self._handles.append(self.model.register_forward_pre_hook(begin, prepend=True))
 
     def end(self) -> None:
         """End a step, whose gradients are complete. Call it before the optimizer steps."""
@@ -176,8 +199,6 @@ class SampleSelection:
         self.steps = int(state["steps"])
         self._seed, self._opened, self._next_batch = None, None, int(state["passes"])
         load_draws_state(state, self.generator, self.draws)
-        if not self.driven:
-            self.begin()
 
     def mean_tensors(self) -> dict[str, Tensor]:
         """The running mean of the support gradients, by name of the parameter; empty without one."""

@@ -107,8 +107,9 @@ def test_an_adapter_without_a_run_gets_a_card_as_well(licensed, tmp_path, capsys
 def test_a_card_has_names_of_files_and_no_paths(licensed, tmp_path):
     base, rows = licensed
     few, drop = save_rows(tmp_path / "few.jsonl", 4), tmp_path / "drop.txt"
+    right = save_rows(tmp_path / "right.jsonl", 5)
     drop.write_text(f"{rows}:2\n")
-    files = {"eval": str(few), "target": str(few), "drop_rows": str(drop)}
+    files = {"eval": str(few), "target": str(right), "drop_rows": str(drop)}
     given = recipe(base, rows, tmp_path / "run", method="dense", steps=1, **files)
     train(replace(given, train=(str(rows), str(few))), Console(quiet=True))
     again = recipe(base, rows, tmp_path / "again", method="dense", steps=1, from_adapter=str(tmp_path / "run"))
