@@ -70,10 +70,13 @@ def _check_exchange(kits: Sequence[str], returns: Sequence[str]) -> None:
 def _manifest_of(folder: str | Path) -> str:
     """The kind of a folder by its manifest, "kit" or "return"; empty for another folder."""
     manifest = Path(folder).expanduser() / "manifest.json"
-    if not manifest.is_file():
+    try:
+        if not manifest.is_file():
+            return ""
+        with manifest.open("rb") as file:
+            beginning = file.read(_BEGINNING)
+    except OSError:  # reported by the command that reads it
         return ""
-    with manifest.open("rb") as file:
-        beginning = file.read(_BEGINNING)
     return next((kind for kind in ("kit", "return") if f'"siftune_{kind}"'.encode() in beginning), "")
 
 

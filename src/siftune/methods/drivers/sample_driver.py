@@ -56,18 +56,6 @@ class SampleRule(ABC):
     def reduce(self, choosing: Choosing, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
         """Choose samples for some layers, note the choice, and add up their gradients."""
 
-    def begin_before_forward(self) -> None:
-        """Begin the first step of a loop, or of a resumed one, before the model's forward pass.
-
-        Within it, the pass over the support set would meet what the caller has put on the model, such as `LabelLogits`.
-        """
-
-        def begin(*_: Any) -> None:
-            if self._seed is None:
-                self.begin()
-
-        self._handles.append(self.model.register_forward_pre_hook(begin, prepend=True))
-
     def end(self) -> None:
         """End a step, whose gradients are complete, before the optimizer steps."""
         if self.support is not None:
