@@ -24,7 +24,6 @@ from torch import nn
 from lab.avoid.cells import Pool, Row, make_pool
 from lab.avoid.gradients import alignments
 from lab.lines import append
-from lab.pays.embeddings import embed
 from lab.pays.measure import measure_rows
 from lab.rows.metrics import all_of
 from siftune.base.environment import hardware, versions
@@ -38,6 +37,7 @@ from siftune.models.load import load_model
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.sifting.scores import held_out_count, unlike
+from siftune.sifting.similarity import embed
 from siftune.train.build import build
 
 Job = dict[str, Any]
@@ -128,7 +128,7 @@ class Work:
             print(f"{time.strftime('%H:%M:%S')} gradients {name}", file=sys.stderr, flush=True)
 
         note("base", self.model)
-        both = embed(self.model, part, self.collate), embed(self.model, seen, self.collate)
+        both = embed(self.model, part["input_ids"]), embed(self.model, seen["input_ids"])
         found["embedding, nearest"] = (both[0] @ both[1].T).amax(1).numpy().astype(float)
         found["embedding, mean"] = (both[0] @ both[1].mean(0)).numpy().astype(float)
         kept = str(self.folder / "tuned")

@@ -51,7 +51,7 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         """
         groups = kwargs["optimizer"].param_groups  # faster than all modules of the model
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        norms = [] if args.fp16 else torch._foreach_norm([p.grad for p in parameters])
+        norms = [] if args.fp16 or not parameters else torch._foreach_norm([p.grad for p in parameters])
         numbers = [*(batch.loss for batch in self._batches), *norms]
         finite = not numbers or bool(side_by_side(numbers).isfinite().all())  # the host waits for the device once
         batches, self._batches = self._batches, []

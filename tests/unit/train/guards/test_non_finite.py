@@ -1,17 +1,19 @@
 """Steps with numbers that are not finite: nothing of them stays, they are told with their rows, and many end a run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from support.tiny_run import lines, recipe
 from support.trainers import At
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from siftune.base.errors import TrainingError
 from siftune.models import loss as losses
 from siftune.train import trainer as module
+from siftune.train.guards import non_finite as module_guard
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -104,3 +106,11 @@ def test_a_run_whose_last_steps_were_left_out_is_not_done(base, rows, tmp_path, 
 
 def stop_now(_):
     raise KeyboardInterrupt
+
+
+def test_a_step_without_a_gradient_is_no_broken_step():
+    guard, parameter = module_guard.BrokenSteps(3), torch.nn.Parameter(torch.ones(1))
+    guard.look(torch.tensor(0.5), [0], None, torch.tensor([[1, 2]]))
+    state, optimizer = TrainerState(), torch.optim.SGD([parameter], lr=1.0)
+    guard.on_pre_optimizer_step(SimpleNamespace(fp16=False, device="cpu"), state, TrainerControl(), optimizer=optimizer)
+    assert parameter.grad is None
