@@ -20,9 +20,9 @@ PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 class Options(Validated):
     """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
 
-    A short training on the correct rows makes rows like them more likely, and rows that contradict them less likely.
-    The former are selected. With --avoid, rows like bad ones are left out. The same command continues after an
-    interruption. `siftune train --sift` and `siftune train --avoid` do this before training.
+    Rows with prompts like those of the correct rows are of the task. A short training on the correct rows makes rows
+    that contradict them less likely, and these are left out. With --avoid, rows like bad ones are left out. The same
+    command continues after an interruption. `siftune train --sift` and `siftune train --avoid` do this before training.
     """
 
     model: str = "smollm2"
@@ -34,7 +34,7 @@ class Options(Validated):
     avoid: str | None = None
     """At least 8 rows with answers that the model must not give: a file or hub id. Rows like them are left out."""
     share: PoolShare | None = None
-    """Rows to select: a share of the pool below 1, or a number. Default: those that the training made more likely."""
+    """Rows to select: a share of the pool below 1, or a number. Default: those of the task without contradiction."""
     steps: Count = 60
     """Optimizer steps of the training on the target's rows."""
     train_split: str = "train"
