@@ -12,6 +12,7 @@ Unlike LESS: no projection, one checkpoint, and no preconditioning by Adam.
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def scores_of(job: dict[str, Any], data: Path, with_gradients: bool) -> tuple[li
     return [row["group"] for row in rows.train], values_of
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the scores' figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cell")
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--known", type=int, default=100)
     parser.add_argument("--gradients", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     cell = cells_of("S1", [options.cell], options.known)[0]
     job = {"cell": cell, "seed": options.seed, "steps": 120, "batch": 16, "model": "smollm2"}
     groups, values_of = scores_of(job, options.data, options.gradients)
