@@ -4,7 +4,8 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,31 @@ def append(path: Path, line: Line) -> None:
         end = file.seek(0, os.SEEK_END)
         whole = not end or _last_byte(path, end) == b"\n"
         os.write(file.fileno(), (b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
+
+
+def work_off(argv: list[str], run: Callable[[Job, Path, Path], tuple[Line, str]]) -> int:
+    """Work off the job of standard input, as a process of a queue.
+
+    Args:
+        argv: The file for the result, and the folder of the data.
+        run: Takes the job, the folder of the data and a temporary folder; returns the result and a sentence on it.
+
+    Returns:
+        The exit code.
+    """
+    from siftune.base.environment import hardware, versions
+    from siftune.base.errors import SiftuneError
+
+    job = json.loads(sys.stdin.read())
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result, sentence = run(job, Path(argv[1]), Path(folder))
+    except SiftuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    append(Path(argv[0]), {"job": job, **result, "hardware": hardware(), "versions": versions()})
+    print(sentence)
+    return 0
 
 
 def _last_byte(path: Path, end: int) -> bytes:

@@ -3,13 +3,12 @@
 A job "scores" scores the pool in every way. Every other job trains on the pool without some of its rows and measures
 held-out rows: "dense" (all rows), "oracle" (without the faulty rows, "oracle 50": without half of them), or a score
 (without the rows within its limit).
-The limit is the score that nine of ten held-out bad rows reach, and none is left out if most of the pool reaches it.
+The limit is that of `siftune sift --avoid`.
 """
 
 import hashlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +22,9 @@ from torch import nn
 
 from lab.avoid.cells import Pool, Row, make_pool
 from lab.avoid.gradients import alignments
-from lab.lines import append
+from lab.lines import work_off
 from lab.pays.measure import measure_rows
 from lab.rows.metrics import all_of
-from siftune.base.environment import hardware, versions
-from siftune.base.errors import SiftuneError
 from siftune.data.batches import Collator
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
@@ -46,7 +43,6 @@ Floats = NDArray[np.float64]
 _STEPS = {"pool": 60, "bad": 40, "further": 20}  # from the base on the pool, and on bad rows; from the pool's model
 _SAMPLE = 192  # rows of the pool that gradients and embeddings score
 _CENTER = 64  # rows for the mean gradient
-_REACHED = 0.9  # share of the held-out bad rows at or above the limit
 
 
 class Work:
@@ -196,16 +192,11 @@ def scores_of(arrays: dict[str, Floats]) -> dict[str, tuple[Floats, Floats]]:
     return scores
 
 
-def limit(held_out: Floats) -> float:
-    """The score that nine of ten held-out bad rows reach."""
-    return float(np.quantile(held_out, 1 - _REACHED, method="lower"))
-
-
 def measured(arrays: dict[str, Floats], bad: NDArray[np.bool_]) -> dict[str, Any]:
     """Metrics of every score: on the complete pool, and on the sample that gradients score."""
     sample, lines = arrays["sample"], {}
     for name, (values, held_out) in scores_of(arrays).items():
-        chosen = values >= limit(held_out)
+        chosen = ~unlike(-values, -held_out).rows_R
         hits = int((chosen & bad).sum())
         rule = {"chosen": int(chosen.sum()), "chosen_bad": hits, "recall": round(hits / bad.sum(), 4)}
         lines[name] = {**all_of(values, bad), **rule, "sample_ap": all_of(values[sample], bad[sample])["ap"]}
@@ -218,16 +209,7 @@ def measured(arrays: dict[str, Floats], bad: NDArray[np.bool_]) -> dict[str, Any
 def main(argv: list[str]) -> int:
     """Work off the job of standard input; return the exit code."""
     torch.set_num_threads(1)
-    job = json.loads(sys.stdin.read())
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = Work(job, Path(argv[1]), Path(folder)).run()
-    except SiftuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    append(Path(argv[0]), {"job": job, **result, "hardware": hardware(), "versions": versions()})
-    print("done")
-    return 0
+    return work_off(argv, lambda job, data, folder: (Work(job, data, folder).run(), "done"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.avoid.cells import cell_of
-from lab.pays.run import Queue, check_data, start
+from lab.pays.run import Queue, add_running, check_data, start
 
 _LAB = Path(__file__).resolve().parents[1]
 Job = dict[str, Any]
@@ -39,11 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rows", type=int, default=960)
     add("--steps", type=int, default=60)
     add("--batch", type=int, default=16)
-    add("--jobs", type=Path, metavar="FILE", help="run the jobs of this file, in its order")
-    add("--list", action="store_true", help="print the jobs, and run nothing")
-    add("--data", type=Path, default=Path(), help="folder of the commonsense suite's files")
-    add("--out", type=Path, default=_LAB / "results" / "avoid.jsonl")
-    add("--workers", type=int, default=1)
+    add_running(parser, "avoid")
     args = parser.parse_args(argv)
     return start(args, _jobs(args), lambda _, data: check_data(data), Avoided)
 

@@ -1,9 +1,7 @@
 """One job in a process of its own: `python -m lab.keep.job OUT DATA` reads it from stdin and adds a line to OUT."""
 
-import json
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lab.lines import append
+from lab.lines import work_off
 from lab.pays import pool as pools
 from lab.pays.job import Work, _load
 from lab.pays.measure import measure_rows
 from lab.pays.pool import asked, make_pool
 from lab.pays.subset import SubsetTrainer
-from siftune.base.environment import hardware, versions
-from siftune.base.errors import SiftuneError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.methods.keep import callback
@@ -72,6 +68,8 @@ class KeepWork(Work):
 
     def _texts(self, kind: str, model: Any, rows: Sequence[Record]) -> Any:
         """The texts of the penalty: own ones begin freely, or half with prompts of training rows, or are public."""
+        if kind not in ("own", "prompts", "public"):
+            raise ValueError(f"rows are own, prompts or public, not {kind!r}")
         if kind == "public":
             return prose(self.tokenizer)["public"]
         picked = random.Random(self.job["seed"]).sample(list(rows), _TEXTS // 2) if kind != "own" else []
@@ -82,8 +80,6 @@ class KeepWork(Work):
             texts = sample_texts(model.get_base_model(), _TEXTS, _LENGTH, self.job["seed"], prompts)
         self.seconds_sampling = time.process_time() - started
         self.examples = [self.tokenizer.decode(text["input_ids"]) for text in (*texts[:2], *texts[-4:])]
-        if kind == "all tokens":
-            texts = [{**text, "labels": text["input_ids"]} for text in texts]
         random.Random(self.job["seed"]).shuffle(texts)
         return texts
 
@@ -132,23 +128,19 @@ def run_job(job: Record, data: Path, folder: Path) -> Record:
     started = time.process_time()
     result = KeepWork(job, model, tokenizer, pool, folder).run()
     seconds = {"processor_seconds": round(time.process_time() - started, 1)}
-    return {**result, **seconds, "hardware": hardware(), "versions": versions()}
+    return {**result, **seconds}
 
 
 def main(argv: list[str]) -> int:
     """Work off the job of standard input; return the exit code."""
-    job = json.loads(sys.stdin.read())
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = run_job(job, Path(argv[1]), Path(folder))
-    except SiftuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    append(Path(argv[0]), {"job": job, **result})
-    nats = {name: sum(part["nll"]) / sum(part["tokens"]) for name, part in result["others"].items()}
-    rest = ", ".join(f"{name} {value:.3f}" for name, value in nats.items())
-    print(f"{sum(result['right']) / len(result['right']):.3f} right, {rest}")
-    return 0
+
+    def run(job: Record, data: Path, folder: Path) -> tuple[Record, str]:
+        result = run_job(job, data, folder)
+        nats = {name: sum(part["nll"]) / sum(part["tokens"]) for name, part in result["others"].items()}
+        rest = ", ".join(f"{name} {value:.3f}" for name, value in nats.items())
+        return result, f"{sum(result['right']) / len(result['right']):.3f} right, {rest}"
+
+    return work_off(argv, run)
 
 
 if __name__ == "__main__":

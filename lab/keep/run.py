@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.pays.cells import cells_of
-from lab.pays.run import Queue, check_data, start
+from lab.pays.run import Queue, add_running, check_data, start
 
 _LAB = Path(__file__).resolve().parents[1]
 Job = dict[str, Any]
@@ -74,11 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", default="0")
     add("--steps", type=int, default=120)
     add("--batch", type=int, default=16)
-    add("--jobs", type=Path, metavar="FILE", help="run the jobs of this file, in its order")
-    add("--list", action="store_true", help="print the jobs, and run nothing")
-    add("--data", type=Path, default=Path(), help="folder of the commonsense suite's files")
-    add("--out", type=Path, default=_LAB / "results" / "keep.jsonl")
-    add("--workers", type=int, default=1)
+    add_running(parser, "keep")
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,6 @@
 """One job in a process of its own: `python -m pays.job OUT DATA` reads it from stdin and adds a line to OUT."""
 
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +14,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lab.lines import append
+from lab.lines import work_off
 from lab.pays.gemma import folder as gemma_folder
 from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
 from lab.pays.sifting import STEPS, Loaded, losses_of, most_alike, sifted
 from lab.pays.subset import Book, Followed, SubsetTrainer
 from lab.pays.training_rows import training_rows
-from siftune.base.environment import hardware, versions
-from siftune.base.errors import SiftuneError
 from siftune.bench.worker import Clock
 from siftune.data.batches import AIMED, Collator
 from siftune.data.rows import rows_from
@@ -37,7 +33,7 @@ from siftune.models.load import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, compares, resolve_recipe
-from siftune.sifting.similarity import embed, nearest
+from siftune.sifting.similarity import embed
 from siftune.train.build import Built, build
 
 Record = dict[str, Any]
@@ -46,7 +42,7 @@ Job = dict[str, Any]
 _LONGEST = 512  # tokens of a row
 _SHARE = 0.25  # of the pool that retrieval keeps
 _TUNING_LR = 5e-4  # of the tuning on the known rows, before sifting
-_USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
+USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
 
 
 def recipe_of(job: Job, folder: Path) -> Recipe:
@@ -58,7 +54,7 @@ def recipe_of(job: Job, folder: Path) -> Recipe:
     """
     method = job["method"]
     own = {"batch_size": job["batch"], **{name: job[name] for name in ("lr", "seed", "steps", "model")}}
-    values = {**_USUAL, **own, **method.get("recipe", {}), "train": "pool", "out": str(folder)}
+    values = {**USUAL, **own, **method.get("recipe", {}), "train": "pool", "out": str(folder)}
     groups = [value for value in values.values() if isinstance(value, dict)]
     kinds = {group.get("support") for group in groups}
     if "late" in method:
@@ -130,14 +126,14 @@ class Work:
         started = time.process_time()
         pool, known = self.tokenized(self.pool.train), self.tokenized(self.pool.known)
         if plan == "sifted":
-            settings = {**_USUAL, **{name: self.job[name] for name in ("seed", "model")}, "steps": STEPS}
+            settings = {**USUAL, **{name: self.job[name] for name in ("seed", "model")}, "steps": STEPS}
             recipe = resolve_recipe(Recipe(**settings, lr=_TUNING_LR, train="known", out=str(self.folder)))
             losses = losses_of(self.job, lambda: _load(self.job), recipe, pool, known, self.folder)
             numbers = sifted(losses, self.method.get("share"))
             self.seconds_sifting = time.process_time() - started
         else:
             pool_RH, known_KH = (embed(self.model, part["input_ids"]) for part in (pool, known))
-            numbers = list(most_alike(nearest(pool_RH, known_KH, pool_RH.mean(0)), self.method.get("share", _SHARE)))
+            numbers = list(most_alike((pool_RH @ known_KH.T).amax(1), self.method.get("share", _SHARE)))
         return [self.pool.train[number] for number in numbers]
 
     def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:
@@ -203,21 +199,17 @@ def run_job(job: Job, data: Path, folder: Path) -> Record:
     pool = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
     dtype = str(model.dtype).removeprefix("torch.")
     result = Work(job, model, tokenizer, pool, folder).run()
-    return {**result, "dtype": dtype, "hardware": hardware(), "versions": versions()}
+    return {**result, "dtype": dtype}
 
 
 def main(argv: list[str]) -> int:
     """Work off the job of standard input; return the exit code."""
-    job = json.loads(sys.stdin.read())
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = run_job(job, Path(argv[1]), Path(folder))
-    except SiftuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    append(Path(argv[0]), {"job": job, **result})
-    print(f"{np.mean(result['right']):.3f} right, {nats_per_token(result):.3f} nats")
-    return 0
+
+    def run(job: Job, data: Path, folder: Path) -> tuple[Record, str]:
+        result = run_job(job, data, folder)
+        return result, f"{np.mean(result['right']):.3f} right, {nats_per_token(result):.3f} nats"
+
+    return work_off(argv, run)
 
 
 if __name__ == "__main__":

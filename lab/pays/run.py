@@ -78,12 +78,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", default="0")
     add("--steps", type=int, default=120)
     add("--batch", type=int, default=16)
+    add_running(parser, "pays")
+    return parser.parse_args(argv)
+
+
+def add_running(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what every runner takes: jobs, data, results, by default results/NAME.jsonl, and workers."""
+    add = parser.add_argument
     add("--jobs", type=Path, metavar="FILE", help="run the jobs of this file, in its order")
     add("--list", action="store_true", help="print the jobs, and run nothing")
     add("--data", type=Path, default=Path(), help="folder of the commonsense suite's files")
-    add("--out", type=Path, default=_LAB / "results" / "pays.jsonl")
+    add("--out", type=Path, default=_LAB / "results" / f"{name}.jsonl")
     add("--workers", type=int, default=1)
-    return parser.parse_args(argv)
 
 
 def from_file(path: Path) -> Iterator[Job]:

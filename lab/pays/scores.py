@@ -1,9 +1,13 @@
 """Scores of a pool beside each other: losses after a training on the known rows, similarity of prompts, gradients.
 
-python -m lab.pays.scores CELL --data FOLDER [--seed 0] [--known 100] [--gradients]
+python -m lab.pays.scores CELL --data FOLDER [--seed 0] [--known 100] [--pool] [--gradients]
 
 Printed are, for every score, the AUC of the target's rows against the rest and, if the pool has wrong rows, of correct
-against wrong ones; low scores come first. For the change of the loss, also the shares of rows with a score below 0.
+against wrong ones; low scores come first. For the change of the loss, also the shares of rows with a score below 0. The
+last line has the share of the pool that `siftune sift` selects, and the shares of wrong rows before and after.
+K is a row's loss after the training, B before it, in nats per token.
+
+`--pool` also trains for as many steps on half of the pool, drawn at random; F is the loss after that.
 
 `--gradients` forms the gradient of each row's loss with respect to LoRA's parameters after that training, row by row,
 and compares it with the mean of the known rows' normalised gradients by cosine, as in LESS (arXiv 2402.04333).
@@ -23,15 +27,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lab.pays.cells import cells_of
-from lab.pays.job import _USUAL
+from lab.pays.job import USUAL
 from lab.pays.pool import asked, make_pool
-from lab.pays.sifting import STEPS, _losses
+from lab.pays.sifting import STEPS, losses_under
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.models.load import load_model
+from siftune.models.loss import IGNORED
 from siftune.models.modules import evaluating
 from siftune.recipe.schema import Recipe, resolve_recipe
-from siftune.sifting.scores import Floats, held_out_count
+from siftune.sifting.scores import Floats, choose, held_out_count, of_task
 from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.build import build
 
@@ -65,7 +70,6 @@ def _gradient(model: nn.Module, row: dict[str, Any]) -> list[torch.Tensor]:
 def cosines(model: nn.Module, pool: Dataset, known: Dataset) -> dict[str, Floats]:
     """Scores by gradients, each (rows,): minus the cosine of all parameters, and minus the means over layers."""
     target: list[torch.Tensor] = []
-    dots, norms = np.zeros((len(pool), 0)), np.zeros((len(pool), 0))
     with evaluating(model), torch.enable_grad():
         for row in known:
             own = _gradient(model, row)
@@ -85,44 +89,83 @@ def cosines(model: nn.Module, pool: Dataset, known: Dataset) -> dict[str, Floats
     }
 
 
-def scores_of(job: dict[str, Any], data: Path, with_gradients: bool) -> tuple[list[str], dict[str, Floats]]:
-    """Groups of the pool's rows, and the scores by their names, each (rows,)."""
-    model, tokenizer = load_model(job["model"], "auto")
+class Work:
+    """A pool with its known rows, and scores of it.
 
-    def length(row: dict[str, Any]) -> int:
-        return len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1
+    Args:
+        job: Cell, seed, model, steps and batch.
+        data: Folder of the commonsense suite.
+    """
 
-    rows = make_pool(job, data, length)
-    pool, known = (
-        tokenize_rows(rows_from([asked(row) for row in part]), tokenizer, 512, "none", True)
-        for part in (rows.train, rows.known)
-    )
-    seen = known.select(range(len(known) - held_out_count(len(known))))
-    prompts = [
-        [prompt_of(ids, labels) for ids, labels in zip(part["input_ids"], part["labels"], strict=True)]
-        for part in (pool, seen)
-    ]
-    pool_RH, seen_KH = (embed(model, texts) for texts in prompts)
-    values_of: dict[str, Floats] = {"prompts": -nearest(pool_RH, seen_KH, pool_RH.mean(0)).double().numpy()}
-    before = _losses(model, pool)
+    def __init__(self, job: dict[str, Any], data: Path) -> None:
+        self.job = job
+        self.model, tokenizer = load_model(job["model"], "auto")
+        self.tokenizer = tokenizer
+        rows = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
+        self.groups = np.array([row["group"] for row in rows.train])
+        self.pool, known = (
+            tokenize_rows(rows_from([asked(row) for row in part]), tokenizer, 512, "none", True)
+            for part in (rows.train, rows.known)
+        )
+        seen = len(known) - held_out_count(len(known))
+        self.seen, self.held_out = known.select(range(seen)), known.select(range(seen, len(known)))
+        self.selected_R = np.zeros(len(self.pool), bool)  # by `siftune sift`, after `scores`
 
-    class Score(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            if state.global_step in _AT:
-                values_of[f"K − B, {state.global_step} steps"] = _losses(others["model"], pool) - before
-                others["model"].train()
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {**_USUAL, "seed": job["seed"], "model": job["model"], "steps": STEPS, "lr": 5e-4}
-        recipe = resolve_recipe(Recipe(**settings, train="known", out=folder))
-        built = build(recipe, model, tokenizer, {"train": seen}, Path(folder))
-        built.trainer.add_callback(Score())
-        built.trainer.train()
-        values_of["K"] = values_of[f"K − B, {STEPS} steps"] + before
-        built.release()
+    def scores(self, with_pool: bool, with_gradients: bool) -> dict[str, Floats]:
+        """The scores by their names, each (rows,)."""
+        before, after = losses_under(self.model, self.pool), dict[int, Floats]()
+        held_out_before = losses_under(self.model, self.held_out)
+        similar_R, similar_T = self._similarities()
+        scores = {"prompts": -similar_R}
+        tuned = self._tuned(self.seen, after)
+        last = after[STEPS]
+        held_out = losses_under(tuned, self.held_out) - held_out_before
+        self.selected_R = choose(last - before, held_out, of_task(similar_R, similar_T)).rows_R
+        scores |= {f"K − B, {steps} steps": losses - before for steps, losses in after.items()}
+        ranks = last.argsort().argsort() + (last - before).argsort().argsort()
+        tokens = np.array([sum(label != IGNORED for label in row[1:]) for row in self.pool["labels"]])
+        scores |= {"K": last, "2K − B": 2 * last - before, "K / B": last / before, "ranks of K and K − B": ranks}
+        scores["K − B, summed over tokens"] = (last - before) * tokens
         if with_gradients:
-            values_of |= cosines(built.trainer.model, pool, seen)
-    return [row["group"] for row in rows.train], values_of
+            scores |= cosines(tuned, self.pool, self.seen)
+        if with_pool:
+            self.model, _ = load_model(self.job["model"], "auto")
+            half = np.random.default_rng(self.job["seed"]).permutation(len(self.pool))[: len(self.pool) // 2]
+            scores["K − F"] = last - losses_under(self._tuned(self.pool.select(half.tolist()), {}), self.pool)
+        return scores
+
+    def _similarities(self) -> tuple[Floats, Floats]:
+        """Similarity of the prompts of the pool, and of the held-out rows, to those of the other known rows."""
+        prompts = [
+            [prompt_of(ids, labels) for ids, labels in zip(part["input_ids"], part["labels"], strict=True)]
+            for part in (self.pool, self.held_out, self.seen)
+        ]
+        pool_RH, held_out_TH, seen_KH = (embed(self.model, texts) for texts in prompts)
+        mean_H = pool_RH.mean(0)
+        similar_R, similar_T = (nearest(part, seen_KH, mean_H).double().numpy() for part in (pool_RH, held_out_TH))
+        return similar_R, similar_T
+
+    def _tuned(self, rows: Dataset, after: dict[int, Floats]) -> nn.Module:
+        """Train as `siftune sift`. If the rows are the known ones, `after` gets the pool's losses after some steps.
+
+        The model keeps its hooks of training.
+        """
+        pool, at = self.pool, _AT if rows is self.seen else ()
+
+        class Score(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+                if state.global_step in at:
+                    after[state.global_step] = losses_under(others["model"], pool)
+                    others["model"].train()
+
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {**USUAL, "seed": self.job["seed"], "model": self.job["model"], "steps": STEPS, "lr": 5e-4}
+            recipe = resolve_recipe(Recipe(**settings, train="known", out=folder))
+            built = build(recipe, self.model, self.tokenizer, {"train": rows}, Path(folder))
+            built.trainer.add_callback(Score())
+            built.trainer.train()
+        model: nn.Module = built.trainer.model
+        return model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,19 +175,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--known", type=int, default=100)
+    parser.add_argument("--pool", action="store_true")
     parser.add_argument("--gradients", action="store_true")
     options = parser.parse_args(arguments)
     cell = cells_of("S1", [options.cell], options.known)[0]
     job = {"cell": cell, "seed": options.seed, "steps": 120, "batch": 16, "model": "smollm2"}
-    groups, values_of = scores_of(job, options.data, options.gradients)
-    target, wrong = np.array(groups) == "target", np.array(groups) == "wrong"
-    for name, values in values_of.items():
+    work = Work(job, options.data)
+    target, wrong = work.groups == "target", work.groups == "wrong"
+    for name, values in work.scores(options.pool, options.gradients).items():
         line = f"{name:28} target against the rest {auc(values[target], values[~target]):.3f}"
         if wrong.any():
             line += f"  correct against wrong {auc(values[target], values[wrong]):.3f}"
-        if name.startswith("K − B"):
+        if "steps" in name:
             line += f"  below 0: target {(values[target] < 0).mean():.0%}, others {(values[~target] < 0).mean():.0%}"
         print(line)
+    selected_R = work.selected_R
+    shares = f"wrong {wrong.mean():.0%} before, {wrong[selected_R].mean():.0%} after"
+    print(f"selected {selected_R.mean():.0%}, of the target {selected_R[target].mean():.0%}; {shares}")
 
 
 if __name__ == "__main__":

@@ -61,10 +61,13 @@ def losses_of(
     similar = {"similar": nearest(pool_RH, seen_KH, mean_H), "known_similar": nearest(unseen_KH, seen_KH, mean_H)}
     losses |= {name: np.asarray(value.numpy(), np.float64) for name, value in similar.items()}
     if "tuned" not in losses:
-        losses |= {"base": _losses(model, pool), "known_base": _losses(model, unseen)}
+        losses |= {"base": losses_under(model, pool), "known_base": losses_under(model, unseen)}
         built = build(recipe, model, tokenizer, {"train": seen}, folder / "sifting")
         built.trainer.train()
-        losses |= {"tuned": _losses(built.trainer.model, pool), "known_tuned": _losses(built.trainer.model, unseen)}
+        losses |= {
+            "tuned": losses_under(built.trainer.model, pool),
+            "known_tuned": losses_under(built.trainer.model, unseen),
+        }
         built.release()
     place.parent.mkdir(parents=True, exist_ok=True)
     np.savez(place, **losses)
@@ -75,7 +78,8 @@ def _prompts(data: Dataset) -> list[Sequence[int]]:
     return [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
 
 
-def _losses(model: nn.Module, data: Dataset) -> Floats:
+def losses_under(model: nn.Module, data: Dataset) -> Floats:
+    """Losses of rows, (rows,) in nats per label token."""
     with short_rows():
         found = row_nll(model, list(zip(data["input_ids"], data["labels"], strict=True)), _BATCH)
     return found.nll / found.tokens

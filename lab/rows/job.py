@@ -6,9 +6,7 @@ scores it as other tools do. The lines of "scores" and "drop" hold the losses of
 apply another rule without training.
 """
 
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lab.lines import append
+from lab.lines import work_off
 from lab.pays.gemma import folder as gemma_folder
 from lab.pays.job import Work
 from lab.pays.pool import Pool, asked, make_pool
@@ -28,8 +26,6 @@ from lab.rows.first_sight import LEAST
 from lab.rows.metrics import all_of, named
 from lab.rows.peers import Fold, classes_of, crossed
 from lab.rows.scores import all_scores
-from siftune.base.environment import hardware, versions
-from siftune.base.errors import SiftuneError
 from siftune.data.rows import rows_from
 from siftune.data.target import SOURCE
 from siftune.data.tokens import tokenize_rows
@@ -188,17 +184,14 @@ RUN: dict[str, Callable[[Job, Path, Path], Record]] = {"scores": scored, "drop":
 
 def main(argv: list[str]) -> int:
     """Work off the job of standard input; return the exit code."""
-    job, started = json.loads(sys.stdin.read()), time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            found = RUN[job["scenario"]](job, Path(argv[1]), Path(folder))
-    except SiftuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    seconds = round(time.monotonic() - started, 1)
-    append(Path(argv[0]), {"job": job, **found, "seconds": seconds, "hardware": hardware(), "versions": versions()})
-    print(f"{found['bad']} of {found['rows']} rows are bad")
-    return 0
+
+    def run(job: Job, data: Path, folder: Path) -> tuple[Record, str]:
+        started = time.monotonic()
+        result = RUN[job["scenario"]](job, data, folder)
+        seconds = round(time.monotonic() - started, 1)
+        return {**result, "seconds": seconds}, f"{result['bad']} of {result['rows']} rows are bad"
+
+    return work_off(argv, run)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lab.pays.run import Queue, check_data, start
+from lab.pays.run import Queue, add_running, check_data, start
 from lab.rows.cells import KINDS, PERCENTS, cell_of
 
 _LAB = Path(__file__).resolve().parents[1]
@@ -50,11 +50,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=120)
     add("--batch", type=int, default=16)
     add("--rows", type=int, help="rows of the pool; as many as the steps take in one pass if not given")
-    add("--jobs", type=Path, metavar="FILE", help="run the jobs of this file, in its order")
-    add("--list", action="store_true", help="print the jobs, and run nothing")
-    add("--data", type=Path, default=Path(), help="folder of the commonsense suite's files")
-    add("--out", type=Path, default=_LAB / "results" / "rows.jsonl")
-    add("--workers", type=int, default=1)
+    add_running(parser, "rows")
     return parser.parse_args(argv)
 
 
