@@ -1,9 +1,11 @@
-"""Settings of the complete suite."""
+"""Settings of the complete suite, a saved tiny model, and rows for it."""
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+from support.tiny_run import save_base, save_rows
 
 # two cores are shared by the test workers, so a single example can take long; examples are the same in every run
 EXAMPLES = 25 if os.environ.get("CI") else 50
@@ -11,3 +13,15 @@ settings.register_profile("siftune", deadline=None, derandomize=True, max_exampl
 settings.load_profile("siftune")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Folder of a tiny llama."""
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """File of 24 rows."""
+    return save_rows(tmp_path / "rows.jsonl")

@@ -1,7 +1,6 @@
-"""A saved tiny model, rows for it, and a way to interfere with the runs of `train`."""
+"""A list of recipes of its own, and a way to interfere with the runs of `train`."""
 
 import pytest
-from support.tiny_run import save_base, save_rows
 
 from siftune.train.trainer import SiftTrainer
 
@@ -13,18 +12,6 @@ def list_of_recipes(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("siftune.records.again.cache_root", lambda: cache)
         yield
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """Folder of a tiny llama."""
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def rows(tmp_path):
-    """File of 24 rows."""
-    return save_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def in_float64(values: Tensor) -> Tensor:
     Consumer GPUs have 1/32 of their float32 speed in it, or less; those for data centres have capability X.0.
     """
     slow = False
-    if values.device.type == "cuda":
+    if values.device.type == "cuda" and torch.version.hip is None:  # AMD's numbers mean something else
         major, minor = torch.cuda.get_device_capability(values.device)
         slow = minor > 0 or major > 10
     return (values.cpu() if slow or not has_float64(values.device.type) else values).double()
@@ -127,11 +127,6 @@ def split_like(values_D: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
 def total(grads_BD: Tensor) -> Tensor:
     """Sum over the rows; (D,)."""
     return grads_BD.flatten(1).sum(0, dtype=wide_dtype(grads_BD))
-
-
-def products(grads_BD: Tensor, other_D: Tensor) -> Tensor:
-    """Inner product of every row's gradient with one vector; (B,)."""
-    return widened(grads_BD).flatten(1) @ other_D.flatten().to(wide_dtype(grads_BD))
 
 
 def squares(grads_BD: Tensor) -> Tensor:

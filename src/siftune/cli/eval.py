@@ -109,7 +109,15 @@ def run(options: Options) -> dict[str, Any]:
 
 def _job(subject: "Subject", options: Options) -> _Job:
     """Settle settings and read the rows: flags first, then the run's recipe, then defaults."""
+    from siftune.records.again import is_own
+
     recipe = subject.recipe or Recipe()
+    foreign = subject.recipe is not None and not is_own(Path(subject.name).expanduser())
+    if foreign and options.template is None and isinstance(recipe.template, Path):
+        raise RecipeError(
+            f"{subject.name} was not trained on this machine, so the chat template that its recipe names is not read: "
+            "give --template auto, chat, none or FILE"
+        )
     dtype, template, columns = (
         getattr(options, name) or getattr(recipe, name) for name in ("dtype", "template", "columns")
     )

@@ -250,7 +250,7 @@ def _unexpected(rest: Sequence[str], options: dict[str, _Option], program: str) 
         if sentence := removal(key) or removal(key.removeprefix("no_")):
             return f"{flag}: {sentence}"
         if key == "seed":
-            return f"{flag}: `{program}` draws nothing at random, so that it takes no seed"
+            return f"{flag}: `{program}` takes no seed"
         names = {option.name.removeprefix("--").replace("-", "_"): option.name for option in options.values()}
         close = nearest(key.removeprefix("no_"), [*names, *(k for k in options if k not in names)])
         flags = " or ".join(names.get(one) or options[one].name for one in close.split(" or ")) if close else None

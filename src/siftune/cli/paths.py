@@ -1,6 +1,7 @@
 """Early checks of the files and folders that options name, before torch is imported.
 
-An option is recognised by its name, which means the same in every command. The commands check contents.
+An option is recognised by its name; numbers, such as the share `keep` of `emulate`, are no paths. The commands check
+contents.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 from siftune.base.errors import KitError, ModelError, RecipeError
 from siftune.data.read import check_source
+from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve, similar_folder
 
-_DATA = ("train", "eval", "target", "data", "calibration", "held_out", "calibration_others")
+_DATA = ("train", "eval", "target", "avoid", "keep", "data", "calibration", "held_out", "calibration_others")
 _FOLDERS = ("kit", "returned", "path", "folders")
 _RUNS = ("run", "runs")  # run folders, or names of models
 _FILES = ("public_key", "sign", "drop_rows")
@@ -32,7 +34,8 @@ def check_paths(options: Any) -> None:
     given = {field.name: _listed(getattr(options, field.name)) for field in fields(options)}
     for name in _DATA:
         for source in given.get(name, ()):
-            check_source(source)
+            if (name, source) != ("keep", OWN):
+                check_source(source)
     for model in given.get("model", ()):
         if model and model != SMOLLM2 and not Path(model).expanduser().is_dir():
             resolve(model)

@@ -32,6 +32,7 @@ _REOPENED = (
     "the chat template changes the prompt once it is answered; the completion directly follows the prompt of "
     "generation time"
 )
+_LONGEST = 2**18  # characters of a chat template
 _REWRITTEN = "the chat template rewrites earlier turns; only the last turn has labels"
 
 
@@ -307,12 +308,15 @@ def use_template(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> No
     if str(template) in ("auto", "chat", "none"):
         return
     try:
-        text = Path(template).expanduser().read_text(encoding="utf-8")
+        with Path(template).expanduser().open(encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"template {template} cannot be read ({one_line(str(error))}); give auto, chat, none, or a text file with "
             "a chat template."
         ) from error
+    if len(text) > _LONGEST:
+        raise RecipeError(f"template {template} has more than {_LONGEST:,} characters: give a chat template.")
     if hasattr(tokenizer, "chats"):  # of `offsite.kit.tokenizer`
         raise RecipeError(f"a kit has its own chat template: leave out --template {template}.")
     tokenizer.chat_template = text

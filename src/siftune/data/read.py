@@ -84,7 +84,12 @@ def _open(source: str, split: str) -> Records:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _read_saved(path, source, split)
     name, at, own = source.rpartition("@")
-    return _open(name, own) if at else _read_hub(source, split)
+    if path.exists() or not at:
+        return _read_hub(source, split)
+    saved = Path(name).expanduser()
+    if saved.is_file():
+        raise DataError(f"{source}: a file has no splits; leave out @{own}.")
+    return _read_saved(saved, name, own) if saved.is_dir() else _read_hub(name, own)
 
 
 def check_source(source: str) -> None:

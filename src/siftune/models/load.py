@@ -98,11 +98,12 @@ def set_padding(tokenizer: Any, source: str) -> None:
 def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTrainedModel":
     """Load a model with all its weights."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from siftune.models.quantised import quantization
 
-    settings = quantization(quantize, usable_dtype(torch.bfloat16) if quantize else torch.float32)
+    family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type if quantize else ""
+    settings = quantization(quantize, usable_dtype(torch.bfloat16, family) if quantize else torch.float32)
     with quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **settings)
     if dtype == "auto" and quantize:  # quantised weights cannot be converted

@@ -13,7 +13,7 @@ REMOVED = {
     "dp_clipping": "every layer has its part of dp_clip",
     "eval_limit": "give a smaller file with --eval",
     "keep_scores": _RECORDED,
-    "eval_split": "name the split in eval, such as openai/gsm8k@validation",
+    "eval_split": "name the split in eval, such as google/boolq@validation",
     "format": "use columns, such as messages=messages if the rows have other columns too",
     "outside": "embeddings and head are frozen",
     "loss": "every label token counts alike",
@@ -51,7 +51,13 @@ REMOVED = {
 
 
 # defaults that options had: the recipe of a run lists them, too
-FORMER_DEFAULTS = {"eval_split": "test", "format": "auto"}
+FORMER_DEFAULTS = {
+    "eval_split": "test",
+    "format": "auto",
+    "ist.factor": 0.25,
+    "ist.score_lr": 10.0,
+    "ist.suppressed": 0.5,
+}
 
 _TRAINER = "TRL's SFTTrainer, with a callback that selects layers, such as IST (docs/tools.md)"
 _SERVING = "use `siftune export RUN`, then vLLM or `transformers serve`"

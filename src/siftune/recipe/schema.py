@@ -72,7 +72,7 @@ class Recipe(Validated):
     bad_rows: Literal["stop", "drop"] = "stop"
     """Unusable rows: stop and list them, or drop them and train on the others."""
     eval: str | None = None
-    """Held-out rows: a file or hub id, as for train. The split is test, or another, as in openai/gsm8k@validation."""
+    """Held-out rows: a file or hub id, as for train. The split is test, or another, as in google/boolq@validation."""
     eval_share: BelowOne = 0.0
     """Share of the training rows to hold out instead of eval. The choice depends on the content of a row only."""
     columns: Columns = ()

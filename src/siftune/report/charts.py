@@ -49,8 +49,9 @@ def room(values: Sequence[float], zero: bool = False, percent: bool = False) -> 
     least = _LEAST if percent else _LEAST * max(abs(low), abs(high)) or 1.0
     margin = 0.06 * (high - low)
     if high - low < least:
-        middle = (low + high) / 2
-        low, high, margin = middle - least / 2, middle + least / 2, 0.0
+        middle, bottom = (low + high) / 2, 0.0 if (zero or percent) and low >= 0 else -math.inf
+        low = max(middle - least / 2, bottom)
+        low, high, margin = low, low + least, 0.0
     return (low if zero and low == 0 else low - margin), high + margin
 
 

@@ -51,7 +51,7 @@ def basis_of(runs: Sequence[RunData]) -> Basis:
                 )
                 if len(members) > len(best.runs):
                     best = Basis(members, one.data, metric)
-    if len(best.runs) == 1 < len(runs) or not any(measured(run, best.data, best.metric).tuned for run in best.runs):
+    if len(best.runs) == 1 < len(runs) or all(measured(run, best.data, best.metric).tuned is None for run in best.runs):
         return by_loss(runs)
     return best
 

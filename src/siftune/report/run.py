@@ -210,7 +210,8 @@ def _suspect_table(found: Mapping[str, Sequence[Suspect]]) -> Grid:
     """The most suspect rows of all runs, with a column of scores for each run."""
     scores = {name: {one.place: one.score for one in rows} for name, rows in found.items()}
     every = sorted((one for rows in found.values() for one in rows), key=lambda one: -one.score)
-    highest = list({one.place: one for one in reversed(every)}.values())[::-1][:_SUSPECTS]
+    first = {one.place: one for one in reversed(every)}  # the highest score of a row that several runs name
+    highest = sorted(first.values(), key=lambda one: -one.score)[:_SUSPECTS]
     duplicates = any(one.duplicates for one in highest)
     names = short_places([place for one in highest for place in (one.place, *one.duplicates)])
     rows = []

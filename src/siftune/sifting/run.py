@@ -262,59 +262,71 @@ def _facts(recipe: Recipe, rows: Rows, steps: int, identity: Mapping[str, str]) 
 
 def _sift(work: _Work, prepared: Prepared, count: int | None) -> Sifted:
     started, rows = time.monotonic(), prepared.rows["train"]
-    selected_R, reasons = np.ones(len(rows), bool), list[str]()
-    found: dict[str, Floats] = {}
-    for few in work.rows.few:
-        part = PARTS[few.name]
-        places, unseen = [row.origin for row in prepared.rows[part]], {row.origin for row in few.unseen}
-        pool, own = (prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", part))
-        aside = [number for number, place in enumerate(places) if place in unseen]
-        held_out, seen = own.select(aside), own.select(sorted({*range(len(places))} - {*aside}))
-        model = cache(partial(_tuned, work, few))  # loaded at most once, and only if something is missing
-        after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
-        columns, all_R = {"loss_after": after, "loss_before": before}, scores(after, before)
-        if not np.isfinite(all_R).all():
-            scored = [*(row.origin for row in rows), *(places[number] for number in aside)]
-            broken = scored[int(np.isfinite(all_R).argmin())]
-            raise DataError(f"the loss of {broken} is not finite: leave the row out, or give --dtype float32")
-        found[few.name], few_T = all_R[: len(rows)], all_R[len(rows) :]
-        if few.name == "target":
-            found["similar"], similar_T = _similar(work, pool, held_out, seen, model)
-            columns["similarity"], task_R = found["similar"], of_task(found["similar"], similar_T)
-            choice = choose(found["target"], few_T, task_R)
-            if count is not None:
-                chosen = lowest(found["target"], count, task_R)
-                choice = Choice(chosen, "those with the lowest scores, as many as asked for")
-            if not choice.rows_R.any():
-                raise DataError(
-                    f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
-                )
-        else:
-            choice = unlike(found["avoid"], few_T)
-        del model
-        free()
-        from_first(partial(_write_scores, work, few, rows, choice.rows_R, {"score": all_R, **columns}))
-        selected_R, reasons = selected_R & choice.rows_R, [*reasons, choice.reason]
+    parts = {few.name: _choose(work, prepared, few, count) for few in work.rows.few}
+    selected_R = np.logical_and.reduce([part.choice.rows_R for part in parts.values()])
     if not selected_R.any():
         raise DataError("each row of the pool that is like the target is like the bad rows too: give other bad rows")
+    for few in work.rows.few:
+        part = parts[few.name]
+        remaining_R = selected_R if few.name == "target" else part.choice.rows_R
+        from_first(partial(_write_scores, work, few, rows, remaining_R, part.columns))
     numbers = from_first(lambda: _write(work, rows, set(selected_R.nonzero()[0].tolist())))
     earlier = from_first(lambda: float(work.folder.state.get("seconds", 0)))
     seconds = round(earlier + time.monotonic() - started, 1)
-    reason = "; ".join(reasons)
+    reason = "; ".join(part.choice.reason for part in parts.values())
     if rank() == 0:
         work.folder.set_state(seconds=seconds, selected=int(selected_R.sum()), pool=len(rows), reason=reason)
     wait_for_all()
+    by_target, by_bad = (parts[name].columns if name in parts else {} for name in ("target", "avoid"))
     return Sifted(
         folder=work.folder.path,
         selected=numbers,
         places=[row.origin for row in rows],
-        scores=found.get("target"),
-        similar=found.get("similar"),
-        bad_scores=found.get("avoid"),
+        scores=by_target.get("score"),
+        similar=by_target.get("similarity"),
+        bad_scores=by_bad.get("score"),
         reason=reason,
         notes=[*bad_lines(prepared, NAMED), *work.rows.notes()],
         seconds=seconds,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    choice: Choice  # by the target, or by the bad rows
+    columns: Mapping[str, Floats]  # of its scores.csv, each (R,)
+
+
+def _choose(work: _Work, prepared: Prepared, few: Few, count: int | None) -> _Part:
+    """Score the pool by the target, or by the bad rows, and choose."""
+    rows, own_rows = prepared.rows["train"], prepared.rows[PARTS[few.name]]
+    pool, own = (prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", PARTS[few.name]))
+    unseen = {row.origin for row in few.unseen}
+    aside = [number for number, row in enumerate(own_rows) if row.origin in unseen]
+    held_out, seen = own.select(aside), own.select(sorted({*range(len(own_rows))} - {*aside}))
+    model = cache(partial(_tuned, work, few))  # loaded at most once, and only if something is missing
+    after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
+    all_R = scores(after, before)
+    if not np.isfinite(all_R).all():
+        broken = [*rows, *(own_rows[number] for number in aside)][int(np.isfinite(all_R).argmin())]
+        raise DataError(f"the loss of {broken.origin} is not finite: leave the row out, or give --dtype float32")
+    score_R, few_T = all_R[: len(rows)], all_R[len(rows) :]
+    columns = {"score": score_R, "loss_after": after[: len(rows)], "loss_before": before[: len(rows)]}
+    if few.name == "avoid":
+        choice = unlike(score_R, few_T)
+    else:
+        columns["similarity"], similar_T = _similar(work, pool, held_out, seen, model)
+        task_R = of_task(columns["similarity"], similar_T)
+        choice = choose(score_R, few_T, task_R)
+        if count is not None:
+            choice = Choice(lowest(score_R, count, task_R), "those with the lowest scores, as many as asked for")
+        if not choice.rows_R.any():
+            raise DataError(
+                f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
+            )
+    del model
+    free()
+    return _Part(choice, columns)
 
 
 def _losses(work: _Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tuple[Floats, Floats]:
@@ -453,9 +465,8 @@ def _write_scores(
     work: _Work, few: Few, pool: Sequence[Row], chosen_R: NDArray[np.bool_], columns: Mapping[str, Floats]
 ) -> None:
     """Write the scores of the pool by the target, or by the bad rows."""
-    lines = []
-    values = zip(*columns.values(), strict=False)  # those of the unseen rows follow the pool's
-    for row, source, chosen, own in zip(pool, sources(pool), chosen_R, values, strict=False):
+    lines, values = [], zip(*columns.values(), strict=True)
+    for row, source, chosen, own in zip(pool, sources(pool), chosen_R, values, strict=True):
         numbers = [f"{value:.5f}" for value in own]
         texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
         lines.append([row.origin, *numbers, int(chosen), *texts])

@@ -97,9 +97,16 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.evaluate`."""
-        with self._attention():
-            return super().evaluate(*args, **kwargs)
+        """See `transformers.Trainer.evaluate`. Losses that are not finite are left out of the mean, as by default."""
+        before, self.args.logging_nan_inf_filter = (
+            self.args.logging_nan_inf_filter,
+            True,
+        )  # in training, `_logged` does so
+        try:
+            with self._attention():
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = before
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's batches; in a private run a batch is a step's."""

@@ -57,7 +57,7 @@ class Observed:
 @contextmanager
 def accelerator() -> Iterator[None]:
     """Make the stand-in available in this block, and have accelerate and transformers use it."""
-    _load()
+    register()
     torch.ops.standin.set_available(True)
     before = os.environ.get("ACCELERATE_TORCH_DEVICE")
     os.environ["ACCELERATE_TORCH_DEVICE"] = "standin:0"
@@ -120,7 +120,7 @@ def observed() -> Iterator[Observed]:
         (seen.waits if event else seen.operations)[name.decode(), _caller()] += 1
 
     callback = _OBSERVER(note)
-    observe = _load().standin_observe
+    observe = register().standin_observe
     observe(callback)
     try:
         yield seen
@@ -146,8 +146,11 @@ def _caller() -> str:
 
 
 @cache
-def _load() -> ctypes.CDLL:
-    """Compile the stand-in if necessary, and register it as the device `standin`."""
+def register() -> ctypes.CDLL:
+    """Compile the stand-in if necessary, and register it as the device `standin`.
+
+    To be called before the process's first backward pass, at which autograd starts one thread per device.
+    """
     digest = blake2b(_SOURCE.read_bytes() + torch.__version__.encode(), digest_size=6).hexdigest()
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cpp_extension.get_default_build_root()), f"standin_{digest}")
     folder.mkdir(parents=True, exist_ok=True)

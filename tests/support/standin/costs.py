@@ -1,6 +1,6 @@
 """Launched operations and waits of one step of `siftune train`, for every method, on the stand-in accelerator.
 
-PYTHONPATH=src:tests python -m support.standin.costs    # prints the committed table, `costs.json`
+PYTHONPATH=src:tests python -m support.standin.costs    # writes the committed table, `costs.json`, anew
 """
 
 import json

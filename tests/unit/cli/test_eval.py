@@ -179,3 +179,21 @@ def test_the_command(place, capsys):
     assert json.loads(capsys.readouterr().out)["runs"][0]["metrics"][0]["rows"] == 2
     assert main(["eval", "nowhere/at/all", "--data", "rows.jsonl"]) == 2
     assert "there is no run nowhere/at/all: no such folder" in capsys.readouterr().err
+
+
+def test_the_template_of_a_run_from_elsewhere_is_not_read(place, capsys):
+    (place / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    recipe = Recipe(model="base", eval="rows.jsonl", template=place / "chat.jinja")
+    (place / "one" / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    options = {"metrics": ("perplexity",), "data": "rows.jsonl", "base": "base"}
+    with pytest.raises(RecipeError, match="chat template that its recipe names is not read"):
+        run(Options(("one",), **options))
+    assert run(Options(("one",), **options, template=place / "chat.jinja"))["runs"]
+    note_recipe(place / "one")
+    assert run(Options(("one",), **options))["runs"]
+
+
+def test_a_template_is_no_large_file(place):
+    (place / "chat.jinja").write_text("x" * 2**19)
+    with pytest.raises(RecipeError, match="more than"):
+        run(Options(("one",), template=place / "chat.jinja"))

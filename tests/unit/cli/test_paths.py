@@ -17,6 +17,8 @@ from siftune.cli.main import main
         (["train", "--train", "rows.jsonl", "--model", "./none"], "model folder none does not exist"),
         (["train", "--train", "rows.jsonl", "--gast.select", "4"], "gast.select is 4"),
         (["sift", "--train", "rows.jsonl", "--target", "none.jsonl"], "none.jsonl does not exist"),
+        (["sift", "--train", "rows.jsonl", "--avoid", "none.jsonl"], "none.jsonl does not exist"),
+        (["train", "--train", "rows.jsonl", "--keep", "none.jsonl"], "none.jsonl does not exist"),
         (["eval", "./none"], "there is no run ./none"),
         (["export", "./none"], "there is no run ./none"),
         (["rows", "none"], "there is no run folder none"),

@@ -301,3 +301,16 @@ def test_fields_of_csv_may_be_longer_than_pythons_limit(tmp_path):
     rows = load_rows(str(tmp_path / "long.csv"))
     assert [len(row.prompt[0].content) for row in rows] == [5, len(long)]
     assert csv.field_size_limit() == before
+
+
+def test_a_split_of_a_file_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="a file has no splits"):
+        load_rows(f"{tmp_path}/rows.jsonl@test", "train")
+
+
+def test_a_folder_with_the_sign_in_its_name_is_no_split(tmp_path):
+    folder = tmp_path / "me@host" / "rows"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    assert len(load_rows(str(folder), "train")) == 1

@@ -272,5 +272,7 @@ def test_a_setting_without_effect():
 
 def test_removed_options_that_were_not_used_are_ignored(recipe_file):
     assert load_recipe(recipe_file("format: auto\noutside: []\neval_split: test\n")) == Recipe()
+    former = "method: ist\nist: {factor: 0.25, score_lr: 10.0, suppressed: 0.5}\n"
+    assert load_recipe(recipe_file(former)) == Recipe(method="ist")
     with pytest.raises(RecipeError, match="use columns"):
         load_recipe(recipe_file("format: messages\n"))

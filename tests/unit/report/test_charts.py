@@ -25,3 +25,5 @@ def test_a_small_difference_does_not_fill_an_axis():
     low, high = room([0.50, 0.51], percent=True)
     assert high - low == pytest.approx(0.1)
     assert room([1.0, 2.0]) == pytest.approx((0.94, 2.06))
+    assert room([0.0, 0.0], zero=True) == (0.0, 1.0)
+    assert room([0.01, 0.02], percent=True) == pytest.approx((0.0, 0.1))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -14,9 +15,10 @@ from siftune.cli.train import Options
 from siftune.evaluate.measure import MetricRow
 from siftune.records.rows import Text
 from siftune.report import show
-from siftune.report.compare import commands, headline
+from siftune.report.compare import basis_of, commands, headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page import make_page, sections, write_figures
+from siftune.report.run import _suspect_table
 from siftune.report.subjects import find_subjects
 from siftune.suspects.named import Suspect
 
@@ -367,3 +369,19 @@ def test_folders_that_hold_nothing_are_told(tmp_path, runs):
         show()
     with pytest.raises(RecipeError, match=r"cannot be written \(it is a folder\)"):
         show(runs["dense"]).write(tmp_path)
+
+
+def test_the_suspects_of_several_runs_are_in_order_of_their_highest_score():
+    rows = {name: Suspect(name, Text("?", "!"), "", 0.0, ()) for name in ("a", "b", "c")}
+    scores = {"one": {"a": 9.0, "b": 5.0}, "two": {"a": 1.0, "c": 7.0}}
+    found = {run: [replace(rows[name], score=score) for name, score in own.items()] for run, own in scores.items()}
+    assert [row[0].text for row in _suspect_table(found).rows] == ["a", "c", "b"]
+
+
+def test_a_share_of_none_is_a_measurement(tmp_path):
+    runs = [save_run(tmp_path / name / "run", steps=2) for name in ("one", "two")]
+    for run in runs:
+        save_eval(run, tuned=0.0)
+    basis = basis_of(subjects(*runs).runs)
+    assert basis.metric
+    assert len(basis.runs) == 2

@@ -130,6 +130,21 @@ def test_evaluation_gives_the_loss_of_the_model(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_an_evaluation_leaves_out_losses_that_are_not_finite(tmp_path, monkeypatch):
+    compute, calls = SiftTrainer.compute_loss, []
+
+    def first_broken(self, *args, **kwargs):
+        calls.append(1)
+        loss, *rest = compute(self, *args, **kwargs)
+        return (loss * torch.nan if len(calls) == 1 else loss, *rest)
+
+    monkeypatch.setattr(SiftTrainer, "compute_loss", first_broken)
+    settings = arguments(tmp_path, prediction_loss_only=True, logging_nan_inf_filter=False)
+    trainer = SiftTrainer(adapted(), settings, train_dataset=ragged(), eval_dataset=ragged())
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert len(calls) > 1
+
+
 def test_a_first_batch_without_labels_decides_nothing(tmp_path, caplog):
     model = adapted()
     counts = count_logits(model)

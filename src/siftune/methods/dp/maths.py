@@ -61,8 +61,3 @@ def noised_means(totals: Sequence[Tensor], std: float, batch: float, stream: Str
     noised_D = numerics.as_before(noise_D.mul_(std).add_(together_D.cpu()).div_(batch), together_D)
     pieces = torch.split(noised_D, [total.numel() for total in totals])
     return [piece.view_as(total) for piece, total in zip(pieces, totals, strict=True)]
-
-
-def noised_mean(total_D: Tensor, std: float, batch: float, stream: Stream) -> Tensor:
-    """One sum with noise, as by `noised_means`."""
-    return noised_means([total_D], std, batch, stream)[0]

@@ -144,7 +144,7 @@ class SampleSelection:
         """
 
         def begin(*_: Any) -> None:
-            if self._seed is None:
+            if self._seed is None and torch.is_grad_enabled():  # no evaluation
                 self.begin()
 
         self._handles.append(self.model.register_forward_pre_hook(begin, prepend=True))

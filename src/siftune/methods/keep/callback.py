@@ -162,8 +162,10 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         groups = group_by_layer(model, self.layers)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         with suppress(groups, range(len(groups)), 0.0):
-            texts = sample_texts(inner, self.texts, self.length, self.seed)
-        return from_first(lambda: texts)
+            return from_first(lambda: sample_texts(inner, self.texts, self.length, self.seed))
+
+
+_REMEMBERED = 512  # groups whose references stay in memory; those of further groups are computed at each visit
 
 
 class Penalty:
@@ -212,7 +214,9 @@ class Penalty:
         if base is None:
             groups = self._layer_groups
             with torch.no_grad(), suppress(groups, range(len(groups)), 0.0):
-                base = self._references[number] = reference(self._logits(batch), TOP)
+                base = reference(self._logits(batch), TOP)
+            if len(self._references) < _REMEMBERED:
+                self._references[number] = base
         return divergence(self._logits(batch), base).mean()
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -248,6 +252,11 @@ def _groups(rows: Any, size: int, collate: Any) -> Sequence[Mapping[str, Tensor]
             raise DataError(
                 f"the Trainer's collator makes no {', '.join(_TENSORS)} of (rows, tokens) from the rows of Keep: give "
                 "rows in the form of the training rows, without packing"
+            )
+        if not label_positions(batch["labels"]).any():
+            raise DataError(
+                f"rows {start} and following of Keep have no label tokens: give texts with labels, or a larger "
+                "maximum length"
             )
         batches.append({name: batch[name] for name in _TENSORS})
     return batches

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.methods.dp.maths import clip_factors, clipped_sum, noised_mean
+from siftune.methods.dp.maths import clip_factors, clipped_sum, noised_means
 from siftune.methods.dp.secret import Secret
 
 
@@ -70,7 +70,7 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 def test_the_noise_has_the_stated_scale():
     total = torch.full((200_000,), 3.0)
-    drawn = noised_mean(total, 0.7, 4.0, Secret(0).stream("noise", 0))
+    drawn = noised_means([total], 0.7, 4.0, Secret(0).stream("noise", 0))[0]
     assert float(drawn.mean()) == pytest.approx(3 / 4, abs=4 * 0.7 / 4 / math.sqrt(200_000))
     assert float(drawn.std()) == pytest.approx(0.7 / 4, rel=0.01)
     assert float((drawn - 3 / 4).abs().gt(2 * 0.7 / 4).float().mean()) == pytest.approx(0.0455, abs=0.002)
@@ -81,7 +81,7 @@ def test_noise_is_added_before_the_sum_is_rounded():
     """Else few sums are possible after the same noise, and they tell which it was (Mironov 2012)."""
     total = torch.linspace(-1e3, 1e3, 1000)
     noise = Secret(0).stream("noise", 0).normal(1000)
-    drawn = noised_mean(total, 0.7, 3.0, Secret(0).stream("noise", 0))
+    drawn = noised_means([total], 0.7, 3.0, Secret(0).stream("noise", 0))[0]
     assert drawn.dtype == torch.float32
     assert torch.equal(drawn, ((total.double() + 0.7 * noise) / 3).float())
     assert not torch.equal(drawn, (total + 0.7 * noise.float()) / 3)

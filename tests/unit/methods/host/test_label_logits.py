@@ -180,3 +180,20 @@ def test_a_resumed_loop_with_a_method_that_compares_with_rows():
         sift.load_state_dict(sift.state_dict())
         model(**inputs).loss.backward()
         assert sift.last.selected.shape[1] == 2
+
+
+def test_an_evaluation_before_the_first_step_takes_no_support_rows():
+    model, taken = adapted(), []
+    inputs = batch(model, 4)
+
+    def batches():
+        while True:
+            taken.append(1)
+            yield inputs
+
+    with GAST(select=2).attach(model.train(), batches=batches()):
+        with torch.no_grad():
+            model(**inputs)
+        assert not taken
+        model(**inputs).loss.backward()
+        assert taken

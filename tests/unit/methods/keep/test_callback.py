@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from siftune import Keep
-from siftune.base.errors import RecipeError, SiftuneError, UnsupportedError
+from siftune.base.errors import DataError, RecipeError, SiftuneError, UnsupportedError
 from siftune.data.batches import Collator
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
@@ -267,3 +267,9 @@ def test_callback_without_its_rows_is_refused(tmp_path):
 def test_refuses_rows_without_tokens(tmp_path):
     with pytest.raises(SiftuneError):
         train(tmp_path, Keep([]))
+
+
+def test_texts_without_labels_are_refused(tmp_path):
+    texts = [{"input_ids": [5, 6, 7], "labels": [-100, -100, -100], "attention_mask": [1, 1, 1]}] * 2
+    with pytest.raises(DataError, match="no label tokens"):
+        train(tmp_path, Keep(rows=texts), collator=Collator(0), max_steps=2)
