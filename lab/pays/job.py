@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from datasets import Dataset
 from torch import nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lab.lines import work_off
 from lab.pays.gemma import folder as gemma_folder
+from lab.pays.gradients import gradient_scores
 from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
 from lab.pays.sifting import STEPS, Loaded, losses_of, most_alike, sifted
@@ -125,11 +127,21 @@ class Work:
         """Rows of the pool that a plan keeps."""
         started = time.process_time()
         pool, known = self.tokenized(self.pool.train), self.tokenized(self.pool.known)
+        settings = {**USUAL, **{name: self.job[name] for name in ("seed", "model")}, "steps": STEPS}
+        recipe = resolve_recipe(Recipe(**settings, lr=_TUNING_LR, train="known", out=str(self.folder)))
         if plan == "sifted":
-            settings = {**USUAL, **{name: self.job[name] for name in ("seed", "model")}, "steps": STEPS}
-            recipe = resolve_recipe(Recipe(**settings, lr=_TUNING_LR, train="known", out=str(self.folder)))
-            losses = losses_of(self.job, lambda: _load(self.job), recipe, pool, known, self.folder)
-            numbers = sifted(losses, self.method.get("share"))
+            numbers: list[int] = []
+            for _ in range(self.method.get("rounds", 1)):
+                losses = losses_of(self.job, lambda: _load(self.job), recipe, pool, known, self.folder, numbers)
+                numbers = sifted(losses, self.method.get("share"))
+            self.seconds_sifting = time.process_time() - started
+        elif plan == "less":
+            model, tokenizer = _load(self.job)
+            trainer = build(recipe, model, tokenizer, {"train": known}, self.folder / "sifting").trainer
+            trainer.train()
+            scores = gradient_scores(trainer.model, trainer.optimizer, pool, known)
+            alike_R = -torch.from_numpy(scores["gradients in Adam's metric, cosine"])
+            numbers = list(most_alike(alike_R, self.method.get("share", _SHARE)))
             self.seconds_sifting = time.process_time() - started
         else:
             pool_RH, known_KH = (embed(self.model, part["input_ids"]) for part in (pool, known))

@@ -3,7 +3,8 @@
 recipe     fields of the recipe, among them `method` and the groups of its settings, passed on as they are
 keep       "target": train on the correct target rows of each batch alone; see `subset.py`
 rows       what is trained on: see `training_rows.py`; the pool where it is not given
-share      share of the pool that is kept; a quarter for retrieval, for sifting that of siftune sift if not given
+share      share of the pool that is kept; if not given, that of siftune sift, and a quarter for the other plans
+rounds     for sifting: how often; the second time the tuning also takes the rows that were selected
 late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
 untrained  measure the model as it is
 """
@@ -32,6 +33,10 @@ METHODS: dict[str, Method] = {
     "retrieval": {"rows": "retrieved"},
     "retrieval+known-weighted": {"rows": "retrieved+weighted"},
     "sifted": {"rows": "sifted+weighted", "late": 1 / 3},
+    "sifted-twice": {"rows": "sifted+weighted", "late": 1 / 3, "rounds": 2},
+    "sifted-gast": {**_gast(select=0.5), "rows": "sifted+weighted", "late": 1 / 3},
+    "less": {"rows": "less+weighted", "late": 1 / 3},
+    "late-retrieved": {"rows": "retrieved+weighted", "late": 1 / 3},
     "ceiling": {"keep": "target"},
     "random": _gast(support="rest", choice="random"),
     "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
@@ -46,7 +51,7 @@ METHODS: dict[str, Method] = {
     "cut": {"recipe": {"method": "cut"}},
 }
 
-_OWN = ("keep", "rows", "share", "late", "untrained")  # the rest are fields of a recipe
+_OWN = ("keep", "rows", "share", "rounds", "late", "untrained")  # the rest are fields of a recipe
 
 
 def method_of(words: str) -> dict[str, Any]:

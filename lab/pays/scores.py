@@ -1,6 +1,6 @@
 """Scores of a pool beside each other: losses after a training on the known rows, similarity of prompts, gradients.
 
-python -m lab.pays.scores CELL --data FOLDER [--seed 0] [--known 100] [--pool] [--gradients]
+python -m lab.pays.scores CELL --data FOLDER [--seed 0] [--known 100] [--pool] [--gradients] [--gast]
 
 Printed are, for every score, the AUC of the target's rows against the rest and, if the pool has wrong rows, of correct
 against wrong ones; low scores come first. For the change of the loss, also the shares of rows with a score below 0. The
@@ -9,9 +9,10 @@ K is a row's loss after the training, B before it, in nats per token.
 
 `--pool` also trains for as many steps on half of the pool, drawn at random; F is the loss after that.
 
-`--gradients` forms the gradient of each row's loss with respect to LoRA's parameters after that training, row by row,
-and compares it with the mean of the known rows' normalised gradients by cosine, as in LESS (arXiv 2402.04333).
-Unlike LESS: no projection, one checkpoint, and no preconditioning by Adam.
+`--gradients` compares each row's gradient after that training with those of the known rows, as in LESS: gradients.py.
+
+`--gast` trains one pass over the pool with GAST on the known rows. A row's score is minus the mean of its scores in all
+layers, when it came in a batch.
 """
 
 import argparse
@@ -21,26 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from torch import nn
 from transformers import TrainerCallback
 
 from lab.pays.cells import cells_of
-from lab.pays.job import USUAL
+from lab.pays.gradients import gradient_scores
+from lab.pays.job import USUAL, recipe_of
+from lab.pays.methods import method_of
 from lab.pays.pool import asked, make_pool
 from lab.pays.sifting import STEPS, losses_under
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
+from siftune.methods.drivers.sample_callback import SampleCallback
+from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.models.load import load_model
 from siftune.models.loss import IGNORED
-from siftune.models.modules import evaluating
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.sifting.scores import Floats, choose, held_out_count, of_task
 from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.build import build
+from siftune.train.trainer import SiftTrainer
 
 _AT = (10, 20, 30, 60)  # steps after which the pool is scored
+_ALSO = ("pool", "gradients", "gast")
 
 
 def auc(low: Floats, high: Floats) -> float:
@@ -52,41 +56,6 @@ def auc(low: Floats, high: Floats) -> float:
     """
     ranks = np.concatenate([low, high]).argsort().argsort()[: len(low)] + 1
     return float(1 - (ranks.sum() - len(low) * (len(low) + 1) / 2) / (len(low) * len(high)))
-
-
-def _gradient(model: nn.Module, row: dict[str, Any]) -> list[torch.Tensor]:
-    """Gradient of a row's loss with respect to LoRA's parameters: a vector for each layer."""
-    model.zero_grad()
-    labels = torch.tensor(row["labels"])[1:]
-    logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
-    nn.functional.cross_entropy(logits, labels).backward()
-    layers: dict[int, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            layers.setdefault(int(name.split("layers.")[1].split(".")[0]), []).append(parameter.grad.float().flatten())
-    return [torch.cat(layers[layer]) for layer in sorted(layers)]
-
-
-def cosines(model: nn.Module, pool: Dataset, known: Dataset) -> dict[str, Floats]:
-    """Scores by gradients, each (rows,): minus the cosine of all parameters, and minus the means over layers."""
-    target: list[torch.Tensor] = []
-    with evaluating(model), torch.enable_grad():
-        for row in known:
-            own = _gradient(model, row)
-            length = torch.stack([vector.norm() for vector in own]).norm()
-            own = [vector / length for vector in own]
-            target = [a + b for a, b in zip(target, own, strict=True)] if target else own
-        dots, norms = (np.zeros((len(pool), len(target))) for _ in range(2))
-        for number, row in enumerate(pool):
-            own = _gradient(model, row)
-            dots[number] = [float(a @ b) for a, b in zip(target, own, strict=True)]
-            norms[number] = [float(vector.norm()) for vector in own]
-    by_layer = dots / norms / [float(vector.norm()) for vector in target]
-    return {
-        "gradients: cosine": -dots.sum(1) / np.linalg.norm(norms, axis=1),
-        "gradients: mean of layers": -by_layer.mean(1),
-        "gradients: ranks by layer": -by_layer.argsort(0).argsort(0).mean(1),
-    }
 
 
 class Work:
@@ -111,28 +80,52 @@ class Work:
         self.seen, self.held_out = known.select(range(seen)), known.select(range(seen, len(known)))
         self.selected_R = np.zeros(len(self.pool), bool)  # by `siftune sift`, after `scores`
 
-    def scores(self, with_pool: bool, with_gradients: bool) -> dict[str, Floats]:
-        """The scores by their names, each (rows,)."""
+    def scores(self, also: Sequence[str]) -> dict[str, Floats]:
+        """The scores by their names, each (rows,); `also` may have "pool", "gradients" and "gast"."""
         before, after = losses_under(self.model, self.pool), dict[int, Floats]()
         held_out_before = losses_under(self.model, self.held_out)
         similar_R, similar_T = self._similarities()
         scores = {"prompts": -similar_R}
         tuned = self._tuned(self.seen, after)
         last = after[STEPS]
-        held_out = losses_under(tuned, self.held_out) - held_out_before
+        held_out = losses_under(tuned.model, self.held_out) - held_out_before
         self.selected_R = choose(last - before, held_out, of_task(similar_R, similar_T)).rows_R
         scores |= {f"K − B, {steps} steps": losses - before for steps, losses in after.items()}
         ranks = last.argsort().argsort() + (last - before).argsort().argsort()
         tokens = np.array([sum(label != IGNORED for label in row[1:]) for row in self.pool["labels"]])
         scores |= {"K": last, "2K − B": 2 * last - before, "K / B": last / before, "ranks of K and K − B": ranks}
         scores["K − B, summed over tokens"] = (last - before) * tokens
-        if with_gradients:
-            scores |= cosines(tuned, self.pool, self.seen)
-        if with_pool:
+        if "gradients" in also:
+            scores |= gradient_scores(tuned.model, tuned.optimizer, self.pool, self.seen)
+        if "pool" in also:
             self.model, _ = load_model(self.job["model"], "auto")
             half = np.random.default_rng(self.job["seed"]).permutation(len(self.pool))[: len(self.pool) // 2]
-            scores["K − F"] = last - losses_under(self._tuned(self.pool.select(half.tolist()), {}), self.pool)
+            other = self._tuned(self.pool.select(half.tolist()), {})
+            scores["K − F"] = last - losses_under(other.model, self.pool)
+        if "gast" in also:
+            scores["GAST"] = self._while_training()
         return scores
+
+    def _while_training(self) -> Floats:
+        """Minus the mean score of each row over the layers, in one pass of GAST over the pool."""
+        self.model, _ = load_model(self.job["model"], "auto")
+        scores_R = np.full(len(self.pool), np.nan)
+
+        def note(choice: SampleChoice) -> None:
+            assert choice.rows is not None
+            scores_R[choice.rows.numpy()] = -choice.scores.mean(0).numpy()
+
+        job = {**self.job, "method": method_of("gast"), "lr": 5e-4}
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = recipe_of(job, Path(folder))
+            data = {"train": self.pool, "support": self.seen}
+            built = build(recipe, self.model, self.tokenizer, data, Path(folder))
+            for part in built.methods:
+                if isinstance(part, SampleCallback):
+                    part.on_select = note
+            built.trainer.train()
+        assert np.isfinite(scores_R).all()
+        return scores_R
 
     def _similarities(self) -> tuple[Floats, Floats]:
         """Similarity of the prompts of the pool, and of the held-out rows, to those of the other known rows."""
@@ -145,7 +138,7 @@ class Work:
         similar_R, similar_T = (nearest(part, seen_KH, mean_H).double().numpy() for part in (pool_RH, held_out_TH))
         return similar_R, similar_T
 
-    def _tuned(self, rows: Dataset, after: dict[int, Floats]) -> nn.Module:
+    def _tuned(self, rows: Dataset, after: dict[int, Floats]) -> SiftTrainer:
         """Train as `siftune sift`. If the rows are the known ones, `after` gets the pool's losses after some steps.
 
         The model keeps its hooks of training.
@@ -164,8 +157,7 @@ class Work:
             built = build(recipe, self.model, self.tokenizer, {"train": rows}, Path(folder))
             built.trainer.add_callback(Score())
             built.trainer.train()
-        model: nn.Module = built.trainer.model
-        return model
+        return built.trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -175,15 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--known", type=int, default=100)
-    parser.add_argument("--pool", action="store_true")
-    parser.add_argument("--gradients", action="store_true")
+    for name in _ALSO:
+        parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(arguments)
     cell = cells_of("S1", [options.cell], options.known)[0]
     job = {"cell": cell, "seed": options.seed, "steps": 120, "batch": 16, "model": "smollm2"}
     work = Work(job, options.data)
     target, wrong = work.groups == "target", work.groups == "wrong"
-    for name, values in work.scores(options.pool, options.gradients).items():
-        line = f"{name:28} target against the rest {auc(values[target], values[~target]):.3f}"
+    for name, values in work.scores([name for name in _ALSO if getattr(options, name)]).items():
+        line = f"{name:52} target against the rest {auc(values[target], values[~target]):.3f}"
         if wrong.any():
             line += f"  correct against wrong {auc(values[target], values[wrong]):.3f}"
         if "steps" in name:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +31,13 @@ Loaded = tuple[nn.Module, PreTrainedTokenizerBase]
 
 
 def losses_of(
-    job: dict[str, Any], load: Callable[[], Loaded], recipe: Recipe, pool: Dataset, known: Dataset, folder: Path
+    job: dict[str, Any],
+    load: Callable[[], Loaded],
+    recipe: Recipe,
+    pool: Dataset,
+    known: Dataset,
+    folder: Path,
+    selected: Sequence[int] = (),
 ) -> dict[str, Floats]:
     """Losses of the pool's rows, or those that another job left in the cache.
 
@@ -42,19 +48,21 @@ def losses_of(
         pool: Tokens of the pool.
         known: Tokens of the known rows.
         folder: For what the Trainer leaves.
+        selected: Numbers of rows of the pool that an earlier sifting selected: the tuning takes them as well.
 
     Returns:
         `tuned` and `base`, each (rows,) in nats per label token, `similar`, (rows,) the similarity of the prompts, and
         the same of the known rows that were held out: `known_tuned`, `known_base` and `known_similar`.
     """
-    key = json.dumps([{name: job[name] for name in _KEY}, recipe.lr, recipe.steps], sort_keys=True)
+    fields = [{name: job[name] for name in _KEY}, recipe.lr, recipe.steps, *([list(selected)] if selected else [])]
+    key = json.dumps(fields, sort_keys=True)
     place = cache_root() / "lab-sifting" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     losses = dict(np.load(place)) if place.is_file() else {}
     if "similar" in losses:
         return losses
     model, tokenizer = load()
-    rows = len(known) - held_out_count(len(known))
-    seen, unseen = known.select(range(rows)), known.select(range(rows, len(known)))
+    count = len(known) - held_out_count(len(known))
+    seen, unseen = known.select(range(count)), known.select(range(count, len(known)))
     with short_rows():
         pool_RH, seen_KH, unseen_KH = (embed(model, _prompts(data), _BATCH) for data in (pool, seen, unseen))
     mean_H = pool_RH.mean(0)
@@ -62,7 +70,8 @@ def losses_of(
     losses |= {name: np.asarray(value.numpy(), np.float64) for name, value in similar.items()}
     if "tuned" not in losses:
         losses |= {"base": losses_under(model, pool), "known_base": losses_under(model, unseen)}
-        built = build(recipe, model, tokenizer, {"train": seen}, folder / "sifting")
+        rows = concatenate_datasets([seen, pool.select(selected)]) if selected else seen
+        built = build(recipe, model, tokenizer, {"train": rows}, folder / "sifting")
         built.trainer.train()
         losses |= {
             "tuned": losses_under(built.trainer.model, pool),

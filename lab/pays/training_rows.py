@@ -6,6 +6,7 @@ A plan is a name, then what is added to it, with plus signs between:
     known       the known rows alone, repeated so that they fill the steps
     retrieved   the quarter of the pool most similar to the known rows: see `siftune.sifting.similarity`
     sifted      a share of the pool, by its loss under a model tuned on the known rows: see `lab.pays.sifting`
+    less        a quarter of the pool, by its gradients under such a model: see `lab.pays.gradients`
 
     +known      the known rows, each once
     +weighted   the known rows, repeated so that they are a quarter of all rows
@@ -25,7 +26,7 @@ Record = dict[str, Any]
 KNOWN_SHARE = 0.25  # of all rows, for "+weighted"
 MOST = 30  # times that a row comes, for "+capped"
 _ADDITIONS = ("known", "weighted", "capped")
-_BASES = ("pool", "known", "retrieved", "sifted")
+_BASES = ("pool", "known", "retrieved", "sifted", "less")
 
 
 def training_rows(
@@ -42,7 +43,7 @@ def training_rows(
         pool: Rows of the pool.
         known: Known rows of the target.
         count: Rows that the steps take.
-        choose: Chooses the rows of the plans "retrieved" and "sifted", by their name.
+        choose: Chooses the rows of the plans "retrieved", "sifted" and "less", by their name.
 
     Raises:
         RecipeError: No such plan, or known rows are needed and there are none.

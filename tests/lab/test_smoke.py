@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import math
 import random
 import signal
 import time
@@ -197,7 +198,9 @@ def test_pools_hold_what_their_cells_say(small_pools, suite):
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("name", ["untrained", "ceiling", "known-alone", "late-gast-half", "greats", "retrieval"])
+@pytest.mark.parametrize(
+    "name", ["untrained", "ceiling", "known-alone", "late-gast-half", "greats", "retrieval", "sifted-twice", "less"]
+)
 def test_pays_jobs(small_pools, base, suite, tmp_path, name):
     from lab.pays import report
     from lab.pays.job import run_job
@@ -214,6 +217,22 @@ def test_pays_jobs(small_pools, base, suite, tmp_path, name):
 
 @pytest.mark.lab
 @pytest.mark.distributed
+@pytest.mark.lab
+def test_pays_scores(small_pools, base, suite):
+    from lab.pays.scores import Work
+
+    work = Work(pays_job(base), suite)
+    scores = work.scores(["pool", "gradients", "gast"])
+    assert {
+        "prompts",
+        "K − B, 60 steps",
+        "K − F",
+        "gradients in Adam's metric, cosine, centred",
+        "GAST",
+    } <= scores.keys()
+    assert all(len(values) == len(work.pool) and all(map(math.isfinite, values)) for values in scores.values())
+
+
 def test_pays_does_not_repeat_finished_jobs(base, suite, tmp_path):
     """Two jobs in processes of their own: the one that fails is tried again, the other is in the file."""
     from lab.pays import run
