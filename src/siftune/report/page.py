@@ -20,11 +20,11 @@ from siftune.report.choices import layers, rows
 from siftune.report.compare import commands, compare_runs, headline
 from siftune.report.parts import TEMPLATES, WIDTHS, Figure, Section, distinct, marked_up
 from siftune.report.run import results, setup, suspects, training
-from siftune.report.sifted import sifted
+from siftune.report.sifted import avoided, sifted
 from siftune.report.subjects import RunData, Subjects, find_subjects
 from siftune.report.words import memory
 
-_OF_A_RUN = (sifted, layers, rows)
+_OF_A_RUN = (sifted, avoided, layers, rows)
 _OTHERS = {
     "kit": offsite.kit_section, "audit": offsite.audit_section, "sweep": sweep.section, "rates": rates.section,
     "bench": bench.section,

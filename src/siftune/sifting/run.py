@@ -16,29 +16,25 @@ An interrupted call continues: a training from its last checkpoint, the losses a
 there, no model is loaded.
 """
 
-import csv
 import io
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from rich.console import Console
 
 from siftune.base.environment import launch_rank
-from siftune.base.errors import DataError, TrainingError
+from siftune.base.errors import DataError
 from siftune.base.files import only_process
 from siftune.base.stages import stages
-from siftune.base.text import counted, inert
+from siftune.base.text import inert
 from siftune.base.work_folder import WorkFolder
 from siftune.data.read import placed_records
 from siftune.data.rows import Row
@@ -47,42 +43,34 @@ from siftune.engine.ranks import (
     first_rank_first,
     from_first,
     in_launch,
-    mean_over_ranks,
     rank,
     wait_for_all,
-    world_size,
 )
-from siftune.evaluate.likelihood import row_nll
-from siftune.models.adapters.attach import load_adapter
-from siftune.models.attention import short_rows
-from siftune.models.load import use_attention
-from siftune.models.modules import model_device
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, method_of, new_folder, resolve_recipe, train_files
 from siftune.records.rows import Read, absolute_place, digest_of, text_of
 from siftune.sifting.rows import PARTS, Few, Rows, check_sifting, count_of, read_all
-from siftune.sifting.scores import Choice, Floats, choose, lowest, of_task, scores, unlike
-from siftune.sifting.similarity import embed, nearest, prompt_of
+from siftune.sifting.scores import Floats
+from siftune.sifting.scoring import (
+    AVOID,
+    LOSSES,
+    POOL,
+    SAME,
+    SIMILAR,
+    TUNING,
+    Work,
+    choose_by,
+    csv_text,
+    prefix,
+)
 from siftune.train.folder.run import RunFolder
-from siftune.train.guards.memory import free
 from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
-from siftune.train.run import train as tune
 
 STEPS = 60  # of the training on the target's rows (ours: docs/sifting.md)
 FOLDER = "sift"  # of a run folder
 SCORES, DROPPED, SIFTED, RECORD = "scores.csv", "dropped.csv", "sifted.jsonl", "sift.json"
-_LOSSES, _SIMILAR, _UNSEEN, _TUNING = "losses.jsonl", "similar.jsonl", "unseen.csv", "tuning"
-_POOL, _OTHERS = "pool", "others.csv"  # of the bad rows' folder: the training on the pool, and rows that it leaves out
-_FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
-_CHUNK = 512  # rows in a line of losses.jsonl
 _SHOWN = 300  # characters of a text in scores.csv
-_WIDER = 4  # times the rows of a training step in a forward pass
-# settings of the trainings: those of the training that follows
-_SAME = (
-    *("model", "dtype", "quantize", "attention", "train_split", "columns", "template", "max_length", "completion_only"),
-    *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
-)
 
 
 @dataclass(frozen=True)
@@ -179,13 +167,13 @@ def sift(
             prepared = prepare(replace(recipe, target=None), source.tokenizer(), parts, progress)
         count = count_of(share, len(prepared.rows["train"]))
         folder = WorkFolder(
-            str(recipe.out), RECORD, f"{_TUNING}/checkpoints/*", f"{_POOL}/checkpoints/*", _LOSSES, _SIMILAR
+            str(recipe.out), RECORD, f"{TUNING}/checkpoints/*", f"{POOL}/checkpoints/*", LOSSES, SIMILAR
         )
         if rank() == 0:
             stack.enter_context(folder.begin(_facts(recipe, rows, steps, source.identity)))
             stack.enter_context(only_process(folder.path))
         try:
-            return _sift(_Work(recipe, rows, steps, folder, console, source_of), prepared, count)
+            return _sift(Work(recipe, rows, steps, folder, console, source_of), prepared, count)
         except KeyboardInterrupt as stop:
             stop.__notes__ = ["the same command continues"]  # not that of the training on the target's rows
             raise
@@ -234,16 +222,6 @@ def sift_first(
     return recipe if sifted.dropped is None else replace(recipe, drop_rows=str(sifted.dropped)), sifted
 
 
-@dataclass(frozen=True)
-class _Work:
-    recipe: Recipe
-    rows: Rows
-    steps: int
-    folder: WorkFolder
-    console: Console
-    source_of: Callable[[str], Source]
-
-
 def _dense(recipe: Recipe) -> Recipe:
     """The recipe with the method of the trainings: LoRA on all rows."""
     if recipe.adapter != "lora":  # rank, alpha, targets and rate are those of another adapter
@@ -255,14 +233,14 @@ def _dense(recipe: Recipe) -> Recipe:
 
 
 def _facts(recipe: Recipe, rows: Rows, steps: int, identity: Mapping[str, str]) -> dict[str, Any]:
-    settings = {name: getattr(recipe, name) for name in _SAME}
+    settings = {name: getattr(recipe, name) for name in SAME}
     digests = {"the pool": digest_of(rows.pool), **{few.title: digest_of(few.rows) for few in rows.few}}
     return {**settings, "steps": steps, **digests, **identity}
 
 
-def _sift(work: _Work, prepared: Prepared, count: int | None) -> Sifted:
+def _sift(work: Work, prepared: Prepared, count: int | None) -> Sifted:
     started, rows = time.monotonic(), prepared.rows["train"]
-    parts = {few.name: _choose(work, prepared, few, count) for few in work.rows.few}
+    parts = {few.name: choose_by(work, prepared, few, count) for few in work.rows.few}
     selected_R = np.logical_and.reduce([part.choice.rows_R for part in parts.values()])
     if not selected_R.any():
         raise DataError("each row of the pool that is like the target is like the bad rows too: give other bad rows")
@@ -277,7 +255,7 @@ def _sift(work: _Work, prepared: Prepared, count: int | None) -> Sifted:
     if rank() == 0:
         work.folder.set_state(seconds=seconds, selected=int(selected_R.sum()), pool=len(rows), reason=reason)
     wait_for_all()
-    by_target, by_bad = (parts[name].columns if name in parts else {} for name in ("target", "avoid"))
+    by_target, by_bad = (parts[name].columns if name in parts else {} for name in ("target", AVOID))
     return Sifted(
         folder=work.folder.path,
         selected=numbers,
@@ -291,178 +269,8 @@ def _sift(work: _Work, prepared: Prepared, count: int | None) -> Sifted:
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    choice: Choice  # by the target, or by the bad rows
-    columns: Mapping[str, Floats]  # of its scores.csv, each (R,)
-
-
-def _choose(work: _Work, prepared: Prepared, few: Few, count: int | None) -> _Part:
-    """Score the pool by the target, or by the bad rows, and choose."""
-    rows, own_rows = prepared.rows["train"], prepared.rows[PARTS[few.name]]
-    pool, own = (prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", PARTS[few.name]))
-    unseen = {row.origin for row in few.unseen}
-    aside = [number for number, row in enumerate(own_rows) if row.origin in unseen]
-    held_out, seen = own.select(aside), own.select(sorted({*range(len(own_rows))} - {*aside}))
-    model = cache(partial(_tuned, work, few))  # loaded at most once, and only if something is missing
-    after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
-    all_R = scores(after, before)
-    if not np.isfinite(all_R).all():
-        broken = [*rows, *(own_rows[number] for number in aside)][int(np.isfinite(all_R).argmin())]
-        raise DataError(f"the loss of {broken.origin} is not finite: leave the row out, or give --dtype float32")
-    score_R, few_T = all_R[: len(rows)], all_R[len(rows) :]
-    columns = {"score": score_R, "loss_after": after[: len(rows)], "loss_before": before[: len(rows)]}
-    if few.name == "avoid":
-        choice = unlike(score_R, few_T)
-    else:
-        columns["similarity"], similar_T = _similar(work, pool, held_out, seen, model)
-        task_R = of_task(columns["similarity"], similar_T)
-        choice = choose(score_R, few_T, task_R)
-        if count is not None:
-            choice = Choice(lowest(score_R, count, task_R), "those with the lowest scores, as many as asked for")
-        if not choice.rows_R.any():
-            raise DataError(
-                f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
-            )
-    del model
-    free()
-    return _Part(choice, columns)
-
-
-def _losses(work: _Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tuple[Floats, Floats]:
-    """Losses of rows after the training on `few` and before it, in nats per label token; each (rows,) float64."""
-    name = f"{_prefix(few)}{_LOSSES}"
-    done = from_first(lambda: {line["start"]: line for line in work.folder.lines(name)})
-    starts = range(0, len(data), _CHUNK)
-    batch = _WIDER * work.recipe.batch_size
-    with stages(work.console) as progress:
-        for start in starts:
-            if start in done:
-                continue
-            model = tuned()
-            progress("losses of the rows", start, len(data))
-            chunk = data[start : start + _CHUNK]
-            own = slice(rank(), None, world_size())  # each rank has a part of the chunk
-            rows = list(zip(chunk["input_ids"][own], chunk["labels"][own], strict=True))
-            part = torch.zeros(2, len(chunk["labels"]), dtype=torch.float64)
-            with short_rows():
-                results = [row_nll(model, rows, batch)]
-                with _earlier(model):
-                    results.append(row_nll(model, rows, batch))
-            for place, result in enumerate(results):
-                part[place, own] = torch.from_numpy(result.nll / np.maximum(result.tokens, 1))
-            after, before = (mean_over_ranks(part, model_device(model)) * world_size()).tolist()
-            done[start] = {"start": start, "after": after, "before": before}
-            if rank() == 0:
-                work.folder.append(name, done[start])
-    after_R, before_R = (np.concatenate([done[start][name] for start in starts]) for name in ("after", "before"))
-    return after_R, before_R
-
-
-def _similar(
-    work: _Work, pool: Dataset, held_out: Dataset, seen: Dataset, tuned: Callable[[], Any]
-) -> tuple[Floats, Floats]:
-    """Similarity of the prompts of the pool, and of the target's held-out rows, to those of its other rows."""
-    done = from_first(lambda: list(work.folder.lines(_SIMILAR)))
-    if not done:
-        model, data = tuned(), concatenate_datasets([pool, held_out, seen])
-        texts = [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
-        own = slice(rank(), None, world_size())  # each rank has a part of the texts
-        with short_rows(), model.disable_adapter(), stages(work.console) as progress:
-            part = embed(model, texts[own], _WIDER * work.recipe.batch_size, progress)
-        all_RH = part.new_zeros(len(texts), part.shape[1])
-        all_RH[own] = part
-        all_RH = mean_over_ranks(all_RH, model_device(model)) * world_size()
-        pool_RH, unseen_TH, seen_KH = torch.split(all_RH, [len(pool), len(held_out), len(seen)])
-        mean_H = pool_RH.mean(0)
-        values = [nearest(rows, seen_KH, mean_H).tolist() for rows in (pool_RH, unseen_TH)]
-        done = [dict(zip(("pool", "unseen"), values, strict=True))]
-        if rank() == 0:
-            work.folder.append(_SIMILAR, done[0])
-    return np.array(done[0]["pool"], np.float64), np.array(done[0]["unseen"], np.float64)
-
-
-def _prefix(few: Few) -> str:
-    return "" if few.name == "target" else f"{few.name}/"
-
-
-@contextmanager
-def _earlier(model: Any) -> Iterator[None]:
-    """The model before the training on the few rows: the base, or the one tuned on the pool."""
-    if _POOL not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    model.set_adapter(_POOL)
-    try:
-        yield
-    finally:
-        model.set_adapter("default")
-
-
-def _tuned(work: _Work, few: Few) -> Any:
-    """Tune the model on the few rows but the unseen ones, unless an earlier call has, and load it with the adapter.
-
-    Bad rows tune a model that was tuned on the pool, whose adapter is loaded too. Both are loaded even after trainings
-    in this call, so that the losses of an interrupted call are the same.
-    """
-    folder, rows, recipe = work.folder.path / _prefix(few), work.rows, work.recipe
-    if rank() == 0:
-        folder.mkdir(exist_ok=True)
-        unseen = [[absolute_place(row.origin)] for row in (*few.unseen, *few.copies)]
-        work.folder.write(f"{_prefix(few)}{_UNSEEN}", _csv(["place"], unseen))
-    same: dict[str, Any] = {name: getattr(recipe, name) for name in _SAME}
-    own = {**same, "train": few.file, "drop_rows": str(folder / _UNSEEN), "steps": work.steps}
-    if few.name == "avoid":
-        others = [[absolute_place(place)] for each in rows.few for place in each.in_pool]
-        if rank() == 0 and others:
-            work.folder.write(f"{_prefix(few)}{_OTHERS}", _csv(["place"], others))
-        pool = {**same, "train": recipe.train, "limit": recipe.limit, "steps": work.steps}
-        pool |= {"drop_rows": str(folder / _OTHERS)} if others else {}
-        _tune(work, folder / _POOL, pool, "the pool")
-        shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
-        own |= {**shape, "steps": _FURTHER, "from_adapter": str(folder / _POOL)}
-    _tune(work, folder / _TUNING, own, f"{counted(len(few.rows) - len(few.unseen), 'row')} of {few.title}")
-    source = work.source_of(recipe.model)
-    with first_rank_first():
-        model, _ = source.load(recipe.dtype, recipe.quantize)
-    use_attention(model, recipe.attention)
-    if torch.accelerator.is_available() and recipe.quantize is None:  # quantized weights are there already
-        model = model.to(torch.accelerator.current_accelerator())
-    tuned = load_adapter(model, folder / _TUNING / "adapter", recipe.model)
-    if few.name == "avoid":
-        tuned.load_adapter(str(folder / _POOL / "adapter"), adapter_name=_POOL, autocast_adapter_dtype=False)
-    return tuned
-
-
-def _tune(work: _Work, folder: Path, settings: Mapping[str, Any], rows: str) -> None:
-    """Train in a run folder, or continue there; a training that has finished is not repeated."""
-    if from_first(lambda: _has_finished(folder)):
-        return
-    resume = from_first(lambda: _has_checkpoint(folder))
-    work.console.print(f"training on {rows}, to score the pool", markup=False)
-    try:
-        tune(Recipe(**settings, out=str(folder), resume=resume), work.console, work.source_of)
-    except TrainingError as error:  # without the advice to resume that training as a run
-        cause = error.__cause__ if isinstance(error.__cause__, TrainingError) else error
-        raise TrainingError(f"training on {rows}: {cause}") from error
-    free()
-
-
-def _has_finished(folder: Path) -> bool:
-    """Whether a training has ended; an interrupted one leaves an adapter too."""
-    return folder.exists() and RunFolder(folder).has_finished()
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    """Whether that training can continue; without a checkpoint its folder is removed."""
-    if folder.exists() and not RunFolder(folder).has_checkpoint():
-        shutil.rmtree(folder)
-    return folder.exists()
-
-
 def _write_scores(
-    work: _Work, few: Few, pool: Sequence[Row], chosen_R: NDArray[np.bool_], columns: Mapping[str, Floats]
+    work: Work, few: Few, pool: Sequence[Row], chosen_R: NDArray[np.bool_], columns: Mapping[str, Floats]
 ) -> None:
     """Write the scores of the pool by the target, or by the bad rows."""
     lines, values = [], zip(*columns.values(), strict=True)
@@ -471,10 +279,10 @@ def _write_scores(
         texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
         lines.append([row.origin, *numbers, int(chosen), *texts])
     header = ["place", *columns, "selected", "source", "prompt", "completion"]
-    work.folder.write(f"{_prefix(few)}{SCORES}", _csv(header, lines))
+    work.folder.write(f"{prefix(few)}{SCORES}", csv_text(header, lines))
 
 
-def _write(work: _Work, pool: Sequence[Row], selected: set[int]) -> list[int]:
+def _write(work: Work, pool: Sequence[Row], selected: set[int]) -> list[int]:
     """Write the selected and the other rows; returns the numbers of the former among all rows of the pool's files."""
     folder, recipe, text, numbers = work.folder, work.recipe, io.StringIO(), list[int]()
     others = [row.origin for number, row in enumerate(pool) if number not in selected]
@@ -482,7 +290,7 @@ def _write(work: _Work, pool: Sequence[Row], selected: set[int]) -> list[int]:
         [absolute_place(place)] for place in (*others, *(place for few in work.rows.few for place in few.in_pool))
     ]
     if dropped:
-        folder.write(DROPPED, _csv(["place"], dropped))
+        folder.write(DROPPED, csv_text(["place"], dropped))
     else:
         (folder.path / DROPPED).unlink(missing_ok=True)
     places = {pool[number].origin for number in selected}
@@ -493,9 +301,3 @@ def _write(work: _Work, pool: Sequence[Row], selected: set[int]) -> list[int]:
             numbers.append(number)
     folder.write(SIFTED, text.getvalue())
     return numbers
-
-
-def _csv(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
-    return text.getvalue()

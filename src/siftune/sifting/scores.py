@@ -89,7 +89,8 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
 
     A row contradicts the target if the training on the target made it less likely: its score is not below 0. So are
     correct rows that the training was too short for. Rows are therefore only left out by their scores if the share of
-    such rows is a tenth above that among the held-out rows, which are correct.
+    such rows is a tenth above that among the held-out rows, which are correct. Scores do not count at all if the
+    training made the held-out rows less likely on average: then the rows of the target are too few.
 
     Args:
         scores_R: Scores of the pool.
@@ -100,11 +101,17 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
         >>> pool, task = np.array([-2.0, 3.0, 1.0, -1.0]), np.array([True, True, True, False])
         >>> choose(pool, np.array([-2.0, -1.0, 0.5]), task).rows_R.tolist()
         [True, False, False, False]
-        >>> choose(pool, np.array([-2.0, 2.0, 0.5]), task).rows_R.tolist()
+        >>> choose(pool, np.array([-4.0, 2.0, 0.5]), task).rows_R.tolist()
         [True, True, True, False]
     """
     if not task_R.any():
         return Choice(task_R, "no prompt of the pool is like those of the target")
+    if target_T.mean() >= 0:
+        return Choice(
+            task_R,
+            "their prompts are like the target's; completions do not count, because the training on the target made "
+            "its held-out rows less likely (give more target rows)",
+        )
     unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
     if unlikely - of_target < _EXCESS:
         return Choice(

@@ -19,6 +19,7 @@ from siftune.cli.main import main
 from siftune.recipe.read import load_recipe
 from siftune.records.rows import named_rows, read_rows
 from siftune.sifting import run as module
+from siftune.sifting import scoring
 from siftune.sifting.scores import Choice
 
 SETTINGS = "{template: none, max_length: 64, rank: 2, batch_size: 4, lr: 0.01, log_every: 9}"
@@ -198,7 +199,7 @@ def test_a_training_on_the_target_that_fails_leaves_nothing(words, tmp_path, cap
     def fail(*_):
         raise TrainingError("Broken. So far, more.") from TrainingError("Broken.")
 
-    monkeypatch.setattr(module, "tune", fail)
+    monkeypatch.setattr(scoring, "tune", fail)
     said = error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
     assert said == "training on 6 rows of the target: Broken."
     assert not (tmp_path / "run").exists()
@@ -214,7 +215,7 @@ def bad(tmp_path):
 
 
 def test_rows_like_bad_ones_are_left_out_of_the_run_and_the_target_does_not_sift(words, bad, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
+    monkeypatch.setattr(scoring, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
     run = tmp_path / "run"
     assert main([*map(str, words), "--out", str(run), "--avoid", str(bad)]) == 0
     pool, few = rows_of(run)

@@ -38,7 +38,7 @@ def given(base, tmp_path, task):
 def small_chunks():
     """Have the 36 rows of the pool make several lines of losses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("siftune.sifting.run._CHUNK", 16)
+        patch.setattr("siftune.sifting.scoring._CHUNK", 16)
         yield
 
 

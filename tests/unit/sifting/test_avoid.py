@@ -18,7 +18,7 @@ from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import named_rows, read_rows
-from siftune.sifting import run as module
+from siftune.sifting import scoring as module
 from siftune.sifting.scores import Choice, unlike
 from siftune.train.run import train
 

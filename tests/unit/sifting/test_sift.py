@@ -23,7 +23,7 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import named_rows, read_rows
-from siftune.sifting import run as module
+from siftune.sifting import scoring as module
 from siftune.sifting.scores import Choice, choose
 from siftune.train.run import train
 

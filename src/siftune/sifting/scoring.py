@@ -1,0 +1,244 @@
+"""Scores of a pool by a few rows: the trainings on them, the losses of the pool, the similarity of its prompts.
+
+Each part is kept in the folder of a sifting as soon as it is there, so that an interrupted call continues: see run.py.
+"""
+
+import csv
+import io
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+
+from siftune.base.errors import DataError, TrainingError
+from siftune.base.stages import stages
+from siftune.base.text import counted
+from siftune.base.work_folder import WorkFolder
+from siftune.engine.ranks import first_rank_first, from_first, mean_over_ranks, rank, world_size
+from siftune.evaluate.likelihood import row_nll
+from siftune.models.adapters.attach import load_adapter
+from siftune.models.attention import short_rows
+from siftune.models.load import use_attention
+from siftune.models.modules import model_device
+from siftune.recipe.schema import Recipe
+from siftune.records.rows import absolute_place
+from siftune.sifting.rows import PARTS, Few, Rows
+from siftune.sifting.scores import Choice, Floats, choose, lowest, of_task, scores, unlike
+from siftune.sifting.similarity import embed, nearest, prompt_of
+from siftune.train.folder.run import RunFolder
+from siftune.train.guards.memory import free
+from siftune.train.prepare import Prepared, Source
+from siftune.train.run import train as tune
+
+AVOID = "avoid"  # folder of what the bad rows score, and their name in `rows.PARTS`
+LOSSES, SIMILAR, TUNING = "losses.jsonl", "similar.jsonl", "tuning"
+POOL = "pool"  # of the bad rows' folder: the training on the pool
+_UNSEEN, _OTHERS = "unseen.csv", "others.csv"  # rows that the trainings on the few and on the pool leave out
+_FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
+_CHUNK = 512  # rows in a line of losses.jsonl
+_WIDER = 4  # times the rows of a training step in a forward pass
+# settings of the trainings: those of the training that follows
+SAME = (
+    *("model", "dtype", "quantize", "attention", "train_split", "columns", "template", "max_length", "completion_only"),
+    *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A sifting: its recipe, rows and folder."""
+
+    recipe: Recipe
+    rows: Rows
+    steps: int
+    folder: WorkFolder
+    console: Console
+    source_of: Callable[[str], Source]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Scores of a pool by the target or by the bad rows, and the choice by them."""
+
+    choice: Choice  # by the target, or by the bad rows
+    columns: Mapping[str, Floats]  # of its scores.csv, each (R,)
+
+
+def choose_by(work: Work, prepared: Prepared, few: Few, count: int | None) -> Part:
+    """Score the pool by the target, or by the bad rows, and choose."""
+    rows, own_rows = prepared.rows["train"], prepared.rows[PARTS[few.name]]
+    pool, own = (prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", PARTS[few.name]))
+    unseen = {row.origin for row in few.unseen}
+    aside = [number for number, row in enumerate(own_rows) if row.origin in unseen]
+    held_out, seen = own.select(aside), own.select(sorted({*range(len(own_rows))} - {*aside}))
+    model = cache(partial(_tuned, work, few))  # loaded at most once, and only if something is missing
+    after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
+    all_R = scores(after, before)
+    if not np.isfinite(all_R).all():
+        broken = [*rows, *(own_rows[number] for number in aside)][int(np.isfinite(all_R).argmin())]
+        raise DataError(f"the loss of {broken.origin} is not finite: leave the row out, or give --dtype float32")
+    score_R, few_T = all_R[: len(rows)], all_R[len(rows) :]
+    columns = {"score": score_R, "loss_after": after[: len(rows)], "loss_before": before[: len(rows)]}
+    if few.name == AVOID:
+        choice = unlike(score_R, few_T)
+    else:
+        columns["similarity"], similar_T = _similar(work, pool, held_out, seen, model)
+        task_R = of_task(columns["similarity"], similar_T)
+        choice = choose(score_R, few_T, task_R)
+        if count is not None:
+            choice = Choice(lowest(score_R, count, task_R), "those with the lowest scores, as many as asked for")
+        if not choice.rows_R.any():
+            raise DataError(
+                f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
+            )
+    del model
+    free()
+    return Part(choice, columns)
+
+
+def _losses(work: Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tuple[Floats, Floats]:
+    """Losses of rows after the training on `few` and before it, in nats per label token; each (rows,) float64."""
+    name = f"{prefix(few)}{LOSSES}"
+    done = from_first(lambda: {line["start"]: line for line in work.folder.lines(name)})
+    starts = range(0, len(data), _CHUNK)
+    batch = _WIDER * work.recipe.batch_size
+    with stages(work.console) as progress:
+        for start in starts:
+            if start in done:
+                continue
+            model = tuned()
+            progress("losses of the rows", start, len(data))
+            chunk = data[start : start + _CHUNK]
+            own = slice(rank(), None, world_size())  # each rank has a part of the chunk
+            rows = list(zip(chunk["input_ids"][own], chunk["labels"][own], strict=True))
+            part = torch.zeros(2, len(chunk["labels"]), dtype=torch.float64)
+            with short_rows():
+                results = [row_nll(model, rows, batch)]
+                with _earlier(model):
+                    results.append(row_nll(model, rows, batch))
+            for place, result in enumerate(results):
+                part[place, own] = torch.from_numpy(result.nll / np.maximum(result.tokens, 1))
+            after, before = (mean_over_ranks(part, model_device(model)) * world_size()).tolist()
+            done[start] = {"start": start, "after": after, "before": before}
+            if rank() == 0:
+                work.folder.append(name, done[start])
+    after_R, before_R = (np.concatenate([done[start][name] for start in starts]) for name in ("after", "before"))
+    return after_R, before_R
+
+
+def _similar(
+    work: Work, pool: Dataset, held_out: Dataset, seen: Dataset, tuned: Callable[[], Any]
+) -> tuple[Floats, Floats]:
+    """Similarity of the prompts of the pool, and of the target's held-out rows, to those of its other rows."""
+    done = from_first(lambda: list(work.folder.lines(SIMILAR)))
+    if not done:
+        model, data = tuned(), concatenate_datasets([pool, held_out, seen])
+        texts = [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
+        own = slice(rank(), None, world_size())  # each rank has a part of the texts
+        with short_rows(), model.disable_adapter(), stages(work.console) as progress:
+            part = embed(model, texts[own], _WIDER * work.recipe.batch_size, progress)
+        all_RH = part.new_zeros(len(texts), part.shape[1])
+        all_RH[own] = part
+        all_RH = mean_over_ranks(all_RH, model_device(model)) * world_size()
+        pool_RH, unseen_TH, seen_KH = torch.split(all_RH, [len(pool), len(held_out), len(seen)])
+        mean_H = pool_RH.mean(0)
+        values = [nearest(rows, seen_KH, mean_H).tolist() for rows in (pool_RH, unseen_TH)]
+        done = [dict(zip(("pool", "unseen"), values, strict=True))]
+        if rank() == 0:
+            work.folder.append(SIMILAR, done[0])
+    return np.array(done[0]["pool"], np.float64), np.array(done[0]["unseen"], np.float64)
+
+
+def prefix(few: Few) -> str:
+    """Where the files of few rows are in the folder of a sifting: empty for the target's."""
+    return "" if few.name == "target" else f"{few.name}/"
+
+
+@contextmanager
+def _earlier(model: Any) -> Iterator[None]:
+    """The model before the training on the few rows: the base, or the one tuned on the pool."""
+    if POOL not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(POOL)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+
+
+def _tuned(work: Work, few: Few) -> Any:
+    """Tune the model on the few rows but the unseen ones, unless an earlier call has, and load it with the adapter.
+
+    Bad rows tune a model that was tuned on the pool, whose adapter is loaded too. Both are loaded even after trainings
+    in this call, so that the losses of an interrupted call are the same.
+    """
+    folder, rows, recipe = work.folder.path / prefix(few), work.rows, work.recipe
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        unseen = [[absolute_place(row.origin)] for row in (*few.unseen, *few.copies)]
+        work.folder.write(f"{prefix(few)}{_UNSEEN}", csv_text(["place"], unseen))
+    same: dict[str, Any] = {name: getattr(recipe, name) for name in SAME}
+    own = {**same, "train": few.file, "drop_rows": str(folder / _UNSEEN), "steps": work.steps}
+    if few.name == AVOID:
+        others = [[absolute_place(place)] for each in rows.few for place in each.in_pool]
+        if rank() == 0 and others:
+            work.folder.write(f"{prefix(few)}{_OTHERS}", csv_text(["place"], others))
+        pool = {**same, "train": recipe.train, "limit": recipe.limit, "steps": work.steps}
+        pool |= {"drop_rows": str(folder / _OTHERS)} if others else {}
+        _tune(work, folder / POOL, pool, "the pool")
+        shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
+        own |= {**shape, "steps": _FURTHER, "from_adapter": str(folder / POOL)}
+    _tune(work, folder / TUNING, own, f"{counted(len(few.rows) - len(few.unseen), 'row')} of {few.title}")
+    source = work.source_of(recipe.model)
+    with first_rank_first():
+        model, _ = source.load(recipe.dtype, recipe.quantize)
+    use_attention(model, recipe.attention)
+    if torch.accelerator.is_available() and recipe.quantize is None:  # quantized weights are there already
+        model = model.to(torch.accelerator.current_accelerator())
+    tuned = load_adapter(model, folder / TUNING / "adapter", recipe.model)
+    if few.name == AVOID:
+        tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
+    return tuned
+
+
+def _tune(work: Work, folder: Path, settings: Mapping[str, Any], rows: str) -> None:
+    """Train in a run folder, or continue there; a training that has finished is not repeated."""
+    if from_first(lambda: _has_finished(folder)):
+        return
+    resume = from_first(lambda: _has_checkpoint(folder))
+    work.console.print(f"training on {rows}, to score the pool", markup=False)
+    try:
+        tune(Recipe(**settings, out=str(folder), resume=resume), work.console, work.source_of)
+    except TrainingError as error:  # without the advice to resume that training as a run
+        cause = error.__cause__ if isinstance(error.__cause__, TrainingError) else error
+        raise TrainingError(f"training on {rows}: {cause}") from error
+    free()
+
+
+def _has_finished(folder: Path) -> bool:
+    """Whether a training has ended; an interrupted one leaves an adapter too."""
+    return folder.exists() and RunFolder(folder).has_finished()
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether that training can continue; without a checkpoint its folder is removed."""
+    if folder.exists() and not RunFolder(folder).has_checkpoint():
+        shutil.rmtree(folder)
+    return folder.exists()
+
+
+def csv_text(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """The text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    return text.getvalue()
