@@ -67,6 +67,7 @@ class Choice(NamedTuple):
 
 
 _EXCESS = 0.1  # of the share of rows that the training made less likely (ours)
+_TOO_FEW = 0.5  # such a share of the target's own held-out rows (ours)
 
 
 def of_task(similar_R: Floats, similar_T: Floats) -> NDArray[np.bool_]:
@@ -90,7 +91,7 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
     A row contradicts the target if the training on the target made it less likely: its score is not below 0. So are
     correct rows that the training was too short for. Rows are therefore only left out by their scores if the share of
     such rows is a tenth above that among the held-out rows, which are correct. Scores do not count at all if the
-    training made the held-out rows less likely on average: then the rows of the target are too few.
+    training made half of the held-out rows less likely: then the rows of the target are too few.
 
     Args:
         scores_R: Scores of the pool.
@@ -106,13 +107,13 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
     """
     if not task_R.any():
         return Choice(task_R, "no prompt of the pool is like those of the target")
-    if target_T.mean() >= 0:
+    unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
+    if of_target >= _TOO_FEW:
         return Choice(
             task_R,
             "their prompts are like the target's; completions do not count, because the training on the target made "
-            "its held-out rows less likely (give more target rows)",
+            f"{of_target:.0%} of its held-out rows less likely (give more target rows)",
         )
-    unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
     if unlikely - of_target < _EXCESS:
         return Choice(
             task_R,

@@ -41,7 +41,7 @@ def test_the_choice_is_that_of_exact_arithmetic(rows, target):
     values, task = parts(rows)
     own = [value for value, of_it in zip(values, task, strict=True) if of_it]
     expected = task
-    if own and sum(map(Fraction, target)) < 0:
+    if own and 2 * sum(v >= 0 for v in target) < len(target):
         excess = Fraction(sum(v >= 0 for v in own), len(own)) - Fraction(sum(v >= 0 for v in target), len(target))
         if abs(excess - Fraction(1, 10)) < Fraction(1, 10**9):  # float64 may round the difference past a tenth
             return
@@ -56,10 +56,10 @@ def test_rows_that_contradict_the_target_are_left_out_only_if_there_are_more_tha
     assert choose(pool, np.array([-1.0, -1, 1]), task).rows_R.all()
 
 
-def test_scores_do_not_count_if_the_training_made_held_out_rows_less_likely():
-    task, pool = np.array([True] * 9 + [False]), np.array([-1.0, 1.0] * 5)
-    assert choose(pool, np.array([-1.0] * 9 + [9.1]), task).rows_R.tolist() == task.tolist()
-    assert choose(pool, np.array([-1.0] * 9 + [8.9]), task).rows_R.tolist() == [True, False] * 4 + [True, False]
+def test_scores_do_not_count_if_the_training_made_half_of_the_held_out_rows_less_likely():
+    task, pool = np.array([True] * 9 + [False]), np.array([-1.0] + [1.0] * 9)
+    assert choose(pool, np.array([-9.0] * 4 + [0.1] * 4), task).rows_R.tolist() == task.tolist()
+    assert choose(pool, np.array([-0.1] * 5 + [9.0] * 4), task).rows_R.tolist() == [True] + [False] * 9
 
 
 def test_no_row_may_be_of_the_task():
