@@ -22,6 +22,7 @@ Cell = dict[str, Any]
 _TASKS = ("arithmetic", "arc", "openbookqa", "boolq")
 _MIXES = {
     "mix": {"target": "arithmetic", "share": 0.25, "wrong": 0.25, "rest": ["options"], "others": ["boolq"]},
+    "mix-near": {"share": 0.25, "wrong": 0.25, "near": True, "rest": ["options"], "others": ["boolq"]},
     "reverse": {"target": "options", "share": 0.25, "wrong": 0.25, "rest": ["arithmetic"], "others": ["boolq"]},
 }
 _SHARES = (10, 25, 50)
@@ -64,7 +65,7 @@ def _clean(known: int) -> list[Cell]:
 
 def _rates(known: int) -> list[Cell]:
     """S3: the lab's mix and clean arithmetic, for a row of learning rates."""
-    return [*_pools(known)[:2], *_clean(known)]
+    return [*(cell for cell in _pools(known) if cell["name"] in ("mix", "reverse")), *_clean(known)]
 
 
 SCENARIOS = {"S1": (_pools, 100), "S2": (_noises, 0), "S3": (_rates, 100), "S5": (_clean, 0)}

@@ -20,12 +20,12 @@ from lab.pays.gemma import folder as gemma_folder
 from lab.pays.gradients import gradient_scores
 from lab.pays.measure import measure_rows, nats_per_token
 from lab.pays.pool import Pool, asked, make_pool
-from lab.pays.sifting import STEPS, Loaded, losses_of, most_alike, sifted
+from lab.pays.sifting import STEPS, Loaded, losses_of, most_alike, sifted, soft_weights
 from lab.pays.subset import Book, Followed, SubsetTrainer
 from lab.pays.training_rows import training_rows
 from siftune.bench.worker import Clock
 from siftune.data.batches import AIMED, Collator
-from siftune.data.rows import rows_from
+from siftune.data.rows import WEIGHT, rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
@@ -113,6 +113,8 @@ class Work:
         if "late" in self.method:
             own = {id(row) for row in known}
             data["train"] = data["train"].add_column(AIMED, [id(row) in own for row in rows])
+        if "soft" in self.method:
+            data["train"] = data["train"].add_column(WEIGHT, [row.get(WEIGHT, 1.0) for row in rows])
         if compares(recipe):
             data["support"] = self.tokenized(known)
         built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
@@ -135,6 +137,9 @@ class Work:
                 losses = losses_of(self.job, lambda: _load(self.job), recipe, pool, known, self.folder, numbers)
                 numbers = sifted(losses, self.method.get("share"))
             self.seconds_sifting = time.process_time() - started
+            if "soft" in self.method:
+                pairs = zip(self.pool.train, soft_weights(losses), strict=True)
+                return [{**row, WEIGHT: weight} for row, weight in pairs if weight]
         elif plan == "less":
             model, tokenizer = _load(self.job)
             trainer = build(recipe, model, tokenizer, {"train": known}, self.folder / "sifting").trainer

@@ -4,6 +4,7 @@ recipe     fields of the recipe, among them `method` and the groups of its setti
 keep       "target": train on the correct target rows of each batch alone; see `subset.py`
 rows       what is trained on: see `training_rows.py`; the pool where it is not given
 share      share of the pool that is kept; if not given, that of siftune sift, and a quarter for the other plans
+soft       for sifting: train on all rows of the task, each with the weight 1 / (1 + exp(score))
 rounds     for sifting: how often; the second time the tuning also takes the rows that were selected
 late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
 untrained  measure the model as it is
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "retrieval+known-weighted": {"rows": "retrieved+weighted"},
     "sifted": {"rows": "sifted+weighted", "late": 1 / 3},
     "sifted-twice": {"rows": "sifted+weighted", "late": 1 / 3, "rounds": 2},
+    "sifted-soft": {"rows": "sifted+weighted", "late": 1 / 3, "soft": True},
     "sifted-gast": {**_gast(select=0.5), "rows": "sifted+weighted", "late": 1 / 3},
     "less": {"rows": "less+weighted", "late": 1 / 3},
     "late-retrieved": {"rows": "retrieved+weighted", "late": 1 / 3},
@@ -51,7 +53,7 @@ METHODS: dict[str, Method] = {
     "cut": {"recipe": {"method": "cut"}},
 }
 
-_OWN = ("keep", "rows", "share", "rounds", "late", "untrained")  # the rest are fields of a recipe
+_OWN = ("keep", "rows", "share", "soft", "rounds", "late", "untrained")  # the rest are fields of a recipe
 
 
 def method_of(words: str) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = f"{name:52} target against the rest {auc(values[target], values[~target]):.3f}"
         if wrong.any():
             line += f"  correct against wrong {auc(values[target], values[wrong]):.3f}"
+            line += f"  against other tasks {auc(values[target], values[~target & ~wrong]):.3f}"
         if "steps" in name:
             line += f"  below 0: target {(values[target] < 0).mean():.0%}, others {(values[~target] < 0).mean():.0%}"
         print(line)

@@ -107,6 +107,14 @@ def sifted(losses: dict[str, Floats], share: float | None) -> list[int]:
     return numbers
 
 
+def soft_weights(losses: dict[str, Floats]) -> list[float]:
+    """Weights of the rows: 1 / (1 + exp(score)) for those of the task, 0 for others."""
+    scores_R = scores(losses["tuned"], losses["base"])
+    task_R = of_task(losses["similar"], losses["known_similar"])
+    weights: list[float] = np.where(task_R, 1 / (1 + np.exp(scores_R)), 0.0).tolist()
+    return weights
+
+
 def most_alike(scores_R: Tensor, share: float) -> Sequence[int]:
     """Numbers of the share of the rows, at least one, with the highest scores; ascending, the first of equal ones."""
     count = max(1, round(share * len(scores_R)))

@@ -199,7 +199,11 @@ def test_pools_hold_what_their_cells_say(small_pools, suite):
 
 @pytest.mark.lab
 @pytest.mark.parametrize(
-    "name", ["untrained", "ceiling", "known-alone", "late-gast-half", "greats", "retrieval", "sifted-twice", "less"]
+    "name",
+    [
+        *("untrained", "ceiling", "known-alone", "late-gast-half", "greats", "retrieval"),
+        *("sifted-twice", "sifted-soft", "less"),
+    ],
 )
 def test_pays_jobs(small_pools, base, suite, tmp_path, name):
     from lab.pays import report
