@@ -116,6 +116,9 @@ def build(
         # a batch is a step's, and the noise is calibrated for this number of steps
         recipe = replace(recipe, accumulate=1, steps=privacy.mechanism.steps)
     use_attention(model, recipe.attention)
+    arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
+    if recipe.quantize is None and recipe.sharding == "none":
+        model.to(arguments.device)  # now, since some accelerators replace the parameters of a model that moves
     set_seed(recipe.seed)  # initial values of the adapter, dropout, order of the rows
     opened = None
     tuned = model
@@ -126,10 +129,8 @@ def build(
         tuned = _with_adapter(recipe, model, output_dir)
     if recipe.sharding == "fsdp":
         shard_base(tuned)
-    groups = group_by_layer(tuned)
     methods = methods_of(recipe, data.get("support"))
     keeps = [] if recipe.keep is None else [keep_of(recipe, data.get("keep"))]
-    arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     parts = None
     if privacy is not None:
         refuse_scaled_or_split(arguments)
@@ -152,6 +153,7 @@ def build(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    groups = group_by_layer(tuned)
     stack = ExitStack()  # the last one is removed first
     stack.callback(end_checkpointing, tuned)
     if opened is not None:

@@ -49,7 +49,7 @@ assert {case["method"] for case in CASES.values()} == set(METHODS)
 
 def measure(name: str) -> dict[str, float]:
     """Mean `operations` and `waits` of a step; without logs and checkpoints, with the records that every run has."""
-    with TemporaryDirectory() as folder, standin.accelerator(), standin.observed() as seen, _secret():
+    with TemporaryDirectory() as folder, standin.accelerator(), standin.observed() as seen, secret():
         base = Path(folder, "base")
         tokenizer = byte_tokenizer()
         tiny("llama", LAYERS, vocab_size=300, eos_token_id=tokenizer.eos_token_id).save_pretrained(base)
@@ -72,7 +72,7 @@ def _totals(seen: standin.Observed) -> tuple[int, int]:
 
 
 @contextmanager
-def _secret():
+def secret():
     """Private runs that draw the same rows every time."""
     from siftune.methods.dp.callback import DP
     from siftune.methods.dp.secret import Secret
