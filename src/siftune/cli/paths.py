@@ -19,7 +19,7 @@ _DATA = ("train", "eval", "target", "avoid", "keep", "data", "calibration", "hel
 _FOLDERS = ("kit", "returned", "path", "folders")
 _RUNS = ("run", "runs")  # run folders, or names of models
 _FILES = ("public_key", "sign", "drop_rows")
-_BEGINNING = 2**12  # bytes of a manifest that say what it belongs to
+_LONGEST = 2**24  # bytes of a manifest; its keys are sorted, so the one that names its kind comes late
 
 
 def check_paths(options: Any) -> None:
@@ -77,10 +77,10 @@ def _manifest_of(folder: str | Path) -> str:
         if not manifest.is_file():
             return ""
         with manifest.open("rb") as file:
-            beginning = file.read(_BEGINNING)
+            content = file.read(_LONGEST)
     except OSError:  # reported by the command that reads it
         return ""
-    return next((kind for kind in ("kit", "return") if f'"siftune_{kind}"'.encode() in beginning), "")
+    return next((kind for kind in ("kit", "return") if f'"siftune_{kind}"'.encode() in content), "")
 
 
 def _listed(value: Any) -> list[str]:

@@ -15,7 +15,7 @@ from siftune.report.charts import Point, Scale, scatter
 from siftune.report.evals import label_of
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData, Subjects
-from siftune.report.words import listed, memory, percent, points, short, short_names
+from siftune.report.words import data_name, listed, memory, percent, points, short, short_names
 
 _FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
 
@@ -180,15 +180,18 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
     valued = {name: row.tuned for name, row in found.items() if row.tuned is not None}
     order = sorted(valued, key=lambda name: valued[name], reverse=metric != PERPLEXITY)
     best = found[order[0]]
-    others = [f"{value_text(metric, valued[name])} for “{name}”" for name in order[1:4]]
+    first = [name for name in order if valued[name] == valued[order[0]]]
+    others = [f"{value_text(metric, valued[name])} for “{name}”" for name in order[len(first) :][:3]]
     others.append(f"{value_text(metric, best.base)} for the base model")
     interval = ""
     if best.tuned_interval is not None:
         level = level_text(next(run for run in runs if run.name == order[0]), data)
         low, high = (value_text(metric, bound) for bound in best.tuned_interval)
         interval = f" ({level} interval {low} to {high})"
+    names = listed([f"“{name}”" for name in first]) if len(first) < 5 else f"{len(first)} runs"
+    told = f"{names} are equally good, the best" if len(first) > 1 else f"{names} is best"
     return (
-        f"“{order[0]}” is best of {count} runs: {value_text(metric, valued[order[0]])} "
+        f"{told} of {count} runs: {value_text(metric, valued[order[0]])} "
         f"{label_of(metric)}{interval} on {counted(best.rows, 'held-out row')}, "
         f"against {listed(others)}."
     )
@@ -239,7 +242,7 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
             points[run.name] = Point(run.name, row.tuned, *(row.tuned_interval or (None, None)))
     first = basis.runs[0]
     words = [
-        f"Quality: {label_of(metric)} on {Path(data).name}; the base model has "
+        f"Quality: {label_of(metric)} on {data_name(data)}; the base model has "
         f"{value_text(metric, measured(first, data, metric).base)}. Bars are {level_text(first, data)} intervals over "
         "rows."
     ]

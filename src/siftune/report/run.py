@@ -1,7 +1,6 @@
 """Sections on runs: training, base and tuned models, suspect rows, recipes."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from siftune.base.errors import InputError
 from siftune.base.text import counted
@@ -13,7 +12,7 @@ from siftune.report.compare import change_text, value_text
 from siftune.report.evals import Eval, label_of, metric_table
 from siftune.report.parts import Cell, Figure, Grid, Section, grid_of, slug
 from siftune.report.subjects import RunData
-from siftune.report.words import cut, short, short_places
+from siftune.report.words import cut, data_name, short, short_places
 from siftune.suspects.named import ScoredRows, Suspect
 from siftune.train.folder.run import LOSSES
 
@@ -92,7 +91,7 @@ def results(runs: Sequence[RunData]) -> Section | None:
     figures, tables = [], []
     for group in groups.values():
         newest = group[0][1]
-        rows = f"{newest.rows:,} rows of {Path(newest.data).name}, the same for all models"
+        rows = f"{newest.rows:,} rows of {data_name(newest.data)}, the same for all models"
         words.append(f"{rows}, with {100 * newest.level:g} % intervals; differences of shares in points.")
         if not newest.answers:
             words.append("The models generated no texts for these rows, so there are no answers to compare.")

@@ -99,6 +99,22 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
+_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|parquet)$")
+
+
+def data_name(data: str) -> str:
+    """Held-out rows as text: files without their folders, hub ids as is.
+
+    Example:
+        >>> data_name("google/boolq@validation"), data_name("5 % of /a/pool.jsonl and b/more.csv")
+        ('google/boolq@validation', '5 % of pool.jsonl and more.csv')
+    """
+    share, of, files = data.rpartition(" % of ")
+    is_file = [bool(_FILE.search(name)) or Path(name).is_absolute() for name in files.split(" and ")]
+    names = [Path(name).name if file else name for name, file in zip(files.split(" and "), is_file, strict=True)]
+    return share + of + " and ".join(names)
+
+
 _POSITION = re.compile(r":\d+$| row \d+$")
 
 

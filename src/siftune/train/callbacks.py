@@ -31,7 +31,9 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     Args:
         folder: The run folder.
         active: Returns the number of layers that train in the current step.
-        compiling: Returns the seconds spent on compilation so far, which the speed excludes.
+        compiling: Returns the seconds spent on compilation so far.
+
+    Speed is that of steps alone, without the first one after a start, compilation, evaluations and checkpoints.
     """
 
     def __init__(self, folder: RunFolder, active: Callable[[], int], compiling: Callable[[], float] = float) -> None:
@@ -39,41 +41,50 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self._active = active
         self._compiling = compiling
         self._compiled = 0.0
-        self._since = time.monotonic()
+        self._since: float | None = None  # None before the end of the first step
+        self._seconds = 0.0
         self._tokens = 0
         self._steps = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self._mark(state)
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the last step too: the summary reads the log."""
+        """Add the step's time, and log the last step too: the summary reads the log."""
+        now = self._clock()
+        if self._since is None:
+            self._tokens, self._steps = int(state.num_input_tokens_seen), state.global_step
+        else:
+            self._seconds += now - self._since
+        self._since = now
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Leave out the time of the evaluation."""
+        self._since = None if self._since is None else self._clock()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Leave out the time of the checkpoint."""
+        self.on_evaluate()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Extend and record a line of the log."""
         logs: dict[str, Any] = kwargs["logs"]
-        steps = state.global_step - self._steps
-        if "loss" in logs and steps > 0:
-            compiled = self._compiling() - self._compiled
-            elapsed = max(time.monotonic() - self._since - compiled, 1e-9)
-            logs["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / elapsed, 1)
-            logs["seconds_per_step"] = round(elapsed / steps, 4)
+        if "loss" in logs:
+            if self._seconds > 0:
+                logs["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / self._seconds, 1)
+                logs["seconds_per_step"] = round(self._seconds / (state.global_step - self._steps), 4)
             logs["peak_memory_mb"] = round(peak_memory_mb(), 1)
             logs["active_layers"] = self._active()
-            logs |= {"compile_seconds": round(compiled, 3)} if compiled else {}
-            self._mark(state)
+            compiled = self._compiling()
+            logs |= {"compile_seconds": round(compiled - self._compiled, 3)} if compiled > self._compiled else {}
+            self._seconds, self._compiled = 0.0, compiled
+            self._tokens, self._steps = int(state.num_input_tokens_seen), state.global_step
         logs.pop("train_tokens_per_second", None)  # the Trainer's, which includes evaluations
         if state.is_world_process_zero:
             self._folder.append("metrics.jsonl", {"step": state.global_step, **logs})
 
-    def _mark(self, state: TrainerState) -> None:
-        self._since = time.monotonic()
-        self._compiled = self._compiling()
-        self._tokens = int(state.num_input_tokens_seen)
-        self._steps = state.global_step
+    def _clock(self) -> float:
+        """Seconds without those of compilation."""
+        return time.monotonic() - self._compiling()
 
 
 class ProgressView(TrainerCallback):  # type: ignore[misc]
@@ -83,14 +94,12 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         self._console = console
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._started = 0.0
+        self._started: float | None = None  # the end of the first step: a start says little about the others
         self._first_step = 0
         self._newest: dict[str, str] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Show the bar."""
-        self._started = time.monotonic()
-        self._first_step = state.global_step
         if not state.is_world_process_zero or not self._console.is_terminal:
             return
         columns = (
@@ -103,6 +112,8 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Advance the bar."""
+        if self._started is None:
+            self._started, self._first_step = time.monotonic(), state.global_step
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
@@ -116,7 +127,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.update(self._task, figures="  ".join(self._newest.values()))
         else:
-            left = f"  {self._seconds_left(state):.0f} s left" if kind == "loss" else ""
+            left = self._time_left(state) if kind == "loss" else ""
             self._console.print(f"step {state.global_step}/{state.max_steps}  {self._newest[kind]}{left}")
 
     def close(self) -> None:
@@ -129,10 +140,12 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         """Remove the bar."""
         self.close()
 
-    def _seconds_left(self, state: TrainerState) -> float:
-        done = max(1, state.global_step - self._first_step)
-        left: int = state.max_steps - state.global_step
-        return float((time.monotonic() - self._started) / done * left)
+    def _time_left(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        if self._started is None or done < 1:
+            return ""
+        left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
+        return f"  {left:.0f} s left"
 
 
 class StepProgress(TrainerCallback):  # type: ignore[misc]
@@ -150,11 +163,9 @@ def describe(logs: dict[str, Any]) -> str:
     """A log as one line of text."""
     parts = [f"loss {float(logs['loss']):.4f}"]
     if "tokens_per_second" in logs:
-        parts += [
-            f"{logs['tokens_per_second']:,.0f} tokens/s",
-            f"peak {logs['peak_memory_mb']:,.0f} MB",
-            f"{counted(logs['active_layers'], 'layer')} active",
-        ]
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if "peak_memory_mb" in logs:
+        parts += [f"peak {logs['peak_memory_mb']:,.0f} MB", f"{counted(logs['active_layers'], 'layer')} active"]
     if "compile_seconds" in logs:
         parts.append(f"{logs['compile_seconds']:,.0f} s compiling")
     return "  ".join(parts)

@@ -1,5 +1,6 @@
 """Files and folders that do not exist are refused before torch is imported."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def test_a_mistake_is_reported_without_torch(tmp_path, words, message):
 def _folders(where):
     for name, kind in (("kit", "kit"), ("run/return", "return")):
         (where / name).mkdir(parents=True)
-        (where / name / "manifest.json").write_text(f'{{"siftune_{kind}": 1}}')
+        files = {f"{number}.safetensors": {"bytes": number} for number in range(2000)}
+        content = {"files": files, f"siftune_{kind}": 1}
+        (where / name / "manifest.json").write_text(json.dumps(content))
     (where / "run" / "adapter").mkdir()
 
 

@@ -97,6 +97,25 @@ def test_a_measurement_of_the_base_alone(tmp_path):
     assert headline(subjects(*runs)).endswith("on 1 held-out row, against 50.0\u00a0% for the base model.")
 
 
+def test_equal_runs_are_named_together(tmp_path):
+    named = [save_run(tmp_path / name) for name in "abc"]
+    for run, tuned in zip(named, (0.5, 0.6, 0.6), strict=True):
+        save_eval(run, tuned=tuned)
+    told = headline(subjects(*named)).replace("\u00a0", " ")
+    assert told.startswith("“b” and “c” are equally good, the best of 3 runs: 60.0 %")
+    assert "against 50.0 % for “a” and" in told
+
+
+def test_a_hub_id_is_not_cut(tmp_path):
+    named = [save_run(tmp_path / name) for name in "ab"]
+    for run in named:
+        save_eval(run)
+        (run / "eval.json").write_text((run / "eval.json").read_text().replace("test.jsonl", "owner/set@test"))
+    compared, *others = sections(subjects(*named))
+    assert "exact match on owner/set@test;" in text_of(compared)
+    assert any("rows of owner/set@test, the same" in text_of(each) for each in others)
+
+
 def test_shares_of_different_rows_are_not_compared(tmp_path):
     first, second = (save_run(tmp_path / n, eval=None, eval_share=0.1, train=f"{n}.jsonl") for n in "ab")
     assert headline(subjects(first, second)) == "2 runs, not measured on the same held-out rows."

@@ -56,23 +56,44 @@ def clock(monkeypatch):
 # --- metrics and progress ---
 
 
-def test_speed_is_measured_from_log_to_log_without_compilation(tmp_path, clock):
+def test_speed_is_that_of_steps_alone(tmp_path, clock):
     compiling = [0.0]
     metrics = Metrics(RunFolder(tmp_path), lambda: 7, lambda: compiling[0])
-    send(metrics, "on_train_begin", state(6, tokens=1000))  # of a resumed run
-    clock.now += 34
+    clock.now += 20
+    send(metrics, "on_step_end", state(6, tokens=1000))  # the first of a resumed run: not timed
+    clock.now += 32
     compiling[0] = 30.0
+    send(metrics, "on_step_end", state(7, tokens=1100))
+    clock.now += 2
+    send(metrics, "on_step_end", state(8, tokens=1200))
     first = send(metrics, "on_log", state(8, tokens=1200), {"loss": 2.0})
     assert (first["tokens_per_second"], first["seconds_per_step"], first["compile_seconds"]) == (50.0, 2.0, 30.0)
     assert (first["active_layers"], first["peak_memory_mb"] > 10) == (7, True)
     assert describe(first).endswith("  30 s compiling")
+    clock.now += 50  # an evaluation
+    assert send(metrics, "on_log", state(8, tokens=1200), {"eval_loss": 1.5}) == {"eval_loss": 1.5}
+    send(metrics, "on_evaluate", state(8))
+    clock.now += 70
+    send(metrics, "on_save", state(8))
     clock.now += 1
+    send(metrics, "on_step_end", state(10, tokens=1300))
     second = send(metrics, "on_log", state(10, tokens=1300), {"loss": 1.0})
     assert (second["tokens_per_second"], second["seconds_per_step"]) == (100.0, 0.5)
-    clock.now += 50
-    assert send(metrics, "on_log", state(10, tokens=1300), {"eval_loss": 1.5}) == {"eval_loss": 1.5}
     written = lines(tmp_path / "metrics.jsonl")
-    assert written == [{"step": 8, **first}, {"step": 10, **second}, {"step": 10, "eval_loss": 1.5}]
+    assert written == [{"step": 8, **first}, {"step": 8, "eval_loss": 1.5}, {"step": 10, **second}]
+
+
+def test_the_first_step_has_no_speed(tmp_path, clock):
+    metrics = Metrics(RunFolder(tmp_path), lambda: 7)
+    clock.now += 20
+    send(metrics, "on_step_end", state(1, tokens=100))
+    first = send(metrics, "on_log", state(1, tokens=100), {"loss": 2.0})
+    assert {"loss", "peak_memory_mb", "active_layers"} == set(first)
+    assert re.fullmatch(r"loss 2.0000  peak [\d,]+ MB  7 layers active", describe(first))
+    clock.now += 2
+    send(metrics, "on_step_end", state(2, tokens=200))
+    second = send(metrics, "on_log", state(2, tokens=200), {"loss": 2.0})
+    assert (second["tokens_per_second"], second["seconds_per_step"]) == (50.0, 2.0)
 
 
 def test_other_ranks_write_nothing(tmp_path, clock):
@@ -87,7 +108,10 @@ def test_other_ranks_write_nothing(tmp_path, clock):
 def test_plain_lines_without_a_terminal(clock):
     output = io.StringIO()
     view = ProgressView(Console(file=output, width=200))
-    send(view, "on_train_begin", state(4))
+    send(view, "on_train_begin", state(3))
+    clock.now += 60
+    send(view, "on_step_end", state(4))
+    send(view, "on_log", state(4), {"loss": 3.0})
     clock.now += 6
     send(view, "on_step_end", state(6))
     send(view, "on_log", state(6), dict(LOG))
@@ -95,7 +119,9 @@ def test_plain_lines_without_a_terminal(clock):
     send(view, "on_train_end", state(10))
     log = "loss 1.2346  12,346 tokens/s  peak 2,048 MB  7 layers active"
     # two of the six remaining steps took six seconds
-    assert output.getvalue() == f"step 6/10  {log}  12 s left\nstep 6/10  held-out loss 1.0000\n"
+    assert output.getvalue().splitlines() == [
+        "step 4/10  loss 3.0000", f"step 6/10  {log}  12 s left", "step 6/10  held-out loss 1.0000",
+    ]  # fmt: skip
 
 
 def test_a_bar_on_a_terminal():
