@@ -24,6 +24,8 @@ from types import ModuleType
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import offload
+from safetensors import safe_open
 from torch.utils import cpp_extension
 
 from siftune.base.numerics import has_float64
@@ -162,6 +164,7 @@ def register() -> ctypes.CDLL:
     torch._register_device_module("standin", _module())
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     _move_storages_as_tensors()
+    offload.safe_open = _open_on_the_host
     return ctypes.CDLL(path)
 
 
@@ -212,6 +215,13 @@ def _module() -> ModuleType:
     }
     vars(module).update(functions)
     return module
+
+
+def _open_on_the_host(path: str, framework: str, device: object) -> safe_open:
+    """Have accelerate read weights on the CPU first, as it does on devices that safetensors reads to with an error."""
+    if "standin" in str(device):
+        raise TypeError("safetensors does not know the device standin")
+    return safe_open(path, framework, device)
 
 
 def _move_storages_as_tensors() -> None:

@@ -1,0 +1,30 @@
+"""The way of a kit on the stand-in accelerator: `emulate`, `train` and `plug` lead to the model of the CPU."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import standin
+from support.commands import EMULATE, TRAIN, siftune
+
+pytestmark = pytest.mark.compiled
+
+
+def plugged(capsys, base, rows, folder):
+    """Base and plugged model, after a kit of the base was tuned."""
+    kit, run, tuned = folder / "kit", folder / "run", folder / "tuned"
+    siftune(capsys, "emulate", "--model", base, "--calibration", rows, "--out", kit, *EMULATE)
+    siftune(capsys, "train", "--model", kit, "--train", rows, "--out", run, *TRAIN)
+    siftune(capsys, "plug", "--model", base, "--kit", kit, "--return", run / "return", "--out", tuned)
+    return load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+
+
+def test_a_plugged_model_is_that_of_the_cpu(base, rows, tmp_path, capsys):
+    with standin.observed() as seen:
+        before, there = plugged(capsys, base, rows, tmp_path / "there")
+    assert sum(seen.operations.values()) > 1000
+    with standin.hidden():
+        _, here = plugged(capsys, base, rows, tmp_path / "here")
+    moved = {name for name, value in before.items() if not torch.equal(value, there[name])}
+    assert len(moved) == 2 * 9  # first and last layer: seven matrices and two norms
+    for name, value in here.items():
+        assert (there[name] - value).abs().max() < 1e-4, name
