@@ -170,6 +170,9 @@ class Recipe(Validated):
     in the last bits."""
     seed: Seed = 0
     """Random seed."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone: on the same machine a run repeats bit for bit, also on an accelerator, but
+    takes more time."""
 
     out: str | None = None
     """Run folder. Default: runs/DATE-METHOD."""

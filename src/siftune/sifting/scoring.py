@@ -48,7 +48,19 @@ _WIDER = 4  # times the rows of a training step in a forward pass
 # settings of the trainings: those of the training that follows
 SAME = (
     *("model", "dtype", "quantize", "attention", "train_split", "columns", "template", "max_length", "completion_only"),
-    *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
+    *(
+        "bad_rows",
+        "rank",
+        "alpha",
+        "targets",
+        "layers",
+        "lr",
+        "batch_size",
+        "accumulate",
+        "checkpointing",
+        "seed",
+        "deterministic",
+    ),
 )
 
 
