@@ -39,9 +39,16 @@ def given(tmp_path_factory):
     place = tmp_path_factory.mktemp("given")
     recipe = place / "recipe.yaml"
     recipe.write_text(RECIPE)
-    base, rows = save_base(place / "base"), save_rows(place / "rows.jsonl")
-    held_out = save_rows(place / "eval.jsonl", count=8)
+    base, rows = save_base(place / "base"), of_two_sources(save_rows(place / "rows.jsonl"))
+    held_out = of_two_sources(save_rows(place / "eval.jsonl", count=7))  # the ranks share one
     return [str(recipe), "--model", str(base), "--train", str(rows), "--eval", str(held_out)]
+
+
+def of_two_sources(path):
+    """Name the source of each row of a file."""
+    rows = [{**row, "source": "even" if at % 2 else "odd"} for at, row in enumerate(lines(path))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def start(command, words, folder):
@@ -61,20 +68,28 @@ def finish(process, seconds=280):
 
 @pytest.fixture(scope="module")
 def alone(given, tmp_path_factory):
-    """Weights of a run in one process, with the batch of both."""
+    """A run in one process, with the batch of both."""
     folder = tmp_path_factory.mktemp("alone")
     process = start(SIFTUNE, [*given, "--batch-size", "8", "--steps", "4", "--out", "run"], folder)
     _, said = finish(process)
     assert process.returncode == 0, said
-    return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    return folder / "run"
+
+
+def by_source(line):
+    """The losses of sources in a line of the log."""
+    return {key: value for key, value in line.items() if "loss/" in key}
 
 
 def is_one_run(run, alone):
-    """Weights are those of one process, and nothing was written twice."""
-    tuned = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert tuned.keys() == alone.keys()
-    for name, value in alone.items():
+    """Weights and losses are those of one process, and nothing was written twice."""
+    tuned, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, alone))
+    assert tuned.keys() == expected.keys()
+    for name, value in expected.items():
         torch.testing.assert_close(tuned[name], value, rtol=1e-4, atol=1e-5)
+    losses = [[by_source(line) for line in lines(folder / "metrics.jsonl")] for folder in (run, alone)]
+    assert {"loss/even", "eval_loss/odd"} <= set().union(*losses[1])
+    assert losses[0] == [pytest.approx(line, abs=2e-4) for line in losses[1]]
     assert [line["step"] for line in lines(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in choices_of(run)] == [0, 1, 2, 3]
     assert not list(run.rglob("*.partial"))

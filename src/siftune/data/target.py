@@ -52,6 +52,11 @@ def sources(rows: Sequence[Row]) -> list[str]:
     return [str(row.extra.get(SOURCE, OTHER)) for row in rows]
 
 
+def source_or_file(rows: Sequence[Row]) -> list[str]:
+    """Return the column `source` of rows, or the file that they are in."""
+    return [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
+
+
 def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> tuple[list[Row], list[Row]]:
     """Split off rows for evaluation: those whose place is below a share.
 

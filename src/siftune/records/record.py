@@ -62,10 +62,11 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self._waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._done: list[NDArray[np.float64]] = [NOTHING]
 
-    def visits(self) -> Visits:
-        """Visits so far, on this rank, including those before the run was resumed."""
+    def visits(self, since: int = 0) -> Visits:
+        """Visits from a step on, on this rank, including those before the run was resumed."""
         self._settle()
-        return Visits.of(self._done[0])
+        table = self._done[0]
+        return Visits.of(table[:, table[1] >= since])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

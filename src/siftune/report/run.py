@@ -45,12 +45,28 @@ def _losses(runs: Sequence[RunData]) -> list[Figure]:
     chart = Chart("nats per token")
     if len(runs) == 1:
         train, held_out = Line("training", *runs[0].course("loss")), Line("held out", *runs[0].course("eval_loss"), 1)
-        return [line_chart("loss", "Loss", [train, held_out], chart, _held_out_note([held_out]))]
+        figures = [line_chart("loss", "Loss", [train, held_out], chart, _held_out_note([held_out]))]
+        return figures + [_by_source(runs[0], *which) for which in _SOURCES if runs[0].sources(which[0])]
     trained, measured = (_courses(runs, key) for key in ("loss", "eval_loss"))
     return [
         line_chart("loss", "Training loss", trained, chart),
         line_chart("held-out-loss", "Held-out loss", measured, chart, _held_out_note(measured)),
     ]
+
+
+# keys in metrics.jsonl, without the source; name and title of the figure
+_SOURCES = (
+    ("loss/", "loss-by-source", "Training loss by source"),
+    ("eval_loss/", "held-out-loss-by-source", "Held-out loss by source"),
+)
+
+
+def _by_source(run: RunData, key: str, name: str, title: str) -> Figure:
+    lines = [
+        Line(source, *run.course(key + source), colour=at, dashed=at >= COLOURS)
+        for at, source in enumerate(run.sources(key))
+    ]
+    return line_chart(name, title, lines, Chart("nats per token"))
 
 
 def _held_out_note(held_out: Sequence[Line]) -> str:

@@ -74,6 +74,10 @@ class RunData:
         lines = [line for line in self.metrics if name in line and "step" in line]
         return [line["step"] for line in lines], [line[name] for line in lines]
 
+    def sources(self, key: str) -> list[str]:
+        """Sources of the losses that were logged under a key, such as "loss/"."""
+        return sorted({name.removeprefix(key) for line in self.metrics for name in line if name.startswith(key)})
+
 
 @dataclass(frozen=True)
 class Other:

@@ -28,7 +28,7 @@ from siftune.base.files import Progress, refuse_links, write_beside
 from siftune.base.text import one_line
 from siftune.data.cache import cached_tokens
 from siftune.data.rows import Row
-from siftune.data.target import SOURCE, TARGET, sources
+from siftune.data.target import TARGET, source_or_file, sources
 from siftune.data.tokens import Form, tokens_of
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
@@ -111,7 +111,7 @@ def score_run(
 
 def kinds_of(rows: Sequence[Row]) -> list[str]:
     """Source of each row: its column `source`, or its file; "" for rare sources, or if all rows are of one."""
-    names = [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
+    names = source_or_file(rows)
     counts = Counter(names)
     return [""] * len(rows) if len(counts) < 2 else [name if counts[name] >= _RARE else "" for name in names]
 

@@ -123,7 +123,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         if not {"loss", "eval_loss"} & logs.keys() or not state.is_world_process_zero:
             return
         kind = "loss" if "loss" in logs else "eval_loss"
-        self._newest[kind] = describe(logs) if kind == "loss" else f"held-out loss {float(logs[kind]):.4f}"
+        self._newest[kind] = describe(logs) if kind == "loss" else _held_out(logs)
         if self._bar is not None:
             self._bar.update(self._task, figures="  ".join(self._newest.values()))
         else:
@@ -169,6 +169,15 @@ def describe(logs: dict[str, Any]) -> str:
     if "compile_seconds" in logs:
         parts.append(f"{logs['compile_seconds']:,.0f} s compiling")
     return "  ".join(parts)
+
+
+def _held_out(logs: dict[str, Any]) -> str:
+    """The held-out loss as text, with that of each source."""
+    sources = [f"{key.removeprefix(_SOURCE)} {value:.4f}" for key, value in logs.items() if key.startswith(_SOURCE)]
+    return f"held-out loss {float(logs['eval_loss']):.4f}" + (f" ({', '.join(sources)})" if sources else "")
+
+
+_SOURCE = "eval_loss/"  # before the source in a key of the log
 
 
 class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]

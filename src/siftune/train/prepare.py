@@ -155,6 +155,8 @@ def prepare(
             raise DataError(f"none of the rows to {_USES[name]} can be used: {grouped(reasons)[0]}")
     weighed = {name: part if name in ("eval", "keep") else weighted(part, rows[name]) for name, part in data.items()}
     train = numbered(weighed["train"])
+    if "eval" in weighed:
+        weighed["eval"] = numbered(weighed["eval"])
     if recipe.target and target_comes_last(recipe) < 1:
         train = aimed(train, rows["train"])
     return Prepared(rows, {**weighed, "train": train}, cut, reasons)

@@ -53,6 +53,7 @@ from siftune.train.prepare import (
 )
 from siftune.train.results import FollowedShares, Results
 from siftune.train.resume import digest_of, find_checkpoint, has_ended, refuse_other_source
+from siftune.train.source_losses import SourceLosses
 from siftune.train.trainer import SiftTrainer, planned_steps
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,11 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     metrics = Metrics(folder, lambda: built.active_layers(), lambda: built.compiling())
     selections = SelectionRecord(folder.path, sources(rows)) if rank() == 0 else None
     records: list[Any] = [] if selections is None else [selections]
+    by_source = None
     if recipe.dp_epsilon is None:  # no noise covers recorded losses
-        records.insert(0, RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows)))
+        record = RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows))
+        records.insert(0, record)
+        by_source = SourceLosses(prepared.rows, record)
     saving: list[TrainerCallback] = [] if recipe.save_every else [RegularCheckpoints()]
     stopping = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
     callbacks = [metrics, view, *saving, *stopping, *records, SourceNote(source.identity), signals]
@@ -140,6 +144,9 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     trainer = built.trainer
     trainer.broken.name = lambda row: rows[row].origin
     stand_first(trainer, metrics)  # trackers read a line of the log before other callbacks extend it
+    if by_source is not None:
+        by_source.trainer = trainer
+        stand_first(trainer, by_source)
     digest = digest_of(prepared.data["train"])
     ended = checkpoint is not None and has_ended(checkpoint, recipe, digest, trainer, folder)
     followed = FollowedShares(sources(rows))

@@ -12,8 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -29,6 +31,7 @@ from siftune.methods.host.spread import average_adapters
 from siftune.models import attention
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.loss import (
+    by_row,
     difference_from_model,
     label_positions,
     logits_at,
@@ -88,6 +91,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self._weights: Tensor | None = None  # of the rows in the current batch
         self._row_losses: list[Tensor] = []  # (B,) of the passes of a private step
         self._warned = False  # of a row without effect
+        self._evaluates = False
+        self._held_out: list[tuple[Any, Tensor]] = []  # row numbers and losses of the batches of an evaluation
         self._tokens: Tensor | None = None  # without padding, since the state was brought up to date
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,11 +107,27 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
             self.args.logging_nan_inf_filter,
             True,
         )  # in training, `_logged` does so
+        self._held_out, self._evaluates = [], True
         try:
             with self._attention():
                 return super().evaluate(*args, **kwargs)
         finally:
-            self.args.logging_nan_inf_filter = before
+            self.args.logging_nan_inf_filter, self._evaluates = before, False
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.prediction_step`. Losses of numbered rows are kept, for `held_out_losses`."""
+        self.label_losses = None
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if ROW in inputs and self.label_losses is not None:
+            self._held_out.append((inputs[ROW], by_row(self.label_losses, inputs["labels"])))
+        return result
+
+    def held_out_losses(self) -> NDArray[np.float64]:
+        """Number, mean loss in nats and label tokens of the rows of the last evaluation on this rank; (3, V)."""
+        if not self._held_out:
+            return np.zeros((3, 0))
+        numbers, losses = zip(*self._held_out, strict=True)
+        return np.concatenate([np.concatenate(numbers)[None], torch.cat(losses, 1).double().cpu().numpy()])
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's batches; in a private run a batch is a step's."""
@@ -178,7 +199,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
 
     def _label_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         losses_N = token_losses(outputs.logits, labels)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._evaluates:
             self.label_losses = losses_N.detach()
         return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
 

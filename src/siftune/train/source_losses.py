@@ -1,0 +1,88 @@
+"""Losses by source in a run's log: `loss/web`, and `eval_loss/web` for held-out rows."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from siftune.data.rows import Row
+from siftune.data.target import source_or_file
+from siftune.engine.ranks import columns_of_ranks
+from siftune.records.record import RowRecord
+from siftune.train.trainer import SiftTrainer
+
+_MOST = 12  # sources in a line of the log, those of the most rows
+
+
+class SourceLosses(TrainerCallback):  # type: ignore[misc]
+    """Adds the losses of each source to the log, in nats per label token, over the rows of all ranks.
+
+    A source is a row's column `source`, or its file. Rows of one source have no further losses.
+
+    Args:
+        rows: Training and held-out rows, by "train" and "eval".
+        record: Record of the losses in training.
+    """
+
+    trainer: SiftTrainer  # whose held-out losses are read
+
+    def __init__(self, rows: Mapping[str, Sequence[Row]], record: RowRecord) -> None:
+        self._sources = {name: _names(rows.get(name, ())) for name in ("train", "eval")}
+        self._record = record
+        self._since = 0  # steps before the last line of the log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out the steps before a resumed run."""
+        self._since = state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Extend a line, and its copy in the Trainer's history."""
+        logs: dict[str, Any] = kwargs["logs"]
+        figures: dict[str, float] = {}
+        if "loss" in logs:
+            visits = self._record.visits(self._since)
+            self._since = state.global_step
+            figures = self._means("train", "loss", np.stack([visits.row, visits.loss, visits.tokens]), args)
+        elif "eval_loss" in logs:
+            figures = self._means("eval", "eval_loss", self.trainer.held_out_losses(), args)
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+    def _means(self, part: str, key: str, rows_3V: NDArray[Any], args: TrainingArguments) -> dict[str, float]:
+        """Mean loss of each source, by its key in the log.
+
+        Args:
+            part: "train" or "eval".
+            key: What the keys begin with.
+            rows_3V: Number, mean loss and label tokens of rows on this rank.
+            args: With the device.
+        """
+        names = self._sources[part]
+        if not names:
+            return {}
+        row_V, loss_V, tokens_V = columns_of_ranks(torch.from_numpy(rows_3V).double(), args.device).numpy()
+        if part == "eval":  # ranks may share rows, so that all have as many
+            _, first = np.unique(row_V, return_index=True)
+            row_V, loss_V, tokens_V = row_V[first], loss_V[first], tokens_V[first]
+        sums: dict[str, list[float]] = {}
+        for row, loss, tokens in zip(row_V.astype(int), loss_V, tokens_V, strict=True):
+            if np.isfinite(loss):
+                total = sums.setdefault(names[row], [0.0, 0.0])
+                total[0] += loss * tokens
+                total[1] += tokens
+        return {f"{key}/{name}": round(sums[name][0] / sums[name][1], 4) for name in sorted(sums) if name}
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Source of each row, "" for those of few rows; empty if all rows are of one source."""
+    names = [Path(name).name for name in source_or_file(rows)]
+    largest = [name for name, _ in Counter(names).most_common(_MOST)]
+    return [name if name in largest else "" for name in names] if len(largest) > 1 else []

@@ -1,0 +1,92 @@
+"""Losses by source in the log, against losses of single rows."""
+
+import json
+import math
+import shutil
+
+import pytest
+from rich.console import Console
+from support.tiny_run import lines, recipe
+from transformers import AutoTokenizer
+
+from siftune.evaluate.likelihood import row_nll
+from siftune.records.visits import read_visits
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+
+
+def write(path, count, source, shift=0):
+    """Rows of different lengths; `source` names that of each."""
+    rows = [{"prompt": f"{i} or {i * i}?", "completion": str((i + shift) ** 3)} for i in range(count)]
+    rows = [{**row, **({"source": name} if (name := source(at)) else {})} for at, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_losses_of_sources_are_those_of_their_rows(base, tmp_path):
+    pool = write(tmp_path / "pool.jsonl", 24, lambda at: "web" if at % 3 else "books")
+    held_out = write(tmp_path / "held.jsonl", 10, lambda at: "web" if at < 4 else "books", shift=50)
+    run = train(
+        recipe(
+            base, pool, tmp_path / "run", eval=str(held_out), method="dense", log_every=2, eval_every=6, batch_size=4
+        ),
+        QUIET,
+    )
+    logged = lines(tmp_path / "run" / "metrics.jsonl")
+    assert logged[0]["loss/web"] > 0 and "eval_loss/web" not in logged[0]
+
+    visits = read_visits(tmp_path / "run" / "rows.parquet").visits
+    since = 0
+    for line in (line for line in logged if "loss" in line):
+        sums = {"web": [], "books": []}
+        for row, step, loss, tokens in zip(visits.row, visits.step, visits.loss, visits.tokens, strict=True):
+            if since <= step < line["step"]:
+                sums["web" if row % 3 else "books"].append((float(loss) * int(tokens), int(tokens)))
+        for name, pairs in sums.items():
+            losses, tokens = (sum(part) for part in zip(*pairs, strict=True)) if pairs else (None, None)
+            expected = None if losses is None else round(losses / tokens, 4)
+            assert line.get(f"loss/{name}") == pytest.approx(expected, abs=1e-4)
+        since = line["step"]
+    assert since == 6
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    pairs = []
+    for row in lines(held_out):
+        ids, answer = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        answer = [*answer, tokenizer.eos_token_id]
+        pairs.append((ids + answer, [-100] * len(ids) + answer))
+    found = row_nll(run.model.eval(), pairs, 4)
+    last = next(line for line in reversed(logged) if "eval_loss" in line)
+    for name, own in (("web", slice(0, 4)), ("books", slice(4, 10))):
+        assert math.isclose(last[f"eval_loss/{name}"], found.nll[own].sum() / found.tokens[own].sum(), abs_tol=1e-4)
+    assert run.summary["eval_loss"] == last["eval_loss"]
+
+
+def test_files_are_sources_and_one_source_has_no_further_losses(base, tmp_path):
+    first, second = (write(tmp_path / f"{name}.jsonl", 8, lambda _: None) for name in "ab")
+    two = recipe(base, first, tmp_path / "two", method="dense", steps=2)
+    two = type(two)(**{**vars(two), "train": (str(first), str(second)), "eval": str(first)})
+    train(two, QUIET)
+    keys = set().union(*lines(tmp_path / "two" / "metrics.jsonl"))
+    assert {key for key in keys if "loss/" in key} == {"loss/a.jsonl", "loss/b.jsonl"}
+    train(recipe(base, first, tmp_path / "one", method="dense", steps=2), QUIET)
+    assert not any("loss/" in key for line in lines(tmp_path / "one" / "metrics.jsonl") for key in line)
+
+
+def test_a_resumed_run_has_the_same_lines(base, tmp_path):
+    pool = write(tmp_path / "pool.jsonl", 24, lambda at: "web" if at % 3 else "books")
+    settings = {"method": "gast", "log_every": 2, "save_every": 3}
+    train(recipe(base, pool, tmp_path / "whole", **settings), QUIET)
+    train(recipe(base, pool, tmp_path / "run", **settings), QUIET)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    train(recipe(base, pool, tmp_path / "run", resume=True, **settings), QUIET)
+
+    def by_source(name):
+        return [
+            (line["step"], {key: line[key] for key in line if "loss/" in key})
+            for line in lines(tmp_path / name / "metrics.jsonl")
+            if "loss" in line and line["step"] > 4
+        ]
+
+    assert by_source("run") == by_source("whole") != []
