@@ -129,7 +129,7 @@ def dropped(job: Job, data: Path, folder: Path) -> Record:
     scores, line = first.scores()
     bad = np.array([row["bad"] for row in pool.train])
     gone = leave_out(scores["named"], scores.get("first-source", scores["first"]), bad, job["seed"])
-    for name in ARMS:
+    for name in job.get("arms", ARMS):
         kept = [row for at, row in enumerate(pool.train) if at not in gone[name]]
         same = not gone[name]
         arms[name] = arms["all"] if same else _quality(Work(job, *load(job), replace(pool, train=kept), folder).run())

@@ -61,7 +61,8 @@ def _by_cell(lines: Sequence[Line]) -> dict[str, list[Line]]:
     for line in sorted(lines, key=lambda each: each["job"]["seed"]):
         job = line["job"]
         size = f", {job['rows']} rows, {job['steps']} steps" if job.get("rows") else ""
-        cells.setdefault(job["cell"]["name"] + size, []).append(line)
+        arms = f", {' and '.join(job['arms'])} alone" if "arms" in job else ""
+        cells.setdefault(job["cell"]["name"] + size + arms, []).append(line)
     return cells
 
 

@@ -4,6 +4,7 @@
     python -m lab.rows.run scores --data FOLDER --cells demo-25 --lr 5e-4 --seeds 0,1,2 --out rows.jsonl
     python -m lab.rows.run scores --data FOLDER --cells uniform-0 --steps 16 --rows 400 --out rows.jsonl
     python -m lab.rows.run drop --data FOLDER --cells near-15,uniform-15 --seeds 0,1,2,3,4 --out rows.jsonl
+    python -m lab.rows.run drop --data FOLDER --cells uniform-15 --arms named --seeds 0,1,2 --out rows.jsonl
     python -m lab.rows.run peers --data FOLDER --cells near-15 --out rows.jsonl  # needs cleanlab
     python -m lab.rows.report rows.jsonl
 
@@ -49,6 +50,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", default="0")
     add("--steps", type=int, default=120)
     add("--batch", type=int, default=16)
+    add("--arms", help="of drop, with commas between: named, first, random, truth; all if not given")
     add("--rows", type=int, help="rows of the pool; as many as the steps take in one pass if not given")
     add_running(parser, "rows")
     return parser.parse_args(argv)
@@ -59,6 +61,7 @@ def _made(args: argparse.Namespace) -> Iterator[Job]:
     cells = [cell_of(name) for name in args.cells.split(",")]
     fixed = {"scenario": args.scenario, "lr": args.lr, "steps": args.steps, "batch": args.batch}
     fixed |= {"rows": args.rows} if args.rows else {}
+    fixed |= {"arms": args.arms.split(",")} if args.arms else {}
     for seed in map(int, args.seeds.split(",")):
         for model in args.models.split(","):
             for cell in cells:

@@ -34,7 +34,8 @@ def test_losses_of_sources_are_those_of_their_rows(base, tmp_path):
         QUIET,
     )
     logged = lines(tmp_path / "run" / "metrics.jsonl")
-    assert logged[0]["loss/web"] > 0 and "eval_loss/web" not in logged[0]
+    assert logged[0]["loss/web"] > 0
+    assert "eval_loss/web" not in logged[0]
 
     visits = read_visits(tmp_path / "run" / "rows.parquet").visits
     since = 0
