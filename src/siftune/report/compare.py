@@ -15,7 +15,7 @@ from siftune.report.charts import Point, Scale, scatter
 from siftune.report.evals import label_of
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData, Subjects
-from siftune.report.words import data_name, listed, memory, percent, points, short, short_names
+from siftune.report.words import NBSP, data_name, listed, memory, percent, points, short, short_names
 
 _FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
 
@@ -82,7 +82,7 @@ def measured(run: RunData, data: str, metric: str) -> MetricRow:
 
 def level_text(run: RunData, data: str) -> str:
     """Coverage of the intervals of a measurement, as text."""
-    return f"{100 * next(one.level for one in run.evals if one.data == data):g} %"
+    return f"{100 * next(one.level for one in run.evals if one.data == data):g}{NBSP}%"
 
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
@@ -332,11 +332,10 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(values: Sequence[Any]) -> list[str]:
     """Values of a setting as text: files by their names, with the folders that distinguish them."""
-    paths = [value for value in values if isinstance(value, str) and Path(value).is_absolute()]
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    paths = [part for parts in lists for part in parts if isinstance(part, str) and Path(part).is_absolute()]
     texts: dict[str, str] = dict(zip(paths, short_names([Path(path) for path in paths]), strict=True))
     return [
-        "–" if value is None
-        else ", ".join(map(str, value)) if isinstance(value, list)
-        else texts.get(str(value), str(value))
-        for value in values
+        "–" if value is None else ", ".join(texts.get(str(part), str(part)) for part in parts)
+        for value, parts in zip(values, lists, strict=True)
     ]  # fmt: skip

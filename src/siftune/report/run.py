@@ -9,10 +9,10 @@ from siftune.recipe.read import recipe_to_yaml
 from siftune.records.rows import Text
 from siftune.report.charts import COLOURS, Chart, Line, Point, Scale, line_chart, listed_points
 from siftune.report.compare import change_text, value_text
-from siftune.report.evals import Eval, label_of, metric_table
-from siftune.report.parts import Cell, Figure, Grid, Section, grid_of, slug
+from siftune.report.evals import Eval, label_of
+from siftune.report.parts import Cell, Figure, Grid, Section, slug
 from siftune.report.subjects import RunData
-from siftune.report.words import cut, data_name, short, short_places
+from siftune.report.words import NBSP, cut, data_name, listed, short, short_places
 from siftune.suspects.named import ScoredRows, Suspect
 from siftune.train.folder.run import LOSSES
 
@@ -98,17 +98,19 @@ def results(runs: Sequence[RunData]) -> Section | None:
         for run in runs
         if not run.evals
     ]
-    groups: dict[tuple[object, ...], list[tuple[RunData, Eval]]] = {}
+    groups: dict[tuple[object, ...], list[tuple[str, Eval]]] = {}
     for run in runs:
         if run.evals:
             newest = run.evals[-1]
             questions = tuple((one.prompt, one.right) for one in newest.answers)
-            groups.setdefault((newest.data, newest.rows, run.recipe.model, questions), []).append((run, newest))
+            column = run.name if len(runs) > 1 else "tuned"
+            groups.setdefault((newest.data, newest.rows, run.recipe.model, questions), []).append((column, newest))
     figures, tables = [], []
     for group in groups.values():
         newest = group[0][1]
-        rows = f"{newest.rows:,} rows of {data_name(newest.data)}, the same for all models"
-        words.append(f"{rows}, with {100 * newest.level:g} % intervals; differences of shares in points.")
+        models = "all models" if len(groups) == 1 else listed(["the base model", *(f"“{name}”" for name, _ in group)])
+        rows = f"{newest.rows:,} rows of {data_name(newest.data)}, the same for {models}"
+        words.append(f"{rows}, with {100 * newest.level:g}{NBSP}% intervals; differences of shares in points.")
         if not newest.answers:
             words.append("The models generated no texts for these rows, so there are no answers to compare.")
         figures += _rates(group)
@@ -116,25 +118,18 @@ def results(runs: Sequence[RunData]) -> Section | None:
     return Section("results", "Base and tuned models", words, figures, tables)
 
 
-Group = Sequence[tuple[RunData, Eval]]  # runs that are measured on the same rows, and the measurement of each
-
-
-def _columns(group: Group) -> list[str]:
-    return ["tuned"] if len(group) == 1 else [run.name for run, _ in group]
+Group = Sequence[tuple[str, Eval]]  # measurements on the same rows: the column of each, and its values
 
 
 def _metrics(group: Group) -> Grid:
     """A line for each metric, a column for each run."""
-    if len(group) == 1:
-        run, newest = group[0]
-        return grid_of(metric_table(f"Measured on held-out rows: {run.name}.", newest.metrics, newest.level))
     rows = []
     for metric in dict.fromkeys(row.metric for _, newest in group for row in newest.metrics):
         found = [next((row for row in newest.metrics if row.metric == metric), None) for _, newest in group]
         base = next(row.base for row in found if row is not None)
         rows.append([Cell(label_of(metric)), Cell(value_text(metric, base), base), *map(_change, found)])
     caption = "Value, and difference from the base model with its interval."
-    return Grid(["metric", "base", *_columns(group)], rows, caption, cards=True)
+    return Grid(["metric", "base", *(name for name, _ in group)], rows, caption, cards=True)
 
 
 def _change(row: MetricRow | None) -> Cell:
@@ -153,7 +148,7 @@ def _rates(group: Group) -> list[Figure]:
     for metric in dict.fromkeys(row.metric for _, newest in group for row in newest.metrics):
         found = [
             (name, row)
-            for name, (_, newest) in zip(_columns(group), group, strict=True)
+            for name, newest in group
             for row in newest.metrics
             if row.metric == metric != PERPLEXITY and row.tuned is not None
         ]
@@ -166,7 +161,7 @@ def _rates(group: Group) -> list[Figure]:
             low, high = row.tuned_interval or (None, None)
             points.append(Point(name, row.tuned, low, high, colour=number))
         if points:
-            name, title = f"{slug(metric)}-{slug(group[0][0].name)}", label_of(metric).capitalize()
+            name, title = f"{slug(metric)}-{slug(group[0][0])}", label_of(metric).capitalize()
             scale = Scale("share of correct answers", percent=True)
             drawn.append(listed_points(name, title, points, scale, size="third"))
     return drawn
@@ -183,7 +178,7 @@ def _texts(group: Group) -> Grid:
             tuned = newest.answers[place]
             cells.append(Cell(_answer(tuned.tuned), mark="good" if tuned.tuned_right else "bad"))
         rows.append(cells)
-    header = ["row", "question", "reference", "base", *_columns(group)]
+    header = ["row", "question", "reference", "base", *(name for name, _ in group)]
     caption = f"The first {len(rows)} held-out rows, unselected. ✓ correct, ✗ wrong."
     return Grid(header, rows, caption, range(len(header)), cards=True, first=_FIRST)
 

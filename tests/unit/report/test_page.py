@@ -83,8 +83,8 @@ def test_the_interval_is_as_wide_as_it_was_measured(tmp_path):
         record_eval(save_run(tmp_path / name), Eval("test.jsonl", 9, 0.8, (metric,)))
     both = subjects(tmp_path / "a", tmp_path / "b")
     for told in (headline(subjects(tmp_path / "a")), headline(both), text_of(sections(both)[0])):
-        assert "80 % interval" in told
-        assert "95 %" not in told
+        assert "80\u00a0% interval" in told
+        assert "95\u00a0%" not in told
 
 
 def test_a_measurement_of_the_base_alone(tmp_path):
@@ -131,6 +131,11 @@ def test_a_run_on_other_rows_does_not_keep_the_others_from_being_compared(tmp_pa
     compared = sections(subjects(*named))[0]
     assert [row[2].text for row in compared.tables[0].rows] == ["50.0\u00a0%", "60.0\u00a0%", "–"]
     assert "“c” is not compared" in text_of(compared)
+    tuned = sections(subjects(*named))[2]
+    assert [list(table.header) for table in tuned.tables[::2]] == [
+        ["metric", "base", "a", "b"], ["metric", "base", "c"],
+    ]  # fmt: skip
+    assert "the same for the base model and “c”, with" in text_of(tuned)
     losses = [save_run(tmp_path / "losses" / name, eval=f"{name[0]}.jsonl") for name in ("a1", "a2", "b")]
     assert "lowest held-out loss of 2 comparable runs" in headline(subjects(*losses))
 
@@ -148,7 +153,7 @@ def test_perplexity_is_better_when_less(tmp_path):
         metric = MetricRow("perplexity", 9, 6.0, 2.0 + number, number - 4.0, -5.0, -3.0)
         record_eval(run, Eval("test.jsonl", 9, 0.95, (metric,)))
     assert headline(subjects(tmp_path / "a", tmp_path / "b")).startswith("“a” is best of 2 runs: 2.000 perplexity on 9")
-    assert "from 6.000 to 2.000: −4.00, 95 % interval −5.00 to −3.00" in headline(subjects(tmp_path / "a"))
+    assert "from 6.000 to 2.000: −4.00, 95\u00a0% interval −5.00 to −3.00" in headline(subjects(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("steps", [0, 12])
@@ -224,6 +229,10 @@ def test_only_differences_of_recipes_are_listed(tmp_path):
     (compared, *_) = sections(subjects(first, save_run(tmp_path / "c", "gast", steps=4)))
     assert compared.tables[1].rows == []
     assert "do not differ" in compared.tables[1].caption
+    files = tuple(str(tmp_path / name) for name in ("pool.jsonl", "more.jsonl"))
+    third = save_run(tmp_path / "d", "gast", steps=4, train=files)
+    (compared, *_) = sections(subjects(first, third))
+    assert [cell.text for cell in compared.tables[1].rows[0]] == ["train", "pool.jsonl", "pool.jsonl, more.jsonl"]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
