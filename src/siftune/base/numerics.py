@@ -32,6 +32,18 @@ def has_float64(kind: str) -> bool:
     return True
 
 
+def copies_unwaited(kind: str) -> bool:
+    """Whether the host may continue while it copies a tensor to a device of a type, such as "cuda".
+
+    On Apple's devices the copy may then read memory that is in use for something else (pytorch#189690).
+
+    Example:
+        >>> copies_unwaited("cuda"), copies_unwaited("mps")
+        (True, False)
+    """
+    return kind != "mps"
+
+
 def in_float64(values: Tensor) -> Tensor:
     """The same values in float64, on a device that computes well in it: theirs, or the CPU.
 

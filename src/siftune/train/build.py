@@ -26,6 +26,7 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.numerics import copies_unwaited
 from siftune.base.settings import nearest
 from siftune.base.text import one_line
 from siftune.data.batches import Collator
@@ -209,6 +210,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
     if recipe.optim not in {each.value for each in OptimizerNames}:
         close = nearest(recipe.optim, [each.value for each in OptimizerNames])
         raise RecipeError(f"optim has the unknown name {recipe.optim!r}; did you mean {close or Recipe.optim!r}?")
+    kind = _accelerator()
+    unwaited = kind is not None and copies_unwaited(kind)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,
@@ -237,9 +240,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         metric_for_best_model="loss" if holds_out(recipe) else None,
         prediction_loss_only=True,
         remove_unused_columns=False,  # the collator selects columns
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        # the host does not wait for copies of batches
-        accelerator_config={"non_blocking": torch.accelerator.is_available()},
+        dataloader_pin_memory=unwaited,
+        accelerator_config={"non_blocking": unwaited},  # the host does not wait for copies of batches
         logging_nan_inf_filter=False,  # `SiftTrainer` does so without waiting for the loss
         disable_tqdm=True,
         report_to=list(recipe.report_to),
@@ -255,8 +257,13 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
 
 def _scales_losses() -> bool:
     """Whether there is an accelerator for which the Trainer scales losses in float16."""
+    return _accelerator() in ("cuda", "xpu", "npu", "mlu", "musa")
+
+
+def _accelerator() -> str | None:
+    """Type of the accelerator, such as "cuda"."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device is not None and device.type in ("cuda", "xpu", "npu", "mlu", "musa")
+    return None if device is None else device.type
 
 
 def check_optimizer(arguments: TrainingArguments) -> None:

@@ -31,6 +31,13 @@ def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):
     assert "of 3 GPUs the first is used" in caplog.text
 
 
+@pytest.mark.parametrize(("kind", "unwaited"), [("cuda", True), ("mps", False), (None, False)])
+def test_the_host_waits_for_copies_to_apples_devices(tmp_path, monkeypatch, kind, unwaited):
+    monkeypatch.setattr(build, "_accelerator", lambda: kind)
+    arguments = training_arguments(Recipe(), tmp_path, fp16=False)
+    assert arguments.accelerator_config.non_blocking is unwaited
+
+
 @pytest.mark.parametrize(
     ("optim", "message"),
     [("adafactr", "'adafactor'"), ("lomo", "during backward"), ("galore_adamw_layerwise", "during backward")],
