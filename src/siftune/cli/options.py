@@ -13,13 +13,15 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 from siftune.base.errors import RecipeError
 from siftune.base.settings import bounds_of, described, help_of, leaves, made, nearest, types_of
 from siftune.methods import METHODS
+from siftune.recipe.presets import FIELDS
 from siftune.recipe.read import load_recipe
 from siftune.recipe.removed import removal
 from siftune.recipe.schema import Recipe
 
 T = TypeVar("T")
 
-_DATA = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_DATA = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+_ALL = "--help-all"
 _WIDE = 28  # characters of choices that stand beside an option; longer ones stand in its help
 
 
@@ -87,10 +89,10 @@ class _Option:
             notes.append(f"default: {' '.join(shown)}")
         return (self.help + (f" [{'; '.join(notes)}]" if notes else "")).replace("%", "%%")
 
-    def add_to(self, parser: Any) -> None:
-        """Declare it to argparse, which keeps its text as is and has no default for it."""
+    def add_to(self, parser: Any, hidden: bool) -> None:
+        """Declare it to argparse, which keeps its text as is and has no default for it; without help if it is hidden."""
         many = any(get_origin(kind) is tuple for kind in self.kinds)
-        common: dict[str, Any] = {"help": self.words(), "default": argparse.SUPPRESS}
+        common: dict[str, Any] = {"help": argparse.SUPPRESS if hidden else self.words(), "default": argparse.SUPPRESS}
         if self.flag.positional:
             parser.add_argument(self.key, nargs="*" if many else "?", metavar=self.name, **common)
             return
@@ -126,7 +128,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
     """Parse a command's arguments into its options.
 
     Options that derive from `Recipe` also take recipe files: every argument that ends in .yaml or .yml. Flags override
-    them.
+    them. Their `--help` shows the settings of `siftune recipe` and the command's own options, `--help-all` all.
 
     Args:
         kind: The dataclass to fill.
@@ -135,12 +137,12 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
 
     Raises:
         RecipeError: An argument is unknown, or a value is not allowed; one sentence.
-        SystemExit: Code 0, after `--help`.
+        SystemExit: Code 0, after `--help` or `--help-all`.
     """
     options = {option.key: option for option in _options(kind)}
     words = [_dashed(word) for word in arguments]
     files = [word for word in words if _is_recipe(word)] if issubclass(kind, Recipe) else []
-    parser = _parser(kind, list(options.values()), program)
+    parser = _parser(kind, list(options.values()), program, _ALL in words)
     try:
         found, rest = parser.parse_known_intermixed_args([word for word in words if word not in files])
     except argparse.ArgumentError as error:
@@ -190,22 +192,26 @@ def _options(kind: type) -> list[_Option]:
     return own + grouped
 
 
-def _parser(kind: type, options: Sequence[_Option], program: str) -> _Parser:
+def _parser(kind: type, options: Sequence[_Option], program: str, every: bool) -> _Parser:
     positional = [option.name for option in options if option.flag.positional]
     places = ["[RECIPE.yaml ...]"] if issubclass(kind, Recipe) else positional
+    rare = {*types_of(Recipe)} - {*FIELDS} if issubclass(kind, Recipe) and not every else {*()}
     parser = _Parser(
         prog=program,
         usage=" ".join([program, *places, "[OPTIONS]", "[--json]"]),
         description=_about(kind),
+        epilog=f"`{program} {_ALL}` lists all options, and those of each method." if rare else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
+    shown = "show all options, and those of each method, and exit" if issubclass(kind, Recipe) else argparse.SUPPRESS
+    parser.add_argument(_ALL, action="help", help=shown)
     groups: dict[str | None, Any] = {None: parser}
     for option in options:
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(f"with --method {_methods_with(option.group)}")
-        option.add_to(groups[option.group])
+        option.add_to(groups[option.group], (option.group or option.key) in rare)
     return parser
 
 

@@ -1,6 +1,6 @@
-"""Read rows from JSONL, JSON, CSV and Parquet files and from the hub.
+"""Read rows from JSONL, JSON, CSV, text and Parquet files and from the hub.
 
-JSONL, JSON and CSV are read by our own strict readers, so that every error names the file and the line.
+JSONL, JSON, CSV and text are read by our own strict readers, so that every error names the file and the line.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def load_rows(
     """Read the rows of a file or a hub data set.
 
     Args:
-        source: path of a `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file, or of a folder of `save_to_disk`;
-            otherwise a hub id or a local data set folder, optionally with a configuration and a split:
+        source: path of a `.jsonl`, `.ndjson`, `.json`, `.csv`, `.parquet` or `.txt` file, or of a folder of
+            `save_to_disk`; otherwise a hub id or a local data set folder, optionally with a configuration and a split:
             `openai/gsm8k:main@test`.
         split: split of a data set whose name has none; ignored for a file.
         limit: largest number of rows to read; None reads all.
@@ -130,6 +130,20 @@ def _read_jsonl(path: Path, source: str) -> Records:
                 yield f"{source}:{number}", record
 
 
+def _read_text(path: Path, source: str) -> Records:
+    """Read the lines of a text, without those that are blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            origin = f"{source}:{number}"
+            try:
+                text = _decode(line, source, number).rstrip("\r\n")
+            except DataError as error:
+                yield origin, error
+            else:
+                if text.strip():
+                    yield origin, {"text": text}
+
+
 def _read_json(path: Path, source: str) -> Records:
     text = _decode(path.read_bytes(), source)
     content = _parse_json(text, source) if text.strip() else []
@@ -202,6 +216,7 @@ _READERS: dict[str, Callable[[Path, str], Records]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
 }
 
 

@@ -24,7 +24,7 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PRESETS = {name: (method.line, {"method": name}) for name, method in METHODS.items()} | _MORE
 
-_FIELDS = (
+FIELDS = (  # settings to start with; `--help` shows these
     *("model", "train", "eval", "columns", "template", "max_length", "method", "target", "target_share", "target_last"),
     *("adapter", "rank", "alpha", "lr", "batch_size", "accumulate", "epochs", "steps", "schedule", "warmup", "optim"),
     *("checkpointing", "seed", "out"),
@@ -43,11 +43,11 @@ def preset_text(name: str) -> str:
 
     Example:
         >>> print(preset_text("dense").splitlines()[4])
-        train: train.jsonl          # Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id
+        train: train.jsonl          # Training rows: a .jsonl, .json, .csv or .parquet file, a .txt file with a row per line, or a hub id
     """
     recipe = preset(name)
     lines = [f"# {name}: {PRESETS[name][0]}", f"#   siftune train {name}.yaml", ""]
-    for field in _FIELDS:
+    for field in FIELDS:
         if field.startswith("target_") and recipe.target is None:
             continue
         lines.append(_line(field, getattr(recipe, field), help_of(Recipe)[field]))

@@ -86,7 +86,7 @@ def _flat(path: Path, kind: type) -> dict[str, tuple[Any, str]]:
                     continue
                 raise RecipeError(f"{label}: {sentence}")
             close = nearest(name, options) or nearest(name.rpartition(".")[2], options)
-            hint = f"did you mean {close!r}?" if close else "`siftune train --help` lists the keys"
+            hint = f"did you mean {close!r}?" if close else "`siftune train --help-all` lists the keys"
             raise RecipeError(f"{label.removesuffix(name)}unknown key {name!r}; {hint}")
     return {name: pair for name, pair in given.items() if name in options}
 

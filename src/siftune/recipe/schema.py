@@ -64,7 +64,8 @@ class Recipe(Validated):
     """Attention implementation; auto: the choice of transformers, with faster products for short rows on processors."""
 
     train: str | tuple[str, ...] = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, which are concatenated."""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, a .txt file with a row per line, or a hub id; or several,
+    which are concatenated."""
     train_split: str = "train"
     """Split to train on, if the data has splits."""
     limit: Count | None = None

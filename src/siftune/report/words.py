@@ -99,7 +99,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|parquet)$")
+_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|parquet|txt)$")
 
 
 def data_name(data: str) -> str:

@@ -136,9 +136,9 @@ def test_a_run_without_a_flag_is_a_run_to_resume(tmp_path):
         train(tmp_path)
 
 
-def shown(kind, capsys):
+def shown(kind, capsys, word="--help-all"):
     with pytest.raises(SystemExit) as stop:
-        parse(kind, ["--help"], "siftune x")
+        parse(kind, [word], "siftune x")
     assert stop.value.code == 0
     return capsys.readouterr().out
 
@@ -161,9 +161,23 @@ def test_help_shows_types_ranges_defaults_and_methods(monkeypatch, capsys):
     assert "100 %" in shown(Plain, capsys)
 
 
+def test_help_begins_with_the_settings_of_a_recipe(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    few, every = (shown(Train, capsys, word) for word in ("--help", "--help-all"))
+    assert len(few.splitlines()) < 140
+    for flag in ("--train TEXT", "--steps INT", "--sift ", "--dry-run"):
+        assert flag in few
+    for flag in ("--dp-epsilon FLOAT", "--gast.select INT|FLOAT", "with --method gast"):
+        assert flag in every
+        assert flag not in few
+    assert few.endswith("`siftune x --help-all` lists all options, and those of each method.\n")
+    assert every.count("--help-all") == 1
+    assert shown(Plain, capsys, "--help") == shown(Plain, capsys)
+
+
 def test_train_has_few_options(capsys):
     lines = [line.split()[0] for line in shown(Train, capsys).splitlines() if line.startswith("  -")]
-    assert len([line for line in lines if line != "-h,"]) <= 75
+    assert len([line for line in lines if line not in ("-h,", "--help-all")]) <= 75
 
 
 _HELP = (

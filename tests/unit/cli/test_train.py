@@ -118,7 +118,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("x.csv", b"question,reply\na,b\n", r"x\.csv:2: .*question"),
         ("x.json", b"{}", r"x\.json: found dict"),
         ("x.parquet", b"PAR1", r"x\.parquet: invalid Parquet"),
-        ("x.txt", b"text", r"x\.txt: the ending '\.txt' is unknown; supported: \.jsonl"),
+        ("x.tsv", b"text", r"x\.tsv: the ending '\.tsv' is unknown; supported: \.jsonl"),
     ],
 )
 def test_data_that_cannot_be_used(words, tmp_path, capsys, no_model, name, content, message):

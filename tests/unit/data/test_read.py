@@ -181,6 +181,16 @@ def test_conversations_survive_parquet(tmp_path):
     assert len(row.prompt) == 4
 
 
+def test_a_text_has_a_row_per_line(write):
+    source = write("a.txt", b"\xef\xbb\xbf one \r\n\n \ntwo\xff\nthree")
+    bad = []
+    rows = load_rows(source, bad=bad)
+    assert [(row.prompt, row.completion, row.origin) for row in rows] == [
+        ((), " one ", "a.txt:1"), ((), "three", "a.txt:5"),
+    ]  # fmt: skip
+    assert "a.txt:4: invalid UTF-8" in str(*bad)
+
+
 def test_the_limit_leaves_later_rows_unread(write):
     source = write("a.jsonl", lines(GOOD, GOOD) + "not JSON\n")
     assert len(load_rows(source, limit=2)) == 2
@@ -223,7 +233,7 @@ def test_the_limit_leaves_later_rows_unread(write):
             lines({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}),
             "t.jsonl:1: turn 1 of 'messages' has tool_calls",
         ),
-        ("x.txt", "a", "x.txt: the ending '.txt' is unknown"),
+        ("x.tsv", "a", "x.tsv: the ending '.tsv' is unknown"),
     ],
 )
 def test_bad_files_are_refused_with_file_and_row(write, name, content, expected):
