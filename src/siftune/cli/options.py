@@ -90,7 +90,7 @@ class _Option:
         return (self.help + (f" [{'; '.join(notes)}]" if notes else "")).replace("%", "%%")
 
     def add_to(self, parser: Any, hidden: bool) -> None:
-        """Declare it to argparse, which keeps its text as is and has no default for it; without help if it is hidden."""
+        """Declare it to argparse, which keeps its text as is, without a default; a hidden one has no help."""
         many = any(get_origin(kind) is tuple for kind in self.kinds)
         common: dict[str, Any] = {"help": argparse.SUPPRESS if hidden else self.words(), "default": argparse.SUPPRESS}
         if self.flag.positional:
