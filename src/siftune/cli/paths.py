@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import KitError, ModelError, RecipeError
-from siftune.data.read import check_source
+from siftune.data.read import check_columns, check_source
 from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve, similar_folder
 
 _DATA = ("train", "eval", "target", "avoid", "keep", "data", "calibration", "held_out", "calibration_others")
+_ROWS = ("train", "eval", "target", "avoid")  # in the columns that a recipe names
 _FOLDERS = ("kit", "returned", "path", "folders")
 _RUNS = ("run", "runs")  # run folders, or names of models
 _FILES = ("public_key", "sign", "drop_rows")
@@ -36,6 +37,9 @@ def check_paths(options: Any) -> None:
         for source in given.get(name, ()):
             if (name, source) != ("keep", OWN):
                 check_source(source)
+    if getattr(options, "bad_rows", None) == "stop":
+        for source in (each for name in _ROWS for each in given.get(name, ())):
+            check_columns(source, options.columns)
     for model in given.get("model", ()):
         if model and model != SMOLLM2 and not Path(model).expanduser().is_dir():
             resolve(model)

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,9 @@ from siftune.base.text import counted, one_line
 from siftune.data.rows import Row, no_garbage, parse_rows
 
 logger = logging.getLogger(__name__)
+
+_PLACES = 3  # of rows with the same fault
+_PLACE = re.compile(r"(.*?(?::\d+| row \d+)): ")
 
 Records = Iterator[tuple[str, Any]]  # origin; the record, or a DataError if it cannot be read
 
@@ -107,6 +111,42 @@ def check_source(source: str) -> None:
         state = "is a folder, not a file" if path.exists() else "does not exist"
         hint = "put spaces between files, not commas" if "," in source else "give the path of a data file"
         raise DataError(f"{source} {state}; {hint}.")
+
+
+def check_columns(source: str, columns: Sequence[str] = ()) -> None:
+    """Refuse a file of JSON lines or CSV of which no row can be used, such as one with other columns.
+
+    Only the first row is read, unless it cannot be used.
+
+    Raises:
+        DataError: The message has the number of rows, and a fault with its places.
+        RecipeError: A pair in `columns` is wrong.
+    """
+    if Path(source).suffix.lower() not in _LINES:
+        return
+    bad: list[DataError] = []
+    parse_rows(islice(_open(source, ""), 1), columns, bad)
+    if not bad or parse_rows(_open(source, ""), columns, bad := []):
+        return
+    raise DataError(f"none of the {counted(len(bad), 'row')} of {source} can be used: {grouped([*map(str, bad)])[0]}")
+
+
+def grouped(bad: Sequence[str]) -> list[str]:
+    """Faults of rows, each with its first three places and the number of further rows with the same fault.
+
+    Example:
+        >>> grouped([f"a.jsonl:{line}: it is empty" for line in range(1, 6)])
+        ['a.jsonl:1, a.jsonl:2, a.jsonl:3 and 2 more: it is empty']
+    """
+    places: dict[str, list[str]] = {}
+    for line in bad:
+        found = _PLACE.match(line)
+        places.setdefault(line[found.end() :] if found else line, []).append(found[1] if found else "")
+    lines = []
+    for fault, rows in places.items():
+        more = f" and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
+        lines.append(f"{', '.join(rows[:_PLACES])}{more}: {fault}" if rows[0] else fault)
+    return lines
 
 
 def _reporting(records: Records, source: str) -> Records:
@@ -210,6 +250,7 @@ def _read_parquet(path: Path, source: str) -> Records:
         raise DataError(f"{source}: invalid Parquet ({one_line(str(error))}); write the file again.") from error
 
 
+_LINES = (".jsonl", ".ndjson", ".csv")
 _READERS: dict[str, Callable[[Path, str], Records]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

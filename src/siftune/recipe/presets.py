@@ -42,8 +42,8 @@ def preset_text(name: str) -> str:
     """A recipe to start from in YAML; settings without a value are comments.
 
     Example:
-        >>> print(preset_text("dense").splitlines()[4])
-        train: train.jsonl          # Training rows: a .jsonl, .json, .csv or .parquet file, a .txt file with a row per line, or a hub id
+        >>> print(preset_text("dense").splitlines()[8])
+        max_length: 512             # Maximum length of a row in tokens, prompt and completion together
     """
     recipe = preset(name)
     lines = [f"# {name}: {PRESETS[name][0]}", f"#   siftune train {name}.yaml", ""]

@@ -5,7 +5,6 @@ Rows that cannot be used are collected from all files and from the tokenizer, an
 
 import contextlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from siftune.base.files import Progress
 from siftune.base.text import counted, visible
 from siftune.data.batches import aimed, numbered, weighted
 from siftune.data.cache import cached_tokens
+from siftune.data.read import grouped
 from siftune.data.rows import WEIGHT, Row, row_texts
 from siftune.data.target import SOURCE, TARGET
 from siftune.data.tokens import Form, tell_notes
@@ -201,28 +201,6 @@ def _refuse_bad(recipe: Recipe, bad: Sequence[str]) -> None:
     last = [f"… and {more} more, which `siftune train --dry-run` lists"] if more > 0 else []
     lines = "\n  ".join([*reasons[:_SHOWN], *last])
     raise DataError(f"{len(bad)} rows cannot be used; correct them, or leave them out with --bad-rows drop:\n  {lines}")
-
-
-def grouped(bad: Sequence[str]) -> list[str]:
-    """Faults of rows, each with its first three places and the number of further rows with the same fault.
-
-    Example:
-        >>> grouped([f"a.jsonl:{line}: it is empty" for line in range(1, 6)])
-        ['a.jsonl:1, a.jsonl:2, a.jsonl:3 and 2 more: it is empty']
-    """
-    places: dict[str, list[str]] = {}
-    for line in bad:
-        found = _PLACE.match(line)
-        places.setdefault(line[found.end() :] if found else line, []).append(found[1] if found else "")
-    lines = []
-    for fault, rows in places.items():
-        more = f" and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
-        lines.append(f"{', '.join(rows[:_PLACES])}{more}: {fault}" if rows[0] else fault)
-    return lines
-
-
-_PLACES = 3  # of rows with the same fault
-_PLACE = re.compile(r"(.*?(?::\d+| row \d+)): ")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from siftune.cli.main import main
     [
         (["train", "--train", "none.jsonl"], "none.jsonl does not exist"),
         (["train", "--train", "rows.jsonl", "--model", "./none"], "model folder none does not exist"),
+        (["train", "--train", "rows.jsonl", "others.jsonl"], "none of the 2 rows of others.jsonl can be used: "),
+        (["train", "--train", "rows.jsonl", "--columns", "text=a"], "the column 'a' of --columns text=a is missing"),
+        (["sift", "--train", "rows.jsonl", "--target", "others.jsonl"], "give --columns prompt=q completion=a"),
         (["train", "--train", "rows.jsonl", "--gast.select", "4"], "gast.select is 4"),
         (["sift", "--train", "rows.jsonl", "--target", "none.jsonl"], "none.jsonl does not exist"),
         (["sift", "--train", "rows.jsonl", "--avoid", "none.jsonl"], "none.jsonl does not exist"),
@@ -32,6 +35,7 @@ from siftune.cli.main import main
 )
 def test_a_mistake_is_reported_without_torch(tmp_path, words, message):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    (tmp_path / "others.jsonl").write_text('{"q": "a", "a": "b"}\n' * 2)
     code = (
         "import sys; from siftune.cli.main import main; code = main(sys.argv[1:]);"
         "sys.exit(code if 'torch' not in sys.modules else 99)"
