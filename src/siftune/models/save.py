@@ -5,6 +5,7 @@ Transformers 5 writes names and fields that 4.57, and packages pinned to it, ref
     tokenizer_class        "TokenizersBackend" is unknown to 4.57; "PreTrainedTokenizerFast" works in both, and reads
                            everything else from tokenizer.json
     extra_special_tokens   a list, called additional_special_tokens in 4.57
+    model_input_names      not written by 5; in 4.57 the default has token_type_ids, which `generate` refuses
     rope_parameters        4.57 reads rope_theta, rope_scaling and, by kind of layer, rope_local_base_freq. Without
                            them it uses the family's defaults, and every logit is wrong without a warning
 
@@ -36,6 +37,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         del fields["model_max_length"]
     if fields.get("tokenizer_class") == _BACKEND:
         fields["tokenizer_class"] = _FAST
+    fields["model_input_names"] = [*tokenizer.model_input_names]
     if isinstance(fields.get("extra_special_tokens"), list):
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     _write(path, fields)

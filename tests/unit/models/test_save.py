@@ -30,7 +30,9 @@ with torch.no_grad():
 kept = saved["batch"]["attention_mask"].bool()
 torch.testing.assert_close(logits[kept], saved["logits"][kept], rtol=1e-3, atol=1e-3)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-assert tokenizer("add 12 and 30!")["input_ids"] == saved["ids"]
+encoded = tokenizer("add 12 and 30!")
+assert encoded["input_ids"] == saved["ids"]
+assert list(encoded) == saved["names"]
 assert set(saved["special"]) <= set(tokenizer.all_special_tokens)
 """
 
@@ -51,10 +53,10 @@ def save(model, tokenizer, folder):
     given = {name: values for name, values in batch(model).items() if name != "labels"}
     with torch.no_grad():
         logits = model(**given).logits
-    ids = tokenizer("add 12 and 30!")["input_ids"]
-    torch.save(
-        {"batch": given, "logits": logits, "ids": ids, "special": tokenizer.all_special_tokens}, folder / "saved.pt"
-    )
+    encoded = tokenizer("add 12 and 30!")
+    ids, special = encoded["input_ids"], tokenizer.all_special_tokens
+    saved = {"batch": given, "logits": logits, "ids": ids, "names": list(encoded), "special": special}
+    torch.save(saved, folder / "saved.pt")
     return given, logits, ids
 
 
@@ -96,6 +98,7 @@ def test_fields_of_the_saved_files(tmp_path):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 3e4
     assert config["rope_scaling"] == LLAMA3
     assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert words["model_input_names"] == ["input_ids", "attention_mask"]
     assert not {"model_max_length", "backend", "is_local", "local_files_only"} & words.keys()
     tokenizer.model_max_length = 512
     save_tokenizer(tokenizer, tmp_path)
