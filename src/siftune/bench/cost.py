@@ -38,12 +38,16 @@ SUPPORTS: dict[str, dict[str, Any]] = {
 _VARIANTS = (
     "dense-compiled",
     "dense-keep",
+    "dense-dp",
     *(f"gast-{support}" for support in SUPPORTS),
     "trl",
     "trl-no-checkpointing",
 )
 MEASURED = (*(name for name in METHODS if name != "gast"), *_VARIANTS)
 """Names of the methods to measure."""
+
+PLANNED = tuple(name for name in MEASURED if name not in ("dense-compiled", "dense-keep") and "trl" not in name)
+"""Those whose memory and operations can be computed without weights."""
 
 WORKER = (sys.executable, "-m", "siftune.bench.worker")
 
@@ -87,6 +91,8 @@ class Workload(Validated):
             fields["compile"] = True
         if variant == "keep":
             fields["keep"] = OWN
+        if variant == "dp":
+            fields |= {"dp_epsilon": 8.0, "dp_delta": 1e-6}
         options = {"active": self.active, "interval": self.interval, "select": 0.5}  # select: the papers' fraction
         if name.endswith("gast"):
             options |= SUPPORTS[variant or "rest"]

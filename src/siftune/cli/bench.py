@@ -1,9 +1,11 @@
-"""`siftune bench`: time and memory of the methods, side by side on this machine."""
+"""`siftune bench`: time and memory of the methods, side by side on this machine, or computed from a config."""
 
 import json
 import logging
 import os
+import re
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, Count
-from siftune.bench.cost import Measurement, Workload, measure, parse_methods, schedule, summarise
+from siftune.bench.cost import PLANNED, Measurement, Workload, measure, parse_methods, schedule, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +24,18 @@ class Options(Workload):
     """Measure the cost of a training step with each method on this machine: wall time and peak memory.
 
     Every method runs in a fresh process; the methods take turns over the rounds, on the same random tokens. Leave the
-    machine idle meanwhile. Ratios carry over to similar machines, seconds do not.
+    machine idle meanwhile. Ratios carry over to similar machines, seconds do not. With --plan nothing is measured.
     """
 
-    methods: str = "dense,rst,ist,gast-rest"
+    methods: str | None = None
     """Methods to measure, with commas between: those of siftune train (gast as gast-sample, gast-averaged with
-    support rows drawn in every fourth step and averaged, or gast-rest), dense-compiled, trl, trl-no-checkpointing."""
+    support rows drawn in every fourth step and averaged, or gast-rest), dense-compiled, dense-dp, trl,
+    trl-no-checkpointing. Default: dense,rst,ist,gast-rest; with --plan dense,ist,gast-rest,gast-sample,dense-dp."""
+    batch: str | None = None
+    """Rows and tokens of a batch, such as 16x256; the same as --batch-size 16 --length 256."""
+    plan: str | None = None
+    """Compute memory and operations of a step from a model's config, without its weights: llama-7b, llama-8b, a
+    config.json, a folder or a hub id."""
     against: str | None = None
     """Further methods to compare all with, such as trl: TRL's SFTTrainer with its own defaults."""
     rounds: Count = 3
@@ -44,7 +52,10 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.bench import cost_table, notes
     from siftune.report.table import print_table
 
-    methods = parse_methods(options.methods)
+    options = _sized(options)
+    if options.plan is not None:
+        return _planned(options, options.plan)
+    methods = parse_methods(options.methods or "dense,rst,ist,gast-rest")
     against = [] if options.against is None else parse_methods(options.against)
     compared = list(dict.fromkeys(["dense" if "dense" in methods else methods[0], *against]))
     methods = list(dict.fromkeys([*methods, *against]))
@@ -56,7 +67,7 @@ def run(options: Options) -> dict[str, Any]:
             options.steps,
             options.interval,
         )
-    work = Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
+    work = _workload(options)
     here = replace(work, model=str(resolve(work.model)))
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,4 +98,51 @@ def run(options: Options) -> dict[str, Any]:
         taken = [{name: value for name, value in asdict(each).items() if name != "facts"} for each in measurements]
         text = json.dumps({**result, "measurements": taken}, indent=2)
         options.out.write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def _workload(options: Options) -> Workload:
+    return Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
+
+
+def _sized(options: Options) -> Options:
+    """The options with the sizes that `batch` names.
+
+    Raises:
+        RecipeError: It names none.
+    """
+    if options.batch is None:
+        return options
+    sizes = re.fullmatch(r"(\d+)x(\d+)", options.batch)
+    if sizes is None:
+        raise RecipeError(f"--batch is {options.batch!r}, but must be rows x tokens, such as 16x256")
+    return replace(options, batch_size=int(sizes[1]), length=int(sizes[2]))
+
+
+_NOT_PLANNED = ("model", "steps", "warmup", "against", "rounds", "threads", "out")
+
+
+def _planned(options: Options, model: str) -> dict[str, Any]:
+    """Compute what each method needs, without and with activation checkpointing, and show the table."""
+    for name in _NOT_PLANNED:
+        if getattr(options, name) != getattr(Options, name):
+            raise RecipeError(f"{name} has no effect with --plan, which measures nothing: leave it out")
+    private = ",dense-dp" if find_spec("opacus") else ""
+    methods = parse_methods(options.methods or f"dense,ist,gast-rest,gast-sample{private}", PLANNED)
+    from siftune.bench.plan import config_of, plan
+    from siftune.report.bench import plan_note, plan_table
+    from siftune.report.table import print_table
+
+    work, config = _workload(options), config_of(model)
+    steps = []
+    with Console(stderr=True).status("") as status:
+        for checkpointing in (False, True):
+            for method in methods:
+                status.update(f"computing {method}{' with activation checkpointing' if checkpointing else ''}")
+                need = plan(config, work, method, checkpointing=checkpointing)
+                steps.append({"method": method, "checkpointing": checkpointing, **asdict(need)})
+    result = {"workload": {**asdict(work), "model": model}, "plan": steps}
+    output = Console(highlight=False, soft_wrap=True)
+    print_table(plan_table(result), output)
+    output.print(plan_note(result), markup=False)
     return result

@@ -115,7 +115,7 @@ def support_gradient(
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global generators within a block, and restore them."""
-    on_accelerator = device.type not in ("cpu", "mps")  # torch cannot fork the generator of the latter
+    on_accelerator = device.type not in ("cpu", "mps", "meta")  # torch cannot fork the generators of the last two
     devices = range(torch.accelerator.device_count()) if on_accelerator else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if on_accelerator else "cuda"):
         torch.manual_seed(seed % 2**63)
