@@ -34,7 +34,7 @@ from siftune.base.text import one_line
 from siftune.bench.cost import Workload
 from siftune.bench.worker import random_rows
 from siftune.models.source import resolve
-from siftune.recipe.schema import Recipe, settings_of
+from siftune.recipe.schema import Recipe, method_of, settings_of
 from siftune.train.build import build
 
 _LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Configs that need no file: LLaMA-7B (arXiv 2302.13971) and Llama 3 8B (arXiv 2407.21783)."""
 
+_DRAWS = 10  # steps to count if each draws layers
 META = torch.device("meta")
 _READ = torch.ops.aten._local_scalar_dense.default
 _COPY = torch.ops.aten._to_copy.default
@@ -86,7 +87,7 @@ def config_of(name: str) -> PretrainedConfig:
         raise ModelError(f"{name} has no config of a model that can be read: {one_line(str(error))}") from error
 
 
-def plan(config: PretrainedConfig, work: Workload, method: str, attention: str = "sdpa", **settings: Any) -> Need:
+def plan(config: PretrainedConfig, work: Workload, method: str, **settings: Any) -> Need:
     """Compute what a step of a method needs.
 
     Steps are counted until the method has done everything once, such as IST's scoring.
@@ -95,8 +96,7 @@ def plan(config: PretrainedConfig, work: Workload, method: str, attention: str =
         config: Config of the model.
         work: The workload; `model`, `steps` and `warmup` have no effect.
         method: One of siftune's own in `cost.MEASURED`.
-        attention: `sdpa`, or `eager`, which stores scores.
-        settings: Further fields of the recipe, such as `checkpointing`.
+        settings: Further fields of the recipe, such as `checkpointing`, or `attention="eager"`, which stores scores.
 
     Raises:
         ModelError: It is no config of a causal language model.
@@ -110,10 +110,11 @@ def plan(config: PretrainedConfig, work: Workload, method: str, attention: str =
         True
     """
     dtype = (config.dtype or torch.bfloat16) if work.dtype == "auto" else getattr(torch, work.dtype)
-    all_true = fx.patch(meta_nonzero_assume_all_nonzero=True)  # a mask on the device selects everything
-    with all_true, TemporaryDirectory() as folder, _Counted() as counted, _Lists(), _flash_attention():  # type: ignore[no-untyped-call]
+    # a mask on the device selects everything
+    all_true = fx.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    with all_true, TemporaryDirectory() as folder, _Counted() as counted, _Lists(), _flash_attention():
         # fused AdamW is not implemented on this device, and needs the same memory
-        recipe = replace(work.recipe(method, folder), attention=attention, optim="adamw_torch", **settings)
+        recipe = replace(work.recipe(method, folder), **{"attention": "sdpa", "optim": "adamw_torch", **settings})
         period = _period(recipe)
         recipe = replace(recipe, steps=1 + period)
         try:
@@ -135,13 +136,16 @@ def plan(config: PretrainedConfig, work: Workload, method: str, attention: str =
 
 
 def _period(recipe: Recipe) -> int:
-    """Number of steps after which a method does the same again."""
-    return math.lcm(*(getattr(s, "interval", None) or getattr(s, "support_every", 1) for s in settings_of(recipe)))
+    """Number of steps in which a method does everything: scores layers, draws some, forms a support gradient."""
+    parts = zip(method_of(recipe).parts, settings_of(recipe), strict=True)
+    periods = [getattr(s, "support_every", 1) if part.rows else getattr(s, "interval", _DRAWS) for part, s in parts]
+    return math.lcm(*map(int, periods))
 
 
 def _counted_steps(recipe: Recipe, model: nn.Module, rows: Any, folder: Path, counted: "_Counted", period: int) -> Need:
     """Train one step, which creates the optimizer's states, and then those to count."""
-    built = build(recipe, model, SimpleNamespace(pad_token_id=0), {"train": rows}, folder)  # type: ignore[arg-type]
+    tokenizer: Any = SimpleNamespace(pad_token_id=0)
+    built = build(recipe, model, tokenizer, {"train": rows}, folder)
     trainer: Any = built.trainer
     trainer.add_callback(_AfterFirstStep(counted))
     vars(trainer.args)["_setup_devices"] = META  # the value of `args.device`
