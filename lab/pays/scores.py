@@ -43,7 +43,7 @@ from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.build import build
 from siftune.train.trainer import SiftTrainer
 
-_AT = (10, 20, 30, 60)  # steps after which the pool is scored
+_AT = (3, 6, 10, 20, 30, 40, 60)  # steps after which the pool is scored
 _ALSO = ("pool", "gradients", "gast")
 
 
@@ -79,6 +79,7 @@ class Work:
         seen = len(known) - held_out_count(len(known))
         self.seen, self.held_out = known.select(range(seen)), known.select(range(seen, len(known)))
         self.selected_R = np.zeros(len(self.pool), bool)  # by `siftune sift`, after `scores`
+        self.held_out_scores: dict[int, Floats] = {}  # K − B of the held-out known rows, after some steps
 
     def scores(self, also: Sequence[str]) -> dict[str, Floats]:
         """The scores by their names, each (rows,); `also` may have "pool", "gradients" and "gast"."""
@@ -88,7 +89,8 @@ class Work:
         scores = {"prompts": -similar_R}
         tuned = self._tuned(self.seen, after)
         last = after[STEPS]
-        held_out = losses_under(tuned.model, self.held_out) - held_out_before
+        self.held_out_scores = {steps: losses - held_out_before for steps, losses in self.held_out_scores.items()}
+        held_out = self.held_out_scores[STEPS]
         self.selected_R = choose(last - before, held_out, of_task(similar_R, similar_T)).rows_R
         scores |= {f"K − B, {steps} steps": losses - before for steps, losses in after.items()}
         ranks = last.argsort().argsort() + (last - before).argsort().argsort()
@@ -143,12 +145,14 @@ class Work:
 
         The model keeps its hooks of training.
         """
-        pool, at = self.pool, _AT if rows is self.seen else ()
+        pool, held_out, at = self.pool, self.held_out, _AT if rows is self.seen else ()
+        after_held_out = self.held_out_scores
 
         class Score(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
                 if state.global_step in at:
                     after[state.global_step] = losses_under(others["model"], pool)
+                    after_held_out[state.global_step] = losses_under(others["model"], held_out)
                     others["model"].train()
 
         with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             line += f"  correct against wrong {auc(values[target], values[wrong]):.3f}"
             line += f"  against other tasks {auc(values[target], values[~target & ~wrong]):.3f}"
         if "steps" in name:
+            held_out = work.held_out_scores[int(name.split()[-2])]
             line += f"  below 0: target {(values[target] < 0).mean():.0%}, others {(values[~target] < 0).mean():.0%}"
+            line += f", held-out {(held_out < 0).mean():.0%}"
         print(line)
     selected_R = work.selected_R
     shares = f"wrong {wrong.mean():.0%} before, {wrong[selected_R].mean():.0%} after"

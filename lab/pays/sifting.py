@@ -7,6 +7,7 @@ in what they do with the losses share them, in siftune's cache folder.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.schema import Recipe
-from siftune.sifting.scores import Floats, choose, held_out_count, lowest, of_task, scores
+from siftune.sifting.scores import (
+    Floats,
+    choose,
+    held_out_count,
+    lowest,
+    of_task,
+    scores,
+    too_few,
+    training_lengths,
+)
 from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.build import build
 
@@ -71,12 +81,13 @@ def losses_of(
     if "tuned" not in losses:
         losses |= {"base": losses_under(model, pool), "known_base": losses_under(model, unseen)}
         rows = concatenate_datasets([seen, pool.select(selected)]) if selected else seen
-        built = build(recipe, model, tokenizer, {"train": rows}, folder / "sifting")
-        built.trainer.train()
-        losses |= {
-            "tuned": losses_under(built.trainer.model, pool),
-            "known_tuned": losses_under(built.trainer.model, unseen),
-        }
+        for steps in training_lengths(recipe.steps or STEPS):
+            built = build(replace(recipe, steps=steps), load()[0], tokenizer, {"train": rows}, folder / "sifting")
+            built.trainer.train()
+            losses["known_tuned"] = losses_under(built.trainer.model, unseen)
+            if not too_few(scores(losses["known_tuned"], losses["known_base"])):
+                break
+        losses["tuned"] = losses_under(built.trainer.model, pool)
         built.release()
     place.parent.mkdir(parents=True, exist_ok=True)
     np.savez(place, **losses)

@@ -49,6 +49,29 @@ def lowest(scores_R: Floats, count: int, first_R: NDArray[np.bool_]) -> NDArray[
     return rows_R
 
 
+_TOO_FEW = 0.5  # of the held-out rows (ours)
+
+
+def too_few(target_T: Floats) -> bool:
+    """Whether a training on the target made half of its held-out rows less likely (ours): it learned them by heart.
+
+    Example:
+        >>> too_few(np.array([-1.0, -2.0, 0.5])), too_few(np.array([-1.0, 0.5]))
+        (False, True)
+    """
+    return bool((target_T >= 0).mean() >= _TOO_FEW)
+
+
+def training_lengths(steps: int) -> list[int]:
+    """Steps of the training on the target, and of shorter ones to try if the rows are too few for it (ours).
+
+    Example:
+        >>> training_lengths(60)
+        [60, 20, 6]
+    """
+    return [steps, *(length for length in (steps // 3, steps // 9) if length)]
+
+
 def held_out_count(rows: int) -> int:
     """Number of the target's rows that are held out of the training: a fifth, at least 8, at most half (ours).
 
@@ -67,7 +90,6 @@ class Choice(NamedTuple):
 
 
 _EXCESS = 0.1  # of the share of rows that the training made less likely (ours)
-_TOO_FEW = 0.5  # such a share of the target's own held-out rows (ours)
 
 
 def of_task(similar_R: Floats, similar_T: Floats) -> NDArray[np.bool_]:
@@ -90,8 +112,8 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
 
     A row contradicts the target if the training on the target made it less likely: its score is not below 0. So are
     correct rows that the training was too short for. Rows are therefore only left out by their scores if the share of
-    such rows is a tenth above that among the held-out rows, which are correct. Scores do not count at all if the
-    training made half of the held-out rows less likely: then the rows of the target are too few.
+    such rows is a tenth above that among the held-out rows, which are correct. If the target's rows are `too_few`, all
+    rows of the pool are selected: prompts alone would leave out the other tasks, but no wrong rows.
 
     Args:
         scores_R: Scores of the pool.
@@ -108,11 +130,11 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
     if not task_R.any():
         return Choice(task_R, "no prompt of the pool is like those of the target")
     unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
-    if of_target >= _TOO_FEW:
+    if too_few(target_T):
         return Choice(
-            task_R,
-            "their prompts are like the target's; completions do not count, because the training on the target made "
-            f"{of_target:.0%} of its held-out rows less likely (give more target rows)",
+            np.ones_like(task_R),
+            f"all are kept, because the training on the target made {of_target:.0%} of its held-out rows less likely: "
+            "give more target rows",
         )
     if unlikely - of_target < _EXCESS:
         return Choice(

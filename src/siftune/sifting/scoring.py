@@ -31,7 +31,17 @@ from siftune.models.modules import model_device
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import absolute_place
 from siftune.sifting.rows import PARTS, Few, Rows
-from siftune.sifting.scores import Choice, Floats, choose, lowest, of_task, scores, unlike
+from siftune.sifting.scores import (
+    Choice,
+    Floats,
+    choose,
+    lowest,
+    of_task,
+    scores,
+    too_few,
+    training_lengths,
+    unlike,
+)
 from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.folder.run import RunFolder
 from siftune.train.guards.memory import free
@@ -48,19 +58,8 @@ _WIDER = 4  # times the rows of a training step in a forward pass
 # settings of the trainings: those of the training that follows
 SAME = (
     *("model", "dtype", "quantize", "attention", "train_split", "columns", "template", "max_length", "completion_only"),
-    *(
-        "bad_rows",
-        "rank",
-        "alpha",
-        "targets",
-        "layers",
-        "lr",
-        "batch_size",
-        "accumulate",
-        "checkpointing",
-        "seed",
-        "deterministic",
-    ),
+    *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
+    "deterministic",
 )
 
 
@@ -91,7 +90,7 @@ def choose_by(work: Work, prepared: Prepared, few: Few, count: int | None) -> Pa
     unseen = {row.origin for row in few.unseen}
     aside = [number for number, row in enumerate(own_rows) if row.origin in unseen]
     held_out, seen = own.select(aside), own.select(sorted({*range(len(own_rows))} - {*aside}))
-    model = cache(partial(_tuned, work, few))  # loaded at most once, and only if something is missing
+    model = cache(partial(_tuned, work, few, held_out))  # loaded at most once, and only if something is missing
     after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
     all_R = scores(after, before)
     if not np.isfinite(all_R).all():
@@ -121,29 +120,34 @@ def _losses(work: Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tu
     name = f"{prefix(few)}{LOSSES}"
     done = from_first(lambda: {line["start"]: line for line in work.folder.lines(name)})
     starts = range(0, len(data), _CHUNK)
-    batch = _WIDER * work.recipe.batch_size
     with stages(work.console) as progress:
         for start in starts:
             if start in done:
                 continue
             model = tuned()
             progress("losses of the rows", start, len(data))
-            chunk = data[start : start + _CHUNK]
-            own = slice(rank(), None, world_size())  # each rank has a part of the chunk
-            rows = list(zip(chunk["input_ids"][own], chunk["labels"][own], strict=True))
-            part = torch.zeros(2, len(chunk["labels"]), dtype=torch.float64)
-            with short_rows():
-                results = [row_nll(model, rows, batch)]
-                with _earlier(model):
-                    results.append(row_nll(model, rows, batch))
-            for place, result in enumerate(results):
-                part[place, own] = torch.from_numpy(result.nll / np.maximum(result.tokens, 1))
-            after, before = (mean_over_ranks(part, model_device(model)) * world_size()).tolist()
-            done[start] = {"start": start, "after": after, "before": before}
+            after, before = _row_losses(work, model, data.select(range(start, min(start + _CHUNK, len(data)))))
+            done[start] = {"start": start, "after": after.tolist(), "before": before.tolist()}
             if rank() == 0:
                 work.folder.append(name, done[start])
     after_R, before_R = (np.concatenate([done[start][name] for start in starts]) for name in ("after", "before"))
     return after_R, before_R
+
+
+def _row_losses(work: Work, model: Any, data: Dataset) -> tuple[Floats, Floats]:
+    """Losses of rows under a model after the training and before it, in nats per label token; each (rows,) float64."""
+    own = slice(rank(), None, world_size())  # each rank has a part of the rows
+    rows = list(zip(data["input_ids"][own], data["labels"][own], strict=True))
+    part = torch.zeros(2, len(data), dtype=torch.float64)
+    batch = _WIDER * work.recipe.batch_size
+    with short_rows():
+        results = [row_nll(model, rows, batch)]
+        with _earlier(model):
+            results.append(row_nll(model, rows, batch))
+    for place, result in enumerate(results):
+        part[place, own] = torch.from_numpy(result.nll / np.maximum(result.tokens, 1))
+    after, before = (mean_over_ranks(part, model_device(model)) * world_size()).numpy()
+    return after, before
 
 
 def _similar(
@@ -188,8 +192,10 @@ def _earlier(model: Any) -> Iterator[None]:
         model.set_adapter("default")
 
 
-def _tuned(work: Work, few: Few) -> Any:
+def _tuned(work: Work, few: Few, held_out: Dataset) -> Any:
     """Tune the model on the few rows but the unseen ones, unless an earlier call has, and load it with the adapter.
+
+    If the training learns the target's rows by heart, as `too_few` tells by the held-out ones, a shorter one follows.
 
     Bad rows tune a model that was tuned on the pool, whose adapter is loaded too. Both are loaded even after trainings
     in this call, so that the losses of an interrupted call are the same.
@@ -210,17 +216,32 @@ def _tuned(work: Work, few: Few) -> Any:
         _tune(work, folder / POOL, pool, "the pool")
         shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
         own |= {**shape, "steps": _FURTHER, "from_adapter": str(folder / POOL)}
-    _tune(work, folder / TUNING, own, f"{counted(len(few.rows) - len(few.unseen), 'row')} of {few.title}")
-    source = work.source_of(recipe.model)
+    words = f"{counted(len(few.rows) - len(few.unseen), 'row')} of {few.title}"
+    if few.name == AVOID:
+        _tune(work, folder / TUNING, own, words)
+        tuned = _loaded(work, folder / TUNING)
+        tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
+        return tuned
+    for steps in training_lengths(work.steps):
+        place = folder / (TUNING if steps == work.steps else f"{TUNING}-{steps}")
+        _tune(work, place, {**own, "steps": steps}, f"{words}, {counted(steps, 'step')}")
+        tuned = _loaded(work, place)
+        after, before = _row_losses(work, tuned, held_out)
+        if not from_first(partial(too_few, scores(after, before))):
+            break
+        free()
+    return tuned
+
+
+def _loaded(work: Work, folder: Path) -> Any:
+    """Load the model with the adapter of a run folder."""
+    recipe, source = work.recipe, work.source_of(work.recipe.model)
     with first_rank_first():
         model, _ = source.load(recipe.dtype, recipe.quantize)
     use_attention(model, recipe.attention)
     if torch.accelerator.is_available() and recipe.quantize is None:  # quantized weights are there already
         model = model.to(torch.accelerator.current_accelerator())
-    tuned = load_adapter(model, folder / TUNING / "adapter", recipe.model)
-    if few.name == AVOID:
-        tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
-    return tuned
+    return load_adapter(model, folder / "adapter", recipe.model)
 
 
 def _tune(work: Work, folder: Path, settings: Mapping[str, Any], rows: str) -> None:

@@ -24,7 +24,7 @@ from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import named_rows, read_rows
 from siftune.sifting import scoring as module
-from siftune.sifting.scores import Choice, choose
+from siftune.sifting.scores import Choice, choose, training_lengths
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -57,13 +57,19 @@ def mean_state(model, tokenizer, prompt):
     return (states / states.norm()).numpy()
 
 
-def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task):
+@pytest.mark.parametrize("refused", [0, 1])
+def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task, monkeypatch, refused):
+    """Also if the first training learns the target's rows by heart, and a shorter one follows."""
+    given["steps"] = 9
+    steps, tried = training_lengths(given["steps"]), []
+    monkeypatch.setattr(module, "too_few", lambda held_out: tried.append(held_out) or len(tried) <= refused)
     sifted = sift(**given, console=QUIET)
     unseen = named_rows(str(tmp_path / "sifted" / "unseen.csv"))
     assert len(unseen) == 6  # half of the target's twelve rows: a fifth, at least 8, at most half
     by_hand = train(
         Recipe(
-            **{**given, "train": str(given["target"]), "target": None, "out": str(tmp_path / "by hand")},
+            **{**given, "train": str(given["target"]), "target": None, "out": str(tmp_path / "by hand")}
+            | {"steps": steps[refused]},
             drop_rows=str(tmp_path / "sifted" / "unseen.csv"),
         ),
         QUIET,
@@ -86,6 +92,8 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     similar = (prompts @ seen.T).max(1)
     np.testing.assert_allclose(sifted.similar, similar[:36], atol=2e-5)
     np.testing.assert_allclose([float(line["similarity"]) for line in found], similar[:36], atol=2e-5)
+    np.testing.assert_allclose(tried[refused], change[36:][aside], atol=2e-5)
+    assert len(tried) == refused + 1
     of_it = similar[:36] >= similar[36:][aside].min() - 1e-5
     assert 0 < of_it.sum() < 36
     chosen = choose(change[:36], change[36:][aside], of_it).rows_R.nonzero()[0].tolist()
