@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siftune.bench.cost import parse_methods
+from siftune.cli.bench import chosen
 from siftune.cli.main import COMMANDS, main
 from siftune.cli.options import parse
 from siftune.recipe.checks import check
@@ -111,7 +111,7 @@ def test_command_lines_are_understood(page):
         if command == "train":
             check(options)
         if command == "bench":
-            parse_methods(options.methods)
+            chosen(options)
 
 
 @every_page

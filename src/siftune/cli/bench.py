@@ -55,7 +55,7 @@ def run(options: Options) -> dict[str, Any]:
     options = _sized(options)
     if options.plan is not None:
         return _planned(options, options.plan)
-    methods = parse_methods(options.methods or "dense,rst,ist,gast-rest")
+    methods = chosen(options)
     against = [] if options.against is None else parse_methods(options.against)
     compared = list(dict.fromkeys(["dense" if "dense" in methods else methods[0], *against]))
     methods = list(dict.fromkeys([*methods, *against]))
@@ -101,6 +101,18 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
+def chosen(options: Options) -> list[str]:
+    """The methods to measure, or to compute with `plan`.
+
+    Raises:
+        RecipeError: A name is unknown, or its package is not installed.
+    """
+    if options.plan is None:
+        return parse_methods(options.methods or "dense,rst,ist,gast-rest")
+    private = ",dense-dp" if find_spec("opacus") else ""
+    return parse_methods(options.methods or f"dense,ist,gast-rest,gast-sample{private}", PLANNED)
+
+
 def _workload(options: Options) -> Workload:
     return Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
 
@@ -127,8 +139,7 @@ def _planned(options: Options, model: str) -> dict[str, Any]:
     for name in _NOT_PLANNED:
         if getattr(options, name) != getattr(Options, name):
             raise RecipeError(f"{name} has no effect with --plan, which measures nothing: leave it out")
-    private = ",dense-dp" if find_spec("opacus") else ""
-    methods = parse_methods(options.methods or f"dense,ist,gast-rest,gast-sample{private}", PLANNED)
+    methods = chosen(options)
     from siftune.bench.plan import config_of, plan
     from siftune.report.bench import plan_note, plan_table
     from siftune.report.table import print_table
