@@ -222,13 +222,15 @@ def _tuned(work: Work, few: Few, held_out: Dataset) -> Any:
         tuned = _loaded(work, folder / TUNING)
         tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
         return tuned
-    for steps in training_lengths(work.steps):
+    lengths = training_lengths(work.steps)
+    for steps in lengths:
         place = folder / (TUNING if steps == work.steps else f"{TUNING}-{steps}")
         _tune(work, place, {**own, "steps": steps}, f"{words}, {counted(steps, 'step')}")
         tuned = _loaded(work, place)
         after, before = _row_losses(work, tuned, held_out)
-        if not from_first(partial(too_few, scores(after, before))):
+        if steps == lengths[-1] or not from_first(partial(too_few, scores(after, before))):
             break
+        del tuned  # the next training loads a model of its own
         free()
     return tuned
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,21 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     chosen = choose(change[:36], change[36:][aside], of_it).rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
     assert 0 < len(chosen) < 36
+
+
+def test_a_shorter_training_begins_without_the_model_of_the_longer(given, monkeypatch):
+    models, at_start, tune, load = [], [], module._tune, module._loaded
+
+    def loaded(*arguments):
+        model = load(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(module, "too_few", lambda _: True)
+    monkeypatch.setattr(module, "_loaded", loaded)
+    monkeypatch.setattr(module, "_tune", lambda *a: at_start.append([m() is None for m in models]) or tune(*a))
+    sift(**{**given, "steps": 3}, console=QUIET)
+    assert at_start == [[], [True]]
 
 
 def records(path):
