@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 _BEYOND = 1e100
@@ -60,6 +62,34 @@ def visible(text: str) -> str:
         else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of files or folders, with as many of the folders above as are needed to distinguish them.
+
+    Example:
+        >>> short_names([Path("a/run"), Path("b/run"), Path("b/run")])
+        ['a/run', 'b/run', 'b/run']
+    """
+    parts = [path.absolute().parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(path) for path in paths]
+
+
+_POSITION = re.compile(r":\d+$| row \d+$")
+
+
+def file_of(place: str) -> str:
+    """The file or data set that a row's place names.
+
+    Example:
+        >>> file_of("data/pool.jsonl:17"), file_of("pool.parquet row 3")
+        ('data/pool.jsonl', 'pool.parquet')
+    """
+    return _POSITION.sub("", place)
 
 
 def jsonable(value: Any, digits: int | None = None) -> Any:

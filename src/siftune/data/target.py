@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
+from pathlib import Path
 
+from siftune.base.text import file_of, short_names
 from siftune.data.rows import Row, row_texts
 
 SOURCE = "source"  # optional column with the origin of a row
@@ -53,8 +55,11 @@ def sources(rows: Sequence[Row]) -> list[str]:
 
 
 def source_or_file(rows: Sequence[Row]) -> list[str]:
-    """Return the column `source` of rows, or the file that they are in."""
-    return [str(row.extra.get(SOURCE, row.origin.rpartition(":")[0])) for row in rows]
+    """Return the column `source` of rows, or the name of the file that they are in, with folders to distinguish it."""
+    files = [file_of(row.origin) for row in rows]
+    paths = [*dict.fromkeys(files)]
+    names = dict(zip(paths, short_names([Path(path) for path in paths]), strict=True))
+    return [str(row.extra.get(SOURCE, names[file])) for row, file in zip(rows, files, strict=True)]
 
 
 def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> tuple[list[Row], list[Row]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siftune.base.text import counted
+from siftune.base.text import counted, short_names
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.recipe.read import recipe_values
 from siftune.recipe.schema import Recipe
@@ -15,7 +15,7 @@ from siftune.report.charts import Point, Scale, scatter
 from siftune.report.evals import label_of
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData, Subjects
-from siftune.report.words import NBSP, data_name, listed, memory, percent, points, short, short_names
+from siftune.report.words import NBSP, data_name, listed, memory, percent, points, short
 
 _FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
 

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import refuse_links
-from siftune.base.text import finite, parsed
+from siftune.base.text import finite, parsed, short_names
 from siftune.offsite.kit.folder import is_kit
 from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manifest
 from siftune.offsite.kit.strict import read_bytes
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
-from siftune.report.words import duration, short_names
+from siftune.report.words import duration
 from siftune.sifting.run import FOLDER as SIFTING
 from siftune.sifting.run import RECORD as SIFT_RECORD
 from siftune.train.folder.run import RECIPE

@@ -84,21 +84,6 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """Names of files or folders, with as many of the folders above as are needed to distinguish them.
-
-    Example:
-        >>> short_names([Path("a/run"), Path("b/run"), Path("b/run")])
-        ['a/run', 'b/run', 'b/run']
-    """
-    parts = [path.absolute().parts for path in paths]
-    for depth in range(1, max(map(len, parts), default=0)):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return [str(path) for path in paths]
-
-
 _FILE = re.compile(r"\.(jsonl|ndjson|json|csv|parquet|txt)$")
 
 
@@ -115,9 +100,6 @@ def data_name(data: str) -> str:
     return share + of + " and ".join(names)
 
 
-_POSITION = re.compile(r":\d+$| row \d+$")
-
-
 def short_places(places: Sequence[str]) -> dict[str, str]:
     """Places of rows by the names of their files, such as pool.jsonl:17, that distinguish the files.
 
@@ -125,8 +107,8 @@ def short_places(places: Sequence[str]) -> dict[str, str]:
         >>> short_places(["data/pool.jsonl:17"])
         {'data/pool.jsonl:17': 'pool.jsonl:17'}
     """
-    files = {place: _POSITION.sub("", place) for place in places}
-    names = dict(zip(files.values(), short_names([Path(file) for file in files.values()]), strict=False))
+    files = {place: words.file_of(place) for place in places}
+    names = dict(zip(files.values(), words.short_names([Path(file) for file in files.values()]), strict=False))
     return {place: names[file] + place[len(file) :] for place, file in files.items()}
 
 

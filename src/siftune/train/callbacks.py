@@ -33,7 +33,8 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         active: Returns the number of layers that train in the current step.
         compiling: Returns the seconds spent on compilation so far.
 
-    Speed is that of steps alone, without the first one after a start, compilation, evaluations and checkpoints.
+    Speed is that of steps alone, without compilation, evaluations and checkpoints, and begins with the second line after a
+    start.
     """
 
     def __init__(self, folder: RunFolder, active: Callable[[], int], compiling: Callable[[], float] = float) -> None:
@@ -41,19 +42,16 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self._active = active
         self._compiling = compiling
         self._compiled = 0.0
-        self._since: float | None = None  # None before the end of the first step
+        self._since: float | None = None  # None before the first line: the Trainer counts tokens with each line
         self._seconds = 0.0
         self._tokens = 0
         self._steps = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the step's time, and log the last step too: the summary reads the log."""
-        now = self._clock()
-        if self._since is None:
-            self._tokens, self._steps = int(state.num_input_tokens_seen), state.global_step
-        else:
-            self._seconds += now - self._since
-        self._since = now
+        if self._since is not None:
+            now = self._clock()
+            self._seconds, self._since = self._seconds + now - self._since, now
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -77,6 +75,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             compiled = self._compiling()
             logs |= {"compile_seconds": round(compiled - self._compiled, 3)} if compiled > self._compiled else {}
             self._seconds, self._compiled = 0.0, compiled
+            self._since = self._clock() if self._since is None else self._since
             self._tokens, self._steps = int(state.num_input_tokens_seen), state.global_step
         logs.pop("train_tokens_per_second", None)  # the Trainer's, which includes evaluations
         if state.is_world_process_zero:
@@ -103,7 +102,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero or not self._console.is_terminal:
             return
         columns = (
-            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(), TextColumn("left"),
         )  # fmt: skip
         self._bar = Progress(*columns, console=self._console)
@@ -128,7 +127,8 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
             self._bar.update(self._task, figures="  ".join(self._newest.values()))
         else:
             left = self._time_left(state) if kind == "loss" else ""
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {self._newest[kind]}{left}")
+            line = f"step {state.global_step}/{state.max_steps}  {self._newest[kind]}{left}"
+            self._console.print(line, markup=False)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from siftune.base.text import one_line
 from siftune.data.rows import Row
 from siftune.data.target import source_or_file
 from siftune.engine.ranks import columns_of_ranks
@@ -83,6 +83,6 @@ class SourceLosses(TrainerCallback):  # type: ignore[misc]
 
 def _names(rows: Sequence[Row]) -> list[str]:
     """Source of each row, "" for those of few rows; empty if all rows are of one source."""
-    names = [Path(name).name for name in source_or_file(rows)]
+    names = [one_line(name) for name in source_or_file(rows)]
     largest = [name for name, _ in Counter(names).most_common(_MOST)]
     return [name if name in largest else "" for name in names] if len(largest) > 1 else []

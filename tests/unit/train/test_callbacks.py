@@ -60,12 +60,16 @@ def test_speed_is_that_of_steps_alone(tmp_path, clock):
     compiling = [0.0]
     metrics = Metrics(RunFolder(tmp_path), lambda: 7, lambda: compiling[0])
     clock.now += 20
-    send(metrics, "on_step_end", state(6, tokens=1000))  # the first of a resumed run: not timed
+    send(metrics, "on_step_end", state(5, tokens=900))
+    clock.now += 2
+    send(metrics, "on_step_end", state(6, tokens=900))
+    resumed = send(metrics, "on_log", state(6, tokens=1000), {"loss": 2.5})  # tokens are counted with a line
+    assert {"loss", "peak_memory_mb", "active_layers"} == set(resumed)
     clock.now += 32
     compiling[0] = 30.0
-    send(metrics, "on_step_end", state(7, tokens=1100))
+    send(metrics, "on_step_end", state(7, tokens=1000))
     clock.now += 2
-    send(metrics, "on_step_end", state(8, tokens=1200))
+    send(metrics, "on_step_end", state(8, tokens=1000))
     first = send(metrics, "on_log", state(8, tokens=1200), {"loss": 2.0})
     assert (first["tokens_per_second"], first["seconds_per_step"], first["compile_seconds"]) == (50.0, 2.0, 30.0)
     assert (first["active_layers"], first["peak_memory_mb"] > 10) == (7, True)
@@ -80,7 +84,8 @@ def test_speed_is_that_of_steps_alone(tmp_path, clock):
     second = send(metrics, "on_log", state(10, tokens=1300), {"loss": 1.0})
     assert (second["tokens_per_second"], second["seconds_per_step"]) == (100.0, 0.5)
     written = lines(tmp_path / "metrics.jsonl")
-    assert written == [{"step": 8, **first}, {"step": 8, "eval_loss": 1.5}, {"step": 10, **second}]
+    expected = [{"step": 6, **resumed}, {"step": 8, **first}, {"step": 8, "eval_loss": 1.5}, {"step": 10, **second}]
+    assert written == expected
 
 
 def test_the_first_step_has_no_speed(tmp_path, clock):
@@ -115,12 +120,12 @@ def test_plain_lines_without_a_terminal(clock):
     clock.now += 6
     send(view, "on_step_end", state(6))
     send(view, "on_log", state(6), dict(LOG))
-    send(view, "on_log", state(6), {"eval_loss": 1.0})
+    send(view, "on_log", state(6), {"eval_loss": 1.0, "eval_loss/[/web]": 2.0})
     send(view, "on_train_end", state(10))
     log = "loss 1.2346  12,346 tokens/s  peak 2,048 MB  7 layers active"
     # two of the six remaining steps took six seconds
     assert output.getvalue().splitlines() == [
-        "step 4/10  loss 3.0000", f"step 6/10  {log}  12 s left", "step 6/10  held-out loss 1.0000",
+        "step 4/10  loss 3.0000", f"step 6/10  {log}  12 s left", "step 6/10  held-out loss 1.0000 ([/web] 2.0000)",
     ]  # fmt: skip
 
 
@@ -130,14 +135,14 @@ def test_a_bar_on_a_terminal():
     send(view, "on_train_begin", state(0))
     for step in range(1, 11):
         send(view, "on_step_end", state(step))
-        send(view, "on_log", state(step), {"eval_loss": 0.25})
+        send(view, "on_log", state(step), {"eval_loss": 0.25, "eval_loss/[/web]": 0.5})
         send(view, "on_log", state(step), dict(LOG))
     view.close()
     view.close()
     text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", output.getvalue())
     assert "10/10" in text
     assert "loss 1.2346" in text
-    assert "held-out loss 0.2500" in text
+    assert "held-out loss 0.2500 ([/web] 0.5000)" in text
     assert re.search(r"\d:\d\d:\d\d left", text)
 
 

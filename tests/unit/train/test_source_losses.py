@@ -4,11 +4,15 @@ import json
 import math
 import shutil
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from rich.console import Console
 from support.tiny_run import lines, recipe
 from transformers import AutoTokenizer
 
+from siftune.data.read import load_rows
+from siftune.data.target import source_or_file
 from siftune.evaluate.likelihood import row_nll
 from siftune.records.visits import read_visits
 from siftune.train.run import train
@@ -73,6 +77,17 @@ def test_files_are_sources_and_one_source_has_no_further_losses(base, tmp_path):
     assert {key for key in keys if "loss/" in key} == {"loss/a.jsonl", "loss/b.jsonl"}
     train(recipe(base, first, tmp_path / "one", method="dense", steps=2), QUIET)
     assert not any("loss/" in key for line in lines(tmp_path / "one" / "metrics.jsonl") for key in line)
+
+
+def test_names_of_sources(tmp_path):
+    files = [tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl", tmp_path / "c" / "x.parquet"]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+    for file in files[:2]:
+        write(file, 2, lambda at: "web/en" if at else None)
+    parquet.write_table(pa.table({"text": ["one"]}), files[2])
+    rows = [row for file in files for row in load_rows(str(file))]
+    assert source_or_file(rows) == ["a/x.jsonl", "web/en", "b/x.jsonl", "web/en", "c/x.parquet"]
 
 
 def test_a_resumed_run_has_the_same_lines(base, tmp_path):
