@@ -3,8 +3,8 @@
 FOLDER/
   sift.json        the settings and digests of rows that results depend on; later also counts and seconds
   unseen.csv       the rows of the target that the training leaves out
-  tuning/          run folder of the training on the other rows of the target; `tuning-20` and so on of shorter ones,
-                   if the rows are too few for it
+  tuning/          run folder of the training on the other rows of the target; `tuning-20` of a shorter one, if the
+                   rows are too few for it
   losses.jsonl     a line for every 512 rows: their losses after that training and before
   similar.jsonl    a line: the similarity of the prompts of the pool, and of the unseen rows, to those of the other rows
   scores.csv       every row of the pool: place, score, both losses, similarity, whether it was selected, and the start

@@ -63,13 +63,13 @@ def too_few(target_T: Floats) -> bool:
 
 
 def training_lengths(steps: int) -> list[int]:
-    """Steps of the training on the target, and of shorter ones to try if the rows are too few for it (ours).
+    """Steps of the training on the target, and of a shorter one if the rows are too few for it (ours).
 
     Example:
         >>> training_lengths(60)
-        [60, 20, 6]
+        [60, 20]
     """
-    return [steps, *(length for length in (steps // 3, steps // 9) if length)]
+    return [steps, *([steps // 3] if steps >= 3 else [])]
 
 
 def held_out_count(rows: int) -> int:
