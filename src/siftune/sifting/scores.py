@@ -62,6 +62,17 @@ def too_few(target_T: Floats) -> bool:
     return bool((target_T >= 0).mean() >= _TOO_FEW)
 
 
+def why_too_few(target_T: Floats) -> str:
+    """What the training did to the held-out rows of a target that is `too_few`, and what to do.
+
+    Example:
+        >>> why_too_few(np.array([-1.0, 0.5]))
+        'the training on the target made 50% of its held-out rows less likely: give more target rows'
+    """
+    unlikely = float((target_T >= 0).mean())
+    return f"the training on the target made {unlikely:.0%} of its held-out rows less likely: give more target rows"
+
+
 def training_lengths(steps: int) -> list[int]:
     """Steps of the training on the target, and of a shorter one if the rows are too few for it (ours).
 
@@ -125,7 +136,7 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
         >>> choose(pool, np.array([-2.0, -1.0, 0.5]), task).rows_R.tolist()
         [True, False, False, False]
         >>> choose(pool, np.array([-4.0, 2.0, 0.5]), task).rows_R.tolist()
-        [True, True, True, False]
+        [True, True, True, True]
     """
     if not task_R.any():
         return Choice(task_R, "no prompt of the pool is like those of the target")
@@ -133,8 +144,7 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
     if too_few(target_T):
         return Choice(
             np.ones_like(task_R),
-            f"all are kept, because the training on the target made {of_target:.0%} of its held-out rows less likely: "
-            "give more target rows",
+            f"the target leaves out none, because {why_too_few(target_T)}",
         )
     if unlikely - of_target < _EXCESS:
         return Choice(

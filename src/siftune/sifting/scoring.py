@@ -41,6 +41,7 @@ from siftune.sifting.scores import (
     too_few,
     training_lengths,
     unlike,
+    why_too_few,
 )
 from siftune.sifting.similarity import embed, nearest, prompt_of
 from siftune.train.folder.run import RunFolder
@@ -105,7 +106,9 @@ def choose_by(work: Work, prepared: Prepared, few: Few, count: int | None) -> Pa
         task_R = of_task(columns["similarity"], similar_T)
         choice = choose(score_R, few_T, task_R)
         if count is not None:
-            choice = Choice(lowest(score_R, count, task_R), "those with the lowest scores, as many as asked for")
+            doubt = f", although {why_too_few(few_T)}" if too_few(few_T) else ""
+            reason = f"those with the lowest scores, as many as asked for{doubt}"
+            choice = Choice(lowest(score_R, count, task_R), reason)
         if not choice.rows_R.any():
             raise DataError(
                 f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
@@ -230,7 +233,7 @@ def _tuned(work: Work, few: Few, held_out: Dataset) -> Any:
         after, before = _row_losses(work, tuned, held_out)
         if steps == lengths[-1] or not from_first(partial(too_few, scores(after, before))):
             break
-        del tuned  # the next training loads a model of its own
+        tuned = None  # the next training loads a model of its own
         free()
     return tuned
 

@@ -33,8 +33,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         active: Returns the number of layers that train in the current step.
         compiling: Returns the seconds spent on compilation so far.
 
-    Speed is that of steps alone, without compilation, evaluations and checkpoints, and begins with the second line after a
-    start.
+    Speed is that of steps alone, without compilation, evaluations and checkpoints. A start's first line has none.
     """
 
     def __init__(self, folder: RunFolder, active: Callable[[], int], compiling: Callable[[], float] = float) -> None:

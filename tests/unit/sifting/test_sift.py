@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import weakref
@@ -113,8 +114,9 @@ def test_a_shorter_training_begins_without_the_model_of_the_longer(given, monkey
     monkeypatch.setattr(module, "too_few", lambda _: True)
     monkeypatch.setattr(module, "_loaded", loaded)
     monkeypatch.setattr(module, "_tune", lambda *a: at_start.append([m() is None for m in models]) or tune(*a))
-    sift(**{**given, "steps": 3}, console=QUIET)
+    sifted = sift(**{**given, "steps": 3}, share=9, console=QUIET)
     assert at_start == [[], [True]]
+    assert re.search("as many as asked for, although the training .* give more target rows", sifted.reason)
 
 
 def records(path):

@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from siftune.base.determinism import deterministic_algorithms
 from siftune.base.environment import launch_size
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import Progress
@@ -203,7 +204,8 @@ def _tuned(
         # a rate that breaks a step is a result
         built = build(quiet, model, tokenizer, used, Path(folder), [StepProgress(steps)], bad_steps=0)
         try:
-            built.trainer.train()
+            with deterministic_algorithms(recipe.deterministic):
+                built.trainer.train()
         finally:
             built.release()
     losses = [entry["loss"] for entry in built.trainer.state.log_history if "loss" in entry]

@@ -26,6 +26,7 @@ from siftune.train.rates import sweep as lr_sweep
 from siftune.train.rates.grid import Grid, grid_of, rate_text, recipes_of
 from siftune.train.rates.sweep import open_sweep, run_missing
 from siftune.train.run import train
+from siftune.train.trainer import SiftTrainer
 
 QUIET = Console(quiet=True)
 
@@ -100,6 +101,18 @@ def test_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
     assert len(runs) == 2
     assert most == 1
     assert not (tmp_path / "unused").exists()
+
+
+def test_deterministic_algorithms_of_the_recipe_are_used(plain, tmp_path, monkeypatch):
+    on, step = [], SiftTrainer.training_step
+
+    def watched(self, *args, **kwargs):
+        on.append(torch.are_deterministic_algorithms_enabled())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SiftTrainer, "training_step", watched)
+    swept(replace(plain, deterministic=True, steps=1), grid("dense", rates=(1e-3,)), tmp_path / "lr")
+    assert set(on) == {True}
 
 
 def test_a_rate_that_breaks_training_is_a_result(plain, tmp_path):
