@@ -28,7 +28,7 @@ class Options(Validated):
     model: str = "smollm2"
     """Model to score with, best the one to fine-tune: a folder, a hub id, smollm2, or a kit."""
     train: str | tuple[str, ...] = ""
-    """The pool: a .jsonl, .json, .csv or .parquet file, or a hub id; or several, which are concatenated."""
+    """The pool: a .jsonl, .json, .csv, .parquet or .txt file, or a hub id; or several, which are concatenated."""
     target: str | None = None
     """At least 8 correct rows of the task: a file or hub id. Without it, rows are only left out, by --avoid."""
     avoid: str | None = None
