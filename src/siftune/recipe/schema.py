@@ -172,8 +172,7 @@ class Recipe(Validated):
     seed: Seed = 0
     """Random seed."""
     deterministic: bool = False
-    """Use deterministic algorithms alone: on the same machine a run repeats bit for bit, also on an accelerator, but
-    takes more time."""
+    """Use torch's deterministic algorithms alone: runs repeat bit for bit on the same machine, but take longer."""
 
     out: str | None = None
     """Run folder. Default: runs/DATE-METHOD."""
