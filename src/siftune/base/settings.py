@@ -306,9 +306,9 @@ def documented(kind: type[S]) -> type[S]:
     for field in fields(owner):
         values, line = described(types_of(owner)[field.name]), help_of(owner)[field.name]
         text = f"{field.name}: {line} Values: {values}; default: {field.default}."
-        lines.append(textwrap.fill(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 12))
-    if kind.__doc__ and lines:
-        kind.__doc__ = kind.__doc__.replace("    Args:\n", "    Args:\n" + "\n".join(lines) + "\n", 1)
+        lines.append(textwrap.fill(text, 112, initial_indent=" " * 4, subsequent_indent=" " * 8))
+    if kind.__doc__ and lines:  # without indentation, as Python has it from 3.13 on
+        kind.__doc__ = inspect.cleandoc(kind.__doc__).replace("Args:\n", "Args:\n" + "\n".join(lines) + "\n", 1)
     plain = get_type_hints(kind)
     signature = inspect.signature(kind.__init__)
     _, *given = signature.parameters.values()

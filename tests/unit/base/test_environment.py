@@ -28,7 +28,7 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
 
 
 def test_versions_and_hardware():
-    assert versions()["torch"] == torch.__version__
+    assert torch.__version__.startswith(versions()["torch"])
     assert {"python", "siftune", "transformers", "peft"} <= set(versions())
     assert hardware()
 

@@ -53,6 +53,7 @@ def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkey
     assert "the model is used in float32" in caplog.text
     assert load_model(str(saved), "bfloat16")[0].dtype == torch.bfloat16  # asked for by name
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr(load, "_has_bfloat16", lambda: True)
     assert load_model(str(saved))[0].dtype == torch.bfloat16
 
 

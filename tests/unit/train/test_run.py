@@ -85,7 +85,7 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["summary"] == done.summary
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])
     assert record["hardware"]
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     assert tokenizer("a?").input_ids == AutoTokenizer.from_pretrained(base)("a?").input_ids
