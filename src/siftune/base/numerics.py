@@ -32,13 +32,13 @@ def has_float64(kind: str) -> bool:
     return True
 
 
-def copies_unwaited(kind: str) -> bool:
+def copies_asynchronously(kind: str) -> bool:
     """Whether the host may continue while it copies a tensor to a device of a type, such as "cuda".
 
     On Apple's devices the copy may then read memory that is in use for something else (pytorch#189690).
 
     Example:
-        >>> copies_unwaited("cuda"), copies_unwaited("mps")
+        >>> copies_asynchronously("cuda"), copies_asynchronously("mps")
         (True, False)
     """
     return kind != "mps"

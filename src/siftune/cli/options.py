@@ -142,7 +142,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
     options = {option.key: option for option in _options(kind)}
     words = [_dashed(word) for word in arguments]
     files = [word for word in words if _is_recipe(word)] if issubclass(kind, Recipe) else []
-    parser = _parser(kind, list(options.values()), program, _ALL in words)
+    parser = _parser(kind, list(options.values()), program, every=_ALL in {*words})
     try:
         found, rest = parser.parse_known_intermixed_args([word for word in words if word not in files])
     except argparse.ArgumentError as error:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from siftune.base.errors import AdapterError, LayerError, UnsupportedError
-from siftune.base.numerics import copies_unwaited
+from siftune.base.numerics import copies_asynchronously
 
 IGNORED = -100  # label of a token without a loss, as in torch's cross entropy
 
@@ -84,12 +84,12 @@ def places(mask_BT: Tensor) -> Tensor:
 
 def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Move a batch of the CPU to a device, without waiting for it if possible: label positions are found before."""
-    unwaited = copies_unwaited(device.type)
-    there: dict[str, Any] = send_to_device(dict(batch), device, non_blocking=unwaited)
+    asynchronous = copies_asynchronously(device.type)
+    there: dict[str, Any] = send_to_device(dict(batch), device, non_blocking=asynchronous)
     own, labels = batch.get("labels"), there.get("labels")
     if isinstance(own, Tensor) and isinstance(labels, Tensor) and own.ndim == 2 and labels is not own:
         positions = label_positions(labels)
-        places.keep(positions, places(label_positions(own)).to(device, non_blocking=unwaited))
+        places.keep(positions, places(label_positions(own)).to(device, non_blocking=asynchronous))
         label_positions.keep(labels, positions)  # which was called for the CPU's in between
     return there
 

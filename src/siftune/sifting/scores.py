@@ -138,14 +138,14 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
         >>> choose(pool, np.array([-4.0, 2.0, 0.5]), task).rows_R.tolist()
         [True, True, True, True]
     """
-    if not task_R.any():
-        return Choice(task_R, "no prompt of the pool is like those of the target")
-    unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
     if too_few(target_T):
         return Choice(
             np.ones_like(task_R),
             f"the target leaves out none, because {why_too_few(target_T)}",
         )
+    if not task_R.any():
+        return Choice(task_R, "no prompt of the pool is like those of the target")
+    unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
     if unlikely - of_target < _EXCESS:
         return Choice(
             task_R,

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from siftune.base.errors import RecipeError, UnsupportedError
-from siftune.base.numerics import copies_unwaited
+from siftune.base.numerics import copies_asynchronously
 from siftune.base.settings import nearest
 from siftune.base.text import one_line
 from siftune.data.batches import Collator
@@ -211,7 +211,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         close = nearest(recipe.optim, [each.value for each in OptimizerNames])
         raise RecipeError(f"optim has the unknown name {recipe.optim!r}; did you mean {close or Recipe.optim!r}?")
     kind = _accelerator()
-    unwaited = kind is not None and copies_unwaited(kind)
+    asynchronous = kind is not None and copies_asynchronously(kind)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=recipe.batch_size,
@@ -240,8 +240,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         metric_for_best_model="loss" if holds_out(recipe) else None,
         prediction_loss_only=True,
         remove_unused_columns=False,  # the collator selects columns
-        dataloader_pin_memory=unwaited,
-        accelerator_config={"non_blocking": unwaited},  # the host does not wait for copies of batches
+        dataloader_pin_memory=asynchronous,
+        accelerator_config={"non_blocking": asynchronous},  # the host does not wait for copies of batches
         logging_nan_inf_filter=False,  # `SiftTrainer` does so without waiting for the loss
         disable_tqdm=True,
         report_to=list(recipe.report_to),

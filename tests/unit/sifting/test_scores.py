@@ -41,7 +41,7 @@ def test_the_choice_is_that_of_exact_arithmetic(rows, target):
     values, task = parts(rows)
     own = [value for value, of_it in zip(values, task, strict=True) if of_it]
     expected = task
-    if own and 2 * sum(v >= 0 for v in target) >= len(target):
+    if 2 * sum(v >= 0 for v in target) >= len(target):
         expected = [True] * len(task)
     elif own:
         excess = Fraction(sum(v >= 0 for v in own), len(own)) - Fraction(sum(v >= 0 for v in target), len(target))
@@ -61,6 +61,7 @@ def test_rows_that_contradict_the_target_are_left_out_only_if_there_are_more_tha
 def test_all_rows_are_kept_if_the_training_made_half_of_the_held_out_rows_less_likely():
     task, pool = np.array([True] * 9 + [False]), np.array([-1.0] + [1.0] * 9)
     assert choose(pool, np.array([-9.0] * 4 + [0.1] * 4), task).rows_R.all()
+    assert choose(pool, np.array([-9.0] * 4 + [0.1] * 4), ~task & task).rows_R.all()  # also if no prompt is like it
     assert choose(pool, np.array([-0.1] * 5 + [9.0] * 4), task).rows_R.tolist() == [True] + [False] * 9
 
 

@@ -31,11 +31,11 @@ def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):
     assert "of 3 GPUs the first is used" in caplog.text
 
 
-@pytest.mark.parametrize(("kind", "unwaited"), [("cuda", True), ("mps", False), (None, False)])
-def test_the_host_waits_for_copies_to_apples_devices(tmp_path, monkeypatch, kind, unwaited):
+@pytest.mark.parametrize(("kind", "asynchronous"), [("cuda", True), ("mps", False), (None, False)])
+def test_the_host_waits_for_copies_to_apples_devices(tmp_path, monkeypatch, kind, asynchronous):
     monkeypatch.setattr(build, "_accelerator", lambda: kind)
     arguments = training_arguments(Recipe(), tmp_path, fp16=False)
-    assert arguments.accelerator_config.non_blocking is unwaited
+    assert arguments.accelerator_config.non_blocking is asynchronous
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from siftune.base.numerics import copies_unwaited, has_float64
+from siftune.base.numerics import copies_asynchronously, has_float64
 from siftune.engine.groups import LayerGroup
 
 ALL_LAYERS = -1  # layer number of a choice for all layers
@@ -86,7 +86,7 @@ class Choosing:
         """The uniform numbers on a device, copied there once; float64 if it has it."""
         if self._uniform.device != device:
             dtype = torch.float64 if has_float64(device.type) else torch.float32
-            self._uniform = self._uniform.to(dtype).to(device, non_blocking=copies_unwaited(device.type))
+            self._uniform = self._uniform.to(dtype).to(device, non_blocking=copies_asynchronously(device.type))
         return self._uniform
 
     def note(self, unit: Unit, scores_S: Tensor | None, chosen_K: Tensor) -> None:
