@@ -4,11 +4,11 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from lab.keep.arms import Elastic, OwnRows, fisher_ratios, orthogonal_adapters, train_best_half
 from lab.lines import work_off
 from lab.pays import pool as pools
 from lab.pays.job import Work, _load
@@ -20,7 +20,6 @@ from siftune.engine.suppression import suppress
 from siftune.methods.keep import callback
 from siftune.methods.keep.callback import Keep, Penalty
 from siftune.methods.keep.texts import sample_texts
-from siftune.models.loss import cross_entropy, next_labels
 
 Record = dict[str, Any]
 
@@ -28,15 +27,7 @@ SCALES = (0.25, 0.5, 0.75)  # of the adapter after training
 _OTHERS = 60  # held-out rows of each other task, and of text
 _PROSE = 32  # tokens of a piece of prose
 _TEXTS, _LENGTH = 128, 32
-
-
-class OwnRows(Penalty):
-    """Cross entropy on the texts, instead of the divergence."""
-
-    def __call__(self, number: int) -> Tensor:
-        """The mean loss of a group."""
-        batch = self._batches[number]
-        return cross_entropy(self._logits(batch), next_labels(batch["labels"])).mean()
+_LOSSES = {"kl": Penalty, "ce": OwnRows, "ewc": Elastic}
 
 
 def prose(tokenizer: Any) -> dict[str, list[Record]]:
@@ -55,21 +46,36 @@ def prose(tokenizer: Any) -> dict[str, list[Record]]:
 
 
 class KeepWork(Work):
-    """A job with a penalty."""
+    """A job with a penalty, a gate of layers or an adapter of another kind."""
+
+    seconds_sampling = 0.0
+
+    def run(self) -> Record:
+        """Train and measure."""
+        with orthogonal_adapters() if self.method.get("oft") else nullcontext():
+            return super().run()
 
     def _take_over(self, built: Any, rows: Sequence[Record]) -> SubsetTrainer:
         keep = self.method.get("penalty")
+        if self.method.get("gate"):
+            texts = self._texts("own", built.trainer.model, rows)
+            started = time.process_time()
+            task = self.tokenized(random.Random(self.job["seed"]).sample(list(rows), min(_TEXTS, len(rows))))
+            self.layers = train_best_half(built.trainer.model, fisher_ratios(built.trainer.model, list(task), texts))
+            self.seconds_sampling += time.process_time() - started
         if keep is not None:
             settings = {key: value for key, value in keep.items() if key not in ("rows", "loss")}
             texts = self._texts(keep["rows"], built.trainer.model, rows)
-            callback.Penalty = OwnRows if keep.get("loss") == "ce" else Penalty  # type: ignore[misc]
+            callback.Penalty = _LOSSES[keep.get("loss", "kl")]  # type: ignore[misc]
             built.trainer.add_callback(Keep(texts, seed=self.job["seed"], **settings))
         return super()._take_over(built, rows)
 
     def _texts(self, kind: str, model: Any, rows: Sequence[Record]) -> Any:
-        """The texts of the penalty: own ones begin freely, or half with prompts of training rows, or are public."""
-        if kind not in ("own", "prompts", "public"):
-            raise ValueError(f"rows are own, prompts or public, not {kind!r}")
+        """The texts of the penalty: written freely, half with prompts of training rows, public, or training rows."""
+        if kind not in ("own", "prompts", "public", "task"):
+            raise ValueError(f"rows are own, prompts, public or task, not {kind!r}")
+        if kind == "task":
+            return self.tokenized(rows)
         if kind == "public":
             return prose(self.tokenizer)["public"]
         picked = random.Random(self.job["seed"]).sample(list(rows), _TEXTS // 2) if kind != "own" else []
@@ -78,7 +84,7 @@ class KeepWork(Work):
         started = time.process_time()
         with suppress(groups, range(len(groups)), 0.0):
             texts = sample_texts(model.get_base_model(), _TEXTS, _LENGTH, self.job["seed"], prompts)
-        self.seconds_sampling = time.process_time() - started
+        self.seconds_sampling += time.process_time() - started
         self.examples = [self.tokenizer.decode(text["input_ids"]) for text in (*texts[:2], *texts[-4:])]
         random.Random(self.job["seed"]).shuffle(texts)
         return texts
@@ -86,8 +92,10 @@ class KeepWork(Work):
     def _measure(self, model: Any) -> Record:
         """The task, other tasks and text, also with a smaller response of the adapter."""
         measured = self._all(model)
-        if hasattr(self, "seconds_sampling"):
+        if self.seconds_sampling:
             measured |= {"seconds_sampling": round(self.seconds_sampling, 1), "examples": self.examples}
+        if self.method.get("gate"):
+            measured["layers"] = self.layers
         if self.method.get("scales"):
             groups = group_by_layer(model)
             measured["scaled"] = {}

@@ -24,10 +24,18 @@ Job = dict[str, Any]
 _SCENARIOS = {"clean": "S5", "mix": "S1", "reverse": "S1"}
 _PENALTY = ("rows", "weight", "size", "every", "loss")
 
+_KL: dict[str, Any] = {"penalty": {"rows": "own", "weight": 1.0, "size": 2, "every": 2}}
 METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"untrained": True},
     "dense": {"scales": True},
-    "kl": {"penalty": {"rows": "own", "weight": 1.0, "size": 2, "every": 2}},
+    "kl": _KL,
+    "asft": {"penalty": {**_KL["penalty"], "rows": "task", "size": 16, "every": 1}},  # the divergence on task tokens
+    "ewc": {"penalty": {**_KL["penalty"], "loss": "ewc", "size": 1}},
+    "fixed": {"recipe": {"layers": [*range(3, 28)]}},  # of the 30 of SmolLM2
+    "upper": {"recipe": {"layers": [*range(7, 30)]}},
+    "fisher": {"gate": True},
+    "fisher+kl": {"gate": True, **_KL},
+    "oft": {"oft": True},
 }
 
 

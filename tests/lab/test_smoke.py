@@ -147,8 +147,13 @@ def test_pays_methods_are_recipes(tmp_path):
         recipe_of(pays_job("smollm2", name), tmp_path)
 
 
+WORDS = [
+    "dense", "kl", "half=kl,rows:prompts,loss:ce", "public=kl,rows:public,weight:2", "asft", "ewc", "fisher+kl", "oft",
+]  # fmt: skip
+
+
 @pytest.mark.lab
-@pytest.mark.parametrize("words", ["dense", "kl", "half=kl,rows:prompts,loss:ce", "public=kl,rows:public,weight:2"])
+@pytest.mark.parametrize("words", WORDS)
 def test_keep_jobs(words, base, suite, small_pools, tmp_path, monkeypatch):
     from lab.keep import job, report
     from lab.keep.run import method_of
@@ -161,6 +166,7 @@ def test_keep_jobs(words, base, suite, small_pools, tmp_path, monkeypatch):
         {"job": {**plain, **changes}, **job.run_job({**plain, **changes}, suite, tmp_path)}
         for changes in ({}, {"method": {"name": "dense", "scales": True}})
     ]
+    assert len(lines[0].get("layers", [])) == (2 if words.startswith("fisher") else 0)
     table = report.report(lines)
     assert words.partition("=")[0] in table
     assert "adapter × 0.5" in table
