@@ -16,7 +16,8 @@ the rows of calibration and text are questions with the texts of right options, 
                tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
                after tuning the same layers
 
-`--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
+With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers. `--tune none` leaves
+the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
 there already is not made again. More emulators: `name=key:value,...` after --methods, keys of `EmulatorSettings`.
 """
 
@@ -64,13 +65,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd+flap": {"method": "svd+flap"},
     "gradot, paper's basis": {"basis": "svd", "mlp": "channels"},
     "gradot, paper's basis, λ 0.1": {"basis": "svd", "mlp": "channels", "lambda_attn": 0.1, "lambda_mlp": 0.1},
+    "gradot, paper's basis, attention alone (DRD)": {"basis": "svd", "mlp": "channels", "parts": "attention"},
+    "gradot, paper's basis, MLP alone (SCP)": {"basis": "svd", "mlp": "channels", "parts": "mlp"},
     "gradot, whitened": {"mlp": "channels"},
     "gradot, whitened, MLP refit": {"mlp": "refit"},
     "gradot, whitened, MLP refit, λ 0.1": {"mlp": "refit", "lambda_attn": 0.1, "lambda_mlp": 0.1},
 }
 BASE = "base"
 _BASE_SCORES = ("full_zs", "full_ft")
-_TUNED_SCORES = ("emulator_ft", "plug_in")
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,16 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
         with tuned(emulator, parts.split.outer(len(find_layers(emulator).layers)), tuning):
             scores["emulator_ft"] = _scores(score_rows(emulator, rows, 32))
             adapter = read_outer(emulator, parts.split)
-        with plugged(setting.model, parts.split, adapter):
-            scores["plug_in"] = _scores(score_rows(setting.model, rows, 32))
+        before = read_outer(setting.model, parts.split)
+        for scale in (1.0, *job["tune"].get("scales", ())):
+            scaled = {name: torch.lerp(before[name].to(after), after, scale) for name, after in adapter.items()}
+            with plugged(setting.model, parts.split, scaled):
+                scores[_plugged(scale)] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
+
+
+def _plugged(scale: float) -> str:
+    return "plug_in" if scale == 1 else f"plug_in × {scale:g}"
 
 
 def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
@@ -217,6 +226,7 @@ def text_batches(
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """All that is asked for: for every seed the base, then the emulators."""
     tune = {"task": args.tune, "steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
+    tune |= {"scales": [float(scale) for scale in args.scales.split(",")]} if args.scales else {}
     tuning = None if args.tune == "none" else tune
     common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
     common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
@@ -259,6 +269,8 @@ def report(lines: Sequence[Line]) -> str:
         for name in names:
             runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
             rows.append(_line(name, runs, bases))
+            for scale in (runs[0]["job"]["tune"] or {}).get("scales", ()):
+                rows.append(_line(f"{name}, change × {scale:g}", runs, bases, _plugged(scale)))
         table = markdown_table(Table(_header(bool(bases)), rows))
         out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
     return "\n".join(out)
@@ -283,32 +295,33 @@ def _header(tuned: bool) -> list[str]:
     return names
 
 
-def _line(name: str, lines: Sequence[Line], bases: dict[int, Line]) -> list[str]:
+def _line(name: str, lines: Sequence[Line], bases: dict[int, Line], plug_in: str = "plug_in") -> list[str]:
     text = lines[0]["text"]
     cells = [name, f"{text['overall']:.3f}"]
     cells.append(f"{mean(line['task']['overall'] for line in lines):.3f}" if "task" in lines[0] else "")
     cells += [f"{text['loss_emulator']:.2f}", f"{text['loss_emulator'] - text['loss_full']:+.2f}"]
     tuned = [line for line in lines if line["scores"] and line["job"]["seed"] in bases]
     if tuned:
-        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned])
+        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned], plug_in)
     return cells
 
 
-def _tuned(lines: Sequence[Line], bases: Sequence[Line]) -> list[str]:
+def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str) -> list[str]:
     """Scores after tuning, and what follows from them; Δ and share are high where the plug-in is good."""
-    losses = _pooled(lines, _TUNED_SCORES, "nll") | _pooled(bases, _BASE_SCORES, "nll")
+    names = ("emulator_ft", plug_in)
+    losses = _pooled(lines, names, "nll") | _pooled(bases, _BASE_SCORES, "nll")
     nats = resample(
         {name: -column for name, column in losses.items()},
         _pooled(bases, ("full_zs",), "tokens")["full_zs"],
         Bootstrap(4000),
     )
-    right = resample(_pooled(lines, _TUNED_SCORES, "correct"), None, Bootstrap(4000))
+    right = resample(_pooled(lines, names, "correct"), None, Bootstrap(4000))
     return [
-        *(f"{-nats.point[name]:.3f}" for name in _TUNED_SCORES),
-        _interval(nats.difference("plug_in", "emulator_ft"), 1, "+.3f"),
-        _interval(nats.share("plug_in", "full_zs", "full_ft"), 100),
-        *(_percent(right.point[name]) for name in _TUNED_SCORES),
-        _interval(right.difference("plug_in", "emulator_ft"), 100),
+        *(f"{-nats.point[name]:.3f}" for name in names),
+        _interval(nats.difference(plug_in, "emulator_ft"), 1, "+.3f"),
+        _interval(nats.share(plug_in, "full_zs", "full_ft"), 100),
+        *(_percent(right.point[name]) for name in names),
+        _interval(right.difference(plug_in, "emulator_ft"), 100),
     ]
 
 
@@ -357,6 +370,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=100, help="optimizer steps of a tuning")
     add("--lr", type=float, default=2e-4, help="peak learning rate")
     add("--batch", type=int, default=16, help="rows in a step")
+    add("--scales", default="", help="of the plugged change, besides 1")
     add("--questions", type=int, default=300, help="held-out questions")
     add("--seeds", default="0", help="of the tuning task")
     add("--threads", type=int, default=torch.get_num_threads(), help="processor threads")

@@ -377,10 +377,14 @@ def test_offsite(llama, suite, tmp_path, capsys):
         "--steps",
         "2",
     ]
-    words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl"), "--methods"]
+    words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
+    words += ["--scales", "0,1.5", "--methods"]
     assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
     assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
-    assert "| mine |" in capsys.readouterr().out
+    assert "| mine, change × 1.5 |" in capsys.readouterr().out
+    base, *_, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert mine["plug_in × 0"] == base["full_zs"]
+    assert mine["plug_in × 1.5"]["nll"] != mine["plug_in"]["nll"] != base["full_zs"]["nll"]
 
 
 @pytest.mark.lab

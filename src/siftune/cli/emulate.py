@@ -33,10 +33,14 @@ class Options(CalibrationOptions):
     """gradot: directions to choose among: singular ones of the weights as the data and gradients see them, or plain."""
     mlp: Literal["refit", "channels"] = "refit"
     """gradot: refit takes channels out of MLPs, and the rest take over; channels only takes out."""
+    parts: Literal["both", "attention", "mlp"] = "both"
+    """What is compressed: attention and MLPs; or one of them, and --keep then holds for that part."""
     lambda_attn: NotNegative = 0.0
     """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
     lambda_mlp: NotNegative = 0.0
     """gradot: the same in the MLPs."""
+    lambda_unit: Literal["relative", "paper"] = "relative"
+    """gradot: unit of both λ: relative to the means of the two terms, or the paper's, where λ is tiny."""
     kit_dtype: Dtype = "auto"
     """Number format of the kit's frozen part; auto: the checkpoint's."""
     outer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -61,8 +65,10 @@ class Options(CalibrationOptions):
         return EmulatorSettings(
             method=self.method,
             keep=self.keep,
+            parts=self.parts,
             lambda_attn=self.lambda_attn,
             lambda_mlp=self.lambda_mlp,
+            lambda_unit=self.lambda_unit,
             basis=self.basis,
             mlp=self.mlp,
             split=Split(self.first, self.last),

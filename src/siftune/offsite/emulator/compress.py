@@ -22,10 +22,11 @@ from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.channels import DAMPING as REFIT_DAMPING
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
-from siftune.offsite.maths.kfac import DAMPING, Curvature, Moments, moments
+from siftune.offsite.maths.kfac import DAMPING, Curvature, LambdaUnit, Moments, moments
 
 Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
 Mlp = Literal["refit", "channels"]
+Parts = Literal["both", "attention", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Compression:
     Attributes:
         method: gradot, or svd+flap.
         keep: Fraction of the parameters of its matrices that stays, in (0, 1]; at 1 nothing changes.
+        parts: What is compressed: attention and MLP, or one of them, which leaves the other as it is.
         lambda_attn: λ of DRD: weight of a large loss gap against a small change of gradients; 0 or more.
         lambda_mlp: λ of what is done to the MLP.
+        lambda_unit: Unit of both λ: relative to the terms' means *(ours)*, or the paper's.
         basis: Directions among which DRD chooses: singular vectors of the weight (the paper's), or *(ours)* of the
             weight between the roots of its curvature.
         mlp: Whether gradot takes channels out of the MLP (SCP, the paper's), or *(ours)* lets those that stay take over
@@ -50,8 +53,10 @@ class Compression:
 
     method: Method = "gradot"
     keep: float = 0.7
+    parts: Parts = "both"
     lambda_attn: float = 0.0
     lambda_mlp: float = 0.0
+    lambda_unit: LambdaUnit = "relative"
     basis: Basis = "whitened"
     mlp: Mlp = "refit"
     protect: float = 0.05
@@ -65,8 +70,11 @@ class Compression:
 
     def judged(self, family: Family) -> tuple[str, ...]:
         """Matrices of whose curvature something is asked: those that channels read by only where these are scored."""
+        attention = () if self.parts == "mlp" else family.attention
+        if self.parts == "attention":
+            return attention
         scored = family.reads if self.method == "gradot" and self.mlp == "channels" else ()
-        return (*family.attention, *scored, family.writes)
+        return (*attention, *scored, family.writes)
 
 
 @dataclass
@@ -117,7 +125,7 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
     if how.keep >= 1:
         return CompressedLayer(LayerShape(number), tensors)
     ranks = dict[str, int]()
-    for path in family.attention:
+    for path in () if how.parts == "mlp" else family.attention:
         matrix = layer.get_submodule(path)
         inputs, outputs, _ = features(matrix)
         share = how.share(path)
@@ -130,7 +138,7 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
         if f"{path}.bias" in tensors:
             tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
-    if how.share(family.writes) >= 1:
+    if how.parts == "attention" or how.share(family.writes) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
     channels, biased = _narrow(layer, family, tensors, seen, how)
     return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
@@ -145,7 +153,7 @@ def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Co
     key = (path, how.basis, how.damping)
     if key not in seen.components:
         seen.components[key] = components(weight, curvature, how.basis, how.damping)
-    return factor(seen.components[key], curvature, rank, how.lambda_attn, how.protect)
+    return factor(seen.components[key], curvature, rank, how.lambda_attn, how.protect, how.lambda_unit)
 
 
 def _narrow(
@@ -185,9 +193,9 @@ def score_channels(weights: Mapping[str, Tensor], family: Family, seen: LayerCur
     if how.method == "svd+flap":
         return flap_scores(seen.captured[family.writes].x_NI, writes)
     if how.mlp == "refit":
-        return refit_scores(writes, curvature, how.lambda_mlp, how.refit_damping)
+        return refit_scores(writes, curvature, how.lambda_mlp, how.refit_damping, how.lambda_unit)
     reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
-    return channel_scores(reads, (writes, curvature), how.lambda_mlp)
+    return channel_scores(reads, (writes, curvature), how.lambda_mlp, how.lambda_unit)
 
 
 def write_columns(write_OC: Tensor, curvature: Curvature, staying: Tensor, how: Compression) -> Tensor:

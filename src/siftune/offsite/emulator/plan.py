@@ -74,7 +74,12 @@ class EmulatorSettings(Compression):
         for name in ("damping", "refit_damping"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}, but must be above 0")
+        if self.lambda_unit != "relative" and not (self.lambda_attn or self.lambda_mlp):
+            raise RecipeError(f"lambda_unit is {self.lambda_unit}, but both λ are 0: give one, or leave the unit out")
         whole_layers = self.method in ("layerdrop", "crash")
+        if self.parts != "both" and (whole_layers or self.allot == "measured"):
+            reason = f"method {self.method} drops whole layers" if whole_layers else "allot measured weighs the two"
+            raise RecipeError(f"parts is {self.parts}, but {reason}: use parts both")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot")
         if self.allot == "measured" and self.method != "gradot":
@@ -164,7 +169,7 @@ def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Co
     """A matrix that becomes a product of two."""
     chosen, other = (half.curvature[path] for half in seen)
     parts = components(weight, chosen, how.basis, how.damping)
-    scores_K = component_scores(parts, chosen, how.lambda_attn)
+    scores_K = component_scores(parts, chosen, how.lambda_attn, how.lambda_unit)
     ranks = [rank_of(share, *weight.shape) for share in SHARES[:-1]]
     choices = [keep_components(scores_K, parts.size_K, rank, how.protect) for rank in ranks]
     sizes = [float(rank * sum(weight.shape)) for rank in ranks]

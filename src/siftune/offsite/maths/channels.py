@@ -43,16 +43,22 @@ from torch import Tensor
 
 from siftune.base.errors import ModelError
 from siftune.base.numerics import as_before, in_float64
-from siftune.offsite.maths.kfac import Curvature, Moments, score
+from siftune.offsite.maths.kfac import Curvature, LambdaUnit, Moments, score
 
 
-def channel_scores(reads: Sequence[tuple[Tensor, Curvature]], writes: tuple[Tensor, Curvature], lam: float) -> Tensor:
+def channel_scores(
+    reads: Sequence[tuple[Tensor, Curvature]],
+    writes: tuple[Tensor, Curvature],
+    lam: float,
+    unit: LambdaUnit = "relative",
+) -> Tensor:
     """Score channels; high ones should stay.
 
     Args:
         reads: (C, I) weight and curvature of every matrix that reads the hidden state.
         writes: (O, C) weight and curvature of the matrix that writes to it.
         lam: λ, the weight of the loss gap.
+        unit: Of λ.
 
     Returns:
         (C,) scores.
@@ -60,7 +66,7 @@ def channel_scores(reads: Sequence[tuple[Tensor, Curvature]], writes: tuple[Tens
     parts = [_row_terms(weight_CI, curvature) for weight_CI, curvature in reads]
     parts.append(_column_terms(*writes))
     shifts, slopes = zip(*parts, strict=True)
-    return score(torch.stack(shifts).sum(0), -torch.stack(slopes).sum(0), lam)
+    return score(torch.stack(shifts).sum(0), -torch.stack(slopes).sum(0), lam, unit)
 
 
 def keep_channels(scores_C: Tensor, count: int) -> Tensor:
@@ -83,7 +89,9 @@ def _column_terms(weight_OC: Tensor, curvature: Curvature) -> tuple[Tensor, Tens
 DAMPING = 0.1  # relative; a thousand tokens tell little of how 1536 channels go together, and less would fit noise
 
 
-def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: float = DAMPING) -> Tensor:
+def refit_scores(
+    write_OC: Tensor, curvature: Curvature, lam: float, damping: float = DAMPING, unit: LambdaUnit = "relative"
+) -> Tensor:
     """Score channels by what dropping one costs once the others are fitted; high ones should stay.
 
     Args:
@@ -91,6 +99,7 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
         curvature: Of d.
         lam: λ, the weight of the loss gap.
         damping: Of A, relative to the median of its diagonal; above 0.
+        unit: Of λ.
 
     Returns:
         (C,) scores, in the dtype of the curvature.
@@ -105,7 +114,7 @@ def refit_scores(write_OC: Tensor, curvature: Curvature, lam: float, damping: fl
     rise_C = 0 * cost_C
     if lam:
         rise_C = -(write_OC * as_before(damped.solve(curvature.slope_OI.T).T, write_OC)).sum(0) * share_C
-    return score(cost_C, rise_C, lam)
+    return score(cost_C, rise_C, lam, unit)
 
 
 def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DAMPING) -> Tensor:

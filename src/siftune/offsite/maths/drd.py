@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from siftune.base.numerics import in_float64
-from siftune.offsite.maths.kfac import DAMPING, Curvature, score
+from siftune.offsite.maths.kfac import DAMPING, Curvature, LambdaUnit, score
 
 Basis = Literal["svd", "whitened"]
 
@@ -77,13 +77,14 @@ def components(weight_OI: Tensor, curvature: Curvature, basis: Basis, damping: f
     return Components(seen_OI @ v_KI.T, right_KI, size_K)
 
 
-def component_scores(components: Components, curvature: Curvature, lam: float) -> Tensor:
+def component_scores(components: Components, curvature: Curvature, lam: float, unit: LambdaUnit = "relative") -> Tensor:
     """Score components; high ones should stay.
 
     Args:
         components: Of W.
         curvature: Of W.
         lam: λ, the weight of the loss gap.
+        unit: Of λ.
 
     Returns:
         (K,) scores.
@@ -92,7 +93,7 @@ def component_scores(components: Components, curvature: Curvature, lam: float) -
     left_norms_K = curvature.gradients.times(left_OK).abs().sum(0)
     right_norms_K = curvature.inputs.times(right_KI.T).abs().sum(0)
     slopes_K = torch.einsum("ok,oi,ki->k", left_OK, curvature.slope_OI, right_KI)
-    return score(left_norms_K * right_norms_K, -slopes_K, lam)
+    return score(left_norms_K * right_norms_K, -slopes_K, lam, unit)
 
 
 def keep_components(scores_K: Tensor, sizes_K: Tensor, rank: int, protect: float = 0.05) -> Tensor:
@@ -138,7 +139,12 @@ def joint_costs(parts: Components, curvature: Curvature, choices: Sequence[Tenso
 
 
 def factor(
-    parts: Components, curvature: Curvature, rank: int, lam: float, protect: float = 0.05
+    parts: Components,
+    curvature: Curvature,
+    rank: int,
+    lam: float,
+    protect: float = 0.05,
+    unit: LambdaUnit = "relative",
 ) -> tuple[Tensor, Tensor]:
     """Replace a matrix by two thinner ones that leave the gradients of the other layers as they are, nearly.
 
@@ -148,11 +154,12 @@ def factor(
         rank: R, from 1 to min(O, I).
         lam: λ, the weight of the loss gap.
         protect: As for `keep_components`.
+        unit: Of λ.
 
     Returns:
         (O, R) and (R, I) in float32, in canonical form.
     """
-    kept_R = keep_components(component_scores(parts, curvature, lam), parts.size_K, rank, protect)
+    kept_R = keep_components(component_scores(parts, curvature, lam, unit), parts.size_K, rank, protect)
     up_OR, down_RI = canonical(parts.left_OK[:, kept_R], parts.right_KI[kept_R])
     return up_OR.float(), down_RI.float()
 

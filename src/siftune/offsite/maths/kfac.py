@@ -22,19 +22,23 @@ zeros on both sides only divide A and G by a constant, and the mean loss instead
 neither changes `score`, nor anything whitened.
 
 Ours, not the papers': either term of the GCS is divided by its mean absolute value over the candidates before λ
-applies, because one grows with the square of the gradients and the other does not; with fewer tokens than features
+applies, because one grows with the square of the gradients and the other does not ("relative"; "paper" leaves both
+as they are, and is then a λ of sums over all tokens in D and of means in A and G); with fewer tokens than features
 the factors are kept as tokens and never formed; damping is relative to the mean of the diagonal.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from siftune.base.errors import ModelError
 from siftune.base.numerics import as_before, in_float64, widened
+
+LambdaUnit = Literal["relative", "paper"]
 
 DAMPING = 1e-3  # relative; far above the rounding of float32, far below the directions that matter
 
@@ -152,17 +156,27 @@ def cost(curvature: Curvature, delta_OI: Tensor) -> float:
     return float((in_float64(delta_OI) * in_float64(apply(curvature, delta_OI))).sum())
 
 
-def score(shift_C: Tensor, rise_C: Tensor, lam: float) -> Tensor:
-    """The GCS of dropping candidates, either term relative to its mean absolute value; high ones should stay.
+def score(shift_C: Tensor, rise_C: Tensor, lam: float, unit: LambdaUnit = "relative") -> Tensor:
+    """The GCS of dropping candidates; high ones should stay.
 
     Args:
         shift_C: (C,) ‖H δ‖₁.
         rise_C: (C,) ⟨D, δ⟩, by how much the loss rises to first order.
         lam: λ; 0 ranks by the shift alone.
+        unit: Of λ: relative to the terms' mean absolute values *(ours)*, or as in the paper.
 
     Returns:
-        (C,) shift/mean|shift| − λ · rise/mean|rise|; a term that is zero for all counts as zero.
+        (C,) shift/mean|shift| − λ · rise/mean|rise|; a term that is zero for all counts as zero. In the paper's unit
+        shift − λ · rise.
+
+    Example:
+        >>> score(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 4.0]), 0.5).tolist()
+        [0.0, 1.0]
+        >>> score(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 4.0]), 0.5, "paper").tolist()
+        [-1.0, 1.0]
     """
+    if unit == "paper":
+        return shift_C - lam * rise_C
     return _relative(shift_C) - lam * _relative(rise_C)
 
 

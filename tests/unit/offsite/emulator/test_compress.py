@@ -91,6 +91,33 @@ def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(fa
         assert bias is None or torch.equal(found.tensors[f"{path}.bias"], bias[kept])
 
 
+@pytest.mark.parametrize("method", ["gradot", "svd+flap"])
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_one_part_alone_is_compressed_as_in_both_and_the_other_stays(method, part):
+    model = base()
+    layer, matrices, captured, both = compress(model, method=method, keep=0.5)
+    how = Compression(method=method, keep=0.5, parts=part)
+    known = layer_curvature({path: captured[path] for path in how.judged(matrices)}, slopes=False)
+    alone = compress_layer(Base(model, Split(1, 1)), NUMBER, known, how)
+    own = "self_attn." if part == "attention" else "mlp."
+    compressed = {name for name in both.tensors if name.startswith(own)}
+    assert set(alone.tensors) == compressed | {name for name in layer.state_dict() if not name.startswith(own)}
+    for name, tensor in alone.tensors.items():
+        assert torch.equal(tensor, both.tensors[name] if name in compressed else layer.state_dict()[name])
+    assert (bool(alone.shape.ranks), alone.shape.channels is None) == (part == "attention", part == "attention")
+
+
+@pytest.mark.parametrize(("lam", "where"), [("lambda_attn", "self_attn.q_proj.up"), ("lambda_mlp", "mlp.down_proj")])
+@pytest.mark.parametrize("mlp", ["channels", "refit"])
+def test_the_unit_of_lambda_arrives(mlp, lam, where):
+    model = base()
+    found = [
+        compress(model, keep=0.5, mlp=mlp, lambda_unit=unit, **{lam: 0.3})[3].tensors[f"{where}.weight"]
+        for unit in ("relative", "paper")
+    ]
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("mlp", ["channels", "refit"])
 def test_each_lambda_acts_on_its_own_part(mlp):
     model = base()

@@ -15,6 +15,7 @@ from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import FactoredLinear, Split, outer_names, weight_OI
 from siftune.offsite.exchange.emulate import KitOptions, emulate
+from siftune.offsite.exchange.load import load_emulator
 
 METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
 
@@ -199,6 +200,17 @@ def test_dtypes_of_the_kit(tmp_path):
     assert {s.dtype for s in tensor_specs(kit.path / "adapter.safetensors").values()} == {"F32"}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parts", ["attention", "mlp"])
+def test_a_kit_of_which_one_part_is_compressed_is_read_back(tmp_path, family, parts):
+    model = base(family, vocab_size=300).float()
+    batches = calibration(model)
+    kit = emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=0.5, parts=parts))
+    expected = logits(emulator(model, batches, keep=0.5, parts=parts), batches[0])
+    torch.testing.assert_close(logits(load_emulator(kit.path), batches[0]), expected)
+    assert not torch.allclose(expected, logits(model, batches[0]))
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -208,6 +220,9 @@ def test_dtypes_of_the_kit(tmp_path):
         ({"lambda_attn": float("inf")}, "lambda_attn is inf"),
         ({"damping": 0.0}, "damping is 0.0"),
         ({"method": "crash", "allot": "measured"}, "crash drops whole layers"),
+        ({"method": "crash", "parts": "mlp"}, "crash drops whole layers"),
+        ({"parts": "mlp", "allot": "measured"}, "allot measured weighs the two"),
+        ({"lambda_unit": "paper"}, "both λ are 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, values, words):
