@@ -15,7 +15,7 @@ from siftune.models.families import family_of
 from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_config, frozen_names, outer_names
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
-from siftune.offsite.kit.manifest import canonical
+from siftune.offsite.kit.manifest import ROWS, Calibration, canonical
 from siftune.offsite.kit.tensor_file import open_tensors
 from siftune.offsite.kit.tensors import TensorSpec
 
@@ -54,6 +54,7 @@ def contents(family: str = "llama", dtype: torch.dtype = torch.float32, **overri
         middle=middle,
         depth=DEPTH,
         fingerprint=hashlib.sha256(b"base").hexdigest(),
+        calibration=Calibration(ROWS, 3, 9),
         frozen={name: draw(name, dtype) for name in frozen_names(emulator, split, middle)},
         outer={neutral: draw(name, torch.float32) for neutral, name in outer_names(emulator, split).items()},
     )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_config, frozen_names, outer_names
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
-from siftune.offsite.kit.manifest import fingerprint
+from siftune.offsite.kit.manifest import ROWS, Calibration, fingerprint
 
 SPLIT = Split(2, 1)
 OUTER = (0, 1, 3)  # the outer layers in the emulator, which has four
@@ -33,4 +33,5 @@ def save_kit(folder: Path, dtype: torch.dtype = torch.float32, family: str = "ll
         build(config, SPLIT, middle), SPLIT, middle
     )}  # fmt: skip
     outer = {neutral: state[name] for neutral, name in outer_names(base, SPLIT).items()}
-    return write_kit(folder, KitContents(config, SPLIT, middle, frozen, outer, byte_tokenizer(), 6, fingerprint(base)))
+    facts = 6, fingerprint(base), Calibration(ROWS, 3, 9)
+    return write_kit(folder, KitContents(config, SPLIT, middle, frozen, outer, byte_tokenizer(), *facts))

@@ -63,7 +63,13 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.base.files import new_folder
     from siftune.base.stages import stages
     from siftune.offsite.audits.sweep import sweep
-    from siftune.offsite.exchange.calibration import batches_of, calibration_and_held_out, load_base
+    from siftune.offsite.exchange.calibration import (
+        batches_of,
+        calibration_and_held_out,
+        calibration_batches,
+        calibration_facts,
+        load_base,
+    )
     from siftune.report.sweep import base_loss, table, to_dict, write_sweep
     from siftune.report.table import print_table
 
@@ -73,12 +79,15 @@ def run(options: Options) -> dict[str, Any]:
     with new_folder(options.out) as folder:
         with console.status(f"loading {options.model}"):
             model, tokenizer = load_base(options)
-        batches, measured = (batches_of(part, tokenizer, options) for part in (rows, held_out))
+        measured = batches_of(held_out, tokenizer, options)
         with stages(console) as progress:
+            batches = calibration_batches(rows, model, tokenizer, options, progress)
             points = sweep(model, batches, measured, options.grid(), progress)
+        used = calibration_facts(options, batches)
         facts = {
-            "model": options.model, "calibration_rows": len(rows), "held_out_rows": len(held_out),
-            "max_length": options.max_length, "first": options.first, "last": options.last, "allot": options.allot,
+            "model": options.model, "calibration": str(used), "calibration_rows": used.number,
+            "held_out_rows": len(held_out), "max_length": options.max_length, "first": options.first,
+            "last": options.last, "allot": options.allot,
         }  # fmt: skip
         write_sweep(points, folder, facts)
     shown = Console(highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from siftune.base.settings import CONFIG, NotNegative, Share
+from siftune.methods.options import OWN
 from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def run(options: Options) -> dict[str, Any]:
     import torch
 
     from siftune.base.stages import stages
-    from siftune.offsite.exchange.calibration import batches_of, calibration_rows, load_base
+    from siftune.offsite.exchange.calibration import calibration_batches, calibration_facts, calibration_rows, load_base
     from siftune.offsite.exchange.emulate import KitOptions, emulate
     from siftune.offsite.kit.folder import facts
 
@@ -90,11 +91,13 @@ def run(options: Options) -> dict[str, Any]:
     started = time.monotonic()
     rows = calibration_rows(options)
     with console.status(f"loading {options.model}"):
-        model, tokenizer = load_base(options, streamed=True)
-    batches = batches_of(rows, tokenizer, options)
+        # to sample from files would read all of them for every token
+        model, tokenizer = load_base(options, streamed=options.calibration != OWN)
     dtype, settings = _kit_dtype(options, model), options.settings()
-    kit_options = KitOptions(dtype, getattr(torch, options.outer_dtype), options.sign)
     with stages(console) as progress:
+        batches = calibration_batches(rows, model, tokenizer, options, progress)
+        used = calibration_facts(options, batches)
+        kit_options = KitOptions(dtype, getattr(torch, options.outer_dtype), options.sign, used)
         kit = emulate(model, tokenizer, batches, options.out, settings, kit_options, progress)
     result = {**facts(kit), "seconds": round(time.monotonic() - started, 1)}
     _say(kit, result, options, console)
@@ -108,13 +111,24 @@ def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console)
         f"emulator {result['emulator_mb']:,.1f} MB, layers to tune {result['outer_mb']:,.1f} MB; "
         f"the base model would be {result['base_mb']:,.1f} MB in {result['dtype']}",
         f"kit in {kit.path}: hand out all of this folder, and nothing else",
-        "whoever has the base model can tell which rows calibrated a kit: --calibration is best text that may be known",
+        _identifiable(options),
         f"next, you: `siftune audit --model {options.model} --kit {kit.path} --train FILE --eval FILE`, "
         "to see what the kit gives away",
         "the data owner: `siftune verify KIT`, then `siftune train --model KIT --train FILE`, and sends RUN/return",
         f"you again: `siftune plug --model {options.model} --kit {kit.path} --return RETURN --out TUNED`",
     ):
         console.print(line, markup=False)
+
+
+def _identifiable(options: Options) -> str:
+    """A sentence on what the kit reveals of its calibration."""
+    if options.calibration != OWN:
+        what, option = "which rows calibrated a kit", "--calibration"
+    elif options.calibration_prompts is not None:
+        what, option = "with which prompts the calibration texts of a kit begin", "--calibration-prompts"
+    else:
+        return "no row calibrated the kit, only texts that the base wrote itself"
+    return f"whoever has the base model can tell {what}: {option} is best text that may be known"
 
 
 def _kit_dtype(options: Options, model: Any) -> "torch.dtype":

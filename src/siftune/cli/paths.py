@@ -15,7 +15,18 @@ from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve, similar_folder
 
-_DATA = ("train", "eval", "target", "avoid", "keep", "data", "calibration", "held_out", "calibration_others")
+_DATA = (
+    "train",
+    "eval",
+    "target",
+    "avoid",
+    "keep",
+    "data",
+    "calibration",
+    "calibration_prompts",
+    "held_out",
+    "calibration_others",
+)
 _ROWS = ("train", "eval", "target", "avoid")  # in the columns that a recipe names
 _FOLDERS = ("kit", "returned", "path", "folders")
 _RUNS = ("run", "runs")  # run folders, or names of models
@@ -35,7 +46,7 @@ def check_paths(options: Any) -> None:
     given = {field.name: _listed(getattr(options, field.name)) for field in fields(options)}
     for name in _DATA:
         for source in given.get(name, ()):
-            if (name, source) != ("keep", OWN):
+            if (name, source) not in (("keep", OWN), ("calibration", OWN)):
                 check_source(source)
     if getattr(options, "bad_rows", None) == "stop":
         for source in (each for name in _ROWS for each in given.get(name, ())):

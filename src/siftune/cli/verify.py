@@ -71,6 +71,7 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
         "between": f"{middle['layers']} layers for {middle['of']}, {100 * middle['kept']:.1f} % of their parameters",
         "frozen": f"{known['emulator_mb']:,.1f} MB in {known['dtype']}; all of the base would be "
         f"{known['base_mb']:,.1f} MB",
+        "calibration": f"{kit.manifest.calibration}: the owner's word",
         "signature": signature[known["signature"]],
         "tokens": f"text is rewritten first: {'; '.join(kit.normalizers)}" if kit.normalizers else "of the text as is",
         "chats": "the chat template writes only this around messages:" if kit.fixed else "no chat template",

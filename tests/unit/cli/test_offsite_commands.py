@@ -139,6 +139,57 @@ def test_every_setting_changes_the_kit(half, parties, rows, tmp_path, capsys, fl
     assert (found["digest"] != read_kit(parties / "kit").digest) == differs
 
 
+@pytest.fixture
+def own(half, tmp_path, monkeypatch, capsys):
+    """Make a kit calibrated on own texts, with an empty cache each."""
+
+    def emulate(name, *flags):
+        monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / f"cache of {name}"))
+        arguments = ("--model", half, "--calibration", "own", "--out", tmp_path / name, *EMULATE, "--max-length", "20")
+        return siftune(capsys, "emulate", *arguments, *flags)
+
+    return emulate
+
+
+def test_a_kit_of_own_texts(own, rows, tmp_path, capsys):
+    made, said = own("one")
+    assert "no row calibrated the kit, only texts that the base wrote itself" in said
+    assert made["calibration"] == {"kind": "own texts", "number": 6, "tokens": 20, "seed": 0, "prompts": False}
+    assert own("again")[0]["digest"] == made["digest"]
+    begun, said = own("begun", "--calibration-prompts", rows, "--seed", "7")
+    assert "with which prompts the calibration texts of a kit begin: --calibration-prompts is best" in said
+    assert begun["calibration"] == {"kind": "own texts", "number": 6, "tokens": 20, "seed": 7, "prompts": True}
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "begun")]) == 0
+    assert "6 texts of at most 20 tokens, which the base wrote itself from prompts; seed 7" in capsys.readouterr().out
+    others = {
+        name: own(name, *flags)[0]["digest"]
+        for name, flags in {
+            "seed": ("--seed", "1"),
+            "prompts": ("--calibration-prompts", rows),
+            "completions": ("--calibration-prompts", rows, "--seed", "7", "--completion-only"),
+        }.items()
+    }
+    frozen = {(tmp_path / name / "emulator.safetensors").read_bytes() for name in ("one", "begun", *others)}
+    assert len(frozen) == 5
+
+
+def test_rows_are_what_a_manifest_says(parties):
+    assert str(read_kit(parties / "kit").manifest.calibration) == "6 rows of at most 128 tokens"
+
+
+def test_a_sweep_of_own_texts(half, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
+    arguments = ("--model", half, "--calibration", "own", "--out", tmp_path / "sweep", *EMULATE, "--max-length", "20")
+    words = (*arguments, "--held-out", rows, "--keeps", "0.5", "--methods", "layerdrop")
+    found, _ = siftune(capsys, "compare-emulators", *words)
+    assert (found["calibration_rows"], found["held_out_rows"]) == (6, 16)
+    assert "which the base wrote itself" in found["calibration"]
+    assert "give some with --held-out FILE" in error_of(
+        capsys, "compare-emulators", *arguments[:4], "--out", tmp_path / "x"
+    )
+
+
 def test_a_sweep_writes_a_table_and_figures(half, rows, tmp_path, capsys):
     out = tmp_path / "sweep"
     arguments = ("--model", half, "--calibration", rows, "--out", out, *EMULATE, "--held-out-rows", "4")
@@ -168,6 +219,13 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--calibration": tmp_path / "none.jsonl"}, "none.jsonl"),
         ({"--out": tmp_path / "used"}, f"{tmp_path}/used"),
         ({"--out": few}, f"{few}"),
+        ({"--calibration-prompts": rows}, "--calibration-prompts has no effect on rows"),
+        ({"--seed": 3}, "--seed has no effect on rows"),
+        ({"--calibration": "own", "--calibration-prompts": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
+        (
+            {"--calibration": "own", "--calibration-prompts": rows, "--max-length": 5},
+            "rows.jsonl:1: the prompt takes 27",
+        ),
         ({"--keep": 0}, "--keep"),
         ({"--lambda-mlp": -1}, "--lambda-mlp"),
         ({"--method": "crash", "--allot": "measured"}, "method crash drops whole layers"),

@@ -11,6 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from siftune.base.errors import UnsupportedError
+from siftune.base.files import Progress
+from siftune.data.batches import by_length
 from siftune.methods.drivers.support import own_randomness
 from siftune.models.loss import IGNORED, contiguous_head_input
 from siftune.models.modules import evaluating, model_device
@@ -21,7 +23,12 @@ TokenRow = dict[str, list[int]]
 
 
 def sample_texts(
-    model: Any, count: int, length: int, seed: int, prompts: Sequence[Sequence[int]] = ()
+    model: Any,
+    count: int,
+    length: int,
+    seed: int,
+    prompts: Sequence[Sequence[int]] = (),
+    progress: Progress | None = None,
 ) -> list[TokenRow]:
     """Sample texts of a causal language model.
 
@@ -32,6 +39,7 @@ def sample_texts(
         seed: Seed; torch's own generators are restored.
         prompts: Token ids of prompts that begin the first texts, one text each; the others begin with the model's
             first token.
+        progress: Receives the number of sampled texts.
 
     Returns:
         Rows with `input_ids` and `labels`: all tokens after the first, or after the prompt.
@@ -39,16 +47,17 @@ def sample_texts(
     Raises:
         UnsupportedError: The model's config has no first token.
     """
-    begins = [list(ids) for ids in prompts] + [[first_token(model)]] * (count - len(prompts))
-    rows: list[TokenRow] = []
+    begins = [list(ids) for ids in prompts] + [[first_token(model)] for _ in range(count - len(prompts))]
+    texts: dict[int, list[int]] = {}
     with evaluating(model), contiguous_head_input(model), own_randomness(model_device(model), seed):
-        for start in range(0, count, _AT_A_TIME):
-            part = begins[start : start + _AT_A_TIME]
-            rows += [
-                {"input_ids": ids, "labels": [IGNORED] * len(begin) + ids[len(begin) :]}
-                for begin, ids in zip(part, _continued(model, part, length), strict=True)
-            ]
-    return rows
+        for places in by_length([len(ids) for ids in begins], _AT_A_TIME):
+            texts |= zip(places, _continued(model, [begins[place] for place in places], length), strict=True)
+            if progress is not None:
+                progress("sampling texts", len(texts), count)
+    return [
+        {"input_ids": texts[place], "labels": [IGNORED] * len(begin) + texts[place][len(begin) :]}
+        for place, begin in enumerate(begins)
+    ]
 
 
 def first_token(model: Any) -> int:
@@ -65,23 +74,24 @@ def first_token(model: Any) -> int:
 
 
 def _continued(model: Any, begins: Sequence[list[int]], length: int) -> list[list[int]]:
-    """Continue each beginning, up to a token that ends a text."""
+    """Continue each beginning by a token or more, up to one that ends a text, or to the length."""
     ends, device, longest = _end_tokens(model), model_device(model), max(map(len, begins))
     gaps = [longest - len(ids) for ids in begins]
     ids_BT = torch.tensor([[0] * gap + ids for gap, ids in zip(gaps, begins, strict=True)], device=device)
     mask_BT = torch.tensor([[0] * gap + [1] * len(ids) for gap, ids in zip(gaps, begins, strict=True)], device=device)
+    rooms = [max(1, length - len(ids)) for ids in begins]
     own = model.generation_config  # `generate` would merge it into the arguments
     model.generation_config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=max(1, length - longest), pad_token_id=0, eos_token_id=ends or None
+        do_sample=True, top_k=0, max_new_tokens=max(rooms), pad_token_id=0, eos_token_id=ends or None
     )
     try:
         output_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT)
     finally:
         model.generation_config = own
     texts = []
-    for begin, new in zip(begins, output_BT[:, longest:].tolist(), strict=True):
+    for begin, room, new in zip(begins, rooms, output_BT[:, longest:].tolist(), strict=True):
         stops = [place for place, token in enumerate(new) if token in ends]
-        texts.append(begin + (new[: stops[0] + 1] if stops else new))
+        texts.append(begin + new[: min(room, stops[0] + 1 if stops else room)])
     return texts
 
 

@@ -1,4 +1,4 @@
-"""Calibration: the model that is compressed, and the rows that it is looked at with.
+"""Calibration: the model that is compressed, and the rows or own texts that it is looked at with.
 
 Nothing here imports torch before it is needed, so that a command can show its options quickly.
 """
@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from siftune.base.errors import DataError
-from siftune.base.settings import CONFIG, AtLeastTwo, Columns, Count, CountOrZero, Template, Validated
+from siftune.base.errors import DataError, RecipeError
+from siftune.base.settings import CONFIG, AtLeastTwo, Columns, Count, CountOrZero, Seed, Template, Validated
+from siftune.methods.options import OWN
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from siftune.base.files import Progress
     from siftune.data.rows import Row
+    from siftune.offsite.kit.manifest import Calibration
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -27,7 +30,12 @@ class CalibrationOptions(Validated):
     """Options of all commands that make emulators: the model, the calibration rows, and the outer layers."""
 
     calibration: str
-    """Rows of text that the model is looked at with: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    """Rows of text that the model is looked at with: a .jsonl, .json, .csv or .parquet file, or a hub id; or own, for
+    texts that the model samples itself."""
+    calibration_prompts: str | None = None
+    """Rows whose prompts own texts begin with, as for --calibration; their completions are not used."""
+    seed: Seed = 0
+    """Seed of own texts."""
     out: Path
     """Folder to write to; must be new or empty."""
     model: str = "smollm2"
@@ -40,15 +48,15 @@ class CalibrationOptions(Validated):
     """uniform: all matrices keep the same share. measured (gradot): each keeps as much as pays, by what it loses on
     half of the rows."""
     rows: Count = 32
-    """Number of rows to use, from the first."""
+    """Number of rows to use, from the first, or of own texts."""
     max_length: AtLeastTwo = 128
-    """Longest row in tokens; what is over is cut off."""
+    """Longest row or own text in tokens; what is over is cut off."""
     batch_size: Count = 4
     """Rows in a forward and backward pass."""
     completion_only: bool = False
     """Look at the completions alone, not at the prompts."""
     split: str = "train"
-    """Split of --calibration, where it has splits."""
+    """Split of --calibration or --calibration-prompts, where it has splits."""
     columns: Columns = ()
     """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
     template: Template = "auto"
@@ -66,15 +74,36 @@ class CalibrationOptions(Validated):
         from siftune.base.files import refuse_full
 
         refuse_full(self.out)
+        if self.calibration != OWN and (self.calibration_prompts is not None or self.seed):
+            name = "--seed" if self.calibration_prompts is None else "--calibration-prompts"
+            raise RecipeError(f"{name} has no effect on rows: leave it out, or give --calibration {OWN}")
 
 
 def calibration_rows(options: CalibrationOptions) -> "list[Row]":
-    """Read the rows.
+    """Read the rows, or those whose prompts own texts begin with; none for own texts without prompts.
 
     Raises:
         DataError: They cannot be read.
     """
-    return _read(options.calibration, options, options.rows)
+    if options.calibration != OWN:
+        return _read(options.calibration, options, options.rows)
+    prompts = options.calibration_prompts
+    return [] if prompts is None else _read(prompts, options, sampled(options.rows))
+
+
+def sampled(count: int) -> int:
+    """Number of own texts to sample for `count`: a third more, of which the least likely are left out (ours)."""
+    return count + -(-count // 3)
+
+
+def calibration_facts(options: CalibrationOptions, batches: "Sequence[dict[str, Tensor]]") -> "Calibration":
+    """What a manifest says of the calibration."""
+    from siftune.offsite.kit.manifest import OWN_TEXTS, ROWS, Calibration
+
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    if options.calibration != OWN:
+        return Calibration(ROWS, count, options.max_length)
+    return Calibration(OWN_TEXTS, count, options.max_length, options.seed, options.calibration_prompts is not None)
 
 
 def calibration_and_held_out(
@@ -86,7 +115,10 @@ def calibration_and_held_out(
 
     Raises:
         DataError: They cannot be read, or no row follows those to calibrate on.
+        RecipeError: No `held_out`, beside own texts.
     """
+    if options.calibration == OWN and held_out is None:
+        raise RecipeError(f"--calibration {OWN} leaves no rows to measure on: give some with --held-out FILE")
     if held_out is not None:
         return calibration_rows(options), _read(held_out, options, count)
     rows = _read(options.calibration, options, options.rows + count)
@@ -114,6 +146,30 @@ def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[Pre
     if not streamed and torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model, tokenizer
+
+
+def calibration_batches(
+    rows: "Sequence[Row]",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    options: CalibrationOptions,
+    progress: "Progress | None" = None,
+) -> "list[dict[str, Tensor]]":
+    """Turn rows of `calibration_rows` into batches as `batches_of`; own texts are sampled, or read from the cache.
+
+    Raises:
+        DataError: A row cannot be used; the message names it.
+        UnsupportedError: The model cannot write texts without prompts.
+    """
+    if options.calibration != OWN:
+        return batches_of(rows, tokenizer, options)
+    from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
+
+    prompts = prompt_ids(rows, tokenizer, options.max_length, options.template) if rows else ()
+    texts = own_texts(model, options.rows, options.max_length, options.seed, prompts, progress)
+    if not options.completion_only:
+        texts = [{**text, "labels": text["input_ids"]} for text in texts]
+    return in_batches(texts, options.batch_size, tokenizer.pad_token_id)
 
 
 def batches_of(

@@ -31,7 +31,7 @@ from siftune.offsite.emulator.model import Base, LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import record
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
-from siftune.offsite.kit.manifest import fingerprint
+from siftune.offsite.kit.manifest import ROWS, Calibration, fingerprint
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,13 @@ class KitOptions:
         dtype: Dtype of the frozen part; None keeps the model's.
         outer_dtype: Dtype of the outer layers, also of what comes back; float32 does not round small updates away.
         signing_key: Private key in PEM format to sign the kit with; None leaves it unsigned.
+        calibration: What the manifest says of the calibration; None: rows, of the number and length of the batches.
     """
 
     dtype: torch.dtype | None = None
     outer_dtype: torch.dtype = torch.float32
     signing_key: Path | None = None
+    calibration: Calibration | None = None
 
 
 def emulate(
@@ -101,10 +103,16 @@ def emulate(
     contents = KitContents(
         parts.config, parts.split, parts.middle, converted(parts.frozen, options.dtype),
         converted(parts.outer, options.outer_dtype), tokenizer, base.depth, identity,
+        options.calibration or _rows(batches),
     )  # fmt: skip
     kit = write_kit(out, contents, options.signing_key)
     work.remove()
     return kit
+
+
+def _rows(batches: Sequence[dict[str, Tensor]]) -> Calibration:
+    shapes = [batch["input_ids"].shape for batch in batches]
+    return Calibration(ROWS, sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
 
 
 def _digest(batches: Sequence[dict[str, Tensor]]) -> str:

@@ -35,6 +35,7 @@ from siftune.offsite.kit.manifest import (
     MANIFEST,
     OUTER,
     SIGNATURE,
+    Calibration,
     FileSpec,
     Manifest,
     canonical,
@@ -57,6 +58,7 @@ class KitContents(EmulatorParts):
     tokenizer: PreTrainedTokenizerBase
     depth: int  # decoder layers of the base
     fingerprint: str  # of the base's weights
+    calibration: Calibration
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _fill(folder: Path, contents: KitContents) -> None:
         model_type=contents.config.model_type,
         depth=contents.depth,
         fingerprint=contents.fingerprint,
+        calibration=contents.calibration,
         split=contents.split,
         middle=contents.middle,
         outer={name: spec_of(contents.outer[name]) for name in contents.outer},
@@ -263,6 +266,7 @@ def facts(kit: Kit) -> dict[str, Any]:
         "digest": kit.digest,
         "model_type": manifest.model_type,
         "layers": manifest.depth,
+        "calibration": dataclasses.asdict(manifest.calibration),
         "split": {"first": manifest.split.first, "last": manifest.split.last},
         "middle": {"layers": len(middle), "of": len(manifest.split.middle(manifest.depth)), "kept": own / base},
         "dtype": dtype,

@@ -2,15 +2,17 @@
 
     {"siftune_kit": 1,
      "base": {"model_type": "llama", "layers": 30, "fingerprint": "<sha256>"},
+     "calibration": {"kind": "rows", "number": 32, "tokens": 128, "seed": null, "prompts": false},
      "split": {"first": 2, "last": 2},
      "middle": [{"base": 2, "ranks": {"self_attn.q_proj": 201}, "channels": 1075, "biased": [], "same_as": null}],
      "adapter": {"first.0.self_attn.q_proj.weight": {"shape": [576, 576], "dtype": "F32"}},
      "files": {"config.json": {"bytes": 123, "sha256": "<sha256>"}}}
 
 Keys are sorted, the indent is 2, and no other key is allowed: a manifest has one form only, so that the hash of its
-bytes identifies the kit. The manifest of a return (`exchange.returned`) has the same form, and may state a promise of
-differential privacy: the data owner's word, which nobody else can check. Its keys are those of
-`methods.dp.accounting.statement`, all of them and no others.
+bytes identifies the kit. The calibration is "rows" or "own texts" of the base, which have a seed and may begin with
+prompts: the owner's word, which nobody else can check. The manifest of a return (`exchange.returned`) has the same
+form, and may state a promise of differential privacy: the data owner's word, which nobody else can check. Its keys are
+those of `methods.dp.accounting.statement`, all of them and no others.
 """
 
 import dataclasses
@@ -35,10 +37,12 @@ from siftune.offsite.kit.strict import (
     as_map,
     as_object,
     as_text,
+    null_or,
     number,
     one_of,
     parse_json,
     shown,
+    truth,
     whole,
 )
 from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, NAME, TensorSpec, parse_spec
@@ -86,6 +90,30 @@ class FileSpec:
             raise KitError(f"{name} has the SHA-256 {sha256}, but {MANIFEST}: files.{name}.sha256 is {self.sha256}")
 
 
+OWN_TEXTS, ROWS = "own texts", "rows"  # kinds of calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a kit was calibrated on, by the owner's word."""
+
+    kind: str  # OWN_TEXTS, which the base wrote itself, or ROWS
+    number: int
+    tokens: int  # of each, at most
+    seed: int | None = None  # of own texts
+    prompts: bool = False  # whether prompts begin own texts
+
+    def __str__(self) -> str:
+        """In a line."""
+        if self.kind == ROWS:
+            return f"{self.number:,} rows of at most {self.tokens:,} tokens"
+        begin = "from prompts" if self.prompts else "from the first token"
+        return (
+            f"{self.number:,} texts of at most {self.tokens:,} tokens, which the base wrote itself {begin}; "
+            f"seed {self.seed}"
+        )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of a kit's manifest.json."""
@@ -93,6 +121,7 @@ class Manifest:
     model_type: str  # family of the base, in transformers' words
     depth: int  # decoder layers of the base
     fingerprint: str  # of the base's weights, from `fingerprint`
+    calibration: Calibration
     split: Split  # outer layers at either end
     middle: tuple[LayerShape, ...]  # shapes of the emulator's layers between
     # neutral name -> shape and dtype, of the outer layers' tensors: what a return must hold
@@ -120,6 +149,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
                 "layers": manifest.depth,
                 "fingerprint": manifest.fingerprint,
             },
+            "calibration": dataclasses.asdict(manifest.calibration),
             "split": dataclasses.asdict(manifest.split),
             "middle": [{**dataclasses.asdict(shape), "ranks": dict(shape.ranks)} for shape in manifest.middle],
             "adapter": {name: dataclasses.asdict(spec) for name, spec in manifest.outer.items()},
@@ -134,7 +164,7 @@ def parse_manifest(data: bytes) -> Manifest:
     Raises:
         KitError: A field is missing, unknown, of another type, or out of range; or its form is not the canonical one.
     """
-    whole = parse_protocol(data, "siftune_kit", ("base", "split", "middle", "adapter", "files"))
+    whole = parse_protocol(data, "siftune_kit", ("base", "calibration", "split", "middle", "adapter", "files"))
     base = as_object(whole["base"], f"{MANIFEST}: base", ("model_type", "layers", "fingerprint"))
     model_type = base["model_type"]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -145,6 +175,7 @@ def parse_manifest(data: bytes) -> Manifest:
         model_type=model_type,
         depth=depth,
         fingerprint=as_text(base["fingerprint"], f"{MANIFEST}: base.fingerprint", HASH),
+        calibration=_calibration(whole["calibration"]),
         split=split,
         middle=_middle(whole["middle"], split.middle(depth), FAMILIES[model_type]),
         outer=_outer(whole["adapter"]),
@@ -177,6 +208,25 @@ def parse_files(value: Any, required: tuple[str, ...], optional: tuple[str, ...]
         size = as_int(entry["bytes"], f"{where}.bytes", 1, LIMITS[name])
         specs[name] = FileSpec(size, as_text(entry["sha256"], f"{where}.sha256", HASH))
     return specs
+
+
+_CALIBRATION: dict[str, Check] = {
+    "kind": one_of(ROWS, OWN_TEXTS),
+    "number": whole(1, 2**31),
+    "tokens": whole(1, 2**31),
+    "seed": null_or(whole(0, 2**32 - 1)),
+    "prompts": truth,
+}
+
+
+def _calibration(value: Any) -> Calibration:
+    where = f"{MANIFEST}: calibration"
+    for name, part in as_object(value, where, tuple(_CALIBRATION)).items():
+        _CALIBRATION[name](part, f"{where}.{name}")
+    found = Calibration(**value)
+    if (found.kind == OWN_TEXTS) != (found.seed is not None) or (found.kind == ROWS and found.prompts):
+        raise KitError(f"{where} is of {found.kind}; a seed and prompts belong to {OWN_TEXTS}, which have a seed")
+    return found
 
 
 def _split(value: Any, depth: int) -> Split:

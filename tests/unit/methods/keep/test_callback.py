@@ -226,6 +226,13 @@ def test_prompts_begin_texts_and_are_no_labels():
     assert text["labels"][3:] == text["input_ids"][3:]
 
 
+def test_every_prompt_has_room_up_to_the_length():
+    prompts = [[5] * 8, [6], [7] * 5]
+    texts = [text["input_ids"] for text in sample_texts(tiny("llama", eos_token_id=None), 3, 9, 0, prompts)]
+    assert [len(text) for text in texts] == [9, 9, 9]
+    assert all(text[: len(prompt)] == prompt for text, prompt in zip(texts, prompts, strict=True))
+
+
 def test_pass_in_every_third_step_counts_three_times(tmp_path):
     noted = {}
     for every in (1, 3):

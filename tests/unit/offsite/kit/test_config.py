@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES
-from siftune.offsite.emulator.model import LayerShape, Split, build
+from siftune.offsite.emulator.model import LayerShape, build
 from siftune.offsite.kit import config
 from siftune.offsite.kit import config as trial
 from siftune.offsite.kit.config import (
@@ -33,7 +33,8 @@ def manifest_of(parts):
     outer = {name: spec_of(tensor) for name, tensor in parts.outer.items()}
     files = {"config.json": FileSpec(1, "0" * 64)}
     kind = parts.config.model_type
-    return Manifest(kind, parts.depth, parts.fingerprint, parts.split, tuple(parts.middle), outer, files)
+    facts = parts.fingerprint, parts.calibration, parts.split, tuple(parts.middle)
+    return Manifest(kind, parts.depth, *facts, outer, files)
 
 
 @pytest.mark.parametrize("kind", TESTED)
@@ -191,7 +192,7 @@ def test_the_middle_decides_the_shapes():
     parts = contents()
     manifest = manifest_of(parts)
     settings = scrub(parts.config, "BF16") | {"num_hidden_layers": 3}
-    plain = Manifest("llama", 5, "0" * 64, Split(1, 1), (LayerShape(2),), manifest.outer, manifest.files)
+    plain = dataclasses.replace(manifest, middle=(LayerShape(2),))
     frozen, _ = expected_specs(settings, plain, ("BF16", "F32"))
     assert frozen["model.layers.1.mlp.up_proj.weight"] == TensorSpec((48, 32), "BF16")
     assert not any(name.startswith(("model.layers.0.", "model.layers.2.")) for name in frozen)

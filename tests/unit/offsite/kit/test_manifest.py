@@ -19,6 +19,7 @@ from siftune.offsite.kit.manifest import (
     MAX_LAYERS,
     OPTIONAL,
     REQUIRED,
+    Calibration,
     FileSpec,
     Manifest,
     canonical,
@@ -37,6 +38,7 @@ def manifest():
         model_type="llama",
         depth=parts.depth,
         fingerprint=parts.fingerprint,
+        calibration=parts.calibration,
         split=parts.split,
         middle=tuple(parts.middle),
         outer={name: spec_of(tensor) for name, tensor in sorted(parts.outer.items())},
@@ -47,6 +49,11 @@ def manifest():
 def test_what_is_written_is_read(manifest):
     assert parse_manifest(dump_manifest(manifest)) == manifest
     assert manifest.emulator_depth == 5
+
+
+def test_own_texts_have_a_seed(manifest):
+    own = dataclasses.replace(manifest, calibration=Calibration("own texts", 4, 9, 0, True))
+    assert parse_manifest(dump_manifest(own)) == own
 
 
 def test_an_mlp_is_factored_or_has_fewer_channels(manifest):
@@ -60,9 +67,10 @@ def test_an_mlp_is_factored_or_has_fewer_channels(manifest):
 
 def test_it_looks_as_documented(manifest):
     value = json.loads(dump_manifest(manifest))
-    assert sorted(value) == ["adapter", "base", "files", "middle", "siftune_kit", "split"]
+    assert sorted(value) == ["adapter", "base", "calibration", "files", "middle", "siftune_kit", "split"]
     assert value["siftune_kit"] == 1
     assert value["base"] == {"model_type": "llama", "layers": 5, "fingerprint": manifest.fingerprint}
+    assert value["calibration"] == {"kind": "rows", "number": 3, "tokens": 9, "seed": None, "prompts": False}
     assert value["split"] == {"first": 1, "last": 1}
     assert value["middle"][1] == {
         "base": 2,
@@ -104,6 +112,16 @@ DEFECTS = [
     (at("base", "layers"), 4, "middle has 3 items"),
     (at("base", "fingerprint"), "0" * 63, "base.fingerprint is"),
     (at("base", "fingerprint"), "A" * 64, "base.fingerprint is"),
+    (at("calibration"), None, "calibration is None, not an object"),
+    (at("calibration", "file"), "x", "calibration has the unknown key 'file'"),
+    (at("calibration", "kind"), "own", "calibration.kind is 'own'; known are rows, own texts"),
+    (at("calibration", "number"), 0, "calibration.number is 0, not a whole number"),
+    (at("calibration", "tokens"), True, "calibration.tokens is True, not a whole number"),
+    (at("calibration", "seed"), 1.0, "calibration.seed is 1.0, not a whole number"),
+    (at("calibration", "prompts"), 0, "calibration.prompts is 0, not true or false"),
+    (at("calibration", "seed"), 0, "calibration is of rows; a seed and prompts belong to own texts"),
+    (at("calibration", "prompts"), True, "calibration is of rows; a seed and prompts belong to own texts"),
+    (at("calibration", "kind"), "own texts", "calibration is of own texts; a seed"),
     (at("split", "first"), -1, "split.first is -1"),
     (at("split", "last"), 1.0, "split.last is 1.0"),
     (at("split", "middle"), 1, "split has the unknown key 'middle'"),

@@ -1,0 +1,119 @@
+"""Calibration texts that the base model writes itself, so that nobody's rows calibrate a kit.
+
+The base samples more texts than needed, freely or after prompts, and those with the highest loss per sampled token are
+left out. Self-calibration is from pruning and quantisation (arXiv 2410.17170; 2410.17711 filters by perplexity). Ours:
+the use for emulators, and the share that is left out.
+
+The texts stay in siftune's cache folder, so that an interrupted command and a second kit do not sample again.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from siftune.base.errors import DataError
+from siftune.base.files import Progress, write_beside
+from siftune.data.encode import Encoder
+from siftune.data.rows import Row
+from siftune.evaluate.likelihood import row_nll
+from siftune.methods.keep.texts import TokenRow, sample_texts
+from siftune.models.smollm2 import cache_root
+from siftune.offsite.exchange.calibration import sampled
+from siftune.offsite.kit.manifest import fingerprint
+
+logger = logging.getLogger(__name__)
+
+_RULE = 1  # by which texts are sampled and left out
+
+
+def own_texts(
+    model: PreTrainedModel,
+    count: int,
+    length: int,
+    seed: int,
+    prompts: Sequence[Sequence[int]] = (),
+    progress: Progress | None = None,
+) -> list[TokenRow]:
+    """Have a model write texts without those that it finds least likely itself, or read them from the cache.
+
+    Args:
+        model: The base model, in memory.
+        count: Number of texts.
+        length: Tokens of a text, with its prompt or first token, at most.
+        seed: Seed; on the same hardware, the same texts follow from it.
+        prompts: Token ids of prompts, from `prompt_ids`: each text begins with one, in their order and repeatedly.
+            Without any, texts begin with the model's first token.
+        progress: Receives the number of sampled and of scored texts.
+
+    Returns:
+        Rows with `input_ids` and `labels`: the sampled tokens, -100 before them.
+
+    Raises:
+        UnsupportedError: There are no prompts, and the model's config has no first token.
+    """
+    facts = [_RULE, fingerprint(model), str(model.dtype), count, length, seed, prompts]
+    path = cache_root() / "own_texts" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.json"
+    if (known := _read(path)) is not None:
+        logger.info("%d texts that the model wrote are in %s", count, path)
+        return known
+    begins = [prompts[place % len(prompts)] for place in range(sampled(count))] if prompts else ()
+    texts = sample_texts(model, sampled(count), length, seed, begins, progress)
+    scores = row_nll(model, [(text["input_ids"], text["labels"]) for text in texts], progress=progress)
+    likely = np.argsort(scores.nll / scores.tokens, kind="stable")[:count]
+    texts = [texts[place] for place in sorted(likely.tolist())]
+    _write(path, texts)
+    return texts
+
+
+def prompt_ids(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, length: int, template: str | Path = "auto"
+) -> list[list[int]]:
+    """Token ids of the rows' prompts, up to where the answer begins.
+
+    Args:
+        rows: Rows; their completions are not used.
+        tokenizer: The model's tokenizer.
+        length: Tokens of a text, with its prompt, at most.
+        template: As for `tokenize_rows`.
+
+    Raises:
+        DataError: A row has no prompt, or one that leaves no token to sample; the message names it.
+    """
+    encoder = Encoder(tokenizer, template)
+    found = []
+    for row in rows:
+        if not row.prompt:
+            raise DataError(f"{row.origin} has no prompt; for texts without prompts, leave out --calibration-prompts")
+        ids = encoder.prompt(row)
+        if len(ids) >= length:
+            raise DataError(
+                f"{row.origin}: the prompt takes {len(ids)} tokens, but --max-length is {length}, so nothing is left "
+                f"to sample; raise it to {len(ids) + 1} or more, or shorten or remove the row"
+            )
+        found.append(ids)
+    return found
+
+
+def _read(path: Path) -> list[TokenRow] | None:
+    if not path.is_file():
+        return None
+    try:
+        texts: list[TokenRow] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        logger.warning("the texts in %s are damaged (%s); the model writes them again", path, error)
+        return None
+    return texts
+
+
+def _write(path: Path, texts: Sequence[TokenRow]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_beside(path) as [beside]:
+            beside.write_text(json.dumps(texts), encoding="utf-8")
+    except OSError as error:
+        logger.warning("the model's texts are not cached: %s cannot be written (%s)", path, error.strerror or error)

@@ -1,0 +1,98 @@
+"""Texts that the base writes to calibrate a kit."""
+
+import json
+
+import pytest
+import torch
+from support.tiny import tiny
+from support.tokenizer import byte_tokenizer
+
+from siftune.base.errors import DataError
+from siftune.data.rows import rows_from
+from siftune.data.tokens import tokenize_rows
+from siftune.methods.keep.texts import sample_texts
+from siftune.offsite.exchange import own_texts as module
+from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
+
+PROMPTS = [[5, 6, 7], [8], [9, 10]]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "own_texts"
+
+
+def loss_by_loop(model, text):
+    """Mean loss of the sampled tokens, one pass for each."""
+    losses = []
+    for place, label in enumerate(text["labels"]):
+        if label != -100:
+            with torch.no_grad():
+                scores = model(torch.tensor([text["input_ids"][:place]])).logits[0, -1].double()
+            losses.append(-scores.log_softmax(0)[label])
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(("count", "more", "prompts"), [(9, 3, ()), (7, 3, PROMPTS), (3, 1, PROMPTS[:1])])
+def test_the_least_likely_are_left_out(count, more, prompts):
+    model = tiny("llama")
+    begins = [prompts[place % len(prompts)] for place in range(count + more)] if prompts else ()
+    texts = sample_texts(model, count + more, 8, 3, begins)
+    assert all(text["input_ids"][: len(begin)] == begin for text, begin in zip(texts, begins, strict=False))
+    losses = [loss_by_loop(model, text) for text in texts]
+    limit = sorted(losses)[count]
+    assert own_texts(model, count, 8, 3, prompts) == [
+        text for text, loss in zip(texts, losses, strict=True) if loss < limit
+    ]
+
+
+def test_texts_are_sampled_once(cache, monkeypatch, caplog):
+    model, calls = tiny("llama"), []
+    monkeypatch.setattr(module, "sample_texts", lambda *given: calls.append(given) or sample_texts(*given))
+    first = own_texts(model, 3, 6, 0, PROMPTS)
+    assert own_texts(model, 3, 6, 0, PROMPTS) == first
+    assert len(calls) == 1
+    other = tiny("llama")
+    other.lm_head.weight.data[0] += 1
+    for given in ((model, 2, 6, 0, PROMPTS), (model, 3, 5, 0, PROMPTS), (model, 3, 6, 1, PROMPTS), (model, 3, 6, 0)):
+        own_texts(*given)
+    own_texts(other, 3, 6, 0, PROMPTS)
+    own_texts(tiny("llama").double(), 3, 6, 0, PROMPTS)
+    assert len(calls) == 7 == len([*cache.iterdir()])
+    for path in cache.iterdir():
+        path.write_text("[{")
+    assert own_texts(model, 3, 6, 0, PROMPTS) == first
+    assert "are damaged" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache, caplog):
+    cache.parent.write_text("")
+    assert len(own_texts(tiny("llama"), 2, 5, 0)) == 2
+    assert "are not cached" in caplog.text
+
+
+@pytest.mark.parametrize("template", ["none", "chat"])
+def test_a_prompt_ends_where_the_labels_begin(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = rows_from([{"prompt": f"{n} and {n}?", "completion": str(2 * n)} for n in range(3)])
+    expected = [row["input_ids"][: row["labels"].count(-100)] for row in tokenize_rows(rows, tokenizer, 64, template)]
+    assert prompt_ids(rows, tokenizer, 64, template) == expected
+    longest = max(map(len, expected))
+    with pytest.raises(DataError, match=rf"row 1: the prompt takes {longest} tokens, but --max-length is {longest}"):
+        prompt_ids(rows, tokenizer, longest, template)
+
+
+def test_rows_without_prompts_are_refused():
+    rows = rows_from([{"text": "All of it."}])
+    with pytest.raises(DataError, match="row 1 has no prompt; for texts without prompts, leave out"):
+        prompt_ids(rows, byte_tokenizer(), 64)
+
+
+def test_the_cache_is_json(cache):
+    texts = own_texts(tiny("llama"), 2, 5, 0)
+    (path,) = cache.iterdir()
+    assert json.loads(path.read_text()) == texts
