@@ -15,7 +15,7 @@ from support.tiny_run import lines, recipe
 from support.trainers import At, adapted, arguments, rows, stop, weights
 from transformers import AutoTokenizer, TrainerCallback
 
-from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.errors import RecipeError, TrainingError, UnsupportedError
 from siftune.data.batches import Collator, numbered
 from siftune.engine.groups import group_by_layer
 from siftune.methods.dp import callback as module
@@ -314,3 +314,14 @@ def test_a_loss_in_which_rows_meet_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(SiftTrainer, "_agrees", lambda *_: False)
     with pytest.raises(UnsupportedError, match="not a mean over label tokens"):
         trainer(tmp_path, adapted(), DP(MECHANISM, 4, Secret(0))).train()
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_an_optimizer_from_before_the_adapters_is_refused(tmp_path, more):
+    """opacus#820: it would train nothing; or, with more than the adapters, without noise."""
+    model = adapted()
+    before = [p for p in model.parameters() if more or not p.requires_grad]
+    worker = trainer(tmp_path, model, DP(MECHANISM, 4, Secret(0)))
+    worker.optimizer = torch.optim.AdamW(before, lr=1e-2)
+    with pytest.raises(TrainingError, match="make it after the adapters"):
+        worker.train()

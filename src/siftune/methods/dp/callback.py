@@ -9,17 +9,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from siftune.base.errors import RecipeError
+from siftune.base.errors import RecipeError, TrainingError
 from siftune.methods.dp.accounting import Mechanism, spent
 from siftune.methods.dp.driver import PrivateGradients
 from siftune.methods.dp.sampling import PoissonBatches, collate_any, parts
 from siftune.methods.dp.secret import Secret
-from siftune.methods.host.callback import LogLines, calling_trainer, saved_state
+from siftune.methods.host.callback import LogLines, calling_trainer, plain_optimizer, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 
 
@@ -74,6 +75,7 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step:
             _refuse_other(saved_state(state, type(self).__name__), asdict(self.mechanism))
         self._gradients = PrivateGradients(kwargs["model"], self.mechanism, self._secret)
+        _refuse_others(plain_optimizer(kwargs["optimizer"]), self._gradients)
         self._secret.seed_dropout(state.global_step)
         self._lines.begin(calling_trainer(self))
 
@@ -86,6 +88,18 @@ class DP(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Restore the model, except for the trained values."""
         self.remove()
+
+
+def _refuse_others(optimizer: torch.optim.Optimizer, gradients: PrivateGradients) -> None:
+    """Refuse an optimizer of other parameters, such as one from before the adapters were there (opacus#820).
+
+    It would train nothing, or move parameters by gradients without noise.
+    """
+    private = {id(p) for group in gradients.groups for p in group.parameters.values()}
+    if {id(p) for group in optimizer.param_groups for p in group["params"]} != private:
+        raise TrainingError(
+            "the optimizer does not have exactly the parameters that get private gradients: make it after the adapters"
+        )
 
 
 def _refuse_other(saved: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> None:
