@@ -65,7 +65,7 @@ def compared(pool_RLD: Tensor, known_RLD: Tensor) -> dict[str, Floats]:
 def sketches(model: nn.Module, data: Dataset, state: Mapping[Any, dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Sketches of the rows' gradients, and of their updates by an Adam in this state; each (R, L, D)."""
     plain, adam = [], []
-    signs: dict[str, tuple[Tensor, Tensor]] = {}
+    signs: dict[str, Tensor] = {}
     with evaluating(model), torch.enable_grad():
         for row in data:
             model.zero_grad()
@@ -75,26 +75,27 @@ def sketches(model: nn.Module, data: Dataset, state: Mapping[Any, dict[str, Any]
             for name, parameter in model.named_parameters():
                 if parameter.grad is None:
                     continue
-                place = signs.setdefault(name, _places(name, parameter.numel()))
+                sign = signs.setdefault(name, _signs(name, parameter.numel()))
                 layer = int(name.split("layers.")[1].split(".")[0])
                 gradient = parameter.grad.float()
-                own.setdefault(layer, []).append(_sketch(gradient, *place))
+                own.setdefault(layer, []).append(_sketch(gradient, sign))
                 if state:
-                    updates.setdefault(layer, []).append(_sketch(_update(gradient, state[parameter]), *place))
+                    updates.setdefault(layer, []).append(_sketch(_update(gradient, state[parameter]), sign))
             plain.append(_stacked(own))
             adam.append(_stacked(updates or own))
     return torch.stack(plain), torch.stack(adam)
 
 
-def _places(name: str, count: int) -> tuple[Tensor, Tensor]:
-    """For each number of a parameter its place in the sketch, and its sign; the same in every run."""
+def _signs(name: str, count: int) -> Tensor:
+    """A random sign for each number of a parameter; the same in every run."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    places, signs = (torch.randint(high, (count,), generator=generator) for high in (_SIZE, 2))
-    return places, signs * 2.0 - 1
+    return torch.randint(2, (count,), generator=generator) * 2.0 - 1
 
 
-def _sketch(values: Tensor, place: Tensor, sign: Tensor) -> Tensor:
-    return torch.zeros(_SIZE).index_add_(0, place, values.flatten() * sign)
+def _sketch(values: Tensor, sign: Tensor) -> Tensor:
+    """Sum of every `_SIZE`-th number, with its sign: inner products of sketches are right on average."""
+    signed = values.flatten() * sign
+    return nn.functional.pad(signed, (0, -len(signed) % _SIZE)).view(-1, _SIZE).sum(0)
 
 
 def _update(gradient: Tensor, state: dict[str, Any], betas: tuple[float, float] = (0.9, 0.999)) -> Tensor:

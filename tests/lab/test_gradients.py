@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lab.pays.gradients import _SIZE, _places, _sketch, _update, compared
+from lab.pays.gradients import _SIZE, _signs, _sketch, _update, compared
 
 
 def test_scores_are_those_of_a_loop():
@@ -36,6 +36,6 @@ def test_a_sketch_keeps_products():
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(20_000, generator=generator)
     second = first + torch.randn(20_000, generator=generator)
-    place = _places("layers.0.q_proj.lora_A", 20_000)
-    product = float(_sketch(first, *place) @ _sketch(second, *place))
+    sign = _signs("layers.0.q_proj.lora_A", 20_000)
+    product = float(_sketch(first, sign) @ _sketch(second, sign))
     assert abs(product - float(first @ second)) < 4 * float(first.norm() * second.norm()) / _SIZE**0.5
