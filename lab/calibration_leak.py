@@ -11,6 +11,9 @@ his own, of the same settings, from as many other rows of the owner's source. A 
     own-N+public-M     the owner's and M public ones; members are the owner's
     own-N+generated-M  the same, with M texts that the model itself wrote
     generated-N        N of those alone
+    free-N             N texts of `emulate --calibration own`
+    prompted-N         the same, after prompts of public rows that leave a few tokens
+    prompted-N+public-M    mixed with M public rows
 
 and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`. `noise-X` is of
 clipped tokens, and noise on A and G with noise multiplier X (`private_moments.py`), for which ε is printed
@@ -26,7 +29,7 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,6 +44,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lab.lines import append, read
 from lab.private_moments import gaussian_epsilon, private_moments
 from siftune.base.environment import versions
+from siftune.data.encode import Encoder
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tokens import tokenize_rows
@@ -58,6 +62,7 @@ from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.emulator.record import Captured, record, replay
 from siftune.offsite.exchange.calibration import in_batches
+from siftune.offsite.exchange.own_texts import own_texts
 from siftune.offsite.maths.kfac import Curvature, Moments
 from siftune.report.table import Table, markdown_table
 
@@ -75,6 +80,7 @@ SETS = (
 DELTA = 1e-5
 FACTORS = 9  # moments of a layer that the default looks at: A of four inputs, G of five outputs
 OUTER = 4  # layers of a model that a whole kit does not compress
+ROOM = 8  # tokens at least after a prompt
 MOST = 64  # members and others that are looked at
 PARTS = ("auc", "beside", "tpr_5_beside")  # figures of the report: AUC of the kit alone and beside, and the rate there
 
@@ -160,26 +166,26 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def measure_set(setting: Setting, name: str, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Make kits of one set of rows in several ways, attack and measure them."""
-    counts = {kind: int(count) for kind, count in re.findall(r"(own|public|generated)-(\d+)", name)}
+    counts = {kind: int(count) for kind, count in re.findall(r"(own|public|generated|free|prompted)-(\d+)", name)}
     own, rest = counts.get("own", 0), {k: n for k, n in counts.items() if k != "own"}
     members = max(own, 32)  # of a kit without the owner's rows: rows that it did not see
-    size = own or sum(rest.values())
+    size = own or min(sum(rest.values()), len(setting.own) - members - MOST)  # of the attacker's rows
     need = members + MOST + size
     if need > len(setting.own):
         raise SystemExit(f"{name} needs {need} rows of the owner's, but there are {len(setting.own)}")
     others = setting.own[members : members + MOST]
     kits = setting.own[:own], setting.own[members + MOST : need]
-    more = [setting.public[:n] if kind == "public" else generated(setting, n) for kind, n in rest.items()]
-    made = [made_of(setting, sum(more, rows), ways) for rows in kits]
+    more = [text for kind, n in rest.items() for text in added(setting, kind, n)]
+    made = [made_of(setting, [*(setting.table(rows) if rows else ()), *more], ways) for rows in kits]
     sides = [looked_at(setting, made, rows) for rows in (setting.own[:members][:MOST], others)]
     for way in ways:
         yield {"way": way, **scores(way, sides), "gap": gap(setting, made[0][way], others[:8]), **_bound(setting, way)}
 
 
-def made_of(setting: Setting, rows: Sequence[Row], ways: Sequence[str]) -> dict[str, PreTrainedModel]:
-    """One emulator per way."""
+def made_of(setting: Setting, table: Sequence[Any], ways: Sequence[str]) -> dict[str, PreTrainedModel]:
+    """One emulator per way, from rows in token ids."""
     plain = [way for way in ways if not way.startswith("noise")]
-    batches = setting.batches(rows)
+    batches = in_batches(table, 8, setting.tokenizer.pad_token_id)
     parts = (
         emulators(setting.model, batches, [EmulatorSettings(split=setting.split, **WAYS[way]) for way in plain])
         if plain
@@ -252,6 +258,17 @@ def gap(setting: Setting, emulator: PreTrainedModel, rows: Sequence[Row]) -> lis
     pairs = token_rows(setting.table(rows))
     found = [perplexity(model, pairs, 8) for model in (setting.model, emulator)]
     return _figures(paired_bootstrap(found[0].nll, found[1].nll, Bootstrap(), weights=found[0].tokens))
+
+
+def added(setting: Setting, kind: str, count: int) -> Iterable[dict[str, Any]]:
+    """Rows in token ids that are none of the owner's."""
+    if kind in ("public", "generated"):
+        return setting.table(setting.public[:count] if kind == "public" else generated(setting, count))
+    encode, prompts = Encoder(setting.tokenizer, "none"), []
+    if kind == "prompted":  # of rows from the end, since the public ones of a mixture are the first
+        prompts = [ids for row in setting.public[::-1] if len(ids := encode.prompt(row)) <= setting.length - ROOM]
+    texts = own_texts(setting.model, count, setting.length, setting.seed, prompts)
+    return [{**text, "labels": text["input_ids"]} for text in texts]
 
 
 def generated(setting: Setting, count: int) -> list[Row]:

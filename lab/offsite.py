@@ -54,6 +54,7 @@ from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.calibration import in_batches
+from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
 from siftune.report.table import Table, markdown_table
 
 Job = dict[str, Any]
@@ -209,9 +210,25 @@ def _setting(args: argparse.Namespace) -> Setting:
     files = ((args.calibration, args.rows), (args.text, args.text_rows))
     raw = args.format == "raw"
     rows = [load_rows(f, "train", n) if raw else rows_from(_options(Path(f), n, 0)) for f, n in files]
-    calibration, text = (text_batches(part, args.length, tokenizer, args.template) for part in rows)
+    text = text_batches(rows[1], args.length, tokenizer, args.template)
+    calibration = _calibration(rows[0], args, model, tokenizer)
     gradient = outer_gradient(model, text, EmulatorSettings().split)
     return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent, args.template)
+
+
+def _calibration(
+    rows: Sequence[Row], args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Tensor]]:
+    """Rows, or texts that the base writes freely or after the rows' prompts, or such texts and rows, half of each."""
+    if args.source == "rows":
+        return text_batches(rows, args.length, tokenizer, args.template)
+    count = len(rows) // 2 if args.source == "mixed" else len(rows)
+    prompts = [] if args.source == "free" else prompt_ids(rows[:count], tokenizer, args.length, args.template)
+    texts = own_texts(model, count, args.length, 0, prompts)
+    data: list[Any] = [{**text, "labels": text["input_ids"]} for text in texts]
+    if rest := rows[count:]:
+        data += tokenize_rows(rest, tokenizer, args.length, args.template, completion_only=False)
+    return in_batches(data, 4, tokenizer.pad_token_id)
 
 
 def text_batches(
@@ -231,6 +248,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
     common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
     common |= {"format": args.format, "template": args.template}
+    common |= {} if args.source == "rows" else {"source": args.source}
     for seed in map(int, args.seeds.split(",")):
         if tuning:
             yield {**common, "name": BASE, "keep": None, "seed": seed, "emulator": None}
@@ -353,6 +371,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="smollm2", help="base model")
     add("--dtype", default="auto", help="number format of the base")
     add("--calibration", default="", help="file of the owner's rows")
+    add(
+        "--source",
+        choices=("rows", "free", "prompted", "mixed"),
+        default="rows",
+        help="of calibration: rows of the file; texts that the base writes freely, or after prompts of the file; "
+        "prompted and rows each",
+    )
     add("--text", default="", help="file of held-out rows on which gradients and losses are compared")
     add("--rows", type=int, default=32, help="calibration rows")
     add("--text-rows", type=int, default=64, help="held-out rows")

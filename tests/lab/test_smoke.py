@@ -1,6 +1,7 @@
 """Every script of the laboratory: its help, and a run in seconds on a tiny random model (marker lab)."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import math
@@ -388,6 +389,21 @@ def test_offsite(llama, suite, tmp_path, capsys):
 
 
 @pytest.mark.lab
+def test_offsite_on_own_texts(llama, suite, tmp_path, monkeypatch):
+    from lab import offsite
+
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
+    words = ["--calibration", str(suite / "ARC-Easy.train.json"), "--text", str(suite / "openbookqa.test.json")]
+    words += ["--model", llama, "--rows", "8", "--text-rows", "4", "--keeps", "0.5", "--tune", "none", "--methods"]
+    for source in ("rows", "free", "prompted", "mixed"):
+        more = [f"{source}=", "--source", source, "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
+        assert offsite.main([*words, *more]) == 0
+    found = read(tmp_path / "out.jsonl")
+    assert [line["job"].get("source", "rows") for line in found] == ["rows", "free", "prompted", "mixed"]
+    assert len({line["text"]["loss_emulator"] for line in found}) == 4
+
+
+@pytest.mark.lab
 def test_offsite_why(llama, suite, capsys):
     from lab import offsite_why
 
@@ -397,13 +413,14 @@ def test_offsite_why(llama, suite, capsys):
 
 
 @pytest.mark.lab
-def test_calibration_leak(llama):
+def test_calibration_leak(llama, tmp_path, monkeypatch):
     """Rows that calibrated a kit are recognised, others are not."""
     from lab import calibration_leak
     from siftune.data.rows import rows_from
     from siftune.models.load import load_model
     from siftune.offsite.emulator.model import Split
 
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path))
     drawn = random.Random(0)
     texts = ["".join(drawn.choices("abcdefgh ", k=12)) for _ in range(200)]
     own, public = (rows_from([{"text": text} for text in part]) for part in (texts[:130], texts[130:]))
@@ -414,6 +431,14 @@ def test_calibration_leak(llama):
     assert ways["default"]["beside"]["all"][1] > 0.5  # the interval's lower end
     assert other["beside"]["all"][1] < 0.5
     assert float(ways["noise-1"]["epsilon_whole"]) > 0
+    asked = rows_from([{"prompt": text[:6], "completion": text} for text in texts[130:]])
+    setting = dataclasses.replace(setting, public=asked)
+    lost = [
+        line["lost"]["all"]
+        for name in ("free-8", "prompted-8", "prompted-8+public-4")
+        for line in calibration_leak.measure_set(setting, name, ["default"])
+    ]
+    assert len(set(lost)) == 3
     assert "own-32" in calibration_leak.report([{"set": "own-32", **line} for line in ways.values()])
 
 
