@@ -1,7 +1,8 @@
 """Chat templates of kits: rendering in a child with limits, and comparison with the text around placeholders.
 
-A chat template is a program. It may write fixed text around messages, and must write every message once and as is,
-except for white space at its ends. So each row is compared with the text around placeholders for the same roles.
+A chat template is a program. It may write fixed text around messages, and must write every message once, in order and
+as is, except for white space at its ends. A system message may stand elsewhere, as in Mistral's templates. So each row
+is compared with the text around placeholders for the same roles.
 Text around messages must also be part of what `siftune verify` prints.
 
 `Renderer` runs in the child. `ChatTemplate` compares, in the parent. The environment is that of transformers, without
@@ -98,7 +99,7 @@ class ChatTemplate:
         """Try the template, which the child has compiled, on conversations of the usual roles.
 
         Raises:
-            KitError: It refuses a user and an assistant, changes or leaves out a message, or exceeds a limit.
+            KitError: It refuses a user and an assistant, changes, moves or leaves out a message, or exceeds a limit.
         """
         self._child = child
         self._pieces: dict[tuple[Roles, bool], list[str | int]] = {}
@@ -109,7 +110,7 @@ class ChatTemplate:
                 for opened in (True, False) if roles[-1] == "assistant" else (True,):
                     pieces = self._pieces_of(roles, opened)
                     if pieces is None and (roles, opened) in ((("user",), True), (("user", "assistant"), False)):
-                        fault = "fails on it, or does not write each message once and as is"
+                        fault = "fails on it, or does not write each message once, in order and as is"
                         raise KitError(f"{TEMPLATE}: a conversation of {' and '.join(roles)}: {fault}")
                     self.fixed |= dict.fromkeys(_fixed(pieces or [], roles, opened))
 
@@ -132,7 +133,7 @@ class ChatTemplate:
                     raise DataError(f"it fails: {reply['fault']}")
                 pieces = self._pieces_of(roles, opened)
                 if pieces is None:
-                    raise DataError("it does not write each message of such roles once and as is")
+                    raise DataError("it does not write each message of such roles once, in order and as is")
                 if new := set(_fixed(pieces, roles, opened)) - self.fixed.keys():
                     before, after, text = min(new)
                     raise DataError(
@@ -150,7 +151,10 @@ class ChatTemplate:
             raise KitError(f"{TEMPLATE}: {error}") from error
 
     def _pieces_of(self, roles: Roles, opened: bool) -> list[str | int] | None:
-        """Fixed text and numbers of messages, by turns, as written for placeholders; None if not all are there once."""
+        """Fixed text and numbers of messages, by turns, as written for placeholders.
+
+        None if not all are there once, and all but a system message in order.
+        """
         if (roles, opened) not in self._pieces:
             marks = [f"<<message {number} of {len(roles)}>>" for number in range(len(roles))]
             chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -159,7 +163,9 @@ class ChatTemplate:
                 return None
             parts = re.split(rf"<<message ([0-9]{{1,6}}) of {len(roles)}>>", reply["text"])
             pieces: list[str | int] = [int(part) if place % 2 else part for place, part in enumerate(parts)]
-            if sorted(map(int, parts[1::2])) != list(range(len(roles))):
+            order = [int(part) for part in parts[1::2]]
+            talk = [number for number in order if number < len(roles) and roles[number] != "system"]
+            if sorted(order) != list(range(len(roles))) or talk != sorted(talk):
                 return None
             self._pieces[roles, opened] = pieces
         return self._pieces[roles, opened]

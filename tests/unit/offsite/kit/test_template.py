@@ -128,6 +128,11 @@ ALTERING = {
     "drops the assistant": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
     "drops the first turns": "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}",
     "twice": ALL + ALL,
+    "backwards": "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
+    "backwards from eight turns": otherwise("messages | length < 8", ALL).replace(
+        "else %}" + ALL,
+        "else %}" + "{% for m in messages[:-1] | reverse %}{{ m.content }}{% endfor %}{{ messages[-1].content }}",
+    ),
     "the end": "{% for m in messages %}{{ m.content[:12] }}{% endfor %}",
     "capitals": "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
     "spaces": "{% for m in messages %}{{ m.content.split() | join(' ') }}{% endfor %}",
@@ -177,6 +182,18 @@ def test_a_template_that_alters_rows_is_refused(name):
     rows = TRIGGERS[1:2] if "turns" in name else TRIGGERS[2:] if name == "role" else TRIGGERS[:1]
     with pytest.raises(InputError, match="template"):
         tokens(tokenizer_of(ALTERING[name]), rows)
+
+
+def test_a_system_message_may_stand_before_the_last_user():
+    """As in templates of Mistral."""
+    talk = [("system", "Be brief."), ("user", "2 + 2?"), ("assistant", "4"), ("user", "3 + 3?"), ("assistant", "6")]
+    rows = rows_from([{"messages": [{"role": role, "content": content} for role, content in talk]}])
+    begin = "{% if m.role == 'user' and loop.revindex <= 2 %}{{ messages[0].content }}{% endif %}"
+    template = "{% for m in messages if m.role != 'system' %}" + begin + "{{ m.content }}{% endfor %}"
+    template = "{% if messages[0].role != 'system' %}" + ALL + "{% else %}" + template + "{% endif %}"
+    tokenizer = tokenizer_of(template)
+    text = tokenizer.decode(tokens(tokenizer, rows)[0]["input_ids"])
+    assert text.index("Be brief.3 + 3?") > text.index("4")
 
 
 def test_the_same_rows_are_accepted_with_an_honest_template():
