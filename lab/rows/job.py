@@ -25,7 +25,7 @@ from lab.rows.cells import demo_pool, plant, rows_in
 from lab.rows.first_sight import LEAST
 from lab.rows.metrics import all_of, named
 from lab.rows.peers import Fold, classes_of, crossed
-from lab.rows.scores import all_scores
+from lab.rows.scores import all_scores, scores_of
 from siftune.data.rows import rows_from
 from siftune.data.target import SOURCE
 from siftune.data.tokens import tokenize_rows
@@ -34,7 +34,7 @@ from siftune.models.attention import short_rows
 from siftune.models.load import load_model
 from siftune.records.record import RowRecord
 from siftune.records.rows import Text
-from siftune.suspects.losses import decoys_of
+from siftune.suspects.losses import swapped_of
 from siftune.suspects.rule import judge
 from siftune.train.build import Built
 
@@ -56,7 +56,7 @@ class Scored(Work):
     questions: bool = False
     record: RowRecord = field(default_factory=RowRecord)
     final: Any = None
-    decoys: dict[int, Any] = field(default_factory=dict)
+    swapped: dict[tuple[int, str], Any] = field(default_factory=dict)
 
     def _take_over(self, built: Built, rows: Sequence[Row]) -> SubsetTrainer:
         trainer = super()._take_over(built, rows)
@@ -65,8 +65,8 @@ class Scored(Work):
 
     def _measure(self, model: nn.Module) -> Record:
         rows = rows_from([{**asked(row), SOURCE: _source(row)} for row in self.pool.train])
-        self.decoys = decoys_of(rows, self.job["seed"])
-        data = tokenize_rows([*rows, *self.decoys.values()], self.tokenizer, 512, "none")
+        self.swapped = swapped_of(rows, self.job["seed"])
+        data = tokenize_rows([*rows, *self.swapped.values()], self.tokenizer, 512, "none")
         with short_rows():
             self.final = row_nll(model, list(zip(data["input_ids"], data["labels"], strict=True)), 64)
         return super()._measure(model) if self.questions else {}
@@ -76,8 +76,13 @@ class Scored(Work):
         rows = self.pool.train
         texts, bad = [Text(row["prompt"], row["completion"]) for row in rows], np.array([row["bad"] for row in rows])
         kinds = np.unique([_source(row) for row in rows], return_inverse=True)[1]
-        losses, decoys = np.split(self.final.nll, [len(rows)])
-        verdict = judge(losses, kinds, decoys, kinds[[*self.decoys]])
+        losses, swapped = np.split(self.final.nll, [len(rows)])
+        found = dict(zip(self.swapped, swapped.round(2).tolist(), strict=True))
+        decoys, elsewhere, decoys_elsewhere = (
+            {str(at): nll for (at, what), nll in found.items() if what == kind}
+            for kind in ("decoy", "row elsewhere", "decoy elsewhere")
+        )
+        verdict = judge(*scores_of(losses, kinds, decoys, elsewhere, decoys_elsewhere))
         scores = all_scores(self.record.visits(), losses, self.final.tokens[: len(rows)], verdict, texts, kinds)
         old = scores.get("first-source", scores["first"])
         line = {
@@ -86,7 +91,9 @@ class Scored(Work):
             "scores": {name: all_of(values, bad) for name, values in scores.items()} if bad.any() else {},
             "named_first": {**named(old, bad, LEAST), "of": int(bad.sum())},
             "losses": np.round(losses, 2).tolist(),
-            "decoys": dict(zip(map(str, self.decoys), np.round(decoys, 2).tolist(), strict=True)),
+            "decoys": decoys,
+            "elsewhere": elsewhere,
+            "decoys_elsewhere": decoys_elsewhere,
             "wrong": np.flatnonzero(bad).tolist(),
             "kinds": kinds.tolist() if kinds.any() else 0,
         }

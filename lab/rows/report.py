@@ -15,6 +15,7 @@ import numpy as np
 
 from lab.lines import read
 from lab.rows.metrics import interval
+from lab.rows.scores import scores_of
 from lab.seeds import seed_means
 from siftune.report.table import Table, markdown_table
 from siftune.suspects.rule import judge
@@ -97,8 +98,9 @@ def _named(lines: Sequence[Line]) -> str:
 
 def _counts(line: Line) -> dict[str, int]:
     """Suspects by the present rule, the wrong rows among them, and all wrong rows."""
-    kinds, decoys = np.array(line["kinds"] or [0] * line["rows"]), line["decoys"]
-    verdict = judge(np.array(line["losses"]), kinds, np.array([*decoys.values()]), kinds[[*map(int, decoys)]])
+    losses, kinds = np.array(line["losses"]), np.array(line["kinds"] or [0] * line["rows"])
+    measured = (line["decoys"], line.get("elsewhere", {}), line.get("decoys_elsewhere", {}))
+    verdict = judge(*scores_of(losses, kinds, *measured))
     chosen = verdict.order[: verdict.count].tolist()
     return {"rows": len(chosen), "bad": len({*chosen} & {*line["wrong"]}), "of": line["bad"]}
 

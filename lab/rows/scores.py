@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lab.rows.first_sight import by_row
 from siftune.records.rows import Text
 from siftune.records.visits import Visits
-from siftune.suspects.rule import Verdict
+from siftune.suspects.rule import Scores, Verdict
 from siftune.suspects.twins import Twins
 
 Floats = NDArray[np.float64]
@@ -55,3 +55,18 @@ def all_scores(
     twins = Twins([f"{text.prompt}\n{text.completion}" for text in texts])
     found["twins"] = np.array([len(twins.of(row)) for row in range(len(texts))], dtype=np.float64)
     return found
+
+
+def scores_of(
+    losses: Floats,
+    kinds: NDArray[np.int64],
+    decoys: dict[str, float],
+    elsewhere: dict[str, float],
+    decoys_elsewhere: dict[str, float],
+) -> tuple[Scores, Scores]:
+    """Scores of rows and decoys, from losses by number of the row."""
+    at = [int(number) for number in decoys]
+    gains = np.array([elsewhere.get(str(number), np.nan) for number in range(len(losses))]) - losses
+    own = np.array([*decoys.values()])
+    decoy_gains = np.array([decoys_elsewhere.get(str(number), np.nan) for number in at]) - own
+    return Scores(losses, gains, kinds), Scores(own, decoy_gains, kinds[at])

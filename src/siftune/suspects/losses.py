@@ -3,13 +3,14 @@
 One model scores all rows at one time *(ours)*. Losses of training fall from step to step, so early rows look worse than
 late ones, and rows of a task that is learned in few steps look worse than wrong rows. A row's loss is the sum over its
 label tokens, −ln p(completion | prompt), in nats. A decoy has a row's prompt with the completion of another row of its
-source; `rule` compares rows with decoys.
+source. Decoys and the rows that they come from are also scored after another prompt. `rule` compares rows with decoys.
 
 The pass is a forward without a backward, a third of an epoch, and less for the decoys. `siftune rows` runs it once, on
 demand *(ours)*: as a part of training it would add a third to a run of one epoch. Rows of a target are trusted, and get
 no score.
 
-    losses.parquet    a line for each row and decoy: row int32, loss float32, tokens int32, decoy bool
+    losses.parquet    a line for each row and decoy: row int32, loss float32, tokens int32, decoy bool, and elsewhere
+                      float32, the loss after another prompt
 """
 
 import random
@@ -40,7 +41,7 @@ from siftune.records.visits import NAME, read_visits
 from siftune.train.folder.run import LOSSES
 
 _ABOUT = b"siftune"  # key in the Parquet metadata
-_COLUMNS = {"row": "int32", "loss": "float32", "tokens": "int32", "decoy": "bool"}
+_COLUMNS = {"row": "int32", "loss": "float32", "tokens": "int32", "decoy": "bool", "elsewhere": "float32"}
 _LARGER = 2  # rows per forward pass, over those of a training batch: no activations are kept
 _DECOYS = 200  # of a source: the share of decoys above a loss is then known to a few percent (ours)
 _RARE = 64  # rows of a source; smaller sources are taken together (ours)
@@ -56,12 +57,19 @@ class Losses:
         loss: (R,) float32, summed over label tokens in nats.
         tokens: (R,) int32, number of label tokens.
         decoy: (R,) bool.
+        elsewhere: (R,) float32, loss of the same completion after another prompt of the source; NaN if not measured.
     """
 
     row: NDArray[np.int32]
     loss: NDArray[np.float32]
     tokens: NDArray[np.int32]
     decoy: NDArray[np.bool_]
+    elsewhere: NDArray[np.float32]
+
+    @property
+    def gain(self) -> NDArray[np.float32]:
+        """(R,) by how much the prompt lowers the loss, compared with another; NaN if not measured."""
+        return self.elsewhere - self.loss
 
 
 def score_run(
@@ -95,15 +103,24 @@ def score_run(
         raise DataError(f"{tokens.faults(rows)[0]}; the run {run} could use this row, so its tokenizer has changed.")
     numbers = [at for at, source in enumerate(sources(rows)) if source != TARGET]
     pairs = list(zip(tokens.data["input_ids"], tokens.data["labels"], strict=True))
-    decoys = decoys_of([rows[at] for at in numbers], recipe.seed)
-    own, chosen = [numbers[at] for at in decoys], [pairs[at] for at in numbers]
-    if decoys:
-        swapped = tokens_of(list(decoys.values()), form)
-        own = [at for place, at in enumerate(own) if place not in swapped.bad]
+    made = swapped_of([rows[at] for at in numbers], recipe.seed)
+    keys, chosen = list(made), [pairs[at] for at in numbers]
+    if made:
+        swapped = tokens_of(list(made.values()), form)
+        keys = [key for place, key in enumerate(keys) if place not in swapped.bad]
         chosen += zip(swapped.data["input_ids"], swapped.data["labels"], strict=True)
     with short_rows():
         result = row_nll(model, chosen, _LARGER * recipe.batch_size, progress)
-    columns = ([*numbers, *own], result.nll, result.tokens, np.arange(len(chosen)) >= len(numbers))
+    found = dict(zip(keys, zip(result.nll[len(numbers) :], result.tokens[len(numbers) :], strict=True), strict=True))
+    lines = [
+        (number, nll, count, False, found.get((at, "row elsewhere"), (np.nan,))[0])
+        for at, (number, nll, count) in enumerate(zip(numbers, result.nll, result.tokens, strict=False))
+    ] + [
+        (numbers[at], nll, count, True, found.get((at, "decoy elsewhere"), (np.nan,))[0])
+        for (at, what), (nll, count) in found.items()
+        if what == "decoy"
+    ]
+    columns = zip(*lines, strict=True)
     table = {name: np.asarray(part).astype(kind) for (name, kind), part in zip(_COLUMNS.items(), columns, strict=True)}
     with write_beside(run / LOSSES) as [beside]:
         parquet.write_table(pyarrow.table(table).replace_schema_metadata({_ABOUT: about}), beside, compression="zstd")
@@ -116,36 +133,42 @@ def kinds_of(rows: Sequence[Row]) -> list[str]:
     return [""] * len(rows) if len(counts) < 2 else [name if counts[name] >= _RARE else "" for name in names]
 
 
-def decoys_of(rows: Sequence[Row], seed: int) -> dict[int, Row]:
-    """Give some rows of each source the completion of another row of it.
+def swapped_of(rows: Sequence[Row], seed: int) -> dict[tuple[int, str], Row]:
+    """Give some rows of each source the completion of another row of it, and both completions another prompt.
 
     Args:
         rows: The rows.
         seed: Of the choice.
 
     Returns:
-        Number of a row -> the decoy with its prompt. Plain texts have no prompt, and rows of a source with one
-        completion have no other: they get none.
+        Number of a row and a kind -> the changed row. Kinds are "decoy", with the row's prompt and another completion,
+        and "row elsewhere" and "decoy elsewhere", with the row's or decoy's completion after another row's prompt.
+        Plain texts have no prompt, and rows of a source with one completion have no other: they get none.
 
     Example:
         >>> from siftune.data.rows import rows_from
-        >>> few = rows_from([{"prompt": f"{n}?", "completion": str(n)} for n in (1, 2)])
-        >>> [(decoy.prompt[0].content, decoy.completion) for decoy in decoys_of(few, seed=0).values()]
-        [('1?', '2'), ('2?', '1')]
+        >>> few = rows_from([{"prompt": f"{n}?", "completion": str(n)} for n in (1, 2, 3)])
+        >>> [row.prompt[0].content + row.completion for row in swapped_of(few[:2], seed=0).values()]
+        ['1?2', '2?1', '2?2', '2?1', '1?2', '1?1']
     """
-    randomness, decoys = random.Random(f"decoys {seed}"), {}
+    randomness, made = random.Random(f"decoys {seed}"), dict[tuple[int, str], Row]()
     places: dict[str, list[int]] = {}
     for at, kind in enumerate(kinds_of(rows)):
         places.setdefault(kind, []).append(at)
     for own in places.values():
         asked = [at for at in own if rows[at].prompt]
         for at in sorted(randomness.sample(asked, min(len(asked), _DECOYS))):
-            other = next(
-                (other for other in _draws(randomness, own) if rows[other].completion != rows[at].completion), None
-            )
-            if other is not None:
-                decoys[at] = replace(rows[at], completion=rows[other].completion)
-    return decoys
+            row, draws = rows[at], [rows[place] for place in _draws(randomness, own)]
+            completion = next((other.completion for other in draws if other.completion != row.completion), None)
+            if completion is None:
+                continue
+            decoy = made[at, "decoy"] = replace(row, completion=completion)
+            draws = [rows[place] for place in _draws(randomness, asked)]
+            prompt = next((other.prompt for other in draws if other.prompt != row.prompt), None)
+            if prompt is not None:
+                made[at, "row elsewhere"] = replace(row, prompt=prompt)
+                made[at, "decoy elsewhere"] = replace(decoy, prompt=prompt)
+    return made
 
 
 def _draws(randomness: random.Random, places: Sequence[int]) -> Sequence[int]:

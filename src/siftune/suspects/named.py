@@ -14,7 +14,7 @@ import numpy as np
 from siftune.records.rows import Text, text_of
 from siftune.records.visits import NAME, read_visits
 from siftune.suspects.losses import kinds_of, read_losses, trained_rows
-from siftune.suspects.rule import judge
+from siftune.suspects.rule import Scores, judge
 from siftune.suspects.twins import Twins
 
 _STEPS = 60  # of the run, at least: early, losses of correct rows are as high as those of wrong ones (ours)
@@ -91,8 +91,12 @@ class ScoredRows:
         number = {source: kind for kind, source in enumerate(dict.fromkeys(self._sources))}
         kind = {int(row): number[source] for row, source in zip(losses.row[own], self._sources, strict=True)}
         decoys = losses.decoy & np.isin(losses.row, losses.row[own])
-        kinds, of_decoys = ([kind[int(row)] for row in losses.row[chosen]] for chosen in (own, decoys))
-        self._verdict = judge(self._loss, np.array(kinds), losses.loss[decoys], np.array(of_decoys))
+        self._verdict = judge(
+            *(
+                Scores(losses.loss[part], losses.gain[part], np.array([kind[int(row)] for row in losses.row[part]]))
+                for part in (own, decoys)
+            )
+        )
         steps = int(read_visits(run / NAME).visits.step.max(initial=-1)) + 1
         self.suspects = self._verdict.count if steps >= _STEPS else 0
         self.doubt = ""

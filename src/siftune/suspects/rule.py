@@ -8,12 +8,18 @@ have losses like those of decoys, then for every loss t
 
 so each ratio of the two shares bounds q from above. The least, over the middle losses of decoys, is close to q if few
 correct rows reach these. Mixture proportions are bounded like that by Blanchard, Lee and Scott (JMLR 2010), and decoys
-count wrong matches in mass spectrometry (Elias and Gygi, Nature Methods 2007). Decoys of rows are ours.
+count wrong matches in mass spectrometry (Elias and Gygi, Nature Methods 2007). Decoys of rows and the use of gains are
+ours.
 
 The suspects of a source are the largest set of highest losses of which an estimated four fifths are wrong:
 q R P(decoy ≥ t) ≥ 0.8 #(row ≥ t), with R rows, and t at least the smallest loss of a decoy. No spread and no form of
 a distribution is estimated, and neither the length of completions nor the level of a task matters. If wrong rows are
 harder to tell from correct ones than decoys are, q comes out too small, and fewer rows are suspect.
+
+Rare answers that the model has not learned have high losses, too, wrong or correct. But the prompt of a correct row
+lowers the loss of its answer, compared with another prompt of the source; that of a wrong row does not. So these gains
+of rows and decoys bound q in the same way. If they allow less than half of what the losses say, the losses of the
+source do not tell (ours). The half leaves room for chance: gains are measured for a sample of the rows.
 
 The losses may come from any model, as long as one model scores all rows and decoys: the final one, or one that was
 tuned on rows that are known to be correct.
@@ -29,8 +35,30 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 WRONG = 0.8  # share of wrong rows among the suspects, estimated (ours)
 _MIDDLE = (0.3, 0.7)  # shares of decoys between which t lies: few are beyond (ours)
+_AGREE = 0.5  # of the share by losses that gains must allow (ours)
 _LEAST = 0.02  # share of wrong rows; a smaller one cannot be told from rare correct rows (ours)
 _DECOYS = 30  # of a source, at least (ours)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of rows or decoys under one model; N of them.
+
+    Attributes:
+        loss: (N,) summed losses in nats.
+        gain: (N,) losses of the same completions after another prompt of the source, minus `loss`; NaN where it was not
+            measured.
+        kind: (N,) number of each one's source.
+    """
+
+    loss: NDArray[np.floating]
+    gain: NDArray[np.floating]
+    kind: NDArray[np.integer]
+
+    def of(self, kind: int) -> "Scores":
+        """Those of one source."""
+        own = self.kind == kind
+        return Scores(self.loss[own], self.gain[own], self.kind[own])
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,52 +76,45 @@ class Verdict:
     above: Floats
 
 
-def judge(
-    losses: NDArray[np.floating],
-    kinds: NDArray[np.integer],
-    decoys: NDArray[np.floating],
-    decoy_kinds: NDArray[np.integer],
-) -> Verdict:
+def judge(rows: Scores, decoys: Scores) -> Verdict:
     """Order rows, and count the suspects.
 
     Args:
-        losses: (R,) summed losses of rows in nats, from one model.
-        kinds: (R,) number of each row's source.
-        decoys: (D,) summed losses of decoys, from the same model.
-        decoy_kinds: (D,) number of each decoy's source.
+        rows: Scores of the rows, from one model; gains of a sample are enough.
+        decoys: Scores of decoys, from the same model.
 
     Example:
-        >>> rows, decoys = np.repeat([0.1, 8.0], [80, 20]), np.full(50, 8.0)
-        >>> judge(rows, np.zeros(100, dtype=int), decoys, np.zeros(50, dtype=int)).count
+        >>> row = Scores(np.repeat([0.1, 8.0], [80, 20]), np.repeat([9.0, 0.0], [80, 20]), np.zeros(100, dtype=int))
+        >>> judge(row, Scores(np.full(50, 8.0), np.zeros(50), np.zeros(50, dtype=int))).count
         20
     """
-    above, apart = np.full(len(losses), np.nan), losses.astype(np.float64)
-    suspect = np.zeros(len(losses), dtype=bool)
-    for kind in np.unique(decoy_kinds):
-        own, wrong = kinds == kind, np.sort(decoys[decoy_kinds == kind])
-        above[own] = np.searchsorted(wrong, losses[own]) / len(wrong)
-        apart[own] = losses[own] - np.median(wrong)
-        suspect[own] = losses[own] >= _least_loss(losses[own], wrong)
+    above, apart = np.full(len(rows.loss), np.nan), rows.loss.astype(np.float64)
+    suspect = np.zeros(len(rows.loss), dtype=bool)
+    for kind in np.unique(decoys.kind):
+        own, wrong = rows.kind == kind, np.sort(decoys.of(kind).loss)
+        above[own] = np.searchsorted(wrong, rows.loss[own]) / len(wrong)
+        apart[own] = rows.loss[own] - np.median(wrong)
+        suspect[own] = rows.loss[own] >= _least_loss(rows.of(kind), decoys.of(kind))
     order = np.lexsort((-apart, np.isnan(above), ~suspect))  # the last key is the first
     return Verdict(order, int(suspect.sum()), above)
 
 
-def _least_loss(losses: NDArray[np.floating], wrong: NDArray[np.floating]) -> float:
-    """Loss from which the rows of a source are suspect; infinite if none is.
+def _least_loss(rows: Scores, decoys: Scores) -> float:
+    """Loss from which the rows of a source are suspect; infinite if none is."""
+    share = _bound(rows.loss, decoys.loss)
+    if not _LEAST <= share < np.inf or _bound(-rows.gain, -decoys.gain) < _AGREE * share:
+        return np.inf
+    losses, wrong = np.sort(rows.loss), np.sort(decoys.loss)
+    expected = share * len(losses) * (1 - np.searchsorted(wrong, losses) / len(wrong))
+    enough = (expected >= WRONG * (len(losses) - np.searchsorted(losses, losses))) & (losses >= wrong[0])
+    return float(losses[enough.argmax()]) if enough.any() else np.inf
 
-    Args:
-        losses: (R,) of the rows.
-        wrong: (D,) of the decoys, ascending.
-    """
-    count = len(wrong)
-    if count < _DECOYS or not len(losses):
+
+def _bound(rows: NDArray[np.floating], decoys: NDArray[np.floating]) -> float:
+    """Upper bound of the share of wrong rows, by scores that are high for wrong rows; infinite if too few are known."""
+    rows, decoys = (np.sort(scores[~np.isnan(scores)]) for scores in (rows, decoys))
+    if len(decoys) < _DECOYS or not len(rows):
         return np.inf
-    places = np.arange(*(round(part * count) for part in _MIDDLE))
-    rows = np.sort(losses)
-    reaching = 1 - np.searchsorted(rows, wrong[places]) / len(rows)
-    share = float((reaching / (1 - np.searchsorted(wrong, wrong[places]) / count)).min())
-    if share < _LEAST:
-        return np.inf
-    expected = share * len(rows) * (1 - np.searchsorted(wrong, rows) / count)
-    enough = (expected >= WRONG * (len(rows) - np.searchsorted(rows, rows))) & (rows >= wrong[0])
-    return float(rows[enough.argmax()]) if enough.any() else np.inf
+    middle = decoys[round(_MIDDLE[0] * len(decoys)) : round(_MIDDLE[1] * len(decoys))]
+    reaching, wrong = (1 - np.searchsorted(scores, middle) / len(scores) for scores in (rows, decoys))
+    return float((reaching / wrong).min())

@@ -15,7 +15,7 @@ from siftune.data.tokens import Form, tokens_of
 from siftune.recipe.read import load_recipe
 from siftune.records.rows import used_rows
 from siftune.records.visits import NAME
-from siftune.suspects.losses import decoys_of, read_losses, score_run, trained_rows
+from siftune.suspects.losses import read_losses, score_run, swapped_of, trained_rows
 from siftune.train.folder.run import LOSSES
 from siftune.train.run import train
 
@@ -36,26 +36,40 @@ def test_losses_are_those_of_the_final_model_row_by_row(run):
     rows = used_rows(run, load_recipe(run / "recipe.yaml"))[:24]  # those of the target are trusted
     losses = read_losses(run, trained_rows(run)[1])
     assert losses.row[~losses.decoy].tolist() == losses.row[losses.decoy].tolist() == [*range(24)]
-    decoys = decoys_of(rows, seed=0)
+    made = swapped_of(rows, seed=0)
     for at, number in enumerate(losses.row):
-        row = decoys[number] if losses.decoy[at] else rows[number]
-        encoded = tokens_of([row], Form(tokenizer, 64, "none")).data[0]
-        labels = np.array(encoded["labels"][1:])
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0, :-1].double()
-        own = torch.log_softmax(logits, 1).numpy()[np.arange(len(labels)), np.maximum(labels, 0)]
-        assert losses.tokens[at] == (labels >= 0).sum()
-        assert losses.loss[at] == pytest.approx(-own[labels >= 0].sum(), abs=1e-3)
+        what = "decoy" if losses.decoy[at] else "row"
+        for row, found in (
+            (made[number, "decoy"] if losses.decoy[at] else rows[number], losses.loss),
+            (made[number, f"{what} elsewhere"], losses.elsewhere),
+        ):
+            encoded = tokens_of([row], Form(tokenizer, 64, "none")).data[0]
+            labels = np.array(encoded["labels"][1:])
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0, :-1].double()
+            own = torch.log_softmax(logits, 1).numpy()[np.arange(len(labels)), np.maximum(labels, 0)]
+            assert losses.tokens[at] == (labels >= 0).sum()
+            assert found[at] == pytest.approx(-own[labels >= 0].sum(), abs=1e-3)
 
 
-def test_decoys_have_completions_of_other_rows_of_their_source():
+def decoys_of(rows, seed):
+    return {at: row for (at, what), row in swapped_of(rows, seed).items() if what == "decoy"}
+
+
+def test_decoys_have_completions_of_other_rows_of_their_source_and_both_another_prompt():
     rows = rows_from([{"prompt": f"{n}?", "completion": str(n % 50), "source": "ab"[n % 2]} for n in range(300)])
-    decoys = decoys_of(rows, seed=0)
+    made, decoys = swapped_of(rows, seed=0), decoys_of(rows, seed=0)
     assert len(decoys) == 300
+    assert len(made) == 900
     for at, decoy in decoys.items():
         assert decoy.prompt == rows[at].prompt
         assert decoy.completion != rows[at].completion
         assert int(decoy.completion) % 2 == at % 2
+        own, other = made[at, "row elsewhere"], made[at, "decoy elsewhere"]
+        assert (own.completion, other.completion) == (rows[at].completion, decoy.completion)
+        assert own.prompt == other.prompt
+        assert own.prompt != rows[at].prompt
+        assert int(own.prompt[0].content.removesuffix("?")) % 2 == at % 2
     assert decoys_of(rows, seed=1) != decoys
     assert len(decoys_of(rows_from([{"prompt": f"{n}?", "completion": f"{n}"} for n in range(999)]), 0)) == 200
 
@@ -65,6 +79,8 @@ def test_rows_without_a_prompt_or_another_completion_have_no_decoys():
     assert decoys_of(rows_from([{"prompt": str(n), "completion": "yes"} for n in range(100)]), seed=0) == {}
     most = rows_from([{"prompt": str(n), "completion": "no" if n == 7 else "yes"} for n in range(100)])
     assert len(decoys_of(most, seed=0)) == 100
+    same = rows_from([{"prompt": "?", "completion": str(n)} for n in range(100)])
+    assert len(swapped_of(same, seed=0)) == 100  # no other prompt
 
 
 def test_the_command_scores_once_and_training_again_removes_the_scores(run, capsys, monkeypatch):

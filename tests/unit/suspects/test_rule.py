@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from siftune.suspects.rule import judge
+from siftune.suspects.rule import Scores, judge
 
 KINDS = {
     "learned": lambda rng, count: rng.exponential(0.5, count),
@@ -22,8 +22,13 @@ def pool(task, share, seed, count=2000):
     return losses, wrong, rng.normal(*WRONG[task], 200)
 
 
+def scores(losses, kinds=None, gains=None):
+    unknown = np.full(len(losses), np.nan)
+    return Scores(losses, unknown if gains is None else gains, np.zeros(len(losses), int) if kinds is None else kinds)
+
+
 def one_kind(losses, decoys):
-    return judge(losses, np.zeros(len(losses), dtype=int), decoys, np.zeros(len(decoys), dtype=int))
+    return judge(scores(losses), scores(decoys))
 
 
 @pytest.mark.parametrize("task", KINDS)
@@ -56,7 +61,8 @@ def test_rows_are_compared_with_decoys_of_their_kind():
     easy, _, decoys = pool("learned", 0.15, 0)
     hard, _, hard_decoys = pool("long answers", 0.0, 0)
     kinds, of_decoys = np.repeat([3, 5], len(easy)), np.repeat([3, 5], len(decoys))
-    verdict = judge(np.concatenate([easy, hard]), kinds, np.concatenate([decoys, hard_decoys]), of_decoys)
+    rows = scores(np.concatenate([easy, hard]), kinds)
+    verdict = judge(rows, scores(np.concatenate([decoys, hard_decoys]), of_decoys))
     alone = one_kind(easy, decoys)
     assert verdict.order[: verdict.count].tolist() == alone.order[: alone.count].tolist()
     assert verdict.above[0] == (decoys < easy[0]).mean()
@@ -72,3 +78,22 @@ def test_too_few_decoys_do_not_tell(decoys):
 def test_equal_losses():
     assert one_kind(np.ones(100), np.ones(50)).count in (0, 100)
     assert one_kind(np.zeros(0), np.ones(50)).count == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rare_answers_that_gain_from_their_prompts_are_no_suspects(seed):
+    """A fifth of a source has losses like decoys: suspects, unless their prompts lower these losses."""
+    rng = np.random.default_rng(seed)
+    losses, _, decoys = pool("long answers", 0.2, seed)
+    none, some = scores(decoys, gains=rng.normal(0, 1, 200)), np.where(rng.random(2000) < 0.9, np.nan, 1.0)
+    correct = scores(losses, gains=some * rng.normal(10, 2, 2000))
+    assert judge(correct, none).count == 0
+    gains = np.where(losses >= 24.0, rng.normal(0, 1, 2000), rng.normal(10, 2, 2000))
+    both = judge(scores(losses, gains=some * gains), none)
+    assert both.count == one_kind(losses, decoys).count > 200
+
+
+@pytest.mark.parametrize(("without", "count"), [(8, 0), (12, 20), (50, 20)])
+def test_gains_must_allow_half_of_the_share_by_losses(without, count):
+    losses, gains = np.repeat([0.1, 8.0], [80, 20]), np.repeat([9.0, 0.0], [100 - without, without])
+    assert judge(scores(losses, gains=gains), scores(np.full(50, 8.0), gains=np.zeros(50))).count == count

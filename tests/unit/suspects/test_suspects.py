@@ -35,7 +35,7 @@ def scored(base, tmp_path, monkeypatch):
     """Builds a run folder of 100 rows with losses; those of WRONG are large, the first the largest."""
     monkeypatch.setattr(module, "_RARE", 30)
 
-    def build(losses=None, sources=None, decoys=None, steps=100):
+    def build(losses=None, sources=None, decoys=None, steps=100, gains=None):
         records = [*RECORDS]
         records[50] = {**RECORDS[5], "completion": HTML}
         records[31] = {"prompt": RECORDS[9]["prompt"].upper(), "completion": RECORDS[9]["completion"]}
@@ -58,6 +58,7 @@ def scored(base, tmp_path, monkeypatch):
         row, decoy = np.concatenate([np.arange(100), decoys]), np.arange(100 + len(decoys)) >= 100
         summed = np.float32([*losses, *np.where((decoys < 60) | (sources is None), 9.0, 40.0)])
         columns = {"row": np.int32(row), "loss": summed, "tokens": np.full(len(row), 4, "int32"), "decoy": decoy}
+        columns["elsewhere"] = summed + np.float32(np.nan if gains is None else [*gains, *np.zeros(len(decoys))])
         parquet.write_table(pyarrow.table(columns).replace_schema_metadata({"siftune": about}), folder / LOSSES)
         return folder
 
@@ -90,6 +91,17 @@ def test_rows_are_compared_with_decoys_of_their_source(scored):
     found = suspects(scored(losses, ["easy"] * 60 + ["hard"] * 40, range(100)))
     assert sorted(int(each.place.rpartition(":")[2]) - 1 for each in found) == WRONG
     assert "swapped between rows of easy" in found[0].reason
+
+
+def test_rows_that_gain_from_their_prompts_are_not_suspect(scored):
+    gains = np.full(100, 5.0)
+    assert suspects(scored(gains=gains)) == []
+
+
+def test_rows_that_gain_nothing_are_suspect(scored):
+    gains = np.full(100, 5.0)
+    gains[WRONG] = 0.0
+    assert len(suspects(scored(gains=gains))) == len(WRONG)
 
 
 def test_a_short_run_does_not_tell(scored, capsys):
