@@ -69,4 +69,4 @@ def scores_of(
     gains = np.array([elsewhere.get(str(number), np.nan) for number in range(len(losses))]) - losses
     own = np.array([*decoys.values()])
     decoy_gains = np.array([decoys_elsewhere.get(str(number), np.nan) for number in at]) - own
-    return Scores(losses, gains, kinds), Scores(own, decoy_gains, kinds[at])
+    return Scores(losses, kinds, gains), Scores(own, kinds[at], decoy_gains)

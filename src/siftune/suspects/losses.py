@@ -3,11 +3,12 @@
 One model scores all rows at one time *(ours)*. Losses of training fall from step to step, so early rows look worse than
 late ones, and rows of a task that is learned in few steps look worse than wrong rows. A row's loss is the sum over its
 label tokens, −ln p(completion | prompt), in nats. A decoy has a row's prompt with the completion of another row of its
-source. Decoys and the rows that they come from are also scored after another prompt. `rule` compares rows with decoys.
+source. `rule` compares rows with decoys. If the losses name rows of a source, its decoys and the rows that these come
+from are scored after another prompt, too.
 
-The pass is a forward without a backward, a third of an epoch, and less for the decoys. `siftune rows` runs it once, on
-demand *(ours)*: as a part of training it would add a third to a run of one epoch. Rows of a target are trusted, and get
-no score.
+The pass is a forward without a backward, a third of an epoch, and at most 600 rows more per source. `siftune rows` runs
+it once, on demand *(ours)*: as a part of training it would add a third to a run of one epoch. Rows of a target are
+trusted, and get no score.
 
     losses.parquet    a line for each row and decoy: row int32, loss float32, tokens int32, decoy bool, and elsewhere
                       float32, the loss after another prompt
@@ -15,7 +16,7 @@ no score.
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from siftune.recipe.schema import Recipe
 from siftune.records.again import rows_again
 from siftune.records.rows import digest_of
 from siftune.records.visits import NAME, read_visits
+from siftune.suspects.rule import Scores, judge
 from siftune.train.folder.run import LOSSES
 
 _ABOUT = b"siftune"  # key in the Parquet metadata
@@ -45,6 +47,7 @@ _COLUMNS = {"row": "int32", "loss": "float32", "tokens": "int32", "decoy": "bool
 _LARGER = 2  # rows per forward pass, over those of a training batch: no activations are kept
 _DECOYS = 200  # of a source: the share of decoys above a loss is then known to a few percent (ours)
 _RARE = 64  # rows of a source; smaller sources are taken together (ours)
+DECOY, ROW_ELSEWHERE, DECOY_ELSEWHERE = "decoy", "row elsewhere", "decoy elsewhere"
 _AGAIN = "remove it, and `siftune rows` scores the rows again."
 
 
@@ -103,27 +106,47 @@ def score_run(
         raise DataError(f"{tokens.faults(rows)[0]}; the run {run} could use this row, so its tokenizer has changed.")
     numbers = [at for at, source in enumerate(sources(rows)) if source != TARGET]
     pairs = list(zip(tokens.data["input_ids"], tokens.data["labels"], strict=True))
-    made = swapped_of([rows[at] for at in numbers], recipe.seed)
-    keys, chosen = list(made), [pairs[at] for at in numbers]
-    if made:
-        swapped = tokens_of(list(made.values()), form)
-        keys = [key for place, key in enumerate(keys) if place not in swapped.bad]
-        chosen += zip(swapped.data["input_ids"], swapped.data["labels"], strict=True)
+    own = [rows[at] for at in numbers]
+    kinds = np.unique(kinds_of(own), return_inverse=True)[1]
+    made, size = swapped_of(own, recipe.seed), _LARGER * recipe.batch_size
     with short_rows():
-        result = row_nll(model, chosen, _LARGER * recipe.batch_size, progress)
-    found = dict(zip(keys, zip(result.nll[len(numbers) :], result.tokens[len(numbers) :], strict=True), strict=True))
+        result = row_nll(model, [pairs[at] for at in numbers], size, progress)
+        decoys = _scored(model, {key: row for key, row in made.items() if key[1] == DECOY}, form, size)
+        told = _told(result.nll, np.array([nll for nll, _ in decoys.values()]), kinds, [at for at, _ in decoys])
+        asked = {key: row for key, row in made.items() if key[1] != DECOY and kinds[key[0]] in told}
+        elsewhere = _scored(model, asked, form, size)
+    unknown = (np.nan, 0)
     lines = [
-        (number, nll, count, False, found.get((at, "row elsewhere"), (np.nan,))[0])
-        for at, (number, nll, count) in enumerate(zip(numbers, result.nll, result.tokens, strict=False))
+        (number, nll, count, False, elsewhere.get((at, ROW_ELSEWHERE), unknown)[0])
+        for at, (number, nll, count) in enumerate(zip(numbers, result.nll, result.tokens, strict=True))
     ] + [
-        (numbers[at], nll, count, True, found.get((at, "decoy elsewhere"), (np.nan,))[0])
-        for (at, what), (nll, count) in found.items()
-        if what == "decoy"
+        (numbers[at], nll, count, True, elsewhere.get((at, DECOY_ELSEWHERE), unknown)[0])
+        for (at, _), (nll, count) in decoys.items()
     ]
     columns = zip(*lines, strict=True)
     table = {name: np.asarray(part).astype(kind) for (name, kind), part in zip(_COLUMNS.items(), columns, strict=True)}
     with write_beside(run / LOSSES) as [beside]:
         parquet.write_table(pyarrow.table(table).replace_schema_metadata({_ABOUT: about}), beside, compression="zstd")
+
+
+def _scored(
+    model: nn.Module, rows: Mapping[tuple[int, str], Row], form: Form, size: int
+) -> dict[tuple[int, str], tuple[float, int]]:
+    """Loss and number of label tokens of rows that were made; those that cannot be tokenised are left out."""
+    if not rows:
+        return {}
+    tokens = tokens_of(list(rows.values()), form)
+    keys = [key for place, key in enumerate(rows) if place not in tokens.bad]
+    result = row_nll(model, list(zip(tokens.data["input_ids"], tokens.data["labels"], strict=True)), size)
+    return dict(zip(keys, zip(result.nll.tolist(), result.tokens.tolist(), strict=True), strict=True))
+
+
+def _told(
+    losses: NDArray[np.float64], decoys: NDArray[np.float64], kinds: NDArray[np.int64], of_decoys: Sequence[int]
+) -> set[int]:
+    """Sources with suspects by the losses alone, of which alone the gains count."""
+    verdict = judge(Scores(losses, kinds), Scores(decoys, kinds[[*of_decoys]]))
+    return set(kinds[verdict.order[: verdict.count]].tolist())
 
 
 def kinds_of(rows: Sequence[Row]) -> list[str]:
@@ -162,12 +185,12 @@ def swapped_of(rows: Sequence[Row], seed: int) -> dict[tuple[int, str], Row]:
             completion = next((other.completion for other in draws if other.completion != row.completion), None)
             if completion is None:
                 continue
-            decoy = made[at, "decoy"] = replace(row, completion=completion)
+            decoy = made[at, DECOY] = replace(row, completion=completion)
             draws = [rows[place] for place in _draws(randomness, asked)]
             prompt = next((other.prompt for other in draws if other.prompt != row.prompt), None)
             if prompt is not None:
-                made[at, "row elsewhere"] = replace(row, prompt=prompt)
-                made[at, "decoy elsewhere"] = replace(decoy, prompt=prompt)
+                made[at, ROW_ELSEWHERE] = replace(row, prompt=prompt)
+                made[at, DECOY_ELSEWHERE] = replace(decoy, prompt=prompt)
     return made
 
 

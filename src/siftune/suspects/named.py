@@ -93,7 +93,7 @@ class ScoredRows:
         decoys = losses.decoy & np.isin(losses.row, losses.row[own])
         self._verdict = judge(
             *(
-                Scores(losses.loss[part], losses.gain[part], np.array([kind[int(row)] for row in losses.row[part]]))
+                Scores(losses.loss[part], np.array([kind[int(row)] for row in losses.row[part]]), losses.gain[part])
                 for part in (own, decoys)
             )
         )

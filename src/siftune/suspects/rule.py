@@ -46,19 +46,19 @@ class Scores:
 
     Attributes:
         loss: (N,) summed losses in nats.
-        gain: (N,) losses of the same completions after another prompt of the source, minus `loss`; NaN where it was not
-            measured.
         kind: (N,) number of each one's source.
+        gain: (N,) losses of the same completions after another prompt of the source, minus `loss`; NaN where it was not
+            measured, None if nowhere.
     """
 
     loss: NDArray[np.floating]
-    gain: NDArray[np.floating]
     kind: NDArray[np.integer]
+    gain: NDArray[np.floating] | None = None
 
     def of(self, kind: int) -> "Scores":
         """Those of one source."""
         own = self.kind == kind
-        return Scores(self.loss[own], self.gain[own], self.kind[own])
+        return Scores(self.loss[own], self.kind[own], None if self.gain is None else self.gain[own])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ def judge(rows: Scores, decoys: Scores) -> Verdict:
         decoys: Scores of decoys, from the same model.
 
     Example:
-        >>> row = Scores(np.repeat([0.1, 8.0], [80, 20]), np.repeat([9.0, 0.0], [80, 20]), np.zeros(100, dtype=int))
-        >>> judge(row, Scores(np.full(50, 8.0), np.zeros(50), np.zeros(50, dtype=int))).count
+        >>> rows = Scores(np.repeat([0.1, 8.0], [80, 20]), np.zeros(100, dtype=int))
+        >>> judge(rows, Scores(np.full(50, 8.0), np.zeros(50, dtype=int))).count
         20
     """
     above, apart = np.full(len(rows.loss), np.nan), rows.loss.astype(np.float64)
@@ -102,7 +102,9 @@ def judge(rows: Scores, decoys: Scores) -> Verdict:
 def _least_loss(rows: Scores, decoys: Scores) -> float:
     """Loss from which the rows of a source are suspect; infinite if none is."""
     share = _bound(rows.loss, decoys.loss)
-    if not _LEAST <= share < np.inf or _bound(-rows.gain, -decoys.gain) < _AGREE * share:
+    if not _LEAST <= share < np.inf:
+        return np.inf
+    if rows.gain is not None and decoys.gain is not None and _bound(-rows.gain, -decoys.gain) < _AGREE * share:
         return np.inf
     losses, wrong = np.sort(rows.loss), np.sort(decoys.loss)
     expected = share * len(losses) * (1 - np.searchsorted(wrong, losses) / len(wrong))

@@ -21,7 +21,14 @@ from siftune.train.run import train
 
 
 @pytest.fixture
-def run(base, tmp_path):
+def told(request, monkeypatch):
+    """Which sources have suspects by the losses alone, where a test says so."""
+    if hasattr(request, "param"):
+        monkeypatch.setattr("siftune.suspects.losses._told", lambda *_: request.param)
+
+
+@pytest.fixture
+def run(base, tmp_path, told):
     """A run with a target, whose rows come last."""
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "2?", "completion": "4"}\n{"prompt": "3?", "completion": "6"}\n')
@@ -31,25 +38,36 @@ def run(base, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize("told", [{0}, set()], indirect=True)
 def test_losses_are_those_of_the_final_model_row_by_row(run):
     model, tokenizer = load_subject(find_subject(str(run)))
     rows = used_rows(run, load_recipe(run / "recipe.yaml"))[:24]  # those of the target are trusted
-    losses = read_losses(run, trained_rows(run)[1])
+    losses, made = read_losses(run, trained_rows(run)[1]), swapped_of(rows, seed=0)
     assert losses.row[~losses.decoy].tolist() == losses.row[losses.decoy].tolist() == [*range(24)]
-    made = swapped_of(rows, seed=0)
+
+    def loss_of(row):
+        encoded = tokens_of([row], Form(tokenizer, 64, "none")).data[0]
+        labels = np.array(encoded["labels"][1:])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0, :-1].double()
+        own = torch.log_softmax(logits, 1).numpy()[np.arange(len(labels)), np.maximum(labels, 0)]
+        return pytest.approx(-own[labels >= 0].sum(), abs=1e-3), (labels >= 0).sum()
+
+    measured = ~np.isnan(losses.elsewhere)
+    assert measured.all() or not measured.any()
     for at, number in enumerate(losses.row):
-        what = "decoy" if losses.decoy[at] else "row"
-        for row, found in (
-            (made[number, "decoy"] if losses.decoy[at] else rows[number], losses.loss),
-            (made[number, f"{what} elsewhere"], losses.elsewhere),
-        ):
-            encoded = tokens_of([row], Form(tokenizer, 64, "none")).data[0]
-            labels = np.array(encoded["labels"][1:])
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0, :-1].double()
-            own = torch.log_softmax(logits, 1).numpy()[np.arange(len(labels)), np.maximum(labels, 0)]
-            assert losses.tokens[at] == (labels >= 0).sum()
-            assert found[at] == pytest.approx(-own[labels >= 0].sum(), abs=1e-3)
+        decoy = losses.decoy[at]
+        assert (losses.loss[at], losses.tokens[at]) == loss_of(made[number, "decoy"] if decoy else rows[number])
+        if measured[at]:
+            assert losses.elsewhere[at] == loss_of(made[number, f"{'decoy' if decoy else 'row'} elsewhere"])[0]
+
+
+@pytest.mark.parametrize(("least", "count"), [(1, 48), (31, 0)])
+def test_other_prompts_are_tried_only_if_the_losses_name_rows(run, monkeypatch, least, count):
+    """With one decoy being enough, the losses of a run of six steps name rows."""
+    monkeypatch.setattr("siftune.suspects.rule._DECOYS", least)
+    score_run(run, *load_subject(find_subject(str(run))))
+    assert (~np.isnan(read_losses(run, trained_rows(run)[1]).elsewhere)).sum() == count
 
 
 def decoys_of(rows, seed):

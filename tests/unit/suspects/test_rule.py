@@ -23,8 +23,7 @@ def pool(task, share, seed, count=2000):
 
 
 def scores(losses, kinds=None, gains=None):
-    unknown = np.full(len(losses), np.nan)
-    return Scores(losses, unknown if gains is None else gains, np.zeros(len(losses), int) if kinds is None else kinds)
+    return Scores(losses, np.zeros(len(losses), int) if kinds is None else kinds, gains)
 
 
 def one_kind(losses, decoys):
