@@ -68,6 +68,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gast_cost_epyc.jsonl": _costs,
     "gast_sweep.jsonl": _costs,
     "keep.jsonl": lambda path: keep.report(read(path)),
+    "keep_epyc.jsonl": lambda path: keep.report(read(path)),
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     "offsite.jsonl": lambda path: offsite.report(read(path)),
     "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),
