@@ -38,7 +38,7 @@ class Options(Validated):
     """Which table: see above."""
     methods: str | None = None
     """Methods, with commas between, such as dense,ist,gast; dense if not given. For gradot the emulators: gradot (as
-    the paper has it), whitened (as siftune emulate has it), layerdrop, crash; gradot if not given."""
+    the paper has it), whitened (as siftune emulate has it), layerdrop; gradot if not given."""
     adapters: str | None = None
     """Adapter types, separated by commas, such as lora,dora,series,parallel; the recipe's if not given."""
     prompts: str | None = None

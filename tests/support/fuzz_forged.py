@@ -55,13 +55,12 @@ def _resized(forger, ends, change):
 
 
 def ranks(forger):
-    """Another rank of the first layer's queries, and of its copy's."""
+    """Another rank of the first layer's queries."""
     for rank in (1, 2, 16, 32, 33, 64):
         other, path = forger.copy(), "layers.1.self_attn.q_proj"
         _resized(other, [f"{path}.down.weight"], lambda shape, rank=rank: (rank, shape[1]))
         _resized(other, [f"{path}.up.weight"], lambda shape, rank=rank: (shape[0], rank))
-        for layer in (0, 2):
-            other.manifest["middle"][layer]["ranks"]["self_attn.q_proj"] = rank
+        other.manifest["middle"][0]["ranks"]["self_attn.q_proj"] = rank
         yield f"rank {rank}", other
 
 
@@ -71,26 +70,22 @@ def channels(forger):
         other, path = forger.copy(), "layers.1.mlp."
         _resized(other, [f"{path}{name}_proj.weight" for name in ("gate", "up")], lambda s, n=count: (n, s[1]))
         _resized(other, [f"{path}down_proj.weight"], lambda s, n=count: (s[0], n))
-        for layer in (0, 2):
-            other.manifest["middle"][layer]["channels"] = count
+        other.manifest["middle"][0]["channels"] = count
         yield f"{count} channels", other
 
 
 def layers(forger):
-    """Layers of the middle that are gone, are more than the base's, or copies of each other."""
+    """Layers of the middle that are gone, or are more than the base's."""
     for kept in ([0], [0, 1], [0, 2], [0, 1, 2, 2]):
         other = forger.copy()
         other.manifest["middle"] = [copy.deepcopy(forger.manifest["middle"][place]) for place in kept]
-        for layer in other.manifest["middle"][1:]:
-            layer["same_as"] = None if layer["same_as"] is None else 0
         other.config["num_hidden_layers"] = 2 + len(kept)
-        if 1 not in kept:
-            other.tensors[EMULATOR] = {n: t for n, t in other.tensors[EMULATOR].items() if "layers.2." not in n}
+        frozen = forger.tensors[EMULATOR]
+        other.tensors[EMULATOR] = {n: t for n, t in frozen.items() if "layers." not in n}
+        for new, old in enumerate(kept, 1):
+            before, after = f"layers.{old + 1}.", f"layers.{new}."
+            other.tensors[EMULATOR] |= {n.replace(before, after): t.clone() for n, t in frozen.items() if before in n}
         yield f"layers {kept} of the middle", other
-    other = forger.copy()
-    other.manifest["middle"][1] = {**copy.deepcopy(forger.manifest["middle"][0]), "base": 2, "same_as": 0}
-    other.tensors[EMULATOR] = {n: t for n, t in other.tensors[EMULATOR].items() if "layers.2." not in n}
-    yield "all of the middle is one layer", other
 
 
 def sizes(forger):

@@ -25,7 +25,7 @@ KINDS = {"gemma3_text": "gemma3"}  # transformers' word -> the one in tiny.py
 
 
 def contents(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> KitContents:
-    """Of a base with five layers: one of the middle is factored, one has fewer channels, one has the first's weights.
+    """Of a base with five layers: of the middle, the first and the last are alike, the second has biases.
 
     Args:
         family: Model type.
@@ -38,7 +38,7 @@ def contents(family: str = "llama", dtype: torch.dtype = torch.float32, **overri
     middle = (
         LayerShape(1, ranks, channels=10),
         LayerShape(2, {table.attention[0]: 4}, channels=12, biased=(table.attention[0], table.writes)),
-        LayerShape(3, ranks, channels=10, same_as=0),
+        LayerShape(3, ranks, channels=10),
     )
     config = emulator_config(base.config, split, middle)
     emulator = build(config, split, middle)
@@ -55,7 +55,7 @@ def contents(family: str = "llama", dtype: torch.dtype = torch.float32, **overri
         depth=DEPTH,
         fingerprint=hashlib.sha256(b"base").hexdigest(),
         calibration=Calibration(ROWS, 3, 9),
-        frozen={name: draw(name, dtype) for name in frozen_names(emulator, split, middle)},
+        frozen={name: draw(name, dtype) for name in frozen_names(emulator, split)},
         outer={neutral: draw(name, torch.float32) for neutral, name in outer_names(emulator, split).items()},
     )
 

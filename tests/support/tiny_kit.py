@@ -30,7 +30,7 @@ def save_kit(folder: Path, dtype: torch.dtype = torch.float32, family: str = "ll
     config = emulator_config(base.config, SPLIT, middle)
     config.dtype = dtype
     frozen = {name: state[name.replace(f"{path}.2.", f"{path}.3.")] for name in frozen_names(
-        build(config, SPLIT, middle), SPLIT, middle
+        build(config, SPLIT, middle), SPLIT
     )}  # fmt: skip
     outer = {neutral: state[name] for neutral, name in outer_names(base, SPLIT).items()}
     facts = 6, fingerprint(base), Calibration(ROWS, 3, 9)

@@ -18,11 +18,10 @@ from siftune.report.words import memory, short
 
 def kit_sentence(manifest: Manifest) -> str:
     """What the kit is."""
-    own = sum(shape.same_as is None for shape in manifest.middle)
     first, last = manifest.split.first, manifest.split.last
     return (
         f"A kit of a {manifest.model_type} with {manifest.depth} layers: {first} and {last} outer layers to tune, "
-        f"{own} of {manifest.depth - first - last} middle layers in the emulator."
+        f"{len(manifest.middle)} of {manifest.depth - first - last} middle layers in the emulator."
     )
 
 
@@ -59,11 +58,10 @@ def _middle(manifest: Manifest) -> Grid:
             Cell(
                 ", ".join(f"{name.rpartition('.')[2]} {rank}" for name, rank in dict(shape.ranks).items()) or "complete"
             ),
-            Cell("" if shape.same_as is None else f"as layer {manifest.middle[shape.same_as].base}"),
         ]
         for shape in manifest.middle
     ]
-    return Grid(["layer", "MLP channels", "ranks", "shared"], rows, "The emulator's middle layers.", (2, 3))
+    return Grid(["layer", "MLP channels", "ranks"], rows, "The emulator's middle layers.", (2,))
 
 
 _ATTACKS = {

@@ -92,11 +92,10 @@ def test_what_a_kit_is_said_to_be(parties, capsys):
     assert (found["signature"], found["digest"]) == ("none", kit.digest)
 
 
-@pytest.mark.parametrize(("method", "layers"), [("layerdrop", 1), ("crash", 2)])
-def test_dropped_and_shared_layers_count_once(half, rows, tmp_path, capsys, method, layers):
-    arguments = ("--model", half, "--calibration", rows, "--out", tmp_path / "kit", "--method", method, "--keep", "0.5")
-    found, _ = siftune(capsys, "emulate", *arguments, *EMULATE)
-    assert found["middle"] == {"layers": layers, "of": 2, "kept": 0.5}
+def test_dropped_layers_do_not_count(half, rows, tmp_path, capsys):
+    arguments = ("--model", half, "--calibration", rows, "--out", tmp_path / "kit", "--keep", "0.5")
+    found, _ = siftune(capsys, "emulate", *arguments, "--method", "layerdrop", *EMULATE)
+    assert found["middle"] == {"layers": 1, "of": 2, "kept": 0.5}
 
 
 def test_options_reach_the_kit(half, rows, tmp_path, capsys):
@@ -228,7 +227,7 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ),
         ({"--keep": 0}, "--keep"),
         ({"--lambda-mlp": -1}, "--lambda-mlp"),
-        ({"--method": "crash", "--allot": "measured"}, "method crash drops whole layers"),
+        ({"--method": "layerdrop", "--allot": "measured"}, "method layerdrop drops whole layers"),
         ({"--first": 3}, "the model has 4 layers"),
         ({"--rows": 0}, "--rows is 0"),
         ({"--max-length": 1}, "--max-length is 1"),

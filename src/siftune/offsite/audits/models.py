@@ -98,25 +98,6 @@ def plugged(model: nn.Module, split: Split, tensors: Mapping[str, Tensor]) -> It
         yield
 
 
-@contextmanager
-def unshared(model: nn.Module) -> Iterator[None]:
-    """Give every decoder layer weights of its own for a while, where an emulator's layers share some."""
-    seen: set[int] = set()
-    before: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for module in (module for layer in find_layers(model).layers for module in layer.modules()):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in seen:
-                before.append((module, name, parameter))
-            seen.add(id(parameter))
-    for module, name, parameter in before:
-        module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-    try:
-        yield
-    finally:
-        for module, name, parameter in before:
-            module._parameters[name] = parameter
-
-
 def random_floor(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same architecture with random weights, as its config initialises them.
 

@@ -23,7 +23,7 @@ from siftune.models.layers import find_layers
 from siftune.offsite.audits.calibration_attack import CalibrationLeak, attack_calibration
 from siftune.offsite.audits.lira import confidence, halves, lira
 from siftune.offsite.audits.membership import Membership, RowLosses, infer_membership, measure_attack
-from siftune.offsite.audits.models import OffsiteModels, Steps, Tuning, plugged, read_outer, tuned, unshared
+from siftune.offsite.audits.models import OffsiteModels, Steps, Tuning, plugged, read_outer, tuned
 from siftune.offsite.audits.result import LABELS, RECOVERED, RecoveryPoint, negative
 from siftune.offsite.audits.rows import AuditRows, RowScores, drawn, not_among, padding, score_losses, score_rows
 from siftune.offsite.audits.settings import AuditSettings
@@ -219,7 +219,7 @@ def _run(job: Job, lr: float) -> tuple[dict[int, RowScores], RowScores]:
             by_step[done] = score_losses(emulator, job.rows.held_out, settings.eval_batch_size)
 
     everything = range(len(find_layers(emulator).layers))
-    with unshared(emulator), tuned(emulator, everything, job.tuning, lr, measure_on_the_way):
+    with tuned(emulator, everything, job.tuning, lr, measure_on_the_way):
         by_step[settings.steps] = job.measure(RECOVERED, emulator)
     return by_step, by_step[settings.steps]
 

@@ -64,7 +64,7 @@ class SweepGrid:
         return list(dict.fromkeys(choices))
 
     def _of(self, method: Method, keep: float) -> Iterator[EmulatorSettings]:
-        if method in ("layerdrop", "crash") or method == "svd+flap":
+        if method != "gradot":
             yield EmulatorSettings(method=method, keep=keep, split=self.split)
         else:
             for basis, mlp, value in product(self.bases, self.mlps, self.lambdas):
@@ -166,7 +166,7 @@ def _chunks(choices: Sequence[EmulatorSettings]) -> Iterator[list[EmulatorSettin
     chunk: list[EmulatorSettings] = []
     size = 0.0
     for choice in choices:
-        weight = 0.0 if choice.method in ("layerdrop", "crash") else choice.keep
+        weight = 0.0 if choice.method == "layerdrop" else choice.keep
         if chunk and size + weight > _AT_ONCE:
             yield chunk
             chunk, size = [], 0.0

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from siftune.models.layers import find_layers
@@ -60,7 +59,7 @@ def assemble(base: Base, layers: Sequence[CompressedLayer]) -> EmulatorParts:
         for name in layer.tensors
     }
     of_base = partial(partial, tensor_of, base.model)
-    frozen = {name: compressed.get(name) or of_base(name) for name in frozen_names(skeleton, split, middle)}
+    frozen = {name: compressed.get(name) or of_base(name) for name in frozen_names(skeleton, split)}
     outer = {neutral: of_base(name) for neutral, name in outer_names(base.model, split).items()}
     return EmulatorParts(config, split, middle, Tensors(frozen), Tensors(outer))
 
@@ -84,35 +83,15 @@ def materialise(parts: EmulatorParts, dtype: torch.dtype | None = None) -> PreTr
     names = outer_names(model, parts.split)
     state = {name: cast(tensor, dtype) for name, tensor in parts.frozen.items()}
     state |= {names[neutral]: cast(tensor, dtype).clone() for neutral, tensor in parts.outer.items()}
-    return filled(model, parts.split, parts.middle, state)
-
-
-def filled(
-    model: PreTrainedModel, split: Split, middle: Sequence[LayerShape], state: Mapping[str, Tensor]
-) -> PreTrainedModel:
-    """Give a model from `build` its weights, which are used as they are, not copied, and tie what is tied."""
-    model.load_state_dict(dict(state), strict=False, assign=True)
-    layers = find_layers(model).layers
-    places = split.middle(len(layers))
-    for number, shape in zip(places, middle, strict=True):
-        if shape.same_as is not None:
-            _share(layers[places[shape.same_as]], layers[number])
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     empty = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     assert not empty, f"no weights for {empty[:3]}"
-    outer = set(outer_names(model, split).values())
+    outer = set(names.values())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in outer)
     model.config.dtype = next(model.parameters()).dtype
     return model.eval()
-
-
-def _share(source: nn.Module, target: nn.Module) -> None:
-    """Have a layer use another's parameters and buffers; it keeps a number of its own for the cache."""
-    for name, module in source.named_modules():
-        twin: Any = target.get_submodule(name) if name else target
-        twin._parameters.update(module._parameters)
-        twin._buffers.update(module._buffers)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

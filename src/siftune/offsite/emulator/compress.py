@@ -5,7 +5,7 @@ Methods:
   *(ours)* channels whose part the others take over (`refit.py`), or DRD on the MLP's matrices too.
 * `svd+flap`: truncated SVD on attention; on the MLP FLAP's channels with its bias (`baselines.py`).
 
-Whole layers are dropped or shared elsewhere (`plan.py`); such layers come through here unchanged.
+Whole layers are dropped elsewhere (`plan.py`); such layers come through here unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from siftune.offsite.maths.channels import channel_scores, keep_channels, refit,
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.maths.kfac import DAMPING, Curvature, LambdaUnit, Moments, moments
 
-Method = Literal["gradot", "layerdrop", "crash", "svd+flap"]
+Method = Literal["gradot", "layerdrop", "svd+flap"]
 Mlp = Literal["refit", "channels"]
 Parts = Literal["both", "attention", "mlp"]
 

@@ -20,7 +20,7 @@ from siftune.offsite.emulator.compress import (
     compress_layer,
     layer_curvature,
 )
-from siftune.offsite.emulator.model import Base, LayerShape
+from siftune.offsite.emulator.model import Base
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import Recording, record, replay
 
@@ -55,7 +55,7 @@ def emulators(
         layers[place][number] = layer
 
     compress_middle(base, recording, list(zip(choices, plans, strict=True)), take, progress)
-    return [assemble(base, in_places(steps, by)) for steps, by in zip(plans, layers, strict=True)]
+    return [assemble(base, [by[step.number] for step in steps]) for steps, by in zip(plans, layers, strict=True)]
 
 
 def compress_middle(
@@ -74,7 +74,7 @@ def compress_middle(
         take: Called with the job's place, the layer's number and the layer.
         progress: Called after every layer.
     """
-    wanted = [(settings, {step.number: step for step in steps if step.same_as is None}) for settings, steps in jobs]
+    wanted = [(settings, {step.number: step for step in steps}) for settings, steps in jobs]
     numbers = sorted(set().union(*(steps for _, steps in wanted)), reverse=not recording.whole)
     slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
     for done, number in enumerate(numbers, 1):
@@ -102,13 +102,3 @@ def _compress_one(
     seen = layer_curvature(replay(base, recording, number, paths), slopes) if paths else LayerCurvature()
     for place, how in jobs.items():
         take(place, number, compress_layer(base, number, seen, how))
-
-
-def in_places(steps: Sequence[Step], by_number: Mapping[int, CompressedLayer]) -> list[CompressedLayer]:
-    """The layers in the order of a plan."""
-    return [
-        by_number[step.number]
-        if step.same_as is None
-        else CompressedLayer(LayerShape(step.number, same_as=step.same_as), {})
-        for step in steps
-    ]

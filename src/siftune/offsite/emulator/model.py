@@ -139,7 +139,6 @@ class LayerShape:
     ranks: Mapping[str, int] = field(default_factory=dict)
     channels: int | None = None  # channels of the MLP; None for all. An MLP that has fewer is not factored
     biased: tuple[str, ...] = ()  # paths of matrices that have a bias though the base's have none
-    same_as: int | None = None  # place in the middle of the layer whose weights it has; None for weights of its own
 
 
 def build(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape], meta: bool = True) -> PreTrainedModel:
@@ -206,14 +205,9 @@ def weight_OI(module: nn.Module, weight: Any = None) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]
 
 
-def frozen_names(model: nn.Module, split: Split, middle: Sequence[LayerShape]) -> list[str]:
-    """Names in the state dict of what an emulator ships besides the outer layers, each stored tensor once.
-
-    Left out are a head tied to the embeddings, and layers that have another's weights.
-    """
+def frozen_names(model: nn.Module, split: Split) -> list[str]:
+    """Names in the state dict of what an emulator ships besides the outer layers, without a head tied to embeddings."""
     decoder = find_layers(model)
-    numbers = split.middle(len(decoder.layers))
     outer = tuple(f"{decoder.path}.{number}." for number in split.outer(len(decoder.layers)))
-    copies = tuple(f"{decoder.path}.{n}." for n, s in zip(numbers, middle, strict=True) if s.same_as is not None)
     tied = tuple(getattr(model, "all_tied_weights_keys", None) or ())
-    return [name for name in model.state_dict() if not name.startswith((*outer, *copies)) and name not in tied]
+    return [name for name in model.state_dict() if not name.startswith(outer) and name not in tied]

@@ -28,7 +28,7 @@ from siftune.offsite.emulator.compress import (
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import Captured, Recording, replay
 from siftune.offsite.maths.allotment import water_fill
-from siftune.offsite.maths.baselines import crash_sources, neighbour_similarities, uniform_layers
+from siftune.offsite.maths.baselines import uniform_layers
 from siftune.offsite.maths.channels import keep_channels
 from siftune.offsite.maths.drd import component_scores, components, joint_costs, keep_components, rank_of
 from siftune.offsite.maths.kfac import cost
@@ -76,7 +76,7 @@ class EmulatorSettings(Compression):
                 raise RecipeError(f"{name} is {getattr(self, name)}, but must be above 0")
         if self.lambda_unit != "relative" and not (self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"lambda_unit is {self.lambda_unit}, but both λ are 0: give one, or leave the unit out")
-        whole_layers = self.method in ("layerdrop", "crash")
+        whole_layers = self.method == "layerdrop"
         if self.parts != "both" and (whole_layers or self.allot == "measured"):
             reason = f"method {self.method} drops whole layers" if whole_layers else "allot measured weighs the two"
             raise RecipeError(f"parts is {self.parts}, but {reason}: use parts both")
@@ -94,7 +94,6 @@ class Step:
 
     number: int  # number of the base's layer that it comes from
     keep: float = 1.0  # fraction of its matrices' parameters that stays
-    same_as: int | None = None  # place in the middle of the layer whose weights it has; None for its own
     # fractions by path of the matrix, in place of one for all; see `Compression`
     shares: Mapping[str, float] | None = None
 
@@ -106,18 +105,14 @@ def plan(base: Base, recording: Recording, settings: EmulatorSettings, progress:
         UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
     """
     numbers = recording.numbers
-    count = max(1, round(settings.keep * len(numbers)))
-    numbered = getattr(base.model.config, "scale_attn_by_inverse_layer_idx", False)  # of GPT-2
-    if numbered and settings.method in ("layerdrop", "crash"):
-        raise UnsupportedError(
-            f"method {settings.method} drops layers, but this model scales attention by the number of the layer "
-            "(scale_attn_by_inverse_layer_idx); use method gradot"
-        )
     if settings.method == "layerdrop":
+        if getattr(base.model.config, "scale_attn_by_inverse_layer_idx", False):  # of GPT-2
+            raise UnsupportedError(
+                "method layerdrop drops layers, but this model scales attention by the number of the layer "
+                "(scale_attn_by_inverse_layer_idx); use method gradot"
+            )
+        count = max(1, round(settings.keep * len(numbers)))
         return [Step(numbers[place]) for place in uniform_layers(len(numbers), count)]
-    if settings.method == "crash":
-        sources = crash_sources(neighbour_similarities(recording.outputs(number) for number in numbers), count)
-        return [Step(numbers[s], same_as=None if s == place else s) for place, s in enumerate(sources)]
     if settings.allot == "measured" and settings.keep < 1:
         measured = measured_shares(base, recording, settings, progress)
         return [Step(number, settings.keep, shares=measured[number]) for number in numbers]

@@ -108,7 +108,7 @@ class Recording:
     """Inputs and output gradients of the middle layers, in the model's dtype."""
 
     numbers: Sequence[int]  # numbers of these layers
-    hidden: States  # what goes into a layer, by its number; what comes out is what goes into the next
+    hidden: States  # what goes into a layer, by its number
     grads: States  # gradients of the summed loss for what comes out, by number of the layer
     # what layers' matrices would cost, by what that depends on
     measured: dict[Hashable, States] = field(default_factory=dict)
@@ -129,10 +129,6 @@ class Recording:
     def costs(self, of: Hashable) -> States:
         """Measured costs of layers, by number; jobs with the same `of` share them."""
         return self.measured.setdefault(of, self.hidden.beside("cost"))
-
-    def outputs(self, number: int) -> Tensor:
-        """Outputs of a layer at the real tokens of all batches; (N, H) float32."""
-        return torch.cat([rows_of(h, real) for h, real in zip(self.hidden.get(number + 1), self.real, strict=True)])
 
     def forget(self, number: int) -> None:
         """Free the memory of a layer that is done with."""
@@ -198,9 +194,7 @@ def record(
         _upwards(recording, layers, _enter(model, layers, used, recording), tell)
         _downwards(recording, layers, _losses(model, layers, used, recording), tell)
     for number in range(numbers[-1] + 1, len(layers) + 1):  # above the middle nothing is needed any more
-        recording.grads.drop(number)
-        if number > numbers[-1] + 1:
-            recording.hidden.drop(number)
+        recording.forget(number)
     return recording
 
 

@@ -26,7 +26,7 @@ from siftune.base.files import Progress, refuse_full, write_beside
 from siftune.base.work_folder import WorkFolder
 from siftune.offsite.emulator.assemble import assemble, cast, converted
 from siftune.offsite.emulator.compress import CompressedLayer
-from siftune.offsite.emulator.make import compress_middle, in_places
+from siftune.offsite.emulator.make import compress_middle
 from siftune.offsite.emulator.model import Base, LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import record
@@ -152,7 +152,7 @@ def _compressed(
         if len(missing) < len(steps):
             logger.info("%d of %d layers are there already", len(steps) - len(missing), len(steps))
         compress_middle(base, recording, [(settings, missing)], take, progress)
-    return in_places(steps, {number: _load(file(number)) for number in {step.number for step in steps}})
+    return [_load(file(step.number)) for step in steps]
 
 
 def _load(file: Path) -> CompressedLayer:

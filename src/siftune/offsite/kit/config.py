@@ -146,7 +146,7 @@ def expected_specs(
     try:
         model = build(make_config(settings), manifest.split, manifest.middle)
         state: dict[str, Tensor] = model.state_dict()
-        frozen = frozen_names(model, manifest.split, manifest.middle)
+        frozen = frozen_names(model, manifest.split)
         outer = outer_names(model, manifest.split)
     except KitError:
         raise

@@ -4,7 +4,7 @@
      "base": {"model_type": "llama", "layers": 30, "fingerprint": "<sha256>"},
      "calibration": {"kind": "rows", "number": 32, "tokens": 128, "seed": null, "prompts": false},
      "split": {"first": 2, "last": 2},
-     "middle": [{"base": 2, "ranks": {"self_attn.q_proj": 201}, "channels": 1075, "biased": [], "same_as": null}],
+     "middle": [{"base": 2, "ranks": {"self_attn.q_proj": 201}, "channels": 1075, "biased": []}],
      "adapter": {"first.0.self_attn.q_proj.weight": {"shape": [576, 576], "dtype": "F32"}},
      "files": {"config.json": {"bytes": 123, "sha256": "<sha256>"}}}
 
@@ -18,7 +18,6 @@ those of `methods.dp.accounting.statement`, all of them and no others.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -243,34 +242,25 @@ def _middle(value: Any, numbers: range, family: Family) -> tuple[LayerShape, ...
     if not as_list(value, where, len(numbers)):
         raise KitError(f"{where} has no layer")
     shapes = tuple(_layer(entry, f"{where}.{place}", numbers, family) for place, entry in enumerate(value))
-    for place in range(len(shapes)):
-        _check_copy(shapes, place, f"{where}.{place}.same_as")
-    _check_order(shapes, where)
+    for place, (before, shape) in enumerate(pairwise(shapes), 1):
+        if shape.base <= before.base:
+            raise KitError(
+                f"{where}.{place}.base is {shape.base}, but a layer before it is the base's layer {before.base}"
+            )
     return shapes
 
 
-def _check_order(shapes: Sequence[LayerShape], where: str) -> None:
-    """Layers with weights of their own come from the base in its order, each once."""
-    own = [(place, shape.base) for place, shape in enumerate(shapes) if shape.same_as is None]
-    for (_, before), (place, base) in pairwise(own):
-        if base <= before:
-            raise KitError(f"{where}.{place}.base is {base}, but a layer before it is the base's layer {before}")
-
-
 def _layer(value: Any, where: str, numbers: range, family: Family) -> LayerShape:
-    as_object(value, where, ("base", "ranks", "channels", "biased", "same_as"))
-    channels, same_as, mlp = value["channels"], value["same_as"], (*family.reads, family.writes)
+    as_object(value, where, ("base", "ranks", "channels", "biased"))
+    channels, mlp = value["channels"], (*family.reads, family.writes)
     ranks = as_object(value["ranks"], f"{where}.ranks", (), family.matrices if channels is None else family.attention)
     if channels is not None:
         as_int(channels, f"{where}.channels", 1, MAX_SIZE)
-    if same_as is not None:
-        as_int(same_as, f"{where}.same_as", 0, len(numbers))
     return LayerShape(
         base=as_int(value["base"], f"{where}.base", numbers.start, numbers.stop - 1),
         ranks={path: as_int(rank, f"{where}.ranks.{path}", 1, MAX_SIZE) for path, rank in ranks.items()},
         channels=channels,
         biased=_biased(value["biased"], f"{where}.biased", (*ranks, *(() if channels is None else mlp))),
-        same_as=same_as,
     )
 
 
@@ -280,17 +270,6 @@ def _biased(value: Any, where: str, known: tuple[str, ...]) -> tuple[str, ...]:
         if not isinstance(path, str) or path not in known or paths.count(path) > 1:
             raise KitError(f"{where} names {shown(path)}, which is no changed matrix, or stands twice")
     return tuple(paths)
-
-
-def _check_copy(shapes: Sequence[LayerShape], place: int, where: str) -> None:
-    """A layer may have the weights of another of its shape, which has weights of its own."""
-    same_as = shapes[place].same_as
-    if same_as is None:
-        return
-    if same_as >= len(shapes) or shapes[same_as].same_as is not None:
-        raise KitError(f"{where} is {same_as}, which is no layer of the middle with weights of its own")
-    if dataclasses.replace(shapes[same_as], base=shapes[place].base, same_as=same_as) != shapes[place]:
-        raise KitError(f"{where} is {same_as}, a layer of another shape")
 
 
 def _outer(value: Any) -> dict[str, TensorSpec]:

@@ -23,7 +23,7 @@ from siftune.report.sweep import ordered, table, to_dict, write_sweep
 from siftune.report.table import markdown_table
 
 GRID = SweepGrid(
-    keeps=(0.7, 0.4), lambdas=(0.0, 0.5), bases=("svd",), methods=("gradot", "layerdrop", "crash"), split=Split(1, 1)
+    keeps=(0.7, 0.4), lambdas=(0.0, 0.5), bases=("svd",), methods=("gradot", "layerdrop"), split=Split(1, 1)
 )
 
 
@@ -61,7 +61,7 @@ def test_a_grid_has_every_emulator_once():
         ("layerdrop", 0.5, "whitened", 0.0, 0.0),
     ]
     grid = SweepGrid(
-        methods=("crash", "gradot"),
+        methods=("layerdrop", "gradot"),
         split=Split(1, 2),
         allot="measured",
         keeps=(0.5, 0.3, 0.5),
@@ -69,9 +69,9 @@ def test_a_grid_has_every_emulator_once():
         bases=("svd",),
     )
     assert [(c.method, c.keep, c.allot) for c in grid.settings()] == [
-        ("crash", 0.5, "uniform"),
+        ("layerdrop", 0.5, "uniform"),
         ("gradot", 0.5, "measured"),
-        ("crash", 0.3, "uniform"),
+        ("layerdrop", 0.3, "uniform"),
         ("gradot", 0.3, "measured"),
     ]
     grid = SweepGrid(keeps=(0.5,), lambdas=(0.0,), bases=("svd",), mlps=("channels", "refit"))
@@ -123,7 +123,7 @@ def test_points_are_those_of_emulators_made_and_measured_alone(model, rows, poin
         assert found.parameters == sum({p.data_ptr(): p.numel() for p in emulator.parameters()}.values())
         assert found.middle_share == pytest.approx((found.parameters - outside) / sum(sizes[1:4]))
     assert len({p.cosine for p in points}) == len(points)
-    assert {p.method for p in points if p.calibration_auc.value is None} == {"layerdrop", "crash"}
+    assert {p.method for p in points if p.calibration_auc.value is None} == {"layerdrop"}
 
 
 def test_all_kept_is_the_base(model, rows):
@@ -151,7 +151,7 @@ def test_how_many_are_made_at_once_does_not_matter(model, rows, points, monkeypa
     monkeypatch.setattr(module, "emulators", lambda *args, **more: passes.append(args[2]) or original(*args, **more))
     monkeypatch.setattr(module, "_AT_ONCE", 0.8)
     assert sweep(model, *rows, GRID) == points
-    assert [len(chunk) for chunk in passes] == [1, 3, 4]
+    assert [len(chunk) for chunk in passes] == [1, 2, 3]
     assert [choice for chunk in passes for choice in chunk] == GRID.settings()
     for chunk in passes:
         assert sum(c.keep for c in chunk if c.method == "gradot") <= 0.8

@@ -17,7 +17,7 @@ from siftune.offsite.emulator.model import FactoredLinear, Split, outer_names, w
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.exchange.load import load_emulator
 
-METHODS = ("gradot", "svd+flap", "layerdrop", "crash")
+METHODS = ("gradot", "svd+flap", "layerdrop")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,19 +88,6 @@ def test_layers_are_dropped_evenly_and_the_rest_is_the_base():
     assert torch.equal(logits(small, batches[0]), logits(expected, batches[0]))
 
 
-def test_crash_keeps_the_depth_and_shares_weights():
-    model = base(layers=6)
-    batches = calibration(model)
-    small = emulator(model, batches, method="crash", keep=0.5)
-    layers = find_layers(small).layers
-    assert len(layers) == 6
-    places = {id(layer.mlp.up_proj.weight) for layer in layers[1:5]}
-    assert len(places) == 2
-    originals = find_layers(model).layers
-    for layer in layers[1:5]:
-        assert any(torch.equal(layer.mlp.up_proj.weight, o.mlp.up_proj.weight) for o in originals[1:5])
-
-
 def test_kinds_of_attention_go_with_the_layers():
     model = base("gemma2", layers=6)
     small = emulator(model, calibration(model), method="layerdrop", keep=0.75)
@@ -108,7 +95,7 @@ def test_kinds_of_attention_go_with_the_layers():
     assert small.config.layer_types != model.config.layer_types[:5]
 
 
-@pytest.mark.parametrize("method", ["gradot", "svd+flap", "crash"])
+@pytest.mark.parametrize("method", ["gradot", "svd+flap"])
 def test_batches_and_padding_do_not_matter(method):
     model = base()
     (whole,) = calibration(model, count=1, rows=4)
@@ -219,8 +206,8 @@ def test_a_kit_of_which_one_part_is_compressed_is_read_back(tmp_path, family, pa
         ({"lambda_mlp": -1.0}, "lambda_mlp is -1.0"),
         ({"lambda_attn": float("inf")}, "lambda_attn is inf"),
         ({"damping": 0.0}, "damping is 0.0"),
-        ({"method": "crash", "allot": "measured"}, "crash drops whole layers"),
-        ({"method": "crash", "parts": "mlp"}, "crash drops whole layers"),
+        ({"method": "layerdrop", "allot": "measured"}, "layerdrop drops whole layers"),
+        ({"method": "layerdrop", "parts": "mlp"}, "layerdrop drops whole layers"),
         ({"parts": "mlp", "allot": "measured"}, "allot measured weighs the two"),
         ({"lambda_unit": "paper"}, "both λ are 0"),
     ],

@@ -80,7 +80,6 @@ class Alive:
     "how",
     [
         {"method": "gradot"},
-        {"method": "crash"},
         {"method": "layerdrop"},
         {"allot": "measured"},
     ],

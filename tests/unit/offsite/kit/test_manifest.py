@@ -77,7 +77,6 @@ def test_it_looks_as_documented(manifest):
         "ranks": {"self_attn.q_proj": 4},
         "channels": 12,
         "biased": ["self_attn.q_proj", "mlp.down_proj"],
-        "same_as": None,
     }
     assert value["adapter"]["first.0.self_attn.q_proj.weight"] == {"shape": [32, 32], "dtype": "F32"}
     assert value["files"]["config.json"] == {"bytes": 7, "sha256": "0" * 64}
@@ -137,7 +136,6 @@ DEFECTS = [
     (at("middle", 1, "base"), 1, "middle.1.base is 1, but a layer before it is the base's layer 1"),
     (at("middle", 0, "base"), 1.0, "middle.0.base is 1.0, not a whole number"),
     (at("middle", 0, "ranks", Q), 4.0, f"middle.0.ranks.{Q} is 4.0, not a whole number"),
-    (at("middle", 2, "same_as"), False, "middle.2.same_as is False, not a whole number"),
     (at("middle", 0, "ranks", "mlp.up_proj"), 3, "middle.0.ranks has the unknown key 'mlp.up_proj'"),
     (at("middle", 0, "ranks", "mlp.gate"), 3, "middle.0.ranks has the unknown key 'mlp.gate'"),
     (at("middle", 0, "ranks", Q), 0, f"middle.0.ranks.{Q} is 0"),
@@ -149,13 +147,6 @@ DEFECTS = [
     (at("middle", 1, "biased"), ["self_attn.k_proj"], "middle.1.biased names 'self_attn.k_proj'"),
     (at("middle", 1, "biased"), [[]], r"middle.1.biased names \[\]"),
     (at("middle", 1, "channels"), None, "middle.1.biased has 2 items"),
-    (at("middle", 0, "same_as"), 0, "middle.0.same_as is 0, which is no layer"),
-    (at("middle", 1, "same_as"), 0, "middle.1.same_as is 0, a layer of another shape"),
-    (at("middle", 2, "same_as"), 1, "middle.2.same_as is 1, a layer of another shape"),
-    (at("middle", 2, "same_as"), 2, "middle.2.same_as is 2, which is no layer"),
-    (at("middle", 2, "same_as"), 3, "middle.2.same_as is 3, which is no layer"),
-    (at("middle", 0, "same_as"), 2, "middle.0.same_as is 2, which is no layer"),
-    (at("middle", 2, "same_as"), -1, "middle.2.same_as is -1"),
     (at("adapter"), {}, "adapter has 0 entries"),
     (at("adapter", "middle.0.x"), {"shape": [1], "dtype": "F32"}, "name of a tensor is 'middle.0.x'"),
     (at("adapter", "first.../../x"), {"shape": [1], "dtype": "F32"}, "name of a tensor is 'first.../../x'"),
@@ -224,14 +215,6 @@ def test_a_newer_protocol_is_named_before_its_new_keys(manifest):
 def test_something_else(value):
     with pytest.raises(KitError, match=r"manifest\.json has no siftune_kit"):
         parse_manifest(value)
-
-
-def test_a_layer_may_have_the_weights_of_a_later_one(manifest):
-    first, *rest = manifest.middle
-    changed = dataclasses.replace(
-        manifest, middle=(dataclasses.replace(first, same_as=2), rest[0], dataclasses.replace(rest[1], same_as=None))
-    )
-    assert parse_manifest(dump_manifest(changed)).middle[0].same_as == 2
 
 
 def test_bare_layers_are_allowed(manifest):
