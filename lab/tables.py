@@ -72,6 +72,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     "offsite.jsonl": lambda path: offsite.report(read(path)),
     "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),
+    "offsite_forms.jsonl": lambda path: offsite.report(read(path)),
     "offsite_split.jsonl": lambda path: offsite.report(read(path)),
     "pays.jsonl": _pays,
     "quality.jsonl": _quality,
