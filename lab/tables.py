@@ -73,6 +73,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "offsite.jsonl": lambda path: offsite.report(read(path)),
     "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),
     "offsite_forms.jsonl": lambda path: offsite.report(read(path)),
+    "offsite_own.jsonl": lambda path: offsite.report(read(path)),
     "offsite_split.jsonl": lambda path: offsite.report(read(path)),
     "pays.jsonl": _pays,
     "quality.jsonl": _quality,
