@@ -387,7 +387,7 @@ def test_pull_in_a_process_of_its_own_fails_cleanly(tmp_path):
         (["webui"], "LLaMA-Factory"),
         (["sweep", "--model", "x"], "siftune compare-emulators"),
         (["sweep-lr"], "siftune find-lr"),
-        (["emulate", "--seed", "1"], "takes no seed"),
+        (["verify", "KIT", "--seed", "1"], "takes no seed"),
     ],
 )
 def test_the_tool_that_has_a_feature_is_named(capsys, arguments, message):
