@@ -41,7 +41,7 @@ class Options(CalibrationOptions):
     lambda_mlp: NotNegative = 0.0
     """gradot: the same in the MLPs."""
     lambda_unit: Literal["relative", "paper"] = "relative"
-    """gradot: unit of both λ: relative to the means of the two terms, or the paper's, where λ is tiny."""
+    """gradot: unit of both λ: relative to the means of the two terms, or the paper's, which needs smaller ones."""
     kit_dtype: Dtype = "auto"
     """Number format of the kit's frozen part; auto: the checkpoint's."""
     outer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

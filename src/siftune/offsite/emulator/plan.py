@@ -76,6 +76,9 @@ class EmulatorSettings(Compression):
                 raise RecipeError(f"{name} is {getattr(self, name)}, but must be above 0")
         if self.lambda_unit != "relative" and not (self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"lambda_unit is {self.lambda_unit}, but both λ are 0: give one, or leave the unit out")
+        if (self.parts == "mlp" and self.lambda_attn) or (self.parts == "attention" and self.lambda_mlp):
+            name = "lambda_attn" if self.parts == "mlp" else "lambda_mlp"
+            raise RecipeError(f"{name} has no effect, because parts is {self.parts}: leave it out, or use parts both")
         whole_layers = self.method == "layerdrop"
         if self.parts != "both" and (whole_layers or self.allot == "measured"):
             reason = f"method {self.method} drops whole layers" if whole_layers else "allot measured weighs the two"

@@ -210,6 +210,8 @@ def test_a_kit_of_which_one_part_is_compressed_is_read_back(tmp_path, family, pa
         ({"method": "layerdrop", "parts": "mlp"}, "layerdrop drops whole layers"),
         ({"parts": "mlp", "allot": "measured"}, "allot measured weighs the two"),
         ({"lambda_unit": "paper"}, "both λ are 0"),
+        ({"parts": "mlp", "lambda_attn": 0.1}, "lambda_attn has no effect"),
+        ({"parts": "attention", "lambda_mlp": 0.1}, "lambda_mlp has no effect"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, values, words):
