@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality
+from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality, sources
 from lab.avoid import report as avoid
 from lab.keep import report as keep
 from lab.lines import key, read
@@ -78,6 +78,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pays.jsonl": _pays,
     "quality.jsonl": _quality,
     "rows.jsonl": _rows,
+    "sources.jsonl": lambda path: sources.report(read(path)),
 }
 
 

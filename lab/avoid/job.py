@@ -1,9 +1,9 @@
 """One job in a process of its own: `python -m lab.avoid.job OUT DATA` reads it from stdin and adds a line to OUT.
 
 A job "scores" scores the pool in every way. Every other job trains on the pool without some of its rows and measures
-held-out rows: "dense" (all rows), "oracle" (without the faulty rows, "oracle 50": without half of them), or a score
-(without the rows within its limit).
-The limit is that of `siftune sift --avoid`.
+held-out rows: "dense" (all rows), "oracle" (without the faulty rows, "oracle 50": without half of them), "right late"
+(all rows, and the bad rows with their right answers as `siftune train --target` has them), or a score (without the rows
+within its limit). The limit is that of `siftune sift --avoid`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch import nn
 
@@ -24,9 +24,11 @@ from lab.avoid.cells import Pool, Row, make_pool
 from lab.avoid.gradients import alignments
 from lab.lines import work_off
 from lab.pays.measure import measure_rows
+from lab.pays.training_rows import KNOWN_SHARE
 from lab.rows.metrics import all_of
-from siftune.data.batches import Collator
+from siftune.data.batches import AIMED, Collator
 from siftune.data.rows import rows_from
+from siftune.data.target import repeats
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
@@ -41,6 +43,7 @@ Job = dict[str, Any]
 Floats = NDArray[np.float64]
 
 _STEPS = {"pool": 60, "bad": 40, "further": 20}  # from the base on the pool, and on bad rows; from the pool's model
+RIGHT = "right late"  # the method that knows the right answers
 _SAMPLE = 192  # rows of the pool that gradients and embeddings score
 _CENTER = 64  # rows for the mean gradient
 
@@ -151,7 +154,7 @@ class Work:
         if method.startswith("oracle"):  # "oracle 50": of half of the faulty rows
             share = float(method.removeprefix("oracle") or 100) / 100
             drop = bad & (np.random.default_rng(self.job["seed"]).permutation(np.linspace(0, 1, len(bad))) <= share)
-        elif method != "dense":
+        elif method not in ("dense", RIGHT):
             values, held_out = scores_of(self.arrays())[method]
             drop = ~unlike(-values, -held_out).rows_R
         rows = self.tokens([row for row, gone in zip(self.pool.train, drop, strict=True) if not gone])
@@ -160,7 +163,14 @@ class Work:
             "dropped_bad": int((drop & bad).sum()),
             "bad": int(bad.sum()),
         }
-        self.tune(rows, self.job["steps"], lambda model: result.update(self._measure(model)))
+        settings: dict[str, Any] = {}
+        if method == RIGHT:
+            few = self.tokens(self.pool.bad, "right")
+            few = few.select([place % len(few) for place in range(repeats(len(rows), len(few), KNOWN_SHARE))])
+            aimed = [False] * len(rows) + [True] * len(few)
+            rows = concatenate_datasets([rows, few]).add_column(AIMED, aimed)
+            settings = {"target": "few", "target_last": 1 / 3}
+        self.tune(rows, self.job["steps"], lambda model: result.update(self._measure(model)), **settings)
         return {**result, "seconds": self.seconds}
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:

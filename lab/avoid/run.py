@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cells", default="carry-30", help="FAULT-PERCENT, with commas between")
-    add("--methods", nargs="+", default=["scores"], help="scores, dense, oracle, or the name of a score")
+    add("--methods", nargs="+", default=["scores"], help="scores, dense, oracle, right late, or the name of a score")
     add("--bad", default="32", help="numbers of bad rows, with commas between")
     add("--models", default="smollm2", help="smollm2")
     add("--lr", type=float, default=5e-4)

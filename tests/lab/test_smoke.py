@@ -300,11 +300,11 @@ def test_avoid_jobs(base, tmp_path, monkeypatch, fault):
         "lr": 1e-2,
     }
     lines = []
-    for name in ("scores", "dense", "oracle", "F, then bad"):
+    for name in ("scores", "dense", "oracle", "F, then bad", "right late"):
         job = {**fixed, "method": {"name": name}}
         lines.append({"job": job, **module.Work(job, tmp_path, tmp_path / name.replace(" ", "-")).run()})
     assert lines[0]["bad"] == round(0.3 * 64) == lines[2]["dropped_bad"]
-    assert lines[1]["dropped"] == 0
+    assert lines[1]["dropped"] == lines[4]["dropped"] == 0
     assert lines[3]["dropped"] <= 0.6 * 64
     assert "Held-out rows" in report(lines)
 
@@ -440,6 +440,23 @@ def test_calibration_leak(llama, tmp_path, monkeypatch):
     ]
     assert len(set(lost)) == 3
     assert "own-32" in calibration_leak.report([{"set": "own-32", **line} for line in ways.values()])
+
+
+@pytest.mark.lab
+def test_sources(base, suite, tmp_path, capsys, monkeypatch):
+    from lab import sources
+
+    monkeypatch.setattr(sources, "QUESTIONS", 8)
+    monkeypatch.setattr(sources, "KNOWN", 16)
+    out = str(tmp_path / "sources.jsonl")
+    words = ["--data", str(suite), "--model", base, "--pools", "good,wrong,foreign,copy", "--rows", "8"]
+    assert sources.main([*words, "--steps", "2", "--out", out]) == 0
+    lines = read(Path(out))
+    assert [line["rows"] for line in lines if line["job"]["method"] == "all"] == [32] * 4
+    assert [line["rows"] for line in lines if line["job"]["method"] == "by hand"] == [24] * 3
+    capsys.readouterr()
+    assert sources.main(["--report", out]) == 0
+    assert "by file" in capsys.readouterr().out
 
 
 @pytest.mark.lab
