@@ -9,9 +9,12 @@ from pydantic.dataclasses import dataclass
 
 from siftune.base.environment import launch_rank
 from siftune.base.settings import CONFIG, AtLeastTwo, Columns, Count, Positive, Seed, Template, Validated
+from siftune.base.text import one_line
 
 if TYPE_CHECKING:
     from siftune.sifting.run import Sifted
+
+_MOST = 12  # sources that a message names
 
 PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 
@@ -94,6 +97,7 @@ def run(options: Options) -> dict[str, Any]:
         "dropped": sifted.dropped,
         "pool": len(sifted.places),
         "selected": len(sifted.selected),
+        "shares": sifted.shares,
         "seconds": sifted.seconds,
     }
 
@@ -112,4 +116,6 @@ def text_of(sifted: "Sifted") -> str:
     """The result as text."""
     selected, pool = len(sifted.selected), len(sifted.places)
     what = f"{selected:,} of {pool:,} rows of the pool ({selected / pool:.0%})"
-    return "\n".join([*sifted.notes, f"selected {what} in {sifted.seconds:.0f} s: {sifted.reason}"])
+    parts = [f"{share:.0%} of {one_line(source)}" for source, share in sifted.shares.items()]
+    shares = [f"selected by source: {', '.join(parts)}"] if 1 < len(parts) <= _MOST else []
+    return "\n".join([*sifted.notes, f"selected {what} in {sifted.seconds:.0f} s: {sifted.reason}", *shares])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siftune.base.text import counted, parsed
-from siftune.data.target import OTHER
 from siftune.report.charts import Chart, Line, line_chart
 from siftune.report.parts import Cell, Figure, Grid, Section, slug
 from siftune.report.subjects import RunData
@@ -37,7 +36,7 @@ def sifted(run: RunData, several: bool) -> Section | None:
     rows = sorted(read.rows, key=lambda row: (not row.selected, row.score))
     count = sum(row.selected for row in rows)
     words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{_why(run.path / FOLDER / RECORD)}."]
-    tables = [_by_source(rows)] if {row.source for row in rows} != {OTHER} else []
+    tables = [_by_source(rows)] if len({row.source for row in rows}) > 1 else []
     chart = Chart("change of the loss, nats per token", "rows of the pool: selected, left out, by score")
     caption = (
         "By score: the first and last selected rows, and the first and last that were left out. Prompt: its similarity "
@@ -136,7 +135,7 @@ def _by_source(rows: list[_Scored]) -> Grid:
         ]
         for source, number in sorted(pool.items(), key=lambda item: -selected[item[0]] / item[1])
     ]
-    return Grid(["source", "rows", "selected", "share"], lines, "Selected rows by their column source.")
+    return Grid(["source", "rows", "selected", "share"], lines, "Selected rows by column source, or by file.")
 
 
 def _examples(rows: list[_Scored], count: int, caption: str) -> Grid:

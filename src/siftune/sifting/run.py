@@ -39,7 +39,7 @@ from siftune.base.text import inert
 from siftune.base.work_folder import WorkFolder
 from siftune.data.read import placed_records
 from siftune.data.rows import Row
-from siftune.data.target import sources
+from siftune.data.target import source_or_file
 from siftune.engine.ranks import (
     first_rank_first,
     from_first,
@@ -86,6 +86,7 @@ class Sifted:
             the more a row is like the target. None without a target.
         similar: (R,) float64: similarity of the prompts to those of the target, from -1 to 1. None without a target.
         bad_scores: (R,) float64: the same of the bad rows. None without them.
+        shares: Selected share of each source's rows; a source is the column `source`, or the file.
         reason: Why these rows were selected, as a clause.
         notes: Sentences on unusable rows, copies, and rows of the target in the pool.
         seconds: Time that sifting took, without that of calls that were interrupted.
@@ -97,6 +98,7 @@ class Sifted:
     scores: Floats | None
     similar: Floats | None
     bad_scores: Floats | None
+    shares: Mapping[str, float]
     reason: str
     notes: Sequence[str]
     seconds: float
@@ -264,10 +266,17 @@ def _sift(work: Work, prepared: Prepared, count: int | None) -> Sifted:
         scores=by_target.get("score"),
         similar=by_target.get("similarity"),
         bad_scores=by_bad.get("score"),
+        shares=_shares(source_or_file(rows), selected_R),
         reason=reason,
         notes=[*bad_lines(prepared, NAMED), *work.rows.notes()],
         seconds=seconds,
     )
+
+
+def _shares(sources: Sequence[str], selected_R: NDArray[np.bool_]) -> dict[str, float]:
+    """Selected share of the rows of each source."""
+    names_R = np.array(sources)
+    return {source: float(selected_R[names_R == source].mean()) for source in dict.fromkeys(sources)}
 
 
 def _write_scores(
@@ -275,7 +284,7 @@ def _write_scores(
 ) -> None:
     """Write the scores of the pool by the target, or by the bad rows."""
     lines, values = [], zip(*columns.values(), strict=True)
-    for row, source, chosen, own in zip(pool, sources(pool), chosen_R, values, strict=True):
+    for row, source, chosen, own in zip(pool, source_or_file(pool), chosen_R, values, strict=True):
         numbers = [f"{value:.5f}" for value in own]
         texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
         lines.append([row.origin, *numbers, int(chosen), *texts])

@@ -44,7 +44,8 @@ def task(tmp_path_factory):
     place = tmp_path_factory.mktemp("task")
     sums = [{"prompt": f"{i}+{i}?", "completion": str(i + i)} for i in range(24)]
     save(place / "few.jsonl", sums[:12])
-    save(place / "pool.jsonl", [{"prompt": f"say {i}", "completion": "hello " * 3} for i in range(24)] + sums[12:])
+    hello = [{"prompt": f"say {i}", "completion": "hello " * 3, "source": "words"} for i in range(24)]
+    save(place / "pool.jsonl", [*hello, *({**row, "source": "sums"} for row in sums[12:])])
     (place / "recipe.yaml").write_text(SETTINGS)
     return place
 
@@ -136,6 +137,7 @@ def test_a_pool_that_is_selected_in_full(words, out, capsys):
     _, said = siftune(capsys, *words, "--out", out, "--sift", "36")
     assert load_recipe(out / "recipe.yaml").drop_rows is None
     assert "selected 36 of 36 rows of the pool (100%)" in said
+    assert "selected by source: 100% of words, 100% of sums\n" in said
 
 
 @pytest.mark.parametrize(

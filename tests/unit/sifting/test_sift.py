@@ -134,6 +134,9 @@ def test_the_files(given, complete, tmp_path, task):
         assert [line[name] for line in found] == [row[name] for row in task.pool]
     assert [int(line["selected"]) for line in found] == [int(n in sifted.selected) for n in range(36)]
     assert records(sifted.rows) == [task.pool[n] for n in sifted.selected]
+    numbers = {"words": 24, "sums": 12}
+    counts = {source: sum(row["source"] == source for row in chosen) for source in numbers}
+    assert sifted.shares == pytest.approx({source: counts[source] / numbers[source] for source in numbers})
     recipe = Recipe(train=str(given["train"]), drop_rows=str(sifted.dropped))
     assert [row.extra["id"] for row in read_rows(recipe).parts["train"]] == [
         task.pool[n]["id"] for n in sifted.selected
