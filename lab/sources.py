@@ -10,7 +10,7 @@ on. Methods, all with the same number of steps:
     all      every row
     by hand  without the last file, where it is not good
     sifted   the rows that `siftune sift` selects by the known rows
-    by file  of each file as large a share, drawn at random, as sifting selects of it: weights of files
+    by file  of each file a share, drawn at random: the share that sifting selects of it, divided by the largest of these
 
 A finished job adds a line of JSON to FILE, and one that is there already is not made again. Shapes: R rows.
 """
@@ -114,7 +114,7 @@ def measure(job: Job, data: Path, folder: Path, shared: Path) -> Line:
         ]
         line["shares"] = shares
         if method == "by file":
-            selected = _drawn(shares, job["rows"], job["seed"])
+            selected = _drawn([share / max(shares) for share in shares], job["rows"], job["seed"])
         rows = [rows[number] for number in selected]
     usual = {"template": "none", "attention": "eager", "log_every": 1000, "train": "pool", "out": str(folder / "run")}
     own = {"model": job["model"], "lr": job["lr"], "seed": job["seed"], "steps": job["steps"], "batch_size": 16}
