@@ -62,7 +62,6 @@ Line = dict[str, Any]
 
 METHODS: dict[str, dict[str, Any]] = {
     "layerdrop": {"method": "layerdrop"},
-    "svd+flap": {"method": "svd+flap"},
     "gradot, paper's basis": {"basis": "svd", "mlp": "channels"},
     "gradot, paper's basis, λ 0.1": {"basis": "svd", "mlp": "channels", "lambda_attn": 0.1, "lambda_mlp": 0.1},
     "gradot, paper's basis, DRD alone": {"basis": "svd", "mlp": "channels", "parts": "attention"},

@@ -10,7 +10,7 @@ on. Methods, all with the same number of steps:
     all      every row
     by hand  without the last file, where it is not good
     sifted   the rows that `siftune sift` selects by the known rows
-    by file  of each file a share, drawn at random: the share that sifting selects of it, divided by the largest of these
+    by file  of each file a random share: that which sifting selects of it, divided by the largest of these shares
 
 A finished job adds a line of JSON to FILE, and one that is there already is not made again. Shapes: R rows.
 """

@@ -29,7 +29,7 @@ class Options(CalibrationOptions):
     """Bases, for gradot."""
     mlps: tuple[Literal["refit", "channels"], ...] = ("refit",)
     """Treatments of the MLPs, for gradot."""
-    methods: tuple[Literal["gradot", "layerdrop", "svd+flap"], ...] = ("gradot", "layerdrop")
+    methods: tuple[Literal["gradot", "layerdrop"], ...] = ("gradot", "layerdrop")
     """Methods."""
     held_out: str | None = None
     """Rows to measure on, as for --calibration; if not given, the rows that follow those used there."""

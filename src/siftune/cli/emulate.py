@@ -28,8 +28,8 @@ class Options(CalibrationOptions):
 
     keep: Share = 0.7
     """Fraction of the middle's parameters that the kit holds."""
-    method: Literal["gradot", "layerdrop", "svd+flap"] = "gradot"
-    """gradot keeps outer layers' gradients; layerdrop drops whole layers, svd+flap keeps outputs."""
+    method: Literal["gradot", "layerdrop"] = "gradot"
+    """gradot preserves the outer layers' gradients; layerdrop drops whole layers."""
     basis: Literal["whitened", "svd"] = "whitened"
     """gradot: directions to choose among: singular ones of the weights as the data and gradients see them, or plain."""
     mlp: Literal["refit", "channels"] = "refit"

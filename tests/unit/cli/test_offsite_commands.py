@@ -124,7 +124,7 @@ def test_options_reach_the_kit(half, rows, tmp_path, capsys):
         (("--basis", "svd"), True),
         (("--lambda-attn", "5"), True),
         (("--lambda-mlp", "5"), True),
-        (("--method", "svd+flap"), True),
+        (("--method", "layerdrop"), True),
         (("--allot", "measured"), True),
         (("--keep", "0.5"), True),
         (("--max-length", "3"), True),

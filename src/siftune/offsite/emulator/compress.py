@@ -1,11 +1,8 @@
 """Compress one decoder layer: which directions of its matrices and which channels of its MLP stay.
 
-Methods:
-* `gradot`: GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), SCP on the MLP (`scp.py`); or
-  *(ours)* channels whose part the others take over (`refit.py`), or DRD on the MLP's matrices too.
-* `svd+flap`: truncated SVD on attention; on the MLP FLAP's channels with its bias (`baselines.py`).
-
-Whole layers are dropped elsewhere (`plan.py`); such layers come through here unchanged.
+GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), and SCP on the MLP or *(ours)* channels
+whose part the others take over (`channels.py`). Layer drop drops whole layers (`plan.py`); the layers that stay come
+through here unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +15,12 @@ from siftune.models.families import Family
 from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.model import Base, LayerShape, features, weight_OI
 from siftune.offsite.emulator.record import Captured
-from siftune.offsite.maths.baselines import flap_bias, flap_scores, svd_factor
 from siftune.offsite.maths.channels import DAMPING as REFIT_DAMPING
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
 from siftune.offsite.maths.kfac import DAMPING, Curvature, LambdaUnit, Moments, moments
 
-Method = Literal["gradot", "layerdrop", "svd+flap"]
+Method = Literal["gradot", "layerdrop"]
 Mlp = Literal["refit", "channels"]
 Parts = Literal["both", "attention", "mlp"]
 
@@ -34,7 +30,7 @@ class Compression:
     """Settings of the compression of a layer.
 
     Attributes:
-        method: gradot, or svd+flap.
+        method: gradot, or layerdrop.
         keep: Fraction of the parameters of its matrices that stays, in (0, 1]; at 1 nothing changes.
         parts: What is compressed: attention and MLP, or one of them, which leaves the other as it is.
         lambda_attn: λ of DRD: weight of a large loss gap against a small change of gradients; 0 or more.
@@ -73,7 +69,7 @@ class Compression:
         attention = () if self.parts == "mlp" else family.attention
         if self.parts == "attention":
             return attention
-        scored = family.reads if self.method == "gradot" and self.mlp == "channels" else ()
+        scored = family.reads if self.mlp == "channels" else ()
         return (*attention, *scored, family.writes)
 
 
@@ -140,15 +136,13 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
         ranks[path] = rank
     if how.parts == "attention" or how.share(family.writes) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
-    channels, biased = _narrow(layer, family, tensors, seen, how)
-    return CompressedLayer(LayerShape(number, ranks, channels, biased), tensors)
+    channels = _narrow(layer, family, tensors, seen, how)
+    return CompressedLayer(LayerShape(number, ranks, channels), tensors)
 
 
 def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression) -> tuple[Tensor, Tensor]:
     """A matrix of attention as a product of two thinner ones."""
     weight = weight.float()
-    if how.method == "svd+flap":
-        return svd_factor(weight, rank)
     curvature = seen.curvature[path]
     key = (path, how.basis, how.damping)
     if key not in seen.components:
@@ -158,20 +152,12 @@ def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Co
 
 def _narrow(
     layer: nn.Module, family: Family, tensors: dict[str, Tensor], seen: LayerCurvature, how: Compression
-) -> tuple[int, tuple[str, ...]]:
-    """Take channels out of the MLP's tensors; return how many are left, and which matrix gained a bias."""
+) -> int:
+    """Take channels out of the MLP's tensors; return how many are left."""
     paths = (*family.reads, family.writes)
     weights = {path: weight_OI(layer.get_submodule(path), tensors[f"{path}.weight"]) for path in paths}
     count = channel_count(how.share(family.writes), weights[family.writes].shape[1])
     staying = keep_channels(score_channels(weights, family, seen, how), count)
-    biased: tuple[str, ...] = ()
-    if how.method == "svd+flap":
-        dropped = _others(staying, weights[family.writes].shape[1])
-        extra = flap_bias(seen.captured[family.writes].x_NI, weights[family.writes].float(), dropped)
-        name = f"{family.writes}.bias"
-        biased = () if name in tensors else (family.writes,)
-        dtype = tensors[f"{family.writes}.weight"].dtype
-        tensors[name] = (tensors[name].float() + extra if name in tensors else extra).to(dtype)
     for path in family.reads:
         tensors[f"{path}.weight"] = weights[path][staying].contiguous()
         if f"{path}.bias" in tensors:
@@ -179,7 +165,7 @@ def _narrow(
     name = f"{family.writes}.weight"
     columns = write_columns(weights[family.writes], seen.curvature[family.writes], staying, how)
     tensors[name] = columns.to(tensors[name].dtype).contiguous()
-    return count, biased
+    return count
 
 
 def channel_count(share: float, channels: int) -> int:
@@ -190,8 +176,6 @@ def channel_count(share: float, channels: int) -> int:
 def score_channels(weights: Mapping[str, Tensor], family: Family, seen: LayerCurvature, how: Compression) -> Tensor:
     """Scores of an MLP's channels; high ones should stay."""
     writes, curvature = weights[family.writes].float(), seen.curvature[family.writes]
-    if how.method == "svd+flap":
-        return flap_scores(seen.captured[family.writes].x_NI, writes)
     if how.mlp == "refit":
         return refit_scores(writes, curvature, how.lambda_mlp, how.refit_damping, how.lambda_unit)
     reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
@@ -200,13 +184,6 @@ def score_channels(weights: Mapping[str, Tensor], family: Family, seen: LayerCur
 
 def write_columns(write_OC: Tensor, curvature: Curvature, staying: Tensor, how: Compression) -> Tensor:
     """The columns by which the channels that stay write."""
-    if how.method == "gradot" and how.mlp == "refit":
+    if how.mlp == "refit":
         return refit(write_OC, curvature.inputs, staying, how.refit_damping)
     return write_OC[:, staying]
-
-
-def _others(staying: Tensor, count: int) -> Tensor:
-    """The numbers from 0 to `count` that are not in `staying`."""
-    mask = staying.new_ones(count, dtype=staying.dtype)
-    mask[staying] = 0
-    return mask.nonzero().squeeze(1)

@@ -28,7 +28,6 @@ from siftune.offsite.emulator.compress import (
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import Captured, Recording, replay
 from siftune.offsite.maths.allotment import water_fill
-from siftune.offsite.maths.baselines import uniform_layers
 from siftune.offsite.maths.channels import keep_channels
 from siftune.offsite.maths.drd import component_scores, components, joint_costs, keep_components, rank_of
 from siftune.offsite.maths.kfac import cost
@@ -85,8 +84,6 @@ class EmulatorSettings(Compression):
             raise RecipeError(f"parts is {self.parts}, but {reason}: use parts both")
         if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot")
-        if self.allot == "measured" and self.method != "gradot":
-            raise RecipeError(f"allot measured is for method gradot, but method is {self.method}: use allot uniform")
         if self.allot == "measured" and self.keep < SHARES[0]:
             raise RecipeError(f"keep is {self.keep}, but allot measured leaves {SHARES[0]} of every matrix or more")
 
@@ -120,6 +117,32 @@ def plan(base: Base, recording: Recording, settings: EmulatorSettings, progress:
         measured = measured_shares(base, recording, settings, progress)
         return [Step(number, settings.keep, shares=measured[number]) for number in numbers]
     return [Step(number, settings.keep) for number in numbers]
+
+
+def uniform_layers(count: int, kept: int) -> list[int]:
+    """Choose evenly spaced layers, as offsite-tuning's layer drop (arXiv 2302.04870): both ends and K−2 between them.
+
+    Ours: a single one is that in the middle, and none may stay.
+
+    Args:
+        count: Layers of the middle.
+        kept: K, number of them that stay, from 0.
+
+    Returns:
+        K numbers from 0 to `count` − 1, ascending.
+
+    Raises:
+        RecipeError: K is not from 0 to `count`.
+
+    Example:
+        >>> uniform_layers(20, 4)
+        [0, 6, 13, 19]
+    """
+    if not 0 <= kept <= count:
+        raise RecipeError(f"{kept} of {count} middle layers would stay; give a number from 0 to {count}.")
+    if kept == 1:
+        return [count // 2]
+    return [round(i * ((count - 1) / (kept - 1))) for i in range(kept)]
 
 
 SHARES = tuple(number / 20 for number in range(2, 21))  # at 1 a matrix is whole, and costs nothing

@@ -49,15 +49,6 @@ def test_a_factored_matrix_is_the_sum_of_the_components_with_the_highest_scores(
         assert bias is None or torch.equal(found.tensors[f"{path}.up.bias"], bias)
 
 
-def test_flap_takes_channels_whatever_is_asked_for_gradot():
-    model = base()
-    found = [compress(model, method="svd+flap", keep=0.5, mlp=mlp)[3] for mlp in ("channels", "refit")]
-    assert found[0].shape.channels is not None
-    assert not any(path.startswith("mlp") for path in found[0].shape.ranks)
-    assert found[1].shape == found[0].shape
-    assert all(torch.equal(found[1].tensors[name], tensor) for name, tensor in found[0].tensors.items())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mlp_has_the_channels_with_the_highest_scores(family):
     layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3, mlp="channels")
@@ -91,12 +82,11 @@ def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(fa
         assert bias is None or torch.equal(found.tensors[f"{path}.bias"], bias[kept])
 
 
-@pytest.mark.parametrize("method", ["gradot", "svd+flap"])
 @pytest.mark.parametrize("part", ["attention", "mlp"])
-def test_one_part_alone_is_compressed_as_in_both_and_the_other_stays(method, part):
+def test_one_part_alone_is_compressed_as_in_both_and_the_other_stays(part):
     model = base()
-    layer, matrices, captured, both = compress(model, method=method, keep=0.5)
-    how = Compression(method=method, keep=0.5, parts=part)
+    layer, matrices, captured, both = compress(model, keep=0.5)
+    how = Compression(keep=0.5, parts=part)
     known = layer_curvature({path: captured[path] for path in how.judged(matrices)}, slopes=False)
     alone = compress_layer(Base(model, Split(1, 1)), NUMBER, known, how)
     own = "self_attn." if part == "attention" else "mlp."
@@ -133,19 +123,6 @@ def test_each_lambda_acts_on_its_own_part(mlp):
         elif name.startswith("mlp"):
             assert same_attn
             assert not same_mlp
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_flap_writes_the_same_on_average(family):
-    layer, matrices, captured, found = compress(base(family), method="svd+flap", keep=0.5)
-    x_NC = captured[matrices.writes].x_NI.double()
-    writes = layer.get_submodule(matrices.writes)
-    weight, narrow = weight_OI(writes).double(), found.tensors[f"{matrices.writes}.weight"].double()
-    kept = (weight.T[:, None] == narrow.T[None]).all(-1).any(1)
-    expected = (x_NC @ weight.T).mean(0) + (0 if writes.bias is None else writes.bias.double())
-    average = (x_NC[:, kept] @ narrow.T).mean(0) + found.tensors[f"{matrices.writes}.bias"].double()
-    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
-    assert found.shape.biased == ((matrices.writes,) if writes.bias is None else ())
 
 
 def test_without_slopes_nothing_else_changes():

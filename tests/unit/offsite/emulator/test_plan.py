@@ -1,7 +1,11 @@
 """What matrices would cost at several sizes: against changes formed densely, on tokens that did not choose them."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.emulators import base, calibration, settings
 
 from siftune.base.errors import RecipeError
@@ -11,7 +15,7 @@ from siftune.offsite.emulator import plan as plans
 from siftune.offsite.emulator.compress import Compression
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Base, Split, weight_OI
-from siftune.offsite.emulator.plan import SHARES, layer_costs, measured_paths, plan
+from siftune.offsite.emulator.plan import SHARES, layer_costs, measured_paths, plan, uniform_layers
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import components, factor, rank_of
@@ -149,7 +153,6 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"method": "svd+flap"}, r"measured is for method gradot, but method is svd\+flap"),
         ({"method": "layerdrop"}, "drops whole layers"),
         ({"keep": 0.05}, r"keep is 0\.05, but allot measured leaves 0\.1"),
     ],
@@ -157,3 +160,32 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
 def test_what_does_not_go_with_it_is_refused(values, words):
     with pytest.raises(RecipeError, match=words):
         settings(**{"allot": "measured", **values}).check()
+
+
+@given(count=st.integers(1, 99), data=st.data())
+def test_uniform_layers(count, data):
+    kept = data.draw(st.integers(0, count))
+    got = uniform_layers(count, kept)
+    assert len(got) == kept
+    assert got == sorted(set(got))
+    assert set(got) <= set(range(count))
+    if kept >= 2:
+        assert (got[0], got[-1]) == (0, count - 1)
+        gaps = [after - before for before, after in itertools.pairwise(got)]
+        assert max(gaps) - min(gaps) <= 1
+    if kept == count:
+        assert got == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "kept", "layers"),
+    [(20, 8, [0, 3, 5, 8, 11, 14, 16, 19]), (26, 2, [0, 25]), (26, 1, [13]), (1, 1, [0]), (26, 0, [])],
+)
+def test_uniform_layers_of_offsite_tuning(count, kept, layers):
+    assert uniform_layers(count, kept) == layers
+
+
+@pytest.mark.parametrize("kept", [-1, 7])
+def test_counts_out_of_range(kept):
+    with pytest.raises(RecipeError, match=rf"{kept} of 6 middle layers would stay; give a number from 0 to 6\."):
+        uniform_layers(6, kept)
