@@ -59,8 +59,10 @@ def _noises(known: int) -> list[Cell]:
 
 
 def _clean(known: int) -> list[Cell]:
-    """S5: clean arithmetic."""
-    return [_cell("clean", known, rows=2400)]
+    """S5: correct rows of one task."""
+    others = {"arithmetic": ["openbookqa", "boolq"], "options": ["boolq"], "boolq": ["openbookqa"]}
+    names = {task: "clean" if task == "arithmetic" else f"clean-{task}" for task in others}
+    return [_cell(names[task], known, rows=2400, target=task, others=other) for task, other in others.items()]
 
 
 def _rates(known: int) -> list[Cell]:

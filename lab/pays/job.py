@@ -29,6 +29,8 @@ from siftune.data.rows import WEIGHT, rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.engine.groups import group_by_layer
 from siftune.engine.substitution import use_base_dtype
+from siftune.methods.dp import callback as dp
+from siftune.methods.dp.secret import Secret
 from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
 from siftune.models.load import load_model
@@ -37,6 +39,7 @@ from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, compares, resolve_recipe
 from siftune.sifting.similarity import embed
 from siftune.train.build import Built, build
+from siftune.train.trainer import SiftTrainer
 
 Record = dict[str, Any]
 Job = dict[str, Any]
@@ -153,8 +156,14 @@ class Work:
             numbers = list(most_alike((pool_RH @ known_KH.T).amax(1), self.method.get("share", _SHARE)))
         return [self.pool.train[number] for number in numbers]
 
-    def _take_over(self, built: Built, rows: Sequence[Record]) -> SubsetTrainer:
-        """Have the Trainer keep rows by the method's rule, and count what is followed."""
+    def _take_over(self, built: Built, rows: Sequence[Record]) -> SiftTrainer:
+        """Have the Trainer keep rows by the method's rule, and count what is followed; or another engine's privacy."""
+        if built.trainer.privacy is not None:
+            from lab.dp_trainers import TRAINERS  # imports Opacus
+
+            return (
+                TRAINERS[self.method["engine"]].take_over(built.trainer) if "engine" in self.method else built.trainer
+            )
         followed, ceiling = Followed([row["group"] for row in rows]), self.method.get("keep") == "target"
         book = Book(built.trainer.train_dataset, rows)
         trainer = SubsetTrainer.take_over(built.trainer, book, followed, ceiling)
@@ -163,7 +172,7 @@ class Work:
                 part.on_select = partial(_note, trainer, built.depth)
         return trainer
 
-    def _train(self, trainer: SubsetTrainer) -> Record:
+    def _train(self, trainer: SiftTrainer) -> Record:
         clock = Clock()
         trainer.add_callback(clock)
         processor = time.process_time()
@@ -173,7 +182,7 @@ class Work:
             "steps": steps,
             **({"seconds_per_step": round(float(np.mean(clock.seconds(1))), 4)} if steps > 1 else {}),
             "processor_seconds_per_step": round((time.process_time() - processor) / steps, 4),
-            **trainer.followed.summary(steps),
+            **(trainer.followed.summary(steps) if isinstance(trainer, SubsetTrainer) else {}),
         }
 
     def _measure(self, model: nn.Module) -> Record:
@@ -223,6 +232,7 @@ def main(argv: list[str]) -> int:
     """Work off the job of standard input; return the exit code."""
 
     def run(job: Job, data: Path, folder: Path) -> tuple[Record, str]:
+        dp.Secret = lambda: Secret(job["seed"])  # private runs of a seed draw the same rows
         result = run_job(job, data, folder)
         return result, f"{np.mean(result['right']):.3f} right, {nats_per_token(result):.3f} nats"
 

@@ -8,6 +8,7 @@ soft       for sifting: train on all rows of the task, each with the weight 1 / 
 rounds     for sifting: how often; the second time the tuning also takes the rows that were selected
 late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
 untrained  measure the model as it is
+engine     for a private run: what clips and noises in place of siftune, "opacus" or "opacus-ghost"
 """
 
 import copy
@@ -24,6 +25,9 @@ def _gast(**settings: Any) -> dict[str, Any]:
         del usual["support_size"]  # which does not apply: there are no support rows
     return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
 
+
+# Opacus' hooks do not see adapters that are cast while they run
+_PRIVATE = {"dp_epsilon": 8.0, "dp_delta": 1e-5, "dtype": "float32"}
 
 METHODS: dict[str, Method] = {
     "untrained": {"untrained": True},
@@ -51,9 +55,11 @@ METHODS: dict[str, Method] = {
     "rst": {"recipe": {"method": "rst"}},
     "lisa": {"recipe": {"method": "lisa"}},
     "cut": {"recipe": {"method": "cut"}},
+    "dp": {"recipe": _PRIVATE},
+    "opacus": {"recipe": _PRIVATE, "engine": "opacus"},
 }
 
-_OWN = ("keep", "rows", "share", "soft", "rounds", "late", "untrained")  # the rest are fields of a recipe
+_OWN = ("keep", "rows", "share", "soft", "rounds", "late", "untrained", "engine")  # the rest are fields of a recipe
 
 
 def method_of(words: str) -> dict[str, Any]:

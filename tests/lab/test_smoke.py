@@ -227,6 +227,23 @@ def test_pays_jobs(small_pools, base, suite, tmp_path, name):
 
 
 @pytest.mark.lab
+@pytest.mark.parametrize("cell", ["clean", "clean-options", "clean-boolq"])
+def test_private_jobs(small_pools, base, suite, tmp_path, cell):
+    from lab.pays import report
+    from lab.pays.job import run_job
+
+    lines = []
+    for words in ("dense=dense,dtype:float32", "dp", "opacus"):
+        (tmp_path / words).mkdir()
+        job = pays_job(base, words, cell, "S5")
+        job["cell"]["rows"] = 20
+        lines.append({"job": job, **run_job(job, suite, tmp_path / words)})
+    assert [line["steps"] for line in lines] == [3] * 3
+    assert len({tuple(line["nll"]) for line in lines}) == 3
+    assert "| opacus |" in report.report(lines)
+
+
+@pytest.mark.lab
 @pytest.mark.distributed
 @pytest.mark.lab
 def test_pays_scores(small_pools, base, suite):
