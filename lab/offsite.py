@@ -16,9 +16,12 @@ the rows of calibration and text are questions with the texts of right options, 
                tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
                after tuning the same layers
 
-With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers. `--tune none` leaves
-the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
-there already is not made again. More emulators: `name=key:value,...` after --methods, keys of `EmulatorSettings`.
+With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, and with `--ranks
+8,32` its matrices are truncated to these ranks. With `--middle` all layers of the emulator train, and the change of
+each middle matrix, up·down − up₀·down₀ or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015,
+also trains all of its proxy; the mapping is ours). `--tune none` leaves the tuning out, and is quick. A finished
+emulator adds a line of JSON to FILE, and one that is there already is not made again. More emulators:
+`name=key:value,...` after --methods, keys of `EmulatorSettings`.
 """
 
 import argparse
@@ -26,7 +29,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -34,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.environment import hardware, versions
@@ -52,6 +56,7 @@ from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokeni
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
+from siftune.offsite.emulator.model import Base
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
@@ -155,15 +160,78 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
         pair = [outer_gradient(model, shown, parts.split) for model in (setting.model, emulator)]
         line["task"] = asdict(cosine(*pair))
         scores["emulator_zs"] = _scores(score_rows(emulator, rows, 32))
-        with tuned(emulator, parts.split.outer(len(find_layers(emulator).layers)), tuning):
+        complete, depth = bool(job["tune"].get("middle")), len(find_layers(emulator).layers)
+        middle = _middle(emulator, parts)
+        with tuned(emulator, range(depth) if complete else parts.split.outer(depth), tuning):
             scores["emulator_ft"] = _scores(score_rows(emulator, rows, 32))
             adapter = read_outer(emulator, parts.split)
+            changes = _changes(setting.model, parts, middle, _middle(emulator, parts)) if complete else {}
         before = read_outer(setting.model, parts.split)
         for scale in (1.0, *job["tune"].get("scales", ())):
             scaled = {name: torch.lerp(before[name].to(after), after, scale) for name, after in adapter.items()}
-            with plugged(setting.model, parts.split, scaled):
+            with plugged(setting.model, parts.split, scaled), _added(setting.model, changes, scale):
                 scores[_plugged(scale)] = _scores(score_rows(setting.model, rows, 32))
+        for rank in job["tune"].get("ranks", ()):
+            thin = {name: _truncated(before[name], after, rank) for name, after in adapter.items()}
+            with plugged(setting.model, parts.split, thin), _added(setting.model, changes, 1.0):
+                scores[f"plug_in, rank {rank}"] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
+
+
+def _truncated(before: Tensor, after: Tensor, rank: int) -> Tensor:
+    """A tensor whose change is truncated to a rank if it is a matrix."""
+    if after.dim() != 2:
+        return after
+    left, sizes, right = torch.linalg.svd(after.float() - before.float(), full_matrices=False)
+    return before.float() + (left[:, :rank] * sizes[:rank]) @ right[:rank]
+
+
+def _middle(emulator: nn.Module, parts: EmulatorParts) -> list[dict[str, Tensor]]:
+    """Copies of the tensors of the middle layers."""
+    layers = find_layers(emulator).layers
+    middle = (layers[number] for number in parts.split.middle(len(layers)))
+    return [{name: tensor.detach().clone() for name, tensor in layer.state_dict().items()} for layer in middle]
+
+
+def _changes(
+    model: PreTrainedModel,
+    parts: EmulatorParts,
+    before: Sequence[Mapping[str, Tensor]],
+    after: Sequence[Mapping[str, Tensor]],
+) -> dict[nn.Parameter, Tensor]:
+    """Changes of the base's middle layers, of nn.Linear modules, that those of an emulator's stand for."""
+    base, found = Base(model, parts.split), dict[nn.Parameter, Tensor]()
+    for shape, old, new in zip(parts.middle, before, after, strict=True):
+        layer = base.layers[shape.base]
+        for name, parameter in layer.named_parameters():
+            if name in new and new[name].shape == parameter.shape:
+                found[parameter] = new[name].float() - old[name].float()
+        for path in shape.ranks:
+            product = [part[f"{path}.up.weight"].float() @ part[f"{path}.down.weight"].float() for part in (new, old)]
+            found[layer.get_parameter(f"{path}.weight")] = product[0] - product[1]
+        if shape.channels is None:
+            continue
+        *reads, writes = (f"{path}.weight" for path in (*base.family.reads, base.family.writes))
+        whole = layer.get_parameter(reads[0])
+        channels = torch.cdist(old[reads[0]].float(), whole.float()).argmin(1)  # rows stay as they are
+        for name in (*reads, writes):
+            change = torch.zeros_like(layer.get_parameter(name), dtype=torch.float32)
+            part = new[name].float() - old[name].float()
+            change.index_add_(1 if name == writes else 0, channels, part)
+            found[layer.get_parameter(name)] = change
+    return found
+
+
+@contextmanager
+def _added(model: nn.Module, changes: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[None]:
+    """Add changes of parameters while the block runs."""
+    before = {parameter: parameter.detach().clone() for parameter in changes}
+    with torch.no_grad():
+        for parameter, change in changes.items():
+            parameter += (scale * change).to(parameter.dtype)
+        yield
+        for parameter, values in before.items():
+            parameter.copy_(values)
 
 
 def _plugged(scale: float) -> str:
@@ -242,6 +310,8 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """All that is asked for: for every seed the base, then the emulators."""
     tune = {"task": args.tune, "steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
     tune |= {"scales": [float(scale) for scale in args.scales.split(",")]} if args.scales else {}
+    tune |= {"ranks": [int(rank) for rank in args.ranks.split(",")]} if args.ranks else {}
+    tune |= {"middle": True} if args.middle else {}
     tuning = None if args.tune == "none" else tune
     common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
     common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
@@ -287,6 +357,8 @@ def report(lines: Sequence[Line]) -> str:
             rows.append(_line(name, runs, bases))
             for scale in (runs[0]["job"]["tune"] or {}).get("scales", ()):
                 rows.append(_line(f"{name}, change × {scale:g}", runs, bases, _plugged(scale)))
+            for rank in (runs[0]["job"]["tune"] or {}).get("ranks", ()):
+                rows.append(_line(f"{name}, rank {rank}", runs, bases, f"plug_in, rank {rank}"))
         table = markdown_table(Table(_header(bool(bases)), rows))
         out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
     return "\n".join(out)
@@ -394,6 +466,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=2e-4, help="peak learning rate")
     add("--batch", type=int, default=16, help="rows in a step")
     add("--scales", default="", help="of the plugged change, besides 1")
+    add("--ranks", default="", help="to truncate the plugged change to")
+    add("--middle", action="store_true", help="train the emulator's middle too, and map its change back")
     add("--questions", type=int, default=300, help="held-out questions")
     add("--seeds", default="0", help="of the tuning task")
     add("--threads", type=int, default=torch.get_num_threads(), help="processor threads")

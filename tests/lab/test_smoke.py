@@ -396,13 +396,31 @@ def test_offsite(llama, suite, tmp_path, capsys):
         "2",
     ]
     words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
-    words += ["--scales", "0,1.5", "--methods"]
+    words += ["--scales", "0,1.5", "--ranks", "1,999", "--methods"]
     assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
     assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
     assert "| mine, change × 1.5 |" in capsys.readouterr().out
     base, *_, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert mine["plug_in × 0"] == base["full_zs"]
+    assert mine["plug_in, rank 999"]["nll"] == pytest.approx(mine["plug_in"]["nll"], rel=1e-5)
+    assert mine["plug_in, rank 1"]["nll"] != pytest.approx(mine["plug_in"]["nll"], rel=1e-5)
     assert mine["plug_in × 1.5"]["nll"] != mine["plug_in"]["nll"] != base["full_zs"]["nll"]
+
+
+@pytest.mark.lab
+def test_a_tuned_middle_is_mapped_back(llama, suite, tmp_path):
+    from lab import offsite
+
+    words = ["--calibration", str(suite / "ARC-Easy.train.json"), "--text", str(suite / "openbookqa.test.json")]
+    words += ["--model", llama, "--rows", "8", "--text-rows", "4", "--keeps", "1.0,0.5", "--lr", "0.01", "--steps", "2"]
+    words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
+    for more in (["--middle"], []):
+        assert offsite.main([*words, *more, "--methods", "default="]) == 0
+    scores = [line["scores"] for line in read(tmp_path / "out.jsonl") if line["job"]["keep"]]
+    whole, half, *_, half_outer = scores
+    assert whole["plug_in"]["nll"] == pytest.approx(whole["emulator_ft"]["nll"], rel=1e-5)
+    assert half["plug_in"]["nll"] != pytest.approx(half["emulator_ft"]["nll"], rel=1e-5)
+    assert half["plug_in"]["nll"] != pytest.approx(half_outer["plug_in"]["nll"], rel=1e-5)
 
 
 @pytest.mark.lab
