@@ -3,8 +3,8 @@
     loss of a step + weight · mean over label tokens of KL(base ‖ model), by a pass over two texts in every second step
 
 The source is arXiv 2605.26097: a KL penalty to the base on texts that the base wrote itself preserves most of what
-fine-tuning would forget. Ours: few texts per step, the base's most likely tokens instead of its complete distribution,
-and its adapters' suppression instead of a second model.
+fine-tuning would forget. Ours: half of the texts continue prompts of training rows, few texts per step, the base's most
+likely tokens instead of its complete distribution, and its adapters' suppression instead of a second model.
 
 The gradient of the penalty is formed when an optimizer step begins, by a pass of its own, and is added to that of the
 training batches. So accumulation, the reduction over ranks, clipping and gradient scaling see one gradient. The texts
@@ -14,14 +14,17 @@ visit. Therefore nothing but the texts is saved in a checkpoint.
 
 import base64
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -54,12 +57,14 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Args:
         rows: Texts, in the form in which the Trainer's training rows reach its collator; the divergence is measured at
-            their labels. "own": texts that the base writes when training begins.
+            their labels. "own": texts that the base writes when training begins, half of them after prompts of random
+            training rows. A prompt is what precedes a row's `labels`, or the ones of TRL's `completion_mask` or
+            `assistant_masks`; rows without prompts, and rows of a stream, have none.
         weight: Factor of the penalty.
         size: Texts per pass and rank.
         every: Optimizer steps between two passes; the penalty then counts as often.
         texts: Number of own texts.
-        length: Tokens of an own text, at most.
+        length: Tokens of an own text, with its prompt, at most; at least 8 tokens follow a prompt.
         seed: Seed of the own texts and of the order.
         layers: Path of the decoder layers, if their structure does not identify them.
 
@@ -121,7 +126,7 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         if isinstance(rows, str):
             saved = self._resumed or saved_state(state, type(self).__name__)
             packed = saved.get("own") if saved and state.global_step else None
-            rows = self._own = _unpacked(packed) if packed else self._written(model)
+            rows = self._own = _unpacked(packed) if packed else self._written(model, kwargs.get("train_dataloader"))
             collate = Collator(0)
         self._resumed = None
         if rows is None:
@@ -155,16 +160,50 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Leave the Trainer."""
         self.remove()
 
-    def _written(self, model: Any) -> list[TokenRow]:
-        """Own texts, the first rank's on all ranks."""
+    def _written(self, model: Any, loader: Any) -> list[TokenRow]:
+        """Own texts in random order, the first rank's on all ranks."""
         if is_sharded(model):
             raise UnsupportedError("a sharded base cannot write texts: give Keep texts as rows")
         groups = group_by_layer(model, self.layers)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         with suppress(groups, range(len(groups)), 0.0):
-            return from_first(lambda: sample_texts(inner, self.texts, self.length, self.seed))
+            texts: list[TokenRow] = from_first(partial(self._sampled, inner, getattr(loader, "dataset", None)))
+        return texts
+
+    def _sampled(self, model: Any, dataset: Any) -> list[TokenRow]:
+        prompts = training_prompts(dataset, self.texts // 2, self.seed)
+        texts = sample_texts(model, self.texts, self.length, self.seed, prompts, least=_LEAST)
+        random.Random(self.seed).shuffle(texts)
+        return texts
 
 
+_LEAST = 8  # tokens after a prompt (ours)
+
+
+def training_prompts(rows: Any, count: int, seed: int) -> list[list[int]]:
+    """Prompts of random rows, as token ids, at most `count`; none from rows without prompts, or of a stream.
+
+    Example:
+        >>> training_prompts([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}] * 4, count=2, seed=0)
+        [[5, 6], [5, 6]]
+    """
+    if isinstance(rows, IterableDataset) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        return []
+    places = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    return [prompt for place in places if len(prompt := _prompt(rows[place])) > 1]  # one token is the text's first
+
+
+def _prompt(row: Any) -> list[int]:
+    if not isinstance(row, Mapping) or "input_ids" not in row:
+        return []
+    if "labels" in row:
+        learned = [int(label) != IGNORED for label in row["labels"]]
+    else:
+        learned = next((list(row[name]) for name in _MASKS if name in row), [])
+    return [int(token) for token in row["input_ids"][: next((at for at, is_in in enumerate(learned) if is_in), 0)]]
+
+
+_MASKS = ("completion_mask", "assistant_masks")  # of TRL
 _REMEMBERED = 512  # groups whose references stay in memory; those of further groups are computed at each visit
 
 

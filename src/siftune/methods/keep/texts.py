@@ -29,17 +29,19 @@ def sample_texts(
     seed: int,
     prompts: Sequence[Sequence[int]] = (),
     progress: Progress | None = None,
+    least: int = 1,
 ) -> list[TokenRow]:
     """Sample texts of a causal language model.
 
     Args:
         model: transformers' own model, in which adapters may be suppressed; its mode is restored.
         count: Number of texts.
-        length: Tokens of a text, with its prompt or first token, at most.
+        length: Tokens of a text, with its prompt or first token, at most; but see `least`.
         seed: Seed; torch's own generators are restored.
         prompts: Token ids of prompts that begin the first texts, one text each; the others begin with the model's
             first token.
         progress: Receives the number of sampled texts.
+        least: Tokens that may follow a prompt, however long it is.
 
     Returns:
         Rows with `input_ids` and `labels`: all tokens after the first, or after the prompt.
@@ -48,10 +50,12 @@ def sample_texts(
         UnsupportedError: The model's config has no first token.
     """
     begins = [list(ids) for ids in prompts] + [[first_token(model)] for _ in range(count - len(prompts))]
+    rooms = [max(least if place < len(prompts) else 1, length - len(ids)) for place, ids in enumerate(begins)]
     texts: dict[int, list[int]] = {}
     with evaluating(model), contiguous_head_input(model), own_randomness(model_device(model), seed):
         for places in by_length([len(ids) for ids in begins], _AT_A_TIME):
-            texts |= zip(places, _continued(model, [begins[place] for place in places], length), strict=True)
+            found = _continued(model, [begins[place] for place in places], [rooms[place] for place in places])
+            texts |= zip(places, found, strict=True)
             if progress is not None:
                 progress("sampling texts", len(texts), count)
     return [
@@ -73,13 +77,12 @@ def first_token(model: Any) -> int:
     )
 
 
-def _continued(model: Any, begins: Sequence[list[int]], length: int) -> list[list[int]]:
-    """Continue each beginning by a token or more, up to one that ends a text, or to the length."""
+def _continued(model: Any, begins: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
+    """Continue each beginning up to a token that ends a text, or by as many tokens as it has room for."""
     ends, device, longest = _end_tokens(model), model_device(model), max(map(len, begins))
     gaps = [longest - len(ids) for ids in begins]
     ids_BT = torch.tensor([[0] * gap + ids for gap, ids in zip(gaps, begins, strict=True)], device=device)
     mask_BT = torch.tensor([[0] * gap + [1] * len(ids) for gap, ids in zip(gaps, begins, strict=True)], device=device)
-    rooms = [max(1, length - len(ids)) for ids in begins]
     own = model.generation_config  # `generate` would merge it into the arguments
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=max(rooms), pad_token_id=0, eos_token_id=ends or None

@@ -11,12 +11,12 @@ from support.trainers import adapted, arguments, rows, train, weights
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
-from siftune import Keep
+from siftune import GAST, Keep
 from siftune.base.errors import DataError, RecipeError, SiftuneError, UnsupportedError
 from siftune.data.batches import Collator
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
-from siftune.methods.keep.callback import Penalty
+from siftune.methods.keep.callback import Penalty, training_prompts
 from siftune.methods.keep.texts import sample_texts
 
 WIDE = torch.float64
@@ -201,13 +201,40 @@ def test_resumed_run_is_the_same_with_own_texts(tmp_path):
         assert torch.equal(weights(resumed)[name], value)
 
 
-def test_own_texts_are_the_base_s_whatever_the_adapter(tmp_path):
-    plain = sample_texts(tiny("llama"), 5, 7, seed=0)
-    keep = Keep(texts=5, length=7)
-    train(tmp_path, keep, model=adapted(), max_steps=1)
-    assert keep._own == plain
-    assert all(row["labels"][0] == -100 and row["labels"][1:] == row["input_ids"][1:] for row in plain)
-    assert all(len(row["input_ids"]) == 7 or row["input_ids"][-1] == 2 for row in plain)
+@pytest.mark.parametrize("methods", [[], [GAST(select=2, support="rest", seed=0)]])
+def test_own_texts_are_the_base_s_whatever_the_adapter_half_of_them_after_prompts(tmp_path, methods):
+    keep, data = Keep(texts=6, length=7), rows()
+    train(tmp_path, *methods, keep, model=adapted(), dataset=data, max_steps=1)
+    prompted = [text for text in keep._own if text["labels"][1] == -100]
+    free = [text for text in keep._own if text["labels"][1] != -100]
+    prompts = [text["input_ids"][:2] for text in prompted]
+    assert len(prompted) == len(free) == 3
+    assert all(prompt in [row[:2] for row in data["input_ids"]] for prompt in prompts)
+    in_order = sample_texts(tiny("llama"), 6, 7, 0, training_prompts(data, 3, seed=0), least=8)
+    assert sorted(keep._own, key=str) == sorted(in_order, key=str)
+    assert all(text["labels"][2:] == text["input_ids"][2:] for text in prompted)
+    assert all(text["labels"][1:] == text["input_ids"][1:] for text in free)
+    assert all(len(text["input_ids"]) == 7 or text["input_ids"][-1] == 2 for text in free)
+    assert all(len(text["input_ids"]) == 10 or text["input_ids"][-1] == 2 for text in prompted)
+
+
+def test_prompts_of_training_rows():
+    """A prompt is what precedes the first label, also by TRL's masks."""
+    ids = [5, 6, 7, 8]
+    forms = [{"labels": [-100, -100, 7, 8]}, {"completion_mask": [0, 0, 1, 1]}, {"assistant_masks": [0, 0, 1, 0]}]
+    for form in forms:
+        assert training_prompts([{"input_ids": ids, **form}] * 9, 4, seed=0) == [[5, 6]] * 4
+    for form in (
+        {},
+        {"labels": ids},
+        {"labels": [-100, *ids[1:]]},
+        {"labels": [-100] * 4},
+        {"completion_mask": [0] * 4},
+    ):
+        assert training_prompts([{"input_ids": ids, **form}], 4, seed=0) == []
+    data = rows(20)
+    assert training_prompts(data, 8, seed=0) != training_prompts(data, 8, seed=1)
+    assert training_prompts(data.to_iterable_dataset(), 8, seed=0) == []
 
 
 def test_sampling_leaves_the_generators_and_settings_alone():
@@ -231,6 +258,8 @@ def test_every_prompt_has_room_up_to_the_length():
     texts = [text["input_ids"] for text in sample_texts(tiny("llama", eos_token_id=None), 3, 9, 0, prompts)]
     assert [len(text) for text in texts] == [9, 9, 9]
     assert all(text[: len(prompt)] == prompt for text, prompt in zip(texts, prompts, strict=True))
+    texts = [text["input_ids"] for text in sample_texts(tiny("llama", eos_token_id=None), 3, 9, 0, prompts, least=3)]
+    assert [len(text) for text in texts] == [11, 9, 9]
 
 
 def test_pass_in_every_third_step_counts_three_times(tmp_path):
