@@ -50,19 +50,31 @@ class Few:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows: the pool without those of `few`; the target, the bad rows, or both; faults of unusable rows."""
+    """All rows.
+
+    Attributes:
+        pool: Without the rows of `few` and without copies.
+        few: The target, the bad rows, or both.
+        copies: Places of rows of the pool with the text of an earlier one.
+        bad: Faults of unusable rows.
+    """
 
     pool: list[Row]
     few: list[Few]
+    copies: list[str]
     bad: list[DataError]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Places of the rows of the files of the pool that have no score."""
+        return [*self.copies, *(place for few in self.few for place in few.in_pool)]
 
     def notes(self) -> list[str]:
         """Sentences on rows that are there twice."""
-        earlier = len(self.pool) - len(set(row_texts(self.pool)))
         counts = [
             (len(few.in_pool), ("is", "are"), f"of the pool {{}} in {few.title} too: left out") for few in self.few
         ]
-        counts.append((earlier, ("has", "have"), "of the pool {} the text of an earlier row: copies stay in the pool"))
+        counts.append((len(self.copies), ("has", "have"), "of the pool {} the text of an earlier row: left out"))
         for few in self.few:
             text = f"of {few.title} {{}} the text of an earlier row: left out of sifting"
             counts.append((len(few.copies), ("has", "have"), text))
@@ -90,12 +102,12 @@ def read_all(recipe: Recipe, avoid: str | None, source: Source) -> Rows:
     if not others:
         words = " or ".join(each.title for each in few)
         raise DataError(f"no row of {' '.join(train_files(recipe))} is outside of {words}: give other rows")
-    return Rows(others, few, bad)
+    different, copies = _without_copies(others)
+    return Rows(list(different.values()), few, [row.origin for row in copies], bad)
 
 
 def _few(name: str, file: str, rows: Sequence[Row], pool: dict[str, bytes]) -> Few:
-    own: dict[bytes, Row] = {}
-    copies = [row for row, text in zip(rows, row_texts(rows), strict=True) if own.setdefault(text, row) is not row]
+    own, copies = _without_copies(rows)
     different = list(own.values())
     if len(different) < LEAST:
         advice = {
@@ -107,6 +119,13 @@ def _few(name: str, file: str, rows: Sequence[Row], pool: dict[str, bytes]) -> F
     numbers = np.linspace(0, len(different) - 1, held_out_count(len(different))).round()  # evenly: it may be sorted
     unseen = [different[int(number)] for number in numbers]
     return Few(name, file, different, unseen, copies, [place for place, text in pool.items() if text in own])
+
+
+def _without_copies(rows: Sequence[Row]) -> tuple[dict[bytes, Row], list[Row]]:
+    """The first row of each text, by its text, and the other rows."""
+    own: dict[bytes, Row] = {}
+    copies = [row for row, text in zip(rows, row_texts(rows), strict=True) if own.setdefault(text, row) is not row]
+    return own, copies
 
 
 def _refuse_both(few: Sequence[Few]) -> None:

@@ -81,7 +81,7 @@ class Sifted:
     Attributes:
         folder: The folder with its files.
         selected: Numbers of the selected rows among all rows of the pool, from 0, ascending, for `Dataset.select`.
-        places: (R,) places of the rows that have scores, such as "pool.jsonl:17"; not of target and bad rows.
+        places: (R,) places of the rows that have scores, such as "pool.jsonl:17"; not of copies, target and bad rows.
         scores: (R,) float64: loss after training on the target minus loss before, in nats per label token. The lower,
             the more a row is like the target. None without a target.
         similar: (R,) float64: similarity of the prompts to those of the target, from -1 to 1. None without a target.
@@ -296,9 +296,7 @@ def _write(work: Work, pool: Sequence[Row], selected: set[int]) -> list[int]:
     """Write the selected and the other rows; returns the numbers of the former among all rows of the pool's files."""
     folder, recipe, text, numbers = work.folder, work.recipe, io.StringIO(), list[int]()
     others = [row.origin for number, row in enumerate(pool) if number not in selected]
-    dropped = [
-        [absolute_place(place)] for place in (*others, *(place for few in work.rows.few for place in few.in_pool))
-    ]
+    dropped = [[absolute_place(place)] for place in (*others, *work.rows.left_out)]
     if dropped:
         folder.write(DROPPED, csv_text(["place"], dropped))
     else:

@@ -211,7 +211,7 @@ def _tuned(work: Work, few: Few, held_out: Dataset) -> Any:
     same: dict[str, Any] = {name: getattr(recipe, name) for name in SAME}
     own = {**same, "train": few.file, "drop_rows": str(folder / _UNSEEN), "steps": work.steps}
     if few.name == AVOID:
-        others = [[absolute_place(place)] for each in rows.few for place in each.in_pool]
+        others = [[absolute_place(place)] for place in rows.left_out]
         if rank() == 0 and others:
             work.folder.write(f"{prefix(few)}{_OTHERS}", csv_text(["place"], others))
         pool = {**same, "train": recipe.train, "limit": recipe.limit, "steps": work.steps}

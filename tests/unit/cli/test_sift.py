@@ -240,7 +240,7 @@ def test_processes_get_the_bad_rows(words, bad, monkeypatch):
 def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsys, monkeypatch, share):
     monkeypatch.chdir(tmp_path)
     shutil.copy(task / "pool.jsonl", "first.jsonl")
-    shutil.copy(task / "pool.jsonl", "second pool.jsonl")
+    Path("second pool.jsonl").write_text("".join(reversed((task / "pool.jsonl").read_text().splitlines(True))))
     pool = ["--train", "first.jsonl", "second pool.jsonl", "--limit", "12", "--target", task / "few.jsonl"]
     settings = ["--model", base, "--template", "none", "--max-length", "64", "--batch-size", "4"]
     result, said = siftune(capsys, "sift", *pool, *settings, "--steps", "2", "--share", share)
