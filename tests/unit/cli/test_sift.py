@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
