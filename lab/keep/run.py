@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"untrained": True},
     "dense": {"scales": True},
     "kl": _KL,
+    "prompts": {"penalty": {**_KL["penalty"], "rows": "prompts"}},  # as `siftune train --keep own` has it
     "asft": {"penalty": {**_KL["penalty"], "rows": "task", "size": 16, "every": 1}},  # the divergence on task tokens
     "ewc": {"penalty": {**_KL["penalty"], "loss": "ewc", "size": 1}},
     "fixed": {"recipe": {"layers": [*range(3, 28)]}},  # of the 30 of SmolLM2
