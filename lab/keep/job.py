@@ -37,7 +37,8 @@ def prose(tokenizer: Any) -> dict[str, list[Record]]:
     parts: dict[str, list[Record]] = {"public": [], "prose": []}
     for number, name in enumerate(sorted(topics)):
         ids = tokenizer(topics[name])["input_ids"]
-        pieces = [ids[start : start + _PROSE] for start in range(0, len(ids) - _PROSE, _PROSE)]
+        first = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []  # Gemma is lost without it
+        pieces = [[*first, *ids[start : start + _PROSE]] for start in range(len(first), len(ids) - _PROSE, _PROSE)]
         rows = [{"input_ids": piece, "labels": piece, "length": len(piece)} for piece in pieces]
         parts["prose" if number % 2 else "public"] += rows
     for rows in parts.values():

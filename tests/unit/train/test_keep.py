@@ -1,23 +1,21 @@
 """`siftune train --keep`: texts of the base or of a file, what it refuses, resuming."""
 
+import json
+
 import pytest
 import torch
 from rich.console import Console
 from support.tiny_run import lines, recipe, save_rows
 from support.trainers import weights
+from transformers import AutoTokenizer
 
 from siftune.base.errors import DataError, RecipeError
+from siftune.methods.keep import callback
 from siftune.recipe.checks import check
 from siftune.recipe.read import anchored
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def few_texts(monkeypatch):
-    monkeypatch.setattr("siftune.methods.keep.callback.Keep.texts", 8)
-    monkeypatch.setattr("siftune.methods.keep.callback.Keep.length", 6)
 
 
 def trained(base, rows, out, **settings):
@@ -41,6 +39,16 @@ def test_predictions_of_the_base_are_kept(base, rows, tmp_path, settings):
     own_free, own, file_free, file = last
     assert own < 0.8 * own_free
     assert file < 0.8 * file_free
+
+
+def test_half_of_the_own_texts_follow_prompts_of_training_rows(base, rows, tmp_path, monkeypatch):
+    given, sample = [], callback.sample_texts
+    monkeypatch.setattr(callback, "sample_texts", lambda *a, **k: given.append(a[4]) or sample(*a, **k))
+    trained(base, rows, tmp_path / "run", keep="own", steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = {record["prompt"] for record in map(json.loads, rows.read_text(encoding="utf-8").splitlines())}
+    assert len(given[0]) == 24  # of all rows, since they are fewer than half of the texts
+    assert all(tokenizer.decode(prompt, skip_special_tokens=True) in texts for prompt in given[0])
 
 
 def test_resumed_run_is_the_complete_one(base, rows, tmp_path):
