@@ -37,7 +37,7 @@ def contents(family: str = "llama", dtype: torch.dtype = torch.float32, **overri
     ranks = {path: 3 + place for place, path in enumerate(table.attention)}
     middle = (
         LayerShape(1, ranks, channels=10),
-        LayerShape(2, {table.attention[0]: 4}, channels=12, biased=(table.attention[0], table.writes)),
+        LayerShape(2, {table.attention[0]: 4}, channels=12),
         LayerShape(3, ranks, channels=10),
     )
     config = emulator_config(base.config, split, middle)

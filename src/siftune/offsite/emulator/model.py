@@ -138,7 +138,6 @@ class LayerShape:
     # rank of every factored matrix, by its path in the layer; others are whole
     ranks: Mapping[str, int] = field(default_factory=dict)
     channels: int | None = None  # channels of the MLP; None for all. An MLP that has fewer is not factored
-    biased: tuple[str, ...] = ()  # paths of matrices that have a bias though the base's have none
 
 
 def build(config: PreTrainedConfig, split: Split, middle: Sequence[LayerShape], meta: bool = True) -> PreTrainedModel:
@@ -181,13 +180,12 @@ def reshape(layer: nn.Module, family: Family, shape: LayerShape) -> None:
     """Replace a decoder layer's matrices by smaller ones, uninitialised, in place."""
     for path, rank in shape.ranks.items():
         inputs, outputs, bias = features(layer.get_submodule(path))
-        layer.set_submodule(path, FactoredLinear(inputs, rank, outputs, bias or path in shape.biased))
+        layer.set_submodule(path, FactoredLinear(inputs, rank, outputs, bias))
     channels = shape.channels
     if channels is None:
         return
     for path in (*family.reads, family.writes):
         inputs, outputs, bias = features(layer.get_submodule(path))
-        bias = bias or path in shape.biased
         inputs, outputs = (channels, outputs) if path == family.writes else (inputs, channels)
         layer.set_submodule(path, nn.Linear(inputs, outputs, bias))
 

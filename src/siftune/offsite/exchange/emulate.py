@@ -160,5 +160,4 @@ def _load(file: Path) -> CompressedLayer:
     with safe_open(file, "pt") as opened:
         shape: dict[str, Any] = json.loads(opened.metadata()["shape"])
         index = {name: {"safetensors_file": str(file)} for name in opened.keys()}  # noqa: SIM118
-    shape["biased"] = tuple(shape["biased"])
     return CompressedLayer(LayerShape(**shape), OffloadedWeightsLoader(index=index))

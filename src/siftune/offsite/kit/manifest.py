@@ -4,7 +4,7 @@
      "base": {"model_type": "llama", "layers": 30, "fingerprint": "<sha256>"},
      "calibration": {"kind": "rows", "number": 32, "tokens": 128, "seed": null, "prompts": false},
      "split": {"first": 2, "last": 2},
-     "middle": [{"base": 2, "ranks": {"self_attn.q_proj": 201}, "channels": 1075, "biased": []}],
+     "middle": [{"base": 2, "ranks": {"self_attn.q_proj": 201}, "channels": 1075}],
      "adapter": {"first.0.self_attn.q_proj.weight": {"shape": [576, 576], "dtype": "F32"}},
      "files": {"config.json": {"bytes": 123, "sha256": "<sha256>"}}}
 
@@ -251,8 +251,8 @@ def _middle(value: Any, numbers: range, family: Family) -> tuple[LayerShape, ...
 
 
 def _layer(value: Any, where: str, numbers: range, family: Family) -> LayerShape:
-    as_object(value, where, ("base", "ranks", "channels", "biased"))
-    channels, mlp = value["channels"], (*family.reads, family.writes)
+    as_object(value, where, ("base", "ranks", "channels"))
+    channels = value["channels"]
     ranks = as_object(value["ranks"], f"{where}.ranks", (), family.matrices if channels is None else family.attention)
     if channels is not None:
         as_int(channels, f"{where}.channels", 1, MAX_SIZE)
@@ -260,16 +260,7 @@ def _layer(value: Any, where: str, numbers: range, family: Family) -> LayerShape
         base=as_int(value["base"], f"{where}.base", numbers.start, numbers.stop - 1),
         ranks={path: as_int(rank, f"{where}.ranks.{path}", 1, MAX_SIZE) for path, rank in ranks.items()},
         channels=channels,
-        biased=_biased(value["biased"], f"{where}.biased", (*ranks, *(() if channels is None else mlp))),
     )
-
-
-def _biased(value: Any, where: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    paths = as_list(value, where, len(known))
-    for path in paths:
-        if not isinstance(path, str) or path not in known or paths.count(path) > 1:
-            raise KitError(f"{where} names {shown(path)}, which is no changed matrix, or stands twice")
-    return tuple(paths)
 
 
 def _outer(value: Any) -> dict[str, TensorSpec]:

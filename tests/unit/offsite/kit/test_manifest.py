@@ -76,7 +76,6 @@ def test_it_looks_as_documented(manifest):
         "base": 2,
         "ranks": {"self_attn.q_proj": 4},
         "channels": 12,
-        "biased": ["self_attn.q_proj", "mlp.down_proj"],
     }
     assert value["adapter"]["first.0.self_attn.q_proj.weight"] == {"shape": [32, 32], "dtype": "F32"}
     assert value["files"]["config.json"] == {"bytes": 7, "sha256": "0" * 64}
@@ -143,10 +142,6 @@ DEFECTS = [
     (at("middle", 0, "channels"), 0, "middle.0.channels is 0"),
     (at("middle", 0, "channels"), 10**9, "middle.0.channels is 1000000000"),
     (at("middle", 0, "channels"), False, "middle.0.channels is False"),
-    (at("middle", 1, "biased"), [Q, Q], f"middle.1.biased names '{Q}'"),
-    (at("middle", 1, "biased"), ["self_attn.k_proj"], "middle.1.biased names 'self_attn.k_proj'"),
-    (at("middle", 1, "biased"), [[]], r"middle.1.biased names \[\]"),
-    (at("middle", 1, "channels"), None, "middle.1.biased has 2 items"),
     (at("adapter"), {}, "adapter has 0 entries"),
     (at("adapter", "middle.0.x"), {"shape": [1], "dtype": "F32"}, "name of a tensor is 'middle.0.x'"),
     (at("adapter", "first.../../x"), {"shape": [1], "dtype": "F32"}, "name of a tensor is 'first.../../x'"),
