@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from support.every_method import NAMES, built
 from support.tiny import batch, tiny
+from support.tokenizer import byte_tokenizer
 from support.trainers import adapted, arguments, rows, train, weights
 from torch import nn
 from transformers import TrainerCallback, TrainerState
+from trl import SFTConfig, SFTTrainer
 
 from siftune import GAST, Keep
 from siftune.base.errors import DataError, RecipeError, SiftuneError, UnsupportedError
@@ -187,6 +190,21 @@ def test_weight_bounds_the_divergence(tmp_path):
         )
         last.append([line["keep/kl"] for line in trainer.state.log_history if "keep/kl" in line][-1])
     assert last[1] < last[0] / 5
+
+
+def test_prompts_in_trl_s_trainer(tmp_path):
+    tokenizer = byte_tokenizer()
+    data = Dataset.from_list([{"prompt": f"add {i}", "completion": f" is {i}"} for i in range(12)])
+    keep = Keep(texts=8, length=9)
+    SFTTrainer(
+        adapted(vocab_size=300), arguments(tmp_path, SFTConfig, bf16=False, gradient_checkpointing=False, max_steps=1),
+        train_dataset=data, processing_class=tokenizer, callbacks=[keep],
+    ).train()  # fmt: skip
+    prompted = [text for text in keep._own if text["labels"][1] == -100]
+    assert len(prompted) == 4
+    for text in prompted:
+        prompt = text["input_ids"][: text["labels"].count(-100)]
+        assert tokenizer.decode(prompt) in data["prompt"]
 
 
 def test_resumed_run_is_the_same_with_own_texts(tmp_path):
