@@ -158,14 +158,14 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
     )
 
 
-_REACHED = 0.9  # share of the held-out bad rows whose scores are within the limit (ours)
 _MOST = 0.6  # share of the pool (ours)
 
 
 def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
-    """Leave out the rows with a score up to the limit that nine of ten held-out bad rows are within (ours).
+    """Leave out the rows that the training on the bad rows made more likely: those with a score below 0 (ours).
 
-    None is left out if more than 60 % of the pool is within it: then the bad rows do not stand out.
+    None is left out if the bad rows do not stand out: if the training made half of the held-out ones less likely, or
+    more than 60 % of the pool more likely.
 
     Args:
         scores_R: Scores of the pool by the bad rows.
@@ -176,14 +176,20 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
 
     Example:
         >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-2.5, -1.5])).rows_R.tolist()
-        [False, True, True, True]
+        [False, False, True, True]
         >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, 2.0])).rows_R.all()
         np.True_
     """
-    within_R = scores_R <= np.quantile(bad_B, _REACHED, method="higher")
-    if within_R.mean() > _MOST:
+    if too_few(bad_B):
+        unlikely = float((bad_B >= 0).mean())
         return Choice(
-            np.ones_like(within_R),
-            f"{within_R.mean():.0%} of the pool is as much like the bad rows as those held out: none is dropped",
+            np.ones(len(scores_R), bool),
+            f"the training on the bad rows made {unlikely:.0%} of its held-out rows less likely: none is dropped",
         )
-    return Choice(~within_R, f"as much like the bad rows as those held out, and left out: {within_R.sum():,}")
+    like_R = scores_R < 0
+    if like_R.mean() > _MOST:
+        return Choice(
+            np.ones_like(like_R),
+            f"the training on the bad rows made {like_R.mean():.0%} of the pool more likely: none is dropped",
+        )
+    return Choice(~like_R, f"made more likely by a training on the bad rows, and left out: {like_R.sum():,}")
