@@ -158,14 +158,16 @@ def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Cho
     )
 
 
+_REACHED = 0.9  # share of the held-out bad rows whose scores are within the first limit (ours)
 _MOST = 0.6  # share of the pool (ours)
 
 
 def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
-    """Leave out the rows that the training on the bad rows made more likely: those with a score below 0 (ours).
+    """Leave out the rows with a score up to the limit that nine of ten held-out bad rows are within (ours).
 
-    None is left out if the bad rows do not stand out: if the training made half of the held-out ones less likely, or
-    more than 60 % of the pool more likely.
+    If this is more than 60 % of the pool, one bad row may have set the limit: rows with a score below 0 are left out
+    then, those that the training on the bad rows made more likely. None is left out if the bad rows do not stand out:
+    if these are more than 60 % of the pool, too, or if the training made half of the held-out bad rows less likely.
 
     Args:
         scores_R: Scores of the pool by the bad rows.
@@ -176,20 +178,23 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
 
     Example:
         >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-2.5, -1.5])).rows_R.tolist()
+        [False, True, True, True]
+        >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, -0.1, 2.0])).rows_R.tolist()
         [False, False, True, True]
         >>> unlike(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([-0.5, 2.0])).rows_R.all()
         np.True_
     """
+    every = np.ones(len(scores_R), bool)
     if too_few(bad_B):
         unlikely = float((bad_B >= 0).mean())
         return Choice(
-            np.ones(len(scores_R), bool),
-            f"the training on the bad rows made {unlikely:.0%} of its held-out rows less likely: none is dropped",
+            every, f"the training on the bad rows made {unlikely:.0%} of its held-out rows less likely: none is dropped"
         )
-    like_R = scores_R < 0
-    if like_R.mean() > _MOST:
-        return Choice(
-            np.ones_like(like_R),
-            f"the training on the bad rows made {like_R.mean():.0%} of the pool more likely: none is dropped",
-        )
-    return Choice(~like_R, f"made more likely by a training on the bad rows, and left out: {like_R.sum():,}")
+    within_R = scores_R <= np.quantile(bad_B, _REACHED, method="higher")
+    if within_R.mean() <= _MOST:
+        return Choice(~within_R, f"as much like the bad rows as those held out, and left out: {within_R.sum():,}")
+    likely_R = scores_R < 0
+    if likely_R.mean() <= _MOST:
+        reason = f"made more likely by the training on the bad rows, and left out: {likely_R.sum():,}"
+        return Choice(~likely_R, reason)
+    return Choice(every, f"the training on the bad rows made {likely_R.mean():.0%} more likely: none is dropped")
