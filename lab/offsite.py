@@ -169,11 +169,11 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
         before = read_outer(setting.model, parts.split)
         for scale in (1.0, *job["tune"].get("scales", ())):
             scaled = {name: torch.lerp(before[name].to(after), after, scale) for name, after in adapter.items()}
-            with plugged(setting.model, parts.split, scaled), _added(setting.model, changes, scale):
+            with plugged(setting.model, parts.split, scaled), _added(changes, scale):
                 scores[_plugged(scale)] = _scores(score_rows(setting.model, rows, 32))
         for rank in job["tune"].get("ranks", ()):
             thin = {name: _truncated(before[name], after, rank) for name, after in adapter.items()}
-            with plugged(setting.model, parts.split, thin), _added(setting.model, changes, 1.0):
+            with plugged(setting.model, parts.split, thin), _added(changes, 1.0):
                 scores[f"plug_in, rank {rank}"] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
 
@@ -223,15 +223,18 @@ def _changes(
 
 
 @contextmanager
-def _added(model: nn.Module, changes: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[None]:
+def _added(changes: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[None]:
     """Add changes of parameters while the block runs."""
     before = {parameter: parameter.detach().clone() for parameter in changes}
-    with torch.no_grad():
-        for parameter, change in changes.items():
-            parameter += (scale * change).to(parameter.dtype)
+    try:
+        with torch.no_grad():
+            for parameter, change in changes.items():
+                parameter += (scale * change).to(parameter.dtype)
         yield
-        for parameter, values in before.items():
-            parameter.copy_(values)
+    finally:
+        with torch.no_grad():
+            for parameter, values in before.items():
+                parameter.copy_(values)
 
 
 def _plugged(scale: float) -> str:

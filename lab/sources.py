@@ -29,7 +29,7 @@ import torch
 
 from lab.lines import append, key, read
 from lab.pays.measure import measure_rows, nats_per_token
-from lab.pays.pool import asked, read_options
+from lab.pays.pool import asked, read_options, spoiled
 from lab.seeds import seed_means
 from siftune import sift
 from siftune.base.environment import hardware, versions
@@ -79,17 +79,13 @@ def files_of(job: Job, data: Path) -> tuple[list[list[Row]], list[Row], list[Row
     files = [rows[place * count :][:count] for place in range(FILES)]
     rest = rows[FILES * count :]
     if job["pool"] == "wrong":
-        files[-1] = [{**row, "completion": _wrong(row["answer"], rng)} for row in files[-1]]
+        files[-1] = [spoiled(row, False, rng) for row in files[-1]]
     elif job["pool"] == "foreign":
         texts = [row for name in ("ARC-Easy", "openbookqa") for row in read_options(data / f"{name}.train.json", name)]
         files[-1] = rng.sample([row for row in texts if len(row["prompt"]) <= 100], count)
     elif job["pool"] == "copy":
         files[-1] = files[0]
     return files, rest[:KNOWN], rest[KNOWN:]
-
-
-def _wrong(answer: str, rng: random.Random) -> str:
-    return str(rng.choice([number for number in range(199) if number != int(answer)]))
 
 
 def measure(job: Job, data: Path, folder: Path, shared: Path) -> Line:

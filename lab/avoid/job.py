@@ -24,7 +24,7 @@ from lab.avoid.cells import Pool, Row, make_pool
 from lab.avoid.gradients import alignments
 from lab.lines import work_off
 from lab.pays.measure import measure_rows
-from lab.pays.training_rows import KNOWN_SHARE
+from lab.pays.training_rows import KNOWN_SHARE, repeated
 from lab.rows.metrics import all_of
 from siftune.data.batches import AIMED, Collator
 from siftune.data.rows import rows_from
@@ -165,8 +165,8 @@ class Work:
         }
         settings: dict[str, Any] = {}
         if method == RIGHT:
-            few = self.tokens(self.pool.bad, "right")
-            few = few.select([place % len(few) for place in range(repeats(len(rows), len(few), KNOWN_SHARE))])
+            count = repeats(len(rows), len(self.pool.bad), KNOWN_SHARE)
+            few = self.tokens(repeated(self.pool.bad, count), "right")
             aimed = [False] * len(rows) + [True] * len(few)
             rows = concatenate_datasets([rows, few]).add_column(AIMED, aimed)
             settings = {"target": "few", "target_last": 1 / 3}

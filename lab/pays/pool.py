@@ -103,7 +103,7 @@ def make_pool(job: Job, folder: Path, length: Length) -> Pool:
     count = cell["rows"] or job["steps"] * job["batch"]
     right, wrong = round(cell["share"] * count), round(cell["wrong"] * count)
     rows = target.deal(right, "train", "target")
-    rows += [_spoiled(row, cell["near"], rng) for row in target.deal(wrong, "train", "wrong")]
+    rows += [spoiled(row, cell["near"], rng) for row in target.deal(wrong, "train", "wrong")]
     rows += _rest(cell["rest"], decks, count - right - wrong)
     rng.shuffle(rows)
     names = dict.fromkeys([*cell["rest"], *cell["others"]])
@@ -159,7 +159,7 @@ def read_options(path: Path, kind: str) -> list[Record]:
     return rows
 
 
-def _spoiled(row: Record, near: bool, rng: random.Random) -> Record:
+def spoiled(row: Record, near: bool, rng: random.Random) -> Record:
     """Give a row a wrong completion."""
     numbers = row["answer"].isdigit() and not near
     options = map(str, range(199)) if numbers else row["choices"]

@@ -188,7 +188,7 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
     if too_few(bad_B):
         unlikely = float((bad_B >= 0).mean())
         return Choice(
-            every, f"the training on the bad rows made {unlikely:.0%} of its held-out rows less likely: none is dropped"
+            every, f"the training on the bad rows made {unlikely:.0%} of the held-out ones less likely: none is dropped"
         )
     within_R = scores_R <= np.quantile(bad_B, _REACHED, method="higher")
     if within_R.mean() <= _MOST:
@@ -197,4 +197,6 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
     if likely_R.mean() <= _MOST:
         reason = f"made more likely by the training on the bad rows, and left out: {likely_R.sum():,}"
         return Choice(~likely_R, reason)
-    return Choice(every, f"the training on the bad rows made {likely_R.mean():.0%} more likely: none is dropped")
+    return Choice(
+        every, f"the training on the bad rows made {likely_R.mean():.0%} of the pool more likely: none is dropped"
+    )
