@@ -16,8 +16,9 @@ the rows of calibration and text are questions with the texts of right options, 
                tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
                after tuning the same layers
 
-With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, and with `--ranks
-8,32` its matrices are truncated to these ranks. With `--middle` all layers of the emulator train, and the change of
+With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, as is the base's own,
+which such a plug-in is compared with. With `--ranks 8,32` the matrices of the plugged change are truncated to these
+ranks. With `--middle` all layers of the emulator train, and the change of
 each middle matrix, up·down − up₀·down₀ or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015,
 also trains all of its proxy; the mapping is ours). `--tune none` leaves the tuning out, and is quick. A finished
 emulator adds a line of JSON to FILE, and one that is there already is not made again. More emulators:
@@ -140,9 +141,14 @@ def _base(job: Job, setting: Setting) -> Line:
     if job["tune"] is None:
         return {"scores": {}}
     model, (rows, tuning) = setting.model, _task(job, setting)
-    scores = {"full_zs": _scores(score_rows(model, rows, 32))}
-    with tuned(model, EmulatorSettings().split.outer(len(find_layers(model).layers)), tuning):
+    split = EmulatorSettings().split
+    scores, before = {"full_zs": _scores(score_rows(model, rows, 32))}, read_outer(model, split)
+    with tuned(model, split.outer(len(find_layers(model).layers)), tuning):
         scores["full_ft"] = _scores(score_rows(model, rows, 32))
+        after = read_outer(model, split)
+    for scale in job["tune"].get("scales", ()):
+        with plugged(model, split, _between(before, after, scale)):
+            scores[_scaled("full_ft", scale)] = _scores(score_rows(model, rows, 32))
     return {"scores": scores}
 
 
@@ -168,14 +174,19 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
             changes = _changes(setting.model, parts, middle, _middle(emulator, parts)) if complete else {}
         before = read_outer(setting.model, parts.split)
         for scale in (1.0, *job["tune"].get("scales", ())):
-            scaled = {name: torch.lerp(before[name].to(after), after, scale) for name, after in adapter.items()}
+            scaled = _between(before, adapter, scale)
             with plugged(setting.model, parts.split, scaled), _added(changes, scale):
-                scores[_plugged(scale)] = _scores(score_rows(setting.model, rows, 32))
+                scores[_scaled("plug_in", scale)] = _scores(score_rows(setting.model, rows, 32))
         for rank in job["tune"].get("ranks", ()):
             thin = {name: _truncated(before[name], after, rank) for name, after in adapter.items()}
             with plugged(setting.model, parts.split, thin), _added(changes, 1.0):
                 scores[f"plug_in, rank {rank}"] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
+
+
+def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Tensors with a multiple of their change; 1 is after."""
+    return {name: torch.lerp(before[name].to(changed), changed, scale) for name, changed in after.items()}
 
 
 def _truncated(before: Tensor, after: Tensor, rank: int) -> Tensor:
@@ -237,8 +248,8 @@ def _added(changes: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[Non
                 parameter.copy_(values)
 
 
-def _plugged(scale: float) -> str:
-    return "plug_in" if scale == 1 else f"plug_in × {scale:g}"
+def _scaled(name: str, scale: float) -> str:
+    return name if scale == 1 else f"{name} × {scale:g}"
 
 
 def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
@@ -359,7 +370,8 @@ def report(lines: Sequence[Line]) -> str:
             runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
             rows.append(_line(name, runs, bases))
             for scale in (runs[0]["job"]["tune"] or {}).get("scales", ()):
-                rows.append(_line(f"{name}, change × {scale:g}", runs, bases, _plugged(scale)))
+                pair = _scaled("plug_in", scale), _scaled("full_ft", scale)
+                rows.append(_line(f"{name}, change × {scale:g}", runs, bases, *pair))
             for rank in (runs[0]["job"]["tune"] or {}).get("ranks", ()):
                 rows.append(_line(f"{name}, rank {rank}", runs, bases, f"plug_in, rank {rank}"))
         table = markdown_table(Table(_header(bool(bases)), rows))
@@ -372,10 +384,18 @@ def _bases(bases: dict[int, Line]) -> list[str]:
         return []
     columns = _pooled(bases.values(), _BASE_SCORES, "correct")
     before, after = (_percent(np.mean(columns[name])) for name in ("full_zs", "full_ft"))
-    losses = [mean(line["scores"][name]["nll"] for line in bases.values()) for name in ("full_zs", "full_ft")]
+    losses = {
+        name: mean(line["scores"][name]["nll"] for line in bases.values())
+        for name in dict.fromkeys(name for line in bases.values() for name in line["scores"])
+    }
+    scaled = "".join(
+        f", {loss:.3f} with the change {name.removeprefix('full_ft ')}"
+        for name, loss in losses.items()
+        if "×" in name
+    )
     return [
         f"Base: {before} of the questions correct, {after} after tuning the same layers (nats per label "
-        f"{losses[0]:.3f} and {losses[1]:.3f}); seeds {', '.join(map(str, sorted(bases)))}."
+        f"{losses['full_zs']:.3f} and {losses['full_ft']:.3f}{scaled}); seeds {', '.join(map(str, sorted(bases)))}."
     ]
 
 
@@ -386,21 +406,23 @@ def _header(tuned: bool) -> list[str]:
     return names
 
 
-def _line(name: str, lines: Sequence[Line], bases: dict[int, Line], plug_in: str = "plug_in") -> list[str]:
+def _line(
+    name: str, lines: Sequence[Line], bases: dict[int, Line], plug_in: str = "plug_in", full: str = "full_ft"
+) -> list[str]:
     text = lines[0]["text"]
     cells = [name, f"{text['overall']:.3f}"]
     cells.append(f"{mean(line['task']['overall'] for line in lines):.3f}" if "task" in lines[0] else "")
     cells += [f"{text['loss_emulator']:.2f}", f"{text['loss_emulator'] - text['loss_full']:+.2f}"]
     tuned = [line for line in lines if line["scores"] and line["job"]["seed"] in bases]
     if tuned:
-        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned], plug_in)
+        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned], plug_in, full)
     return cells
 
 
-def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str) -> list[str]:
+def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str, full: str) -> list[str]:
     """Scores after tuning, and what follows from them; Δ and share are high where the plug-in is good."""
     names = ("emulator_ft", plug_in)
-    losses = _pooled(lines, names, "nll") | _pooled(bases, _BASE_SCORES, "nll")
+    losses = _pooled(lines, names, "nll") | _pooled(bases, ("full_zs", full), "nll")
     nats = resample(
         {name: -column for name, column in losses.items()},
         _pooled(bases, ("full_zs",), "tokens")["full_zs"],
@@ -410,7 +432,7 @@ def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str) -> list[s
     return [
         *(f"{-nats.point[name]:.3f}" for name in names),
         _interval(nats.difference(plug_in, "emulator_ft"), 1, "+.3f"),
-        _interval(nats.share(plug_in, "full_zs", "full_ft"), 100),
+        _interval(nats.share(plug_in, "full_zs", full), 100),
         *(_percent(right.point[name]) for name in names),
         _interval(right.difference(plug_in, "emulator_ft"), 100),
     ]

@@ -404,7 +404,8 @@ def test_offsite(llama, suite, tmp_path, capsys):
     assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
     assert "| mine, change × 1.5 |" in capsys.readouterr().out
     base, *_, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert mine["plug_in × 0"] == base["full_zs"]
+    assert mine["plug_in × 0"] == base["full_ft × 0"] == base["full_zs"]
+    assert base["full_ft × 1.5"]["nll"] != base["full_ft"]["nll"] != base["full_zs"]["nll"]
     assert mine["plug_in, rank 999"]["nll"] == pytest.approx(mine["plug_in"]["nll"], rel=1e-5)
     assert mine["plug_in, rank 1"]["nll"] != pytest.approx(mine["plug_in"]["nll"], rel=1e-5)
     assert mine["plug_in × 1.5"]["nll"] != mine["plug_in"]["nll"] != base["full_zs"]["nll"]
