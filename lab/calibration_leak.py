@@ -9,16 +9,11 @@ his own, of the same settings, from as many other rows of the owner's source. A 
     own-N              N rows of the owner's
     public-N           N public ones, none of the owner's; members are rows that no kit saw, so the AUC must be near 0.5
     own-N+public-M     the owner's and M public ones; members are the owner's
-    own-N+generated-M  the same, with M texts that the model itself wrote
-    generated-N        N of those alone
     free-N             N texts of `emulate --calibration own`
     prompted-N         the same, after prompts of public rows that leave a few tokens
     prompted-N+public-M    mixed with M public rows
 
-and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`. `noise-X` is of
-clipped tokens, and noise on A and G with noise multiplier X (`private_moments.py`), for which ε is printed
-at δ = 1e-5, for the layers made here and for all but four. Clipping is at the median norm of 16 public rows, so that it
-tells nothing of the owner's.
+and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`.
 
 Only `--layers` layers in the model's middle are compressed, so that a set takes minutes. Quality is the loss of other
 rows of the owner's source on that emulator, over the base's (*gap*, nats per token), and what its matrices lose there
@@ -31,22 +26,19 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lab.lines import append, read
-from lab.private_moments import gaussian_epsilon, private_moments
 from siftune.base.environment import versions
 from siftune.data.encode import Encoder
 from siftune.data.read import load_rows
-from siftune.data.rows import Row, rows_from
+from siftune.data.rows import Row
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, paired_bootstrap
 from siftune.evaluate.likelihood import perplexity
@@ -55,31 +47,24 @@ from siftune.models.load import load_model, use_attention
 from siftune.offsite.audits.calibration_attack import KINDS, Compared, compared, row_residuals
 from siftune.offsite.audits.membership import measure_attack
 from siftune.offsite.audits.rows import token_rows
-from siftune.offsite.emulator.assemble import EmulatorParts, assemble, materialise
-from siftune.offsite.emulator.compress import LayerCurvature, compress_layer, layer_curvature
+from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
-from siftune.offsite.emulator.model import Base, Split
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import EmulatorSettings
-from siftune.offsite.emulator.record import Captured, record, replay
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.own_texts import own_texts
-from siftune.offsite.maths.kfac import Curvature, Moments
 from siftune.report.table import Table, markdown_table
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {}, "paper": {"basis": "svd", "mlp": "channels"}, "keep-0.5": {"keep": 0.5},
     "damping-0.01": {"damping": 0.01, "refit_damping": 0.01}, "damping-1": {"damping": 1.0, "refit_damping": 1.0},
     "damping-10": {"damping": 10.0, "refit_damping": 10.0}, "damping-100": {"damping": 100.0, "refit_damping": 100.0},
-    "noise-0.01": {}, "noise-1": {}, "whitened+channels": {"mlp": "channels"},
+    "whitened+channels": {"mlp": "channels"},
     "svd+refit": {"basis": "svd"}, "measured": {"allot": "measured"},
 }  # fmt: skip
 SETS = (
-    "own-32", "own-128", "own-512", "own-1024", "own-32+public-96", "own-32+generated-96", "public-32", "public-128",
-    "generated-128",
+    "own-32", "own-128", "own-512", "own-1024", "own-32+public-96", "public-32", "public-128", "prompted-128",
 )  # fmt: skip
-DELTA = 1e-5
-FACTORS = 9  # moments of a layer that the default looks at: A of four inputs, G of five outputs
-OUTER = 4  # layers of a model that a whole kit does not compress
 ROOM = 8  # tokens at least after a prompt
 MOST = 64  # members and others that are looked at
 PARTS = ("auc", "beside", "tpr_5_beside")  # figures of the report: AUC of the kit alone and beside, and the rate there
@@ -96,20 +81,6 @@ class Setting:
     split: Split
     length: int
     seed: int
-
-    @cached_property
-    def clips(self) -> dict[int, dict[str, tuple[float, float]]]:
-        """Median norms of inputs and output gradients on public rows, by layer and matrix."""
-        base = Base(self.model, self.split)
-        recording = record(base, self.batches(self.public[-16:]))
-        found = {}
-        for number in base.middle:
-            captured = replay(base, recording, number, base.family.matrices)
-            found[number] = {
-                path: (float(one.x_NI.norm(dim=1).median()), float(one.g_NO.norm(dim=1).median()))
-                for path, one in captured.items()
-            }
-        return found
 
     def table(self, rows: Sequence[Row]) -> Dataset:
         """Rows in token ids, cut."""
@@ -166,7 +137,7 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def measure_set(setting: Setting, name: str, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Make kits of one set of rows in several ways, attack and measure them."""
-    counts = {kind: int(count) for kind, count in re.findall(r"(own|public|generated|free|prompted)-(\d+)", name)}
+    counts = {kind: int(count) for kind, count in re.findall(r"(own|public|free|prompted)-(\d+)", name)}
     own, rest = counts.get("own", 0), {k: n for k, n in counts.items() if k != "own"}
     members = max(own, 32)  # of a kit without the owner's rows: rows that it did not see
     size = own or min(sum(rest.values()), len(setting.own) - members - MOST)  # of the attacker's rows
@@ -179,49 +150,14 @@ def measure_set(setting: Setting, name: str, ways: Sequence[str]) -> Iterator[di
     made = [made_of(setting, [*(setting.table(rows) if rows else ()), *more], ways) for rows in kits]
     sides = [looked_at(setting, made, rows) for rows in (setting.own[:members][:MOST], others)]
     for way in ways:
-        yield {"way": way, **scores(way, sides), "gap": gap(setting, made[0][way], others[:8]), **_bound(setting, way)}
+        yield {"way": way, **scores(way, sides), "gap": gap(setting, made[0][way], others[:8])}
 
 
 def made_of(setting: Setting, table: Sequence[Any], ways: Sequence[str]) -> dict[str, PreTrainedModel]:
     """One emulator per way, from rows in token ids."""
-    plain = [way for way in ways if not way.startswith("noise")]
     batches = in_batches(table, 8, setting.tokenizer.pad_token_id)
-    parts = (
-        emulators(setting.model, batches, [EmulatorSettings(split=setting.split, **WAYS[way]) for way in plain])
-        if plain
-        else []
-    )
-    found = dict(zip(plain, parts, strict=True))
-    found |= {way: with_noise(setting, batches, float(way[6:])) for way in ways if way not in plain}
-    return {way: materialise(found[way]) for way in ways}
-
-
-def with_noise(setting: Setting, batches: Sequence[dict[str, Tensor]], noise: float) -> EmulatorParts:
-    """An emulator from curvature with clipped tokens and noise."""
-    base = Base(setting.model, setting.split)
-    recording = record(base, batches)
-    made = []
-    for number in base.middle:
-        captured = replay(base, recording, number, base.family.matrices)
-        seen = noised(setting, layer_curvature(captured, slopes=False), noise, number)
-        made.append(compress_layer(base, number, seen, EmulatorSettings(split=setting.split)))
-    return assemble(base, made)
-
-
-def noised(setting: Setting, seen: LayerCurvature, noise: float, number: int) -> LayerCurvature:
-    """Curvature with clipped tokens and noise; a matrix that several read is released once."""
-    generator = torch.Generator().manual_seed(1000 * setting.seed + number)
-    inputs: dict[int, Moments] = {}
-    clips = setting.clips[number]
-
-    def one(path: str, captured: Captured) -> Curvature:
-        clip_x, clip_g = clips[path]
-        if id(captured.x_NI) not in inputs:
-            inputs[id(captured.x_NI)] = private_moments(captured.x_NI, clip_x, noise, setting.length, generator)
-        gradients = private_moments(captured.g_NO, clip_g, noise, setting.length, generator)
-        return Curvature(inputs[id(captured.x_NI)], gradients, seen.curvature[path].slope_OI)
-
-    return LayerCurvature(seen.captured, {path: one(path, captured) for path, captured in seen.captured.items()})
+    parts = emulators(setting.model, batches, [EmulatorSettings(split=setting.split, **WAYS[way]) for way in ways])
+    return {way: materialise(found) for way, found in zip(ways, parts, strict=True)}
 
 
 def looked_at(setting: Setting, made: Sequence[dict[str, PreTrainedModel]], rows: Sequence[Row]) -> dict[str, Any]:
@@ -262,8 +198,8 @@ def gap(setting: Setting, emulator: PreTrainedModel, rows: Sequence[Row]) -> lis
 
 def added(setting: Setting, kind: str, count: int) -> Iterable[dict[str, Any]]:
     """Rows in token ids that are none of the owner's."""
-    if kind in ("public", "generated"):
-        return setting.table(setting.public[:count] if kind == "public" else generated(setting, count))
+    if kind == "public":
+        return setting.table(setting.public[:count])
     encode, prompts = Encoder(setting.tokenizer, "none"), []
     if kind == "prompted":  # of rows from the end, since the public ones of a mixture are the first
         prompts = [ids for row in setting.public[::-1] if len(ids := encode.prompt(row)) <= setting.length - ROOM]
@@ -271,44 +207,19 @@ def added(setting: Setting, kind: str, count: int) -> Iterable[dict[str, Any]]:
     return [{**text, "labels": text["input_ids"]} for text in texts]
 
 
-def generated(setting: Setting, count: int) -> list[Row]:
-    """Texts that the model writes by itself, from its first token on, at temperature 1."""
-    with torch.random.fork_rng():
-        torch.manual_seed(setting.seed)
-        start = torch.full((count, 1), setting.tokenizer.bos_token_id or setting.tokenizer.eos_token_id)
-        ids = setting.model.generate(  # type: ignore[operator]
-            start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=setting.length, min_new_tokens=setting.length // 2,
-            pad_token_id=setting.tokenizer.pad_token_id,
-        )  # fmt: skip
-    texts = setting.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return rows_from([{"text": text} for text in texts if text.strip()])
-
-
 def report(lines: Sequence[dict[str, Any]]) -> str:
     """The file as a Markdown table."""
     header = [
         "rows", "way", "attention", "MLP", "beside: attention", "beside: MLP", "found at 5 %, beside: attention",
-        "found at 5 %, beside: MLP", "gap", "lost: attention", "lost: MLP", "ε",
+        "found at 5 %, beside: MLP", "gap", "lost: attention", "lost: MLP",
     ]  # fmt: skip
     table = []
     for line in lines:
         cells = [line["set"], line["way"]]
         cells += [_shown(line[part].get(kind)) for part in PARTS for kind in ("attention", "mlp")]
         cells += [_shown(line["gap"], "+.4f"), *(f"{100 * line['lost'][kind]:.2f} %" for kind in ("attention", "mlp"))]
-        cells += [line.get("epsilon_whole", "")]
         table.append(cells)
     return markdown_table(Table(header, table, words=(0, 1)))
-
-
-def _bound(setting: Setting, way: str) -> dict[str, str]:
-    """ε of noise, for the layers made here and for a whole kit."""
-    kind, _, value = way.partition("-")
-    if kind != "noise":
-        return {}
-    layers, whole = len(Base(setting.model, setting.split).middle), len(find_layers(setting.model).layers) - OUTER
-    told = partial(gaussian_epsilon, DELTA, float(value))
-    return {name: f"{told(FACTORS * n):.3g}" for name, n in (("epsilon", layers), ("epsilon_whole", whole))}
 
 
 def _figures(estimate: Estimate) -> list[float | None]:

@@ -16,13 +16,13 @@ the rows of calibration and text are questions with the texts of right options, 
                tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
                after tuning the same layers
 
-With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, as is the base's own,
-which such a plug-in is compared with. With `--ranks 8,32` the matrices of the plugged change are truncated to these
-ranks. With `--middle` all layers of the emulator train, and the change of
-each middle matrix, up·down − up₀·down₀ or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015,
-also trains all of its proxy; the mapping is ours). `--tune none` leaves the tuning out, and is quick. A finished
-emulator adds a line of JSON to FILE, and one that is there already is not made again. More emulators:
-`name=key:value,...` after --methods, keys of `EmulatorSettings`.
+With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, as is the base's
+own, which such a plug-in is compared with. With `--ranks 8,32` the matrices of the plugged change are truncated to
+these ranks. With `--middle` all layers of the emulator train, and the change of each middle matrix, up·down − up₀·down₀
+or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015, also trains all of its proxy; the mapping
+is ours). `--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one
+that is there already is not made again. More emulators: `name=key:value,...` after --methods, keys of
+`EmulatorSettings`.
 """
 
 import argparse
@@ -389,9 +389,7 @@ def _bases(bases: dict[int, Line]) -> list[str]:
         for name in dict.fromkeys(name for line in bases.values() for name in line["scores"])
     }
     scaled = "".join(
-        f", {loss:.3f} with the change {name.removeprefix('full_ft ')}"
-        for name, loss in losses.items()
-        if "×" in name
+        f", {loss:.3f} with the change {name.removeprefix('full_ft ')}" for name, loss in losses.items() if "×" in name
     )
     return [
         f"Base: {before} of the questions correct, {after} after tuning the same layers (nats per label "
