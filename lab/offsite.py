@@ -17,7 +17,7 @@ the rows of calibration and text are questions with the texts of right options, 
                after tuning the same layers
 
 With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, as is the base's
-own, which such a plug-in is compared with. With `--ranks 8,32` the matrices of the plugged change are truncated to
+own, which tells whether both are merely too short. With `--ranks 8,32` the matrices of the plugged change are truncated to
 these ranks. With `--middle` all layers of the emulator train, and the change of each middle matrix, up·down − up₀·down₀
 or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015, also trains all of its proxy; the mapping
 is ours). `--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one
@@ -370,8 +370,7 @@ def report(lines: Sequence[Line]) -> str:
             runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
             rows.append(_line(name, runs, bases))
             for scale in (runs[0]["job"]["tune"] or {}).get("scales", ()):
-                pair = _scaled("plug_in", scale), _scaled("full_ft", scale)
-                rows.append(_line(f"{name}, change × {scale:g}", runs, bases, *pair))
+                rows.append(_line(f"{name}, change × {scale:g}", runs, bases, _scaled("plug_in", scale)))
             for rank in (runs[0]["job"]["tune"] or {}).get("ranks", ()):
                 rows.append(_line(f"{name}, rank {rank}", runs, bases, f"plug_in, rank {rank}"))
         table = markdown_table(Table(_header(bool(bases)), rows))
@@ -404,23 +403,21 @@ def _header(tuned: bool) -> list[str]:
     return names
 
 
-def _line(
-    name: str, lines: Sequence[Line], bases: dict[int, Line], plug_in: str = "plug_in", full: str = "full_ft"
-) -> list[str]:
+def _line(name: str, lines: Sequence[Line], bases: dict[int, Line], plug_in: str = "plug_in") -> list[str]:
     text = lines[0]["text"]
     cells = [name, f"{text['overall']:.3f}"]
     cells.append(f"{mean(line['task']['overall'] for line in lines):.3f}" if "task" in lines[0] else "")
     cells += [f"{text['loss_emulator']:.2f}", f"{text['loss_emulator'] - text['loss_full']:+.2f}"]
     tuned = [line for line in lines if line["scores"] and line["job"]["seed"] in bases]
     if tuned:
-        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned], plug_in, full)
+        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned], plug_in)
     return cells
 
 
-def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str, full: str) -> list[str]:
+def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str) -> list[str]:
     """Scores after tuning, and what follows from them; Δ and share are high where the plug-in is good."""
     names = ("emulator_ft", plug_in)
-    losses = _pooled(lines, names, "nll") | _pooled(bases, ("full_zs", full), "nll")
+    losses = _pooled(lines, names, "nll") | _pooled(bases, _BASE_SCORES, "nll")
     nats = resample(
         {name: -column for name, column in losses.items()},
         _pooled(bases, ("full_zs",), "tokens")["full_zs"],
@@ -430,7 +427,7 @@ def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str, full: str
     return [
         *(f"{-nats.point[name]:.3f}" for name in names),
         _interval(nats.difference(plug_in, "emulator_ft"), 1, "+.3f"),
-        _interval(nats.share(plug_in, "full_zs", full), 100),
+        _interval(nats.share(plug_in, "full_zs", "full_ft"), 100),
         *(_percent(right.point[name]) for name in names),
         _interval(right.difference(plug_in, "emulator_ft"), 100),
     ]

@@ -123,6 +123,16 @@ def merged(
     ]
 
 
+def scaled(before: Mapping[str, Tensor], after: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Tensors with their change from `before` multiplied, in float32, or in float64 where the base is."""
+    values = {}
+    for name, old in before.items():
+        old, new = old.detach(), after[name].detach().to(old.device)
+        kit = old.to(new.dtype).double()  # the kit is rounded so
+        values[name] = _stored(old.double() + scale * (new.double() - kit), old)
+    return values
+
+
 def _refuse_the_same(gram_NN: Tensor, names: Sequence[str]) -> None:
     """Refuse two returns that make the same update, by the products of all updates with each other."""
     norms_N = gram_NN.diagonal().sqrt()

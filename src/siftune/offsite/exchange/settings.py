@@ -18,8 +18,11 @@ MIN_ROBUST = 3  # of two that differ nobody can say which is the bad one
 
 @dataclass(kw_only=True, config=CONFIG)
 class Merging(Validated):
-    """Merging of the updates of several returns; see `maths.merging`."""
+    """Scale of the update that is plugged in, and merging of several returns' updates; see `maths.merging`."""
 
+    scale: Positive = 1.0
+    """Multiply the update by this factor, also that of several returns after merging; --max-update applies to the
+    result, too."""
     weights: tuple[Positive, ...] | None = None
     """Of several returns: what each counts, in their order, such as its number of rows; all equal if not given."""
     merge: Literal["mean", "trimmed"] = "mean"
