@@ -98,7 +98,6 @@ def test_the_mlp_has_the_channels_with_the_highest_scores(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(family):
     layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3, mlp="refit")
-    known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
     writes, activations = weights[matrices.writes], captured[matrices.writes]
     centred = curvature(activations.x_NI - activations.x_NI.mean(0), activations.g_NO)
