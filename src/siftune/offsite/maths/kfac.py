@@ -121,13 +121,14 @@ def moments(rows_NF: Tensor) -> Moments:
         ModelError: A value is NaN or infinite.
     """
     count, features = rows_NF.shape
-    scaled_NF = widened(rows_NF) / math.sqrt(max(count, 1))
-    if not scaled_NF.isfinite().all():
+    rows_NF, formed = widened(rows_NF), count >= features
+    values = rows_NF.T @ rows_NF / max(count, 1) if formed else rows_NF / math.sqrt(max(count, 1))
+    if not values.isfinite().all():  # one bad row makes the matrix bad, which is faster to search
         raise ModelError(
             "the calibration rows give activations or gradients that are NaN or infinite, so that no curvature can be "
             "had from them; load the model in float32, or check its weights"
         )
-    return Moments(scaled_NF, False) if count < features else Moments(scaled_NF.T @ scaled_NF, True)
+    return Moments(values, formed)
 
 
 def curvature(x_NI: Tensor, g_NO: Tensor) -> Curvature:
