@@ -57,7 +57,7 @@ from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokeni
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
-from siftune.offsite.emulator.model import Base
+from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
@@ -92,6 +92,7 @@ class Setting:
         gradient: The outer layers' gradient on that text, on the base.
         data: Folder of the files that rows to tune on are drawn from.
         template: Chat template of all rows, as in a recipe.
+        split: Outer layers at either end.
     """
 
     model: PreTrainedModel
@@ -101,6 +102,7 @@ class Setting:
     gradient: OuterGradient
     data: Path
     template: str
+    split: Split
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,7 +122,7 @@ def _measure(jobs: Sequence[Job], args: argparse.Namespace) -> None:
     """Make the emulators of all jobs in one go, then measure one after the other."""
     setting = _setting(args)
     kinds = [json.loads(text) for text in dict.fromkeys(json.dumps(job["emulator"]) for job in jobs) if text != "null"]
-    choices = [EmulatorSettings(**kind) for kind in kinds]
+    choices = [EmulatorSettings(**kind, split=setting.split) for kind in kinds]
     started = time.monotonic()
     made = emulators(setting.model, setting.calibration, choices) if choices else []
     print(f"{len(made)} emulators in {time.monotonic() - started:.0f} s", flush=True)
@@ -141,7 +143,7 @@ def _base(job: Job, setting: Setting) -> Line:
     if job["tune"] is None:
         return {"scores": {}}
     model, (rows, tuning) = setting.model, _task(job, setting)
-    split = EmulatorSettings().split
+    split = setting.split
     scores, before = {"full_zs": _scores(score_rows(model, rows, 32))}, read_outer(model, split)
     with tuned(model, split.outer(len(find_layers(model).layers)), tuning):
         scores["full_ft"] = _scores(score_rows(model, rows, 32))
@@ -292,8 +294,9 @@ def _setting(args: argparse.Namespace) -> Setting:
     rows = [load_rows(f, "train", n) if raw else rows_from(_options(Path(f), n, 0)) for f, n in files]
     text = text_batches(rows[1], args.length, tokenizer, args.template)
     calibration = _calibration(rows[0], args, model, tokenizer)
-    gradient = outer_gradient(model, text, EmulatorSettings().split)
-    return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent, args.template)
+    split = Split(args.outer, args.outer)
+    gradient = outer_gradient(model, text, split)
+    return Setting(model, tokenizer, calibration, text, gradient, Path(args.text).parent, args.template, split)
 
 
 def _calibration(
@@ -331,6 +334,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
     common |= {"format": args.format, "template": args.template}
     common |= {} if args.source == "rows" else {"source": args.source}
+    common |= {} if args.outer == 2 else {"outer": args.outer}
     for seed in map(int, args.seeds.split(",")):
         if tuning:
             yield {**common, "name": BASE, "keep": None, "seed": seed, "emulator": None}
@@ -369,13 +373,19 @@ def report(lines: Sequence[Line]) -> str:
         for name in names:
             runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
             rows.append(_line(name, runs, bases))
-            for scale in (runs[0]["job"]["tune"] or {}).get("scales", ()):
+            for scale in _shared(runs, "scales"):
                 rows.append(_line(f"{name}, change × {scale:g}", runs, bases, _scaled("plug_in", scale)))
-            for rank in (runs[0]["job"]["tune"] or {}).get("ranks", ()):
+            for rank in _shared(runs, "ranks"):
                 rows.append(_line(f"{name}, rank {rank}", runs, bases, f"plug_in, rank {rank}"))
         table = markdown_table(Table(_header(bool(bases)), rows))
         out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
     return "\n".join(out)
+
+
+def _shared(runs: Sequence[Line], key: str) -> list[float]:
+    """Scales or ranks that all runs have."""
+    lists = [(line["job"]["tune"] or {}).get(key, ()) for line in runs]
+    return sorted(set(lists[0]).intersection(*lists[1:]))
 
 
 def _bases(bases: dict[int, Line]) -> list[str]:
@@ -383,10 +393,8 @@ def _bases(bases: dict[int, Line]) -> list[str]:
         return []
     columns = _pooled(bases.values(), _BASE_SCORES, "correct")
     before, after = (_percent(np.mean(columns[name])) for name in ("full_zs", "full_ft"))
-    losses = {
-        name: mean(line["scores"][name]["nll"] for line in bases.values())
-        for name in dict.fromkeys(name for line in bases.values() for name in line["scores"])
-    }
+    names = [name for name in next(iter(bases.values()))["scores"] if all(name in b["scores"] for b in bases.values())]
+    losses = {name: mean(line["scores"][name]["nll"] for line in bases.values()) for name in names}
     scaled = "".join(
         f", {loss:.3f} with the change {name.removeprefix('full_ft ')}" for name, loss in losses.items() if "×" in name
     )
@@ -478,6 +486,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         default="none",
         help="chat template, also of the rows to tune on",
     )
+    add("--outer", type=int, default=2, help="layers at either end that are not compressed")
     add("--length", type=int, default=128, help="longest calibration row in tokens")
     add("--keeps", default="0.7,0.5", help="kept fractions of the middle's matrices")
     add("--methods", nargs="+", help=f"of {'; '.join(METHODS)}; all if not given; or name=key:value,...")

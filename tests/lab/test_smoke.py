@@ -399,7 +399,7 @@ def test_offsite(llama, suite, tmp_path, capsys):
         "2",
     ]
     words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
-    words += ["--scales", "0,1.5", "--ranks", "1,999", "--methods"]
+    words += ["--scales", "0,1.5", "--ranks", "1,999", "--outer", "1", "--methods"]
     assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
     assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
     assert "| mine, change × 1.5 |" in capsys.readouterr().out
