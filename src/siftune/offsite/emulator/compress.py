@@ -5,8 +5,8 @@ whose part the others take over (`channels.py`). Layer drop drops whole layers (
 through here unchanged.
 
 Ours: where directions are whitened or channels refitted, Ŵ is fitted to inputs without their mean μ, and a bias
-restores the mean output: ŷ = Ŵ x + (W − Ŵ) μ. Every compressed matrix has a bias, in the paper's form a zero one if the
-base has none.
+restores the mean output: ŷ = Ŵ x + (W − Ŵ) μ, as FLAP's does for pruned channels (An et al., AAAI 2024, arXiv
+2312.11983). Every compressed matrix has a bias, in the paper's form a zero one if the base has none.
 """
 
 from collections.abc import Mapping, Sequence
