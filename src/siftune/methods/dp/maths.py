@@ -39,7 +39,7 @@ def clipped_sum(grads_BD: Tensor, factors_B: Tensor) -> Tensor:
         (D,) in the parameter's shape.
     """
     wide_BD, counts_B = numerics.widened(grads_BD).flatten(1), factors_B > 0
-    if wide_BD.device.type != "cpu" or not counts_B.all():  # a processor would take long to copy all for nothing
+    if wide_BD.device.type != "cpu" or not counts_B.all():  # on a CPU the copy is slow
         wide_BD = wide_BD.where(counts_B[:, None].to(wide_BD.device), 0.0)
     total_D: Tensor = factors_B.to(wide_BD) @ wide_BD
     return total_D.view(grads_BD.shape[1:])

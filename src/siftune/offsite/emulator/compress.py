@@ -101,7 +101,7 @@ class LayerCurvature:
     slopes: bool = True
     components: dict[tuple[str, str, float], Components] = field(default_factory=dict)
     _inputs: dict[tuple[int, bool], Moments] = field(default_factory=dict)
-    _gradients: dict[str, Moments] = field(default_factory=dict)
+    _known: dict[tuple[str, bool], Curvature] = field(default_factory=dict)
 
     def mean(self, path: str) -> Tensor:
         """μ, the mean input of a matrix; (I,) float32."""
@@ -109,16 +109,19 @@ class LayerCurvature:
 
     def of(self, path: str, centred: bool = False) -> Curvature:
         """Curvature of a matrix, of inputs x or x − μ; matrices that read the same tensor share its moments."""
-        seen = self.captured[path]
-        key = id(seen.x_NI), centred
-        x_NI = seen.x_NI - self.mean(path) if centred and (self.slopes or key not in self._inputs) else seen.x_NI
+        if (path, centred) not in self._known:
+            self._known[path, centred] = self._computed(self.captured[path], centred)
+        return self._known[path, centred]
+
+    def _computed(self, seen: Captured, centred: bool) -> Curvature:
+        x_NI, key = seen.x_NI, (id(seen.x_NI), centred)
+        if centred and (self.slopes or key not in self._inputs):
+            x_NI = x_NI - x_NI.mean(0)
         if key not in self._inputs:
             self._inputs[key] = moments(x_NI)
-        if path not in self._gradients:
-            self._gradients[path] = moments(seen.g_NO)
-        shape = seen.g_NO.shape[1], seen.x_NI.shape[1]
-        slope_OI = seen.g_NO.T @ x_NI if self.slopes else seen.x_NI.new_zeros(()).expand(shape)
-        return Curvature(self._inputs[key], self._gradients[path], slope_OI)
+        shape = seen.g_NO.shape[1], x_NI.shape[1]
+        slope_OI = seen.g_NO.T @ x_NI if self.slopes else x_NI.new_zeros(()).expand(shape)
+        return Curvature(self._inputs[key], moments(seen.g_NO), slope_OI)
 
 
 @dataclass(frozen=True)

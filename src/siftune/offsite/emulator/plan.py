@@ -184,8 +184,10 @@ def _halves(captured: Mapping[str, Captured], centred: Collection[str]) -> list[
     for path, seen in captured.items():
         cut, key = len(seen.x_NI) // 2, (id(seen.x_NI), path in centred)
         if key not in inputs:
-            mean_I = seen.x_NI[:cut].mean(0) if path in centred and cut else 0.0
-            inputs[key] = [part - mean_I for part in (seen.x_NI[:cut], seen.x_NI[cut:])]
+            inputs[key] = seen.x_NI[:cut], seen.x_NI[cut:]
+            if path in centred and cut:
+                mean_I = inputs[key][0].mean(0)
+                inputs[key] = [part - mean_I for part in inputs[key]]
         for half, x_NI, g_NO in zip(halves, inputs[key], (seen.g_NO[:cut], seen.g_NO[cut:]), strict=True):
             half[path] = Captured(x_NI, g_NO)
     return halves
@@ -215,7 +217,7 @@ def _narrowed(
     for count in counts:
         staying = keep_channels(scores_C, count)
         delta_OC = -write_OC
-        delta_OC[:, staying] += write_columns(write_OC, chosen.of(family.writes), staying, how)
+        delta_OC[:, staying] += write_columns(write_OC, chosen.of(family.writes, how.centres_mlp), staying, how)
         costs.append(cost(other.of(family.writes), delta_OC))
     return _table([float(count * per_channel) for count in (*counts, channels)], [*costs, 0.0])
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from siftune.base.errors import KitError
+from siftune.base.numerics import in_float64
 from siftune.offsite.exchange.returned import OpenReturn, Tuned, is_thin
 from siftune.offsite.exchange.settings import Merging
 from siftune.offsite.exchange.updates import Part, compare
@@ -103,10 +104,11 @@ def merged(
     for name, old in before.items():
         old = old.detach()
         tuned = [candidate.tuned[name].detach().to(old.device) for candidate in returns]
-        updates_NX = torch.stack([new.double() - old.to(new.dtype).double() for new in tuned])  # the kit is rounded so
+        # the kit is rounded so
+        updates_NX = torch.stack([in_float64(new) - in_float64(old.to(new.dtype)) for new in tuned])
         scaled_NX = updates_NX * updates_NX.new_tensor(factors).reshape(-1, *[1] * old.ndim)
         update_X = trimmed_mean(scaled_NX, how.trim) if how.merge == "trimmed" else mean(scaled_NX, weights)
-        values[name] = _stored(old.double() + update_X, old)
+        values[name] = _stored(in_float64(old) + update_X, old)
         flat_NX = updates_NX.reshape(len(returns), -1)
         dots += (flat_NX @ update_X.flatten()).cpu()
         gram_NN += (flat_NX @ flat_NX.T).cpu()
@@ -127,9 +129,9 @@ def scaled(before: Mapping[str, Tensor], after: Mapping[str, Tensor], scale: flo
     """Tensors with their change from `before` multiplied, in float32, or in float64 where the base is."""
     values = {}
     for name, old in before.items():
-        old, new = old.detach(), after[name].detach().to(old.device)
-        kit = old.to(new.dtype).double()  # the kit is rounded so
-        values[name] = _stored(old.double() + scale * (new.double() - kit), old)
+        new = after[name].detach().to(old.device)
+        kit = in_float64(old.detach().to(new.dtype))  # the kit is rounded so
+        values[name] = _stored(in_float64(old.detach()) + scale * (in_float64(new) - kit), old)
     return values
 
 

@@ -103,9 +103,10 @@ def plug_in(
         kit: The kit that was handed out.
         returns: What the return holds, or what each of several holds that are merged: from `open_return`, so that one
             tensor of each is in memory at a time; or the outer layers' tensors by neutral name, as of `read_return`.
-        max_update: Relative updates of tensors must stay below it; see `updates`.
-        rows: Rows on which the model must not get worse, measured before and after: with every return by itself, then
-            with all of them.
+        max_update: Relative updates of tensors must stay below it, of each return and of what is plugged in; see
+            `updates`.
+        rows: Rows on which the model must not get worse, measured before and after: with each of several returns by
+            itself and unscaled, then with what is plugged in.
         merging: How several returns are merged, and the scale of the update; by their mean, and 1, if not given.
 
     Returns:
@@ -134,15 +135,16 @@ def plug_in(
     if merging.scale != 1:
         values = scaled(before, values, merging.scale)
     if len(parts) > 1 or merging.scale != 1:
-        report = compare(before, values, report.limit, kit.manifest.model_type)
         with about(_what(parts, merging)):
+            report = compare(before, values, report.limit, kit.manifest.model_type)
             report.check()
     if rows is None:
         _fill(before, values)
     else:
         losses = _fill_if_no_worse(model, before, checked, (_what(parts, merging), values), rows)
         pairs = zip(parts, losses, strict=False)  # the merged update's follows those of several
-        parts = [replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs]
+        if len(parts) > 1 or merging.scale == 1:  # else the loss is not of the return as it came
+            parts = [replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs]
         report = replace(report, loss=losses[-1])
     if report.rounding > _TELL:
         logger.warning(

@@ -18,8 +18,8 @@ Symbols: A `inputs`, G `gradients`, D `slope_OI`, H `apply`, λ `lam`.
 Shapes: N tokens, F features (I inputs or O outputs), K columns, C candidates (pieces of W that may be dropped).
 
 What a caller must see to: rows are those of real tokens. Rows of padding have inputs, which would count in A. Rows of
-zeros on both sides only divide A and G by a constant, and the mean loss instead of the summed one only scales G and D;
-neither changes `score`, nor anything whitened.
+zeros on both sides only divide A and G by a constant, if inputs are not centred, and the mean loss instead of the
+summed one only scales G and D; neither changes `score`, nor anything whitened.
 
 Ours, not the papers': either term of the GCS is divided by its mean absolute value over the candidates before λ
 applies, because one grows with the square of the gradients and the other does not ("relative"; "paper" leaves both
@@ -118,12 +118,12 @@ def moments(rows_NF: Tensor) -> Moments:
         Moments in float32, or float64 where the rows are.
 
     Raises:
-        ModelError: A value is NaN or infinite.
+        ModelError: A value, or its square in the dtype of the sums, is NaN or infinite.
     """
     count, features = rows_NF.shape
     rows_NF, formed = widened(rows_NF), count >= features
     values = rows_NF.T @ rows_NF / max(count, 1) if formed else rows_NF / math.sqrt(max(count, 1))
-    if not values.isfinite().all():  # one bad row makes the matrix bad, which is faster to search
+    if not values.isfinite().all():  # a bad number reaches the diagonal, and the matrix is smaller
         raise ModelError(
             "the calibration rows give activations or gradients that are NaN or infinite, so that no curvature can be "
             "had from them; load the model in float32, or check its weights"
