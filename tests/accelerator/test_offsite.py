@@ -1,10 +1,15 @@
 """The way of a kit on the stand-in accelerator: `emulate`, `train` and `plug` lead to the model of the CPU."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import standin
+from support import emulators, standin
 from support.commands import EMULATE, TRAIN, siftune
+
+from siftune.offsite.exchange.plug import plug_in
+from siftune.offsite.exchange.settings import Merging
 
 pytestmark = pytest.mark.compiled
 
@@ -28,3 +33,23 @@ def test_a_plugged_model_is_that_of_the_cpu(base, rows, tmp_path, capsys):
     assert len(moved) == 2 * 9  # first and last layer: seven matrices and two norms
     for name, value in here.items():
         assert (there[name] - value).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize(("count", "scale"), [(1, 1.5), (2, 1.0)])
+def test_returns_on_a_device_without_float64(device, tmp_path, count, scale):
+    model = emulators.base(layers=3, vocab_size=300).float()
+    kit = emulators.made_kit(model, tmp_path / "kit")
+    returns = [moved_layers(kit, seed) for seed in range(count)]
+    expected, found = copy.deepcopy(model), copy.deepcopy(model).to(device)
+    plug_in(expected, kit, returns, 100.0, merging=Merging(scale=scale))
+    with standin.without_float64():
+        plug_in(found, kit, returns, 100.0, merging=Merging(scale=scale))
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name].cpu(), tensor)
+
+
+def moved_layers(kit, seed):
+    """The kit's outer layers, every number of it moved."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(kit.path / "adapter.safetensors")
+    return {name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
