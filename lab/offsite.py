@@ -45,6 +45,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.environment import hardware, versions
 from siftune.data.batches import Collator
+from siftune.data.encode import Encoder
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tasks import split
@@ -61,7 +62,7 @@ from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.calibration import in_batches
-from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
+from siftune.offsite.exchange.own_texts import own_texts
 from siftune.report.table import Table, markdown_table
 
 Job = dict[str, Any]
@@ -77,6 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradot, whitened, MLP refit": {"mlp": "refit"},
     "gradot, whitened, MLP refit, λ 0.1": {"mlp": "refit", "lambda_attn": 0.1, "lambda_mlp": 0.1},
 }
+ROOM = 4  # tokens at least after a prompt
 BASE = "base"
 _BASE_SCORES = ("full_zs", "full_ft")
 
@@ -307,8 +309,10 @@ def _calibration(
     if args.source == "rows":
         return text_batches(rows, args.length, tokenizer, args.template)
     count = len(rows) // 2 if args.source == "mixed" else len(rows)
-    prompts = [] if args.source == "free" else prompt_ids(rows[:count], tokenizer, args.length, args.template)
-    texts = own_texts(model, count, args.length, 0, prompts)
+    length = args.own_length or args.length
+    encode = Encoder(tokenizer, args.template)
+    prompts = [] if args.source == "free" else [encode.prompt(row) for row in rows[:count]]
+    texts = own_texts(model, count, length, 0, [ids for ids in prompts if len(ids) <= length - ROOM])
     data: list[Any] = [{**text, "labels": text["input_ids"]} for text in texts]
     if rest := rows[count:]:
         data += tokenize_rows(rest, tokenizer, args.length, args.template, completion_only=False)
@@ -335,6 +339,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
     common |= {"format": args.format, "template": args.template}
     common |= {} if args.source == "rows" else {"source": args.source}
+    common |= {} if args.own_length is None else {"own_length": args.own_length}
     common |= {} if args.outer == 2 else {"outer": args.outer}
     for seed in map(int, args.seeds.split(",")):
         if tuning:
@@ -487,6 +492,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         default="none",
         help="chat template, also of the rows to tune on",
     )
+    add("--own-length", type=int, help="longest own text in tokens; --length if not given")
     add("--outer", type=int, default=2, help="layers at either end that are not compressed")
     add("--length", type=int, default=128, help="longest calibration row in tokens")
     add("--keeps", default="0.7,0.5", help="kept fractions of the middle's matrices")
