@@ -17,10 +17,9 @@ the rows of calibration and text are questions with the texts of right options, 
                after tuning the same layers
 
 With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, as is the base's
-own, which tells whether both are merely too short. With `--ranks 8,32` the matrices of the plugged change are truncated
-to these ranks. With `--middle` all layers of the emulator train, and the change of each middle matrix, up·down −
-up₀·down₀ or that of its channels, is added to the base's, but not that of biases that the base has none of (FedProxy,
-arXiv 2604.19015, also trains all of its proxy; the mapping is ours).
+own, which tells whether both are merely too short. With `--middle` all layers of the emulator train, and the change of
+each middle matrix, up·down − up₀·down₀ or that of its channels, is added to the base's, but not that of biases that the
+base has none of (FedProxy, arXiv 2604.19015, also trains all of its proxy; the mapping is ours).
 
 `--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
 there already is not made again. More emulators: `name=key:value,...` after --methods, keys of `EmulatorSettings`.
@@ -182,24 +181,12 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
             scaled = _between(before, adapter, scale)
             with plugged(setting.model, parts.split, scaled), _added(changes, scale):
                 scores[_scaled("plug_in", scale)] = _scores(score_rows(setting.model, rows, 32))
-        for rank in job["tune"].get("ranks", ()):
-            thin = {name: _truncated(before[name], after, rank) for name, after in adapter.items()}
-            with plugged(setting.model, parts.split, thin), _added(changes, 1.0):
-                scores[f"plug_in, rank {rank}"] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
 
 
 def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Tensors with a multiple of their change; 1 is after."""
     return {name: torch.lerp(before[name].to(changed), changed, scale) for name, changed in after.items()}
-
-
-def _truncated(before: Tensor, after: Tensor, rank: int) -> Tensor:
-    """A tensor whose change is truncated to a rank if it is a matrix."""
-    if after.dim() != 2:
-        return after
-    left, sizes, right = torch.linalg.svd(after.float() - before.float(), full_matrices=False)
-    return before.float() + (left[:, :rank] * sizes[:rank]) @ right[:rank]
 
 
 def _middle(emulator: nn.Module, parts: EmulatorParts) -> list[dict[str, Tensor]]:
@@ -332,7 +319,6 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """All that is asked for: for every seed the base, then the emulators."""
     tune = {"task": args.tune, "steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
     tune |= {"scales": [float(scale) for scale in args.scales.split(",")]} if args.scales else {}
-    tune |= {"ranks": [int(rank) for rank in args.ranks.split(",")]} if args.ranks else {}
     tune |= {"middle": True} if args.middle else {}
     tuning = None if args.tune == "none" else tune
     common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
@@ -379,18 +365,16 @@ def report(lines: Sequence[Line]) -> str:
         for name in names:
             runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
             rows.append(_line(name, runs, bases))
-            for scale in _shared(runs, "scales"):
+            for scale in _shared_scales(runs):
                 rows.append(_line(f"{name}, change × {scale:g}", runs, bases, _scaled("plug_in", scale)))
-            for rank in _shared(runs, "ranks"):
-                rows.append(_line(f"{name}, rank {rank}", runs, bases, f"plug_in, rank {rank}"))
         table = markdown_table(Table(_header(bool(bases)), rows))
         out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
     return "\n".join(out)
 
 
-def _shared(runs: Sequence[Line], key: str) -> list[float]:
-    """Scales or ranks that all runs have."""
-    lists = [(line["job"]["tune"] or {}).get(key, ()) for line in runs]
+def _shared_scales(runs: Sequence[Line]) -> list[float]:
+    """Scales of the change that all runs have."""
+    lists = [(line["job"]["tune"] or {}).get("scales", ()) for line in runs]
     return sorted(set(lists[0]).intersection(*lists[1:]))
 
 
@@ -502,7 +486,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=2e-4, help="peak learning rate")
     add("--batch", type=int, default=16, help="rows in a step")
     add("--scales", default="", help="of the plugged change, besides 1")
-    add("--ranks", default="", help="to truncate the plugged change to")
     add("--middle", action="store_true", help="train the emulator's middle too, and map its change back")
     add("--questions", type=int, default=300, help="held-out questions")
     add("--seeds", default="0", help="of the tuning task")
