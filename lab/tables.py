@@ -45,6 +45,15 @@ def _pays(path: Path) -> str:
     return "\n\n".join([*parts, "# At the best of several learning rates", pays.report(several)])
 
 
+def _private(path: Path) -> str:
+    """Private runs beside Opacus', each method at its best rate."""
+    lines = read(path)
+    parts = [pays.report(lines)]
+    for name in ("opacus", "opacus-2"):
+        parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
+    return "\n\n".join(parts)
+
+
 def _rows(path: Path) -> str:
     return "\n\n".join(rows.sections(read(path)))
 
@@ -71,11 +80,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "keep_epyc.jsonl": lambda path: keep.report(read(path)),
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     "offsite.jsonl": lambda path: offsite.report(read(path)),
+    "offsite_bias.jsonl": lambda path: offsite.report(read(path)),
     "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),
     "offsite_forms.jsonl": lambda path: offsite.report(read(path)),
     "offsite_own.jsonl": lambda path: offsite.report(read(path)),
     "offsite_split.jsonl": lambda path: offsite.report(read(path)),
     "pays.jsonl": _pays,
+    "private.jsonl": _private,
     "quality.jsonl": _quality,
     "rows.jsonl": _rows,
     "sources.jsonl": lambda path: sources.report(read(path)),
