@@ -15,7 +15,7 @@ form, so that the two agree.
 The second table is of channels, in the matrix of the MLP that writes: cost of dropping them together, on the
 calibration rows and on the others, with its columns unchanged, and fitted to the output of the complete matrix.
 
-Means over the layers; `--layers` names others. Inputs are with their mean, unlike those that `emulate` fits to.
+Means over the layers; `--layers` names others.
 """
 
 import argparse

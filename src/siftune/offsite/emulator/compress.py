@@ -3,10 +3,6 @@
 GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), and SCP on the MLP or *(ours)* channels
 whose part the others take over (`channels.py`). Layer drop drops whole layers (`plan.py`); the layers that stay come
 through here unchanged.
-
-Ours: where directions are whitened or channels refitted, Ŵ is fitted to inputs without their mean μ, and a bias
-restores the mean output: ŷ = Ŵ x + (W − Ŵ) μ, as FLAP's does for pruned channels (An et al., AAAI 2024, arXiv
-2312.11983). Every compressed matrix has a bias, in the paper's form a zero one if the base has none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,16 +64,6 @@ class Compression:
         """Fraction of a matrix that stays."""
         return self.keep if self.shares is None else self.shares[path]
 
-    @property
-    def centres_attention(self) -> bool:
-        """Whether inputs of attention matrices are centred, because a bias restores the mean output."""
-        return self.basis == "whitened"
-
-    @property
-    def centres_mlp(self) -> bool:
-        """Whether inputs of the matrix that writes to the hidden state are centred."""
-        return self.mlp == "refit"
-
     def judged(self, family: Family) -> tuple[str, ...]:
         """Matrices of whose curvature something is asked: those that channels read by only where these are scored."""
         attention = () if self.parts == "mlp" else family.attention
@@ -89,39 +75,12 @@ class Compression:
 
 @dataclass
 class LayerCurvature:
-    """Curvature of a layer's matrices, computed once from what they saw.
+    """Curvature of a layer's matrices, and what was computed from it already."""
 
-    Attributes:
-        captured: What the matrices saw, by path.
-        slopes: Whether D is computed; else, where every λ is 0, zeros stand for it.
-        components: Of a matrix, by path, basis and damping, so that several λ and ranks cost one decomposition.
-    """
-
-    captured: Mapping[str, Captured] = field(default_factory=dict)
-    slopes: bool = True
+    captured: Mapping[str, Captured] = field(default_factory=dict)  # what the matrices saw, by path
+    curvature: Mapping[str, Curvature] = field(default_factory=dict)  # their curvature, by path
+    # components by path and basis, so that several λ and ranks cost one decomposition
     components: dict[tuple[str, str, float], Components] = field(default_factory=dict)
-    _inputs: dict[tuple[int, bool], Moments] = field(default_factory=dict)
-    _known: dict[tuple[str, bool], Curvature] = field(default_factory=dict)
-
-    def mean(self, path: str) -> Tensor:
-        """μ, the mean input of a matrix; (I,) float32."""
-        return self.captured[path].x_NI.mean(0)
-
-    def of(self, path: str, centred: bool = False) -> Curvature:
-        """Curvature of a matrix, of inputs x or x − μ; matrices that read the same tensor share its moments."""
-        if (path, centred) not in self._known:
-            self._known[path, centred] = self._computed(self.captured[path], centred)
-        return self._known[path, centred]
-
-    def _computed(self, seen: Captured, centred: bool) -> Curvature:
-        x_NI, key = seen.x_NI, (id(seen.x_NI), centred)
-        if centred and (self.slopes or key not in self._inputs):
-            x_NI = x_NI - x_NI.mean(0)
-        if key not in self._inputs:
-            self._inputs[key] = moments(x_NI)
-        shape = seen.g_NO.shape[1], x_NI.shape[1]
-        slope_OI = seen.g_NO.T @ x_NI if self.slopes else x_NI.new_zeros(()).expand(shape)
-        return Curvature(self._inputs[key], moments(seen.g_NO), slope_OI)
 
 
 @dataclass(frozen=True)
@@ -130,6 +89,22 @@ class CompressedLayer:
 
     shape: LayerShape
     tensors: Mapping[str, Tensor]  # all its parameters and buffers, by name in the layer; matrices as (out, in)
+
+
+def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> LayerCurvature:
+    """Curvature of the matrices of a layer, by path; those that read the same tensor share their input moments.
+
+    Without `slopes`, where every λ is 0, zeros stand for D.
+    """
+    inputs: dict[int, Moments] = {}
+    curvature = {}
+    for path, seen in captured.items():
+        if id(seen.x_NI) not in inputs:
+            inputs[id(seen.x_NI)] = moments(seen.x_NI)
+        shape = seen.g_NO.shape[1], seen.x_NI.shape[1]
+        slope_OI = seen.g_NO.T @ seen.x_NI if slopes else seen.x_NI.new_zeros(()).expand(shape)
+        curvature[path] = Curvature(inputs[id(seen.x_NI)], moments(seen.g_NO), slope_OI)
+    return LayerCurvature(captured, curvature)
 
 
 def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compression) -> CompressedLayer:
@@ -153,12 +128,11 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
         if share >= 1:
             continue
         rank = rank_of(share, outputs, inputs)
-        weight = tensors.pop(f"{path}.weight")
-        whole_OI = weight_OI(matrix, weight).float()
-        up_OR, down_RI = _factors(path, whole_OI, seen, rank, how)
-        bias_O = _bias(tensors.pop(f"{path}.bias", None), whole_OI - up_OR @ down_RI, seen, path, how.centres_attention)
-        found = {"down.weight": down_RI, "up.weight": up_OR, "up.bias": bias_O}
-        tensors |= {f"{path}.{name}": tensor.to(weight.dtype) for name, tensor in found.items()}
+        up_OR, down_RI = _factors(path, weight_OI(matrix, tensors[f"{path}.weight"]), seen, rank, how)
+        dtype = tensors.pop(f"{path}.weight").dtype
+        tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(dtype), up_OR.to(dtype)
+        if f"{path}.bias" in tensors:
+            tensors[f"{path}.up.bias"] = tensors.pop(f"{path}.bias")
         ranks[path] = rank
     if how.parts == "attention" or how.share(family.writes) >= 1:
         return CompressedLayer(LayerShape(number, ranks), tensors)
@@ -168,7 +142,8 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
 
 def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression) -> tuple[Tensor, Tensor]:
     """A matrix of attention as a product of two thinner ones."""
-    curvature = seen.of(path, how.centres_attention)
+    weight = weight.float()
+    curvature = seen.curvature[path]
     key = (path, how.basis, how.damping)
     if key not in seen.components:
         seen.components[key] = components(weight, curvature, how.basis, how.damping)
@@ -187,20 +162,10 @@ def _narrow(
         tensors[f"{path}.weight"] = weights[path][staying].contiguous()
         if f"{path}.bias" in tensors:
             tensors[f"{path}.bias"] = tensors[f"{path}.bias"][staying].contiguous()
-    write_OC = weights[family.writes]
-    columns = write_columns(write_OC, seen.of(family.writes, how.centres_mlp), staying, how)
-    dropped_OC = write_OC.float()
-    dropped_OC = dropped_OC.index_add(1, staying, -columns.float())
-    bias_O = _bias(tensors.get(f"{family.writes}.bias"), dropped_OC, seen, family.writes, how.centres_mlp)
-    tensors[f"{family.writes}.weight"] = columns.to(write_OC.dtype).contiguous()
-    tensors[f"{family.writes}.bias"] = bias_O.to(write_OC.dtype)
+    name = f"{family.writes}.weight"
+    columns = write_columns(weights[family.writes], seen.curvature[family.writes], staying, how)
+    tensors[name] = columns.to(tensors[name].dtype).contiguous()
     return count
-
-
-def _bias(own_O: Tensor | None, dropped_OI: Tensor, seen: LayerCurvature, path: str, centred: bool) -> Tensor:
-    """Bias of a compressed matrix: the base's own, and the mean output of what was dropped if inputs were centred."""
-    own_O = dropped_OI.new_zeros(len(dropped_OI)) if own_O is None else own_O
-    return own_O + dropped_OI @ seen.mean(path) if centred else own_O
 
 
 def channel_count(share: float, channels: int) -> int:
@@ -210,10 +175,10 @@ def channel_count(share: float, channels: int) -> int:
 
 def score_channels(weights: Mapping[str, Tensor], family: Family, seen: LayerCurvature, how: Compression) -> Tensor:
     """Scores of an MLP's channels; high ones should stay."""
-    writes, curvature = weights[family.writes].float(), seen.of(family.writes, how.centres_mlp)
+    writes, curvature = weights[family.writes].float(), seen.curvature[family.writes]
     if how.mlp == "refit":
         return refit_scores(writes, curvature, how.lambda_mlp, how.refit_damping, how.lambda_unit)
-    reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.of(p)) for p in family.reads]
+    reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
     return channel_scores(reads, (writes, curvature), how.lambda_mlp, how.lambda_unit)
 
 

@@ -18,6 +18,7 @@ from siftune.offsite.emulator.compress import (
     Compression,
     LayerCurvature,
     compress_layer,
+    layer_curvature,
 )
 from siftune.offsite.emulator.model import Base
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
@@ -98,6 +99,6 @@ def _compress_one(
 ) -> None:
     """Compress a layer for every job; a function of its own, so that nothing of the layer is left in memory."""
     paths = list(dict.fromkeys(path for how in jobs.values() if how.keep < 1 for path in how.judged(base.family)))
-    seen = LayerCurvature(replay(base, recording, number, paths), slopes) if paths else LayerCurvature()
+    seen = layer_curvature(replay(base, recording, number, paths), slopes) if paths else LayerCurvature()
     for place, how in jobs.items():
         take(place, number, compress_layer(base, number, seen, how))

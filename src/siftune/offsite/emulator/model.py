@@ -114,11 +114,11 @@ class Base:
 class FactoredLinear(nn.Module):
     """A linear map through a bottleneck: y = up(down(x)), in place of a Linear of the same in and out features."""
 
-    def __init__(self, in_features: int, rank: int, out_features: int) -> None:
+    def __init__(self, in_features: int, rank: int, out_features: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
         self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features)
+        self.up = nn.Linear(rank, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
@@ -177,18 +177,17 @@ def emulator_config(config: PreTrainedConfig, split: Split, middle: Sequence[Lay
 
 
 def reshape(layer: nn.Module, family: Family, shape: LayerShape) -> None:
-    """Replace a decoder layer's matrices by smaller ones, uninitialised, in place; see `compress` for their biases."""
+    """Replace a decoder layer's matrices by smaller ones, uninitialised, in place."""
     for path, rank in shape.ranks.items():
-        inputs, outputs, _ = features(layer.get_submodule(path))
-        layer.set_submodule(path, FactoredLinear(inputs, rank, outputs))
+        inputs, outputs, bias = features(layer.get_submodule(path))
+        layer.set_submodule(path, FactoredLinear(inputs, rank, outputs, bias))
     channels = shape.channels
     if channels is None:
         return
-    for path in family.reads:
-        inputs, _, bias = features(layer.get_submodule(path))
-        layer.set_submodule(path, nn.Linear(inputs, channels, bias))
-    _, outputs, _ = features(layer.get_submodule(family.writes))
-    layer.set_submodule(family.writes, nn.Linear(channels, outputs))
+    for path in (*family.reads, family.writes):
+        inputs, outputs, bias = features(layer.get_submodule(path))
+        inputs, outputs = (channels, outputs) if path == family.writes else (inputs, channels)
+        layer.set_submodule(path, nn.Linear(inputs, outputs, bias))
 
 
 def features(module: nn.Module) -> tuple[int, int, bool]:

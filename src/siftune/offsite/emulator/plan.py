@@ -6,7 +6,7 @@ the MLP's channels four times. So one half of the calibration tokens chooses and
 other half. The kit itself is made from all tokens.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,6 +21,7 @@ from siftune.offsite.emulator.compress import (
     Compression,
     LayerCurvature,
     channel_count,
+    layer_curvature,
     score_channels,
     write_columns,
 )
@@ -161,9 +162,8 @@ def layer_costs(base: Base, number: int, captured: Mapping[str, Captured], how: 
         (2, S) float64 for each of `measured_paths`: parameters, then what is lost.
     """
     layer, family = base.layers[number], base.family
-    centred = (*(family.attention if how.centres_attention else ()), *((family.writes,) if how.centres_mlp else ()))
-    slopes = bool(how.lambda_attn or how.lambda_mlp)
-    chosen, other = map(LayerCurvature, _halves(captured, centred), (slopes, False))
+    chosen = layer_curvature(_half(captured, False), bool(how.lambda_attn or how.lambda_mlp))
+    other = layer_curvature(_half(captured, True), False)
     weights = {
         path: weight_OI(layer.get_submodule(path), tensor_of(layer, f"{path}.weight")).float()
         for path in family.matrices
@@ -174,28 +174,21 @@ def layer_costs(base: Base, number: int, captured: Mapping[str, Captured], how: 
     ]
 
 
-def _halves(captured: Mapping[str, Captured], centred: Collection[str]) -> list[dict[str, Captured]]:
-    """First and second half of the tokens, without the mean of the first at these paths.
-
-    Matrices that read the same tensor still share it.
-    """
-    inputs: dict[tuple[int, bool], Sequence[Tensor]] = {}
-    halves: list[dict[str, Captured]] = [{}, {}]
+def _half(captured: Mapping[str, Captured], second: bool) -> dict[str, Captured]:
+    """The first or second half of the tokens; matrices that read the same tensor still share it."""
+    inputs: dict[int, Tensor] = {}
+    halves = {}
     for path, seen in captured.items():
-        cut, key = len(seen.x_NI) // 2, (id(seen.x_NI), path in centred)
-        if key not in inputs:
-            inputs[key] = seen.x_NI[:cut], seen.x_NI[cut:]
-            if path in centred and cut:
-                mean_I = inputs[key][0].mean(0)
-                inputs[key] = [part - mean_I for part in inputs[key]]
-        for half, x_NI, g_NO in zip(halves, inputs[key], (seen.g_NO[:cut], seen.g_NO[cut:]), strict=True):
-            half[path] = Captured(x_NI, g_NO)
+        middle = len(seen.x_NI) // 2
+        part = slice(middle, None) if second else slice(middle)
+        x_NI = inputs.setdefault(id(seen.x_NI), seen.x_NI[part])
+        halves[path] = Captured(x_NI, seen.g_NO[part])
     return halves
 
 
 def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Compression) -> Tensor:
     """A matrix that becomes a product of two."""
-    chosen, other = (half.of(path) for half in seen)
+    chosen, other = (half.curvature[path] for half in seen)
     parts = components(weight, chosen, how.basis, how.damping)
     scores_K = component_scores(parts, chosen, how.lambda_attn, how.lambda_unit)
     ranks = [rank_of(share, *weight.shape) for share in SHARES[:-1]]
@@ -217,8 +210,8 @@ def _narrowed(
     for count in counts:
         staying = keep_channels(scores_C, count)
         delta_OC = -write_OC
-        delta_OC[:, staying] += write_columns(write_OC, chosen.of(family.writes, how.centres_mlp), staying, how)
-        costs.append(cost(other.of(family.writes), delta_OC))
+        delta_OC[:, staying] += write_columns(write_OC, chosen.curvature[family.writes], staying, how)
+        costs.append(cost(other.curvature[family.writes], delta_OC))
     return _table([float(count * per_channel) for count in (*counts, channels)], [*costs, 0.0])
 
 

@@ -6,7 +6,7 @@ from support.emulators import FAMILIES, base, calibration
 
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.compress import Compression, LayerCurvature, compress_layer
+from siftune.offsite.emulator.compress import Compression, compress_layer, layer_curvature
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
@@ -22,7 +22,7 @@ def seen(model, batches=None, slopes=True):
     recording = record(whole, batches or calibration(model, count=4, rows=4))
     layer = find_layers(model).layers[NUMBER]
     captured = replay(whole, recording, NUMBER, family.matrices)
-    return layer, family, captured, LayerCurvature(captured, slopes)
+    return layer, family, captured, layer_curvature(captured, slopes)
 
 
 def compress(model, **values):
@@ -45,38 +45,8 @@ def test_a_factored_matrix_is_the_sum_of_the_components_with_the_highest_scores(
         product = found.tensors[f"{path}.up.weight"] @ found.tensors[f"{path}.down.weight"]
         torch.testing.assert_close(product.float(), expected, rtol=1e-4, atol=1e-5)
         assert found.shape.ranks[path] == rank == found.tensors[f"{path}.down.weight"].shape[0]
-        assert torch.equal(found.tensors[f"{path}.up.bias"], own_bias(layer, path))
-
-
-def own_bias(layer, path):
-    """The bias of a base's matrix; zeros if it has none."""
-    matrix = layer.get_submodule(path)
-    return weight_OI(matrix).new_zeros(weight_OI(matrix).shape[0]) if matrix.bias is None else matrix.bias
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("basis", "mlp"), [("whitened", "channels"), ("svd", "refit"), ("whitened", "refit")])
-def test_a_bias_restores_the_mean_output(family, basis, mlp):
-    layer, matrices, captured, found = compress(base(family), keep=0.5, basis=basis, mlp=mlp)
-    kept = kept_channels(layer, matrices, found)
-    for path in (*matrices.attention, matrices.writes):
-        whole, seen = weight_OI(layer.get_submodule(path)).double(), captured[path].x_NI.double()
-        if path == matrices.writes:
-            small, inputs, name = found.tensors[f"{path}.weight"].double(), seen[:, kept], path
-        else:
-            small, inputs, name = (found.tensors[f"{path}.{part}.weight"].double() for part in ("up", "down")), seen, ""
-            small, name = torch.linalg.multi_dot([*small]), f"{path}.up"
-        lost = (seen @ whole.T + own_bias(layer, path) - inputs @ small.T - found.tensors[f"{name}.bias"]).mean(0)
-        scale = (seen @ whole.T).abs().mean()
-        centred = mlp == "refit" if path == matrices.writes else basis == "whitened"
-        assert (lost.abs().max() < 1e-4 * scale) == centred, path
-        if not centred:
-            assert torch.equal(found.tensors[f"{name}.bias"], own_bias(layer, path))
-
-
-def kept_channels(layer, matrices, found):
-    rows, some = weight_OI(layer.get_submodule(matrices.reads[0])), found.tensors[f"{matrices.reads[0]}.weight"]
-    return (rows[:, None] == some[None]).all(-1).int().argmax(0)
+        bias = layer.get_submodule(path).bias
+        assert bias is None or torch.equal(found.tensors[f"{path}.up.bias"], bias)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,12 +68,12 @@ def test_the_mlp_has_the_channels_with_the_highest_scores(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refit_mlp_has_the_channels_whose_loss_the_others_make_up_for_least(family):
     layer, matrices, captured, found = compress(base(family), keep=0.5, lambda_mlp=0.3, mlp="refit")
+    known = {path: curvature(captured[path].x_NI, captured[path].g_NO) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in (*matrices.reads, matrices.writes)}
-    writes, activations = weights[matrices.writes], captured[matrices.writes]
-    centred = curvature(activations.x_NI - activations.x_NI.mean(0), activations.g_NO)
-    kept = keep_channels(refit_scores(writes, centred, 0.3), writes.shape[1] // 2)
+    writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
+    kept = keep_channels(refit_scores(writes, known[matrices.writes], 0.3), writes.shape[1] // 2)
     assert found.shape.channels == len(kept)
-    fitted = refit(writes, centred.inputs, kept).to(writes.dtype)
+    fitted = refit(writes, inputs, kept).to(writes.dtype)
     assert torch.equal(found.tensors[f"{matrices.writes}.weight"], fitted)
     assert not torch.equal(fitted, writes[:, kept])
     for path in matrices.reads:
@@ -117,7 +87,7 @@ def test_one_part_alone_is_compressed_as_in_both_and_the_other_stays(part):
     model = base()
     layer, matrices, captured, both = compress(model, keep=0.5)
     how = Compression(keep=0.5, parts=part)
-    known = LayerCurvature({path: captured[path] for path in how.judged(matrices)}, slopes=False)
+    known = layer_curvature({path: captured[path] for path in how.judged(matrices)}, slopes=False)
     alone = compress_layer(Base(model, Split(1, 1)), NUMBER, known, how)
     own = "self_attn." if part == "attention" else "mlp."
     compressed = {name for name in both.tensors if name.startswith(own)}
@@ -145,7 +115,7 @@ def test_each_lambda_acts_on_its_own_part(mlp):
         compress(model, keep=0.5, mlp=mlp, **values)[3].tensors
         for values in ({}, {"lambda_attn": 3.0}, {"lambda_mlp": 3.0})
     )
-    for name in (name for name in plain if name.endswith("weight")):
+    for name in plain:
         same_attn, same_mlp = torch.equal(plain[name], attn[name]), torch.equal(plain[name], mlp[name])
         if name.startswith("self_attn"):
             assert same_mlp
@@ -158,7 +128,7 @@ def test_each_lambda_acts_on_its_own_part(mlp):
 def test_without_slopes_nothing_else_changes():
     model = base()
     *_, with_slopes = seen(model)
-    without = LayerCurvature(with_slopes.captured, slopes=False)
+    without = layer_curvature(with_slopes.captured, slopes=False)
     results = [
         compress_layer(Base(model, Split(1, 1)), NUMBER, known, Compression(keep=0.5))
         for known in (with_slopes, without)

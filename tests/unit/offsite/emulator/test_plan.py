@@ -31,17 +31,16 @@ def seen(family):
     return whole, replay(whole, recording, NUMBER, whole.family.matrices)
 
 
-def half(captured, second, centred=False):
-    """Inputs and output gradients of half of the tokens, without the mean input of the first half."""
+def half(captured, second):
+    """Inputs and output gradients of half of the tokens."""
     middle = len(captured.x_NI) // 2
     part = slice(middle, None) if second else slice(0, middle)
-    mean = captured.x_NI[:middle].mean(0) if centred else 0
-    return captured.x_NI[part] - mean, captured.g_NO[part]
+    return captured.x_NI[part], captured.g_NO[part]
 
 
-def lost(change, captured, centred):
+def lost(change, captured):
     """The mean square of what a change writes, weighed by G: both moments token by token, in float64."""
-    x, g = (rows.double() for rows in half(captured, True, centred))
+    x, g = (rows.double() for rows in half(captured, True))
     inputs = sum(torch.outer(row, row) for row in x) / len(x)
     gradients = sum(torch.outer(row, row) for row in g) / len(g)
     return torch.trace(change.double().T @ gradients @ change.double() @ inputs).item()
@@ -56,13 +55,12 @@ def test_costs_of_factored_matrices(family, basis):
     tables = layer_costs(whole, NUMBER, captured, how)
     for path, (sizes, lost_at) in zip(matrices.attention, tables[:-1], strict=True):
         weight = weight_OI(layer.get_submodule(path)).detach().float()
-        centred = basis == "whitened"
-        known = curvature(*half(captured[path], False, centred))
+        known = curvature(*half(captured[path], False))
         for share, size, cost in [*zip(SHARES, sizes.tolist(), lost_at.tolist(), strict=True)][::6]:
             rank = rank_of(share, *weight.shape)
             up, down = factor(components(weight, known, basis), known, rank, 0.3, 0.1)
             assert size == (up.numel() + down.numel() if share < 1 else weight.numel())
-            expected = lost(weight - up @ down, captured[path], centred) if share < 1 else 0.0
+            expected = lost(weight - up @ down, captured[path]) if share < 1 else 0.0
             assert cost == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
@@ -74,8 +72,7 @@ def test_costs_of_channels(family, mlp):
     how = Compression(mlp=mlp)
     assert measured_paths(matrices) == (*matrices.attention, matrices.writes)
     sizes, lost_at = layer_costs(whole, NUMBER, captured, how)[-1].tolist()
-    centred = {path: mlp == "refit" and path == matrices.writes for path in matrices.matrices}
-    known = {path: curvature(*half(captured[path], False, centred[path])) for path in matrices.matrices}
+    known = {path: curvature(*half(captured[path], False)) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in matrices.matrices}
     writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
     if mlp == "refit":
@@ -88,7 +85,7 @@ def test_costs_of_channels(family, mlp):
         change = writes.clone()
         change[:, kept] -= refit(writes, inputs, kept) if mlp == "refit" else writes[:, kept]
         assert size == len(kept) * 32 * (len(matrices.reads) + 1)
-        assert cost == pytest.approx(lost(change, captured[matrices.writes], mlp == "refit"), rel=1e-3, abs=1e-7)
+        assert cost == pytest.approx(lost(change, captured[matrices.writes]), rel=1e-3, abs=1e-7)
     assert (sizes[-1], lost_at[-1]) == (48 * 32 * (len(matrices.reads) + 1), 0.0)
 
 
