@@ -18,8 +18,8 @@ the rows of calibration and text are questions with the texts of right options, 
 
 With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, as is the base's
 own, which tells whether both are merely too short. With `--middle` all layers of the emulator train, and the change of
-each middle matrix, up·down − up₀·down₀ or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015, also
-trains all of its proxy; the mapping is ours).
+each middle matrix, up·down − up₀·down₀ or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015,
+also trains all of its proxy; the mapping is ours).
 
 `--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
 there already is not made again. More emulators: `name=key:value,...` after --methods, keys of `EmulatorSettings`.
