@@ -81,6 +81,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     "offsite.jsonl": lambda path: offsite.report(read(path)),
     "offsite_scale.jsonl": lambda path: offsite.report(read(path)),
+    "offsite_gemma_scale.jsonl": lambda path: offsite.report(read(path)),
     "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),
     "offsite_forms.jsonl": lambda path: offsite.report(read(path)),
     "offsite_own.jsonl": lambda path: offsite.report(read(path)),
