@@ -368,18 +368,8 @@ def test_what_plug_refuses(damaged, parties, half, base, capsys):
 
 
 def test_a_scaled_update(parties, half, tmp_path, capsys):
-    way = (
-        "plug",
-        "--model",
-        half,
-        "--kit",
-        parties / "kit",
-        "--return",
-        parties / "run" / "return",
-        "--dtype",
-        "float32",
-    )
-    rows = ("--eval", parties / "rows.jsonl", "--max-loss-increase", 10)
+    way = ("plug", "--model", half, "--kit", parties / "kit", "--return", parties / "run" / "return")
+    rows = ("--dtype", "float32", "--eval", parties / "rows.jsonl", "--max-loss-increase", 10)
     one, said = siftune(capsys, *way, *rows, "--out", tmp_path / "one")
     assert "times" not in said
     more, said = siftune(capsys, *way, *rows, "--out", tmp_path / "more", "--scale", 1.5)
