@@ -26,7 +26,7 @@ from siftune.base.environment import LEFT_ALONE, launch_rank, launch_size, quiet
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
 from siftune.base.text import jsonable, visible
-from siftune.recipe.removed import OTHER_COMMANDS
+from siftune.recipe.other_tools import OTHER_COMMANDS
 
 # group -> command -> its module, and its line of help
 GROUPS = {

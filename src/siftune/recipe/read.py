@@ -12,7 +12,7 @@ from siftune.base.settings import made, nearest, types_of
 from siftune.methods import all_parts
 from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
-from siftune.recipe.removed import FORMER_DEFAULTS, removal
+from siftune.recipe.other_tools import OTHER_OPTIONS
 from siftune.recipe.schema import R, Recipe, method_of
 
 _MOST = 2**18  # bytes of a recipe; the parser takes seconds for a megabyte
@@ -47,9 +47,6 @@ def load_recipe(*paths: str | Path, kind: type[R] = Recipe, flags: Given | None 
     for path in map(Path, paths):
         given |= _flat(path, kind)
     given |= flags or {}
-    for name, (value, label) in given.items():
-        if isinstance(value, str) and (sentence := removal(name, value)):
-            raise RecipeError(f"{label} {sentence}")
     if given.get("target", (None, ""))[0] is not None:
         aimed = {part.settings.group: part.settings.with_target for part in all_parts()}
         for group, values in aimed.items():
@@ -78,13 +75,12 @@ def _flat(path: Path, kind: type) -> dict[str, tuple[Any, str]]:
             given |= {f"{key}.{n}": (_plain(e.value), f"{path}:{e.line}: {key}.{n}") for n, e in entry.value.items()}
         else:
             given[key] = _plain(entry.value), f"{where}{key}"
-    values = {name: value for name, (value, _) in given.items()}
-    for name, (_, label) in given.items():
+    for name, (value, label) in given.items():
         if name not in options:
-            if sentence := removal(name):
-                if not values[name] or values[name] == FORMER_DEFAULTS.get(name):
+            if name in OTHER_OPTIONS:
+                if not value:
                     continue
-                raise RecipeError(f"{label}: {sentence}")
+                raise RecipeError(f"{label}: {OTHER_OPTIONS[name]}")
             close = nearest(name, options) or nearest(name.rpartition(".")[2], options)
             hint = f"did you mean {close!r}?" if close else "`siftune train --help-all` lists the keys"
             raise RecipeError(f"{label.removesuffix(name)}unknown key {name!r}; {hint}")

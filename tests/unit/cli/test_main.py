@@ -385,8 +385,6 @@ def test_pull_in_a_process_of_its_own_fails_cleanly(tmp_path):
         (["train", "--train", "x.jsonl", "--streaming"], "SFTTrainer"),
         (["chat", "run"], "vLLM"),
         (["webui"], "LLaMA-Factory"),
-        (["sweep", "--model", "x"], "siftune compare-emulators"),
-        (["sweep-lr"], "siftune find-lr"),
         (["verify", "KIT", "--seed", "1"], "takes no seed"),
     ],
 )

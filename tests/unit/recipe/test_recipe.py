@@ -14,9 +14,9 @@ from siftune.base.settings import help_of
 from siftune.methods import METHODS
 from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.checks import check
+from siftune.recipe.other_tools import OTHER_OPTIONS
 from siftune.recipe.presets import PRESETS, preset, preset_text
 from siftune.recipe.read import load_recipe, recipe_to_yaml
-from siftune.recipe.removed import REMOVED
 from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, shape_of
 from siftune.train.rates.grid import rate_text
 
@@ -101,16 +101,13 @@ def test_an_error_names_file_line_and_key(recipe_file, text, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", REMOVED)
-def test_a_removed_option_gets_one_sentence(recipe_file, key):
-    option, _, value = key.partition("=")
-    group, _, name = option.rpartition(".")
-    line = f"{name}: {value or 1}"
+@pytest.mark.parametrize("key", OTHER_OPTIONS)
+def test_an_option_of_another_tool_gets_one_sentence(recipe_file, key):
     with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe_file(f"{group}: {{{line}}}\n" if group else f"{line}\n"))
-    assert str(caught.value).startswith("/")
+        load_recipe(recipe_file(f"{key}: true\n"))
     assert str(caught.value).partition(": ")[0].endswith("r.yaml:1")
-    assert str(caught.value).endswith(REMOVED[key])
+    assert str(caught.value).endswith(OTHER_OPTIONS[key])
+    assert load_recipe(recipe_file(f"{key}: false\n")) == Recipe()
 
 
 def test_a_recipe_of_any_size_is_refused_at_once(recipe_file):
@@ -268,11 +265,3 @@ def test_a_target_that_is_a_file_of_the_training_rows(tmp_path, monkeypatch):
 def test_a_setting_without_effect():
     with pytest.raises(RecipeError, match=r"gast\.support_size"):
         GASTSettings(support="rest", support_size=3)
-
-
-def test_removed_options_that_were_not_used_are_ignored(recipe_file):
-    assert load_recipe(recipe_file("format: auto\noutside: []\neval_split: test\n")) == Recipe()
-    former = "method: ist\nist: {factor: 0.25, score_lr: 10.0, suppressed: 0.5}\n"
-    assert load_recipe(recipe_file(former)) == Recipe(method="ist")
-    with pytest.raises(RecipeError, match="use columns"):
-        load_recipe(recipe_file("format: messages\n"))
