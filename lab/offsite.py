@@ -79,6 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 ROOM = 4  # tokens at least after a prompt
 BASE = "base"
+CALIBRATED = ("calibration", "rows", "length", "source", "own_length")  # settings that the base does not depend on
 _BASE_SCORES = ("full_zs", "full_ft")
 
 
@@ -327,9 +328,10 @@ def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     common |= {} if args.source == "rows" else {"source": args.source}
     common |= {} if args.own_length is None else {"own_length": args.own_length}
     common |= {} if args.outer == 2 else {"outer": args.outer}
+    uncalibrated = {key: value for key, value in common.items() if key not in CALIBRATED}
     for seed in map(int, args.seeds.split(",")):
         if tuning:
-            yield {**common, "name": BASE, "keep": None, "seed": seed, "emulator": None}
+            yield {**uncalibrated, "name": BASE, "keep": None, "seed": seed, "emulator": None}
         for keep in map(float, args.keeps.split(",")):
             for words in args.methods or METHODS:
                 name, values = _method(words)
