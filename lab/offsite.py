@@ -27,12 +27,14 @@ there already is not made again. More emulators: `name=key:value,...` after --me
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -318,24 +320,26 @@ def text_batches(
 
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """All that is asked for: for every seed the base, then the emulators."""
-    tune = {"task": args.tune, "steps": args.steps, "lr": args.lr, "batch": args.batch, "questions": args.questions}
+    tune = {"task": args.tune, "steps": args.steps, "batch": args.batch, "questions": args.questions}
     tune |= {"scales": [float(scale) for scale in args.scales.split(",")]} if args.scales else {}
     tune |= {"middle": True} if args.middle else {}
-    tuning = None if args.tune == "none" else tune
-    common = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows, "tune": tuning}
+    rates = [float(rate) for rate in args.lrs.split(",")]
+    tunings = [None] if args.tune == "none" else [{**tune, "lr": rate} for rate in rates]
+    common: Job = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows}
     common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
     common |= {"format": args.format, "template": args.template}
     common |= {} if args.source == "rows" else {"source": args.source}
     common |= {} if args.own_length is None else {"own_length": args.own_length}
     common |= {} if args.outer == 2 else {"outer": args.outer}
-    uncalibrated = {key: value for key, value in common.items() if key not in CALIBRATED}
-    for seed in map(int, args.seeds.split(",")):
+    for seed, tuning in product(map(int, args.seeds.split(",")), tunings):
+        common |= {"tune": tuning, "seed": seed}
         if tuning:
-            yield {**uncalibrated, "name": BASE, "keep": None, "seed": seed, "emulator": None}
+            base = {key: value for key, value in common.items() if key not in CALIBRATED}
+            yield {**base, "name": BASE, "keep": None, "emulator": None}
         for keep in map(float, args.keeps.split(",")):
             for words in args.methods or METHODS:
                 name, values = _method(words)
-                yield {**common, "name": name, "keep": keep, "seed": seed, "emulator": {**values, "keep": keep}}
+                yield {**common, "name": name, "keep": keep, "emulator": {**values, "keep": keep}}
 
 
 def _method(words: str) -> tuple[str, dict[str, Any]]:
@@ -358,9 +362,20 @@ def _value(text: str) -> Any:
 
 def report(lines: Sequence[Line]) -> str:
     """Markdown tables, one for every kept fraction; questions of all seeds pooled."""
-    bases = {line["job"]["seed"]: line for line in lines if line["job"]["emulator"] is None and line["scores"]}
     rest = [line for line in lines if line["job"]["emulator"] is not None]
-    out = _bases(bases)
+    rates = sorted({line["job"]["tune"]["lr"] for line in lines if line["job"]["tune"]})
+    by_rate = {
+        rate: {
+            line["job"]["seed"]: line
+            for line in lines
+            if line["job"]["emulator"] is None and line["scores"] and line["job"]["tune"]["lr"] == rate
+        }
+        for rate in rates
+    }
+    bases = min(by_rate.values(), key=_loss, default={})
+    if len(rates) > 1:
+        rest = [{**line, "job": {**line["job"], "name": _at_rate(line["job"])}} for line in rest]
+    out = [text for rate, runs in by_rate.items() for text in _bases(runs, f"lr {rate:g}, " if len(rates) > 1 else "")]
     for keep in sorted({line["job"]["keep"] for line in rest}, reverse=True):
         names = list(dict.fromkeys(line["job"]["name"] for line in rest if line["job"]["keep"] == keep))
         rows = []
@@ -374,13 +389,22 @@ def report(lines: Sequence[Line]) -> str:
     return "\n".join(out)
 
 
+def _at_rate(job: Job) -> str:
+    return f"{job['name']}, lr {job['tune']['lr']:g}" if job["tune"] else str(job["name"])
+
+
+def _loss(bases: Mapping[int, Line]) -> float:
+    """Mean loss of the base after tuning; infinite without one."""
+    return mean(line["scores"]["full_ft"]["nll"] for line in bases.values()) if bases else math.inf
+
+
 def _shared_scales(runs: Sequence[Line]) -> list[float]:
     """Scales of the change that all runs have."""
     lists = [(line["job"]["tune"] or {}).get("scales", ()) for line in runs]
     return sorted(set(lists[0]).intersection(*lists[1:]))
 
 
-def _bases(bases: dict[int, Line]) -> list[str]:
+def _bases(bases: dict[int, Line], rate: str) -> list[str]:
     if not bases:
         return []
     columns = _pooled(bases.values(), _BASE_SCORES, "correct")
@@ -391,7 +415,7 @@ def _bases(bases: dict[int, Line]) -> list[str]:
         f", {loss:.3f} with the change {name.removeprefix('full_ft ')}" for name, loss in losses.items() if "×" in name
     )
     return [
-        f"Base: {before} of the questions correct, {after} after tuning the same layers (nats per label "
+        f"Base: {rate}{before} of the questions correct, {after} after tuning the same layers (nats per label "
         f"{losses['full_zs']:.3f} and {losses['full_ft']:.3f}{scaled}); seeds {', '.join(map(str, sorted(bases)))}."
     ]
 
@@ -485,7 +509,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", help=f"of {'; '.join(METHODS)}; all if not given; or name=key:value,...")
     add("--tune", choices=("options", "arithmetic", "none"), default="options", help="options: files beside --text")
     add("--steps", type=int, default=100, help="optimizer steps of a tuning")
-    add("--lr", type=float, default=2e-4, help="peak learning rate")
+    add("--lrs", default="2e-4", help="peak learning rates; the gain is the base's at its best")
     add("--batch", type=int, default=16, help="rows in a step")
     add("--scales", default="", help="of the plugged change, besides 1")
     add("--middle", action="store_true", help="train the emulator's middle too, and map its change back")

@@ -399,11 +399,13 @@ def test_offsite(llama, suite, tmp_path, capsys):
         "2",
     ]
     words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
-    words += ["--scales", "0,1.5", "--outer", "1", "--methods"]
+    words += ["--scales", "0,1.5", "--outer", "1", "--lrs", "2e-4,1e-3", "--methods"]
     assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
     assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
-    assert "| mine, change × 1.5 |" in capsys.readouterr().out
-    base, *_, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    printed = capsys.readouterr().out
+    assert "| mine, lr 0.0002, change × 1.5 |" in printed
+    assert printed.count("Base: lr ") == 2
+    *_, base, _, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert mine["plug_in × 0"] == base["full_ft × 0"] == base["full_zs"]
     assert len({base[name]["nll"] for name in ("full_zs", "full_ft", "full_ft × 1.5")}) == 3
     assert mine["plug_in × 1.5"]["nll"] != mine["plug_in"]["nll"] != base["full_zs"]["nll"]
@@ -414,7 +416,20 @@ def test_a_tuned_middle_is_mapped_back(llama, suite, tmp_path):
     from lab import offsite
 
     words = ["--calibration", str(suite / "ARC-Easy.train.json"), "--text", str(suite / "openbookqa.test.json")]
-    words += ["--model", llama, "--rows", "8", "--text-rows", "4", "--keeps", "1.0,0.5", "--lr", "0.01", "--steps", "2"]
+    words += [
+        "--model",
+        llama,
+        "--rows",
+        "8",
+        "--text-rows",
+        "4",
+        "--keeps",
+        "1.0,0.5",
+        "--lrs",
+        "0.01",
+        "--steps",
+        "2",
+    ]
     words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
     for more in (["--middle"], []):
         assert offsite.main([*words, *more, "--methods", "default="]) == 0
