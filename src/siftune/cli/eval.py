@@ -32,10 +32,8 @@ class Options(Validated):
     runs: Annotated[tuple[str, ...], Flag("run", positional=True)]
     """What to measure: run folders, PEFT adapter folders, kits, or models (folder, hub id, smollm2)."""
     data: str | None = None
-    """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id; a run's own if not given, its
-    eval_share among them."""
-    split: str = "test"
-    """Split of --data, where it has splits."""
+    """Held-out rows: a .jsonl, .json, .csv or .parquet file, or a hub id, whose split is test if none is named, as in
+    google/boolq@validation; a run's own if not given, its eval_share among them."""
     limit: Count | None = None
     """Use at most N rows."""
     metrics: tuple[Literal["auto", "choices", "exact_match", "perplexity"], ...] = ("auto",)
@@ -133,7 +131,7 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
 
     recipe = subject.recipe
     if options.data is not None:
-        return options.data, load_rows(options.data, options.split, options.limit, columns)
+        return options.data, load_rows(options.data, "test", options.limit, columns)
     if recipe is None:
         raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
     if (recipe.eval or recipe.eval_share) and not is_own(Path(subject.name).expanduser()):

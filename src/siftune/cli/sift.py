@@ -40,8 +40,6 @@ class Options(Validated):
     """Rows to select: a share of the pool below 1, or a number. Default: those of the task without contradiction."""
     steps: Count = 60
     """Optimizer steps of the training on the target's rows."""
-    train_split: str = "train"
-    """Split to read, if the data has splits."""
     limit: Count | None = None
     """Use at most N rows of each file of the pool."""
     bad_rows: Literal["stop", "drop"] = "stop"
@@ -68,7 +66,7 @@ class Options(Validated):
 
 # settings in which a training must not differ from sifting
 _NEXT = (
-    *("model", "train", "target", "train_split", "limit", "bad_rows", "columns", "template", "max_length", "dtype"),
+    *("model", "train", "target", "limit", "bad_rows", "columns", "template", "max_length", "dtype"),
     "quantize",
 )
 

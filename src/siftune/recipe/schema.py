@@ -64,16 +64,14 @@ class Recipe(Validated):
     """Attention implementation; auto: the choice of transformers, with faster products for short rows on processors."""
 
     train: str | tuple[str, ...] = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, a .txt file with a row per line, or a hub id; or several,
-    which are concatenated."""
-    train_split: str = "train"
-    """Split to train on, if the data has splits."""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, a .txt file with a row per line, or a hub id, also with a
+    split, as in google/boolq@train; or several, which are concatenated."""
     limit: Count | None = None
     """Use at most N rows of each file."""
     bad_rows: Literal["stop", "drop"] = "stop"
     """Unusable rows: stop and list them, or drop them and train on the others."""
     eval: str | None = None
-    """Held-out rows: a file or hub id, as for train. The split is test, or another, as in google/boolq@validation."""
+    """Held-out rows: a file or hub id, as for train; its split is test if none is named."""
     eval_share: BelowOne = 0.0
     """Share of the training rows to hold out instead of eval. The choice depends on the content of a row only."""
     columns: Columns = ()

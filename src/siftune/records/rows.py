@@ -152,7 +152,7 @@ def read_rows(recipe: Recipe) -> Read:
     """
     bad: list[DataError] = []
 
-    def load(name: str, split: str, limit: int | None = None) -> list[Row]:
+    def load(name: str, split: str = "train", limit: int | None = None) -> list[Row]:
         return load_rows(name, split, limit, recipe.columns, bad)
 
     def weighted(rows: Sequence[Row]) -> Iterator[Row]:
@@ -165,8 +165,8 @@ def read_rows(recipe: Recipe) -> Read:
             else:
                 yield row
 
-    files = [list(weighted(load(name, recipe.train_split, recipe.limit))) for name in train_files(recipe)]
-    target = list(weighted(load(recipe.target, recipe.train_split))) if recipe.target else []
+    files = [list(weighted(load(name, limit=recipe.limit))) for name in train_files(recipe)]
+    target = list(weighted(load(recipe.target))) if recipe.target else []
     if recipe.drop_rows is not None:
         named = named_rows(recipe.drop_rows)
         logger.info("%s: leaving out %s", recipe.drop_rows, counted(len(set(named)), "row"))
@@ -194,7 +194,7 @@ def read_rows(recipe: Recipe) -> Read:
     if compared_with(recipe):
         parts["support"] = target
     if recipe.keep not in (None, OWN):
-        parts["keep"] = load(recipe.keep, recipe.train_split)
+        parts["keep"] = load(recipe.keep)
     return Read(parts, bad)
 
 

@@ -87,7 +87,7 @@ def level_text(run: RunData, data: str) -> str:
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
     """What decides the held-out rows: a file, or a share of the training rows."""
-    share = ("train", "train_split", "limit", "eval_share", "drop_rows", "target")
+    share = ("train", "limit", "eval_share", "drop_rows", "target")
     names = ("eval",) if recipe.eval is not None else share
     return tuple(getattr(recipe, name) for name in names)
 

@@ -302,7 +302,7 @@ def _write(work: Work, pool: Sequence[Row], selected: set[int]) -> list[int]:
     else:
         (folder.path / DROPPED).unlink(missing_ok=True)
     places = {pool[number].origin for number in selected}
-    records = (pair for name in train_files(recipe) for pair in placed_records(name, recipe.train_split, recipe.limit))
+    records = (pair for name in train_files(recipe) for pair in placed_records(name, "train", recipe.limit))
     for number, (place, record) in enumerate(records):
         if place in places:
             text.write(json.dumps(record, default=str) + "\n")

@@ -58,7 +58,7 @@ _CHUNK = 512  # rows in a line of losses.jsonl
 _WIDER = 4  # times the rows of a training step in a forward pass
 # settings of the trainings: those of the training that follows
 SAME = (
-    *("model", "dtype", "quantize", "attention", "train_split", "columns", "template", "max_length", "completion_only"),
+    *("model", "dtype", "quantize", "attention", "columns", "template", "max_length", "completion_only"),
     *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
     "deterministic",
 )

@@ -26,7 +26,7 @@ from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
 _MAY_CHANGE = {
     "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
     "steps", "epochs", "eval", "adapter", "rank", "alpha", "targets", "layers",
-    "train", "train_split", "limit", "columns", "target", "target_share", "method",
+    "train", "limit", "columns", "target", "target_share", "method",
     "drop_rows", "eval_share", "bad_rows", "sharding", "auto_batch", "deterministic",
 }  # fmt: skip
 _HALVED = {"batch_size", "accumulate"}  # by `auto_batch`, which keeps the rows of a step

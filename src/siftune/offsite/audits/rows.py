@@ -87,10 +87,10 @@ def with_calibration(rows: AuditRows, tokenizer: PreTrainedTokenizerBase, option
         return rows
     count, most = options.calibration_rows, options.membership_rows
     reach = count if options.calibration_others else count + most
-    own = load_rows(options.calibration, options.train_split, reach, options.columns)
+    own = load_rows(options.calibration, "train", reach, options.columns)
     others = own[count:]
     if options.calibration_others:
-        others = load_rows(options.calibration_others, options.train_split, most, options.columns)
+        others = load_rows(options.calibration_others, "train", most, options.columns)
     if not others:
         raise DataError(
             f"{options.calibration} has {len(own)} rows, all of which calibrated the kit: give others of the same "

@@ -182,8 +182,8 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     options.check()
     kit = read_kit(options.kit, options.public_key)
     returned = None if options.returned is None else read_return(options.returned, kit)
-    train = load_rows(options.train, options.train_split, options.limit, options.columns)
-    held_out = load_rows(options.eval, options.eval_split, options.eval_limit, options.columns)
+    train = load_rows(options.train, "train", options.limit, options.columns)
+    held_out = load_rows(options.eval, "test", options.eval_limit, options.columns)
     base, tokenizer = load_model(options.model, options.dtype)
     if fingerprint(base) != kit.manifest.fingerprint:
         raise KitError(
@@ -273,8 +273,8 @@ def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> 
     kit = read_kit(options.kit, options.public_key)
     assert options.returned is not None  # checked where no model is named
     returned = read_return(options.returned, kit)
-    train = load_rows(options.train, options.train_split, options.limit, options.columns)
-    others = load_rows(options.eval, options.eval_split, options.eval_limit, options.columns)
+    train = load_rows(options.train, "train", options.limit, options.columns)
+    others = load_rows(options.eval, "test", options.eval_limit, options.columns)
     emulator, tokenizer = load_kit(kit, options.dtype)
     settings = options.settings()
     rows = tokenize_audit(train, others, tokenizer, settings)
@@ -296,7 +296,6 @@ def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
             kit=str(Path(recipe.model).expanduser()),
             returned=returned,
             train=train_files(recipe)[0],
-            train_split=recipe.train_split,
             limit=recipe.limit,
             eval=recipe.eval,
             eval_limit=AFTER_TRAINING,

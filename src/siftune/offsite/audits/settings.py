@@ -93,14 +93,10 @@ class AuditOptions(AuditSettings):
     """Folder of the kit."""
     train: str = ""
     """Rows to tune on: a .jsonl, .json, .csv or .parquet file, or a hub id."""
-    train_split: str = "train"
-    """Split to tune on, where the data has splits."""
     limit: Count | None = None
     """Number of training rows to use, from the first."""
     eval: str = ""
     """Held-out rows of the same source, as for train."""
-    eval_split: str = "test"
-    """Split to measure on, where the data has splits."""
     eval_limit: Count | None = None
     """Number of held-out rows to use, from the first."""
     columns: Columns = ()

@@ -69,7 +69,7 @@ def plug(
     """
     settings = settings or PlugSettings()
     settings.check(len(returns))
-    rows = settings.eval and load_rows(settings.eval, settings.eval_split, settings.eval_limit, settings.columns)
+    rows = settings.eval and load_rows(settings.eval, "test", settings.eval_limit, settings.columns)
     with new_folder(out) as partial, ExitStack() as stack:
         opened = [stack.enter_context(open_return(path, kit)) for path in returns]
         model, tokenizer = load_model(model_source, settings.dtype)

@@ -67,8 +67,6 @@ class PlugSettings(Merging):
     eval: str | None = None
     """Your own rows to measure the model on before and after, as for siftune eval; a model that got worse on them is
     refused."""
-    eval_split: str = "test"
-    """Split of --eval, where it has splits."""
     eval_limit: Count | None = None
     """Number of your rows to use, from the first."""
     max_loss_increase: NotNegative | None = None
@@ -92,7 +90,7 @@ class PlugSettings(Merging):
         """
         self.check_merging(returns)
         defaults = {field.name: field.default for field in fields(PlugSettings)}
-        for name in ("max_loss_increase", "eval_split", "eval_limit", "columns", "template"):
+        for name in ("max_loss_increase", "eval_limit", "columns", "template"):
             if self.eval is None and getattr(self, name) != defaults[name]:
                 flag = f"--{name.replace('_', '-')}"
                 raise RecipeError(f"{flag} has no effect without rows to measure on: add --eval FILE, or leave it out")
