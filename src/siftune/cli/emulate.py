@@ -124,10 +124,8 @@ def _identifiable(options: Options) -> str:
     """A sentence on what the kit reveals of its calibration."""
     if options.calibration != OWN:
         what, option = "which rows calibrated a kit", "--calibration"
-    elif options.calibration_prompts is not None:
-        what, option = "with which prompts the calibration texts of a kit begin", "--calibration-prompts"
     else:
-        return "no row calibrated the kit, only texts that the base wrote itself"
+        what, option = "with which prompts the calibration texts of a kit begin", "--calibration-prompts"
     return f"whoever has the base model can tell {what}: {option} is best text that may be known"
 
 

@@ -139,38 +139,35 @@ def test_every_setting_changes_the_kit(half, parties, rows, tmp_path, capsys, fl
 
 
 @pytest.fixture
-def own(half, tmp_path, monkeypatch, capsys):
+def own(half, rows, tmp_path, monkeypatch, capsys):
     """Make a kit calibrated on own texts, with an empty cache each."""
 
     def emulate(name, *flags):
         monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / f"cache of {name}"))
         arguments = ("--model", half, "--calibration", "own", "--out", tmp_path / name, *EMULATE, "--max-length", "20")
-        return siftune(capsys, "emulate", *arguments, *flags)
+        prompts = () if "--calibration-prompts" in flags else ("--calibration-prompts", rows)
+        return siftune(capsys, "emulate", *arguments, *prompts, *flags)
 
     return emulate
 
 
 def test_a_kit_of_own_texts(own, rows, tmp_path, capsys):
-    made, said = own("one")
-    assert "no row calibrated the kit, only texts that the base wrote itself" in said
-    assert made["calibration"] == {"kind": "own texts", "number": 6, "tokens": 20, "seed": 0, "prompts": False}
-    assert own("again")[0]["digest"] == made["digest"]
-    begun, said = own("begun", "--calibration-prompts", rows, "--seed", "7")
+    made, said = own("one", "--seed", "7")
     assert "with which prompts the calibration texts of a kit begin: --calibration-prompts is best" in said
-    assert begun["calibration"] == {"kind": "own texts", "number": 6, "tokens": 20, "seed": 7, "prompts": True}
+    assert made["calibration"] == {"kind": "own texts", "number": 6, "tokens": 20, "seed": 7}
+    assert own("again", "--seed", "7")[0]["digest"] == made["digest"]
     capsys.readouterr()
-    assert main(["verify", str(tmp_path / "begun")]) == 0
-    assert "6 texts of at most 20 tokens, which the base wrote itself from prompts; seed 7" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "one")]) == 0
+    assert "6 texts of at most 20 tokens, which the base wrote itself after prompts; seed 7" in capsys.readouterr().out
     others = {
-        name: own(name, *flags)[0]["digest"]
-        for name, flags in {
-            "seed": ("--seed", "1"),
-            "prompts": ("--calibration-prompts", rows),
-            "completions": ("--calibration-prompts", rows, "--seed", "7", "--completion-only"),
-        }.items()
+        "seed": (),
+        "prompts": ("--calibration-prompts", save_rows(tmp_path / "others.jsonl", 3), "--seed", "7"),
+        "completions": ("--seed", "7", "--completion-only"),
     }
-    frozen = {(tmp_path / name / "emulator.safetensors").read_bytes() for name in ("one", "begun", *others)}
-    assert len(frozen) == 5
+    for name, flags in others.items():
+        own(name, *flags)
+    frozen = {(tmp_path / name / "emulator.safetensors").read_bytes() for name in ("one", *others)}
+    assert len(frozen) == 4
 
 
 def test_rows_are_what_a_manifest_says(parties):
@@ -179,13 +176,14 @@ def test_rows_are_what_a_manifest_says(parties):
 
 def test_a_sweep_of_own_texts(half, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
-    arguments = ("--model", half, "--calibration", "own", "--out", tmp_path / "sweep", *EMULATE, "--max-length", "20")
+    arguments = ("--model", half, "--calibration", "own", "--calibration-prompts", rows, "--max-length", "20")
+    arguments += ("--out", tmp_path / "sweep", *EMULATE)
     words = (*arguments, "--held-out", rows, "--keeps", "0.5", "--methods", "layerdrop")
     found, _ = siftune(capsys, "compare-emulators", *words)
     assert (found["calibration_rows"], found["held_out_rows"]) == (6, 16)
     assert "which the base wrote itself" in found["calibration"]
     assert "give some with --held-out FILE" in error_of(
-        capsys, "compare-emulators", *arguments[:4], "--out", tmp_path / "x"
+        capsys, "compare-emulators", *arguments[:6], "--out", tmp_path / "x"
     )
 
 
@@ -220,6 +218,7 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--out": few}, f"{few}"),
         ({"--calibration-prompts": rows}, "--calibration-prompts has no effect on rows"),
         ({"--seed": 3}, "--seed has no effect on rows"),
+        ({"--calibration": "own"}, "--calibration own needs prompts"),
         ({"--calibration": "own", "--calibration-prompts": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
         (
             {"--calibration": "own", "--calibration-prompts": rows, "--max-length": 5},

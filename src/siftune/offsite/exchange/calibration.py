@@ -33,7 +33,7 @@ class CalibrationOptions(Validated):
     """Rows of text that the model is looked at with: a .jsonl, .json, .csv or .parquet file, or a hub id; or own, for
     texts that the model samples itself."""
     calibration_prompts: str | None = None
-    """Rows whose prompts own texts begin with, as for --calibration; their completions are not used."""
+    """With own: rows whose prompts begin the texts, as for --calibration; their completions are not used."""
     seed: Seed = 0
     """Seed of own texts."""
     out: Path
@@ -55,8 +55,6 @@ class CalibrationOptions(Validated):
     """Rows in a forward and backward pass."""
     completion_only: bool = False
     """Look at the completions alone, not at the prompts."""
-    split: str = "train"
-    """Split of --calibration or --calibration-prompts, where it has splits."""
     columns: Columns = ()
     """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
     template: Template = "auto"
@@ -77,18 +75,22 @@ class CalibrationOptions(Validated):
         if self.calibration != OWN and (self.calibration_prompts is not None or self.seed):
             name = "--seed" if self.calibration_prompts is None else "--calibration-prompts"
             raise RecipeError(f"{name} has no effect on rows: leave it out, or give --calibration {OWN}")
+        if self.calibration == OWN and self.calibration_prompts is None:
+            raise RecipeError(
+                f"--calibration {OWN} needs prompts that begin the texts: give public rows like those of the tuning "
+                "with --calibration-prompts FILE"
+            )
 
 
 def calibration_rows(options: CalibrationOptions) -> "list[Row]":
-    """Read the rows, or those whose prompts own texts begin with; none for own texts without prompts.
+    """Read the rows, or those whose prompts own texts begin with.
 
     Raises:
         DataError: They cannot be read.
     """
-    if options.calibration != OWN:
+    if options.calibration_prompts is None:
         return _read(options.calibration, options, options.rows)
-    prompts = options.calibration_prompts
-    return [] if prompts is None else _read(prompts, options, sampled(options.rows))
+    return _read(options.calibration_prompts, options, sampled(options.rows))
 
 
 def sampled(count: int) -> int:
@@ -103,7 +105,7 @@ def calibration_facts(options: CalibrationOptions, batches: "Sequence[dict[str, 
     count = sum(len(batch["input_ids"]) for batch in batches)
     if options.calibration != OWN:
         return Calibration(ROWS, count, options.max_length)
-    return Calibration(OWN_TEXTS, count, options.max_length, options.seed, options.calibration_prompts is not None)
+    return Calibration(OWN_TEXTS, count, options.max_length, options.seed)
 
 
 def calibration_and_held_out(
@@ -159,13 +161,12 @@ def calibration_batches(
 
     Raises:
         DataError: A row cannot be used; the message names it.
-        UnsupportedError: The model cannot write texts without prompts.
     """
     if options.calibration != OWN:
         return batches_of(rows, tokenizer, options)
     from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
 
-    prompts = prompt_ids(rows, tokenizer, options.max_length, options.template) if rows else ()
+    prompts = prompt_ids(rows, tokenizer, options.max_length, options.template)
     texts = own_texts(model, options.rows, options.max_length, options.seed, prompts, progress)
     if not options.completion_only:
         texts = [{**text, "labels": text["input_ids"]} for text in texts]
@@ -197,4 +198,4 @@ def in_batches(table: Iterable[Any], batch_size: int, pad_token_id: int) -> "lis
 def _read(source: str, options: CalibrationOptions, limit: int) -> "list[Row]":
     from siftune.data.read import load_rows
 
-    return load_rows(source, options.split, limit, options.columns)
+    return load_rows(source, limit=limit, columns=options.columns)

@@ -88,7 +88,7 @@ def prompt_ids(
     found = []
     for row in rows:
         if not row.prompt:
-            raise DataError(f"{row.origin} has no prompt; for texts without prompts, leave out --calibration-prompts")
+            raise DataError(f"{row.origin} has no prompt, with which a text could begin; remove the row")
         ids = encoder.prompt(row)
         if len(ids) >= length:
             raise DataError(

@@ -2,7 +2,7 @@
 
     {"siftune_kit": 1,
      "base": {"model_type": "llama", "layers": 30, "fingerprint": "<sha256>"},
-     "calibration": {"kind": "rows", "number": 32, "tokens": 128, "seed": null, "prompts": false},
+     "calibration": {"kind": "rows", "number": 32, "tokens": 128, "seed": null},
      "split": {"first": 2, "last": 2},
      "middle": [{"base": 2, "ranks": {"self_attn.q_proj": 201}, "channels": 1075}],
      "adapter": {"first.0.self_attn.q_proj.weight": {"shape": [576, 576], "dtype": "F32"}},
@@ -41,7 +41,6 @@ from siftune.offsite.kit.strict import (
     one_of,
     parse_json,
     shown,
-    truth,
     whole,
 )
 from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, NAME, TensorSpec, parse_spec
@@ -100,15 +99,13 @@ class Calibration:
     number: int
     tokens: int  # of each, at most
     seed: int | None = None  # of own texts
-    prompts: bool = False  # whether prompts begin own texts
 
     def __str__(self) -> str:
         """In a line."""
         if self.kind == ROWS:
             return f"{self.number:,} rows of at most {self.tokens:,} tokens"
-        begin = "from prompts" if self.prompts else "from the first token"
         return (
-            f"{self.number:,} texts of at most {self.tokens:,} tokens, which the base wrote itself {begin}; "
+            f"{self.number:,} texts of at most {self.tokens:,} tokens, which the base wrote itself after prompts; "
             f"seed {self.seed}"
         )
 
@@ -214,7 +211,6 @@ _CALIBRATION: dict[str, Check] = {
     "number": whole(1, 2**31),
     "tokens": whole(1, 2**31),
     "seed": null_or(whole(0, 2**32 - 1)),
-    "prompts": truth,
 }
 
 
@@ -223,8 +219,8 @@ def _calibration(value: Any) -> Calibration:
     for name, part in as_object(value, where, tuple(_CALIBRATION)).items():
         _CALIBRATION[name](part, f"{where}.{name}")
     found = Calibration(**value)
-    if (found.kind == OWN_TEXTS) != (found.seed is not None) or (found.kind == ROWS and found.prompts):
-        raise KitError(f"{where} is of {found.kind}; a seed and prompts belong to {OWN_TEXTS}, which have a seed")
+    if (found.kind == OWN_TEXTS) != (found.seed is not None):
+        raise KitError(f"{where} is of {found.kind}; {OWN_TEXTS} have a seed, rows have none")
     return found
 
 

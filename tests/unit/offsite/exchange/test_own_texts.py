@@ -88,7 +88,7 @@ def test_a_prompt_ends_where_the_labels_begin(template):
 
 def test_rows_without_prompts_are_refused():
     rows = rows_from([{"text": "All of it."}])
-    with pytest.raises(DataError, match="row 1 has no prompt; for texts without prompts, leave out"):
+    with pytest.raises(DataError, match="row 1 has no prompt, with which a text could begin; remove the row"):
         prompt_ids(rows, byte_tokenizer(), 64)
 
 

@@ -52,7 +52,7 @@ def test_what_is_written_is_read(manifest):
 
 
 def test_own_texts_have_a_seed(manifest):
-    own = dataclasses.replace(manifest, calibration=Calibration("own texts", 4, 9, 0, True))
+    own = dataclasses.replace(manifest, calibration=Calibration("own texts", 4, 9, 0))
     assert parse_manifest(dump_manifest(own)) == own
 
 
@@ -70,7 +70,7 @@ def test_it_looks_as_documented(manifest):
     assert sorted(value) == ["adapter", "base", "calibration", "files", "middle", "siftune_kit", "split"]
     assert value["siftune_kit"] == 1
     assert value["base"] == {"model_type": "llama", "layers": 5, "fingerprint": manifest.fingerprint}
-    assert value["calibration"] == {"kind": "rows", "number": 3, "tokens": 9, "seed": None, "prompts": False}
+    assert value["calibration"] == {"kind": "rows", "number": 3, "tokens": 9, "seed": None}
     assert value["split"] == {"first": 1, "last": 1}
     assert value["middle"][1] == {
         "base": 2,
@@ -116,10 +116,8 @@ DEFECTS = [
     (at("calibration", "number"), 0, "calibration.number is 0, not a whole number"),
     (at("calibration", "tokens"), True, "calibration.tokens is True, not a whole number"),
     (at("calibration", "seed"), 1.0, "calibration.seed is 1.0, not a whole number"),
-    (at("calibration", "prompts"), 0, "calibration.prompts is 0, not true or false"),
-    (at("calibration", "seed"), 0, "calibration is of rows; a seed and prompts belong to own texts"),
-    (at("calibration", "prompts"), True, "calibration is of rows; a seed and prompts belong to own texts"),
-    (at("calibration", "kind"), "own texts", "calibration is of own texts; a seed"),
+    (at("calibration", "seed"), 0, "calibration is of rows; own texts have a seed, rows have none"),
+    (at("calibration", "kind"), "own texts", "calibration is of own texts; own texts have a seed"),
     (at("split", "first"), -1, "split.first is -1"),
     (at("split", "last"), 1.0, "split.last is 1.0"),
     (at("split", "middle"), 1, "split has the unknown key 'middle'"),
