@@ -302,7 +302,7 @@ def _calibration(
     length = args.own_length or args.length
     encode = Encoder(tokenizer, args.template)
     prompts = [] if args.source == "free" else [encode.prompt(row) for row in rows[:count]]
-    texts = own_texts(model, count, length, 0, [ids for ids in prompts if len(ids) <= length - ROOM])
+    texts = own_texts(model, count, length, 0, [ids for ids in prompts if len(ids) + ROOM <= length])
     data: list[Any] = [{**text, "labels": text["input_ids"]} for text in texts]
     if rest := rows[count:]:
         data += tokenize_rows(rest, tokenizer, args.length, args.template, completion_only=False)

@@ -222,7 +222,7 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--calibration": "own", "--calibration-prompts": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
         (
             {"--calibration": "own", "--calibration-prompts": rows, "--max-length": 5},
-            "rows.jsonl:1: the prompt takes 27",
+            "--max-length 5 leaves fewer than 4 tokens after every prompt",
         ),
         ({"--keep": 0}, "--keep"),
         ({"--lambda-mlp": -1}, "--lambda-mlp"),

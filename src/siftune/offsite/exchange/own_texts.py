@@ -29,6 +29,7 @@ from siftune.offsite.kit.manifest import fingerprint
 logger = logging.getLogger(__name__)
 
 _RULE = 1  # by which texts are sampled and left out
+_LEAST = 4  # tokens to sample after a prompt
 
 
 def own_texts(
@@ -73,7 +74,7 @@ def own_texts(
 def prompt_ids(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, length: int, template: str | Path = "auto"
 ) -> list[list[int]]:
-    """Token ids of the rows' prompts, up to where the answer begins.
+    """Token ids of the rows' prompts, up to where the answer begins; without those that leave too little to sample.
 
     Args:
         rows: Rows; their completions are not used.
@@ -82,21 +83,27 @@ def prompt_ids(
         template: As for `tokenize_rows`.
 
     Raises:
-        DataError: A row has no prompt, or one that leaves no token to sample; the message names it.
+        DataError: A row has no prompt, or every prompt is too long; the message names a row.
     """
     encoder = Encoder(tokenizer, template)
     found = []
     for row in rows:
         if not row.prompt:
             raise DataError(f"{row.origin} has no prompt, with which a text could begin; remove the row")
-        ids = encoder.prompt(row)
-        if len(ids) >= length:
-            raise DataError(
-                f"{row.origin}: the prompt takes {len(ids)} tokens, but --max-length is {length}, so nothing is left "
-                f"to sample; raise it to {len(ids) + 1} or more, or shorten or remove the row"
-            )
-        found.append(ids)
-    return found
+        found.append(encoder.prompt(row))
+    short = [ids for ids in found if len(ids) + _LEAST <= length]
+    if not short:
+        least, place = min((len(ids), place) for place, ids in enumerate(found))
+        raise DataError(
+            f"--max-length {length} leaves fewer than {_LEAST} tokens after every prompt; the shortest, "
+            f"{rows[place].origin}, takes {least}: raise it to {least + _LEAST} or more, or give shorter prompts"
+        )
+    if len(short) < len(found):
+        logger.warning(
+            "%d of %d prompts are left out: they leave fewer than %d tokens of --max-length %d to sample",
+            len(found) - len(short), len(found), _LEAST, length,
+        )  # fmt: skip
+    return short
 
 
 def _read(path: Path) -> list[TokenRow] | None:

@@ -81,9 +81,19 @@ def test_a_prompt_ends_where_the_labels_begin(template):
     rows = rows_from([{"prompt": f"{n} and {n}?", "completion": str(2 * n)} for n in range(3)])
     expected = [row["input_ids"][: row["labels"].count(-100)] for row in tokenize_rows(rows, tokenizer, 64, template)]
     assert prompt_ids(rows, tokenizer, 64, template) == expected
-    longest = max(map(len, expected))
-    with pytest.raises(DataError, match=rf"row 1: the prompt takes {longest} tokens, but --max-length is {longest}"):
-        prompt_ids(rows, tokenizer, longest, template)
+
+
+def test_prompts_that_leave_too_little_are_left_out(caplog):
+    rows = rows_from([{"prompt": "x" * n, "completion": "y"} for n in (9, 3, 8, 12)])
+    every = prompt_ids(rows, byte_tokenizer(), 64, "none")
+    lengths = [len(ids) for ids in every]
+    assert lengths == sorted(set(lengths), key=lengths.index)
+    assert not caplog.messages
+    assert prompt_ids(rows, byte_tokenizer(), lengths[2] + 4, "none") == every[1:3]
+    assert "2 of 4 prompts are left out" in caplog.text
+    assert prompt_ids(rows, byte_tokenizer(), lengths[1] + 4, "none") == every[1:2]
+    with pytest.raises(DataError, match=rf"row 2, takes {lengths[1]}: raise it to {lengths[1] + 4} or more"):
+        prompt_ids(rows, byte_tokenizer(), lengths[1] + 3, "none")
 
 
 def test_rows_without_prompts_are_refused():
