@@ -65,6 +65,10 @@ def _reproduced(path: Path) -> str:
     return "\n\n".join([*tables, "\n".join(record["notes"])])
 
 
+_OFFSITE = (
+    "offsite.jsonl", "offsite_scale.jsonl", "offsite_gemma_scale.jsonl", "offsite_gemma.jsonl", "offsite_forms.jsonl",
+    "offsite_own.jsonl", "offsite_own_epyc.jsonl", "offsite_split.jsonl",
+)  # fmt: skip
 TABLES: dict[str, Callable[[Path], str]] = {
     "avoid.jsonl": lambda path: avoid.report(read(path)),
     "calibration_leak.jsonl": lambda path: calibration_leak.report(read(path)),
@@ -79,13 +83,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "keep.jsonl": lambda path: keep.report(read(path)),
     "keep_epyc.jsonl": lambda path: keep.report(read(path)),
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
-    "offsite.jsonl": lambda path: offsite.report(read(path)),
-    "offsite_scale.jsonl": lambda path: offsite.report(read(path)),
-    "offsite_gemma_scale.jsonl": lambda path: offsite.report(read(path)),
-    "offsite_gemma.jsonl": lambda path: offsite.report(read(path)),
-    "offsite_forms.jsonl": lambda path: offsite.report(read(path)),
-    "offsite_own.jsonl": lambda path: offsite.report(read(path)),
-    "offsite_split.jsonl": lambda path: offsite.report(read(path)),
+    **dict.fromkeys(_OFFSITE, lambda path: offsite.report(read(path))),
     "pays.jsonl": _pays,
     "private.jsonl": _private,
     "quality.jsonl": _quality,
