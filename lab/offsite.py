@@ -372,7 +372,8 @@ def report(lines: Sequence[Line]) -> str:
         }
         for rate in rates
     }
-    bases = min(by_rate.values(), key=_loss, default={})
+    shared = set.intersection(*map(set, by_rate.values())) if by_rate else set()
+    bases = min(by_rate.values(), key=lambda runs: _loss([runs[seed] for seed in shared]), default={})
     if len(rates) > 1:
         rest = [{**line, "job": {**line["job"], "name": _at_rate(line["job"])}} for line in rest]
     out = [text for rate, runs in by_rate.items() for text in _bases(runs, f"lr {rate:g}, " if len(rates) > 1 else "")]
@@ -393,9 +394,9 @@ def _at_rate(job: Job) -> str:
     return f"{job['name']}, lr {job['tune']['lr']:g}" if job["tune"] else str(job["name"])
 
 
-def _loss(bases: Mapping[int, Line]) -> float:
+def _loss(bases: Sequence[Line]) -> float:
     """Mean loss of the base after tuning; infinite without one."""
-    return mean(line["scores"]["full_ft"]["nll"] for line in bases.values()) if bases else math.inf
+    return mean(line["scores"]["full_ft"]["nll"] for line in bases) if bases else math.inf
 
 
 def _shared_scales(runs: Sequence[Line]) -> list[float]:
