@@ -8,7 +8,7 @@ and loss, with the same optimizer; they differ in the clipping of rows:
 
     dense             `siftune train` without privacy: batches of one size
     dense-drawn       the drawn rows, neither clipped nor noised
-    dp-layer          `siftune train --dp-epsilon`, each layer clipped separately
+    dp-flat           `siftune train --dp-epsilon`
     opacus            Opacus' GradSampleHooks and DPOptimizer: gradients of all rows for all layers are stored
     opacus-ghost      Opacus' ghost clipping: norms in a first backward pass, gradients in a second
 
@@ -27,7 +27,7 @@ from siftune.base.errors import RecipeError, SiftuneError
 from siftune.bench.cost import Measurement, Workload, measure, parse_methods
 from siftune.recipe.schema import Recipe
 
-METHODS = ("dense", "dense-drawn", "dp-layer", "opacus", "opacus-ghost")
+METHODS = ("dense", "dense-drawn", "dp-flat", "opacus", "opacus-ghost")
 WORKER = (sys.executable, "-m", "lab.dp_cost", "--worker")
 
 

@@ -28,7 +28,7 @@ from siftune.models.adapters.full import OpenLayers
 from siftune.models.adapters.registry import ADAPTER_TYPES
 
 ROUNDED = {"4 bits": 4, "8 bits": 8}  # llama, by bitsandbytes
-PRIVATE = Mechanism(8.0, 1e-5, 1e9, "layer", rows=100, batch=1, steps=10, noise=0.0)
+PRIVATE = Mechanism(8.0, 1e-5, 1e9, rows=100, batch=1, steps=10, noise=0.0)
 
 
 def base(family):

@@ -364,7 +364,7 @@ def test_worker_process(llama, capsys):
 @pytest.mark.lab
 @pytest.mark.parametrize(("script", "methods"), [
     ("gast_cost", "dense,gast-sample,two-pass-sample,store-all"),
-    ("dp_cost", "dense,dense-drawn,dp-layer,opacus,opacus-ghost"),
+    ("dp_cost", "dense,dense-drawn,dp-flat,opacus,opacus-ghost"),
 ])  # fmt: skip
 def test_costs(in_process, script, methods, llama, tmp_path, capsys):
     module, out = importlib.import_module(f"lab.{script}"), tmp_path / "cost.jsonl"

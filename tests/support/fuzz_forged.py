@@ -164,7 +164,7 @@ def factors(forger):
 
 
 PROMISE = {
-    "epsilon": 8.0, "delta": 1e-5, "noise_multiplier": 1.0, "clip": 1.0, "clipping": "layer", "sampling_rate": 0.1,
+    "epsilon": 8.0, "delta": 1e-5, "noise_multiplier": 1.0, "clip": 1.0, "sampling_rate": 0.1,
     "expected_batch": 4, "steps": 3, "accountant": "opacus PRV", "accountant_version": "1.5.4",
     "unit": "one training row, there or not",
 }  # fmt: skip

@@ -333,7 +333,7 @@ def privacy_of(recipe: Recipe, rows: int) -> DP | None:
             "the guarantee would allow to publish a row"
         )
     steps = recipe.steps or math.ceil(recipe.epochs * math.ceil(rows / batch))
-    asked = Mechanism(recipe.dp_epsilon, recipe.dp_delta, recipe.dp_clip, "layer", rows, batch, steps)
+    asked = Mechanism(recipe.dp_epsilon, recipe.dp_delta, recipe.dp_clip, rows, batch, steps)
     mechanism = calibrated(asked)
     logger.info("noise of %.4g times dp_clip in each of %d steps", mechanism.noise, steps)
     return DP(mechanism, recipe.batch_size)

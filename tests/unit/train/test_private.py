@@ -32,7 +32,7 @@ from siftune.train.trainer import SiftTrainer
 
 QUIET = Console(quiet=True)
 PROMISE = {"dp_epsilon": 8.0, "dp_delta": 1e-3}
-MECHANISM = Mechanism(8.0, 1e-3, 0.1, "layer", rows=24, batch=4, steps=6, noise=0.6)
+MECHANISM = Mechanism(8.0, 1e-3, 0.1, rows=24, batch=4, steps=6, noise=0.6)
 
 
 @pytest.fixture
@@ -63,14 +63,14 @@ def ragged():
 def slow_step(model, data, numbers, stream, mechanism):
     """Set the gradient of a private step, by a backward pass for every row."""
     collate, totals = Collator(0), {}
+    parameters = [p for group in group_by_layer(model) for p in group.parameters.values()]
     for number in numbers:
         model.zero_grad()
         summed_loss(model, row_of(collate([{k: v for k, v in data[number].items() if k != "row"}]), 0)).backward()
-        for group in group_by_layer(model):
-            norm = torch.stack([p.grad.norm() for p in group.parameters.values()]).norm()
-            for p in group.parameters.values():
-                totals[p] = totals.get(p, 0) + p.grad * min(1.0, mechanism.clip / 4**0.5 / float(norm))
-    for p in (p for group in group_by_layer(model) for p in group.parameters.values()):
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            totals[p] = totals.get(p, 0) + p.grad * min(1.0, mechanism.clip / float(norm))
+    for p in parameters:
         noise = stream.normal(p.numel()).view(p.shape) * mechanism.noise * mechanism.clip
         p.grad = ((totals.get(p, 0) + noise) / mechanism.batch).float()
 
@@ -139,11 +139,9 @@ def test_a_run_says_what_it_spent(told, tmp_path, settings):
     said = done.summary["privacy"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["privacy"] == said
     assert (said["steps"], said["expected_batch"], said["sampling_rate"]) == (steps, batch, batch / 24)
-    assert (said["delta"], said["clip"], said["clipping"]) == (1e-3, 0.1, "layer")
+    assert (said["delta"], said["clip"]) == (1e-3, 0.1)
     assert 8 - 0.02 <= said["epsilon"] <= 8
-    assert said["epsilon"] == spent(
-        Mechanism(8.0, 1e-3, 0.1, "layer", 24, batch, steps, said["noise_multiplier"]), steps
-    )
+    assert said["epsilon"] == spent(Mechanism(8.0, 1e-3, 0.1, 24, batch, steps, said["noise_multiplier"]), steps)
     for card in (tmp_path / "run" / "README.md", tmp_path / "run" / "adapter" / "README.md"):
         text = card.read_text()
         assert f"ε = {said['epsilon']:.4g}, δ = 0.001, counted by\nopacus PRV" in text
@@ -241,7 +239,7 @@ def test_an_interrupted_run_spent_less(told, tmp_path, interfere):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     said = record["summary"]["privacy"]
     assert (record["status"], said["steps"]) == ("interrupted", 3)
-    mechanism = Mechanism(8.0, 1e-3, 0.1, "layer", 24, 4, 6, said["noise_multiplier"])
+    mechanism = Mechanism(8.0, 1e-3, 0.1, 24, 4, 6, said["noise_multiplier"])
     assert said["epsilon"] == spent(mechanism, 3) < spent(mechanism, 6)
 
 

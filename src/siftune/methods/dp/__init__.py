@@ -10,8 +10,7 @@ DP-SGD: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv
     ℓ_i  a row's mean token loss, independent of the other rows; 0 if not finite  `driver`
     n    training rows                                                            `Mechanism.rows`
     b    expected rows per step: batch size times accumulation                    `Mechanism.batch`
-    C    `--dp-clip`; with "layer" each of the K layers that train in the step has C / √K, and one layer's gradients are
-         held at a time; with "flat" C is for all layers together, and all their gradients are held
+    C    `--dp-clip`; the norm is over all layers that train in the step, whose gradients of all rows of a pass are held
     σ    calibrated to ε, δ, q and the number of steps                            `accounting`
 
 The guarantee is for the presence or absence of one row. It covers the weights and everything computed from them. It
@@ -21,9 +20,8 @@ rows, or rows of one person, count separately.
 No row decides whether a run continues. A row without a finite loss, or with a gradient that is not finite, adds nothing
 to the sum. The loss is compared with the model's own on a fixed row. With the noise, gradients are finite.
 
-Ours: layers are clipped separately by default, at C / √K for the K layers that train now, so that one pass needs one
-layer's buffer (groups of layers: McMahan et al., arXiv 1812.06210); the row's mean token loss; rows that add nothing;
-C = 0.1, small as Li et al., arXiv 2110.05679, recommend.
+Ours: the row's mean token loss; rows that add nothing; C = 0.1, small as Li et al., arXiv 2110.05679, recommend.
+Clipping every layer by itself, at C / √K of K layers, needs one layer's gradients at a time, but learned less.
 
 Noise and draw come from a cryptographic generator; see `secret`. Not hardened: Gaussian noise in floating point leaves
 traces in the lowest bits (Mironov 2012). Noise is added in float64 and the result rounded to float32, which removes

@@ -5,19 +5,17 @@ is discretised and composed with itself by Fourier transforms. The result is an 
 value. Only the accountant of Opacus is used, and it is imported on first use.
 """
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 from siftune.base.errors import RecipeError
 
 ACCOUNTANT = "opacus PRV"
-Clipping = Literal["layer", "flat"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,6 @@ class Mechanism:
     epsilon: float  # upper bound on ε of the complete run
     delta: float
     clip: float  # C, the largest norm of a row's contribution to a step
-    # "layer": each of the K layers that train in the step has C / √K; "flat": C for all together
-    clipping: Clipping
     rows: int  # n, training rows
     batch: int  # b, expected rows per step
     steps: int  # optimizer steps of the complete run
@@ -38,10 +34,6 @@ class Mechanism:
     def rate(self) -> float:
         """Probability q that a row is drawn for a step."""
         return self.batch / self.rows
-
-    def threshold(self, layers: int) -> float:
-        """Largest norm of a row's contribution to the layers that are clipped together, if `layers` layers train."""
-        return self.clip if self.clipping == "flat" else self.clip / math.sqrt(layers)
 
 
 @cache
@@ -88,7 +80,7 @@ def statement(mechanism: Mechanism, steps: int) -> dict[str, Any]:
     """JSON-ready privacy statement on a run after some steps.
 
     Returns:
-        `epsilon` of these steps, `delta`, `noise_multiplier` σ, `clip` C, `clipping`, `sampling_rate` q,
+        `epsilon` of these steps, `delta`, `noise_multiplier` σ, `clip` C, `sampling_rate` q,
         `expected_batch` b, `steps`, `accountant`, `accountant_version`, and `unit`, the unit of privacy.
     """
     return {
@@ -96,7 +88,6 @@ def statement(mechanism: Mechanism, steps: int) -> dict[str, Any]:
         "delta": mechanism.delta,
         "noise_multiplier": mechanism.noise,
         "clip": mechanism.clip,
-        "clipping": mechanism.clipping,
         "sampling_rate": mechanism.rate,
         "expected_batch": mechanism.batch,
         "steps": steps,

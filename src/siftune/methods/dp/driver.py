@@ -68,8 +68,8 @@ class PrivateGradients:
         _refuse_half(self.groups)
         self._mechanism = mechanism
         self._secret = secret
-        at_once = mechanism.clipping == "flat"
-        self._tape = Tape(Survey(self.groups), self._threshold, self._clip, at_once=at_once)
+        # a row's norm is over all layers, so that all gradients of a pass are held
+        self._tape = Tape(Survey(self.groups), lambda _: mechanism.clip, self._clip, at_once=True)
 
     def release(self, step: int) -> None:
         """Put noise on the gradients of a step, and divide them by the expected number of rows.
@@ -92,12 +92,8 @@ class PrivateGradients:
     def _active(self) -> list[LayerGroup]:
         return [group for group in self.groups if is_active(group)]
 
-    def _threshold(self, samples: int) -> float:
-        """Norm to which the rows of a pass are clipped; the tape passes it on to `_clip`."""
-        return self._mechanism.threshold(len(self._active()))
-
     def _clip(self, threshold: float, layers: Sequence[tuple[LayerGroup, SampleGradients]]) -> Gradients:
-        """Sum of the rows' gradients for the layers that are clipped together, each row's clipped."""
+        """Sum of the rows' gradients, each row's clipped over all layers."""
         slabs = [(grads, numerics.joined([*grads.values()])) for _, grads in layers if grads]
         if not slabs:
             return {}

@@ -310,7 +310,6 @@ _PROMISED: dict[str, Check] = {
     "delta": number(1e-300, 1 - 1e-9),
     "noise_multiplier": number(1e-6, 1e7),
     "clip": number(1e-12, 1e12),
-    "clipping": one_of("layer", "flat"),
     "sampling_rate": number(1e-12, 1),
     "expected_batch": whole(1, 2**31),
     "steps": whole(0, 2**31),

@@ -14,7 +14,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from siftune.base.errors import RecipeError
 from siftune.methods.dp.accounting import Mechanism, calibrated, spent, statement
 
-ASKED = Mechanism(epsilon=8, delta=1e-5, clip=0.1, clipping="layer", rows=2400, batch=16, steps=150)
+ASKED = Mechanism(epsilon=8, delta=1e-5, clip=0.1, rows=2400, batch=16, steps=150)
 SLACK = 0.02  # the accountant's own error, above and below
 
 
@@ -86,7 +86,6 @@ def test_the_statement_says_it_all():
         "delta": 1e-5,
         "noise_multiplier": 0.6,
         "clip": 0.1,
-        "clipping": "layer",
         "sampling_rate": 16 / 2400,
         "expected_batch": 16,
         "steps": 30,

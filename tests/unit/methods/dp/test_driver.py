@@ -37,15 +37,11 @@ MODELS = {
     "parallel": ADAPTED["parallel on both, opt"],
     "whole layers": opened,
 }
-every_case = pytest.mark.parametrize(
-    ("kind", "clipping"),
-    [("lora", "layer"), ("lora gpt2", "flat"), ("dora", "layer"), ("parallel", "flat"), ("whole layers", "layer")],
-)
-every_clipping = pytest.mark.parametrize("clipping", ["layer", "flat"])
+every_case = pytest.mark.parametrize("kind", ["lora", "lora gpt2", "dora", "parallel", "whole layers"])
 
 
-def mechanism(clipping="layer", clip=CLIP, noise=0.0, batch=4):
-    return Mechanism(epsilon=8, delta=1e-5, clip=clip, clipping=clipping, rows=100, batch=batch, steps=10, noise=noise)
+def mechanism(clip=CLIP, noise=0.0, batch=4):
+    return Mechanism(epsilon=8, delta=1e-5, clip=clip, rows=100, batch=batch, steps=10, noise=noise)
 
 
 def weighted_loss(model, inputs, weights):
@@ -76,22 +72,19 @@ def clipped(model, batches, weights=None, **settings):
     return taken(model)
 
 
-def by_loop(model, inputs, clipping, active=None, clip=CLIP):
+def by_loop(model, inputs, active=None, clip=CLIP):
     """The slow way: a backward pass for every row, clipped by itself, added up."""
     groups = [g for g in group_by_layer(model) if active is None or g.index in active]
-    threshold = clip if clipping == "flat" else clip / math.sqrt(len(groups))
-    together = [groups] if clipping == "flat" else [[group] for group in groups]
     names = {p: n for n, p in model.named_parameters()}
     totals = {names[p]: torch.zeros_like(p) for group in groups for p in group.parameters.values()}
     for row in range(len(inputs["labels"])):
         model.zero_grad()
         summed_loss(model, row_of(inputs, row)).backward()
-        for part in together:
-            parameters = [p for group in part for p in group.parameters.values()]
-            grads = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
-            norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
-            for parameter, grad in grads.items():
-                totals[names[parameter]] += grad * min(1.0, threshold / norm)
+        parameters = [p for group in groups for p in group.parameters.values()]
+        grads = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+        for parameter, grad in grads.items():
+            totals[names[parameter]] += grad * min(1.0, clip / norm)
     model.zero_grad()
     return totals
 
@@ -110,27 +103,27 @@ def assert_close(ours, theirs):
 
 
 @every_case
-def test_it_is_the_loop_over_rows(kind, clipping):
+def test_it_is_the_loop_over_rows(kind):
     model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
-    wanted = by_loop(model, inputs, clipping)
-    assert_close(clipped(model, [inputs], clipping=clipping), wanted)
-    plain = by_loop(model, inputs, clipping, clip=1e9)
+    wanted = by_loop(model, inputs)
+    assert_close(clipped(model, [inputs]), wanted)
+    plain = by_loop(model, inputs, clip=1e9)
     assert distance(wanted, plain) > 0.01, "nothing was clipped"
-    assert_close(clipped(model, [inputs], clipping=clipping, clip=1e9), plain)
+    assert_close(clipped(model, [inputs], clip=1e9), plain)
 
 
 @every_case
-def test_no_row_has_more_influence_than_the_norm(kind, clipping):
+def test_no_row_has_more_influence_than_the_norm(kind):
     """One row less, or an adversary's in the place of another: his gradient is as large as he likes."""
     model = MODELS[kind]().double()
     inputs, others = batch(model, ROWS), batch(model, ROWS, seed=1)
     rest = {name: value[:-1] for name, value in inputs.items()}
     fake = {name: torch.cat([value[:-1], others[name][-1:]]) for name, value in inputs.items()}
-    without = clipped(model, [rest], clipping=clipping)
+    without = clipped(model, [rest])
     for factor in (1.0, 1e8, 1e-8):
         weights = [[1.0] * (ROWS - 1) + [factor]]
-        with_row, with_fake = (clipped(model, [b], weights, clipping=clipping) for b in (inputs, fake))
+        with_row, with_fake = (clipped(model, [b], weights) for b in (inputs, fake))
         assert distance(with_row, without) <= CLIP * (1 + 1e-9)
         assert distance(with_fake, without) <= CLIP * (1 + 1e-9)
         assert distance(with_fake, with_row) <= 2 * CLIP * (1 + 1e-9)
@@ -140,14 +133,14 @@ def test_no_row_has_more_influence_than_the_norm(kind, clipping):
 
 @every_case
 @pytest.mark.parametrize("broken", [math.nan, math.inf, 1e200, "weight"])
-def test_a_row_that_is_not_finite_counts_nothing(kind, clipping, broken):
+def test_a_row_that_is_not_finite_counts_nothing(kind, broken):
     """The sum is that of the other rows, one by one, and none of them has more than the norm."""
     model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
     inputs["input_ids"][:-1].clamp_(max=VOCAB - 2)
     inputs["input_ids"][-1, :2] = VOCAB - 1
     rest = {name: value[:-1] for name, value in inputs.items()}
-    wanted = by_loop(model, rest, clipping)
+    wanted = by_loop(model, rest)
     weights = None
     if broken == "weight":  # a finite loss, without a finite gradient
         weights = [[1.0] * (ROWS - 1) + [math.inf]]
@@ -156,48 +149,47 @@ def test_a_row_that_is_not_finite_counts_nothing(kind, clipping, broken):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # not the embeddings'
         with torch.no_grad():
             embeddings.weight[VOCAB - 1] = broken
-    assert_close(clipped(model, [inputs], weights, clipping=clipping), wanted)
+    assert_close(clipped(model, [inputs], weights), wanted)
 
 
 @every_case
-def test_what_a_row_adds_depends_on_no_other_row(kind, clipping):
+def test_what_a_row_adds_depends_on_no_other_row(kind):
     """Rows of other lengths beside it change padding and the number of tokens."""
     model = MODELS[kind]().double()
     inputs, longer = batch(model, ROWS), batch(model, 1, length=12, seed=2)
     padded = {name: nn.functional.pad(v, (0, 5), value=-100 if name == "labels" else 0) for name, v in inputs.items()}
     both = {name: torch.cat([padded[name], longer[name]]) for name in inputs}
     for clip in (CLIP, 1e9):
-        alone, other, together = (clipped(model, [b], clipping=clipping, clip=clip) for b in (inputs, longer, both))
+        alone, other, together = (clipped(model, [b], clip=clip) for b in (inputs, longer, both))
         assert_close(together, {name: alone[name] + other[name] for name in alone})
 
 
 @every_case
-def test_parts_of_a_batch_add_up(kind, clipping):
+def test_parts_of_a_batch_add_up(kind):
     model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
     pieces = [{name: value[at : at + 2] for name, value in inputs.items()} for at in range(0, ROWS, 2)]
-    assert_close(clipped(model, pieces, clipping=clipping), clipped(model, [inputs], clipping=clipping))
+    assert_close(clipped(model, pieces), clipped(model, [inputs]))
 
 
 @every_case
-def test_checkpointing_changes_nothing(kind, clipping):
+def test_checkpointing_changes_nothing(kind):
     model = MODELS[kind]().double()
     inputs = batch(model, ROWS)
-    wanted = clipped(model, [inputs], clipping=clipping)
+    wanted = clipped(model, [inputs])
     getattr(model, "get_base_model", lambda: model)().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    assert_close(clipped(model, [inputs], clipping=clipping), wanted)
+    assert_close(clipped(model, [inputs]), wanted)
 
 
-@every_clipping
-def test_layers_that_do_not_train_have_neither_gradient_nor_noise(clipping):
+def test_layers_that_do_not_train_have_neither_gradient_nor_noise():
     """The others have all of C for themselves."""
     model = adapted().double()
     inputs, groups = batch(model, ROWS), group_by_layer(model)
-    wanted = by_loop(model, inputs, clipping, active=(1, 3))
+    wanted = by_loop(model, inputs, active=(1, 3))
     with LayerGates(model, groups) as gates:
         gates.set_active((1, 3))
-        driver = PrivateGradients(model, mechanism(clipping, noise=1.0), Secret(0))
+        driver = PrivateGradients(model, mechanism(noise=1.0), Secret(0))
         weighted_loss(model, inputs, [1.0] * ROWS).backward()
         assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, wanted)
         driver.release(0)
@@ -207,7 +199,7 @@ def test_layers_that_do_not_train_have_neither_gradient_nor_noise(clipping):
         model.zero_grad()
         weights = [[1.0] * (ROWS - 1) + [1e8]]
         rest = {name: value[:-1] for name, value in inputs.items()}
-        far = distance(clipped(model, [inputs], weights, clipping=clipping), clipped(model, [rest], clipping=clipping))
+        far = distance(clipped(model, [inputs], weights), clipped(model, [rest]))
         assert far == pytest.approx(CLIP)
 
 
@@ -222,11 +214,10 @@ def released(model, driver, steps, inputs=None):
     return torch.stack(found)
 
 
-@every_clipping
-def test_a_step_without_rows_is_noise_of_the_stated_scale(clipping):
-    """σ C / b on every value of every parameter, whatever the clipping; independent between values and steps."""
+def test_a_step_without_rows_is_noise_of_the_stated_scale():
+    """σ C / b on every value of every parameter; independent between values and steps."""
     model, steps = adapted(), 200
-    drawn = released(model, PrivateGradients(model, mechanism(clipping, noise=1.7, batch=8), Secret(3)), steps)
+    drawn = released(model, PrivateGradients(model, mechanism(noise=1.7, batch=8), Secret(3)), steps)
     std, values = 1.7 * CLIP / 8, drawn.shape[1]
     assert values == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert float(drawn.std()) == pytest.approx(std, rel=0.01)

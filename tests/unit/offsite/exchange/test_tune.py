@@ -374,7 +374,7 @@ def test_other_runs_promise_nothing(kit, finished):
 
 
 PROMISE = {
-    "epsilon": 7.5, "delta": 0.01, "noise_multiplier": 0.8, "clip": 1.0, "clipping": "layer", "sampling_rate": 0.2,
+    "epsilon": 7.5, "delta": 0.01, "noise_multiplier": 0.8, "clip": 1.0, "sampling_rate": 0.2,
     "expected_batch": 4, "steps": 2, "accountant": "opacus PRV", "accountant_version": "1.6.0",
     "unit": "one training row, there or not",
 }  # fmt: skip
@@ -382,7 +382,7 @@ PROMISE = {
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epsilon", -1.0), ("epsilon", True), ("delta", 1), ("clipping", "none"), ("steps", 2.5), ("unit", "a person"),
+    [("epsilon", -1.0), ("epsilon", True), ("delta", 1), ("steps", 2.5), ("unit", "a person"),
      ("accountant_version", "1.6 or so"), ("accountant", "mine"), ("name", "of the data owner")],
 )  # fmt: skip
 def test_a_promise_is_held_to_its_keys_and_ranges(kit, tmp_path, name, value):
