@@ -50,14 +50,12 @@ def run(options: Options) -> dict[str, Any]:
         console.print(
             f"loss on {rows}, in nats per token: {loss.before:.4f} before, {loss.after:.4f} after", markup=False
         )
-    times = "" if settings.scale == 1 else f", the update times {settings.scale:g}"
-    console.print(f"tuned model in {result.folder}, in {result.dtype}{times}", markup=False)
+    console.print(f"tuned model in {result.folder}, in {result.dtype}", markup=False)
     return {
         "model": result.folder,
         "dtype": result.dtype,
         "kit": result.kit.digest,
         "verified": result.kit.verified,
-        "scale": settings.scale,
         **result.report.to_dict(),
         "returns": [part.to_dict() for part in result.report.parts],
     }

@@ -339,8 +339,6 @@ def test_what_plug_refuses(damaged, parties, half, base, capsys):
         ({"--return": damaged / "kit"}, f"return {damaged}/kit"),
         ({"--max-update": 1e-9}, "--max-update"),
         ({"--max-update": 0}, "--max-update is 0"),
-        ({"--scale": 0}, "--scale is 0"),
-        ({"--scale": 1e4}, "the return, times 10000: "),
         ({"--max-update": "nan"}, "--max-update is nan"),
         ({"--max-loss-increase": 0.1}, "--max-loss-increase has no effect without rows to measure on: add --eval FILE"),
         ({"--eval-limit": 3}, "--eval-limit has no effect without rows"),
@@ -364,27 +362,6 @@ def test_what_plug_refuses(damaged, parties, half, base, capsys):
     tensors.pop("first.0.mlp.up_proj.weight")
     save_file(tensors, damaged / "return" / "adapter.safetensors", {"format": "pt"})
     assert "adapter.safetensors" in error_of(capsys, "plug", *(word for pair in usual.items() for word in pair))
-
-
-def test_a_scaled_update(parties, half, tmp_path, capsys):
-    way = ("plug", "--model", half, "--kit", parties / "kit", "--return", parties / "run" / "return")
-    rows = ("--dtype", "float32", "--eval", parties / "rows.jsonl", "--max-loss-increase", 10)
-    one, said = siftune(capsys, *way, *rows, "--out", tmp_path / "one")
-    assert "times" not in said
-    more, said = siftune(capsys, *way, *rows, "--out", tmp_path / "more", "--scale", 1.5)
-    assert "in float32, the update times 1.5" in said
-    assert (one["scale"], more["scale"]) == (1, 1.5)
-    assert more["largest"]["update"] == pytest.approx(1.5 * one["largest"]["update"], rel=1e-4)
-    assert more["returns"][0]["update"] == one["returns"][0]["update"]  # as it came
-    assert (one["returns"][0]["loss"], more["returns"][0]["loss"]) == (one["loss"], None)
-    assert more["loss"]["before"] == one["loss"]["before"]
-    assert more["loss"]["after"] != one["loss"]["after"]
-    before, after, scaled = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-        for path in (half, tmp_path / "one", tmp_path / "more")
-    )
-    for name, tensor in before.items():
-        torch.testing.assert_close(scaled[name], tensor + 1.5 * (after[name] - tensor), rtol=1e-5, atol=1e-6)
 
 
 # --- audit ---

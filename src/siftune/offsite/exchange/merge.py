@@ -125,16 +125,6 @@ def merged(
     ]
 
 
-def scaled(before: Mapping[str, Tensor], after: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Tensors with their change from `before` multiplied, in float32, or in float64 where the base is."""
-    values = {}
-    for name, old in before.items():
-        new = after[name].detach().to(old.device)
-        kit = in_float64(old.detach().to(new.dtype))  # the kit is rounded so
-        values[name] = _stored(in_float64(old.detach()) + scale * (in_float64(new) - kit), old)
-    return values
-
-
 def _refuse_the_same(gram_NN: Tensor, names: Sequence[str]) -> None:
     """Refuse two returns that make the same update, by the products of all updates with each other."""
     norms_N = gram_NN.diagonal().sqrt()

@@ -23,10 +23,10 @@ from siftune.evaluate.prepare import prepare_rows
 from siftune.models.load import load_model, quiet_bars
 from siftune.models.save import save_model, save_tokenizer
 from siftune.offsite.emulator.model import outer_names
-from siftune.offsite.exchange.merge import Candidate, candidates, merged, scaled
+from siftune.offsite.exchange.merge import Candidate, candidates, merged
 from siftune.offsite.exchange.returned import open_return
 from siftune.offsite.exchange.settings import MAX_UPDATE, Merging, PlugSettings
-from siftune.offsite.exchange.updates import LossChange, OwnRows, Part, UpdateReport, compare
+from siftune.offsite.exchange.updates import LossChange, OwnRows, UpdateReport, compare
 from siftune.offsite.kit.config import check_of_base
 from siftune.offsite.kit.folder import Kit
 from siftune.offsite.kit.manifest import fingerprint
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _SHORT = 12  # hex digits of a hash in messages
 _TELL = 0.1  # (ours) share of the update that a rounding error may have without a word
+_MERGED = "the returns, merged"
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,10 @@ def plug_in(
         kit: The kit that was handed out.
         returns: What the return holds, or what each of several holds that are merged: from `open_return`, so that one
             tensor of each is in memory at a time; or the outer layers' tensors by neutral name, as of `read_return`.
-        max_update: Relative updates of tensors must stay below it, of each return and of what is plugged in; see
-            `updates`.
-        rows: Rows on which the model must not get worse, measured before and after: with each of several returns by
-            itself and unscaled, then with what is plugged in.
-        merging: How several returns are merged, and the scale of the update; by their mean, and 1, if not given.
+        max_update: Relative updates of tensors must stay below it; see `updates`.
+        rows: Rows on which the model must not get worse, measured before and after: with every return by itself, then
+            with all of them.
+        merging: How several returns are merged; by their mean if not given.
 
     Returns:
         How far every tensor and layer moved, the loss on the rows, and the part of every return.
@@ -132,19 +132,16 @@ def plug_in(
     checked = candidates(before, returns, max_update, kit.manifest.model_type)
     values, parts = merged(before, checked, merging)
     report = parts[0].report
-    if merging.scale != 1:
-        values = scaled(before, values, merging.scale)
-    if len(parts) > 1 or merging.scale != 1:
-        with about(_what(parts, merging)):
+    if len(parts) > 1:
+        with about(_MERGED):
             report = compare(before, values, report.limit, kit.manifest.model_type)
             report.check()
     if rows is None:
         _fill(before, values)
     else:
-        losses = _fill_if_no_worse(model, before, checked, (_what(parts, merging), values), rows)
+        losses = _fill_if_no_worse(model, before, checked, values, rows)
         pairs = zip(parts, losses, strict=False)  # the merged update's follows those of several
-        if len(parts) > 1 or merging.scale == 1:  # else the loss is not of the return as it came
-            parts = [replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs]
+        parts = [replace(part, report=replace(part.report, loss=loss)) for part, loss in pairs]
         report = replace(report, loss=losses[-1])
     if report.rounding > _TELL:
         logger.warning(
@@ -153,14 +150,6 @@ def plug_in(
             100 * report.rounding,
         )
     return replace(report, parts=tuple(parts))
-
-
-def _what(parts: Sequence[Part], merging: Merging) -> str:
-    """What is plugged in, for messages; nothing if it is what a single return holds."""
-    name = "the returns, merged" if len(parts) > 1 else "the return"
-    if merging.scale != 1:
-        return f"{name}, times {merging.scale:g}"
-    return name if len(parts) > 1 else ""
 
 
 def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -173,10 +162,10 @@ def _fill_if_no_worse(
     model: PreTrainedModel,
     places: Mapping[str, Tensor],
     returns: Sequence[Candidate],
-    last: tuple[str, Mapping[str, Tensor]],
+    values: Mapping[str, Tensor],
     rows: OwnRows,
 ) -> list[LossChange]:
-    """Measure before, with every one of several returns, and at last with what is to stay in the model, with its name.
+    """Measure before, with every one of several returns, and at last with what is to stay in the model.
 
     Where it is refused, or measuring fails, the model is as it was.
     """
@@ -184,7 +173,7 @@ def _fill_if_no_worse(
     several = [(f"return {one.part.name}", one.tuned) for one in returns] if len(returns) > 1 else []
     before, changes = rows.loss(model), []
     try:
-        for what, after in [*several, last]:
+        for what, after in [*several, (_MERGED if several else "", values)]:
             _fill(places, original)
             _fill(places, after)
             changes.append(LossChange(before, rows.loss(model), len(rows.prepared.origins), rows.max_loss_increase))

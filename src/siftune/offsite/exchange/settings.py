@@ -18,11 +18,8 @@ MIN_ROBUST = 3  # of two that differ nobody can say which is the bad one
 
 @dataclass(kw_only=True, config=CONFIG)
 class Merging(Validated):
-    """Scale of the update that is plugged in, and merging of several returns' updates; see `maths.merging`."""
+    """Merging of the updates of several returns; see `maths.merging`."""
 
-    scale: Positive = 1.0
-    """Multiply the update by this factor, after several returns are merged; each return and the result must stay below
-    --max-update."""
     weights: tuple[Positive, ...] | None = None
     """Of several returns: what each counts, in their order, such as its number of rows; all equal if not given."""
     merge: Literal["mean", "trimmed"] = "mean"

@@ -129,28 +129,6 @@ def check_parts(parts, before, returns, wanted, given):
         assert part.to_dict()["clipped"] == (part.factor < 1)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("kind", [whole, thin])
-def test_the_update_is_scaled_after_merging(model, kit, kind, count):
-    plugged, before = copy.deepcopy(model), outer_of(model, kit)
-    returns = [kind(kit, seed) for seed in range(count)]
-    report = plug_in(plugged, kit, returns, LIMIT, merging=Merging(scale=1.5))
-    after, merged = outer_of(plugged, kit), plain(before, returns)
-    for name, old in before.items():
-        expected = old.double() + 1.5 * (merged[name].double() - old.double())
-        torch.testing.assert_close(after[name].double(), expected, rtol=1e-5, atol=1e-6)
-    moved = plug_in(copy.deepcopy(model), kit, returns, LIMIT).whole.change
-    assert report.whole.change == pytest.approx(1.5 * moved, rel=1e-4)
-
-
-def test_a_scaled_update_is_held_to_the_limit(model, kit):
-    plugged, returned = copy.deepcopy(model), whole(kit, 0)
-    largest = plug_in(copy.deepcopy(model), kit, [returned], LIMIT).to_dict()["largest"]["update"]
-    with pytest.raises(KitError, match=r"the return, times 3: .*must stay below"):
-        plug_in(plugged, kit, [returned], 2 * largest, merging=Merging(scale=3))
-    assert all(torch.equal(plugged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-
 def test_the_mean_of_products_is_no_product_of_means(model, kit):
     """The short way would give something else: so this is not done."""
     returns = [{f"{UP}.up": torch.randn(48, 2), f"{UP}.down": torch.randn(2, 32)} for _ in range(2)]
