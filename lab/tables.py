@@ -67,7 +67,7 @@ def _reproduced(path: Path) -> str:
 
 _OFFSITE = (
     "offsite.jsonl", "offsite_scale.jsonl", "offsite_gemma_rates.jsonl", "offsite_gemma.jsonl", "offsite_forms.jsonl",
-    "offsite_own.jsonl", "offsite_own_epyc.jsonl", "offsite_rates.jsonl", "offsite_split.jsonl",
+    "offsite_own.jsonl", "offsite_middle.jsonl", "offsite_own_epyc.jsonl", "offsite_rates.jsonl", "offsite_split.jsonl",
 )  # fmt: skip
 TABLES: dict[str, Callable[[Path], str]] = {
     "avoid.jsonl": lambda path: avoid.report(read(path)),
