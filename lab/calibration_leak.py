@@ -9,8 +9,8 @@ his own, of the same settings, from as many other rows of the owner's source. A 
     own-N              N rows of the owner's
     public-N           N public ones, none of the owner's; members are rows that no kit saw, so the AUC must be near 0.5
     own-N+public-M     the owner's and M public ones; members are the owner's
-    free-N             N texts of `emulate --calibration own`
-    prompted-N         the same, after prompts of public rows that leave a few tokens
+    free-N             N texts that the base writes freely
+    prompted-N         N texts of `emulate --calibration own`, after prompts of public rows that leave a few tokens
     prompted-N+public-M    mixed with M public rows
 
 and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`.

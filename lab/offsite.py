@@ -27,7 +27,6 @@ there already is not made again. More emulators: `name=key:value,...` after --me
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
@@ -363,20 +362,16 @@ def _value(text: str) -> Any:
 def report(lines: Sequence[Line]) -> str:
     """Markdown tables, one for every kept fraction; questions of all seeds pooled."""
     rest = [line for line in lines if line["job"]["emulator"] is not None]
-    rates = sorted({line["job"]["tune"]["lr"] for line in lines if line["job"]["tune"]})
-    by_rate = {
-        rate: {
-            line["job"]["seed"]: line
-            for line in lines
-            if line["job"]["emulator"] is None and line["scores"] and line["job"]["tune"]["lr"] == rate
-        }
-        for rate in rates
-    }
+    by_rate: dict[float, dict[int, Line]] = {}
+    for line in lines:
+        if line["job"]["emulator"] is None and line["scores"]:
+            by_rate.setdefault(line["job"]["tune"]["lr"], {})[line["job"]["seed"]] = line
     shared = set.intersection(*map(set, by_rate.values())) if by_rate else set()
-    bases = min(by_rate.values(), key=lambda runs: _loss([runs[seed] for seed in shared]), default={})
-    if len(rates) > 1:
+    bases = min(by_rate.values(), key=lambda runs: _loss([runs[seed] for seed in shared or runs]), default={})
+    several = len(by_rate) > 1
+    if several:
         rest = [{**line, "job": {**line["job"], "name": _at_rate(line["job"])}} for line in rest]
-    out = [text for rate, runs in by_rate.items() for text in _bases(runs, f"lr {rate:g}, " if len(rates) > 1 else "")]
+    out = [text for rate in sorted(by_rate) for text in _bases(by_rate[rate], f"lr {rate:g}, " if several else "")]
     for keep in sorted({line["job"]["keep"] for line in rest}, reverse=True):
         names = list(dict.fromkeys(line["job"]["name"] for line in rest if line["job"]["keep"] == keep))
         rows = []
@@ -395,8 +390,8 @@ def _at_rate(job: Job) -> str:
 
 
 def _loss(bases: Sequence[Line]) -> float:
-    """Mean loss of the base after tuning; infinite without one."""
-    return mean(line["scores"]["full_ft"]["nll"] for line in bases) if bases else math.inf
+    """Mean loss of the base after tuning."""
+    return mean(line["scores"]["full_ft"]["nll"] for line in bases)
 
 
 def _shared_scales(runs: Sequence[Line]) -> list[float]:

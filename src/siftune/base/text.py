@@ -92,6 +92,18 @@ def file_of(place: str) -> str:
     return _POSITION.sub("", place)
 
 
+def path_and_split(source: str) -> tuple[str, str]:
+    """Separate the split from the name of a file or folder that exists, such as `saved@test`.
+
+    Returns:
+        The name, and `@test`; or the source as it is and nothing, if no split is named or it is a hub id.
+    """
+    name, at, split = source.rpartition("@")
+    if at and not Path(source).expanduser().exists() and Path(name).expanduser().exists():
+        return name, at + split
+    return source, ""
+
+
 def jsonable(value: Any, digits: int | None = None) -> Any:
     """Bring a value into the types of JSON, at any depth.
 

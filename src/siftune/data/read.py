@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import DataError
-from siftune.base.text import counted, one_line
+from siftune.base.text import counted, one_line, path_and_split
 from siftune.data.rows import Row, no_garbage, parse_rows
 
 logger = logging.getLogger(__name__)
@@ -82,18 +82,19 @@ def placed_records(source: str, split: str = "train", limit: int | None = None) 
 def _open(source: str, split: str) -> Records:
     """Choose the reader by the name's ending, and the hub if there is no file."""
     check_source(source)
-    path = Path(source).expanduser()
+    name, own = path_and_split(source)
+    path = Path(name).expanduser()
+    if own and path.is_file():
+        raise DataError(f"{source}: a file has no splits; leave out {own}.")
     if path.is_file():
         return _reporting(_READERS[path.suffix.lower()](path, source), source)
+    split = own.removeprefix("@") or split
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _read_saved(path, source, split)
+        return _read_saved(path, name, split)
+    if path.exists():
+        return _read_hub(name, split)
     name, at, own = source.rpartition("@")
-    if path.exists() or not at:
-        return _read_hub(source, split)
-    saved = Path(name).expanduser()
-    if saved.is_file():
-        raise DataError(f"{source}: a file has no splits; leave out @{own}.")
-    return _read_saved(saved, name, own) if saved.is_dir() else _read_hub(name, own)
+    return _read_hub(name, own) if at else _read_hub(source, split)
 
 
 def check_source(source: str) -> None:
@@ -273,7 +274,7 @@ def _read_saved(path: Path, source: str, split: str) -> Records:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise DataError(f"{source} has no split {split!r}; it has {', '.join(data)}.")
-        data = data[split]
+        data, source = data[split], f"{source}@{split}"
     return ((f"{source} row {number}", record) for number, record in enumerate(data, 1))
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import made, nearest, types_of
+from siftune.base.text import path_and_split
 from siftune.methods import all_parts
 from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
@@ -135,8 +136,11 @@ def _last_part(value: Any) -> Any:
 def _in_full(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_in_full, value))
-    path = Path(value).expanduser() if isinstance(value, str) and value else None
-    return str(path.absolute()) if path is not None and path.exists() else value
+    if not isinstance(value, str) or not value:
+        return value
+    name, split = path_and_split(value)
+    path = Path(name).expanduser()
+    return f"{path.absolute()}{split}" if path.exists() else value
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

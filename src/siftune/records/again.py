@@ -14,7 +14,7 @@ from pathlib import Path
 
 from siftune.base.errors import DataError
 from siftune.base.files import open_to_append
-from siftune.base.text import one_line
+from siftune.base.text import one_line, path_and_split
 from siftune.data.rows import Row
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.read import load_recipe
@@ -86,7 +86,7 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
 def _place(name: str, files: Sequence[str], own: bool) -> str | None:
     """The file or data set to read for a name in a recipe; None if the user named none."""
     named = next((file for file in files if Path(file).name == Path(name).name), None)
-    return named or (name if own and Path(name).expanduser().exists() else None)
+    return named or (name if own and Path(path_and_split(name)[0]).expanduser().exists() else None)
 
 
 def _digest(run: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siftune.base.errors import DataError
-from siftune.base.text import counted
+from siftune.base.text import counted, path_and_split
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
@@ -104,8 +104,9 @@ def absolute_place(place: str) -> str:
 @cache
 def _absolute_source(source: str, folder: Path) -> str:
     """Absolute path of a file relative to a folder; other sources unchanged."""
-    file = folder / Path(source).expanduser()
-    return str(file.resolve()) if file.exists() else source
+    name, split = path_and_split(source)
+    file = folder / Path(name).expanduser()
+    return f"{file.resolve()}{split}" if file.exists() else source
 
 
 class Text(NamedTuple):

@@ -135,9 +135,16 @@ def test_folders_of_save_to_disk(tmp_path):
     datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "two")
     assert [row.origin for row in load_rows(str(tmp_path / "one"))] == [f"{tmp_path}/one row {n}" for n in (1, 2)]
     assert len(load_rows(str(tmp_path / "two"), "test")) == 1
-    assert len(load_rows(f"{tmp_path}/two@test", "train")) == 1
+    assert [row.origin for row in load_rows(f"{tmp_path}/two@test", "train")] == [f"{tmp_path}/two@test row 1"]
     with pytest.raises(DataError, match="no split 'dev'"):
         load_rows(str(tmp_path / "two"), "dev")
+
+
+def test_a_split_of_a_folder_of_files(tmp_path):
+    for name, count in (("train", 1), ("test", 2)):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n' * count)
+    assert len(load_rows(str(tmp_path), "train")) == 1
+    assert len(load_rows(f"{tmp_path}@test", "train")) == 2
 
 
 # files

@@ -16,7 +16,7 @@ from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.checks import check
 from siftune.recipe.other_tools import OTHER_OPTIONS
 from siftune.recipe.presets import PRESETS, preset, preset_text
-from siftune.recipe.read import load_recipe, recipe_to_yaml
+from siftune.recipe.read import anchored, load_recipe, recipe_to_yaml, without_folders
 from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, shape_of
 from siftune.train.rates.grid import rate_text
 
@@ -265,3 +265,12 @@ def test_a_target_that_is_a_file_of_the_training_rows(tmp_path, monkeypatch):
 def test_a_setting_without_effect():
     with pytest.raises(RecipeError, match=r"gast\.support_size"):
         GASTSettings(support="rest", support_size=3)
+
+
+def test_a_split_stays_with_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "two").mkdir(parents=True)
+    recipe = anchored(Recipe(train=("data/two@test", "org/rows@test"), eval="data/two"))
+    assert recipe.train == (f"{tmp_path}/data/two@test", "org/rows@test")
+    assert recipe.eval == f"{tmp_path}/data/two"
+    assert without_folders(recipe).train == ("two@test", "org/rows@test")

@@ -2,6 +2,7 @@
 
 import logging
 
+import datasets
 import pytest
 from rich.console import Console
 from support.tiny_run import recipe, save_rows
@@ -44,6 +45,15 @@ def test_rows_are_left_out_by_their_place_from_wherever_it_is_named(data, tmp_pa
         assert said(without(load_rows(str(data)), [f"{named}:3"], "bad.txt")) == ["one", "three"]
     with pytest.raises(DataError, match="names 1 place"):  # another file of that name
         without(load_rows(str(data)), ["rows.jsonl:3"], "bad.txt")
+
+
+def test_places_have_the_split_of_a_saved_folder(tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    loaded = [*load_rows("saved@train"), *load_rows("saved@test")]
+    left = without(loaded, [f"{tmp_path}/saved@test row 1"], "bad.txt")
+    assert [row.origin for row in left] == ["saved@train row 1", "saved@train row 2", "saved@test row 2"]
 
 
 def test_places_that_are_no_rows_are_refused(data):

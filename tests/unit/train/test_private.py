@@ -145,6 +145,7 @@ def test_a_run_says_what_it_spent(told, tmp_path, settings):
     for card in (tmp_path / "run" / "README.md", tmp_path / "run" / "adapter" / "README.md"):
         text = card.read_text()
         assert f"ε = {said['epsilon']:.4g}, δ = 0.001, counted by\nopacus PRV" in text
+        assert "row's gradient to norm 0.1 over all layers, and added" in text
         assert f"Gaussian noise of {said['noise_multiplier']:.4g} times" in text
         assert f"{done.summary['loss_last']:.4f}" not in text, "a loss on private rows is no private figure"
     assert all(not m._forward_pre_hooks for m in done.model.modules())

@@ -9,7 +9,7 @@
      "files": {"config.json": {"bytes": 123, "sha256": "<sha256>"}}}
 
 Keys are sorted, the indent is 2, and no other key is allowed: a manifest has one form only, so that the hash of its
-bytes identifies the kit. The calibration is "rows" or "own texts" of the base, which have a seed and may begin with
+bytes identifies the kit. The calibration is "rows" or "own texts" of the base, which have a seed and begin with
 prompts: the owner's word, which nobody else can check. The manifest of a return (`exchange.returned`) has the same
 form, and may state a promise of differential privacy: the data owner's word, which nobody else can check. Its keys are
 those of `methods.dp.accounting.statement`, all of them and no others.

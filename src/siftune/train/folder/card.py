@@ -37,7 +37,7 @@ These weights are differentially private in the training rows ({{ privacy.unit }
 ε = {{ "%.4g" % privacy.epsilon }}, δ = {{ "%g" % privacy.delta }}, counted by
 {{ privacy.accountant }} {{ privacy.accountant_version }}. Each of the {{ privacy.steps }} steps drew every row with \
 probability {{ "%.4g" % privacy.sampling_rate }}, clipped
-each row's gradient to norm {{ "%g" % privacy.clip }} (clipping: {{ privacy.clipping }}) and added Gaussian noise of \
+each row's gradient to norm {{ "%g" % privacy.clip }} over all layers, and added Gaussian noise of \
 {{ "%.4g" % privacy.noise_multiplier }} times that.
 
 Losses, counts and times in the run folder, held-out rows, and settings chosen by other runs on these rows are not
