@@ -45,7 +45,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.environment import hardware, versions
 from siftune.data.batches import Collator
-from siftune.data.encode import Encoder
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
 from siftune.data.tasks import split
@@ -62,7 +61,7 @@ from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.calibration import in_batches
-from siftune.offsite.exchange.own_texts import own_texts
+from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
 from siftune.report.table import Table, markdown_table
 
 Job = dict[str, Any]
@@ -78,7 +77,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradot, whitened, MLP refit": {"mlp": "refit"},
     "gradot, whitened, MLP refit, λ 0.1": {"mlp": "refit", "lambda_attn": 0.1, "lambda_mlp": 0.1},
 }
-ROOM = 4  # tokens at least after a prompt
 BASE = "base"
 CALIBRATED = ("calibration", "rows", "length", "source", "own_length")  # settings that the base does not depend on
 _BASE_SCORES = ("full_zs", "full_ft")
@@ -299,9 +297,8 @@ def _calibration(
         return text_batches(rows, args.length, tokenizer, args.template)
     count = len(rows) // 2 if args.source == "mixed" else len(rows)
     length = args.own_length or args.length
-    encode = Encoder(tokenizer, args.template)
-    prompts = [] if args.source == "free" else [encode.prompt(row) for row in rows[:count]]
-    texts = own_texts(model, count, length, 0, [ids for ids in prompts if len(ids) + ROOM <= length])
+    prompts = [] if args.source == "free" else prompt_ids(rows[:count], tokenizer, length, args.template)
+    texts = own_texts(model, count, length, 0, prompts)
     data: list[Any] = [{**text, "labels": text["input_ids"]} for text in texts]
     if rest := rows[count:]:
         data += tokenize_rows(rest, tokenizer, args.length, args.template, completion_only=False)

@@ -419,16 +419,7 @@ def test_a_tuned_middle_is_mapped_back(llama, suite, tmp_path):
     words += [
         "--model",
         llama,
-        "--rows",
-        "8",
-        "--text-rows",
-        "4",
-        "--keeps",
-        "1.0,0.5",
-        "--lrs",
-        "0.01",
-        "--steps",
-        "2",
+        *["--rows", "8", "--text-rows", "4", "--keeps", "1.0,0.5", "--lrs", "0.01", "--steps", "2"],
     ]
     words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
     for more in (["--middle"], []):

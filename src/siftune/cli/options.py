@@ -253,7 +253,7 @@ def _unexpected(rest: Sequence[str], options: dict[str, _Option], program: str) 
     if word.startswith("-"):
         flag = word.partition("=")[0]
         key = flag.removeprefix("--").replace("-", "_")
-        if sentence := OTHER_OPTIONS.get(key) or OTHER_OPTIONS.get(key.removeprefix("no_")):
+        if sentence := OTHER_OPTIONS.get(key.removeprefix("no_")):
             return f"{flag}: {sentence}"
         if key == "seed":
             return f"{flag}: `{program}` takes no seed"

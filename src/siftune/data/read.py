@@ -103,12 +103,11 @@ def check_source(source: str) -> None:
     Raises:
         DataError: The message names the file.
     """
-    path = Path(source).expanduser()
+    path = Path(path_and_split(source)[0]).expanduser()
     is_data = path.suffix.lower() in _READERS
     if path.is_file() and not is_data:
         raise DataError(f"{source}: the ending {path.suffix!r} is unknown; supported: {', '.join(_READERS)}.")
-    missing = not path.exists() and not Path(source.rpartition("@")[0] or source).expanduser().exists()
-    if not path.is_file() and (is_data or (missing and source.startswith((".", "/", "~")))):
+    if not path.is_file() and (is_data or (not path.exists() and source.startswith((".", "/", "~")))):
         state = "is a folder, not a file" if path.exists() else "does not exist"
         hint = "put spaces between files, not commas" if "," in source else "give the path of a data file"
         raise DataError(f"{source} {state}; {hint}.")

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from rich.console import Console
 from support.commands import error_of, siftune
@@ -87,6 +88,14 @@ def test_the_hub_is_not_asked_for_the_data_set_of_one_s_own_run_either(foreign):
     note_recipe(run)
     with pytest.raises(UnnamedFiles, match="--files openai/gsm8k"):
         rows_again(run)
+
+
+def test_a_split_of_a_saved_folder_is_read_again(foreign, trained, tmp_path):
+    rows = [json.loads(line) for line in (trained / "rows.jsonl").read_text().splitlines()]
+    datasets.DatasetDict({"dev": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    run = foreign(after=f"train: {tmp_path / 'saved'}@dev")
+    note_recipe(run)
+    assert [row.completion for row in rows_again(run)] == [row["completion"] for row in rows]
 
 
 def test_texts_are_shown_if_the_user_names_the_files(foreign, trained, tmp_path, capsys):

@@ -37,7 +37,7 @@ MODELS = {
     "parallel": ADAPTED["parallel on both, opt"],
     "whole layers": opened,
 }
-every_case = pytest.mark.parametrize("kind", ["lora", "lora gpt2", "dora", "parallel", "whole layers"])
+every_case = pytest.mark.parametrize("kind", MODELS)
 
 
 def mechanism(clip=CLIP, noise=0.0, batch=4):

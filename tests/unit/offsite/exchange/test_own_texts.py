@@ -87,7 +87,7 @@ def test_prompts_that_leave_too_little_are_left_out(caplog):
     rows = rows_from([{"prompt": "x" * n, "completion": "y"} for n in (9, 3, 8, 12)])
     every = prompt_ids(rows, byte_tokenizer(), 64, "none")
     lengths = [len(ids) for ids in every]
-    assert lengths == sorted(set(lengths), key=lengths.index)
+    assert len(set(lengths)) == 4
     assert not caplog.messages
     assert prompt_ids(rows, byte_tokenizer(), lengths[2] + 4, "none") == every[1:3]
     assert "2 of 4 prompts are left out" in caplog.text
